@@ -1,0 +1,1 @@
+"""The draft service: grows plans with the draft model q."""

@@ -1,0 +1,101 @@
+"""The draft's gRPC servicer: protobuf to arrays, the drafter, and back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+from atspeed.v1 import draft_pb2, draft_pb2_grpc
+
+from draft_service.drafter import Drafter, PlanOrder
+from draft_service.settings import DraftSettings
+from engine.beams import Beams
+from engine.plan import PlanSize, Proposal
+from engine.scoring import Evaluation
+from service_kit import wire
+from service_kit.errors import FailedPreconditionError, InvalidArgumentError
+from service_kit.model import ServedModel, served_model
+from service_kit.server import Registration
+
+SERVICE = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
+Context = grpc.aio.ServicerContext[Any, Any]
+_PROPOSALS = {
+    draft_pb2.PROPOSAL_TOP: Proposal.TOP,
+    draft_pb2.PROPOSAL_PERTURBED: Proposal.PERTURBED,
+    draft_pb2.PROPOSAL_SAMPLE: Proposal.SAMPLE,
+}
+
+
+class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+    """Plans for requests."""
+
+    def __init__(self, model: ServedModel, max_width: int) -> None:
+        self._model, self._max_width = model, max_width
+        self._trie = model.evaluator.trie
+        self._drafter = Drafter(model.evaluator)
+
+    async def GetModelInfo(
+        self, request: draft_pb2.DraftServiceGetModelInfoRequest, context: Context
+    ) -> draft_pb2.DraftServiceGetModelInfoResponse:
+        """What this replica serves."""
+        return draft_pb2.DraftServiceGetModelInfoResponse(model=self._model.info)
+
+    async def Plan(self, request: draft_pb2.PlanRequest, context: Context) -> draft_pb2.PlanResponse:
+        """A plan below the request's beams."""
+        order = self._order(request)
+        drafted = await self._drafter.plan(order)
+        plan = drafted.plan
+        return draft_pb2.PlanResponse(
+            nodes=wire.to_array(plan.node.astype(np.int32)),
+            scores=wire.to_array(plan.score),
+            evaluation=wire.to_evaluation(Evaluation.of(plan.evaluated)) if order.with_evaluation else None,
+            statistics=wire.to_statistics(drafted.cost),
+            passes=drafted.passes,
+            model_version=self._model.info.model_version,
+        )
+
+    def _order(self, request: draft_pb2.PlanRequest) -> PlanOrder:
+        if request.catalogue_version != self._model.info.catalogue_version:
+            raise FailedPreconditionError(f"catalogue_version: this replica holds {self._model.info.catalogue_version}")
+        if request.proposal not in _PROPOSALS:
+            raise InvalidArgumentError("proposal", "must be one of the proposals of DraftService")
+        if not 1 <= request.width <= self._max_width:
+            raise InvalidArgumentError("width", f"must be between 1 and {self._max_width}, got {request.width}")
+        proposal = _PROPOSALS[request.proposal]
+        noise = wire.optional_perturbation(request, "perturbation")
+        if proposal is not Proposal.TOP and noise is None:
+            raise InvalidArgumentError("perturbation", "must be set for a sampling proposal")
+        return PlanOrder(
+            prompt=wire.vector(request.prompt, "prompt", "int64").astype(np.int64),
+            below=self._beams(request),
+            size=PlanSize(request.width, request.max_nodes or request.width * self._trie.levels),
+            proposal=proposal,
+            pruning=wire.pruning(request.pruned, "pruned", self._trie),
+            noise=noise,
+            with_evaluation=request.with_evaluation,
+            tenant=request.tenant,
+        )
+
+    def _beams(self, request: draft_pb2.PlanRequest) -> Beams:
+        node = wire.node_ids(request.beams, "beams", self._trie, limit=self._model.info.max_nodes)
+        depths = self._trie.depth(node)
+        if not len(node) or depths[0] != depths[-1] or depths[0] >= self._trie.levels:
+            raise InvalidArgumentError("beams", "must be one or more inner nodes of one depth")
+        parts = {
+            name: wire.vector(getattr(request, name), name, "float64") for name in ("scores", "weights", "priorities")
+        }
+        for name, values in parts.items():
+            if len(values) != len(node) or not np.isfinite(values.astype(np.float64)).all():
+                raise InvalidArgumentError(name, f"must be {len(node)} finite numbers, one per beam")
+        return Beams(node, *(values.astype(np.float64) for values in parts.values()))
+
+
+@asynccontextmanager
+async def application(settings: DraftSettings) -> AsyncIterator[list[Registration]]:
+    """The draft model of the settings' bundle, ready to serve."""
+    async with served_model(settings, "draft") as model:
+        add = draft_pb2_grpc.add_DraftServiceServicer_to_server
+        yield [Registration.of(SERVICE, add, DraftServicer(model, settings.max_width))]

@@ -1,0 +1,22 @@
+"""The draft service's settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from service_kit.model import ModelSettings
+from service_kit.settings import Port
+
+
+class DraftSettings(ModelSettings):
+    """A draft replica."""
+
+    model_config = SettingsConfigDict(env_prefix="ATSPEED_DRAFT_")
+    service: ClassVar[str] = "draft"
+
+    port: Port = 50053
+    threads: Annotated[int, Field(ge=1, le=256, description="Threads of one pass, on the CPU.")] = 1
+    max_width: Annotated[int, Field(ge=1, le=65_536, description="Most nodes planned per level.")] = 1024

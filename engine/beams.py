@@ -1,0 +1,105 @@
+"""Beams, and the steps from one level to the next. The draft grows its plan with them and the orchestrator selects with them.
+
+Order, everywhere: what is ordered by descending, then code path ascending; within a level, that is node id ascending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.sampling import Stream, gumbel
+from engine.scoring import Children, Perturbation
+from engine.trie import ROOT, Int64, Trie
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Trie nodes of one depth, in the order of their priority. All arrays [b].
+
+    score:    cumulative log-probability under the scoring rule.
+    weight:   cumulative log-probability under the sampling law, phi of stochastic beam search; the score elsewhere.
+    priority: what the order follows: the score, or a perturbed one.
+    """
+
+    node: Int64
+    score: Float64
+    weight: Float64
+    priority: Float64
+
+    @classmethod
+    def root(cls) -> Beams:
+        """The start of a search: the root, certain, with its perturbed score fixed at 0 (arXiv 1903.06059, algorithm 1)."""
+        zero = np.zeros(1)
+        return cls(np.array([ROOT], dtype=np.int64), zero, zero, zero)
+
+    def __len__(self) -> int:
+        """Number of beams."""
+        return len(self.node)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Beams:
+        """These rows, in this order."""
+        return Beams(self.node[rows], self.score[rows], self.weight[rows], self.priority[rows])
+
+    def best(self, width: int) -> Beams:
+        """The `width` of the highest priority, in the declared order."""
+        return self.take(np.lexsort((self.node, -self.priority))[:width])
+
+    def by_score(self) -> Beams:
+        """The same beams in order of their scores."""
+        return self.take(np.lexsort((self.node, -self.score)))
+
+
+def children_by_score(beams: Beams, evaluated: Mapping[int, Children]) -> Beams:
+    """All known children of the beams [m], each with its cumulative log-probability as priority."""
+    children = [evaluated[node] for node in beams.node.tolist()]
+    row = np.repeat(np.arange(len(beams)), [len(c.node) for c in children])
+    node = np.concatenate([c.node for c in children]) if children else np.empty(0, dtype=np.int64)
+    logp = np.concatenate([c.logp for c in children]) if children else np.empty(0)
+    score = beams.score[row] + logp
+    return Beams(node, score, score, score)
+
+
+def children_by_gumbel(trie: Trie, beams: Beams, evaluated: Mapping[int, Children], noise: Perturbation) -> Beams:
+    """All known children of the beams [m], with perturbed scores as priority: stochastic beam search, arXiv 1903.06059.
+
+    The step's law is p at the temperature, over the live children. The perturbed scores of a node's children are
+    conditioned on their maximum being the node's own (section 4.1 and appendix B.3, the numerically stable form), so the
+    best-priority nodes of every level are a sample without replacement, the same whoever computes them.
+    """
+    children = [evaluated[node] for node in beams.node.tolist()]
+    row = np.repeat(np.arange(len(beams)), [len(c.node) for c in children])
+    node = np.concatenate([c.node for c in children]) if children else np.empty(0, dtype=np.int64)
+    logp = np.concatenate([c.logp for c in children]).astype(np.float64) if children else np.empty(0)
+    log_mass = np.array([c.log_mass for c in children])
+    weight = beams.weight[row] + logp / noise.temperature - log_mass[row]
+    unconditioned = weight + gumbel(noise.seed, Stream.GUMBEL, trie.path_hash[node])
+    peak = np.full(len(beams), -np.inf)
+    np.maximum.at(peak, row, unconditioned)
+    with np.errstate(divide="ignore"):  # the best child's log1p(-1) = -inf, which makes it inherit its parent's score
+        above = beams.priority[row] - unconditioned + np.log1p(-np.exp(unconditioned - peak[row]))
+    priority = beams.priority[row] - np.maximum(0.0, above) - np.log1p(np.exp(-np.abs(above)))
+    return Beams(node, beams.score[row] + logp, weight, priority)
+
+
+def level_distribution(beams: Beams, temperature: float) -> Float64:
+    """Softmax of the scores of one level's candidates at a temperature: [m], AtSpeed-R's p and q."""
+    if not len(beams):
+        return np.empty(0)
+    logits = beams.score / temperature
+    weights = np.exp(logits - logits.max())
+    return np.asarray(weights / weights.sum())
+
+
+def sample_without_replacement(
+    trie: Trie, node: Int64, probability: Float64, count: int, *, seed: int, stream: Stream
+) -> Int64:
+    """Rows of up to `count` nodes drawn without replacement by `probability` [m] (Gumbel top-k); zeros are never drawn."""
+    possible = np.flatnonzero(probability > 0)
+    noisy = np.log(probability[possible]) + gumbel(seed, stream, trie.path_hash[node[possible]])
+    return possible[np.argsort(-noisy, kind="stable")[:count]]

@@ -1,0 +1,179 @@
+"""A bundle: the one directory that training writes and serving reads.
+
+    bundle/
+        manifest.json           this module's `Manifest`
+        catalogue/*.npy         `engine.catalogue.Catalogue`
+        target/model.onnx(.data)
+        draft/model.onnx(.data)
+
+Every file's SHA-256 stands in the manifest; the bundle's version is the hash of those, so two bundles with the same
+version serve the same lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from engine.catalogue import Catalogue
+from engine.errors import BundleError
+from engine.prompt import PromptTemplate
+from engine.scoring import ScoringRule
+
+MANIFEST = "manifest.json"
+Precision = Literal["float32", "float16", "int8-weights"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelEntry(_Part):
+    """One exported decoder: its files, its shape, and how it spells prompts and codes.
+
+    The draft needs to share neither vocabulary nor prompt with the target, only the catalogue.
+    """
+
+    path: str = Field(description="The .onnx file, relative to the bundle.")
+    architecture: str = Field(description="Hugging Face model type of the checkpoint: llama, qwen2, qwen3.")
+    precision: Precision
+    parameters: PositiveInt
+    vocab_size: PositiveInt
+    layers: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    max_positions: PositiveInt = Field(description="Longest sequence, prompt and codes together.")
+    code_tokens: tuple[NonNegativeInt, ...] = Field(description="Token id of each code column, level by level; [C].")
+    prompt: PromptTemplate
+    fingerprint: str = Field(description="Hash of the model's files; keys its KV cache.")
+
+
+class Provenance(_Part):
+    """Where a bundle comes from, for people."""
+
+    recipe: str = ""
+    data: str = ""
+    terms: str = Field(default="", description="The terms of the training data.")
+    created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
+    versions: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class Manifest(_Part):
+    """manifest.json."""
+
+    format_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    scoring_rule: ScoringRule
+    allow_empty_history: bool = False
+    catalogue_version: str
+    target: ModelEntry
+    draft: ModelEntry | None
+    provenance: Provenance = Provenance()
+    files: dict[str, str] = Field(description="SHA-256 of every file, by path relative to the bundle.")
+
+    @property
+    def version(self) -> str:
+        """Hash of what the bundle serves; its provenance does not count."""
+        served = self.model_dump(mode="json", exclude={"provenance", "name"})
+        return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
+
+    @model_validator(mode="after")
+    def _code_tokens_inside_vocabulary(self) -> Manifest:
+        for role, model in self.models.items():
+            if max(model.code_tokens) >= model.vocab_size:
+                raise ValueError(f"{role}.code_tokens: a token id is outside the vocabulary of {model.vocab_size}")
+        return self
+
+    @property
+    def models(self) -> dict[str, ModelEntry]:
+        """The models by role, `target` and, where there is one, `draft`."""
+        return {"target": self.target} | ({"draft": self.draft} if self.draft else {})
+
+
+class Bundle:
+    """An opened bundle directory.
+
+    Raises BundleError, naming the file and the field, when it is not one this version can serve.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = read_manifest(root)
+
+    def catalogue(self) -> Catalogue:
+        """Load the catalogue and check that it is the one the manifest names."""
+        catalogue = Catalogue.load(self.root / "catalogue")
+        if catalogue.version != self.manifest.catalogue_version:
+            expected = self.manifest.catalogue_version
+            raise BundleError(f"{self.root}/catalogue: version {catalogue.version}, the manifest says {expected}")
+        for role, model in self.manifest.models.items():
+            if len(model.code_tokens) != catalogue.trie.columns:
+                count, columns = len(model.code_tokens), catalogue.trie.columns
+                raise BundleError(
+                    f"{self.root}/{MANIFEST}: {role}.code_tokens: {count} tokens for {columns} code columns"
+                )
+        return catalogue
+
+    def model_path(self, role: Literal["target", "draft"]) -> Path:
+        """The ONNX file of a role. Raises BundleError when the bundle has no such model."""
+        return self.root / self.model(role).path
+
+    def model(self, role: Literal["target", "draft"]) -> ModelEntry:
+        """The manifest's entry of a role. Raises BundleError when the bundle has no such model."""
+        entry = self.manifest.models.get(role)
+        if entry is None:
+            raise BundleError(f"{self.root}/{MANIFEST}: the bundle has no {role} model")
+        return entry
+
+    def verify(self) -> None:
+        """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs."""
+        actual = hash_files(self.root)
+        for name, expected in self.manifest.files.items():
+            if name not in actual:
+                raise BundleError(f"{self.root}/{name}: missing")
+            if actual[name] != expected:
+                raise BundleError(f"{self.root}/{name}: its SHA-256 is not the manifest's")
+        for name in actual.keys() - self.manifest.files.keys():
+            raise BundleError(f"{self.root}/{name}: not in the manifest")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Parse and validate a bundle's manifest. Raises BundleError naming the field at fault."""
+    path = root / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write manifest.json last and in one step, so that a half-written bundle is never readable."""
+    temporary = root / f"{MANIFEST}.partial"
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+    temporary.replace(root / MANIFEST)
+
+
+def hash_files(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below a bundle but its manifest, by relative path."""
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(root).as_posix(): _sha256(path) for path in files}
+
+
+def fingerprint(files: dict[str, str], folder: str) -> str:
+    """One hash for the files below `folder`, from `hash_files`: a model's fingerprint."""
+    inside = sorted((name, digest) for name, digest in files.items() if name.startswith(f"{folder}/"))
+    return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

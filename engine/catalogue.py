@@ -1,0 +1,140 @@
+"""A catalogue snapshot: items, their code paths and the trie over them. Immutable; its version is the hash of its content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import CatalogueError
+from engine.trie import Int64, Pruning, Trie
+
+Ids = npt.NDArray[np.bytes_]
+Codes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items in the order of (code path, id), so that the items of one path are neighbours.
+
+    ids:   bytes [items], UTF-8. codes: int32 [items, L], 0-based within each level. trie: over the distinct paths.
+    item_start: int64 [paths + 1]; the items of path i (leaf i of the trie) are item_start[i] .. item_start[i + 1] - 1.
+    """
+
+    ids: Ids
+    codes: Codes
+    item_start: Int64
+    trie: Trie
+
+    @classmethod
+    def build(cls, ids: Sequence[str], codes: npt.NDArray[np.integer], codebook_sizes: Sequence[int]) -> Catalogue:
+        """From items in any order. Raises CatalogueError on duplicate or empty ids, or codes outside their codebook."""
+        if len(ids) != len(codes) or not len(ids):
+            raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
+        encoded = np.array([item.encode() for item in ids])
+        if (np.char.str_len(encoded) == 0).any():
+            raise CatalogueError("ids: an item id is empty")
+        order = np.lexsort((encoded, *codes.T[::-1]))
+        encoded = encoded[order]
+        catalogue = cls._assemble(encoded, codes[order].astype(np.int32), tuple(codebook_sizes))
+        ordered = encoded[catalogue._by_id]
+        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        if len(repeated):
+            raise CatalogueError(f"ids: {ordered[repeated[0]].decode()!r} occurs more than once")
+        return catalogue
+
+    @classmethod
+    def _assemble(cls, ids: Ids, codes: Codes, codebook_sizes: tuple[int, ...]) -> Catalogue:
+        first = np.ones(len(codes), dtype=bool)
+        first[1:] = (codes[1:] != codes[:-1]).any(axis=1)
+        try:
+            trie = Trie.from_paths(codes[first], codebook_sizes)
+        except ValueError as error:
+            raise CatalogueError(f"codes: {error}") from error
+        item_start = np.append(np.flatnonzero(first), len(codes)).astype(np.int64)
+        return cls(ids, codes, item_start, trie)
+
+    def save(self, folder: Path) -> None:
+        """Write ids.npy, codes.npy and codebooks.npy."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "ids.npy", self.ids, allow_pickle=False)
+        np.save(folder / "codes.npy", self.codes, allow_pickle=False)
+        np.save(folder / "codebooks.npy", np.asarray(self.trie.codebook_sizes, dtype=np.int64), allow_pickle=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> Catalogue:
+        """Read what `save` wrote. Raises CatalogueError naming the file."""
+        arrays = {}
+        for name in ("ids", "codes", "codebooks"):
+            try:
+                arrays[name] = np.load(folder / f"{name}.npy", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise CatalogueError(f"{folder / name}.npy: {error}") from error
+        return cls._assemble(arrays["ids"], arrays["codes"], tuple(arrays["codebooks"].tolist()))
+
+    @cached_property
+    def version(self) -> str:
+        """Content hash: equal versions hold equal items under equal node ids."""
+        digest = hashlib.sha256(repr((self.trie.codebook_sizes, self.ids.dtype.str, self.codes.shape)).encode())
+        digest.update(np.ascontiguousarray(self.ids).data)
+        digest.update(np.ascontiguousarray(self.codes).data)
+        return digest.hexdigest()[:16]
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        return len(self.ids)
+
+    @cached_property
+    def _by_id(self) -> Int64:
+        return np.argsort(self.ids, kind="stable")
+
+    def find(self, ids: Iterable[str]) -> Int64:
+        """Item index of each id, -1 where the catalogue does not know it; [len(ids)]."""
+        # numpy drops trailing NUL bytes of 'S' values, so an id that ends in one could pose as another.
+        wanted = [item.encode("utf-8", "surrogatepass") for item in ids]
+        if not wanted:
+            return np.empty(0, dtype=np.int64)
+        keys = np.array([key if not key.endswith(b"\0") else b"" for key in wanted])
+        position = np.minimum(np.searchsorted(self.ids, keys, sorter=self._by_id), self.items - 1)
+        index = self._by_id[position]
+        return np.asarray(np.where(self.ids[index] == keys, index, -1))
+
+    def id_of(self, item: int) -> str:
+        """The id of an item index."""
+        return bytes(self.ids[item]).decode()
+
+    def leaf_of(self, items: npt.NDArray[np.integer]) -> Int64:
+        """The trie leaf of each item index, [n]."""
+        path = np.searchsorted(self.item_start, items, side="right") - 1
+        return path + self.trie.level_start[self.trie.levels]
+
+    def items_of(self, leaf: int) -> range:
+        """The item indices that share a leaf's code path, in id order."""
+        path = leaf - int(self.trie.level_start[self.trie.levels])
+        return range(int(self.item_start[path]), int(self.item_start[path + 1]))
+
+    def pruning(self, *, excluded: Int64 | None = None, allowed: Int64 | None = None) -> Pruning:
+        """Prune the trie to items that are not `excluded` and, where given, are `allowed` (item indices).
+
+        A leaf dies when none of its items is left, an inner node when none of its children is.
+        """
+        if allowed is not None:
+            dead_items = np.ones(self.items, dtype=bool)
+            dead_items[allowed] = False
+            if excluded is not None:
+                dead_items[excluded] = True
+            alive = np.logical_or.reduceat(~dead_items, self.item_start[:-1])
+            leaves = np.flatnonzero(~alive) + self.trie.level_start[self.trie.levels]
+            return Pruning.of_dead_leaves(self.trie, leaves)
+        if excluded is None or not len(excluded):
+            return Pruning.none()
+        leaves, gone = np.unique(self.leaf_of(np.unique(excluded)), return_counts=True)
+        path = leaves - self.trie.level_start[self.trie.levels]
+        emptied = gone == (self.item_start[path + 1] - self.item_start[path])
+        return Pruning.of_dead_leaves(self.trie, leaves[emptied])

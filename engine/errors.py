@@ -1,0 +1,28 @@
+"""The engine's exceptions.
+
+EngineError
++-- BundleError      a bundle that cannot be read or does not fit together
++-- CatalogueError   a catalogue that cannot be built or read
++-- PromptError      a history that cannot be turned into a prompt
++-- CapacityError    more tokens than the model or the buffers take
+"""
+
+
+class EngineError(Exception):
+    """Anything the engine refuses. The text names the file, field or setting at fault."""
+
+
+class BundleError(EngineError):
+    """A bundle that cannot be read or whose parts do not fit together."""
+
+
+class CatalogueError(EngineError):
+    """A catalogue that cannot be built or read."""
+
+
+class PromptError(EngineError):
+    """A history that cannot be turned into a prompt."""
+
+
+class CapacityError(EngineError):
+    """More tokens than the model's positions or the buffers take."""

@@ -1,0 +1,281 @@
+"""Prefix KV in Redis, and the two tiers as one: memory first, then Redis.
+
+Redis is never needed for an answer. Whatever goes wrong with it, here it is a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, decode_block, encode_block, split_blocks
+
+_logger = logging.getLogger(__name__)
+_LOG_INTERVAL_SECONDS = 60.0
+_Answer = TypeVar("_Answer")
+
+
+def connect(url: str, *, timeout_seconds: float) -> Redis:
+    """A Redis client that fails within about `timeout_seconds` instead of retrying behind its caller's back.
+
+    redis-py's own default is ten retries: seconds for a request that has milliseconds, and an RPUSH that may run twice.
+    """
+    return Redis.from_url(
+        url,
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=timeout_seconds,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+class KvStore(Protocol):
+    """A tier below memory. Neither method ever raises because of the store's state: its failure is a miss."""
+
+    async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
+        """The blocks of the longest leading run of `keys` that is stored and valid, read-only."""
+
+    async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
+        """Store blocks by key, as many as may be."""
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What a Redis tier has done since it was made. All but `failures` and `skipped` count blocks."""
+
+    hits: int
+    misses: int
+    invalid: int
+    """Blocks found damaged or foreign; each is also a miss."""
+    failures: int
+    """Calls that Redis failed: refused, late, out of memory, not understood."""
+    skipped: int
+    """Calls not made because Redis had just failed."""
+
+
+class RedisKvStore:
+    """Blocks in Redis under `kv:<key in hex>`, with a time to live: `volatile-lru` then evicts them and not histories.
+
+    `client` must return bytes; it stays its caller's to close. Reads give up after `timeout_seconds`; writes, for which
+    nobody waits, after `write_timeout_seconds`. After a failure Redis is left alone for `backoff_seconds`; then one
+    call tries while others still do without: a dead Redis costs one request its timeout now and then, not every one.
+    For the event loop only. Encoding and decoding take milliseconds for a long prefix, so a worker thread does them.
+    """
+
+    def __init__(
+        self,
+        client: Redis,
+        layout: KvLayout,
+        ttl_seconds: int,
+        timeout_seconds: float,
+        *,
+        write_timeout_seconds: float = 2.0,
+        backoff_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if client.connection_pool.connection_kwargs.get("decode_responses"):
+            raise ValueError("Redis client: decode_responses is set, KV blocks are bytes")
+        if ttl_seconds < 1:
+            raise ValueError(f"ttl_seconds: {ttl_seconds} is less than 1")
+        self._client, self._layout, self._ttl_seconds = client, layout, ttl_seconds
+        self._timeout_seconds, self._write_timeout_seconds = timeout_seconds, write_timeout_seconds
+        self._backoff_seconds, self._clock = backoff_seconds, clock
+        self._failing = False
+        self._resume_at = self._log_at = -float("inf")
+        self._hits = self._misses = self._invalid = self._failures = self._skipped = 0
+
+    @property
+    def failures(self) -> int:
+        """Calls that Redis failed."""
+        return self._failures
+
+    @property
+    def statistics(self) -> StoreStatistics:
+        """A snapshot of the counters."""
+        return StoreStatistics(self._hits, self._misses, self._invalid, self._failures, self._skipped)
+
+    async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
+        """The blocks of the longest leading run of `keys` that Redis holds intact, read-only. One MGET."""
+        if not keys:
+            return []
+        answer = await self._ask(lambda: self._client.mget([_name(key) for key in keys]), self._timeout_seconds)
+        values: list[Any] = answer if isinstance(answer, list) else []
+        run = await asyncio.to_thread(self._decode_run, keys, values) if values else []
+        self._hits += len(run)
+        self._misses += len(keys) - len(run)
+        self._invalid += any(value is not None for value in values[len(run) : len(run) + 1])
+        return run
+
+    async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
+        """Write blocks over what their keys hold, in one pipeline. Raises ValueError for a block of another layout."""
+        # Looked at here already, because encoding for a Redis that will not be asked is a waste.
+        if not blocks or self._resting():
+            self._skipped += bool(blocks)
+            return
+        entries = await asyncio.to_thread(self._encode, blocks)
+        await self._ask(lambda: self._write(entries), self._write_timeout_seconds)
+
+    def _decode_run(self, keys: Sequence[bytes], values: Sequence[Any]) -> list[KvArray]:
+        run: list[KvArray] = []
+        for key, value in zip(keys, values, strict=False):
+            block = decode_block(self._layout, key, value) if isinstance(value, bytes) else None
+            if block is None:
+                break
+            run.append(block)
+        return run
+
+    def _encode(self, blocks: Mapping[bytes, KvArray]) -> dict[str, bytes]:
+        return {_name(key): encode_block(self._layout, key, block) for key, block in blocks.items()}
+
+    async def _write(self, entries: Mapping[str, bytes]) -> bool:
+        pipeline = self._client.pipeline(transaction=False)
+        for name, data in entries.items():
+            pipeline.set(name, data, ex=self._ttl_seconds)
+        # Raised by hand: redis-py would quote the whole command, megabytes of it, in the error's text.
+        for result in await pipeline.execute(raise_on_error=False):
+            if isinstance(result, Exception):
+                raise result
+        return True
+
+    async def _ask(self, call: Callable[[], Awaitable[_Answer]], timeout_seconds: float) -> _Answer | None:
+        """Redis's answer, or None: it failed, or it is being left alone."""
+        if self._resting():
+            self._skipped += 1
+            return None
+        if self._failing:
+            # This call is the one that tries; the others go on resting until it is back.
+            self._resume_at = self._clock() + self._backoff_seconds
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                answer = await call()
+        except (RedisError, OSError) as error:
+            self._fail(error)
+            return None
+        self._failing = False
+        self._resume_at = -float("inf")
+        return answer
+
+    def _resting(self) -> bool:
+        return self._clock() < self._resume_at
+
+    def _fail(self, error: Exception) -> None:
+        now = self._clock()
+        self._failing = True
+        self._failures += 1
+        self._resume_at = now + self._backoff_seconds
+        if now >= self._log_at:
+            self._log_at = now + _LOG_INTERVAL_SECONDS
+            _logger.warning("Redis KV tier failed (%d so far): %s: %s", self._failures, type(error).__name__, error)
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """What the tiers hold of a prompt's beginning.
+
+    blocks: read-only [layers, 2, block_tokens, kv_heads, head_dim] each, in prompt order.
+    memory_tokens, redis_tokens: how many prompt tokens came from which tier, memory's first.
+    """
+
+    blocks: tuple[KvArray, ...]
+    memory_tokens: int
+    redis_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens covered."""
+        return self.memory_tokens + self.redis_tokens
+
+
+class PrefixCache:
+    """Memory and, where there is a `store`, Redis as one cache. For the event loop only.
+
+    The store never fails a request and delays it by its read timeout at most. Writes are background tasks, up to
+    `max_pending_writes` of them; beyond that a write is dropped and counted. `memory` and `store` stay the caller's.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        memory: MemoryKvCache,
+        store: KvStore | None = None,
+        *,
+        max_pending_writes: int = 8,
+    ) -> None:
+        self._layout, self._memory, self._store = layout, memory, store
+        self._max_pending_writes = max_pending_writes
+        # The event loop itself only keeps weak references to tasks.
+        self._writes: set[asyncio.Task[None]] = set()
+        self._dropped_writes = 0
+        self._closed = False
+
+    @property
+    def pending_writes(self) -> int:
+        """Writes to the store that are under way."""
+        return len(self._writes)
+
+    @property
+    def dropped_writes(self) -> int:
+        """Writes given up because too many were pending, or because the cache was closed."""
+        return self._dropped_writes
+
+    async def lookup(self, keys: Sequence[bytes]) -> CachedPrefix:
+        """The longest cached beginning of a prompt with these block keys. What the store adds moves up into memory."""
+        found = self._memory.get_chain(keys)
+        missing = keys[len(found) :]
+        fetched = await self._store.get_chain(missing) if self._store and missing else []
+        promoted = self._memory.put_chain(keys[: len(found) + len(fetched)], fetched)
+        step = self._layout.block_tokens
+        return CachedPrefix((*found, *promoted), len(found) * step, len(promoted) * step)
+
+    def remember(self, keys: Sequence[bytes], kv: KvArray, already: int) -> None:
+        """Keep a prompt's blocks: in memory before this returns, in the store some time later.
+
+        keys: of the prompt's whole blocks. kv: [layers, 2, P, kv_heads, head_dim], P at least their tokens; copied.
+        already: how many leading blocks `lookup` found, which are not written again.
+        Raises ValueError when `kv` is not of the layout or too short, or `already` is not among the keys.
+        """
+        if not 0 <= already <= len(keys):
+            raise ValueError(f"already: {already} of {len(keys)} blocks")
+        new = split_blocks(self._layout, kv, len(keys))[already:]
+        # Another request with the same prefix may have been quicker; then its write is under way.
+        known = [key in self._memory for key in keys[already:]]
+        kept = self._memory.put_chain(keys, new)
+        rows = zip(keys[already:], kept, known, strict=True)
+        self._write({key: block for key, block, was_known in rows if not was_known})
+
+    async def close(self, timeout_seconds: float = 2.0) -> None:
+        """Give pending writes `timeout_seconds` to end, then cancel them. Later writes are dropped."""
+        self._closed = True
+        if not self._writes:
+            return
+        _, late = await asyncio.wait(self._writes, timeout=timeout_seconds)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    def _write(self, blocks: Mapping[bytes, KvArray]) -> None:
+        if self._store is None or not blocks:
+            return
+        if self._closed or len(self._writes) >= self._max_pending_writes:
+            self._dropped_writes += 1
+            return
+        task = asyncio.get_running_loop().create_task(self._store.put(blocks), name="kv-write")
+        self._writes.add(task)
+        task.add_done_callback(self._written)
+
+    def _written(self, task: asyncio.Task[None]) -> None:
+        self._writes.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            _logger.error("KV write failed", exc_info=error)
+
+
+def _name(key: bytes) -> str:
+    return f"kv:{key.hex()}"

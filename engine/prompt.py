@@ -1,0 +1,53 @@
+"""History -> prompt token ids, from segments that training fixed. No tokenizer at serving time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+
+class PromptTemplate(BaseModel):
+    """prefix + item (+ separator + item)* + suffix, where an item is its `L` code tokens.
+
+    The window of a history of h items keeps its newest: once h exceeds `max_items`, the oldest are dropped `drop_block` at a
+    time, so that the prompt's beginning, and with it the cached KV, stays the same for `drop_block` new items.
+    `drop_block = 1` is the sliding window of the AtSpeed paper.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefix: tuple[NonNegativeInt, ...] = Field(min_length=1, description="Tokens before the history; at least a BOS.")
+    separator: tuple[NonNegativeInt, ...] = Field(default=(), description="Tokens between two items.")
+    suffix: tuple[NonNegativeInt, ...] = Field(default=(), description="Tokens after the history.")
+    max_items: PositiveInt = 20
+    drop_block: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _block_within_window(self) -> PromptTemplate:
+        if self.drop_block > self.max_items:
+            raise ValueError(f"drop_block: {self.drop_block} is larger than max_items, {self.max_items}")
+        return self
+
+    def window_start(self, items: int) -> int:
+        """Index of the first history item that the prompt holds, for a history of so many items."""
+        excess = max(0, items - self.max_items)
+        return -(-excess // self.drop_block) * self.drop_block
+
+    def tokens(self, items: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        """The prompt of a window of items, each given as its `L` code tokens. [prompt length]."""
+        parts: list[npt.NDArray[np.int64] | tuple[int, ...]] = [self.prefix]
+        for index, item in enumerate(items):
+            if index:
+                parts.append(self.separator)
+            parts.append(item)
+        parts.append(self.suffix)
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+    def max_tokens(self, levels: int) -> int:
+        """Length of the longest prompt."""
+        return (
+            len(self.prefix) + len(self.suffix) + self.max_items * levels + (self.max_items - 1) * len(self.separator)
+        )

@@ -1,0 +1,157 @@
+"""From a model's code logits to the best children of trie nodes: scoring rules, perturbation, the declared order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.sampling import Stream, gumbel
+from engine.trie import Int64, Pruning, Trie
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+
+class ScoringRule(StrEnum):
+    """How a code's log-probability is normalised. A bundle declares one and every reply names it."""
+
+    VOCAB = "vocab"  # over the whole vocabulary; invalid children removed, no renormalisation (Hugging Face, AtSpeed)
+    TRIE = "trie"  # over the children in the catalogue only; a single child scores exactly 0
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Gumbel noise on every child's log-probability at a temperature (stochastic beam search, arXiv 1903.06059)."""
+
+    seed: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Children:
+    """The best live children of one node.
+
+    node: int64 [m], best first. logp: float32 [m], under the scoring rule, never perturbed.
+    log_mass: the log-sum of exp(logp / temperature) over *all* live children, returned or not; temperature 1 unless perturbed.
+    """
+
+    node: Int64
+    logp: Float32
+    log_mass: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The best live children of several nodes, as flat arrays.
+
+    node: int32 [n], ascending. child_start: int64 [n + 1]. child: int32 [m]; logp: float32 [m]; log_mass: float32 [n].
+    The children of node[i] are child[child_start[i] : child_start[i + 1]], best first.
+    """
+
+    node: npt.NDArray[np.int32]
+    child_start: Int64
+    child: npt.NDArray[np.int32]
+    logp: Float32
+    log_mass: Float32
+
+    @classmethod
+    def of(cls, children: Mapping[int, Children]) -> Evaluation:
+        """The flat form of some nodes' children."""
+        nodes = sorted(children)
+        counts = [len(children[node].node) for node in nodes]
+        flat = [children[node] for node in nodes]
+        return cls(
+            node=np.asarray(nodes, dtype=np.int32),
+            child_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            child=np.concatenate([np.empty(0), *(c.node for c in flat)]).astype(np.int32),
+            logp=np.concatenate([np.empty(0), *(c.logp for c in flat)]).astype(np.float32),
+            log_mass=np.asarray([c.log_mass for c in flat], dtype=np.float32),
+        )
+
+    def items(self) -> Iterator[tuple[int, Children]]:
+        """Each node with its children."""
+        for row, node in enumerate(self.node.tolist()):
+            span = slice(int(self.child_start[row]), int(self.child_start[row + 1]))
+            children = Children(self.child[span].astype(np.int64), self.logp[span], float(self.log_mass[row]))
+            yield node, children
+
+    def validate(self, trie: Trie) -> None:
+        """Raise ValueError unless this could have come from an honest model over `trie`. Cheap enough for every reply."""
+        n, m = len(self.node), len(self.child)
+        if len(self.child_start) != n + 1 or len(self.log_mass) != n or len(self.logp) != m:
+            raise ValueError("evaluation: array lengths do not agree")
+        if n and not (self.node[0] >= 0 and self.node[-1] < trie.nodes and (np.diff(self.node) > 0).all()):
+            raise ValueError("evaluation.node: not ascending trie nodes")
+        if self.child_start[0] != 0 or self.child_start[-1] != m or (np.diff(self.child_start) < 0).any():
+            raise ValueError("evaluation.child_start: not a partition of the children")
+        if m and not (self.child.min() > 0 and self.child.max() < trie.nodes):
+            raise ValueError("evaluation.child: not a trie node")
+        if (trie.parent[self.child] != np.repeat(self.node, np.diff(self.child_start))).any():
+            raise ValueError("evaluation.child: not a child of its node")
+        if not np.isfinite(self.logp).all() or (self.logp > 1e-3).any() or np.isnan(self.log_mass).any():
+            raise ValueError("evaluation.logp: not log-probabilities")
+
+
+def best_children(
+    trie: Trie,
+    nodes: Int64,
+    logits: Float32,
+    log_normalizer: Float32,
+    *,
+    rule: ScoringRule,
+    pruning: Pruning,
+    limit: int,
+    perturbation: Perturbation | None = None,
+) -> Evaluation:
+    """The best `limit` live children of each of `nodes` [n] (ascending, inner nodes), from the model's output for them.
+
+    logits: float32 [n, C]; log_normalizer: float32 [n], the log-sum-exp over the whole vocabulary.
+    Best = highest log-probability, or highest perturbed one; ties go to the lower code. Pruning never changes a score.
+    """
+    row, child = trie.children_of(nodes)
+    value = logits[row, trie.column(child)].astype(np.float64)
+    if rule is ScoringRule.VOCAB:
+        logp = value - log_normalizer[row]
+    else:
+        logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
+        logp[trie.child_count[nodes][row] == 1] = 0.0
+    # Rounding may leave a near-certain code a hair above 0; a log-probability is never positive.
+    rounded: Float32 = np.minimum(logp, 0.0).astype(np.float32)
+
+    live = pruning.live(child)
+    row, child, rounded = row[live], child[live], rounded[live]
+    counts = np.bincount(row, minlength=len(nodes))
+    temperature = perturbation.temperature if perturbation else 1.0
+    log_mass = _segment_logsumexp(rounded.astype(np.float64) / temperature, counts)
+
+    order_by = rounded.astype(np.float64) / temperature
+    if perturbation:
+        order_by = order_by + gumbel(perturbation.seed, Stream.GUMBEL, trie.path_hash[child])
+    best = np.lexsort((child, -order_by, row))
+    start = np.cumsum(counts) - counts
+    kept = best[(np.arange(len(best)) - start[row[best]]) < limit]
+    child_start = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
+    return Evaluation(
+        node=nodes.astype(np.int32),
+        child_start=child_start,
+        child=child[kept].astype(np.int32),
+        logp=rounded[kept],
+        log_mass=log_mass.astype(np.float32),
+    )
+
+
+def _segment_logsumexp(values: Float64, counts: npt.NDArray[np.integer]) -> Float64:
+    """Log-sum-exp of consecutive segments of `values` [m] with lengths `counts` [n]; -inf for an empty one."""
+    result = np.full(len(counts), -np.inf)
+    filled = counts > 0
+    if not filled.any():
+        return result
+    starts = (np.cumsum(counts) - counts)[filled]
+    peak = np.maximum.reduceat(values, starts)
+    shifted = np.exp(values - np.repeat(peak, counts[filled]))
+    result[filled] = peak + np.log(np.add.reduceat(shifted, starts))
+    return result

@@ -1,0 +1,169 @@
+"""A model over a catalogue: opens token trees on cached prefixes and evaluates their nodes, for draft and target alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.bundle import ModelEntry
+from engine.decoder import Decoder
+from engine.errors import CapacityError, PromptError
+from engine.kv_cache import KvLayout, block_keys, namespace
+from engine.kv_store import PrefixCache
+from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
+from engine.token_tree import TokenTree
+from engine.trie import ROOT, Int64, Pruning, Trie
+
+# Nodes that fit beside a prompt before its buffer has to grow.
+_NODE_ROOM = 256
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which children of an evaluated node are wanted: the best `limit` live ones, perturbed or not."""
+
+    pruning: Pruning
+    limit: int
+    perturbation: Perturbation | None = None
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What passes cost. Times in nanoseconds; tokens counted once each."""
+
+    queue_ns: int = 0
+    forward_ns: int = 0
+    selection_ns: int = 0
+    new_tokens: int = 0
+    memory_cached_tokens: int = 0
+    redis_cached_tokens: int = 0
+
+    def __add__(self, other: PassCost) -> PassCost:
+        """Both together."""
+        return PassCost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass
+class OpenTree:
+    """A request's token tree in a model service, from its first pass to its end."""
+
+    tokens: TokenTree
+    keys: list[bytes]
+    cached_blocks: int
+    cost_of_opening: PassCost
+
+
+class TreeEvaluator:
+    """Evaluates token trees with one model. Passes run one at a time in a worker thread, outside the event loop.
+
+    All methods are for the event loop. Cancelling `evaluate` gives up waiting; a pass that already runs ends by itself
+    and its result is dropped, so the state of a cancelled tree must not be used again.
+    """
+
+    def __init__(
+        self, decoder: Decoder, entry: ModelEntry, trie: Trie, rule: ScoringRule, layout: KvLayout, cache: PrefixCache
+    ) -> None:
+        self.decoder, self.entry, self.trie, self.rule = decoder, entry, trie, rule
+        self._layout, self._cache = layout, cache
+        self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onnx")
+
+    async def open(self, prompt: Int64, *, tenant: str = "") -> OpenTree:
+        """Start a tree on a prompt [prompt], on as much of it as the prefix cache holds.
+
+        Raises PromptError on an empty prompt, an unknown token id, or one too long for the model.
+        """
+        self._check_prompt(prompt)
+        begun = time.perf_counter_ns()
+        keys = block_keys(namespace(self.entry.fingerprint, self._layout, tenant), prompt, self._layout.block_tokens)
+        # The last prompt token is always computed: its logits are the root's evaluation.
+        cached = await self._cache.lookup(keys[: (len(prompt) - 1) // self._layout.block_tokens])
+        tokens = self._empty_tree(prompt)
+        tokens.fill_prefix(cached.blocks)
+        cost = PassCost(
+            queue_ns=time.perf_counter_ns() - begun,
+            memory_cached_tokens=cached.memory_tokens,
+            redis_cached_tokens=cached.redis_tokens,
+        )
+        return OpenTree(tokens, keys, len(cached.blocks), cost)
+
+    async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
+        """One pass: the best children of `nodes` [n], ascending inner nodes, not evaluated before on this tree.
+
+        Parents are evaluated before or among `nodes`; the root is in the first pass, or the prompt is computed without it.
+        Raises CapacityError when a node breaks that.
+        """
+        self._check_nodes(tree.tokens, nodes)
+        first = tree.tokens.length < len(tree.tokens.prompt)
+        queued = time.perf_counter_ns()
+        loop = asyncio.get_running_loop()
+        evaluation, cost = await loop.run_in_executor(self._worker, self._pass, tree.tokens, nodes, selection, queued)
+        if first:
+            self._remember(tree)
+            opening, tree.cost_of_opening = tree.cost_of_opening, PassCost()
+            cost += opening
+        return evaluation, cost
+
+    async def warm_up(self) -> None:
+        """Run one pass of each kind, so that the first request does not pay for allocations."""
+        prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
+        longest = self.entry.max_positions - self.trie.levels + 1
+        everything = Selection(Pruning.none(), limit=1)
+        tree = OpenTree(self._empty_tree(prompt[:longest]), [], 0, PassCost())
+        await self.evaluate(tree, np.array([ROOT]), everything)
+        await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+
+    async def close(self) -> None:
+        """Wait for the running pass, write what is pending, and stop."""
+        await asyncio.to_thread(self._worker.shutdown)
+        await self._cache.close()
+
+    def _empty_tree(self, prompt: Int64) -> TokenTree:
+        layers, kinds, _, *head = self._layout.block_shape
+        return TokenTree(prompt, np.empty((layers, kinds, len(prompt) + _NODE_ROOM, *head), dtype=self._layout.dtype))
+
+    def _pass(self, tree: TokenTree, nodes: Int64, selection: Selection, queued: int) -> tuple[Evaluation, PassCost]:
+        begun = time.perf_counter_ns()
+        step = tree.plan_pass(self.trie, nodes, self._code_tokens)
+        tree.reserve(len(step.tokens))
+        past, new = tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : tree.length + len(step.tokens)]
+        logits, log_normalizer = self.decoder.run(step.tokens, step.positions, step.visible, past, step.rows, new)
+        tree.commit(step, nodes)
+        forward = time.perf_counter_ns()
+        evaluation = best_children(
+            self.trie,
+            nodes,
+            logits,
+            log_normalizer,
+            rule=self.rule,
+            pruning=selection.pruning,
+            limit=selection.limit,
+            perturbation=selection.perturbation,
+        )
+        ended = time.perf_counter_ns()
+        return evaluation, PassCost(begun - queued, forward - begun, ended - forward, len(step.tokens))
+
+    def _remember(self, tree: OpenTree) -> None:
+        prompt_kv = tree.tokens.kv[:, :, : len(tree.tokens.prompt)]
+        self._cache.remember(tree.keys, prompt_kv, tree.cached_blocks)
+
+    def _check_prompt(self, prompt: Int64) -> None:
+        longest = self.entry.max_positions - (self.trie.levels - 1)
+        if not 0 < len(prompt) <= longest:
+            raise PromptError(f"prompt: must have between 1 and {longest} tokens, got {len(prompt)}")
+        if prompt.min() < 0 or prompt.max() >= self.entry.vocab_size:
+            raise PromptError(f"prompt: a token id is outside the vocabulary of {self.entry.vocab_size}")
+
+    def _check_nodes(self, tree: TokenTree, nodes: Int64) -> None:
+        inner = int(self.trie.level_start[self.trie.levels])
+        if not len(nodes) or nodes[0] < ROOT or nodes[-1] >= inner or (np.diff(nodes) <= 0).any():
+            raise CapacityError(f"nodes: must be one or more ascending node ids between 0 and {inner - 1}")
+        started = tree.length >= len(tree.prompt)
+        if started != (nodes[0] != ROOT):
+            raise CapacityError("nodes: the root belongs to the first pass of a tree, and only to it")
+        if any(node in tree.slots for node in nodes.tolist()):
+            raise CapacityError("nodes: a node was evaluated before on this tree")

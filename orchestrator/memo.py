@@ -1,0 +1,78 @@
+"""What one request knows so far: the nodes that the target has evaluated, and how it came to them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.beams import Beams
+from engine.plan import Plan
+from engine.scoring import Children, Evaluation, ScoringRule
+from engine.trie import ROOT, Int64, Trie
+
+
+class Memo:
+    """Evaluated nodes of one request. A hit is a speculation that came true; a miss costs a target pass.
+
+    evaluated: node -> its best live children. plan: the newest plan, which relaxed sampling takes q from.
+    substitutions, largest_slack: how often the tolerance policy stood one node in for another, and the largest score gap.
+    """
+
+    def __init__(self, trie: Trie, rule: ScoringRule) -> None:
+        self.trie, self.rule = trie, rule
+        self.evaluated: dict[int, Children] = {}
+        self.plan = Plan.empty(Beams.root())
+        self.drafted: set[int] = set()
+        self.recovered: set[int] = set()
+        self.used: set[int] = set()
+        self.passes = 0
+        self.substitutions = 0
+        self.largest_slack = 0.0
+
+    def knows(self, node: int) -> bool:
+        """Whether a node needs no target pass. Under rule `trie` a single child is certain: its parent never does."""
+        if node in self.evaluated:
+            return True
+        if self.rule is ScoringRule.TRIE and self.trie.child_count[node] == 1:
+            self.evaluated[node] = Children(self.trie.children(node), np.zeros(1, dtype=np.float32), 0.0)
+            return True
+        return False
+
+    def missing(self, beams: Beams) -> Int64:
+        """Rows of the beams that have to be evaluated before the next level can be chosen."""
+        return np.flatnonzero([not self.knows(node) for node in beams.node.tolist()])
+
+    def wanted(self, missing: Beams, plan: Plan) -> Int64:
+        """The nodes of one target pass: the missing ones, what is planned below, nothing that is known already."""
+        self.plan = plan
+        planned = [node for node in plan.node.tolist() if not self.knows(node)]
+        self.recovered.update(node for node in missing.node.tolist() if node != ROOT)
+        self.drafted.update(node for node in planned if node not in self.recovered)
+        return np.unique(np.concatenate([missing.node, np.asarray(planned, dtype=np.int64)]))
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Take a target pass's result. What was known stays as it was, so that a request sees one value per node."""
+        self.passes += 1
+        for node, children in evaluation.items():
+            self.evaluated.setdefault(node, children)
+
+    def use(self, beams: Beams) -> None:
+        """Note that the search went through these beams."""
+        self.used.update(beams.node.tolist())
+
+    def substitute(self, slack: float) -> None:
+        """Note that a node stands in for one that is better by `slack`."""
+        self.substitutions += 1
+        self.largest_slack = max(self.largest_slack, slack)
+
+    def is_forced(self, node: int) -> bool:
+        """Whether a node is the only continuation of its parent in the catalogue."""
+        return node != ROOT and self.trie.child_count[self.trie.parent[node]] == 1
+
+    def was_recovered(self, leaf: int) -> bool:
+        """Whether a prefix of a leaf needed a pass that no plan had foreseen."""
+        node = int(self.trie.parent[leaf])
+        while node != ROOT:
+            if node in self.recovered:
+                return True
+            node = int(self.trie.parent[node])
+        return False

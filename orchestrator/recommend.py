@@ -1,0 +1,212 @@
+"""The recommendation: history -> prompt -> loop -> items. Knows no protobuf."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.beams import Beams
+from engine.bundle import Manifest, ModelEntry
+from engine.catalogue import Catalogue
+from engine.plan import Plan
+from engine.scoring import Perturbation
+from engine.trie import Int64, Pruning
+from orchestrator.beam_loop import Draft, SearchResult, Target, beam_search
+from orchestrator.clients import Deadline, DraftClient, DraftSession, ModelQuestion, TargetClient, Usage
+from orchestrator.history import HistoryStore, HistoryUnavailable
+from orchestrator.memo import Memo
+from orchestrator.planner import Planner
+from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
+from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
+
+
+class NoDraft:
+    """Plans nothing: target-only beam search."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    async def plan(self, below: Beams) -> Plan:
+        """An empty plan."""
+        return Plan.empty(below)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a request may recommend. excluded, allowed: item indices; allowed is None where everything is."""
+
+    excluded: frozenset[int]
+    allowed: frozenset[int] | None
+    pruning: Pruning
+
+    def __contains__(self, item: int) -> bool:
+        return item not in self.excluded and (self.allowed is None or item in self.allowed)
+
+
+class Recommender:
+    """Serves one bundle's catalogue with the models behind the clients. Without Redis `histories` is None."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        catalogue: Catalogue,
+        target: TargetClient,
+        draft: DraftClient | None,
+        planner: Planner,
+        histories: HistoryStore | None,
+    ) -> None:
+        self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
+        self._target, self._draft, self._planner = target, draft, planner
+
+    async def recommend(self, order: Order, deadline: Deadline) -> Recommendation:
+        """The list for one order.
+
+        Raises NotFoundError for an unknown user, InvalidArgumentError for a history without a known item (unless the
+        bundle allows an empty one), UnavailableError when the target or a stored history is out of reach, and
+        DeadlineExceededError.
+        """
+        begun = time.perf_counter_ns()
+        degraded: list[str] = []
+        history = await self._history(order)
+        candidates = self._candidates(order, history)
+        noise = _noise(order)
+        policy = _policy(order, noise)
+        ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order.tenant)
+        question = ask.question(self.manifest.target, noise if policy.perturbed else None)
+        target = self._target.session(question, max_children=policy.max_children)
+        draft = self._draft_session(order, ask, noise, policy, degraded)
+        searching = time.perf_counter_ns()
+        try:
+            result = await self._search(policy, target, draft, candidates.pruning)
+        finally:
+            await target.close()
+        items = self._items(result, candidates)[: order.k]
+        ended = time.perf_counter_ns()
+        return Recommendation(
+            items=items,
+            order=order,
+            seed=noise.seed if noise else None,
+            history=history,
+            history_items_used=len(ask.window(self.manifest.target)),
+            prompt_tokens=len(question.prompt),
+            degraded=degraded,
+            memo=result.memo,
+            target=target.usage,
+            draft=draft.usage,
+            times=StageTimes(
+                history_ns=searching - begun,
+                selection_ns=ended - searching - target.usage.wait_ns - draft.usage.wait_ns,
+                total_ns=ended - begun,
+            ),
+        )
+
+    async def _search(self, policy: Policy, target: Target, draft: Draft, pruning: Pruning) -> SearchResult:
+        trie, rule = self.catalogue.trie, self.manifest.scoring_rule
+        if pruning.empties_catalogue:
+            return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule))
+        return await beam_search(trie, rule, policy, target, draft)
+
+    async def _history(self, order: Order) -> SubjectHistory:
+        item_ids = order.history if order.history is not None else await self._stored(order.user_id or "")
+        index = self.catalogue.find(item_ids)
+        known = index[index >= 0]
+        if not len(known) and not self.manifest.allow_empty_history:
+            raise InvalidArgumentError(
+                order.subject_field,
+                f"none of its {len(item_ids)} history items is in the catalogue"
+                if item_ids
+                else "the history is empty",
+            )
+        unknown = [item for item, found in zip(item_ids, index.tolist(), strict=True) if found < 0]
+        return SubjectHistory(known, unknown)
+
+    async def _stored(self, user_id: str) -> Sequence[str]:
+        if self.histories is None:
+            raise UnavailableError("user_id: this service keeps no histories; send the history in the request")
+        try:
+            stored = await self.histories.get(user_id)
+        except HistoryUnavailable:
+            # An empty history in its place would be another user's list.
+            raise UnavailableError("user_id: histories are out of reach; send the history in the request") from None
+        if stored is None and not self.manifest.allow_empty_history:
+            raise NotFoundError("user_id", "no history is stored for this user")
+        return stored or ()
+
+    def _candidates(self, order: Order, history: SubjectHistory) -> Candidates:
+        excluded = self._indices(order.excluded)
+        if order.exclude_seen:
+            excluded = np.union1d(excluded, history.known)
+        allowed = self._indices(order.allowed) if order.allowed else None
+        return Candidates(
+            excluded=frozenset(excluded.tolist()),
+            allowed=None if allowed is None else frozenset(allowed.tolist()),
+            pruning=self.catalogue.pruning(excluded=excluded, allowed=allowed),
+        )
+
+    def _indices(self, item_ids: Sequence[str]) -> Int64:
+        index = self.catalogue.find(item_ids)
+        return index[index >= 0]
+
+    def _draft_session(
+        self, order: Order, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
+    ) -> DraftSession | NoDraft:
+        if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
+            return NoDraft()
+        question = ask.question(self.manifest.draft, noise)
+        return self._draft.session(question, self._planner.size(order.beam_width), policy.proposal, degraded)
+
+    def _items(self, result: SearchResult, candidates: Candidates) -> list[Item]:
+        """The leaves' items that the request allows, leaf by leaf, in id order within a leaf."""
+        trie = self.catalogue.trie
+        items: list[Item] = []
+        for leaf, score in zip(result.leaves.node.tolist(), result.leaves.score.tolist(), strict=True):
+            path, origin = trie.path(leaf), _origin(result.memo, leaf)
+            permitted = (item for item in self.catalogue.items_of(leaf) if item in candidates)
+            items.extend(Item(self.catalogue.id_of(item), score, path, origin) for item in permitted)
+        return items
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Puts one request to the models, each in its own vocabulary and window."""
+
+    catalogue: Catalogue
+    history: SubjectHistory
+    pruning: Pruning
+    deadline: Deadline
+    tenant: str
+
+    def window(self, model: ModelEntry) -> Int64:
+        """The history items that a model's prompt holds."""
+        return self.history.known[model.prompt.window_start(len(self.history.known)) :]
+
+    def question(self, model: ModelEntry, noise: Perturbation | None) -> ModelQuestion:
+        """The request as one model gets it."""
+        columns = self.catalogue.codes[self.window(model)] + self.catalogue.trie.codebook_offset
+        tokens = np.asarray(model.code_tokens, dtype=np.int64)[columns]
+        return ModelQuestion(model.prompt.tokens(list(tokens)), self.pruning, self.deadline, noise, self.tenant)
+
+
+def _noise(order: Order) -> Perturbation | None:
+    if not order.mode.samples:
+        return None
+    return Perturbation(order.seed if order.seed is not None else secrets.randbits(63), order.temperature)
+
+
+def _policy(order: Order, noise: Perturbation | None) -> Policy:
+    if noise is None:
+        strict = order.mode is not Mode.TOLERANCE
+        return Strict(order.beam_width) if strict else Tolerance(order.beam_width, order.tolerance)
+    sampling = ExactSampling if order.mode is Mode.EXACT_SAMPLING else RelaxedSampling
+    return sampling(order.beam_width, noise)
+
+
+def _origin(memo: Memo, leaf: int) -> Origin:
+    if memo.was_recovered(leaf):
+        return Origin.RECOVERED
+    return Origin.FORCED if memo.is_forced(int(memo.trie.parent[leaf])) else Origin.DRAFTED

@@ -1,0 +1,121 @@
+"""What is asked of the orchestrator and what it answers, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.trie import Int64
+from orchestrator.clients import Usage
+from orchestrator.memo import Memo
+
+
+class Mode(StrEnum):
+    """How a list is made; see the proto's `Mode`."""
+
+    TARGET_ONLY = "target-only"
+    STRICT = "strict"
+    TOLERANCE = "tolerance"
+    RELAXED_SAMPLING = "relaxed-sampling"
+    EXACT_SAMPLING = "exact-sampling"
+
+    @property
+    def samples(self) -> bool:
+        """Whether the mode takes a seed and a temperature."""
+        return self in {Mode.RELAXED_SAMPLING, Mode.EXACT_SAMPLING}
+
+
+class Origin(StrEnum):
+    """How the search came to an item; see the proto's `Origin`."""
+
+    DRAFTED = "drafted"
+    RECOVERED = "recovered"
+    FORCED = "forced"
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checked request: beam_width >= k >= 1, and exactly one of user_id and history is set."""
+
+    k: int
+    beam_width: int
+    mode: Mode = Mode.STRICT
+    user_id: str | None = None
+    history: Sequence[str] | None = None
+    tolerance: float = 0.0
+    temperature: float = 1.0
+    seed: int | None = None
+    excluded: Sequence[str] = ()
+    allowed: Sequence[str] = ()
+    exclude_seen: bool = False
+    tenant: str = ""
+
+    @property
+    def subject_field(self) -> str:
+        """Name of the request's field that says whom the list is for."""
+        return "user_id" if self.history is None else "history"
+
+
+@dataclass(frozen=True)
+class SubjectHistory:
+    """A history against the catalogue. known: int64 [h], item indices, oldest first. unknown: ids that it does not hold."""
+
+    known: Int64
+    unknown: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One recommended item. score: log-probability of its code path."""
+
+    item_id: str
+    score: float
+    path: tuple[int, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Nanoseconds of the orchestrator's own stages; the models' are in their `Usage`."""
+
+    history_ns: int
+    selection_ns: int
+    total_ns: int
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A list and all that is to be said of it. degraded: what failed on the way, one line each."""
+
+    items: Sequence[Item]
+    order: Order
+    seed: int | None
+    history: SubjectHistory
+    history_items_used: int
+    prompt_tokens: int
+    degraded: Sequence[str]
+    memo: Memo
+    target: Usage
+    draft: Usage
+    times: StageTimes
+
+    @property
+    def exact(self) -> bool:
+        """Whether the list is what the target alone would give."""
+        return self.order.mode is not Mode.RELAXED_SAMPLING and self.memo.substitutions == 0
+
+    @property
+    def accepted_levels(self) -> int:
+        """Levels that needed no target pass of their own."""
+        return max(0, self.memo.trie.levels - self.memo.passes)
+
+    @property
+    def fewer_than_k_reason(self) -> str:
+        """Why there are fewer than k items; empty when there are k."""
+        if len(self.items) >= self.order.k:
+            return ""
+        order = self.order
+        restricted = bool(order.excluded or order.allowed or order.exclude_seen)
+        left = "are left after exclusions and filters" if restricted else "came out of the search"
+        return f"only {len(self.items)} of {order.k} items {left}"

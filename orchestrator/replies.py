@@ -1,0 +1,82 @@
+"""Recommendations into public replies."""
+
+from __future__ import annotations
+
+from atspeed.v1 import recommendation_pb2 as pb
+
+from engine.bundle import Manifest
+from orchestrator.recommendation import Item, Origin, Recommendation
+from orchestrator.requests import MODES
+from service_kit import wire
+
+PROTO_MODES = {mode: value for value, mode in MODES.items() if value != pb.MODE_UNSPECIFIED}
+_ORIGINS = {
+    Origin.DRAFTED: pb.ORIGIN_DRAFTED,
+    Origin.RECOVERED: pb.ORIGIN_RECOVERED,
+    Origin.FORCED: pb.ORIGIN_FORCED,
+}
+
+
+def to_reply(recommendation: Recommendation, manifest: Manifest, options: pb.ReplyOptions) -> pb.RecommendResponse:
+    """The reply that carries a recommendation."""
+    order = recommendation.order
+    return pb.RecommendResponse(
+        items=[_item(rank, item, options) for rank, item in enumerate(recommendation.items, start=1)],
+        versions=pb.Versions(
+            target_model=recommendation.target.model_version,
+            draft_model=recommendation.draft.model_version,
+            catalogue=manifest.catalogue_version,
+        ),
+        scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
+        mode=PROTO_MODES[order.mode],
+        exactness=pb.Exactness(exact=recommendation.exact, largest_slack=recommendation.memo.largest_slack),
+        degraded=bool(recommendation.degraded),
+        degraded_reasons=recommendation.degraded,
+        unknown_history_item_ids=recommendation.history.unknown,
+        history_items_used=recommendation.history_items_used,
+        fewer_than_k_reason=recommendation.fewer_than_k_reason,
+        seed=recommendation.seed,
+        statistics=None if options.omit_statistics else _statistics(recommendation),
+    )
+
+
+def _item(rank: int, item: Item, options: pb.ReplyOptions) -> pb.RecommendedItem:
+    return pb.RecommendedItem(
+        rank=rank,
+        item_id=item.item_id,
+        score=item.score,
+        code_path=() if options.omit_code_paths else item.path,
+        origin=_ORIGINS[item.origin],
+    )
+
+
+def _statistics(recommendation: Recommendation) -> pb.Statistics:
+    memo, target, draft, times = (
+        recommendation.memo,
+        recommendation.target,
+        recommendation.draft,
+        recommendation.times,
+    )
+    used = memo.used & memo.drafted
+    return pb.Statistics(
+        target_passes=memo.passes,
+        accepted_levels=recommendation.accepted_levels,
+        draft_passes=draft.passes,
+        nodes_drafted=len(memo.drafted),
+        nodes_used=len(used),
+        nodes_forced=sum(memo.is_forced(node) for node in memo.used),
+        nodes_recovered=len(memo.recovered),
+        prompt_tokens=recommendation.prompt_tokens,
+        memory_cached_tokens=target.cost.memory_cached_tokens,
+        redis_cached_tokens=target.cost.redis_cached_tokens,
+        target_retries=target.retries,
+        stage_times=pb.StageTimes(
+            history_ns=times.history_ns,
+            draft_ns=draft.wait_ns,
+            target_ns=target.wait_ns,
+            target_forward_ns=target.cost.forward_ns,
+            draft_forward_ns=draft.cost.forward_ns,
+            selection_ns=times.selection_ns,
+            total_ns=times.total_ns,
+        ),
+    )

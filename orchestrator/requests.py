@@ -1,0 +1,92 @@
+"""Public requests into orders: every limit is checked here, before anything is looked up or allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from atspeed.v1 import recommendation_pb2 as pb
+
+from orchestrator.recommendation import Mode, Order
+from orchestrator.settings import OrchestratorSettings
+from service_kit.errors import InvalidArgumentError
+
+MODES = {
+    pb.MODE_UNSPECIFIED: Mode.STRICT,
+    pb.MODE_TARGET_ONLY: Mode.TARGET_ONLY,
+    pb.MODE_STRICT: Mode.STRICT,
+    pb.MODE_TOLERANCE: Mode.TOLERANCE,
+    pb.MODE_RELAXED_SAMPLING: Mode.RELAXED_SAMPLING,
+    pb.MODE_EXACT_SAMPLING: Mode.EXACT_SAMPLING,
+}
+MAX_ID_BYTES = 256
+_DEFAULT_BEAM_WIDTH = 20
+
+
+def to_order(request: pb.RecommendRequest, limits: OrchestratorSettings) -> Order:
+    """The order that a request stands for. Raises InvalidArgumentError naming the first field at fault."""
+    if request.mode not in MODES:
+        raise InvalidArgumentError("mode", f"{request.mode} is not a mode of this service")
+    mode = MODES[request.mode]
+    _in_range("k", request.k, 1, limits.max_k)
+    beam_width = request.beam_width or max(request.k, _DEFAULT_BEAM_WIDTH)
+    _in_range("beam_width", beam_width, request.k, limits.max_beam_width)
+    _check_mode_fields(request, mode)
+    check_ids("excluded_item_ids", request.excluded_item_ids, limits.max_candidate_items)
+    check_ids("allowed_item_ids", request.allowed_item_ids, limits.max_candidate_items)
+    check_id("tenant", request.tenant, required=False)
+    subject = request.WhichOneof("subject")
+    if subject is None:
+        raise InvalidArgumentError("subject", "one of user_id and history must be set")
+    if subject == "history":
+        check_ids("history", request.history.item_ids, limits.max_history_items)
+    else:
+        check_id("user_id", request.user_id)
+    return Order(
+        k=request.k,
+        beam_width=beam_width,
+        mode=mode,
+        user_id=request.user_id if subject == "user_id" else None,
+        history=list(request.history.item_ids) if subject == "history" else None,
+        tolerance=request.tolerance,
+        temperature=request.temperature if request.HasField("temperature") else 1.0,
+        seed=request.seed if request.HasField("seed") else None,
+        excluded=list(request.excluded_item_ids),
+        allowed=list(request.allowed_item_ids),
+        exclude_seen=request.exclude_seen,
+        tenant=request.tenant,
+    )
+
+
+def check_id(field: str, value: str, *, required: bool = True) -> None:
+    """Raise InvalidArgumentError naming `field` unless this can be an id."""
+    if required and not value:
+        raise InvalidArgumentError(field, "must not be empty")
+    if len(value.encode()) > MAX_ID_BYTES:
+        raise InvalidArgumentError(field, f"has {len(value.encode())} bytes, at most {MAX_ID_BYTES} are allowed")
+
+
+def check_ids(field: str, values: Sequence[str], limit: int) -> None:
+    """Raise InvalidArgumentError naming `field` when there are too many ids or one cannot be one."""
+    if len(values) > limit:
+        raise InvalidArgumentError(field, f"has {len(values)} items, at most {limit} are allowed")
+    for index, value in enumerate(values):
+        check_id(f"{field}[{index}]", value)
+
+
+def _check_mode_fields(request: pb.RecommendRequest, mode: Mode) -> None:
+    """Fields of one mode are refused in another: silently ignoring them would serve something else than was asked."""
+    if not 0 <= request.tolerance < math.inf:
+        raise InvalidArgumentError("tolerance", f"must be at least 0 and finite, got {request.tolerance}")
+    if request.tolerance and mode is not Mode.TOLERANCE:
+        raise InvalidArgumentError("tolerance", f"belongs to MODE_TOLERANCE, not to mode {mode}")
+    for field in ("temperature", "seed"):
+        if request.HasField(field) and not mode.samples:
+            raise InvalidArgumentError(field, f"belongs to the sampling modes, not to mode {mode}")
+    if request.HasField("temperature") and not 0.01 <= request.temperature <= 100:
+        raise InvalidArgumentError("temperature", f"must be between 0.01 and 100, got {request.temperature}")
+
+
+def _in_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidArgumentError(field, f"must be between {low} and {high}, got {value}")

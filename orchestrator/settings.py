@@ -1,0 +1,56 @@
+"""The orchestrator's settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from service_kit.channels import Target
+from service_kit.settings import Port, ServiceSettings
+
+
+class OrchestratorSettings(ServiceSettings):
+    """An orchestrator replica."""
+
+    model_config = SettingsConfigDict(env_prefix="ATSPEED_ORCHESTRATOR_")
+    service: ClassVar[str] = "orchestrator"
+
+    port: Port = 50051
+    target: Annotated[Target, Field(description="Where the target replicas are: NAME:PORT or IP:PORT,IP:PORT.")]
+    draft: Annotated[
+        Target | None, Field(description="Where the draft replicas are. Not set: target-only beam search.")
+    ] = None
+    max_k: Annotated[int, Field(ge=1, le=10_000, description="Largest k of a request.")] = 100
+    max_beam_width: Annotated[int, Field(ge=1, le=10_000, description="Largest beam width of a request.")] = 256
+    max_history_items: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100_000,
+            description="Most items of a history, in a request or stored; a stored one keeps its newest.",
+        ),
+    ] = 500
+    max_candidate_items: Annotated[
+        int, Field(ge=1, le=10_000_000, description="Most excluded, and most allowed, item ids in a request.")
+    ] = 10_000
+    max_batch: Annotated[int, Field(ge=1, le=100_000, description="Most requests in one RecommendBatch.")] = 256
+    batch_concurrency: Annotated[int, Field(ge=1, le=1024, description="Requests of one batch served at once.")] = 8
+    request_timeout_seconds: Annotated[
+        float, Field(gt=0, le=3600, description="Deadline of a request that brings none.")
+    ] = 10.0
+    draft_timeout_seconds: Annotated[
+        float, Field(gt=0, le=60, description="How long a plan may take before the search goes on without it.")
+    ] = 0.5
+    draft_backoff_seconds: Annotated[
+        float, Field(ge=0, le=600, description="How long a draft that failed is left alone.")
+    ] = 1.0
+    target_attempts: Annotated[int, Field(ge=1, le=10, description="Replicas tried for a pass before giving up.")] = 3
+    draft_width_factor: Annotated[
+        float, Field(gt=0, le=64, description="Nodes planned per level, as a multiple of the beam width.")
+    ] = 2.0
+    draft_max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most nodes of a plan.")] = 240
+    redis_timeout_seconds: Annotated[
+        float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
+    ] = 0.5

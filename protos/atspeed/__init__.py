@@ -1,0 +1,1 @@
+"""Generated from protos/atspeed/**.proto by protos/generate.py."""

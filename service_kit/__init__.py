@@ -1,0 +1,12 @@
+"""What the three servers share: settings, errors and their statuses, logs, health, draining, channels.
+
+settings.py        one declaration per setting: flags, environment variables, --help and docs/settings.md
+settings_docs.py   writes docs/settings.md
+errors.py          the exceptions of a call, and the status that each becomes
+interceptor.py     around every call: request id, bound on concurrency, errors to statuses, one log line
+health.py          grpc.health.v1, which lets go of its watchers when the server drains
+server.py          builds, runs and drains a grpc.aio server
+channels.py        channels to other services: addresses, load balancing, health, retries
+healthcheck.py     `python -m service_kit.healthcheck`, for container health checks
+logs.py            structlog on stderr, JSON or for people
+"""

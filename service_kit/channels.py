@@ -1,0 +1,109 @@
+"""Channels to other services: addresses, load balancing, health, retries.
+
+An address is one of
+
+    HOST:PORT                  one name or IP; every address that the name has is a replica
+    IP:PORT,IP:PORT,...        several replicas
+    dns:///HOST:PORT, ipv4:..., ipv6:..., unix:...   as gRPC spells it
+
+Calls go round-robin over the replicas whose grpc.health.v1 state for the service is SERVING.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import grpc
+from pydantic import AfterValidator
+
+from service_kit.settings import address as join
+
+_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:")
+
+
+def target_uri(address: str) -> str:
+    """The gRPC target of an address (module docstring). ValueError says what is wrong with it."""
+    if address.startswith(_SCHEMES):
+        return address
+    endpoints = [_endpoint(part.strip()) for part in address.split(",")]
+    if len(endpoints) == 1 and _ip_version(endpoints[0][0]) is None:
+        host, port = endpoints[0]
+        return f"dns:///{host}:{port}"
+    versions = {_ip_version(host) for host, _ in endpoints}
+    if None in versions:
+        raise ValueError("several replicas need an IP:PORT each, or one name that resolves to all of them")
+    if len(versions) > 1:
+        raise ValueError("IPv4 and IPv6 addresses cannot be mixed")
+    version = versions.pop()
+    return f"ipv{version}:" + ",".join(join(host, port) for host, port in endpoints)
+
+
+Target = Annotated[str, AfterValidator(target_uri)]
+"""Type of a setting that holds an address; its value is the gRPC target."""
+
+
+def open_channel(
+    target: str, service: str, *, retried: Sequence[str] = (), max_message_bytes: int = 33_554_432
+) -> grpc.aio.Channel:
+    """A channel to the replicas of `service` (its full name).
+
+    Calls of the methods in `retried` that meet UNAVAILABLE are tried again, up to three times in all and within their
+    deadline. A call that no server saw is always tried again.
+    """
+    return grpc.aio.insecure_channel(target, options=channel_options(service, retried, max_message_bytes))
+
+
+def channel_options(service: str, retried: Sequence[str], max_message_bytes: int) -> list[tuple[str, str | int]]:
+    """Channel arguments of a client. It pings its connections: a replica that vanished is noticed within 30 s."""
+    return [
+        ("grpc.service_config", json.dumps(service_config(service, retried))),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+    ]
+
+
+def service_config(service: str, retried: Sequence[str]) -> dict[str, object]:
+    """gRPC's service config: round-robin, client-side health checking, retries of the named methods."""
+    config: dict[str, object] = {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": service},
+    }
+    if retried:
+        config["methodConfig"] = [{"name": [{"service": service, "method": method} for method in retried], **_RETRIES}]
+    return config
+
+
+_RETRIES = {
+    "retryPolicy": {
+        "maxAttempts": 3,
+        "initialBackoff": "0.05s",
+        "maxBackoff": "0.5s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+}
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65_536):
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return host, int(port)
+
+
+def _ip_version(host: str) -> int | None:
+    try:
+        return ipaddress.ip_address(host).version
+    except ValueError:
+        return None

@@ -1,0 +1,112 @@
+"""The exceptions of a call, and the status that each becomes.
+
+    ServiceError                  a call ends with the status `code`; the text is for the client
+    +-- FieldError                names the request's field at fault
+    |   +-- InvalidArgumentError  INVALID_ARGUMENT
+    |   +-- NotFoundError         NOT_FOUND
+    +-- FailedPreconditionError   FAILED_PRECONDITION: the caller must change something else first
+    +-- ResourceExhaustedError    RESOURCE_EXHAUSTED: a limit of this replica
+    +-- UnavailableError          UNAVAILABLE: try again, or another replica
+    +-- DeadlineExceededError     DEADLINE_EXCEEDED
+    StartupError                  a server cannot start; not for calls
+
+`engine.errors.PromptError` and `CapacityError` are the client's to mend and become INVALID_ARGUMENT. Every other
+exception is ours: INTERNAL with an error id, under which the log has the traceback.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import ClassVar
+
+import grpc
+import structlog
+
+from engine.errors import CapacityError, PromptError
+
+# HTTP/2 peers limit all of a call's trailers to 8 KiB, and a status beyond that breaks the call itself.
+MAX_DETAILS = 1000
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class ServiceError(Exception):
+    """Ends a call with the status `code`. The text goes to the client."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class FieldError(ServiceError):
+    """Names the request's field at fault: `field: problem`."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class InvalidArgumentError(FieldError):
+    """A field whose value is wrong whatever the state of the service."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotFoundError(FieldError):
+    """A field that names something that is not there."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class FailedPreconditionError(ServiceError):
+    """The request does not fit this replica's state, such as another catalogue snapshot."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ResourceExhaustedError(ServiceError):
+    """A limit of this replica is reached."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class UnavailableError(ServiceError):
+    """Something that the call needs does not answer; another try may succeed."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceededError(ServiceError):
+    """The call's time is over."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class StartupError(Exception):
+    """A server cannot start. The text is one line and names what to change."""
+
+
+@dataclass(frozen=True)
+class CallStatus:
+    """How a call ends: the gRPC status code and the text that goes with it."""
+
+    code: grpc.StatusCode
+    details: str
+
+
+def call_status(error: Exception) -> CallStatus:
+    """The status that `error` ends a call with. One that is ours is logged, under the id in the status."""
+    if isinstance(error, ServiceError):
+        return CallStatus(error.code, _shortened(str(error)))
+    if isinstance(error, (PromptError, CapacityError)):
+        return CallStatus(grpc.StatusCode.INVALID_ARGUMENT, _shortened(str(error)))
+    error_id = secrets.token_hex(6)
+    _log.error("internal error", error_id=error_id, exc_info=error)
+    return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_DETAILS else text[: MAX_DETAILS - 3] + "..."

@@ -1,0 +1,47 @@
+"""grpc.health.v1 for a server that drains.
+
+The library's servicer keeps its `Watch` streams open while the server shuts down, so every shutdown would last for
+the whole grace period. This one ends them once the watchers have heard NOT_SERVING.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health, health_pb2
+
+# Time for NOT_SERVING to reach the watchers, who then send new calls elsewhere, before the listening socket closes.
+NOTICE_SECONDS = 0.1
+
+Context = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+
+
+class Health(health.aio.HealthServicer):
+    """The state of the server and of each service on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._leaving = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802 - gRPC's name
+        """Stream a service's state until the server leaves."""
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        try:
+            await asyncio.wait({watch, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            leaving.cancel()
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+
+    async def serving(self, services: list[str]) -> None:
+        """Declare the server and its services ready."""
+        for name in ("", *services):
+            await self.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def leave(self) -> None:
+        """Tell every watcher NOT_SERVING, then end their streams."""
+        await self.enter_graceful_shutdown()
+        await asyncio.sleep(NOTICE_SECONDS)
+        self._leaving.set()

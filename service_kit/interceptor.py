@@ -1,0 +1,177 @@
+"""Around every call: a request id, the bound on concurrency, exceptions to statuses, one log line.
+
+Handlers are coroutines or async generators that take their requests from the argument (not from `context.read()`). A
+request that is not valid protobuf becomes INVALID_ARGUMENT; gRPC alone would answer UNKNOWN with protobuf's own text.
+An async generator is closed before its call ends, also when the client goes away, so its `finally` frees state at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+
+from service_kit.errors import InvalidArgumentError, ResourceExhaustedError, call_status
+from service_kit.logs import REQUEST_ID_HEADER, bind_request_id
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Behaviour = Callable[[Any, Context], Any]
+
+# Health and reflection stay reachable on a busy server, and out of its log.
+_INFRASTRUCTURE = "/grpc."
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of a server, of all four kinds."""
+
+    def __init__(self, max_concurrent_calls: int) -> None:
+        self._free = max_concurrent_calls
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The method's handler, wrapped; gRPC's own answer where there is no such method."""
+        method = handler_call_details.method
+        if method not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._wrapped[method] = self._wrap(method, handler)
+        return self._wrapped[method]
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        requests = _valid_stream if handler.request_streaming else _valid
+        build, behaviour = _kind(handler)
+        respond = _stream if handler.response_streaming else _one
+
+        async def call(request: Any, context: Context) -> Any:
+            async with self._around(method, context):
+                return await respond(behaviour(requests(request), context), context)
+
+        return build(
+            call,
+            request_deserializer=_tolerant(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    @asynccontextmanager
+    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
+        quiet = method.startswith(_INFRASTRUCTURE)
+        request_id = bind_request_id(_offered_id(context))
+        context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+        with _Logged(method, quiet) as logged:
+            try:
+                async with self._slot(quiet):
+                    yield
+            except (grpc.aio.AbortError, grpc.aio.InternalError):
+                logged.code = "ABORTED BY HANDLER"
+                raise  # gRPC has the status already, or the connection is gone
+            except Exception as error:  # noqa: BLE001 - call_status logs what it does not know
+                status = call_status(error)
+                logged.code = status.code.name
+                await context.abort(status.code, status.details)
+
+    @asynccontextmanager
+    async def _slot(self, quiet: bool) -> AsyncIterator[None]:
+        if quiet:
+            yield
+            return
+        if self._free == 0:
+            raise ResourceExhaustedError("this replica serves as many calls as it may; try another or later")
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+
+class _Logged:
+    """One log line at the end of a call."""
+
+    def __init__(self, method: str, quiet: bool) -> None:
+        self._method = method
+        self._write = _log.debug if quiet else _log.info
+        self._start = time.perf_counter_ns()
+        self.code = "OK"
+
+    def __enter__(self) -> _Logged:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        code = "CANCELLED" if isinstance(error, (asyncio.CancelledError, GeneratorExit)) else self.code
+        milliseconds = (time.perf_counter_ns() - self._start) / 1e6
+        self._write("call", method=self._method, code=code, duration_ms=round(milliseconds, 3))
+
+
+class _Malformed:
+    """Stands for a request that is not valid protobuf."""
+
+
+_MALFORMED = _Malformed()
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Like `deserialize`, but gives `_MALFORMED` where that fails: its exception would reach the client as it is."""
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return deserialize(data) if deserialize else data
+        except Exception:  # noqa: BLE001 - protobuf implementations differ in what they raise
+            return _MALFORMED
+
+    return tolerant
+
+
+def _valid(request: Any) -> Any:
+    if request is _MALFORMED:
+        raise InvalidArgumentError("request", "not a valid message of this method")
+    return request
+
+
+async def _valid_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _valid(request)
+
+
+async def _one(answer: Awaitable[Any], _context: Context) -> Any:
+    return await answer
+
+
+async def _stream(answer: Any, context: Context) -> None:
+    """Send what an async generator yields, or let a coroutine send by itself."""
+    if not inspect.isasyncgen(answer):
+        await answer
+        return
+    async with aclosing(answer):
+        async for message in answer:
+            await context.write(message)
+
+
+def _kind(handler: Handler) -> tuple[Callable[..., Handler], Behaviour]:
+    """What builds a handler of this kind, and the method itself."""
+    kinds: dict[tuple[bool, bool], tuple[Callable[..., Handler], Any]] = {
+        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+    }
+    return kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+
+
+def _offered_id(context: Context) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_HEADER and isinstance(value, str):
+            return value
+    return None

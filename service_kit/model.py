@@ -1,0 +1,84 @@
+"""What the two model services share: the settings of a model and how a bundle becomes an evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from atspeed.v1 import types_pb2
+from pydantic import Field
+
+from engine.bundle import Bundle
+from engine.decoder import Decoder, RuntimeOptions
+from engine.kv_cache import KvLayout, MemoryKvCache
+from engine.kv_store import PrefixCache, RedisKvStore, connect
+from engine.tree_evaluator import TreeEvaluator
+from service_kit import wire
+from service_kit.settings import ServiceSettings
+
+
+class ModelSettings(ServiceSettings):
+    """The settings of a service that runs a model."""
+
+    provider: Annotated[
+        Literal["cpu", "cuda"], Field(description="Where the model runs. cuda needs the extra `gpu`.")
+    ] = "cpu"
+    threads: Annotated[int, Field(ge=1, le=256, description="Threads of one pass, on the CPU.")] = 2
+    max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 4096
+    kv_block_tokens: Annotated[int, Field(ge=1, le=1024, description="Prompt tokens in one block of cached KV.")] = 16
+    kv_memory_mb: Annotated[int, Field(ge=0, description="Memory for the KV of prompts, in MiB. 0 keeps none.")] = 512
+    kv_redis: Annotated[bool, Field(description="Keep the KV of prompts in Redis too, where there is one.")] = True
+    kv_ttl_seconds: Annotated[int, Field(ge=1, description="How long Redis keeps a KV block that is not used.")] = (
+        86_400
+    )
+    redis_timeout_seconds: Annotated[
+        float, Field(gt=0, le=60, description="How long a request waits for KV from Redis.")
+    ] = 0.05
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that is ready to serve. info: what GetModelInfo answers."""
+
+    evaluator: TreeEvaluator
+    info: types_pb2.ModelInfo
+
+
+@asynccontextmanager
+async def served_model(settings: ModelSettings, role: Literal["target", "draft"]) -> AsyncIterator[ServedModel]:
+    """The bundle's model of a role, warmed up. Raises BundleError or CatalogueError when the bundle does not serve it."""
+    bundle = Bundle(settings.bundle)
+    catalogue, entry = bundle.catalogue(), bundle.model(role)
+    decoder = Decoder(
+        bundle.model_path(role), RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
+    )
+    dtype: Literal["float32", "float16"] = "float16" if decoder.dtype == np.float16 else "float32"
+    layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, dtype, block_tokens=settings.kv_block_tokens)
+    url = settings.redis_url.get_secret_value() if settings.kv_redis else ""
+    client = connect(url, timeout_seconds=settings.redis_timeout_seconds) if url else None
+    store = RedisKvStore(client, layout, settings.kv_ttl_seconds, settings.redis_timeout_seconds) if client else None
+    cache = PrefixCache(layout, MemoryKvCache(settings.kv_memory_mb * 2**20), store)
+    rule = bundle.manifest.scoring_rule
+    evaluator = TreeEvaluator(decoder, entry, catalogue.trie, rule, layout, cache)
+    await evaluator.warm_up()
+    info = types_pb2.ModelInfo(
+        model_version=entry.fingerprint,
+        catalogue_version=catalogue.version,
+        bundle_name=bundle.manifest.name,
+        scoring_rule=wire.to_scoring_rule(rule),
+        architecture=entry.architecture,
+        precision=entry.precision,
+        parameters=entry.parameters,
+        max_positions=entry.max_positions,
+        max_nodes=settings.max_nodes,
+        provider=settings.provider,
+    )
+    try:
+        yield ServedModel(evaluator, info)
+    finally:
+        await evaluator.close()
+        if client:
+            await client.aclose()

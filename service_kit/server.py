@@ -1,0 +1,181 @@
+"""Builds, runs and drains a grpc.aio server. A service's `__main__.py` is its application and one call:
+
+    @asynccontextmanager
+    async def target(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
+        async with Evaluator.open(settings.bundle) as evaluator:
+            yield [Registration.of(SERVICE, add_TargetServiceServicer_to_server, TargetServicer(evaluator))]
+
+    run(TargetSettings, target)
+
+The life of a server: settings, application (models are loaded), listen, health SERVING and one JSON line on stdout
+with the address; at SIGTERM or SIGINT health NOT_SERVING, no new calls, running ones end or are cancelled after
+`drain_seconds`, the application is left. A second signal kills. Exit codes: 0 after a signal, 1 cannot start, 2 bad
+settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engine.errors import EngineError
+from service_kit import logs
+from service_kit.errors import StartupError
+from service_kit.health import Health
+from service_kit.interceptor import CallInterceptor
+from service_kit.settings import ServiceSettings, address, spelling
+
+Servicer = TypeVar("Servicer")
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A service to offer: its full name and what adds it to a server."""
+
+    name: str
+    add: Callable[[grpc.aio.Server], None]
+
+    @classmethod
+    def of(
+        cls, service: ServiceDescriptor, add: Callable[[Servicer, grpc.aio.Server], None], servicer: Servicer
+    ) -> Self:
+        """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
+        return cls(service.full_name, lambda server: add(servicer, server))
+
+
+Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registration]]]
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that takes calls."""
+
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the port that it got."""
+        return address(self.host, self.port)
+
+
+def run(
+    settings_type: type[Settings], application: Application[Settings], arguments: Sequence[str] | None = None
+) -> None:
+    """Run a service until a signal ends it. Exits with code 1 when it cannot start, 2 when a setting is bad."""
+    settings = settings_type.load(arguments)
+    logs.configure(settings.service, settings.log_level, settings.log_format)
+    try:
+        asyncio.run(serve(settings, application))
+    except StartupError as error:
+        _log.error("cannot start", reason=" ".join(str(error).split()))
+        raise SystemExit(1) from None
+
+
+async def serve(settings: Settings, application: Application[Settings]) -> None:
+    """Open the application, serve it until SIGTERM or SIGINT, drain."""
+    async with _opened(settings, application) as registrations, running(settings, registrations) as server:
+        _announce(settings, server)
+        await _signalled()
+        _log.info("draining", drain_seconds=settings.drain_seconds)
+
+
+@asynccontextmanager
+async def running(settings: ServiceSettings, registrations: Sequence[Registration]) -> AsyncIterator[RunningServer]:
+    """A server on the settings' address for as long as the block lasts; the end of the block drains it."""
+    state = Health()
+    server = _build(settings, registrations, state)
+    port = _listen(settings, server)
+    await server.start()
+    await state.serving([registration.name for registration in registrations])
+    try:
+        yield RunningServer(settings.host, port)
+    finally:
+        await state.leave()
+        await server.stop(settings.drain_seconds)
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, application: Application[Settings]) -> AsyncIterator[Sequence[Registration]]:
+    """The application; what the engine refuses on the way in is a reason not to start."""
+    async with AsyncExitStack() as stack:
+        try:
+            registrations = await stack.enter_async_context(application(settings))
+        except EngineError as error:
+            raise StartupError(str(error)) from error
+        yield registrations
+
+
+def _build(settings: ServiceSettings, registrations: Sequence[Registration], state: Health) -> grpc.aio.Server:
+    interceptors = [CallInterceptor(settings.max_concurrent_calls)]
+    server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+    for registration in registrations:
+        registration.add(server)
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    names = [registration.name for registration in registrations]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return server
+
+
+def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    """Channel arguments of a server.
+
+    A client may ping every 5 s; one that pings more often is sent away with ENHANCE_YOUR_CALM. (The key that is often
+    seen, min_recv_ping_interval_without_data_ms, has no effect.) Connections are renewed every five minutes: clients
+    then resolve names again and find replicas that were added.
+    """
+    return [
+        ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.max_connection_age_ms", 300_000),
+        ("grpc.max_connection_age_grace_ms", 60_000),
+    ]
+
+
+def _listen(settings: ServiceSettings, server: grpc.aio.Server) -> int:
+    try:
+        return server.add_insecure_port(settings.address)
+    except RuntimeError as error:
+        names = f"{spelling(type(settings), 'host')}, {spelling(type(settings), 'port')}"
+        raise StartupError(f"cannot listen on {settings.address}, see {names}") from error
+
+
+def _announce(settings: ServiceSettings, server: RunningServer) -> None:
+    """The one line on stdout: whoever started this process learns the address from it."""
+    line = {"service": settings.service, "address": server.address, "port": server.port, "pid": os.getpid()}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+    _log.info("listening", address=server.address, settings=settings.model_dump(mode="json"))
+
+
+async def _signalled() -> None:
+    """Wait for the first SIGTERM or SIGINT. After it both do again what they do by default."""
+    loop = asyncio.get_running_loop()
+    signalled = asyncio.Event()
+    wanted = (signal.SIGTERM, signal.SIGINT)
+    for number in wanted:
+        loop.add_signal_handler(number, signalled.set)
+    await signalled.wait()
+    for number in wanted:
+        loop.remove_signal_handler(number)

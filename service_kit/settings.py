@@ -1,0 +1,129 @@
+"""One declaration per setting: command-line flag, environment variable, --help and docs/settings.md all come from it.
+
+A service declares its own beside the common ones:
+
+    class TargetSettings(ServiceSettings):
+        model_config = SettingsConfigDict(env_prefix="ATSPEED_TARGET_")
+        service: ClassVar[str] = "target"
+
+        port: Port = 50052
+        workers: Annotated[int, Field(ge=1, le=64, description="Threads per pass.")] = 2
+
+and reads it with `TargetSettings.load()`. Flags win over environment variables, and those over defaults. An empty
+variable counts as not set; one with the service's prefix that no setting claims is refused: it is most likely misspelt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, ClassVar, Self
+
+from pydantic import AfterValidator, DirectoryPath, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from service_kit.logs import LogFormat, LogLevel
+
+Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")]
+
+
+def _redis_url(url: SecretStr) -> SecretStr:
+    if url.get_secret_value() and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return url
+
+
+class ServiceSettings(BaseSettings):
+    """The settings that every service has."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_ignore_empty=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_show_env_vars=True,
+        cli_exit_on_error=False,
+    )
+    service: ClassVar[str] = "service"
+
+    bundle: Annotated[DirectoryPath, Field(description="Directory of the bundle to serve.")]
+    host: Annotated[str, Field(min_length=1, description="Address to listen on. 0.0.0.0 is every interface.")] = (
+        "127.0.0.1"
+    )
+    port: Port = 0
+    redis_url: Annotated[
+        SecretStr,
+        AfterValidator(_redis_url),
+        Field(description="redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded. Empty: work without Redis."),
+    ] = SecretStr("")
+    log_level: Annotated[LogLevel, Field(description="The least severe level that is logged.")] = "info"
+    log_format: Annotated[LogFormat, Field(description="json: one object a line. console: for people.")] = "json"
+    drain_seconds: Annotated[
+        float, Field(ge=0, le=600, description="How long calls that run at SIGTERM or SIGINT may take to end.")
+    ] = 20.0
+    max_message_bytes: Annotated[
+        int, Field(ge=65_536, le=1_073_741_824, description="Largest message, received or sent.")
+    ] = 33_554_432
+    max_concurrent_calls: Annotated[
+        int, Field(ge=1, le=100_000, description="Calls served at once; more get RESOURCE_EXHAUSTED.")
+    ] = 256
+
+    @classmethod
+    def load(cls, arguments: Sequence[str] | None = None) -> Self:
+        """Read flags (by default this process's) and environment. A bad value prints one line and exits with code 2."""
+        flags = list(sys.argv[1:] if arguments is None else arguments)
+        build: Callable[..., Self] = cls
+        try:
+            _refuse_unknown_variables(cls)
+            return build(_cli_parse_args=flags, _cli_prog_name=cls.service)
+        except ValidationError as error:
+            problem = "; ".join(_problems(cls, error))
+        except SettingsError as error:
+            problem = " ".join(str(error).split())
+        sys.stderr.write(f"{cls.service}: {problem}\n")
+        raise SystemExit(2)
+
+    @property
+    def address(self) -> str:
+        """`host:port` as gRPC spells it."""
+        return address(self.host, self.port)
+
+
+def address(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a setting."""
+    return f"--{field.replace('_', '-')}"
+
+
+def variable(settings: type[ServiceSettings], field: str) -> str:
+    """The environment variable of a setting."""
+    return f"{settings.model_config['env_prefix']}{field}".upper()
+
+
+def spelling(settings: type[ServiceSettings], field: str) -> str:
+    """Both names of a setting, for messages."""
+    return f"{flag(field)} ({variable(settings, field)})"
+
+
+def _refuse_unknown_variables(settings: type[ServiceSettings]) -> None:
+    prefix = settings.model_config["env_prefix"].upper()
+    known = {variable(settings, field) for field in settings.model_fields}
+    unknown = sorted(
+        name for name in os.environ if prefix and name.upper().startswith(prefix) and name.upper() not in known
+    )
+    if unknown:
+        raise SettingsError(f"no such setting: {', '.join(unknown)}")
+
+
+def _problems(settings: type[ServiceSettings], error: ValidationError) -> Iterator[str]:
+    """One line per bad value. Values themselves are left out: they may be secret."""
+    for entry in error.errors(include_url=False, include_input=False):
+        names = [str(part) for part in entry["loc"]]
+        where = f"{spelling(settings, names[0])}: " if names else ""
+        yield where + entry["msg"].removeprefix("Value error, ")

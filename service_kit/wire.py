@@ -1,0 +1,130 @@
+"""Between protobuf messages and numpy: the one place that both sides of every call share.
+
+Everything here takes bytes from outside, so every field is checked before it is used; errors name the field.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from atspeed.v1 import draft_pb2, target_pb2, types_pb2
+
+from engine.scoring import Evaluation, Perturbation, ScoringRule
+from engine.tree_evaluator import PassCost
+from engine.trie import Int64, Pruning, Trie
+from service_kit.errors import InvalidArgumentError
+
+_DTYPES: Final = {
+    types_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
+    types_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+    types_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    types_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+}
+_DATA_TYPES: Final = {dtype: data_type for data_type, dtype in _DTYPES.items()}
+_RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
+    ScoringRule.VOCAB: types_pb2.SCORING_RULE_VOCAB,
+    ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
+}
+
+
+def to_array(values: npt.NDArray[np.generic]) -> types_pb2.Array:
+    """An int32, int64, float32 or float64 array as a message."""
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return types_pb2.Array(dtype=_DATA_TYPES[little.dtype], shape=little.shape, data=little.tobytes())
+
+
+def vector(message: types_pb2.Array, field: str, dtype: str, *, limit: int | None = None) -> npt.NDArray[np.generic]:
+    """A one-dimensional array of `dtype` ("int32" ...), at most `limit` long; one that is not set is empty.
+
+    Raises InvalidArgumentError naming `field`. Nothing is allocated: the array is a read-only view of the message's bytes.
+    """
+    wanted = np.dtype(dtype).newbyteorder("<")
+    if not message.shape and not message.data and not message.dtype:
+        return np.empty(0, dtype=wanted)
+    if _DTYPES.get(message.dtype) != wanted:
+        raise InvalidArgumentError(field, f"must be of dtype {dtype}")
+    if len(message.shape) != 1 or message.shape[0] < 0:
+        raise InvalidArgumentError(field, f"must have one axis, got shape {list(message.shape)[:8]}")
+    if math.prod(message.shape) * wanted.itemsize != len(message.data):
+        raise InvalidArgumentError(field, f"has {len(message.data)} bytes for shape {list(message.shape)} of {dtype}")
+    if limit is not None and message.shape[0] > limit:
+        raise InvalidArgumentError(field, f"has {message.shape[0]} elements, at most {limit} are allowed")
+    return np.frombuffer(message.data, dtype=wanted)
+
+
+def node_ids(message: types_pb2.Array, field: str, trie: Trie, *, limit: int | None = None) -> Int64:
+    """Ascending trie nodes [n]. Raises InvalidArgumentError naming `field`."""
+    nodes = vector(message, field, "int32", limit=limit).astype(np.int64)
+    if len(nodes) and (nodes[0] < 0 or nodes[-1] >= trie.nodes or (np.diff(nodes) <= 0).any()):
+        raise InvalidArgumentError(field, f"must be ascending node ids between 0 and {trie.nodes - 1}")
+    return nodes
+
+
+def pruning(message: types_pb2.Array, field: str, trie: Trie) -> Pruning:
+    """A request's pruning. Raises InvalidArgumentError naming `field`."""
+    return Pruning(node_ids(message, field, trie).astype(np.int32))
+
+
+def to_perturbation(perturbation: Perturbation | None) -> types_pb2.Perturbation | None:
+    """A perturbation as a message, or None."""
+    if perturbation is None:
+        return None
+    return types_pb2.Perturbation(seed=perturbation.seed, temperature=perturbation.temperature)
+
+
+def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, field: str) -> Perturbation | None:
+    """The perturbation of a message, None when it is not set.
+
+    Raises InvalidArgumentError naming `field` when its temperature is not above 0.
+    """
+    if not message.HasField("perturbation"):
+        return None
+    noise = message.perturbation
+    if not 0 < noise.temperature < math.inf:
+        raise InvalidArgumentError(f"{field}.temperature", f"must be above 0 and finite, got {noise.temperature}")
+    return Perturbation(noise.seed, noise.temperature)
+
+
+def to_evaluation(evaluation: Evaluation) -> types_pb2.Evaluation:
+    """An evaluation as a message."""
+    return types_pb2.Evaluation(
+        node=to_array(evaluation.node),
+        child_start=to_array(evaluation.child_start),
+        child=to_array(evaluation.child),
+        logp=to_array(evaluation.logp),
+        log_mass=to_array(evaluation.log_mass),
+    )
+
+
+def evaluation(message: types_pb2.Evaluation, field: str, trie: Trie) -> Evaluation:
+    """An evaluation that could have come from an honest model. Raises InvalidArgumentError naming `field` otherwise."""
+    result = Evaluation(
+        node=vector(message.node, f"{field}.node", "int32").astype(np.int32),
+        child_start=vector(message.child_start, f"{field}.child_start", "int64").astype(np.int64),
+        child=vector(message.child, f"{field}.child", "int32").astype(np.int32),
+        logp=vector(message.logp, f"{field}.logp", "float32").astype(np.float32),
+        log_mass=vector(message.log_mass, f"{field}.log_mass", "float32").astype(np.float32),
+    )
+    try:
+        result.validate(trie)
+    except ValueError as error:
+        raise InvalidArgumentError(field, str(error)) from error
+    return result
+
+
+def to_scoring_rule(rule: ScoringRule) -> types_pb2.ScoringRule.ValueType:
+    """A scoring rule as its enum value."""
+    return _RULES[rule]
+
+
+def to_statistics(cost: PassCost) -> types_pb2.PassStatistics:
+    """What passes cost, as a message."""
+    return types_pb2.PassStatistics(**{name: getattr(cost, name) for name in cost.__dataclass_fields__})
+
+
+def pass_cost(message: types_pb2.PassStatistics) -> PassCost:
+    """What passes cost."""
+    return PassCost(**{name: getattr(message, name) for name in PassCost.__dataclass_fields__})

@@ -1,0 +1,1 @@
+"""The target service: evaluates token trees with the target model p."""

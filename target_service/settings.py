@@ -1,0 +1,19 @@
+"""The target service's settings."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic_settings import SettingsConfigDict
+
+from service_kit.model import ModelSettings
+from service_kit.settings import Port
+
+
+class TargetSettings(ModelSettings):
+    """A target replica."""
+
+    model_config = SettingsConfigDict(env_prefix="ATSPEED_TARGET_")
+    service: ClassVar[str] = "target"
+
+    port: Port = 50052

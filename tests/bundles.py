@@ -1,0 +1,146 @@
+"""Bundles with random weights over random catalogues: everything that training would write, in a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from engine.bundle import Bundle, Manifest, ModelEntry, fingerprint, hash_files, write_manifest
+from engine.catalogue import Catalogue
+from engine.prompt import PromptTemplate
+from engine.scoring import ScoringRule
+from training.export import export_decoder
+
+SPECIALS = 3  # pad, bos, end of history
+BOS, EOH = 1, 2
+_SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.6,  # wide, so that the distributions of a random model are not flat
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def random_model(architecture: str, vocab_size: int, seed: int, **overrides: object) -> PreTrainedModel:
+    """A tiny random checkpoint of an architecture: llama, qwen2 or qwen3."""
+    torch.manual_seed(seed)
+    shape = {**_SHAPE, "vocab_size": vocab_size, **overrides}
+    models = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    config, model = models[architecture]
+    if architecture == "qwen3":
+        shape["head_dim"] = 16
+    built: PreTrainedModel = model(config(**shape))
+    built.train(False)
+    return built
+
+
+def random_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> Catalogue:
+    """Random code paths, some of them shared, under ids `item-<n>`."""
+    rng = np.random.default_rng(seed)
+    codes = np.stack([np.minimum(rng.geometric(0.15, items) - 1, size - 1) for size in codebook_sizes], axis=1)
+    return Catalogue.build([f"item-{n}" for n in range(items)], codes, codebook_sizes)
+
+
+@dataclass(frozen=True)
+class TestBundle:
+    """A bundle on disk and the checkpoints that it was exported from."""
+
+    __test__ = False
+
+    bundle: Bundle
+    target: PreTrainedModel
+    draft: PreTrainedModel
+
+    @property
+    def root(self) -> Path:
+        """Its directory."""
+        return self.bundle.root
+
+
+def write_bundle(
+    root: Path,
+    catalogue: Catalogue,
+    *,
+    rule: ScoringRule = ScoringRule.VOCAB,
+    architecture: str = "llama",
+    seed: int = 0,
+    draft_noise: float = 0.02,
+    allow_empty_history: bool = False,
+    max_items: int = 8,
+    drop_block: int = 1,
+) -> TestBundle:
+    """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1."""
+    vocab = SPECIALS + catalogue.trie.columns
+    target = random_model(architecture, vocab, seed)
+    draft = random_model(architecture, vocab, seed)
+    torch.manual_seed(seed + 1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight.add_(torch.randn_like(weight) * draft_noise)
+    catalogue.save(root / "catalogue")
+    code_tokens = list(range(SPECIALS, vocab))
+    prompt = PromptTemplate(prefix=(BOS,), suffix=(EOH,), max_items=max_items, drop_block=drop_block)
+    entries = {
+        role: _export(model, root, role, code_tokens, prompt) for role, model in (("target", target), ("draft", draft))
+    }
+    manifest = Manifest(
+        name="random",
+        scoring_rule=rule,
+        allow_empty_history=allow_empty_history,
+        catalogue_version=catalogue.version,
+        target=entries["target"],
+        draft=entries["draft"],
+        files=hash_files(root),
+    )
+    write_manifest(root, manifest)
+    return TestBundle(Bundle(root), target, draft)
+
+
+def _export(
+    model: PreTrainedModel, root: Path, role: str, code_tokens: list[int], prompt: PromptTemplate
+) -> ModelEntry:
+    report = export_decoder(model, root / role, code_tokens=code_tokens)
+    return ModelEntry(
+        path=f"{role}/model.onnx",
+        architecture=report.architecture,
+        precision=report.precision,
+        parameters=report.parameters,
+        vocab_size=report.vocab_size,
+        layers=report.layers,
+        kv_heads=report.kv_heads,
+        head_dim=report.head_dim,
+        max_positions=report.max_positions,
+        code_tokens=tuple(code_tokens),
+        prompt=prompt,
+        fingerprint=fingerprint(hash_files(root), role),
+    )
+
+
+def random_history(catalogue: Catalogue, length: int, seed: int) -> list[str]:
+    """Ids of random items."""
+    rng = np.random.default_rng(seed)
+    chosen: npt.NDArray[np.int64] = rng.integers(0, catalogue.items, length)
+    return [catalogue.id_of(int(item)) for item in chosen]

@@ -1,0 +1,48 @@
+"""Fixtures that all tests share: a real Redis-compatible server, one for each pytest worker.
+
+It is always started here and never taken from REDIS_URL: the tests empty it, stop it and kill it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import redis
+from hypothesis import settings
+from redis.asyncio import Redis
+
+from client.local_redis import LocalRedis
+from engine.kv_store import connect
+
+MAX_MEMORY = "256mb"
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("atspeed", deadline=None)
+settings.load_profile("atspeed")
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[LocalRedis]:
+    """The server itself, for tests that stop, kill or pause it. `redis_url` mends it for the next test."""
+    with LocalRedis(max_memory=MAX_MEMORY) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: LocalRedis) -> str:
+    """The URL of a server that runs, is empty and has its usual settings, whatever the test before did to it."""
+    redis_server.resume()
+    redis_server.start()
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+        client.config_set("maxmemory", MAX_MEMORY)
+    return redis_server.url
+
+
+@pytest.fixture
+async def redis_client(redis_url: str) -> AsyncIterator[Redis]:
+    """A client of that server, which returns bytes and never retries."""
+    client = connect(redis_url, timeout_seconds=5.0)
+    yield client
+    await client.aclose()

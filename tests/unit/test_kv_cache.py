@@ -1,0 +1,373 @@
+"""Prefix KV: keys that never meet, bytes that are never misread, a memory tier that keeps its promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.kv_cache import (
+    KEY_BYTES,
+    KvArray,
+    KvLayout,
+    MemoryKvCache,
+    block_keys,
+    decode_block,
+    encode_block,
+    namespace,
+    split_blocks,
+)
+
+LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=2)
+KEY = bytes(range(KEY_BYTES))
+
+sizes = st.integers(1, 4)
+layouts = st.builds(KvLayout, sizes, sizes, sizes, st.sampled_from(["float32", "float16"]), sizes)
+keys = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES)
+
+
+def random_block(layout: KvLayout, seed: int = 0) -> KvArray:
+    """A block of arbitrary bit patterns, NaNs and infinities included."""
+    raw = np.random.default_rng(seed).bytes(layout.block_bytes)
+    return np.frombuffer(raw, dtype=layout.dtype).reshape(layout.block_shape)
+
+
+def same_bits(left: KvArray, right: KvArray) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+class TestLayout:
+    def test_sizes(self) -> None:
+        layout = KvLayout(layers=12, kv_heads=4, head_dim=64, dtype="float16", block_tokens=16)
+        assert layout.block_shape == (12, 2, 16, 4, 64)
+        assert layout.bytes_per_token == 12 * 2 * 4 * 64 * 2
+        assert layout.block_bytes == 16 * layout.bytes_per_token
+
+    @pytest.mark.parametrize("name", ["layers", "kv_heads", "head_dim", "block_tokens"])
+    def test_refuses_empty_sizes(self, name: str) -> None:
+        with pytest.raises(ValueError, match="positive"):
+            replace(LAYOUT, **{name: 0})  # type: ignore[arg-type]
+
+    def test_refuses_other_dtypes(self) -> None:
+        with pytest.raises(ValueError, match="bfloat16"):
+            replace(LAYOUT, dtype="bfloat16")  # type: ignore[arg-type]
+
+
+class TestKeys:
+    @given(st.lists(st.integers(0, 2**40), max_size=40), st.lists(st.integers(0, 9), max_size=9), sizes)
+    def test_a_longer_prompt_keeps_the_keys_of_its_beginning(
+        self, prompt: list[int], more: list[int], step: int
+    ) -> None:
+        short = block_keys(b"n", np.asarray(prompt, dtype=np.int64), step)
+        longer = block_keys(b"n", np.asarray(prompt + more, dtype=np.int64), step)
+        assert len(short) == len(prompt) // step
+        assert longer[: len(short)] == short
+        assert {len(key) for key in longer} <= {KEY_BYTES}
+
+    def test_a_key_covers_every_token_before_it(self) -> None:
+        tokens = np.arange(64, dtype=np.int64)
+        original = block_keys(b"n", tokens, 8)
+        for position in range(64):
+            changed = tokens.copy()
+            changed[position] += 1
+            other = block_keys(b"n", changed, 8)
+            assert [a == b for a, b in zip(original, other, strict=True)] == [
+                block < position // 8 for block in range(8)
+            ]
+
+    def test_the_token_array_may_have_any_integer_type_and_stride(self) -> None:
+        tokens = np.arange(32, dtype=np.int64)
+        expected = block_keys(b"n", tokens, 4)
+        assert block_keys(b"n", tokens.astype(np.int32), 4) == expected
+        assert block_keys(b"n", tokens.astype(">i8"), 4) == expected
+        assert block_keys(b"n", np.repeat(tokens, 2)[::2], 4) == expected
+
+    def test_ten_thousand_different_prefixes_have_different_keys(self) -> None:
+        """Every variation of weights, dtype, layout, tenant or tokens; names are made to run over into each other."""
+        rng = np.random.default_rng(1)
+        names = ["", '"', '","', ", ", "a", "a,", ",a", "\\", '\\"', "null", "\x00", "é", "\ud800"]
+        seen: dict[bytes, tuple[object, ...]] = {}
+        while len(seen) < 10_000:
+            fingerprint, tenant = (str(rng.choice(names)) + str(rng.choice(names)) for _ in range(2))
+            layout = KvLayout(
+                layers=int(rng.integers(1, 4)),
+                kv_heads=int(rng.integers(1, 4)),
+                head_dim=int(rng.integers(1, 4)),
+                dtype=rng.choice(["float32", "float16"]),
+                block_tokens=int(rng.integers(1, 4)),
+            )
+            tokens = tuple(rng.integers(0, 3, size=layout.block_tokens).tolist())
+            (key,) = block_keys(
+                namespace(fingerprint, layout, tenant), np.asarray(tokens, dtype=np.int64), layout.block_tokens
+            )
+            origin = (fingerprint, layout, tenant, tokens)
+            assert seen.setdefault(key, origin) == origin
+
+    def test_a_root_is_never_a_block(self) -> None:
+        """Who could choose a namespace still could not choose one whose chain runs into another's."""
+        tokens = np.arange(12, dtype=np.int64)
+        first, second, third = block_keys(b"n", tokens, 4)
+        assert second not in block_keys(first, tokens[4:], 4)
+        assert third not in block_keys(first + tokens[4:8].tobytes(), tokens[8:], 4)
+
+    def test_equal_in_another_process(self) -> None:
+        program = (
+            "import numpy as np; from engine.kv_cache import KvLayout, block_keys, namespace\n"
+            "layout = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype='float32', block_tokens=2)\n"
+            "print([k.hex() for k in block_keys(namespace('weights', layout, 'tenant'), np.arange(6), 2)])"
+        )
+        here = [k.hex() for k in block_keys(namespace("weights", LAYOUT, "tenant"), np.arange(6), 2)]
+        there = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+        assert there.stdout.strip() == str(here)
+
+    def test_equal_in_another_release(self) -> None:
+        """Pinned. A change here misreads nothing, but empties every cache in use: raise FORMAT_VERSION knowingly."""
+        last = block_keys(namespace("weights", LAYOUT, "tenant"), np.arange(6), 2)[-1]
+        assert last.hex() == "543150b0dd1f81c04dcddfec49f392c5f2606aab9f6fb2570c09a5eb3e247185"
+
+
+class TestCodec:
+    @given(layouts, keys, st.integers(0, 2**32))
+    def test_round_trip_is_exact_and_read_only(self, layout: KvLayout, key: bytes, seed: int) -> None:
+        block = random_block(layout, seed)
+        decoded = decode_block(layout, key, encode_block(layout, key, block))
+        assert decoded is not None
+        assert same_bits(decoded, block)
+        assert not decoded.flags.writeable
+
+    def test_the_bytes_do_not_depend_on_memory_order(self) -> None:
+        block = random_block(LAYOUT)
+        whole = np.concatenate([block, block], axis=2)
+        for variant in (np.asfortranarray(block), whole[:, :, 2:], block.astype(block.dtype.newbyteorder())):
+            assert encode_block(LAYOUT, KEY, variant) == encode_block(LAYOUT, KEY, block)
+
+    def test_every_single_bit_flip_is_a_miss(self) -> None:
+        """All of them: magic, version, dtype, shape, key, checksum, padding and payload."""
+        data = encode_block(LAYOUT, KEY, random_block(LAYOUT))
+        for position, bit in product(range(len(data)), range(8)):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << bit
+            assert decode_block(LAYOUT, KEY, bytes(damaged)) is None, (position, bit)
+
+    def test_every_truncation_and_extension_is_a_miss(self) -> None:
+        data = encode_block(LAYOUT, KEY, random_block(LAYOUT))
+        for length in range(len(data)):
+            assert decode_block(LAYOUT, KEY, data[:length]) is None
+            assert decode_block(LAYOUT, KEY, data[length:] + data[:length]) is None or length == 0
+        assert decode_block(LAYOUT, KEY, data + b"\0") is None
+
+    @given(layouts, st.integers(0, 2**32), st.data())
+    def test_overwritten_ranges_are_misses(self, layout: KvLayout, seed: int, data: st.DataObject) -> None:
+        good = encode_block(layout, KEY, random_block(layout, seed))
+        start = data.draw(st.integers(0, len(good) - 1))
+        noise = data.draw(st.binary(min_size=1, max_size=len(good) - start))
+        bad = good[:start] + noise + good[start + len(noise) :]
+        assert (decode_block(layout, KEY, bad) is None) == (bad != good)
+
+    @given(st.binary(max_size=400))
+    def test_arbitrary_bytes_are_misses(self, data: bytes) -> None:
+        assert decode_block(LAYOUT, KEY, data) is None
+
+    @given(layouts, layouts, keys, keys)
+    def test_only_its_own_key_and_layout_read_a_block(
+        self, layout: KvLayout, other: KvLayout, key: bytes, other_key: bytes
+    ) -> None:
+        data = encode_block(layout, key, random_block(layout))
+        assert (decode_block(layout, other_key, data) is None) == (other_key != key)
+        assert (decode_block(other, key, data) is None) == (other != layout)
+
+    def test_layouts_of_equal_size_do_not_read_each_other(self) -> None:
+        """Same number of bytes, transposed axes or another dtype: only the header tells them apart."""
+        layout = KvLayout(layers=2, kv_heads=4, head_dim=8, dtype="float32", block_tokens=2)
+        data = encode_block(layout, KEY, random_block(layout))
+        twins = [
+            KvLayout(layers=2, kv_heads=8, head_dim=4, dtype="float32", block_tokens=2),
+            KvLayout(layers=4, kv_heads=4, head_dim=8, dtype="float32", block_tokens=1),
+            KvLayout(layers=2, kv_heads=4, head_dim=8, dtype="float16", block_tokens=4),
+        ]
+        for twin in twins:
+            assert twin.block_bytes == layout.block_bytes
+            assert decode_block(twin, KEY, data) is None
+
+    def test_encoding_refuses_what_is_not_of_the_layout(self) -> None:
+        block = random_block(LAYOUT)
+        with pytest.raises(ValueError, match="float16"):
+            encode_block(LAYOUT, KEY, np.zeros(LAYOUT.block_shape, dtype=np.float16))
+        with pytest.raises(ValueError, match="layout wants"):
+            encode_block(LAYOUT, KEY, block[:1])
+        with pytest.raises(ValueError, match="32 bytes"):
+            encode_block(LAYOUT, b"short", block)
+
+
+class TestSplitBlocks:
+    def test_blocks_are_the_prefix_in_order(self) -> None:
+        kv = np.arange(2 * 2 * 7 * 1 * 2, dtype=np.float32).reshape(2, 2, 7, 1, 2)
+        blocks = split_blocks(LAYOUT, kv, 3)
+        assert np.array_equal(np.concatenate(blocks, axis=2), kv[:, :, :6])
+        assert split_blocks(LAYOUT, kv, 0) == []
+
+    @pytest.mark.parametrize("shape", [(2, 2, 5, 1, 2), (1, 2, 6, 1, 2), (2, 2, 6, 2), (2, 2, 6, 1, 2, 1)])
+    def test_refuses_what_is_too_short_or_of_another_layout(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="layout wants"):
+            split_blocks(LAYOUT, np.zeros(shape, dtype=np.float32), 3)
+
+
+class NaiveCache:
+    """The contract of MemoryKvCache in the plainest way: a list, least recently used first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.entries: list[tuple[int, int]] = []
+        self.evictions = 0
+
+    @property
+    def used(self) -> int:
+        return sum(size for _, size in self.entries)
+
+    def present(self, name: int) -> bool:
+        return any(entry[0] == name for entry in self.entries)
+
+    def touch(self, names: list[int]) -> None:
+        for name in names[::-1]:
+            self.entries.sort(key=lambda entry: entry[0] == name)
+
+    def get_chain(self, names: list[int]) -> list[int]:
+        absent = [index for index, name in enumerate(names) if not self.present(name)]
+        run = names[: absent[0] if absent else len(names)]
+        self.touch(run)
+        return run
+
+    def put(self, name: int, size: int) -> None:
+        if self.present(name):
+            self.touch([name])
+        elif size <= self.limit:
+            self.entries.append((name, size))
+            while self.used > self.limit:
+                self.entries.pop(0)
+                self.evictions += 1
+
+
+def tiny(name: int) -> KvArray:
+    """A block of a size that depends on its name, 8 to 40 bytes, and holds its name."""
+    return np.full((1, 2, name % 5 + 1, 1, 1), name, dtype=np.float32)
+
+
+def key_of(name: int) -> bytes:
+    return bytes([name])
+
+
+names = st.integers(0, 11)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), st.lists(names, min_size=1, max_size=1)),
+        st.tuples(st.just("get"), st.lists(names, max_size=5, unique=True)),
+        st.tuples(st.just("touch"), st.lists(names, max_size=5, unique=True)),
+    ),
+    max_size=60,
+)
+
+
+class TestMemory:
+    @given(st.integers(0, 150), operations)
+    def test_behaves_as_the_naive_cache(self, limit: int, script: list[tuple[str, list[int]]]) -> None:
+        cache, naive = MemoryKvCache(limit), NaiveCache(limit)
+        for operation, arguments in script:
+            if operation == "put":
+                cache.put(key_of(arguments[0]), tiny(arguments[0]))
+                naive.put(arguments[0], tiny(arguments[0]).nbytes)
+            elif operation == "touch":
+                cache.touch([key_of(name) for name in arguments])
+                naive.touch(arguments)
+            else:
+                found = cache.get_chain([key_of(name) for name in arguments])
+                assert [int(block.flat[0]) for block in found] == naive.get_chain(arguments)
+            cache.check_integrity()
+            assert [name for name in range(12) if key_of(name) in cache] == sorted(entry[0] for entry in naive.entries)
+        statistics = cache.statistics
+        assert (statistics.used_bytes, statistics.blocks) == (naive.used, len(naive.entries))
+        assert statistics.evictions == naive.evictions
+
+    def test_blocks_are_copies_that_nobody_can_change(self) -> None:
+        cache, source = MemoryKvCache(1000), tiny(3)
+        stored = cache.put(b"k", source)
+        source[:] = 0
+        (found,) = cache.get_chain([b"k"])
+        assert found is stored
+        assert (found == 3).all()
+        with pytest.raises(ValueError, match="read-only"):
+            found[:] = 0
+
+    def test_a_block_outlives_its_eviction(self) -> None:
+        cache = MemoryKvCache(tiny(4).nbytes)
+        held = cache.put(b"old", tiny(4))
+        cache.put(b"new", tiny(9))
+        assert b"old" not in cache
+        assert (held == 4).all()
+
+    def test_a_block_beyond_the_limit_drives_nothing_out(self) -> None:
+        cache = MemoryKvCache(tiny(0).nbytes)
+        cache.put(b"small", tiny(0))
+        assert (cache.put(b"large", tiny(4)) == 4).all()
+        assert b"small" in cache
+        assert len(cache) == 1
+
+    def test_the_first_block_for_a_key_stays(self) -> None:
+        cache = MemoryKvCache(1000)
+        first = cache.put(b"k", tiny(1))
+        assert cache.put(b"k", tiny(2)) is first
+        assert cache.used_bytes == first.nbytes
+
+    def test_the_end_of_a_chain_goes_before_its_head(self) -> None:
+        cache = MemoryKvCache(3 * tiny(0).nbytes)
+        chain = [b"a", b"b", b"c"]
+        for key in chain:
+            cache.put(key, tiny(0))
+        cache.get_chain(chain)
+        cache.put(b"x", tiny(0))
+        assert len(cache.get_chain(chain)) == 2
+
+    def test_counts_blocks_hit_and_missed(self) -> None:
+        cache = MemoryKvCache(1000)
+        cache.put(b"a", tiny(0))
+        cache.get_chain([b"a", b"b", b"c"])
+        assert (cache.statistics.hits, cache.statistics.misses) == (1, 2)
+
+    def test_a_limit_of_zero_keeps_nothing(self) -> None:
+        cache = MemoryKvCache(0)
+        cache.put(b"a", tiny(0))
+        assert cache.get_chain([b"a"]) == []
+        cache.check_integrity()
+
+    def test_refuses_a_negative_limit(self) -> None:
+        with pytest.raises(ValueError, match="negative"):
+            MemoryKvCache(-1)
+
+
+class TestIntegrityCheck:
+    @pytest.fixture
+    def cache(self) -> MemoryKvCache:
+        cache = MemoryKvCache(1000)
+        cache.put(b"a", tiny(0))
+        cache.check_integrity()
+        return cache
+
+    def test_finds_wrong_accounts(self, cache: MemoryKvCache) -> None:
+        cache._bytes += 1
+        with pytest.raises(RuntimeError, match="accounted"):
+            cache.check_integrity()
+
+    def test_finds_a_broken_limit(self, cache: MemoryKvCache) -> None:
+        cache.limit_bytes = 1
+        with pytest.raises(RuntimeError, match="limit"):
+            cache.check_integrity()
+
+    def test_finds_a_writable_block(self, cache: MemoryKvCache) -> None:
+        cache._blocks[b"a"].flags.writeable = True
+        with pytest.raises(RuntimeError, match="read-only"):
+            cache.check_integrity()

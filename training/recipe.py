@@ -1,0 +1,176 @@
+"""A recipe: everything a training run may vary, read from TOML. Unknown keys are refused, bad values name their key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from engine.bundle import Precision
+from engine.scoring import ScoringRule
+from training.errors import RecipeError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+_CODEBOOK_MAXIMUM = 65536
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MovielensData(_Part):
+    """MovieLens-100K; `data` of the run is the recbole wheel or a folder to keep it in, and may be left out."""
+
+    source: Literal["movielens-100k"]
+
+
+class AtspeedData(_Part):
+    """A folder with items.jsonl and train/valid/test.txt, given to the run as `data`."""
+
+    source: Literal["atspeed"]
+
+
+class SyntheticData(_Part):
+    """Made up from a seed; see training/synthetic.py."""
+
+    source: Literal["synthetic"]
+    items: Annotated[int, Field(ge=10)] = 120
+    users: Annotated[int, Field(ge=10)] = 300
+    levels: PositiveInt = 3
+    codebook_size: PositiveInt = 8
+    seed: NonNegativeInt = 1
+
+
+class GivenCodes(_Part):
+    """Code paths that the data brings along: of its items, or of an LC-Rec index file in the data folder."""
+
+    kind: Literal["given"]
+    codebook_size: Annotated[int, Field(ge=1, le=_CODEBOOK_MAXIMUM)] = 256
+    index_file: str | None = None
+
+
+class QuantisedCodes(_Part):
+    """Code paths by residual quantisation of item embeddings: text blended with co-occurrence in train histories."""
+
+    kind: Literal["quantised"]
+    levels: Annotated[int, Field(ge=1, le=8)] = 3
+    codebook_bits: Annotated[int, Field(ge=1, le=12, description="Codes per level = 2 to this power.")] = 6
+    text_weight: Annotated[Share, Field(description="1 = text alone, 0 = co-occurrence alone.")] = 0.5
+    neighbours: Annotated[PositiveInt, Field(description="Items this close in a history count as co-occurring.")] = 10
+    factors: Annotated[PositiveInt, Field(description="Dimensions of the co-occurrence embedding.")] = 64
+
+
+class PromptWindow(_Part):
+    """How much history a prompt holds; see engine.prompt.PromptTemplate."""
+
+    max_items: PositiveInt = 20
+    drop_block: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _block_within_window(self) -> PromptWindow:
+        if self.drop_block > self.max_items:
+            raise ValueError(f"drop_block: {self.drop_block} is larger than max_items, {self.max_items}")
+        return self
+
+
+class Shape(_Part):
+    """A small Llama over the code vocabulary, from scratch."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    tie_embeddings: bool = True
+    attention_dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Shape:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size: {self.hidden_size} is not a multiple of heads, {self.heads}")
+        if (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} / {self.heads} heads is odd, rotary embeddings need pairs"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads: {self.heads} is not a multiple of kv_heads, {self.kv_heads}")
+        return self
+
+
+class Base(_Part):
+    """A pretrained Hugging Face model to fine-tune: a local folder with its tokenizer; the words around the history."""
+
+    folder: Path
+    prefix: str = "The user has interacted with the following items in order: "
+    separator: str = ", "
+    suffix: str = ". The next item is: "
+
+
+class Schedule(_Part):
+    """AdamW with a linear warm-up and a cosine decay to a twentieth, over `epochs`; the best epoch is kept."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-3
+    warmup: Annotated[Share, Field(description="Share of the run.")] = 0.05
+    weight_decay: NonNegativeFloat = 0.05
+    gradient_clip: PositiveFloat = 1.0
+    patience: Annotated[PositiveInt, Field(description="Stop after so many epochs without a better one.")] = 5
+    item_dropout: Annotated[Share, Field(description="Chance that an item is left out of a training history.")] = 0.0
+    select_by: Annotated[Literal["recall", "loss"], Field(description="Validation measure of the best.")] = "recall"
+    validation_users: PositiveInt = 1000
+
+
+class Model(_Part):
+    """Target or draft: a `shape` from scratch or a `base` to fine-tune, its schedule, its export's precision."""
+
+    shape: Shape | None = None
+    base: Base | None = None
+    schedule: Schedule
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.shape is None) == (self.base is None):
+            raise ValueError("give either `shape` or `base`")
+        return self
+
+
+class Recipe(_Part):
+    """A training run: data -> semantic IDs -> target -> draft -> bundle."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    seed: NonNegativeInt = 1
+    scoring_rule: ScoringRule = ScoringRule.VOCAB
+    allow_empty_history: bool = False
+    data: Annotated[MovielensData | AtspeedData | SyntheticData, Field(discriminator="source")]
+    codes: Annotated[GivenCodes | QuantisedCodes, Field(discriminator="kind")]
+    prompt: PromptWindow = PromptWindow()
+    target: Model
+    draft: Model | None = None
+    evaluation_users: Annotated[PositiveInt, Field(description="At most so many users in the final evaluation.")] = 5000
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse and validate a recipe. Raises RecipeError naming the file and the key at fault."""
+    try:
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise RecipeError(f"{path}: {problems}") from error
