@@ -102,8 +102,9 @@ class Catalogue:
             return np.empty(0, dtype=np.int64)
         keys = np.array([key if not key.endswith(b"\0") else b"" for key in wanted])
         position = np.minimum(np.searchsorted(self.ids, keys, sorter=self._by_id), self.items - 1)
-        index = self._by_id[position]
-        return np.asarray(np.where(self.ids[index] == keys, index, -1))
+        index: Int64 = self._by_id[position].copy()
+        index[self.ids[index] != keys] = -1
+        return index
 
     def id_of(self, item: int) -> str:
         """The id of an item index."""
@@ -111,8 +112,8 @@ class Catalogue:
 
     def leaf_of(self, items: npt.NDArray[np.integer]) -> Int64:
         """The trie leaf of each item index, [n]."""
-        path = np.searchsorted(self.item_start, items, side="right") - 1
-        return path + self.trie.level_start[self.trie.levels]
+        path = np.searchsorted(self.item_start, items, side="right").astype(np.int64) - 1
+        return path + int(self.trie.level_start[self.trie.levels])
 
     def items_of(self, leaf: int) -> range:
         """The item indices that share a leaf's code path, in id order."""

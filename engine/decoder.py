@@ -132,7 +132,7 @@ class Decoder:
     ) -> tuple[Float32, Float32]:
         """One pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
 
-        tokens, positions: int64 [S]. visible: bool [S, P + S], what each token attends to: cached tokens first, and always itself.
+        tokens, positions: int64 [S]. visible: bool [S, P + S], what each token attends to, always itself too.
         past: [layers, 2, P, kv_heads, head_dim] in the model's dtype, P may be 0. rows: int64 [M], the tokens whose logits are
         wanted. new_kv: [layers, 2, S, kv_heads, head_dim], is overwritten with the new tokens' keys and values.
 

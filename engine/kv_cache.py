@@ -110,7 +110,9 @@ def decode_block(layout: KvLayout, key: bytes, data: bytes) -> KvArray | None:
     consecutive bits and all but one in 2^32 of the others, for 0.4 ms/MB, less than the fetch. It proves no origin;
     a keyed hash costs four times as much, and whoever can write to this Redis can forge histories just as well.
     """
-    if len(data) != _HEADER_BYTES + layout.block_bytes or not data.startswith(_identity(layout, key)):
+    if len(key) != KEY_BYTES or len(data) != _HEADER_BYTES + layout.block_bytes:
+        return None
+    if not data.startswith(_identity(layout, key)):
         return None
     payload = memoryview(data)[_HEADER_BYTES:]
     if data[_IDENTITY.size : _HEADER_BYTES] != _CHECKSUM.pack(zlib.crc32(payload)) + _PADDING:

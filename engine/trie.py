@@ -116,11 +116,12 @@ class Trie:
 
     def depth(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Depth of each node, [n]; the root's is 0."""
-        return np.asarray(np.searchsorted(self.level_start, nodes, side="right") - 1)
+        return np.searchsorted(self.level_start, nodes, side="right").astype(np.int64) - 1
 
     def column(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Code column of each node's own code, [n]. The root has none."""
-        return self.codebook_offset[self.depth(nodes) - 1] + self.code[nodes]
+        column: Int64 = self.codebook_offset[self.depth(nodes) - 1] + self.code[nodes]
+        return column
 
     def children(self, node: int) -> Int64:
         """Ids of one node's children, in code order."""

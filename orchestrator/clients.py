@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
+import structlog
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 
 from engine.beams import Beams
@@ -42,6 +43,7 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.ABORTED,
 }
 
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _RETRY_PAUSE_SECONDS = 0.05
 _PROBE_SECONDS = 1.0
 
@@ -141,7 +143,8 @@ class DraftSession:
         except grpc.aio.AioRpcError as error:
             self._client.rest()
             return self._without_plan(below, error.code().name)
-        except BadReplyError:
+        except BadReplyError as error:
+            _log.warning("draft answered nonsense", problem=str(error))
             self._client.rest()
             return self._without_plan(below, "invalid answer")
         finally:
@@ -174,10 +177,10 @@ class DraftSession:
         """The reply as a plan. Raises BadReplyError when it is not one."""
         trie = self._client.trie
         try:
-            evaluation = wire.evaluation(reply.evaluation, "evaluation", trie)
+            evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
             node = wire.node_ids(reply.nodes, "nodes", trie)
             score = wire.vector(reply.scores, "scores", "float64").astype(np.float64)
-            plan = Plan(below, node, score, dict(evaluation.items()))
+            plan = Plan(below, node, score, dict(evaluation.items() if evaluation else ()))
             plan.check(trie, limit=self._size.width * trie.levels)
         except (InvalidArgumentError, ValueError) as error:
             raise BadReplyError(str(error)) from error
@@ -235,7 +238,8 @@ class TargetSession:
                 failure, again = _translate(error), error.code() in _ANOTHER_REPLICA
             except asyncio.InvalidStateError:  # the stream had broken before the request was written
                 failure, again = UnavailableError("no target replica could answer"), True
-            except BadReplyError:
+            except BadReplyError as error:
+                _log.warning("target answered nonsense", problem=str(error))
                 failure, again = UnavailableError("the target gave an invalid answer"), True
             await self.close()
             if not again or attempt == self._client.attempts:

@@ -19,14 +19,13 @@ a prefix of a cache is one contiguous slice; keys are stored after rotary. T is 
 
 The weights stand beside the graph in model.onnx.data, at any size.
 
-What a token gets depends on its ancestors only, never on what else is in the pass (plan-invariance), but for rounding:
-a pass of another size adds in another order. That shows in the last bits of float32 and of int8-weights, and up to 1e-2
-in the log-probabilities of float16, where each layer rounds to 11 bits.
+Plan-invariance: what a token gets depends on its ancestors only, never on what else is in the pass, but for rounding (a
+pass of another size adds in another order): below 1e-5 with float32 and int8-weights, below 1e-2 with float16.
 
-"int8-weights" quantises every matrix per output row and leaves activations alone. onnxruntime widens the weights once, at
-load: a quarter of the file, float32's memory and speed. MatMulNBits with 8 bits keeps them narrow, but it is either
-plan-invariant and ten times slower than float32 (accuracy_level 0 and 1: widened in every pass) or quantises activations
-too (accuracy_level 4), and then a log-probability moves by up to 0.05 with the company it keeps.
+"int8-weights" rounds every matrix to 8 bits per output row and leaves activations alone: a quarter of the file, but the
+memory and the speed of float32, because onnxruntime widens the weights once, at load. MatMulNBits would keep them narrow,
+but with 8 bits it is either far slower than float32 (accuracy_level 0 and 1 widen in every pass) or not plan-invariant
+(accuracy_level 4 quantises activations too).
 """
 
 from __future__ import annotations
@@ -37,18 +36,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.bundle import Precision
 from engine.decoder import Decoder, RuntimeOptions, TensorSpec, graph_inputs, graph_outputs, kv_names
 from engine.errors import BundleError
+from training.errors import TrainingError
+from training.parity import compare
 
-Outputs = npt.NDArray[np.float32]
+Module = Any  # torch types a submodule as Tensor | Module, which says less than nothing
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -64,7 +65,7 @@ _IR_VERSION = 11
 _PAGE = 4096  # onnxruntime maps the data file; tensors start on pages
 
 
-class ExportError(Exception):
+class ExportError(TrainingError):
     """A checkpoint that cannot be exported, or an export that does not compute what its checkpoint computes."""
 
 
@@ -88,15 +89,16 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise ExportError(f"{path}: no config.json: not a Hugging Face checkpoint")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{path}: transformers cannot load it: {error}") from error
+    model: PreTrainedModel = loaded[0]
     # transformers fills missing weights with random numbers and only logs it.
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(loaded[1]["missing_keys"]):
         raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
-    return model.eval()
+    return model
 
 
 def export_decoder(
@@ -147,7 +149,7 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
     if 2 * len(model.model.rotary_emb.inv_freq) != _Shape.of(model).head_dim:
         raise ExportError("config.rope_parameters: rotates a part of each head only")
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # Llama has no such field
     if slides and config.sliding_window < config.max_position_embeddings:
         raise ExportError(f"config.sliding_window: {config.sliding_window}, attention must see the whole sequence")
     if model.dtype != torch.float32 or model.training:
@@ -168,7 +170,7 @@ class _Shape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Shape:
-        config: PretrainedConfig = model.config
+        config = model.config
         heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -176,7 +178,7 @@ class _Shape:
             kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             hidden=config.hidden_size,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            vocab_size=config.vocab_size,
             norm_epsilon=config.rms_norm_eps,
         )
 
@@ -240,17 +242,14 @@ class _DecoderGraph(_GraphBuilder):
         """The whole forward pass."""
         decoder = self.model.model
         hidden = self.op("Gather", self.table(decoder.embed_tokens), "input_ids")
-        cos, sin = self.rotary(decoder.rotary_emb)
-        for layer, names in zip(decoder.layers, self.layer_names(), strict=True):
-            hidden = self.op("Add", hidden, self.attention(layer, hidden, cos, sin, names))
+        rotation = self.rotation(decoder.rotary_emb)
+        past, new = kv_names("past", self.shape.layers), kv_names("new", self.shape.layers)
+        for layer, past_kv, new_kv in zip(decoder.layers, past, new, strict=True):
+            hidden = self.op("Add", hidden, self.attention(layer, hidden, rotation, past_kv, new_kv))
             hidden = self.op("Add", hidden, self.mlp(layer, hidden))
         self.head(hidden, code_tokens)
 
-    def layer_names(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-        """Per layer: (past key, past value), (new key, new value)."""
-        return list(zip(kv_names("past", self.shape.layers), kv_names("new", self.shape.layers), strict=True))
-
-    def rotary(self, rotary: nn.Module) -> tuple[str, str]:
+    def rotation(self, rotary: Module) -> tuple[str, str]:
         """Cosine and sine of every new token's position, T [batch, new, head_dim / 2]; the angles are float32."""
         position = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(2)), to=TensorProto.FLOAT)
         angle = self.op("Mul", position, self.tensor(rotary.inv_freq))
@@ -259,20 +258,21 @@ class _DecoderGraph(_GraphBuilder):
         return self.cast(cos), self.cast(sin)
 
     def attention(
-        self, layer: nn.Module, hidden: str, cos: str, sin: str, names: tuple[tuple[str, str], tuple[str, str]]
+        self, layer: Module, hidden: str, rotation: tuple[str, str], past_kv: tuple[str, str], new_kv: tuple[str, str]
     ) -> str:
         """Grouped-query attention of the new tokens to the cached and the new ones."""
-        (past_key, past_value), (new_key, new_value) = names
         block, shape = layer.self_attn, self.shape
         normed = self.norm(layer.input_layernorm, hidden)
         query, key, value = (self.linear(part, normed) for part in (block.q_proj, block.k_proj, block.v_proj))
         if hasattr(block, "q_norm"):
             query = self.head_norm(block.q_norm, query, shape.heads)
             key = self.head_norm(block.k_norm, key, shape.kv_heads)
-        query = self.op("RotaryEmbedding", query, cos, sin, num_heads=shape.heads)
-        key = self.op("RotaryEmbedding", key, cos, sin, num_heads=shape.kv_heads)
-        key = self.op("Concat", past_key, self.split_heads(key, shape.kv_heads, name=new_key), axis=1)
-        value = self.op("Concat", past_value, self.split_heads(value, shape.kv_heads, name=new_value), axis=1)
+        query = self.op("RotaryEmbedding", query, *rotation, num_heads=shape.heads)
+        key = self.op("RotaryEmbedding", key, *rotation, num_heads=shape.kv_heads)
+        key, value = (
+            self.op("Concat", past, self.split_heads(part, shape.kv_heads, name=new), axis=1)
+            for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
+        )
         mixed = self.op(
             "Attention",
             query,
@@ -284,7 +284,7 @@ class _DecoderGraph(_GraphBuilder):
         )
         return self.linear(block.o_proj, mixed)
 
-    def mlp(self, layer: nn.Module, hidden: str) -> str:
+    def mlp(self, layer: Module, hidden: str) -> str:
         """down(silu(gate(x)) * up(x))."""
         normed = self.norm(layer.post_attention_layernorm, hidden)
         gate, up = self.linear(layer.mlp.gate_proj, normed), self.linear(layer.mlp.up_proj, normed)
@@ -305,11 +305,11 @@ class _DecoderGraph(_GraphBuilder):
         else:
             self.op("Gather", logits, self.integers(*code_tokens), name="code_logits", axis=1)
 
-    def norm(self, norm: nn.Module, hidden: str) -> str:
+    def norm(self, norm: Module, hidden: str) -> str:
         """RMS norm over the last axis, computed in float32."""
         return self.op("RMSNormalization", hidden, self.cast_weight(norm.weight), epsilon=self.shape.norm_epsilon)
 
-    def head_norm(self, norm: nn.Module, projected: str, heads: int) -> str:
+    def head_norm(self, norm: Module, projected: str, heads: int) -> str:
         """RMS norm of every head by itself (Qwen3)."""
         return self.merge_heads(self.norm(norm, self.split_heads(projected, heads)), heads)
 
@@ -321,12 +321,12 @@ class _DecoderGraph(_GraphBuilder):
         """[batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
         return self.op("Reshape", split, self.integers(0, 0, heads * self.shape.head_dim))
 
-    def linear(self, layer: nn.Module, hidden: str) -> str:
+    def linear(self, layer: Module, hidden: str) -> str:
         """x W^T + b."""
         product = self.op("MatMul", hidden, self.matrix(layer.weight, transpose=True))
         return product if layer.bias is None else self.op("Add", product, self.cast_weight(layer.bias))
 
-    def table(self, layer: nn.Module) -> str:
+    def table(self, layer: Module) -> str:
         """A [vocab, hidden] weight; tied embedding and head are written once."""
         key = layer.weight.data_ptr()
         if key not in self._tables:
@@ -365,83 +365,24 @@ def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, dtype, list(spec.axes))
 
 
+def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision) -> float:
+    """The largest absolute error of a code logit or log-normalizer of an exported file, on random token trees.
+
+    Raises ExportError when it is above TOLERANCE, or when the file cannot be loaded.
+    """
+    try:
+        decoder = Decoder(path, RuntimeOptions())
+    except BundleError as error:
+        raise ExportError(str(error)) from error
+    worst, largest = compare(model, decoder, code_tokens)
+    if not worst <= TOLERANCE[precision] * max(1.0, largest):  # negated, so that NaN fails too
+        raise ExportError(
+            f"{path}: differs from its checkpoint by {worst:.2g} in a logit (the largest is {largest:.2g})"
+        )
+    return worst
+
+
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric 8-bit quantisation of each row of [out, in]: int8 codes [out, in] and float32 scales [out, 1]."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
     return (weight / scale).round().to(torch.int8), scale
-
-
-@dataclass(frozen=True)
-class _RandomTree:
-    """A random token tree below a chain of `prefix` tokens. tokens, positions: int64 [n]; visible: bool [n, n]."""
-
-    prefix: int
-    tokens: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    visible: npt.NDArray[np.bool_]
-
-    @classmethod
-    def grow(cls, random: np.random.Generator, vocab_size: int, prefix: int = 12, nodes: int = 12) -> _RandomTree:
-        total = prefix + nodes
-        visible = np.eye(total, dtype=bool)
-        for token in range(1, total):
-            parent = token - 1 if token < prefix else random.integers(prefix - 1, token)
-            visible[token] |= visible[parent]
-        return cls(prefix, random.integers(0, vocab_size, total), visible.sum(axis=1) - 1, visible)
-
-
-def check_parity(
-    model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision, *, trees: int = 3
-) -> float:
-    """Compare an exported file with its checkpoint on random token trees that hang on a cached prefix.
-
-    Returns the largest absolute error of a code logit or log-normalizer. Raises ExportError when it is above TOLERANCE,
-    or when the file cannot be loaded.
-    """
-    try:
-        decoder = Decoder(path, RuntimeOptions(intra_op_threads=torch.get_num_threads()))
-    except BundleError as error:
-        raise ExportError(str(error)) from error
-    worst, peak = 0.0, 1.0
-    for seed in range(trees):
-        tree = _RandomTree.grow(np.random.default_rng(seed), model.config.vocab_size)
-        expected = _checkpoint_outputs(model, tree, code_tokens)
-        worst = max(worst, float(np.abs(_file_outputs(decoder, tree) - expected).max()))
-        peak = max(peak, float(np.abs(expected).max()))
-    # Negated, so that NaN fails too.
-    if not worst <= TOLERANCE[precision] * peak:
-        raise ExportError(f"{path}: differs from its checkpoint by {worst:.2g} in a logit (the largest is {peak:.2g})")
-    return worst
-
-
-def _checkpoint_outputs(model: PreTrainedModel, tree: _RandomTree, code_tokens: Sequence[int]) -> Outputs:
-    """Code logits and log-normalizer of the tree's nodes and the prefix's last token, [nodes + 1, C + 1]: read all at once."""
-    bias = torch.where(torch.from_numpy(tree.visible), 0.0, torch.finfo(torch.float32).min)
-    tokens, positions = torch.from_numpy(tree.tokens), torch.from_numpy(tree.positions)
-    with torch.inference_mode():
-        logits = model(
-            input_ids=tokens[None].to(model.device),
-            position_ids=positions[None].to(model.device),
-            attention_mask=bias[None, None].to(model.device),
-            use_cache=False,
-        ).logits[0, tree.prefix - 1 :]
-    outputs: Outputs = torch.cat([logits[:, list(code_tokens)], logits.logsumexp(1, keepdim=True)], dim=1).cpu().numpy()
-    return outputs
-
-
-def _file_outputs(decoder: Decoder, tree: _RandomTree) -> Outputs:
-    """The same from the file: the prefix in one pass, the tree in another on the prefix's keys and values."""
-    kv = decoder.empty_kv(len(tree.tokens))
-    parts = []
-    for start, end in ((0, tree.prefix), (tree.prefix, len(tree.tokens))):
-        rows = np.arange(end - start) if start else np.array([end - 1])
-        logits, log_normalizer = decoder.run(
-            tree.tokens[start:end],
-            tree.positions[start:end],
-            tree.visible[start:end, :end],
-            kv[:, :, :start],
-            rows,
-            kv[:, :, start:end],
-        )
-        parts.append(np.column_stack([logits, log_normalizer]))
-    return np.concatenate(parts)

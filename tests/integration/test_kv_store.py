@@ -274,13 +274,15 @@ class TestDead:
             b"*2\r\n:1\r\n:2\r\n" * 100,
             b"*3\r\n*0\r\n$-1\r\n+x\r\n" * 100,
             b"%1\r\n+proto\r\n:3\r\n" * 100,
-            b"*99999999\r\n",
+            b"*9999\r\n",
             b"$99999999999999\r\n",
         ],
     )
-    async def test_something_that_is_no_redis_is_a_miss(self, garbage: bytes) -> None:
+    @pytest.mark.parametrize("protocol", [2, 3])
+    async def test_something_that_is_no_redis_is_a_miss(self, garbage: bytes, protocol: int) -> None:
+        """With protocol 3 the garbage answers the handshake, with 2 the command itself."""
         keys, clock = chain(2), Clock()
-        async with speaking(garbage) as url, connect(url, timeout_seconds=0.3) as client:
+        async with speaking(garbage) as url, connect(f"{url}?protocol={protocol}", timeout_seconds=0.3) as client:
             store = store_of(client, clock=clock)
             for _ in range(3):
                 assert await store.get_chain(keys) == []

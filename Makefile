@@ -1,0 +1,107 @@
+# The commands of daily life. `make demo` and `make test` need nothing but Python 3.11 or newer and this folder.
+#
+#   make demo            a recommender on this machine: services, Redis, requests, measured
+#   make test            lint and every test, as CI runs them
+#   make lint            ruff, mypy, import rules, proto rules, generated files
+#   make protos          the Python stubs from protos/*.proto
+#   make settings-docs   docs/settings.md from the services' settings
+#   make constraints     constraints.txt from the development environment
+#   make clean           removes caches and build results; make distclean the environments too
+#
+# PYTHON=... chooses the interpreter for new environments, PYTEST_FLAGS=... goes to pytest.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+DEV := .venv
+DEMO := .venv-demo
+BIN := $(DEV)/bin
+PYTEST_FLAGS ?=
+
+.PHONY: help
+help:
+	@sed -n 's/^#   //p' Makefile
+
+.PHONY: demo
+demo: $(DEMO)/.installed
+	@$(DEMO)/bin/python -m client.demo
+
+.PHONY: test
+test: lint pytest
+
+.PHONY: pytest
+pytest: $(DEV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+.PHONY: lint
+lint: $(DEV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/hadolint deploy/Dockerfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
+	$(BIN)/python -m service_kit.settings_docs --check
+
+.PHONY: protos
+protos: $(DEV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+
+.PHONY: settings-docs
+settings-docs: $(DEV)/.installed
+	$(BIN)/python -m service_kit.settings_docs
+
+# Local versions such as +cpu name a variant of a wheel, not a version, and are left out.
+.PHONY: constraints
+constraints: $(DEV)/.installed
+	@{ sed -n '1{/^#/p;}' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | \
+	    sed -n 's/^\([A-Za-z0-9_.-]*==[^+ ]*\).*$$/\1/p' | LC_ALL=C sort -f; } > constraints.new
+	@mv constraints.new constraints.txt
+
+.PHONY: environments
+environments: $(DEV)/.installed $(DEMO)/.installed
+
+# torch first and by its exact version: an index may offer it with and without CUDA, and what is there already is kept.
+$(DEV)/.installed: pyproject.toml constraints.txt
+	@$(call environment,$(DEV))
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(sed -n '/^torch==/p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	@touch $@
+
+# Neither torch nor transformers: serving needs none.
+$(DEMO)/.installed: pyproject.toml constraints.txt
+	@$(call environment,$(DEMO))
+	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,local]'
+	@touch $@
+
+# An empty environment in the folder $(1), unless one is there. It ignores itself in git.
+define environment
+	set -eu; \
+	if [ -x $(1)/bin/python ] && $(1)/bin/python -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+	rm -rf $(1); \
+	found=; \
+	for python in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "No Python 3.11 or newer on the PATH. Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; \
+	fi; \
+	echo "$(1): a new environment with $$($$found --version)"; \
+	if $$found -c 'import ensurepip, venv' >/dev/null 2>&1; then $$found -m venv $(1); \
+	elif $$found -m virtualenv --version >/dev/null 2>&1; then $$found -m virtualenv --quiet $(1); \
+	else \
+	    echo "$$found has neither venv nor virtualenv. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi; \
+	echo '*' > $(1)/.gitignore
+endef
+
+.PHONY: clean
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean
+	rm -rf $(DEV) $(DEMO) var

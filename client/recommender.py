@@ -1,0 +1,186 @@
+"""The Python client of the recommendation service.
+
+    async with RecommenderClient("localhost:50051") as client:
+        await client.record("alice", ["item-1", "item-2"])
+        reply = await client.recommend("alice", k=10)
+        print([item.item_id for item in reply.items])
+
+Replies are the protobuf messages themselves: frozen dataclasses beside them would be a second copy of the contract, and the
+generated stubs already give every field a type. Requests are keyword arguments. From code that is not
+async, one `asyncio.run` around such a block is all it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Self, TypedDict, TypeVar, Unpack
+
+import grpc
+from atspeed.v1 import recommendation_pb2 as pb
+from atspeed.v1 import recommendation_pb2_grpc
+
+from service_kit.channels import channel_options, target_uri
+
+SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
+# Appending twice is not appending once, so RecordEvents is not among them.
+_RETRIED = ("Recommend", "GetHistory", "ForgetUser", "GetServiceInfo")
+_MAX_MESSAGE_BYTES = 33_554_432
+_Reply = TypeVar("_Reply")
+
+
+class Mode(StrEnum):
+    """How a list is made; the proto's `Mode` says what each means."""
+
+    TARGET_ONLY = "target-only"
+    STRICT = "strict"
+    TOLERANCE = "tolerance"
+    RELAXED_SAMPLING = "relaxed-sampling"
+    EXACT_SAMPLING = "exact-sampling"
+
+    @property
+    def proto(self) -> pb.Mode:
+        """Its value in the contract."""
+        return pb.Mode.Value(f"MODE_{self.name}")
+
+    @property
+    def samples(self) -> bool:
+        """Whether the mode takes a seed and a temperature."""
+        return self in {Mode.RELAXED_SAMPLING, Mode.EXACT_SAMPLING}
+
+
+class RecommenderError(Exception):
+    """A call that failed. code: its gRPC status; message: what the service said."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(f"{code.name}: {message}")
+        self.code, self.message = code, message
+
+
+class Options(TypedDict, total=False):
+    """What a recommendation may be asked for; the contract's `RecommendRequest` says what each field means."""
+
+    history: Sequence[str]
+    k: int
+    beam_width: int
+    mode: Mode
+    tolerance: float
+    temperature: float | None
+    seed: int | None
+    excluded: Sequence[str]
+    allowed: Sequence[str]
+    exclude_seen: bool
+    tenant: str
+
+
+def recommend_request(user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendRequest:
+    """A request for a stored user's list or, with `history`, for that of the items given; 10 items by default."""
+    request = pb.RecommendRequest(
+        k=options.get("k", 10),
+        beam_width=options.get("beam_width", 0),
+        mode=options.get("mode", Mode.STRICT).proto,
+        tolerance=options.get("tolerance", 0.0),
+        temperature=options.get("temperature"),
+        seed=options.get("seed"),
+        excluded_item_ids=options.get("excluded", ()),
+        allowed_item_ids=options.get("allowed", ()),
+        exclude_seen=options.get("exclude_seen", False),
+        tenant=options.get("tenant", ""),
+    )
+    if (user_id is None) == ("history" not in options):
+        raise ValueError("give either user_id or history")
+    if user_id is not None:
+        request.user_id = user_id
+    else:
+        request.history.CopyFrom(pb.History(item_ids=options["history"]))
+    return request
+
+
+class RecommenderClient:
+    """Calls a recommendation service. An async context manager; made and used inside one event loop.
+
+    address: NAME:PORT, or IP:PORT,IP:PORT for several replicas; ValueError when it is neither. timeout_seconds: the
+    deadline of every call, travelling with it. credentials: for TLS; without them the connection is plain text.
+
+    Calls that change nothing when repeated are retried while the service is UNAVAILABLE, up to three times in all and
+    within their deadline. Every call raises RecommenderError when it fails.
+    """
+
+    def __init__(
+        self, address: str, *, timeout_seconds: float = 10.0, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        target, options = target_uri(address), channel_options(SERVICE, _RETRIED, _MAX_MESSAGE_BYTES)
+        self._channel = (
+            grpc.aio.secure_channel(target, credentials, options=options)
+            if credentials
+            else grpc.aio.insecure_channel(target, options=options)
+        )
+        self._stub: recommendation_pb2_grpc.RecommendationServiceAsyncStub = (
+            recommendation_pb2_grpc.RecommendationServiceStub(self._channel)
+        )
+        self._timeout = timeout_seconds
+
+    async def recommend(self, user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendResponse:
+        """The list for a stored user or, with `history=[...]`, for the items given."""
+        request = recommend_request(user_id, **options)
+        return await _answer(self._stub.Recommend(request, timeout=self._timeout))
+
+    async def recommend_batch(
+        self, requests: Sequence[pb.RecommendRequest]
+    ) -> AsyncIterator[tuple[int, pb.RecommendResponse | RecommenderError]]:
+        """Each request's index with its list or its error, as they are ready. See `recommend_request`."""
+        with _translated():
+            async for one in self._stub.RecommendBatch(
+                pb.RecommendBatchRequest(requests=requests), timeout=self._timeout
+            ):
+                yield one.index, _batch_result(one)
+
+    async def record(self, user_id: str, items: Sequence[str]) -> pb.RecordEventsResponse:
+        """Append items, oldest first, to a user's history. Not retried."""
+        request = pb.RecordEventsRequest(user_id=user_id, item_ids=items)
+        return await _answer(self._stub.RecordEvents(request, timeout=self._timeout))
+
+    async def history(self, user_id: str) -> list[str]:
+        """A user's stored items, oldest first; empty when there are none."""
+        call = self._stub.GetHistory(pb.GetHistoryRequest(user_id=user_id), timeout=self._timeout)
+        return list((await _answer(call)).item_ids)
+
+    async def forget(self, user_id: str) -> bool:
+        """Erase all that is stored of a user; whether there was anything."""
+        call = self._stub.ForgetUser(pb.ForgetUserRequest(user_id=user_id), timeout=self._timeout)
+        return (await _answer(call)).existed
+
+    async def info(self) -> pb.GetServiceInfoResponse:
+        """Versions, limits, and the state of the services behind this one."""
+        return await _answer(self._stub.GetServiceInfo(pb.GetServiceInfoRequest(), timeout=self._timeout))
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+
+async def _answer(call: Awaitable[_Reply]) -> _Reply:
+    with _translated():
+        return await call
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise RecommenderError(error.code(), error.details() or "") from None
+
+
+def _batch_result(one: pb.RecommendBatchResponse) -> pb.RecommendResponse | RecommenderError:
+    if one.WhichOneof("result") == "response":
+        return one.response
+    codes = {code.value[0]: code for code in grpc.StatusCode}
+    return RecommenderError(codes.get(one.error.code, grpc.StatusCode.UNKNOWN), one.error.message)

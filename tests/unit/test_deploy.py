@@ -1,0 +1,237 @@
+"""docker-compose.yml and the Dockerfile: what runs, who reaches whom, and with which rights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sysconfig
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service_kit.settings_docs import SERVICES
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(sysconfig.get_path("scripts"))  # docker-compose and hadolint come as wheels, beside this Python
+VARIANTS = {"cpu": {"draft", "target"}, "gpu": {"draft-gpu", "target-gpu"}}
+PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
+
+Service = dict[str, Any]
+
+
+def compose(*arguments: str, **variables: str) -> dict[str, Any]:
+    """`docker compose config` as it comes out with these arguments and variables."""
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
+    command = [SCRIPTS / "docker-compose", *arguments, "config", "--format", "json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    config: dict[str, Any] = json.loads(done.stdout)
+    return config
+
+
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def profile(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def config(profile: str) -> dict[str, Any]:
+    return compose(*([] if profile == "cpu" else ["--profile", profile]))
+
+
+@pytest.fixture(scope="module")
+def services(config: dict[str, Any]) -> dict[str, Service]:
+    return {str(name): service for name, service in config["services"].items()}
+
+
+@pytest.fixture(scope="module")
+def ours(services: dict[str, Service]) -> dict[str, Service]:
+    """The project's own services by role: `target` for both of its variants."""
+    return {name.removesuffix("-gpu"): service for name, service in services.items() if name != "redis"}
+
+
+# Topology
+
+
+def test_one_variant_of_each_service_runs(services: dict[str, Service], profile: str) -> None:
+    assert set(services) == {"redis", "orchestrator"} | VARIANTS[profile]
+
+
+def test_the_variable_selects_the_profile_too() -> None:
+    assert set(compose(COMPOSE_PROFILES="gpu")["services"]) == {"redis", "orchestrator"} | VARIANTS["gpu"]
+
+
+def test_only_the_orchestrator_is_published_and_on_this_host_only(services: dict[str, Service]) -> None:
+    published = {name: service["ports"] for name, service in services.items() if service.get("ports")}
+    assert set(published) == {"orchestrator"}
+    (port,) = published["orchestrator"]
+    assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "50051", 50051)
+
+
+def test_models_and_redis_are_on_a_network_without_a_way_out(
+    config: dict[str, Any], services: dict[str, Service]
+) -> None:
+    assert config["networks"]["inside"]["internal"] is True
+    outside = {name for name, service in services.items() if set(service["networks"]) != {"inside"}}
+    assert outside == {"orchestrator"}
+
+
+def test_replicas_can_be_added(services: dict[str, Service]) -> None:
+    """A fixed name or host port would allow one container only."""
+    for name, service in services.items():
+        assert "container_name" not in service
+        assert name == "orchestrator" or not service.get("ports")
+
+
+def test_the_orchestrator_finds_all_replicas_by_name(ours: dict[str, Service]) -> None:
+    environment = ours["orchestrator"]["environment"]
+    for role in ("target", "draft"):
+        assert environment[f"ATSPEED_ORCHESTRATOR_{role.upper()}"] == f"dns:///{role}:{PORTS[role]}"
+        assert ours[role]["networks"]["inside"]["aliases"] == [role]
+
+
+def test_everyone_waits_only_for_those_who_are_there(services: dict[str, Service]) -> None:
+    waits = services["orchestrator"]["depends_on"]
+    required = {name for name, how in waits.items() if how["required"]}
+    assert required <= set(services)
+    assert set(waits) - required == VARIANTS["cpu"] | VARIANTS["gpu"]
+    assert {how["condition"] for how in waits.values()} == {"service_healthy"}
+
+
+def test_gpus_are_reserved_in_the_gpu_profile_alone(ours: dict[str, Service], profile: str) -> None:
+    for role, service in ours.items():
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        on_gpu = profile == "gpu" and role != "orchestrator"
+        assert [device["capabilities"] for device in devices] == ([["gpu"]] if on_gpu else [])
+        assert service["build"]["args"] == {"EXTRA": "gpu" if on_gpu else "cpu"}
+        assert service["image"] == f"atspeed-serving:{'gpu' if on_gpu else 'cpu'}"
+        provider = service["environment"].get(f"ATSPEED_{role.upper()}_PROVIDER", "cpu")
+        assert provider == ("cuda" if on_gpu else "cpu")
+
+
+def test_every_variable_is_a_setting(ours: dict[str, Service]) -> None:
+    """A service refuses to start on a variable that it does not know."""
+    for reference in SERVICES:
+        module, _, name = reference.partition(":")
+        settings = getattr(importlib.import_module(module), name)
+        prefix = settings.model_config["env_prefix"]
+        fields = {variable.removeprefix(prefix).lower() for variable in ours[settings.service]["environment"]}
+        assert fields <= set(settings.model_fields)
+        required = {field for field, info in settings.model_fields.items() if info.is_required()}
+        assert required <= fields
+
+
+def test_each_service_listens_where_its_health_check_and_its_peers_look(ours: dict[str, Service]) -> None:
+    for role, service in ours.items():
+        environment, port = service["environment"], PORTS[role]
+        assert environment[f"ATSPEED_{role.upper()}_HOST"] == "0.0.0.0"  # noqa: S104
+        assert environment[f"ATSPEED_{role.upper()}_PORT"] == str(port)
+        assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "service_kit.healthcheck", f"127.0.0.1:{port}"]
+
+
+# Rights
+
+
+def test_containers_have_no_rights_that_they_do_not_need(services: dict[str, Service]) -> None:
+    for service in services.values():
+        assert service["user"].split(":")[0] not in {"", "0", "root"}
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert "cap_add" not in service
+        assert "privileged" not in service
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["pids_limit"] > 0
+        assert [entry.split(":")[0] for entry in service["tmpfs"]] == ["/tmp"]  # noqa: S108
+        assert "healthcheck" in service
+
+
+def test_the_bundle_is_mounted_read_only(ours: dict[str, Service]) -> None:
+    for role, service in ours.items():
+        (mount,) = service["volumes"]
+        assert (mount["target"], mount["read_only"]) == ("/bundle", True)
+        assert mount["source"].endswith("/bundles/movielens-100k")
+        assert service["environment"][f"ATSPEED_{role.upper()}_BUNDLE"] == "/bundle"
+
+
+def test_another_bundle_can_be_served() -> None:
+    (mount,) = compose(BUNDLE="./bundles/other")["services"]["target"]["volumes"]
+    assert mount["source"].endswith("/bundles/other")
+
+
+def test_a_service_has_longer_to_stop_than_it_drains(ours: dict[str, Service]) -> None:
+    for service in ours.values():
+        assert service["stop_grace_period"] == "30s"  # drain_seconds is 20
+
+
+# Redis
+
+
+def options(service: Service) -> dict[str, str]:
+    arguments = service["command"][1:]
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))
+
+
+def test_redis_keeps_histories_and_lets_cache_entries_go(services: dict[str, Service]) -> None:
+    chosen = options(services["redis"])
+    assert chosen["--maxmemory-policy"] == "volatile-lru"
+    assert chosen["--maxmemory"] == "1gb"
+    assert chosen["--appendonly"] == "yes"
+    assert [(mount["type"], mount["target"]) for mount in services["redis"]["volumes"]] == [("volume", "/data")]
+
+
+@pytest.mark.parametrize(
+    ("variables", "url"), [({}, "redis://redis:6379/0"), ({"REDIS_PASSWORD": "p-1"}, "redis://:p-1@redis:6379/0")]
+)
+def test_the_password_reaches_both_sides(variables: dict[str, str], url: str) -> None:
+    services = compose(**variables)["services"]
+    password = variables.get("REDIS_PASSWORD", "")
+    assert options(services["redis"])["--requirepass"] == password
+    assert services["redis"]["environment"]["REDISCLI_AUTH"] == password
+    for role in PORTS:
+        assert services[role]["environment"][f"ATSPEED_{role.upper()}_REDIS_URL"] == url
+
+
+# The image
+
+
+def test_the_dockerfile_is_clean() -> None:
+    command = [SCRIPTS / "hadolint", "--failure-threshold", "style", ROOT / "deploy" / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_last_stage_builds_nothing_and_runs_as_nobody() -> None:
+    last = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2]
+    assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
+    assert "pip uninstall --yes" in last
+    assert not re.search(r"\binstall\b|apt-get|gcc|COPY (?!--from=build)", last.replace("uninstall", ""))
+
+
+def test_the_image_can_run_every_service() -> None:
+    """`python -m NAME` for the three commands of docker-compose.yml."""
+    commands = {service["command"][0] for name, service in compose()["services"].items() if name != "redis"}
+    assert commands == {"draft_service", "target_service", "orchestrator"}
+    for command in commands:
+        assert (ROOT / command / "__main__.py").is_file()
+
+
+def test_the_build_context_holds_every_package() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    kept = {
+        line.lstrip("!").split("/")[0] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    }
+    folders = {name.split(".")[0] for name in packages} - {"atspeed"} | {"protos"}
+    assert folders <= kept
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "deploy/constraints-gpu.txt"])
+def test_pins_are_exact_and_free_of_any_machine(name: str) -> None:
+    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.!]+", line)] == []
+    names = [line.partition("==")[0].lower() for line in lines]
+    assert len(set(names)) == len(names)
