@@ -40,7 +40,7 @@ class Mode(StrEnum):
     EXACT_SAMPLING = "exact-sampling"
 
     @property
-    def proto(self) -> pb.Mode:
+    def proto(self) -> pb.Mode.ValueType:
         """Its value in the contract."""
         return pb.Mode.Value(f"MODE_{self.name}")
 

@@ -124,7 +124,7 @@ def test_the_state_of_another_recipe_is_not_resumed(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_is_asked_for() -> None:
-    with pytest.raises(RecipeError, match="data.source: atspeed needs a data folder"):
+    with pytest.raises(RecipeError, match=r"data\.source: atspeed needs a data folder"):
         load_dataset(TINY.model_copy(update={"data": AtspeedData(source="atspeed")}), None)
 
 
@@ -180,5 +180,5 @@ def test_a_base_that_is_not_there(catalogue: Catalogue, tmp_path: Path) -> None:
 
 
 def test_a_window_that_does_not_fit_the_base(base: Path, catalogue: Catalogue) -> None:
-    with pytest.raises(RecipeError, match="prompt.max_items: 2000 items do not fit"):
+    with pytest.raises(RecipeError, match=r"prompt\.max_items: 2000 items do not fit"):
         build_model(part_of(base), catalogue, PromptWindow(max_items=2000), seed=1)

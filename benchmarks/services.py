@@ -1,0 +1,79 @@
+"""A bundle's services on this machine, asked about many users."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from atspeed.v1 import recommendation_pb2 as pb
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.errors import BenchmarkError
+from client.local_redis import local_redis
+from client.local_stack import LocalStack
+from client.recommender import RecommenderClient, RecommenderError
+
+# A shared machine may be slow; a request or a plan that ran out of time would be counted as what the method needs.
+_PATIENCE_SECONDS = 120.0
+_FLAGS = {
+    "orchestrator": {"request-timeout-seconds": _PATIENCE_SECONDS, "draft-timeout-seconds": 60, "max-k": 1000},
+}
+
+
+@asynccontextmanager
+async def services(bundle: Path) -> AsyncIterator[RecommenderClient]:
+    """A client of the draft, a target, the orchestrator and Redis as real processes."""
+    async with AsyncExitStack() as stack:
+        redis_url = stack.enter_context(local_redis())
+        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, flags=_FLAGS))
+        yield await stack.enter_async_context(RecommenderClient(local.address, timeout_seconds=_PATIENCE_SECONDS))
+
+
+async def ask(
+    client: RecommenderClient, requests: Sequence[pb.RecommendRequest], *, progress: Progress, title: str
+) -> list[pb.RecommendResponse]:
+    """The reply to each request, as many at once as there are cores. Raises RecommenderError, or BenchmarkError if degraded."""
+    task = progress.add_task(title, total=len(requests))
+    slots = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def one(request: pb.RecommendRequest) -> pb.RecommendResponse:
+        async with slots:
+            reply = await _only(client, request)
+        progress.advance(task)
+        return reply
+
+    replies = await asyncio.gather(*map(one, requests))
+    progress.remove_task(task)
+    return replies
+
+
+async def _only(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
+    """A reply that no failure took part in: what a failing draft costs is not what the method costs."""
+    async for _, result in client.recommend_batch([request]):
+        if isinstance(result, RecommenderError):
+            raise result
+        if result.degraded:
+            raise BenchmarkError(f"a service failed while it was measured: {'; '.join(result.degraded_reasons)}")
+        return result
+    raise BenchmarkError("the service ended a batch without a reply")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean, to four decimals; 0 of nothing."""
+    return round(sum(values) / len(values), 4) if values else 0.0
+
+
+def progress_bar() -> Progress:
+    """A bar that is gone when it is done."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
+
+
+def write_json(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A result file: `header` says where the `rows` come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n", encoding="utf-8")
