@@ -5,7 +5,7 @@
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
-#   make constraints     constraints.txt from the development environment
+#   make constraints     constraints.txt from the development environment (make it afresh before)
 #   make clean           removes caches and build results; make distclean the environments too
 #
 # PYTHON=... chooses the interpreter for new environments, PYTEST_FLAGS=... goes to pytest.

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.errors import BenchmarkError
 from client.local_redis import local_redis
 from client.local_stack import LocalStack
-from client.recommender import RecommenderClient, RecommenderError
+from client.recommender import RecommenderClient
+from engine.bundle import read_manifest
 
 # A shared machine may be slow; a request or a plan that ran out of time would be counted as what the method needs.
 _PATIENCE_SECONDS = 120.0
@@ -30,7 +31,8 @@ async def services(bundle: Path) -> AsyncIterator[RecommenderClient]:
     """A client of the draft, a target, the orchestrator and Redis as real processes."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(local_redis())
-        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, flags=_FLAGS))
+        drafts = 1 if read_manifest(bundle).draft else 0
+        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, drafts=drafts, flags=_FLAGS))
         yield await stack.enter_async_context(RecommenderClient(local.address, timeout_seconds=_PATIENCE_SECONDS))
 
 
@@ -43,7 +45,7 @@ async def ask(
 
     async def one(request: pb.RecommendRequest) -> pb.RecommendResponse:
         async with slots:
-            reply = await _only(client, request)
+            reply = await _undisturbed(client, request)
         progress.advance(task)
         return reply
 
@@ -52,15 +54,12 @@ async def ask(
     return replies
 
 
-async def _only(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
+async def _undisturbed(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
     """A reply that no failure took part in: what a failing draft costs is not what the method costs."""
-    async for _, result in client.recommend_batch([request]):
-        if isinstance(result, RecommenderError):
-            raise result
-        if result.degraded:
-            raise BenchmarkError(f"a service failed while it was measured: {'; '.join(result.degraded_reasons)}")
-        return result
-    raise BenchmarkError("the service ended a batch without a reply")
+    reply = await client.send(request)
+    if reply.degraded:
+        raise BenchmarkError(f"a service failed while it was measured: {'; '.join(reply.degraded_reasons)}")
+    return reply
 
 
 def mean(values: Sequence[float]) -> float:
@@ -70,7 +69,9 @@ def mean(values: Sequence[float]) -> float:
 
 def progress_bar() -> Progress:
     """A bar that is gone when it is done."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
+    )
 
 
 def write_json(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

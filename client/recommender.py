@@ -123,7 +123,10 @@ class RecommenderClient:
 
     async def recommend(self, user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendResponse:
         """The list for a stored user or, with `history=[...]`, for the items given."""
-        request = recommend_request(user_id, **options)
+        return await self.send(recommend_request(user_id, **options))
+
+    async def send(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
+        """The list for a request made by `recommend_request`, or by hand."""
         return await _answer(self._stub.Recommend(request, timeout=self._timeout))
 
     async def recommend_batch(

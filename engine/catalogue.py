@@ -36,12 +36,10 @@ class Catalogue:
         """From items in any order. Raises CatalogueError on duplicate or empty ids, or codes outside their codebook."""
         if len(ids) != len(codes) or not len(ids):
             raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
-        encoded = np.array([item.encode() for item in ids])
-        if (np.char.str_len(encoded) == 0).any():
-            raise CatalogueError("ids: an item id is empty")
+        encoded = _encode(ids)
         order = np.lexsort((encoded, *codes.T[::-1]))
         encoded = encoded[order]
-        catalogue = cls._assemble(encoded, codes[order].astype(np.int32), tuple(codebook_sizes))
+        catalogue = cls._assemble(encoded, codes[order], tuple(codebook_sizes))
         ordered = encoded[catalogue._by_id]
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
         if len(repeated):
@@ -49,7 +47,11 @@ class Catalogue:
         return catalogue
 
     @classmethod
-    def _assemble(cls, ids: Ids, codes: Codes, codebook_sizes: tuple[int, ...]) -> Catalogue:
+    def _assemble(cls, ids: Ids, codes: npt.NDArray[np.integer], codebook_sizes: tuple[int, ...]) -> Catalogue:
+        if ids.ndim != 1 or ids.dtype.kind != "S" or codes.ndim != 2 or codes.dtype.kind not in "iu":
+            raise CatalogueError("ids and codes: not byte strings [items] and integers [items, L]")
+        if len(ids) != len(codes):
+            raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
         first = np.ones(len(codes), dtype=bool)
         first[1:] = (codes[1:] != codes[:-1]).any(axis=1)
         try:
@@ -57,7 +59,7 @@ class Catalogue:
         except ValueError as error:
             raise CatalogueError(f"codes: {error}") from error
         item_start = np.append(np.flatnonzero(first), len(codes)).astype(np.int64)
-        return cls(ids, codes, item_start, trie)
+        return cls(ids, codes.astype(np.int32), item_start, trie)
 
     def save(self, folder: Path) -> None:
         """Write ids.npy, codes.npy and codebooks.npy."""
@@ -139,3 +141,17 @@ class Catalogue:
         path = leaves - self.trie.level_start[self.trie.levels]
         emptied = gone == (self.item_start[path + 1] - self.item_start[path])
         return Pruning.of_dead_leaves(self.trie, leaves[emptied])
+
+
+def _encode(ids: Sequence[str]) -> Ids:
+    """The ids as bytes. Raises CatalogueError on one that is empty or that a numpy byte string would not give back."""
+    try:
+        encoded = [item.encode() for item in ids]
+    except UnicodeEncodeError as error:
+        raise CatalogueError(f"ids: {error.object!r} cannot be written as UTF-8") from error
+    for item in ids:
+        if not item:
+            raise CatalogueError("ids: an item id is empty")
+        if item.endswith("\0"):
+            raise CatalogueError(f"ids: {item!r} ends in NUL")
+    return np.array(encoded)

@@ -115,7 +115,7 @@ class Decoder:
         shape = (self.layers, self.kv_heads, self.head_dim, self.dtype.name)
         _check_contract(path, "input", inputs, graph_inputs(*shape))
         _check_contract(path, "output", outputs, graph_outputs(*shape, self.columns))
-        # The lowest finite number, not -inf: a masked score never turns a row into NaN.
+        # By visibility. The lowest finite number, not -inf: a masked score never turns a row into NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
     @property
@@ -144,11 +144,10 @@ class Decoder:
         self._check_kv("new_kv", new_kv, count)
         if positions.shape != (count,) or visible.shape != (count, cached + count):
             raise ValueError(f"positions {positions.shape}, visible {visible.shape}: not of {cached} + {count} tokens")
-        # Advanced indexing with the mask picks min or 0, and comes out contiguous and in the model's dtype.
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64)[None],
             "position_ids": np.ascontiguousarray(positions, dtype=np.int64)[None],
-            "attn_bias": self._bias[visible.astype(np.intp)][None, None],
+            "attn_bias": np.ascontiguousarray(self._bias[visible.astype(np.intp)])[None, None],
             "out_index": np.ascontiguousarray(rows, dtype=np.int64),
         }
         fetches: dict[str, npt.NDArray[Any]] = {

@@ -34,12 +34,12 @@ def mix64(value: UInt64) -> UInt64:
 
 
 def uniform(seed: int, stream: Stream, keys: UInt64) -> Float64:
-    """Uniform in (0, 1), one per key [n]: 53 random bits, never 0 and never 1."""
+    """Uniform in (0, 1), one per key [n]: 52 random bits and a half, which float64 holds exactly; never 0 and never 1."""
     salt = mix64(
         np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) ^ mix64(np.asarray([stream], dtype=np.uint64))
     )
-    bits = mix64(mix64(keys ^ salt)) >> np.uint64(11)
-    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+    bits = mix64(mix64(keys ^ salt)) >> np.uint64(12)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
 
 def gumbel(seed: int, stream: Stream, keys: UInt64) -> Float64:

@@ -92,8 +92,12 @@ class Evaluation:
             raise ValueError("evaluation.child: not a trie node")
         if (trie.parent[self.child] != np.repeat(self.node, np.diff(self.child_start))).any():
             raise ValueError("evaluation.child: not a child of its node")
-        if not np.isfinite(self.logp).all() or (self.logp > 1e-3).any() or np.isnan(self.log_mass).any():
+        if len(np.unique(self.child)) != m:
+            raise ValueError("evaluation.child: a child occurs twice")
+        if not np.isfinite(self.logp).all() or (self.logp > 1e-3).any():
             raise ValueError("evaluation.logp: not log-probabilities")
+        if not (np.isfinite(self.log_mass) | np.isneginf(self.log_mass) & (np.diff(self.child_start) == 0)).all():
+            raise ValueError("evaluation.log_mass: neither finite nor that of a node without a live child")
 
 
 def best_children(

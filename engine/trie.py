@@ -165,14 +165,21 @@ class Trie:
 
     def check_integrity(self) -> None:
         """Raise ValueError when the arrays do not form a trie. O(n); for tests and `bundle verify`."""
-        nodes = np.arange(1, self.nodes)
-        if not (self.parent[nodes] < nodes).all() or not (np.diff(self.parent[nodes]) >= 0).all():
-            raise ValueError("parent: not breadth-first")
-        siblings = self.parent[nodes[1:]] == self.parent[nodes[:-1]]
-        if not (np.diff(self.code[nodes])[siblings] > 0).all():
+        starts, count = self.level_start, np.diff(self.child_start)
+        if starts[:2].tolist() != [0, 1] or starts[-1] != self.nodes or (np.diff(starts) < 1).any():
+            raise ValueError("level_start: not a partition of the nodes into levels")
+        if self.child_start[0] != 1 or self.child_start[-1] != self.nodes or (count < 0).any():
+            raise ValueError("child_start: not a partition of the nodes into siblings")
+        if not np.array_equal(self.parent, np.append(-1, np.repeat(np.arange(self.nodes), count))):
+            raise ValueError("parent: not the nodes that child_start says, breadth-first")
+        depth = self.depth(np.arange(self.nodes))
+        if not (count[: starts[self.levels]] > 0).all() or (depth[self.parent[1:]] != depth[1:] - 1).any():
+            raise ValueError("child_start: an inner node has no child, or one of another depth")
+        code = self.code[1:]
+        if self.code[ROOT] != -1 or (code < 0).any() or (code >= np.asarray(self.codebook_sizes)[depth[1:] - 1]).any():
+            raise ValueError("code: outside its codebook")
+        if not (np.diff(code)[self.parent[2:] == self.parent[1:-1]] > 0).all():
             raise ValueError("code: siblings not in ascending order")
-        if not (self.child_count[: self.level_start[self.levels]] > 0).all():
-            raise ValueError("child_start: an inner node has no child")
 
 
 def _descends(paths: npt.NDArray[np.integer], changed: npt.NDArray[np.bool_]) -> bool:

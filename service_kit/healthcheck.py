@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 
 def state(address: str, service: str = "", timeout_seconds: float = 3.0) -> str:
     """The state that the server gives, or the gRPC status that stands for no answer."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             answer = _check(channel)(request, timeout=timeout_seconds)

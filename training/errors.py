@@ -3,6 +3,7 @@
 TrainingError
 +-- DataError     a data file that is missing or not what its reader expects
 +-- RecipeError   a recipe that cannot be read, or asks for what the data does not have
++-- ExportError   a checkpoint that cannot be exported; defined in training/export.py
 """
 
 

@@ -15,6 +15,7 @@ from engine.prompt import PromptTemplate
 from training.data import Dataset
 from training.errors import RecipeError
 from training.evaluate import Validation
+from training.export import load_checkpoint
 from training.recipe import Base, Model, PromptWindow, Recipe, Shape
 from training.sequences import Batch, Sequencer, Spelling, WindowBatches, index_histories
 from training.trainer import FitState, Loss, Trainer, cross_entropy
@@ -43,8 +44,7 @@ class SpelledModel:
     @classmethod
     def load(cls, checkpoint: Path) -> SpelledModel:
         """Read what `save` wrote."""
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32)
-        return cls(model.train(mode=False), Spelling.load(checkpoint))
+        return cls(load_checkpoint(checkpoint), Spelling.load(checkpoint))
 
 
 def build_model(part: Model, catalogue: Catalogue, window: PromptWindow, seed: int) -> SpelledModel:

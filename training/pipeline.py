@@ -34,7 +34,7 @@ from training import evaluate
 from training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from training.errors import RecipeError
 from training.evaluate import Recommender
-from training.export import ExportReport, export_decoder
+from training.export import MODEL_FILE, ExportReport, export_decoder
 from training.models import SpelledModel, train_model
 from training.recipe import AtspeedData, GivenCodes, Model, MovielensData, Recipe, SyntheticData
 from training.semantic_ids import build_catalogue
@@ -75,17 +75,21 @@ def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One kept stage: done while its key, the hash of what it depends on, stays the same."""
+    """One kept stage: done while its key, the hash of what it depends on, stays the same.
+
+    outputs: what it leaves. scratch: what it needs under way; left by a killed run, it is resumed under the same key only.
+    """
 
     marker: Path
     key: str
     outputs: tuple[Path, ...]
+    scratch: tuple[Path, ...] = ()
 
     def run(self, work: Callable[[], Measures]) -> Measures:
         """Do the work unless it is done; outputs of another key go first, those of this key are resumed."""
         record = json.loads(self.marker.read_text()) if self.marker.exists() else {}
         if record.get("key") != self.key:
-            for path in self.outputs:
+            for path in self.outputs + self.scratch:
                 _remove(path)
             self._write({"key": self.key, "done": False})
         elif record["done"] and all(path.exists() for path in self.outputs):
@@ -93,6 +97,8 @@ class _Stage:
             return measures
         started = time.monotonic()
         measures = work()
+        for path in self.scratch:
+            _remove(path)
         seconds = round(time.monotonic() - started, 1)
         self._write({"key": self.key, "done": True, "seconds": seconds, "measures": measures})
         return measures
@@ -124,8 +130,9 @@ class _Run:
             parts["draft"] = self.recipe.draft
         return parts
 
-    def _stage(self, name: str, key: str, *outputs: str) -> _Stage:
-        return _Stage(self.folder / "stages" / f"{name}.json", key, tuple(self.folder / output for output in outputs))
+    def _stage(self, name: str, key: str, *outputs: str, scratch: tuple[str, ...] = ()) -> _Stage:
+        inside = [tuple(self.folder / path for path in paths) for paths in (outputs, scratch)]
+        return _Stage(self.folder / "stages" / f"{name}.json", key, *inside)
 
     def _catalogue(self) -> Catalogue:
         folder = self.folder / "catalogue"
@@ -150,7 +157,7 @@ class _Run:
         return _key(self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"}))
 
     def _model(self, role: Role, part: Model, catalogue: Catalogue) -> SpelledModel:
-        """Train a model, keep its checkpoint and log, and drop the training state."""
+        """Train a model; keep its checkpoint and its log."""
         training, checkpoint = self.folder / f"{role}-training", self.folder / f"{role}-checkpoint"
 
         def work() -> Measures:
@@ -158,14 +165,10 @@ class _Run:
             _remove(checkpoint)
             model.save(checkpoint)
             _write_json(self.folder / f"{role}-log.json", state.log)
-            _remove(training)
             return {"parameters": model.parameters, "epochs": state.epoch, "best_epoch": state.best_epoch + 1}
 
         key = self._model_key(part, catalogue)
-        stage = self._stage(role, key, f"{role}-checkpoint", f"{role}-log.json")
-        if not stage.marker.exists() or json.loads(stage.marker.read_text())["key"] != key:
-            _remove(training)
-        stage.run(work)
+        self._stage(role, key, checkpoint.name, f"{role}-log.json", scratch=(training.name,)).run(work)
         return SpelledModel.load(checkpoint)
 
     def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
@@ -230,7 +233,7 @@ class _Run:
 
 def _entry(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
     return ModelEntry(
-        path=f"{role}/model.onnx",
+        path=f"{role}/{MODEL_FILE}",
         architecture=report.architecture,
         precision=report.precision,
         parameters=report.parameters,

@@ -375,6 +375,13 @@ async def test_a_replica_that_does_not_serve_the_service_gets_no_calls(tmp_path:
         assert (await failure(channel, "UnaryUnary", "hello")).code() is grpc.StatusCode.UNAVAILABLE
 
 
+async def test_a_proxy_in_the_environment_is_not_asked(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert await asyncio.to_thread(healthcheck.state, server.address) == "SERVING"
+    async with open_channel(f"dns:///localhost:{server.port}", SERVICE) as channel:
+        assert await call(channel, "UnaryUnary", "hello", timeout=5) == "hello"
+
+
 class Flaky(Echo):
     """Fails each first of two calls."""
 

@@ -27,7 +27,7 @@ Service = dict[str, Any]
 def compose(*arguments: str, **variables: str) -> dict[str, Any]:
     """`docker compose config` as it comes out with these arguments and variables."""
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
-    command = [SCRIPTS / "docker-compose", *arguments, "config", "--format", "json"]
+    command: list[str | Path] = [SCRIPTS / "docker-compose", *arguments, "config", "--format", "json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     config: dict[str, Any] = json.loads(done.stdout)
@@ -200,7 +200,7 @@ def test_the_password_reaches_both_sides(variables: dict[str, str], url: str) ->
 
 
 def test_the_dockerfile_is_clean() -> None:
-    command = [SCRIPTS / "hadolint", "--failure-threshold", "style", ROOT / "deploy" / "Dockerfile"]
+    command: list[str | Path] = [SCRIPTS / "hadolint", "--failure-threshold", "style", ROOT / "deploy" / "Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -14,10 +14,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from engine.bundle import Precision
 from engine.decoder import Decoder, RuntimeOptions
+from engine.errors import BundleError
 from tests.bundles import random_model
 from training import export
-from training.export import DATA_FILE, MODEL_FILE, ExportError, check_parity, export_decoder, load_checkpoint, quantise_rows
-from training.parity import RandomTree, checkpoint_outputs, decoder_outputs
+from training.export import (
+    DATA_FILE,
+    MODEL_FILE,
+    ExportError,
+    check_parity,
+    export_decoder,
+    load_checkpoint,
+    quantise_rows,
+)
+from training.parity import Outputs, RandomTree, checkpoint_outputs, decoder_outputs
 
 VOCAB = 97
 CODES = tuple(range(40, 90))
@@ -84,8 +93,9 @@ def exported(model: PreTrainedModel, folder: Path, precision: Precision = "float
     return Decoder(folder / MODEL_FILE, RuntimeOptions())
 
 
-def log_probabilities(outputs: np.ndarray) -> np.ndarray:
-    return outputs[:, :-1] - outputs[:, -1:]
+def log_probabilities(outputs: Outputs) -> Outputs:
+    result: Outputs = outputs[:, :-1] - outputs[:, -1:]
+    return result
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -161,11 +171,13 @@ def test_weights_stand_in_their_own_file(tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     assert len(outside) > 2 * 9
-    assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {DATA_FILE}
+    assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {
+        DATA_FILE
+    }
     # What stays in the graph are shapes, slices and the columns' token ids.
     assert all(tensor.data_type == onnx.TensorProto.INT64 for tensor in graph.initializer if tensor not in outside)
     (tmp_path / DATA_FILE).unlink()
-    with pytest.raises(Exception, match="model.onnx"):
+    with pytest.raises(BundleError, match=r"model\.onnx"):
         Decoder(tmp_path / MODEL_FILE, RuntimeOptions())
 
 
@@ -192,9 +204,7 @@ def test_tied_embeddings_and_narrow_precisions_make_small_files(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_wrong_weight_fails_the_export(
-    precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_weight_fails_the_export(precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parity check is part of the export: what it refuses leaves no file that could be served."""
     write_graph = export.write_graph
 
@@ -263,7 +273,7 @@ def test_refuses_a_model_in_training_or_in_another_dtype(tmp_path: Path) -> None
     with pytest.raises(ExportError, match="training=True"):
         export_decoder(checkpoint().train(), tmp_path, code_tokens=CODES)
     with pytest.raises(ExportError, match=r"torch\.bfloat16"):
-        export_decoder(checkpoint().to(torch.bfloat16), tmp_path, code_tokens=CODES)
+        export_decoder(checkpoint().bfloat16(), tmp_path, code_tokens=CODES)
 
 
 @pytest.mark.parametrize("codes", [(), (1, 2, 2), (-1, 3), (5, VOCAB)])
@@ -273,7 +283,7 @@ def test_refuses_code_tokens_that_are_not_columns(codes: tuple[int, ...], tmp_pa
 
 
 def test_loads_a_checkpoint_in_float32(tmp_path: Path) -> None:
-    checkpoint("qwen2 tied").to(torch.bfloat16).save_pretrained(tmp_path)
+    checkpoint("qwen2 tied").bfloat16().save_pretrained(tmp_path)
     model = load_checkpoint(tmp_path)
     assert model.dtype == torch.float32
     assert not model.training

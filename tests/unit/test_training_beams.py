@@ -1,6 +1,7 @@
 """The batched trie beam search against the plainest one: every path read whole by the model, one at a time."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,15 @@ SPELLING = Spelling(
 )
 PROMPTS = RNG.integers(1, VOCABULARY, size=(4, 7))
 RULES = list(ScoringRule)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Several threads on matrices this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -15,17 +16,21 @@ from training.models import SpelledModel, build_model, code_names
 from training.pipeline import load_dataset, train
 from training.recipe import AtspeedData, Base, Model, PromptWindow, Recipe, Schedule, read_recipe
 from training.semantic_ids import build_catalogue
-from training.trainer import Trainer
+from training.sequences import Batch
+from training.trainer import FitState, Trainer
 
 TINY = read_recipe(Path(__file__).parents[2] / "runs" / "tiny.toml")
 
 
-def shorter(recipe: Recipe, **schedule: int) -> Recipe:
-    """The same recipe with two epochs per model, and other changes to the draft's schedule."""
-    target = recipe.target.model_copy(update={"schedule": recipe.target.schedule.model_copy(update={"epochs": 2})})
+def shorter(recipe: Recipe) -> Recipe:
+    """The same recipe with two epochs per model, on fewer users."""
     assert recipe.draft is not None
-    changed = recipe.draft.schedule.model_copy(update={"epochs": 2} | schedule)
-    return recipe.model_copy(update={"target": target, "draft": recipe.draft.model_copy(update={"schedule": changed})})
+    models = {"target": with_epochs(recipe.target, 2), "draft": with_epochs(recipe.draft, 2)}
+    return recipe.model_copy(update=models | {"data": recipe.data.model_copy(update={"users": 50})})
+
+
+def with_epochs(part: Model, epochs: int) -> Model:
+    return part.model_copy(update={"schedule": part.schedule.model_copy(update={"epochs": epochs})})
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +80,14 @@ def test_a_changed_draft_keeps_the_target(run: Path, tmp_path: Path, monkeypatch
     shutil.copytree(run, folder)
     trained: list[str] = []
     fit = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda trainer: trained.append(trainer.title) or fit(trainer))
+
+    def noted(trainer: Trainer[Batch]) -> FitState:
+        trained.append(trainer.title)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", noted)
     assert TINY.draft is not None
-    draft = TINY.draft.model_copy(update={"schedule": TINY.draft.schedule.model_copy(update={"epochs": 1})})
-    train(TINY.model_copy(update={"draft": draft}), folder, threads=1)
+    train(TINY.model_copy(update={"draft": with_epochs(TINY.draft, 1)}), folder, threads=1)
     assert trained == ["draft"]
     before, after = Bundle(run / "bundle").manifest, Bundle(folder / "bundle").manifest
     assert before.target == after.target
@@ -92,7 +101,7 @@ def test_a_run_that_was_killed_gives_the_same_bundle(tmp_path: Path, monkeypatch
     whole = train(recipe, tmp_path / "whole", threads=1)
     epoch = Trainer._epoch
 
-    def dies(trainer: Trainer, state: object, *rest: object) -> None:
+    def dies(trainer: Trainer[Batch], state: FitState, *rest: Any) -> None:
         if trainer.title == "draft" and state.epoch == 1:
             raise KeyboardInterrupt
         epoch(trainer, state, *rest)
@@ -110,7 +119,7 @@ def test_the_state_of_another_recipe_is_not_resumed(tmp_path: Path, monkeypatch:
     """A bug waiting to happen: a state on disk under the same name, but of a model with another seed or shape."""
     save = Trainer._save_state
 
-    def dies(trainer: Trainer, *rest: object) -> None:
+    def dies(trainer: Trainer[Batch], *rest: Any) -> None:
         save(trainer, *rest)
         raise KeyboardInterrupt
 
@@ -136,9 +145,8 @@ def base(tmp_path: Path) -> Path:
     words = ["<unk>", "<s>", "items", ":", ",", "next"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>").save_pretrained(
-        tmp_path / "base"
-    )
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>").save_pretrained(tmp_path / "base")
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
@@ -167,7 +175,7 @@ def test_a_pretrained_base_gets_code_tokens_and_a_prompt_in_words(base: Path, ca
 
 
 def test_a_base_trains_into_a_bundle(base: Path, tmp_path: Path) -> None:
-    recipe = TINY.model_copy(update={"target": part_of(base), "draft": None})
+    recipe = shorter(TINY).model_copy(update={"target": part_of(base), "draft": None})
     bundle = Bundle(train(recipe, tmp_path / "run", threads=1))
     bundle.verify()
     assert bundle.manifest.draft is None

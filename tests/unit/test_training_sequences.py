@@ -21,7 +21,8 @@ CATALOGUE = Catalogue.build(
 
 
 def sequencer(*, predict_first: bool = True, **template: Any) -> Sequencer:
-    prompt = PromptTemplate(**({"prefix": (1,), "max_items": 6, "drop_block": 2} | template))
+    shape: dict[str, Any] = {"prefix": (1,), "max_items": 6, "drop_block": 2}
+    prompt = PromptTemplate(**(shape | template))
     # Not in the order of the columns, so that a mix-up of columns and tokens shows.
     tokens = tuple(range(2 + LEVELS * CODES, 2, -1))
     spelling = Spelling(code_tokens=tokens, prompt=prompt, pad_token=0, vocab_size=40)

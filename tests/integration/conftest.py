@@ -1,0 +1,55 @@
+"""One stack for all tests that leave its services as they found them: a draft, a target and an orchestrator as processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack
+from engine.catalogue import Catalogue
+from tests.serving import Client, new_bundle, new_catalogue
+
+LIMITS = {"max-history-items": 60, "max-candidate-items": 500, "max-batch": 16, "max-k": 50, "max-beam-width": 100}
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    return new_catalogue()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Path:
+    return new_bundle(tmp_path_factory.mktemp("bundle"), catalogue)
+
+
+@pytest.fixture(scope="session")
+def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
+    """Time-outs that no load of the machine reaches: what a test sees is what the services decided."""
+    patient = {"redis-timeout-seconds": 10}
+    flags = {
+        "draft": patient,
+        "target": patient | {"threads": 1},
+        "orchestrator": patient | LIMITS | {"draft-timeout-seconds": 30},
+    }
+    with LocalStack(bundle, redis_url=redis_server.url, log_folder=log_folder, flags=flags) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(redis_url: str, shared_stack: LocalStack) -> LocalStack:
+    """The shared stack over an empty Redis."""
+    return shared_stack
+
+
+@pytest.fixture
+def client(stack: LocalStack) -> Iterator[Client]:
+    with Client(stack.address) as client:
+        yield client

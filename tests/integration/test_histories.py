@@ -1,0 +1,136 @@
+"""RecordEvents, GetHistory and ForgetUser through gRPC, and recommendations from what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from atspeed.v1 import recommendation_pb2 as pb
+
+from client.local_stack import LocalStack, ServiceProcess
+from engine.catalogue import Catalogue
+from tests.bundles import random_history
+from tests.integration.conftest import LIMITS
+from tests.serving import LIVENESS_SECONDS, Client, assert_same_list, refused, storm
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+LONG = "x" * 257
+CAP = LIMITS["max-history-items"]
+
+
+def forget(client: Client, user_id: str) -> bool:
+    return client.stub.ForgetUser(pb.ForgetUserRequest(user_id=user_id), timeout=LIVENESS_SECONDS).existed
+
+
+@pytest.fixture(scope="module")
+def without_redis(shared_stack: LocalStack, log_folder: Path) -> Iterator[Client]:
+    """An orchestrator that keeps no histories."""
+    flags = {name: value for name, value in shared_stack.orchestrators[0].flags.items() if name != "redis-url"}
+    service = ServiceProcess("orchestrator", flags, log_folder / "without-redis.log")
+    service.start()
+    with Client(service.address) as client:
+        yield client
+    service.stop()
+
+
+class TestRoundTrip:
+    def test_what_is_recorded_is_kept_in_order(self, client: Client) -> None:
+        assert client.history("user") == []
+        assert client.record("user", ["item-3", "item-1"]).history_length == 2
+        assert client.record("user", ["item-2", "item-3"]).history_length == 4
+        assert client.history("user") == ["item-3", "item-1", "item-2", "item-3"]
+        assert client.history("other") == []
+
+    def test_unknown_items_are_kept_and_named(self, client: Client) -> None:
+        """A later snapshot of the catalogue may know them."""
+        reply = client.record("user", ["ghost", "item-1", "phantom"])
+        assert list(reply.unknown_item_ids) == ["ghost", "phantom"]
+        assert client.history("user") == ["ghost", "item-1", "phantom"]
+        recommendation = client.recommend(user_id="user")
+        assert list(recommendation.unknown_history_item_ids) == ["ghost", "phantom"]
+        assert recommendation.history_items_used == 1
+
+    def test_the_newest_are_kept(self, client: Client) -> None:
+        items = [f"item-{n}" for n in range(CAP)]
+        assert client.record("user", items).history_length == CAP
+        assert client.record("user", ["item-300", "item-301"]).history_length == CAP
+        assert client.history("user") == [*items[2:], "item-300", "item-301"]
+
+    def test_forgetting_is_complete(self, client: Client) -> None:
+        client.record("user", ["item-1"])
+        client.record("other", ["item-2"])
+        assert forget(client, "user") is True
+        assert forget(client, "user") is False
+        assert client.history("user") == []
+        assert client.history("other") == ["item-2"]
+        with refused(grpc.StatusCode.NOT_FOUND, "user_id"):
+            client.recommend(user_id="user")
+
+    def test_an_event_changes_the_next_list(self, client: Client, catalogue: Catalogue) -> None:
+        """The list is always that of the history as it stands."""
+        history = random_history(catalogue, 4, seed=2)
+        for length in range(1, 5):
+            client.record("user", [history[length - 1]])
+            assert_same_list(client.recommend(user_id="user"), client.recommend(history[:length]))
+
+    @pytest.mark.parametrize("text", [" ", "é漢", "a\nb", "a\x00b", '"', "x" * 256, "history:user", "*"])
+    def test_ids_are_taken_as_they_are(self, client: Client, text: str) -> None:
+        client.record(text, [text])
+        assert client.history(text) == [text]
+        assert client.history("user") == []
+        assert forget(client, text) is True
+
+    def test_concurrent_events_of_one_user_are_all_kept(self, client: Client, catalogue: Catalogue) -> None:
+        """Recommendations in between see some beginning of them."""
+        items = random_history(catalogue, 20, seed=4)
+        client.record("user", ["item-0"])
+        calls: list[Callable[[], Any]] = [lambda item=item: client.record("user", [item]) for item in items]  # type: ignore[misc]
+        calls += [lambda: client.recommend(user_id="user")] * 5
+        replies = storm(calls, {}, concurrency=8)
+        assert sorted(reply.history_length for reply in replies[:20]) == list(range(2, 22))
+        assert sorted(client.history("user")) == sorted(["item-0", *items])
+
+
+REFUSED: list[tuple[str, str, Any]] = [
+    ("user_id", "RecordEvents", pb.RecordEventsRequest(item_ids=["item-1"])),
+    ("user_id", "RecordEvents", pb.RecordEventsRequest(user_id=LONG, item_ids=["item-1"])),
+    ("item_ids", "RecordEvents", pb.RecordEventsRequest(user_id="user")),
+    ("item_ids", "RecordEvents", pb.RecordEventsRequest(user_id="user", item_ids=["item-1"] * (CAP + 1))),
+    ("item_ids[1]", "RecordEvents", pb.RecordEventsRequest(user_id="user", item_ids=["item-1", ""])),
+    ("item_ids[1]", "RecordEvents", pb.RecordEventsRequest(user_id="user", item_ids=["item-1", LONG])),
+    ("user_id", "GetHistory", pb.GetHistoryRequest()),
+    ("user_id", "GetHistory", pb.GetHistoryRequest(user_id=LONG)),
+    ("user_id", "ForgetUser", pb.ForgetUserRequest()),
+    ("user_id", "ForgetUser", pb.ForgetUserRequest(user_id=LONG)),
+]
+
+
+@pytest.mark.parametrize(("field", "method", "request_"), REFUSED)
+def test_a_refused_event_is_not_stored_in_part(client: Client, field: str, method: str, request_: Any) -> None:
+    """The refusal names its field, nothing of the request is kept, and the next event is."""
+    with refused(INVALID, field):
+        getattr(client.stub, method)(request_, timeout=LIVENESS_SECONDS)
+    assert client.history("user") == []
+    assert client.record("user", ["item-1"]).history_length == 1
+
+
+def test_without_redis_histories_come_with_the_request(
+    without_redis: Client, client: Client, catalogue: Catalogue
+) -> None:
+    """What needs a stored history says so; an inline one is served as ever."""
+    history = random_history(catalogue, 5, seed=6)
+    with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):
+        without_redis.recommend(user_id="user")
+    for call in (
+        lambda: without_redis.record("user", ["item-1"]),
+        lambda: without_redis.history("user"),
+        lambda: forget(without_redis, "user"),
+    ):
+        with pytest.raises(grpc.RpcError) as refusal:
+            call()
+        assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert {backend.name for backend in without_redis.info().backends} == {"target", "draft"}
+    assert_same_list(without_redis.recommend(history), client.recommend(history))

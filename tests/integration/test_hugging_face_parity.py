@@ -1,0 +1,53 @@
+"""Our lists, through real services, are those of Hugging Face `generate` on the same checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.histories import choose_histories
+from benchmarks.parity import MODES, WIDTHS, Reference, run
+from engine.scoring import ScoringRule
+from tests.bundles import random_catalogue, write_bundle
+
+USERS = 12
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+async def test_lists_are_those_of_generate(architecture: str, tmp_path: Path) -> None:
+    """Target-only and strict, every K: the same items in the same order, with the same scores."""
+    catalogue = random_catalogue(300, (16, 12, 10), seed=3)
+    made = write_bundle(tmp_path, catalogue, architecture=architecture, seed=5)
+    rows = await run(made.root, made.target, choose_histories(catalogue, None, USERS, seed=7))
+    assert [(row.k, row.mode) for row in rows] == [(k, mode) for k in WIDTHS for mode in MODES]
+    assert [row.different for row in rows] == [0] * len(rows)
+    assert all(row.identical + row.near_ties == USERS for row in rows)
+    assert max(row.largest_score_gap for row in rows) < 1e-3
+    # Not by searching alike: strict took fewer passes somewhere.
+    passes = {(row.k, row.mode): row.target_passes_mean for row in rows}
+    assert any(passes[k, "strict"] < passes[k, "target-only"] for k in WIDTHS)
+
+
+async def test_fewer_paths_than_beams(tmp_path: Path) -> None:
+    """`generate` pads its beams with masked ones; the list ends where the catalogue does."""
+    catalogue = random_catalogue(6, (4, 3, 3), seed=1)
+    made = write_bundle(tmp_path, catalogue)
+    rows = await run(made.root, made.target, choose_histories(catalogue, None, 3, seed=1), widths=[20])
+    assert [row.different for row in rows] == [0, 0]
+
+
+def test_the_rule_trie_is_refused(tmp_path: Path) -> None:
+    """`generate` does not compute it, so a comparison would say nothing."""
+    made = write_bundle(tmp_path, random_catalogue(20, (4, 4), seed=1), rule=ScoringRule.TRIE)
+    with pytest.raises(BenchmarkError, match="scoring rule is trie"):
+        Reference(made.bundle, made.target)
+
+
+def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A checkpoint of another shape is not the one that the bundle was exported from."""
+    made = write_bundle(tmp_path / "one", random_catalogue(20, (4, 4), seed=1))
+    other = write_bundle(tmp_path / "other", random_catalogue(20, (8, 4), seed=1))
+    with pytest.raises(BenchmarkError, match="not the one"):
+        Reference(made.bundle, other.target)

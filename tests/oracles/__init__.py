@@ -1,0 +1,1 @@
+"""Naive reference implementations: dictionaries, lists and loops, no code shared with what they check."""

@@ -1,0 +1,157 @@
+"""Small catalogues, tables in place of models, and fakes of the target and the draft that the beam loop talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from engine.beams import Beams
+from engine.catalogue import Catalogue
+from engine.plan import Plan
+from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
+from engine.trie import Int64, Pruning, Trie
+from tests.oracles.naive_search import NaiveModel
+from tests.oracles.naive_trie import NaiveTrie, Path
+
+Float32 = npt.NDArray[np.float32]
+Choice = Callable[[Int64], npt.NDArray[np.bool_]]
+"""Which of some inner nodes a fake draft plans."""
+
+# Anything that UTF-8 can spell, but for NUL, which the catalogue refuses at the end of an id.
+item_ids = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
+
+
+@st.composite
+def naive_tries(draw: st.DrawFn, levels: Sequence[int] = (1, 2, 3, 4), max_items: int = 12) -> NaiveTrie:
+    """Random catalogues: narrow codebooks, so that items share paths and prefixes; some with a single-child chain."""
+    depth = draw(st.sampled_from(list(levels)))
+    sizes = draw(st.lists(st.integers(1, 4), min_size=depth, max_size=depth))
+    paths = st.tuples(*(st.integers(0, size - 1) for size in sizes))
+    return NaiveTrie(draw(st.dictionaries(item_ids, paths, min_size=1, max_size=max_items)), sizes)
+
+
+def build(naive: NaiveTrie) -> Catalogue:
+    """The catalogue of a naive trie's items."""
+    codes = np.array(list(naive.items.values())).reshape(len(naive.items), naive.levels)
+    return Catalogue.build(list(naive.items), codes, naive.codebook_sizes)
+
+
+@dataclass(frozen=True)
+class World:
+    """A catalogue and a model of it as a table: logits [nodes, C] with their log-normalizers [nodes], as if V > C."""
+
+    naive: NaiveTrie
+    catalogue: Catalogue
+    rule: ScoringRule
+    logits: Float32
+    log_normalizer: Float32
+
+    @classmethod
+    def random(cls, naive: NaiveTrie, rule: ScoringRule, seed: int, *, coarse: bool = False) -> World:
+        """Normal logits, or coarse ones: then many scores are equal and the order of ties decides."""
+        rng, catalogue = np.random.default_rng(seed), build(naive)
+        shape = (catalogue.trie.nodes, catalogue.trie.columns)
+        logits = (rng.integers(-2, 3, shape) if coarse else rng.normal(size=shape) * 1.5).astype(np.float32)
+        log_normalizer = np.log(np.exp(logits.astype(np.float64)).sum(axis=1) + 1).astype(np.float32)
+        return cls(naive, catalogue, rule, logits, np.ceil(log_normalizer) if coarse else log_normalizer)
+
+    @property
+    def trie(self) -> Trie:
+        """The array trie."""
+        return self.catalogue.trie
+
+    @property
+    def model(self) -> NaiveModel:
+        """The same table for the naive searches."""
+        over_children = self.rule is ScoringRule.TRIE
+        return NaiveModel(self.naive, self.logits, self.log_normalizer, over_children=over_children)
+
+    def pruning(self, excluded: Sequence[str]) -> Pruning:
+        """Without these items."""
+        return self.catalogue.pruning(excluded=self.catalogue.find(excluded))
+
+    def paths(self, nodes: Int64) -> list[Path]:
+        """The naive trie's paths of some node ids."""
+        return [self.naive.nodes[node] for node in nodes.tolist()]
+
+    def evaluate(
+        self, nodes: Int64, pruning: Pruning, limit: int, perturbation: Perturbation | None = None
+    ) -> Evaluation:
+        """What the model says about some nodes."""
+        return best_children(
+            self.trie,
+            nodes,
+            self.logits[nodes],
+            self.log_normalizer[nodes],
+            rule=self.rule,
+            pruning=pruning,
+            limit=limit,
+            perturbation=perturbation,
+        )
+
+
+@dataclass
+class TableTarget:
+    """The target of one request. asked: the nodes of every pass. max_children: 0 for all."""
+
+    world: World
+    pruning: Pruning
+    max_children: int
+    noise: Perturbation | None = None
+    asked: list[list[int]] = field(default_factory=list)
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """One pass."""
+        self.asked.append(nodes.tolist())
+        evaluation = self.world.evaluate(nodes, self.pruning, self.max_children or 1_000_000, self.noise)
+        evaluation.validate(self.world.trie)
+        return evaluation
+
+
+@dataclass
+class ScriptedDraft:
+    """A draft that chooses from the inner nodes below the beams [n, ascending] those that a rule names.
+
+    What hangs below a node that was left out is left out too, so that every plan is closed under ancestors.
+    """
+
+    trie: Trie
+    choose: Choice
+
+    async def plan(self, below: Beams) -> Plan:
+        """The chosen ones."""
+        inner = np.arange(1, int(self.trie.level_start[self.trie.levels]))
+        chosen, kept = self.choose(inner), set(below.node.tolist())
+        planned = []
+        for node, wanted in zip(inner.tolist(), chosen.tolist(), strict=True):
+            if wanted and int(self.trie.parent[node]) in kept:
+                kept.add(node)
+                planned.append(node)
+        plan = Plan(below, np.asarray(planned, dtype=np.int64), np.zeros(len(planned)))
+        plan.check(self.trie, limit=len(inner))
+        return plan
+
+
+def nothing(inner: Int64) -> npt.NDArray[np.bool_]:
+    """Plans nothing."""
+    return np.zeros(len(inner), dtype=bool)
+
+
+def everything(inner: Int64) -> npt.NDArray[np.bool_]:
+    """Plans everything."""
+    return np.ones(len(inner), dtype=bool)
+
+
+def only(nodes: set[int]) -> Choice:
+    """Plans exactly these."""
+    return lambda inner: np.isin(inner, sorted(nodes))
+
+
+def at_random(seed: int, density: float) -> Choice:
+    """Plans each node with a probability, drawn anew for every plan."""
+    rng = np.random.default_rng(seed)
+    return lambda inner: rng.random(len(inner)) < density
