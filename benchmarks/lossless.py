@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from atspeed.v1 import recommendation_pb2 as pb
+from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
@@ -72,14 +73,16 @@ async def run(
 
 def table(rows: Sequence[LosslessRow]) -> Table:
     """The rows, for people."""
-    shown = Table(title="Strict speculation beside target-only beam search")
-    for name in ("rule", "K", "excluded", "users", "identical", "near-ties", "different", "invalid paths"):
+    asked = f"K = {rows[0].k}, {rows[0].excluded} excluded items, {rows[0].users} users" if rows else ""
+    shown = Table(title=f"Strict beside target-only: {asked}", box=box.SIMPLE_HEAD)
+    for name in ("rule", "identical", "near-ties", "different", "invalid paths"):
         shown.add_column(name, justify="left" if name == "rule" else "right")
-    for name in ("passes, target-only", "passes, strict", "accepted"):
+    for name in ("passes target-only", "passes strict", "levels accepted"):
         shown.add_column(name, justify="right")
     for row in rows:
-        values = list(asdict(row).values())
-        shown.add_row(*map(str, values[:-3]), *(f"{value:.2f}" for value in values[-3:]))
+        counts = (row.identical, row.near_ties, row.different, row.invalid_paths)
+        means = (row.target_only_passes_mean, row.strict_passes_mean, row.accepted_levels_mean)
+        shown.add_row(row.rule, *map(str, counts), *(f"{value:.2f}" for value in means))
     return shown
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from atspeed.v1 import recommendation_pb2 as pb
+from rich import box
 from rich.progress import Progress
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel
@@ -72,13 +73,14 @@ async def run(
 
 def table(rows: Sequence[ParityRow]) -> Table:
     """The rows, for people."""
-    shown = Table(title="Lists beside Hugging Face generate")
-    for name in ("K", "mode", "users", "identical", "near-ties", "different", "score gap", "target passes", "accepted"):
+    users = max((row.users for row in rows), default=0)
+    shown = Table(title=f"Lists beside Hugging Face generate, {users} users", box=box.SIMPLE_HEAD)
+    for name in ("K", "mode", "identical", "near-ties", "different", "score gap", "target passes", "levels accepted"):
         shown.add_column(name, justify="left" if name == "mode" else "right")
     for row in rows:
-        counts = (row.users, row.identical, row.near_ties, row.different)
+        counts = (row.identical, row.near_ties, row.different)
         passes = (f"{row.target_passes_mean:.2f}", f"{row.accepted_levels_mean:.2f}")
-        shown.add_row(str(row.k), row.mode, *map(str, counts), f"{row.largest_score_gap:.1e}", *passes)
+        shown.add_row(str(row.k), row.mode, *map(str, counts), f"{row.largest_score_gap:.0e}", *passes)
     return shown
 
 

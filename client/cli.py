@@ -31,7 +31,7 @@ from benchmarks.errors import BenchmarkError
 from client import display
 from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
-from client.recommender import Mode, RecommenderClient, RecommenderError, recommend_request
+from client.recommender import Mode, Options, RecommenderClient, RecommenderError
 from engine.bundle import Bundle, read_manifest
 from engine.errors import EngineError
 from engine.scoring import ScoringRule
@@ -196,21 +196,20 @@ def recommend(
     """The top items for a user, or for a history."""
     if (user is None) == (history is None):
         raise typer.BadParameter("give either a user or --history")
-    subject = {} if history is None else {"history": _ids(history)}
-    request = recommend_request(
-        user,
-        **subject,  # type: ignore[typeddict-item]
-        k=k,
-        beam_width=beam_width,
-        mode=mode,
-        tolerance=tolerance,
-        temperature=temperature,
-        seed=seed,
-        excluded=_ids(exclude),
-        allowed=_ids(only),
-        exclude_seen=exclude_seen,
-    )
-    reply = _call(address, timeout, lambda client: client.send(request))
+    options: Options = {
+        "k": k,
+        "beam_width": beam_width,
+        "mode": mode,
+        "tolerance": tolerance,
+        "temperature": temperature,
+        "seed": seed,
+        "excluded": _ids(exclude),
+        "allowed": _ids(only),
+        "exclude_seen": exclude_seen,
+    }
+    if history is not None:
+        options["history"] = _ids(history)
+    reply = _call(address, timeout, lambda client: client.recommend(user, **options))
     if as_json:
         return _print_json(reply)
     _out.print(display.recommendation_table(reply))
@@ -341,6 +340,7 @@ def bench_parity(
 ) -> None:
     """Our lists beside Hugging Face generate; exits with 1 when one differs beyond near-ties."""
     parity, exporter = _optional("benchmarks.parity"), _optional("training.export")
+    _optional("transformers.utils.logging").disable_progress_bar()  # its bar for a load that takes a moment
     opened = Bundle(bundle)
     chosen = _histories(opened, histories, users, seed)
     rows = asyncio.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))

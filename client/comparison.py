@@ -1,13 +1,12 @@
 """Whether two lists are the same.
 
-Two computations of the same list round differently, so two items whose scores are closer than rounding can swap. Such
-lists are counted apart as near-ties: at every place the two scores are closer than NEAR_TIE, an item of both lists has the same
-score in both, and one that is in a single list lies that close to the other list's last place.
+Two computations of the same list round differently, so two items whose scores are closer than rounding can swap, also over
+the end of the list. Such lists are near-ties and counted apart: wherever they differ, the scores differ by less than
+NEAR_TIE beyond what the two lists disagree on the score of one and the same item, and that is rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -15,6 +14,7 @@ from typing import Self
 from atspeed.v1 import recommendation_pb2 as pb
 
 NEAR_TIE = 1e-4
+_ROUNDING = 1e-3  # more than this on one item is not rounding
 
 
 class Verdict(StrEnum):
@@ -42,11 +42,11 @@ def compare(actual: RankedList, expected: RankedList) -> Verdict:
     """Identical items in identical order, the same but for near-ties, or different."""
     if actual.items == expected.items:
         return Verdict.IDENTICAL
-    if len(actual.items) != len(expected.items) or largest_gap(actual, expected) >= NEAR_TIE:
+    rounding = _disagreement(actual, expected)
+    if len(actual.items) != len(expected.items) or rounding > _ROUNDING:
         return Verdict.DIFFERENT
-    swapped_in, swapped_out = _gaps_of_items(actual, expected), _gaps_of_items(expected, actual)
-    close = all(gap < NEAR_TIE for gap in (*swapped_in, *swapped_out))
-    return Verdict.NEAR_TIE if close else Verdict.DIFFERENT
+    gaps = [largest_gap(actual, expected), _distance_to_end(actual, expected), _distance_to_end(expected, actual)]
+    return Verdict.NEAR_TIE if max(gaps) < NEAR_TIE + rounding else Verdict.DIFFERENT
 
 
 def largest_gap(one: RankedList, other: RankedList) -> float:
@@ -54,7 +54,15 @@ def largest_gap(one: RankedList, other: RankedList) -> float:
     return max((abs(a - b) for a, b in zip(one.scores, other.scores, strict=False)), default=0.0)
 
 
-def _gaps_of_items(one: RankedList, other: RankedList) -> Iterable[float]:
-    """How far each item's score is from its score in the other list, or from that list's end where it is not there."""
+def _disagreement(one: RankedList, other: RankedList) -> float:
+    """The largest difference between the two scores of an item that both lists hold."""
     scores = dict(zip(other.items, other.scores, strict=True))
-    return (abs(score - scores.get(item, other.scores[-1])) for item, score in zip(one.items, one.scores, strict=True))
+    both = zip(one.items, one.scores, strict=True)
+    return max((abs(score - scores[item]) for item, score in both if item in scores), default=0.0)
+
+
+def _distance_to_end(one: RankedList, other: RankedList) -> float:
+    """How far the items that `one` alone holds are from the other's last place, over which they may have swapped."""
+    shared = set(other.items)
+    alone = (score for item, score in zip(one.items, one.scores, strict=True) if item not in shared)
+    return max((abs(score - other.scores[-1]) for score in alone), default=0.0)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from atspeed.v1 import recommendation_pb2 as pb
 from rich.table import Table
 from rich.text import Text
 
 from engine.bundle import Manifest
-
-Describe = Callable[[str], Sequence[str]]
 
 
 def origin(item: pb.RecommendedItem) -> str:
@@ -23,26 +19,15 @@ def milliseconds(reply: pb.RecommendResponse) -> float:
     return reply.statistics.stage_times.total_ns / 1e6
 
 
-def recommendation_table(
-    reply: pb.RecommendResponse,
-    *,
-    title: str | None = None,
-    described_as: Sequence[str] = (),
-    describe: Describe | None = None,
-) -> Table:
-    """The items of a reply. describe: more columns for an item id, under the headings `described_as`."""
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("#", justify="right")
-    for heading in ("item", *described_as):
-        shown.add_column(heading)
-    shown.add_column("score", justify="right")
-    shown.add_column("codes")
-    shown.add_column("origin")
+def recommendation_table(reply: pb.RecommendResponse) -> Table:
+    """The items of a reply."""
+    shown = Table()
+    for name in ("#", "item", "score", "codes", "origin"):
+        shown.add_column(name, justify="right" if name in {"#", "score"} else "left")
     for item in reply.items:
-        # As Text: an id may hold what rich would read as markup.
-        more = [Text(value) for value in describe(item.item_id)] if describe else []
         codes = "-".join(map(str, item.code_path))
-        shown.add_row(str(item.rank), Text(item.item_id), *more, f"{item.score:.3f}", codes, origin(item))
+        # As Text: an id may hold what rich would read as markup.
+        shown.add_row(str(item.rank), Text(item.item_id), f"{item.score:.3f}", codes, origin(item))
     return shown
 
 

@@ -87,6 +87,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         parts = {
             name: wire.vector(getattr(request, name), name, "float64") for name in ("scores", "weights", "priorities")
         }
+        if request.proposal != draft_pb2.PROPOSAL_PERTURBED:  # the other proposals know scores alone
+            parts |= {name: parts["scores"] for name in ("weights", "priorities") if not len(parts[name])}
         for name, values in parts.items():
             if len(values) != len(node) or not np.isfinite(values.astype(np.float64)).all():
                 raise InvalidArgumentError(name, f"must be {len(node)} finite numbers, one per beam")

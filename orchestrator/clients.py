@@ -33,7 +33,8 @@ _PROPOSALS = {
     Proposal.PERTURBED: draft_pb2.PROPOSAL_PERTURBED,
     Proposal.SAMPLE: draft_pb2.PROPOSAL_SAMPLE,
 }
-# What another replica may answer better. FAILED_PRECONDITION is a replica with another catalogue snapshot.
+# What another replica may answer better. FAILED_PRECONDITION is a replica with another catalogue snapshot,
+# RESOURCE_EXHAUSTED one that serves as many calls as it may.
 _ANOTHER_REPLICA = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -41,11 +42,14 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _RETRY_PAUSE_SECONDS = 0.05
 _PROBE_SECONDS = 1.0
+_MOST_NS = 2**48  # three days
+_LONGEST_VERSION = 256
 
 
 class Deadline:
@@ -173,9 +177,14 @@ class DraftSession:
             tenant=question.tenant,
         )
 
-    def _read(self, reply: draft_pb2.PlanResponse, below: Beams) -> Plan:
+    def _read(self, reply: object, below: Beams) -> Plan:
         """The reply as a plan. Raises BadReplyError when it is not one."""
         trie = self._client.trie
+        if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio gives None for bytes that it cannot read
+            raise BadReplyError("not a message")
+        cost = wire.pass_cost(reply.statistics)
+        if cost.forward_ns > _MOST_NS or reply.passes > trie.levels or len(reply.model_version) > _LONGEST_VERSION:
+            raise BadReplyError("statistics: beyond all bounds")  # they could not be passed on
         try:
             evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
             node = wire.node_ids(reply.nodes, "nodes", trie)
@@ -184,7 +193,7 @@ class DraftSession:
             plan.check(trie, limit=self._size.width * trie.levels)
         except (InvalidArgumentError, ValueError) as error:
             raise BadReplyError(str(error)) from error
-        self.usage.cost += wire.pass_cost(reply.statistics)
+        self.usage.cost += cost
         self.usage.passes += reply.passes
         self.usage.model_version = reply.model_version
         return plan

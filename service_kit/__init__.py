@@ -9,4 +9,6 @@ server.py          builds, runs and drains a grpc.aio server
 channels.py        channels to other services: addresses, load balancing, health, retries
 healthcheck.py     `python -m service_kit.healthcheck`, for container health checks
 logs.py            structlog on stderr, JSON or for people
+wire.py            protobuf messages to arrays and domain types, and back
+model.py           the two model services: a bundle's model, ready to serve
 """

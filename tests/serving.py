@@ -65,7 +65,7 @@ class Client:
         self.channel = self._channel
 
     def recommend(
-        self, history: Sequence[str] | None = None, *, timeout: float = LIVENESS_SECONDS, **fields: Any
+        self, history: Sequence[str] | None = None, /, *, timeout: float = LIVENESS_SECONDS, **fields: Any
     ) -> pb.RecommendResponse:
         """The list for a history, or for the `user_id` among the fields."""
         request = request_of(history, **fields)
@@ -103,7 +103,7 @@ class Client:
         self.close()
 
 
-def request_of(history: Sequence[str] | None = None, **fields: Any) -> pb.RecommendRequest:
+def request_of(history: Sequence[str] | None = None, /, **fields: Any) -> pb.RecommendRequest:
     """A request for five items unless the fields say otherwise."""
     subject = {} if history is None else {"history": pb.History(item_ids=history)}
     return pb.RecommendRequest(**{"k": 5, **subject, **fields})
@@ -199,6 +199,17 @@ def until(condition: Callable[[], bool], *, pause: float = 0.01) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(pause)
+
+
+def recovered(client: Client, history: Sequence[str]) -> pb.RecommendResponse:
+    """The first list after an outage. Until the orchestrator has reached a replica again, UNAVAILABLE and nothing else."""
+    end = time.monotonic() + LIVENESS_SECONDS
+    while True:
+        try:
+            return client.recommend(history)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error
+            assert time.monotonic() < end, "it never came back"
 
 
 def suspend(service: ServiceProcess) -> None:

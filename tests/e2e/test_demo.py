@@ -1,0 +1,55 @@
+"""The demo, as a user runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from atspeed.v1 import recommendation_pb2 as pb
+
+from client.demo import BUNDLE, ROOT, Checks, choose_users, main
+from training.data import Dataset, leave_last_out
+
+
+@pytest.mark.skipif(not BUNDLE.is_dir(), reason="the shipped bundle is not trained yet")
+def test_the_demo_holds_on_the_shipped_bundle() -> None:
+    """Real data, real processes: every check holds, and it says what it shows."""
+    done = subprocess.run(
+        [sys.executable, "-m", "client.demo"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Harper and Konstan 2015" in done.stdout.replace("\n", " ")
+    assert done.stdout.count("identical to target-only: yes") == 3
+    assert re.search(r"same list for 20 of 20 users, degraded: yes", done.stdout)
+    held = re.search(r"(\d+) of (\d+) checks hold", done.stdout)
+    assert held
+    assert held[1] == held[2]
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_bundle_it_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 and one line."""
+    assert main(tmp_path / "none") == 1
+    assert "no bundle there" in capsys.readouterr().out
+
+
+def test_a_list_that_differs_fails_the_demo() -> None:
+    """The checks count what they are given."""
+    checks = Checks()
+    one, other = (pb.RecommendResponse(items=[pb.RecommendedItem(item_id=i, score=-1.0)]) for i in "ab")
+    one.items[0].score = -2.0
+    assert checks.same("alike", one, one)
+    assert not checks.same("unlike", one, other)
+    assert (checks.made, checks.failed) == (2, ["unlike"])
+
+
+def test_users_are_spread_over_the_data() -> None:
+    """Each with all but the last item as history."""
+    histories = {str(user): ("a", "b", "c", "d") for user in range(100)}
+    dataset: Dataset = leave_last_out("made-up", "", (), histories)
+    users = choose_users(dataset, 4)
+    assert [case.user for case in users] == ["0", "25", "50", "75"]
+    assert users[0].history == ("a", "b", "c")

@@ -1,0 +1,110 @@
+"""A stack to break: a draft, two targets that take every prompt from Redis, an orchestrator; and lists to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from atspeed.v1 import recommendation_pb2 as pb
+
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack, ServiceProcess
+from engine.catalogue import Catalogue
+from tests.bundles import random_history
+from tests.serving import Client, FakeDraft, assert_same_list, new_bundle, new_catalogue, resume
+
+
+@dataclass(frozen=True)
+class Case:
+    """A history, and the target's own list for it from before anything broke."""
+
+    history: Sequence[str]
+    expected: pb.RecommendResponse
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    return new_catalogue(seed=2)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Path:
+    return new_bundle(tmp_path_factory.mktemp("bundle"), catalogue)
+
+
+@pytest.fixture(scope="session")
+def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
+    flags = {
+        "draft": {"redis-timeout-seconds": 1},
+        "target": {"redis-timeout-seconds": 1, "threads": 1, "kv-memory-mb": 0},
+        "orchestrator": {"redis-timeout-seconds": 1, "draft-timeout-seconds": 2, "draft-backoff-seconds": 0.2},
+    }
+    with LocalStack(bundle, redis_url=redis_server.url, targets=2, log_folder=log_folder, flags=flags) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def cases(shared_stack: LocalStack, catalogue: Catalogue) -> list[Case]:
+    histories = [random_history(catalogue, 1 + seed % 12, seed) for seed in range(24)]
+    with Client(shared_stack.address) as client:
+        return [Case(h, client.recommend(h, k=20, mode=pb.MODE_TARGET_ONLY)) for h in histories]
+
+
+@pytest.fixture
+def stack(redis_url: str, shared_stack: LocalStack, cases: list[Case]) -> Iterator[LocalStack]:
+    """The stack over an empty Redis, all of it alive; what the test breaks is mended after it."""
+    yield shared_stack
+    for service in shared_stack.services:
+        resume(service)
+        if not service.running:
+            service.start()
+
+
+@pytest.fixture
+def client(stack: LocalStack) -> Iterator[Client]:
+    with Client(stack.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def fake_draft() -> Iterator[FakeDraft]:
+    with FakeDraft() as draft:
+        yield draft
+
+
+@pytest.fixture(scope="session")
+def misled_address(fake_draft: FakeDraft, shared_stack: LocalStack, log_folder: Path) -> Iterator[str]:
+    """An orchestrator before the same targets that asks the fake draft, every time and with patience."""
+    patience = {"draft": fake_draft.address, "draft-timeout-seconds": 30, "draft-backoff-seconds": 0}
+    service = ServiceProcess("orchestrator", shared_stack.orchestrators[0].flags | patience, log_folder / "misled.log")
+    service.start()
+    yield service.address
+    service.stop()
+
+
+@pytest.fixture
+def misled(misled_address: str, stack: LocalStack) -> Iterator[Client]:
+    with Client(misled_address) as client:
+        yield client
+
+
+def asking(client: Client, cases: Sequence[Case], **fields: Any) -> list[Callable[[], pb.RecommendResponse]]:
+    """One call for each case."""
+    return [partial(client.recommend, case.history, **{"k": 20, **fields}) for case in cases]
+
+
+def assert_all_right(replies: Sequence[pb.RecommendResponse], cases: Sequence[Case]) -> None:
+    """Every request was answered with the target's own list, and a degraded reply says why."""
+    for reply, case in zip(replies, cases, strict=True):
+        assert_same_list(reply, case.expected)
+        assert reply.exactness.exact
+        assert reply.degraded == bool(reply.degraded_reasons)

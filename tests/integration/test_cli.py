@@ -1,0 +1,277 @@
+"""The command line: against real services, as a real process, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from client import cli
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack
+from tests.bundles import TestBundle, random_catalogue, write_bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def one_line(result: Result) -> str:
+    """The message of a foreseen failure: one line on standard error, exit code 1, no traceback."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
+    root = tmp_path_factory.mktemp("cli") / "bundle"
+    made = write_bundle(root, random_catalogue(200, (12, 10, 8), seed=2))
+    made.target.save_pretrained(root.parent / "checkpoint")
+    return made
+
+
+@pytest.fixture(scope="module")
+def address(made: TestBundle, redis_server: LocalRedis) -> Iterator[str]:
+    redis_server.start()
+    with LocalStack(made.root, redis_url=redis_server.url) as stack:
+        yield stack.address
+
+
+def test_record_recommend_history_forget(address: str) -> None:
+    """A user's life on the command line."""
+    recorded = run("record", "alice", "item-1", "item-2", "[red]gone", "--address", address)
+    assert recorded.stdout.splitlines() == ["alice: 3 items", "not in the catalogue: [red]gone"]
+    shown = run("recommend", "alice", "-k", 4, "--exclude-seen", "--address", address)
+    assert shown.exit_code == 0, shown.output
+    assert len(re.findall(r"item-\d+ ", shown.stdout)) == 4
+    assert re.search(r"strict, exact: [1-3] target passes, [0-2] levels accepted, [\d.]+ ms", shown.stdout)
+    assert run("history", "alice", "--address", address).stdout.split() == ["item-1", "item-2", "[red]gone"]
+    assert run("forget", "alice", "--address", address).stdout == "forgotten\n"
+    assert run("forget", "alice", "--address", address).stdout == "nothing was stored\n"
+
+
+def test_recommend_for_a_history_as_json(address: str) -> None:
+    """Strict and target-only agree; what is excluded stays out; only what is allowed comes in."""
+
+    def items(*options: object) -> list[str]:
+        result = run("recommend", "--history", "item-3, item-4", "--json", "--address", address, *options)
+        assert result.exit_code == 0, result.output
+        return [item["item_id"] for item in json.loads(result.stdout)["items"]]
+
+    strict = items("-k", 5)
+    assert strict == items("-k", 5, "--mode", "target-only")
+    assert strict[0] not in items("-k", 5, "--exclude", strict[0])
+    assert set(items("-k", 5, "--only", f"{strict[1]},{strict[2]}")) == {strict[1], strict[2]}
+    sampled = items("-k", 5, "--mode", "exact-sampling", "--seed", 3, "--temperature", 2)
+    assert sampled == items("-k", 5, "--mode", "exact-sampling", "--seed", 3, "--temperature", 2)
+
+
+def test_info(address: str) -> None:
+    """The state of the services, as JSON."""
+    answered = json.loads(run("info", "--address", address).stdout)
+    assert answered["bundle_name"] == "random"
+    assert {backend["name"]: backend["available"] for backend in answered["backends"]} == {
+        "target": True,
+        "draft": True,
+        "redis": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["recommend", "nobody"], "NOT_FOUND: user_id"),
+        (["recommend", "--history", "item-1", "-k", 100_000], "INVALID_ARGUMENT: k: must be between"),
+        (["recommend", "--history", "item-1", "--tolerance", 0.1], "INVALID_ARGUMENT: tolerance"),
+        (["recommend", "--history", "unheard-of"], "INVALID_ARGUMENT: history"),
+    ],
+)
+def test_a_refused_call_shows_its_status(arguments: list[object], status: str, address: str) -> None:
+    """The gRPC status and the service's own words."""
+    assert status in one_line(run(*arguments, "--address", address))
+
+
+def test_nobody_there() -> None:
+    """No service at the address."""
+    assert "UNAVAILABLE" in one_line(run("info", "--address", "127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recommend", "alice", "--history", "item-1"],
+        ["recommend"],
+        ["recommend", "alice", "--address", "nowhere"],
+        ["recommend", "alice", "--mode", "magic"],
+        ["export", "somewhere", "out", "--code-tokens", "9:3"],
+    ],
+)
+def test_mistakes_in_the_command(arguments: list[str]) -> None:
+    """Exit code 2 and the usage."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Usage" in result.stderr
+
+
+def test_bundle_inspect_and_verify(made: TestBundle, tmp_path: Path) -> None:
+    """A sound bundle, as a table and as JSON; and none."""
+    assert "200 items" in run("bundle", "inspect", made.root).stdout
+    assert json.loads(run("bundle", "inspect", made.root, "--json").stdout)["name"] == "random"
+    assert made.bundle.manifest.version in run("bundle", "verify", made.root).stdout
+    assert "manifest.json" in one_line(run("bundle", "inspect", tmp_path))
+
+
+def test_bundle_verify_finds_a_changed_file(tmp_path: Path) -> None:
+    """One byte more is enough."""
+    made = write_bundle(tmp_path, random_catalogue(20, (4, 4), seed=1))
+    with (tmp_path / "target" / "model.onnx.data").open("ab") as file:
+        file.write(b"\0")
+    assert "model.onnx.data: its SHA-256 is not the manifest's" in one_line(run("bundle", "verify", made.root))
+
+
+def test_export(made: TestBundle, tmp_path: Path) -> None:
+    """A checkpoint to ONNX; without a spelling the code tokens must be given."""
+    checkpoint = made.root.parent / "checkpoint"
+    assert "--code-tokens" in one_line(run("export", checkpoint, tmp_path / "out"))
+    result = run("export", checkpoint, tmp_path / "out", "--code-tokens", "3:32")
+    assert result.exit_code == 0, result.output
+    assert "llama" in result.stdout
+    assert (tmp_path / "out" / "model.onnx").exists()
+
+
+def test_train_names_the_recipe_at_fault(tmp_path: Path) -> None:
+    """A recipe that is not there."""
+    missing = tmp_path / "none.toml"
+    assert "none.toml" in one_line(run("train", missing, "--run-folder", tmp_path / "run"))
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An installation for serving alone has no torch."""
+    for name in [name for name in sys.modules if name.startswith("training.pipeline")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    recipe = ROOT / "runs" / "tiny.toml"
+    message = one_line(run("train", recipe, "--run-folder", tmp_path / "run"))
+    assert "torch is not installed: pip install 'atspeed-serving[train]'" in message
+
+
+def test_bench_lossless(made: TestBundle, tmp_path: Path) -> None:
+    """Both rules; the result file says where it comes from."""
+    out = tmp_path / "lossless.json"
+    options = ["--users", 6, "-k", 5, "--excluded", 10, "--rule", "both", "--json", out]
+    result = run("bench", "lossless", "--bundle", made.root, *options)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert {row["rule"]: row["identical"] + row["near_ties"] for row in written["rows"]} == {"vocab": 6, "trie": 6}
+    assert [row["invalid_paths"] for row in written["rows"]] == [0, 0]
+    assert written["header"]["bundle"]["version"] == made.bundle.manifest.version
+    assert written["header"]["machine"]["cores"] == os.cpu_count()
+
+
+def test_bench_parity(made: TestBundle, tmp_path: Path) -> None:
+    """Real histories from a file; an unknown item in it is named with its line."""
+    histories = tmp_path / "test.txt"
+    histories.write_text("u1 item-1 item-2\nu2\nu3 item-9\n")
+    out, checkpoint = tmp_path / "parity.json", made.root.parent / "checkpoint"
+    arguments = ["bench", "parity", "--bundle", made.root, "--checkpoint", checkpoint, "--histories", histories]
+    result = run(*arguments, "--json", out)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["users"] for row in rows] == [2] * 8
+    histories.write_text("u1 item-1\nu2 item-x\n")
+    assert "test.txt:2: item 'item-x' is not in the bundle's catalogue" in one_line(run(*arguments))
+
+
+def test_up_serves_until_interrupted(made: TestBundle) -> None:
+    """A process that starts its own Redis, prints its address, serves, and leaves nothing behind on Ctrl-C."""
+    with started("--bundle", made.root, "--targets", 2, "--port", 0) as process:
+        announced = read_line(process)
+        served = re.search(r"random is served at (127\.0\.0\.1:\d+)", announced)
+        assert served, announced
+        assert run("record", "u", "item-1", "--address", served[1]).exit_code == 0
+        assert run("recommend", "u", "-k", 2, "--address", served[1]).exit_code == 0
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "draining" in errors
+    services = [int(number) for number in re.findall(r"process (\d+)", errors)]
+    assert len(services) == 4
+    assert not [number for number in services if alive(number)]
+    assert "UNAVAILABLE" in one_line(run("info", "--address", served[1]))
+
+
+def test_up_ends_with_a_service_that_ends(made: TestBundle) -> None:
+    """Half a service is worse than none: the rest is stopped, the exit code says so."""
+    with started("--bundle", made.root, "--port", 0) as process:
+        read_line(process)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        os.kill(int(line.rpartition(" ")[2]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ended by itself" in errors
+
+
+def test_up_refuses_what_cannot_start(made: TestBundle, tmp_path: Path) -> None:
+    """No bundle; a port that is taken."""
+    assert "manifest.json" in one_line(run("up", "--bundle", tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("up", "--bundle", made.root, "--port", taken.getsockname()[1])
+    assert "orchestrator: did not start" in one_line(result)
+
+
+class started:  # noqa: N801 - reads as a verb
+    """`atspeed up` as a process that does not outlive the block."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.command = [sys.executable, "-m", "client.cli", "up", *map(str, arguments)]
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        return self.process
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.communicate(timeout=60)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def read_line(process: subprocess.Popen[str], seconds: float = 120.0) -> str:
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], seconds)
+    return process.stdout.readline() if readable else ""
+
+
+def alive(number: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True

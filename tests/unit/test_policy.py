@@ -1,0 +1,394 @@
+"""The policies' promises: laws of samples against enumerated ones, and the bound of the tolerance.
+
+On multiple testing: seeds are the numbers from 0, and the statistics were written down before they were first computed.
+A p-value is a function of the code alone; one below its threshold means that the code draws from another law.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.beams import (
+    Beams,
+    children_by_gumbel,
+    children_by_score,
+    level_distribution,
+    sample_without_replacement,
+)
+from engine.plan import Plan
+from engine.sampling import Stream
+from engine.scoring import Children, Perturbation, ScoringRule
+from engine.trie import Int64
+from orchestrator.beam_loop import Draft, SearchResult, beam_search
+from orchestrator.memo import Memo
+from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from tests.oracles.naive_search import (
+    draws_without_replacement,
+    level_by_level_sets,
+    naive_beam_search,
+    path_law,
+    published_relaxed_rule,
+)
+from tests.oracles.naive_trie import NaiveTrie, Path
+from tests.oracles.statistics import chi_square_p, same_law_p
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, at_random, everything, naive_tries, nothing
+
+SIGNIFICANT = 0.01
+SEEDS = 20_000
+# Seven paths of three codes: branches of every width, and (2, 0, 0) without a choice.
+NAIVE = NaiveTrie(
+    {
+        "a": (0, 0, 0),
+        "b": (0, 0, 1),
+        "c": (0, 1, 0),
+        "d": (1, 0, 0),
+        "e": (1, 0, 1),
+        "f": (1, 1, 1),
+        "f2": (1, 1, 1),
+        "g": (2, 0, 0),
+    },
+    (3, 2, 2),
+)
+
+
+async def search(world: World, policy: Policy, draft: Draft, excluded: Sequence[str] = ()) -> SearchResult:
+    target = TableTarget(
+        world, world.pruning(excluded), policy.max_children, policy.noise if policy.perturbed else None
+    )
+    return await beam_search(world.trie, world.rule, policy, target, draft)
+
+
+def lists(
+    world: World, policies: Iterable[Policy], draft: Draft, excluded: Sequence[str] = ()
+) -> list[tuple[Path, ...]]:
+    """The list of every policy, as paths."""
+
+    async def run() -> Iterator[tuple[Path, ...]]:
+        results = [await search(world, policy, draft, excluded) for policy in policies]
+        return (tuple(world.paths(result.leaves.node)) for result in results)
+
+    return list(asyncio.run(run()))
+
+
+# Exact sampling
+
+
+@pytest.mark.parametrize(
+    ("rule", "temperature", "excluded"),
+    [
+        (ScoringRule.VOCAB, 1.0, ()),
+        (ScoringRule.VOCAB, 0.6, ("b", "d", "f")),
+        (ScoringRule.TRIE, 2.0, ()),
+        (ScoringRule.TRIE, 1.0, ("a", "c")),
+    ],
+)
+def test_an_exact_sample_has_the_law_of_draws_without_replacement(
+    rule: ScoringRule, temperature: float, excluded: tuple[str, ...]
+) -> None:
+    """Four statistics of lists of three, over 20,000 seeds, against the enumerated law.
+
+    The first place; the ordered pair of the first two; the set of all three; and each path's inclusion in the list,
+    whose seven tests share one threshold (Bonferroni). The law is the product of the steps' probabilities, at the
+    temperature and renormalised over the children that the request leaves alive. The draft plans everything, which
+    makes one pass of three and changes no list (held by the next test and in test_beam_loop).
+    """
+    world = World.random(NAIVE, rule, seed=5)
+    draft = ScriptedDraft(world.trie, everything)
+    policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(SEEDS))
+    drawn = lists(world, policies, draft, excluded)
+
+    law = path_law(NAIVE, world.model, temperature, lambda path: NAIVE.alive(path, excluded))
+    assert 4 <= len(law) <= 7
+    triples = draws_without_replacement(law, 3)
+    sets: Counter[frozenset[Path]] = Counter()
+    inclusion: Counter[Path] = Counter()
+    for draw, probability in triples.items():
+        sets[frozenset(draw)] += probability  # type: ignore[assignment]
+        for path in draw:
+            inclusion[path] += probability  # type: ignore[assignment]
+
+    assert chi_square_p(Counter(draw[0] for draw in drawn), law) > SIGNIFICANT
+    assert chi_square_p(Counter(draw[:2] for draw in drawn), draws_without_replacement(law, 2)) > SIGNIFICANT
+    assert chi_square_p(Counter(frozenset(draw) for draw in drawn), sets) > SIGNIFICANT
+    included = Counter(path for draw in drawn for path in draw)
+    for path, probability in inclusion.items():
+        observed = Counter({True: included[path], False: SEEDS - included[path]})
+        assert chi_square_p(observed, {True: probability, False: 1 - probability}) > SIGNIFICANT / len(inclusion)
+
+
+@pytest.mark.parametrize("excluded", [(), ("b", "d", "f")])
+def test_a_draft_of_random_nodes_changes_no_exact_sample(excluded: tuple[str, ...]) -> None:
+    """For every seed of the first 1,000: the same list without a plan, with random ones and with all nodes planned."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    policies = [ExactSampling(3, Perturbation(seed, 0.8)) for seed in range(1000)]
+    alone = lists(world, policies, ScriptedDraft(world.trie, nothing), excluded)
+    for choice in (at_random(11, 0.5), everything):
+        assert lists(world, policies, ScriptedDraft(world.trie, choice), excluded) == alone
+
+
+def test_wider_exact_samples_begin_with_the_narrower_ones() -> None:
+    """One seed's sample of three is the beginning of its sample of five: beams are an exact prefix of the same draw."""
+    world, draft = World.random(NAIVE, ScoringRule.VOCAB, seed=5), ScriptedDraft(NAIVE_TRIE, everything)
+    wide, narrow = (
+        lists(world, [ExactSampling(width, Perturbation(seed, 1.0)) for seed in range(200)], draft) for width in (5, 3)
+    )
+    assert [draw[:3] for draw in wide] == narrow
+
+
+def test_an_exact_sample_of_everything_is_everything() -> None:
+    """Also where one path takes nearly all of the probability: at temperature 0.05 perturbed scores span hundreds."""
+    world, draft = World.random(NAIVE, ScoringRule.VOCAB, seed=5), ScriptedDraft(NAIVE_TRIE, nothing)
+    for drawn in lists(world, [ExactSampling(9, Perturbation(seed, 0.05)) for seed in range(50)], draft):
+        assert sorted(drawn) == sorted(set(NAIVE.items.values()))
+
+
+@given(naive_tries(), st.integers(0, 2**64), st.sampled_from([0.01, 0.5, 1.0, 100.0]))
+def test_perturbed_scores_fall_from_parent_to_child(naive: NaiveTrie, seed: int, temperature: float) -> None:
+    """The best child inherits its parent's perturbed score exactly, the others lie below: what cutting a plan relies on."""
+    world, noise = World.random(naive, ScoringRule.VOCAB, seed), Perturbation(seed, temperature)
+    inner = np.array(naive.inner())
+    evaluated = dict(world.evaluate(inner, world.pruning([]), 100, noise).items())
+    beams = Beams.root()
+    for _ in range(naive.levels):
+        below = children_by_gumbel(world.trie, beams, evaluated, noise)
+        assert np.isfinite(below.priority).all()
+        for node, priority in zip(beams.node.tolist(), beams.priority.tolist(), strict=True):
+            children = below.priority[world.trie.parent[below.node] == node]
+            assert children.max() == priority
+        beams = below
+
+
+# Relaxed sampling
+
+
+@dataclass
+class SamplingDraft:
+    """Plans N nodes per level, drawn by numpy from the softmax of another table's scores, and says what it knew."""
+
+    world: World
+    width: int
+    temperature: float
+    rng: np.random.Generator
+    levels: list[npt.NDArray[np.float64]] = field(default_factory=list)
+
+    async def plan(self, below: Beams) -> Plan:
+        """Below any beams."""
+        trie, frontier = self.world.trie, below
+        evaluated: dict[int, Children] = {}
+        levels: list[Beams] = []
+        depth = int(trie.depth(below.node[:1])[0])
+        for _ in range(depth, trie.levels - 1):
+            asked = np.sort(frontier.node)
+            evaluated |= dict(self.world.evaluate(asked, self.world.pruning([]), 100).items())
+            candidates = children_by_score(frontier, evaluated)
+            q = level_distribution(candidates, self.temperature)
+            rows = self.rng.choice(len(q), size=min(self.width, len(q)), replace=False, p=q)
+            frontier = candidates.take(rows)
+            levels.append(frontier)
+        node = np.concatenate([np.empty(0, dtype=np.int64), *(level.node for level in levels)])
+        score = np.concatenate([np.empty(0), *(level.score for level in levels)])
+        order = np.argsort(node)
+        plan = Plan(below, node[order], score[order], evaluated)
+        plan.check(trie, limit=trie.nodes)
+        return plan
+
+
+def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSampling]:
+    return [RelaxedSampling(width, Perturbation(seed, temperature)) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_without_a_plan_every_level_is_an_exact_draw_from_p(temperature: float) -> None:
+    """Lists of two as sets, over 4,000 seeds, against the law of drawing level by level."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    drawn = lists(world, relaxed(2, 4000, temperature), ScriptedDraft(world.trie, nothing))
+    law = level_by_level_sets(NAIVE, world.model, temperature, 2)
+    assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT
+
+
+def test_a_draft_that_is_the_target_is_always_accepted() -> None:
+    """q = p and everything planned: every ratio is at least 1, so one pass is enough, for any seed."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+
+    async def run() -> None:
+        for policy in relaxed(3, 300):
+            draft = SamplingDraft(world, 100, 1.0, np.random.default_rng(0))
+            result = await search(world, policy, draft)
+            assert result.memo.passes == 1
+            assert len(result.leaves) == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("planned", [1, 2, 3])
+def test_an_exhausted_residual_is_filled_from_p(planned: int) -> None:
+    """q = p leaves a residual of zeros where fewer nodes were planned than are asked for."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+
+    async def run() -> None:
+        for policy in relaxed(4, 100):
+            draft = SamplingDraft(world, planned, 1.0, np.random.default_rng(policy.noise.seed))
+            result = await search(world, policy, draft)
+            assert len(result.leaves) == 4
+            assert result.leaves.score.tolist() == sorted(result.leaves.score.tolist(), reverse=True)
+
+    asyncio.run(run())
+
+
+def test_a_plan_that_knows_nothing_of_its_nodes_is_not_a_proposal() -> None:
+    """Without the draft's evaluation there is no q: the level is drawn from p, as without a plan."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    policies = relaxed(3, 200)
+    blind = lists(world, policies, ScriptedDraft(world.trie, everything))
+    assert blind == lists(world, policies, ScriptedDraft(world.trie, nothing))
+
+
+# One level that decides, and a forced one below: five paths, p and q far apart.
+ONE_LEVEL = NaiveTrie({name: (code, 0) for code, name in enumerate("abcde")}, (5, 1))
+NAIVE_TRIE = World.random(NAIVE, ScoringRule.VOCAB, seed=5).trie
+
+
+@pytest.mark.parametrize(("width", "proposals"), [(1, 1), (1, 3), (2, 3), (2, 4), (3, 3)])
+def test_the_published_rule_is_what_is_written(width: int, proposals: int) -> None:
+    """Accept by u <= p / q, keep a random K of the accepted, else fill from the residual: 6,000 runs of each.
+
+    Loss included: this is AtSpeed-R's law and not p's. Five cases, so each has a fifth of the threshold.
+    """
+    target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
+    p, q = (_first_level(world) for world in (target, other))
+    assert np.abs(p - q).sum() > 0.5
+    draft = SamplingDraft(other, proposals, 1.0, np.random.default_rng(3))
+    ours = lists(target, relaxed(width, 6000), draft)
+    rng = np.random.default_rng(4)
+    theirs = Counter(published_relaxed_rule(rng, p, q, proposals, width) for _ in range(6000))
+    assert same_law_p(Counter(frozenset(path[0] for path in draw) for draw in ours), theirs) > SIGNIFICANT / 5
+
+
+def test_one_proposal_of_one_is_drawn_from_p() -> None:
+    """K = N = 1 is ordinary speculative sampling, the one case in which the rule keeps the target's law."""
+    target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
+    draft = SamplingDraft(other, 1, 1.0, np.random.default_rng(3))
+    drawn = Counter(draw[0][0] for draw in lists(target, relaxed(1, 6000), draft))
+    assert chi_square_p(drawn, dict(enumerate(_first_level(target).tolist()))) > SIGNIFICANT
+
+
+def _first_level(world: World) -> npt.NDArray[np.float64]:
+    return np.exp([world.model((), code) for code in world.naive.children(())])
+
+
+@pytest.mark.parametrize("stream", [Stream.PROPOSAL, Stream.RESIDUAL])
+def test_sampling_without_replacement_has_its_law(stream: Stream) -> None:
+    """Ordered pairs of four weights, one of them zero, over 10,000 seeds."""
+    probability = np.array([0.5, 0.0, 0.3, 0.2])
+    node = np.array([1, 2, 3, 4])
+    law = draws_without_replacement({(0,): 0.5, (2,): 0.3, (3,): 0.2}, 2)
+    drawn = Counter(
+        tuple((row,) for row in _draw(node, probability, 2, seed, stream).tolist()) for seed in range(10_000)
+    )
+    assert chi_square_p(drawn, law) > SIGNIFICANT
+    assert sorted(_draw(node, probability, 9, 0, stream).tolist()) == [0, 2, 3]
+    assert _draw(node, probability, 0, 0, stream).tolist() == []
+
+
+def _draw(node: Int64, probability: npt.NDArray[np.float64], count: int, seed: int, stream: Stream) -> Int64:
+    return sample_without_replacement(NAIVE_TRIE, node, probability, count, seed=seed, stream=stream)
+
+
+# Tolerance
+
+
+@dataclass(frozen=True)
+class Recorded(Tolerance):
+    """A tolerance policy that notes, for every level, the beams given, what was known by then, and the choice."""
+
+    levels: list[tuple[Beams, set[int], Beams]] = field(default_factory=list)
+
+    def select(self, beams: Beams, memo: Memo) -> Beams:
+        known = {node for node in range(memo.trie.nodes) if len(memo.trie.children(node)) and memo.knows(node)}
+        chosen = super().select(beams, memo)
+        self.levels.append((beams, known, chosen))
+        return chosen
+
+
+@given(
+    naive=naive_tries(max_items=25),
+    rule=st.sampled_from(ScoringRule),
+    seed=st.integers(0, 2**32),
+    width=st.integers(1, 5),
+    tolerance=st.sampled_from([0.0, 0.2, 1.0, 3.0, 100.0]),
+    density=st.sampled_from([0.3, 0.6, 0.9]),
+)
+def test_the_tolerance_bounds_every_replacement(
+    naive: NaiveTrie, rule: ScoringRule, seed: int, width: int, tolerance: float, density: float
+) -> None:
+    """Level by level: only unforeseen nodes make way, for foreseen ones, by at most the tolerance; the largest is told.
+
+    Gaps are counted as the rule pairs them: the worst of the replaced with the best that stands in, and so on upwards.
+    """
+    world = World.random(naive, rule, seed)
+    policy = Recorded(width, tolerance)
+    result = asyncio.run(search(world, policy, ScriptedDraft(world.trie, at_random(seed, density))))
+    gaps: list[float] = []
+    for beams, known, chosen in policy.levels:
+        strict = _strict_choice(world, beams, width)
+        scores = dict(zip(chosen.node.tolist(), chosen.score.tolist(), strict=True))
+        replaced = sorted((score, node) for node, score in strict.items() if node not in scores)
+        standing_in = sorted(((score, node) for node, score in scores.items() if node not in strict), reverse=True)
+        assert len(chosen) == len(strict)
+        assert not known & {node for _, node in replaced}
+        assert {node for _, node in standing_in} <= known
+        gaps += [worse[0] - better[0] for worse, better in zip(replaced, standing_in, strict=True)]
+    assert all(0 <= gap <= tolerance for gap in gaps)
+    assert result.memo.substitutions == len(gaps)
+    assert result.memo.largest_slack == max(gaps, default=0.0)
+    if not gaps:
+        assert world.paths(result.leaves.node) == _strict_list(world, width)
+
+
+def _strict_choice(world: World, beams: Beams, width: int) -> dict[int, float]:
+    candidates = [
+        (-(score + world.model(path, code)), world.naive.id_of[*path, code])
+        for path, score in zip(world.paths(beams.node), beams.score.tolist(), strict=True)
+        for code in world.naive.children(path)
+    ]
+    return {node: -negative for negative, node in sorted(candidates)[:width]}
+
+
+def _strict_list(world: World, width: int) -> list[Path]:
+    return [path for path, _ in naive_beam_search(world.naive, world.model, width, lambda _: True)[-1]]
+
+
+@given(naive_tries(), st.integers(0, 2**32), st.integers(1, 5))
+def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, width: int) -> None:
+    """List, scores, passes and counters, under the same plans, ties included."""
+    world = World.random(naive, ScoringRule.VOCAB, seed, coarse=True)
+    results = [
+        asyncio.run(search(world, policy, ScriptedDraft(world.trie, at_random(seed, 0.5))))
+        for policy in (Strict(width), Tolerance(width, 0.0))
+    ]
+    strict, tolerant = results
+    assert strict.leaves.node.tolist() == tolerant.leaves.node.tolist()
+    assert strict.leaves.score.tolist() == tolerant.leaves.score.tolist()
+    assert strict.memo.passes == tolerant.memo.passes
+    assert (tolerant.memo.substitutions, tolerant.memo.largest_slack) == (0, 0.0)
+
+
+def test_a_large_tolerance_saves_passes() -> None:
+    """A plan with enough nodes of every level needs one pass when any of them may stand in."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    strict = naive_beam_search(NAIVE, world.model, 1, lambda _: True)
+    best = NAIVE.id_of[strict[1][0][0]]
+    draft = ScriptedDraft(world.trie, lambda inner: inner != best)
+    result = asyncio.run(search(world, Tolerance(1, 100.0), draft))
+    assert result.memo.passes == 1
+    assert result.memo.substitutions == 1
+    assert asyncio.run(search(world, Strict(1), draft)).memo.passes > 1
