@@ -74,10 +74,10 @@ async def run(
 def table(rows: Sequence[LosslessRow]) -> Table:
     """The rows, for people."""
     asked = f"K = {rows[0].k}, {rows[0].excluded} excluded items, {rows[0].users} users" if rows else ""
-    shown = Table(title=f"Strict beside target-only: {asked}", box=box.SIMPLE_HEAD)
-    for name in ("rule", "identical", "near-ties", "different", "invalid paths"):
+    shown = Table(title=f"Strict beside target-only: {asked}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("rule", "same", "near\nties", "differ", "invalid\npaths"):
         shown.add_column(name, justify="left" if name == "rule" else "right")
-    for name in ("passes target-only", "passes strict", "levels accepted"):
+    for name in ("target-only\npasses", "strict\npasses", "levels\naccepted"):
         shown.add_column(name, justify="right")
     for row in rows:
         counts = (row.identical, row.near_ties, row.different, row.invalid_paths)

@@ -74,8 +74,10 @@ async def run(
 def table(rows: Sequence[ParityRow]) -> Table:
     """The rows, for people."""
     users = max((row.users for row in rows), default=0)
-    shown = Table(title=f"Lists beside Hugging Face generate, {users} users", box=box.SIMPLE_HEAD)
-    for name in ("K", "mode", "identical", "near-ties", "different", "score gap", "target passes", "levels accepted"):
+    shown = Table(
+        title=f"Lists beside Hugging Face generate, {users} users", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for name in ("K", "mode", "same", "near\nties", "differ", "score\ngap", "target\npasses", "levels\naccepted"):
         shown.add_column(name, justify="left" if name == "mode" else "right")
     for row in rows:
         counts = (row.identical, row.near_ties, row.different)

@@ -14,7 +14,7 @@ from typing import Self
 from atspeed.v1 import recommendation_pb2 as pb
 
 NEAR_TIE = 1e-4
-_ROUNDING = 1e-3  # more than this on one item is not rounding
+_ROUNDING = 5e-4  # two scores of one item that differ by more differ by more than rounding
 
 
 class Verdict(StrEnum):

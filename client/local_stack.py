@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import subprocess
@@ -19,7 +20,7 @@ _STOP_SECONDS = 30.0
 
 
 class LocalStackError(RuntimeError):
-    """A service did not start. The text ends with the end of its log."""
+    """A service did not start. The text ends with the reason that it gave, or with the end of its log."""
 
 
 class ServiceProcess:
@@ -105,10 +106,15 @@ class ServiceProcess:
             if process.poll() is not None:
                 break
         self.kill()
-        raise LocalStackError(f"{self.module}: did not start\n{self._tail()}")
+        raise LocalStackError(f"{self.module}: did not start{self._why()}")
 
-    def _tail(self) -> str:
-        return self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
+    def _why(self) -> str:
+        """The reason that the service gave, as one line; without one, the end of its log."""
+        tail = self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else ""
+        last = tail.rpartition("\n")[2]
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return f": {json.loads(last)['reason']}"
+        return f"\n{tail}" if "\n" in tail else f": {tail}"
 
 
 class LocalStack:

@@ -48,9 +48,21 @@ class ModelEntry(_Part):
     kv_heads: PositiveInt
     head_dim: PositiveInt
     max_positions: PositiveInt = Field(description="Longest sequence, prompt and codes together.")
-    code_tokens: tuple[NonNegativeInt, ...] = Field(description="Token id of each code column, level by level; [C].")
+    code_tokens: tuple[NonNegativeInt, ...] = Field(
+        min_length=1, description="Token id of each code column, level by level; [C]."
+    )
     prompt: PromptTemplate
     fingerprint: str = Field(description="Hash of the model's files; keys its KV cache.")
+
+    @model_validator(mode="after")
+    def _tokens_are_the_models(self) -> ModelEntry:
+        if len(set(self.code_tokens)) < len(self.code_tokens):
+            raise ValueError("code_tokens: a token stands for two codes")
+        around = self.prompt.prefix + self.prompt.separator + self.prompt.suffix
+        for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around)):
+            if max(tokens) >= self.vocab_size:
+                raise ValueError(f"{name}: a token id is outside the vocabulary of {self.vocab_size}")
+        return self
 
 
 class Provenance(_Part):
@@ -82,13 +94,6 @@ class Manifest(_Part):
         """Hash of what the bundle serves; its provenance does not count."""
         served = self.model_dump(mode="json", exclude={"provenance", "name"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
-
-    @model_validator(mode="after")
-    def _code_tokens_inside_vocabulary(self) -> Manifest:
-        for role, model in self.models.items():
-            if max(model.code_tokens) >= model.vocab_size:
-                raise ValueError(f"{role}.code_tokens: a token id is outside the vocabulary of {model.vocab_size}")
-        return self
 
     @property
     def models(self) -> dict[str, ModelEntry]:
@@ -164,7 +169,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def hash_files(root: Path) -> dict[str, str]:
     """SHA-256 of every file below a bundle but its manifest, by relative path."""
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
     return {path.relative_to(root).as_posix(): _sha256(path) for path in files}
 
 

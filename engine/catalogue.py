@@ -75,7 +75,7 @@ class Catalogue:
         for name in ("ids", "codes", "codebooks"):
             try:
                 arrays[name] = np.load(folder / f"{name}.npy", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise CatalogueError(f"{folder / name}.npy: {error}") from error
         return cls._assemble(arrays["ids"], arrays["codes"], tuple(arrays["codebooks"].tolist()))
 

@@ -22,7 +22,7 @@ Bool = npt.NDArray[np.bool_]
 KV = npt.NDArray[Any]  # float32 or float16, as the model computes
 
 Provider = Literal["cpu", "cuda"]
-Spin = Literal["never", "during-pass", "always"]
+Spin = Literal["never", "brief", "always"]
 
 _PROVIDERS: dict[Provider, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -31,7 +31,7 @@ _PROVIDERS: dict[Provider, list[str]] = {
 }
 _SPIN_SETTINGS: dict[Spin, dict[str, str]] = {
     "never": {"session.intra_op.allow_spinning": "0"},
-    "during-pass": {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"},
+    "brief": {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": "50"},
     "always": {"session.intra_op.allow_spinning": "1"},
 }
 
@@ -41,13 +41,14 @@ class RuntimeOptions:
     """How a model runs on this machine.
 
     intra_op_threads: threads of one pass, the caller's included; never ONNX Runtime's default of all cores.
-    spin: what those threads do while they wait. "during-pass" is fast within a pass and leaves the cores to the other
-    processes between passes; "always" slows every other session on the same cores several times over.
+    spin: what those threads do while they wait. "brief" spins 50 microseconds, longer than the gaps within a pass, then
+    sleeps. "always" is onnxruntime's default, many milliseconds: a pass, and every other process on the same cores, takes
+    several times as long as soon as there are fewer free cores than threads.
     """
 
     provider: Provider = "cpu"
     intra_op_threads: int = 1
-    spin: Spin = "during-pass"
+    spin: Spin = "brief"
 
 
 @dataclass(frozen=True)

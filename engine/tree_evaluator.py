@@ -115,7 +115,8 @@ class TreeEvaluator:
         everything = Selection(Pruning.none(), limit=1)
         tree = OpenTree(self._empty_tree(prompt[:longest]), [], 0, PassCost())
         await self.evaluate(tree, np.array([ROOT]), everything)
-        await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+        if self.trie.levels > 1:
+            await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
 
     async def close(self) -> None:
         """Wait for the running pass, write what is pending, and stop."""

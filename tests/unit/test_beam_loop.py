@@ -75,7 +75,8 @@ def exclusions(draw: st.DrawFn, naive: NaiveTrie) -> list[str]:
 def choices(draw: st.DrawFn) -> Choice:
     """Plans that are empty, complete, or drawn at random anew for every call, recovery passes too."""
     seed, density = draw(st.integers(0, 2**32)), draw(st.sampled_from([0.2, 0.5, 0.8]))
-    return draw(st.sampled_from([nothing, everything, at_random(seed, density)]))
+    chosen: Choice = draw(st.sampled_from([nothing, everything, at_random(seed, density)]))
+    return chosen
 
 
 def expected_levels(world: World, width: int, excluded: Sequence[str]) -> list[list[tuple[Path, float]]]:

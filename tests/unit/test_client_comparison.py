@@ -41,3 +41,15 @@ def test_largest_gap() -> None:
     """By place, not by item; empty lists have none."""
     assert largest_gap(A, RankedList(("q", "r"), (-1.0, -2.25))) == 0.25
     assert largest_gap(RankedList((), ()), A) == 0.0
+
+
+def test_rounding_of_a_shared_item_widens_the_tie() -> None:
+    """Two computations that disagree by 0.0003 on one item may swap another two that are 0.0003 apart."""
+    one = RankedList(("a", "x", "y"), (-1.0, -2.0, -2.0003))
+    other = RankedList(("a", "y", "x"), (-1.0003, -2.0, -2.0003))
+    assert compare(one, other) is Verdict.NEAR_TIE
+
+
+def test_an_item_lost_from_the_middle_is_no_tie() -> None:
+    """One that has the same score as its replacement, while a worse one stays, was not swapped over the list's end."""
+    assert compare(RankedList(("x", "w", "z"), A.scores), A) is Verdict.DIFFERENT

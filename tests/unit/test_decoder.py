@@ -178,7 +178,7 @@ def test_passes_of_several_threads_do_not_mix(decoder: Decoder) -> None:
     assert (len(wrong), sum(wrong)) == (80, 0)
 
 
-@pytest.mark.parametrize("spin", ["never", "during-pass", "always"])
+@pytest.mark.parametrize("spin", ["never", "brief", "always"])
 def test_spinning_does_not_change_results(decoder: Decoder, model_path: Path, spin: Spin) -> None:
     other = Decoder(model_path, RuntimeOptions(intra_op_threads=2, spin=spin))
     np.testing.assert_allclose(chain(other, 9).on(other)[0], chain(decoder, 9).on(decoder)[0], atol=1e-5)

@@ -1,0 +1,192 @@
+"""A Redis that dies, hangs, fills up or holds damaged entries: histories in requests never notice, stored ones say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+import redis
+
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack
+from engine.catalogue import Catalogue
+from tests.bundles import random_history
+from tests.faults.conftest import Case, asking, assert_all_right
+from tests.serving import WINDOW, Client, assert_same_list, refused, request_of, storm, until
+
+Entries = dict[bytes, bytes]
+
+
+@pytest.fixture
+def store(redis_url: str, stack: LocalStack) -> Iterator[redis.Redis]:
+    """The tests' own connection."""
+    with redis.Redis.from_url(redis_url) as store:
+        yield store
+
+
+@pytest.fixture
+def long(cases: list[Case]) -> Case:
+    """A case whose prompt has whole blocks to cache."""
+    return next(case for case in cases if len(case.history) >= WINDOW)
+
+
+class TestGone:
+    def runs_without(
+        self,
+        client: Client,
+        cases: list[Case],
+        breaks: Callable[[], object],
+        mends: Callable[[], object],
+    ) -> None:
+        """Inline histories are all answered, stored ones refused with the field's name, and both served afterwards."""
+        client.record("user", cases[0].history)
+        replies = storm(asking(client, cases * 2), {8: breaks, 24: mends})
+        assert_all_right(replies, cases * 2)
+        assert not any(reply.degraded for reply in replies)
+
+        breaks()
+        with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):
+            client.recommend(user_id="user")
+        for call in (lambda: client.record("user", ["item-1"]), lambda: client.history("user")):
+            with pytest.raises(grpc.RpcError) as refusal:
+                call()
+            assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert {backend.name: backend.available for backend in client.info().backends}["redis"] is False
+        assert_same_list(client.recommend(cases[1].history, k=20), cases[1].expected)
+
+        mends()
+        if not client.history("user"):
+            client.record("user", cases[0].history)
+        assert_same_list(client.recommend(user_id="user", k=20), cases[0].expected)
+
+    def test_killed(self, redis_server: LocalRedis, client: Client, cases: list[Case]) -> None:
+        self.runs_without(client, cases, redis_server.kill, redis_server.start)
+
+    def test_hanging(self, redis_server: LocalRedis, client: Client, cases: list[Case]) -> None:
+        self.runs_without(client, cases, redis_server.pause, redis_server.resume)
+        assert client.history("user")[: len(cases[0].history)] == list(cases[0].history)
+
+    def test_stopped(self, redis_server: LocalRedis, client: Client, cases: list[Case]) -> None:
+        self.runs_without(client, cases, redis_server.stop, redis_server.start)
+
+    def test_a_batch_with_stored_and_inline_histories(
+        self, redis_server: LocalRedis, client: Client, cases: list[Case]
+    ) -> None:
+        """Only the requests that need the store fail."""
+        client.record("user", cases[0].history)
+        redis_server.kill()
+        inline = [request_of(case.history, k=20) for case in cases[1:3]]
+        results = client.batch([inline[0], request_of(user_id="user"), inline[1]])
+        assert_same_list(results[0].response, cases[1].expected)
+        assert results[1].error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert results[1].error.message.startswith("user_id: ")
+        assert_same_list(results[2].response, cases[2].expected)
+
+
+def damaged(entries: Entries) -> dict[str, Entries]:
+    """The same keys with contents that are not theirs."""
+    names, values = list(entries), list(entries.values())
+    return {
+        "empty": dict.fromkeys(names, b""),
+        "truncated": {name: value[: len(value) // 2] for name, value in entries.items()},
+        "header only": {name: value[:96] for name, value in entries.items()},
+        "one byte short": {name: value[:-1] for name, value in entries.items()},
+        "one byte long": {name: value + b"\0" for name, value in entries.items()},
+        "bit flipped": {name: flipped(value, len(value) // 2) for name, value in entries.items()},
+        "header flipped": {name: flipped(value, 9) for name, value in entries.items()},
+        "swapped": dict(zip(names, values[1:] + values[:1], strict=True)),
+        "zeros": {name: bytes(len(value)) for name, value in entries.items()},
+        "text": dict.fromkeys(names, b"not a block"),
+    }
+
+
+def flipped(value: bytes, position: int) -> bytes:
+    return value[:position] + bytes([value[position] ^ 1]) + value[position + 1 :]
+
+
+class TestDamagedEntries:
+    def stored(self, client: Client, store: redis.Redis, case: Case) -> Entries:
+        """The entries of a case's prompt, once they are written and of use."""
+        until(lambda: client.recommend(case.history).statistics.redis_cached_tokens > 0)
+        names = sorted(store.keys("kv:*"))
+        return {name: value for name in names if (value := store.get(name)) is not None}
+
+    @pytest.mark.parametrize("damage", sorted(damaged({b"a": bytes(200), b"b": bytes(200)})))
+    def test_are_misses(self, client: Client, store: redis.Redis, long: Case, damage: str) -> None:
+        """A prompt whose entries are damaged is computed again: the right list, nothing degraded, and good entries after it."""
+        entries = self.stored(client, store, long)
+        store.mset(damaged(entries)[damage])
+        reply = client.recommend(long.history, k=20)
+        assert (reply.statistics.redis_cached_tokens, reply.degraded) == (0, False)
+        assert_same_list(reply, long.expected)
+        until(lambda: client.recommend(long.history).statistics.redis_cached_tokens > 0)
+        again = client.recommend(long.history, k=20)
+        assert_same_list(again, long.expected)
+
+    def test_of_another_type(self, client: Client, store: redis.Redis, long: Case) -> None:
+        """A list where a string should be, as another program may leave it behind."""
+        for name in self.stored(client, store, long):
+            store.delete(name)
+            store.rpush(name, b"something")
+        reply = client.recommend(long.history, k=20)
+        assert reply.statistics.redis_cached_tokens == 0
+        assert_same_list(reply, long.expected)
+
+    def test_half_of_a_prompt(self, client: Client, store: redis.Redis, long: Case) -> None:
+        """Whichever block is gone, what is left is used up to the gap."""
+        whole = client.recommend(long.history).statistics
+        entries = self.stored(client, store, long)
+        seen = set()
+        for name in entries:
+            store.mset(entries)
+            store.delete(name)
+            reply = client.recommend(long.history, k=20)
+            seen.add(reply.statistics.redis_cached_tokens)
+            assert_same_list(reply, long.expected)
+            until(lambda name=name: store.exists(name) == 1)  # type: ignore[misc]
+        assert seen == {0, 16, 32}
+        assert whole.prompt_tokens == 2 + 4 * WINDOW
+
+
+class TestFull:
+    def test_histories_survive_the_pressure_of_cached_prompts(
+        self, client: Client, store: redis.Redis, catalogue: Catalogue, cases: list[Case]
+    ) -> None:
+        """With hardly any memory left, entries of the cache give way and no history loses an item."""
+        histories = {f"user-{n}": random_history(catalogue, WINDOW, seed=500 + n) for n in range(40)}
+        for user, history in histories.items():
+            client.record(user, history)
+        used = int(store.info("memory")["used_memory"])
+        store.config_set("maxmemory", used + 200_000)
+        storm([*asking(client, [Case(history, cases[0].expected) for history in histories.values()])] * 2, {})
+        until(lambda: int(store.info("stats")["evicted_keys"]) > 0)
+        assert client.record("user-0", ["item-1"]).history_length == WINDOW + 1
+        histories["user-0"].append("item-1")
+        assert {user: client.history(user) for user in histories} == histories
+        assert_all_right(storm(asking(client, cases), {}), cases)
+
+    def test_without_any_room_left(self, client: Client, store: redis.Redis, cases: list[Case]) -> None:
+        """Nothing can be stored: events are refused, what is stored is served, and prompts are computed."""
+        client.record("user", cases[0].history)
+        store.config_set("maxmemory", 1)
+        with pytest.raises(grpc.RpcError) as refusal:
+            client.record("user", ["item-1"])
+        assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert client.history("user") == list(cases[0].history)
+        assert_same_list(client.recommend(user_id="user", k=20), cases[0].expected)
+        assert_all_right(storm(asking(client, cases), {}), cases)
+
+
+def test_a_history_that_is_none(client: Client, store: redis.Redis, cases: list[Case]) -> None:
+    """What another program left under a user's key is out of reach, for that user alone; forgetting mends it."""
+    store.set("history:user", "not a list")
+    client.record("other", cases[0].history)
+    with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):
+        client.recommend(user_id="user")
+    assert_same_list(client.recommend(user_id="other", k=20), cases[0].expected)
+    store.delete("history:user")
+    store.rpush("history:user", b"\xff\xfe", *(item.encode() for item in cases[0].history))
+    reply = client.recommend(user_id="user", k=20)
+    assert len(reply.unknown_history_item_ids) == 1
+    assert_same_list(reply, cases[0].expected)

@@ -1,0 +1,123 @@
+"""Real models on random weights, opened without services, and adapters that put them behind the beam loop's protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from draft_service.drafter import Drafter, PlanOrder
+from engine.beams import Beams
+from engine.catalogue import Catalogue
+from engine.decoder import Decoder, RuntimeOptions
+from engine.kv_cache import KvArray, KvLayout, MemoryKvCache
+from engine.kv_store import KvStore, PrefixCache
+from engine.plan import Plan
+from engine.scoring import Evaluation, ScoringRule
+from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.trie import ROOT, Int64, Trie
+from tests.bundles import TestBundle
+from tests.oracles.naive_trie import NaiveTrie
+
+BLOCK_TOKENS = 4
+
+
+@dataclass
+class DictStore:
+    """A KvStore in a dictionary."""
+
+    blocks: dict[bytes, KvArray] = field(default_factory=dict)
+
+    async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
+        """The leading run that is present."""
+        run = []
+        for key in keys:
+            if key not in self.blocks:
+                break
+            run.append(self.blocks[key])
+        return run
+
+    async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
+        """Keep them all."""
+        self.blocks.update(blocks)
+
+
+@dataclass(frozen=True)
+class Models:
+    """A bundle's two decoders, loaded once, and its catalogue in both forms."""
+
+    bundle: TestBundle
+    catalogue: Catalogue
+    naive: NaiveTrie
+    decoders: dict[str, Decoder]
+
+    @classmethod
+    def load(cls, bundle: TestBundle) -> Models:
+        """From a bundle on disk."""
+        catalogue = bundle.bundle.catalogue()
+        items = {catalogue.id_of(n): tuple(catalogue.codes[n].tolist()) for n in range(catalogue.items)}
+        decoders = {
+            "target": Decoder(bundle.bundle.model_path("target"), RuntimeOptions()),
+            "draft": Decoder(bundle.bundle.model_path("draft"), RuntimeOptions()),
+        }
+        return cls(bundle, catalogue, NaiveTrie(items, catalogue.trie.codebook_sizes), decoders)
+
+    @property
+    def rule(self) -> ScoringRule:
+        """The bundle's."""
+        return self.bundle.bundle.manifest.scoring_rule
+
+    def evaluator(self, role: str, *, memory_blocks: int = 0, store: KvStore | None = None) -> TreeEvaluator:
+        """A fresh evaluator of one model, by default without any cache. Close it."""
+        entry, decoder = self.bundle.bundle.manifest.models[role], self.decoders[role]
+        layout = KvLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", BLOCK_TOKENS)
+        cache = PrefixCache(layout, MemoryKvCache(memory_blocks * layout.block_bytes), store)
+        return TreeEvaluator(decoder, entry, self.catalogue.trie, self.rule, layout, cache)
+
+    def prompt(self, items: int, seed: int) -> Int64:
+        """The target's prompt of a random history."""
+        entry = self.bundle.bundle.manifest.target
+        chosen = np.random.default_rng(seed).integers(0, self.catalogue.items, items)
+        columns = self.catalogue.codes[chosen] + self.catalogue.trie.codebook_offset
+        return entry.prompt.tokens(list(np.array(entry.code_tokens)[columns]))
+
+
+@dataclass
+class ModelTarget:
+    """A TreeEvaluator as the loop's target: adds the root to the first pass, and ancestors that were not evaluated yet."""
+
+    evaluator: TreeEvaluator
+    prompt: Int64
+    selection: Selection
+    passes: int = 0
+    tree: OpenTree | None = None
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """One pass."""
+        asked = set(self.evaluator.trie.with_ancestors(nodes.tolist()).tolist())
+        if self.tree is None:
+            self.tree = await self.evaluator.open(self.prompt)
+            asked.add(ROOT)
+        self.passes += 1
+        wanted = np.array(sorted(asked - self.tree.tokens.slots.keys()))
+        return (await self.evaluator.evaluate(self.tree, wanted, self.selection))[0]
+
+
+@dataclass
+class ModelDraft:
+    """A Drafter as the loop's draft. `order` is asked again with other beams. plans: what came of it."""
+
+    drafter: Drafter
+    trie: Trie
+    order: PlanOrder
+    plans: list[Plan] = field(default_factory=list)
+
+    async def plan(self, below: Beams) -> Plan:
+        """A plan below these beams, given in the order of their ids, as the orchestrator sends them."""
+        beams = below.take(np.argsort(below.node))
+        order = PlanOrder(**{**vars(self.order), "below": beams})
+        plan = (await self.drafter.plan(order)).plan
+        plan.check(self.trie, order.size.width * self.trie.levels)
+        self.plans.append(plan)
+        return plan
