@@ -270,15 +270,13 @@ async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: Scale)
     console.print(f"Data: {dataset.terms}", style="dim", highlight=False, markup=False)
     with local_redis() as redis_url:
         started = time.monotonic()
-        stack = LocalStack(
-            bundle, redis_url=redis_url, targets=2, flags={"draft": {"threads": 1}, "target": {"threads": 1}}
-        )
+        stack = LocalStack(bundle, redis_url=redis_url, targets=2)
         with console.status("starting the draft, two targets and the orchestrator"):
             stack.start()
         try:
             console.print(
                 f"{manifest.name} ({manifest.target.parameters:,} parameters, scoring rule {manifest.scoring_rule}) is "
-                f"served at {stack.address}: Redis, a draft, 2 targets (one thread each), the orchestrator; "
+                f"served at {stack.address}: Redis, a draft, 2 targets, the orchestrator; "
                 f"started in {time.monotonic() - started:.1f} s",
                 highlight=False,
             )

@@ -16,13 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from client.watcher import Watcher
+
 _HOST = "127.0.0.1"
 _START_SECONDS = 20.0
 _STOP_SECONDS = 5.0
 _PORT_ATTEMPTS = 5
-# Reads until its standard input, a pipe that only our process holds, is closed; then the server goes too. Works for a
-# SIGKILL, on Linux and macOS, and needs no code between fork and exec.
-_WATCHER = 'read _; kill -CONT "$0"; kill -TERM "$0"'
 
 
 class LocalRedisError(RuntimeError):
@@ -41,7 +40,7 @@ class LocalRedis:
         self._folder, self._max_memory, self._port = folder, max_memory, port
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._server: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
 
     @property
     def url(self) -> str:
@@ -117,9 +116,7 @@ class LocalRedis:
                 # A Ctrl-C in the terminal is for us; the server ends after those that use it.
                 start_new_session=True,
             )
-        self._watcher = subprocess.Popen(  # noqa: S603  our own arguments
-            ["/bin/sh", "-c", _WATCHER, str(self._server.pid)], stdin=subprocess.PIPE, start_new_session=True
-        )
+        self._watcher = Watcher(self._server.pid)
         self._wait_until_ready(port, log)
 
     def _command(self, port: int) -> list[str]:
@@ -148,12 +145,11 @@ class LocalRedis:
 
     def _discard(self) -> None:
         # The watcher first: it must not outlive the server and hit another process with the same id.
-        for process in (self._watcher, self._server):
-            if process is not None:
-                process.kill()
-                process.wait()
-                if process.stdin is not None:
-                    process.stdin.close()
+        if self._watcher is not None:
+            self._watcher.release()
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
         self._watcher = self._server = None
         if self._scratch is not None:
             self._scratch.cleanup()

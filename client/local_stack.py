@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from client.watcher import Watcher
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 30.0
@@ -32,6 +35,7 @@ class ServiceProcess:
     def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
         self.module, self.flags, self.log = module, dict(flags), log
         self.process: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
         self.port = 0
 
     @property
@@ -56,6 +60,7 @@ class ServiceProcess:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the services in order
             )
+        self._watcher = Watcher(self.process.pid)
 
     def wait_ready(self) -> None:
         """Wait until the service takes calls. Raises LocalStackError when it ends or takes too long."""
@@ -71,6 +76,7 @@ class ServiceProcess:
         """SIGTERM, and SIGKILL when it does not drain in time."""
         if self.process is None:
             return
+        self._release()
         self.process.terminate()
         try:
             self.process.wait(_STOP_SECONDS)
@@ -82,9 +88,15 @@ class ServiceProcess:
     def kill(self) -> None:
         """SIGKILL."""
         if self.process is not None:
+            self._release()
             self.process.kill()
             self.process.wait()
             self._discard()
+
+    def _release(self) -> None:
+        if self._watcher is not None:
+            self._watcher.release()
+            self._watcher = None
 
     def _discard(self) -> None:
         if self.process is not None and self.process.stdout is not None:
@@ -140,6 +152,8 @@ class LocalStack:
         self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
         self._redis_url, self._flags = redis_url, flags or {}
         self._bundle = bundle.resolve()
+        # Models that share cores slow each other down when together they have more threads than there are cores.
+        self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))
         self.drafts = [self._service("draft", "draft_service", n) for n in range(drafts)]
         self.targets = [self._service("target", "target_service", n) for n in range(targets)]
         self.orchestrators = [self._service("orchestrator", "orchestrator", n) for n in range(orchestrators)]
@@ -192,6 +206,8 @@ class LocalStack:
 
     def _service(self, name: str, module: str, number: int) -> ServiceProcess:
         flags: dict[str, object] = {"bundle": self._bundle, **self._flags.get(name, {})}
+        if module != "orchestrator":
+            flags.setdefault("threads", self._threads)
         if self._redis_url:
             flags.setdefault("redis-url", self._redis_url)
         return ServiceProcess(module, flags, self.log_folder / f"{name}-{number}.log")

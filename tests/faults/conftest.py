@@ -43,7 +43,7 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
-    flags = {
+    flags: dict[str, dict[str, object]] = {
         "draft": {"redis-timeout-seconds": 1},
         "target": {"redis-timeout-seconds": 1, "threads": 1, "kv-memory-mb": 0},
         "orchestrator": {"redis-timeout-seconds": 1, "draft-timeout-seconds": 2, "draft-backoff-seconds": 0.2},
