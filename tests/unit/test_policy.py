@@ -7,7 +7,7 @@ A p-value is a function of the code alone; one below its threshold means that th
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +43,7 @@ from tests.oracles.statistics import chi_square_p, same_law_p
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, at_random, everything, naive_tries, nothing
 
 SIGNIFICANT = 0.01
+SEEDS = 20_000
 NOTHING_PRUNED = Pruning.none()
 # Seven paths of three codes: branches of every width, and (2, 0, 0) without a choice.
 NAIVE = NaiveTrie(
@@ -93,45 +94,48 @@ class _Everything:
 
 
 @pytest.mark.parametrize(
-    ("rule", "temperature", "excluded", "seeds"),
+    ("rule", "temperature", "excluded"),
     [
-        (ScoringRule.VOCAB, 1.0, (), 20_000),
-        (ScoringRule.TRIE, 0.6, ("b", "d", "f"), 20_000),
-        (ScoringRule.VOCAB, 1.0, ("a", "c"), 3_000),
-        (ScoringRule.TRIE, 2.0, (), 3_000),
+        (ScoringRule.VOCAB, 1.0, ()),
+        (ScoringRule.TRIE, 0.6, ("b", "d", "f")),
+        (ScoringRule.VOCAB, 1.0, ("a", "c")),
+        (ScoringRule.TRIE, 2.0, ()),
     ],
 )
 def test_an_exact_sample_has_the_law_of_draws_without_replacement(
-    rule: ScoringRule, temperature: float, excluded: tuple[str, ...], seeds: int
+    rule: ScoringRule, temperature: float, excluded: tuple[str, ...]
 ) -> None:
-    """Four statistics of lists of three, over up to 20,000 seeds, against the enumerated law.
+    """Four statistics of lists of three, over 20,000 seeds, against the enumerated law.
 
     The first place; the ordered pair of the first two; the set of all three; and each path's inclusion in the list,
     whose seven tests share one threshold (Bonferroni). The law is the product of the steps' probabilities, at the
     temperature and renormalised over the children that the request leaves alive. The draft plans everything, which
     makes one pass of three and changes no list (held by the next test and in test_beam_loop).
+
+    History: run on the first 3,000 seeds only, one of the 40 statistics fell below its threshold (rule `trie`, temperature
+    2, inclusion of (1, 0, 0), p = 0.0008). On 30,000 fresh seeds its p was 0.47, and no statistic of that case was below 0.05.
     """
     world = World.random(NAIVE, rule, seed=5)
     draft = _Everything(asyncio.run(ScriptedDraft(world.trie, everything).plan(Beams.root())))
-    policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(seeds))
+    policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(SEEDS))
     drawn = lists(world, policies, draft, excluded)
 
     law = path_law(NAIVE, world.model, temperature, lambda path: NAIVE.alive(path, excluded))
     assert 4 <= len(law) <= 7
     triples = draws_without_replacement(law, 3)
-    sets: Counter[frozenset[Path]] = Counter()
-    inclusion: Counter[Path] = Counter()
+    sets: defaultdict[frozenset[Path], float] = defaultdict(float)
+    inclusion: defaultdict[Path, float] = defaultdict(float)
     for draw, probability in triples.items():
-        sets[frozenset(draw)] += probability  # type: ignore[assignment]
+        sets[frozenset(draw)] += probability
         for path in draw:
-            inclusion[path] += probability  # type: ignore[assignment]
+            inclusion[path] += probability
 
     assert chi_square_p(Counter(draw[0] for draw in drawn), law) > SIGNIFICANT
     assert chi_square_p(Counter(draw[:2] for draw in drawn), draws_without_replacement(law, 2)) > SIGNIFICANT
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), sets) > SIGNIFICANT
     included = Counter(path for draw in drawn for path in draw)
     for path, probability in inclusion.items():
-        observed = Counter({True: included[path], False: seeds - included[path]})
+        observed = Counter({True: included[path], False: SEEDS - included[path]})
         assert chi_square_p(observed, {True: probability, False: 1 - probability}) > SIGNIFICANT / len(inclusion)
 
 
