@@ -10,7 +10,7 @@ from engine.beams import (
     Beams,
     children_by_gumbel,
     children_by_score,
-    level_distribution,
+    level_log_distribution,
     sample_without_replacement,
 )
 from engine.plan import Plan, PlanSize, Proposal
@@ -85,10 +85,10 @@ class Drafter:
         if order.proposal is Proposal.PERTURBED:
             return children_by_gumbel(self._trie, beams, evaluated, order.noise).best(order.size.width)
         candidates = children_by_score(beams, evaluated)
-        q = level_distribution(candidates, order.noise.temperature)
+        log_q = level_log_distribution(candidates, order.noise.temperature)
         seed, width = order.noise.seed, order.size.width
         return candidates.take(
-            sample_without_replacement(self._trie, candidates.node, q, width, seed=seed, stream=Stream.PROPOSAL)
+            sample_without_replacement(self._trie, candidates.node, log_q, width, seed=seed, stream=Stream.PROPOSAL)
         )
 
     def _assemble(self, order: PlanOrder, levels: list[Beams], evaluated: dict[int, Children]) -> Plan:

@@ -100,4 +100,4 @@ async def application(settings: DraftSettings) -> AsyncIterator[list[Registratio
     """The draft model of the settings' bundle, ready to serve."""
     async with served_model(settings, "draft") as model:
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, DraftServicer(model, settings.max_width))]
+        yield [Registration.of(SERVICE, add, DraftServicer(model, settings.max_width), model.info.catalogue_version)]

@@ -87,19 +87,21 @@ def children_by_gumbel(trie: Trie, beams: Beams, evaluated: Mapping[int, Childre
     return Beams(node, beams.score[row] + logp, weight, priority)
 
 
-def level_distribution(beams: Beams, temperature: float) -> Float64:
-    """Softmax of the scores of one level's candidates at a temperature: [m], AtSpeed-R's p and q."""
+def level_log_distribution(beams: Beams, temperature: float) -> Float64:
+    """Log-softmax of the scores of one level's candidates at a temperature: [m], the logs of AtSpeed-R's p and q.
+
+    Logs, because at a low temperature all but the best underflow to 0, and those could then never be drawn.
+    """
     if not len(beams):
         return np.empty(0)
-    logits = beams.score / temperature
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum())
+    logits = (beams.score - beams.score.max()) / temperature
+    return np.asarray(logits - np.log(np.exp(logits).sum()))
 
 
 def sample_without_replacement(
-    trie: Trie, node: Int64, probability: Float64, count: int, *, seed: int, stream: Stream
+    trie: Trie, node: Int64, log_weight: Float64, count: int, *, seed: int, stream: Stream
 ) -> Int64:
-    """Rows of up to `count` nodes drawn without replacement by `probability` [m] (Gumbel top-k); zeros are never drawn."""
-    possible = np.flatnonzero(probability > 0)
-    noisy = np.log(probability[possible]) + gumbel(seed, stream, trie.path_hash[node[possible]])
+    """Rows of up to `count` nodes drawn without replacement by exp(log_weight) [m] (Gumbel top-k); -inf is never drawn."""
+    possible = np.flatnonzero(log_weight > -np.inf)
+    noisy = log_weight[possible] + gumbel(seed, stream, trie.path_hash[node[possible]])
     return possible[np.argsort(-noisy, kind="stable")[:count]]

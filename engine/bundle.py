@@ -39,7 +39,9 @@ class ModelEntry(_Part):
     The draft needs to share neither vocabulary nor prompt with the target, only the catalogue.
     """
 
-    path: str = Field(description="The .onnx file, relative to the bundle.")
+    path: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$", description="The .onnx file: FOLDER/FILE inside the bundle."
+    )
     architecture: str = Field(description="Hugging Face model type of the checkpoint: llama, qwen2, qwen3.")
     precision: Precision
     parameters: PositiveInt
@@ -144,8 +146,11 @@ class Bundle:
                 raise BundleError(f"{self.root}/{name}: missing")
             if actual[name] != expected:
                 raise BundleError(f"{self.root}/{name}: its SHA-256 is not the manifest's")
-        for name in actual.keys() - self.manifest.files.keys():
+        for name in sorted(actual.keys() - self.manifest.files.keys()):
             raise BundleError(f"{self.root}/{name}: not in the manifest")
+        for role, model in self.manifest.models.items():
+            if model.fingerprint != fingerprint(actual, model.path.partition("/")[0]):
+                raise BundleError(f"{self.root}/{MANIFEST}: {role}.fingerprint: not that of the model's files")
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from engine.beams import Beams, Float64, children_by_score, level_distribution
+from engine.beams import Beams, Float64, children_by_score, level_log_distribution
 from engine.scoring import Children
 from engine.trie import Int64, Trie
 
@@ -68,14 +68,14 @@ class Plan:
         return Beams(node[here], score[here], score[here], score[here])
 
     def proposals(self, trie: Trie, candidates: Int64, temperature: float) -> tuple[Int64, Float64]:
-        """For relaxed sampling, of one level's candidates [m]: the rows that the draft proposed, and q of each [m].
+        """For relaxed sampling, of one level's candidates [m]: the rows that the draft proposed, and log q of each [m].
 
         q is the softmax of the draft's cumulative scores over all children of the nodes that it expanded one level up; a
         candidate below another parent has q = 0.
         """
-        q = np.zeros(len(candidates))
+        log_q = np.full(len(candidates), -np.inf)
         if not len(candidates):
-            return np.empty(0, dtype=np.int64), q
+            return np.empty(0, dtype=np.int64), log_q
         depth = int(trie.depth(candidates[:1])[0])
         parents = self.level(trie, depth - 1)
         parents = parents.take(np.flatnonzero([node in self.evaluated for node in parents.node.tolist()]))
@@ -84,5 +84,5 @@ class Plan:
         position = np.searchsorted(level.node[by_node], candidates)
         found = position < len(level)
         found[found] = level.node[by_node[position[found]]] == candidates[found]
-        q[found] = level_distribution(level, temperature)[by_node[position[found]]]
-        return np.flatnonzero(np.isin(candidates, self.node) & (q > 0)), q
+        log_q[found] = level_log_distribution(level, temperature)[by_node[position[found]]]
+        return np.flatnonzero(np.isin(candidates, self.node) & (log_q > -np.inf)), log_q

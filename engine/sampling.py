@@ -7,6 +7,7 @@ The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable p
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,14 @@ def mix64(value: UInt64) -> UInt64:
 
 def uniform(seed: int, stream: Stream, keys: UInt64) -> Float64:
     """Uniform in (0, 1), one per key [n]: 52 random bits and a half, which float64 holds exactly; never 0 and never 1."""
-    salt = mix64(
-        np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) ^ mix64(np.asarray([stream], dtype=np.uint64))
-    )
-    bits = mix64(mix64(keys ^ salt)) >> np.uint64(12)
+    bits = mix64(mix64(keys ^ _salt(seed, stream))) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+@lru_cache(maxsize=256)
+def _salt(seed: int, stream: Stream) -> np.uint64:
+    words = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64), np.asarray([stream], dtype=np.uint64)
+    return np.uint64(mix64(words[0] ^ mix64(words[1]))[0])
 
 
 def gumbel(seed: int, stream: Stream, keys: UInt64) -> Float64:

@@ -202,9 +202,12 @@ class DraftSession:
 class TargetClient:
     """The target service's replicas."""
 
-    def __init__(self, channel: grpc.aio.Channel, trie: Trie, catalogue_version: str, *, attempts: int) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, trie: Trie, catalogue_version: str, *, attempts: int, pass_seconds: float
+    ) -> None:
         self.stub: target_pb2_grpc.TargetServiceAsyncStub = target_pb2_grpc.TargetServiceStub(channel)
-        self.trie, self.catalogue_version, self.attempts = trie, catalogue_version, attempts
+        self.trie, self.catalogue_version = trie, catalogue_version
+        self.attempts, self.pass_seconds = attempts, pass_seconds
 
     async def model_info(self) -> types_pb2.ModelInfo:
         """What a replica serves. Raises grpc.aio.AioRpcError."""
@@ -242,9 +245,12 @@ class TargetSession:
     async def _evaluate_somewhere(self, nodes: Int64) -> Evaluation:
         for attempt in range(1, self._client.attempts + 1):
             try:
-                return await self._evaluate_on_stream(nodes)
+                async with asyncio.timeout(self._client.pass_seconds):
+                    return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
                 failure, again = _translate(error), error.code() in _ANOTHER_REPLICA
+            except TimeoutError:
+                failure, again = UnavailableError("no target replica answered in time"), True
             except asyncio.InvalidStateError:  # the stream had broken before the request was written
                 failure, again = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:

@@ -18,7 +18,7 @@ from engine.beams import (
     Float64,
     children_by_gumbel,
     children_by_score,
-    level_distribution,
+    level_log_distribution,
     sample_without_replacement,
 )
 from engine.plan import Proposal
@@ -166,32 +166,34 @@ class RelaxedSampling:
         """One level of accept, reject and draw from the residual. The last level, and one without a plan, draws from p."""
         trie, temperature = memo.trie, self.noise.temperature
         candidates = children_by_score(beams, memo.evaluated)
-        p = level_distribution(candidates, temperature)
-        proposed, q = memo.plan.proposals(trie, candidates.node, temperature)
+        log_p = level_log_distribution(candidates, temperature)
+        proposed, log_q = memo.plan.proposals(trie, candidates.node, temperature)
         if not len(proposed):
-            return candidates.take(self._draw(trie, candidates, p, self.width))
-        ratio = p[proposed] / q[proposed]
-        accepted = proposed[self._uniform(trie, candidates.node[proposed], Stream.ACCEPT) <= ratio]
+            return candidates.take(self._draw(trie, candidates, log_p, self.width))
+        log_ratio = log_p[proposed] - log_q[proposed]
+        accepted = proposed[np.log(self._uniform(trie, candidates.node[proposed], Stream.ACCEPT)) <= log_ratio]
         if len(accepted) >= self.width:
             order = np.argsort(self._uniform(trie, candidates.node[accepted], Stream.KEEP), kind="stable")
             return candidates.take(accepted[order[: self.width]])
-        return candidates.take(self._fill(trie, candidates, p, q, accepted))
+        return candidates.take(self._fill(trie, candidates, log_p, log_q, accepted))
 
     def final(self, beams: Beams) -> Beams:
         """By the target's score."""
         return beams.by_score()
 
-    def _fill(self, trie: Trie, candidates: Beams, p: Float64, q: Float64, accepted: Int64) -> Int64:
+    def _fill(self, trie: Trie, candidates: Beams, log_p: Float64, log_q: Float64, accepted: Int64) -> Int64:
         """The accepted rows and, for the free places, draws from the residual, or from p where it is exhausted."""
+        with np.errstate(divide="ignore"):  # log 0: not in the residual
+            residual = np.log(np.maximum(np.exp(log_p) - np.exp(log_q), 0.0))
         rows = accepted
-        for weights in (np.maximum(p - q, 0.0), p.copy()):
-            weights[rows] = 0.0
-            rows = np.concatenate([rows, self._draw(trie, candidates, weights, self.width - len(rows))])
+        for log_weight in (residual, log_p.copy()):
+            log_weight[rows] = -np.inf
+            rows = np.concatenate([rows, self._draw(trie, candidates, log_weight, self.width - len(rows))])
         return rows
 
-    def _draw(self, trie: Trie, candidates: Beams, weights: Float64, count: int) -> Int64:
+    def _draw(self, trie: Trie, candidates: Beams, log_weight: Float64, count: int) -> Int64:
         seed, stream = self.noise.seed, Stream.RESIDUAL
-        return sample_without_replacement(trie, candidates.node, weights, count, seed=seed, stream=stream)
+        return sample_without_replacement(trie, candidates.node, log_weight, count, seed=seed, stream=stream)
 
     def _uniform(self, trie: Trie, node: Int64, stream: Stream) -> Float64:
         return uniform(self.noise.seed, stream, trie.path_hash[node])

@@ -169,12 +169,15 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
     catalogue, limit = bundle.catalogue(), settings.max_message_bytes
     trie, snapshot = catalogue.trie, catalogue.version
     async with AsyncExitStack() as stack:
-        channel = await stack.enter_async_context(open_channel(settings.target, _TARGET, max_message_bytes=limit))
-        target = TargetClient(channel, trie, snapshot, attempts=settings.target_attempts)
+        channel = await stack.enter_async_context(
+            open_channel(settings.target, _TARGET, snapshot=snapshot, max_message_bytes=limit)
+        )
+        attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
+        target = TargetClient(channel, trie, snapshot, attempts=attempts, pass_seconds=pass_seconds)
         draft = None
         if settings.draft and bundle.manifest.draft:
             channel = await stack.enter_async_context(
-                open_channel(settings.draft, _DRAFT, retried=["Plan"], max_message_bytes=limit)
+                open_channel(settings.draft, _DRAFT, snapshot=snapshot, retried=["Plan"], max_message_bytes=limit)
             )
             timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
             draft = DraftClient(channel, trie, snapshot, timeout=timeout, backoff_seconds=backoff)

@@ -47,6 +47,9 @@ class OrchestratorSettings(ServiceSettings):
         float, Field(ge=0, le=600, description="How long a draft that failed is left alone.")
     ] = 1.0
     target_attempts: Annotated[int, Field(ge=1, le=10, description="Replicas tried for a pass before giving up.")] = 3
+    target_pass_seconds: Annotated[
+        float, Field(gt=0, le=3600, description="How long a replica may take for a pass before another one is tried.")
+    ] = 5.0
     draft_width_factor: Annotated[
         float, Field(gt=0, le=64, description="Nodes planned per level, as a multiple of the beam width.")
     ] = 2.0

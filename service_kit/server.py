@@ -33,6 +33,7 @@ from grpc_reflection.v1alpha import reflection
 
 from engine.errors import EngineError
 from service_kit import logs
+from service_kit.channels import health_name
 from service_kit.errors import StartupError
 from service_kit.health import Health
 from service_kit.interceptor import CallInterceptor
@@ -46,17 +47,31 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Registration:
-    """A service to offer: its full name and what adds it to a server."""
+    """A service to offer: its full name and what adds it to a server.
+
+    snapshot: the catalogue version that it serves, where it serves one. Its health then stands under
+    `<name>/<snapshot>` too, by which clients of that snapshot balance their calls: they never meet another one's replica.
+    """
 
     name: str
     add: Callable[[grpc.aio.Server], None]
+    snapshot: str = ""
+
+    @property
+    def health_names(self) -> list[str]:
+        """The names under which grpc.health.v1 knows it."""
+        return [self.name, health_name(self.name, self.snapshot)] if self.snapshot else [self.name]
 
     @classmethod
     def of(
-        cls, service: ServiceDescriptor, add: Callable[[Servicer, grpc.aio.Server], None], servicer: Servicer
+        cls,
+        service: ServiceDescriptor,
+        add: Callable[[Servicer, grpc.aio.Server], None],
+        servicer: Servicer,
+        snapshot: str = "",
     ) -> Self:
         """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
-        return cls(service.full_name, lambda server: add(servicer, server))
+        return cls(service.full_name, lambda server: add(servicer, server), snapshot)
 
 
 Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registration]]]
@@ -103,7 +118,7 @@ async def running(settings: ServiceSettings, registrations: Sequence[Registratio
     server = _build(settings, registrations, state)
     port = _listen(settings, server)
     await server.start()
-    await state.serving([registration.name for registration in registrations])
+    await state.serving([name for registration in registrations for name in registration.health_names])
     try:
         yield RunningServer(settings.host, port)
     finally:

@@ -71,4 +71,4 @@ async def application(settings: TargetSettings) -> AsyncIterator[list[Registrati
     """The target model of the settings' bundle, ready to serve."""
     async with served_model(settings, "target") as model:
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, TargetServicer(model))]
+        yield [Registration.of(SERVICE, add, TargetServicer(model), model.info.catalogue_version)]

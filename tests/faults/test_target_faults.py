@@ -162,15 +162,13 @@ class TestAnotherCatalogue:
     """A replica that holds another snapshot, as in the middle of a rollout, beside one that holds the right one."""
 
     def test_the_right_replica_serves(self, mixed: Client, cases: list[Case]) -> None:
-        """A stream that meets the stranger is taken up on the other replica."""
+        """Calls are balanced by the health of the snapshot, so none ever goes to the stranger."""
         replies = [call() for call in asking(mixed, cases)]
         assert_all_right(replies, cases)
-        assert sum(reply.statistics.target_retries for reply in replies) > 0
+        assert sum(reply.statistics.target_retries for reply in replies) == 0
 
-    @pytest.mark.xfail(
-        reason="replicas are tried in turn over all requests, so one request may meet the stranger thrice"
-    )
     def test_the_right_replica_serves_many_at_once(self, mixed: Client, cases: list[Case]) -> None:
+        """Nor when many requests share the channel: retries alone would meet the stranger thrice now and then."""
         assert_all_right(storm(asking(mixed, cases * 4), {}, concurrency=8), cases * 4)
 
     def test_when_no_replica_holds_the_catalogue(
@@ -182,7 +180,7 @@ class TestAnotherCatalogue:
         for case in itertools.islice(cases, 4):
             with pytest.raises(grpc.RpcError) as refusal:
                 mixed.recommend(case.history)
-            assert refusal.value.code() in {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE}
+            assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
         stack.targets[0].start()
         until(lambda: self.served(mixed, cases[0]))
 

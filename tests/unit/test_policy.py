@@ -21,7 +21,7 @@ from engine.beams import (
     Beams,
     children_by_gumbel,
     children_by_score,
-    level_distribution,
+    level_log_distribution,
     sample_without_replacement,
 )
 from engine.plan import Plan
@@ -204,7 +204,7 @@ class SamplingDraft:
             asked = np.sort(frontier.node)
             evaluated |= dict(self.world.evaluate(asked, self.world.pruning([]), 100).items())
             candidates = children_by_score(frontier, evaluated)
-            q = level_distribution(candidates, self.temperature)
+            q = np.exp(level_log_distribution(candidates, self.temperature))
             rows = self.rng.choice(len(q), size=min(self.width, len(q)), replace=False, p=q)
             frontier = candidates.take(rows)
             levels.append(frontier)
@@ -227,6 +227,15 @@ def test_without_a_plan_every_level_is_an_exact_draw_from_p(temperature: float) 
     drawn = lists(world, relaxed(2, 1500, temperature), ScriptedDraft(world.trie, nothing))
     law = level_by_level_sets(NAIVE, world.model, temperature, 2)
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT
+
+
+def test_a_low_temperature_still_fills_the_list() -> None:
+    """At temperature 0.01 all probabilities but the best underflow; their logs keep an order and can be drawn."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    draft = ScriptedDraft(world.trie, nothing)
+    for seed in range(20):
+        result = asyncio.run(search(world, RelaxedSampling(5, Perturbation(seed, 0.001)), draft))
+        assert len(result.leaves) == 5
 
 
 def test_a_draft_that_is_the_target_is_always_accepted() -> None:
@@ -314,7 +323,9 @@ def test_sampling_without_replacement_has_its_law(stream: Stream) -> None:
 
 
 def _draw(node: Int64, probability: npt.NDArray[np.float64], count: int, seed: int, stream: Stream) -> Int64:
-    return sample_without_replacement(NAIVE_TRIE, node, probability, count, seed=seed, stream=stream)
+    with np.errstate(divide="ignore"):
+        log_weight = np.log(probability)
+    return sample_without_replacement(NAIVE_TRIE, node, log_weight, count, seed=seed, stream=stream)
 
 
 # Tolerance
