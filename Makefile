@@ -5,6 +5,7 @@
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
+#   make tree            the README's file tree
 #   make constraints     constraints.txt from the development environment (make it afresh before)
 #   make clean           removes caches and build results; make distclean the environments too
 #
@@ -44,10 +45,15 @@ lint: $(DEV)/.installed
 	$(BIN)/hadolint deploy/Dockerfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
 	$(BIN)/python -m service_kit.settings_docs --check
+	$(BIN)/python docs/file_tree.py --check
 
 .PHONY: protos
 protos: $(DEV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+
+.PHONY: tree
+tree: $(DEV)/.installed
+	$(BIN)/python docs/file_tree.py
 
 .PHONY: settings-docs
 settings-docs: $(DEV)/.installed
