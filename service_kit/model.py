@@ -27,6 +27,10 @@ class ModelSettings(ServiceSettings):
         Literal["cpu", "cuda"], Field(description="Where the model runs. cuda needs the extra `gpu`.")
     ] = "cpu"
     threads: Annotated[int, Field(ge=1, le=256, description="Threads of one pass, on the CPU.")] = 2
+    verify_bundle: Annotated[
+        bool,
+        Field(description="Check every file of the bundle against its hash before serving; cached KV relies on them."),
+    ] = True
     max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 4096
     kv_block_tokens: Annotated[int, Field(ge=1, le=1024, description="Prompt tokens in one block of cached KV.")] = 16
     kv_memory_mb: Annotated[int, Field(ge=0, description="Memory for the KV of prompts, in MiB. 0 keeps none.")] = 512
@@ -51,6 +55,8 @@ class ServedModel:
 async def served_model(settings: ModelSettings, role: Literal["target", "draft"]) -> AsyncIterator[ServedModel]:
     """The bundle's model of a role, warmed up. Raises BundleError or CatalogueError when the bundle does not serve it."""
     bundle = Bundle(settings.bundle)
+    if settings.verify_bundle:
+        bundle.verify()
     catalogue, entry = bundle.catalogue(), bundle.model(role)
     decoder = Decoder(
         bundle.model_path(role), RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)

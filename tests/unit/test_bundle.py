@@ -27,7 +27,7 @@ from engine.scoring import ScoringRule
 CATALOGUE = Catalogue.build(["a", "b", "c"], np.array([[0, 0], [0, 1], [1, 1]]), (2, 2))
 
 
-def entry(role: str) -> ModelEntry:
+def entry(role: str, files: dict[str, str]) -> ModelEntry:
     return ModelEntry(
         path=f"{role}/model.onnx",
         architecture="llama",
@@ -40,7 +40,7 @@ def entry(role: str) -> ModelEntry:
         max_positions=64,
         code_tokens=(3, 4, 5, 6),
         prompt=PromptTemplate(prefix=(1,)),
-        fingerprint=role,
+        fingerprint=fingerprint(files, role),
     )
 
 
@@ -52,13 +52,14 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / role).mkdir()
         (tmp_path / role / "model.onnx").write_bytes(role.encode())
         (tmp_path / role / "model.onnx.data").write_bytes(bytes(100))
+    files = hash_files(tmp_path)
     manifest = Manifest(
         name="small",
         scoring_rule=ScoringRule.VOCAB,
         catalogue_version=CATALOGUE.version,
-        target=entry("target"),
-        draft=entry("draft"),
-        files=hash_files(tmp_path),
+        target=entry("target", files),
+        draft=entry("draft", files),
+        files=files,
     )
     write_manifest(tmp_path, manifest)
     return tmp_path
@@ -76,7 +77,7 @@ def test_a_bundle_that_is_as_written_opens_and_verifies(root: Path) -> None:
     bundle.verify()
     assert bundle.catalogue().version == CATALOGUE.version
     assert bundle.model_path("draft") == root / "draft/model.onnx"
-    assert bundle.model("target") == entry("target")
+    assert bundle.model("target") == entry("target", bundle.manifest.files)
     assert not list(root.glob("*.partial"))
 
 
@@ -186,3 +187,10 @@ def test_a_fingerprint_is_of_one_models_files(root: Path) -> None:
     assert fingerprint(before, "target") == fingerprint(after, "target")
     assert fingerprint(before, "draft") != fingerprint(after, "draft")
     assert fingerprint({"target2/x": "1"}, "target") == fingerprint({}, "target")
+
+
+def test_a_foreign_fingerprint_is_noticed(root: Path) -> None:
+    """Cached keys and values are kept under the fingerprint, so one of other weights would be served with them."""
+    change(root, lambda document: document["target"].update(fingerprint=document["draft"]["fingerprint"]))
+    with pytest.raises(BundleError, match=r"target\.fingerprint"):
+        Bundle(root).verify()

@@ -1,0 +1,162 @@
+"""Each loss against the formula written out in loops: values and gradients, in float64, on random logits and masks."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from training.losses import forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
+
+Rows = tuple[Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Rows:
+    """Logits of draft and target, and a mask with at least one column per row; random, so without ties."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    shape = draw(st.tuples(st.integers(1, 5), st.integers(1, 9)))
+    scale = draw(st.sampled_from([0.3, 1.0, 6.0]))
+    draft, target = (scale * torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    allowed = torch.rand(*shape, generator=generator) < draw(st.sampled_from([0.3, 0.8, 1.0]))
+    allowed[torch.arange(shape[0]), torch.randint(shape[1], (shape[0],), generator=generator)] = True
+    return draft, target, allowed
+
+
+def softmax(values: list[Tensor]) -> list[Tensor]:
+    total = sum((value.exp() for value in values), start=torch.zeros((), dtype=torch.float64))
+    return [value.exp() / total for value in values]
+
+
+def distributions(given: Rows, row: int, temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """p and q of a row, over its allowed columns only."""
+    draft, target, allowed = given
+    columns = [column for column in range(allowed.shape[1]) if allowed[row, column]]
+    p = softmax([target[row, column].detach() / temperature for column in columns])
+    return p, softmax([draft[row, column] / temperature for column in columns])
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum() / len(values)
+
+
+def plain_forward_kl(given: Rows, temperature: float) -> Tensor:
+    result = []
+    for row in range(len(given[0])):
+        p, q = distributions(given, row, temperature)
+        result.append(sum((a * (a.log() - b.log()) for a, b in zip(p, q, strict=True)), start=torch.zeros(())))
+    return mean(result)
+
+
+def plain_total_variation(given: Rows, temperature: float) -> Tensor:
+    result = []
+    for row in range(len(given[0])):
+        p, q = distributions(given, row, temperature)
+        result.append(sum(((b - a).abs() for a, b in zip(p, q, strict=True)), start=torch.zeros(())) / 2)
+    return mean(result)
+
+
+def plain_top_k_reverse_kl(given: Rows, top: int, density: float, renormalise: float | None) -> Tensor:
+    result = []
+    for row in range(len(given[0])):
+        p, q = distributions(given, row)
+        best = sorted(range(len(q)), key=lambda index: -float(q[index]))[:top]
+        p, q = [p[index] for index in best], [q[index] for index in best]
+        if renormalise is not None:
+            p, q = softmax([value / renormalise for value in p]), softmax([value / renormalise for value in q])
+        divergence, entropy = torch.zeros(()), torch.zeros(())
+        for a, b in zip(p, q, strict=True):
+            divergence = divergence + b * (b.log() - a.log())
+            entropy = entropy - b * b.log()
+        result.append(divergence + density * p[-1] * entropy)
+    return mean(result)
+
+
+def check(given: Rows, fast: Loss, slow: Callable[[Rows], Tensor]) -> None:
+    """Same value, same gradient of the draft, none of the target. 1e-9: float64 rounding of a few dozen operations."""
+    draft, target, allowed = given
+    results = []
+    for loss in (lambda d, t: fast(d, t, allowed), lambda d, t: slow((d, t, allowed))):
+        leaf, teacher = draft.clone().requires_grad_(), target.clone().requires_grad_()
+        value = loss(leaf, teacher)
+        (gradient, none) = torch.autograd.grad(value, (leaf, teacher), allow_unused=True)
+        assert none is None
+        results.append((value.detach(), gradient))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9, check_dtype=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.sampled_from([0.5, 1.0, 3.0]))
+def test_forward_kl(given: Rows, temperature: float) -> None:
+    check(
+        given,
+        lambda *args: forward_kl(*args, temperature=temperature),
+        lambda rows: plain_forward_kl(rows, temperature),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.sampled_from([0.5, 1.0, 3.0]))
+def test_total_variation(given: Rows, temperature: float) -> None:
+    """A row with one allowed code has q = p = 1, where the absolute value has no derivative: 0 in both."""
+    check(
+        given,
+        lambda *args: total_variation(*args, temperature=temperature),
+        lambda rows: plain_total_variation(rows, temperature),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(), st.integers(1, 10), st.sampled_from([0.0, 1.0, 2.5]), st.sampled_from([None, 0.1, 1.0]))
+def test_top_k_reverse_kl(given: Rows, top: int, density: float, renormalise: float | None) -> None:
+    check(
+        given,
+        lambda *args: top_k_reverse_kl(*args, top=top, density=density, renormalise=renormalise),
+        lambda rows: plain_top_k_reverse_kl(rows, top, density, renormalise),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
+def test_path_cross_entropy(seed: int, batch: int, paths: int, length: int) -> None:
+    prefixes, vocabulary = 5, 7
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, prefixes, vocabulary, generator=generator, dtype=torch.float64).requires_grad_()
+    row = torch.randint(prefixes, (batch, paths, length), generator=generator)
+    token = torch.randint(vocabulary, (batch, paths, length), generator=generator)
+    valid = torch.rand(batch, paths, generator=generator) < 0.7
+    valid[0, 0] = True
+    terms = []
+    for prompt in range(batch):
+        for path in range(paths):
+            for place in range(length if valid[prompt, path] else 0):
+                q = softmax(list(logits[prompt, row[prompt, path, place]]))
+                terms.append(-q[int(token[prompt, path, place])].log())
+    expected, found = mean(terms), path_cross_entropy(logits, row, token, valid)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [forward_kl, total_variation, lambda *args: top_k_reverse_kl(*args, density=0.0)],
+    ids=["forward", "variation", "reverse"],
+)
+def test_a_draft_that_is_the_target_has_no_loss(loss: Loss) -> None:
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shifted = logits + torch.arange(4.0)[:, None]  # logits count up to a constant per row
+    assert loss(shifted, logits, torch.ones(4, 6, dtype=torch.bool)).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_atspeed_s_by_hand() -> None:
+    """q = (3/4, 1/4), p = (1/2, 1/2): the divergence, and half the draft's entropy, for the second code's p is 1/2."""
+    draft, target = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    found = top_k_reverse_kl(draft, target, torch.ones(1, 2, dtype=torch.bool)).item()
+    assert found == pytest.approx((math.log(2) - entropy) + 0.5 * entropy, abs=1e-6)
