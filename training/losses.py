@@ -28,8 +28,9 @@ def path_cross_entropy(logits: Tensor, row: Tensor, token: Tensor, valid: Tensor
         L = - mean_paths mean_l log q(token_l | prefix_l)
 
     logits: float [b, m, V], of m prefixes per prompt. row, token: int64 [b, P, L]: the prefix that stands before each code of
-    a path, and that code's token. valid: bool [b, P], at least one. With the gold item's path it is the plain cross-entropy; with
-    the target's beams SeqKD (arXiv 1606.07947, "Sequence-Level Knowledge Distillation"), all beams weighing the same. Nothing to detach.
+    a path, and that code's token. valid: bool [b, P], at least one. With the gold item's path it is the plain
+    cross-entropy; with the target's beams SeqKD, all beams weighing the same (arXiv 1606.07947, "Sequence-Level
+    Knowledge Distillation"). There is nothing to detach.
     """
     batch, _, length = row.shape
     chosen = logits.gather(1, row.reshape(batch, -1, 1).expand(-1, -1, logits.shape[-1]))[
@@ -56,8 +57,9 @@ def total_variation(draft: Tensor, target: Tensor, allowed: Tensor, *, temperatu
 
         L = mean_pos 1/2 sum_v |q_v - p_v|,   p, q = softmax(z / temperature)
 
-    AtSpeed-R: 1 - L is the chance that a drafted code is accepted by relaxed sampling. Sources: arXiv 2410.05165, alignment for relaxed
-    sampling verification; arXiv 2307.15190, "Total Variation Distance". Detached: p. Where q = p the subgradient is 0.
+    1 - L is the chance that a code drawn from q is accepted by speculative sampling. Where q = p the subgradient is 0.
+    Sources: arXiv 2410.05165, alignment under relaxed sampling verification (AtSpeed-R); arXiv 2307.15190, total variation
+    distance (TVD-KD). Detached: p.
     """
     p = _log_softmax(target.detach() / temperature, allowed).exp()
     q = _log_softmax(draft / temperature, allowed).exp()
@@ -78,9 +80,9 @@ def top_k_reverse_kl(
         L = mean_pos sum_I q_i (log q_i - log p_i)  +  density * mean_pos p_last * (- sum_I q_i log q_i)
 
     `last` is the lowest q of I (p of the draft's K-th code); with fewer than `top` allowed codes I holds them all.
-    renormalise: a temperature T; then p_I and q_I become softmax(p_I / T) and softmax(q_I / T), of the probabilities themselves, as
-    the authors' code does under `constrained_softmax`. None: they are used as they are.
-    Source: arXiv 2410.05165, alignment for strict top-K verification, and `loss_strict` in its code/model.py.
+    renormalise: a temperature T; then p_I and q_I become softmax(p_I / T) and softmax(q_I / T), of the probabilities
+    themselves, as the authors' code does under `constrained_softmax`. None: they are used as they are.
+    Source: arXiv 2410.05165, alignment under strict top-K verification, and `loss_strict` in the authors' code/model.py.
     Detached: p. The choice of I is discrete and has no gradient.
     """
     log_q, best = _log_softmax(draft, allowed).topk(min(top, draft.shape[-1]), dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from training.errors import RecipeError
 from training.evaluate import Validation
 from training.export import load_checkpoint
 from training.recipe import Base, Model, PromptWindow, Recipe, Shape
-from training.sequences import Batch, Sequencer, Spelling, WindowBatches, index_histories
+from training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from training.trainer import FitState, Loss, Trainer, cross_entropy
 
 PAD, BOS, EOS = 0, 1, 2
@@ -141,10 +141,13 @@ def train_model(
     folder: Path,
     *,
     title: str,
-    loss: Loss[Batch] = cross_entropy,
-    batches: Callable[[SpelledModel], Callable[[int], list[Any]]] | None = None,
+    loss: Loss[Any] = cross_entropy,
+    batches: Callable[[Sequencer], Callable[[int], Sequence[Any]]] | None = None,
 ) -> tuple[SpelledModel, FitState]:
-    """Train the target or the draft of a recipe on the train histories; resumes from `folder`."""
+    """Train the target or the draft of a recipe on the train histories; resumes from `folder`.
+
+    loss and batches belong together: where given, `batches` makes each epoch's from the model's way to build sequences.
+    """
     spelled = build_model(part, catalogue, recipe.prompt, recipe.seed)
     sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), recipe.allow_empty_history)
     windows = WindowBatches(
@@ -155,9 +158,9 @@ def train_model(
         recipe.seed,
     )
     validation = Validation.of(dataset, catalogue, sequencer, recipe, part.schedule)
-    trainer = Trainer(
+    trainer: Trainer[Any] = Trainer(
         model=spelled.model,
-        batches=batches(spelled) if batches else windows,
+        batches=batches(sequencer) if batches else windows,
         loss=loss,
         validate=validation,
         schedule=part.schedule,

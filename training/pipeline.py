@@ -2,6 +2,7 @@
 
 run/
     catalogue/                              data -> semantic IDs
+    teacher/                                what the target says on training prompts, for a draft that is aligned
     target-training/  draft-training/       the state of a training under way
     target-checkpoint/  draft-checkpoint/   Hugging Face checkpoints with spelling.json
     target-log.json  draft-log.json         measures per epoch
@@ -31,15 +32,18 @@ from transformers.utils.logging import disable_progress_bar
 from engine.bundle import Manifest, ModelEntry, Provenance, fingerprint, hash_files, write_manifest
 from engine.catalogue import Catalogue
 from training import evaluate
+from training.alignment import AlignmentBatches, AlignmentObjective
 from training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from training.errors import RecipeError
 from training.evaluate import Recommender
 from training.export import MODEL_FILE, ExportReport, export_decoder
 from training.models import SpelledModel, train_model
-from training.recipe import AtspeedData, GivenCodes, Model, MovielensData, Recipe, SyntheticData
+from training.recipe import Alignment, AtspeedData, Draft, GivenCodes, Model, MovielensData, Recipe, SyntheticData
 from training.semantic_ids import build_catalogue
-from training.sequences import Sequencer
+from training.sequences import Sequencer, index_histories
 from training.synthetic import synthetic
+from training.teacher import Teacher, TrainingPrompts, write_teacher_data
+from training.trainer import device
 
 Role = Literal["target", "draft"]
 Measures = dict[str, float]
@@ -119,7 +123,9 @@ class _Run:
         disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
         _write_json(self.folder / "recipe.json", self.recipe.model_dump(mode="json"))
         catalogue = self._catalogue()
-        models = {role: self._model(role, part, catalogue) for role, part in self._parts.items()}
+        models: dict[Role, SpelledModel] = {"target": self._model("target", self.recipe.target, catalogue)}
+        if self.recipe.draft is not None:
+            models["draft"] = self._draft(self.recipe.draft, models["target"], catalogue)
         measures = self._evaluation(models, catalogue)
         return self._bundle(models, catalogue, measures)
 
@@ -154,14 +160,56 @@ class _Run:
     def _model_key(self, part: Model, catalogue: Catalogue) -> str:
         included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
         shared = self.recipe.model_dump(mode="json", include=included)
-        return _key(self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"}))
+        key = _key(self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"}))
+        if isinstance(part, Draft) and part.alignment is not None:
+            return _key(key, self._teacher_key(part.alignment, catalogue))
+        return key
 
-    def _model(self, role: Role, part: Model, catalogue: Catalogue) -> SpelledModel:
-        """Train a model; keep its checkpoint and its log."""
+    def _teacher_key(self, alignment: Alignment, catalogue: Catalogue) -> str:
+        """Of the target and what it is asked, not of the loss: one teacher serves all of them."""
+        return _key(self._model_key(self.recipe.target, catalogue), alignment.beams, alignment.prompts)
+
+    def _draft(self, part: Draft, target: SpelledModel, catalogue: Catalogue) -> SpelledModel:
+        """Train the draft, after its teacher data where it is aligned."""
+        if part.alignment is None:
+            return self._model("draft", part, catalogue)
+        prompts = self._teacher(part.alignment, target, catalogue)
+
+        def batches(sequencer: Sequencer) -> AlignmentBatches:
+            size = part.schedule.batch_size
+            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, self.recipe.seed)
+
+        return self._model("draft", part, catalogue, loss=AlignmentObjective(part.alignment), batches=batches)
+
+    @property
+    def _teacher_folder(self) -> Path:
+        return self.folder / "teacher"
+
+    def _teacher(self, alignment: Alignment, target: SpelledModel, catalogue: Catalogue) -> TrainingPrompts:
+        """Keep what the target says on training prompts; these."""
+        recipe = self.recipe
+        histories = index_histories(catalogue, self.dataset.train)
+        prompts = TrainingPrompts.draw(
+            histories, allow_empty=recipe.allow_empty_history, limit=alignment.prompts, seed=recipe.seed
+        )
+
+        def work() -> Measures:
+            asked = _recommender(recipe, catalogue, target)
+            model = asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
+            write_teacher_data(
+                Teacher(model, asked.sequencer, catalogue, asked.rule, alignment.beams), prompts, self._teacher_folder
+            )
+            return {"prompts": len(prompts)}
+
+        self._stage("teacher", self._teacher_key(alignment, catalogue), self._teacher_folder.name).run(work)
+        return prompts
+
+    def _model(self, role: Role, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
+        """Train a model; keep its checkpoint and its log. objective: loss and batches of `train_model`, where not its own."""
         training, checkpoint = self.folder / f"{role}-training", self.folder / f"{role}-checkpoint"
 
         def work() -> Measures:
-            model, state = train_model(part, self.recipe, self.dataset, catalogue, training, title=role)
+            model, state = train_model(part, self.recipe, self.dataset, catalogue, training, title=role, **objective)
             _remove(checkpoint)
             model.save(checkpoint)
             _write_json(self.folder / f"{role}-log.json", state.log)

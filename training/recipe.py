@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -14,7 +14,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -148,6 +150,38 @@ class Model(_Part):
         return self
 
 
+AlignmentLoss = Literal["atspeed-s", "atspeed-r", "word-kd", "tvd-kd", "seq-kd"]
+
+
+class Alignment(_Part):
+    """The draft learns from the target: (1 - weight) * cross-entropy of the gold item + weight * loss (training/losses.py).
+
+    Each prompt is read as the target read it, so the schedule's item_dropout does not apply.
+    """
+
+    loss: Annotated[AlignmentLoss | None, Field(description="None: cross-entropy alone, on the same prompts.")] = None
+    weight: Share = 0.7
+    beams: Annotated[PositiveInt, Field(description="The target's beams per prompt; also K of atspeed-s.")] = 20
+    density: Annotated[NonNegativeFloat, Field(description="Weight of the density term of atspeed-s.")] = 1.0
+    renormalise: Annotated[PositiveFloat | None, Field(description="Temperature over the top K of atspeed-s.")] = None
+    temperature: Annotated[PositiveFloat, Field(description="Of both models in atspeed-r, word-kd and tvd-kd.")] = 1.0
+    prompts: Annotated[PositiveInt, Field(description="At most so many training prompts, drawn by the seed.")] = 100_000
+
+
+class Draft(Model):
+    """The draft; without `alignment` it is trained as the target is."""
+
+    alignment: Alignment | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_alignment(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the section is written as before there was one, so that its runs keep their stages' keys."""
+        written: dict[str, Any] = serialise(self)
+        if self.alignment is None:
+            del written["alignment"]
+        return written
+
+
 class Recipe(_Part):
     """A training run: data -> semantic IDs -> target -> draft -> bundle."""
 
@@ -159,7 +193,7 @@ class Recipe(_Part):
     codes: Annotated[GivenCodes | QuantisedCodes, Field(discriminator="kind")]
     prompt: PromptWindow = PromptWindow()
     target: Model
-    draft: Model | None = None
+    draft: Draft | None = None
     evaluation_users: Annotated[PositiveInt, Field(description="At most so many users in the final evaluation.")] = 5000
 
 

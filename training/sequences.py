@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,10 @@ class Batch:
             tokens[row, : len(example.tokens)] = torch.from_numpy(example.tokens)
             labels[row, : len(example.labels)] = torch.from_numpy(example.labels)
         return cls(tokens, labels)
+
+    def inputs(self, _dtype: torch.dtype, /) -> dict[str, Any]:
+        """Arguments of the model whose logits [b, s, V] the loss takes."""
+        return {"input_ids": self.tokens}
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,8 +23,17 @@ from transformers import PreTrainedModel
 from training.recipe import Schedule
 from training.sequences import IGNORED, Batch
 
-B = TypeVar("B", bound=Batch)
-Loss = Callable[[Tensor, B], Tensor]  # (logits float [b, s, V], the batch) -> a scalar
+
+class Trainable(Protocol):
+    """What one step is made on. inputs: arguments of a Hugging Face model with weights of a dtype."""
+
+    def inputs(self, _dtype: torch.dtype, /) -> dict[str, Any]: ...  # noqa: D102 - see the class
+
+    def to(self, device: torch.device) -> Self: ...  # noqa: D102 - see the class
+
+
+B = TypeVar("B", bound=Trainable)
+Loss = Callable[[Tensor, B], Tensor]  # (the logits that the batch's inputs give, the batch) -> a scalar
 Validate = Callable[[PreTrainedModel], Mapping[str, float]]  # larger `score` is better
 STATE = "state.pt"
 BEST = "best"
@@ -121,7 +130,7 @@ class Trainer(Generic[B]):
         batch = batch.to(device())
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss(self.model(input_ids=batch.tokens, use_cache=False).logits, batch)
+        loss = self.loss(self.model(**batch.inputs(self.model.dtype), use_cache=False).logits, batch)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.gradient_clip)
