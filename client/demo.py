@@ -46,7 +46,7 @@ class Scale:
     """How much the demo does. shown: users whose lists are printed; compared: users in the table."""
 
     shown: int = 3
-    compared: int = 20
+    compared: int = 12
     widths: Sequence[int] = _WIDTHS
 
 

@@ -125,7 +125,7 @@ class _Run:
         catalogue = self._catalogue()
         models: dict[Role, SpelledModel] = {"target": self._model("target", self.recipe.target, catalogue)}
         if self.recipe.draft is not None:
-            models["draft"] = self._draft(self.recipe.draft, models["target"], catalogue)
+            models["draft"] = self._draft(self.recipe.draft, catalogue)
         measures = self._evaluation(models, catalogue)
         return self._bundle(models, catalogue, measures)
 
@@ -169,11 +169,11 @@ class _Run:
         """Of the target and what it is asked, not of the loss: one teacher serves all of them."""
         return _key(self._model_key(self.recipe.target, catalogue), alignment.beams, alignment.prompts)
 
-    def _draft(self, part: Draft, target: SpelledModel, catalogue: Catalogue) -> SpelledModel:
+    def _draft(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
         """Train the draft, after its teacher data where it is aligned."""
         if part.alignment is None:
             return self._model("draft", part, catalogue)
-        prompts = self._teacher(part.alignment, target, catalogue)
+        prompts = self._teacher(part.alignment, catalogue)
 
         def batches(sequencer: Sequencer) -> AlignmentBatches:
             size = part.schedule.batch_size
@@ -185,7 +185,7 @@ class _Run:
     def _teacher_folder(self) -> Path:
         return self.folder / "teacher"
 
-    def _teacher(self, alignment: Alignment, target: SpelledModel, catalogue: Catalogue) -> TrainingPrompts:
+    def _teacher(self, alignment: Alignment, catalogue: Catalogue) -> TrainingPrompts:
         """Keep what the target says on training prompts; these."""
         recipe = self.recipe
         histories = index_histories(catalogue, self.dataset.train)
@@ -194,7 +194,7 @@ class _Run:
         )
 
         def work() -> Measures:
-            asked = _recommender(recipe, catalogue, target)
+            asked = _recommender(recipe, catalogue, SpelledModel.load(self.folder / "target-checkpoint"))
             model = asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
             write_teacher_data(
                 Teacher(model, asked.sequencer, catalogue, asked.rule, alignment.beams), prompts, self._teacher_folder

@@ -178,7 +178,7 @@ class Draft(Model):
         """A recipe without the section is written as before there was one, so that its runs keep their stages' keys."""
         written: dict[str, Any] = serialise(self)
         if self.alignment is None:
-            del written["alignment"]
+            written.pop("alignment", None)
         return written
 
 
