@@ -1,4 +1,4 @@
-# The commands of daily life. `make demo` and `make test` need nothing but Python 3.11 or newer and this folder.
+# The commands of daily life. `make demo` and `make test` need Python 3.11 or newer, a package index and this folder.
 #
 #   make demo            a recommender on this machine: services, Redis, requests, measured
 #   make test            lint and every test, as CI runs them

@@ -30,6 +30,7 @@ from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
 from engine.scoring import ScoringRule
 
+REFERENCE = "target-only"
 _MODES = (Mode.TARGET_ONLY, Mode.STRICT)
 
 

@@ -32,6 +32,7 @@ from engine.bundle import Bundle, ModelEntry
 from engine.catalogue import Catalogue
 from engine.scoring import ScoringRule
 
+REFERENCE = "Hugging Face generate"
 WIDTHS = (1, 5, 10, 20)
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
 _MASKED = -1e8

@@ -29,6 +29,7 @@ from typer.core import TyperGroup
 
 from benchmarks.errors import BenchmarkError
 from client import display
+from client.comparison import Verdict
 from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
 from client.recommender import Mode, Options, RecommenderClient, RecommenderError
@@ -100,6 +101,7 @@ Histories = Annotated[
 Users = Annotated[int, typer.Option(min=1, help="How many users.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 UserId = Annotated[str, typer.Argument(help="The user.")]
+Tenant = Annotated[str, typer.Option(help="Whose user; tenants share neither histories nor cached states.")]
 LOCAL = "127.0.0.1:50051"
 
 
@@ -112,11 +114,28 @@ def up(
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 lets the system choose.")] = 50051,
     redis_url: Annotated[
-        str | None, typer.Option(help="A running Redis; one is started without it.", envvar="REDIS_URL")
+        str | None,
+        typer.Option(
+            help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
+            "command lines are for all to see.",
+            envvar="REDIS_URL",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which the Redis that is started keeps its data. Without it, recorded histories are in memory "
+            "alone and gone when this ends.",
+            file_okay=False,
+        ),
     ] = None,
     log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.")] = None,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
+    if redis_url and data:
+        raise typer.BadParameter(
+            "--data is for the Redis that is started without --redis-url (REDIS_URL); give one of them"
+        )
     manifest = read_manifest(bundle)
     if drafts and manifest.draft is None:
         raise CommandError(f"{bundle}: the bundle has no draft model, use --drafts 0")
@@ -126,25 +145,28 @@ def up(
     with ExitStack() as running:
         running.enter_context(_interruptible())
         try:
-            if redis_url is None:
-                redis_url = running.enter_context(LocalRedis()).url
+            kept = "in the Redis that you named"
+            if not redis_url:
+                redis_url = running.enter_context(LocalRedis(folder=data)).url
+                kept = f"in {data}" if data else "in memory, gone when this ends; --data DIR keeps them"
             with _err.status("starting"):
                 stack = running.enter_context(
                     LocalStack(
                         bundle, redis_url=redis_url, drafts=drafts, targets=targets, port=port, log_folder=log_folder
                     )
                 )
-            _announce(manifest.name, stack)
+            _announce(manifest.name, stack, kept)
             _watch(stack)
         except KeyboardInterrupt:
             _err.print("draining", highlight=False)
 
 
-def _announce(name: str, stack: LocalStack) -> None:
+def _announce(name: str, stack: LocalStack, kept: str) -> None:
     _out.print(f"{name} is served at [bold]{stack.address}[/bold]", highlight=False, soft_wrap=True)
     for service in stack.services:
         number = service.process.pid if service.process else 0
         _err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
+    _err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
     _err.print(f"  try: atspeed info --address {stack.address}; Ctrl-C ends it", highlight=False, soft_wrap=True)
 
 
@@ -180,7 +202,7 @@ def recommend(
     history: Annotated[
         str | None, typer.Option(help="Item ids, oldest first, with commas between; nothing is stored.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Items wanted.")] = 10,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 10,
     beam_width: Annotated[int, typer.Option(min=0, help="Beams searched; 0 means max(k, 20).")] = 0,
     mode: Annotated[Mode, typer.Option(help="How the list is made.")] = Mode.STRICT,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.0,
@@ -189,6 +211,7 @@ def recommend(
     exclude: Annotated[str, typer.Option(help="Item ids never to recommend, with commas between.")] = "",
     only: Annotated[str, typer.Option(help="Item ids to choose from, with commas between.")] = "",
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave the history's items out.")] = False,
+    tenant: Tenant = "",
     address: Address = LOCAL,
     timeout: Timeout = 10.0,
     as_json: AsJson = False,
@@ -206,6 +229,7 @@ def recommend(
         "excluded": _ids(exclude),
         "allowed": _ids(only),
         "exclude_seen": exclude_seen,
+        "tenant": tenant,
     }
     if history is not None:
         options["history"] = _ids(history)
@@ -221,12 +245,13 @@ def recommend(
 def record(
     user: UserId,
     items: Annotated[list[str], typer.Argument(help="Items, oldest first.")],
+    tenant: Tenant = "",
     address: Address = LOCAL,
     timeout: Timeout = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Append items to a user's history."""
-    reply = _call(address, timeout, lambda client: client.record(user, items))
+    reply = _call(address, timeout, lambda client: client.record(user, items, tenant=tenant))
     if as_json:
         return _print_json(reply)
     _out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
@@ -236,16 +261,16 @@ def record(
 
 
 @app.command()
-def history(user: UserId, address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
+def history(user: UserId, tenant: Tenant = "", address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
     """A user's stored items, oldest first, one a line."""
-    for item in _call(address, timeout, lambda client: client.history(user)):
+    for item in _call(address, timeout, lambda client: client.history(user, tenant=tenant)):
         print(item)
 
 
 @app.command()
-def forget(user: UserId, address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
-    """Erase all that is stored of a user."""
-    existed = _call(address, timeout, lambda client: client.forget(user))
+def forget(user: UserId, tenant: Tenant = "", address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
+    """Erase a user's history."""
+    existed = _call(address, timeout, lambda client: client.forget(user, tenant=tenant))
     print("forgotten" if existed else "nothing was stored")
 
 
@@ -401,9 +426,21 @@ def _report(benchmark: ModuleType, bundle: Bundle, rows: Any, seed: int, json_fi
     from benchmarks.services import write_json
 
     _out.print(benchmark.table(rows))
+    _out.print(f"identical to {benchmark.REFERENCE}: {_answer(rows)}", highlight=False)
     if json_file is not None:
         write_json(json_file, provenance(bundle, seed=seed), benchmark.to_json(rows))
         _err.print(f"written to {json_file}", highlight=False, soft_wrap=True)
+
+
+def _answer(rows: Any) -> str:
+    """Whether all lists are the reference's: yes, near-tie or NO, and how many are not."""
+    counts = {
+        Verdict.IDENTICAL: sum(row.identical for row in rows),
+        Verdict.NEAR_TIE: sum(row.near_ties for row in rows),
+        Verdict.DIFFERENT: sum(row.different for row in rows),
+    }
+    worst = Verdict.worst(verdict for verdict, count in counts.items() if count)
+    return f"{worst.answer} ({', '.join(f'{count} {verdict}' for verdict, count in counts.items())})"
 
 
 def _call(address: str, timeout: float, call: Callable[[RecommenderClient], Coroutine[Any, Any, _Result]]) -> _Result:

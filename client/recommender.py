@@ -139,19 +139,20 @@ class RecommenderClient:
             ):
                 yield one.index, _batch_result(one)
 
-    async def record(self, user_id: str, items: Sequence[str]) -> pb.RecordEventsResponse:
+    async def record(self, user_id: str, item_ids: Sequence[str], tenant: str = "") -> pb.RecordEventsResponse:
         """Append items, oldest first, to a user's history. Not retried."""
-        request = pb.RecordEventsRequest(user_id=user_id, item_ids=items)
+        events = [pb.Event(item_id=item_id) for item_id in item_ids]
+        request = pb.RecordEventsRequest(user_id=user_id, events=events, tenant=tenant)
         return await _answer(self._stub.RecordEvents(request, timeout=self._timeout))
 
-    async def history(self, user_id: str) -> list[str]:
-        """A user's stored items, oldest first; empty when there are none."""
-        call = self._stub.GetHistory(pb.GetHistoryRequest(user_id=user_id), timeout=self._timeout)
-        return list((await _answer(call)).item_ids)
+    async def history(self, user_id: str, tenant: str = "") -> list[str]:
+        """Ids of a user's stored items, oldest first; empty when there are none."""
+        call = self._stub.GetHistory(pb.GetHistoryRequest(user_id=user_id, tenant=tenant), timeout=self._timeout)
+        return [event.item_id for event in (await _answer(call)).events]
 
-    async def forget(self, user_id: str) -> bool:
-        """Erase all that is stored of a user; whether there was anything."""
-        call = self._stub.ForgetUser(pb.ForgetUserRequest(user_id=user_id), timeout=self._timeout)
+    async def forget(self, user_id: str, tenant: str = "") -> bool:
+        """Erase a user's history; whether there was one."""
+        call = self._stub.ForgetUser(pb.ForgetUserRequest(user_id=user_id, tenant=tenant), timeout=self._timeout)
         return (await _answer(call)).existed
 
     async def info(self) -> pb.GetServiceInfoResponse:

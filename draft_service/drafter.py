@@ -13,10 +13,11 @@ from engine.beams import (
     level_log_distribution,
     sample_without_replacement,
 )
+from engine.cost import PassCost
 from engine.plan import Plan, PlanSize, Proposal
 from engine.sampling import Stream
 from engine.scoring import Children, Perturbation
-from engine.tree_evaluator import PassCost, Selection, TreeEvaluator
+from engine.tree_evaluator import Selection, TreeEvaluator
 from engine.trie import ROOT, Int64, Pruning
 
 
@@ -84,9 +85,11 @@ class Drafter:
             return children_by_score(beams, evaluated).best(order.size.width)
         if order.proposal is Proposal.PERTURBED:
             return children_by_gumbel(self._trie, beams, evaluated, order.noise).best(order.size.width)
+        # A sample cannot be cut to its best afterwards, so every level gets its share of the nodes beforehand.
+        width = max(1, min(order.size.width, order.size.max_nodes // (self._trie.levels - 1)))
         candidates = children_by_score(beams, evaluated)
         log_q = level_log_distribution(candidates, order.noise.temperature)
-        seed, width = order.noise.seed, order.size.width
+        seed = order.noise.seed
         return candidates.take(
             sample_without_replacement(self._trie, candidates.node, log_q, width, seed=seed, stream=Stream.PROPOSAL)
         )

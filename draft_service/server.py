@@ -22,11 +22,6 @@ from service_kit.server import Registration
 
 SERVICE = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
 Context = grpc.aio.ServicerContext[Any, Any]
-_PROPOSALS = {
-    draft_pb2.PROPOSAL_TOP: Proposal.TOP,
-    draft_pb2.PROPOSAL_PERTURBED: Proposal.PERTURBED,
-    draft_pb2.PROPOSAL_SAMPLE: Proposal.SAMPLE,
-}
 
 
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
@@ -58,13 +53,11 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         )
 
     def _order(self, request: draft_pb2.PlanRequest) -> PlanOrder:
-        if request.catalogue_version != self._model.info.catalogue_version:
-            raise FailedPreconditionError(f"catalogue_version: this replica holds {self._model.info.catalogue_version}")
-        if request.proposal not in _PROPOSALS:
-            raise InvalidArgumentError("proposal", "must be one of the proposals of DraftService")
+        if request.model_version != self._model.info.model_version:
+            raise FailedPreconditionError(f"model_version: this replica serves {self._model.info.model_version}")
         if not 1 <= request.width <= self._max_width:
             raise InvalidArgumentError("width", f"must be between 1 and {self._max_width}, got {request.width}")
-        proposal = _PROPOSALS[request.proposal]
+        proposal = wire.proposal(request.proposal, "proposal")
         noise = wire.optional_perturbation(request, "perturbation")
         if proposal is not Proposal.TOP and noise is None:
             raise InvalidArgumentError("perturbation", "must be set for a sampling proposal")
@@ -100,4 +93,4 @@ async def application(settings: DraftSettings) -> AsyncIterator[list[Registratio
     """The draft model of the settings' bundle, ready to serve."""
     async with served_model(settings, "draft") as model:
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, DraftServicer(model, settings.max_width), model.info.catalogue_version)]
+        yield [Registration.of(SERVICE, add, DraftServicer(model, settings.max_width), model.info.model_version)]

@@ -27,6 +27,7 @@ from engine.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
 Precision = Literal["float32", "float16", "int8-weights"]
+Role = Literal["target", "draft"]
 
 
 class _Part(BaseModel):
@@ -55,6 +56,11 @@ class ModelEntry(_Part):
     )
     prompt: PromptTemplate
     fingerprint: str = Field(description="Hash of the model's files; keys its KV cache.")
+
+    @property
+    def kv_dtype(self) -> Literal["float32", "float16"]:
+        """Number format of the model's keys and values."""
+        return "float16" if self.precision == "float16" else "float32"
 
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:
@@ -97,6 +103,14 @@ class Manifest(_Part):
         served = self.model_dump(mode="json", exclude={"provenance", "name"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
 
+    def model_version(self, role: Role) -> str:
+        """Hash of all that a role's scores and node ids depend on; empty where the bundle has no such model."""
+        if role not in self.models:
+            return ""
+        served = {"rule": self.scoring_rule, "catalogue": self.catalogue_version}
+        served["model"] = self.models[role].model_dump_json()
+        return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
+
     @property
     def models(self) -> dict[str, ModelEntry]:
         """The models by role, `target` and, where there is one, `draft`."""
@@ -114,29 +128,37 @@ class Bundle:
         self.manifest = read_manifest(root)
 
     def catalogue(self) -> Catalogue:
-        """Load the catalogue and check that it is the one the manifest names."""
+        """Load the catalogue and check that it is the one the manifest names, and that the models can read its items."""
         catalogue = Catalogue.load(self.root / "catalogue")
         if catalogue.version != self.manifest.catalogue_version:
             expected = self.manifest.catalogue_version
             raise BundleError(f"{self.root}/catalogue: version {catalogue.version}, the manifest says {expected}")
         for role, model in self.manifest.models.items():
-            if len(model.code_tokens) != catalogue.trie.columns:
-                count, columns = len(model.code_tokens), catalogue.trie.columns
-                raise BundleError(
-                    f"{self.root}/{MANIFEST}: {role}.code_tokens: {count} tokens for {columns} code columns"
-                )
+            self._check_reads(role, model, catalogue)
         return catalogue
 
-    def model_path(self, role: Literal["target", "draft"]) -> Path:
+    def model_path(self, role: Role) -> Path:
         """The ONNX file of a role. Raises BundleError when the bundle has no such model."""
         return self.root / self.model(role).path
 
-    def model(self, role: Literal["target", "draft"]) -> ModelEntry:
+    def model(self, role: Role) -> ModelEntry:
         """The manifest's entry of a role. Raises BundleError when the bundle has no such model."""
         entry = self.manifest.models.get(role)
         if entry is None:
             raise BundleError(f"{self.root}/{MANIFEST}: the bundle has no {role} model")
         return entry
+
+    def _check_reads(self, role: str, model: ModelEntry, catalogue: Catalogue) -> None:
+        """Raise BundleError unless a model has a token for every code, and positions for every prompt and path."""
+        manifest, trie = self.root / MANIFEST, catalogue.trie
+        if len(model.code_tokens) != trie.columns:
+            count = len(model.code_tokens)
+            raise BundleError(f"{manifest}: {role}.code_tokens: {count} tokens for {trie.columns} code columns")
+        longest = model.prompt.max_tokens(trie.levels) + trie.levels - 1
+        if longest > model.max_positions:
+            raise BundleError(
+                f"{manifest}: {role}.max_positions: {model.max_positions}, but prompt and codes take up to {longest}"
+            )
 
     def verify(self) -> None:
         """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from engine.bundle import MANIFEST, Bundle, Role
 from engine.errors import BundleError
 
 Int64 = npt.NDArray[np.int64]
@@ -24,10 +25,12 @@ KV = npt.NDArray[Any]  # float32 or float16, as the model computes
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
 
-_PROVIDERS: dict[Provider, list[str]] = {
-    "cpu": ["CPUExecutionProvider"],
+# onnxruntime's names and options, by preference.
+_PROVIDERS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
+    "cpu": [("CPUExecutionProvider", {})],
+    # TF32, the default, keeps 10 bits of a float32's mantissa: results would be 1e-3 off and depend on a pass's shape.
     # Shape arithmetic stays on the CPU even then.
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
 }
 _SPIN_SETTINGS: dict[Spin, dict[str, str]] = {
     "never": {"session.intra_op.allow_spinning": "0"},
@@ -119,11 +122,6 @@ class Decoder:
         # By visibility. The lowest finite number, not -inf: a masked score never turns a row into NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
-    @property
-    def kv_shape(self) -> tuple[int, int, int, int]:
-        """(layers, 2, kv_heads, head_dim): the keys (0) and values (1) of one token."""
-        return (self.layers, 2, self.kv_heads, self.head_dim)
-
     def empty_kv(self, tokens: int) -> KV:
         """Uninitialised keys and values of so many tokens, [layers, 2, tokens, kv_heads, head_dim] in the model's dtype."""
         return np.empty((self.layers, 2, tokens, self.kv_heads, self.head_dim), dtype=self.dtype)
@@ -183,11 +181,28 @@ class Decoder:
             raise ValueError(f"{name}: the tokens of a layer are not contiguous")
 
 
+def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions) -> Decoder:
+    """A bundle's decoder. Raises BundleError, naming the field, also when the graph is not what the manifest says of it."""
+    entry, decoder = bundle.model(role), Decoder(bundle.model_path(role), options)
+    columns = len(entry.code_tokens)
+    for field, said, found in (
+        ("layers", entry.layers, decoder.layers),
+        ("kv_heads", entry.kv_heads, decoder.kv_heads),
+        ("head_dim", entry.head_dim, decoder.head_dim),
+        ("precision", entry.kv_dtype, decoder.dtype.name),
+        ("code_tokens", f"{columns} code columns", f"{decoder.columns} code columns"),
+    ):
+        if said != found:
+            raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")
+    return decoder
+
+
 def _open_session(path: Path, options: RuntimeOptions) -> ort.InferenceSession:
     providers = _PROVIDERS[options.provider]
+    wanted = providers[0][0]
     if options.provider == "cuda" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from the wheels that the extra `gpu` installs
-    if providers[0] not in ort.get_available_providers():
+    if wanted not in ort.get_available_providers():
         raise BundleError(
             f"{path}: provider {options.provider}: this onnxruntime offers {ort.get_available_providers()}"
         )
@@ -196,7 +211,7 @@ def _open_session(path: Path, options: RuntimeOptions) -> ort.InferenceSession:
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
     # onnxruntime only warns when CUDA is installed but does not work, and goes on with the CPU.
-    if session.get_providers()[0] != providers[0]:
+    if session.get_providers()[0] != wanted:
         raise BundleError(f"{path}: provider {options.provider}: it is installed but cannot be used")
     return session
 

@@ -106,9 +106,10 @@ def encode_block(layout: KvLayout, key: bytes, block: KvArray) -> bytes:
 def decode_block(layout: KvLayout, key: bytes, data: bytes) -> KvArray | None:
     """The block that `encode_block` wrote for exactly this layout and key, else None: truncated, damaged, foreign.
 
-    The array is a read-only view of `data`. The checksum is there for accidents: CRC-32 finds all those within 32
-    consecutive bits and all but one in 2^32 of the others, for 0.4 ms/MB, less than the fetch. It proves no origin;
-    a keyed hash costs four times as much, and whoever can write to this Redis can forge histories just as well.
+    The array is a read-only one of its own, which `MemoryKvCache` keeps without another copy. The checksum is there for
+    accidents: CRC-32 finds all those within 32 consecutive bits and all but one in 2^32 of the others, for 0.4 ms/MB, less
+    than the fetch. It proves no origin; a keyed hash costs four times as much, and whoever can write to this Redis can
+    forge histories just as well.
     """
     if len(key) != KEY_BYTES or len(data) != _HEADER_BYTES + layout.block_bytes:
         return None
@@ -118,17 +119,28 @@ def decode_block(layout: KvLayout, key: bytes, data: bytes) -> KvArray | None:
     if data[_IDENTITY.size : _HEADER_BYTES] != _CHECKSUM.pack(zlib.crc32(payload)) + _PADDING:
         return None
     block = np.frombuffer(payload, dtype=_wire_dtype(layout)).reshape(layout.block_shape)
-    return block.astype(layout.dtype, copy=False)
+    return _read_only_copy(block.astype(layout.dtype, copy=False))
 
 
-def split_blocks(layout: KvLayout, kv: KvArray, blocks: int) -> list[KvArray]:
-    """The first `blocks` whole blocks of a prefix [layers, 2, P, kv_heads, head_dim], as views.
+def copy_blocks(layout: KvLayout, kv: KvArray, start: int, stop: int) -> list[KvArray]:
+    """The whole blocks `start` .. `stop` - 1 of a prefix [layers, 2, P, kv_heads, head_dim], each a read-only array of its own.
 
-    Raises ValueError when `kv` is not of this layout or holds fewer tokens.
+    Copies outside the GIL. Raises ValueError when `kv` is not of this layout or holds fewer tokens.
     """
     step = layout.block_tokens
-    _check_array(layout, kv, block_tokens=max(kv.shape[2] if kv.ndim == 5 else 0, blocks * step))
-    return [kv[:, :, start : start + step] for start in range(0, blocks * step, step)]
+    _check_array(layout, kv, block_tokens=max(kv.shape[2] if kv.ndim == 5 else 0, stop * step))
+    return [_read_only_copy(kv[:, :, block * step : (block + 1) * step]) for block in range(start, stop)]
+
+
+def _read_only_copy(array: KvArray) -> KvArray:
+    copy = np.array(array, order="C")
+    copy.flags.writeable = False
+    return copy
+
+
+def _owned(block: KvArray) -> bool:
+    """Whether a block is a read-only array of its own, with no other array's memory behind it."""
+    return block.base is None and not block.flags.writeable
 
 
 def _check_array(layout: KvLayout, array: KvArray, *, block_tokens: int) -> None:
@@ -164,12 +176,13 @@ class MemoryKvCache:
     The contract:
 
     - Content-addressed: a key stands for one content, so putting a key that is present keeps the block that is there.
-    - Blocks are copied in and handed out read-only. One that a caller holds outlives its eviction, unchanged.
+    - A block that is a read-only array of its own is kept as it is: who puts it has kept no writable view of it. Any other
+      is copied. Blocks are handed out read-only, and one that a caller holds outlives its eviction, unchanged.
     - `used_bytes` is exactly the sum of the blocks' array bytes, and at most `limit_bytes` after every call. Keys and
       bookkeeping, some 300 bytes a block, are not counted. A block beyond the limit is not kept and evicts nothing.
     - A chain is used from its head, so its head is the last to go: for all methods that take a chain, earlier keys count
       as the more recently used. Of a chain too long for the limit, the beginning stays.
-    - No call blocks or awaits. Not thread-safe: call it from the event loop only.
+    - No call blocks or awaits, or copies a block of its own array. Not thread-safe: call it from the event loop only.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -209,16 +222,14 @@ class MemoryKvCache:
         self._misses += len(keys) - len(run)
         return run
 
-    def put(self, key: bytes, block: KvArray) -> KvArray:
-        """Keep a copy of a block. Returns the read-only block that now stands for the key, whether or not it was kept."""
-        return self.put_chain([key], [block])[0]
-
     def put_chain(self, keys: Sequence[bytes], new: Sequence[KvArray]) -> list[KvArray]:
-        """Keep copies of the last blocks of a chain: `new` are those of the last `len(new)` of `keys`.
+        """Keep the last blocks of a chain: `new` are those of the last `len(new)` of `keys`.
 
         Returns the read-only blocks that now stand for these keys, whether or not they were kept. Until it returns, the
-        tier may hold as much as `new` beyond its limit.
+        tier may hold as much as `new` beyond its limit. Raises ValueError when there are fewer keys than blocks.
         """
+        if len(new) > len(keys):
+            raise ValueError(f"memory KV: {len(new)} blocks for a chain of {len(keys)}")
         last = keys[len(keys) - len(new) :]
         stored = [self._insert(key, block) for key, block in zip(last, new, strict=True)]
         # Before the eviction, so that it takes the end of this chain and not its head.
@@ -240,19 +251,18 @@ class MemoryKvCache:
         if held > self.limit_bytes:
             raise RuntimeError(f"memory KV: {held} bytes held, the limit is {self.limit_bytes}")
         for key, block in self._blocks.items():
-            if block.flags.writeable or block.base is not None:
+            if not _owned(block):
                 raise RuntimeError(f"memory KV: block {key.hex()} is not a read-only array of its own")
 
     def _insert(self, key: bytes, block: KvArray) -> KvArray:
         present = self._blocks.get(key)
         if present is not None:
             return present
-        copy = np.array(block, order="C")
-        copy.flags.writeable = False
-        if copy.nbytes <= self.limit_bytes:
-            self._blocks[key] = copy
-            self._bytes += copy.nbytes
-        return copy
+        own = block if _owned(block) else _read_only_copy(block)
+        if own.nbytes <= self.limit_bytes:
+            self._blocks[key] = own
+            self._bytes += own.nbytes
+        return own
 
     def _evict(self) -> None:
         while self._bytes > self.limit_bytes:

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, decode_block, encode_block, split_blocks
+from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, decode_block, encode_block
 
 _logger = logging.getLogger(__name__)
 _LOG_INTERVAL_SECONDS = 60.0
@@ -42,7 +42,7 @@ class KvStore(Protocol):
     """A tier below memory. Neither method ever raises because of the store's state: its failure is a miss."""
 
     async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
-        """The blocks of the longest leading run of `keys` that is stored and valid, read-only."""
+        """The blocks of the longest leading run of `keys` that is stored and valid, each a read-only array of its own."""
 
     async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
         """Store blocks by key, as many as may be."""
@@ -94,17 +94,12 @@ class RedisKvStore:
         self._hits = self._misses = self._invalid = self._failures = self._skipped = 0
 
     @property
-    def failures(self) -> int:
-        """Calls that Redis failed."""
-        return self._failures
-
-    @property
     def statistics(self) -> StoreStatistics:
         """A snapshot of the counters."""
         return StoreStatistics(self._hits, self._misses, self._invalid, self._failures, self._skipped)
 
     async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
-        """The blocks of the longest leading run of `keys` that Redis holds intact, read-only. One MGET."""
+        """The blocks of the longest leading run of `keys` that Redis holds intact, each an array of its own. One MGET."""
         if not keys:
             return []
         answer = await self._ask(lambda: self._client.mget([_name(key) for key in keys]), self._timeout_seconds)
@@ -236,21 +231,17 @@ class PrefixCache:
         step = self._layout.block_tokens
         return CachedPrefix((*found, *promoted), len(found) * step, len(promoted) * step)
 
-    def remember(self, keys: Sequence[bytes], kv: KvArray, already: int) -> None:
-        """Keep a prompt's blocks: in memory before this returns, in the store some time later.
+    def remember(self, keys: Sequence[bytes], new: Sequence[KvArray]) -> None:
+        """Keep the blocks that `lookup` did not find: in memory before this returns, in the store some time later.
 
-        keys: of the prompt's whole blocks. kv: [layers, 2, P, kv_heads, head_dim], P at least their tokens; copied.
-        already: how many leading blocks `lookup` found, which are not written again.
-        Raises ValueError when `kv` is not of the layout or too short, or `already` is not among the keys.
+        keys: of the prompt's whole blocks. new: the blocks of the last `len(new)` of them, as `copy_blocks` makes them; they
+        are not copied again. Raises ValueError when there are more than keys.
         """
-        if not 0 <= already <= len(keys):
-            raise ValueError(f"already: {already} of {len(keys)} blocks")
-        new = split_blocks(self._layout, kv, len(keys))[already:]
+        last = keys[max(0, len(keys) - len(new)) :]
         # Another request with the same prefix may have been quicker; then its write is under way.
-        known = [key in self._memory for key in keys[already:]]
+        known = [key in self._memory for key in last]
         kept = self._memory.put_chain(keys, new)
-        rows = zip(keys[already:], kept, known, strict=True)
-        self._write({key: block for key, block, was_known in rows if not was_known})
+        self._write({key: block for key, block, was_known in zip(last, kept, known, strict=True) if not was_known})
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
         """Give pending writes `timeout_seconds` to end, then cancel them. Later writes are dropped."""

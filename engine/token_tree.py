@@ -32,7 +32,8 @@ class TreePass:
 class TokenTree:
     """One request's prompt and evaluated nodes, and the keys and values of all of them in the order they were computed.
 
-    prompt: int64 [prompt]. kv: [layers, 2, capacity, kv_heads, head_dim], of which the first `length` tokens are filled.
+    prompt: int64 [prompt]. kv: [layers, 2, capacity, kv_heads, head_dim], of which the first `length` tokens are filled;
+    capacity is what `reserve` made it, 0 at first.
     slots: the place in `kv` of every evaluated node but the root, whose logits are the last prompt token's.
     """
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.bundle import ModelEntry
-from engine.decoder import Decoder
+from engine.cost import PassCost
+from engine.decoder import Decoder, Float32
 from engine.errors import CapacityError, PromptError
-from engine.kv_cache import KvLayout, block_keys, namespace
+from engine.kv_cache import KvArray, KvLayout, block_keys, copy_blocks, namespace
 from engine.kv_store import PrefixCache
 from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
-from engine.token_tree import TokenTree
+from engine.token_tree import TokenTree, TreePass
 from engine.trie import ROOT, Int64, Pruning, Trie
 
-# Nodes that fit beside a prompt before its buffer has to grow.
+# Nodes that fit beside a prompt and its first pass before the buffer has to grow.
 _NODE_ROOM = 256
 
 
@@ -31,37 +32,25 @@ class Selection:
     perturbation: Perturbation | None = None
 
 
-@dataclass(frozen=True)
-class PassCost:
-    """What passes cost. Times in nanoseconds; tokens counted once each."""
-
-    queue_ns: int = 0
-    forward_ns: int = 0
-    selection_ns: int = 0
-    new_tokens: int = 0
-    memory_cached_tokens: int = 0
-    redis_cached_tokens: int = 0
-
-    def __add__(self, other: PassCost) -> PassCost:
-        """Both together."""
-        return PassCost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-
 @dataclass
 class OpenTree:
-    """A request's token tree in a model service, from its first pass to its end."""
+    """A request's token tree in a model service. Until its first pass it has no memory of its own.
+
+    keys: of the prompt's whole blocks. cached: the blocks that were found, until the first pass has read them.
+    """
 
     tokens: TokenTree
     keys: list[bytes]
-    cached_blocks: int
+    cached: tuple[KvArray, ...]
     cost_of_opening: PassCost
 
 
 class TreeEvaluator:
     """Evaluates token trees with one model. Passes run one at a time in a worker thread, outside the event loop.
 
-    All methods are for the event loop. Cancelling `evaluate` gives up waiting; a pass that already runs ends by itself
-    and its result is dropped, so the state of a cancelled tree must not be used again.
+    All methods are for the event loop, and none moves keys and values on it: a prompt's may be hundreds of megabytes, so
+    the worker thread allocates them, copies them in and copies them out. Cancelling `evaluate` gives up waiting; a pass
+    that already runs ends by itself and its result is dropped, so the state of a cancelled tree must not be used again.
     """
 
     def __init__(
@@ -82,14 +71,12 @@ class TreeEvaluator:
         keys = block_keys(namespace(self.entry.fingerprint, self._layout, tenant), prompt, self._layout.block_tokens)
         # The last prompt token is always computed: its logits are the root's evaluation.
         cached = await self._cache.lookup(keys[: (len(prompt) - 1) // self._layout.block_tokens])
-        tokens = self._empty_tree(prompt)
-        tokens.fill_prefix(cached.blocks)
         cost = PassCost(
             queue_ns=time.perf_counter_ns() - begun,
             memory_cached_tokens=cached.memory_tokens,
             redis_cached_tokens=cached.redis_tokens,
         )
-        return OpenTree(tokens, keys, len(cached.blocks), cost)
+        return OpenTree(self._empty_tree(prompt), keys, cached.blocks, cost)
 
     async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
         """One pass: the best children of `nodes` [n], ascending inner nodes, not evaluated before on this tree.
@@ -98,22 +85,22 @@ class TreeEvaluator:
         Raises CapacityError when a node breaks that.
         """
         self._check_nodes(tree.tokens, nodes)
-        first = tree.tokens.length < len(tree.tokens.prompt)
         queued = time.perf_counter_ns()
         loop = asyncio.get_running_loop()
-        evaluation, cost = await loop.run_in_executor(self._worker, self._pass, tree.tokens, nodes, selection, queued)
-        if first:
-            self._remember(tree)
-            opening, tree.cost_of_opening = tree.cost_of_opening, PassCost()
-            cost += opening
-        return evaluation, cost
+        evaluation, computed, cost = await loop.run_in_executor(
+            self._worker, self._pass, tree, nodes, selection, queued
+        )
+        if computed:
+            self._cache.remember(tree.keys, computed)
+        opening, tree.cost_of_opening = tree.cost_of_opening, PassCost()
+        return evaluation, cost + opening
 
     async def warm_up(self) -> None:
         """Run one pass of each kind, so that the first request does not pay for allocations."""
         prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         longest = self.entry.max_positions - self.trie.levels + 1
         everything = Selection(Pruning.none(), limit=1)
-        tree = OpenTree(self._empty_tree(prompt[:longest]), [], 0, PassCost())
+        tree = OpenTree(self._empty_tree(prompt[:longest]), [], (), PassCost())
         await self.evaluate(tree, np.array([ROOT]), everything)
         if self.trie.levels > 1:
             await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
@@ -124,16 +111,20 @@ class TreeEvaluator:
         await self._cache.close()
 
     def _empty_tree(self, prompt: Int64) -> TokenTree:
-        layers, kinds, _, *head = self._layout.block_shape
-        return TokenTree(prompt, np.empty((layers, kinds, len(prompt) + _NODE_ROOM, *head), dtype=self._layout.dtype))
+        return TokenTree(prompt, self.decoder.empty_kv(0))
 
-    def _pass(self, tree: TokenTree, nodes: Int64, selection: Selection, queued: int) -> tuple[Evaluation, PassCost]:
+    def _pass(
+        self, tree: OpenTree, nodes: Int64, selection: Selection, queued: int
+    ) -> tuple[Evaluation, list[KvArray], PassCost]:
+        """In the worker thread: the evaluation, the prompt's blocks that were computed, and the cost."""
         begun = time.perf_counter_ns()
-        step = tree.plan_pass(self.trie, nodes, self._code_tokens)
-        tree.reserve(len(step.tokens))
-        past, new = tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : tree.length + len(step.tokens)]
-        logits, log_normalizer = self.decoder.run(step.tokens, step.positions, step.visible, past, step.rows, new)
-        tree.commit(step, nodes)
+        first = tree.tokens.length < len(tree.tokens.prompt)
+        if first:
+            self._prepare(tree, len(nodes))
+        step = tree.tokens.plan_pass(self.trie, nodes, self._code_tokens)
+        logits, log_normalizer = self._forward(tree.tokens, step)
+        tree.tokens.commit(step, nodes)
+        computed = self._computed_blocks(tree) if first else []
         forward = time.perf_counter_ns()
         evaluation = best_children(
             self.trie,
@@ -146,11 +137,25 @@ class TreeEvaluator:
             perturbation=selection.perturbation,
         )
         ended = time.perf_counter_ns()
-        return evaluation, PassCost(begun - queued, forward - begun, ended - forward, len(step.tokens))
+        return evaluation, computed, PassCost(begun - queued, forward - begun, ended - forward, len(step.tokens))
 
-    def _remember(self, tree: OpenTree) -> None:
-        prompt_kv = tree.tokens.kv[:, :, : len(tree.tokens.prompt)]
-        self._cache.remember(tree.keys, prompt_kv, tree.cached_blocks)
+    def _prepare(self, tree: OpenTree, nodes: int) -> None:
+        """Room for a tree's first pass and some nodes more, with the cached blocks in it; once, even if the pass is refused."""
+        if not tree.tokens.length:
+            tree.tokens.reserve(len(tree.tokens.prompt) + nodes + _NODE_ROOM)
+            tree.tokens.fill_prefix(tree.cached)
+
+    def _forward(self, tree: TokenTree, step: TreePass) -> tuple[Float32, Float32]:
+        new = len(step.tokens)
+        tree.reserve(new)
+        past, new_kv = tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : tree.length + new]
+        return self.decoder.run(step.tokens, step.positions, step.visible, past, step.rows, new_kv)
+
+    def _computed_blocks(self, tree: OpenTree) -> list[KvArray]:
+        """Copies of the prompt's blocks that no cache had; the tree lets go of those that one had."""
+        computed = copy_blocks(self._layout, tree.tokens.kv, len(tree.cached), len(tree.keys))
+        tree.cached = ()
+        return computed
 
     def _check_prompt(self, prompt: Int64) -> None:
         longest = self.entry.max_positions - (self.trie.levels - 1)

@@ -82,11 +82,6 @@ class Trie:
         return len(self.parent)
 
     @property
-    def leaves(self) -> int:
-        """Distinct code paths."""
-        return self.nodes - int(self.level_start[self.levels])
-
-    @property
     def columns(self) -> int:
         """`C`: code columns of all levels together."""
         return sum(self.codebook_sizes)

@@ -10,12 +10,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
+from urllib.parse import quote
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 _Answer = TypeVar("_Answer")
+
+# One step for the server. RPUSH comes first: it is refused when memory is full or the key holds something else, and then
+# nothing has happened. By the thousand, since a Lua call takes some thousands of arguments only.
+_APPEND = """\
+local most, step = tonumber(ARGV[1]), tonumber(ARGV[2])
+local before, added = redis.call('LLEN', KEYS[1]), #ARGV - 2
+local dropped = math.max(0, math.ceil((before + added - most) / step) * step)
+local kept = before + added - dropped
+for first = 3 + math.max(0, dropped - before), #ARGV, 1000 do
+  redis.call('RPUSH', KEYS[1], unpack(ARGV, first, math.min(first + 999, #ARGV)))
+end
+if dropped > 0 then redis.call('LTRIM', KEYS[1], -kept, -1) end
+return kept
+"""
 
 
 class HistoryUnavailable(Exception):  # noqa: N818  it is a state of the store, as in gRPC's UNAVAILABLE
@@ -23,44 +38,51 @@ class HistoryUnavailable(Exception):  # noqa: N818  it is a state of the store, 
 
 
 class HistoryStore:
-    """Histories under `history:<user id>`, the newest `max_items` of each.
+    """Histories under `history:<tenant, percent-encoded>:<user id>`, the newest of each, `max_items` at most.
+
+    A list that would grow beyond `max_items` loses its oldest `trim_step` items at a time, so what is kept starts at a
+    multiple of `trim_step` events. With a prompt's `drop_block` for a step, its window starts at multiples of that too,
+    and moves once in `drop_block` events however long the history; with a step of 1 it would move at every event.
 
     `client` stays its caller's to close. It should be one that does not retry (`engine.kv_store.connect`): an append
     that is sent twice is a history with an item too many. User and item ids are taken as they are; check them before.
+    Users of different tenants are different users.
     """
 
-    def __init__(self, client: Redis, max_items: int, *, timeout_seconds: float = 1.0) -> None:
+    def __init__(self, client: Redis, max_items: int, *, trim_step: int = 1, timeout_seconds: float = 1.0) -> None:
         if max_items < 1:
             raise ValueError(f"max_items: {max_items} is less than 1")
-        self._client, self._max_items, self._timeout_seconds = client, max_items, timeout_seconds
+        if not 1 <= trim_step <= max_items:
+            raise ValueError(f"trim_step: {trim_step} is not between 1 and max_items, {max_items}")
+        self._client, self._timeout_seconds = client, timeout_seconds
+        self._max_items, self._trim_step = max_items, trim_step
 
-    async def append(self, user_id: str, item_ids: Sequence[str]) -> int:
+    async def append(self, user_id: str, item_ids: Sequence[str], *, tenant: str = "") -> int:
         """Add items, oldest first, and drop the oldest beyond `max_items`, in one step. Returns the new length.
 
         Raises HistoryUnavailable; the items may then be stored all the same, all of them or none.
         """
-        key, newest = _key(user_id), item_ids[-self._max_items :]
-        if not newest:
+        key = _key(tenant, user_id)
+        if not item_ids:
             return int(await self._ask(lambda: self._client.llen(key)))
-        pipeline = self._client.pipeline(transaction=True)
-        pipeline.rpush(key, *newest)
-        pipeline.ltrim(key, -self._max_items, -1)
-        length, _ = await self._ask(pipeline.execute)
-        return min(int(length), self._max_items)
+        limits = (str(self._max_items), str(self._trim_step))
+        return int(
+            await self._ask(lambda: cast("Awaitable[int]", self._client.eval(_APPEND, 1, key, *limits, *item_ids)))
+        )
 
-    async def get(self, user_id: str) -> list[str] | None:
+    async def get(self, user_id: str, *, tenant: str = "") -> list[str] | None:
         """A user's items, oldest first; None when nothing is stored. Raises HistoryUnavailable."""
-        items = await self._ask(lambda: self._client.lrange(_key(user_id), 0, -1))
+        items = await self._ask(lambda: self._client.lrange(_key(tenant, user_id), 0, -1))
         return [_text(item) for item in items] or None
 
-    async def forget(self, user_id: str) -> bool:
+    async def forget(self, user_id: str, *, tenant: str = "") -> bool:
         """Erase a user's history. Returns whether there was one. Raises HistoryUnavailable."""
-        return bool(await self._ask(lambda: self._client.delete(_key(user_id))))
+        return bool(await self._ask(lambda: self._client.delete(_key(tenant, user_id))))
 
     async def reachable(self) -> bool:
         """Whether the store answers now."""
         try:
-            await self._ask(lambda: self._client.exists(_key("")))
+            await self._ask(lambda: self._client.exists(_key("", "")))
         except HistoryUnavailable:
             return False
         return True
@@ -73,8 +95,9 @@ class HistoryStore:
             raise HistoryUnavailable(f"history store: {type(error).__name__}") from error
 
 
-def _key(user_id: str) -> str:
-    return f"history:{user_id}"
+def _key(tenant: str, user_id: str) -> str:
+    """No two pairs share a key: an encoded tenant holds no colon, so the second colon is the one before the user id."""
+    return f"history:{quote(tenant, safe='')}:{user_id}"
 
 
 def _text(item: bytes | str) -> str:

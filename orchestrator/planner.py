@@ -20,4 +20,5 @@ class Planner:
 
     def size(self, beam_width: int) -> PlanSize:
         """The plan for a search of `beam_width` beams."""
-        return PlanSize(width=max(1, round(self.width_factor * beam_width)), max_nodes=self.max_nodes)
+        width = max(1, round(self.width_factor * beam_width))
+        return PlanSize(width=min(width, self.max_nodes), max_nodes=self.max_nodes)

@@ -16,12 +16,14 @@ from engine.plan import Plan
 from engine.scoring import Perturbation
 from engine.trie import Int64, Pruning
 from orchestrator.beam_loop import Draft, SearchResult, Target, beam_search
-from orchestrator.clients import Deadline, DraftClient, DraftSession, ModelQuestion, TargetClient, Usage
+from orchestrator.draft_client import DraftClient, DraftSession
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.memo import Memo
 from orchestrator.planner import Planner
 from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
+from orchestrator.target_client import TargetClient
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
 
 
@@ -84,7 +86,7 @@ class Recommender:
         try:
             result = await self._search(policy, target, draft, candidates.pruning)
         finally:
-            await target.close()
+            target.close()
         items = self._items(result, candidates)[: order.k]
         ended = time.perf_counter_ns()
         return Recommendation(
@@ -112,7 +114,7 @@ class Recommender:
         return await beam_search(trie, rule, policy, target, draft)
 
     async def _history(self, order: Order) -> SubjectHistory:
-        item_ids = order.history if order.history is not None else await self._stored(order.user_id or "")
+        item_ids = order.history if order.history is not None else await self._stored(order.user_id or "", order.tenant)
         index = self.catalogue.find(item_ids)
         known = index[index >= 0]
         if not len(known) and not self.manifest.allow_empty_history:
@@ -125,11 +127,11 @@ class Recommender:
         unknown = [item for item, found in zip(item_ids, index.tolist(), strict=True) if found < 0]
         return SubjectHistory(known, unknown)
 
-    async def _stored(self, user_id: str) -> Sequence[str]:
+    async def _stored(self, user_id: str, tenant: str) -> Sequence[str]:
         if self.histories is None:
             raise UnavailableError("user_id: this service keeps no histories; send the history in the request")
         try:
-            stored = await self.histories.get(user_id)
+            stored = await self.histories.get(user_id, tenant=tenant)
         except HistoryUnavailable:
             # An empty history in its place would be another user's list.
             raise UnavailableError("user_id: histories are out of reach; send the history in the request") from None

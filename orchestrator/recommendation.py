@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.trie import Int64
-from orchestrator.clients import Usage
 from orchestrator.memo import Memo
+from orchestrator.question import Usage
 
 
 class Mode(StrEnum):
@@ -108,7 +108,7 @@ class Recommendation:
     @property
     def accepted_levels(self) -> int:
         """Levels that needed no target pass of their own."""
-        return max(0, self.memo.trie.levels - self.memo.passes)
+        return max(0, self.memo.trie.levels - self.memo.passes) if self.memo.passes else 0
 
     @property
     def fewer_than_k_reason(self) -> str:

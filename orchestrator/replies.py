@@ -26,6 +26,7 @@ def to_reply(recommendation: Recommendation, manifest: Manifest, options: pb.Rep
             target_model=recommendation.target.model_version,
             draft_model=recommendation.draft.model_version,
             catalogue=manifest.catalogue_version,
+            bundle=manifest.version,
         ),
         scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
         mode=PROTO_MODES[order.mode],

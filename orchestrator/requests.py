@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from atspeed.v1 import recommendation_pb2 as pb
 
@@ -56,6 +57,21 @@ def to_order(request: pb.RecommendRequest, limits: OrchestratorSettings) -> Orde
         exclude_seen=request.exclude_seen,
         tenant=request.tenant,
     )
+
+
+class HasUser(Protocol):
+    """A request about one user."""
+
+    @property
+    def user_id(self) -> str: ...  # noqa: D102
+    @property
+    def tenant(self) -> str: ...  # noqa: D102
+
+
+def check_user(request: HasUser) -> None:
+    """Raise InvalidArgumentError naming the field unless user and tenant can be ids."""
+    check_id("user_id", request.user_id)
+    check_id("tenant", request.tenant, required=False)
 
 
 def check_id(field: str, value: str, *, required: bool = True) -> None:

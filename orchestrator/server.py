@@ -15,13 +15,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.bundle import Bundle
 from engine.kv_store import connect
-from orchestrator.clients import Deadline, DraftClient, TargetClient
+from orchestrator.draft_client import DraftClient
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.planner import Planner
+from orchestrator.question import Deadline
 from orchestrator.recommend import Recommender
 from orchestrator.replies import PROTO_MODES, to_reply
-from orchestrator.requests import check_id, check_ids, to_order
+from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
+from orchestrator.target_client import TargetClient
 from service_kit import wire
 from service_kit.channels import open_channel
 from service_kit.errors import InvalidArgumentError, UnavailableError, call_status
@@ -42,12 +44,14 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     ) -> None:
         self._recommender, self._settings = recommender, settings
         self._target, self._draft = target, draft
+        self._batch_slots = asyncio.Semaphore(settings.batch_concurrency)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         """The top K items for one user."""
-        return await self._recommend(request, self._deadline(context))
+        deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
+        return await self._recommend(request, deadline)
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Context
@@ -57,36 +61,39 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             raise InvalidArgumentError(
                 "requests", f"has {len(request.requests)} requests, at most {self._settings.max_batch} are allowed"
             )
-        deadline, slots = self._deadline(context), asyncio.Semaphore(self._settings.batch_concurrency)
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._batched(index, one, deadline, slots))
-                for index, one in enumerate(request.requests)
-            ]
+        whole = self._time_left(context)
+        tasks = [asyncio.create_task(self._batched(index, one, whole)) for index, one in enumerate(request.requests)]
+        try:
             for ready in asyncio.as_completed(tasks):
                 yield await ready
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         """Append to a history."""
-        check_id("user_id", request.user_id)
-        check_ids("item_ids", request.item_ids, self._settings.max_history_items)
-        if not request.item_ids:
-            raise InvalidArgumentError("item_ids", "must not be empty")
-        length = await self._stored(self._histories.append(request.user_id, list(request.item_ids)))
-        index = self._recommender.catalogue.find(request.item_ids).tolist()
-        unknown = [item for item, found in zip(request.item_ids, index, strict=True) if found < 0]
+        check_user(request)
+        item_ids = [event.item_id for event in request.events]
+        check_ids("events", item_ids, self._settings.max_history_items)
+        if not item_ids:
+            raise InvalidArgumentError("events", "must not be empty")
+        length = await self._stored(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
+        index = self._recommender.catalogue.find(item_ids).tolist()
+        unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
         return pb.RecordEventsResponse(history_length=length, unknown_item_ids=unknown)
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
         """A stored history; empty when there is none."""
-        check_id("user_id", request.user_id)
-        stored = await self._stored(self._histories.get(request.user_id))
-        return pb.GetHistoryResponse(item_ids=stored or ())
+        check_user(request)
+        stored = await self._stored(self._histories.get(request.user_id, tenant=request.tenant))
+        return pb.GetHistoryResponse(events=[pb.Event(item_id=item) for item in stored or ()])
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
-        """Erase a user."""
-        check_id("user_id", request.user_id)
-        return pb.ForgetUserResponse(existed=await self._stored(self._histories.forget(request.user_id)))
+        """Erase a history."""
+        check_user(request)
+        forgotten = self._histories.forget(request.user_id, tenant=request.tenant)
+        return pb.ForgetUserResponse(existed=await self._stored(forgotten))
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
         """Versions, limits, and the state of the services behind this one."""
@@ -95,9 +102,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             service_version=version("atspeed-serving"),
             bundle_name=manifest.name,
             versions=pb.Versions(
-                target_model=manifest.target.fingerprint,
-                draft_model=manifest.draft.fingerprint if manifest.draft and self._draft else "",
+                target_model=manifest.model_version("target"),
+                draft_model=manifest.model_version("draft") if self._draft else "",
                 catalogue=catalogue.version,
+                bundle=manifest.version,
             ),
             scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
             catalogue_items=catalogue.items,
@@ -108,6 +116,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             allows_empty_history=manifest.allow_empty_history,
             modes=list(PROTO_MODES.values()),
             started_at=self._started_at,
+            max_history_items=settings.max_history_items,
+            max_candidate_items=settings.max_candidate_items,
+            max_batch=settings.max_batch,
             backends=await self._backends(),
         )
 
@@ -117,20 +128,21 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return to_reply(recommendation, self._recommender.manifest, request.reply_options)
 
     async def _batched(
-        self, index: int, request: pb.RecommendRequest, deadline: Deadline, slots: asyncio.Semaphore
+        self, index: int, request: pb.RecommendRequest, whole: Deadline | None
     ) -> pb.RecommendBatchResponse:
-        async with slots:
+        """One request of a batch. Where the caller set no deadline, it has the usual time from its own start on."""
+        async with self._batch_slots:
             try:
+                deadline = whole or Deadline(self._settings.request_timeout_seconds)
                 return pb.RecommendBatchResponse(index=index, response=await self._recommend(request, deadline))
             except Exception as error:  # noqa: BLE001 - call_status logs what is ours; one failure must not end the batch
                 status = call_status(error)
         failure = pb.RequestError(code=status.code.value[0], message=status.details)
         return pb.RecommendBatchResponse(index=index, error=failure)
 
-    def _deadline(self, context: Context) -> Deadline:
+    def _time_left(self, context: Context) -> Deadline | None:
         left = cast("float | None", context.time_remaining())  # the stubs do not know of calls without a deadline
-        default = self._settings.request_timeout_seconds
-        return Deadline(default if left is None else left)
+        return None if left is None else Deadline(left)
 
     @property
     def _histories(self) -> HistoryStore:
@@ -167,28 +179,30 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
     """The recommender over the settings' services, ready to serve."""
     bundle = Bundle(settings.bundle)
     catalogue, limit = bundle.catalogue(), settings.max_message_bytes
-    trie, snapshot = catalogue.trie, catalogue.version
+    trie, manifest = catalogue.trie, bundle.manifest
+    target_version, draft_version = manifest.model_version("target"), manifest.model_version("draft")
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(
-            open_channel(settings.target, _TARGET, snapshot=snapshot, max_message_bytes=limit)
+            open_channel(settings.target, _TARGET, version=target_version, max_message_bytes=limit)
         )
         attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
-        target = TargetClient(channel, trie, snapshot, attempts=attempts, pass_seconds=pass_seconds)
+        target = TargetClient(channel, trie, target_version, attempts=attempts, pass_seconds=pass_seconds)
         draft = None
-        if settings.draft and bundle.manifest.draft:
+        if settings.draft and manifest.draft:
             channel = await stack.enter_async_context(
-                open_channel(settings.draft, _DRAFT, snapshot=snapshot, retried=["Plan"], max_message_bytes=limit)
+                open_channel(settings.draft, _DRAFT, version=draft_version, retried=["Plan"], max_message_bytes=limit)
             )
             timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
-            draft = DraftClient(channel, trie, snapshot, timeout=timeout, backoff_seconds=backoff)
+            draft = DraftClient(channel, trie, draft_version, timeout=timeout, backoff_seconds=backoff)
         histories = None
         if url := settings.redis_url.get_secret_value():
             client = connect(url, timeout_seconds=settings.redis_timeout_seconds)
             stack.push_async_callback(client.aclose)
             timeout = settings.redis_timeout_seconds
-            histories = HistoryStore(client, settings.max_history_items, timeout_seconds=timeout)
+            step = min(manifest.target.prompt.drop_block, settings.max_history_items)
+            histories = HistoryStore(client, settings.max_history_items, trim_step=step, timeout_seconds=timeout)
         planner = Planner(settings.draft_width_factor, settings.draft_max_nodes)
-        recommender = Recommender(bundle.manifest, catalogue, target, draft, planner, histories)
+        recommender = Recommender(manifest, catalogue, target, draft, planner, histories)
         servicer = RecommendationServicer(recommender, settings, target, draft)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer)]

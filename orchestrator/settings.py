@@ -23,7 +23,7 @@ class OrchestratorSettings(ServiceSettings):
         Target | None, Field(description="Where the draft replicas are. Not set: target-only beam search.")
     ] = None
     max_k: Annotated[int, Field(ge=1, le=10_000, description="Largest k of a request.")] = 100
-    max_beam_width: Annotated[int, Field(ge=1, le=10_000, description="Largest beam width of a request.")] = 256
+    max_beam_width: Annotated[int, Field(ge=1, le=4_096, description="Largest beam width of a request.")] = 256
     max_history_items: Annotated[
         int,
         Field(
@@ -36,7 +36,7 @@ class OrchestratorSettings(ServiceSettings):
         int, Field(ge=1, le=10_000_000, description="Most excluded, and most allowed, item ids in a request.")
     ] = 10_000
     max_batch: Annotated[int, Field(ge=1, le=100_000, description="Most requests in one RecommendBatch.")] = 256
-    batch_concurrency: Annotated[int, Field(ge=1, le=1024, description="Requests of one batch served at once.")] = 8
+    batch_concurrency: Annotated[int, Field(ge=1, le=1024, description="Requests served at once for all batches.")] = 8
     request_timeout_seconds: Annotated[
         float, Field(gt=0, le=3600, description="Deadline of a request that brings none.")
     ] = 10.0
@@ -49,11 +49,11 @@ class OrchestratorSettings(ServiceSettings):
     target_attempts: Annotated[int, Field(ge=1, le=10, description="Replicas tried for a pass before giving up.")] = 3
     target_pass_seconds: Annotated[
         float, Field(gt=0, le=3600, description="How long a replica may take for a pass before another one is tried.")
-    ] = 5.0
+    ] = 3.0
     draft_width_factor: Annotated[
         float, Field(gt=0, le=64, description="Nodes planned per level, as a multiple of the beam width.")
     ] = 2.0
-    draft_max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most nodes of a plan.")] = 240
+    draft_max_nodes: Annotated[int, Field(ge=1, le=8_192, description="Most nodes of a plan.")] = 240
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
     ] = 0.5

@@ -46,32 +46,32 @@ Target = Annotated[str, AfterValidator(target_uri)]
 
 
 def open_channel(
-    target: str, service: str, *, snapshot: str = "", retried: Sequence[str] = (), max_message_bytes: int = 33_554_432
+    target: str, service: str, *, version: str = "", retried: Sequence[str] = (), max_message_bytes: int = 33_554_432
 ) -> grpc.aio.Channel:
-    """A channel to the replicas of `service` (its full name) that serve the catalogue `snapshot`; any, where it is empty.
+    """A channel to the replicas of `service` (its full name) that serve `version`; any, where it is empty.
 
     Calls of the methods in `retried` that meet UNAVAILABLE are tried again, up to three times in all and within their
     deadline. A call that no server saw is always tried again.
     """
-    return grpc.aio.insecure_channel(target, options=channel_options(service, retried, max_message_bytes, snapshot))
+    return grpc.aio.insecure_channel(target, options=channel_options(service, retried, max_message_bytes, version))
 
 
-def health_name(service: str, snapshot: str) -> str:
-    """The name of grpc.health.v1 under which a replica is SERVING `service` over one catalogue snapshot."""
-    return f"{service}/{snapshot}" if snapshot else service
+def health_name(service: str, version: str) -> str:
+    """The name of grpc.health.v1 under which a replica is SERVING one version of `service`."""
+    return f"{service}/{version}" if version else service
 
 
 def channel_options(
-    service: str, retried: Sequence[str], max_message_bytes: int, snapshot: str = ""
+    service: str, retried: Sequence[str], max_message_bytes: int, version: str = ""
 ) -> list[tuple[str, str | int]]:
-    """Channel arguments of a client. It pings its connections: a replica that vanished is noticed within 30 s."""
+    """Channel arguments of a client. It pings its connections: a replica that vanished is noticed within 10 s."""
     return [
         ("grpc.enable_http_proxy", 0),  # a proxy for the outside world knows nothing of our services
-        ("grpc.service_config", json.dumps(service_config(service, retried, snapshot))),
+        ("grpc.service_config", json.dumps(service_config(service, retried, version))),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", 6_000),
+        ("grpc.keepalive_timeout_ms", 3_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
@@ -80,11 +80,11 @@ def channel_options(
     ]
 
 
-def service_config(service: str, retried: Sequence[str], snapshot: str = "") -> dict[str, object]:
+def service_config(service: str, retried: Sequence[str], version: str = "") -> dict[str, object]:
     """gRPC's service config: round-robin, client-side health checking, retries of the named methods."""
     config: dict[str, object] = {
         "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": health_name(service, snapshot)},
+        "healthCheckConfig": {"serviceName": health_name(service, version)},
     }
     if retried:
         config["methodConfig"] = [{"name": [{"service": service, "method": method} for method in retried], **_RETRIES}]

@@ -62,7 +62,7 @@ class NotFoundError(FieldError):
 
 
 class FailedPreconditionError(ServiceError):
-    """The request does not fit this replica's state, such as another catalogue snapshot."""
+    """The request does not fit this replica's state, such as another model version."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 

@@ -7,12 +7,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 from atspeed.v1 import types_pb2
 from pydantic import Field
 
-from engine.bundle import Bundle
-from engine.decoder import Decoder, RuntimeOptions
+from engine.bundle import Bundle, Role
+from engine.decoder import RuntimeOptions, load_decoder
 from engine.kv_cache import KvLayout, MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore, connect
 from engine.tree_evaluator import TreeEvaluator
@@ -31,13 +30,16 @@ class ModelSettings(ServiceSettings):
         bool,
         Field(description="Check every file of the bundle against its hash before serving; cached KV relies on them."),
     ] = True
-    max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 4096
+    max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 16_384
     kv_block_tokens: Annotated[int, Field(ge=1, le=1024, description="Prompt tokens in one block of cached KV.")] = 16
     kv_memory_mb: Annotated[int, Field(ge=0, description="Memory for the KV of prompts, in MiB. 0 keeps none.")] = 512
     kv_redis: Annotated[bool, Field(description="Keep the KV of prompts in Redis too, where there is one.")] = True
-    kv_ttl_seconds: Annotated[int, Field(ge=1, description="How long Redis keeps a KV block that is not used.")] = (
-        86_400
-    )
+    kv_ttl_seconds: Annotated[
+        int,
+        Field(
+            ge=1, description="How long Redis keeps a KV block after it was written; reading it does not prolong that."
+        ),
+    ] = 86_400
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for KV from Redis.")
     ] = 0.05
@@ -52,17 +54,16 @@ class ServedModel:
 
 
 @asynccontextmanager
-async def served_model(settings: ModelSettings, role: Literal["target", "draft"]) -> AsyncIterator[ServedModel]:
-    """The bundle's model of a role, warmed up. Raises BundleError or CatalogueError when the bundle does not serve it."""
+async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[ServedModel]:
+    """The bundle's model of a role, warmed up. Raises BundleError or CatalogueError when its parts do not fit together."""
     bundle = Bundle(settings.bundle)
     if settings.verify_bundle:
         bundle.verify()
     catalogue, entry = bundle.catalogue(), bundle.model(role)
-    decoder = Decoder(
-        bundle.model_path(role), RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
+    decoder = load_decoder(bundle, role, RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads))
+    layout = KvLayout(
+        entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=settings.kv_block_tokens
     )
-    dtype: Literal["float32", "float16"] = "float16" if decoder.dtype == np.float16 else "float32"
-    layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, dtype, block_tokens=settings.kv_block_tokens)
     url = settings.redis_url.get_secret_value() if settings.kv_redis else ""
     client = connect(url, timeout_seconds=settings.redis_timeout_seconds) if url else None
     store = RedisKvStore(client, layout, settings.kv_ttl_seconds, settings.redis_timeout_seconds) if client else None
@@ -71,7 +72,7 @@ async def served_model(settings: ModelSettings, role: Literal["target", "draft"]
     evaluator = TreeEvaluator(decoder, entry, catalogue.trie, rule, layout, cache)
     await evaluator.warm_up()
     info = types_pb2.ModelInfo(
-        model_version=entry.fingerprint,
+        model_version=bundle.manifest.model_version(role),
         catalogue_version=catalogue.version,
         bundle_name=bundle.manifest.name,
         scoring_rule=wire.to_scoring_rule(rule),

@@ -49,18 +49,18 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class Registration:
     """A service to offer: its full name and what adds it to a server.
 
-    snapshot: the catalogue version that it serves, where it serves one. Its health then stands under
-    `<name>/<snapshot>` too, by which clients of that snapshot balance their calls: they never meet another one's replica.
+    version: of what it serves, where that matters to its clients. Its health then stands under `<name>/<version>` too, by which
+    clients of that version balance their calls: they never meet another one's replica.
     """
 
     name: str
     add: Callable[[grpc.aio.Server], None]
-    snapshot: str = ""
+    version: str = ""
 
     @property
     def health_names(self) -> list[str]:
         """The names under which grpc.health.v1 knows it."""
-        return [self.name, health_name(self.name, self.snapshot)] if self.snapshot else [self.name]
+        return [self.name, health_name(self.name, self.version)] if self.version else [self.name]
 
     @classmethod
     def of(
@@ -68,10 +68,10 @@ class Registration:
         service: ServiceDescriptor,
         add: Callable[[Servicer, grpc.aio.Server], None],
         servicer: Servicer,
-        snapshot: str = "",
+        version: str = "",
     ) -> Self:
         """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
-        return cls(service.full_name, lambda server: add(servicer, server), snapshot)
+        return cls(service.full_name, lambda server: add(servicer, server), version)
 
 
 Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registration]]]

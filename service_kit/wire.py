@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from atspeed.v1 import draft_pb2, target_pb2, types_pb2
 
+from engine.cost import PassCost
+from engine.plan import Proposal
 from engine.scoring import Evaluation, Perturbation, ScoringRule
-from engine.tree_evaluator import PassCost
 from engine.trie import Int64, Pruning, Trie
 from service_kit.errors import InvalidArgumentError
 
@@ -24,6 +25,11 @@ _DTYPES: Final = {
     types_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
 }
 _DATA_TYPES: Final = {dtype: data_type for data_type, dtype in _DTYPES.items()}
+_PROPOSALS: Final[dict[Proposal, draft_pb2.Proposal.ValueType]] = {
+    Proposal.TOP: draft_pb2.PROPOSAL_TOP,
+    Proposal.PERTURBED: draft_pb2.PROPOSAL_PERTURBED,
+    Proposal.SAMPLE: draft_pb2.PROPOSAL_SAMPLE,
+}
 _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
     ScoringRule.VOCAB: types_pb2.SCORING_RULE_VOCAB,
     ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
@@ -86,6 +92,19 @@ def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateSt
     if not 0 < noise.temperature < math.inf:
         raise InvalidArgumentError(f"{field}.temperature", f"must be above 0 and finite, got {noise.temperature}")
     return Perturbation(noise.seed, noise.temperature)
+
+
+def to_proposal(proposal: Proposal) -> draft_pb2.Proposal.ValueType:
+    """How the draft is to choose, as its enum value."""
+    return _PROPOSALS[proposal]
+
+
+def proposal(value: draft_pb2.Proposal.ValueType, field: str) -> Proposal:
+    """How the draft is to choose. Raises InvalidArgumentError naming `field`."""
+    for known, number in _PROPOSALS.items():
+        if number == value:
+            return known
+    raise InvalidArgumentError(field, "must be one of the proposals of DraftService")
 
 
 def to_evaluation(evaluation: Evaluation) -> types_pb2.Evaluation:

@@ -55,10 +55,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             )
 
     def _selection(self, start: target_pb2.EvaluateStart) -> Selection:
-        if start.catalogue_version != self._model.info.catalogue_version:
-            raise FailedPreconditionError(
-                f"start.catalogue_version: this replica holds {self._model.info.catalogue_version}"
-            )
+        if start.model_version != self._model.info.model_version:
+            raise FailedPreconditionError(f"start.model_version: this replica serves {self._model.info.model_version}")
         return Selection(
             pruning=wire.pruning(start.pruned, "start.pruned", self._trie),
             limit=start.max_children or max(self._trie.codebook_sizes),
@@ -71,4 +69,4 @@ async def application(settings: TargetSettings) -> AsyncIterator[list[Registrati
     """The target model of the settings' bundle, ready to serve."""
     async with served_model(settings, "target") as model:
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, TargetServicer(model), model.info.catalogue_version)]
+        yield [Registration.of(SERVICE, add, TargetServicer(model), model.info.model_version)]

@@ -82,12 +82,14 @@ class Client:
     def record(self, user_id: str, item_ids: Sequence[str]) -> pb.RecordEventsResponse:
         """Append to a history."""
         return self.stub.RecordEvents(
-            pb.RecordEventsRequest(user_id=user_id, item_ids=item_ids), timeout=LIVENESS_SECONDS
+            pb.RecordEventsRequest(user_id=user_id, events=[pb.Event(item_id=item) for item in item_ids]),
+            timeout=LIVENESS_SECONDS,
         )
 
     def history(self, user_id: str) -> list[str]:
         """A stored history."""
-        return list(self.stub.GetHistory(pb.GetHistoryRequest(user_id=user_id), timeout=LIVENESS_SECONDS).item_ids)
+        reply = self.stub.GetHistory(pb.GetHistoryRequest(user_id=user_id), timeout=LIVENESS_SECONDS)
+        return [event.item_id for event in reply.events]
 
     def info(self) -> pb.GetServiceInfoResponse:
         """Versions, limits, state."""

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.scoring import ScoringRule
 from engine.trie import ROOT, Trie
-from training.losses import forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
-from training.prompt_trees import Bools, Int64, PromptTrees, row_of
+from training.losses import coverage, forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
+from training.prompt_trees import Bools, Int64, PromptTrees, parent_rows, row_of
 from training.recipe import Alignment
 from training.sequences import Sequencer
 from training.teacher import TeacherShard, TrainingPrompts, shards, tree_nodes
@@ -53,8 +54,9 @@ class AlignmentBatch:
     """Prompts with their trees of m nodes, at most c children each, and what the target says of these.
 
     token: int64 [b, m, c], the child's; allowed: bool [b, m, c], where there is a child. target: float32 [b, m, c],
-    log-probability, 0 where there is none. on_beam: bool [b, m], the prefixes of the target's beams.
-    beams: the target's K whole beams; gold: the gold item alone.
+    log-probability, 0 where there is none. on_beam: bool [b, m], the prefixes of the target's beams; wanted: bool [b, m, c],
+    the children that are beams themselves. depth, place: int64 [b, m], of each node: its depth, and its index among the
+    m * c children of all nodes. beams: the target's K whole beams; gold: the gold item alone.
     """
 
     trees: PromptTrees
@@ -62,6 +64,9 @@ class AlignmentBatch:
     allowed: Tensor
     target: Tensor
     on_beam: Tensor
+    wanted: Tensor
+    depth: Tensor
+    place: Tensor
     beams: Paths
     gold: Paths
 
@@ -145,7 +150,10 @@ class AlignmentBatches:
             token=torch.from_numpy(self._token_of[child]),
             allowed=torch.from_numpy(allowed),
             target=torch.from_numpy(target),
-            on_beam=torch.from_numpy(_on_beam(nodes, beams)),
+            on_beam=torch.from_numpy((nodes == ROOT) | _among(beams, nodes, self.trie)),
+            wanted=torch.from_numpy(_among(beams, child, self.trie)),
+            depth=torch.from_numpy(self.trie.depth(nodes)),
+            place=torch.from_numpy(_places(nodes, child.shape[2], self.trie)),
             beams=Paths.of(beams[:, -1], nodes, self.trie, self._token_of),
             gold=Paths.of(gold[:, None], nodes, self.trie, self._token_of),
         )
@@ -165,11 +173,21 @@ def _children(nodes: Int64, trie: Trie) -> tuple[Int64, Bools]:
     return np.where(exists, trie.child_start[nodes][..., None] + place, ROOT), exists
 
 
-def _on_beam(nodes: Int64, beams: Int64) -> Bools:
-    """Which tree nodes [b, m] are the root or beams [b, L, K] of a level."""
-    inner = beams[:, :-1].reshape(len(beams), 1, -1)
-    found: Bools = (nodes == ROOT) | (nodes >= 0) & (nodes[:, :, None] == inner).any(axis=2)
+def _among(beams: Int64, nodes: Int64, trie: Trie) -> Bools:
+    """Which of nodes [b, ...] are beams [b, L, K] of their prompt; never the root, nor where there is no node."""
+    rows = np.arange(len(beams))
+    table = np.zeros((len(beams), trie.nodes + 1), dtype=bool)  # the last column is for -1
+    table[rows[:, None, None], beams] = True
+    table[:, -1] = False
+    found: Bools = table[rows.reshape(-1, *[1] * (nodes.ndim - 1)), nodes]
     return found
+
+
+def _places(nodes: Int64, columns: int, trie: Trie) -> Int64:
+    """Where each node [b, m] stands among the m * `columns` children of all; 0 for the root and where there is none."""
+    parent = trie.parent[np.maximum(nodes, ROOT)]
+    place: Int64 = parent_rows(nodes, trie) * columns + nodes - trie.child_start[parent]
+    return np.where(nodes > ROOT, place, 0)
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,7 @@ class AlignmentObjective:
     """total = (1 - weight) * cross-entropy of the gold item + weight * the alignment's loss. Method: aligning the draft."""
 
     settings: Alignment
+    rule: ScoringRule
 
     def __call__(self, logits: Tensor, batch: AlignmentBatch) -> Tensor:
         """logits: float [b, m, V], the draft's, one row per tree node. A scalar."""
@@ -200,6 +219,12 @@ class AlignmentObjective:
                 return total_variation(*_rows(logits, batch, batch.on_gold), temperature=s.temperature)
             case "seq-kd":
                 return _cross_entropy(logits, batch.beams)
+            case "level-kd":
+                levels = level_rows(logits, batch, self.rule)
+                return forward_kl(levels.draft, levels.target, levels.allowed, temperature=s.temperature)
+            case "coverage":
+                levels = level_rows(logits, batch, self.rule)
+                return coverage(levels.draft, levels.wanted, levels.allowed, budget=s.budget, margin=s.margin)
             case None:
                 return _cross_entropy(logits, batch.gold)
 
@@ -212,6 +237,48 @@ def _rows(logits: Tensor, batch: AlignmentBatch, where: Tensor) -> tuple[Tensor,
 
 def _cross_entropy(logits: Tensor, paths: Paths) -> Tensor:
     return path_cross_entropy(logits.float(), paths.row, paths.token, paths.valid)
+
+
+@dataclass(frozen=True)
+class LevelRows:
+    """A level of a prompt per row: all children of the target's beams, in the first L - 1 levels, which are what is drafted.
+
+    draft, target: float [n, m * c], cumulative log-probability, any finite number where not allowed.
+    allowed, wanted: bool [n, m * c]; wanted are the target's beams. n = b * (L - 1).
+    """
+
+    draft: Tensor
+    target: Tensor
+    allowed: Tensor
+    wanted: Tensor
+
+
+def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> LevelRows:
+    """From the draft's logits [b, m, V], scored by the bundle's rule."""
+    draft = logits.float().log_softmax(-1).gather(2, batch.token)
+    target = batch.target
+    if rule is ScoringRule.TRIE:
+        draft, target = (_over_children(logp, batch.allowed) for logp in (draft, target))
+    drafted = range(batch.gold.row.shape[2] - 1)
+    masks = [(batch.allowed & (batch.on_beam & (batch.depth == depth)).unsqueeze(2)).flatten(1) for depth in drafted]
+    draft, target = (_cumulative(logp, batch).flatten(1).repeat(len(masks), 1) for logp in (draft, target))
+    allowed = torch.cat(masks)
+    return LevelRows(draft, target, allowed, batch.wanted.flatten(1).repeat(len(masks), 1) & allowed)
+
+
+def _over_children(logp: Tensor, allowed: Tensor) -> Tensor:
+    """Log-probabilities [b, m, c] renormalised over each node's children; 0 where there are none."""
+    total = logp.masked_fill(~allowed, torch.finfo(logp.dtype).min).logsumexp(-1, keepdim=True)
+    return (logp - total).masked_fill(~allowed, 0.0)
+
+
+def _cumulative(logp: Tensor, batch: AlignmentBatch) -> Tensor:
+    """Score of each child: its own log-probability and that of all above it. [b, m, c]"""
+    above = torch.zeros_like(logp[..., 0])
+    for depth in range(1, batch.gold.row.shape[2]):
+        reached = (above.unsqueeze(2) + logp).flatten(1).gather(1, batch.place)
+        above = torch.where(batch.depth == depth, reached, above)
+    return above.unsqueeze(2) + logp
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +144,32 @@ class Validation:
     @staticmethod
     def _loss(model: PreTrainedModel, batch: Batch) -> float:
         return cross_entropy(model(input_ids=batch.tokens, use_cache=False).logits, batch).item()
+
+
+@dataclass(frozen=True)
+class AgreementValidation:
+    """A validation that chooses the draft that covers the target's beams best, whatever it recommends itself.
+
+    target: the target's beams on the validation's questions, per level, nodes [questions, K]. width: N, the draft's.
+    """
+
+    validation: Validation
+    target: Sequence[Int64]
+    width: int
+
+    @classmethod
+    def of(cls, validation: Validation, target: Recommender, *, beams: int, width: int) -> Self:
+        """Ask the target, once."""
+        return cls(validation, target.beams(validation.asked, beams=beams), width)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """The validation's measures and the agreement; `score` is `accepted`, ties go to the larger share covered."""
+        asking = self.validation
+        draft = Recommender(model, asking.sequencer, asking.catalogue, asking.rule)
+        found = agreement(self.target, draft.beams(asking.asked, beams=self.width))
+        covered = float(np.mean([value for name, value in found.items() if name.endswith(".covered")]))
+        measures = {"accepted": found["accepted"], "covered": covered}
+        return asking(model) | measures | {"score": found["accepted"] + covered / 1000}
 
 
 def popularity(dataset: Dataset, catalogue: Catalogue) -> Scorer:

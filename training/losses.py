@@ -8,6 +8,11 @@
 | tvd-kd           | `total_variation`       | the gold item              | Wen et al. 2023, arXiv 2307.15190, TVD          |
 | atspeed-r        | `total_variation`       | the target's beams         | arXiv 2410.05165, AtSpeed-R                     |
 | atspeed-s        | `top_k_reverse_kl`      | the target's beams         | arXiv 2410.05165, AtSpeed-S                     |
+| level-kd         | `forward_kl`            | whole levels, see below    | ours                                            |
+| coverage         | `coverage`              | whole levels, see below    | ours                                            |
+
+A whole level is one row: all children of the target's beams of a level, with their cumulative scores, which is what a beam
+search compares. The losses above it know nothing of how the children of one prefix stand to those of another.
 
 Shapes: n = prefixes ("positions"), c = most children of any of them, V = whole vocabulary. draft, target: float [n, c], logits
 up to a constant per row; allowed: bool [n, c], which columns are children in the catalogue, at least one per row. The other
@@ -94,6 +99,24 @@ def top_k_reverse_kl(
     divergence = (q * (finite_log_q - _zeroed(log_p, kept))).sum(-1)
     last = log_p.exp().gather(-1, kept.sum(-1, keepdim=True) - 1).squeeze(-1)
     return (divergence - density * last * (q * finite_log_q).sum(-1)).mean()
+
+
+def coverage(draft: Tensor, wanted: Tensor, allowed: Tensor, *, budget: int, margin: float) -> Tensor:
+    """How far the target's beams of a level are from being among the draft's best `budget` of it. Ours.
+
+        L = mean_rows mean_wanted max(0, margin + threshold - draft_v)
+
+    draft: cumulative scores of a level, [n, c]. wanted: bool [n, c], the target's beams, 1 to `budget` of them per row.
+    threshold: with w of them wanted, the (budget - w + 1)-th best score of the others, the first that takes a wanted one's
+    place; a row with fewer others has no loss. The threshold is not detached: what stands there is pushed down as a missed
+    beam is pushed up. The target's probabilities are not used.
+    """
+    others = draft.masked_fill(~allowed | wanted, -inf).topk(min(budget, draft.shape[-1]), dim=-1).values
+    allowance = budget - wanted.sum(-1, keepdim=True)
+    limited = (allowed & ~wanted).sum(-1, keepdim=True) > allowance
+    threshold = others.gather(-1, allowance.clamp(max=others.shape[-1] - 1)).masked_fill(~limited, 0.0)
+    missing = (margin + threshold - draft).clamp(min=0).masked_fill(~(wanted & limited), 0.0)
+    return (missing.sum(-1) / wanted.sum(-1)).mean()
 
 
 def _log_softmax(logits: Tensor, allowed: Tensor) -> Tensor:

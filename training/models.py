@@ -18,7 +18,7 @@ from training.evaluate import Validation
 from training.export import load_checkpoint
 from training.recipe import Base, Model, PromptWindow, Recipe, Shape
 from training.sequences import Sequencer, Spelling, WindowBatches, index_histories
-from training.trainer import FitState, Loss, Trainer, cross_entropy
+from training.trainer import FitState, Loss, Trainer, Validate, cross_entropy
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = 3  # the code tokens of a model from scratch begin here, in the order of their columns
@@ -143,10 +143,12 @@ def train_model(
     title: str,
     loss: Loss[Any] = cross_entropy,
     batches: Callable[[Sequencer], Callable[[int], Sequence[Any]]] | None = None,
+    validate: Callable[[Validation], Validate] = lambda validation: validation,
 ) -> tuple[SpelledModel, FitState]:
     """Train the target or the draft of a recipe on the train histories; resumes from `folder`.
 
     loss and batches belong together: where given, `batches` makes each epoch's from the model's way to build sequences.
+    validate: what to choose the best epoch by instead.
     """
     spelled = build_model(part, catalogue, recipe.prompt, recipe.seed)
     sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), recipe.allow_empty_history)
@@ -162,7 +164,7 @@ def train_model(
         model=spelled.model,
         batches=batches(sequencer) if batches else windows,
         loss=loss,
-        validate=validation,
+        validate=validate(validation),
         schedule=part.schedule,
         folder=folder,
         seed=recipe.seed,

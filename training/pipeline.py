@@ -35,7 +35,7 @@ from training import evaluate
 from training.alignment import AlignmentBatches, AlignmentObjective
 from training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from training.errors import RecipeError
-from training.evaluate import Recommender
+from training.evaluate import AgreementValidation, Recommender, Validation
 from training.export import MODEL_FILE, ExportReport, export_decoder
 from training.models import SpelledModel, train_model
 from training.recipe import Alignment, AtspeedData, Draft, GivenCodes, Model, MovielensData, Recipe, SyntheticData
@@ -173,13 +173,24 @@ class _Run:
         """Train the draft, after its teacher data where it is aligned."""
         if part.alignment is None:
             return self._model("draft", part, catalogue)
-        prompts = self._teacher(part.alignment, catalogue)
+        alignment, prompts = part.alignment, self._teacher(part.alignment, catalogue)
 
         def batches(sequencer: Sequencer) -> AlignmentBatches:
             size = part.schedule.batch_size
             return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, self.recipe.seed)
 
-        return self._model("draft", part, catalogue, loss=AlignmentObjective(part.alignment), batches=batches)
+        def validate(validation: Validation) -> AgreementValidation:
+            target = self._asked_target(catalogue)
+            return AgreementValidation.of(validation, target, beams=alignment.beams, width=alignment.budget)
+
+        objective = AlignmentObjective(alignment, self.recipe.scoring_rule)
+        return self._model("draft", part, catalogue, loss=objective, batches=batches, validate=validate)
+
+    def _asked_target(self, catalogue: Catalogue) -> Recommender:
+        """The trained target, on the device."""
+        asked = _recommender(self.recipe, catalogue, SpelledModel.load(self.folder / "target-checkpoint"))
+        asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
+        return asked
 
     @property
     def _teacher_folder(self) -> Path:
@@ -194,18 +205,16 @@ class _Run:
         )
 
         def work() -> Measures:
-            asked = _recommender(recipe, catalogue, SpelledModel.load(self.folder / "target-checkpoint"))
-            model = asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
-            write_teacher_data(
-                Teacher(model, asked.sequencer, catalogue, asked.rule, alignment.beams), prompts, self._teacher_folder
-            )
+            asked = self._asked_target(catalogue)
+            teacher = Teacher(asked.model, asked.sequencer, catalogue, asked.rule, alignment.beams)
+            write_teacher_data(teacher, prompts, self._teacher_folder)
             return {"prompts": len(prompts)}
 
         self._stage("teacher", self._teacher_key(alignment, catalogue), self._teacher_folder.name).run(work)
         return prompts
 
     def _model(self, role: Role, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
-        """Train a model; keep its checkpoint and its log. objective: loss and batches of `train_model`, where not its own."""
+        """Train a model; keep its checkpoint and its log. objective: what `train_model` is given beyond its own."""
         training, checkpoint = self.folder / f"{role}-training", self.folder / f"{role}-checkpoint"
 
         def work() -> Measures:

@@ -150,13 +150,14 @@ class Model(_Part):
         return self
 
 
-AlignmentLoss = Literal["atspeed-s", "atspeed-r", "word-kd", "tvd-kd", "seq-kd"]
+AlignmentLoss = Literal["atspeed-s", "atspeed-r", "word-kd", "tvd-kd", "seq-kd", "level-kd", "coverage"]
 
 
 class Alignment(_Part):
     """The draft learns from the target: (1 - weight) * cross-entropy of the gold item + weight * loss (training/losses.py).
 
-    Each prompt is read as the target read it, so the schedule's item_dropout does not apply.
+    Each prompt is read as the target read it, so the schedule's item_dropout does not apply. The best epoch is the one whose
+    `budget` nodes per level hold the target's beams most often, so its select_by does not either.
     """
 
     loss: Annotated[AlignmentLoss | None, Field(description="None: cross-entropy alone, on the same prompts.")] = None
@@ -164,8 +165,20 @@ class Alignment(_Part):
     beams: Annotated[PositiveInt, Field(description="The target's beams per prompt; also K of atspeed-s.")] = 20
     density: Annotated[NonNegativeFloat, Field(description="Weight of the density term of atspeed-s.")] = 1.0
     renormalise: Annotated[PositiveFloat | None, Field(description="Temperature over the top K of atspeed-s.")] = None
-    temperature: Annotated[PositiveFloat, Field(description="Of both models in atspeed-r, word-kd and tvd-kd.")] = 1.0
+    temperature: Annotated[
+        PositiveFloat, Field(description="Of both models in atspeed-r, word-, tvd- and level-kd.")
+    ] = 1.0
+    budget: Annotated[PositiveInt, Field(description="The draft's nodes per level, N; at least `beams`.")] = 40
+    margin: Annotated[
+        NonNegativeFloat, Field(description="By how much coverage wants a beam above the rest, nats.")
+    ] = 1.0
     prompts: Annotated[PositiveInt, Field(description="At most so many training prompts, drawn by the seed.")] = 100_000
+
+    @model_validator(mode="after")
+    def _budget_holds_the_beams(self) -> Alignment:
+        if self.budget < self.beams:
+            raise ValueError(f"budget: {self.budget} nodes cannot hold {self.beams} beams")
+        return self
 
 
 class Draft(Model):

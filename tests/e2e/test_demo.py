@@ -11,6 +11,7 @@ import pytest
 from atspeed.v1 import recommendation_pb2 as pb
 
 from client import demo
+from client.comparison import Verdict
 from client.demo import BUNDLE, ROOT, Checks, choose_users, main
 from training.data import Dataset, leave_last_out
 
@@ -52,9 +53,22 @@ def test_a_list_that_differs_fails_the_demo() -> None:
     checks = Checks()
     one, other = (pb.RecommendResponse(items=[pb.RecommendedItem(item_id=i, score=-1.0)]) for i in "ab")
     one.items[0].score = -2.0
-    assert checks.same("alike", one, one)
-    assert not checks.same("unlike", one, other)
-    assert (checks.made, checks.failed) == (2, ["unlike"])
+    assert checks.same("alike", one, one) is Verdict.IDENTICAL
+    assert checks.same("unlike", one, other) is Verdict.DIFFERENT
+    assert (checks.made, checks.near_ties, checks.failed) == (2, 0, ["unlike"])
+
+
+def test_a_near_tie_holds_and_is_counted_apart() -> None:
+    """Two items that are next to equal, the other way round."""
+    checks = Checks()
+    one, other = (
+        pb.RecommendResponse(
+            items=[pb.RecommendedItem(item_id=i, score=s) for i, s in zip(ids, (-1.0, -1.00001), strict=True)]
+        )
+        for ids in ("ab", "ba")
+    )
+    assert checks.same("swapped", one, other) is Verdict.NEAR_TIE
+    assert (checks.made, checks.near_ties, checks.failed) == (1, 1, [])
 
 
 def test_users_are_spread_over_the_data() -> None:

@@ -181,13 +181,13 @@ class TestFull:
 
 def test_a_history_that_is_none(client: Client, store: redis.Redis, cases: list[Case]) -> None:
     """What another program left under a user's key is out of reach, for that user alone; forgetting mends it."""
-    store.set("history:user", "not a list")
+    store.set("history::user", "not a list")
     client.record("other", cases[0].history)
     with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):
         client.recommend(user_id="user")
     assert_same_list(client.recommend(user_id="other", k=20), cases[0].expected)
-    store.delete("history:user")
-    store.rpush("history:user", b"\xff\xfe", *(item.encode() for item in cases[0].history))
+    store.delete("history::user")
+    store.rpush("history::user", b"\xff\xfe", *(item.encode() for item in cases[0].history))
     reply = client.recommend(user_id="user", k=20)
     assert len(reply.unknown_history_item_ids) == 1
     assert_same_list(reply, cases[0].expected)

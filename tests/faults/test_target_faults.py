@@ -1,8 +1,9 @@
-"""Targets that die, hang or serve another catalogue: what one replica began, another finishes."""
+"""Targets that die, hang or serve another version: what one replica began, another finishes."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from atspeed.v1 import recommendation_pb2 as pb
 
 from client.local_stack import LocalStack, ServiceProcess
+from engine.bundle import Manifest, read_manifest, write_manifest
+from engine.scoring import ScoringRule
 from tests.faults.conftest import Case, asking, assert_all_right
 from tests.serving import Client, ids, new_bundle, new_catalogue, recovered, resume, storm, suspend, until
 
@@ -133,14 +136,32 @@ class TestAll:
         assert_all_right(storm(asking(client, cases[:8]), {}), cases[:8])
 
 
-@pytest.fixture(scope="module")
+def other_rule(manifest: Manifest) -> Manifest:
+    return manifest.model_copy(update={"scoring_rule": ScoringRule.TRIE})
+
+
+def other_code_tokens(manifest: Manifest) -> Manifest:
+    tokens = tuple(reversed(manifest.target.code_tokens))
+    return manifest.model_copy(update={"target": manifest.target.model_copy(update={"code_tokens": tokens})})
+
+
+@pytest.fixture(scope="module", params=[None, other_rule, other_code_tokens], ids=["catalogue", "rule", "code tokens"])
 def stranger(
-    shared_stack: LocalStack, tmp_path_factory: pytest.TempPathFactory, log_folder: Path
+    request: pytest.FixtureRequest,
+    shared_stack: LocalStack,
+    bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    log_folder: Path,
 ) -> Iterator[ServiceProcess]:
-    """A target that serves another catalogue."""
-    bundle = new_bundle(tmp_path_factory.mktemp("stranger"), new_catalogue(seed=99))
+    """A target that serves another catalogue, or the same weights in a way that gives other scores."""
+    folder = tmp_path_factory.mktemp("stranger")
+    if request.param is None:
+        new_bundle(folder, new_catalogue(seed=99))
+    else:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+        write_manifest(folder, request.param(read_manifest(folder)))
     service = ServiceProcess(
-        "target_service", shared_stack.targets[0].flags | {"bundle": bundle}, log_folder / "stranger.log"
+        "target_service", shared_stack.targets[0].flags | {"bundle": folder}, log_folder / "stranger.log"
     )
     service.start()
     yield service
@@ -158,11 +179,11 @@ def mixed(stack: LocalStack, stranger: ServiceProcess, log_folder: Path) -> Iter
     service.stop()
 
 
-class TestAnotherCatalogue:
-    """A replica that holds another snapshot, as in the middle of a rollout, beside one that holds the right one."""
+class TestAnotherVersion:
+    """A replica that serves another version, as in the middle of a rollout, beside one that serves the right one."""
 
     def test_the_right_replica_serves(self, mixed: Client, cases: list[Case]) -> None:
-        """Calls are balanced by the health of the snapshot, so none ever goes to the stranger."""
+        """Calls are balanced by the health of the version, so none ever goes to the stranger."""
         replies = [call() for call in asking(mixed, cases)]
         assert_all_right(replies, cases)
         assert sum(reply.statistics.target_retries for reply in replies) == 0
@@ -171,10 +192,10 @@ class TestAnotherCatalogue:
         """Nor when many requests share the channel: retries alone would meet the stranger thrice now and then."""
         assert_all_right(storm(asking(mixed, cases * 4), {}, concurrency=8), cases * 4)
 
-    def test_when_no_replica_holds_the_catalogue(
+    def test_when_no_replica_serves_the_version(
         self, stack: LocalStack, mixed: Client, cases: list[Case], stranger: ServiceProcess
     ) -> None:
-        """The strangers alone are refused, not asked for lists of other items; the right one's return ends that."""
+        """The strangers alone are refused, not asked for other lists; the right one's return ends that."""
         recovered(mixed, cases[0].history)
         stack.targets[0].kill()
         for case in itertools.islice(cases, 4):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from typer.testing import CliRunner, Result
 
 from client import cli
@@ -65,6 +66,18 @@ def test_record_recommend_history_forget(address: str) -> None:
     assert run("forget", "alice", "--address", address).stdout == "nothing was stored\n"
 
 
+def test_a_tenants_users_are_its_own(address: str) -> None:
+    """The same name, two users."""
+    ours, theirs = ("--address", address), ("--tenant", "shop", "--address", address)
+    run("record", "bob", "item-1", *ours)
+    assert run("history", "bob", *theirs).stdout == ""
+    assert "NOT_FOUND: user_id" in one_line(run("recommend", "bob", *theirs))
+    assert run("record", "bob", "item-2", "item-3", *theirs).stdout == "bob: 2 items\n"
+    assert run("recommend", "bob", "--k", 2, *theirs).exit_code == 0
+    assert run("forget", "bob", *theirs).stdout == "forgotten\n"
+    assert run("history", "bob", *ours).stdout.split() == ["item-1"]
+
+
 def test_recommend_for_a_history_as_json(address: str) -> None:
     """Strict and target-only agree; what is excluded stays out; only what is allowed comes in."""
 
@@ -74,14 +87,14 @@ def test_recommend_for_a_history_as_json(address: str) -> None:
         return [item["item_id"] for item in json.loads(result.stdout)["items"]]
 
     strict = items("-k", 5)
-    assert strict == items("-k", 5, "--mode", "target-only")
+    assert strict == items("--k", 5, "--mode", "target-only")
     assert strict[0] not in items("-k", 5, "--exclude", strict[0])
     assert set(items("-k", 5, "--only", f"{strict[1]},{strict[2]}")) == {strict[1], strict[2]}
     sampled = items("-k", 5, "--mode", "exact-sampling", "--seed", 3, "--temperature", 2)
     assert sampled == items("-k", 5, "--mode", "exact-sampling", "--seed", 3, "--temperature", 2)
 
 
-def test_info(address: str) -> None:
+def test_info(made: TestBundle, address: str) -> None:
     """The state of the services, as JSON."""
     answered = json.loads(run("info", "--address", address).stdout)
     assert answered["bundle_name"] == "random"
@@ -90,6 +103,8 @@ def test_info(address: str) -> None:
         "draft": True,
         "redis": True,
     }
+    assert all(answered[limit] > 0 for limit in ("max_k", "max_history_items", "max_candidate_items", "max_batch"))
+    assert answered["versions"]["bundle"] == made.bundle.manifest.version
 
 
 @pytest.mark.parametrize(
@@ -119,6 +134,7 @@ def test_nobody_there() -> None:
         ["recommend", "alice", "--address", "nowhere"],
         ["recommend", "alice", "--mode", "magic"],
         ["export", "somewhere", "out", "--code-tokens", "9:3"],
+        ["up", "--bundle", "somewhere", "--redis-url", "redis://localhost", "--data", "data"],
     ],
 )
 def test_mistakes_in_the_command(arguments: list[str]) -> None:
@@ -179,6 +195,9 @@ def test_bench_lossless(made: TestBundle, tmp_path: Path) -> None:
     written = json.loads(out.read_text())
     assert {row["rule"]: row["identical"] + row["near_ties"] for row in written["rows"]} == {"vocab": 6, "trie": 6}
     assert [row["invalid_paths"] for row in written["rows"]] == [0, 0]
+    assert re.search(
+        r"identical to target-only: (yes|near-tie) \(\d+ identical, \d+ near-tie, 0 different\)", result.stdout
+    )
     assert written["header"]["bundle"]["version"] == made.bundle.manifest.version
     assert written["header"]["machine"]["cores"] == os.cpu_count()
 
@@ -193,6 +212,7 @@ def test_bench_parity(made: TestBundle, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["rows"]
     assert [row["users"] for row in rows] == [2] * 8
+    assert re.search(r"identical to Hugging Face generate: (yes|near-tie) \(", result.stdout)
     histories.write_text("u1 item-1\nu2 item-x\n")
     assert "test.txt:2: item 'item-x' is not in the bundle's catalogue" in one_line(run(*arguments))
 
@@ -209,10 +229,50 @@ def test_up_serves_until_interrupted(made: TestBundle) -> None:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "draining" in errors
+    assert "histories are kept in memory, gone when this ends; --data DIR keeps them" in errors
     services = [int(number) for number in re.findall(r"process (\d+)", errors)]
     assert len(services) == 4
     assert not [number for number in services if alive(number)]
     assert "UNAVAILABLE" in one_line(run("info", "--address", served[1]))
+
+
+def test_up_keeps_histories_where_told(made: TestBundle, tmp_path: Path) -> None:
+    """They are there after Ctrl-C and another start."""
+    data = tmp_path / "data"
+    for expected in ("", "item-1\n"):
+        with started("--bundle", made.root, "--drafts", 0, "--port", 0, "--data", data) as process:
+            served = read_line(process).split()[-1]
+            assert run("history", "u", "--address", served).stdout == expected
+            run("record", "u", "item-1", "--address", served)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        assert f"histories are kept in {data}" in errors
+
+
+def test_a_password_is_on_no_command_line(
+    made: TestBundle, redis_server: LocalRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every service gets the URL, also that of another Redis than its own variable names, and none shows it."""
+    redis_server.start()
+    monkeypatch.setenv("ATSPEED_TARGET_REDIS_URL", "redis://elsewhere:1/0")
+    url = redis_server.url.replace("redis://", "redis://default:hidden@")
+    with redis.Redis.from_url(redis_server.url) as server:
+        server.config_set("requirepass", "hidden")
+    try:
+        with LocalStack(made.root, redis_url=url) as stack:
+            for service in stack.services:
+                assert service.process is not None
+                arguments = str(service.process.args)
+                assert service.module in arguments
+                assert "redis-url" not in arguments
+                assert "hidden" not in arguments
+                assert service.flags["redis-url"] == url
+            assert run("record", "u", "item-1", "--address", stack.address).exit_code == 0
+            backends = json.loads(run("info", "--address", stack.address).stdout)["backends"]
+            assert {backend["name"]: backend["available"] for backend in backends}["redis"]
+    finally:
+        with redis.Redis.from_url(url) as server:
+            server.config_set("requirepass", "")
 
 
 def test_up_ends_with_a_service_that_ends(made: TestBundle) -> None:

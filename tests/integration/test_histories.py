@@ -95,12 +95,20 @@ class TestRoundTrip:
 
 
 REFUSED: list[tuple[str, str, Any]] = [
-    ("user_id", "RecordEvents", pb.RecordEventsRequest(item_ids=["item-1"])),
-    ("user_id", "RecordEvents", pb.RecordEventsRequest(user_id=LONG, item_ids=["item-1"])),
-    ("item_ids", "RecordEvents", pb.RecordEventsRequest(user_id="user")),
-    ("item_ids", "RecordEvents", pb.RecordEventsRequest(user_id="user", item_ids=["item-1"] * (CAP + 1))),
-    ("item_ids[1]", "RecordEvents", pb.RecordEventsRequest(user_id="user", item_ids=["item-1", ""])),
-    ("item_ids[1]", "RecordEvents", pb.RecordEventsRequest(user_id="user", item_ids=["item-1", LONG])),
+    ("user_id", "RecordEvents", pb.RecordEventsRequest(events=[pb.Event(item_id="item-1")])),
+    ("user_id", "RecordEvents", pb.RecordEventsRequest(user_id=LONG, events=[pb.Event(item_id="item-1")])),
+    ("events", "RecordEvents", pb.RecordEventsRequest(user_id="user")),
+    ("events", "RecordEvents", pb.RecordEventsRequest(user_id="user", events=[pb.Event(item_id="item-1")] * (CAP + 1))),
+    (
+        "events[1]",
+        "RecordEvents",
+        pb.RecordEventsRequest(user_id="user", events=[pb.Event(item_id="item-1"), pb.Event()]),
+    ),
+    (
+        "events[1]",
+        "RecordEvents",
+        pb.RecordEventsRequest(user_id="user", events=[pb.Event(item_id="item-1"), pb.Event(item_id=LONG)]),
+    ),
     ("user_id", "GetHistory", pb.GetHistoryRequest()),
     ("user_id", "GetHistory", pb.GetHistoryRequest(user_id=LONG)),
     ("user_id", "ForgetUser", pb.ForgetUserRequest()),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from client.local_redis import LocalRedis
 from engine.kv_store import connect
+from engine.prompt import PromptTemplate
 from orchestrator.history import HistoryStore, HistoryUnavailable
 
 
@@ -29,7 +34,101 @@ async def test_the_newest_are_kept(histories: HistoryStore, redis_client: Redis)
     assert await histories.append("u", [str(item) for item in range(12)]) == 5
     assert await histories.append("u", ["12", "13"]) == 5
     assert await histories.get("u") == ["9", "10", "11", "12", "13"]
-    assert await redis_client.llen("history:u") == 5
+    assert await redis_client.llen("history::u") == 5
+
+
+class Model:
+    """A history in plain Python. dropped: how many of its events are no longer kept."""
+
+    def __init__(self, max_items: int, trim_step: int) -> None:
+        self.max_items, self.trim_step = max_items, trim_step
+        self.events: list[str] = []
+        self.dropped = 0
+
+    def append(self, items: Sequence[str]) -> None:
+        self.events += items
+        excess = len(self.events) - self.dropped - self.max_items
+        if excess > 0:
+            self.dropped += math.ceil(excess / self.trim_step) * self.trim_step
+
+    @property
+    def kept(self) -> list[str]:
+        return self.events[self.dropped :]
+
+
+# (max_items, trim_step <= max_items), and how many items each append brings.
+caps = st.integers(1, 12).flatmap(lambda most: st.tuples(st.just(most), st.integers(1, most)))
+batches = st.lists(st.integers(0, 30), max_size=12)
+with_redis = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(cap=caps, sizes=batches)
+@example(cap=(5, 2), sizes=[12])
+@example(cap=(4, 4), sizes=[4, 1, 3, 1])
+@with_redis
+async def test_trims_in_steps_as_a_plain_list_does(redis_client: Redis, cap: tuple[int, int], sizes: list[int]) -> None:
+    histories, model = HistoryStore(redis_client, cap[0], trim_step=cap[1]), Model(*cap)
+    await histories.forget("u")
+    for size in sizes:
+        items = [str(len(model.events) + n) for n in range(size)]
+        model.append(items)
+        assert await histories.append("u", items) == len(model.kept) <= cap[0]
+        assert await histories.get("u") == (model.kept or None)
+        assert model.dropped % cap[1] == 0
+
+
+@given(data=st.data(), window=st.integers(1, 10), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=25))
+@with_redis
+async def test_the_prompts_window_moves_by_whole_blocks(
+    redis_client: Redis, data: st.DataObject, window: int, sizes: list[int]
+) -> None:
+    """It starts where it would if nothing were ever trimmed, so long as the cap leaves room for window and block."""
+    block = data.draw(st.integers(1, window))
+    cap = data.draw(st.integers(window + block - 1, window + 3 * block))
+    prompt = PromptTemplate(prefix=(0,), max_items=window, drop_block=block)
+    histories = HistoryStore(redis_client, cap, trim_step=block)
+    await histories.forget("u")
+    events: list[str] = []
+    for size in sizes:
+        items = [str(len(events) + n) for n in range(size)]
+        events += items
+        await histories.append("u", items)
+        kept = await histories.get("u") or []
+        assert kept[prompt.window_start(len(kept)) :] == events[prompt.window_start(len(events)) :]
+
+
+async def test_a_heavy_user_keeps_the_prompts_beginning(redis_client: Redis) -> None:
+    """One event at a time at the cap: the window's first item changes once in a block, and not at every event."""
+    prompt = PromptTemplate(prefix=(0,), max_items=8, drop_block=4)
+    histories = HistoryStore(redis_client, 20, trim_step=4)
+    await histories.append("u", [str(item) for item in range(20)])
+    firsts = []
+    for item in range(20, 60):
+        await histories.append("u", [str(item)])
+        kept = await histories.get("u") or []
+        firsts.append(kept[prompt.window_start(len(kept))])
+    assert len(set(firsts)) == 10
+    assert firsts == sorted(firsts, key=int)
+
+
+async def test_more_items_than_one_lua_call_takes(redis_client: Redis) -> None:
+    items = [str(item) for item in range(20_003)]
+    histories = HistoryStore(redis_client, 18_000, trim_step=1000)
+    assert await histories.append("u", items) == 17_003
+    assert await histories.get("u") == items[3000:]
+
+
+async def test_tenants_share_no_user(histories: HistoryStore, redis_client: Redis) -> None:
+    """Whatever their names hold; no two pairs of tenant and user are the same key."""
+    pairs = [(t, u) for t in ("", "a", "a:b", "a%3Ab", ":", "%3A", "é") for u in ("", "u", "b:u", ":u", "a:u", "::")]
+    for number, (tenant, user) in enumerate(pairs):
+        assert await histories.append(user, [str(number)], tenant=tenant) == 1
+    for number, (tenant, user) in enumerate(pairs):
+        assert await histories.get(user, tenant=tenant) == [str(number)]
+    assert len(await redis_client.keys()) == len(pairs)
+    assert await histories.forget("u", tenant="a") is True
+    assert await histories.get("u", tenant="a") is None
+    assert await histories.get("u") is not None
 
 
 async def test_appending_nothing_tells_the_length(histories: HistoryStore) -> None:
@@ -59,7 +158,7 @@ async def test_forgetting_is_complete(histories: HistoryStore, redis_client: Red
 
 async def test_never_expires(histories: HistoryStore, redis_client: Redis) -> None:
     await histories.append("u", ["a"])
-    assert await redis_client.ttl("history:u") == -1
+    assert await redis_client.ttl("history::u") == -1
 
 
 @pytest.mark.parametrize("item", ["", " ", "é漢", "a\nb", "a\x00b", '"', "\\x80\\x04K\\x01.", "x" * 10_000])
@@ -69,7 +168,7 @@ async def test_ids_are_kept_as_they_are(histories: HistoryStore, item: str) -> N
 
 
 async def test_stored_garbage_is_text_not_an_error(histories: HistoryStore, redis_client: Redis) -> None:
-    await redis_client.rpush("history:u", b"\xff\x80\x04K\x01.")
+    await redis_client.rpush("history::u", b"\xff\x80\x04K\x01.")
     (item,) = await histories.get("u") or []
     assert "�" in item
 
@@ -118,7 +217,7 @@ class TestUnavailable:
         assert await patient.get("other") == ["2"]
 
     async def test_holding_something_else(self, histories: HistoryStore, redis_client: Redis) -> None:
-        await redis_client.set("history:secret-user", "not a list")
+        await redis_client.set("history::secret-user", "not a list")
         with pytest.raises(HistoryUnavailable) as failure:
             await histories.append("secret-user", ["a"])
         assert "secret-user" not in str(failure.value)
@@ -133,13 +232,13 @@ class TestUnavailable:
         assert await histories.get("u") == ["a"]
 
     async def test_a_broken_connection_never_appends_twice(self, redis_url: str) -> None:
-        """A client that retries would run an RPUSH again of which only the reply was lost. And it is one transaction."""
+        """A client that retries would append again where only the reply was lost. And it is one command."""
         received: list[bytes] = []
 
         async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while data := await reader.read(65536):
                 received.append(data)
-                if b"RPUSH" in data:
+                if b"EVAL" in data:
                     break
                 writer.write(b"+OK\r\n" * data.count(b"*"))
             writer.close()
@@ -152,8 +251,13 @@ class TestUnavailable:
                 await HistoryStore(client, max_items=5, timeout_seconds=30).append("u", ["a"])
         await asyncio.sleep(0.01)
         sent = b"".join(received)
-        assert [sent.count(command) for command in (b"MULTI", b"RPUSH", b"LTRIM", b"EXEC")] == [1, 1, 1, 1]
+        assert [sent.count(command) for command in (b"EVAL\r\n", b"MULTI")] == [1, 0]
 
     def test_refuses_an_empty_cap(self, redis_url: str) -> None:
         with pytest.raises(ValueError, match="max_items"):
             HistoryStore(connect(redis_url, timeout_seconds=1.0), max_items=0)
+
+    @pytest.mark.parametrize("step", [0, -1, 6])
+    def test_refuses_a_step_that_would_leave_nothing(self, redis_url: str, step: int) -> None:
+        with pytest.raises(ValueError, match="trim_step"):
+            HistoryStore(connect(redis_url, timeout_seconds=1.0), max_items=5, trim_step=step)

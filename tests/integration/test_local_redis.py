@@ -67,6 +67,27 @@ def test_remembers_with_a_folder(tmp_path: Path) -> None:
             connection.set("a", 1)
 
 
+def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
+    """Two would write the same files. It is free again with the server's end, also with a crash."""
+    with LocalRedis(folder=tmp_path) as first:
+        with pytest.raises(LocalRedisError, match="another server keeps its data there"):
+            LocalRedis(folder=tmp_path).start()
+        with ask(first.url) as connection:
+            connection.set("a", 1)
+        first.kill()
+        first.start()
+        with ask(first.url) as connection:
+            assert connection.ping()
+    with LocalRedis(folder=tmp_path) as second, ask(second.url) as connection:
+        assert connection.get("a") in {None, b"1"}  # a crash may cost the last second
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LocalRedisError, match=r"file/data: no folder for data: Not a directory"):
+        LocalRedis(folder=tmp_path / "file" / "data").start()
+
+
 def test_hangs_when_paused_and_still_stops() -> None:
     with LocalRedis() as server:
         server.pause()

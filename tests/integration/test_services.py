@@ -72,9 +72,19 @@ def draft(stack: LocalStack) -> Iterator[grpc.Channel]:
         yield channel
 
 
-def first_message(catalogue: Catalogue, nodes: list[int] | None = None) -> target_pb2.EvaluateRequest:
+SERVED: dict[str, str] = {}
+"""The model versions of the session's bundle, by role."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served(bundle: Path) -> None:
+    manifest = Bundle(bundle).manifest
+    SERVED.update({role: manifest.model_version(role) for role in ("target", "draft")})
+
+
+def first_message(nodes: list[int] | None = None) -> target_pb2.EvaluateRequest:
     """A good first message."""
-    start = target_pb2.EvaluateStart(catalogue_version=catalogue.version, prompt=array([1, 3, 4, 5, 6, 2], "int64"))
+    start = target_pb2.EvaluateStart(model_version=SERVED["target"], prompt=array([1, 3, 4, 5, 6, 2], "int64"))
     return target_pb2.EvaluateRequest(start=start, nodes=array([ROOT] if nodes is None else nodes, "int32"))
 
 
@@ -82,12 +92,12 @@ def next_message(nodes: list[int]) -> target_pb2.EvaluateRequest:
     return target_pb2.EvaluateRequest(nodes=array(nodes, "int32"))
 
 
-def plan_request(catalogue: Catalogue, **fields: Any) -> draft_pb2.PlanRequest:
+def plan_request(**fields: Any) -> draft_pb2.PlanRequest:
     """A good request for a plan from the root."""
     zero = array([0.0], "float64")
     return draft_pb2.PlanRequest(
         **{
-            "catalogue_version": catalogue.version,
+            "model_version": SERVED["draft"],
             "prompt": array([1, 3, 4, 5, 6, 2], "int64"),
             "beams": array([ROOT], "int32"),
             "scores": zero,
@@ -137,8 +147,8 @@ class TestTargetRefuses:
     """Each refusal ends its stream, names the field, and leaves the service as it was."""
 
     START: tuple[tuple[grpc.StatusCode, str, Change], ...] = (
-        (STALE, "start.catalogue_version", put("start.catalogue_version", "another")),
-        (STALE, "start.catalogue_version", put("start.catalogue_version", "")),
+        (STALE, "start.model_version", put("start.model_version", "another")),
+        (STALE, "start.model_version", put("start.model_version", "")),
         (INVALID, "prompt", put("start.prompt", types_pb2.Array())),
         (INVALID, "prompt", put("start.prompt", array([], "int64"))),
         (INVALID, "prompt", put("start.prompt", array([1, -1], "int64"))),
@@ -175,7 +185,7 @@ class TestTargetRefuses:
     def test_a_bad_first_message(
         self, target: grpc.Channel, catalogue: Catalogue, code: grpc.StatusCode, field: str, change: Change
     ) -> None:
-        bad = first_message(catalogue)
+        bad = first_message()
         change(bad)
         with refused(code, field), EvaluateStream(target) as stream:
             stream.ask(bad)
@@ -183,7 +193,7 @@ class TestTargetRefuses:
 
     @pytest.mark.parametrize(("name", "change"), ARRAYS, ids=[name for name, _ in ARRAYS])
     def test_an_array_that_is_none(self, target: grpc.Channel, catalogue: Catalogue, name: str, change: Change) -> None:
-        bad = first_message(catalogue)
+        bad = first_message()
         change(bad)
         with refused(INVALID, name.split(":")[0]), EvaluateStream(target) as stream:
             stream.ask(bad)
@@ -191,7 +201,7 @@ class TestTargetRefuses:
 
     def test_a_leaf(self, target: grpc.Channel, catalogue: Catalogue) -> None:
         with refused(INVALID, "nodes"), EvaluateStream(target) as stream:
-            stream.ask(first_message(catalogue, [ROOT, catalogue.trie.nodes - 1]))
+            stream.ask(first_message([ROOT, catalogue.trie.nodes - 1]))
         self.still_well(target, catalogue)
 
     def test_an_orphan(self, target: grpc.Channel, catalogue: Catalogue) -> None:
@@ -199,9 +209,9 @@ class TestTargetRefuses:
         trie = catalogue.trie
         grandchild = int(trie.children(int(trie.children(1)[0]))[0])
         with refused(INVALID, "nodes"), EvaluateStream(target) as stream:
-            stream.ask(first_message(catalogue, [ROOT, 1, grandchild]))
+            stream.ask(first_message([ROOT, 1, grandchild]))
         with EvaluateStream(target) as stream:
-            stream.ask(first_message(catalogue, [ROOT, 1]))
+            stream.ask(first_message([ROOT, 1]))
             with refused(INVALID, "nodes"):
                 stream.ask(next_message([grandchild]))
         self.still_well(target, catalogue)
@@ -220,9 +230,9 @@ class TestTargetRefuses:
     ) -> None:
         """The root twice, a node twice, no node, a second start: the first answer stands, the stream ends."""
         with EvaluateStream(target) as stream:
-            assert stream.ask(first_message(catalogue, [ROOT, 1])).evaluation.node.shape == [2]
+            assert stream.ask(first_message([ROOT, 1])).evaluation.node.shape == [2]
             with refused(INVALID, field):
-                stream.ask(first_message(catalogue, [2]) if isinstance(second, str) else second)
+                stream.ask(first_message([2]) if isinstance(second, str) else second)
         self.still_well(target, catalogue)
 
     def test_a_stream_without_start(self, target: grpc.Channel, catalogue: Catalogue) -> None:
@@ -232,7 +242,7 @@ class TestTargetRefuses:
 
     @pytest.mark.parametrize("position", [0, 1])
     def test_bytes_that_are_no_message(self, target: grpc.Channel, catalogue: Catalogue, position: int) -> None:
-        messages = [first_message(catalogue).SerializeToString()] * position + [b"\x12\x7fab"]
+        messages = [first_message().SerializeToString()] * position + [b"\x12\x7fab"]
         call: Any = target.stream_stream(f"/{TARGET}/Evaluate")
         replies = call(iter(messages), timeout=LIVENESS_SECONDS)
         with refused(INVALID, "request"):
@@ -247,7 +257,7 @@ class TestTargetRefuses:
 
     def still_well(self, channel: grpc.Channel, catalogue: Catalogue) -> None:
         with EvaluateStream(channel) as stream:
-            reply = stream.ask(first_message(catalogue, [ROOT, 1]))
+            reply = stream.ask(first_message([ROOT, 1]))
             assert len(stream.end()) == 0
         wire.evaluation(reply.evaluation, "evaluation", catalogue.trie)
 
@@ -257,7 +267,7 @@ class TestTarget:
         """0 children mean all; probabilities of a node's children sum to less than one under rule `vocab`."""
         trie = catalogue.trie
         with EvaluateStream(target) as stream:
-            reply = stream.ask(first_message(catalogue, [ROOT, 1, 2]))
+            reply = stream.ask(first_message([ROOT, 1, 2]))
         evaluation = wire.evaluation(reply.evaluation, "evaluation", trie)
         assert evaluation.node.tolist() == [ROOT, 1, 2]
         for node, children in evaluation.items():
@@ -271,10 +281,10 @@ class TestTarget:
         trie = catalogue.trie
         child = int(trie.children(1)[0])
         with EvaluateStream(target) as stream:
-            together = stream.ask(first_message(catalogue, [ROOT, 1, child]))
+            together = stream.ask(first_message([ROOT, 1, child]))
         with EvaluateStream(target) as stream:
             apart = [
-                stream.ask(first_message(catalogue)),
+                stream.ask(first_message()),
                 stream.ask(next_message([1])),
                 stream.ask(next_message([child])),
             ]
@@ -288,10 +298,10 @@ class TestTarget:
     def test_pruning_removes_children_and_changes_no_score(self, target: grpc.Channel, catalogue: Catalogue) -> None:
         trie = catalogue.trie
         cut = trie.children(ROOT)[1:4]
-        pruned = first_message(catalogue)
+        pruned = first_message()
         pruned.start.pruned.CopyFrom(array(cut, "int32"))
         with EvaluateStream(target) as one, EvaluateStream(target) as other:
-            before, after = one.ask(first_message(catalogue)), other.ask(pruned)
+            before, after = one.ask(first_message()), other.ask(pruned)
         (full,) = dict(wire.evaluation(before.evaluation, "evaluation", trie).items()).values()
         (rest,) = dict(wire.evaluation(after.evaluation, "evaluation", trie).items()).values()
         live = ~np.isin(full.node, cut)
@@ -300,7 +310,7 @@ class TestTarget:
         assert rest.log_mass < full.log_mass
 
     def test_a_pruned_root_has_no_children(self, target: grpc.Channel, catalogue: Catalogue) -> None:
-        request = first_message(catalogue)
+        request = first_message()
         request.start.pruned.CopyFrom(array(catalogue.trie.children(ROOT), "int32"))
         with EvaluateStream(target) as stream:
             evaluation = wire.evaluation(stream.ask(request).evaluation, "evaluation", catalogue.trie)
@@ -311,7 +321,7 @@ class TestTarget:
         """The prompt and the codes below it fit the model's positions to the last one."""
         longest = entry.max_positions - (LEVELS - 1)
         trie = catalogue.trie
-        first = first_message(catalogue, [ROOT, *trie.with_ancestors([int(trie.level_start[LEVELS]) - 1]).tolist()])
+        first = first_message([ROOT, *trie.with_ancestors([int(trie.level_start[LEVELS]) - 1]).tolist()])
         first.start.prompt.CopyFrom(array([3] * longest, "int64"))
         with EvaluateStream(target) as stream:
             reply = stream.ask(first)
@@ -323,7 +333,7 @@ class TestDraftRefuses:
     """Each refusal names the field, and the next plan is made."""
 
     FIELDS: tuple[tuple[grpc.StatusCode, str, Change], ...] = (
-        (STALE, "catalogue_version", put("catalogue_version", "another")),
+        (STALE, "model_version", put("model_version", "another")),
         (INVALID, "prompt", put("prompt", types_pb2.Array())),
         (INVALID, "prompt", put("prompt", array([1, -1], "int64"))),
         (INVALID, "prompt", put("prompt", array([1, 10_000], "int64"))),
@@ -365,7 +375,7 @@ class TestDraftRefuses:
     def test_a_bad_field(
         self, draft: grpc.Channel, catalogue: Catalogue, code: grpc.StatusCode, field: str, change: Change
     ) -> None:
-        bad = plan_request(catalogue)
+        bad = plan_request()
         change(bad)
         with refused(code, field):
             draft_stub(draft).Plan(bad, timeout=LIVENESS_SECONDS)
@@ -373,7 +383,7 @@ class TestDraftRefuses:
 
     @pytest.mark.parametrize(("name", "change"), ARRAYS, ids=[name for name, _ in ARRAYS])
     def test_an_array_that_is_none(self, draft: grpc.Channel, catalogue: Catalogue, name: str, change: Change) -> None:
-        bad = plan_request(catalogue)
+        bad = plan_request()
         change(bad)
         with refused(INVALID, name.split(":")[0]):
             draft_stub(draft).Plan(bad, timeout=LIVENESS_SECONDS)
@@ -383,7 +393,7 @@ class TestDraftRefuses:
     def test_beams_without_a_level_below(self, draft: grpc.Channel, catalogue: Catalogue, leaf: bool) -> None:
         """Leaves are refused; a beam of the last inner level is fine and has nothing to plan."""
         node = catalogue.trie.nodes - 1 if leaf else int(catalogue.trie.level_start[LEVELS]) - 1
-        request = plan_request(catalogue, beams=array([node], "int32"))
+        request = plan_request(beams=array([node], "int32"))
         if leaf:
             with refused(INVALID, "beams"):
                 draft_stub(draft).Plan(request, timeout=LIVENESS_SECONDS)
@@ -393,7 +403,7 @@ class TestDraftRefuses:
         self.still_well(draft, catalogue)
 
     def still_well(self, channel: grpc.Channel, catalogue: Catalogue) -> None:
-        plan = draft_stub(channel).Plan(plan_request(catalogue), timeout=LIVENESS_SECONDS)
+        plan = draft_stub(channel).Plan(plan_request(), timeout=LIVENESS_SECONDS)
         assert len(wire.node_ids(plan.nodes, "nodes", catalogue.trie)) > 0
 
 
@@ -405,9 +415,7 @@ class TestDraft:
         self, draft: grpc.Channel, catalogue: Catalogue, proposal: draft_pb2.Proposal.ValueType
     ) -> None:
         trie = catalogue.trie
-        request = plan_request(
-            catalogue, proposal=proposal, perturbation=types_pb2.Perturbation(seed=3, temperature=1.0), width=7
-        )
+        request = plan_request(proposal=proposal, perturbation=types_pb2.Perturbation(seed=3, temperature=1.0), width=7)
         reply = draft_stub(draft).Plan(request, timeout=LIVENESS_SECONDS)
         nodes = wire.node_ids(reply.nodes, "nodes", trie)
         assert np.bincount(trie.depth(nodes), minlength=LEVELS).max() <= 7
@@ -420,10 +428,7 @@ class TestDraft:
     def test_the_likeliest_nodes_are_what_a_small_plan_keeps(
         self, draft: grpc.Channel, catalogue: Catalogue, limit: int
     ) -> None:
-        plans = [
-            draft_stub(draft).Plan(plan_request(catalogue, max_nodes=size), timeout=LIVENESS_SECONDS)
-            for size in (0, limit)
-        ]
+        plans = [draft_stub(draft).Plan(plan_request(max_nodes=size), timeout=LIVENESS_SECONDS) for size in (0, limit)]
         whole, small = (
             dict(
                 zip(
@@ -440,8 +445,8 @@ class TestDraft:
 
     def test_weights_and_priorities_belong_to_perturbed_plans(self, draft: grpc.Channel, catalogue: Catalogue) -> None:
         """The contract names them for PROPOSAL_PERTURBED only, so another proposal does without."""
-        full = draft_stub(draft).Plan(plan_request(catalogue), timeout=LIVENESS_SECONDS)
-        bare = plan_request(catalogue)
+        full = draft_stub(draft).Plan(plan_request(), timeout=LIVENESS_SECONDS)
+        bare = plan_request()
         bare.ClearField("weights")
         bare.ClearField("priorities")
         assert draft_stub(draft).Plan(bare, timeout=LIVENESS_SECONDS).nodes == full.nodes
@@ -469,7 +474,8 @@ class TestHealth:
         service = ServiceProcess("target_service", flags, log_folder / "busy.log")
         service.start()
         nodes = list(range(min(4096, int(catalogue.trie.level_start[LEVELS]))))
-        long = first_message(catalogue, nodes)
+        long = first_message(nodes)
+        long.start.model_version = Bundle(bundle).manifest.model_version("target")
         long.start.prompt.CopyFrom(array([3] * 250, "int64"))
         with models(service.address) as channel, ThreadPoolExecutor(1) as pool, EvaluateStream(channel) as stream:
             check_health(channel, TARGET)
@@ -497,7 +503,7 @@ class TestEnd:
             HealthWatch(service.address, TARGET) as watch,
             EvaluateStream(channel) as stream,
         ):
-            stream.ask(first_message(catalogue))
+            stream.ask(first_message())
             assert watch.next() == SERVING
             process.send_signal(signal.SIGTERM)
             assert watch.next() == NOT_SERVING
@@ -548,7 +554,7 @@ class TestEnd:
         process = service.process
         assert process is not None
         with models(service.address) as channel, EvaluateStream(channel) as stream:
-            stream.ask(first_message(catalogue))
+            stream.ask(first_message())
             process.send_signal(signal.SIGTERM)
             assert process.wait(LIVENESS_SECONDS) == 0
             with pytest.raises(grpc.RpcError) as end:
@@ -577,7 +583,7 @@ def test_a_busy_target_is_not_the_callers_fault(
         EvaluateStream(channel) as stream,
     ):
         history = random_history(catalogue, 5, seed=1)
-        stream.ask(first_message(catalogue))
+        stream.ask(first_message())
         with pytest.raises(grpc.RpcError) as refusal:
             caller.recommend(history)
         assert refusal.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -591,15 +597,15 @@ def test_model_info_is_what_the_bundle_says(
     manifest = Bundle(bundle).manifest
     assert manifest.draft is not None
     answers = {
-        manifest.target.fingerprint: target_stub(target)
+        SERVED["target"]: target_stub(target)
         .GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=LIVENESS_SECONDS)
         .model,
-        manifest.draft.fingerprint: draft_stub(draft)
+        SERVED["draft"]: draft_stub(draft)
         .GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest(), timeout=LIVENESS_SECONDS)
         .model,
     }
-    for fingerprint, model in answers.items():
-        assert model.model_version == fingerprint
+    for version, model in answers.items():
+        assert model.model_version == version
         assert model.catalogue_version == catalogue.version
         assert (model.architecture, model.precision, model.provider) == ("llama", "float32", "cpu")
         assert model.scoring_rule == types_pb2.SCORING_RULE_VOCAB

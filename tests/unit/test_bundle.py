@@ -130,6 +130,16 @@ def test_a_catalogue_of_another_version_is_refused(root: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_model_too_short_for_the_longest_prompt_is_refused(root: Path, role: str) -> None:
+    """A prefix token, 20 items of 2 codes, and the first code of the answer: 42 positions."""
+    change(root, lambda m: m[role].update(max_positions=42))
+    Bundle(root).catalogue()
+    change(root, lambda m: m[role].update(max_positions=41))
+    with pytest.raises(BundleError, match=rf"manifest\.json: {role}\.max_positions: 41, but .* up to 42"):
+        Bundle(root).catalogue()
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
 def test_a_model_with_too_few_code_tokens_for_the_catalogue_is_refused(root: Path, role: str) -> None:
     change(root, lambda m: m[role].update(code_tokens=[3, 4, 5]))
     with pytest.raises(BundleError, match=rf"manifest\.json: {role}\.code_tokens: 3 tokens for 4 code columns"):

@@ -43,11 +43,34 @@ def test_largest_gap() -> None:
     assert largest_gap(RankedList((), ()), A) == 0.0
 
 
-def test_rounding_of_a_shared_item_widens_the_tie() -> None:
-    """Two computations that disagree by 0.0003 on one item may swap another two that are 0.0003 apart."""
-    one = RankedList(("a", "x", "y"), (-1.0, -2.0, -2.0003))
-    other = RankedList(("a", "y", "x"), (-1.0003, -2.0, -2.0003))
+@pytest.mark.parametrize(("rounding", "gap"), [(0.9, 1.1), (1.1, 0.9), (3.0, 3.0), (3.0, 0.0)])
+def test_neither_gap_nor_rounding_may_reach_the_limit(rounding: float, gap: float) -> None:
+    """Two computations that disagree on one item may not swap another two that are further apart for it."""
+    rounding, gap = rounding * NEAR_TIE, gap * NEAR_TIE
+    one = RankedList(("a", "x", "y"), (-1.0, -2.0, -2.0 - gap))
+    other = RankedList(("a", "y", "x"), (-1.0 - rounding, -2.0, -2.0 - gap))
+    assert compare(one, other) is Verdict.DIFFERENT
+
+
+def test_gap_and_rounding_below_the_limit() -> None:
+    """Both at once, each under its own limit."""
+    one = RankedList(("a", "x", "y"), (-1.0, -2.0, -2.0 - 0.9 * NEAR_TIE))
+    other = RankedList(("a", "y", "x"), (-1.0 - 0.9 * NEAR_TIE, -2.0, -2.0 - 0.9 * NEAR_TIE))
     assert compare(one, other) is Verdict.NEAR_TIE
+
+
+def test_the_limit_is_the_contracts() -> None:
+    """Score gap < 0.0001, as README and demo say."""
+    assert NEAR_TIE == 1e-4
+
+
+def test_answers() -> None:
+    """A near-tie is neither yes nor NO, and many lists are as good as the worst of them."""
+    identical, near, different = Verdict.IDENTICAL, Verdict.NEAR_TIE, Verdict.DIFFERENT
+    assert [verdict.answer for verdict in (identical, near, different)] == ["yes", "near-tie", "NO"]
+    assert Verdict.worst([identical, near, identical]) is near
+    assert Verdict.worst([near, different, identical]) is different
+    assert Verdict.worst([]) is identical
 
 
 def test_an_item_lost_from_the_middle_is_no_tie() -> None:

@@ -44,12 +44,14 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         await self._maybe_fail(request, context)
-        return pb.RecordEventsResponse(history_length=len(request.item_ids))
+        return pb.RecordEventsResponse(history_length=len(request.events))
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
-        return pb.GetHistoryResponse(item_ids=["a", "b"])
+        self.calls.append(request)
+        return pb.GetHistoryResponse(events=[pb.Event(item_id=item_id) for item_id in ("a", "b")])
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
+        self.calls.append(request)
         return pb.ForgetUserResponse(existed=request.user_id == "alice")
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
@@ -89,6 +91,21 @@ async def test_calls() -> None:
         assert await client.forget("alice")
         assert not await client.forget("bob")
         assert (await client.info()).bundle_name == "fake"
+
+
+async def test_a_tenants_users_are_its_own() -> None:
+    """Every call about a stored history says whose user it is; without a tenant, nobody's."""
+    service = FakeService()
+    async with connected(service) as client:
+        for tenant in ("shop", ""):
+            await client.record("alice", ["a", "b"], tenant=tenant)
+            await client.history("alice", tenant=tenant)
+            await client.forget("alice", tenant=tenant)
+            await client.recommend("alice", tenant=tenant)
+    assert [call.tenant for call in service.calls] == ["shop"] * 4 + [""] * 4
+    assert service.calls[0] == pb.RecordEventsRequest(
+        user_id="alice", events=[pb.Event(item_id="a"), pb.Event(item_id="b")], tenant="shop"
+    )
 
 
 async def test_batch_gives_lists_and_errors_by_index() -> None:

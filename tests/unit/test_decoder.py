@@ -60,7 +60,7 @@ def chain(decoder: Decoder, length: int, cached: int = 0, kv: npt.NDArray[Any] |
 
 
 def test_reads_its_shape_from_the_graph(decoder: Decoder) -> None:
-    assert decoder.kv_shape == (LAYERS, 2, KV_HEADS, HEAD_DIM)
+    assert (decoder.layers, decoder.kv_heads, decoder.head_dim) == (LAYERS, KV_HEADS, HEAD_DIM)
     assert decoder.columns == COLUMNS
     assert decoder.dtype == np.float32
     assert decoder.empty_kv(7).shape == (LAYERS, 2, 7, KV_HEADS, HEAD_DIM)
@@ -268,7 +268,10 @@ def test_never_falls_back_from_cuda_in_silence(model_path: Path, monkeypatch: py
         with pytest.raises(BundleError, match="provider cuda"):
             Decoder(model_path, cuda)
 
-    def session_without_cuda(path: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+    def session_without_cuda(
+        path: str, options: ort.SessionOptions, providers: list[tuple[str, dict[str, str]]]
+    ) -> ort.InferenceSession:
+        assert providers[0] == ("CUDAExecutionProvider", {"use_tf32": "0"}), "float32 must be float32 there too"
         return real_session(path, options, providers=["CPUExecutionProvider"])
 
     real_session = ort.InferenceSession

@@ -19,10 +19,10 @@ from engine.kv_cache import (
     KvLayout,
     MemoryKvCache,
     block_keys,
+    copy_blocks,
     decode_block,
     encode_block,
     namespace,
-    split_blocks,
 )
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=2)
@@ -140,6 +140,7 @@ class TestCodec:
         decoded = decode_block(layout, key, encode_block(layout, key, block))
         assert decoded is not None
         assert same_bits(decoded, block)
+        assert decoded.base is None
         assert not decoded.flags.writeable
 
     def test_the_bytes_do_not_depend_on_memory_order(self) -> None:
@@ -211,17 +212,27 @@ class TestCodec:
             encode_block(LAYOUT, b"short", block)
 
 
-class TestSplitBlocks:
+class TestCopyBlocks:
     def test_blocks_are_the_prefix_in_order(self) -> None:
         kv = np.arange(2 * 2 * 7 * 1 * 2, dtype=np.float32).reshape(2, 2, 7, 1, 2)
-        blocks = split_blocks(LAYOUT, kv, 3)
+        blocks = copy_blocks(LAYOUT, kv, 0, 3)
         assert np.array_equal(np.concatenate(blocks, axis=2), kv[:, :, :6])
-        assert split_blocks(LAYOUT, kv, 0) == []
+        assert np.array_equal(np.concatenate(copy_blocks(LAYOUT, kv, 1, 3), axis=2), kv[:, :, 2:6])
+        assert copy_blocks(LAYOUT, kv, 3, 3) == []
+
+    def test_later_changes_of_the_prefix_do_not_reach_the_blocks(self) -> None:
+        """The evaluator goes on writing into the same buffer."""
+        kv = np.zeros((2, 2, 2, 1, 2), dtype=np.float32)
+        (block,) = copy_blocks(LAYOUT, kv, 0, 1)
+        kv[:] = 1
+        assert not block.any()
+        with pytest.raises(ValueError, match="read-only"):
+            block[:] = 1
 
     @pytest.mark.parametrize("shape", [(2, 2, 5, 1, 2), (1, 2, 6, 1, 2), (2, 2, 6, 2), (2, 2, 6, 1, 2, 1)])
     def test_refuses_what_is_too_short_or_of_another_layout(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="layout wants"):
-            split_blocks(LAYOUT, np.zeros(shape, dtype=np.float32), 3)
+            copy_blocks(LAYOUT, np.zeros(shape, dtype=np.float32), 0, 3)
 
 
 class NaiveCache:
@@ -264,6 +275,12 @@ def tiny(name: int) -> KvArray:
     return np.full((1, 2, name % 5 + 1, 1, 1), name, dtype=np.float32)
 
 
+def put(cache: MemoryKvCache, key: bytes, block: KvArray) -> KvArray:
+    """A chain of one."""
+    (kept,) = cache.put_chain([key], [block])
+    return kept
+
+
 def key_of(name: int) -> bytes:
     return bytes([name])
 
@@ -298,9 +315,31 @@ class TestMemory:
         assert (statistics.used_bytes, statistics.blocks) == (naive.used, len(naive.entries))
         assert statistics.evictions == naive.evictions
 
-    def test_blocks_are_copies_that_nobody_can_change(self) -> None:
+    def test_a_block_that_is_its_own_is_kept_as_it_is(self) -> None:
+        cache, block = MemoryKvCache(1000), tiny(3)
+        block.flags.writeable = False
+        assert put(cache, b"k", block) is block
+        cache.check_integrity()
+
+    def test_a_read_only_view_is_copied(self) -> None:
+        """Whoever has the array that it looks into could change it, and its whole memory would stay."""
         cache, source = MemoryKvCache(1000), tiny(3)
-        stored = cache.put(b"k", source)
+        view = source[:]
+        view.flags.writeable = False
+        put(cache, b"k", view)
+        cache.check_integrity()
+        source[:] = 0
+        assert (cache.get_chain([b"k"])[0] == 3).all()
+
+    def test_refuses_more_blocks_than_keys(self) -> None:
+        cache = MemoryKvCache(1000)
+        with pytest.raises(ValueError, match="2 blocks for a chain of 1"):
+            cache.put_chain([b"k"], [tiny(0), tiny(0)])
+        assert len(cache) == 0
+
+    def test_writable_blocks_are_copied_and_nobody_can_change_the_copies(self) -> None:
+        cache, source = MemoryKvCache(1000), tiny(3)
+        stored = put(cache, b"k", source)
         source[:] = 0
         (found,) = cache.get_chain([b"k"])
         assert found is stored
@@ -310,42 +349,42 @@ class TestMemory:
 
     def test_a_block_outlives_its_eviction(self) -> None:
         cache = MemoryKvCache(tiny(4).nbytes)
-        held = cache.put(b"old", tiny(4))
-        cache.put(b"new", tiny(9))
+        held = put(cache, b"old", tiny(4))
+        put(cache, b"new", tiny(9))
         assert b"old" not in cache
         assert (held == 4).all()
 
     def test_a_block_beyond_the_limit_drives_nothing_out(self) -> None:
         cache = MemoryKvCache(tiny(0).nbytes)
-        cache.put(b"small", tiny(0))
-        assert (cache.put(b"large", tiny(4)) == 4).all()
+        put(cache, b"small", tiny(0))
+        assert (put(cache, b"large", tiny(4)) == 4).all()
         assert b"small" in cache
         assert len(cache) == 1
 
     def test_the_first_block_for_a_key_stays(self) -> None:
         cache = MemoryKvCache(1000)
-        first = cache.put(b"k", tiny(1))
-        assert cache.put(b"k", tiny(2)) is first
+        first = put(cache, b"k", tiny(1))
+        assert put(cache, b"k", tiny(2)) is first
         assert cache.used_bytes == first.nbytes
 
     def test_the_end_of_a_chain_goes_before_its_head(self) -> None:
         cache = MemoryKvCache(3 * tiny(0).nbytes)
         chain = [b"a", b"b", b"c"]
         for key in chain:
-            cache.put(key, tiny(0))
+            put(cache, key, tiny(0))
         cache.get_chain(chain)
-        cache.put(b"x", tiny(0))
+        put(cache, b"x", tiny(0))
         assert len(cache.get_chain(chain)) == 2
 
     def test_counts_blocks_hit_and_missed(self) -> None:
         cache = MemoryKvCache(1000)
-        cache.put(b"a", tiny(0))
+        put(cache, b"a", tiny(0))
         cache.get_chain([b"a", b"b", b"c"])
         assert (cache.statistics.hits, cache.statistics.misses) == (1, 2)
 
     def test_a_limit_of_zero_keeps_nothing(self) -> None:
         cache = MemoryKvCache(0)
-        cache.put(b"a", tiny(0))
+        put(cache, b"a", tiny(0))
         assert cache.get_chain([b"a"]) == []
         cache.check_integrity()
 
@@ -358,7 +397,7 @@ class TestIntegrityCheck:
     @pytest.fixture
     def cache(self) -> MemoryKvCache:
         cache = MemoryKvCache(1000)
-        cache.put(b"a", tiny(0))
+        put(cache, b"a", tiny(0))
         cache.check_integrity()
         return cache
 

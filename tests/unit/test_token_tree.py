@@ -16,8 +16,9 @@ from tests.oracles.worlds import build, naive_tries
 PROMPT = [50, 51, 52, 53, 54]
 
 
-def empty_tree(prompt: list[int], room: int = 4) -> TokenTree:
-    return TokenTree(np.array(prompt), np.zeros((1, 2, len(prompt) + room, 1, 1), dtype=np.float32))
+def empty_tree(prompt: list[int]) -> TokenTree:
+    """A tree as the evaluator opens it, without room for anything."""
+    return TokenTree(np.array(prompt), np.zeros((1, 2, 0, 1, 1), dtype=np.float32))
 
 
 def closed(naive: NaiveTrie, nodes: list[int]) -> list[int]:
@@ -32,6 +33,7 @@ def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached
     trie, inner = build(naive).trie, naive.inner()
     column_tokens = np.arange(trie.columns) + 1000
     tree = empty_tree(PROMPT)
+    tree.reserve(cached)
     tree.length = cached
     everything = closed(naive, data.draw(st.lists(st.sampled_from(inner))))
     later = data.draw(st.integers(1, naive.levels))
@@ -96,6 +98,7 @@ def test_a_tree_grows_without_losing_what_it_holds(steps: list[int]) -> None:
 def test_cached_blocks_become_the_beginning() -> None:
     tree = empty_tree(PROMPT)
     blocks = [np.full((1, 2, 2, 1, 1), value, dtype=np.float32) for value in (7, 8)]
+    tree.reserve(4)
     tree.fill_prefix(blocks)
     assert tree.length == 4
     assert tree.kv[0, 0, :4, 0, 0].tolist() == [7, 7, 8, 8]

@@ -131,7 +131,7 @@ def test_ties_go_to_the_smaller_path() -> None:
     even = LlamaForCausalLM(config)
     torch.nn.init.zeros_(even.lm_head.weight)
     beams = BeamSearch(even, SPELLING, TRIE, ScoringRule.VOCAB, 6)(PROMPTS)
-    assert beams.node[-1][0].tolist() == list(range(TRIE.nodes - TRIE.leaves, TRIE.nodes))[:6]
+    assert beams.node[-1][0].tolist() == list(range(TRIE.nodes))[TRIE.level(TRIE.levels)][:6]
 
 
 def test_batches_hold_one_length_and_every_prompt_once() -> None:

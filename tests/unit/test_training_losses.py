@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.losses import forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
+from training.losses import coverage, forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
 
 Rows = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -143,6 +143,45 @@ def test_path_cross_entropy(seed: int, batch: int, paths: int, length: int) -> N
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     gradients = [torch.autograd.grad(value, logits)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(), st.integers(0, 100), st.integers(0, 4), st.sampled_from([0.0, 0.5, 2.0]))
+def test_coverage(given: Rows, seed: int, spare: int, margin: float) -> None:
+    """The threshold by sorting; the wanted ones are drawn from the allowed."""
+    allowed = given[2]
+    wanted = allowed & (torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed)) < 0.4)
+    wanted[torch.arange(len(allowed)), allowed.int().argmax(1)] = True
+    budget = int(wanted.sum(1).max()) + spare
+
+    def fast(draft: Tensor, _: Tensor, allowed: Tensor) -> Tensor:
+        return coverage(draft, wanted, allowed, budget=budget, margin=margin)
+
+    def slow(given: Rows) -> Tensor:
+        draft, _, allowed = given
+        result = []
+        for row in range(len(draft)):
+            inside = [c for c in range(draft.shape[1]) if wanted[row, c]]
+            others = [c for c in range(draft.shape[1]) if allowed[row, c] and not wanted[row, c]]
+            others.sort(key=lambda column: -draft[row, column].item())
+            total = draft[row].sum() * 0
+            if len(others) > budget - len(inside):
+                threshold = draft[row, others[budget - len(inside)]]
+                gaps = [margin + threshold - draft[row, column] for column in inside]
+                total = total + sum((gap for gap in gaps if gap.item() > 0), start=torch.zeros(())) / len(inside)
+            result.append(total)
+        return mean(result)
+
+    check(given, fast, slow)
+
+
+def test_coverage_is_zero_exactly_when_all_beams_are_in_the_budget() -> None:
+    """Scores 5, 4, 3, 2 with the second and the third wanted: both are among the best three, not among the best two."""
+    draft, wanted = torch.tensor([[5.0, 4.0, 3.0, 2.0]]), torch.tensor([[False, True, True, False]])
+    allowed = torch.ones_like(wanted)
+    assert coverage(draft, wanted, allowed, budget=3, margin=0.0).item() == 0.0
+    assert coverage(draft, wanted, allowed, budget=2, margin=0.0).item() == (1 + 2) / 2
+    assert coverage(draft, wanted, allowed, budget=4, margin=9.0).item() == 0.0
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
+from engine import kv_cache, tree_evaluator
 from engine.errors import CapacityError, PromptError
+from engine.kv_cache import KvArray
 from engine.kv_store import KvStore
 from engine.scoring import Children, Evaluation, ScoringRule
+from engine.token_tree import TokenTree
 from engine.tree_evaluator import Selection, TreeEvaluator
 from engine.trie import ROOT, Int64, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -121,6 +126,54 @@ async def test_every_state_of_the_cache_gives_the_same(models: Models) -> None:
         assert_same(await evaluate(shared, prompt, nodes), expected)
 
 
+async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt's are hundreds of megabytes: on the event loop they would hold up health checks and cancellation."""
+    moves: list[tuple[str, str]] = []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: object) -> object:
+            moves.append((name, threading.current_thread().name))
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    prompt = models.prompt(7, seed=3)
+    watch(TokenTree, "reserve")
+    watch(TokenTree, "fill_prefix")
+    watch(tree_evaluator, "copy_blocks")
+    watch(kv_cache, "_read_only_copy")
+    async with opened(models, 100) as evaluator:
+        for _ in range(2):
+            tree = await evaluator.open(prompt)
+            assert tree.tokens.kv.size == 0, "a stream that waits for its turn holds memory"
+            await evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING)
+            assert tree.cached == ()
+    assert {name for name, _ in moves} == {"reserve", "fill_prefix", "copy_blocks", "_read_only_copy"}
+    assert all(thread.startswith("onnx") for _, thread in moves), moves
+
+
+async def test_only_the_blocks_that_no_cache_had_are_written(models: Models) -> None:
+    """Those of a longer history, on top of a shorter one's; and none twice, whatever else the tree evaluates."""
+    written: list[list[bytes]] = []
+
+    class Recorder(DictStore):
+        async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
+            written.append(list(blocks))
+            await super().put(blocks)
+
+    inner = models.naive.inner()
+    short, longer = models.prompt(4, seed=3)[:-1], models.prompt(8, seed=3)
+    longer[: len(short)] = short
+    async with opened(models, 100, Recorder()) as evaluator:
+        for prompt in (short, longer, longer):
+            await evaluate(evaluator, prompt, [ROOT], inner[1:])
+        expected = (await evaluator.open(longer)).keys
+    blocks = len(short) // BLOCK_TOKENS
+    assert written == [expected[:blocks], expected[blocks:]]
+
+
 async def test_tenants_share_no_prefix(models: Models) -> None:
     prompt = models.prompt(7, seed=3)
     async with opened(models, 100) as evaluator:
@@ -130,7 +183,7 @@ async def test_tenants_share_no_prefix(models: Models) -> None:
 
 
 async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many small passes on a buffer that starts without room for a single node."""
+    """Many small passes on a buffer that starts without room for a second one."""
     naive, prompt = models.naive, models.prompt(5, seed=1)
     async with opened(models) as evaluator:
         expected = await evaluate(evaluator, prompt, naive.inner())
@@ -177,11 +230,11 @@ async def test_a_misuse_of_a_tree_is_refused(models: Models, passes: list[list[i
 
 
 async def test_an_orphan_or_a_leaf_is_refused_and_the_tree_lives_on(models: Models) -> None:
-    """A refused pass leaves no trace: the same tree still gives what a fresh one gives."""
-    naive, prompt = models.naive, models.prompt(2, seed=0)
+    """A refused pass leaves no trace: the same tree still gives what a fresh one gives, on a cached prefix too."""
+    naive, prompt = models.naive, models.prompt(5, seed=0)
     orphan = next(node for node in naive.inner() if len(naive.nodes[node]) == 2)
     leaf, parent = max(naive.inner()) + 1, naive.id_of[naive.nodes[orphan][:1]]
-    async with opened(models) as evaluator:
+    async with opened(models, 100) as evaluator:
         expected = await evaluate(evaluator, prompt, [ROOT, parent, orphan])
         tree = await evaluator.open(prompt)
         for nodes, problem in (([ROOT, orphan], "ancestor"), ([ROOT, leaf], "between 0 and")):

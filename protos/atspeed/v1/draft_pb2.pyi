@@ -93,7 +93,7 @@ class PlanRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     PRUNED_FIELD_NUMBER: _builtins.int
     BEAMS_FIELD_NUMBER: _builtins.int
@@ -106,8 +106,8 @@ class PlanRequest(_message.Message):
     PERTURBATION_FIELD_NUMBER: _builtins.int
     WITH_EVALUATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
-    catalogue_version: _builtins.str
-    """The catalogue snapshot that node ids refer to. FAILED_PRECONDITION when this replica holds another."""
+    model_version: _builtins.str
+    """The model version that node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     width: _builtins.int
     """`N`: most nodes proposed per level."""
     max_nodes: _builtins.int
@@ -149,7 +149,7 @@ class PlanRequest(_message.Message):
     def __init__(
         self,
         *,
-        catalogue_version: _builtins.str = ...,
+        model_version: _builtins.str = ...,
         prompt: _types_pb2.Array | None = ...,
         pruned: _types_pb2.Array | None = ...,
         beams: _types_pb2.Array | None = ...,
@@ -165,7 +165,7 @@ class PlanRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "catalogue_version", b"catalogue_version", "max_nodes", b"max_nodes", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,7 +171,7 @@ class RecommendRequest(_message.Message):
     exclude_seen: _builtins.bool
     """Also exclude the items of the user's history."""
     tenant: _builtins.str
-    """Separates the cached states of tenants that must not share them."""
+    """Whose user; tenants share neither histories nor cached states."""
     @_builtins.property
     def history(self) -> Global___History:
         """The history itself; nothing is stored."""
@@ -273,22 +273,26 @@ class Versions(_message.Message):
     TARGET_MODEL_FIELD_NUMBER: _builtins.int
     DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     CATALOGUE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     target_model: _builtins.str
-    """Hash of the target's files."""
+    """Model version of the target that made the list."""
     draft_model: _builtins.str
-    """Hash of the draft's files; empty when no draft took part."""
+    """Model version of the draft; empty when no draft took part."""
     catalogue: _builtins.str
     """Hash of the catalogue snapshot."""
+    bundle: _builtins.str
+    """Version of the bundle that the orchestrator serves."""
     def __init__(
         self,
         *,
         target_model: _builtins.str = ...,
         draft_model: _builtins.str = ...,
         catalogue: _builtins.str = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue", b"catalogue", "draft_model", b"draft_model", "target_model", b"target_model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "catalogue", b"catalogue", "draft_model", b"draft_model", "target_model", b"target_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -343,7 +347,9 @@ class RecommendResponse(_message.Message):
     mode: Global___Mode.ValueType
     """The mode that made the list."""
     degraded: _builtins.bool
-    """Whether a part of the service failed. The list is still what the mode promises; it only took longer."""
+    """Whether the draft could not help. The list is still what the mode promises; it only took longer. A target replica that failed
+    shows in statistics.target_retries, a Redis tier that failed in the cached tokens.
+    """
     history_items_used: _builtins.int
     """History items that the prompt held: the newest that fit the window."""
     fewer_than_k_reason: _builtins.str
@@ -364,7 +370,7 @@ class RecommendResponse(_message.Message):
 
     @_builtins.property
     def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What failed, one line each, for people."""
+        """Why, one line each, for people."""
 
     @_builtins.property
     def unknown_history_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -601,28 +607,54 @@ class RequestError(_message.Message):
 Global___RequestError: _TypeAlias = RequestError  # noqa: Y015
 
 @_typing.final
+class Event(_message.Message):
+    """Something that a user did with an item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """The item."""
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
 class RecordEventsRequest(_message.Message):
-    """Appends events."""
+    """Appends events. Not idempotent: a call whose outcome is unknown may have been stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
-    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Whose history."""
+    tenant: _builtins.str
+    """Whose user; users of different tenants are different users."""
     @_builtins.property
-    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Items in time order, oldest first; at least one. Ids that the catalogue does not know are stored too: a later snapshot may know them."""
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """In time order, oldest first; at least one. Ids that the catalogue does not know are stored too: a later snapshot may know them."""
 
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
-        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -663,16 +695,20 @@ class GetHistoryRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Whose."""
+    tenant: _builtins.str
+    """Whose user."""
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -684,19 +720,19 @@ class GetHistoryResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first."""
 
     def __init__(
         self,
         *,
-        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,16 +745,20 @@ class ForgetUserRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Whom."""
+    tenant: _builtins.str
+    """Whose user."""
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -782,6 +822,9 @@ class GetServiceInfoResponse(_message.Message):
     MODES_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
     BACKENDS_FIELD_NUMBER: _builtins.int
+    MAX_HISTORY_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATE_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -800,6 +843,12 @@ class GetServiceInfoResponse(_message.Message):
     """History items that a prompt holds at most."""
     allows_empty_history: _builtins.bool
     """Whether a user without a history gets a recommendation."""
+    max_history_items: _builtins.int
+    """Most items of a history, in a request or stored."""
+    max_candidate_items: _builtins.int
+    """Most excluded, and most allowed, item ids of a request."""
+    max_batch: _builtins.int
+    """Most requests of a batch."""
     @_builtins.property
     def versions(self) -> Global___Versions:
         """Versions of model, draft and catalogue, as configured."""
@@ -832,10 +881,13 @@ class GetServiceInfoResponse(_message.Message):
         modes: _abc.Iterable[Global___Mode.ValueType] | None = ...,
         started_at: _timestamp_pb2.Timestamp | None = ...,
         backends: _abc.Iterable[Global___Backend] | None = ...,
+        max_history_items: _builtins.int = ...,
+        max_candidate_items: _builtins.int = ...,
+        max_batch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_beam_width", b"max_beam_width", "max_k", b"max_k", "modes", b"modes", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

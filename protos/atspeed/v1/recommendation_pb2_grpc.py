@@ -100,7 +100,7 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForgetUser(self, request, context):
-        """Erases all that is stored of a user.
+        """Erases a user's history. Cached keys and values of prompts, which carry no user id, expire by themselves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -64,14 +64,14 @@ class EvaluateStart(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     PRUNED_FIELD_NUMBER: _builtins.int
     MAX_CHILDREN_FIELD_NUMBER: _builtins.int
     PERTURBATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
-    catalogue_version: _builtins.str
-    """The catalogue snapshot that node ids refer to. FAILED_PRECONDITION when this replica holds another."""
+    model_version: _builtins.str
+    """The model version that scores and node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     max_children: _builtins.int
     """Most children to return per node, best first. 0 returns all."""
     tenant: _builtins.str
@@ -91,7 +91,7 @@ class EvaluateStart(_message.Message):
     def __init__(
         self,
         *,
-        catalogue_version: _builtins.str = ...,
+        model_version: _builtins.str = ...,
         prompt: _types_pb2.Array | None = ...,
         pruned: _types_pb2.Array | None = ...,
         max_children: _builtins.int = ...,
@@ -100,7 +100,7 @@ class EvaluateStart(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "max_children", b"max_children", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

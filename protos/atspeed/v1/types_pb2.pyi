@@ -200,7 +200,9 @@ class ModelInfo(_message.Message):
     MAX_NODES_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
-    """Hash of the model's files. Equal versions give equal scores."""
+    """Hash of all that scores and node ids depend on: weights, scoring rule, prompt, code tokens, catalogue snapshot. Replicas of one
+    version are interchangeable; grpc.health.v1 knows them as <service>/<model_version> too.
+    """
     catalogue_version: _builtins.str
     """Hash of the catalogue snapshot's content. Node ids only mean something under one version."""
     bundle_name: _builtins.str

@@ -1,0 +1,134 @@
+"""The draft over gRPC. A draft that fails costs a plan, never an answer; everything that comes back is checked."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+import numpy as np
+import structlog
+from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
+
+from engine.beams import Beams
+from engine.plan import Plan, PlanSize, Proposal
+from engine.trie import Trie
+from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
+from service_kit import wire
+from service_kit.errors import InvalidArgumentError
+from service_kit.logs import request_metadata
+
+_REQUESTS_OWN = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
+_MOST_NS = 2**48  # three days
+_LONGEST_VERSION = 256
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class DraftClient:
+    """The draft service. After a failure it is left alone for `backoff_seconds`, so that a dead draft does not cost every
+    request its timeout.
+    """
+
+    def __init__(
+        self, channel: grpc.aio.Channel, trie: Trie, model_version: str, *, timeout: float, backoff_seconds: float
+    ) -> None:
+        self.stub: draft_pb2_grpc.DraftServiceAsyncStub = draft_pb2_grpc.DraftServiceStub(channel)
+        self.trie, self.model_version, self.timeout = trie, model_version, timeout
+        self._backoff, self._ask_again_at = backoff_seconds, 0.0
+
+    async def model_info(self) -> types_pb2.ModelInfo:
+        """What a replica serves. Raises grpc.aio.AioRpcError."""
+        request = draft_pb2.DraftServiceGetModelInfoRequest()
+        return (await self.stub.GetModelInfo(request, timeout=PROBE_SECONDS)).model
+
+    @property
+    def resting(self) -> bool:
+        """Whether it failed so recently that it is not asked."""
+        return time.monotonic() < self._ask_again_at
+
+    def rest(self) -> None:
+        """Leave it alone for a while."""
+        self._ask_again_at = time.monotonic() + self._backoff
+
+    def session(self, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]) -> DraftSession:
+        """The draft for one request. Why it could not help is added to `degraded`."""
+        return DraftSession(self, question, size, proposal, degraded)
+
+
+class DraftSession:
+    """The draft for one request; see `beam_loop.Draft`."""
+
+    def __init__(
+        self, client: DraftClient, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]
+    ) -> None:
+        self._client, self._question, self._size, self._proposal = client, question, size, proposal
+        self._degraded, self._failed = degraded, False
+        self.usage = Usage()
+
+    async def plan(self, below: Beams) -> Plan:
+        """A plan below these beams; an empty one, with the reason noted, when the draft fails, is late or talks nonsense."""
+        if self._failed:
+            return Plan.empty(below)
+        if self._client.resting:
+            return self._without_plan(below, "left alone after a recent failure")
+        begun = time.perf_counter_ns()
+        try:
+            timeout = min(self._client.timeout, self._question.deadline.left())
+            reply = await self._client.stub.Plan(self._request(below), timeout=timeout, metadata=request_metadata())
+            return self._read(reply, below)
+        except grpc.aio.AioRpcError as error:
+            # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
+            in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout < self._client.timeout
+            if not in_a_hurry and error.code() not in _REQUESTS_OWN:
+                self._client.rest()
+            return self._without_plan(below, error.code().name)
+        except BadReplyError as error:
+            _log.warning("draft answered nonsense", problem=str(error))
+            self._client.rest()
+            return self._without_plan(below, "invalid answer")
+        finally:
+            self.usage.wait_ns += time.perf_counter_ns() - begun
+
+    def _without_plan(self, below: Beams, reason: str) -> Plan:
+        self._failed = True
+        self._degraded.append(f"draft: {reason}")
+        return Plan.empty(below)
+
+    def _request(self, below: Beams) -> draft_pb2.PlanRequest:
+        question, order = self._question, np.argsort(below.node)
+        return draft_pb2.PlanRequest(
+            model_version=self._client.model_version,
+            prompt=wire.to_array(question.prompt),
+            pruned=wire.to_array(question.pruning.cut),
+            beams=wire.to_array(below.node[order].astype(np.int32)),
+            scores=wire.to_array(below.score[order]),
+            weights=wire.to_array(below.weight[order]),
+            priorities=wire.to_array(below.priority[order]),
+            width=self._size.width,
+            max_nodes=self._size.max_nodes,
+            proposal=wire.to_proposal(self._proposal),
+            perturbation=wire.to_perturbation(question.noise),
+            with_evaluation=self._proposal is Proposal.SAMPLE,
+            tenant=question.tenant,
+        )
+
+    def _read(self, reply: object, below: Beams) -> Plan:
+        """The reply as a plan. Raises BadReplyError when it is not one."""
+        trie = self._client.trie
+        if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio gives None for bytes that it cannot read
+            raise BadReplyError("not a message")
+        cost = wire.pass_cost(reply.statistics)
+        if cost.forward_ns > _MOST_NS or reply.passes > trie.levels or len(reply.model_version) > _LONGEST_VERSION:
+            raise BadReplyError("statistics: beyond all bounds")  # they could not be passed on
+        try:
+            evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
+            node = wire.node_ids(reply.nodes, "nodes", trie)
+            score = wire.vector(reply.scores, "scores", "float64").astype(np.float64)
+            plan = Plan(below, node, score, dict(evaluation.items() if evaluation else ()))
+            plan.check(trie, limit=min(self._size.max_nodes, self._size.width * trie.levels))
+        except (InvalidArgumentError, ValueError) as error:
+            raise BadReplyError(str(error)) from error
+        self.usage.cost += cost
+        self.usage.passes += reply.passes
+        self.usage.model_version = reply.model_version
+        return plan

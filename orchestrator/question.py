@@ -1,0 +1,54 @@
+"""What both models are asked for one request, by when, and what their answers took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from engine.cost import PassCost
+from engine.scoring import Perturbation
+from engine.trie import Int64, Pruning
+from service_kit.errors import DeadlineExceededError
+
+PROBE_SECONDS = 1.0
+"""How long a question about a service's state may take."""
+
+
+class Deadline:
+    """When a request must be done, on the monotonic clock. The time left travels with every call."""
+
+    def __init__(self, seconds: float) -> None:
+        self._at = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds left. Raises DeadlineExceededError when there are none."""
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceededError("the request's deadline has passed")
+        return left
+
+
+@dataclass(frozen=True)
+class ModelQuestion:
+    """What both models are told of a request. prompt: int64 [prompt], in the vocabulary of the model asked."""
+
+    prompt: Int64
+    pruning: Pruning
+    deadline: Deadline
+    noise: Perturbation | None = None
+    tenant: str = ""
+
+
+@dataclass
+class Usage:
+    """What one model's part of a request took. wait_ns: nanoseconds that the orchestrator waited for it."""
+
+    cost: PassCost = field(default_factory=PassCost)
+    passes: int = 0
+    wait_ns: int = 0
+    retries: int = 0
+    model_version: str = ""
+
+
+class BadReplyError(Exception):
+    """A service answered something that no honest one could."""

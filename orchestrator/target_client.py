@@ -1,0 +1,195 @@
+"""The target over gRPC: one stream per request, taken up on another replica when it breaks. Every reply is checked.
+
+The memo keeps what was evaluated, so a new stream only has to see the ancestors of what is still missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import grpc
+import numpy as np
+import structlog
+from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
+
+from engine.scoring import Evaluation
+from engine.trie import ROOT, Int64, Trie
+from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
+from service_kit import wire
+from service_kit.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+)
+from service_kit.logs import request_metadata
+
+Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
+
+# What another replica may answer better. FAILED_PRECONDITION is a replica that serves another version,
+# RESOURCE_EXHAUSTED one that serves as many calls as it may.
+_ANOTHER_REPLICA = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+_RETRY_PAUSE_SECONDS = 0.05
+_GOODBYE_SECONDS = 1.0
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class TargetClient:
+    """The target service's replicas."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, trie: Trie, model_version: str, *, attempts: int, pass_seconds: float
+    ) -> None:
+        self.stub: target_pb2_grpc.TargetServiceAsyncStub = target_pb2_grpc.TargetServiceStub(channel)
+        self.trie, self.model_version = trie, model_version
+        self.attempts, self.pass_seconds = attempts, pass_seconds
+        # The event loop itself only keeps weak references to tasks.
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def model_info(self) -> types_pb2.ModelInfo:
+        """What a replica serves. Raises grpc.aio.AioRpcError."""
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        return (await self.stub.GetModelInfo(request, timeout=PROBE_SECONDS)).model
+
+    def hang_up(self, stream: Stream) -> None:
+        """End a stream whose answers have all come, in the background: nobody waits for the replica's last word."""
+        task = asyncio.get_running_loop().create_task(_finish(stream))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    def session(self, question: ModelQuestion, *, max_children: int) -> TargetSession:
+        """The target for one request. Close it to free the state that the replica holds."""
+        return TargetSession(self, question, max_children)
+
+
+class TargetSession:
+    """The target for one request: one stream, replaced by one to another replica when it breaks; see `beam_loop.Target`."""
+
+    def __init__(self, client: TargetClient, question: ModelQuestion, max_children: int) -> None:
+        self._client, self._question, self._max_children = client, question, max_children
+        self._stream: Stream | None = None
+        self._on_stream: set[int] = set()
+        self._answered = False
+        self.usage = Usage()
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
+        begun = time.perf_counter_ns()
+        try:
+            return await self._evaluate_somewhere(nodes)
+        finally:
+            self.usage.wait_ns += time.perf_counter_ns() - begun
+
+    def close(self) -> None:
+        """End the stream, so that the replica frees its state; at once, when an answer is still on its way."""
+        if self._stream is not None:
+            if self._answered:
+                self._client.hang_up(self._stream)
+            else:
+                self._stream.cancel()
+            self._stream = None
+
+    async def _evaluate_somewhere(self, nodes: Int64) -> Evaluation:
+        for attempt in range(1, self._client.attempts + 1):
+            try:
+                async with asyncio.timeout(self._client.pass_seconds):
+                    return await self._evaluate_on_stream(nodes)
+            except grpc.aio.AioRpcError as error:
+                failure, again = _translate(error), error.code() in _ANOTHER_REPLICA
+            except TimeoutError:
+                failure, again = UnavailableError("no target replica answered in time"), True
+            except asyncio.InvalidStateError:  # the stream had broken before the request was written
+                failure, again = UnavailableError("no target replica could answer"), True
+            except BadReplyError as error:
+                _log.warning("target answered nonsense", problem=str(error))
+                failure, again = UnavailableError("the target gave an invalid answer"), True
+            self.close()
+            if not again or attempt == self._client.attempts:
+                raise failure
+            self.usage.retries += 1
+            await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._question.deadline.left()))
+        raise AssertionError("unreachable: attempts is at least 1")
+
+    async def _evaluate_on_stream(self, nodes: Int64) -> Evaluation:
+        request = target_pb2.EvaluateRequest()
+        self._answered = False
+        if self._stream is None:
+            left = self._question.deadline.left()
+            self._stream = self._client.stub.Evaluate(timeout=left, metadata=request_metadata())
+            self._on_stream = set()
+            request.start.CopyFrom(self._start())
+        asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._on_stream]
+        if request.HasField("start"):
+            asked.insert(0, ROOT)
+        request.nodes.CopyFrom(wire.to_array(np.asarray(asked, dtype=np.int32)))
+        await self._stream.write(request)
+        reply = await self._stream.read()
+        if not isinstance(reply, target_pb2.EvaluateResponse):
+            raise BadReplyError("the stream ended before its answer")
+        evaluation = self._read(reply, asked)
+        self._on_stream.update(asked)
+        self._answered = True
+        return evaluation
+
+    def _start(self) -> target_pb2.EvaluateStart:
+        question = self._question
+        return target_pb2.EvaluateStart(
+            model_version=self._client.model_version,
+            prompt=wire.to_array(question.prompt),
+            pruned=wire.to_array(question.pruning.cut),
+            max_children=self._max_children,
+            perturbation=wire.to_perturbation(question.noise),
+            tenant=question.tenant,
+        )
+
+    def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> Evaluation:
+        """The reply's evaluation. Raises BadReplyError when it is not one of the nodes asked for."""
+        try:
+            evaluation = wire.evaluation(reply.evaluation, "evaluation", self._client.trie)
+        except InvalidArgumentError as error:
+            raise BadReplyError(str(error)) from error
+        if evaluation.node.tolist() != asked:
+            raise BadReplyError("evaluation.node: not the nodes asked for")
+        if reply.model_version != self._client.model_version:
+            raise BadReplyError(
+                "model_version: not the one asked for"
+            )  # scores of two models must not meet in one list
+        cost = wire.pass_cost(reply.statistics)
+        if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
+            cost = replace(cost, memory_cached_tokens=0, redis_cached_tokens=0)
+        self.usage.model_version = reply.model_version
+        self.usage.cost += cost
+        self.usage.passes += 1
+        return evaluation
+
+
+async def _finish(stream: Stream) -> None:
+    """Say goodbye in order, so that the replica's log and metrics tell a served request from a cancelled one."""
+    try:
+        async with asyncio.timeout(_GOODBYE_SECONDS):
+            await stream.done_writing()
+            await stream.read()
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+        stream.cancel()
+
+
+def _translate(error: grpc.aio.AioRpcError) -> Exception:
+    """What a target's failure becomes. The target's own text goes no further than the log."""
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceededError("the target did not answer before the request's deadline")
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return FailedPreconditionError("no target replica serves the orchestrator's model version")
+    if error.code() in _ANOTHER_REPLICA:
+        return UnavailableError("no target replica could answer")
+    return RuntimeError(f"the target refused a request of the orchestrator: {error.code().name}: {error.details()}")

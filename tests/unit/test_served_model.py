@@ -1,0 +1,73 @@
+"""A service starts on a bundle whose parts fit together, and on no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.bundle import Bundle, write_manifest
+from engine.catalogue import Catalogue
+from engine.errors import BundleError
+from service_kit.model import ModelSettings, served_model
+from tests.bundles import random_catalogue, write_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundle"), random_catalogue(20, (4, 4), seed=0)).bundle
+
+
+@pytest.fixture
+def root(bundle: Bundle, tmp_path: Path) -> Path:
+    """The same models and catalogue, with a manifest that a test may change."""
+    for folder in ("target", "draft", "catalogue"):
+        (tmp_path / folder).symlink_to(bundle.root / folder)
+    write_manifest(tmp_path, bundle.manifest)
+    return tmp_path
+
+
+def claim(root: Path, **fields: Any) -> None:
+    """Change what the manifest says of the target."""
+    manifest = Bundle(root).manifest
+    write_manifest(root, manifest.model_copy(update={"target": manifest.target.model_copy(update=fields)}))
+
+
+async def test_a_bundle_that_fits_together_is_served(root: Path) -> None:
+    async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target") as model:
+        assert (model.info.precision, model.info.max_positions) == ("float32", 256)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("layers", 3, "3, but target/model.onnx has 2"),
+        ("kv_heads", 4, "4, but target/model.onnx has 2"),
+        ("head_dim", 24, "24, but target/model.onnx has 12"),
+        ("precision", "float16", "float16, but target/model.onnx has float32"),
+        ("max_positions", 18, "18, but prompt and codes take up to 19"),
+        ("code_tokens", (3, 4, 5), "3 tokens for 8 code columns"),
+    ],
+)
+async def test_a_manifest_that_says_something_else_of_a_model_is_refused(
+    root: Path, field: str, value: object, problem: str
+) -> None:
+    claim(root, **{field: value})
+    with pytest.raises(BundleError, match=rf"manifest\.json: target\.{field}: {problem}"):
+        async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target"):
+            pass
+
+
+async def test_a_model_of_another_catalogue_is_refused(root: Path) -> None:
+    """Catalogue and manifest agree on nine code columns, the graph has eight."""
+    other = Catalogue.build(["a"], random_catalogue(1, (4, 5), seed=0).codes, (4, 5))
+    (root / "catalogue").unlink()
+    other.save(root / "catalogue")
+    manifest = Bundle(root).manifest
+    write_manifest(root, manifest.model_copy(update={"catalogue_version": other.version, "draft": None}))
+    claim(root, code_tokens=tuple(range(2, 11)))
+    problem = r"target\.code_tokens: 9 code columns, but target/model\.onnx has 8 code columns"
+    with pytest.raises(BundleError, match=problem):
+        async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target"):
+            pass

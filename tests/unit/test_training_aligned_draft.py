@@ -1,0 +1,152 @@
+"""Drafts trained by every loss, from a recipe to a bundle; what is done again when the alignment changes, and what is not."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from engine.bundle import Bundle
+from training import pipeline
+from training.errors import RecipeError
+from training.pipeline import load_dataset, train
+from training.recipe import AlignmentLoss, Recipe, read_recipe
+from training.semantic_ids import build_catalogue
+from training.teacher import Teacher, TeacherShard, TrainingPrompts, write_teacher_data
+from training.trainer import FitState, Trainer
+
+RUNS = Path(__file__).parents[2] / "runs"
+TINY = (RUNS / "tiny.toml").read_text()
+LOSSES: tuple[AlignmentLoss, ...] = get_args(AlignmentLoss)
+
+
+def recipe(folder: Path, section: str) -> Recipe:
+    """runs/tiny.toml on fewer users and epochs, with a section added."""
+    path = folder / "tiny.toml"
+    short = TINY
+    changes = {"users = 200": "users = 40", "epochs = 8": "epochs = 2", "epochs = 6": "epochs = 2"}
+    for old, new in changes.items():
+        short = short.replace(old, new)
+    path.write_text(f"evaluation_users = 20\n{short}\n{section}")
+    return read_recipe(path)
+
+
+def aligned(folder: Path, **values: Any) -> Recipe:
+    lines = [
+        f"{name} = {json.dumps(value)}" for name, value in ({"beams": 5, "budget": 10, "prompts": 100} | values).items()
+    ]
+    return recipe(folder, "\n".join(["[draft.alignment]", *lines]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a draft without alignment."""
+    folder = tmp_path_factory.mktemp("run")
+    train(recipe(folder, ""), folder / "run", threads=1)
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of every training from now on."""
+    fitted: list[str] = []
+    fit = Trainer.fit
+
+    def noted(trainer: Trainer[Any]) -> FitState:
+        fitted.append(trainer.title)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", noted)
+    return fitted
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, None])
+def test_every_loss_trains_a_draft_and_reports_its_agreement(
+    copied: Path, tmp_path: Path, loss: AlignmentLoss | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = titles(monkeypatch)
+    asked = aligned(tmp_path, **({"loss": loss} if loss else {}))
+    bundle = Bundle(train(asked, copied, threads=1))
+    bundle.verify()
+    assert fitted == ["draft"]  # the target was there already
+    log = json.loads((copied / "draft-log.json").read_text())
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    assert all(epoch["score"] == pytest.approx(epoch["accepted"] + epoch["covered"] / 1000) for epoch in log)
+    assert 0 <= bundle.manifest.provenance.metrics["agreement.accepted"] <= 2
+    assert '"alignment"' in bundle.manifest.provenance.recipe
+
+
+def test_one_teacher_serves_all_losses(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(aligned(tmp_path, loss="word-kd"), copied, threads=1)
+    monkeypatch.setattr(Teacher, "shard", lambda *_: pytest.fail("asked again"))
+    fitted = titles(monkeypatch)
+    train(aligned(tmp_path, loss="word-kd"), copied, threads=1)
+    train(aligned(tmp_path, loss="tvd-kd", weight=0.5), copied, threads=1)
+    assert fitted == ["draft"]
+
+
+def test_another_question_is_asked_anew(copied: Path, tmp_path: Path) -> None:
+    train(aligned(tmp_path, loss="word-kd", prompts=50), copied, threads=1)
+    assert sum(len(TeacherShard.load(path)) for path in (copied / "teacher").iterdir()) == 50
+    train(aligned(tmp_path, loss="word-kd", prompts=40), copied, threads=1)
+    assert sum(len(TeacherShard.load(path)) for path in (copied / "teacher").iterdir()) == 40
+
+
+def test_killed_while_the_teacher_answers_gives_the_same_bundle(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second shard kills the run; the first is kept and not asked for again."""
+    monkeypatch.setattr(pipeline, "write_teacher_data", partial(write_teacher_data, shard=40))
+    whole = Path(shutil.copytree(copied, tmp_path / "whole"))
+    asked = aligned(tmp_path, loss="atspeed-s", prompts=100)
+    expected = Bundle(train(asked, whole, threads=1)).manifest.version
+    shard = Teacher.shard
+    firsts: list[int] = []
+
+    def dies(teacher: Teacher, prompts: TrainingPrompts, first: int, count: int) -> TeacherShard:
+        firsts.append(first)
+        if firsts == [0, 40]:
+            raise KeyboardInterrupt
+        return shard(teacher, prompts, first, count)
+
+    monkeypatch.setattr(Teacher, "shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(asked, copied, threads=1)
+    assert Bundle(train(asked, copied, threads=1)).manifest.version == expected
+    assert firsts == [0, 40, 40, 80]
+
+
+def test_recipes_without_alignment_keep_their_keys() -> None:
+    """What runs/tiny.toml and the run folders of before alignment have: a changed key would train everything again."""
+    tiny = read_recipe(RUNS / "tiny.toml")
+    dataset = load_dataset(tiny, None)
+    run = pipeline._Run(tiny, Path("unused"), None, dataset)
+    catalogue = build_catalogue(dataset, tiny.codes, data=None, seed=tiny.seed)
+    assert tiny.draft is not None
+    assert run._model_key(tiny.target, catalogue) == "57b8e5da7c51e664"
+    assert run._model_key(tiny.draft, catalogue) == "a35c0ae364bd022f"
+    for path in RUNS.glob("*.toml"):
+        if (draft := read_recipe(path).draft) is not None and draft.alignment is None:
+            assert list(draft.model_dump(mode="json")) == ["shape", "base", "schedule", "precision"]
+            assert "alignment" not in read_recipe(path).model_dump_json()
+
+
+def test_the_target_has_no_alignment(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"target\.alignment: Extra inputs are not permitted"):
+        recipe(tmp_path, '[target.alignment]\nloss = "word-kd"')
+
+
+def test_a_budget_below_the_beams_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"draft\.alignment: Value error, budget: 4 nodes cannot hold 5 beams"):
+        aligned(tmp_path, loss="coverage", budget=4)
+
+
+def test_an_unknown_loss_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"draft\.alignment\.loss: Input should be 'atspeed-s'"):
+        aligned(tmp_path, loss="magic")
