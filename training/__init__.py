@@ -4,4 +4,6 @@ data.py, synthetic.py     histories and splits          sequences.py   what the 
 semantic_ids.py           items -> code paths           trainer.py     the loop both models are trained by
 recipe.py                 everything a run may vary     beams.py       beam search through the trie, batched, in torch
 pipeline.py               the stages, kept and resumed  evaluate.py    Recall and NDCG beside simple baselines
+teacher.py                what the target would say     prompt_trees.py  one pass over prompts and the nodes below them
+losses.py                 what a draft is trained by    alignment.py   batches and loss of a draft that is aligned
 """

@@ -123,7 +123,10 @@ def test_killed_while_the_teacher_answers_gives_the_same_bundle(
 
 
 def test_recipes_without_alignment_keep_their_keys() -> None:
-    """What runs/tiny.toml and the run folders of before alignment have: a changed key would train everything again."""
+    """Keys as they were before there was an alignment: a changed one would train a finished run again.
+
+    Whoever changes runs/tiny.toml itself writes down the new keys here.
+    """
     tiny = read_recipe(RUNS / "tiny.toml")
     dataset = load_dataset(tiny, None)
     run = pipeline._Run(tiny, Path("unused"), None, dataset)

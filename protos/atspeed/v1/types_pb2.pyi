@@ -258,7 +258,7 @@ class PassStatistics(_message.Message):
     queue_ns: _builtins.int
     """Nanoseconds from the arrival of the message to the start of the pass: queue and cache look-ups."""
     forward_ns: _builtins.int
-    """Nanoseconds in the model."""
+    """Nanoseconds in the model, moving cached keys and values in and out included."""
     selection_ns: _builtins.int
     """Nanoseconds in choosing the best children."""
     new_tokens: _builtins.int
