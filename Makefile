@@ -18,7 +18,7 @@ SHELL := /bin/sh
 DEV := .venv
 DEMO := .venv-demo
 BIN := $(DEV)/bin
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
 .PHONY: help
 help:

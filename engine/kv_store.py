@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, decode_block, encode_block
 
@@ -35,6 +36,9 @@ def connect(url: str, *, timeout_seconds: float) -> Redis:
         socket_timeout=timeout_seconds,
         socket_connect_timeout=timeout_seconds,
         retry=Retry(NoBackoff(), 0),
+        # Where these are on, as by default, redis-py takes a pooled connection that the server has closed for one with a
+        # notification, and the first call on each after a restart of the server fails.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 
 from engine.beams import Beams
 from engine.bundle import Manifest, ModelEntry
@@ -25,6 +26,8 @@ from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
 from orchestrator.target_client import TargetClient
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class NoDraft:
@@ -132,7 +135,8 @@ class Recommender:
             raise UnavailableError("user_id: this service keeps no histories; send the history in the request")
         try:
             stored = await self.histories.get(user_id, tenant=tenant)
-        except HistoryUnavailable:
+        except HistoryUnavailable as error:
+            _log.warning("histories are out of reach", problem=str(error))
             # An empty history in its place would be another user's list.
             raise UnavailableError("user_id: histories are out of reach; send the history in the request") from None
         if stored is None and not self.manifest.allow_empty_history:

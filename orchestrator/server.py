@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 import grpc
+import structlog
 from atspeed.v1 import draft_pb2, recommendation_pb2, recommendation_pb2_grpc, target_pb2
 from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -33,6 +34,8 @@ SERVICE = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"
 _TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 _DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 _Answer = TypeVar("_Answer")
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -153,7 +156,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     async def _stored(self, call: Awaitable[_Answer]) -> _Answer:
         try:
             return await call
-        except HistoryUnavailable:
+        except HistoryUnavailable as error:
+            _log.warning("histories are out of reach", problem=str(error))
             raise UnavailableError("histories are out of reach") from None
 
     async def _backends(self) -> list[pb.Backend]:

@@ -261,3 +261,15 @@ class TestUnavailable:
     def test_refuses_a_step_that_would_leave_nothing(self, redis_url: str, step: int) -> None:
         with pytest.raises(ValueError, match="trim_step"):
             HistoryStore(connect(redis_url, timeout_seconds=1.0), max_items=5, trim_step=step)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+async def test_a_restarted_server_is_served_at_once(
+    redis_server: LocalRedis, histories: HistoryStore, how: str
+) -> None:
+    """Every pooled connection is stale then; none of them may fail a call, above all no append, which is not repeated."""
+    await asyncio.gather(*(histories.append(f"u{number}", ["a"]) for number in range(6)))
+    await asyncio.to_thread(getattr(redis_server, how))
+    await asyncio.to_thread(redis_server.start)
+    assert [await histories.append("z", ["a"]) for _ in range(4)] == [1, 2, 3, 4]
+    assert await asyncio.gather(*(histories.get("z") for _ in range(6))) == [["a"] * 4] * 6
