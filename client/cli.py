@@ -305,11 +305,14 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see runs/.")],
     run_folder: Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.")],
     data: Annotated[Path | None, typer.Option(help="The data that the recipe reads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores by default. Another number rounds differently.")
+    ] = None,
 ) -> None:
     """Train a recipe's target and draft and write the bundle."""
     settings = _optional("training.recipe").read_recipe(recipe)
     run_folder.mkdir(parents=True, exist_ok=True)
-    print(_optional("training.pipeline").train(settings, run_folder, data))
+    print(_optional("training.pipeline").train(settings, run_folder, data, threads=threads))
 
 
 class PrecisionChoice(StrEnum):

@@ -159,7 +159,7 @@ class Trie:
         return everything[everything > ROOT].astype(np.int32)
 
     def check_integrity(self) -> None:
-        """Raise ValueError when the arrays do not form a trie. O(n); for tests and `bundle verify`."""
+        """Raise ValueError when the arrays do not form a trie. O(n); for tests."""
         starts, count = self.level_start, np.diff(self.child_start)
         if starts[:2].tolist() != [0, 1] or starts[-1] != self.nodes or (np.diff(starts) < 1).any():
             raise ValueError("level_start: not a partition of the nodes into levels")

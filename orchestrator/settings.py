@@ -53,7 +53,7 @@ class OrchestratorSettings(ServiceSettings):
     draft_width_factor: Annotated[
         float, Field(gt=0, le=64, description="Nodes planned per level, as a multiple of the beam width.")
     ] = 2.0
-    draft_max_nodes: Annotated[int, Field(ge=1, le=8_192, description="Most nodes of a plan.")] = 240
+    draft_max_nodes: Annotated[int, Field(ge=16, le=8_192, description="Most nodes of a plan.")] = 240
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
     ] = 0.5

@@ -1,6 +1,5 @@
 """Batches of prompts and trees against the shards they come from, and the losses picked from them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
+from tests.bundles import random_model
 from training.alignment import AlignmentBatch, AlignmentBatches, AlignmentObjective, _Group, level_rows
 from training.recipe import Alignment, AlignmentLoss
 from training.sequences import Batch, Sequencer, Spelling
@@ -32,28 +32,13 @@ HISTORIES = [RNG.integers(len(PATHS), size=length) for length in (7, 1, 3, 5)]
 PROMPTS = TrainingPrompts.draw(HISTORIES, allow_empty=True, limit=100, seed=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Several threads on matrices this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
-def model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.6,
+def model(seed: int) -> PreTrainedModel:
+    return random_model(
+        "llama", 16, seed, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    made = LlamaForCausalLM(config)
-    made.train(mode=False)
-    return made
 
 
 def sequencer(spelling: Spelling) -> Sequencer:
@@ -73,7 +58,7 @@ def batches(folder: Path, spelling: Spelling = DRAFT_SPELLING, size: int = 3) ->
     return AlignmentBatches(folder, PROMPTS, sequencer(spelling), TRIE, size, seed=1)
 
 
-def draft_logits(draft: LlamaForCausalLM, batch: AlignmentBatch) -> Tensor:
+def draft_logits(draft: PreTrainedModel, batch: AlignmentBatch) -> Tensor:
     with torch.inference_mode():
         logits: Tensor = draft(**batch.inputs(torch.float32), use_cache=False).logits
     return logits
@@ -205,7 +190,7 @@ def test_a_level_is_all_children_of_the_targets_beams_with_their_whole_scores(fo
 
 
 @torch.inference_mode()
-def path_score(asked: LlamaForCausalLM, prompt: list[int], node: int, rule: ScoringRule) -> float:
+def path_score(asked: PreTrainedModel, prompt: list[int], node: int, rule: ScoringRule) -> float:
     """Summed log-probability of a node's path after a prompt, one whole pass."""
     path = TRIE.path(node)
     tokens = [TARGET_SPELLING.code_tokens[int(TRIE.codebook_offset[level]) + code] for level, code in enumerate(path)]

@@ -1,18 +1,18 @@
 """The batched trie beam search against the plainest one: every path read whole by the model, one at a time."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
 from engine.trie import Pruning
+from tests.bundles import random_model
 from training.beams import BeamSearch, batches_of_equal_length
 from training.sequences import Spelling
 
@@ -32,35 +32,17 @@ PROMPTS = RNG.integers(1, VOCABULARY, size=(4, 7))
 RULES = list(ScoringRule)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Several threads on matrices this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.6,
-    )
-    made = LlamaForCausalLM(config)
-    made.train(mode=False)
-    return made
+def model() -> PreTrainedModel:
+    return random_model("llama", VOCABULARY, 1, hidden_size=16, intermediate_size=32)
 
 
 @torch.inference_mode()
 def naive(
-    model: LlamaForCausalLM, prompt: npt.NDArray[np.int64], rule: ScoringRule, width: int, live: set[int]
+    model: PreTrainedModel, prompt: npt.NDArray[np.int64], rule: ScoringRule, width: int, live: set[int]
 ) -> list[list[tuple[int, float]]]:
     """Beam search with one whole forward pass per beam, over the paths of the `live` nodes: (node, score) per level."""
     beams = [(0, 0.0)]
@@ -94,7 +76,7 @@ def _ancestors(node: int) -> list[int]:
     return chain[::-1]
 
 
-def check(model: LlamaForCausalLM, rule: ScoringRule, width: int, prunings: list[Pruning] | None = None) -> None:
+def check(model: PreTrainedModel, rule: ScoringRule, width: int, prunings: list[Pruning] | None = None) -> None:
     beams = BeamSearch(model, SPELLING, TRIE, rule, width)(PROMPTS, prunings)
     for row, prompt in enumerate(PROMPTS):
         live = _live(prunings[row]) if prunings else set(range(TRIE.nodes))
@@ -112,13 +94,13 @@ def _live(pruning: Pruning) -> set[int]:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("width", [1, 2, 4, 100])
-def test_same_beams_as_one_pass_per_beam(model: LlamaForCausalLM, rule: ScoringRule, width: int) -> None:
+def test_same_beams_as_one_pass_per_beam(model: PreTrainedModel, rule: ScoringRule, width: int) -> None:
     """Width 100 holds every path, so that the result is the ranking of the whole catalogue."""
     check(model, rule, width)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_excluded_items_are_never_found_and_change_no_score(model: LlamaForCausalLM, rule: ScoringRule) -> None:
+def test_excluded_items_are_never_found_and_change_no_score(model: PreTrainedModel, rule: ScoringRule) -> None:
     prunings = [CATALOGUE.pruning(excluded=np.arange(0, CATALOGUE.items, step)) for step in (1 + 1, 3, 5, 7)]
     check(model, rule, 4, prunings)
 

@@ -1,17 +1,17 @@
 """The teacher's beams and log-probabilities against whole passes, one path at a time; and a writing that was killed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
+from tests.bundles import random_model
 from training.beams import BeamSearch
 from training.prompt_trees import PromptTrees
 from training.sequences import Sequencer, Spelling
@@ -32,34 +32,16 @@ SEQUENCER = Sequencer(SPELLING, SPELLING.item_tokens(CATALOGUE), predict_first=T
 HISTORIES = [RNG.integers(len(PATHS), size=length) for length in (7, 1, 3, 5)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Several threads on matrices this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.6,
-    )
-    made = LlamaForCausalLM(config)
-    made.train(mode=False)
-    return made
+def model() -> PreTrainedModel:
+    return random_model("llama", 16, 1, hidden_size=16, intermediate_size=32)
 
 
 @pytest.fixture
-def teacher(model: LlamaForCausalLM) -> Teacher:
+def teacher(model: PreTrainedModel) -> Teacher:
     return Teacher(model, SEQUENCER, CATALOGUE, ScoringRule.VOCAB, beams=4)
 
 
@@ -68,7 +50,7 @@ def training_prompts(limit: int = 100) -> TrainingPrompts:
 
 
 @torch.inference_mode()
-def logits_after(model: LlamaForCausalLM, prompt: npt.NDArray[np.int64], node: int) -> torch.Tensor:
+def logits_after(model: PreTrainedModel, prompt: npt.NDArray[np.int64], node: int) -> torch.Tensor:
     """One whole pass over a prompt and a node's path. [V]"""
     columns = [int(TRIE.codebook_offset[level]) + code for level, code in enumerate(TRIE.path(node))]
     tokens = [*prompt.tolist(), *(SPELLING.code_tokens[column] for column in columns)]
@@ -89,7 +71,7 @@ def some_trees(prompts: TrainingPrompts) -> npt.NDArray[np.int64]:
     return tree_nodes(TRIE, beams, gold)
 
 
-def test_one_pass_over_prompts_of_all_lengths_is_one_pass_per_path(model: LlamaForCausalLM) -> None:
+def test_one_pass_over_prompts_of_all_lengths_is_one_pass_per_path(model: PreTrainedModel) -> None:
     """1e-4: float32 sums in another order."""
     prompts = training_prompts()
     nodes = some_trees(prompts)
@@ -118,7 +100,7 @@ def test_the_tree_is_every_prefix_of_beams_and_gold() -> None:
     assert set(nodes[1].tolist()) == prefixes | {1, 2, int(TRIE.level_start[2])}
 
 
-def test_a_shard_holds_the_beams_and_what_the_target_says_along_them(teacher: Teacher, model: LlamaForCausalLM) -> None:
+def test_a_shard_holds_the_beams_and_what_the_target_says_along_them(teacher: Teacher, model: PreTrainedModel) -> None:
     """float16 keeps 11 bits: 5e-3 of log-probabilities down to -10."""
     prompts = training_prompts()
     shard = teacher.shard(prompts, 0, len(prompts))
