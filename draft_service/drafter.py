@@ -14,9 +14,9 @@ from engine.beams import (
     sample_without_replacement,
 )
 from engine.cost import PassCost
-from engine.plan import Plan, PlanSize, Proposal
+from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.sampling import Stream
-from engine.scoring import Children, Perturbation
+from engine.scoring import Children, Perturbation, ScoringRule
 from engine.tree_evaluator import Selection, TreeEvaluator
 from engine.trie import ROOT, Int64, Pruning
 
@@ -52,61 +52,54 @@ class Drafter:
 
     def __init__(self, evaluator: TreeEvaluator) -> None:
         self._evaluator, self._trie = evaluator, evaluator.trie
+        self._free = free_nodes(evaluator.trie, evaluator.rule)
+        self._scale = evaluator.entry.plan_scale or (1.0,) * (evaluator.trie.levels - 1)
 
     async def plan(self, order: PlanOrder) -> Drafted:
-        """One draft pass per level from the beams down to depth L-2; their best children are the plan.
+        """One draft pass per level from the beams down to depth L-2, over the nodes that are still in the plan.
 
         Raises PromptError or CapacityError when the prompt or the beams do not fit the model.
         """
         tree = await self._evaluator.open(order.prompt, tenant=order.tenant)
-        selection = self._selection(order)
+        selection, listed = self._selection(order), Shortlist.of(order.below)
         evaluated: dict[int, Children] = {}
-        frontier, levels, cost, passes = order.below, [], PassCost(), 0
-        depth = int(self._trie.depth(frontier.node[:1])[0])
-        asked = np.append(ROOT, self._trie.with_ancestors(frontier.node.tolist()))
-        for _ in range(depth, self._trie.levels - 1):
-            evaluation, pass_cost = await self._evaluator.evaluate(tree, asked.astype(np.int64), selection)
+        cost, passes = PassCost(), 0
+        start = int(self._trie.depth(order.below.node[:1])[0])
+        asked = np.append(ROOT, self._trie.with_ancestors(order.below.node.tolist())).astype(np.int64)
+        for depth in range(start, self._trie.levels - 1):
+            evaluation, pass_cost = await self._evaluator.evaluate(tree, asked, selection)
             evaluated.update(evaluation.items())
-            frontier = self._step(frontier, evaluated, order)
-            levels.append(frontier)
-            asked, cost, passes = np.sort(frontier.node), cost + pass_cost, passes + 1
-            if not len(frontier):
+            listed = self._grown(listed, depth, evaluated, order)
+            asked, cost, passes = listed.level(self._trie, depth + 1).node, cost + pass_cost, passes + 1
+            if not len(asked):
                 break
-        return Drafted(self._assemble(order, levels, evaluated), cost, passes)
+        planned = listed.beams.take(np.flatnonzero(self._trie.depth(listed.beams.node) > start))
+        shown = evaluated if order.with_evaluation else {}
+        return Drafted(Plan(order.below, planned.node, planned.score, shown), cost, passes)
 
     def _selection(self, order: PlanOrder) -> Selection:
-        everything = max(self._trie.codebook_sizes)
-        limit = everything if order.with_evaluation else order.size.width
+        limit = max(order.size.width, order.size.beam_width)
+        # Under rule `trie` any number of a node's children may be free and better than the first that is planned.
+        if order.with_evaluation or self._evaluator.rule is ScoringRule.TRIE:
+            limit = max(self._trie.codebook_sizes)
         return Selection(order.pruning, limit, order.noise if order.proposal is Proposal.PERTURBED else None)
 
-    def _step(self, beams: Beams, evaluated: dict[int, Children], order: PlanOrder) -> Beams:
-        """The next level's nodes, at most the width."""
-        if order.proposal is Proposal.TOP or order.noise is None:
-            return children_by_score(beams, evaluated).best(order.size.width)
-        if order.proposal is Proposal.PERTURBED:
-            return children_by_gumbel(self._trie, beams, evaluated, order.noise).best(order.size.width)
-        # A sample cannot be cut to its best afterwards, so every level gets its share of the nodes beforehand.
-        width = max(1, min(order.size.width, order.size.max_nodes // (self._trie.levels - 1)))
-        candidates = children_by_score(beams, evaluated)
-        log_q = level_log_distribution(candidates, order.noise.temperature)
-        seed = order.noise.seed
-        return candidates.take(
-            sample_without_replacement(self._trie, candidates.node, log_q, width, seed=seed, stream=Stream.PROPOSAL)
-        )
+    def _grown(self, listed: Shortlist, depth: int, evaluated: dict[int, Children], order: PlanOrder) -> Shortlist:
+        """The list with what is wanted of the level below `depth`, without what no longer fits."""
+        frontier, noise, most = listed.level(self._trie, depth), order.noise, order.size.max_nodes + len(order.below)
+        if noise is None or order.proposal is Proposal.TOP:
+            children = children_by_score(frontier, evaluated)
+        elif order.proposal is Proposal.PERTURBED:
+            children = children_by_gumbel(self._trie, frontier, evaluated, noise)
+        else:
+            candidates = children_by_score(frontier, evaluated)
+            return listed.with_level(self._trie, self._sample(candidates, most - len(listed.beams), order.size, noise))
+        return listed.grown(self._trie, children, order.size, self._scale[depth], self._free).cut(self._trie, most)
 
-    def _assemble(self, order: PlanOrder, levels: list[Beams], evaluated: dict[int, Children]) -> Plan:
-        """All levels as one plan, cut to the nodes of the highest priority.
-
-        A child's priority is never above its parent's, and its id is higher, so what is left is closed under ancestors.
-        """
-        if not levels:
-            return Plan.empty(order.below)
-        node = np.concatenate([level.node for level in levels])
-        score = np.concatenate([level.score for level in levels])
-        priority = np.concatenate([level.priority for level in levels])
-        if order.proposal is not Proposal.SAMPLE:
-            kept = np.lexsort((node, -priority))[: order.size.max_nodes]
-            node, score = node[kept], score[kept]
-        ascending = np.argsort(node)
-        shown = evaluated if order.with_evaluation else {}
-        return Plan(order.below, node[ascending], score[ascending], shown)
+    def _sample(self, candidates: Beams, room: int, size: PlanSize, noise: Perturbation) -> Beams:
+        """One level's draws. A sample cannot be cut to its best afterwards, so every level has its share of the nodes."""
+        share = min(size.width, room, max(1, size.max_nodes // (self._trie.levels - 1)))
+        log_q = level_log_distribution(candidates, noise.temperature)
+        seed, stream = noise.seed, Stream.PROPOSAL
+        drawn = sample_without_replacement(self._trie, candidates.node, log_q, share, seed=seed, stream=stream)
+        return candidates.take(drawn)

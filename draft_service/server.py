@@ -27,8 +27,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """Plans for requests."""
 
-    def __init__(self, model: ServedModel, max_width: int) -> None:
-        self._model, self._max_width = model, max_width
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
         self._trie = model.evaluator.trie
         self._drafter = Drafter(model.evaluator)
 
@@ -55,8 +55,6 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def _order(self, request: draft_pb2.PlanRequest) -> PlanOrder:
         if request.model_version != self._model.info.model_version:
             raise FailedPreconditionError(f"model_version: this replica serves {self._model.info.model_version}")
-        if not 1 <= request.width <= self._max_width:
-            raise InvalidArgumentError("width", f"must be between 1 and {self._max_width}, got {request.width}")
         proposal = wire.proposal(request.proposal, "proposal")
         noise = wire.optional_perturbation(request, "perturbation")
         if proposal is not Proposal.TOP and noise is None:
@@ -64,13 +62,25 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         return PlanOrder(
             prompt=wire.vector(request.prompt, "prompt", "int64").astype(np.int64),
             below=self._beams(request),
-            size=PlanSize(request.width, request.max_nodes or request.width * self._trie.levels),
+            size=self._size(request),
             proposal=proposal,
             pruning=wire.pruning(request.pruned, "pruned", self._trie),
             noise=noise,
             with_evaluation=request.with_evaluation,
             tenant=request.tenant,
         )
+
+    def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:
+        most = self._model.info.max_nodes
+        for name, value, least in (
+            ("beam_width", request.beam_width, 1),
+            ("width", request.width, 1),
+            ("max_nodes", request.max_nodes, 0),
+        ):
+            if not least <= value <= most:
+                raise InvalidArgumentError(name, f"must be between {least} and {most}, got {value}")
+        max_nodes = request.max_nodes or min(most, request.width * self._trie.levels)
+        return PlanSize(beam_width=request.beam_width, width=request.width, max_nodes=max_nodes)
 
     def _beams(self, request: draft_pb2.PlanRequest) -> Beams:
         node = wire.node_ids(request.beams, "beams", self._trie, limit=self._model.info.max_nodes)
@@ -93,4 +103,4 @@ async def application(settings: DraftSettings) -> AsyncIterator[list[Registratio
     """The draft model of the settings' bundle, ready to serve."""
     async with served_model(settings, "draft") as model:
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, DraftServicer(model, settings.max_width), model.info.model_version)]
+        yield [Registration.of(SERVICE, add, DraftServicer(model), model.info.model_version)]

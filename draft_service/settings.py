@@ -19,4 +19,3 @@ class DraftSettings(ModelSettings):
 
     port: Port = 50053
     threads: Annotated[int, Field(ge=1, le=256, description="Threads of one pass, on the CPU.")] = 1
-    max_width: Annotated[int, Field(ge=1, le=65_536, description="Most nodes planned per level.")] = 8192

@@ -5,7 +5,7 @@ Order, everywhere: what is ordered by descending, then code path ascending; with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,16 @@ class Beams:
         zero = np.zeros(1)
         return cls(np.array([ROOT], dtype=np.int64), zero, zero, zero)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Beams]) -> Beams:
+        """Several groups of beams as one, in the order given."""
+        return cls(
+            np.concatenate([part.node for part in parts]),
+            np.concatenate([part.score for part in parts]),
+            np.concatenate([part.weight for part in parts]),
+            np.concatenate([part.priority for part in parts]),
+        )
+
     def __len__(self) -> int:
         """Number of beams."""
         return len(self.node)
@@ -46,9 +56,21 @@ class Beams:
         """These rows, in this order."""
         return Beams(self.node[rows], self.score[rows], self.weight[rows], self.priority[rows])
 
-    def best(self, width: int) -> Beams:
-        """The `width` of the highest priority, in the declared order."""
-        return self.take(np.lexsort((self.node, -self.priority))[:width])
+    def best(self, width: int, *, first: Int64 | None = None) -> Beams:
+        """The `width` of the highest priority, in the declared order; those among the nodes `first` before all others."""
+        if first is None:
+            return self.take(np.lexsort((self.node, -self.priority))[:width])
+        return self.take(np.lexsort((self.node, -self.priority, ~np.isin(self.node, first)))[:width])
+
+    def threshold(self, width: int) -> float:
+        """The lowest priority among the best `width`; -inf where there are fewer, and none has to be left out."""
+        if len(self) < width:
+            return -np.inf
+        return float(np.partition(self.priority, len(self) - width)[len(self) - width])
+
+    def by_node(self) -> Beams:
+        """The same beams in ascending order of their ids."""
+        return self.take(np.argsort(self.node))
 
     def by_score(self) -> Beams:
         """The same beams in order of their scores."""

@@ -28,6 +28,7 @@ from engine.scoring import ScoringRule
 MANIFEST = "manifest.json"
 Precision = Literal["float32", "float16", "int8-weights"]
 Role = Literal["target", "draft"]
+PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -56,6 +57,11 @@ class ModelEntry(_Part):
     )
     prompt: PromptTemplate
     fingerprint: str = Field(description="Hash of the model's files; keys its KV cache.")
+    plan_scale: tuple[PlanScale, ...] | None = Field(
+        default=None,
+        exclude_if=lambda scale: scale is None,  # so that a bundle without one keeps its version
+        description="Of a draft: per level 1..L-1, the standard deviation of its cumulative scores around the target's.",
+    )
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:
@@ -97,6 +103,12 @@ class Manifest(_Part):
     provenance: Provenance = Provenance()
     files: dict[str, str] = Field(description="SHA-256 of every file, by path relative to the bundle.")
 
+    @model_validator(mode="after")
+    def _only_a_draft_plans(self) -> Manifest:
+        if self.target.plan_scale is not None:
+            raise ValueError("target.plan_scale: only a draft has one")
+        return self
+
     @property
     def version(self) -> str:
         """Hash of what the bundle serves; its provenance does not count."""
@@ -108,7 +120,8 @@ class Manifest(_Part):
         if role not in self.models:
             return ""
         served = {"rule": self.scoring_rule, "catalogue": self.catalogue_version}
-        served["model"] = self.models[role].model_dump_json()
+        # A draft's scales choose what is planned and change no score.
+        served["model"] = self.models[role].model_dump_json(exclude={"plan_scale"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -149,11 +162,18 @@ class Bundle:
         return entry
 
     def _check_reads(self, role: str, model: ModelEntry, catalogue: Catalogue) -> None:
-        """Raise BundleError unless a model has a token for every code, and positions for every prompt and path."""
+        """Raise BundleError unless a model has a token for every code, and positions for every prompt and path,
+        and scales, if any, for every planned level.
+        """
         manifest, trie = self.root / MANIFEST, catalogue.trie
         if len(model.code_tokens) != trie.columns:
             count = len(model.code_tokens)
             raise BundleError(f"{manifest}: {role}.code_tokens: {count} tokens for {trie.columns} code columns")
+        if model.plan_scale is not None and len(model.plan_scale) != trie.levels - 1:
+            count, levels = len(model.plan_scale), trie.levels
+            raise BundleError(
+                f"{manifest}: {role}.plan_scale: {count} scales for the {levels - 1} levels that are planned"
+            )
         longest = model.prompt.max_tokens(trie.levels) + trie.levels - 1
         if longest > model.max_positions:
             raise BundleError(

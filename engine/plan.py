@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.beams import Beams, Float64, children_by_score, level_log_distribution
-from engine.scoring import Children
+from engine.scoring import Children, ScoringRule
 from engine.trie import Int64, Trie
 
 
@@ -23,10 +24,93 @@ class Proposal(StrEnum):
 
 @dataclass(frozen=True)
 class PlanSize:
-    """How much to plan. width: `N`, most nodes per level. max_nodes: most nodes in all."""
+    """How much to plan.
 
+    beam_width: `K` of the search. width: `N`, most nodes per level. max_nodes: most nodes in all. With max_nodes of at
+    least width * (L-1) the plan is N per level, as the paper's; with a width of at least max_nodes it is best-first alone.
+    """
+
+    beam_width: int
     width: int
     max_nodes: int
+
+
+def free_nodes(trie: Trie, rule: ScoringRule) -> npt.NDArray[np.bool_]:
+    """bool [n]: nodes that no search ever asks the target for: under rule `trie`, those with one path below them.
+
+    A node with one child and a choice further down is not among them: what is below it stands on its keys and values.
+    """
+    if rule is ScoringRule.VOCAB:
+        return np.zeros(trie.nodes, dtype=bool)
+    free = trie.child_count <= 1
+    for depth in reversed(range(trie.levels)):
+        nodes = trie.level(depth)
+        free[nodes] &= free[trie.child_start[nodes]]
+    return free
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The nodes that a plan may hold, as the draft grows it level by level: the best-first cut (method, section 7).
+
+    A strict search misses a level when one of its K beams there is not planned, so a node is worth as much as it is likely to
+    be one of them. First come the draft's own K beams of each level, so that a draft that agrees with the target is never
+    wrong. Then the others by margin: how far a node falls short of the last of these beams at its level, in units of the
+    draft's typical error there, or the margin of its parent, if that is lower. A child then never outranks its parent, and
+    the first nodes of the order are closed under ancestors.
+
+    beams: ascending, of several depths, the start beams included. margin: float64 [b], +inf for the start beams.
+    own: int64, the start beams and the draft's own K beams of every level so far. deepest: the latter at the deepest level.
+    free: nodes of the deepest level that compete for places among its K best, but are never evaluated: see `free_nodes`.
+    """
+
+    beams: Beams
+    margin: Float64
+    own: Int64
+    deepest: Int64
+    free: Beams
+
+    @classmethod
+    def of(cls, start: Beams) -> Shortlist:
+        """The start beams alone."""
+        return cls(start.by_node(), np.full(len(start), np.inf), start.node, start.node, start.take(np.arange(0)))
+
+    def level(self, trie: Trie, depth: int) -> Beams:
+        """The nodes of a depth, ascending."""
+        return self.beams.take(np.flatnonzero(trie.depth(self.beams.node) == depth))
+
+    def with_level(self, trie: Trie, level: Beams, threshold: float = -np.inf, scale: float = 1.0) -> Shortlist:
+        """With nodes of the next level; their parents are in the list. Without a threshold each is as sure as its parent."""
+        level = level.by_node()
+        above = self.margin[np.searchsorted(self.beams.node, trie.parent[level.node])]
+        margin = np.minimum(above, (level.priority - threshold) / scale)
+        return replace(self, beams=Beams.joined([self.beams, level]), margin=np.append(self.margin, margin))
+
+    def grown(
+        self, trie: Trie, children: Beams, size: PlanSize, scale: float, free: npt.NDArray[np.bool_]
+    ) -> Shortlist:
+        """One level more: of these children [m] of the deepest level, and of those below `self.free`, the draft's own beams
+        and the best others, `size.width` together.
+
+        scale: the standard deviation of draft minus target cumulative score at the children's level.
+        """
+        forced = Beams(trie.child_start[self.free.node], self.free.score, self.free.weight, self.free.priority)
+        candidates = Beams.joined([children, forced])
+        below_own = candidates.take(np.flatnonzero(np.isin(trie.parent[candidates.node], self.deepest)))
+        beam = below_own.best(size.beam_width)
+        costs_nothing = free[candidates.node]
+        level = candidates.take(np.flatnonzero(~costs_nothing)).best(size.width, first=beam.node)
+        grown = self.with_level(trie, level, below_own.threshold(size.beam_width), scale)
+        # Below the best K of the free ones lie all of them that can be among the K best of a deeper level.
+        paid = candidates.take(np.flatnonzero(costs_nothing)).best(size.beam_width, first=beam.node)
+        return replace(grown, own=np.append(self.own, beam.node), deepest=beam.node, free=paid)
+
+    def cut(self, trie: Trie, count: int) -> Shortlist:
+        """The first `count`: own beams, then by margin, then depth, then the declared order, as siblings often share a margin."""
+        depth, other = trie.depth(self.beams.node), ~np.isin(self.beams.node, self.own)
+        order = np.lexsort((self.beams.node, -self.beams.priority, depth, -self.margin, other))
+        kept = np.sort(order[:count])
+        return replace(self, beams=self.beams.take(kept), margin=self.margin[kept])
 
 
 @dataclass(frozen=True)

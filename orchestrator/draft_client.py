@@ -104,6 +104,7 @@ class DraftSession:
             scores=wire.to_array(below.score[order]),
             weights=wire.to_array(below.weight[order]),
             priorities=wire.to_array(below.priority[order]),
+            beam_width=self._size.beam_width,
             width=self._size.width,
             max_nodes=self._size.max_nodes,
             proposal=wire.to_proposal(self._proposal),

@@ -9,16 +9,16 @@ from engine.plan import PlanSize
 
 @dataclass(frozen=True)
 class Planner:
-    """A plan proportional to the beam width: strict verification needs all beams of a level among the planned ones.
+    """A budget proportional to the beams of all drafted levels; the draft spends it where a miss is likeliest.
 
-    width_factor: nodes per level as a multiple of the beam width; the AtSpeed paper drafts N = 2K (section 4).
-    max_nodes: most nodes of a plan; what is left out is what the draft believes in least.
+    nodes_per_beam: nodes of a plan for each beam of each level 1..L-1; the AtSpeed paper drafts N = 2K per level (section 4).
+    max_nodes: most nodes of a plan.
     """
 
-    width_factor: float
+    nodes_per_beam: float
     max_nodes: int
 
-    def size(self, beam_width: int) -> PlanSize:
-        """The plan for a search of `beam_width` beams."""
-        width = max(1, round(self.width_factor * beam_width))
-        return PlanSize(width=min(width, self.max_nodes), max_nodes=self.max_nodes)
+    def size(self, beam_width: int, levels: int) -> PlanSize:
+        """The plan for a search of `beam_width` beams through a trie of `levels` levels."""
+        nodes = min(self.max_nodes, max(1, round(self.nodes_per_beam * beam_width * (levels - 1))))
+        return PlanSize(beam_width=beam_width, width=nodes, max_nodes=nodes)

@@ -164,7 +164,8 @@ class Recommender:
         if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
             return NoDraft()
         question = ask.question(self.manifest.draft, noise)
-        return self._draft.session(question, self._planner.size(order.beam_width), policy.proposal, degraded)
+        size = self._planner.size(order.beam_width, self.catalogue.trie.levels)
+        return self._draft.session(question, size, policy.proposal, degraded)
 
     def _items(self, result: SearchResult, candidates: Candidates) -> list[Item]:
         """The leaves' items that the request allows, leaf by leaf, in id order within a leaf."""

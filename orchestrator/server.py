@@ -205,7 +205,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
             timeout = settings.redis_timeout_seconds
             step = min(manifest.target.prompt.drop_block, settings.max_history_items)
             histories = HistoryStore(client, settings.max_history_items, trim_step=step, timeout_seconds=timeout)
-        planner = Planner(settings.draft_width_factor, settings.draft_max_nodes)
+        planner = Planner(settings.draft_nodes_per_beam, settings.draft_max_nodes)
         recommender = Recommender(manifest, catalogue, target, draft, planner, histories)
         servicer = RecommendationServicer(recommender, settings, target, draft)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server

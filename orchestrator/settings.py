@@ -50,10 +50,12 @@ class OrchestratorSettings(ServiceSettings):
     target_pass_seconds: Annotated[
         float, Field(gt=0, le=3600, description="How long a replica may take for a pass before another one is tried.")
     ] = 3.0
-    draft_width_factor: Annotated[
-        float, Field(gt=0, le=64, description="Nodes planned per level, as a multiple of the beam width.")
+    draft_nodes_per_beam: Annotated[
+        float, Field(gt=0, le=64, description="Nodes of a plan for each beam of each level but the last.")
     ] = 2.0
-    draft_max_nodes: Annotated[int, Field(ge=16, le=8_192, description="Most nodes of a plan.")] = 240
+    draft_max_nodes: Annotated[
+        int, Field(ge=16, le=8_192, description="Most nodes of a plan, whatever the beam width.")
+    ] = 240
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
     ] = 0.5

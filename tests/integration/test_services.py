@@ -103,6 +103,7 @@ def plan_request(**fields: Any) -> draft_pb2.PlanRequest:
             "scores": zero,
             "weights": zero,
             "priorities": zero,
+            "beam_width": 5,
             "width": 10,
             "proposal": draft_pb2.PROPOSAL_TOP,
             **fields,
@@ -351,8 +352,8 @@ class TestDraftRefuses:
             for values in ([float("nan")], [float("inf")], [0.0, 0.0])
         ],
         (INVALID, "scores", put("scores", types_pb2.Array())),
-        (INVALID, "width", put("width", 0)),
-        (INVALID, "width", put("width", 1_000_000)),
+        *[(INVALID, name, put(name, 1_000_000)) for name in ("beam_width", "width", "max_nodes")],
+        *[(INVALID, name, put(name, 0)) for name in ("beam_width", "width")],
         (INVALID, "proposal", put("proposal", draft_pb2.PROPOSAL_UNSPECIFIED)),
         (INVALID, "proposal", put("proposal", 9)),
         (INVALID, "perturbation", put("proposal", draft_pb2.PROPOSAL_PERTURBED)),
@@ -424,24 +425,29 @@ class TestDraft:
         assert reply.passes == LEVELS - 1
         assert draft_stub(draft).Plan(request, timeout=LIVENESS_SECONDS).nodes == reply.nodes
 
+    @pytest.mark.parametrize("width", [10, 100])
     @pytest.mark.parametrize("limit", [1, 5, 12])
-    def test_the_likeliest_nodes_are_what_a_small_plan_keeps(
-        self, draft: grpc.Channel, catalogue: Catalogue, limit: int
+    def test_a_small_plan_is_closed_and_has_what_was_asked_for(
+        self, draft: grpc.Channel, catalogue: Catalogue, limit: int, width: int
     ) -> None:
-        plans = [draft_stub(draft).Plan(plan_request(max_nodes=size), timeout=LIVENESS_SECONDS) for size in (0, limit)]
-        whole, small = (
-            dict(
-                zip(
-                    wire.node_ids(plan.nodes, "nodes", catalogue.trie).tolist(),
-                    wire.vector(plan.scores, "scores", "float64").tolist(),
-                    strict=True,
-                )
-            )
-            for plan in plans
-        )
-        assert len(small) == limit
-        assert small.keys() <= whole.keys()
-        assert min(small.values()) >= max(whole[node] for node in whole.keys() - small.keys()) - 1e-9
+        request = plan_request(max_nodes=limit, width=width)
+        reply = draft_stub(draft).Plan(request, timeout=LIVENESS_SECONDS)
+        nodes = wire.node_ids(reply.nodes, "nodes", catalogue.trie)
+        assert len(nodes) == limit
+        assert set(catalogue.trie.parent[nodes].tolist()) <= {ROOT, *nodes.tolist()}
+
+    def test_without_a_limit_every_level_has_its_width(self, draft: grpc.Channel, catalogue: Catalogue) -> None:
+        reply = draft_stub(draft).Plan(plan_request(width=4), timeout=LIVENESS_SECONDS)
+        nodes = wire.node_ids(reply.nodes, "nodes", catalogue.trie)
+        assert np.bincount(catalogue.trie.depth(nodes))[1:].tolist() == [4] * (LEVELS - 1)
+
+    def test_a_plan_is_for_a_beam_width(self, draft: grpc.Channel, catalogue: Catalogue) -> None:
+        """Which nodes are worth the same budget depends on how many beams the search has."""
+        plans = [
+            draft_stub(draft).Plan(plan_request(max_nodes=20, width=20, beam_width=k), timeout=LIVENESS_SECONDS)
+            for k in (1, 20)
+        ]
+        assert plans[0].nodes != plans[1].nodes
 
     def test_weights_and_priorities_belong_to_perturbed_plans(self, draft: grpc.Channel, catalogue: Catalogue) -> None:
         """The contract names them for PROPOSAL_PERTURBED only, so another proposal does without."""

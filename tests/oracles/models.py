@@ -118,6 +118,6 @@ class ModelDraft:
         beams = below.take(np.argsort(below.node))
         order = PlanOrder(**{**vars(self.order), "below": beams})
         plan = (await self.drafter.plan(order)).plan
-        plan.check(self.trie, order.size.width * self.trie.levels)
+        plan.check(self.trie, min(order.size.max_nodes, order.size.width * self.trie.levels))
         self.plans.append(plan)
         return plan

@@ -100,6 +100,11 @@ def test_a_bundle_that_is_as_written_opens_and_verifies(root: Path) -> None:
         (lambda m: m["target"].update(code_tokens=[3, 4, 5, -1]), r"target.*code_tokens"),
         (lambda m: m["target"].update(code_tokens=[3, 4, 5, 5]), r"target.*code_tokens"),
         (lambda m: m["target"]["prompt"].update(suffix=[8]), r"target.*prompt"),
+        (lambda m: m["target"].update(plan_scale=[1.0]), r"target\.plan_scale"),
+        *[
+            (lambda m, scale=scale: m["draft"].update(plan_scale=[scale]), r"draft\.plan_scale\.0")
+            for scale in (0.0, -1.0, float("nan"), float("inf"), "wide")
+        ],
     ],
 )
 def test_a_field_that_cannot_be_served_is_named(
@@ -144,6 +149,40 @@ def test_a_model_with_too_few_code_tokens_for_the_catalogue_is_refused(root: Pat
     change(root, lambda m: m[role].update(code_tokens=[3, 4, 5]))
     with pytest.raises(BundleError, match=rf"manifest\.json: {role}\.code_tokens: 3 tokens for 4 code columns"):
         Bundle(root).catalogue()
+
+
+@pytest.mark.parametrize("scales", [[], [1.0, 1.0]])
+def test_a_draft_has_one_scale_for_each_planned_level(root: Path, scales: list[float]) -> None:
+    change(root, lambda m: m["draft"].update(plan_scale=[0.5]))
+    Bundle(root).catalogue()
+    change(root, lambda m: m["draft"].update(plan_scale=scales))
+    with pytest.raises(BundleError, match=rf"manifest\.json: draft\.plan_scale: {len(scales)} scales for .* 1 levels"):
+        Bundle(root).catalogue()
+
+
+def test_scales_are_served_but_no_score_depends_on_them(root: Path) -> None:
+    """Caches and open sessions outlive a new measurement; a manifest from before there were any reads and writes as it was."""
+    before = (root / MANIFEST).read_text()
+    plain = Bundle(root).manifest
+    assert "plan_scale" not in before
+    write_manifest(root, plain)
+    assert (root / MANIFEST).read_text() == before
+    change(root, lambda m: m["draft"].update(plan_scale=[0.5]))
+    scaled = Bundle(root).manifest
+    assert scaled.draft is not None
+    assert scaled.draft.plan_scale == (0.5,)
+    assert scaled.version != plain.version
+    for role in ("target", "draft"):
+        assert scaled.model_version(role) == plain.model_version(role)
+    write_manifest(root, scaled)
+    assert Bundle(root).manifest == scaled
+
+
+def test_the_shipped_bundle_keeps_its_versions() -> None:
+    """Keys of what others have cached; computed before drafts had scales."""
+    manifest = Bundle(Path(__file__).parents[2] / "bundles/movielens-100k").manifest
+    versions = (manifest.version, manifest.model_version("target"), manifest.model_version("draft"))
+    assert versions == ("9f475926d2436010", "b9cb51dacebc021a", "c480a47e3551dcb5")
 
 
 def test_a_bundle_without_a_draft_says_so(root: Path) -> None:

@@ -22,7 +22,7 @@ from orchestrator.recommend import NoDraft
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
-SIZE = PlanSize(width=6, max_nodes=100)
+SIZE = PlanSize(beam_width=3, width=6, max_nodes=100)
 NOISE = Perturbation(seed=3, temperature=0.8)
 
 
@@ -57,7 +57,7 @@ def by_level(models: Models, plan: Plan) -> list[list[int]]:
 @pytest.mark.parametrize("width", [1, 6, 40])
 async def test_a_plan_is_closed_sorted_and_within_its_width(models: Models, proposal: Proposal, width: int) -> None:
     """Every level is as wide as asked while the catalogue has so many nodes, and only inner nodes are planned."""
-    made = await plan(models, proposal=proposal, noise=NOISE, size=PlanSize(width, 1000))
+    made = await plan(models, proposal=proposal, noise=NOISE, size=PlanSize(3, width, 1000))
     made.check(models.catalogue.trie, limit=width * models.naive.levels)
     levels = by_level(models, made)
     children = len(models.naive.children(()))
@@ -70,17 +70,15 @@ async def test_a_plan_is_closed_sorted_and_within_its_width(models: Models, prop
 
 
 @pytest.mark.parametrize("proposal", [Proposal.TOP, Proposal.PERTURBED])
-async def test_a_smaller_plan_is_the_best_part_of_the_larger_one(models: Models, proposal: Proposal) -> None:
-    """Cut to `max_nodes` by priority, it stays closed under ancestors."""
+async def test_a_plan_spends_its_budget_and_stays_closed(models: Models, proposal: Proposal) -> None:
+    """With shares per level and without; `check` refuses an orphan."""
     whole = await plan(models, proposal=proposal, noise=NOISE)
-    before: set[int] = set()
     for count in range(1, len(whole.node) + 1):
-        part = await plan(models, proposal=proposal, noise=NOISE, size=PlanSize(SIZE.width, count))
-        part.check(models.catalogue.trie, limit=count)
-        assert len(part.node) == count
-        nodes = set(part.node.tolist())
-        assert before < nodes <= set(whole.node.tolist())
-        before = nodes
+        for width in (SIZE.width, 100):
+            size = PlanSize(SIZE.beam_width, width, count)
+            part = await plan(models, proposal=proposal, noise=NOISE, size=size)
+            part.check(models.catalogue.trie, limit=count)
+            assert len(part.node) == count
 
 
 async def test_scores_are_the_drafts_log_probabilities_of_the_paths(models: Models) -> None:
@@ -172,7 +170,7 @@ async def search(models: Models, policy: Policy, draft_role: str | None, size: P
 @pytest.mark.parametrize("width", [1, 5, 10])
 async def test_a_draft_that_is_the_target_foresees_everything(models: Models, width: int) -> None:
     """One pass for the strict rule and for every seed of exact sampling: draft and target perturb alike."""
-    size = PlanSize(width, width * models.naive.levels)
+    size = PlanSize(width, width, width * models.naive.levels)
     policies: list[Policy] = [Strict(width), Tolerance(width, 0.1)]
     policies += [ExactSampling(width, Perturbation(seed, 0.7)) for seed in range(8)]
     for policy in policies:
@@ -189,7 +187,10 @@ async def test_a_draft_that_errs_costs_passes_and_no_list_changes(models: Models
     passes = []
     for policy in policies:
         alone, levels = await search(models, policy, None, SIZE)
-        drafted, needed = await search(models, policy, "draft", PlanSize(2 * width, 1000))
+        budget = 2 * width * (models.naive.levels - 1)
+        drafted, needed = await search(models, policy, "draft", PlanSize(width, 2 * width, 1000))
+        best_first, _ = await search(models, policy, "draft", PlanSize(width, budget, budget))
+        assert best_first.leaves.node.tolist() == alone.leaves.node.tolist()
         assert drafted.leaves.node.tolist() == alone.leaves.node.tolist()
         assert drafted.leaves.score == pytest.approx(alone.leaves.score, abs=1e-4)
         assert levels == models.naive.levels
@@ -199,7 +200,9 @@ async def test_a_draft_that_errs_costs_passes_and_no_list_changes(models: Models
 
 async def test_relaxed_sampling_runs_on_real_models(models: Models) -> None:
     for seed in range(5):
-        result, passes = await search(models, RelaxedSampling(5, Perturbation(seed, 1.0)), "draft", PlanSize(10, 1000))
+        result, passes = await search(
+            models, RelaxedSampling(5, Perturbation(seed, 1.0)), "draft", PlanSize(5, 10, 1000)
+        )
         assert 1 <= passes <= models.naive.levels
         assert len(set(result.leaves.node.tolist())) == 5
 

@@ -106,18 +106,21 @@ class PlanRequest(_message.Message):
     PERTURBATION_FIELD_NUMBER: _builtins.int
     WITH_EVALUATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     width: _builtins.int
-    """`N`: most nodes proposed per level."""
+    """`N`: most nodes proposed per level. With as many as max_nodes, no level has a share of its own."""
     max_nodes: _builtins.int
-    """Most nodes proposed in all; 0 means width times the levels."""
+    """Most nodes proposed in all, those that the search is likeliest to need; 0 means width times the levels."""
     proposal: Global___Proposal.ValueType
     """How to choose."""
     with_evaluation: _builtins.bool
     """Return the draft's own evaluation of every node that it expanded, with all live children. Relaxed sampling needs it."""
     tenant: _builtins.str
     """Keys of the cached keys and values are separate per tenant."""
+    beam_width: _builtins.int
+    """`K`: the beam width of the search. The plan is for a search that needs the K best nodes of every level."""
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
         """int64 [prompt]: the prompt's token ids in the draft's vocabulary."""
@@ -162,10 +165,11 @@ class PlanRequest(_message.Message):
         perturbation: _types_pb2.Perturbation | None = ...,
         with_evaluation: _builtins.bool = ...,
         tenant: _builtins.str = ...,
+        beam_width: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
