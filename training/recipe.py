@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -30,6 +30,23 @@ _CODEBOOK_MAXIMUM = 65536
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _GrownPart(_Part):
+    """A part that got options since runs were made by it.
+
+    One at its default is not written: a recipe that does without is what it was, and so are the keys of its stages.
+    """
+
+    _later: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = serialise(self)
+        for name in self._later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                written.pop(name, None)
+        return written
 
 
 class MovielensData(_Part):
@@ -87,8 +104,10 @@ class PromptWindow(_Part):
         return self
 
 
-class Shape(_Part):
+class Shape(_GrownPart):
     """A small Llama over the code vocabulary, from scratch."""
+
+    _later: ClassVar = frozenset({"dropout"})
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -97,6 +116,7 @@ class Shape(_Part):
     kv_heads: PositiveInt
     tie_embeddings: bool = True
     attention_dropout: Share = 0.0
+    dropout: Annotated[Share, Field(description="Of embeddings and of what each block adds; in training alone.")] = 0.0
 
     @model_validator(mode="after")
     def _divisible(self) -> Shape:
@@ -120,8 +140,10 @@ class Base(_Part):
     suffix: str = ". The next item is: "
 
 
-class Schedule(_Part):
+class Schedule(_GrownPart):
     """AdamW with a linear warm-up and a cosine decay to a twentieth, over `epochs`; the best epoch is kept."""
+
+    _later: ClassVar = frozenset({"gradient_accumulation", "mixed_precision"})
 
     epochs: PositiveInt
     batch_size: PositiveInt = 64
@@ -133,6 +155,10 @@ class Schedule(_Part):
     item_dropout: Annotated[Share, Field(description="Chance that an item is left out of a training history.")] = 0.0
     select_by: Annotated[Literal["recall", "loss"], Field(description="Validation measure of the best.")] = "recall"
     validation_users: PositiveInt = 1000
+    gradient_accumulation: Annotated[PositiveInt, Field(description="Batches per step, of each process.")] = 1
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"], Field(description="Of training passes; weights stay float32. fp16 needs a GPU.")
+    ] = "no"
 
 
 class Model(_Part):
@@ -182,16 +208,29 @@ class Alignment(_Part):
 
 
 class Draft(Model):
-    """The draft; without `alignment` it is trained as the target is."""
+    """The draft; without `alignment` it is trained as the target is.
+
+    With it, `pretraining` is a schedule to train it as the target is first, which costs little and tells it what the codes are.
+    seed: of its weights and batches, the recipe's by default; another one gives another draft of the same target.
+    """
 
     alignment: Alignment | None = None
+    pretraining: Schedule | None = None
+    seed: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _pretraining_comes_before_something(self) -> Draft:
+        if self.pretraining is not None and self.alignment is None:
+            raise ValueError("pretraining: there is no `alignment` after it")
+        return self
 
     @model_serializer(mode="wrap")
-    def _without_absent_alignment(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without the section is written as before there was one, so that its runs keep their stages' keys."""
+    def _without_absent_parts(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without these is written as before there were any, so that its runs keep their stages' keys."""
         written: dict[str, Any] = serialise(self)
-        if self.alignment is None:
-            written.pop("alignment", None)
+        for name in ("alignment", "pretraining", "seed"):
+            if getattr(self, name) is None:
+                written.pop(name, None)
         return written
 
 

@@ -7,7 +7,7 @@ vocabulary, and the losses need no others. Written shard by shard as safetensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -23,7 +23,10 @@ from engine.catalogue import Catalogue
 from engine.scoring import ScoringRule
 from engine.trie import Trie
 from training.beams import BeamSearch, batches_of_equal_length
-from training.prompt_trees import Int64, PromptTrees
+from training.checkpoints import Checkpoints
+from training.errors import Paused
+from training.processes import processes, wait_for_all
+from training.prompt_trees import Int64
 from training.sequences import Sequencer
 
 Int32 = npt.NDArray[np.int32]
@@ -96,17 +99,20 @@ class TeacherShard:
 
 def tree_nodes(trie: Trie, beams: npt.NDArray[np.integer], gold: npt.NDArray[np.integer]) -> Int64:
     """The prefixes of beams [b, L, K] and gold leaves [b], root included: ascending, then -1; [b, m]."""
-    above = gold.astype(np.int64)
-    ancestors = []
-    for _ in range(trie.levels):
-        above = trie.parent[above].astype(np.int64)
-        ancestors.append(above)  # the last one is the root
-    every = np.concatenate([np.stack(ancestors, axis=1), beams[:, :-1].reshape(len(beams), -1)], axis=1)
+    every = np.concatenate([ancestors(trie, gold), beams[:, :-1].reshape(len(beams), -1)], axis=1)
     distinct = [np.unique(row[row >= 0]) for row in every]
     nodes = np.full((len(beams), max(map(len, distinct))), -1, dtype=np.int64)
     for row, found in enumerate(distinct):
         nodes[row, : len(found)] = found
     return nodes
+
+
+def ancestors(trie: Trie, leaves: npt.NDArray[np.integer]) -> Int64:
+    """The prefixes of leaves [b], from the root down to the parent: [b, L]."""
+    above = [leaves.astype(np.int64)]
+    for _ in range(trie.levels):
+        above.append(trie.parent[above[-1]].astype(np.int64))
+    return np.stack(above[:0:-1], axis=1)
 
 
 @dataclass(frozen=True)
@@ -126,42 +132,64 @@ class Teacher:
         gold = self.catalogue.leaf_of(np.array([prompts.gold(index) for index in asked]))
         beams = np.full((count, self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
         logp: dict[int, npt.NDArray[np.float16]] = {}
+        search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)
         for group in batches_of_equal_length(tokens, _BATCH):
-            together = np.stack([tokens[index] for index in group])
-            beams[group] = self._beams(together)
-            logp |= zip(group, self._log_probabilities(together, beams[group], gold[group]), strict=True)
+            found, said = self._ask(search, np.stack([tokens[index] for index in group]), gold[group])
+            beams[group, :, : found.shape[2]] = found
+            logp |= zip(group, said, strict=True)
         ordered = [logp[index] for index in range(count)]
         start = np.concatenate([[0], np.cumsum([len(part) for part in ordered])]).astype(np.int64)
         return TeacherShard(beams, gold.astype(np.int32), np.concatenate(ordered), start)
 
-    def _beams(self, prompts: Int64) -> Int32:
-        """Nodes of every level, [b, L, K]."""
-        search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)
-        found = np.full((len(prompts), self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
-        for level, node in enumerate(search(prompts).node):
-            found[:, level, : node.shape[1]] = node.cpu().numpy()
-        return found
-
-    @torch.inference_mode()
-    def _log_probabilities(self, prompts: Int64, beams: Int32, gold: Int64) -> Iterator[npt.NDArray[np.float16]]:
-        """Of the children of each prompt's tree nodes, in their order."""
+    def _ask(self, search: BeamSearch, prompts: Int64, gold: Int64) -> tuple[Int32, list[npt.NDArray[np.float16]]]:
+        """Of prompts of one length: the beams [b, L, K], and of each prompt what `TeacherShard.logp` holds."""
         trie = self.catalogue.trie
-        nodes = tree_nodes(trie, beams, gold)
-        trees = PromptTrees.of(list(prompts), nodes, trie, self.sequencer.spelling).to(self.model.device)
-        logits = self.model(**trees.inputs(self.model.dtype), use_cache=False).logits
-        codes = torch.tensor(self.sequencer.spelling.code_tokens, device=logits.device)
-        every = logits.float().log_softmax(-1)[..., codes].cpu().numpy()
-        for row, found in enumerate(nodes):
-            parent, child = trie.children_of(found[found >= 0])
-            yield every[row, parent, trie.column(child)].astype(np.float16)
+        levels = list(search.levels(prompts, along=ancestors(trie, gold)[:, 1:]))
+        beams = np.full((len(prompts), trie.levels, self.beams), -1, dtype=np.int32)
+        for level, step in enumerate(levels):
+            beams[:, level, : step.node.shape[1]] = step.node.cpu().numpy()
+        said: list[list[npt.NDArray[np.float16]]] = [[] for _ in prompts]
+        for step in levels:
+            prefix, logp = step.prefix.cpu().numpy(), step.logp.to(torch.float16).cpu().numpy()
+            # Ascending, so equal ones, the gold path on a beam, are neighbours.
+            kept = (prefix >= 0) & np.diff(prefix, axis=1, prepend=-1).astype(bool)
+            row, place = np.nonzero(kept)
+            which, child = trie.children_of(prefix[row, place])
+            values = logp[row[which], place[which], trie.code[child]]
+            ends = np.cumsum(np.bincount(row[which], minlength=len(prompts)))[:-1]
+            for part, found in zip(said, np.split(values, ends), strict=True):
+                part.append(found)
+        return beams, [np.concatenate(parts) for parts in said]
 
 
-def write_teacher_data(teacher: Teacher, prompts: TrainingPrompts, folder: Path, *, shard: int = SHARD) -> None:
-    """Write every shard that is not there yet; a shard is named after its first prompt."""
-    for first in track(range(0, len(prompts), shard), description="teacher data", transient=True):
-        path = folder / f"{first:09d}.safetensors"
+def write_teacher_data(
+    teacher: Teacher,
+    prompts: TrainingPrompts,
+    folder: Path,
+    *,
+    shard: int = SHARD,
+    checkpoints: Checkpoints | None = None,
+) -> None:
+    """Write every shard that is not there yet; a shard is named after its first prompt. Raises Paused between shards.
+
+    Several processes take turns, each with a model on its own device.
+    """
+    firsts, us = range(0, len(prompts), shard), processes()
+    mine = firsts[us.process_index :: us.num_processes]
+    for first in track(mine, description="teacher data", transient=True, disable=not us.is_main_process):
+        path = _shard_path(folder, first)
         if not path.exists():
             teacher.shard(prompts, first, min(shard, len(prompts) - first)).save(path)
+            if checkpoints is not None and checkpoints.stopping:
+                break
+    wait_for_all()
+    done = sum(_shard_path(folder, first).exists() for first in firsts)
+    if done < len(firsts):
+        raise Paused(f"teacher data: {done} of {len(firsts)} shards")
+
+
+def _shard_path(folder: Path, first: int) -> Path:
+    return folder / f"{first:09d}.safetensors"
 
 
 def shards(folder: Path) -> dict[int, Path]:

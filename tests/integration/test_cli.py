@@ -338,10 +338,12 @@ def alive(number: int) -> bool:
 
 
 def test_serving_commands_import_without_the_training_extra() -> None:
-    """`up`, the demo and the lossless check run where neither torch nor onnx is installed."""
+    """`up`, the demo and the checks run where neither torch nor onnx nor matplotlib is installed."""
     program = (
         "import sys\n"
-        "for name in ('torch', 'transformers', 'onnx', 'faiss', 'safetensors'): sys.modules[name] = None\n"
+        "for name in ('torch', 'transformers', 'onnx', 'faiss', 'safetensors', 'scipy', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
         "import client.cli, client.demo, benchmarks.lossless, benchmarks.provenance\n"
+        "import benchmarks.acceptance, benchmarks.cases\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

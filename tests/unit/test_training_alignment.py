@@ -99,18 +99,23 @@ def test_a_batch_holds_what_the_shard_holds(folder: Path) -> None:
         for row, place in enumerate(group.places.tolist()):
             nodes = tree_nodes(TRIE, shard.beams[[place]], shard.gold[[place]])[0].tolist()
             told = iter(shard.logp[shard.start[place] : shard.start[place + 1]].tolist())
-            for at, node in enumerate(nodes):
-                children = TRIE.children(node)
-                assert batch.allowed[row, at].sum() == len(children)
-                expected = [DRAFT_SPELLING.code_tokens[int(column)] for column in TRIE.column(children)]
-                assert batch.token[row, at][batch.allowed[row, at]].tolist() == expected
-                assert batch.target[row, at][batch.allowed[row, at]].tolist() == [next(told) for _ in children]
-                assert bool(batch.on_beam[row, at]) == (node == 0 or node in shard.beams[place, :-1])
-                prefixes = [TRIE.path(int(shard.gold[place]))[:depth] for depth in range(3)]
-                assert bool(batch.on_gold[row, at]) == (TRIE.path(node) in prefixes)
-            assert not batch.allowed[row, len(nodes) :].any()
-            assert not batch.on_beam[row, len(nodes) :].any()
-            assert not batch.on_gold[row, len(nodes) :].any()
+            prefixes = [TRIE.path(int(shard.gold[place]))[:depth] for depth in range(3)]
+            for depth, level in enumerate(batch.levels):
+                here = [at for at, node in enumerate(nodes) if TRIE.depth(np.array([node]))[0] == depth]
+                assert level.row[row, : len(here)].tolist() == here
+                for slot, at in enumerate(here):
+                    children, kept = TRIE.children(nodes[at]), level.allowed[row, slot]
+                    assert kept.sum() == len(children)
+                    expected = [DRAFT_SPELLING.code_tokens[int(column)] for column in TRIE.column(children)]
+                    assert level.token[row, slot][kept].tolist() == expected
+                    assert level.target[row, slot][kept].tolist() == [next(told) for _ in children]
+                    wanted = [child in shard.beams[place, depth] for child in children]
+                    assert level.wanted[row, slot][kept].tolist() == wanted
+                    assert bool(level.on_beam[row, slot]) == (nodes[at] == 0 or nodes[at] in shard.beams[place, :-1])
+                    assert bool(level.on_gold[row, slot]) == (TRIE.path(nodes[at]) in prefixes)
+                for part in (level.allowed, level.wanted, level.on_beam, level.on_gold):
+                    assert not part[row, len(here) :].any()
+            assert next(told, None) is None
             for path, leaf in enumerate(shard.beams[place, -1].tolist()):
                 assert bool(batch.beams.valid[row, path]) == (leaf >= 0)
                 found = [TRIE.path(nodes[at]) for at in batch.beams.row[row, path].tolist()]
@@ -155,7 +160,7 @@ def test_padding_changes_nothing(folder: Path) -> None:
     together = made._batch(_Group(0, np.arange(5)))
     alone = [made._batch(_Group(0, np.array([place]))) for place in range(5)]
     assert len({one.trees.tokens.shape for one in alone}) > 1
-    weights = [int(one.on_beam.sum()) for one in alone]
+    weights = [sum(int(level.on_beam.sum()) for level in one.levels) for one in alone]
     values = [asked.alignment(draft_logits(draft, one), one).item() for one in alone]
     found = asked.alignment(draft_logits(draft, together), together).item()
     assert found == pytest.approx(np.average(values, weights=weights), abs=1e-5)
@@ -163,7 +168,8 @@ def test_padding_changes_nothing(folder: Path) -> None:
 
 def test_a_batch_moves_whole(folder: Path) -> None:
     moved = batches(folder)(0)[0].to(torch.device("meta"))
-    assert {tensor.device.type for tensor in (moved.token, moved.trees.sees, moved.gold.row, moved.on_gold)} == {"meta"}
+    tensors = (moved.trees.sees, moved.gold.row, *(level.token for level in moved.levels))
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 @pytest.mark.parametrize("rule", list(ScoringRule))
@@ -173,20 +179,20 @@ def test_a_level_is_all_children_of_the_targets_beams_with_their_whole_scores(fo
     shard = TeacherShard.load(folder / "000000000.safetensors")
     batch = made._batch(_Group(0, np.arange(5)))
     rows = level_rows(draft_logits(draft, batch), batch, rule)
-    assert rows.draft.shape[0] == 2 * 5
+    assert len(rows) == 2
     for level in range(2):
         for place in range(5):
             prompt = made.sequencer.prompt(PROMPTS.history(place))
             beams = [node for node in shard.beams[place, level - 1].tolist() if node >= 0] if level else [0]
             children = sorted(int(child) for beam in beams for child in TRIE.children(beam))
-            row = level * 5 + place
-            kept = rows.allowed[row]
+            row = rows[level]
+            kept = row.allowed[place]
             wanted = [child in shard.beams[place, level] for child in children]
-            assert rows.wanted[row][kept].tolist() == wanted
-            for scores, asked, tolerance in ((rows.draft, draft, 1e-4), (rows.target, target, 2e-2)):
+            assert row.wanted[place][kept].tolist() == wanted
+            for scores, asked, tolerance in ((row.draft, draft, 1e-4), (row.target, target, 2e-2)):
                 expected = [path_score(asked, prompt.tolist(), child, rule) for child in children]
-                np.testing.assert_allclose(scores[row][kept].numpy(), expected, atol=tolerance)
-    assert not (rows.wanted & ~rows.allowed).any()
+                np.testing.assert_allclose(scores[place][kept].numpy(), expected, atol=tolerance)
+    assert not any((row.wanted & ~row.allowed).any() for row in rows)
 
 
 @torch.inference_mode()

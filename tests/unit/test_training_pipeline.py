@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.bundle import Bundle
 from engine.catalogue import Catalogue
 from training import pipeline
-from training.errors import RecipeError
+from training.checkpoints import Checkpoints
+from training.errors import Paused, RecipeError
+from training.export import export_decoder
 from training.models import SpelledModel, build_model, code_names
 from training.pipeline import load_dataset, train
-from training.recipe import AtspeedData, Base, Model, PromptWindow, Recipe, Schedule, read_recipe
+from training.recipe import Alignment, AtspeedData, Base, Model, PromptWindow, Recipe, Schedule, read_recipe
 from training.semantic_ids import build_catalogue
 from training.sequences import Batch
 from training.trainer import FitState, Trainer
@@ -132,6 +135,38 @@ def test_the_state_of_another_recipe_is_not_resumed(tmp_path: Path, monkeypatch:
     assert Bundle(mixed).manifest.version == Bundle(train(other, tmp_path / "clean", threads=1)).manifest.version
 
 
+class Impatient(Checkpoints):
+    """Wants to stop whenever it is asked."""
+
+    @property
+    def stopping(self) -> bool:
+        return True
+
+
+def test_a_run_in_the_shortest_steps_gives_the_same_bundle(tmp_path: Path) -> None:
+    """A step of the optimizer, a shard of the teacher or a stage at a time; each call gets on, the last one finishes."""
+    recipe = shorter(TINY)
+    assert recipe.draft is not None
+    alignment = Alignment(loss="word-kd", beams=5, budget=10, prompts=100)
+    recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"alignment": alignment})})
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"users": 20})})
+    whole = train(recipe, tmp_path / "whole", threads=1)
+    stopped: list[str] = []
+    while True:
+        assert len(stopped) < 60
+        try:
+            stepped = train(recipe, tmp_path / "steps", threads=1, checkpoints=Impatient())
+        except Paused as paused:
+            stopped.append(str(paused))
+        else:
+            break
+    assert len(set(stopped)) > 10
+    assert [text for text in stopped if text.endswith("is done")] == [
+        f"{stage} is done" for stage in ("catalogue", "target", "teacher", "draft", "evaluation")
+    ]
+    assert Bundle(stepped).manifest.version == Bundle(whole).manifest.version
+
+
 def test_a_folder_is_asked_for() -> None:
     with pytest.raises(RecipeError, match=r"data\.source: atspeed needs a data folder"):
         load_dataset(TINY.model_copy(update={"data": AtspeedData(source="atspeed")}), None)
@@ -175,7 +210,10 @@ def test_a_pretrained_base_gets_code_tokens_and_a_prompt_in_words(base: Path, ca
 
 
 def test_a_base_trains_into_a_bundle(base: Path, tmp_path: Path) -> None:
-    recipe = shorter(TINY).model_copy(update={"target": part_of(base), "draft": None})
+    """As runs/beauty-large.toml does it: half precision, several batches to a step."""
+    schedule = Schedule(epochs=1, batch_size=8, gradient_accumulation=2, mixed_precision="bf16")
+    target = part_of(base).model_copy(update={"schedule": schedule})
+    recipe = shorter(TINY).model_copy(update={"target": target, "draft": None})
     bundle = Bundle(train(recipe, tmp_path / "run", threads=1))
     bundle.verify()
     assert bundle.manifest.draft is None
@@ -190,3 +228,32 @@ def test_a_base_that_is_not_there(catalogue: Catalogue, tmp_path: Path) -> None:
 def test_a_window_that_does_not_fit_the_base(base: Path, catalogue: Catalogue) -> None:
     with pytest.raises(RecipeError, match=r"prompt\.max_items: 2000 items do not fit"):
         build_model(part_of(base), catalogue, PromptWindow(max_items=2000), seed=1)
+
+
+def dropping(share: float) -> Model:
+    assert TINY.target.shape is not None
+    shape = TINY.target.shape.model_copy(update={"dropout": share})
+    return TINY.target.model_copy(update={"shape": shape})
+
+
+def test_dropout_acts_in_training_alone(catalogue: Catalogue) -> None:
+    dropped, plain = (build_model(dropping(share), catalogue, TINY.prompt, seed=1).model for share in (0.5, 0.0))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(dropped.train(mode=False)(tokens).logits, plain.train(mode=False)(tokens).logits)
+    dropped.train()
+    assert not torch.equal(dropped(tokens).logits, dropped(tokens).logits)
+
+
+def test_dropout_is_neither_saved_nor_exported(catalogue: Catalogue, tmp_path: Path) -> None:
+    for share in (0.5, 0.0):
+        spelled = build_model(dropping(share), catalogue, TINY.prompt, seed=1)
+        spelled.save(tmp_path / str(share))
+        spelled.model.train(mode=False)
+        export_decoder(spelled.model, tmp_path / str(share), code_tokens=spelled.spelling.code_tokens)
+    names = sorted(path.name for path in (tmp_path / "0.5").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "0.0").iterdir())
+    for name in names:
+        assert (tmp_path / "0.5" / name).read_bytes() == (tmp_path / "0.0" / name).read_bytes()
+    loaded = SpelledModel.load(tmp_path / "0.5").model.train()
+    tokens = torch.arange(8)[None]
+    assert torch.equal(loaded(tokens).logits, loaded(tokens).logits)

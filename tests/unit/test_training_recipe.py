@@ -45,3 +45,19 @@ def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, problem: s
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
         read_recipe(tmp_path / "none.toml")
+
+
+def test_an_option_that_is_not_used_is_not_written(tmp_path: Path) -> None:
+    """What a stage depends on is hashed as it is written: a new option at its default must not train a run again."""
+    plain = read_recipe(RUNS / "tiny.toml").target.model_dump(mode="json")
+    assert {"dropout"}.isdisjoint(plain["shape"])
+    assert {"gradient_accumulation", "mixed_precision"}.isdisjoint(plain["schedule"])
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        TINY.replace("kv_heads = 1", "kv_heads = 1\ndropout = 0.1", 1).replace(
+            "epochs = 8", 'epochs = 8\nmixed_precision = "bf16"\ngradient_accumulation = 1', 1
+        )
+    )
+    written = read_recipe(path).target.model_dump(mode="json")
+    assert written["shape"] == plain["shape"] | {"dropout": 0.1}
+    assert written["schedule"] == plain["schedule"] | {"mixed_precision": "bf16"}
