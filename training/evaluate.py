@@ -69,6 +69,19 @@ def metrics(rankings: Sequence[Ranking], asked: Sequence[Question]) -> dict[str,
 
 
 @dataclass(frozen=True)
+class SearchedLevel:
+    """The beams of one level, best first. node: int64 [questions, beams], -1 where there are fewer; score: float64 alike."""
+
+    node: Int64
+    score: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, questions: int, beams: int) -> Self:
+        """No beams yet."""
+        return cls(np.full((questions, beams), -1, dtype=np.int64), np.full((questions, beams), -np.inf))
+
+
+@dataclass(frozen=True)
 class Recommender:
     """A model with what it takes to ask it for items."""
 
@@ -87,14 +100,21 @@ class Recommender:
 
     def beams(self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
         """The beams of every level, best first: trie nodes [questions, beams] per level, -1 where there are fewer."""
+        return [level.node for level in self.search(asked, exclude_seen=exclude_seen, beams=beams)]
+
+    def search(
+        self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS
+    ) -> list[SearchedLevel]:
+        """The beams of every level with their scores."""
         prompts = [self.sequencer.prompt(question.history) for question in asked]
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, beams)
-        found = [np.full((len(asked), beams), -1, dtype=np.int64) for _ in range(self.catalogue.trie.levels)]
+        found = [SearchedLevel.empty(len(asked), beams) for _ in range(self.catalogue.trie.levels)]
         for group in batches_of_equal_length(prompts, _BATCH):
             seen = [self.catalogue.pruning(excluded=asked[index].history) for index in group] if exclude_seen else None
-            result = search(np.stack([prompts[index] for index in group]), seen)
-            for level, node in enumerate(result.node):
-                found[level][group, : node.shape[1]] = node.cpu().numpy()
+            levels = search.levels(np.stack([prompts[index] for index in group]), seen)
+            for level, step in zip(found, levels, strict=True):
+                level.node[group, : step.node.shape[1]] = step.node.cpu().numpy()
+                level.score[group, : step.node.shape[1]] = step.score.cpu().numpy()
         return found
 
     def _items(self, leaves: Int64, excluding: Question | None, count: int) -> Ranking:

@@ -36,6 +36,7 @@ from engine.bundle import Manifest, ModelEntry, Provenance, fingerprint, hash_fi
 from engine.catalogue import Catalogue
 from training import evaluate
 from training.alignment import AlignmentBatches, AlignmentObjective
+from training.calibration import Calibration
 from training.checkpoints import Checkpoints
 from training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from training.errors import RecipeError
@@ -168,7 +169,8 @@ class _Run:
         if self.recipe.draft is not None:
             models["draft"] = self._draft(self.recipe.draft, catalogue)
         measures = self._evaluation(models, catalogue)
-        return self._bundle(models, catalogue, measures)
+        scales = self._plan_scale(self.recipe.draft, catalogue) if self.recipe.draft else None
+        return self._bundle(models, catalogue, measures, scales)
 
     @property
     def _parts(self) -> dict[Role, Model]:
@@ -244,9 +246,25 @@ class _Run:
 
     def _asked_target(self, catalogue: Catalogue) -> Recommender:
         """The trained target, on the device."""
-        asked = _recommender(self.recipe, catalogue, SpelledModel.load(self.folder / "target-checkpoint"))
+        return self._asked("target", catalogue)
+
+    def _asked(self, role: Role, catalogue: Catalogue) -> Recommender:
+        asked = _recommender(self.recipe, catalogue, SpelledModel.load(self.folder / f"{role}-checkpoint"))
         asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
         return asked
+
+    def _plan_scale(self, part: Draft, catalogue: Catalogue) -> tuple[float, ...]:
+        """What the draft's plans are cut by, tried out on the validation's users."""
+
+        def work() -> Measures:
+            target, draft = self._asked("target", catalogue), self._asked("draft", catalogue)
+            asked = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).asked
+            scales = Calibration.usual().scales(target, draft, asked)
+            return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
+
+        models = (self._model_key(model, catalogue) for model in self._parts.values())
+        measures = self._stage("plan-scale", _key(*models, part.schedule.validation_users)).run(work)
+        return tuple(measures.values())
 
     @property
     def _teacher_folder(self) -> Path:
@@ -301,7 +319,13 @@ class _Run:
         key = _key(*(self._model_key(part, catalogue) for part in self._parts.values()), self.recipe.evaluation_users)
         return self._stage("evaluation", key, "metrics.json").run(work)
 
-    def _bundle(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue, measures: Measures) -> Path:
+    def _bundle(
+        self,
+        models: Mapping[Role, SpelledModel],
+        catalogue: Catalogue,
+        measures: Measures,
+        scales: tuple[float, ...] | None,
+    ) -> Path:
         folder, partial = self.folder / "bundle", self.folder / "bundle.partial"
 
         def work() -> Measures:
@@ -310,6 +334,8 @@ class _Run:
             reports = {role: self._export(role, model, partial) for role, model in models.items()}
             files = hash_files(partial)
             entries = {role: _entry(role, models[role], report, files) for role, report in reports.items()}
+            if scales is not None:
+                entries["draft"] = entries["draft"].model_copy(update={"plan_scale": scales})
             manifest = Manifest(
                 name=self.recipe.name,
                 scoring_rule=self.recipe.scoring_rule,
@@ -327,7 +353,7 @@ class _Run:
 
         served = self.recipe.model_dump(mode="json", exclude={"data", "codes"})
         models_key = [self._model_key(part, catalogue) for part in self._parts.values()]
-        self._stage("bundle", _key(served, catalogue.version, models_key, measures), "bundle").run(work)
+        self._stage("bundle", _key(served, catalogue.version, models_key, measures, scales), "bundle").run(work)
         return folder
 
     def _export(self, role: Role, model: SpelledModel, bundle: Path) -> ExportReport:
