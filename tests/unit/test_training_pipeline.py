@@ -162,7 +162,7 @@ def test_a_run_in_the_shortest_steps_gives_the_same_bundle(tmp_path: Path) -> No
             break
     assert len(set(stopped)) > 10
     assert [text for text in stopped if text.endswith("is done")] == [
-        f"{stage} is done" for stage in ("catalogue", "target", "teacher", "draft", "evaluation")
+        f"{stage} is done" for stage in ("catalogue", "target", "teacher", "draft", "evaluation", "plan-scale")
     ]
     assert Bundle(stepped).manifest.version == Bundle(whole).manifest.version
 
