@@ -22,7 +22,6 @@ class Stream(IntEnum):
     GUMBEL = 1  # exact sampling: the perturbation of a path (Kool et al. 2019)
     PROPOSAL = 2  # relaxed sampling: the draft's draw at a level
     ACCEPT = 3  # relaxed sampling: u_j of the acceptance test
-    KEEP = 4  # relaxed sampling: which of the accepted ones stay
     RESIDUAL = 5  # relaxed sampling: draws from the residual, and from p
 
 

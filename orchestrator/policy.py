@@ -147,8 +147,10 @@ class ExactSampling:
 class RelaxedSampling:
     """AtSpeed-R's rule (arXiv 2410.05165): a sample y of the draft stays with probability min(1, p(y) / q(y)).
 
-    Where fewer than `width` stay, the rest is drawn from the residual norm(max(p - q, 0)). Keeping a random `width` of the
-    accepted ones does not preserve the target's distribution: the rule is lossy, and replies say so.
+    Where more than `width` stay, the first drawn go on. The paper keeps a random `width` of them, which is no sample of p even
+    where q = p, since the draft's N samples hold far more of the improbable ones than K would; the first K drawn then are
+    one. Where fewer stay, the rest is drawn from the residual norm(max(p - q, 0)). Accepting candidates one by one does not
+    preserve the target's distribution of sets: the rule is lossy, and replies say so.
     """
 
     width: int
@@ -173,8 +175,9 @@ class RelaxedSampling:
         log_ratio = log_p[proposed] - log_q[proposed]
         accepted = proposed[np.log(self._uniform(trie, candidates.node[proposed], Stream.ACCEPT)) <= log_ratio]
         if len(accepted) >= self.width:
-            order = np.argsort(self._uniform(trie, candidates.node[accepted], Stream.KEEP), kind="stable")
-            return candidates.take(accepted[order[: self.width]])
+            # The noise is that of the draft's own draw, so this is its order.
+            first = self._draw(trie, candidates.take(accepted), log_q[accepted], self.width, Stream.PROPOSAL)
+            return candidates.take(accepted[first])
         return candidates.take(self._fill(trie, candidates, log_p, log_q, accepted))
 
     def final(self, beams: Beams) -> Beams:
@@ -191,8 +194,10 @@ class RelaxedSampling:
             rows = np.concatenate([rows, self._draw(trie, candidates, log_weight, self.width - len(rows))])
         return rows
 
-    def _draw(self, trie: Trie, candidates: Beams, log_weight: Float64, count: int) -> Int64:
-        seed, stream = self.noise.seed, Stream.RESIDUAL
+    def _draw(
+        self, trie: Trie, candidates: Beams, log_weight: Float64, count: int, stream: Stream = Stream.RESIDUAL
+    ) -> Int64:
+        seed = self.noise.seed
         return sample_without_replacement(trie, candidates.node, log_weight, count, seed=seed, stream=stream)
 
     def _uniform(self, trie: Trie, node: Int64, stream: Stream) -> Float64:

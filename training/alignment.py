@@ -18,10 +18,8 @@ from engine.trie import ROOT, Trie
 from training.losses import coverage, forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
 from training.prompt_trees import Bools, Int64, PromptTrees, row_of
 from training.recipe import Alignment
-from training.sequences import Sequencer
+from training.sequences import Sequencer, batches_of_like_length
 from training.teacher import TeacherShard, TrainingPrompts, ancestors, shards, tree_nodes
-
-_POOL = 16  # batches of like length are cut from pools of so many, as in training/sequences.py
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,8 @@ class _Group:
 class AlignmentBatches:
     """The batches of each epoch, a pure function of (seed, epoch); a shard at a time, so memory holds one of them.
 
-    Shards hold prompts in random order. Each epoch takes them in another order, and batches of like length within each.
+    Shards hold prompts in random order. Each epoch takes them in another order, and batches of like length within each;
+    see `batches_of_like_length` for `run`.
     """
 
     folder: Path
@@ -130,6 +129,7 @@ class AlignmentBatches:
     trie: Trie
     batch_size: int
     seed: int
+    run: int = 1
 
     def __call__(self, epoch: int) -> Sequence[AlignmentBatch]:
         """All batches of an epoch, each made when it is asked for."""
@@ -151,14 +151,8 @@ class AlignmentBatches:
     def _groups(self, shard: int, rng: np.random.Generator) -> list[_Group]:
         """The prompts of a shard in batches of like length, in random order."""
         held = self._shards[shard][0]
-        lengths = np.array([len(self.sequencer.prompt(self.prompts.history(prompt))) for prompt in held])
-        order, pool = rng.permutation(len(held)), _POOL * self.batch_size
-        groups: list[Int64] = []
-        for start in range(0, len(order), pool):
-            alike = order[start : start + pool]
-            alike = alike[np.argsort(lengths[alike], kind="stable")]
-            groups += [alike[first : first + self.batch_size] for first in range(0, len(alike), self.batch_size)]
-        return [_Group(shard, groups[index]) for index in rng.permutation(len(groups))]
+        lengths = [len(self.sequencer.prompt(self.prompts.history(prompt))) for prompt in held]
+        return [_Group(shard, group) for group in batches_of_like_length(lengths, self.batch_size, rng, self.run)]
 
     def _batch(self, group: _Group) -> AlignmentBatch:
         said, held = self._load(group.shard), self._shards[group.shard][0]

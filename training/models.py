@@ -20,7 +20,7 @@ from training.evaluate import Validation
 from training.export import load_checkpoint
 from training.recipe import Base, Model, PromptWindow, Recipe, Shape
 from training.sequences import Sequencer, Spelling, WindowBatches, index_histories
-from training.trainer import FitState, Loss, Trainer, Validate, cross_entropy
+from training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = 3  # the code tokens of a model from scratch begin here, in the order of their columns
@@ -185,6 +185,7 @@ def train_model(
         part.schedule.batch_size,
         part.schedule.item_dropout,
         seed,
+        run=batches_per_step(part.schedule),
     )
     validation = Validation.of(dataset, catalogue, sequencer, recipe, part.schedule)
     trainer: Trainer[Any] = Trainer(

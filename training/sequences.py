@@ -148,7 +148,7 @@ class WindowBatches:
 
     A history longer than a window is cut into windows at an offset drawn anew each epoch: every item is a target about
     once, after contexts of every length. item_dropout: chance that an item is left out, which keeps small data from
-    being learned by heart. Batches hold sequences of like length, in random order.
+    being learned by heart. Batches hold sequences of like length, in random order; see `batches_of_like_length` for `run`.
     """
 
     sequencer: Sequencer
@@ -156,13 +156,15 @@ class WindowBatches:
     batch_size: int
     item_dropout: float
     seed: int
+    run: int = 1
 
     def __call__(self, epoch: int) -> list[Batch]:
         """All batches of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         examples = [self.sequencer.example(window) for window in self._windows(rng)]
         pad = self.sequencer.spelling.pad_token
-        return [Batch.of(group, pad) for group in _groups_of_like_length(examples, self.batch_size, rng)]
+        groups = batches_of_like_length([len(example.tokens) for example in examples], self.batch_size, rng, self.run)
+        return [Batch.of([examples[index] for index in group], pad) for group in groups]
 
     def _windows(self, rng: np.random.Generator) -> Iterator[Int64]:
         shortest = 1 if self.sequencer.predict_first else 2
@@ -181,11 +183,16 @@ def _cuts(length: int, window: int, rng: np.random.Generator) -> Iterable[tuple[
     return [(max(0, start), min(length, start + window)) for start in range(offset - window, length, window)]
 
 
-def _groups_of_like_length(examples: list[Example], size: int, rng: np.random.Generator) -> list[list[Example]]:
-    """Batches of `size`: sorted by length within random pools of 16 batches, then shuffled."""
-    order = rng.permutation(len(examples))
-    groups = []
-    for start in range(0, len(order), 16 * size):
-        pool = sorted((examples[index] for index in order[start : start + 16 * size]), key=lambda e: len(e.tokens))
-        groups += [pool[first : first + size] for first in range(0, len(pool), size)]
-    return [groups[index] for index in rng.permutation(len(groups))]
+def batches_of_like_length(lengths: Sequence[int], size: int, rng: np.random.Generator, run: int = 1) -> list[Int64]:
+    """Indices in batches of `size`: sorted by length within random pools of 16 batches, then shuffled.
+
+    run: batches that stay neighbours. Processes that make a step together wait for the longest of their batches.
+    """
+    order, pool, every = rng.permutation(len(lengths)), 16 * size, np.asarray(lengths)
+    groups: list[Int64] = []
+    for start in range(0, len(order), pool):
+        alike = order[start : start + pool]
+        alike = alike[np.argsort(every[alike], kind="stable")]
+        groups += [alike[first : first + size] for first in range(0, len(alike), size)]
+    runs = [groups[start : start + run] for start in range(0, len(groups), run)]
+    return [group for index in rng.permutation(len(runs)) for group in runs[index]]

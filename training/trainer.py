@@ -63,6 +63,11 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     )
 
 
+def batches_per_step(schedule: Schedule) -> int:
+    """How many batches one step learns from, of all processes together."""
+    return processes().num_processes * schedule.gradient_accumulation
+
+
 @dataclass
 class FitState:
     """Where a run stands. log: one dict of measures per finished epoch.
@@ -181,7 +186,7 @@ class Trainer(Generic[B]):
         for group in prepared.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate * _rate(done, self.schedule.warmup)
         together = processes().num_processes
-        end = min(state.batch + together * self.schedule.gradient_accumulation, len(batches))
+        end = min(state.batch + batches_per_step(self.schedule), len(batches))
         firsts = range(state.batch, end, together)
         self._seed(state)
         total = 0.0

@@ -110,14 +110,18 @@ def level_by_level_sets(trie: NaiveTrie, logp: LogProb, temperature: float, widt
     return beams
 
 
-def published_relaxed_rule(
+def relaxed_rule(
     rng: np.random.Generator, p: npt.NDArray[np.float64], q: npt.NDArray[np.float64], proposals: int, width: int
 ) -> frozenset[int]:
-    """One level of AtSpeed-R's written rule: draw from q, accept by u <= p / q, keep a random `width`, else fill up."""
-    drawn = rng.choice(len(q), size=proposals, replace=False, p=q)
+    """One level of AtSpeed-R's written rule: draw from q, accept by u <= p / q, else fill up; of too many the first stay."""
+    drawn: list[int] = []
+    while len(drawn) < proposals:
+        left = q.copy()
+        left[drawn] = 0
+        drawn.append(int(rng.choice(len(q), p=left / left.sum())))
     accepted = [int(y) for y in drawn if rng.random() <= p[y] / q[y]]
     if len(accepted) >= width:
-        return frozenset(rng.permutation(accepted)[:width].tolist())
+        return frozenset(accepted[:width])
     residual = np.maximum(p - q, 0)
     while len(accepted) < width:
         residual[accepted] = 0

@@ -36,7 +36,7 @@ from tests.oracles.naive_search import (
     level_by_level_sets,
     naive_beam_search,
     path_law,
-    published_relaxed_rule,
+    relaxed_rule,
 )
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.statistics import chi_square_p, same_law_p
@@ -181,13 +181,11 @@ def test_perturbed_scores_fall_from_parent_to_child(naive: NaiveTrie, seed: int,
 
 @dataclass
 class SamplingDraft:
-    """Plans N nodes per level, drawn by numpy from the softmax of another table's scores, and says what it knew."""
+    """Plans N nodes per level, drawn with a request's noise from the softmax of a table's scores, and says what it knew."""
 
     world: World
     width: int
-    temperature: float
-    rng: np.random.Generator
-    levels: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    noise: Perturbation
 
     async def plan(self, below: Beams) -> Plan:
         """Below any beams."""
@@ -199,8 +197,10 @@ class SamplingDraft:
             asked = np.sort(frontier.node)
             evaluated |= dict(self.world.evaluate(asked, self.world.pruning([]), 100).items())
             candidates = children_by_score(frontier, evaluated)
-            q = np.exp(level_log_distribution(candidates, self.temperature))
-            rows = self.rng.choice(len(q), size=min(self.width, len(q)), replace=False, p=q)
+            log_q, seed = level_log_distribution(candidates, self.noise.temperature), self.noise.seed
+            rows = sample_without_replacement(
+                trie, candidates.node, log_q, self.width, seed=seed, stream=Stream.PROPOSAL
+            )
             frontier = candidates.take(rows)
             levels.append(frontier)
         node = np.concatenate([np.empty(0, dtype=np.int64), *(level.node for level in levels)])
@@ -209,6 +209,18 @@ class SamplingDraft:
         plan = Plan(below, node[order], score[order], evaluated)
         plan.check(trie, limit=trie.nodes)
         return plan
+
+
+def drafted_lists(
+    target: World, draft: World, policies: Iterable[RelaxedSampling], proposals: int
+) -> list[tuple[Path, ...]]:
+    """The list of every policy, as paths, with a draft that draws with the same noise."""
+
+    async def run() -> list[tuple[Path, ...]]:
+        found = [await search(target, policy, SamplingDraft(draft, proposals, policy.noise)) for policy in policies]
+        return [tuple(target.paths(result.leaves.node)) for result in found]
+
+    return asyncio.run(run())
 
 
 def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSampling]:
@@ -239,12 +251,21 @@ def test_a_draft_that_is_the_target_is_always_accepted() -> None:
 
     async def run() -> None:
         for policy in relaxed(3, 50):
-            draft = SamplingDraft(world, 100, 1.0, np.random.default_rng(0))
+            draft = SamplingDraft(world, 100, policy.noise)
             result = await search(world, policy, draft)
             assert result.memo.passes == 1
             assert len(result.leaves) == 3
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("proposals", [3, 5, 9])
+def test_a_draft_that_is_the_target_leaves_its_law(proposals: int) -> None:
+    """q = p: drawing more than K and keeping the first K is drawing K. Three cases, a third of the threshold each."""
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    drawn = drafted_lists(world, world, relaxed(2, 1500), proposals)
+    law = level_by_level_sets(NAIVE, world.model, 1.0, 2)
+    assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT / 3
 
 
 @pytest.mark.parametrize("planned", [1, 2, 3])
@@ -254,7 +275,7 @@ def test_an_exhausted_residual_is_filled_from_p(planned: int) -> None:
 
     async def run() -> None:
         for policy in relaxed(4, 40):
-            draft = SamplingDraft(world, planned, 1.0, np.random.default_rng(policy.noise.seed))
+            draft = SamplingDraft(world, planned, policy.noise)
             result = await search(world, policy, draft)
             assert len(result.leaves) == 4
             assert result.leaves.score.tolist() == sorted(result.leaves.score.tolist(), reverse=True)
@@ -276,26 +297,24 @@ NAIVE_TRIE = World.random(NAIVE, ScoringRule.VOCAB, seed=5).trie
 
 
 @pytest.mark.parametrize(("width", "proposals"), [(1, 1), (1, 3), (2, 3), (2, 4), (3, 3)])
-def test_the_published_rule_is_what_is_written(width: int, proposals: int) -> None:
-    """Accept by u <= p / q, keep a random K of the accepted, else fill from the residual: 1,500 runs of ours, 6,000 of it.
+def test_the_rule_is_what_is_written(width: int, proposals: int) -> None:
+    """Accept by u <= p / q, keep the first K of the accepted, else fill from the residual: 1,500 runs of ours, 6,000 of it.
 
-    Loss included: this is AtSpeed-R's law and not p's. Five cases, so each has a fifth of the threshold.
+    Loss included: this is the rule's law and not p's. Five cases, so each has a fifth of the threshold.
     """
     target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
     p, q = (_first_level(world) for world in (target, other))
     assert np.abs(p - q).sum() > 0.5
-    draft = SamplingDraft(other, proposals, 1.0, np.random.default_rng(3))
-    ours = lists(target, relaxed(width, 1500), draft)
+    ours = drafted_lists(target, other, relaxed(width, 1500), proposals)
     rng = np.random.default_rng(4)
-    theirs = Counter(published_relaxed_rule(rng, p, q, proposals, width) for _ in range(6000))
+    theirs = Counter(relaxed_rule(rng, p, q, proposals, width) for _ in range(6000))
     assert same_law_p(Counter(frozenset(path[0] for path in draw) for draw in ours), theirs) > SIGNIFICANT / 5
 
 
 def test_one_proposal_of_one_is_drawn_from_p() -> None:
     """K = N = 1 is ordinary speculative sampling, the one case in which the rule keeps the target's law."""
     target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
-    draft = SamplingDraft(other, 1, 1.0, np.random.default_rng(3))
-    drawn = Counter(draw[0][0] for draw in lists(target, relaxed(1, 2000), draft))
+    drawn = Counter(draw[0][0] for draw in drafted_lists(target, other, relaxed(1, 2000), 1))
     assert chi_square_p(drawn, dict(enumerate(_first_level(target).tolist()))) > SIGNIFICANT
 
 
