@@ -2,6 +2,8 @@
 #
 #   make demo            a recommender on this machine: services, Redis, requests, measured
 #   make test            lint and every test, as CI runs them
+#   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
+#   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; some hours, resumes
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
@@ -9,7 +11,8 @@
 #   make constraints     constraints.txt from the development environment (make it afresh before)
 #   make clean           removes caches and build results; make distclean the environments too
 #
-# PYTHON=... chooses the interpreter for new environments, PYTEST_FLAGS=... goes to pytest.
+# PYTHON=... chooses the interpreter for new environments, PYTEST_FLAGS=... goes to pytest. The measurements are written to
+# docs/benchmarks/; DIR holds items.jsonl and train.txt, valid.txt, test.txt. PROCESSES=2 train, another number other weights.
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -34,6 +37,41 @@ test: lint pytest
 .PHONY: pytest
 pytest: $(DEV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+BEAUTY := var/runs/beauty-small
+PROCESSES ?= 2
+USERS ?= 1000
+
+# To docs/benchmarks/acceptance.md and its .json.
+.PHONY: beauty
+beauty: beauty-bundle
+	$(BIN)/atspeed bench acceptance --bundle $(BEAUTY)/bundle --data "$(DATA)" --users $(USERS) \
+	    --json docs/benchmarks/acceptance.json --report docs/benchmarks
+
+# To docs/benchmarks/losses/. Strict, and relaxed sampling, which is what AtSpeed-R is made for.
+.PHONY: beauty-losses
+beauty-losses: beauty-bundle
+	$(BIN)/atspeed train-drafts runs/beauty-losses.toml --run-folder $(BEAUTY) --data "$(DATA)" --workers $(PROCESSES)
+	@mkdir -p docs/benchmarks/losses
+	$(BIN)/atspeed bench acceptance --bundle $(BEAUTY)/drafts/target/bundle --data "$(DATA)" --users $(USERS) \
+	    $$(sed 's/^/--draft /' $(BEAUTY)/drafts/bundles.txt) --mode strict --mode relaxed-sampling -k 10 -k 20 \
+	    --budget 40 --budget 120 --budget 240 --json docs/benchmarks/losses/acceptance.json --report docs/benchmarks/losses
+
+# Small models gain more from processes of one thread than from threads. What is done already is skipped.
+.PHONY: beauty-bundle
+beauty-bundle: beauty-data $(DEV)/.installed
+	@mkdir -p docs/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) -m client.cli \
+	    train runs/beauty-small.toml --run-folder $(BEAUTY) --data "$(DATA)" --threads 1
+
+.PHONY: beauty-data
+beauty-data:
+	@for file in items.jsonl train.txt valid.txt test.txt; do \
+	    if [ ! -f "$(DATA)/$$file" ]; then \
+	        echo "make beauty needs DATA=DIR, a folder with items.jsonl and train.txt, valid.txt, test.txt;" \
+	            "there is no $$file in '$(DATA)'" >&2; exit 1; \
+	    fi; \
+	done
 
 .PHONY: lint
 lint: $(DEV)/.installed

@@ -92,7 +92,9 @@ def _file(sweep: _Sweep, plot: _Plot) -> str:
 
 
 def _page(header: Mapping[str, Any], rows: Sequence[AcceptanceRow], sweeps: Sequence[_Sweep]) -> Iterator[str]:
-    yield from ("# Target passes of speculative beam search", "")
+    several = len(header["drafts"]) > len({name.partition("/")[0] for name in header["drafts"]})
+    subject = "drafts of one target, several seeds each" if several else "speculative beam search"
+    yield from (f"# Target passes of {subject}", "")
     yield (
         f"{header['users']} users of {header['data']}, drawn by seed {header['seed']}: the history before the test items. "
         "A search without a draft takes one pass of the target per code; a pass is saved at each level whose beams the plan "

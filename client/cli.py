@@ -1,7 +1,7 @@
 """The `atspeed` command line.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
-bundle inspect, bundle verify     what a bundle holds                train, export, base                        extra `train`
+bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
 bench ...                         measurements that check            client/bench_cli.py
 
 A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
@@ -290,21 +290,26 @@ def bundle_verify(folder: Annotated[Path, typer.Argument(help="The bundle.")]) -
     print(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says, version {bundle.manifest.version}")
 
 
+RunFolder = Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.")]
+Data = Annotated[Path | None, typer.Option(help="The data that the recipe reads.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; all cores by default. Another number rounds differently.")
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(min=0, help="Stop after so many, with everything kept and code 75; the same command goes on."),
+]
+CheckpointMinutes = Annotated[float, typer.Option(min=0, help="Minutes between two saved states inside an epoch.")]
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see runs/.")],
-    run_folder: Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.")],
-    data: Annotated[Path | None, typer.Option(help="The data that the recipe reads.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; all cores by default. Another number rounds differently.")
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(min=0, help="Stop after so many, with everything kept and code 75; the same command goes on."),
-    ] = None,
-    checkpoint_minutes: Annotated[
-        float, typer.Option(min=0, help="Minutes between two saved states inside an epoch.")
-    ] = 5.0,
+    run_folder: RunFolder,
+    data: Data = None,
+    threads: Threads = None,
+    minutes: Minutes = None,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
 ) -> None:
     """Train a recipe's target and draft and write the bundle."""
     checkpoints = optional("training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
@@ -315,6 +320,33 @@ def train(
         bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
     if optional("training.processes").is_main():
         print(bundle)
+
+
+@app.command()
+def train_drafts(
+    comparison: Annotated[Path, typer.Argument(help="Losses and seeds, see runs/beauty-losses.toml.")],
+    run_folder: RunFolder,
+    data: Data = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a draft of its own on one thread.")] = 1,
+    threads: Threads = None,
+    minutes: Minutes = None,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+) -> None:
+    """Train drafts of one target by several losses and seeds; a bundle each.
+
+    --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
+    `bench acceptance --draft` takes it.
+    """
+    checkpoints = optional("training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
+    compared = optional("training.comparison")
+    asked = compared.read_comparison(comparison)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with checkpoints.heeding_signals():
+        bundles = compared.train_drafts(
+            asked, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
+        )
+    if optional("training.processes").is_main():
+        print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))
 
 
 class BaseChoice(StrEnum):

@@ -7,5 +7,7 @@ pipeline.py               the stages, kept and resumed  evaluate.py    Recall an
 teacher.py                what the target would say     prompt_trees.py  one pass over prompts and the nodes below them
 losses.py                 what a draft is trained by    alignment.py   batches and loss of a draft that is aligned
 checkpoints.py            when a run saves and stops    processes.py   one process or many, as accelerate started them
-bases.py                  pretrained models by name
+bases.py                  pretrained models by name     stages.py      what is kept, under which key
+comparison.py             several losses and seeds      workers.py     several runs at once, a process each
+bundles.py                writes the bundle             final_evaluation.py  the test split, before the bundle
 """

@@ -38,6 +38,11 @@ class Checkpoints:
         return self._signalled or time.monotonic() >= self.deadline
 
     @property
+    def signalled(self) -> bool:
+        """Whether this process has been asked to stop, time limit or not."""
+        return self._signalled
+
+    @property
     def due(self) -> bool:
         """Whether the state was saved so long ago that it should be saved again."""
         return time.monotonic() - self._saved >= 60 * self.minutes

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,12 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from engine.bundle import Precision
+from engine.bundle import Precision, Role
 from engine.scoring import ScoringRule
 from training.errors import RecipeError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 _CODEBOOK_MAXIMUM = 65536
+_Read = TypeVar("_Read", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -248,15 +250,32 @@ class Recipe(_Part):
     draft: Draft | None = None
     evaluation_users: Annotated[PositiveInt, Field(description="At most so many users in the final evaluation.")] = 5000
 
+    @property
+    def parts(self) -> dict[Role, Model]:
+        """The models by role, `target` and, where there is one, `draft`."""
+        parts: dict[Role, Model] = {"target": self.target}
+        if self.draft is not None:
+            parts["draft"] = self.draft
+        return parts
+
 
 def read_recipe(path: Path) -> Recipe:
     """Parse and validate a recipe. Raises RecipeError naming the file and the key at fault."""
+    return read_toml(Recipe, path)
+
+
+def read_toml(kind: type[_Read], path: Path) -> _Read:
+    """Parse and validate a file. Raises RecipeError naming it and the key at fault."""
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise RecipeError(f"{path}: {problems}") from error
+        raise RecipeError(f"{path}: {problems(error)}") from error
+
+
+def problems(error: ValidationError, renamed: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple) -> str:
+    """What is wrong, by key. renamed: from the place of a value in the model to its place in the file."""
+    return "; ".join(f"{'.'.join(map(str, renamed(p['loc'])))}: {p['msg']}" for p in error.errors())

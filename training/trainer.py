@@ -65,7 +65,8 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 def batches_per_step(schedule: Schedule) -> int:
     """How many batches one step learns from, of all processes together."""
-    return processes().num_processes * schedule.gradient_accumulation
+    together: int = processes().num_processes
+    return together * schedule.gradient_accumulation
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 from engine.bundle import Bundle
 from training import pipeline
 from training.errors import RecipeError
-from training.pipeline import load_dataset, train
+from training.pipeline import Folders, load_dataset, train
 from training.recipe import AlignmentLoss, Recipe, read_recipe
 from training.semantic_ids import build_catalogue
 from training.teacher import Teacher, TeacherShard, TrainingPrompts, write_teacher_data
@@ -129,12 +129,12 @@ def test_recipes_without_alignment_keep_their_keys() -> None:
     """
     tiny = read_recipe(RUNS / "tiny.toml")
     dataset = load_dataset(tiny, None)
-    run = pipeline._Run(tiny, Path("unused"), None, dataset)
+    run = pipeline.Run(tiny, Folders.one(Path("unused")), None, dataset)
     catalogue = build_catalogue(dataset, tiny.codes, data=None, seed=tiny.seed)
     assert tiny.draft is not None
     assert run._model_key(tiny.target, catalogue) == "57b8e5da7c51e664"
     assert run._model_key(tiny.draft, catalogue) == "a35c0ae364bd022f"
-    for path in RUNS.glob("*.toml"):
+    for path in (RUNS / f"{name}.toml" for name in ("tiny", "movielens-100k")):
         if (draft := read_recipe(path).draft) is not None and draft.alignment is None:
             assert list(draft.model_dump(mode="json")) == ["shape", "base", "schedule", "precision"]
             assert "alignment" not in read_recipe(path).model_dump_json()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from engine.bundle import Bundle
 from engine.catalogue import Catalogue
-from training import pipeline
+from training import bundles
 from training.checkpoints import Checkpoints
 from training.errors import Paused, RecipeError
 from training.export import export_decoder
@@ -74,7 +74,7 @@ def test_nothing_is_left_of_the_training_state(run: Path) -> None:
 
 def test_what_is_done_is_skipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("trained again"))
-    monkeypatch.setattr(pipeline, "export_decoder", lambda *_, **__: pytest.fail("exported again"))
+    monkeypatch.setattr(bundles, "export_decoder", lambda *_, **__: pytest.fail("exported again"))
     train(TINY, run, threads=1)
 
 
