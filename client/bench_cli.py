@@ -1,7 +1,8 @@
 """`atspeed bench`: measurements that check.
 
-parity       our lists beside Hugging Face generate (extra `train`)      acceptance   target passes of drafts, modes and budgets
-lossless     strict beside target-only, with exclusions                  report       a page about them (extra `bench`)
+parity         our lists beside Hugging Face generate (extra `train`)    acceptance     target passes of drafts, modes, budgets
+lossless       strict beside target-only, with exclusions                recommenders   Recall and NDCG beside other methods
+                                                                         report         a page about one of these two
 """
 
 from __future__ import annotations
@@ -172,16 +173,65 @@ def bench_acceptance(
         raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
 
 
+class LibraryMethod(StrEnum):
+    """Recommenders that a library has."""
+
+    SASREC = "sasrec"
+
+
+@bench_commands.command("recommenders")
+def bench_recommenders(
+    run_folder: Annotated[Path, typer.Option(help="A finished run of `atspeed train`.")],
+    data: Annotated[Path | None, typer.Option(help="The data that the run's recipe reads.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="How many test users; all without it.")] = None,
+    trained: Annotated[
+        list[LibraryMethod] | None, typer.Option("--with", help="Train this one too (extra `bench`).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of SASRec, the best of which is kept.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page about it into this folder.", file_okay=False)
+    ] = None,
+) -> None:
+    """Recall and NDCG of a run's models, popularity, item-kNN and SASRec on one split, with intervals."""
+    recommenders, sasrec = optional("benchmarks.recommenders"), optional("benchmarks.sasrec")
+    from benchmarks import recommender_table
+
+    if trained:
+        sasrec.library()  # what is missing is said before the work
+    if threads:
+        optional("torch").set_num_threads(threads)
+    optional("transformers.utils.logging").disable_progress_bar()
+    opened = recommenders.TrainedRun.open(run_folder, data)
+    asked = opened.questions(users, seed)
+    methods = list(recommenders.own_methods(opened))
+    if trained:
+        settings = sasrec.Settings() if epochs is None else sasrec.Settings(epochs=epochs)
+        err.print(f"training SASRec, {settings.epochs} epochs")
+        methods.append(recommenders.sasrec(opened, settings, seed=seed))
+    rows = recommenders.run(asked, methods, seed=seed)
+    out.print(recommender_table.table(rows))
+    about = recommenders.header(opened, methods, users=len(asked))
+    result = _save(json_file, opened.bundle, seed, recommender_table.to_json(rows), about)
+    if report:
+        _written(recommender_table.write(result, report))
+
+
 @bench_commands.command("report")
 def bench_report(
-    result: Annotated[Path, typer.Argument(help="What `bench acceptance --json` wrote.")],
+    result: Annotated[Path, typer.Argument(help="What `bench acceptance` or `bench recommenders` wrote as --json.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
 ) -> None:
     """A page about a measurement, from its JSON alone."""
+    from benchmarks import recommender_table
     from benchmarks.results import Result
 
-    page = optional("benchmarks.acceptance_report")
-    _written(page.write(Result.read(result), folder))
+    read = Result.read(result)
+    of_recommenders = read.header.get("benchmark") == recommender_table.NAME
+    page = recommender_table if of_recommenders else optional("benchmarks.acceptance_report")
+    _written(page.write(read, folder))
 
 
 def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
