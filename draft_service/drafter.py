@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class Drafter:
             evaluation, pass_cost = await self._evaluator.evaluate(tree, asked, selection)
             evaluated.update(evaluation.items())
             listed = self._grown(listed, depth, evaluated, order)
-            asked, cost, passes = listed.level(self._trie, depth + 1).node, cost + pass_cost, passes + 1
+            asked, cost, passes = self._frontier(listed, depth + 1, order).node, cost + pass_cost, passes + 1
             if not len(asked):
                 break
         planned = listed.beams.take(np.flatnonzero(self._trie.depth(listed.beams.node) > start))
@@ -86,18 +86,30 @@ class Drafter:
 
     def _grown(self, listed: Shortlist, depth: int, evaluated: dict[int, Children], order: PlanOrder) -> Shortlist:
         """The list with what is wanted of the level below `depth`, without what no longer fits."""
-        frontier, noise, most = listed.level(self._trie, depth), order.noise, order.size.max_nodes + len(order.below)
+        frontier, noise, most = (
+            self._frontier(listed, depth, order),
+            order.noise,
+            order.size.max_nodes + len(order.below),
+        )
         if noise is None or order.proposal is Proposal.TOP:
             children = children_by_score(frontier, evaluated)
         elif order.proposal is Proposal.PERTURBED:
             children = children_by_gumbel(self._trie, frontier, evaluated, noise)
         else:
-            candidates = children_by_score(frontier, evaluated)
-            return listed.with_level(self._trie, self._sample(candidates, most - len(listed.beams), order.size, noise))
+            drawn = self._sample(children_by_score(frontier, evaluated), most - len(listed.beams), order.size, noise)
+            # Of the accepted the first K drawn survive, so these are nearly all among the first 2K.
+            return replace(listed.with_level(self._trie, drawn), deepest=drawn.node[: 2 * order.size.beam_width])
         return listed.grown(self._trie, children, order.size, self._scale[depth], self._free).cut(self._trie, most)
 
+    def _frontier(self, listed: Shortlist, depth: int, order: PlanOrder) -> Beams:
+        """The nodes of a depth that are expanded: all that are listed; of a sample those that may well survive."""
+        level = listed.level(self._trie, depth)
+        if order.proposal is not Proposal.SAMPLE:
+            return level
+        return level.take(np.flatnonzero(np.isin(level.node, listed.deepest)))
+
     def _sample(self, candidates: Beams, room: int, size: PlanSize, noise: Perturbation) -> Beams:
-        """One level's draws. A sample cannot be cut to its best afterwards, so every level has its share of the nodes."""
+        """One level's draws, in order. As a sample cannot be cut to its best, every level has its share."""
         share = min(size.width, room, max(1, size.max_nodes // (self._trie.levels - 1)))
         log_q = level_log_distribution(candidates, noise.temperature)
         seed, stream = noise.seed, Stream.PROPOSAL

@@ -60,7 +60,8 @@ class Shortlist:
     the first nodes of the order are closed under ancestors.
 
     beams: ascending, of several depths, the start beams included. margin: float64 [b], +inf for the start beams.
-    own: int64, the start beams and the draft's own K beams of every level so far. deepest: the latter at the deepest level.
+    own: int64, the start beams and the draft's own K beams of every level so far. deepest: the latter at the deepest level; of a
+    sample, the first 2K draws there.
     free: nodes of the deepest level that compete for places among its K best, but are never evaluated: see `free_nodes`.
     """
 

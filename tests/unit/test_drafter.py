@@ -56,15 +56,20 @@ def by_level(models: Models, plan: Plan) -> list[list[int]]:
 @pytest.mark.parametrize("proposal", Proposal)
 @pytest.mark.parametrize("width", [1, 6, 40])
 async def test_a_plan_is_closed_sorted_and_within_its_width(models: Models, proposal: Proposal, width: int) -> None:
-    """Every level is as wide as asked while the catalogue has so many nodes, and only inner nodes are planned."""
+    """Every level is as wide as asked while the catalogue has so many nodes, and only inner nodes are planned.
+
+    Of a sample only the first 2K draws of a level are expanded, whatever their number of children.
+    """
     made = await plan(models, proposal=proposal, noise=NOISE, size=PlanSize(3, width, 1000))
     made.check(models.catalogue.trie, limit=width * models.naive.levels)
     levels = by_level(models, made)
     children = len(models.naive.children(()))
     assert len(levels[0]) == min(width, children)
     for above, below in itertools.pairwise(levels):
-        candidates = sum(len(models.naive.children(models.naive.nodes[node])) for node in above)
-        assert len(below) == min(width, candidates)
+        children_of = [len(models.naive.children(models.naive.nodes[node])) for node in above]
+        assert len(below) <= min(width, sum(children_of))
+        if proposal is not Proposal.SAMPLE or len(above) <= 6:
+            assert len(below) == min(width, sum(children_of))
     parents = {ROOT, *made.node.tolist()}
     assert all(int(models.catalogue.trie.parent[node]) in parents for node in made.node.tolist())
 

@@ -209,8 +209,9 @@ def test_a_plan_of_k_per_level_is_the_drafts_beam_search(case: Case, width: int)
 
 @given(cases(proposals=[Proposal.SAMPLE]))
 def test_a_sample_keeps_within_its_budget(case: Case) -> None:
-    """Level for level an equal share, and no more in all than asked for, however small that is."""
-    plan, _ = drafted(case)
+    """Level for level an equal share, and no more in all than asked for, however small that is; 2K of a level are expanded."""
+    plan, asked = drafted(case)
+    assert all(len(nodes) <= 2 * case.size.beam_width for nodes in asked[1:])
     share = max(1, case.size.max_nodes // (case.world.naive.levels - 1))
     assert np.bincount(case.world.trie.depth(plan.node)).max() <= min(share, case.size.width)
 
