@@ -5,7 +5,7 @@ What is counted is what a cold request would take: the prompt and the first plan
 depends on the machine, time, is not measured here.
 
     2k          2K nodes per level, the AtSpeed paper's N         40          40 per level, the paper's largest N
-    120, 240    so many nodes in all, the ones that the draft believes in most, whatever their level
+    120, 240    so many nodes in all, best first (method, section 7)
 """
 
 from __future__ import annotations

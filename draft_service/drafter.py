@@ -86,11 +86,8 @@ class Drafter:
 
     def _grown(self, listed: Shortlist, depth: int, evaluated: dict[int, Children], order: PlanOrder) -> Shortlist:
         """The list with what is wanted of the level below `depth`, without what no longer fits."""
-        frontier, noise, most = (
-            self._frontier(listed, depth, order),
-            order.noise,
-            order.size.max_nodes + len(order.below),
-        )
+        frontier, noise = self._frontier(listed, depth, order), order.noise
+        most = order.size.max_nodes + len(order.below)
         if noise is None or order.proposal is Proposal.TOP:
             children = children_by_score(frontier, evaluated)
         elif order.proposal is Proposal.PERTURBED:

@@ -60,7 +60,7 @@ class ModelEntry(_Part):
     plan_scale: tuple[PlanScale, ...] | None = Field(
         default=None,
         exclude_if=lambda scale: scale is None,  # so that a bundle without one keeps its version
-        description="Of a draft: per level 1..L-1, the standard deviation of its cumulative scores around the target's.",
+        description="Of a draft: per level 1..L-1, the unit that a plan's margins are measured in.",
     )
 
     @property

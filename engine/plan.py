@@ -55,8 +55,8 @@ class Shortlist:
 
     A strict search misses a level when one of its K beams there is not planned, so a node is worth as much as it is likely to
     be one of them. First come the draft's own K beams of each level, so that a draft that agrees with the target is never
-    wrong. Then the others by margin: how far a node falls short of the last of these beams at its level, in units of the
-    draft's typical error there, or the margin of its parent, if that is lower. A child then never outranks its parent, and
+    wrong. Then the others by margin: how far a node falls short of the last of these beams at its level, in units of that
+    level's scale, or the margin of its parent, if that is lower. A child then never outranks its parent, and
     the first nodes of the order are closed under ancestors.
 
     beams: ascending, of several depths, the start beams included. margin: float64 [b], +inf for the start beams.
@@ -93,7 +93,7 @@ class Shortlist:
         """One level more: of these children [m] of the deepest level, and of those below `self.free`, the draft's own beams
         and the best others, `size.width` together.
 
-        scale: the standard deviation of draft minus target cumulative score at the children's level.
+        scale: the unit of the margins at the children's level, nats.
         """
         forced = Beams(trie.child_start[self.free.node], self.free.score, self.free.weight, self.free.priority)
         candidates = Beams.joined([children, forced])

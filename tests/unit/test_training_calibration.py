@@ -10,7 +10,7 @@ import pytest
 
 from draft_service.drafter import Drafter, PlanOrder
 from engine.beams import Beams
-from engine.plan import PlanSize, Proposal
+from engine.plan import PlanSize, Proposal, free_nodes
 from engine.scoring import ScoringRule
 from engine.tree_evaluator import TreeEvaluator
 from engine.trie import Int64, Pruning
@@ -62,7 +62,7 @@ def test_a_plan_that_is_tried_is_the_one_that_is_served(models: Models, size: Pl
     for row, question in enumerate(ASKED[:8]):
         scales = (1.0, 0.5 + row / 4, 2.0)
         served = planned(models, question, size, scales)
-        tried = _plan(draft, lists, row, size, scales)
+        tried = _plan(models.catalogue.trie, lists, row, size, scales, free_nodes(models.catalogue.trie, models.rule))
         assert set(served.tolist()) <= set(tried.tolist())
         free = set(tried.tolist()) - set(served.tolist())
         assert models.rule is ScoringRule.TRIE or not free
