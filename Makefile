@@ -3,7 +3,7 @@
 #   make demo            a recommender on this machine: services, Redis, requests, measured
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
-#   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; some hours, resumes
+#   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
