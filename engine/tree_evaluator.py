@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.bundle import ModelEntry
 from engine.cost import PassCost
+from engine.cost_curve import CostCurve, measure
 from engine.decoder import Decoder, Float32
 from engine.errors import CapacityError, PromptError
 from engine.kv_cache import KvArray, KvLayout, block_keys, copy_blocks, namespace
@@ -104,6 +105,23 @@ class TreeEvaluator:
         await self.evaluate(tree, np.array([ROOT]), everything)
         if self.trie.levels > 1:
             await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+
+    async def cost_curve(self, seconds: float) -> CostCurve:
+        """Measure what passes cost, for about so long. Nothing else should run on the model meanwhile."""
+        block, levels = self._layout.block_tokens, self.trie.levels
+        blocks = (self.entry.prompt.max_tokens(levels) - 1) // block
+        cached = sorted({0, blocks // 2 * block, blocks * block})
+        most = self.entry.max_positions - (levels - 1) - cached[-1] + int(self.trie.level_start[levels]) - 1
+        return await measure(self._rehearse, most, cached, seconds)
+
+    async def _rehearse(self, new: int, cached: int) -> PassCost:
+        """A first pass over `new` tokens, nodes of the trie as far as it has so many, on `cached` ones, a multiple of a block."""
+        nodes = np.arange(min(new, int(self.trie.level_start[self.trie.levels])))
+        prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
+        block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
+        tree = OpenTree(self._empty_tree(prompt), [], (block,) * (cached // self._layout.block_tokens), PassCost())
+        _, cost = await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
+        return cost
 
     async def close(self) -> None:
         """Wait for the running pass, write what is pending, and stop."""

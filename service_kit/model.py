@@ -11,6 +11,7 @@ from atspeed.v1 import types_pb2
 from pydantic import Field
 
 from engine.bundle import Bundle, Role
+from engine.cost_curve import CostCurve
 from engine.decoder import RuntimeOptions, load_decoder
 from engine.kv_cache import KvLayout, MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore, connect
@@ -43,13 +44,22 @@ class ModelSettings(ServiceSettings):
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for KV from Redis.")
     ] = 0.05
+    warm_up_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=600,
+            description="How long the costs of passes are measured at start, at most; 0: no longer than must be.",
+        ),
+    ] = 5.0
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is ready to serve. info: what GetModelInfo answers."""
+    """A model that is ready to serve. cost_curve: what a pass costs. info: what GetModelInfo answers."""
 
     evaluator: TreeEvaluator
+    cost_curve: CostCurve
     info: types_pb2.ModelInfo
 
 
@@ -71,6 +81,7 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     rule = bundle.manifest.scoring_rule
     evaluator = TreeEvaluator(decoder, entry, catalogue.trie, rule, layout, cache)
     await evaluator.warm_up()
+    cost_curve = await evaluator.cost_curve(settings.warm_up_seconds)
     info = types_pb2.ModelInfo(
         model_version=bundle.manifest.model_version(role),
         catalogue_version=catalogue.version,
@@ -82,9 +93,10 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
         max_positions=entry.max_positions,
         max_nodes=settings.max_nodes,
         provider=settings.provider,
+        cost_curve=wire.to_cost_curve(cost_curve),
     )
     try:
-        yield ServedModel(evaluator, info)
+        yield ServedModel(evaluator, cost_curve, info)
     finally:
         await evaluator.close()
         if client:

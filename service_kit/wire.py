@@ -13,6 +13,7 @@ import numpy.typing as npt
 from atspeed.v1 import draft_pb2, target_pb2, types_pb2
 
 from engine.cost import PassCost
+from engine.cost_curve import CostCurve
 from engine.plan import Proposal
 from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.trie import Int64, Pruning, Trie
@@ -34,6 +35,8 @@ _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
     ScoringRule.VOCAB: types_pb2.SCORING_RULE_VOCAB,
     ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
 }
+
+_CURVE_POINTS = 1024
 
 
 def to_array(values: npt.NDArray[np.generic]) -> types_pb2.Array:
@@ -147,3 +150,23 @@ def to_statistics(cost: PassCost) -> types_pb2.PassStatistics:
 def pass_cost(message: types_pb2.PassStatistics) -> PassCost:
     """What passes cost."""
     return PassCost(**{name: getattr(message, name) for name in PassCost.__dataclass_fields__})
+
+
+def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
+    """A cost curve as a message."""
+    return types_pb2.CostCurve(
+        new_tokens=to_array(curve.new_tokens),
+        cached_tokens=to_array(curve.cached_tokens),
+        forward_ns=to_array(curve.forward_ns.ravel()),
+    )
+
+
+def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:
+    """A cost curve. Raises InvalidArgumentError naming `field` when it is not one."""
+    new = vector(message.new_tokens, f"{field}.new_tokens", "int64", limit=_CURVE_POINTS).astype(np.int64)
+    cached = vector(message.cached_tokens, f"{field}.cached_tokens", "int64", limit=_CURVE_POINTS).astype(np.int64)
+    forward = vector(message.forward_ns, f"{field}.forward_ns", "float64").astype(np.float64)
+    try:
+        return CostCurve(new, cached, forward.reshape(len(new), len(cached)))
+    except ValueError as error:
+        raise InvalidArgumentError(field, str(error)) from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
 from engine.errors import BundleError
+from service_kit import wire
 from service_kit.model import ModelSettings, served_model
 from tests.bundles import random_catalogue, write_bundle
 
@@ -37,6 +39,21 @@ def claim(root: Path, **fields: Any) -> None:
 async def test_a_bundle_that_fits_together_is_served(root: Path) -> None:
     async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target") as model:
         assert (model.info.precision, model.info.max_positions) == ("float32", 256)
+
+
+async def test_what_a_pass_costs_is_measured_and_published(root: Path) -> None:
+    """Prompts of this bundle have up to 17 tokens, so one block of 16 may be cached."""
+    async with served_model(ModelSettings(bundle=root, verify_bundle=False, warm_up_seconds=0), "target") as model:
+        curve = wire.cost_curve(model.info.cost_curve, "cost_curve")
+        assert (curve.new_tokens.tolist(), curve.cached_tokens.tolist()) == ([1, 64], [0, 16])
+        np.testing.assert_array_equal(curve.forward_ns, model.cost_curve.forward_ns)
+
+
+async def test_no_pass_of_the_measurement_is_longer_than_the_model(root: Path) -> None:
+    """A prompt and its codes take up to 19 positions here, and the trie has few nodes to fill a pass with."""
+    claim(root, max_positions=19)
+    async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target") as model:
+        assert model.cost_curve.new_tokens.tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(

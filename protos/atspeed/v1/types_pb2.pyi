@@ -199,6 +199,7 @@ class ModelInfo(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
     MAX_NODES_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
+    COST_CURVE_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Hash of all that scores and node ids depend on: weights, scoring rule, prompt, code tokens, catalogue snapshot. Replicas of one
     version are interchangeable; grpc.health.v1 knows them as <service>/<model_version> too.
@@ -221,6 +222,10 @@ class ModelInfo(_message.Message):
     """Most trie nodes that one message may name."""
     provider: _builtins.str
     """ONNX Runtime execution provider in use."""
+    @_builtins.property
+    def cost_curve(self) -> Global___CostCurve:
+        """What a pass cost on this replica when it started."""
+
     def __init__(
         self,
         *,
@@ -234,14 +239,51 @@ class ModelInfo(_message.Message):
         max_positions: _builtins.int = ...,
         max_nodes: _builtins.int = ...,
         provider: _builtins.str = ...,
+        cost_curve: Global___CostCurve | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost_curve", b"cost_curve"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bundle_name", b"bundle_name", "catalogue_version", b"catalogue_version", "max_nodes", b"max_nodes", "max_positions", b"max_positions", "model_version", b"model_version", "parameters", b"parameters", "precision", b"precision", "provider", b"provider", "scoring_rule", b"scoring_rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bundle_name", b"bundle_name", "catalogue_version", b"catalogue_version", "cost_curve", b"cost_curve", "max_nodes", b"max_nodes", "max_positions", b"max_positions", "model_version", b"model_version", "parameters", b"parameters", "precision", b"precision", "provider", b"provider", "scoring_rule", b"scoring_rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
+
+@_typing.final
+class CostCurve(_message.Message):
+    """Nanoseconds of one pass by its size, on a grid. Between the grid's points it is bilinear, beyond the most new tokens it goes on as it rose."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    FORWARD_NS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def new_tokens(self) -> Global___Array:
+        """int64 [n], ascending: tokens computed in the pass."""
+
+    @_builtins.property
+    def cached_tokens(self) -> Global___Array:
+        """int64 [c], ascending: tokens whose keys and values were there before."""
+
+    @_builtins.property
+    def forward_ns(self) -> Global___Array:
+        """float64 [n * c], row-major: nanoseconds, as in PassStatistics.forward_ns; falls with neither."""
+
+    def __init__(
+        self,
+        *,
+        new_tokens: Global___Array | None = ...,
+        cached_tokens: Global___Array | None = ...,
+        forward_ns: Global___Array | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "new_tokens", b"new_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "new_tokens", b"new_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CostCurve: _TypeAlias = CostCurve  # noqa: Y015
 
 @_typing.final
 class PassStatistics(_message.Message):
