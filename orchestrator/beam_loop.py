@@ -45,11 +45,10 @@ async def beam_search(trie: Trie, rule: ScoringRule, policy: Policy, target: Tar
     memo = Memo(trie, rule)
     beams = Beams.root()
     for level in range(trie.levels):
-        missing = memo.missing(beams)
+        missing = policy.missing(beams, memo)
         if len(missing):
             below = policy.to_plan(beams, missing)
             plan = await draft.plan(below) if level < trie.levels - 1 else Plan.empty(below)
             memo.add(await target.evaluate(memo.wanted(beams.take(missing), plan)))
-        memo.use(beams)
-        beams = policy.select(beams, memo)
+        beams = policy.select(memo.use(beams), memo)
     return SearchResult(policy.final(beams), memo)

@@ -14,6 +14,7 @@ class Memo:
     """Evaluated nodes of one request. A hit is a speculation that came true; a miss costs a target pass.
 
     evaluated: node -> its best live children. plan: the newest plan, which relaxed sampling takes q from.
+    spared: beams that were never evaluated, because nothing below them could be chosen.
     substitutions, largest_slack: how often the tolerance policy stood one node in for another, and the largest score gap.
     """
 
@@ -25,6 +26,7 @@ class Memo:
         self.recovered: set[int] = set()
         self.used: set[int] = set()
         self.passes = 0
+        self.spared = 0
         self.substitutions = 0
         self.largest_slack = 0.0
 
@@ -38,8 +40,12 @@ class Memo:
         return False
 
     def missing(self, beams: Beams) -> Int64:
-        """Rows of the beams that have to be evaluated before the next level can be chosen."""
+        """Rows of the beams that are not evaluated."""
         return np.flatnonzero([not self.knows(node) for node in beams.node.tolist()])
+
+    def known(self, beams: Beams) -> Beams:
+        """The beams that are evaluated."""
+        return beams.take(np.flatnonzero([self.knows(node) for node in beams.node.tolist()]))
 
     def wanted(self, missing: Beams, plan: Plan) -> Int64:
         """The nodes of one target pass: the missing ones, what is planned below, nothing that is known already."""
@@ -55,9 +61,12 @@ class Memo:
         for node, children in evaluation.items():
             self.evaluated.setdefault(node, children)
 
-    def use(self, beams: Beams) -> None:
-        """Note that the search went through these beams."""
-        self.used.update(beams.node.tolist())
+    def use(self, beams: Beams) -> Beams:
+        """Note that the search goes on through these beams, those of them that are evaluated; these."""
+        known = self.known(beams)
+        self.used.update(known.node.tolist())
+        self.spared += len(beams) - len(known)
+        return known
 
     def substitute(self, slack: float) -> None:
         """Note that a node stands in for one that is better by `slack`."""

@@ -45,6 +45,9 @@ class Policy(Protocol):
     @property
     def perturbed(self) -> bool: ...  # noqa: D102
 
+    def missing(self, beams: Beams, memo: Memo) -> Int64:
+        """Rows of the beams that have to be evaluated before the next level can be chosen."""
+
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:
         """The beams below which a plan is wanted when the rows `missing` of `beams` have to be evaluated."""
 
@@ -69,6 +72,10 @@ class Strict:
     def max_children(self) -> int:
         """No node can have more than `width` of its children among the best `width`."""
         return self.width
+
+    def missing(self, beams: Beams, memo: Memo) -> Int64:
+        """Those whose children could be among the best."""
+        return _undecided(beams, children_by_score(memo.known(beams), memo.evaluated), self.width, memo)
 
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:
         """Below the missing ones only: what hangs below the others was planned before."""
@@ -130,6 +137,11 @@ class ExactSampling:
         """As in the strict rule: siblings are ordered by the noise alone, whatever their parent's score."""
         return self.width
 
+    def missing(self, beams: Beams, memo: Memo) -> Int64:
+        """Those whose children could be among the best: a child's perturbed score never exceeds its parent's."""
+        known = children_by_gumbel(memo.trie, memo.known(beams), memo.evaluated, self.noise)
+        return _undecided(beams, known, self.width, memo)
+
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:
         """Below the missing ones only."""
         return beams.take(missing)
@@ -159,6 +171,10 @@ class RelaxedSampling:
     proposal = Proposal.SAMPLE
     perturbed = False
     max_children = 0
+
+    def missing(self, beams: Beams, memo: Memo) -> Int64:
+        """All that are not evaluated: p is one distribution over the whole level."""
+        return memo.missing(beams)
 
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:  # noqa: ARG002
         """Below all beams: q is one distribution over the whole level."""
@@ -202,3 +218,12 @@ class RelaxedSampling:
 
     def _uniform(self, trie: Trie, node: Int64, stream: Stream) -> Float64:
         return uniform(self.noise.seed, stream, trie.path_hash[node])
+
+
+def _undecided(beams: Beams, children: Beams, width: int, memo: Memo) -> Int64:
+    """Rows of the beams that are not evaluated and whose children could be among the best `width`, ties included.
+
+    children: of those that are. No child is above its parent, so below a beam that `width` of them exceed nothing can be chosen.
+    """
+    missing = memo.missing(beams)
+    return missing[beams.priority[missing] >= children.threshold(width)]

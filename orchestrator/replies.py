@@ -67,6 +67,7 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         nodes_used=len(used),
         nodes_forced=sum(memo.is_forced(node) for node in memo.used),
         nodes_recovered=len(memo.recovered),
+        nodes_spared=memo.spared,
         prompt_tokens=recommendation.prompt_tokens,
         memory_cached_tokens=target.cost.memory_cached_tokens,
         redis_cached_tokens=target.cost.redis_cached_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -195,6 +195,31 @@ def test_the_memo_tells_drafted_from_recovered_and_forced() -> None:
     assert [memo.was_recovered(leaves[path]) for path in ((0, 0), (0, 1), (1, 0))] == [False, False, True]
     assert [memo.is_forced(leaves[path]) for path in ((0, 0), (0, 1), (1, 0))] == [False, False, True]
     assert not memo.is_forced(0)
+
+
+@pytest.mark.parametrize("likelier", [True, False])
+def test_a_beam_below_which_nothing_can_be_chosen_is_never_evaluated(likelier: bool) -> None:
+    """Two beams, of which the plan held one: if both its children are above the other beam, that one's cannot matter."""
+    naive = NaiveTrie({"a": (0, 0), "b": (0, 1), "c": (1, 0)}, (2, 2))
+    world = World.random(naive, ScoringRule.VOCAB, 0)
+    logits = np.zeros_like(world.logits)
+    logits[0, :2] = (4.0, 0.0) if likelier else (1.0, 0.9)
+    world = replace(world, logits=logits, log_normalizer=np.log(np.exp(logits).sum(axis=1)))
+    run = search(world, Strict(2), only({1}))
+    assert [(world.naive.nodes[leaf], score) for leaf, score in run.list] == expected_levels(world, 2, ())[-1]
+    assert run.passes == ([[0, 1]] if likelier else [[0, 1], [2]])
+    assert run.result.memo.spared == (1 if likelier else 0)
+
+
+@given(worlds(), st.integers(1, 8), choices(), st.integers(0, 2**64))
+def test_every_beam_is_used_or_spared(world: World, width: int, choice: Choice, seed: int) -> None:
+    """And one that is spared has no child among the beams of the search that evaluates everything."""
+    for policy in (Strict(width), ExactSampling(width, Perturbation(seed, 1.0))):
+        memo, whole = (search(world, policy, chosen).result.memo for chosen in (choice, everything))
+        assert memo.used <= whole.used
+        assert len(memo.used) + memo.spared == len(whole.used) + whole.spared
+        spared = {int(node) for node in whole.used - memo.used}
+        assert not any(int(world.trie.parent[node]) in spared for node in whole.used if node)
 
 
 def test_a_failing_target_fails_the_search() -> None:

@@ -26,17 +26,17 @@ from atspeed.v1 import types_pb2 as atspeed_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61tspeed/v1/recommendation.proto\x12\natspeed.v1\x1a\x16\x61tspeed/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x1b\n\x07History\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"@\n\x0cReplyOptions\x12\x17\n\x0fomit_code_paths\x18\x01 \x01(\x08\x12\x17\n\x0fomit_statistics\x18\x02 \x01(\x08\"\xfc\x02\n\x10RecommendRequest\x12\x11\n\x07user_id\x18\x01 \x01(\tH\x00\x12&\n\x07history\x18\x02 \x01(\x0b\x32\x13.atspeed.v1.HistoryH\x00\x12\t\n\x01k\x18\x03 \x01(\r\x12\x12\n\nbeam_width\x18\x04 \x01(\r\x12\x1e\n\x04mode\x18\x05 \x01(\x0e\x32\x10.atspeed.v1.Mode\x12\x11\n\ttolerance\x18\x06 \x01(\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x02\x88\x01\x01\x12\x19\n\x11\x65xcluded_item_ids\x18\t \x03(\t\x12\x14\n\x0c\x65xclude_seen\x18\n \x01(\x08\x12\x18\n\x10\x61llowed_item_ids\x18\x0b \x03(\t\x12/\n\rreply_options\x18\x0c \x01(\x0b\x32\x18.atspeed.v1.ReplyOptions\x12\x0e\n\x06tenant\x18\r \x01(\tB\t\n\x07subjectB\x0e\n\x0c_temperatureB\x07\n\x05_seed\"v\n\x0fRecommendedItem\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07item_id\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x11\n\tcode_path\x18\x04 \x03(\r\x12\"\n\x06origin\x18\x05 \x01(\x0e\x32\x12.atspeed.v1.Origin\"X\n\x08Versions\x12\x14\n\x0ctarget_model\x18\x01 \x01(\t\x12\x13\n\x0b\x64raft_model\x18\x02 \x01(\t\x12\x11\n\tcatalogue\x18\x03 \x01(\t\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\"1\n\tExactness\x12\r\n\x05\x65xact\x18\x01 \x01(\x08\x12\x15\n\rlargest_slack\x18\x02 \x01(\x01\"\xaf\x03\n\x11RecommendResponse\x12*\n\x05items\x18\x01 \x03(\x0b\x32\x1b.atspeed.v1.RecommendedItem\x12&\n\x08versions\x18\x02 \x01(\x0b\x32\x14.atspeed.v1.Versions\x12-\n\x0cscoring_rule\x18\x03 \x01(\x0e\x32\x17.atspeed.v1.ScoringRule\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.atspeed.v1.Mode\x12(\n\texactness\x18\x05 \x01(\x0b\x32\x15.atspeed.v1.Exactness\x12\x10\n\x08\x64\x65graded\x18\x06 \x01(\x08\x12\x18\n\x10\x64\x65graded_reasons\x18\x07 \x03(\t\x12 \n\x18unknown_history_item_ids\x18\x08 \x03(\t\x12\x1a\n\x12history_items_used\x18\t \x01(\r\x12\x1b\n\x13\x66\x65wer_than_k_reason\x18\n \x01(\t\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12*\n\nstatistics\x18\x0c \x01(\x0b\x32\x16.atspeed.v1.StatisticsB\x07\n\x05_seed\"\xc3\x02\n\nStatistics\x12\x15\n\rtarget_passes\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_levels\x18\x02 \x01(\r\x12\x14\n\x0c\x64raft_passes\x18\x03 \x01(\r\x12\x15\n\rnodes_drafted\x18\x04 \x01(\r\x12\x12\n\nnodes_used\x18\x05 \x01(\r\x12\x14\n\x0cnodes_forced\x18\x06 \x01(\r\x12\x17\n\x0fnodes_recovered\x18\x07 \x01(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x1c\n\x14memory_cached_tokens\x18\t \x01(\r\x12\x1b\n\x13redis_cached_tokens\x18\n \x01(\r\x12\x16\n\x0etarget_retries\x18\x0b \x01(\r\x12+\n\x0bstage_times\x18\x0c \x01(\x0b\x32\x16.atspeed.v1.StageTimes\"\xa2\x01\n\nStageTimes\x12\x12\n\nhistory_ns\x18\x01 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x02 \x01(\x04\x12\x11\n\ttarget_ns\x18\x03 \x01(\x04\x12\x19\n\x11target_forward_ns\x18\x04 \x01(\x04\x12\x18\n\x10\x64raft_forward_ns\x18\x05 \x01(\x04\x12\x14\n\x0cselection_ns\x18\x06 \x01(\x04\x12\x10\n\x08total_ns\x18\x07 \x01(\x04\"G\n\x15RecommendBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.atspeed.v1.RecommendRequest\"\x8f\x01\n\x16RecommendBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.atspeed.v1.RecommendResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.atspeed.v1.RequestErrorH\x00\x42\x08\n\x06result\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x18\n\x05\x45vent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\"Y\n\x13RecordEventsRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12!\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x11.atspeed.v1.Event\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"H\n\x14RecordEventsResponse\x12\x16\n\x0ehistory_length\x18\x01 \x01(\r\x12\x18\n\x10unknown_item_ids\x18\x02 \x03(\t\"4\n\x11GetHistoryRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"7\n\x12GetHistoryResponse\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.atspeed.v1.Event\"4\n\x11\x46orgetUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"%\n\x12\x46orgetUserResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x17\n\x15GetServiceInfoRequest\"\xe6\x03\n\x16GetServiceInfoResponse\x12\x17\n\x0fservice_version\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12&\n\x08versions\x18\x03 \x01(\x0b\x32\x14.atspeed.v1.Versions\x12-\n\x0cscoring_rule\x18\x04 \x01(\x0e\x32\x17.atspeed.v1.ScoringRule\x12\x17\n\x0f\x63\x61talogue_items\x18\x05 \x01(\x04\x12\x0e\n\x06levels\x18\x06 \x01(\r\x12\r\n\x05max_k\x18\x07 \x01(\r\x12\x16\n\x0emax_beam_width\x18\x08 \x01(\r\x12\x16\n\x0ehistory_window\x18\t \x01(\r\x12\x1c\n\x14\x61llows_empty_history\x18\n \x01(\x08\x12\x1f\n\x05modes\x18\x0b \x03(\x0e\x32\x10.atspeed.v1.Mode\x12.\n\nstarted_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x08\x62\x61\x63kends\x18\r \x03(\x0b\x32\x13.atspeed.v1.Backend\x12\x19\n\x11max_history_items\x18\x0e \x01(\r\x12\x1b\n\x13max_candidate_items\x18\x0f \x01(\r\x12\x11\n\tmax_batch\x18\x10 \x01(\r\"P\n\x07\x42\x61\x63kend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.atspeed.v1.ModelInfo*\x8b\x01\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODE_TARGET_ONLY\x10\x01\x12\x0f\n\x0bMODE_STRICT\x10\x02\x12\x12\n\x0eMODE_TOLERANCE\x10\x03\x12\x19\n\x15MODE_RELAXED_SAMPLING\x10\x04\x12\x17\n\x13MODE_EXACT_SAMPLING\x10\x05*]\n\x06Origin\x12\x16\n\x12ORIGIN_UNSPECIFIED\x10\x00\x12\x12\n\x0eORIGIN_DRAFTED\x10\x01\x12\x14\n\x10ORIGIN_RECOVERED\x10\x02\x12\x11\n\rORIGIN_FORCED\x10\x03\x32\x82\x04\n\x15RecommendationService\x12H\n\tRecommend\x12\x1c.atspeed.v1.RecommendRequest\x1a\x1d.atspeed.v1.RecommendResponse\x12Y\n\x0eRecommendBatch\x12!.atspeed.v1.RecommendBatchRequest\x1a\".atspeed.v1.RecommendBatchResponse0\x01\x12Q\n\x0cRecordEvents\x12\x1f.atspeed.v1.RecordEventsRequest\x1a .atspeed.v1.RecordEventsResponse\x12K\n\nGetHistory\x12\x1d.atspeed.v1.GetHistoryRequest\x1a\x1e.atspeed.v1.GetHistoryResponse\x12K\n\nForgetUser\x12\x1d.atspeed.v1.ForgetUserRequest\x1a\x1e.atspeed.v1.ForgetUserResponse\x12W\n\x0eGetServiceInfo\x12!.atspeed.v1.GetServiceInfoRequest\x1a\".atspeed.v1.GetServiceInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61tspeed/v1/recommendation.proto\x12\natspeed.v1\x1a\x16\x61tspeed/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x1b\n\x07History\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"@\n\x0cReplyOptions\x12\x17\n\x0fomit_code_paths\x18\x01 \x01(\x08\x12\x17\n\x0fomit_statistics\x18\x02 \x01(\x08\"\xfc\x02\n\x10RecommendRequest\x12\x11\n\x07user_id\x18\x01 \x01(\tH\x00\x12&\n\x07history\x18\x02 \x01(\x0b\x32\x13.atspeed.v1.HistoryH\x00\x12\t\n\x01k\x18\x03 \x01(\r\x12\x12\n\nbeam_width\x18\x04 \x01(\r\x12\x1e\n\x04mode\x18\x05 \x01(\x0e\x32\x10.atspeed.v1.Mode\x12\x11\n\ttolerance\x18\x06 \x01(\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x02\x88\x01\x01\x12\x19\n\x11\x65xcluded_item_ids\x18\t \x03(\t\x12\x14\n\x0c\x65xclude_seen\x18\n \x01(\x08\x12\x18\n\x10\x61llowed_item_ids\x18\x0b \x03(\t\x12/\n\rreply_options\x18\x0c \x01(\x0b\x32\x18.atspeed.v1.ReplyOptions\x12\x0e\n\x06tenant\x18\r \x01(\tB\t\n\x07subjectB\x0e\n\x0c_temperatureB\x07\n\x05_seed\"v\n\x0fRecommendedItem\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07item_id\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x11\n\tcode_path\x18\x04 \x03(\r\x12\"\n\x06origin\x18\x05 \x01(\x0e\x32\x12.atspeed.v1.Origin\"X\n\x08Versions\x12\x14\n\x0ctarget_model\x18\x01 \x01(\t\x12\x13\n\x0b\x64raft_model\x18\x02 \x01(\t\x12\x11\n\tcatalogue\x18\x03 \x01(\t\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\"1\n\tExactness\x12\r\n\x05\x65xact\x18\x01 \x01(\x08\x12\x15\n\rlargest_slack\x18\x02 \x01(\x01\"\xaf\x03\n\x11RecommendResponse\x12*\n\x05items\x18\x01 \x03(\x0b\x32\x1b.atspeed.v1.RecommendedItem\x12&\n\x08versions\x18\x02 \x01(\x0b\x32\x14.atspeed.v1.Versions\x12-\n\x0cscoring_rule\x18\x03 \x01(\x0e\x32\x17.atspeed.v1.ScoringRule\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.atspeed.v1.Mode\x12(\n\texactness\x18\x05 \x01(\x0b\x32\x15.atspeed.v1.Exactness\x12\x10\n\x08\x64\x65graded\x18\x06 \x01(\x08\x12\x18\n\x10\x64\x65graded_reasons\x18\x07 \x03(\t\x12 \n\x18unknown_history_item_ids\x18\x08 \x03(\t\x12\x1a\n\x12history_items_used\x18\t \x01(\r\x12\x1b\n\x13\x66\x65wer_than_k_reason\x18\n \x01(\t\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12*\n\nstatistics\x18\x0c \x01(\x0b\x32\x16.atspeed.v1.StatisticsB\x07\n\x05_seed\"\xd9\x02\n\nStatistics\x12\x15\n\rtarget_passes\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_levels\x18\x02 \x01(\r\x12\x14\n\x0c\x64raft_passes\x18\x03 \x01(\r\x12\x15\n\rnodes_drafted\x18\x04 \x01(\r\x12\x12\n\nnodes_used\x18\x05 \x01(\r\x12\x14\n\x0cnodes_forced\x18\x06 \x01(\r\x12\x17\n\x0fnodes_recovered\x18\x07 \x01(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x1c\n\x14memory_cached_tokens\x18\t \x01(\r\x12\x1b\n\x13redis_cached_tokens\x18\n \x01(\r\x12\x16\n\x0etarget_retries\x18\x0b \x01(\r\x12+\n\x0bstage_times\x18\x0c \x01(\x0b\x32\x16.atspeed.v1.StageTimes\x12\x14\n\x0cnodes_spared\x18\x14 \x01(\r\"\xa2\x01\n\nStageTimes\x12\x12\n\nhistory_ns\x18\x01 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x02 \x01(\x04\x12\x11\n\ttarget_ns\x18\x03 \x01(\x04\x12\x19\n\x11target_forward_ns\x18\x04 \x01(\x04\x12\x18\n\x10\x64raft_forward_ns\x18\x05 \x01(\x04\x12\x14\n\x0cselection_ns\x18\x06 \x01(\x04\x12\x10\n\x08total_ns\x18\x07 \x01(\x04\"G\n\x15RecommendBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.atspeed.v1.RecommendRequest\"\x8f\x01\n\x16RecommendBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.atspeed.v1.RecommendResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.atspeed.v1.RequestErrorH\x00\x42\x08\n\x06result\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x18\n\x05\x45vent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\"Y\n\x13RecordEventsRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12!\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x11.atspeed.v1.Event\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"H\n\x14RecordEventsResponse\x12\x16\n\x0ehistory_length\x18\x01 \x01(\r\x12\x18\n\x10unknown_item_ids\x18\x02 \x03(\t\"4\n\x11GetHistoryRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"7\n\x12GetHistoryResponse\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.atspeed.v1.Event\"4\n\x11\x46orgetUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"%\n\x12\x46orgetUserResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x17\n\x15GetServiceInfoRequest\"\xe6\x03\n\x16GetServiceInfoResponse\x12\x17\n\x0fservice_version\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12&\n\x08versions\x18\x03 \x01(\x0b\x32\x14.atspeed.v1.Versions\x12-\n\x0cscoring_rule\x18\x04 \x01(\x0e\x32\x17.atspeed.v1.ScoringRule\x12\x17\n\x0f\x63\x61talogue_items\x18\x05 \x01(\x04\x12\x0e\n\x06levels\x18\x06 \x01(\r\x12\r\n\x05max_k\x18\x07 \x01(\r\x12\x16\n\x0emax_beam_width\x18\x08 \x01(\r\x12\x16\n\x0ehistory_window\x18\t \x01(\r\x12\x1c\n\x14\x61llows_empty_history\x18\n \x01(\x08\x12\x1f\n\x05modes\x18\x0b \x03(\x0e\x32\x10.atspeed.v1.Mode\x12.\n\nstarted_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x08\x62\x61\x63kends\x18\r \x03(\x0b\x32\x13.atspeed.v1.Backend\x12\x19\n\x11max_history_items\x18\x0e \x01(\r\x12\x1b\n\x13max_candidate_items\x18\x0f \x01(\r\x12\x11\n\tmax_batch\x18\x10 \x01(\r\"P\n\x07\x42\x61\x63kend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.atspeed.v1.ModelInfo*\x8b\x01\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODE_TARGET_ONLY\x10\x01\x12\x0f\n\x0bMODE_STRICT\x10\x02\x12\x12\n\x0eMODE_TOLERANCE\x10\x03\x12\x19\n\x15MODE_RELAXED_SAMPLING\x10\x04\x12\x17\n\x13MODE_EXACT_SAMPLING\x10\x05*]\n\x06Origin\x12\x16\n\x12ORIGIN_UNSPECIFIED\x10\x00\x12\x12\n\x0eORIGIN_DRAFTED\x10\x01\x12\x14\n\x10ORIGIN_RECOVERED\x10\x02\x12\x11\n\rORIGIN_FORCED\x10\x03\x32\x82\x04\n\x15RecommendationService\x12H\n\tRecommend\x12\x1c.atspeed.v1.RecommendRequest\x1a\x1d.atspeed.v1.RecommendResponse\x12Y\n\x0eRecommendBatch\x12!.atspeed.v1.RecommendBatchRequest\x1a\".atspeed.v1.RecommendBatchResponse0\x01\x12Q\n\x0cRecordEvents\x12\x1f.atspeed.v1.RecordEventsRequest\x1a .atspeed.v1.RecordEventsResponse\x12K\n\nGetHistory\x12\x1d.atspeed.v1.GetHistoryRequest\x1a\x1e.atspeed.v1.GetHistoryResponse\x12K\n\nForgetUser\x12\x1d.atspeed.v1.ForgetUserRequest\x1a\x1e.atspeed.v1.ForgetUserResponse\x12W\n\x0eGetServiceInfo\x12!.atspeed.v1.GetServiceInfoRequest\x1a\".atspeed.v1.GetServiceInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atspeed.v1.recommendation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=3026
-  _globals['_MODE']._serialized_end=3165
-  _globals['_ORIGIN']._serialized_start=3167
-  _globals['_ORIGIN']._serialized_end=3260
+  _globals['_MODE']._serialized_start=3048
+  _globals['_MODE']._serialized_end=3187
+  _globals['_ORIGIN']._serialized_start=3189
+  _globals['_ORIGIN']._serialized_end=3282
   _globals['_HISTORY']._serialized_start=104
   _globals['_HISTORY']._serialized_end=131
   _globals['_REPLYOPTIONS']._serialized_start=133
@@ -52,35 +52,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECOMMENDRESPONSE']._serialized_start=844
   _globals['_RECOMMENDRESPONSE']._serialized_end=1275
   _globals['_STATISTICS']._serialized_start=1278
-  _globals['_STATISTICS']._serialized_end=1601
-  _globals['_STAGETIMES']._serialized_start=1604
-  _globals['_STAGETIMES']._serialized_end=1766
-  _globals['_RECOMMENDBATCHREQUEST']._serialized_start=1768
-  _globals['_RECOMMENDBATCHREQUEST']._serialized_end=1839
-  _globals['_RECOMMENDBATCHRESPONSE']._serialized_start=1842
-  _globals['_RECOMMENDBATCHRESPONSE']._serialized_end=1985
-  _globals['_REQUESTERROR']._serialized_start=1987
-  _globals['_REQUESTERROR']._serialized_end=2032
-  _globals['_EVENT']._serialized_start=2034
-  _globals['_EVENT']._serialized_end=2058
-  _globals['_RECORDEVENTSREQUEST']._serialized_start=2060
-  _globals['_RECORDEVENTSREQUEST']._serialized_end=2149
-  _globals['_RECORDEVENTSRESPONSE']._serialized_start=2151
-  _globals['_RECORDEVENTSRESPONSE']._serialized_end=2223
-  _globals['_GETHISTORYREQUEST']._serialized_start=2225
-  _globals['_GETHISTORYREQUEST']._serialized_end=2277
-  _globals['_GETHISTORYRESPONSE']._serialized_start=2279
-  _globals['_GETHISTORYRESPONSE']._serialized_end=2334
-  _globals['_FORGETUSERREQUEST']._serialized_start=2336
-  _globals['_FORGETUSERREQUEST']._serialized_end=2388
-  _globals['_FORGETUSERRESPONSE']._serialized_start=2390
-  _globals['_FORGETUSERRESPONSE']._serialized_end=2427
-  _globals['_GETSERVICEINFOREQUEST']._serialized_start=2429
-  _globals['_GETSERVICEINFOREQUEST']._serialized_end=2452
-  _globals['_GETSERVICEINFORESPONSE']._serialized_start=2455
-  _globals['_GETSERVICEINFORESPONSE']._serialized_end=2941
-  _globals['_BACKEND']._serialized_start=2943
-  _globals['_BACKEND']._serialized_end=3023
-  _globals['_RECOMMENDATIONSERVICE']._serialized_start=3263
-  _globals['_RECOMMENDATIONSERVICE']._serialized_end=3777
+  _globals['_STATISTICS']._serialized_end=1623
+  _globals['_STAGETIMES']._serialized_start=1626
+  _globals['_STAGETIMES']._serialized_end=1788
+  _globals['_RECOMMENDBATCHREQUEST']._serialized_start=1790
+  _globals['_RECOMMENDBATCHREQUEST']._serialized_end=1861
+  _globals['_RECOMMENDBATCHRESPONSE']._serialized_start=1864
+  _globals['_RECOMMENDBATCHRESPONSE']._serialized_end=2007
+  _globals['_REQUESTERROR']._serialized_start=2009
+  _globals['_REQUESTERROR']._serialized_end=2054
+  _globals['_EVENT']._serialized_start=2056
+  _globals['_EVENT']._serialized_end=2080
+  _globals['_RECORDEVENTSREQUEST']._serialized_start=2082
+  _globals['_RECORDEVENTSREQUEST']._serialized_end=2171
+  _globals['_RECORDEVENTSRESPONSE']._serialized_start=2173
+  _globals['_RECORDEVENTSRESPONSE']._serialized_end=2245
+  _globals['_GETHISTORYREQUEST']._serialized_start=2247
+  _globals['_GETHISTORYREQUEST']._serialized_end=2299
+  _globals['_GETHISTORYRESPONSE']._serialized_start=2301
+  _globals['_GETHISTORYRESPONSE']._serialized_end=2356
+  _globals['_FORGETUSERREQUEST']._serialized_start=2358
+  _globals['_FORGETUSERREQUEST']._serialized_end=2410
+  _globals['_FORGETUSERRESPONSE']._serialized_start=2412
+  _globals['_FORGETUSERRESPONSE']._serialized_end=2449
+  _globals['_GETSERVICEINFOREQUEST']._serialized_start=2451
+  _globals['_GETSERVICEINFOREQUEST']._serialized_end=2474
+  _globals['_GETSERVICEINFORESPONSE']._serialized_start=2477
+  _globals['_GETSERVICEINFORESPONSE']._serialized_end=2963
+  _globals['_BACKEND']._serialized_start=2965
+  _globals['_BACKEND']._serialized_end=3045
+  _globals['_RECOMMENDATIONSERVICE']._serialized_start=3285
+  _globals['_RECOMMENDATIONSERVICE']._serialized_end=3799
 # @@protoc_insertion_point(module_scope)

@@ -424,6 +424,7 @@ class Statistics(_message.Message):
     REDIS_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TARGET_RETRIES_FIELD_NUMBER: _builtins.int
     STAGE_TIMES_FIELD_NUMBER: _builtins.int
+    NODES_SPARED_FIELD_NUMBER: _builtins.int
     target_passes: _builtins.int
     """Passes of the target."""
     accepted_levels: _builtins.int
@@ -446,6 +447,8 @@ class Statistics(_message.Message):
     """Prompt tokens whose keys and values the target took from Redis."""
     target_retries: _builtins.int
     """Streams that broke and were taken up on another replica."""
+    nodes_spared: _builtins.int
+    """Beams that no pass evaluated, because nothing below them could be chosen."""
     @_builtins.property
     def stage_times(self) -> Global___StageTimes:
         """Where the time went."""
@@ -465,10 +468,11 @@ class Statistics(_message.Message):
         redis_cached_tokens: _builtins.int = ...,
         target_retries: _builtins.int = ...,
         stage_times: Global___StageTimes | None = ...,
+        nodes_spared: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stage_times", b"stage_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_recovered", b"nodes_recovered", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_retries", b"target_retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_retries", b"target_retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
