@@ -14,6 +14,7 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.trie import Trie
 from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
 from service_kit import wire
+from service_kit.affinity import Routes
 from service_kit.errors import InvalidArgumentError
 from service_kit.logs import request_metadata
 
@@ -30,16 +31,22 @@ class DraftClient:
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, trie: Trie, model_version: str, *, timeout: float, backoff_seconds: float
+        self,
+        routes: Routes[draft_pb2_grpc.DraftServiceAsyncStub],
+        trie: Trie,
+        model_version: str,
+        *,
+        timeout: float,
+        backoff_seconds: float,
     ) -> None:
-        self.stub: draft_pb2_grpc.DraftServiceAsyncStub = draft_pb2_grpc.DraftServiceStub(channel)
+        self.routes = routes
         self.trie, self.model_version, self.timeout = trie, model_version, timeout
         self._backoff, self._ask_again_at = backoff_seconds, 0.0
 
     async def model_info(self) -> types_pb2.ModelInfo:
         """What a replica serves. Raises grpc.aio.AioRpcError."""
         request = draft_pb2.DraftServiceGetModelInfoRequest()
-        return (await self.stub.GetModelInfo(request, timeout=PROBE_SECONDS)).model
+        return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
     @property
     def resting(self) -> bool:
@@ -74,8 +81,7 @@ class DraftSession:
         begun = time.perf_counter_ns()
         try:
             timeout = min(self._client.timeout, self._question.deadline.left())
-            reply = await self._client.stub.Plan(self._request(below), timeout=timeout, metadata=request_metadata())
-            return self._read(reply, below)
+            return self._read(await self._call(below, timeout), below)
         except grpc.aio.AioRpcError as error:
             # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
             in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout < self._client.timeout
@@ -88,6 +94,11 @@ class DraftSession:
             return self._without_plan(below, "invalid answer")
         finally:
             self.usage.wait_ns += time.perf_counter_ns() - begun
+
+    async def _call(self, below: Beams, seconds: float) -> draft_pb2.PlanResponse:
+        with self._client.routes.route(self._question.affinity) as route:
+            metadata = (*request_metadata(), *route.metadata)
+            return await route.stub.Plan(self._request(below), timeout=seconds, metadata=metadata)
 
     def _without_plan(self, below: Beams, reason: str) -> Plan:
         self._failed = True

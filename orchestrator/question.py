@@ -30,13 +30,17 @@ class Deadline:
 
 @dataclass(frozen=True)
 class ModelQuestion:
-    """What both models are told of a request. prompt: int64 [prompt], in the vocabulary of the model asked."""
+    """What both models are told of a request. prompt: int64 [prompt], in the vocabulary of the model asked.
+
+    affinity: requests of one affinity should meet the same replicas; empty for any.
+    """
 
     prompt: Int64
     pruning: Pruning
     deadline: Deadline
     noise: Perturbation | None = None
     tenant: str = ""
+    affinity: str = ""
 
 
 @dataclass

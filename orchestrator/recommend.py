@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -26,6 +28,9 @@ from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
 from orchestrator.target_client import TargetClient
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
+
+# Enough to tell most users apart.
+_FIRST_ITEMS = 4
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -81,7 +86,7 @@ class Recommender:
         candidates = self._candidates(order, history)
         noise = _noise(order)
         policy = _policy(order, noise)
-        ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order.tenant)
+        ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
         target = self._target.session(question, max_children=policy.max_children)
         draft = self._draft_session(order, ask, noise, policy, degraded)
@@ -186,7 +191,7 @@ class _Asker:
     history: SubjectHistory
     pruning: Pruning
     deadline: Deadline
-    tenant: str
+    order: Order
 
     def window(self, model: ModelEntry) -> Int64:
         """The history items that a model's prompt holds."""
@@ -196,7 +201,25 @@ class _Asker:
         """The request as one model gets it."""
         columns = self.catalogue.codes[self.window(model)] + self.catalogue.trie.codebook_offset
         tokens = np.asarray(model.code_tokens, dtype=np.int64)[columns]
-        return ModelQuestion(model.prompt.tokens(list(tokens)), self.pruning, self.deadline, noise, self.tenant)
+        return ModelQuestion(
+            prompt=model.prompt.tokens(list(tokens)),
+            pruning=self.pruning,
+            deadline=self.deadline,
+            noise=noise,
+            tenant=self.order.tenant,
+            affinity=self._affinity(model),
+        )
+
+    def _affinity(self, model: ModelEntry) -> str:
+        """Of a stored history its user's, of another the one of its first items, which stay while the window stands."""
+        if self.order.user_id is not None:
+            return hashed(self.order.tenant, "user", self.order.user_id)
+        return hashed(self.order.tenant, "items", *map(str, self.window(model)[:_FIRST_ITEMS].tolist()))
+
+
+def hashed(*parts: str) -> str:
+    """A name for these parts, of 32 hex digits, that does not show them. Equal in every process."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16, person=b"atspeed-affinity").hexdigest()
 
 
 def _noise(order: Order) -> Perturbation | None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
-from atspeed.v1 import draft_pb2, recommendation_pb2, recommendation_pb2_grpc, target_pb2
+from atspeed.v1 import (
+    draft_pb2,
+    draft_pb2_grpc,
+    recommendation_pb2,
+    recommendation_pb2_grpc,
+    target_pb2,
+    target_pb2_grpc,
+)
 from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -26,6 +34,7 @@ from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.target_client import TargetClient
 from service_kit import wire
+from service_kit.affinity import Routes
 from service_kit.channels import open_channel
 from service_kit.errors import InvalidArgumentError, UnavailableError, call_status
 from service_kit.server import Registration
@@ -178,26 +187,44 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return [pb.Backend(name="redis", available=await self._recommender.histories.reachable())]
 
 
+async def _channels(
+    stack: AsyncExitStack, settings: OrchestratorSettings, target: str, service: str, **options: Any
+) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
+    """Two channels to a service's replicas, closed with the stack: the first takes them in turn, the second goes by key."""
+    limit = settings.max_message_bytes
+    in_turn, by_key = (
+        open_channel(target, service, max_message_bytes=limit, by_key=by_key, **options) for by_key in (False, True)
+    )
+    return await stack.enter_async_context(in_turn), await stack.enter_async_context(by_key)
+
+
 @asynccontextmanager
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
     """The recommender over the settings' services, ready to serve."""
     bundle = Bundle(settings.bundle)
-    catalogue, limit = bundle.catalogue(), settings.max_message_bytes
+    catalogue = bundle.catalogue()
     trie, manifest = catalogue.trie, bundle.manifest
     target_version, draft_version = manifest.model_version("target"), manifest.model_version("draft")
     async with AsyncExitStack() as stack:
-        channel = await stack.enter_async_context(
-            open_channel(settings.target, _TARGET, version=target_version, max_message_bytes=limit)
+        channels = partial(_channels, stack, settings)
+        in_turn, by_key = await channels(settings.target, _TARGET, version=target_version)
+        targets: Routes[target_pb2_grpc.TargetServiceAsyncStub] = Routes(
+            target_pb2_grpc.TargetServiceStub(in_turn),
+            target_pb2_grpc.TargetServiceStub(by_key),
+            most_at_once=settings.affine_calls,
         )
         attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
-        target = TargetClient(channel, trie, target_version, attempts=attempts, pass_seconds=pass_seconds)
+        target = TargetClient(targets, trie, target_version, attempts=attempts, pass_seconds=pass_seconds)
         draft = None
         if settings.draft and manifest.draft:
-            channel = await stack.enter_async_context(
-                open_channel(settings.draft, _DRAFT, version=draft_version, retried=["Plan"], max_message_bytes=limit)
+            in_turn, by_key = await channels(settings.draft, _DRAFT, version=draft_version, retried=["Plan"])
+            drafts: Routes[draft_pb2_grpc.DraftServiceAsyncStub] = Routes(
+                draft_pb2_grpc.DraftServiceStub(in_turn),
+                draft_pb2_grpc.DraftServiceStub(by_key),
+                most_at_once=settings.affine_calls,
             )
             timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
-            draft = DraftClient(channel, trie, draft_version, timeout=timeout, backoff_seconds=backoff)
+            draft = DraftClient(drafts, trie, draft_version, timeout=timeout, backoff_seconds=backoff)
         histories = None
         if url := settings.redis_url.get_secret_value():
             client = connect(url, timeout_seconds=settings.redis_timeout_seconds)

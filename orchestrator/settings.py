@@ -50,6 +50,15 @@ class OrchestratorSettings(ServiceSettings):
     target_pass_seconds: Annotated[
         float, Field(gt=0, le=3600, description="How long a replica may take for a pass before another one is tried.")
     ] = 3.0
+    affine_calls: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1024,
+            description="Calls of one user at once that go to the replicas whose memory holds the user's KV; more go to any."
+            " 0: all go round-robin.",
+        ),
+    ] = 4
     draft_nodes_per_beam: Annotated[
         float, Field(gt=0, le=64, description="Nodes of a plan for each beam of each level but the last.")
     ] = 2.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import grpc
@@ -18,6 +19,7 @@ from engine.scoring import Evaluation
 from engine.trie import ROOT, Int64, Trie
 from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
 from service_kit import wire
+from service_kit.affinity import Routes
 from service_kit.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -49,9 +51,15 @@ class TargetClient:
     """The target service's replicas."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, trie: Trie, model_version: str, *, attempts: int, pass_seconds: float
+        self,
+        routes: Routes[target_pb2_grpc.TargetServiceAsyncStub],
+        trie: Trie,
+        model_version: str,
+        *,
+        attempts: int,
+        pass_seconds: float,
     ) -> None:
-        self.stub: target_pb2_grpc.TargetServiceAsyncStub = target_pb2_grpc.TargetServiceStub(channel)
+        self.routes = routes
         self.trie, self.model_version = trie, model_version
         self.attempts, self.pass_seconds = attempts, pass_seconds
         # The event loop itself only keeps weak references to tasks.
@@ -60,7 +68,7 @@ class TargetClient:
     async def model_info(self) -> types_pb2.ModelInfo:
         """What a replica serves. Raises grpc.aio.AioRpcError."""
         request = target_pb2.TargetServiceGetModelInfoRequest()
-        return (await self.stub.GetModelInfo(request, timeout=PROBE_SECONDS)).model
+        return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
     def hang_up(self, stream: Stream) -> None:
         """End a stream whose answers have all come, in the background: nobody waits for the replica's last word."""
@@ -79,6 +87,7 @@ class TargetSession:
     def __init__(self, client: TargetClient, question: ModelQuestion, max_children: int) -> None:
         self._client, self._question, self._max_children = client, question, max_children
         self._stream: Stream | None = None
+        self._route = ExitStack()
         self._on_stream: set[int] = set()
         self._answered = False
         self.usage = Usage()
@@ -99,6 +108,7 @@ class TargetSession:
             else:
                 self._stream.cancel()
             self._stream = None
+        self._route.close()
 
     async def _evaluate_somewhere(self, nodes: Int64) -> Evaluation:
         for attempt in range(1, self._client.attempts + 1):
@@ -126,7 +136,10 @@ class TargetSession:
         self._answered = False
         if self._stream is None:
             left = self._question.deadline.left()
-            self._stream = self._client.stub.Evaluate(timeout=left, metadata=request_metadata())
+            # Tried again, it goes elsewhere: in turn, since its key would lead to where it has just failed.
+            affinity = "" if self.usage.retries else self._question.affinity
+            route = self._route.enter_context(self._client.routes.route(affinity))
+            self._stream = route.stub.Evaluate(timeout=left, metadata=(*request_metadata(), *route.metadata))
             self._on_stream = set()
             request.start.CopyFrom(self._start())
         asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._on_stream]

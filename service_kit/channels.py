@@ -6,13 +6,15 @@ An address is one of
     IP:PORT,IP:PORT,...        several replicas
     dns:///HOST:PORT, ipv4:..., ipv6:..., unix:...   as gRPC spells it
 
-Calls go round-robin over the replicas whose grpc.health.v1 state for the service is SERVING.
+Calls go round-robin over the replicas whose grpc.health.v1 state for the service is SERVING, or, on a channel `by_key`, to the
+one of these that the call's key stands for: gRPC's ring hash (gRFC A42 and A76), which moves few keys when replicas come and go.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -21,7 +23,12 @@ from pydantic import AfterValidator
 
 from service_kit.settings import address as join
 
+KEY_HEADER = "x-atspeed-key"
+"""Metadata that every call on a channel `by_key` has: calls of equal values go to the same replica."""
+
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:")
+# gRPC's C core reads `requestHashHeader` only where this is set (grpcio 1.85); without it, calls on a ring fail.
+_RING_HASH_SWITCH = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
 
 
 def target_uri(address: str) -> str:
@@ -46,14 +53,22 @@ Target = Annotated[str, AfterValidator(target_uri)]
 
 
 def open_channel(
-    target: str, service: str, *, version: str = "", retried: Sequence[str] = (), max_message_bytes: int = 33_554_432
+    target: str,
+    service: str,
+    *,
+    version: str = "",
+    retried: Sequence[str] = (),
+    max_message_bytes: int = 33_554_432,
+    by_key: bool = False,
 ) -> grpc.aio.Channel:
     """A channel to the replicas of `service` (its full name) that serve `version`; any, where it is empty.
 
     Calls of the methods in `retried` that meet UNAVAILABLE are tried again, up to three times in all and within their
-    deadline. A call that no server saw is always tried again.
+    deadline. A call that no server saw is always tried again. by_key: calls have KEY_HEADER and go where it says.
     """
-    return grpc.aio.insecure_channel(target, options=channel_options(service, retried, max_message_bytes, version))
+    os.environ.setdefault(_RING_HASH_SWITCH, "true")
+    options = channel_options(service, retried, max_message_bytes, version, by_key=by_key)
+    return grpc.aio.insecure_channel(target, options=options)
 
 
 def health_name(service: str, version: str) -> str:
@@ -62,12 +77,12 @@ def health_name(service: str, version: str) -> str:
 
 
 def channel_options(
-    service: str, retried: Sequence[str], max_message_bytes: int, version: str = ""
+    service: str, retried: Sequence[str], max_message_bytes: int, version: str = "", *, by_key: bool = False
 ) -> list[tuple[str, str | int]]:
     """Channel arguments of a client. It pings its connections: a replica that vanished is noticed within 10 s."""
     return [
         ("grpc.enable_http_proxy", 0),  # a proxy for the outside world knows nothing of our services
-        ("grpc.service_config", json.dumps(service_config(service, retried, version))),
+        ("grpc.service_config", json.dumps(service_config(service, retried, version, by_key=by_key))),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", 6_000),
@@ -75,15 +90,21 @@ def channel_options(
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
+        # How long one attempt to connect may take, 20 s by default: so long would calls by key wait for a machine that is gone.
+        ("grpc.min_reconnect_backoff_ms", 1_000),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.dns_min_time_between_resolutions_ms", 2_000),
     ]
 
 
-def service_config(service: str, retried: Sequence[str], version: str = "") -> dict[str, object]:
-    """gRPC's service config: round-robin, client-side health checking, retries of the named methods."""
+def service_config(
+    service: str, retried: Sequence[str], version: str = "", *, by_key: bool = False
+) -> dict[str, object]:
+    """gRPC's service config: balancing, client-side health checking, retries of the named methods."""
+    # The first policy that gRPC knows counts. A larger ring spreads keys more evenly; 4096 is the most that gRPC allows.
+    ring = {"ring_hash_experimental": {"minRingSize": 4096, "maxRingSize": 4096, "requestHashHeader": KEY_HEADER}}
     config: dict[str, object] = {
-        "loadBalancingConfig": [{"round_robin": {}}],
+        "loadBalancingConfig": [ring, {"round_robin": {}}] if by_key else [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": health_name(service, version)},
     }
     if retried:

@@ -24,12 +24,13 @@ def evaluations(target: ServiceProcess) -> int:
     return target.log.read_text().count('TargetService/Evaluate"')
 
 
-def in_turn(client: Client, targets: list[ServiceProcess], case: Case) -> None:
-    """Return when the orchestrator sends streams to all of these replicas."""
+def all_reached(client: Client, targets: list[ServiceProcess], cases: list[Case]) -> None:
+    """Return when the orchestrator sends streams to all of these replicas: each history has its own."""
     before = [evaluations(target) for target in targets]
+    turns = itertools.cycle(cases)
 
     def all_served() -> bool:
-        recovered(client, case.history)
+        recovered(client, next(turns).history)
         return all(evaluations(target) > count for target, count in zip(targets, before, strict=True))
 
     until(all_served)
@@ -42,15 +43,15 @@ class TestOneOfTwo:
     ) -> None:
         """A replica that holds some of the streams dies, twice over; the other takes them up and no list changes."""
         for victim in stack.targets:
-            in_turn(client, stack.targets, cases[0])
+            all_reached(client, stack.targets, cases)
             suspend(victim)
-            with ThreadPoolExecutor(8) as pool:
-                futures = [pool.submit(call) for call in asking(client, cases[:8], mode=mode)]
-                # Streams go to the replicas in turn: when some have been answered, others wait for the one that hangs.
+            with ThreadPoolExecutor(len(cases)) as pool:
+                futures = [pool.submit(call) for call in asking(client, cases, mode=mode)]
+                # Each history has its replica: when some have been answered, others wait for the one that hangs.
                 until(lambda futures=futures: sum(future.done() for future in futures) >= 2)  # type: ignore[misc]
                 victim.kill()
                 replies = [future.result() for future in futures]
-            assert_all_right(replies, cases[:8])
+            assert_all_right(replies, cases)
             assert sum(reply.statistics.target_retries for reply in replies) > 0
             assert not any(reply.degraded for reply in replies)
             victim.start()
@@ -59,14 +60,14 @@ class TestOneOfTwo:
         self, stack: LocalStack, client: Client, cases: list[Case]
     ) -> None:
         """Four kills, turn and turn about, in the middle of a run: every request is answered with its list."""
-        in_turn(client, stack.targets, cases[0])
+        all_reached(client, stack.targets, cases)
         one, other = stack.targets
 
         def replaced(victim: ServiceProcess) -> Callable[[], None]:
             def replace() -> None:
                 victim.kill()
                 victim.start()
-                in_turn(client, stack.targets, cases[0])
+                all_reached(client, stack.targets, cases)
 
             return replace
 
@@ -79,14 +80,14 @@ class TestOneOfTwo:
         self, stack: LocalStack, client: Client, cases: list[Case], mode: pb.Mode.ValueType
     ) -> None:
         """The noise is a function of the seed, so another replica draws the same sample."""
-        in_turn(client, stack.targets, cases[0])
+        all_reached(client, stack.targets, cases)
         before = [call() for call in asking(client, cases[:6], mode=mode, seed=3)]
         replies = storm(asking(client, cases[:6], mode=mode, seed=3), {1: stack.targets[0].kill})
         assert [ids(reply) for reply in replies] == [ids(reply) for reply in before]
 
     def test_drained(self, stack: LocalStack, client: Client, cases: list[Case]) -> None:
         """A replica that is stopped in order loses no stream, so nothing has to be repeated."""
-        in_turn(client, stack.targets, cases[0])
+        all_reached(client, stack.targets, cases)
         replies = storm(asking(client, cases * 2), {8: stack.targets[0].stop})
         assert_all_right(replies, cases * 2)
 
@@ -110,7 +111,7 @@ class TestAll:
 
     def test_killed_with_streams_open(self, stack: LocalStack, client: Client, cases: list[Case]) -> None:
         """Requests whose replicas die under them end, each with an answer or with UNAVAILABLE."""
-        in_turn(client, stack.targets, cases[0])
+        all_reached(client, stack.targets, cases)
         for target in stack.targets:
             suspend(target)
         with ThreadPoolExecutor(8) as pool:
@@ -125,7 +126,7 @@ class TestAll:
 
     def test_hanging(self, stack: LocalStack, client: Client, cases: list[Case]) -> None:
         """The caller's deadline holds, and requests are served again as soon as the replicas go on."""
-        in_turn(client, stack.targets, cases[0])
+        all_reached(client, stack.targets, cases)
         for target in stack.targets:
             suspend(target)
         with pytest.raises(grpc.RpcError) as late:

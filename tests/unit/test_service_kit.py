@@ -18,7 +18,7 @@ from pydantic_settings import SettingsConfigDict
 
 from engine import errors as engine_errors
 from service_kit import errors, logs, settings_docs
-from service_kit.channels import channel_options, service_config, target_uri
+from service_kit.channels import KEY_HEADER, channel_options, service_config, target_uri
 from service_kit.errors import MAX_DETAILS, InvalidArgumentError, ServiceError, call_status
 from service_kit.server import server_options
 from service_kit.settings import Port, ServiceSettings, address
@@ -225,6 +225,9 @@ def test_service_config() -> None:
     assert config["healthCheckConfig"] == {"serviceName": "a.B"}
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
     assert "methodConfig" not in service_config("a.B", [])
+    policies: Any = service_config("a.B", [], by_key=True)["loadBalancingConfig"]
+    assert policies[0]["ring_hash_experimental"]["requestHashHeader"] == KEY_HEADER
+    assert policies[1:] == [{"round_robin": {}}]
     options = dict(channel_options("a.B", ["Get"], 70_000))
     assert json.loads(str(options["grpc.service_config"])) == config
     assert options["grpc.max_receive_message_length"] == 70_000
