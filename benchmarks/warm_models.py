@@ -47,7 +47,7 @@ class WarmEvaluator(TreeEvaluator):
 
     async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
         """The children of `nodes`; the root, ancestors and nodes that are not known yet are computed in one pass."""
-        if tree is not self._tree or len(selection.pruning.cut):
+        if tree is not self._tree or not selection.pruning.is_none:
             raise ValueError("a warm tree serves one prompt at a time, and nothing excluded")
         if selection.perturbation and selection.perturbation.temperature != TEMPERATURE:
             raise ValueError(f"a warm tree knows probabilities at temperature {TEMPERATURE} only")

@@ -64,7 +64,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             below=self._beams(request),
             size=self._size(request),
             proposal=proposal,
-            pruning=wire.pruning(request.pruned, "pruned", self._trie),
+            pruning=wire.pruning(request, "", self._trie),
             noise=noise,
             with_evaluation=request.with_evaluation,
             tenant=request.tenant,

@@ -100,7 +100,7 @@ def children_by_gumbel(trie: Trie, beams: Beams, evaluated: Mapping[int, Childre
     logp = np.concatenate([c.logp for c in children]).astype(np.float64) if children else np.empty(0)
     log_mass = np.array([c.log_mass for c in children])
     weight = beams.weight[row] + logp / noise.temperature - log_mass[row]
-    unconditioned = weight + gumbel(noise.seed, Stream.GUMBEL, trie.path_hash[node])
+    unconditioned = weight + gumbel(noise.seed, Stream.GUMBEL, trie.path_hash(node))
     peak = np.full(len(beams), -np.inf)
     np.maximum.at(peak, row, unconditioned)
     with np.errstate(divide="ignore"):  # the best child's log1p(-1) = -inf, which makes it inherit its parent's score
@@ -125,5 +125,5 @@ def sample_without_replacement(
 ) -> Int64:
     """Rows of up to `count` nodes drawn without replacement by exp(log_weight) [m] (Gumbel top-k); -inf is never drawn."""
     possible = np.flatnonzero(log_weight > -np.inf)
-    noisy = log_weight[possible] + gumbel(seed, stream, trie.path_hash[node[possible]])
+    noisy = log_weight[possible] + gumbel(seed, stream, trie.path_hash(node[possible]))
     return possible[np.argsort(-noisy, kind="stable")[:count]]

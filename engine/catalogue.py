@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import CatalogueError
-from engine.trie import Int64, Pruning, Trie
+from engine.id_index import IdIndex, Ids
+from engine.trie import Int32, Int64, Pruning, Trie
 
-Ids = npt.NDArray[np.bytes_]
 Codes = npt.NDArray[np.int32]
 
 
@@ -23,24 +23,33 @@ class Catalogue:
     """Items in the order of (code path, id), so that the items of one path are neighbours.
 
     ids:   bytes [items], UTF-8. codes: int32 [items, L], 0-based within each level. trie: over the distinct paths.
-    item_start: int64 [paths + 1]; the items of path i (leaf i of the trie) are item_start[i] .. item_start[i + 1] - 1.
+    item_start: int32 [paths + 1]; the items of path i (leaf i of the trie) are item_start[i] .. item_start[i + 1] - 1.
+    item_path: int32 [items]; the path of each item.
+
+    Ten million items take less than a gigabyte, so nothing here may keep a Python object per item.
     """
 
     ids: Ids
     codes: Codes
-    item_start: Int64
+    item_start: Int32
+    item_path: Int32
     trie: Trie
 
     @classmethod
-    def build(cls, ids: Sequence[str], codes: npt.NDArray[np.integer], codebook_sizes: Sequence[int]) -> Catalogue:
-        """From items in any order. Raises CatalogueError on duplicate or empty ids, or codes outside their codebook."""
+    def build(
+        cls, ids: Sequence[str] | Ids, codes: npt.NDArray[np.integer], codebook_sizes: Sequence[int]
+    ) -> Catalogue:
+        """From items in any order, ids as strings or as UTF-8 bytes [items].
+
+        Raises CatalogueError on duplicate or empty ids, or codes outside their codebook.
+        """
         if len(ids) != len(codes) or not len(ids):
             raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
         encoded = _encode(ids)
         order = np.lexsort((encoded, *codes.T[::-1]))
         encoded = encoded[order]
         catalogue = cls._assemble(encoded, codes[order], tuple(codebook_sizes))
-        ordered = encoded[catalogue._by_id]
+        ordered = np.sort(encoded)
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
         if len(repeated):
             raise CatalogueError(f"ids: {ordered[repeated[0]].decode()!r} occurs more than once")
@@ -58,8 +67,9 @@ class Catalogue:
             trie = Trie.from_paths(codes[first], codebook_sizes)
         except ValueError as error:
             raise CatalogueError(f"codes: {error}") from error
-        item_start = np.append(np.flatnonzero(first), len(codes)).astype(np.int64)
-        return cls(ids, codes.astype(np.int32), item_start, trie)
+        item_start = np.append(np.flatnonzero(first), len(codes)).astype(np.int32)
+        item_path = np.cumsum(first, dtype=np.int32) - np.int32(1)
+        return cls(ids, codes.astype(np.int32, copy=False), item_start, item_path, trie)
 
     def save(self, folder: Path) -> None:
         """Write ids.npy, codes.npy and codebooks.npy."""
@@ -93,20 +103,20 @@ class Catalogue:
         return len(self.ids)
 
     @cached_property
-    def _by_id(self) -> Int64:
-        return np.argsort(self.ids, kind="stable")
+    def _index(self) -> IdIndex:
+        return IdIndex.of(self.ids)
+
+    def warm_up(self) -> None:
+        """Make what the first request would otherwise wait for. O(items), once."""
+        _ = self._index, self.trie.child_count
 
     def find(self, ids: Iterable[str]) -> Int64:
-        """Item index of each id, -1 where the catalogue does not know it; [len(ids)]."""
-        # numpy drops trailing NUL bytes of 'S' values, so an id that ends in one could pose as another.
+        """Item index of each id, -1 where the catalogue does not know it; [len(ids)]. O(ids), however large the catalogue."""
+        width = self.ids.dtype.itemsize
         wanted = [item.encode("utf-8", "surrogatepass") for item in ids]
-        if not wanted:
-            return np.empty(0, dtype=np.int64)
-        keys = np.array([key if not key.endswith(b"\0") else b"" for key in wanted])
-        position = np.minimum(np.searchsorted(self.ids, keys, sorter=self._by_id), self.items - 1)
-        index: Int64 = self._by_id[position].copy()
-        index[self.ids[index] != keys] = -1
-        return index
+        # numpy cuts what is too wide and drops trailing NUL bytes, so such an id could pose as another. No id is empty.
+        keys = [key if len(key) <= width and not key.endswith(b"\0") else b"" for key in wanted]
+        return self._index.find(np.array(keys, dtype=self.ids.dtype))
 
     def id_of(self, item: int) -> str:
         """The id of an item index."""
@@ -114,8 +124,8 @@ class Catalogue:
 
     def leaf_of(self, items: npt.NDArray[np.integer]) -> Int64:
         """The trie leaf of each item index, [n]."""
-        path = np.searchsorted(self.item_start, items, side="right").astype(np.int64) - 1
-        return path + int(self.trie.level_start[self.trie.levels])
+        leaf: Int64 = self.item_path[items].astype(np.int64) + self.trie.level_start[self.trie.levels]
+        return leaf
 
     def items_of(self, leaf: int) -> range:
         """The item indices that share a leaf's code path, in id order."""
@@ -125,17 +135,13 @@ class Catalogue:
     def pruning(self, *, excluded: Int64 | None = None, allowed: Int64 | None = None) -> Pruning:
         """Prune the trie to items that are not `excluded` and, where given, are `allowed` (item indices).
 
-        A leaf dies when none of its items is left, an inner node when none of its children is.
+        A leaf dies when none of its items is left, an inner node when none of its children is. O(indices x L).
         """
+        if excluded is None:
+            excluded = np.empty(0, dtype=np.int64)
         if allowed is not None:
-            dead_items = np.ones(self.items, dtype=bool)
-            dead_items[allowed] = False
-            if excluded is not None:
-                dead_items[excluded] = True
-            alive = np.logical_or.reduceat(~dead_items, self.item_start[:-1])
-            leaves = np.flatnonzero(~alive) + self.trie.level_start[self.trie.levels]
-            return Pruning.of_dead_leaves(self.trie, leaves)
-        if excluded is None or not len(excluded):
+            return Pruning.to_leaves(self.trie, self.leaf_of(np.setdiff1d(allowed, excluded)))
+        if not len(excluded):
             return Pruning.none()
         leaves, gone = np.unique(self.leaf_of(np.unique(excluded)), return_counts=True)
         path = leaves - self.trie.level_start[self.trie.levels]
@@ -143,8 +149,12 @@ class Catalogue:
         return Pruning.of_dead_leaves(self.trie, leaves[emptied])
 
 
-def _encode(ids: Sequence[str]) -> Ids:
+def _encode(ids: Sequence[str] | Ids) -> Ids:
     """The ids as bytes. Raises CatalogueError on one that is empty or that a numpy byte string would not give back."""
+    if isinstance(ids, np.ndarray):
+        if (ids == b"").any():
+            raise CatalogueError("ids: an item id is empty")
+        return ids
     try:
         encoded = [item.encode() for item in ids]
     except UnicodeEncodeError as error:

@@ -117,7 +117,8 @@ def best_children(
     Best = highest log-probability, or highest perturbed one; ties go to the lower code. Pruning never changes a score.
     """
     row, child = trie.children_of(nodes)
-    value = logits[row, trie.column(child)].astype(np.float64)
+    column = trie.codebook_offset[trie.depth(nodes)][row] + trie.code[child]
+    value = logits[row, column].astype(np.float64)
     if rule is ScoringRule.VOCAB:
         logp = value - log_normalizer[row]
     else:
@@ -126,18 +127,17 @@ def best_children(
     # Rounding may leave a near-certain code a hair above 0; a log-probability is never positive.
     rounded: Float32 = np.minimum(logp, 0.0).astype(np.float32)
 
-    live = pruning.live(child)
-    row, child, rounded = row[live], child[live], rounded[live]
+    if not pruning.is_none:
+        live = pruning.live(child)
+        row, child, rounded = row[live], child[live], rounded[live]
     counts = np.bincount(row, minlength=len(nodes))
     temperature = perturbation.temperature if perturbation else 1.0
     log_mass = _segment_logsumexp(rounded.astype(np.float64) / temperature, counts)
 
     order_by = rounded.astype(np.float64) / temperature
     if perturbation:
-        order_by = order_by + gumbel(perturbation.seed, Stream.GUMBEL, trie.path_hash[child])
-    best = np.lexsort((child, -order_by, row))
-    start = np.cumsum(counts) - counts
-    kept = best[(np.arange(len(best)) - start[row[best]]) < limit]
+        order_by = order_by + gumbel(perturbation.seed, Stream.GUMBEL, trie.path_hash(child))
+    kept = _first_of_rows(order_by, counts, limit)
     child_start = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
     return Evaluation(
         node=nodes.astype(np.int32),
@@ -146,6 +146,25 @@ def best_children(
         logp=rounded[kept],
         log_mass=log_mass.astype(np.float32),
     )
+
+
+def _first_of_rows(values: Float64, counts: npt.NDArray[np.integer], limit: int) -> Int64:
+    """Places of the `limit` highest values of each row, highest first, ties in order. values: [m], rows of lengths `counts` [n].
+
+    What is below a long row's own threshold is dropped before anything is sorted: a level of 256 codes has far more children
+    than anybody wants.
+    """
+    ends = np.cumsum(counts)
+    least = np.full(len(counts), -np.inf)
+    for row in np.flatnonzero(counts > limit).tolist():
+        rest = int(counts[row]) - limit
+        least[row] = np.partition(values[ends[row] - counts[row] : ends[row]], rest)[rest]
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    candidates = np.flatnonzero(values >= least[row_of])
+    best = candidates[np.lexsort((-values[candidates], row_of[candidates]))]
+    found = np.bincount(row_of[best], minlength=len(counts))
+    rank = np.arange(len(best)) - np.repeat(np.cumsum(found) - found, found)
+    return best[rank < limit]
 
 
 def _segment_logsumexp(values: Float64, counts: npt.NDArray[np.integer]) -> Float64:

@@ -7,14 +7,14 @@ nodes of a level the lower id is the lexicographically smaller path, which is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.sampling import mix64
+from engine.sampling import UInt64, mix64
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -96,15 +96,6 @@ class Trie:
         """int32 [n]: children of each node in the whole catalogue."""
         return np.diff(self.child_start).astype(np.int32)
 
-    @cached_property
-    def path_hash(self) -> npt.NDArray[np.uint64]:
-        """uint64 [n]: a hash of each node's code path, the same in every process and every catalogue that holds the path."""
-        hashes = np.full(self.nodes, 0x9E3779B97F4A7C15, dtype=np.uint64)
-        for depth in range(1, self.levels + 1):
-            nodes = self.level(depth)
-            hashes[nodes] = mix64(hashes[self.parent[nodes]] ^ mix64((self.code[nodes] + 1).astype(np.uint64)))
-        return hashes
-
     def level(self, depth: int) -> slice:
         """The nodes of a depth, as a slice of node ids."""
         return slice(int(self.level_start[depth]), int(self.level_start[depth + 1]))
@@ -117,6 +108,15 @@ class Trie:
         """Code column of each node's own code, [n]. The root has none."""
         column: Int64 = self.codebook_offset[self.depth(nodes) - 1] + self.code[nodes]
         return column
+
+    def path_hash(self, nodes: npt.NDArray[np.integer]) -> UInt64:
+        """A hash of each node's code path, [n]: the same in every process and every catalogue that holds the path."""
+        inner = np.asarray(nodes) != ROOT
+        if not inner.any():
+            return np.full(len(nodes), 0x9E3779B97F4A7C15, dtype=np.uint64)
+        parent, row = np.unique(self.parent[nodes].clip(min=ROOT), return_inverse=True)
+        above = self.path_hash(parent)[row]
+        return np.where(inner, mix64(above ^ mix64((self.code[nodes] + 1).astype(np.uint64))), above)
 
     def children(self, node: int) -> Int64:
         """Ids of one node's children, in code order."""
@@ -148,9 +148,9 @@ class Trie:
             node = int(children[position])
         return node
 
-    def with_ancestors(self, nodes: Iterable[int]) -> Int32:
+    def with_ancestors(self, nodes: Sequence[int] | npt.NDArray[np.integer]) -> Int32:
         """The nodes and all their ancestors but the root, sorted: the smallest tree that can be evaluated in one pass."""
-        frontier = np.unique(np.fromiter(nodes, dtype=np.int64))
+        frontier = np.unique(np.asarray(nodes, dtype=np.int64))
         closed = [frontier]
         while len(frontier):
             frontier = np.unique(self.parent[frontier[frontier > ROOT]])
@@ -186,12 +186,17 @@ def _descends(paths: npt.NDArray[np.integer], changed: npt.NDArray[np.bool_]) ->
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a request takes out of the trie: the roots of the dead subtrees. Never changes a score, only removes candidates.
+    """What a request takes out of the trie. Never changes a score, only removes candidates.
 
-    cut: int32 [c], ascending; only the topmost dead nodes, so a search that never enters them never sees what lies below.
+    Said by what is gone or, where a request names all that it may get, by what is left: either way it is about as long as the
+    request, however large the catalogue.
+
+    cut:  int32 [c], ascending; the roots of the dead subtrees, so a search that never enters them never sees what lies below.
+    kept: int32 [k], ascending; where it is not None, the nodes that are left, ancestors and the root included, and no other.
     """
 
     cut: Int32
+    kept: Int32 | None = None
 
     @classmethod
     def none(cls) -> Pruning:
@@ -211,14 +216,34 @@ class Pruning:
         cut.append(frontier)
         return cls(np.sort(np.concatenate(cut)).astype(np.int32))
 
+    @classmethod
+    def to_leaves(cls, trie: Trie, live: npt.NDArray[np.integer]) -> Pruning:
+        """Prune all but these leaves and what is above them. O(live x L)."""
+        root = [ROOT] if len(live) else []
+        return cls(cls.none().cut, np.concatenate([root, trie.with_ancestors(live)]).astype(np.int32))
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.kept is None and not len(self.cut)
+
     @property
     def empties_catalogue(self) -> bool:
         """Whether no item is left."""
+        if self.kept is not None:
+            return not len(self.kept)
         return len(self.cut) == 1 and int(self.cut[0]) == ROOT
 
     def live(self, nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-        """Which of these nodes are not themselves cut, [n]. Their parents are taken to be live."""
-        if not len(self.cut):
-            return np.ones(len(nodes), dtype=bool)
-        position = np.minimum(np.searchsorted(self.cut, nodes), len(self.cut) - 1)
-        return np.asarray(self.cut[position] != nodes)
+        """Which of these nodes are left, [n]. Their parents are taken to be."""
+        if self.kept is not None:
+            return _among(self.kept, nodes)
+        return ~_among(self.cut, nodes)
+
+
+def _among(some: Int32, nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """Which of these nodes [n] are among some, which ascend."""
+    if not len(some):
+        return np.zeros(len(nodes), dtype=bool)
+    position = np.minimum(np.searchsorted(some, nodes), len(some) - 1)
+    return np.asarray(some[position] == nodes)

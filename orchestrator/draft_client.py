@@ -111,6 +111,7 @@ class DraftSession:
             model_version=self._client.model_version,
             prompt=wire.to_array(question.prompt),
             pruned=wire.to_array(question.pruning.cut),
+            kept=wire.to_kept(question.pruning),
             beams=wire.to_array(below.node[order].astype(np.int32)),
             scores=wire.to_array(below.score[order]),
             weights=wire.to_array(below.weight[order]),

@@ -217,7 +217,7 @@ class RelaxedSampling:
         return sample_without_replacement(trie, candidates.node, log_weight, count, seed=seed, stream=stream)
 
     def _uniform(self, trie: Trie, node: Int64, stream: Stream) -> Float64:
-        return uniform(self.noise.seed, stream, trie.path_hash[node])
+        return uniform(self.noise.seed, stream, trie.path_hash(node))
 
 
 def _undecided(beams: Beams, children: Beams, width: int, memo: Memo) -> Int64:

@@ -87,7 +87,10 @@ def check_ids(field: str, values: Sequence[str], limit: int) -> None:
     if len(values) > limit:
         raise InvalidArgumentError(field, f"has {len(values)} items, at most {limit} are allowed")
     for index, value in enumerate(values):
-        check_id(f"{field}[{index}]", value)
+        if (
+            not 0 < len(value.encode()) <= MAX_ID_BYTES
+        ):  # a name for each of ten thousand would cost more than the check
+            check_id(f"{field}[{index}]", value)
 
 
 def _check_mode_fields(request: pb.RecommendRequest, mode: Mode) -> None:

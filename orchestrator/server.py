@@ -203,6 +203,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
     """The recommender over the settings' services, ready to serve."""
     bundle = Bundle(settings.bundle)
     catalogue = bundle.catalogue()
+    catalogue.warm_up()
     trie, manifest = catalogue.trie, bundle.manifest
     target_version, draft_version = manifest.model_version("target"), manifest.model_version("draft")
     async with AsyncExitStack() as stack:

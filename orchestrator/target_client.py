@@ -161,6 +161,7 @@ class TargetSession:
             model_version=self._client.model_version,
             prompt=wire.to_array(question.prompt),
             pruned=wire.to_array(question.pruning.cut),
+            kept=wire.to_kept(question.pruning),
             max_children=self._max_children,
             perturbation=wire.to_perturbation(question.noise),
             tenant=question.tenant,

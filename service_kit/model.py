@@ -69,7 +69,7 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     bundle = Bundle(settings.bundle)
     if settings.verify_bundle:
         bundle.verify()
-    catalogue, entry = bundle.catalogue(), bundle.model(role)
+    trie, entry = bundle.catalogue().trie, bundle.model(role)  # a model needs no item: those are let go of
     decoder = load_decoder(bundle, role, RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads))
     layout = KvLayout(
         entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=settings.kv_block_tokens
@@ -79,12 +79,12 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     store = RedisKvStore(client, layout, settings.kv_ttl_seconds, settings.redis_timeout_seconds) if client else None
     cache = PrefixCache(layout, MemoryKvCache(settings.kv_memory_mb * 2**20), store)
     rule = bundle.manifest.scoring_rule
-    evaluator = TreeEvaluator(decoder, entry, catalogue.trie, rule, layout, cache)
+    evaluator = TreeEvaluator(decoder, entry, trie, rule, layout, cache)
     await evaluator.warm_up()
     cost_curve = await evaluator.cost_curve(settings.warm_up_seconds)
     info = types_pb2.ModelInfo(
         model_version=bundle.manifest.model_version(role),
-        catalogue_version=catalogue.version,
+        catalogue_version=bundle.manifest.catalogue_version,
         bundle_name=bundle.manifest.name,
         scoring_rule=wire.to_scoring_rule(rule),
         architecture=entry.architecture,

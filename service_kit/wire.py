@@ -72,9 +72,19 @@ def node_ids(message: types_pb2.Array, field: str, trie: Trie, *, limit: int | N
     return nodes
 
 
-def pruning(message: types_pb2.Array, field: str, trie: Trie) -> Pruning:
-    """A request's pruning. Raises InvalidArgumentError naming `field`."""
-    return Pruning(node_ids(message, field, trie).astype(np.int32))
+def to_kept(pruning: Pruning) -> types_pb2.Array | None:
+    """The field `kept` of a pruning, None where it says what is gone."""
+    return None if pruning.kept is None else to_array(pruning.kept)
+
+
+def pruning(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, prefix: str, trie: Trie) -> Pruning:
+    """A request's pruning, out of `pruned` and `kept`. Raises InvalidArgumentError naming the field, after `prefix`."""
+    cut = node_ids(message.pruned, f"{prefix}pruned", trie).astype(np.int32)
+    if not message.HasField("kept"):
+        return Pruning(cut)
+    if len(cut):
+        raise InvalidArgumentError(f"{prefix}kept", "must not be set beside pruned")
+    return Pruning(cut, node_ids(message.kept, f"{prefix}kept", trie).astype(np.int32))
 
 
 def to_perturbation(perturbation: Perturbation | None) -> types_pb2.Perturbation | None:

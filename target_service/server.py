@@ -58,7 +58,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         if start.model_version != self._model.info.model_version:
             raise FailedPreconditionError(f"start.model_version: this replica serves {self._model.info.model_version}")
         return Selection(
-            pruning=wire.pruning(start.pruned, "start.pruned", self._trie),
+            pruning=wire.pruning(start, "start.", self._trie),
             limit=start.max_children or max(self._trie.codebook_sizes),
             perturbation=wire.optional_perturbation(start, "start.perturbation"),
         )

@@ -158,6 +158,7 @@ class TestTargetRefuses:
         (INVALID, "prompt", put("start.prompt", array([3] * 254, "int64"))),
         (INVALID, "start.pruned", put("start.pruned", array([3, 2], "int32"))),
         (INVALID, "start.pruned", put("start.pruned", array([10**6], "int32"))),
+        (INVALID, "start.kept", put("start.kept", array([3, 2], "int32"))),
         *[
             (
                 INVALID,
@@ -179,6 +180,7 @@ class TestTargetRefuses:
     ARRAYS = (
         *malformed("start.prompt", "int64", "int32"),
         *malformed("start.pruned", "int32", "int64"),
+        *malformed("start.kept", "int32", "int64"),
         *malformed("nodes", "int32", "float32"),
     )
 
@@ -310,6 +312,20 @@ class TestTarget:
         assert rest.logp == pytest.approx(full.logp[live], abs=1e-5)
         assert rest.log_mass < full.log_mass
 
+    def test_what_is_kept_is_all_that_there_is(self, target: grpc.Channel, catalogue: Catalogue) -> None:
+        """An allow-list names what is left. Both forms in one message would be a contradiction."""
+        kept = catalogue.pruning(allowed=np.array([0, 5])).kept
+        assert kept is not None
+        request = first_message()
+        request.start.kept.CopyFrom(array(kept.tolist(), "int32"))
+        with EvaluateStream(target) as stream:
+            evaluation = wire.evaluation(stream.ask(request).evaluation, "evaluation", catalogue.trie)
+        level = catalogue.trie.level(1)
+        assert sorted(evaluation.child.tolist()) == kept[(kept >= level.start) & (kept < level.stop)].tolist()
+        request.start.pruned.CopyFrom(array([3], "int32"))
+        with refused(INVALID, "start.kept"), EvaluateStream(target) as stream:
+            stream.ask(request)
+
     def test_a_pruned_root_has_no_children(self, target: grpc.Channel, catalogue: Catalogue) -> None:
         request = first_message()
         request.start.pruned.CopyFrom(array(catalogue.trie.children(ROOT), "int32"))
@@ -341,6 +357,7 @@ class TestDraftRefuses:
         (INVALID, "prompt", put("prompt", array([3] * 254, "int64"))),
         (INVALID, "pruned", put("pruned", array([3, 2], "int32"))),
         (INVALID, "pruned", put("pruned", array([-3], "int32"))),
+        (INVALID, "kept", put("kept", array([10**6], "int32"))),
         (INVALID, "beams", put("beams", types_pb2.Array())),
         (INVALID, "beams", put("beams", array([2, 1], "int32"))),
         (INVALID, "beams", put("beams", array([1, 1], "int32"))),
@@ -366,6 +383,7 @@ class TestDraftRefuses:
     ARRAYS = (
         *malformed("prompt", "int64", "int32"),
         *malformed("pruned", "int32", "int64"),
+        *malformed("kept", "int32", "int64"),
         *malformed("beams", "int32", "int64"),
         *malformed("scores", "float64", "float32"),
         *malformed("weights", "float64", "float32"),

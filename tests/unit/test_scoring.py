@@ -68,8 +68,8 @@ def test_best_children_are_those_of_a_plain_sort(
 def _noise(world: World, path: tuple[int, ...], perturbation: Perturbation | None) -> float:
     if perturbation is None:
         return 0.0
-    key = world.trie.path_hash[world.naive.id_of[path]]
-    return float(gumbel(perturbation.seed, Stream.GUMBEL, np.array([key]))[0])
+    key = world.trie.path_hash(np.array([world.naive.id_of[path]]))
+    return float(gumbel(perturbation.seed, Stream.GUMBEL, key)[0])
 
 
 @given(naive_tries(), RULES, SEEDS, st.data())

@@ -107,6 +107,7 @@ class PlanRequest(_message.Message):
     WITH_EVALUATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     width: _builtins.int
@@ -149,6 +150,12 @@ class PlanRequest(_message.Message):
     def perturbation(self) -> _types_pb2.Perturbation:
         """Seed and temperature of PROPOSAL_PERTURBED and PROPOSAL_SAMPLE."""
 
+    @_builtins.property
+    def kept(self) -> _types_pb2.Array:
+        """int32 [k], ascending: where set, the only nodes left by this request's filters, ancestors and root included; `pruned` is
+        then empty.
+        """
+
     def __init__(
         self,
         *,
@@ -166,10 +173,11 @@ class PlanRequest(_message.Message):
         with_evaluation: _builtins.bool = ...,
         tenant: _builtins.str = ...,
         beam_width: _builtins.int = ...,
+        kept: _types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "kept", b"kept", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "kept", b"kept", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

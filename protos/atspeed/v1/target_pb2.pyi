@@ -70,6 +70,7 @@ class EvaluateStart(_message.Message):
     MAX_CHILDREN_FIELD_NUMBER: _builtins.int
     PERTURBATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that scores and node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     max_children: _builtins.int
@@ -88,6 +89,12 @@ class EvaluateStart(_message.Message):
     def perturbation(self) -> _types_pb2.Perturbation:
         """Set for exact sampling: "best" is then by perturbed log-probability."""
 
+    @_builtins.property
+    def kept(self) -> _types_pb2.Array:
+        """int32 [k], ascending: where set, the only nodes left by this request's filters, ancestors and root included; `pruned` is
+        then empty.
+        """
+
     def __init__(
         self,
         *,
@@ -97,10 +104,11 @@ class EvaluateStart(_message.Message):
         max_children: _builtins.int = ...,
         perturbation: _types_pb2.Perturbation | None = ...,
         tenant: _builtins.str = ...,
+        kept: _types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
