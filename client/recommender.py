@@ -22,6 +22,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 
 from service_kit.channels import channel_options, target_uri
+from service_kit.errors import retry_after_seconds
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 # Appending twice is not appending once, so RecordEvents is not among them.
@@ -51,11 +52,14 @@ class Mode(StrEnum):
 
 
 class RecommenderError(Exception):
-    """A call that failed. code: its gRPC status; message: what the service said."""
+    """A call that failed. code: its gRPC status; message: what the service said.
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    retry_after_seconds: when another try may succeed, where a busy service said so.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(f"{code.name}: {message}")
-        self.code, self.message = code, message
+        self.code, self.message, self.retry_after_seconds = code, message, retry_after_seconds
 
 
 class Options(TypedDict, total=False):
@@ -72,6 +76,8 @@ class Options(TypedDict, total=False):
     allowed: Sequence[str]
     exclude_seen: bool
     tenant: str
+    batch_priority: bool
+    least_beam_width: int
 
 
 def recommend_request(user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendRequest:
@@ -87,6 +93,8 @@ def recommend_request(user_id: str | None = None, **options: Unpack[Options]) ->
         allowed_item_ids=options.get("allowed", ()),
         exclude_seen=options.get("exclude_seen", False),
         tenant=options.get("tenant", ""),
+        priority=pb.PRIORITY_BATCH if options.get("batch_priority", False) else pb.PRIORITY_UNSPECIFIED,
+        least_beam_width=options.get("least_beam_width", 0),
     )
     if (user_id is None) == ("history" not in options):
         raise ValueError("give either user_id or history")
@@ -180,11 +188,12 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise RecommenderError(error.code(), error.details() or "") from None
+        raise RecommenderError(error.code(), error.details() or "", retry_after_seconds(error)) from None
 
 
 def _batch_result(one: pb.RecommendBatchResponse) -> pb.RecommendResponse | RecommenderError:
     if one.WhichOneof("result") == "response":
         return one.response
     codes = {code.value[0]: code for code in grpc.StatusCode}
-    return RecommenderError(codes.get(one.error.code, grpc.StatusCode.UNKNOWN), one.error.message)
+    code, after = codes.get(one.error.code, grpc.StatusCode.UNKNOWN), one.error.retry_after_ms
+    return RecommenderError(code, one.error.message, after / 1000 if after else None)

@@ -16,6 +16,7 @@ from engine.beams import Beams
 from engine.plan import PlanSize, Proposal
 from engine.scoring import Evaluation
 from service_kit import wire
+from service_kit.admission import Admission, Priority
 from service_kit.errors import FailedPreconditionError, InvalidArgumentError
 from service_kit.model import ServedModel, served_model
 from service_kit.server import Registration
@@ -27,8 +28,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """Plans for requests."""
 
-    def __init__(self, model: ServedModel) -> None:
-        self._model = model
+    def __init__(self, model: ServedModel, admission: Admission) -> None:
+        self._model, self._admission = model, admission
         self._trie = model.evaluator.trie
         self._drafter = Drafter(model.evaluator)
 
@@ -41,7 +42,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     async def Plan(self, request: draft_pb2.PlanRequest, context: Context) -> draft_pb2.PlanResponse:
         """A plan below the request's beams."""
         order = self._order(request)
-        drafted = await self._drafter.plan(order)
+        async with self._admission.place(Priority.of(context), context.time_remaining()):
+            drafted = await self._drafter.plan(order)
         plan = drafted.plan
         return draft_pb2.PlanResponse(
             nodes=wire.to_array(plan.node.astype(np.int32)),
@@ -102,5 +104,6 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 async def application(settings: DraftSettings) -> AsyncIterator[list[Registration]]:
     """The draft model of the settings' bundle, ready to serve."""
     async with served_model(settings, "draft") as model:
+        admission = Admission(settings.max_running, settings.max_queued)
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, DraftServicer(model), model.info.model_version)]
+        yield [Registration.of(SERVICE, add, DraftServicer(model, admission), model.info.model_version)]

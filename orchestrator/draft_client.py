@@ -15,8 +15,7 @@ from engine.trie import Trie
 from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
 from service_kit import wire
 from service_kit.affinity import Routes
-from service_kit.errors import InvalidArgumentError
-from service_kit.logs import request_metadata
+from service_kit.errors import InvalidArgumentError, retry_after_seconds
 
 _REQUESTS_OWN = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
 _MOST_NS = 2**48  # three days
@@ -53,9 +52,9 @@ class DraftClient:
         """Whether it failed so recently that it is not asked."""
         return time.monotonic() < self._ask_again_at
 
-    def rest(self) -> None:
-        """Leave it alone for a while."""
-        self._ask_again_at = time.monotonic() + self._backoff
+    def rest(self, wished: float | None = None) -> None:
+        """Leave it alone for a while, or for as many seconds as it wished, if that is less."""
+        self._ask_again_at = time.monotonic() + min(self._backoff, self._backoff if wished is None else wished)
 
     def session(self, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]) -> DraftSession:
         """The draft for one request. Why it could not help is added to `degraded`."""
@@ -86,7 +85,7 @@ class DraftSession:
             # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
             in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout < self._client.timeout
             if not in_a_hurry and error.code() not in _REQUESTS_OWN:
-                self._client.rest()
+                self._client.rest(retry_after_seconds(error))
             return self._without_plan(below, error.code().name)
         except BadReplyError as error:
             _log.warning("draft answered nonsense", problem=str(error))
@@ -97,7 +96,7 @@ class DraftSession:
 
     async def _call(self, below: Beams, seconds: float) -> draft_pb2.PlanResponse:
         with self._client.routes.route(self._question.affinity) as route:
-            metadata = (*request_metadata(), *route.metadata)
+            metadata = (*self._question.metadata, *route.metadata)
             return await route.stub.Plan(self._request(below), timeout=seconds, metadata=metadata)
 
     def _without_plan(self, below: Beams, reason: str) -> Plan:

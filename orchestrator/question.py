@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from engine.cost import PassCost
 from engine.scoring import Perturbation
 from engine.trie import Int64, Pruning
+from service_kit.admission import Priority
 from service_kit.errors import DeadlineExceededError
+from service_kit.logs import request_metadata
 
 PROBE_SECONDS = 1.0
 """How long a question about a service's state may take."""
@@ -41,6 +43,12 @@ class ModelQuestion:
     noise: Perturbation | None = None
     tenant: str = ""
     affinity: str = ""
+    priority: Priority = Priority.INTERACTIVE
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What travels beside a call's message."""
+        return (*request_metadata(), *self.priority.metadata)
 
 
 @dataclass

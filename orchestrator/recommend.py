@@ -81,7 +81,7 @@ class Recommender:
         DeadlineExceededError.
         """
         begun = time.perf_counter_ns()
-        degraded: list[str] = []
+        degraded = [f"beam width: {order.beam_width}, the service is busy"] if order.asked_beam_width else []
         history = await self._history(order)
         candidates = self._candidates(order, history)
         noise = _noise(order)
@@ -208,6 +208,7 @@ class _Asker:
             noise=noise,
             tenant=self.order.tenant,
             affinity=self._affinity(model),
+            priority=self.order.priority,
         )
 
     def _affinity(self, model: ModelEntry) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from engine.trie import Int64
 from orchestrator.memo import Memo
 from orchestrator.question import Usage
+from service_kit.admission import Priority
 
 
 class Mode(StrEnum):
@@ -36,7 +37,10 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True)
 class Order:
-    """A checked request: beam_width >= k >= 1, and exactly one of user_id and history is set."""
+    """A checked request: beam_width >= k >= 1, and exactly one of user_id and history is set.
+
+    least_beam_width: fewest beams that will do, 0 for no fewer than beam_width. asked_beam_width: before it was narrowed.
+    """
 
     k: int
     beam_width: int
@@ -50,6 +54,15 @@ class Order:
     allowed: Sequence[str] = ()
     exclude_seen: bool = False
     tenant: str = ""
+    priority: Priority = Priority.INTERACTIVE
+    least_beam_width: int = 0
+    asked_beam_width: int = 0
+
+    def narrowed(self) -> Order:
+        """The order with as few beams as it allows; itself where it allows no fewer."""
+        if not 0 < self.least_beam_width < self.beam_width:
+            return self
+        return replace(self, beam_width=self.least_beam_width, asked_beam_width=self.beam_width)
 
     @property
     def subject_field(self) -> str:

@@ -38,6 +38,7 @@ def to_reply(recommendation: Recommendation, manifest: Manifest, options: pb.Rep
         fewer_than_k_reason=recommendation.fewer_than_k_reason,
         seed=recommendation.seed,
         statistics=None if options.omit_statistics else _statistics(recommendation),
+        beam_width=order.beam_width,
     )
 
 

@@ -10,6 +10,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 
 from orchestrator.recommendation import Mode, Order
 from orchestrator.settings import OrchestratorSettings
+from service_kit.admission import Priority
 from service_kit.errors import InvalidArgumentError
 
 MODES = {
@@ -20,18 +21,28 @@ MODES = {
     pb.MODE_RELAXED_SAMPLING: Mode.RELAXED_SAMPLING,
     pb.MODE_EXACT_SAMPLING: Mode.EXACT_SAMPLING,
 }
+PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
 MAX_ID_BYTES = 256
 _DEFAULT_BEAM_WIDTH = 20
 
 
-def to_order(request: pb.RecommendRequest, limits: OrchestratorSettings) -> Order:
-    """The order that a request stands for. Raises InvalidArgumentError naming the first field at fault."""
+def to_order(
+    request: pb.RecommendRequest, limits: OrchestratorSettings, usual: Priority = Priority.INTERACTIVE
+) -> Order:
+    """The order that a request stands for. Raises InvalidArgumentError naming the first field at fault.
+
+    usual: the priority of a request that names none.
+    """
     if request.mode not in MODES:
         raise InvalidArgumentError("mode", f"{request.mode} is not a mode of this service")
     mode = MODES[request.mode]
     _in_range("k", request.k, 1, limits.max_k)
     beam_width = request.beam_width or max(request.k, _DEFAULT_BEAM_WIDTH)
     _in_range("beam_width", beam_width, request.k, limits.max_beam_width)
+    if request.least_beam_width:
+        _in_range("least_beam_width", request.least_beam_width, request.k, beam_width)
+    if request.priority not in (*PRIORITIES, pb.PRIORITY_UNSPECIFIED):
+        raise InvalidArgumentError("priority", f"{request.priority} is not a priority of this service")
     _check_mode_fields(request, mode)
     check_ids("excluded_item_ids", request.excluded_item_ids, limits.max_candidate_items)
     check_ids("allowed_item_ids", request.allowed_item_ids, limits.max_candidate_items)
@@ -56,6 +67,8 @@ def to_order(request: pb.RecommendRequest, limits: OrchestratorSettings) -> Orde
         allowed=list(request.allowed_item_ids),
         exclude_seen=request.exclude_seen,
         tenant=request.tenant,
+        priority=PRIORITIES.get(request.priority, usual),
+        least_beam_width=request.least_beam_width,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -34,6 +35,7 @@ from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.target_client import TargetClient
 from service_kit import wire
+from service_kit.admission import Admission, Priority
 from service_kit.affinity import Routes
 from service_kit.channels import open_channel
 from service_kit.errors import InvalidArgumentError, UnavailableError, call_status
@@ -56,6 +58,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     ) -> None:
         self._recommender, self._settings = recommender, settings
         self._target, self._draft = target, draft
+        self._admission = Admission(settings.max_running, settings.max_queued)
         self._batch_slots = asyncio.Semaphore(settings.batch_concurrency)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
@@ -63,7 +66,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         """The top K items for one user."""
         deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
-        return await self._recommend(request, deadline)
+        return await self._recommend(request, deadline, Priority.of(context))
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Context
@@ -74,7 +77,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 "requests", f"has {len(request.requests)} requests, at most {self._settings.max_batch} are allowed"
             )
         whole = self._time_left(context)
-        tasks = [asyncio.create_task(self._batched(index, one, whole)) for index, one in enumerate(request.requests)]
+        usual = Priority.of(context, Priority.BATCH)
+        tasks = [
+            asyncio.create_task(self._batched(index, one, whole, usual)) for index, one in enumerate(request.requests)
+        ]
         try:
             for ready in asyncio.as_completed(tasks):
                 yield await ready
@@ -131,25 +137,35 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             max_history_items=settings.max_history_items,
             max_candidate_items=settings.max_candidate_items,
             max_batch=settings.max_batch,
+            running_recommendations=self._admission.running,
+            waiting_recommendations=self._admission.queued,
             backends=await self._backends(),
         )
 
-    async def _recommend(self, request: pb.RecommendRequest, deadline: Deadline) -> pb.RecommendResponse:
-        order = to_order(request, self._settings)
-        recommendation = await self._recommender.recommend(order, deadline)
+    async def _recommend(
+        self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority
+    ) -> pb.RecommendResponse:
+        order = to_order(request, self._settings, usual)
+        async with self._admission.place(order.priority, deadline.left()) as admitted:
+            order = order.narrowed() if admitted.waited else order
+            recommendation = await self._recommender.recommend(order, deadline)
         return to_reply(recommendation, self._recommender.manifest, request.reply_options)
 
     async def _batched(
-        self, index: int, request: pb.RecommendRequest, whole: Deadline | None
+        self, index: int, request: pb.RecommendRequest, whole: Deadline | None, usual: Priority
     ) -> pb.RecommendBatchResponse:
         """One request of a batch. Where the caller set no deadline, it has the usual time from its own start on."""
         async with self._batch_slots:
             try:
                 deadline = whole or Deadline(self._settings.request_timeout_seconds)
-                return pb.RecommendBatchResponse(index=index, response=await self._recommend(request, deadline))
+                return pb.RecommendBatchResponse(index=index, response=await self._recommend(request, deadline, usual))
             except Exception as error:  # noqa: BLE001 - call_status logs what is ours; one failure must not end the batch
                 status = call_status(error)
-        failure = pb.RequestError(code=status.code.value[0], message=status.details)
+        failure = pb.RequestError(
+            code=status.code.value[0],
+            message=status.details,
+            retry_after_ms=math.ceil((status.retry_after_seconds or 0) * 1000),
+        )
         return pb.RecommendBatchResponse(index=index, error=failure)
 
     def _time_left(self, context: Context) -> Deadline | None:

@@ -18,6 +18,9 @@ class OrchestratorSettings(ServiceSettings):
     service: ClassVar[str] = "orchestrator"
 
     port: Port = 50051
+    max_running: Annotated[
+        int, Field(ge=1, le=100_000, description="Recommendations served at once, alone or in batches.")
+    ] = 32
     target: Annotated[Target, Field(description="Where the target replicas are: NAME:PORT or IP:PORT,IP:PORT.")]
     draft: Annotated[
         Target | None, Field(description="Where the draft replicas are. Not set: target-only beam search.")

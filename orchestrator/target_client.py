@@ -24,9 +24,10 @@ from service_kit.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
+    ResourceExhaustedError,
     UnavailableError,
+    retry_after_seconds,
 )
-from service_kit.logs import request_metadata
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
 
@@ -139,7 +140,7 @@ class TargetSession:
             # Tried again, it goes elsewhere: in turn, since its key would lead to where it has just failed.
             affinity = "" if self.usage.retries else self._question.affinity
             route = self._route.enter_context(self._client.routes.route(affinity))
-            self._stream = route.stub.Evaluate(timeout=left, metadata=(*request_metadata(), *route.metadata))
+            self._stream = route.stub.Evaluate(timeout=left, metadata=(*self._question.metadata, *route.metadata))
             self._on_stream = set()
             request.start.CopyFrom(self._start())
         asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._on_stream]
@@ -204,6 +205,9 @@ def _translate(error: grpc.aio.AioRpcError) -> Exception:
         return DeadlineExceededError("the target did not answer before the request's deadline")
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return FailedPreconditionError("no target replica serves the orchestrator's model version")
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        after = retry_after_seconds(error)
+        return ResourceExhaustedError("the target replicas are busy; try again later", retry_after_seconds=after)
     if error.code() in _ANOTHER_REPLICA:
         return UnavailableError("no target replica could answer")
     return RuntimeError(f"the target refused a request of the orchestrator: {error.code().name}: {error.details()}")

@@ -3,7 +3,8 @@
 settings.py        one declaration per setting: flags, environment variables, --help and docs/settings.md
 settings_docs.py   writes docs/settings.md
 errors.py          the exceptions of a call, and the status that each becomes
-interceptor.py     around every call: request id, bound on concurrency, errors to statuses, one log line
+interceptor.py     around every call: request id, bound on calls, errors to statuses, one log line
+admission.py       how much inference runs at once, who waits, who is refused
 health.py          grpc.health.v1, which lets go of its watchers when the server drains
 server.py          builds, runs and drains a grpc.aio server
 channels.py        channels to other services: addresses, load balancing, health, retries

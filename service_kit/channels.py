@@ -108,6 +108,7 @@ def service_config(
         "healthCheckConfig": {"serviceName": health_name(service, version)},
     }
     if retried:
+        config["retryThrottling"] = _THROTTLING
         config["methodConfig"] = [{"name": [{"service": service, "method": method} for method in retried], **_RETRIES}]
     return config
 
@@ -121,6 +122,9 @@ _RETRIES = {
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
 }
+
+# Retries stop while more than about one call in ten fails: a service in trouble must not get three times the calls.
+_THROTTLING = {"maxTokens": 100, "tokenRatio": 0.1}
 
 
 def _endpoint(text: str) -> tuple[str, int]:

@@ -5,7 +5,7 @@
     |   +-- InvalidArgumentError  INVALID_ARGUMENT
     |   +-- NotFoundError         NOT_FOUND
     +-- FailedPreconditionError   FAILED_PRECONDITION: the caller must change something else first
-    +-- ResourceExhaustedError    RESOURCE_EXHAUSTED: a limit of this replica
+    +-- ResourceExhaustedError    RESOURCE_EXHAUSTED: a limit of this replica, with a hint when to try again
     +-- UnavailableError          UNAVAILABLE: try again, or another replica
     +-- DeadlineExceededError     DEADLINE_EXCEEDED
     StartupError                  a server cannot start; not for calls
@@ -16,17 +16,21 @@ exception is ours: INTERNAL with an error id, under which the log has the traceb
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import ClassVar
 
 import grpc
 import structlog
+from google.rpc import error_details_pb2, status_pb2
 
 from engine.errors import CapacityError, PromptError
 
 # HTTP/2 peers limit all of a call's trailers to 8 KiB, and a status beyond that breaks the call itself.
 MAX_DETAILS = 1000
+PUSHBACK_HEADER = "grpc-retry-pushback-ms"
+STATUS_HEADER = "grpc-status-details-bin"
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -72,6 +76,10 @@ class ResourceExhaustedError(ServiceError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
+    def __init__(self, problem: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(problem)
+        self.retry_after_seconds = retry_after_seconds
+
 
 class UnavailableError(ServiceError):
     """Something that the call needs does not answer; another try may succeed."""
@@ -91,21 +99,42 @@ class StartupError(Exception):
 
 @dataclass(frozen=True)
 class CallStatus:
-    """How a call ends: the gRPC status code and the text that goes with it."""
+    """How a call ends: the gRPC status code, the text that goes with it, and when another try may succeed, if known."""
 
     code: grpc.StatusCode
     details: str
+    retry_after_seconds: float | None = None
+
+    @property
+    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The hint as gRPC's own retries obey it, and as google.rpc.RetryInfo for those who read it."""
+        if self.retry_after_seconds is None:
+            return ()
+        milliseconds = math.ceil(self.retry_after_seconds * 1000)
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromMilliseconds(milliseconds)
+        status = status_pb2.Status(code=self.code.value[0], message=self.details)
+        status.details.add().Pack(info)
+        return (PUSHBACK_HEADER, str(milliseconds)), (STATUS_HEADER, status.SerializeToString())
 
 
 def call_status(error: Exception) -> CallStatus:
     """The status that `error` ends a call with. One that is ours is logged, under the id in the status."""
     if isinstance(error, ServiceError):
-        return CallStatus(error.code, _shortened(str(error)))
+        return CallStatus(error.code, _shortened(str(error)), getattr(error, "retry_after_seconds", None))
     if isinstance(error, (PromptError, CapacityError)):
         return CallStatus(grpc.StatusCode.INVALID_ARGUMENT, _shortened(str(error)))
     error_id = secrets.token_hex(6)
     _log.error("internal error", error_id=error_id, exc_info=error)
     return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
+
+
+def retry_after_seconds(error: grpc.aio.AioRpcError) -> float | None:
+    """When a service that refused a call thinks that another try may succeed; None where it does not say."""
+    for key, value in error.trailing_metadata() or ():
+        if key == PUSHBACK_HEADER and isinstance(value, str) and value.isdecimal():
+            return int(value) / 1000
+    return None
 
 
 def _shortened(text: str) -> str:

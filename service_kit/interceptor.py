@@ -1,4 +1,4 @@
-"""Around every call: a request id, the bound on concurrency, exceptions to statuses, one log line.
+"""Around every call: a request id, the bound on how many are held, exceptions to statuses, one log line.
 
 Handlers are coroutines or async generators that take their requests from the argument (not from `context.read()`). A
 request that is not valid protobuf becomes INVALID_ARGUMENT; gRPC alone would answer UNKNOWN with protobuf's own text.
@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -26,6 +27,7 @@ Behaviour = Callable[[Any, Context], Any]
 
 # Health and reflection stay reachable on a busy server, and out of its log.
 _INFRASTRUCTURE = "/grpc."
+_RETRY_AFTER_SECONDS = 0.5
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -34,7 +36,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of a server, of all four kinds."""
 
     def __init__(self, max_concurrent_calls: int) -> None:
-        self._free = max_concurrent_calls
+        self._max_calls = max_concurrent_calls
+        self._calls: Counter[str] = Counter()
         self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(
@@ -73,7 +76,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
         with _Logged(method, quiet) as logged:
             try:
-                async with self._slot(quiet):
+                with self._held(method, quiet):
                     yield
             except (grpc.aio.AbortError, grpc.aio.InternalError):
                 logged.code = "ABORTED BY HANDLER"
@@ -81,20 +84,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:  # noqa: BLE001 - call_status logs what it does not know
                 status = call_status(error)
                 logged.code = status.code.name
-                await context.abort(status.code, status.details)
+                await context.abort(status.code, status.details, ((REQUEST_ID_HEADER, request_id), *status.trailers))
 
-    @asynccontextmanager
-    async def _slot(self, quiet: bool) -> AsyncIterator[None]:
-        if quiet:
-            yield
-            return
-        if self._free == 0:
-            raise ResourceExhaustedError("this replica serves as many calls as it may; try another or later")
-        self._free -= 1
+    @contextmanager
+    def _held(self, method: str, quiet: bool) -> Iterator[None]:
+        """Each method has a bound of its own, so a flood of one leaves the others, and the server's memory, alone."""
+        if self._calls[method] >= self._max_calls and not quiet:
+            raise ResourceExhaustedError(
+                "this replica holds as many calls of this method as it may; try another or later",
+                retry_after_seconds=_RETRY_AFTER_SECONDS,
+            )
+        self._calls[method] += 1
         try:
             yield
         finally:
-            self._free += 1
+            self._calls[method] -= 1
 
 
 class _Logged:

@@ -66,9 +66,18 @@ class ServiceSettings(BaseSettings):
     max_message_bytes: Annotated[
         int, Field(ge=65_536, le=1_073_741_824, description="Largest message, received or sent.")
     ] = 33_554_432
-    max_concurrent_calls: Annotated[
-        int, Field(ge=1, le=100_000, description="Calls served at once; more get RESOURCE_EXHAUSTED.")
+    max_running: Annotated[
+        int,
+        Field(
+            ge=1, le=100_000, description="Recommendations (also of batches), plans or target streams served at once."
+        ),
     ] = 256
+    max_queued: Annotated[
+        int, Field(ge=0, le=100_000, description="Those that wait for that; more get RESOURCE_EXHAUSTED at once.")
+    ] = 64
+    max_concurrent_calls: Annotated[
+        int, Field(ge=1, le=100_000, description="Calls of one method held at once, running or waiting, health apart.")
+    ] = 1024
 
     @classmethod
     def load(cls, arguments: Sequence[str] | None = None) -> Self:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from atspeed.v1 import target_pb2, target_pb2_grpc
 
 from engine.tree_evaluator import OpenTree, Selection
 from service_kit import wire
+from service_kit.admission import Admission, Priority
 from service_kit.errors import FailedPreconditionError, InvalidArgumentError
 from service_kit.model import ServedModel, served_model
 from service_kit.server import Registration
@@ -24,7 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, admission: Admission) -> None:
+        self._admission = admission
         self._model, self._evaluator, self._trie = model, model.evaluator, model.evaluator.trie
 
     async def GetModelInfo(
@@ -36,7 +38,17 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def Evaluate(
         self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest], context: Context
     ) -> AsyncIterator[target_pb2.EvaluateResponse]:
-        """One pass per message."""
+        """One pass per message. A stream has its place until it ends: what it evaluated stays in memory for so long."""
+        async with (
+            self._admission.place(Priority.of(context), context.time_remaining()),
+            aclosing(self._passes(request_iterator)) as passes,
+        ):
+            async for response in passes:
+                yield response
+
+    async def _passes(
+        self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest]
+    ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
         tree: OpenTree | None = None
         selection: Selection | None = None
         async for request in request_iterator:
@@ -68,5 +80,6 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 async def application(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
     """The target model of the settings' bundle, ready to serve."""
     async with served_model(settings, "target") as model:
+        admission = Admission(settings.max_running, settings.max_queued)
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, TargetServicer(model), model.info.model_version)]
+        yield [Registration.of(SERVICE, add, TargetServicer(model, admission), model.info.model_version)]

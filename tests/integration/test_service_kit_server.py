@@ -24,7 +24,13 @@ from pydantic_settings import SettingsConfigDict
 from engine.errors import BundleError, CapacityError, PromptError
 from service_kit import healthcheck
 from service_kit.channels import open_channel, target_uri
-from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from service_kit.errors import (
+    PUSHBACK_HEADER,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from service_kit.logs import REQUEST_ID_HEADER, request_metadata
 from service_kit.server import Registration, RunningServer, running
 from service_kit.settings import ServiceSettings
@@ -225,13 +231,15 @@ async def test_a_deadline_cancels_the_handler(channel: grpc.aio.Channel, echo: E
     await until(lambda: echo.closed)
 
 
-async def test_calls_over_the_bound_are_refused_but_health_answers(
+async def test_calls_over_the_bound_of_a_method_are_refused_but_others_and_health_answer(
     channel: grpc.aio.Channel, server: RunningServer, echo: Echo
 ) -> None:
-    waiting = [asyncio.create_task(call(channel, kind, "wait")) for kind in ("UnaryUnary", "StreamStream")]
+    waiting = [asyncio.create_task(call(channel, "UnaryUnary", "wait")) for _ in range(2)]
     await until(lambda: echo.calls == 2)
     error = await failure(channel, "UnaryUnary", "hello")
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert int(str(dict(error.trailing_metadata())[PUSHBACK_HEADER])) > 0
+    assert await call(channel, "StreamStream", "hello") == "hello"
     assert await asyncio.to_thread(healthcheck.state, server.address, SERVICE) == "SERVING"
     echo.release.set()
     assert await asyncio.gather(*waiting) == ["wait", "wait"]
@@ -402,6 +410,30 @@ async def test_only_the_named_methods_are_retried(tmp_path: Path) -> None:
         assert flaky.calls == 2
         assert (await failure(channel, "UnaryStream", "hello")).code() is grpc.StatusCode.UNAVAILABLE
         assert flaky.calls == 3
+
+
+class Busy(Echo):
+    """Refuses each first of two calls, with a hint."""
+
+    async def act(self, request: StringValue) -> StringValue:
+        self.calls += 1
+        if self.calls % 2:
+            raise ResourceExhaustedError("busy", retry_after_seconds=0.02)
+        return request
+
+
+async def test_grpcs_own_retries_obey_the_hint(tmp_path: Path) -> None:
+    """The policy's own backoff is an hour: without the hint the call would not come back."""
+    policy = {"maxAttempts": 2, "initialBackoff": "3600s", "maxBackoff": "3600s", "backoffMultiplier": 1}
+    method = {"name": [{}], "retryPolicy": {**policy, "retryableStatusCodes": ["RESOURCE_EXHAUSTED"]}}
+    options = [("grpc.service_config", json.dumps({"methodConfig": [method]}))]
+    busy = Busy()
+    async with (
+        running(settings(tmp_path), [busy.registration()]) as up,
+        grpc.aio.insecure_channel(up.address, options=options) as channel,
+    ):
+        assert await call(channel, "UnaryUnary", "hello", timeout=60) == "hello"
+    assert busy.calls == 2
 
 
 # Processes

@@ -57,6 +57,30 @@ MODE_EXACT_SAMPLING: Mode.ValueType  # 5
 """An exact sample without replacement from the target (stochastic beam search), reproducible by its seed."""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """INTERACTIVE; in a RecommendBatch, BATCH."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for the answer."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Refused first, and served when nothing interactive waits."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Who is served first when there is more to do than a replica can do. Call metadata `x-atspeed-priority: batch` says the same."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""INTERACTIVE; in a RecommendBatch, BATCH."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for the answer."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Refused first, and served when nothing interactive waits."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _Origin:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -154,6 +178,8 @@ class RecommendRequest(_message.Message):
     ALLOWED_ITEM_IDS_FIELD_NUMBER: _builtins.int
     REPLY_OPTIONS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    LEAST_BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose history is stored. NOT_FOUND when it is not, unless the bundle allows an empty history."""
     k: _builtins.int
@@ -172,6 +198,12 @@ class RecommendRequest(_message.Message):
     """Also exclude the items of the user's history."""
     tenant: _builtins.str
     """Whose user; tenants share neither histories nor cached states."""
+    priority: Global___Priority.ValueType
+    """Who waits when the service is busy."""
+    least_beam_width: _builtins.int
+    """Fewest beams that will do when the service is busy: a request that had to wait is then searched with these. At least k, at most
+    beam_width; 0 means never fewer than beam_width. The reply says how many were searched.
+    """
     @_builtins.property
     def history(self) -> Global___History:
         """The history itself; nothing is stored."""
@@ -204,10 +236,12 @@ class RecommendRequest(_message.Message):
         allowed_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         reply_options: Global___ReplyOptions | None = ...,
         tenant: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
+        least_beam_width: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "history", b"history", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "k", b"k", "mode", b"mode", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -342,13 +376,15 @@ class RecommendResponse(_message.Message):
     FEWER_THAN_K_REASON_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STATISTICS_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     scoring_rule: _types_pb2.ScoringRule.ValueType
     """The rule that scores follow."""
     mode: Global___Mode.ValueType
     """The mode that made the list."""
     degraded: _builtins.bool
-    """Whether the draft could not help. The list is still what the mode promises; it only took longer. A target replica that failed
-    shows in statistics.target_retries, a Redis tier that failed in the cached tokens.
+    """Whether the draft could not help, or fewer beams were searched because the request allows it. The list is still what the mode
+    promises, with the beams that `beam_width` says. A target replica that failed shows in statistics.target_retries, a Redis tier
+    that failed in the cached tokens.
     """
     history_items_used: _builtins.int
     """History items that the prompt held: the newest that fit the window."""
@@ -356,6 +392,8 @@ class RecommendResponse(_message.Message):
     """Set when fewer than k items are left after exclusions and filters or came out of the beams; says which."""
     seed: _builtins.int
     """The seed used by a sampling mode."""
+    beam_width: _builtins.int
+    """Beams searched: the request's beam_width, unless the service was busy and the request allowed fewer."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendedItem]:
         """The items, best first."""
@@ -395,10 +433,11 @@ class RecommendResponse(_message.Message):
         fewer_than_k_reason: _builtins.str = ...,
         seed: _builtins.int | None = ...,
         statistics: Global___Statistics | None = ...,
+        beam_width: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "exactness", b"exactness", "seed", b"seed", "statistics", b"statistics", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "degraded", b"degraded", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "degraded", b"degraded", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -592,19 +631,23 @@ class RequestError(_message.Message):
 
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """The gRPC status code that the request alone would have got."""
     message: _builtins.str
     """The message that goes with it."""
+    retry_after_ms: _builtins.int
+    """RESOURCE_EXHAUSTED: milliseconds after which another try may succeed; 0 where there is no hint."""
     def __init__(
         self,
         *,
         code: _builtins.int = ...,
         message: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -829,6 +872,8 @@ class GetServiceInfoResponse(_message.Message):
     MAX_HISTORY_ITEMS_FIELD_NUMBER: _builtins.int
     MAX_CANDIDATE_ITEMS_FIELD_NUMBER: _builtins.int
     MAX_BATCH_FIELD_NUMBER: _builtins.int
+    RUNNING_RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
+    WAITING_RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -853,6 +898,10 @@ class GetServiceInfoResponse(_message.Message):
     """Most excluded, and most allowed, item ids of a request."""
     max_batch: _builtins.int
     """Most requests of a batch."""
+    running_recommendations: _builtins.int
+    """Recommendations that this replica serves now, alone or in batches."""
+    waiting_recommendations: _builtins.int
+    """Recommendations that wait for that now."""
     @_builtins.property
     def versions(self) -> Global___Versions:
         """Versions of model, draft and catalogue, as configured."""
@@ -888,10 +937,12 @@ class GetServiceInfoResponse(_message.Message):
         max_history_items: _builtins.int = ...,
         max_candidate_items: _builtins.int = ...,
         max_batch: _builtins.int = ...,
+        running_recommendations: _builtins.int = ...,
+        waiting_recommendations: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
