@@ -73,9 +73,9 @@ class Drafter:
             asked, cost, passes = self._frontier(listed, depth + 1, order).node, cost + pass_cost, passes + 1
             if not len(asked):
                 break
-        planned = listed.beams.take(np.flatnonzero(self._trie.depth(listed.beams.node) > start))
-        shown = evaluated if order.with_evaluation else {}
-        return Drafted(Plan(order.below, planned.node, planned.score, shown), cost, passes)
+        rows = np.flatnonzero(self._trie.depth(listed.beams.node) > start)
+        planned, shown = listed.beams.take(rows), evaluated if order.with_evaluation else {}
+        return Drafted(Plan(order.below, planned.node, planned.score, listed.margin[rows], shown), cost, passes)
 
     def _selection(self, order: PlanOrder) -> Selection:
         limit = max(order.size.width, order.size.beam_width)

@@ -48,6 +48,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         return draft_pb2.PlanResponse(
             nodes=wire.to_array(plan.node.astype(np.int32)),
             scores=wire.to_array(plan.score),
+            margins=wire.to_array(plan.margin),
             evaluation=wire.to_evaluation(Evaluation.of(plan.evaluated)) if order.with_evaluation else None,
             statistics=wire.to_statistics(drafted.cost),
             passes=drafted.passes,

@@ -119,23 +119,32 @@ class Plan:
     """Nodes below some beams, breadth-first and closed under ancestors down to the beams.
 
     start: the beams that the plan hangs below. node: int64 [n], ascending. score: float64 [n], cumulative log-probability.
+    margin: float64 [n], how much each node clears what the search needs (see `Shortlist`), +inf where nothing says how
+    much; never above its parent's. The plan's nodes of the highest margins are a plan too.
     evaluated: what the draft itself knows of each node that it expanded; only relaxed sampling asks for it.
     """
 
     start: Beams
     node: Int64
     score: Float64
+    margin: Float64
     evaluated: Mapping[int, Children] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, start: Beams) -> Plan:
         """No plan: the search is then the target's own."""
-        return cls(start, np.empty(0, dtype=np.int64), np.empty(0))
+        return cls(start, np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
+
+    def take(self, rows: Int64) -> Plan:
+        """These nodes alone, rows ascending."""
+        return replace(self, node=self.node[rows], score=self.score[rows], margin=self.margin[rows])
 
     def check(self, trie: Trie, limit: int) -> None:
         """Raise ValueError unless this is a plan over `trie` of at most `limit` nodes. A draft is never trusted."""
-        if len(self.node) > limit or len(self.score) != len(self.node):
-            raise ValueError(f"plan: {len(self.node)} nodes with {len(self.score)} scores, at most {limit} allowed")
+        if len(self.node) > limit:
+            raise ValueError(f"plan: {len(self.node)} nodes, at most {limit} allowed")
+        if len(self.score) != len(self.node) or len(self.margin) != len(self.node):
+            raise ValueError(f"plan: {len(self.node)} nodes, {len(self.score)} scores and {len(self.margin)} margins")
         if len(self.node) == 0:
             return
         if (np.diff(self.node) <= 0).any() or self.node[0] <= 0 or self.node[-1] >= trie.level_start[trie.levels]:
@@ -144,6 +153,10 @@ class Plan:
             raise ValueError("plan.nodes: not closed under ancestors down to the beams")
         if not np.isfinite(self.score).all():
             raise ValueError("plan.scores: not finite")
+        parent = trie.parent[self.node]
+        above = np.minimum(np.searchsorted(self.node, parent), len(self.node) - 1)
+        if not ((self.margin <= self.margin[above]) | (self.node[above] != parent)).all():
+            raise ValueError("plan.margins: a node has more than its parent")
 
     def level(self, trie: Trie, depth: int) -> Beams:
         """The planned nodes of a depth, the start beams included, with the draft's cumulative scores."""

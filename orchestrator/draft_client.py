@@ -136,7 +136,8 @@ class DraftSession:
             evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
             node = wire.node_ids(reply.nodes, "nodes", trie)
             score = wire.vector(reply.scores, "scores", "float64").astype(np.float64)
-            plan = Plan(below, node, score, dict(evaluation.items() if evaluation else ()))
+            margin = wire.vector(reply.margins, "margins", "float64").astype(np.float64)
+            plan = Plan(below, node, score, margin, dict(evaluation.items() if evaluation else ()))
             plan.check(trie, limit=min(self._size.max_nodes, self._size.width * trie.levels))
         except (InvalidArgumentError, ValueError) as error:
             raise BadReplyError(str(error)) from error

@@ -43,6 +43,7 @@ def plan(proposed: Any, believed: Any = None, /, **fields: Any) -> draft_pb2.Pla
         **{
             "nodes": array(node, "int32"),
             "scores": array(np.zeros(node.shape) if believed is None else believed, "float64"),
+            "margins": array(np.zeros(node.shape), "float64"),
             "model_version": "fake",
             **fields,
         }
@@ -149,6 +150,10 @@ def nonsense(trie: Trie) -> dict[str, draft_pb2.PlanResponse | bytes]:
         "infinite": plan([first], [-np.inf]),
         "fewer scores": plan([first, first + 1], [0.0]),
         "no scores": draft_pb2.PlanResponse(nodes=array([first], "int32")),
+        "NaN margin": plan([first], margins=array([np.nan], "float64")),
+        "no margins": plan([first], margins=array([], "float64")),
+        "margins of another type": plan([first], margins=array([0], "int64")),
+        "a child above its parent": plan([first, int(trie.children(first)[0])], margins=array([0.0, 1.0], "float64")),
         "nodes of another type": plan([first], nodes=array([first], "int64")),
         "scores of another type": plan([first], scores=array([0], "int64")),
         "two axes": plan([first], nodes=array([[first]], "int32")),

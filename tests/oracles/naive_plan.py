@@ -12,9 +12,12 @@ from tests.oracles.naive_trie import NaiveTrie, Path
 
 @dataclass(frozen=True)
 class NaivePlan:
-    """planned: the paths of the plan, by depth and path. expanded: those that each draft pass had to read, below the start."""
+    """planned: the paths of the plan, by depth and path, and their margins. expanded: those that each draft pass had to read,
+    below the start.
+    """
 
     planned: list[Path]
+    margins: list[float]
     expanded: list[list[Path]]
 
 
@@ -56,4 +59,4 @@ def naive_plan(
         expanded.append(sorted(path for path in listed if len(path) == level))
         known = {*expanded[-1], *(path for path in candidates if free(path))}
     planned = sorted((path for path in listed if len(path) > depth), key=lambda path: (len(path), path))
-    return NaivePlan(planned, [paths for paths in expanded[:-1] if paths])
+    return NaivePlan(planned, [margin[path] for path in planned], [paths for paths in expanded[:-1] if paths])

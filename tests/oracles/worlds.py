@@ -129,7 +129,7 @@ class ScriptedDraft:
             if wanted and int(self.trie.parent[node]) in kept:
                 kept.add(node)
                 planned.append(node)
-        plan = Plan(below, np.asarray(planned, dtype=np.int64), np.zeros(len(planned)))
+        plan = Plan(below, np.asarray(planned, dtype=np.int64), np.zeros(len(planned)), np.zeros(len(planned)))
         plan.check(self.trie, limit=len(inner))
         return plan
 

@@ -173,7 +173,7 @@ class _ForeignPlan:
     """A draft that plans nodes below other prefixes than it was asked about, each time the same."""
 
     async def plan(self, below: Beams) -> Plan:
-        return Plan(below, np.array([1]), np.zeros(1))
+        return Plan(below, np.array([1]), np.zeros(1), np.zeros(1))
 
 
 def test_what_is_known_stays_as_it_was() -> None:

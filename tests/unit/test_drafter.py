@@ -219,7 +219,7 @@ async def test_relaxed_sampling_runs_on_real_models(models: Models) -> None:
     ("node", "score", "problem"),
     [
         ([1, 2, 3], [0, 0, 0], "at most 2 allowed"),
-        ([1, 2], [0], "2 nodes with 1 scores"),
+        ([1, 2], [0], "2 nodes, 1 scores"),
         ([2, 1], [0, 0], "ascending"),
         ([1, 1], [0, 0], "ascending"),
         ([0, 1], [0, 0], "inner"),
@@ -233,9 +233,19 @@ async def test_relaxed_sampling_runs_on_real_models(models: Models) -> None:
 def test_a_plan_that_no_honest_draft_makes_is_refused(
     models: Models, node: list[int], score: list[float], problem: str
 ) -> None:
-    made = Plan(Beams.root(), np.array(node, dtype=np.int64), np.array(score, dtype=float))
+    made = Plan(Beams.root(), np.array(node, dtype=np.int64), np.array(score, dtype=float), np.zeros(len(node)))
     with pytest.raises(ValueError, match=problem):
         made.check(models.catalogue.trie, limit=2)
+
+
+@pytest.mark.parametrize("margin", [[0.0], [0.0, 0.1], [np.nan, np.nan], [0.0, np.nan], [np.nan, 0.0], [0.0, np.inf]])
+def test_margins_that_no_honest_draft_gives_are_refused(models: Models, margin: list[float]) -> None:
+    """One for each node, and a child never above its parent: else a cut by them could tear the plan."""
+    trie = models.catalogue.trie
+    family = np.array([1, int(trie.children(1)[0])])
+    Plan(Beams.root(), family, np.zeros(2), np.array([0.1, 0.1])).check(trie, limit=2)
+    with pytest.raises(ValueError, match="margins"):
+        Plan(Beams.root(), family, np.zeros(2), np.array(margin)).check(trie, limit=2)
 
 
 def test_a_plan_with_an_orphan_or_a_leaf_is_refused(models: Models) -> None:
@@ -244,11 +254,11 @@ def test_a_plan_with_an_orphan_or_a_leaf_is_refused(models: Models) -> None:
     orphan = next(node for node in naive.inner() if len(naive.nodes[node]) == 2)
     leaf = int(trie.level_start[trie.levels])
     for nodes, problem in (([orphan], "closed"), ([leaf], "inner")):
-        made = Plan(Beams.root(), np.array(nodes), np.zeros(1))
+        made = Plan(Beams.root(), np.array(nodes), np.zeros(1), np.zeros(1))
         with pytest.raises(ValueError, match=problem):
             made.check(trie, limit=9)
     below = beams_at(models, 1, 1)
     stranger: Int64 = np.array([node for node in naive.inner() if len(naive.nodes[node]) == 2][-1:])
     with pytest.raises(ValueError, match="closed"):
-        Plan(below, stranger, np.zeros(1)).check(trie, limit=9)
+        Plan(below, stranger, np.zeros(1), np.zeros(1)).check(trie, limit=9)
     Plan.empty(below).check(trie, limit=0)

@@ -140,7 +140,7 @@ def test_a_plan_is_what_its_definition_says(case: Case) -> None:
     """The nodes, and what was expanded on the way to them: nothing that had been cut already."""
     plan, asked = drafted(case)
     expected = by_definition(case, Beams.root())
-    assert case.world.paths(plan.node) == expected.planned
+    assert (case.world.paths(plan.node), plan.margin.tolist()) == (expected.planned, expected.margins)
     assert [case.world.paths(np.array(nodes)) for nodes in asked] == expected.expanded
 
 
@@ -158,8 +158,17 @@ def test_a_plan_below_deep_beams_is_what_its_definition_says(case: Case, data: s
     start = Beams(node, score, score, score - 0.5)
     plan, asked = drafted(case, start)
     expected = by_definition(case, start)
-    assert case.world.paths(plan.node) == expected.planned
+    assert (case.world.paths(plan.node), plan.margin.tolist()) == (expected.planned, expected.margins)
     assert len(asked) == (len(expected.expanded) if depth < case.world.naive.levels - 1 else 0)
+
+
+@given(cases())
+def test_a_plan_may_be_cut_anywhere_by_its_margins(case: Case) -> None:
+    """The first nodes by margin, in a tie by node, hang together; as every smaller plan has to."""
+    plan, _ = drafted(case)
+    order = np.argsort(-plan.margin, kind="stable")
+    for count in range(len(order)):
+        plan.take(np.sort(order[:count])).check(case.world.trie, limit=count)
 
 
 @given(cases())

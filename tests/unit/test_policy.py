@@ -206,7 +206,7 @@ class SamplingDraft:
         node = np.concatenate([np.empty(0, dtype=np.int64), *(level.node for level in levels)])
         score = np.concatenate([np.empty(0), *(level.score for level in levels)])
         order = np.argsort(node)
-        plan = Plan(below, node[order], score[order], evaluated)
+        plan = Plan(below, node[order], score[order], np.full(len(node), np.inf), evaluated)
         plan.check(trie, limit=trie.nodes)
         return plan
 

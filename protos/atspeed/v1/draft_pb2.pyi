@@ -195,6 +195,7 @@ class PlanResponse(_message.Message):
     STATISTICS_FIELD_NUMBER: _builtins.int
     PASSES_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    MARGINS_FIELD_NUMBER: _builtins.int
     passes: _builtins.int
     """Passes of the draft model."""
     model_version: _builtins.str
@@ -215,6 +216,12 @@ class PlanResponse(_message.Message):
     def statistics(self) -> _types_pb2.PassStatistics:
         """What it cost, all passes together."""
 
+    @_builtins.property
+    def margins(self) -> _types_pb2.Array:
+        """float64 [n]: by how much each node clears what the search needs, never above its parent's; +inf where nothing says how much. The nodes
+        with the highest margins are the plan of a smaller budget.
+        """
+
     def __init__(
         self,
         *,
@@ -224,10 +231,11 @@ class PlanResponse(_message.Message):
         statistics: _types_pb2.PassStatistics | None = ...,
         passes: _builtins.int = ...,
         model_version: _builtins.str = ...,
+        margins: _types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "nodes", b"nodes", "scores", b"scores", "statistics", b"statistics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "margins", b"margins", "nodes", b"nodes", "scores", b"scores", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "model_version", b"model_version", "nodes", b"nodes", "passes", b"passes", "scores", b"scores", "statistics", b"statistics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "margins", b"margins", "model_version", b"model_version", "nodes", b"nodes", "passes", b"passes", "scores", b"scores", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
