@@ -1,6 +1,7 @@
 """The `atspeed` command line.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
+certificates, token               for TLS and for callers
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
 bench ...                         measurements that check            client/bench_cli.py
 
@@ -10,35 +11,36 @@ stopped before its end, and goes on when the command is given again, with code 7
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from google.protobuf.json_format import MessageToJson
-from google.protobuf.message import Message
 from typer.core import TyperGroup
 
 from benchmarks.errors import BenchmarkError
 from client import display
 from client.bench_cli import bench_commands
+from client.call_cli import forget, history, info, recommend, record
 from client.cli_parts import AsJson, BundleFolder, CommandError, err, optional, out
 from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
-from client.recommender import Mode, Options, RecommenderClient, RecommenderError
+from client.recommender import RecommenderError
+from client.security_cli import certificates, token
 from engine.bundle import Bundle, read_manifest
 from engine.errors import EngineError
-from service_kit.channels import target_uri
+from service_kit.tls import TlsError
 from training.errors import Paused, TrainingError
 
-_Result = TypeVar("_Result")
+if TYPE_CHECKING:
+    from client.local_certificates import LocalCertificates
 
 _PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
 _FORESEEN = (
@@ -48,6 +50,7 @@ _FORESEEN = (
     LocalRedisError,
     LocalStackError,
     RecommenderError,
+    TlsError,
     TrainingError,
 )
 
@@ -78,21 +81,8 @@ app = typer.Typer(
 bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(bench_commands, name="bench")
-
-
-def _address(value: str) -> str:
-    try:
-        target_uri(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return value
-
-
-Address = Annotated[str, typer.Option(help="Where the service is.", envvar="ATSPEED_ADDRESS", callback=_address)]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the call, in seconds.")]
-UserId = Annotated[str, typer.Argument(help="The user.")]
-Tenant = Annotated[str, typer.Option(help="Whose user; tenants share neither histories nor cached states.")]
-LOCAL = "127.0.0.1:50051"
+for command in (recommend, record, history, forget, info, certificates, token):
+    app.command()(command)
 
 
 @app.command()
@@ -120,6 +110,9 @@ def up(
         ),
     ] = None,
     log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.")] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Speak TLS, and mutual TLS between the services, with throwaway certificates.")
+    ] = False,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:
@@ -140,24 +133,39 @@ def up(
                 redis_url = running.enter_context(LocalRedis(folder=data)).url
                 kept = f"in {data}" if data else "in memory, gone when this ends; --data DIR keeps them"
             with err.status("starting"):
+                certificates = _throwaway(running) if tls else None
                 stack = running.enter_context(
                     LocalStack(
-                        bundle, redis_url=redis_url, drafts=drafts, targets=targets, port=port, log_folder=log_folder
+                        bundle,
+                        redis_url=redis_url,
+                        drafts=drafts,
+                        targets=targets,
+                        port=port,
+                        log_folder=log_folder,
+                        flags=certificates.flags if certificates else None,
                     )
                 )
-            _announce(manifest.name, stack, kept)
+            _announce(manifest.name, stack, kept, certificates.ca if certificates else None)
             _watch(stack)
         except KeyboardInterrupt:
             err.print("draining", highlight=False)
 
 
-def _announce(name: str, stack: LocalStack, kept: str) -> None:
+def _throwaway(running: ExitStack) -> LocalCertificates:
+    """Certificates for as long as the services run."""
+    folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="atspeed-tls-")))
+    made: LocalCertificates = optional("client.local_certificates").LocalCertificates(folder)
+    return made
+
+
+def _announce(name: str, stack: LocalStack, kept: str, ca: Path | None) -> None:
     out.print(f"{name} is served at [bold]{stack.address}[/bold]", highlight=False, soft_wrap=True)
     for service in stack.services:
         number = service.process.pid if service.process else 0
         err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
     err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
-    err.print(f"  try: atspeed info --address {stack.address}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+    how = f"--address {stack.address}" + (f" --ca {ca}" if ca else "")
+    err.print(f"  try: atspeed info {how}; Ctrl-C ends it", highlight=False, soft_wrap=True)
 
 
 def _watch(stack: LocalStack) -> NoReturn:
@@ -184,90 +192,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@app.command()
-def recommend(
-    user: Annotated[str | None, typer.Argument(help="A user with a stored history.")] = None,
-    history: Annotated[
-        str | None, typer.Option(help="Item ids, oldest first, with commas between; nothing is stored.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 10,
-    beam_width: Annotated[int, typer.Option(min=0, help="Beams searched; 0 means max(k, 20).")] = 0,
-    mode: Annotated[Mode, typer.Option(help="How the list is made.")] = Mode.STRICT,
-    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.0,
-    temperature: Annotated[float | None, typer.Option(help="Sampling modes: temperature.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Sampling modes: seed.")] = None,
-    exclude: Annotated[str, typer.Option(help="Item ids never to recommend, with commas between.")] = "",
-    only: Annotated[str, typer.Option(help="Item ids to choose from, with commas between.")] = "",
-    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave the history's items out.")] = False,
-    tenant: Tenant = "",
-    address: Address = LOCAL,
-    timeout: Timeout = 10.0,
-    as_json: AsJson = False,
-) -> None:
-    """The top items for a user, or for a history."""
-    if (user is None) == (history is None):
-        raise typer.BadParameter("give either a user or --history")
-    options: Options = {
-        "k": k,
-        "beam_width": beam_width,
-        "mode": mode,
-        "tolerance": tolerance,
-        "temperature": temperature,
-        "seed": seed,
-        "excluded": _ids(exclude),
-        "allowed": _ids(only),
-        "exclude_seen": exclude_seen,
-        "tenant": tenant,
-    }
-    if history is not None:
-        options["history"] = _ids(history)
-    reply = _call(address, timeout, lambda client: client.recommend(user, **options))
-    if as_json:
-        return _print_json(reply)
-    out.print(display.recommendation_table(reply))
-    out.print(display.summary(reply), highlight=False, markup=False)
-    return None
-
-
-@app.command()
-def record(
-    user: UserId,
-    items: Annotated[list[str], typer.Argument(help="Items, oldest first.")],
-    tenant: Tenant = "",
-    address: Address = LOCAL,
-    timeout: Timeout = 10.0,
-    as_json: AsJson = False,
-) -> None:
-    """Append items to a user's history."""
-    reply = _call(address, timeout, lambda client: client.record(user, items, tenant=tenant))
-    if as_json:
-        return _print_json(reply)
-    out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
-    if reply.unknown_item_ids:
-        out.print(f"not in the catalogue: {', '.join(reply.unknown_item_ids)}", highlight=False, markup=False)
-    return None
-
-
-@app.command()
-def history(user: UserId, tenant: Tenant = "", address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
-    """A user's stored items, oldest first, one a line."""
-    for item in _call(address, timeout, lambda client: client.history(user, tenant=tenant)):
-        print(item)
-
-
-@app.command()
-def forget(user: UserId, tenant: Tenant = "", address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
-    """Erase a user's history."""
-    existed = _call(address, timeout, lambda client: client.forget(user, tenant=tenant))
-    print("forgotten" if existed else "nothing was stored")
-
-
-@app.command()
-def info(address: Address = LOCAL, timeout: Timeout = 10.0) -> None:
-    """Versions, limits and the state of the services, as JSON."""
-    _print_json(_call(address, timeout, lambda client: client.info()))
 
 
 @bundle_commands.command("inspect")
@@ -406,22 +330,6 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise typer.BadParameter(f"--code-tokens: {given!r} is not FIRST:LAST")
     return list(range(int(first), int(last) + 1))
-
-
-def _call(address: str, timeout: float, call: Callable[[RecommenderClient], Coroutine[Any, Any, _Result]]) -> _Result:
-    async def connected() -> _Result:
-        async with RecommenderClient(address, timeout_seconds=timeout) as client:
-            return await call(client)
-
-    return asyncio.run(connected())
-
-
-def _print_json(message: Message) -> None:
-    print(MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-
-
-def _ids(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ async, one `asyncio.run` around such a block is all it takes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Self, TypedDict, TypeVar, Unpack
@@ -21,8 +21,9 @@ import grpc
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 
-from service_kit.channels import channel_options, target_uri
+from service_kit.channels import open_channel, target_uri
 from service_kit.errors import retry_after_seconds
+from service_kit.tls import ClientTls
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 # Appending twice is not appending once, so RecordEvents is not among them.
@@ -109,20 +110,29 @@ class RecommenderClient:
     """Calls a recommendation service. An async context manager; made and used inside one event loop.
 
     address: NAME:PORT, or IP:PORT,IP:PORT for several replicas; ValueError when it is neither. timeout_seconds: the
-    deadline of every call, travelling with it. credentials: for TLS; without them the connection is plain text.
+    deadline of every call, travelling with it. tls: how to speak TLS, `ClientTls()` for a server with a public certificate;
+    without it the connection is plain text. token: a bearer token, or what gives the one to show now. TlsError names a file at
+    fault.
 
     Calls that change nothing when repeated are retried while the service is UNAVAILABLE, up to three times in all and
     within their deadline. Every call raises RecommenderError when it fails.
     """
 
     def __init__(
-        self, address: str, *, timeout_seconds: float = 10.0, credentials: grpc.ChannelCredentials | None = None
+        self,
+        address: str,
+        *,
+        timeout_seconds: float = 10.0,
+        tls: ClientTls | None = None,
+        token: str | Callable[[], str] | None = None,
     ) -> None:
-        target, options = target_uri(address), channel_options(SERVICE, _RETRIED, _MAX_MESSAGE_BYTES)
-        self._channel = (
-            grpc.aio.secure_channel(target, credentials, options=options)
-            if credentials
-            else grpc.aio.insecure_channel(target, options=options)
+        self._channel = open_channel(
+            target_uri(address),
+            SERVICE,
+            retried=_RETRIED,
+            max_message_bytes=_MAX_MESSAGE_BYTES,
+            tls=tls,
+            token=(lambda: token) if isinstance(token, str) else token,
         )
         self._stub: recommendation_pb2_grpc.RecommendationServiceAsyncStub = (
             recommendation_pb2_grpc.RecommendationServiceStub(self._channel)

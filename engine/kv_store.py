@@ -10,9 +10,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -25,13 +26,32 @@ _LOG_INTERVAL_SECONDS = 60.0
 _Answer = TypeVar("_Answer")
 
 
-def connect(url: str, *, timeout_seconds: float) -> Redis:
+@dataclass(frozen=True)
+class RedisTls:
+    """PEM files for rediss://. ca: of Redis's certificate, the system's CAs without one; certificate and key: what it sees."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+class _TlsConnection(SSLConnection):
+    """Reads the files for every handshake: redis-py alone would for the first, and a renewed certificate would go unused."""
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
+
+
+def connect(url: str, *, timeout_seconds: float, tls: RedisTls | None = None) -> Redis:
     """A Redis client that fails within about `timeout_seconds` instead of retrying behind its caller's back.
 
     Ten retries are the default of `Redis()`, none that of `from_url`, in redis-py 8; said here, it cannot change. A retry
     is seconds where a request has milliseconds, and an RPUSH that runs twice when only its reply was lost.
     """
-    return Redis.from_url(
+    encrypted = url.startswith("rediss://")
+    files = tls or RedisTls()
+    pool = ConnectionPool.from_url(
         url,
         socket_timeout=timeout_seconds,
         socket_connect_timeout=timeout_seconds,
@@ -39,7 +59,13 @@ def connect(url: str, *, timeout_seconds: float) -> Redis:
         # Where these are on, as by default, redis-py takes a pooled connection that the server has closed for one with a
         # notification, and the first call on each after a restart of the server fails.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
+        **(
+            {"ssl_ca_certs": files.ca, "ssl_certfile": files.certificate, "ssl_keyfile": files.key} if encrypted else {}
+        ),
     )
+    if encrypted:
+        pool.connection_class = _TlsConnection
+    return Redis.from_pool(pool)
 
 
 class KvStore(Protocol):
@@ -173,7 +199,8 @@ class RedisKvStore:
         self._resume_at = now + self._backoff_seconds
         if now >= self._log_at:
             self._log_at = now + _LOG_INTERVAL_SECONDS
-            _logger.warning("Redis KV tier failed (%d so far): %s: %s", self._failures, type(error).__name__, error)
+            # Not its text: redis-py and Redis quote commands and keys in it.
+            _logger.warning("Redis KV tier failed (%d so far): %s", self._failures, type(error).__name__)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from service_kit.affinity import Routes
 from service_kit.channels import open_channel
 from service_kit.errors import InvalidArgumentError, UnavailableError, call_status
 from service_kit.server import Registration
+from service_kit.tokens import TokenFile
 
 SERVICE = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"]
 _TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
@@ -222,9 +223,12 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
     catalogue.warm_up()
     trie, manifest = catalogue.trie, bundle.manifest
     target_version, draft_version = manifest.model_version("target"), manifest.model_version("draft")
+    token = TokenFile(settings.model_token_file) if settings.model_token_file else None
     async with AsyncExitStack() as stack:
-        channels = partial(_channels, stack, settings)
-        in_turn, by_key = await channels(settings.target, _TARGET, version=target_version)
+        channels = partial(_channels, stack, settings, token=token)
+        in_turn, by_key = await channels(
+            settings.target, _TARGET, version=target_version, tls=settings.model_tls(settings.target_name)
+        )
         targets: Routes[target_pb2_grpc.TargetServiceAsyncStub] = Routes(
             target_pb2_grpc.TargetServiceStub(in_turn),
             target_pb2_grpc.TargetServiceStub(by_key),
@@ -234,7 +238,13 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         target = TargetClient(targets, trie, target_version, attempts=attempts, pass_seconds=pass_seconds)
         draft = None
         if settings.draft and manifest.draft:
-            in_turn, by_key = await channels(settings.draft, _DRAFT, version=draft_version, retried=["Plan"])
+            in_turn, by_key = await channels(
+                settings.draft,
+                _DRAFT,
+                version=draft_version,
+                retried=["Plan"],
+                tls=settings.model_tls(settings.draft_name),
+            )
             drafts: Routes[draft_pb2_grpc.DraftServiceAsyncStub] = Routes(
                 draft_pb2_grpc.DraftServiceStub(in_turn),
                 draft_pb2_grpc.DraftServiceStub(by_key),
@@ -244,9 +254,9 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
             draft = DraftClient(drafts, trie, draft_version, timeout=timeout, backoff_seconds=backoff)
         histories = None
         if url := settings.redis_url.get_secret_value():
-            client = connect(url, timeout_seconds=settings.redis_timeout_seconds)
-            stack.push_async_callback(client.aclose)
             timeout = settings.redis_timeout_seconds
+            client = connect(url, timeout_seconds=timeout, tls=settings.redis_tls)
+            stack.push_async_callback(client.aclose)
             step = min(manifest.target.prompt.drop_block, settings.max_history_items)
             histories = HistoryStore(client, settings.max_history_items, trim_step=step, timeout_seconds=timeout)
         planner = Planner(settings.draft_nodes_per_beam, settings.draft_max_nodes)

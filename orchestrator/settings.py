@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from service_kit.channels import Target
 from service_kit.settings import Port, ServiceSettings
+from service_kit.tls import ClientTls, TlsFiles
 
 
 class OrchestratorSettings(ServiceSettings):
@@ -24,6 +25,22 @@ class OrchestratorSettings(ServiceSettings):
     target: Annotated[Target, Field(description="Where the target replicas are: NAME:PORT or IP:PORT,IP:PORT.")]
     draft: Annotated[
         Target | None, Field(description="Where the draft replicas are. Not set: target-only beam search.")
+    ] = None
+    model_ca: Annotated[
+        FilePath | None,
+        Field(description="CA of target's and draft's certificates, PEM. Not set: they are called in plain text."),
+    ] = None
+    model_certificate: Annotated[
+        FilePath | None, Field(description="Certificate chain that target and draft are shown (mTLS), PEM.")
+    ] = None
+    model_key: Annotated[FilePath | None, Field(description="Its key.")] = None
+    target_name: Annotated[
+        str,
+        Field(description="Name in the targets' certificates, where it is not the one in their address: several IPs."),
+    ] = ""
+    draft_name: Annotated[str, Field(description="Name in the drafts' certificates, likewise.")] = ""
+    model_token_file: Annotated[
+        FilePath | None, Field(description="File with the bearer token that target and draft are shown.")
     ] = None
     max_k: Annotated[int, Field(ge=1, le=10_000, description="Largest k of a request.")] = 100
     max_beam_width: Annotated[int, Field(ge=1, le=4_096, description="Largest beam width of a request.")] = 256
@@ -71,3 +88,16 @@ class OrchestratorSettings(ServiceSettings):
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
     ] = 0.5
+
+    @model_validator(mode="after")
+    def _whole_models(self) -> Self:
+        self._go_together("model_certificate", "model_key")
+        for name in ("model_certificate", "target_name", "draft_name"):
+            self._needs(name, "model_ca", self.model_ca is not None)
+        return self
+
+    def model_tls(self, server_name: str) -> ClientTls | None:
+        """How the models are called; None for plain text. server_name: of the certificates, empty for the address's own."""
+        if self.model_ca is None:
+            return None
+        return ClientTls(TlsFiles(self.model_certificate, self.model_key, self.model_ca), server_name)

@@ -42,6 +42,7 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+_NOT_ALLOWED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 _RETRY_PAUSE_SECONDS = 0.05
 _GOODBYE_SECONDS = 1.0
 
@@ -200,7 +201,7 @@ async def _finish(stream: Stream) -> None:
 
 
 def _translate(error: grpc.aio.AioRpcError) -> Exception:
-    """What a target's failure becomes. The target's own text goes no further than the log."""
+    """What a target's failure becomes. The target's own text goes no further."""
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError("the target did not answer before the request's deadline")
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
@@ -210,4 +211,7 @@ def _translate(error: grpc.aio.AioRpcError) -> Exception:
         return ResourceExhaustedError("the target replicas are busy; try again later", retry_after_seconds=after)
     if error.code() in _ANOTHER_REPLICA:
         return UnavailableError("no target replica could answer")
-    return RuntimeError(f"the target refused a request of the orchestrator: {error.code().name}: {error.details()}")
+    _log.error("the target refused a request of the orchestrator", code=error.code().name)
+    if error.code() in _NOT_ALLOWED:
+        return UnavailableError("the target does not let the orchestrator in")
+    return RuntimeError("the target refused a request of the orchestrator")

@@ -15,13 +15,15 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import grpc
 from pydantic import AfterValidator
 
+from service_kit.rotating_channel import RotatingChannel
 from service_kit.settings import address as join
+from service_kit.tls import ClientTls, WatchedPems
 
 KEY_HEADER = "x-atspeed-key"
 """Metadata that every call on a channel `by_key` has: calls of equal values go to the same replica."""
@@ -60,15 +62,29 @@ def open_channel(
     retried: Sequence[str] = (),
     max_message_bytes: int = 33_554_432,
     by_key: bool = False,
+    tls: ClientTls | None = None,
+    token: Callable[[], str] | None = None,
 ) -> grpc.aio.Channel:
     """A channel to the replicas of `service` (its full name) that serve `version`; any, where it is empty.
 
     Calls of the methods in `retried` that meet UNAVAILABLE are tried again, up to three times in all and within their
-    deadline. A call that no server saw is always tried again. by_key: calls have KEY_HEADER and go where it says.
+    deadline. A call that no server saw is always tried again. by_key: calls have KEY_HEADER and go where it says. tls: None for
+    plain text; files that change are used from the next call on. token: gives what calls show as their bearer token. Raises
+    TlsError.
     """
     os.environ.setdefault(_RING_HASH_SWITCH, "true")
-    options = channel_options(service, retried, max_message_bytes, version, by_key=by_key)
-    return grpc.aio.insecure_channel(target, options=options)
+    options = channel_options(service, retried, max_message_bytes, version, by_key=by_key) + (
+        tls.options if tls else []
+    )
+
+    def open_with(credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
+
+    if tls is None and token is None:
+        return open_with(None)
+    return RotatingChannel(open_with, WatchedPems(tls.files) if tls else None, token)
 
 
 def health_name(service: str, version: str) -> str:

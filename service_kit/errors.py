@@ -4,6 +4,8 @@
     +-- FieldError                names the request's field at fault
     |   +-- InvalidArgumentError  INVALID_ARGUMENT
     |   +-- NotFoundError         NOT_FOUND
+    +-- UnauthenticatedError      UNAUTHENTICATED: it is not known who calls
+    +-- PermissionDeniedError     PERMISSION_DENIED: the caller may not do this
     +-- FailedPreconditionError   FAILED_PRECONDITION: the caller must change something else first
     +-- ResourceExhaustedError    RESOURCE_EXHAUSTED: a limit of this replica, with a hint when to try again
     +-- UnavailableError          UNAVAILABLE: try again, or another replica
@@ -63,6 +65,18 @@ class NotFoundError(FieldError):
     """A field that names something that is not there."""
 
     code = grpc.StatusCode.NOT_FOUND
+
+
+class UnauthenticatedError(ServiceError):
+    """The call shows no token, or none that is valid."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDeniedError(ServiceError):
+    """The caller is known and may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class FailedPreconditionError(ServiceError):

@@ -38,7 +38,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, max_concurrent_calls: int) -> None:
         self._max_calls = max_concurrent_calls
         self._calls: Counter[str] = Counter()
-        self._wrapped: dict[str, Handler] = {}
+        self._wrapped: dict[tuple[str, Handler], Handler] = {}  # an interceptor below may refuse by another handler
 
     async def intercept_service(
         self,
@@ -46,13 +46,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The method's handler, wrapped; gRPC's own answer where there is no such method."""
-        method = handler_call_details.method
-        if method not in self._wrapped:
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return None
-            self._wrapped[method] = self._wrap(method, handler)
-        return self._wrapped[method]
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        key = (handler_call_details.method, handler)
+        if key not in self._wrapped:
+            self._wrapped[key] = self._wrap(*key)
+        return self._wrapped[key]
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         requests = _valid_stream if handler.request_streaming else _valid

@@ -1,12 +1,19 @@
-"""Logs: structlog on stderr, one line per event, JSON or for people. The standard library's records go the same way."""
+"""Logs: structlog on stderr, one line per event, JSON or for people. The standard library's records go the same way.
+
+Of an exception they show its types and where it arose, never its text or variables: libraries quote values in the former, and
+values may be users' histories or a password. `log_error_texts` shows the texts, to debug.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
 import sys
-from typing import Literal
+import threading
+import traceback
+from typing import Any, Literal
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -15,10 +22,11 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
 
 REQUEST_ID_HEADER = "x-request-id"
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def configure(service: str, level: LogLevel, style: LogFormat) -> None:
+def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: bool = False) -> None:
     """Send every log line of this process to stderr, with the service's name."""
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -32,8 +40,25 @@ def configure(service: str, level: LogLevel, style: LogFormat) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(shared, style))
+    handler.setFormatter(_formatter(shared, style, error_texts=error_texts))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+def take_over_uncaught() -> None:
+    """Log exceptions that nobody catches, in any thread; Python would print them with their texts."""
+    sys.excepthook = lambda kind, error, traceback: _log_uncaught("uncaught", (kind, error, traceback))
+    threading.excepthook = lambda caught: _log_uncaught(
+        "uncaught in a thread", (caught.exc_type, caught.exc_value, caught.exc_traceback)
+    )
+    sys.unraisablehook = lambda caught: _log_uncaught(
+        "uncaught in a finalizer", (caught.exc_type, caught.exc_value, caught.exc_traceback)
+    )
+
+
+def log_loop_failure(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event loop's exception handler. asyncio's own prints the task, and with it the exception's text."""
+    error = context.get("exception")
+    _log.error("failure in the event loop", exc_info=error if isinstance(error, BaseException) else None)
 
 
 def bind_request_id(offered: str | None) -> str:
@@ -49,6 +74,23 @@ def request_metadata() -> tuple[tuple[str, str], ...]:
     return ((REQUEST_ID_HEADER, request_id),) if request_id else ()
 
 
+def traceback_without_texts(exc_info: Any) -> str:
+    """Where an exception and those that led to it arose, innermost last, and their types."""
+    lines: list[str] = []
+    error: BaseException | None = exc_info[1]
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        lines.append("".join([*traceback.format_tb(error.__traceback__), _type_name(error)]))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nled to\n".join(reversed(lines))
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _named(service: str) -> Processor:
     def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         return {"service": service, **event}
@@ -56,15 +98,24 @@ def _named(service: str) -> Processor:
     return add
 
 
-def _formatter(shared: list[Processor], style: LogFormat) -> logging.Formatter:
+def _log_uncaught(event: str, exc_info: Any) -> None:
+    if exc_info[0] is not None and issubclass(exc_info[0], KeyboardInterrupt):
+        return
+    _log.error(event, exc_info=exc_info)
+
+
+def _formatter(shared: list[Processor], style: LogFormat, *, error_texts: bool) -> logging.Formatter:
     # Plain tracebacks: the renderers' own ones print local variables, and with them histories and passwords.
-    render: list[Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    render: list[Processor] = [
+        structlog.processors.format_exc_info
+        if error_texts
+        else structlog.processors.ExceptionRenderer(traceback_without_texts),
+        structlog.processors.JSONRenderer()
         if style == "json"
-        else [
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-        ]
-    )
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],

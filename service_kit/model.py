@@ -75,8 +75,9 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
         entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=settings.kv_block_tokens
     )
     url = settings.redis_url.get_secret_value() if settings.kv_redis else ""
-    client = connect(url, timeout_seconds=settings.redis_timeout_seconds) if url else None
-    store = RedisKvStore(client, layout, settings.kv_ttl_seconds, settings.redis_timeout_seconds) if client else None
+    timeout = settings.redis_timeout_seconds
+    client = connect(url, timeout_seconds=timeout, tls=settings.redis_tls) if url else None
+    store = RedisKvStore(client, layout, settings.kv_ttl_seconds, timeout) if client else None
     cache = PrefixCache(layout, MemoryKvCache(settings.kv_memory_mb * 2**20), store)
     rule = bundle.manifest.scoring_rule
     evaluator = TreeEvaluator(decoder, entry, trie, rule, layout, cache)

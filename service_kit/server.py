@@ -33,11 +33,14 @@ from grpc_reflection.v1alpha import reflection
 
 from engine.errors import EngineError
 from service_kit import logs
+from service_kit.auth import AuthInterceptor
 from service_kit.channels import health_name
 from service_kit.errors import StartupError
 from service_kit.health import Health
 from service_kit.interceptor import CallInterceptor
 from service_kit.settings import ServiceSettings, address, spelling
+from service_kit.tls import TlsError, server_credentials
+from service_kit.tokens import TokenError, Tokens
 
 Servicer = TypeVar("Servicer")
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -95,7 +98,8 @@ def run(
 ) -> None:
     """Run a service until a signal ends it. Exits with code 1 when it cannot start, 2 when a setting is bad."""
     settings = settings_type.load(arguments)
-    logs.configure(settings.service, settings.log_level, settings.log_format)
+    logs.configure(settings.service, settings.log_level, settings.log_format, error_texts=settings.log_error_texts)
+    logs.take_over_uncaught()
     try:
         asyncio.run(serve(settings, application))
     except StartupError as error:
@@ -105,6 +109,7 @@ def run(
 
 async def serve(settings: Settings, application: Application[Settings]) -> None:
     """Open the application, serve it until SIGTERM or SIGINT, drain."""
+    asyncio.get_running_loop().set_exception_handler(logs.log_loop_failure)
     async with _opened(settings, application) as registrations, running(settings, registrations) as server:
         _announce(settings, server)
         await _signalled()
@@ -128,17 +133,17 @@ async def running(settings: ServiceSettings, registrations: Sequence[Registratio
 
 @asynccontextmanager
 async def _opened(settings: Settings, application: Application[Settings]) -> AsyncIterator[Sequence[Registration]]:
-    """The application; what the engine refuses on the way in is a reason not to start."""
+    """The application; a bundle, certificate or token that is refused on the way in is a reason not to start."""
     async with AsyncExitStack() as stack:
         try:
             registrations = await stack.enter_async_context(application(settings))
-        except EngineError as error:
+        except (EngineError, TlsError, TokenError) as error:
             raise StartupError(str(error)) from error
         yield registrations
 
 
 def _build(settings: ServiceSettings, registrations: Sequence[Registration], state: Health) -> grpc.aio.Server:
-    interceptors = [CallInterceptor(settings.max_concurrent_calls)]
+    interceptors = [CallInterceptor(settings.max_concurrent_calls), *_auth(settings)]
     server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     for registration in registrations:
         registration.add(server)
@@ -146,6 +151,18 @@ def _build(settings: ServiceSettings, registrations: Sequence[Registration], sta
     names = [registration.name for registration in registrations]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     return server
+
+
+def _auth(settings: ServiceSettings) -> list[grpc.aio.ServerInterceptor]:
+    if settings.tokens_file is None:
+        return []
+    try:
+        tokens = Tokens(settings.tokens_file)
+    except TokenError as error:
+        raise StartupError(f"{spelling(type(settings), 'tokens_file')}: {error}") from None
+    if settings.server_tls is None and not settings.loopback:
+        _log.warning("tokens arrive in plain text", see=spelling(type(settings), "tls_certificate"))
+    return [AuthInterceptor(tokens)]
 
 
 def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
@@ -159,6 +176,10 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),  # below this all calls pass, above the other none
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed after that
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -170,7 +191,11 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
 
 def _listen(settings: ServiceSettings, server: grpc.aio.Server) -> int:
     try:
-        return server.add_insecure_port(settings.address)
+        if settings.server_tls is None:
+            return server.add_insecure_port(settings.address)
+        return server.add_secure_port(settings.address, server_credentials(settings.server_tls))
+    except TlsError as error:
+        raise StartupError(f"{spelling(type(settings), 'tls_certificate')}: {error}") from None
     except RuntimeError as error:
         names = f"{spelling(type(settings), 'host')}, {spelling(type(settings), 'port')}"
         raise StartupError(f"cannot listen on {settings.address}, see {names}") from error

@@ -15,15 +15,18 @@ variable counts as not set; one with the service's prefix that no setting claims
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, DirectoryPath, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from engine.kv_store import RedisTls
 from service_kit.logs import LogFormat, LogLevel
+from service_kit.tls import TlsFiles
 
 Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")]
 
@@ -58,8 +61,40 @@ class ServiceSettings(BaseSettings):
         AfterValidator(_redis_url),
         Field(description="redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded. Empty: work without Redis."),
     ] = SecretStr("")
+    redis_ca: Annotated[
+        FilePath | None,
+        Field(description="CA of Redis's certificate, PEM; rediss:// only. The system's CAs without it."),
+    ] = None
+    redis_certificate: Annotated[
+        FilePath | None, Field(description="Certificate that Redis is shown, PEM; rediss:// only.")
+    ] = None
+    redis_key: Annotated[FilePath | None, Field(description="Its key.")] = None
+    tls_certificate: Annotated[
+        FilePath | None, Field(description="This server's certificate chain, PEM. Not set: plain text.")
+    ] = None
+    tls_key: Annotated[FilePath | None, Field(description="Its key.")] = None
+    tls_client_ca: Annotated[
+        FilePath | None,
+        Field(description="CA, PEM, of which callers must show a certificate (mTLS). Not set: they need none."),
+    ] = None
+    tokens_file: Annotated[
+        FilePath | None,
+        Field(description="Bearer tokens that may call, TOML, see operations.md. Not set: calls need no token."),
+    ] = None
+    insecure: Annotated[
+        bool,
+        Field(
+            description="Listen beyond loopback with neither tokens_file nor tls_client_ca: whoever gets there may call."
+        ),
+    ] = False
     log_level: Annotated[LogLevel, Field(description="The least severe level that is logged.")] = "info"
     log_format: Annotated[LogFormat, Field(description="json: one object a line. console: for people.")] = "json"
+    log_error_texts: Annotated[
+        bool,
+        Field(
+            description="Log what unexpected errors say, beside where they arose. It may quote users' histories: to debug."
+        ),
+    ] = False
     drain_seconds: Annotated[
         float, Field(ge=0, le=600, description="How long calls that run at SIGTERM or SIGINT may take to end.")
     ] = 20.0
@@ -78,6 +113,56 @@ class ServiceSettings(BaseSettings):
     max_concurrent_calls: Annotated[
         int, Field(ge=1, le=100_000, description="Calls of one method held at once, running or waiting, health apart.")
     ] = 1024
+    max_streams: Annotated[
+        int,
+        Field(ge=1, le=1_000_000, description="Calls under way on one connection; a client's further ones wait there."),
+    ] = 4096
+    max_metadata_bytes: Annotated[
+        int, Field(ge=4_096, le=1_048_576, description="Largest metadata of a call, as HTTP/2 counts it.")
+    ] = 16_384
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        """Half a security setting is refused: it would be taken for a whole one."""
+        self._go_together("tls_certificate", "tls_key")
+        self._go_together("redis_certificate", "redis_key")
+        self._needs("tls_client_ca", "tls_certificate", bool(self.tls_certificate))
+        for name in ("redis_ca", "redis_certificate"):
+            self._needs(name, "redis_url", self.redis_url.get_secret_value().startswith("rediss://"), "rediss://...")
+        if not (self.loopback or self.tokens_file or self.tls_client_ca or self.insecure):
+            ways = ", ".join(spelling(type(self), name) for name in ("tokens_file", "tls_client_ca", "insecure"))
+            raise ValueError(f"{spelling(type(self), 'host')}: beyond loopback one of these must be set: {ways}")
+        return self
+
+    def _go_together(self, *names: str) -> None:
+        if len({getattr(self, name) is None for name in names}) > 1:
+            raise ValueError(" and ".join(spelling(type(self), name) for name in names) + " go together")
+
+    def _needs(self, name: str, other: str, there: bool, value: str = "") -> None:
+        if getattr(self, name) and not there:
+            raise ValueError(
+                " ".join([spelling(type(self), name), "needs", spelling(type(self), other), value]).strip()
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def server_tls(self) -> TlsFiles | None:
+        """What the server speaks TLS with; None for plain text."""
+        if self.tls_certificate is None:
+            return None
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    @property
+    def redis_tls(self) -> RedisTls:
+        """What Redis is spoken to with, where its URL is rediss://."""
+        return RedisTls(ca=self.redis_ca, certificate=self.redis_certificate, key=self.redis_key)
 
     @classmethod
     def load(cls, arguments: Sequence[str] | None = None) -> Self:

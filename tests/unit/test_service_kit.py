@@ -254,19 +254,23 @@ def captured(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixtu
 
 
 def fail(password: str) -> None:
-    raise RuntimeError("no luck")
+    raise RuntimeError(f"no luck number {len(password) - 1}")
 
 
 @pytest.mark.parametrize("style", ["json", "console"])
-def test_logs_show_tracebacks_without_variables(captured: pytest.CaptureFixture[str], style: logs.LogFormat) -> None:
-    logs.configure("toy", "info", style)
+@pytest.mark.parametrize("texts", [False, True])
+def test_logs_show_where_an_error_arose_and_no_values(
+    captured: pytest.CaptureFixture[str], style: logs.LogFormat, texts: bool
+) -> None:
+    logs.configure("toy", "info", style, error_texts=texts)
     try:
         fail("".join(["hid", "den"]))  # not in the source line that the traceback shows
     except RuntimeError as error:
         structlog.get_logger("a").error("failed", exc_info=error)
         logging.getLogger("b").error("failed too", exc_info=error)  # noqa: TRY400
     text = captured.readouterr().err
-    assert text.count("RuntimeError: no luck") == 2
+    assert text.count("RuntimeError: no luck number 5") == (2 if texts else 0)
+    assert text.count(", in fail") == 2
     assert "hidden" not in text
 
 

@@ -1,0 +1,39 @@
+"""`atspeed certificates` and `atspeed token`: what a secured service is set up with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.cli_parts import CommandError, err, optional
+from service_kit.scopes import Scope
+from service_kit.tokens import hash_token, new_token
+
+
+def certificates(folder: Annotated[Path, typer.Argument(help="Where to write them.", file_okay=False)]) -> None:
+    """Throwaway certificates of a throwaway CA for each service, to try TLS with. Not for production."""
+    if folder.exists() and any(folder.iterdir()):
+        raise CommandError(f"{folder}: is not empty; certificates of another CA would not fit what is there")
+    made = optional("client.local_certificates").LocalCertificates(folder)
+    for path in sorted(made.folder.iterdir()):
+        print(path)
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="Whose it will be: letters, digits, `.`, `_`, `-`.")],
+    scope: Annotated[list[Scope], typer.Option(help="What it allows; several times for several.")],
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="The only tenants that it may name; without, any. '' is the one without a name."),
+    ] = None,
+) -> None:
+    """A new token: on standard output, this once; on standard error, its entry for the service's tokens file."""
+    made = new_token()
+    entry = [f"[{json.dumps(name)}]", f'sha256 = "{hash_token(made)}"', f"scopes = {json.dumps([*map(str, scope)])}"]
+    if tenant is not None:
+        entry.append(f"tenants = {json.dumps(tenant)}")
+    err.print("\n".join(entry), markup=False, highlight=False, soft_wrap=True)
+    print(made)

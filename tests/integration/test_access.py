@@ -1,0 +1,203 @@
+"""Every method with every kind of token, over real services that speak mutual TLS and ask for tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from atspeed.v1 import recommendation_pb2 as pb
+from google.protobuf.descriptor import MethodDescriptor
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from client.local_certificates import LocalCertificates
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack
+from engine.catalogue import Catalogue
+from service_kit.scopes import METHOD_SCOPES
+from tests.bundles import random_history
+from tests.secured import bearer, channel, outcome, path_of, rpcs, secured_stack, write_tokens
+from tests.serving import LIVENESS_SECONDS
+
+# By hand: who reads this table sees who may do what.
+NEEDED = {
+    "Recommend": "read",
+    "RecommendBatch": "read",
+    "GetHistory": "read",
+    "GetServiceInfo": "read",
+    "RecordEvents": "write",
+    "ForgetUser": "write",
+    "GetModelInfo": "service",
+    "Plan": "service",
+    "Evaluate": "service",
+}
+SCOPES = ("read", "write", "admin", "service")
+TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
+    "acme": 'scopes = ["read", "write"]\ntenants = ["acme"]',
+    "nameless": 'scopes = ["read", "write"]\ntenants = [""]',
+    "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
+    "removed": 'scopes = ["read", "write", "admin", "service"]',
+}
+UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
+MODELS = {"draft": "DraftService", "target": "TargetService"}
+RECOMMENDATION = [method for method in rpcs() if method.containing_service.name == "RecommendationService"]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> LocalCertificates:
+    return LocalCertificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def secured(
+    bundle: Path, certificates: LocalCertificates, redis_server: LocalRedis, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalStack]:
+    redis_server.start()
+    folder = tmp_path_factory.mktemp("secured")
+    write_tokens(folder / "public.toml", TOKENS)
+    with secured_stack(bundle, certificates, folder, redis_url=redis_server.url) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def channels(secured: LocalStack, certificates: LocalCertificates) -> Iterator[dict[str, grpc.Channel]]:
+    """By the service's name in the contract."""
+    addresses = {
+        "RecommendationService": secured.address,
+        "DraftService": secured.drafts[0].address,
+        "TargetService": secured.targets[0].address,
+    }
+    opened = {name: channel(address, certificates.client()) for name, address in addresses.items()}
+    yield opened
+    for one in opened.values():
+        one.close()
+
+
+def ended(channels: dict[str, grpc.Channel], method: MethodDescriptor, token: str | None) -> grpc.StatusCode:
+    """With an empty message, which no method but GetServiceInfo and GetModelInfo likes."""
+    return outcome(channels[method.containing_service.name], method, metadata=bearer(token))
+
+
+def test_every_rpc_stands_in_the_table_of_scopes() -> None:
+    """A new one must be entered, in `service_kit/scopes.py` and above."""
+    ours = {path: scope for path, scope in METHOD_SCOPES.items() if path.startswith("/atspeed.")}
+    assert ours == {path_of(method): NEEDED[method.name] for method in rpcs()}
+
+
+@pytest.mark.parametrize("token", [None, "made-up", "expired"])
+def test_without_a_valid_token_nothing_is_allowed(channels: dict[str, grpc.Channel], token: str | None) -> None:
+    for method in rpcs():
+        assert ended(channels, method, token) is UNAUTHENTICATED, method.full_name
+
+
+@pytest.mark.parametrize("token", SCOPES)
+@pytest.mark.parametrize("method", RECOMMENDATION, ids=lambda method: method.name)
+def test_a_token_allows_what_its_scope_says(
+    channels: dict[str, grpc.Channel], method: MethodDescriptor, token: str
+) -> None:
+    code = ended(channels, method, token)
+    if NEEDED[method.name] == token:
+        assert code in {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
+    else:
+        assert code is DENIED
+
+
+@pytest.mark.parametrize("method", [m for m in rpcs() if m not in RECOMMENDATION], ids=lambda m: m.full_name)
+def test_models_are_for_services_alone(channels: dict[str, grpc.Channel], method: MethodDescriptor) -> None:
+    assert ended(channels, method, "read") is DENIED
+    assert ended(channels, method, "orchestrator") not in {DENIED, UNAUTHENTICATED}
+
+
+@pytest.mark.parametrize("header", ["hush-read", "Basic hush-read", "Bearer", "Bearer ", "Bearer hush-read x", ""])
+def test_a_header_that_is_not_a_bearer_token_is_none(channels: dict[str, grpc.Channel], header: str) -> None:
+    method = next(method for method in RECOMMENDATION if method.name == "GetServiceInfo")
+    on = channels["RecommendationService"]
+    assert outcome(on, method, metadata=(("authorization", header),)) is UNAUTHENTICATED
+    assert outcome(on, method, metadata=(*bearer("read"), *bearer("write"))) is UNAUTHENTICATED
+    assert outcome(on, method, metadata=(("authorization", "bearer hush-read"),)) is grpc.StatusCode.OK
+
+
+def test_a_removed_token_is_refused_from_the_next_call_on(
+    channels: dict[str, grpc.Channel], secured: LocalStack
+) -> None:
+    method = next(method for method in RECOMMENDATION if method.name == "GetServiceInfo")
+    assert ended(channels, method, "removed") is grpc.StatusCode.OK
+    tokens = secured.log_folder / "public.toml"
+    write_tokens(tokens, {name: rest for name, rest in TOKENS.items() if name != "removed"})
+    assert ended(channels, method, "removed") is UNAUTHENTICATED
+    tokens.write_text("[not toml")
+    assert ended(channels, method, "read") is grpc.StatusCode.OK
+    write_tokens(tokens, TOKENS)
+    assert ended(channels, method, "removed") is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize(
+    ("token", "tenant", "allowed"),
+    [
+        ("read", "acme", True),
+        ("acme", "acme", True),
+        ("acme", "", False),
+        ("acme", "other", False),
+        ("nameless", "", True),
+        ("nameless", "acme", False),
+    ],
+)
+def test_a_token_may_name_its_own_tenants_only(
+    channels: dict[str, grpc.Channel], catalogue: Catalogue, token: str, tenant: str, allowed: bool
+) -> None:
+    """In each message that names a tenant, also within a batch."""
+    good = pb.RecommendRequest(history=pb.History(item_ids=random_history(catalogue, 3, 1)), k=1, tenant=tenant)
+    own = pb.RecommendRequest(history=good.history, k=1, tenant="acme" if token == "acme" else "")
+    user = {"user_id": "u", "tenant": tenant}
+    messages = {
+        "Recommend": good,
+        "RecommendBatch": pb.RecommendBatchRequest(requests=[own, good]),
+        "GetHistory": pb.GetHistoryRequest(**user),
+        "RecordEvents": pb.RecordEventsRequest(events=[pb.Event(item_id="i")], **user),
+        "ForgetUser": pb.ForgetUserRequest(**user),
+    }
+    for method in RECOMMENDATION:
+        if method.name in messages and (token != "read" or NEEDED[method.name] == "read"):
+            code = outcome(
+                channels["RecommendationService"], method, messages[method.name].SerializeToString(), bearer(token)
+            )
+            assert code is (grpc.StatusCode.OK if allowed else DENIED), method.name
+
+
+def test_health_is_open_and_reflection_is_not(channels: dict[str, grpc.Channel]) -> None:
+    on = channels["RecommendationService"]
+    check: Any = on.unary_unary(
+        "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
+    )
+    assert check(b"", timeout=LIVENESS_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
+    asked = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+    reflect: Any = on.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    assert list(reflect(iter([asked]), metadata=bearer("read"), timeout=LIVENESS_SECONDS))
+    for token, code in ((None, UNAUTHENTICATED), ("write", DENIED)):
+        with pytest.raises(grpc.RpcError) as refusal:
+            list(reflect(iter([asked]), metadata=bearer(token), timeout=LIVENESS_SECONDS))
+        assert refusal.value.code() is code
+
+
+def test_a_list_comes_through_all_services(channels: dict[str, grpc.Channel], catalogue: Catalogue) -> None:
+    """The orchestrator shows target and draft its certificate and its token."""
+    recommend: Any = channels["RecommendationService"].unary_unary(
+        "/atspeed.v1.RecommendationService/Recommend",
+        request_serializer=pb.RecommendRequest.SerializeToString,
+        response_deserializer=pb.RecommendResponse.FromString,
+    )
+    request = pb.RecommendRequest(history=pb.History(item_ids=random_history(catalogue, 5, 2)), k=3)
+    reply = recommend(request, timeout=LIVENESS_SECONDS, metadata=bearer("read"))
+    assert len(reply.items) == 3
+    assert not reply.degraded
+
+
+def test_the_log_names_callers_and_no_tokens(secured: LocalStack, channels: dict[str, grpc.Channel]) -> None:
+    for method in RECOMMENDATION:
+        ended(channels, method, "read")
+    logs = "".join(path.read_text() for path in secured.log_folder.glob("*.log"))
+    assert '"caller": "read"' in logs
+    assert "hush-" not in logs
