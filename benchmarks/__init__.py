@@ -7,5 +7,5 @@ lossless.py     strict against target-only, with exclusions     services.py     
 In this process, many configurations at once:
 acceptance.py           target passes by draft, mode, K and plan        cases.py         users of a data set, and their answers
 acceptance_search.py    one user's searches                             warm_models.py   models that keep a user's tree
-acceptance_report.py    a page and plots from the JSON
+acceptance_report.py    a page and plots from the JSON           pages.py         what such pages share
 """

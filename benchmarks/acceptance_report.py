@@ -5,23 +5,21 @@ Drafts named GROUP/SEED are one line: the mean over the seeds with its spread.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.acceptance import NDCG_AT, AcceptanceRow, from_json
 from benchmarks.acceptance_search import NO_DRAFT
+from benchmarks.pages import origin, plotting, save, table
 from benchmarks.results import Result
 
 PAGE = "acceptance.md"
 _LOSSY = {"tolerance", "relaxed-sampling"}
-_NOT_IN_FILE = {"Date": None, "Creator": None}
 _Measure = Callable[[AcceptanceRow], float]
 
 
@@ -108,36 +106,20 @@ def _page(header: Mapping[str, Any], rows: Sequence[AcceptanceRow], sweeps: Sequ
 
 
 def _origin(header: Mapping[str, Any]) -> Iterator[str]:
-    bundle, machine = header["bundle"], header["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    yield from ("```sh", shlex.join(header["command"]), "```", "")
-    yield from _table(
-        ("", ""),
-        [
-            ("bundle", f"{bundle['name']}, version {bundle['version']}, scoring rule {bundle['scoring_rule']}"),
-            ("target", f"{bundle['parameters']['target']:,} parameters, {bundle['precision']['target']}"),
-            ("plans", "; ".join(f"{label}: {meaning}" for label, meaning in header["budgets"].items())),
-            ("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"),
-            (
-                "processes",
-                f"{header['workers']} with {header['threads']} thread(s) each, {header['wall_seconds']:.0f} s",
-            ),
-            ("revision", header["revision"] or "unknown"),
-            ("versions", versions),
-            ("measured", header["created_at"]),
-        ],
-    )
+    processes = f"{header['workers']} with {header['threads']} thread(s) each, {header['wall_seconds']:.0f} s"
+    plans = "; ".join(f"{label}: {meaning}" for label, meaning in header["budgets"].items())
+    yield from origin(header, [("plans", plans), ("processes", processes)])
     drafts = [
         (name, f"{about['parameters']:,}", about["architecture"], f"{about['bundle']} {about['version']}")
         for name, about in header["drafts"].items()
     ]
-    yield from _table(("draft", "parameters", "architecture", "bundle"), drafts)
+    yield from table(("draft", "parameters", "architecture", "bundle"), drafts)
 
 
 def _target_alone(rows: Sequence[AcceptanceRow]) -> Iterator[str]:
     alone = [row for row in rows if row.draft == NO_DRAFT]
     yield from ("## Without a draft", "")
-    yield from _table(
+    yield from table(
         ("mode", "K", "target passes", f"Recall@{NDCG_AT}", f"NDCG@{NDCG_AT}"),
         [
             (row.mode, str(row.k), f"{row.target_passes_mean:.2f}", _at(row.recall, row.k), _at(row.ndcg, row.k))
@@ -190,7 +172,7 @@ def _by_budget(sweep: _Sweep, spelled: Callable[[Sequence[AcceptanceRow]], str])
         for k in sweep.widths
         for group in sweep.groups
     ]
-    yield from _table(("K", "draft", *sweep.budgets), lines)
+    yield from table(("K", "draft", *sweep.budgets), lines)
 
 
 def _passes(rows: Sequence[AcceptanceRow]) -> str:
@@ -232,17 +214,9 @@ def _at(measures: Mapping[str, float], k: int) -> str:
     return f"{measures[str(min(k, NDCG_AT))]:.4f}"
 
 
-def _table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(names)} |"
-    yield f"|{'---|' * len(names)}"
-    yield from (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    yield ""
-
-
 def _draw(sweep: _Sweep, plot: _Plot, path: Path) -> None:
     """The plot as SVG; a band around a line goes from the smallest to the largest of its seeds."""
-    # The same file for the same numbers: no date, and ids that are not drawn.
-    with mpl.rc_context({"svg.hashsalt": "acceptance", "font.size": 9}):
+    with plotting():
         figure = Figure(figsize=(2.4 * len(sweep.widths) + 0.8, 2.8), layout="constrained")
         panels = figure.subplots(1, len(sweep.widths), sharey=True, squeeze=False)[0]
         places = range(len(sweep.budgets))
@@ -261,4 +235,4 @@ def _draw(sweep: _Sweep, plot: _Plot, path: Path) -> None:
             panel.grid(visible=True, alpha=0.3)
         panels[0].set_ylabel(plot.label)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        figure.savefig(path, format="svg", metadata=_NOT_IN_FILE)
+        save(figure, path)

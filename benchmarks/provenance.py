@@ -34,6 +34,9 @@ def provenance(bundle: Bundle, *, seed: int | None = None, command: Sequence[str
             "catalogue": manifest.catalogue_version,
             "parameters": {role: model.parameters for role, model in manifest.models.items()},
             "precision": {role: model.precision for role, model in manifest.models.items()},
+            "inflated_from": {
+                role: model.inflated_from for role, model in manifest.models.items() if model.inflated_from is not None
+            },
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": _machine(),

@@ -3,7 +3,7 @@
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
-bench ...                         measurements that check            client/bench_cli.py
+bench ..., inflate                measurements that check            client/bench_cli.py, client/inflate_cli.py
 
 A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
 stopped before its end, and goes on when the command is given again, with code 75.
@@ -30,6 +30,7 @@ from client import display
 from client.bench_cli import bench_commands
 from client.call_cli import forget, history, info, recommend, record
 from client.cli_parts import AsJson, BundleFolder, CommandError, err, optional, out
+from client.inflate_cli import inflate
 from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
 from client.recommender import RecommenderError
@@ -81,7 +82,7 @@ app = typer.Typer(
 bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(bench_commands, name="bench")
-for command in (recommend, record, history, forget, info, certificates, token):
+for command in (recommend, record, history, forget, info, inflate, certificates, token):
     app.command()(command)
 
 

@@ -62,6 +62,11 @@ class ModelEntry(_Part):
         exclude_if=lambda scale: scale is None,  # so that a bundle without one keeps its version
         description="Of a draft: per level 1..L-1, the unit that a plan's margins are measured in.",
     )
+    inflated_from: PositiveInt | None = Field(
+        default=None,
+        exclude_if=lambda parameters: parameters is None,
+        description="Of a model made larger that computes the same (training.inflation): parameters of the trained one.",
+    )
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:

@@ -38,11 +38,11 @@ def write_bundle(
         catalogue.save(partial / "catalogue")
     else:
         for part in ("catalogue", "target"):
-            _share(target_from / part, partial / part)
+            share_files(target_from / part, partial / part)
     exported = {role: model for role, model in models.items() if role != "target" or target_from is None}
     reports = {role: _export(role, model, recipe, partial) for role, model in exported.items()}
     files = hash_files(partial)
-    entries = {role: _entry(role, models[role], report, files) for role, report in reports.items()}
+    entries = {role: entry_of(role, models[role], report, files) for role, report in reports.items()}
     if target_from is not None:
         entries["target"] = read_manifest(target_from).target
     if scales is not None:
@@ -85,7 +85,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _share(source: Path, folder: Path) -> None:
+def share_files(source: Path, folder: Path) -> None:
     """The same files in another folder: hard links, or copies where the file system has none."""
     folder.mkdir(parents=True)
     for path in source.iterdir():
@@ -100,7 +100,8 @@ def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> Ex
     return export_decoder(model.model, bundle / role, code_tokens=model.spelling.code_tokens, precision=part.precision)
 
 
-def _entry(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
+def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
+    """The manifest's entry of an exported model. files: the bundle's hashes."""
     return ModelEntry(
         path=f"{role}/{MODEL_FILE}",
         architecture=report.architecture,

@@ -1,0 +1,69 @@
+"""`atspeed inflate`: the models of a trained bundle in larger ones that compute the same, for benchmarks of what passes cost."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.cli_parts import optional
+from engine.bundle import Bundle
+
+
+class TargetShape(StrEnum):
+    """Sizes of an inflated target; `training.inflation.SHAPES` has them."""
+
+    B85M = "85m"
+    B05 = "0.5b"
+    B17 = "1.7b"
+    B7 = "7b"
+
+
+class DraftShape(StrEnum):
+    """Sizes of an inflated draft."""
+
+    KEEP = "keep"
+    B8M = "8m"
+    B68M = "68m"
+
+
+class InflatedPrecision(StrEnum):
+    """Number format of the inflated weights, in checkpoint and bundle."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+def inflate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that `atspeed train` wrote, beside its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the new bundle and its checkpoints.", file_okay=False)],
+    shape: Annotated[
+        TargetShape,
+        typer.Option(help="Of the target: 12 layers x 768; Qwen3-0.6B's layers; Qwen3-1.7B's sizes; LLaMA-7B's."),
+    ],
+    draft_shape: Annotated[
+        DraftShape, typer.Option(help="Of the draft: 4 layers x 384; LLaMA-68M's sizes.")
+    ] = DraftShape.KEEP,
+    target_checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Where the target was exported from.  [default: target-checkpoint beside BUNDLE]"),
+    ] = None,
+    draft_checkpoint: Annotated[
+        Path | None, typer.Option(help="Where the draft was exported from.  [default: draft-checkpoint beside BUNDLE]")
+    ] = None,
+    precision: Annotated[InflatedPrecision, typer.Option(help="Number format of weights.")] = InflatedPrecision.FLOAT32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights that change nothing.")] = 1,
+) -> None:
+    """The same lists at the cost of a larger model: OUT/bundle and the checkpoints it is exported from, labelled as inflated."""
+    inflated, shapes = optional("training.inflated_bundles"), optional("training.inflation").SHAPES
+    optional("transformers.utils.logging").disable_progress_bar()
+    beside = bundle.resolve().parent
+    inflations = {"target": inflated.Inflation(target_checkpoint or beside / "target-checkpoint", shapes[shape.value])}
+    if draft_shape is not DraftShape.KEEP:
+        checkpoint = draft_checkpoint or beside / "draft-checkpoint"
+        inflations["draft"] = inflated.Inflation(checkpoint, shapes[draft_shape.value])
+    label = shape.value if draft_shape is DraftShape.KEEP else f"{shape.value}-{draft_shape.value}"
+    folder = inflated.inflate_bundle(Bundle(bundle), out, inflations, label=label, precision=precision.value, seed=seed)
+    print(folder)

@@ -1,0 +1,93 @@
+"""Inflates a bundle: its models by way of their checkpoints, through the ordinary export, into a bundle of the same lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.bundle import Bundle, ModelEntry, Precision, Role, hash_files, write_manifest
+from engine.decoder import Decoder, RuntimeOptions
+from training.bundles import entry_of, share_files
+from training.export import MODEL_FILE, TOLERANCE, ExportReport, export_decoder
+from training.inflation import InflationError, ModelShape, write_inflated
+from training.models import SpelledModel
+from training.parity import compare
+from training.stages import remove
+
+
+@dataclass(frozen=True)
+class Inflation:
+    """What becomes of a model. checkpoint: the Hugging Face checkpoint that the bundle's model was exported from."""
+
+    checkpoint: Path
+    shape: ModelShape
+
+
+def inflate_bundle(
+    bundle: Bundle, out: Path, inflations: Mapping[Role, Inflation], *, label: str, precision: Precision, seed: int
+) -> Path:
+    """Write out/bundle, and out/ROLE-checkpoint for every inflated model; the bundle's path. Other models are kept as they are.
+
+    label: added to the bundle's name. Raises InflationError when a checkpoint is not the bundle's or does not fit its shape.
+    """
+    manifest = bundle.manifest
+    trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
+    partial, folder = out / "bundle.partial", out / "bundle"
+    remove(partial)
+    for part in {"catalogue", *manifest.models} - inflations.keys():
+        share_files(bundle.root / part, partial / part)
+    exported = {}
+    for role, inflation in inflations.items():
+        checkpoint = out / f"{role}-checkpoint"
+        remove(checkpoint)
+        dtype = torch.float16 if precision == "float16" else torch.float32
+        write_inflated(trained[role].model, trained[role].spelling, inflation.shape, checkpoint, dtype=dtype, seed=seed)
+        exported[role] = _export(trained[role], checkpoint, partial / role, precision)
+    files = hash_files(partial)
+    entries: dict[str, ModelEntry] = {
+        role: entry_of(role, model, report, files).model_copy(update=_kept(bundle.model(role)))
+        for role, (model, report) in exported.items()
+    }
+    name = f"{manifest.name}-inflated-{label}"
+    write_manifest(partial, manifest.model_copy(update={"name": name, "files": files, **entries}))
+    remove(folder)
+    partial.rename(folder)
+    return folder
+
+
+def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
+    """The checkpoint of a bundle's model. Raises InflationError when it computes something else."""
+    entry = bundle.model(role)
+    if entry.inflated_from is not None:
+        raise InflationError(f"{bundle.root}: its {role} is inflated already")
+    model = SpelledModel.load(checkpoint)
+    if (model.spelling.code_tokens, model.parameters) != (entry.code_tokens, entry.parameters):
+        raise InflationError(f"{checkpoint}: not what the {role} of {bundle.root} was exported from")
+    _check_same(model, bundle.model_path(role), entry.precision, str(checkpoint))
+    return model
+
+
+def _export(
+    trained: SpelledModel, checkpoint: Path, folder: Path, precision: Precision
+) -> tuple[SpelledModel, ExportReport]:
+    """The inflated model, exported and compared with what was trained."""
+    inflated = SpelledModel.load(checkpoint)
+    report = export_decoder(inflated.model, folder, code_tokens=inflated.spelling.code_tokens, precision=precision)
+    _check_same(trained, folder / MODEL_FILE, precision, str(checkpoint))
+    return inflated, report
+
+
+def _check_same(model: SpelledModel, exported: Path, precision: Precision, name: str) -> None:
+    worst, largest = compare(model.model, Decoder(exported, RuntimeOptions()), model.spelling.code_tokens)
+    if not worst <= TOLERANCE[precision] * max(1.0, largest):  # negated, so that NaN fails too
+        raise InflationError(
+            f"{name}: differs from {exported} by {worst:.2g} in a logit (the largest is {largest:.2g})"
+        )
+
+
+def _kept(trained: ModelEntry) -> dict[str, object]:
+    """What an inflated model has from the trained one; a draft's scales fit it as they did, for its scores are the same."""
+    return {"plan_scale": trained.plan_scale, "inflated_from": trained.parameters}
