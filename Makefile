@@ -4,6 +4,8 @@
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
+#   make faults          the fault tests with all repetitions and thresholds; up to an hour, on a machine that does nothing else
+#   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
@@ -37,6 +39,17 @@ test: lint pytest
 .PHONY: pytest
 pytest: $(DEV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+.PHONY: faults
+faults: $(DEV)/.installed
+	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults $(FAULTS)
+
+MINUTES ?= 30
+
+.PHONY: soak
+soak: $(DEV)/.installed
+	@mkdir -p var
+	$(BIN)/python -m benchmarks.soak --bundle bundles/movielens-100k --minutes $(MINUTES) --json var/soak.json
 
 BEAUTY := var/runs/beauty-small
 PROCESSES ?= 2

@@ -31,6 +31,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client.local_stack import ServiceProcess
 from engine.catalogue import Catalogue
+from service_kit.channels import channel_options, target_uri
 from tests.bundles import random_catalogue, write_bundle
 
 # For what must end at all, on however slow a machine.
@@ -38,6 +39,7 @@ LIVENESS_SECONDS = 60.0
 WINDOW = 8
 LEVELS = 4
 NEAR_TIE = 1e-4
+SERVING = int(health_pb2.HealthCheckResponse.SERVING)
 Reply = TypeVar("Reply")
 RECOMMENDATION = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
@@ -57,13 +59,19 @@ def new_bundle(root: Path, catalogue: Catalogue) -> Path:
 class Client:
     """Calls of an orchestrator. What is not said otherwise has time enough for any machine."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, options: Sequence[tuple[str, str | int]] = ()) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_send_message_length", -1)])
+        self._channel = grpc.insecure_channel(address, options=[("grpc.max_send_message_length", -1), *options])
         self.stub: recommendation_pb2_grpc.RecommendationServiceStub = (
             recommendation_pb2_grpc.RecommendationServiceStub(self._channel)
         )
         self.channel = self._channel
+
+    @classmethod
+    def of_replicas(cls, addresses: Sequence[str]) -> Self:
+        """A client that balances over several orchestrators, as the Python client does."""
+        options = channel_options(RECOMMENDATION, ["Recommend"], max_message_bytes=-1)
+        return cls(target_uri(",".join(addresses)), options)
 
     def recommend(
         self, history: Sequence[str] | None = None, /, *, timeout: float = LIVENESS_SECONDS, **fields: Any

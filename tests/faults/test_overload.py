@@ -11,7 +11,6 @@ import grpc
 import pytest
 from atspeed.v1 import recommendation_pb2 as pb
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2
 
 from client.local_stack import LocalStack, ServiceProcess
 from service_kit.admission import PRIORITY_HEADER
@@ -20,6 +19,7 @@ from tests.faults.conftest import Case
 from tests.serving import (
     LIVENESS_SECONDS,
     RECOMMENDATION,
+    SERVING,
     Client,
     assert_same_list,
     check_health,
@@ -31,7 +31,6 @@ from tests.serving import (
 )
 
 BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
-SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 @pytest.fixture(scope="module")

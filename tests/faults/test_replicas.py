@@ -1,0 +1,85 @@
+"""One of three replicas goes, in order or at once, while requests run: no caller notices, and no list changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack, ServiceProcess
+from tests.faults.conftest import Case
+from tests.faults.load import Load
+from tests.serving import Client, resume, suspend
+
+TIMES = [1, pytest.param(30, marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module")
+def shared_trio(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
+    """Three of each service."""
+    folder = log_folder / "trio"
+    folder.mkdir()
+    three = {"drafts": 3, "targets": 3, "orchestrators": 3}
+    flags: dict[str, dict[str, object]] = {"target": {"threads": 1}, "orchestrator": {"draft-timeout-seconds": 2}}
+    with LocalStack(bundle, redis_url=redis_server.url, log_folder=folder, flags=flags, **three) as stack:
+        yield stack
+
+
+@pytest.fixture
+def trio(redis_url: str, shared_trio: LocalStack) -> Iterator[LocalStack]:
+    yield shared_trio
+    for service in shared_trio.services:
+        resume(service)
+        if not service.running:
+            service.start()
+
+
+@pytest.fixture
+def balanced(trio: LocalStack) -> Iterator[Client]:
+    """A client that knows all three orchestrators."""
+    with Client.of_replicas([orchestrator.address for orchestrator in trio.orchestrators]) as client:
+        yield client
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("kind", ["drafts", "targets", "orchestrators"])
+def test_stopped_in_order(trio: LocalStack, balanced: Client, cases: list[Case], kind: str, times: int) -> None:
+    """SIGTERM: what runs on the replica ends there, what comes goes to the others; and it is found again when it is back."""
+    replicas: list[ServiceProcess] = getattr(trio, kind)
+    with Load(balanced, cases) as load:
+        for number in range(times):
+            load.goes_on()
+            victim = replicas[number % len(replicas)]
+            victim.stop()
+            load.goes_on()
+            victim.start()
+    if kind != "drafts":
+        assert not any(reply.degraded for _, reply in load.answers)
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_a_target_killed_with_streams_open(trio: LocalStack, balanced: Client, cases: list[Case], times: int) -> None:
+    """kill -9 while streams wait for the replica, which hangs first: another one takes them up."""
+    with Load(balanced, cases, callers=9) as load:
+        for number in range(times):
+            victim = trio.targets[number % 3]
+            suspend(victim)
+            load.goes_on(6)
+            victim.kill()
+            load.goes_on()
+            victim.start()
+    assert load.retries > 0
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_an_orchestrator_killed(trio: LocalStack, balanced: Client, cases: list[Case], times: int) -> None:
+    """kill -9: a recommendation changes nothing, so the client asks another replica."""
+    with Load(balanced, cases) as load:
+        for number in range(times):
+            victim = trio.orchestrators[number % 3]
+            load.goes_on()
+            victim.kill()
+            load.goes_on()
+            victim.start()

