@@ -134,6 +134,25 @@ def test_each_service_listens_where_its_health_check_and_its_peers_look(ours: di
         assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "service_kit.healthcheck", f"127.0.0.1:{port}"]
 
 
+# The edge
+
+
+def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
+    config = compose("--profile", "cpu", "--profile", "edge", PORT="50051-50053")
+    edge, orchestrator = config["services"]["edge"], config["services"]["orchestrator"]
+    assert (edge["ports"][0]["host_ip"], edge["ports"][0]["published"], edge["ports"][0]["target"]) == (
+        "127.0.0.1",
+        "50050",
+        50050,
+    )
+    assert set(edge["networks"]) == set(orchestrator["networks"])
+    assert (edge["read_only"], edge["cap_drop"], edge["user"]) == (True, ["ALL"], "101:101")
+    assert orchestrator["ports"][0]["published"] == "50051-50053"  # one for each replica
+    (mount,) = edge["volumes"]
+    assert (Path(mount["source"]), mount["read_only"]) == (ROOT / "deploy" / "envoy" / "envoy.yaml", True)
+    assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
+
+
 # Rights
 
 
