@@ -9,6 +9,7 @@
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
+#   make metrics-docs    docs/metrics.md from what the services measure
 #   make tree            the README's file tree
 #   make constraints     constraints.txt from the development environment (make it afresh before)
 #   make clean           removes caches and build results; make distclean the environments too
@@ -96,6 +97,7 @@ lint: $(DEV)/.installed
 	$(BIN)/hadolint deploy/Dockerfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
 	$(BIN)/python -m service_kit.settings_docs --check
+	$(BIN)/python -m service_kit.metrics_docs --check
 	$(BIN)/python docs/file_tree.py --check
 
 .PHONY: protos
@@ -109,6 +111,10 @@ tree: $(DEV)/.installed
 .PHONY: settings-docs
 settings-docs: $(DEV)/.installed
 	$(BIN)/python -m service_kit.settings_docs
+
+.PHONY: metrics-docs
+metrics-docs: $(DEV)/.installed
+	$(BIN)/python -m service_kit.metrics_docs
 
 # Local versions such as +cpu name a variant of a wheel, not a version, and are left out.
 .PHONY: constraints

@@ -40,8 +40,8 @@ from benchmarks.intervals import Interval, bootstrap, half_width
 from benchmarks.results import Result
 from benchmarks.services import progress_bar
 from benchmarks.warm_models import TEMPERATURE
-from client.comparison import Verdict
 from engine.bundle import Bundle
+from engine.comparison import Verdict
 from engine.errors import BundleError
 from orchestrator.recommendation import Mode
 

@@ -25,11 +25,11 @@ from benchmarks.warm_models import (
     prompt_tokens,
     warm_evaluator,
 )
-from client.comparison import RankedList, Verdict, compare
 from draft_service.drafter import Drafter, PlanOrder
 from engine.beams import Beams
 from engine.bundle import Bundle
 from engine.catalogue import Catalogue
+from engine.comparison import RankedList, Verdict, compare
 from engine.plan import PlanSize, Proposal
 from engine.scoring import Perturbation
 from engine.tree_evaluator import Selection

@@ -24,10 +24,10 @@ from rich.table import Table
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.services import ask, mean, progress_bar, services
-from client.comparison import RankedList, Verdict, compare
 from client.recommender import Mode, RecommenderClient, recommend_request
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
+from engine.comparison import RankedList, Verdict, compare
 from engine.scoring import ScoringRule
 
 REFERENCE = "target-only"
@@ -105,7 +105,7 @@ async def _compare(
         ]
         replies[mode] = await ask(client, requests, progress=progress, title=f"rule {rule}, {mode}")
     alone, strict = replies[Mode.TARGET_ONLY], replies[Mode.STRICT]
-    verdicts = [compare(RankedList.of(a), RankedList.of(b)) for a, b in zip(strict, alone, strict=True)]
+    verdicts = [compare(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)]
     return LosslessRow(
         rule=str(rule),
         k=k,
@@ -139,7 +139,7 @@ async def _excluded(
     width = max(question.k, question.excluded)
     requests = [recommend_request(history=history, k=width, mode=Mode.TARGET_ONLY) for history in histories]
     replies = await ask(client, requests, progress=progress, title="choosing what to exclude")
-    return [_draw(rng, RankedList.of(reply).items, catalogue, question.excluded) for reply in replies]
+    return [_draw(rng, RankedList.of(reply.items).items, catalogue, question.excluded) for reply in replies]
 
 
 def _draw(rng: np.random.Generator, recommended: Sequence[str], catalogue: Catalogue, count: int) -> list[str]:

@@ -26,10 +26,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.services import ask, mean, progress_bar, services
-from client.comparison import RankedList, Verdict, compare, largest_gap
 from client.recommender import Mode, recommend_request
 from engine.bundle import Bundle, ModelEntry
 from engine.catalogue import Catalogue
+from engine.comparison import RankedList, Verdict, compare, largest_gap
 from engine.scoring import ScoringRule
 
 REFERENCE = "Hugging Face generate"
@@ -93,7 +93,7 @@ def to_json(rows: Sequence[ParityRow]) -> list[dict[str, Any]]:
 
 
 def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> ParityRow:
-    lists = [RankedList.of(reply) for reply in replies]
+    lists = [RankedList.of(reply.items) for reply in replies]
     verdicts = [compare(actual, wanted) for actual, wanted in zip(lists, expected, strict=True)]
     return ParityRow(
         k=k,

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.cli_parts import BundleFolder, CommandError, err, optional, out
-from client.comparison import Verdict
 from engine.bundle import Bundle
+from engine.comparison import Verdict
 from engine.scoring import ScoringRule
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from client.comparison import NEAR_TIE, RankedList, Verdict, compare
 from client.display import milliseconds, origin
 from client.local_redis import LocalRedisError, local_redis
 from client.local_stack import LocalStack, LocalStackError
 from client.recommender import Mode, Options, RecommenderClient, RecommenderError
 from engine.bundle import Bundle
+from engine.comparison import NEAR_TIE, RankedList, Verdict, compare
 from engine.errors import EngineError
 from training.data import Case, Dataset, Movie, movielens_titles, movielens_wheel, read_movielens
 from training.errors import DataError
@@ -60,7 +60,7 @@ class Checks:
 
     def same(self, what: str, actual: pb.RecommendResponse, expected: pb.RecommendResponse) -> Verdict:
         """Count a comparison of two lists, which holds unless they are different."""
-        verdict = compare(RankedList.of(actual), RankedList.of(expected))
+        verdict = compare(RankedList.of(actual.items), RankedList.of(expected.items))
         self.near_ties += verdict is Verdict.NEAR_TIE
         self.that(what, verdict is not Verdict.DIFFERENT)
         return verdict
@@ -214,7 +214,7 @@ class Demo:
     def _row(
         self, mode: Mode, k: int, lists: Sequence[pb.RecommendResponse], alone: Sequence[pb.RecommendResponse]
     ) -> tuple[str, ...]:
-        verdicts = [compare(RankedList.of(a), RankedList.of(b)) for a, b in zip(lists, alone, strict=True)]
+        verdicts = [compare(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(lists, alone, strict=True)]
         return (
             str(k) if mode is Mode.TARGET_ONLY else "",
             str(mode),

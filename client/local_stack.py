@@ -27,11 +27,17 @@ class LocalStackError(RuntimeError):
     """A service did not start. The text ends with the reason that it gave, or with the end of its log."""
 
 
+def _argument(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
+
+
 class ServiceProcess:
     """One service, `python -m <module>`, on a free loopback port that it keeps over restarts.
 
     flags: its settings, by the names of their flags; those that may hold a secret travel as environment variables. log: the
-    file that its standard error goes to.
+    file that its standard error goes to. metrics_port: once it runs, where Prometheus finds it; None where it does not.
     """
 
     def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
@@ -39,6 +45,7 @@ class ServiceProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._watcher: Watcher | None = None
         self.port = 0
+        self.metrics_port: int | None = None
 
     @property
     def address(self) -> str:
@@ -53,7 +60,7 @@ class ServiceProcess:
     def launch(self) -> None:
         """Start the process, without waiting for it."""
         flags = {"log-format": "json", **self.flags, "port": self.port}
-        arguments = [f"--{name}={value}" for name, value in flags.items() if name not in _IN_ENVIRONMENT]
+        arguments = [_argument(name, value) for name, value in flags.items() if name not in _IN_ENVIRONMENT]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-m", self.module, *arguments],
@@ -77,7 +84,7 @@ class ServiceProcess:
     def wait_ready(self) -> None:
         """Wait until the service takes calls. Raises LocalStackError when it ends or takes too long."""
         announced = self._announced(time.monotonic() + _START_SECONDS)
-        self.port = int(announced["port"])
+        self.port, self.metrics_port = int(announced["port"]), announced.get("metrics_port")
 
     def start(self) -> None:
         """Launch and wait."""

@@ -19,7 +19,7 @@ WIDTH = 118
 # In the order of the README. Folders ending in "/" are listed with their files, the others as one line.
 PURPOSES = {
     "Makefile": "the commands of daily life",
-    "pyproject.toml": "one distribution; extras cpu, gpu, local, train, base-models, bench, dev; every tool's settings",
+    "pyproject.toml": "one distribution; extras cpu, gpu, local, otel, train, base-models, bench, dev; every tool's settings",
     "constraints.txt": "the versions that CI tests",
     "docker-compose.yml": "redis, draft, target, orchestrator; profiles cpu and gpu",
     ".env": "the profile that docker compose runs by default",

@@ -11,13 +11,16 @@ import numpy as np
 from atspeed.v1 import draft_pb2, draft_pb2_grpc
 
 from draft_service.drafter import Drafter, PlanOrder
+from draft_service.metrics import PlanMetrics
 from draft_service.settings import DraftSettings
 from engine.beams import Beams
 from engine.plan import PlanSize, Proposal
 from engine.scoring import Evaluation
 from service_kit import wire
 from service_kit.admission import Admission, Priority
+from service_kit.admission_metrics import admission_reads
 from service_kit.errors import FailedPreconditionError, InvalidArgumentError
+from service_kit.metrics import Readings
 from service_kit.model import ServedModel, served_model
 from service_kit.server import Registration
 
@@ -31,7 +34,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def __init__(self, model: ServedModel, admission: Admission) -> None:
         self._model, self._admission = model, admission
         self._trie = model.evaluator.trie
-        self._drafter = Drafter(model.evaluator)
+        self._drafter, self._metrics = Drafter(model.evaluator), PlanMetrics(model.metrics)
 
     async def GetModelInfo(
         self, request: draft_pb2.DraftServiceGetModelInfoRequest, context: Context
@@ -44,6 +47,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         order = self._order(request)
         async with self._admission.place(Priority.of(context), context.time_remaining()):
             drafted = await self._drafter.plan(order)
+        self._metrics.planned(order, drafted)
         plan = drafted.plan
         return draft_pb2.PlanResponse(
             nodes=wire.to_array(plan.node.astype(np.int32)),
@@ -107,4 +111,6 @@ async def application(settings: DraftSettings) -> AsyncIterator[list[Registratio
     async with served_model(settings, "draft") as model:
         admission = Admission(settings.max_running, settings.max_queued)
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, DraftServicer(model, admission), model.info.model_version)]
+        model.metrics.register(Readings(admission_reads(admission)))
+        servicer = DraftServicer(model, admission)
+        yield [Registration.of(SERVICE, add, servicer, model.info.model_version, model.metrics)]

@@ -16,6 +16,7 @@ from engine.scoring import Evaluation, ScoringRule
 from engine.trie import Int64, Trie
 from orchestrator.memo import Memo
 from orchestrator.policy import Policy
+from service_kit import tracing
 
 
 class Draft(Protocol):
@@ -50,5 +51,6 @@ async def beam_search(trie: Trie, rule: ScoringRule, policy: Policy, target: Tar
             below = policy.to_plan(beams, missing)
             plan = await draft.plan(below) if level < trie.levels - 1 else Plan.empty(below)
             memo.add(await target.evaluate(memo.wanted(beams.take(missing), plan)))
-        beams = policy.select(memo.use(beams), memo)
+        with tracing.span("select", level=level):
+            beams = policy.select(memo.use(beams), memo)
     return SearchResult(policy.final(beams), memo)

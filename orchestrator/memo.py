@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from engine.beams import Beams
 from engine.plan import Plan
 from engine.scoring import Children, Evaluation, ScoringRule
 from engine.trie import ROOT, Int64, Trie
+
+
+@dataclass(frozen=True)
+class NodeCounts:
+    """How many nodes: drafted, evaluated because a plan held them; used, those of them that became beams; recovered, beams
+    that no plan held; forced, beams that were their parent's only child.
+    """
+
+    drafted: int
+    used: int
+    recovered: int
+    forced: int
 
 
 class Memo:
@@ -72,6 +86,12 @@ class Memo:
         """Note that a node stands in for one that is better by `slack`."""
         self.substitutions += 1
         self.largest_slack = max(self.largest_slack, slack)
+
+    @property
+    def counts(self) -> NodeCounts:
+        """What became of the nodes."""
+        forced = sum(self.is_forced(node) for node in self.used)
+        return NodeCounts(len(self.drafted), len(self.used & self.drafted), len(self.recovered), forced)
 
     def is_forced(self, node: int) -> bool:
         """Whether a node is the only continuation of its parent in the catalogue."""

@@ -26,7 +26,10 @@ from orchestrator.planner import Planner
 from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
+from orchestrator.speculation import SWITCHED_OFF, Speculation
 from orchestrator.target_client import TargetClient
+from orchestrator.traced import TracedDraft, TracedTarget
+from service_kit import tracing
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
 
 # Enough to tell most users apart.
@@ -69,9 +72,11 @@ class Recommender:
         draft: DraftClient | None,
         planner: Planner,
         histories: HistoryStore | None,
+        speculation: Speculation,
     ) -> None:
         self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
         self._target, self._draft, self._planner = target, draft, planner
+        self._speculation = speculation
 
     async def recommend(self, order: Order, deadline: Deadline) -> Recommendation:
         """The list for one order.
@@ -82,7 +87,9 @@ class Recommender:
         """
         begun = time.perf_counter_ns()
         degraded = [f"beam width: {order.beam_width}, the service is busy"] if order.asked_beam_width else []
-        history = await self._history(order)
+        with tracing.span("history") as span:
+            history = await self._history(order)
+            span.set(known=len(history.known), stored=order.history is None)
         candidates = self._candidates(order, history)
         noise = _noise(order)
         policy = _policy(order, noise)
@@ -92,7 +99,7 @@ class Recommender:
         draft = self._draft_session(order, ask, noise, policy, degraded)
         searching = time.perf_counter_ns()
         try:
-            result = await self._search(policy, target, draft, candidates.pruning)
+            result = await self._search(policy, TracedTarget(target), TracedDraft(draft), candidates.pruning)
         finally:
             target.close()
         items = self._items(result, candidates)[: order.k]
@@ -167,6 +174,9 @@ class Recommender:
         self, order: Order, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
     ) -> DraftSession | NoDraft:
         if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
+            return NoDraft()
+        if not self._speculation.on:
+            degraded.append(SWITCHED_OFF)
             return NoDraft()
         question = ask.question(self.manifest.draft, noise)
         size = self._planner.size(order.beam_width, self.catalogue.trie.levels)

@@ -59,15 +59,15 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         recommendation.draft,
         recommendation.times,
     )
-    used = memo.used & memo.drafted
+    nodes = memo.counts
     return pb.Statistics(
         target_passes=memo.passes,
         accepted_levels=recommendation.accepted_levels,
         draft_passes=draft.passes,
-        nodes_drafted=len(memo.drafted),
-        nodes_used=len(used),
-        nodes_forced=sum(memo.is_forced(node) for node in memo.used),
-        nodes_recovered=len(memo.recovered),
+        nodes_drafted=nodes.drafted,
+        nodes_used=nodes.used,
+        nodes_forced=nodes.forced,
+        nodes_recovered=nodes.recovered,
         nodes_spared=memo.spared,
         prompt_tokens=recommendation.prompt_tokens,
         memory_cached_tokens=target.cost.memory_cached_tokens,

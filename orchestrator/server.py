@@ -24,17 +24,22 @@ from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.bundle import Bundle
+from engine.comparison import Verdict
 from engine.kv_store import connect
 from orchestrator.draft_client import DraftClient
 from orchestrator.history import HistoryStore, HistoryUnavailable
+from orchestrator.metrics import OrchestratorMetrics
 from orchestrator.planner import Planner
 from orchestrator.question import Deadline
 from orchestrator.recommend import Recommender
 from orchestrator.replies import PROTO_MODES, to_reply
 from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
+from orchestrator.shadow import ShadowChecks, ShadowLimits
+from orchestrator.speculation import Speculation
 from orchestrator.target_client import TargetClient
-from service_kit import wire
+from orchestrator.traced import trace_attributes
+from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
 from service_kit.affinity import Routes
 from service_kit.channels import open_channel
@@ -55,11 +60,19 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     """The public service."""
 
     def __init__(
-        self, recommender: Recommender, settings: OrchestratorSettings, target: TargetClient, draft: DraftClient | None
+        self,
+        recommender: Recommender,
+        settings: OrchestratorSettings,
+        target: TargetClient,
+        draft: DraftClient | None,
+        admission: Admission,
+        speculation: Speculation,
+        shadow: ShadowChecks,
     ) -> None:
         self._recommender, self._settings = recommender, settings
         self._target, self._draft = target, draft
-        self._admission = Admission(settings.max_running, settings.max_queued)
+        self._admission, self._speculation, self._shadow = admission, speculation, shadow
+        self.metrics = OrchestratorMetrics(admission, shadow, speculation, draft)
         self._batch_slots = asyncio.Semaphore(settings.batch_concurrency)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
@@ -141,15 +154,30 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             running_recommendations=self._admission.running,
             waiting_recommendations=self._admission.queued,
             backends=await self._backends(),
+            shadow_checks=self._shadow_checks(),
+        )
+
+    def _shadow_checks(self) -> pb.ShadowChecks:
+        outcomes = self._shadow.outcomes
+        return pb.ShadowChecks(
+            share=self._settings.shadow_share,
+            identical=outcomes[Verdict.IDENTICAL],
+            near_ties=outcomes[Verdict.NEAR_TIE],
+            different=outcomes[Verdict.DIFFERENT],
+            speculation_off=not self._speculation.on,
         )
 
     async def _recommend(
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority
     ) -> pb.RecommendResponse:
         order = to_order(request, self._settings, usual)
-        async with self._admission.place(order.priority, deadline.left()) as admitted:
-            order = order.narrowed() if admitted.waited else order
-            recommendation = await self._recommender.recommend(order, deadline)
+        with self.metrics.asked(order.mode), tracing.span("recommend", k=order.k, mode=order.mode) as span:
+            async with self._admission.place(order.priority, deadline.left()) as admitted:
+                order = order.narrowed() if admitted.waited else order
+                recommendation = await self._recommender.recommend(order, deadline)
+            span.set(**trace_attributes(recommendation))
+        self.metrics.made(recommendation)
+        self._shadow.offer(recommendation)
         return to_reply(recommendation, self._recommender.manifest, request.reply_options)
 
     async def _batched(
@@ -260,7 +288,13 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
             step = min(manifest.target.prompt.drop_block, settings.max_history_items)
             histories = HistoryStore(client, settings.max_history_items, trim_step=step, timeout_seconds=timeout)
         planner = Planner(settings.draft_nodes_per_beam, settings.draft_max_nodes)
-        recommender = Recommender(manifest, catalogue, target, draft, planner, histories)
-        servicer = RecommendationServicer(recommender, settings, target, draft)
+        tolerated = 0 if manifest.target.precision == "float16" else settings.shadow_mismatches
+        speculation = Speculation(tolerated, settings.shadow_window_seconds)
+        recommender = Recommender(manifest, catalogue, target, draft, planner, histories, speculation)
+        admission = Admission(settings.max_running, settings.max_queued)
+        limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
+        shadow = ShadowChecks(recommender.recommend, catalogue, limits, admission, speculation)
+        stack.push_async_callback(shadow.close)
+        servicer = RecommendationServicer(recommender, settings, target, draft, admission, speculation, shadow)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, servicer)]
+        yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]

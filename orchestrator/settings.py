@@ -101,3 +101,23 @@ class OrchestratorSettings(ServiceSettings):
         if self.model_ca is None:
             return None
         return ClientTls(TlsFiles(self.model_certificate, self.model_key, self.model_ca), server_name)
+
+    shadow_share: Annotated[
+        float,
+        Field(ge=0, le=1, description="Share of the strict lists that the target makes again alone, to compare them."),
+    ] = 0.001
+    shadow_concurrency: Annotated[
+        int, Field(ge=1, le=64, description="Lists compared at once; what comes on top of them is not compared.")
+    ] = 1
+    shadow_mismatches: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=10_000,
+            description="So many lists that differ within shadow_window_seconds switch the draft off until a restart; "
+            "0: never. Near-ties do not count, and float16, which rounds too coarsely for exact lists, only counts.",
+        ),
+    ] = 3
+    shadow_window_seconds: Annotated[
+        float, Field(gt=0, description="Time within which lists that differ switch the draft off.")
+    ] = 3_600.0

@@ -12,7 +12,12 @@ tokens.py          bearer tokens by their hashes; auth.py asks for them, scopes.
 rotating_channel.py  a channel that follows its certificates and its token
 channels.py        channels to other services: addresses, load balancing, health, retries
 healthcheck.py     `python -m service_kit.healthcheck`, for container health checks
+observing.py       the outermost interceptor: spans of calls, and counts of them
+metrics.py         metrics declared as data, their HTTP port
+metrics_docs.py    writes docs/metrics.md
+tracing.py         spans, off by default; otel.py makes them with OpenTelemetry
 logs.py            structlog on stderr, JSON or for people
 wire.py            protobuf messages to arrays and domain types, and back
 model.py           the two model services: a bundle's model, ready to serve
+observed_model.py  the same model, measured and traced; model_metrics.py declares what is measured
 """

@@ -84,6 +84,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:  # noqa: BLE001 - call_status logs what it does not know
                 status = call_status(error)
                 logged.code = status.code.name
+                context.set_code(status.code)  # which the interceptors around this one cannot see in an abort
                 await context.abort(status.code, status.details, ((REQUEST_ID_HEADER, request_id), *status.trailers))
 
     @contextmanager

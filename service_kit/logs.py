@@ -18,6 +18,8 @@ from typing import Any, Literal
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from service_kit import tracing
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
 
@@ -33,6 +35,7 @@ def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: b
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _named(service),
+        _traced,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -69,9 +72,9 @@ def bind_request_id(offered: str | None) -> str:
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
-    """Metadata that carries the running call's id on to the next service; empty outside a call."""
+    """Metadata that carries the running call's id and trace on to the next service; empty outside a call."""
     request_id = structlog.contextvars.get_contextvars().get("request_id")
-    return ((REQUEST_ID_HEADER, request_id),) if request_id else ()
+    return (((REQUEST_ID_HEADER, request_id),) if request_id else ()) + tracing.outgoing()
 
 
 def traceback_without_texts(exc_info: Any) -> str:
@@ -102,6 +105,10 @@ def _log_uncaught(event: str, exc_info: Any) -> None:
     if exc_info[0] is not None and issubclass(exc_info[0], KeyboardInterrupt):
         return
     _log.error(event, exc_info=exc_info)
+
+
+def _traced(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {**event, **tracing.ids()}
 
 
 def _formatter(shared: list[Processor], style: LogFormat, *, error_texts: bool) -> logging.Formatter:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from atspeed.v1 import types_pb2
+from prometheus_client import CollectorRegistry
 from pydantic import Field
 
 from engine.bundle import Bundle, Role
@@ -17,6 +18,8 @@ from engine.kv_cache import KvLayout, MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore, connect
 from engine.tree_evaluator import TreeEvaluator
 from service_kit import wire
+from service_kit.model_metrics import KvTiers, ModelMetrics
+from service_kit.observed_model import ObservedEvaluator
 from service_kit.settings import ServiceSettings
 
 
@@ -61,6 +64,7 @@ class ServedModel:
     evaluator: TreeEvaluator
     cost_curve: CostCurve
     info: types_pb2.ModelInfo
+    metrics: CollectorRegistry
 
 
 @asynccontextmanager
@@ -78,9 +82,10 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     timeout = settings.redis_timeout_seconds
     client = connect(url, timeout_seconds=timeout, tls=settings.redis_tls) if url else None
     store = RedisKvStore(client, layout, settings.kv_ttl_seconds, timeout) if client else None
-    cache = PrefixCache(layout, MemoryKvCache(settings.kv_memory_mb * 2**20), store)
-    rule = bundle.manifest.scoring_rule
-    evaluator = TreeEvaluator(decoder, entry, trie, rule, layout, cache)
+    memory, rule = MemoryKvCache(settings.kv_memory_mb * 2**20), bundle.manifest.scoring_rule
+    cache = PrefixCache(layout, memory, store)
+    metrics = ModelMetrics(KvTiers(cache, memory, store))
+    evaluator = ObservedEvaluator(decoder, entry, trie, rule, layout, cache, metrics)
     await evaluator.warm_up()
     cost_curve = await evaluator.cost_curve(settings.warm_up_seconds)
     info = types_pb2.ModelInfo(
@@ -96,8 +101,9 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
         provider=settings.provider,
         cost_curve=wire.to_cost_curve(cost_curve),
     )
+    metrics.serve(info)
     try:
-        yield ServedModel(evaluator, cost_curve, info)
+        yield ServedModel(evaluator, cost_curve, info, metrics.registry)
     finally:
         await evaluator.close()
         if client:

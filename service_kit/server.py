@@ -20,8 +20,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -30,14 +30,17 @@ import structlog
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from engine.errors import EngineError
-from service_kit import logs
+from service_kit import logs, tracing
 from service_kit.auth import AuthInterceptor
 from service_kit.channels import health_name
 from service_kit.errors import StartupError
 from service_kit.health import Health
 from service_kit.interceptor import CallInterceptor
+from service_kit.metrics import ServerMetrics, exposed
+from service_kit.observing import ObservingInterceptor
 from service_kit.settings import ServiceSettings, address, spelling
 from service_kit.tls import TlsError, server_credentials
 from service_kit.tokens import TokenError, Tokens
@@ -54,11 +57,13 @@ class Registration:
 
     version: of what it serves, where that matters to its clients. Its health then stands under `<name>/<version>` too, by which
     clients of that version balance their calls: they never meet another one's replica.
+    metrics: what it measures of itself.
     """
 
     name: str
     add: Callable[[grpc.aio.Server], None]
     version: str = ""
+    metrics: CollectorRegistry | None = None
 
     @property
     def health_names(self) -> list[str]:
@@ -72,9 +77,10 @@ class Registration:
         add: Callable[[Servicer, grpc.aio.Server], None],
         servicer: Servicer,
         version: str = "",
+        metrics: CollectorRegistry | None = None,
     ) -> Self:
         """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
-        return cls(service.full_name, lambda server: add(servicer, server), version)
+        return cls(service.full_name, lambda server: add(servicer, server), version, metrics)
 
 
 Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registration]]]
@@ -82,10 +88,11 @@ Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registra
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that takes calls."""
+    """A server that takes calls. metrics_port: where Prometheus finds it, if it may."""
 
     host: str
     port: int
+    metrics_port: int | None = None
 
     @property
     def address(self) -> str:
@@ -101,7 +108,8 @@ def run(
     logs.configure(settings.service, settings.log_level, settings.log_format, error_texts=settings.log_error_texts)
     logs.take_over_uncaught()
     try:
-        asyncio.run(serve(settings, application))
+        with tracing.started(settings.service, on=settings.tracing):
+            asyncio.run(serve(settings, application))
     except StartupError as error:
         _log.error("cannot start", reason=" ".join(str(error).split()))
         raise SystemExit(1) from None
@@ -120,15 +128,33 @@ async def serve(settings: Settings, application: Application[Settings]) -> None:
 async def running(settings: ServiceSettings, registrations: Sequence[Registration]) -> AsyncIterator[RunningServer]:
     """A server on the settings' address for as long as the block lasts; the end of the block drains it."""
     state = Health()
-    server = _build(settings, registrations, state)
+    metrics = ServerMetrics(settings.service, [part.metrics for part in registrations if part.metrics])
+    server = _build(settings, registrations, state, metrics)
     port = _listen(settings, server)
-    await server.start()
-    await state.serving([name for registration in registrations for name in registration.health_names])
-    try:
-        yield RunningServer(settings.host, port)
-    finally:
-        await state.leave()
-        await server.stop(settings.drain_seconds)
+    with _exposed(settings, metrics) as metrics_port:
+        await server.start()
+        await state.serving([name for registration in registrations for name in registration.health_names])
+        try:
+            yield RunningServer(settings.host, port, metrics_port)
+        finally:
+            await state.leave()
+            await server.stop(settings.drain_seconds)
+
+
+@contextmanager
+def _exposed(settings: ServiceSettings, metrics: ServerMetrics) -> Iterator[int | None]:
+    """The metrics on their port, if there is one."""
+    if settings.metrics_port is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            port = stack.enter_context(exposed(metrics.registry, settings.metrics_host, settings.metrics_port))
+        except OSError as error:
+            names = f"{spelling(type(settings), 'metrics_host')}, {spelling(type(settings), 'metrics_port')}"
+            where = address(settings.metrics_host, settings.metrics_port)
+            raise StartupError(f"cannot listen on {where}, see {names}") from error
+        yield port
 
 
 @asynccontextmanager
@@ -142,8 +168,14 @@ async def _opened(settings: Settings, application: Application[Settings]) -> Asy
         yield registrations
 
 
-def _build(settings: ServiceSettings, registrations: Sequence[Registration], state: Health) -> grpc.aio.Server:
-    interceptors = [CallInterceptor(settings.max_concurrent_calls), *_auth(settings)]
+def _build(
+    settings: ServiceSettings, registrations: Sequence[Registration], state: Health, metrics: ServerMetrics
+) -> grpc.aio.Server:
+    interceptors = [
+        ObservingInterceptor(metrics),
+        CallInterceptor(settings.max_concurrent_calls),
+        *_auth(settings),
+    ]
     server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     for registration in registrations:
         registration.add(server)
@@ -204,6 +236,8 @@ def _listen(settings: ServiceSettings, server: grpc.aio.Server) -> int:
 def _announce(settings: ServiceSettings, server: RunningServer) -> None:
     """The one line on stdout: whoever started this process learns the address from it."""
     line = {"service": settings.service, "address": server.address, "port": server.port, "pid": os.getpid()}
+    if server.metrics_port is not None:
+        line["metrics_port"] = server.metrics_port
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
     _log.info("listening", address=server.address, settings=settings.model_dump(mode="json"))

@@ -95,6 +95,20 @@ class ServiceSettings(BaseSettings):
             description="Log what unexpected errors say, beside where they arose. It may quote users' histories: to debug."
         ),
     ] = False
+    metrics_port: Annotated[
+        int | None,
+        Field(ge=0, le=65535, description="Port for Prometheus, HTTP; 0 lets the system choose one. Not set: none."),
+    ] = None
+    metrics_host: Annotated[str, Field(min_length=1, description="Address that Prometheus finds that port on.")] = (
+        "127.0.0.1"
+    )
+    tracing: Annotated[
+        bool,
+        Field(
+            description="Send OpenTelemetry spans over OTLP/gRPC to where the OTEL_* variables say, by default "
+            "http://localhost:4317. Needs the extra `otel`."
+        ),
+    ] = False
     drain_seconds: Annotated[
         float, Field(ge=0, le=600, description="How long calls that run at SIGTERM or SIGINT may take to end.")
     ] = 20.0

@@ -13,7 +13,9 @@ from atspeed.v1 import target_pb2, target_pb2_grpc
 from engine.tree_evaluator import OpenTree, Selection
 from service_kit import wire
 from service_kit.admission import Admission, Priority
+from service_kit.admission_metrics import admission_reads
 from service_kit.errors import FailedPreconditionError, InvalidArgumentError
+from service_kit.metrics import Readings
 from service_kit.model import ServedModel, served_model
 from service_kit.server import Registration
 from target_service.settings import TargetSettings
@@ -82,4 +84,6 @@ async def application(settings: TargetSettings) -> AsyncIterator[list[Registrati
     async with served_model(settings, "target") as model:
         admission = Admission(settings.max_running, settings.max_queued)
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
-        yield [Registration.of(SERVICE, add, TargetServicer(model, admission), model.info.model_version)]
+        model.metrics.register(Readings(admission_reads(admission)))
+        servicer = TargetServicer(model, admission)
+        yield [Registration.of(SERVICE, add, servicer, model.info.model_version, model.metrics)]

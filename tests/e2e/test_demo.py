@@ -11,8 +11,8 @@ import pytest
 from atspeed.v1 import recommendation_pb2 as pb
 
 from client import demo
-from client.comparison import Verdict
 from client.demo import BUNDLE, ROOT, Checks, choose_users, main
+from engine.comparison import Verdict
 from training.data import Dataset, leave_last_out
 
 

@@ -382,9 +382,9 @@ class RecommendResponse(_message.Message):
     mode: Global___Mode.ValueType
     """The mode that made the list."""
     degraded: _builtins.bool
-    """Whether the draft could not help, or fewer beams were searched because the request allows it. The list is still what the mode
-    promises, with the beams that `beam_width` says. A target replica that failed shows in statistics.target_retries, a Redis tier
-    that failed in the cached tokens.
+    """Whether the draft could not help or may not since shadow checks failed, or fewer beams were searched because the request
+    allows it. The list is still what the mode promises, with the beams that `beam_width` says. A target replica that failed shows in
+    statistics.target_retries, a Redis tier that failed in the cached tokens.
     """
     history_items_used: _builtins.int
     """History items that the prompt held: the newest that fit the window."""
@@ -874,6 +874,7 @@ class GetServiceInfoResponse(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _builtins.int
     RUNNING_RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
     WAITING_RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
+    SHADOW_CHECKS_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -918,6 +919,10 @@ class GetServiceInfoResponse(_message.Message):
     def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Backend]:
         """The models behind it, as they answer now."""
 
+    @_builtins.property
+    def shadow_checks(self) -> Global___ShadowChecks:
+        """What became of strict lists that the target made again alone."""
+
     def __init__(
         self,
         *,
@@ -939,14 +944,53 @@ class GetServiceInfoResponse(_message.Message):
         max_batch: _builtins.int = ...,
         running_recommendations: _builtins.int = ...,
         waiting_recommendations: _builtins.int = ...,
+        shadow_checks: Global___ShadowChecks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServiceInfoResponse: _TypeAlias = GetServiceInfoResponse  # noqa: Y015
+
+@_typing.final
+class ShadowChecks(_message.Message):
+    """Strict lists that the target made again alone, after the reply, to compare them; of this replica since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    IDENTICAL_FIELD_NUMBER: _builtins.int
+    NEAR_TIES_FIELD_NUMBER: _builtins.int
+    DIFFERENT_FIELD_NUMBER: _builtins.int
+    SPECULATION_OFF_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Share of the strict lists that is checked."""
+    identical: _builtins.int
+    """Lists that were the target's own, item for item."""
+    near_ties: _builtins.int
+    """Lists that differed only where scores are closer than rounding."""
+    different: _builtins.int
+    """Lists that differed."""
+    speculation_off: _builtins.bool
+    """Whether so many differed that the draft is no longer asked. Lists are then the target's own, and `degraded`. A restart asks it again."""
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        identical: _builtins.int = ...,
+        near_ties: _builtins.int = ...,
+        different: _builtins.int = ...,
+        speculation_off: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["different", b"different", "identical", b"identical", "near_ties", b"near_ties", "share", b"share", "speculation_off", b"speculation_off"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowChecks: _TypeAlias = ShadowChecks  # noqa: Y015
 
 @_typing.final
 class Backend(_message.Message):

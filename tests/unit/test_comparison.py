@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from client.comparison import NEAR_TIE, RankedList, Verdict, compare, largest_gap
+from engine.comparison import NEAR_TIE, RankedList, Verdict, compare, largest_gap
 
 A = RankedList(("x", "y", "z"), (-1.0, -2.0, -3.0))
 LITTLE, MUCH = NEAR_TIE / 10, NEAR_TIE * 10

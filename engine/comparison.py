@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
-
-from atspeed.v1 import recommendation_pb2 as pb
+from typing import Protocol, Self
 
 NEAR_TIE = 1e-4
 
@@ -35,6 +33,15 @@ class Verdict(StrEnum):
         return max(verdicts, key=list(cls).index, default=cls.IDENTICAL)
 
 
+class Scored(Protocol):
+    """An item of a list, in a reply or before it became one."""
+
+    @property
+    def item_id(self) -> str: ...  # noqa: D102
+    @property
+    def score(self) -> float: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class RankedList:
     """Item ids, best first, and their scores."""
@@ -43,9 +50,10 @@ class RankedList:
     scores: tuple[float, ...]
 
     @classmethod
-    def of(cls, reply: pb.RecommendResponse) -> Self:
-        """A reply's list."""
-        return cls(tuple(item.item_id for item in reply.items), tuple(item.score for item in reply.items))
+    def of(cls, items: Iterable[Scored]) -> Self:
+        """A list's items, best first."""
+        listed = list(items)
+        return cls(tuple(item.item_id for item in listed), tuple(item.score for item in listed))
 
 
 def compare(actual: RankedList, expected: RankedList) -> Verdict:

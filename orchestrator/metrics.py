@@ -1,0 +1,145 @@
+"""What the orchestrator measures: its lists, what they took, shadow checks, and the state of what it asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from prometheus_client import CollectorRegistry
+
+from orchestrator.draft_client import DraftClient
+from orchestrator.recommendation import Mode, Recommendation
+from orchestrator.shadow import ShadowChecks
+from orchestrator.speculation import SWITCHED_OFF, Speculation
+from service_kit.admission import Admission
+from service_kit.admission_metrics import admission_reads
+from service_kit.errors import ServiceError
+from service_kit.metrics import WHOLE, CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings
+
+LISTS = CounterOf(
+    "atspeed_recommendations_total",
+    "Lists that were asked for, alone or in a batch, by mode and gRPC status.",
+    ("mode", "code"),
+)
+STAGE_SECONDS = HistogramOf(
+    "atspeed_stage_seconds",
+    "Time of a list by stage: history, draft and target (the waits for these), selection, total; draft_forward and "
+    "target_forward are what the models themselves took.",
+    ("mode", "stage"),
+)
+PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("mode",), WHOLE)
+ACCEPTED = HistogramOf("atspeed_accepted_levels", "Levels of a list that needed no target pass.", ("mode",), WHOLE)
+NODES = CounterOf(
+    "atspeed_nodes_total",
+    "Nodes by what became of them: drafted (evaluated because a plan held them), used (of these, beams), recovered "
+    "(beams that no plan held), forced (beams that were their parent's only child).",
+    ("mode", "kind"),
+)
+RETRIES = CounterOf("atspeed_target_retries_total", "Streams that broke and were taken up on another replica.")
+DEGRADED = CounterOf("atspeed_degraded_total", "Lists that did without something, by what and why.", ("reason",))
+SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer items than asked for.")
+SHADOW = ReadCounter(
+    "atspeed_shadow_checks_total",
+    "Strict lists that came up for a shadow check: identical, near-tie or different; failed, where the target gave no "
+    "second list; dropped, where another check was running.",
+    ("outcome",),
+)
+SHADOW_GAP = ReadGauge("atspeed_shadow_largest_gap", "Largest difference of two scores at one place in a shadow check.")
+SPECULATION = ReadGauge("atspeed_speculation_on", "1 while the draft is asked, 0 after shadow checks switched it off.")
+RESTING = ReadGauge("atspeed_draft_resting", "1 while the draft is left alone after a failure.")
+METRICS = (
+    *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, RETRIES, DEGRADED, SHORT),
+    *(SHADOW, SHADOW_GAP, SPECULATION, RESTING),
+)
+
+_REASONS = {
+    SWITCHED_OFF: "speculation_off",
+    "draft: left alone after a recent failure": "draft_resting",
+    "draft: invalid answer": "draft_invalid",
+    "draft: UNAVAILABLE": "draft_unavailable",
+    "draft: DEADLINE_EXCEEDED": "draft_late",
+    "draft: RESOURCE_EXHAUSTED": "draft_busy",
+    "draft: FAILED_PRECONDITION": "draft_version",
+}
+_NARROWED = "beam_width"
+"""Label values of what `degraded` says; all else is `other`, so that no text can make a series."""
+
+
+class OrchestratorMetrics:
+    """The metrics of one orchestrator process."""
+
+    def __init__(
+        self, admission: Admission, shadow: ShadowChecks, speculation: Speculation, draft: DraftClient | None
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._lists = LISTS.build(self.registry)
+        self._seconds = STAGE_SECONDS.build(self.registry)
+        self._passes, self._accepted = PASSES.build(self.registry), ACCEPTED.build(self.registry)
+        self._nodes, self._retries = NODES.build(self.registry), RETRIES.build(self.registry)
+        self._degraded, self._short = DEGRADED.build(self.registry), SHORT.build(self.registry)
+        self.registry.register(Readings(admission_reads(admission)))
+        for reason in (*_REASONS.values(), _NARROWED, "other"):
+            self._degraded.labels(reason)  # a series that begins with its first 1 shows no increase
+        self.registry.register(
+            Readings(
+                {
+                    SHADOW: lambda: {(name,): shadow.outcomes[name] for name in shadow.OUTCOMES},
+                    SHADOW_GAP: lambda: shadow.largest_gap,
+                    SPECULATION: lambda: float(speculation.on),
+                    RESTING: lambda: float(draft is not None and draft.resting),
+                }
+            )
+        )
+
+    @contextmanager
+    def asked(self, mode: Mode) -> Iterator[None]:
+        """Around the making of a list: how it ended."""
+        code = "OK"
+        try:
+            yield
+        except ServiceError as error:
+            code = error.code.name
+            raise
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        except Exception:
+            code = "INTERNAL"
+            raise
+        finally:
+            self._lists.labels(mode, code).inc()
+
+    def made(self, recommendation: Recommendation) -> None:
+        """A list was made: what it took."""
+        mode, memo = recommendation.order.mode, recommendation.memo
+        self._passes.labels(mode).observe(memo.passes)
+        self._accepted.labels(mode).observe(recommendation.accepted_levels)
+        for kind, nodes in asdict(memo.counts).items():
+            self._nodes.labels(mode, kind).inc(nodes)
+        for stage, nanoseconds in _stages(recommendation).items():
+            self._seconds.labels(mode, stage).observe(nanoseconds / 1e9)
+        self._retries.inc(recommendation.target.retries)
+        self._short.inc(bool(recommendation.fewer_than_k_reason))
+        for reason in recommendation.degraded:
+            self._degraded.labels(_reason(reason)).inc()
+
+
+def _reason(text: str) -> str:
+    """The label value of what a list says that it did without."""
+    return _NARROWED if text.startswith("beam width: ") else _REASONS.get(text, "other")
+
+
+def _stages(recommendation: Recommendation) -> dict[str, int]:
+    """Nanoseconds of each stage."""
+    times, target, draft = recommendation.times, recommendation.target, recommendation.draft
+    return {
+        "history": times.history_ns,
+        "draft": draft.wait_ns,
+        "target": target.wait_ns,
+        "selection": times.selection_ns,
+        "total": times.total_ns,
+        "draft_forward": draft.cost.forward_ns,
+        "target_forward": target.cost.forward_ns,
+    }

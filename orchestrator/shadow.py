@@ -1,0 +1,138 @@
+"""Shadow checks: a share of the strict lists is made again by the target alone, after the reply, and compared with what was sent.
+
+Strict lists are exact by construction, so what this finds is a fault below it: a kernel whose scores depend on what else is in
+the pass, a damaged cache, a replica that lies. Too many of them switch speculation off; lists are then the target's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from engine.catalogue import Catalogue
+from engine.comparison import RankedList, Verdict, compare, largest_gap
+from orchestrator.question import Deadline
+from orchestrator.recommendation import Mode, Order, Recommendation
+from orchestrator.speculation import Speculation
+from service_kit import tracing
+from service_kit.admission import Admission, Priority
+from service_kit.errors import ResourceExhaustedError, ServiceError
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+Recommend = Callable[[Order, Deadline], Awaitable[Recommendation]]
+
+
+@dataclass(frozen=True)
+class ShadowLimits:
+    """share: of the strict lists that are checked. concurrency: checks at once. What comes on top of them, or while all places
+    are taken, is not checked.
+
+    seconds: how long a check may take.
+    """
+
+    share: float
+    concurrency: int = 1
+    seconds: float = 10.0
+
+
+class ShadowChecks:
+    """Checks lists behind their requests' backs. For the event loop only.
+
+    outcomes: how many lists turned out identical, near-tie or different, how many checks failed, and how many were
+    dropped because the service was busy.
+    """
+
+    OUTCOMES = (*(verdict.value for verdict in Verdict), "failed", "dropped")
+
+    def __init__(
+        self,
+        recommend: Recommend,
+        catalogue: Catalogue,
+        limits: ShadowLimits,
+        admission: Admission,
+        speculation: Speculation,
+    ) -> None:
+        self._recommend, self._catalogue, self._admission = recommend, catalogue, admission
+        self._limits, self._speculation = limits, speculation
+        self._due = 0.0
+        # The event loop itself only keeps weak references to tasks.
+        self._running: set[asyncio.Task[None]] = set()
+        self.outcomes: Counter[str] = Counter(dict.fromkeys(self.OUTCOMES, 0))
+        self.largest_gap = 0.0
+
+    def offer(self, made: Recommendation) -> None:
+        """A list that was just made; every so many of the strict ones that the draft had a part in are checked."""
+        if made.order.mode is not Mode.STRICT or not made.memo.drafted:
+            return
+        self._due += self._limits.share
+        if self._due < 1:
+            return
+        self._due -= 1
+        if len(self._running) >= self._limits.concurrency or self._admission.running >= self._admission.places:
+            self.outcomes["dropped"] += 1
+            return
+        task = asyncio.get_running_loop().create_task(self._check(made), name="shadow-check")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def settle(self) -> None:
+        """Wait for the checks that run."""
+        await asyncio.gather(*self._running)
+
+    async def close(self) -> None:
+        """Give them up."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _check(self, made: Recommendation) -> None:
+        try:
+            with tracing.span("shadow check", k=made.order.k) as span:
+                async with self._admission.place(Priority.BATCH):
+                    alone = await self._recommend(self._again(made), Deadline(self._limits.seconds))
+                outcome = self._judge(made, alone)
+                span.set(outcome=outcome)
+        except ResourceExhaustedError:
+            outcome = "dropped"
+        except ServiceError as error:
+            outcome = "failed"
+            _log.warning("shadow check failed", code=error.code.name)
+        except Exception as error:  # noqa: BLE001 - nobody waits for this task
+            outcome = "failed"
+            _log.error("shadow check failed", exc_info=error)
+        self.outcomes[outcome] += 1
+
+    def _again(self, made: Recommendation) -> Order:
+        """The same order by the target alone, on the history as it was then; it gives way to those that somebody waits for."""
+        history = [self._catalogue.id_of(int(item)) for item in made.history.known]
+        return replace(made.order, mode=Mode.TARGET_ONLY, user_id=None, history=history, priority=Priority.BATCH)
+
+    def _judge(self, made: Recommendation, alone: Recommendation) -> str:
+        sent, expected = RankedList.of(made.items), RankedList.of(alone.items)
+        self.largest_gap = max(self.largest_gap, largest_gap(sent, expected))
+        verdict = compare(sent, expected)
+        if verdict is Verdict.DIFFERENT:
+            self._speculation.mismatch()
+            _log.error(
+                "a strict list is not the target's own",
+                k=made.order.k,
+                beam_width=made.order.beam_width,
+                strict=self._shown(sent),
+                target_only=self._shown(expected),
+                target_passes=made.memo.passes,
+                target_version=made.target.model_version,
+                draft_version=made.draft.model_version,
+                catalogue_version=self._catalogue.version,
+                speculation="on" if self._speculation.on else "off",
+            )
+        return verdict.value
+
+    def _shown(self, ranked: RankedList) -> list[tuple[int, float]]:
+        """Trie leaves and their scores, which name no user and mean nothing without the catalogue."""
+        leaves = self._catalogue.leaf_of(self._catalogue.find(ranked.items)).tolist()
+        return list(zip(leaves, ranked.scores, strict=True))

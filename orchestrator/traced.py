@@ -1,0 +1,55 @@
+"""What the loop asks of draft and target, as spans: a request's trace reads like the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.beams import Beams
+from engine.plan import Plan
+from engine.scoring import Evaluation
+from engine.trie import Int64
+from orchestrator.beam_loop import Draft, Target
+from orchestrator.recommendation import Recommendation
+from service_kit import tracing
+
+
+@dataclass(frozen=True)
+class TracedDraft:
+    """A draft whose plans are spans."""
+
+    draft: Draft
+
+    async def plan(self, below: Beams) -> Plan:
+        """As the draft's."""
+        with tracing.span("plan", beams=len(below)) as span:
+            plan = await self.draft.plan(below)
+            span.set(nodes=len(plan.node))
+        return plan
+
+
+@dataclass
+class TracedTarget:
+    """A target whose passes are spans, numbered from 1."""
+
+    target: Target
+    passes: int = 0
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """As the target's."""
+        self.passes += 1
+        with tracing.span("evaluate", number=self.passes, nodes=len(nodes)):
+            return await self.target.evaluate(nodes)
+
+
+def trace_attributes(made: Recommendation) -> dict[str, tracing.Value]:
+    """What a trace says of a list: sizes and counts."""
+    cost = made.target.cost
+    return {
+        "target_passes": made.memo.passes,
+        "accepted_levels": made.accepted_levels,
+        "nodes_drafted": made.memo.counts.drafted,
+        "nodes_recovered": made.memo.counts.recovered,
+        "prompt_tokens": made.prompt_tokens,
+        "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
+        "degraded": bool(made.degraded),
+    }

@@ -1,0 +1,135 @@
+"""What the two model services measure of their model: passes, prompt tokens by where they came from, both cache tiers."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+from atspeed.v1 import types_pb2
+from prometheus_client import CollectorRegistry
+
+from engine.cost import PassCost
+from engine.kv_cache import MemoryKvCache
+from engine.kv_store import PrefixCache, RedisKvStore
+from engine.tree_evaluator import OpenTree
+from service_kit.metrics import SIZES, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
+
+PASS_SECONDS = HistogramOf(
+    "atspeed_pass_seconds",
+    "Time of a pass by stage: queue (cached KV and the wait for the model), forward, selection.",
+    ("stage",),
+)
+PASS_NODES = HistogramOf("atspeed_pass_nodes", "Trie nodes that a pass evaluated.", buckets=SIZES)
+PASS_TOKENS = HistogramOf(
+    "atspeed_pass_tokens", "Tokens that a pass read: what was new of the prompt, and nodes.", buckets=SIZES
+)
+PROMPT_TOKENS = CounterOf(
+    "atspeed_prompt_tokens_total", "Prompt tokens by where their KV came from: memory, redis, or computed.", ("source",)
+)
+TREES = ReadGauge("atspeed_open_trees", "Token trees that requests hold; in the target one for each open stream.")
+TREE_BYTES = ReadGauge("atspeed_open_tree_kv_bytes", "Bytes of KV in these trees.")
+KV_BYTES = ReadGauge("atspeed_kv_memory_bytes", "Bytes of prefix KV in memory.")
+KV_LIMIT = ReadGauge("atspeed_kv_memory_limit_bytes", "Most bytes of prefix KV in memory.")
+KV_LOOKUPS = ReadCounter(
+    "atspeed_kv_block_lookups_total", "Blocks of KV asked for, by tier and whether it had them.", ("tier", "result")
+)
+KV_EVICTIONS = ReadCounter("atspeed_kv_evictions_total", "Blocks that memory let go of for others.")
+KV_INVALID = ReadCounter("atspeed_kv_redis_invalid_total", "Blocks in Redis that were damaged or foreign.")
+KV_FAILURES = ReadCounter("atspeed_kv_redis_failures_total", "Calls of the KV tier that Redis failed.")
+KV_SKIPPED = ReadCounter("atspeed_kv_redis_skipped_total", "Calls not made because Redis had just failed.")
+KV_DROPPED = ReadCounter("atspeed_kv_writes_dropped_total", "Writes of KV to Redis given up as too many were pending.")
+KV_PENDING = ReadGauge("atspeed_kv_writes_pending", "Writes of KV to Redis that are under way.")
+MODEL = ReadGauge(
+    "atspeed_model_info",
+    "1, with what is served.",
+    ("bundle_name", "model_version", "catalogue_version", "architecture", "precision", "provider"),
+)
+METRICS = (
+    *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PROMPT_TOKENS, TREES, TREE_BYTES),
+    *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
+    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, MODEL),
+)
+
+
+@dataclass(frozen=True)
+class KvTiers:
+    """The tiers behind an evaluator's prefix cache. store: None without Redis."""
+
+    cache: PrefixCache
+    memory: MemoryKvCache
+    store: RedisKvStore | None
+
+    def reads(self) -> dict[ReadCounter | ReadGauge, Read]:
+        """Their own counters, as metrics."""
+        memory, store, cache = self.memory, self.store, self.cache
+        own: dict[ReadCounter | ReadGauge, Read] = {
+            KV_BYTES: lambda: memory.used_bytes,
+            KV_LIMIT: lambda: memory.limit_bytes,
+            KV_LOOKUPS: self._lookups,
+            KV_EVICTIONS: lambda: memory.statistics.evictions,
+            KV_DROPPED: lambda: cache.dropped_writes,
+            KV_PENDING: lambda: cache.pending_writes,
+        }
+        return own | {
+            KV_INVALID: lambda: store.statistics.invalid if store else 0,
+            KV_FAILURES: lambda: store.statistics.failures if store else 0,
+            KV_SKIPPED: lambda: store.statistics.skipped if store else 0,
+        }
+
+    def _lookups(self) -> dict[tuple[str, ...], float]:
+        memory, store = self.memory.statistics, self.store.statistics if self.store else None
+        return {
+            ("memory", "hit"): memory.hits,
+            ("memory", "miss"): memory.misses,
+            ("redis", "hit"): store.hits if store else 0,
+            ("redis", "miss"): store.misses if store else 0,
+        }
+
+
+class ModelMetrics:
+    """The metrics of one model process."""
+
+    def __init__(self, tiers: KvTiers) -> None:
+        self.registry = CollectorRegistry()
+        self._seconds = PASS_SECONDS.build(self.registry)
+        self._nodes = PASS_NODES.build(self.registry)
+        self._tokens = PASS_TOKENS.build(self.registry)
+        self._prompt = PROMPT_TOKENS.build(self.registry)
+        self._trees: weakref.WeakValueDictionary[int, OpenTree] = weakref.WeakValueDictionary()
+        reads: dict[ReadCounter | ReadGauge, Read] = {
+            TREES: lambda: len(self._held()),
+            TREE_BYTES: lambda: sum(tree.tokens.kv.nbytes for tree in self._held()),
+        }
+        self.registry.register(Readings(reads | tiers.reads()))
+
+    def serve(self, info: types_pb2.ModelInfo) -> None:
+        """What is served is known now."""
+        served = tuple(str(getattr(info, label)) for label in MODEL.labels)
+        self.registry.register(Readings({MODEL: lambda: {served: 1}}))
+
+    def opened(self, tree: OpenTree) -> None:
+        """A request has opened a tree; it counts for as long as somebody holds it."""
+        self._trees[id(tree)] = tree
+        cost, prompt = tree.cost_of_opening, len(tree.tokens.prompt)
+        cached = {"memory": cost.memory_cached_tokens, "redis": cost.redis_cached_tokens}
+        for source, tokens in {**cached, "computed": prompt - sum(cached.values())}.items():
+            self._prompt.labels(source).inc(tokens)
+
+    def knows(self, tree: OpenTree) -> bool:
+        """Whether a request opened it; the warm-up's trees are nobody's."""
+        return id(tree) in self._trees
+
+    def passed(self, nodes: int, cost: PassCost) -> None:
+        """A pass has ended."""
+        self._nodes.observe(nodes)
+        self._tokens.observe(cost.new_tokens)
+        for stage, nanoseconds in (
+            ("queue", cost.queue_ns),
+            ("forward", cost.forward_ns),
+            ("selection", cost.selection_ns),
+        ):
+            self._seconds.labels(stage).observe(nanoseconds / 1e9)
+
+    def _held(self) -> list[OpenTree]:
+        references = self._trees.valuerefs()  # one step, while the event loop may open and close trees
+        return [tree for reference in references if (tree := reference()) is not None]

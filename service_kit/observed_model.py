@@ -1,0 +1,50 @@
+"""An evaluator whose cache lookups and passes are measured and traced."""
+
+from __future__ import annotations
+
+from engine.bundle import ModelEntry
+from engine.cost import PassCost
+from engine.decoder import Decoder
+from engine.kv_cache import KvLayout
+from engine.kv_store import PrefixCache
+from engine.scoring import Evaluation, ScoringRule
+from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.trie import Int64, Trie
+from service_kit import tracing
+from service_kit.model_metrics import ModelMetrics
+
+
+class ObservedEvaluator(TreeEvaluator):
+    """A TreeEvaluator that says what it does."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        entry: ModelEntry,
+        trie: Trie,
+        rule: ScoringRule,
+        layout: KvLayout,
+        cache: PrefixCache,
+        metrics: ModelMetrics,
+    ) -> None:
+        super().__init__(decoder, entry, trie, rule, layout, cache)
+        self._metrics = metrics
+
+    async def open(self, prompt: Int64, *, tenant: str = "") -> OpenTree:
+        """As TreeEvaluator's."""
+        with tracing.span("cache lookup", prompt_tokens=len(prompt)) as span:
+            tree = await super().open(prompt, tenant=tenant)
+            cost = tree.cost_of_opening
+            span.set(memory_tokens=cost.memory_cached_tokens, redis_tokens=cost.redis_cached_tokens)
+        self._metrics.opened(tree)
+        return tree
+
+    async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
+        """As TreeEvaluator's."""
+        if not self._metrics.knows(tree):
+            return await super().evaluate(tree, nodes, selection)
+        with tracing.span("pass", nodes=len(nodes)) as span:
+            evaluation, cost = await super().evaluate(tree, nodes, selection)
+            span.set(tokens=cost.new_tokens, queue_ms=cost.queue_ns / 1e6, forward_ms=cost.forward_ns / 1e6)
+        self._metrics.passed(len(nodes), cost)
+        return evaluation, cost

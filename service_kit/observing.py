@@ -1,0 +1,81 @@
+"""The outermost interceptor: of every call but those of health and reflection a span, and what Prometheus counts of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from service_kit import tracing
+from service_kit.metrics import ServerMetrics
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_INFRASTRUCTURE = "/grpc."
+_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+class ObservingInterceptor(grpc.aio.ServerInterceptor):
+    """Goes around handlers that are coroutines, also where they serve streams, as `CallInterceptor` makes them."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The method's handler, observed; there is none for a method that nobody has."""
+        method = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if handler is None or method.startswith(_INFRASTRUCTURE):
+            return handler
+        if method not in self._wrapped:
+            self._wrapped[method] = self._wrap(method, handler)
+        return self._wrapped[method]
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        kind = next(kind for kind in _KINDS if getattr(handler, kind))
+        behaviour = getattr(handler, kind)
+
+        async def observed(request: Any, context: Context) -> Any:
+            with self._around(method, context):
+                return await behaviour(request, context)
+
+        build: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
+        return build(
+            observed,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    @contextmanager
+    def _around(self, method: str, context: Context) -> Iterator[None]:
+        name, begun, code = method.rpartition("/")[2], time.perf_counter(), "OK"
+        self._metrics.in_flight.labels(name).inc()
+        try:
+            with tracing.call(method, tuple(context.invocation_metadata() or ())):
+                yield
+        except BaseException as error:
+            code = _status(error, context)
+            raise
+        finally:
+            self._metrics.in_flight.labels(name).dec()
+            self._metrics.calls.labels(name, code).inc()
+            self._metrics.seconds.labels(name).observe(time.perf_counter() - begun)
+
+
+def _status(error: BaseException, context: Context) -> str:
+    """The status of a call that ended with an exception; by then an abort has left its code in the context."""
+    if isinstance(error, asyncio.CancelledError):
+        left: float | None = context.time_remaining()
+        return "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
+    code: Any = context.code()  # the stubs say int
+    return code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"

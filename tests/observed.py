@@ -1,0 +1,121 @@
+"""What tests see of services from outside: their metrics, and an OTLP collector that keeps the spans they send."""
+
+from __future__ import annotations
+
+import threading
+import urllib.request
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from client.local_stack import ServiceProcess
+from tests.serving import LIVENESS_SECONDS
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """One look at a service's metrics. kinds: family -> type, by the names that Prometheus knows series by."""
+
+    text: str
+    kinds: Mapping[str, str]
+    samples: Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+
+    def value(self, name: str, **labels: str) -> float:
+        """One series; 0 where it is not there yet."""
+        return self.samples.get((name, frozenset(labels.items())), 0.0)
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of all series that have these labels among theirs."""
+        wanted = labels.items()
+        return sum(
+            value for (found, has), value in self.samples.items() if found == name and wanted <= dict(has).items()
+        )
+
+
+def scrape(service: ServiceProcess) -> Scrape:
+    """What a service exposes now."""
+    url = f"http://127.0.0.1:{service.metrics_port}/metrics"
+    with urllib.request.urlopen(url, timeout=LIVENESS_SECONDS) as reply:
+        text = reply.read().decode()
+    families = list(text_string_to_metric_families(text))
+    samples = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    return Scrape(text, {exposed_name(family.name, family.type): family.type for family in families}, samples)
+
+
+def exposed_name(name: str, kind: str) -> str:
+    """The name of a family as it stands in the exposition: the parser takes `_total` off."""
+    return f"{name}_total" if kind == "counter" and not name.endswith("_total") else name
+
+
+@dataclass(frozen=True)
+class ReceivedSpan:
+    """A span as the collector got it."""
+
+    service: str
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    attributes: Mapping[str, Any]
+
+
+class Collector(otlp_grpc.TraceServiceServicer):
+    """An OTLP/gRPC collector in this process. raw: every byte that it got."""
+
+    def __init__(self) -> None:
+        self.spans: list[ReceivedSpan] = []
+        self.raw = b""
+        self._lock = threading.Lock()
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        otlp_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+
+    def Export(  # noqa: N802 - gRPC's name
+        self, request: otlp.ExportTraceServiceRequest, context: grpc.ServicerContext
+    ) -> otlp.ExportTraceServiceResponse:
+        """Keep a batch."""
+        with self._lock:
+            self.raw += request.SerializeToString()
+            self.spans.extend(_spans(request))
+        return otlp.ExportTraceServiceResponse()
+
+    def of(self, trace_id: str) -> list[ReceivedSpan]:
+        """What has come of a trace."""
+        with self._lock:
+            return [span for span in self.spans if span.trace_id == trace_id]
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+
+def _spans(request: otlp.ExportTraceServiceRequest) -> Iterator[ReceivedSpan]:
+    for resource in request.resource_spans:
+        service = _plain(resource.resource.attributes)["service.name"]
+        for scope in resource.scope_spans:
+            for span in scope.spans:
+                yield ReceivedSpan(
+                    service=service,
+                    name=span.name,
+                    trace_id=span.trace_id.hex(),
+                    span_id=span.span_id.hex(),
+                    parent_id=span.parent_span_id.hex(),
+                    attributes=_plain(span.attributes),
+                )
+
+
+def _plain(attributes: Any) -> dict[str, Any]:
+    return {entry.key: getattr(entry.value, entry.value.WhichOneof("value")) for entry in attributes}

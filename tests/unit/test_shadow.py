@@ -1,0 +1,260 @@
+"""Shadow checks over a table in place of the target: what is right is never suspected, what is wrong is found and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import structlog
+
+from engine.beams import Beams
+from engine.bundle import Manifest, ModelEntry
+from engine.plan import Plan, PlanSize, Proposal
+from engine.prompt import PromptTemplate
+from engine.scoring import Evaluation, ScoringRule
+from engine.trie import Int64
+from orchestrator.planner import Planner
+from orchestrator.question import Deadline, ModelQuestion, Usage
+from orchestrator.recommend import Recommender
+from orchestrator.recommendation import Mode, Order, Recommendation
+from orchestrator.shadow import ShadowChecks, ShadowLimits
+from orchestrator.speculation import SWITCHED_OFF, Speculation
+from service_kit.admission import Admission, Priority
+from service_kit.errors import UnavailableError
+from tests.oracles.naive_trie import NaiveTrie
+from tests.oracles.worlds import ScriptedDraft, World, at_random
+
+USER, SECONDS = "a user", 60.0
+
+
+@dataclass
+class Table:
+    """Stands for the target's client. With a fault, a pass over several levels is answered from another table."""
+
+    world: World
+    other: World
+    fault: bool = False
+    down: bool = False
+    gate: asyncio.Event | None = None
+    usage: Usage = field(default_factory=Usage)
+
+    def session(self, question: ModelQuestion, *, max_children: int) -> Table:
+        self.question, self.limit = question, max_children or 1_000_000
+        return self
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        if self.gate:
+            await self.gate.wait()
+        if self.down:
+            raise UnavailableError("no target replica could answer")
+        depths = self.world.trie.depth(nodes)
+        in_company = depths[0] != depths[-1]
+        world = self.other if self.fault and in_company else self.world
+        return world.evaluate(nodes, self.question.pruning, self.limit)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Half:
+    """Stands for the draft's client: plans half of what there is."""
+
+    draft: ScriptedDraft
+    usage: Usage = field(default_factory=Usage)
+
+    def session(self, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]) -> Half:
+        return self
+
+    async def plan(self, below: Beams) -> Plan:
+        return await self.draft.plan(below)
+
+
+def world(seed: int) -> World:
+    rng = np.random.default_rng(0)
+    paths = {f"item-{n}": tuple(rng.integers(0, 6, 3).tolist()) for n in range(120)}
+    return World.random(NaiveTrie(paths, [6, 6, 6]), ScoringRule.VOCAB, seed)
+
+
+def manifest(of: World) -> Manifest:
+    columns = of.trie.columns
+    entry = ModelEntry(
+        path="target/model.onnx",
+        architecture="table",
+        precision="float32",
+        parameters=1,
+        vocab_size=columns + 3,
+        layers=1,
+        kv_heads=1,
+        head_dim=1,
+        max_positions=100,
+        code_tokens=tuple(range(3, columns + 3)),
+        prompt=PromptTemplate(prefix=(1,), suffix=(2,), max_items=8),
+        fingerprint="table",
+    )
+    return Manifest(
+        name="table",
+        scoring_rule=of.rule,
+        catalogue_version=of.catalogue.version,
+        target=entry,
+        draft=entry,
+        files={},
+    )
+
+
+class Service:
+    """A recommender over the table, with its shadow checks."""
+
+    def __init__(self, *, share: float = 1.0, concurrency: int = 1_000, speculation: Speculation | None = None) -> None:
+        self.world = world(1)
+        self.target = Table(self.world, world(2))
+        self.speculation = speculation or Speculation()
+        half = Half(ScriptedDraft(self.world.trie, at_random(3, 0.5)))
+        self.recommender = Recommender(
+            manifest(self.world),
+            self.world.catalogue,
+            cast("Any", self.target),
+            cast("Any", half),
+            Planner(2.0, 240),
+            None,
+            self.speculation,
+        )
+        limits = ShadowLimits(share, concurrency, SECONDS)
+        self.admission = Admission(8, 0)
+        self.shadow = ShadowChecks(
+            self.recommender.recommend, self.world.catalogue, limits, self.admission, self.speculation
+        )
+
+    async def ask(self, seed: int, mode: Mode = Mode.STRICT, **fields: Any) -> Recommendation:
+        """A random request, offered to the checks."""
+        rng = np.random.default_rng(seed)
+        chosen = rng.choice(sorted(self.world.naive.items), 12, replace=False).tolist()
+        order = Order(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
+        made = await self.recommender.recommend(order, Deadline(SECONDS))
+        self.shadow.offer(made)
+        return made
+
+    async def ask_all(self, seeds: Sequence[int]) -> None:
+        """Requests one after the other, each with its check."""
+        for seed in seeds:
+            await self.ask(seed)
+            await self.shadow.settle()
+
+
+async def test_what_is_right_is_never_suspected() -> None:
+    service = Service()
+    await service.ask_all(range(300))
+    assert service.shadow.outcomes == {"identical": 300, "near-tie": 0, "different": 0, "failed": 0, "dropped": 0}
+    assert service.speculation.on
+    assert service.shadow.largest_gap == 0
+
+
+async def test_a_target_that_answers_differently_in_company_is_found_and_the_draft_switched_off() -> None:
+    service = Service()
+    service.target.fault = True
+    with structlog.testing.capture_logs() as logs:
+        await service.ask_all(range(30))
+    assert service.shadow.outcomes["different"] == 3
+    assert not service.speculation.on
+    alone = await service.ask(1, mode=Mode.TARGET_ONLY)
+    strict = await service.ask(1)
+    assert strict.items == alone.items
+    assert list(strict.degraded) == [SWITCHED_OFF]
+    assert list(alone.degraded) == []
+    assert not strict.memo.drafted
+    (first, *_) = mismatches = [line for line in logs if line["event"] == "a strict list is not the target's own"]
+    assert [line["speculation"] for line in mismatches] == ["on", "on", "off"]
+    leaves = {leaf for leaf, _ in first["strict"]}
+    assert leaves <= set(range(int(service.world.trie.level_start[-2]), service.world.trie.nodes))
+    assert first["strict"] != first["target_only"]
+    assert "item-" not in str(logs)
+
+
+async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> None:
+    service = Service(share=0.25)
+    await service.ask_all(range(40))
+    assert service.shadow.outcomes["identical"] == 10
+    for mode in (Mode.TARGET_ONLY, Mode.TOLERANCE, Mode.EXACT_SAMPLING, Mode.RELAXED_SAMPLING):
+        for seed in range(8):
+            await service.ask(seed, mode)
+    await service.shadow.settle()
+    assert service.shadow.outcomes.total() == 10
+
+
+async def test_nothing_is_checked_at_a_share_of_nothing() -> None:
+    service = Service(share=0)
+    await service.ask_all(range(20))
+    assert service.shadow.outcomes.total() == 0
+
+
+async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
+    service = Service(concurrency=2)
+    made = [await service.recommender.recommend(_order(service), Deadline(SECONDS)) for _ in range(5)]
+    service.target.gate = asyncio.Event()
+    for one in made:
+        service.shadow.offer(one)
+    assert service.shadow.outcomes["dropped"] == 3
+    service.target.gate.set()
+    await service.shadow.settle()
+    assert service.shadow.outcomes["identical"] == 2
+
+
+async def test_nothing_is_checked_while_all_places_are_taken() -> None:
+    service = Service()
+    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    async with AsyncExitStack() as places:
+        for _ in range(service.admission.places):
+            await places.enter_async_context(service.admission.place(Priority.INTERACTIVE))
+        service.shadow.offer(made)
+        await service.shadow.settle()
+    assert service.shadow.outcomes["dropped"] == service.shadow.outcomes.total() == 1
+    assert service.admission.running == 0
+
+
+async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
+    service = Service(speculation=Speculation(mismatches=1))
+    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    service.target.down = True
+    service.shadow.offer(made)
+    await service.shadow.settle()
+    assert service.shadow.outcomes["failed"] == 1
+    assert service.speculation.on
+
+
+async def test_closing_gives_up_what_runs() -> None:
+    service = Service()
+    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    service.target.gate = asyncio.Event()
+    service.shadow.offer(made)
+    await service.shadow.close()
+    await service.shadow.settle()
+    assert service.shadow.outcomes.total() == 0
+
+
+def _order(service: Service) -> Order:
+    return Order(k=5, beam_width=5, history=sorted(service.world.naive.items)[:6])
+
+
+@pytest.mark.parametrize(
+    ("times", "mismatches", "on"),
+    [
+        ([0, 1], 3, True),
+        ([0, 1, 2], 3, False),
+        ([0, 6, 12], 3, True),
+        ([0, 6, 12, 14, 15], 3, False),
+        ([0, 0, 0, 0], 0, True),
+        ([0], 1, False),
+    ],
+)
+def test_the_switch(times: list[float], mismatches: int, on: bool) -> None:
+    """So many within ten seconds."""
+    clock = iter(times)
+    speculation = Speculation(mismatches, 10, clock=lambda: next(clock))
+    for _ in times:
+        speculation.mismatch()
+    assert speculation.on is on
