@@ -25,7 +25,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
-        self._wrapped: dict[str, Handler] = {}
+        self._wrapped: dict[tuple[str, Handler], Handler] = {}  # one that refuses is another handler
 
     async def intercept_service(
         self,
@@ -37,9 +37,10 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith(_INFRASTRUCTURE):
             return handler
-        if method not in self._wrapped:
-            self._wrapped[method] = self._wrap(method, handler)
-        return self._wrapped[method]
+        key = (method, handler)
+        if key not in self._wrapped:
+            self._wrapped[key] = self._wrap(*key)
+        return self._wrapped[key]
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         kind = next(kind for kind in _KINDS if getattr(handler, kind))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -332,6 +333,33 @@ async def test_a_call_that_outlasts_the_drain_is_cancelled(echo: Echo, tmp_path:
         await asyncio.wait_for(leave(manager), 5)
         assert (await waiting).code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
     assert echo.closed == 1
+
+
+# Tokens
+
+
+async def test_whoever_called_before_says_nothing_of_who_may_call_now(echo: Echo, tmp_path: Path) -> None:
+    """An interceptor that kept one handler for a method once let callers without a token in after one with a token."""
+    token, service = "t" * 43, "atspeed.v1.RecommendationService"
+    file = tmp_path / "tokens.toml"
+    file.write_text(f'[shop]\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\nscopes = ["read"]\n')
+    handler = grpc.unary_unary_rpc_method_handler(
+        echo.unary_unary,
+        request_deserializer=StringValue.FromString,
+        response_serializer=StringValue.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(service, {"Recommend": handler})
+    registration = Registration(service, lambda server: server.add_generic_rpc_handlers((generic,)))
+    async with (
+        running(settings(tmp_path, tokens_file=file), [registration]) as up,
+        grpc.aio.insecure_channel(up.address) as channel,
+    ):
+        method: Any = channel.unary_unary(f"/{service}/Recommend")
+        for _ in range(2):
+            await method(b"", metadata=(("authorization", f"Bearer {token}"),))
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await method(b"")
+            assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 # Channels

@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from service_kit.admission_metrics import QUEUED
 from service_kit.settings import ServiceSettings
 from service_kit.settings_docs import SERVICES
 
@@ -188,7 +189,7 @@ def test_each_service_scales_is_spread_and_is_never_drained_whole(manifests: lis
         assert scaler["scaleTargetRef"]["name"] == name
         assert scaler["minReplicas"] >= 2
         for metric in scaler["metrics"]:
-            assert metric["pods"]["metric"]["name"].startswith("atspeed_")
+            assert metric["pods"]["metric"]["name"] == QUEUED.name
         budget = of_kind(manifests, "PodDisruptionBudget")[name]["spec"]
         assert budget["maxUnavailable"] == 1
         spread = pods(manifests)[name]["topologySpreadConstraints"]
