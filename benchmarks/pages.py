@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _NOT_IN_FILE = {"Date": None, "Creator": None}
@@ -23,15 +24,14 @@ def table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]
 
 
 def origin(header: Mapping[str, Any], settings: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """The command, the bundle, the machine and the versions of a result file's header. settings: more lines of the table."""
-    bundle, machine = header["bundle"], header["machine"]
+    """The command, bundle (if any), machine and versions of a result file's header. settings: more lines of the table."""
+    machine = header["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     yield from ("```sh", shlex.join(header["command"]), "```", "")
     yield from table(
         ("", ""),
         [
-            ("bundle", f"{bundle['name']}, version {bundle['version']}, scoring rule {bundle['scoring_rule']}"),
-            *((role, model(bundle, role)) for role in bundle["parameters"]),
+            *(_bundle(header["bundle"]) if header["bundle"] else ()),
             *settings,
             ("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"),
             ("revision", header["revision"] or "unknown"),
@@ -39,6 +39,11 @@ def origin(header: Mapping[str, Any], settings: Iterable[tuple[str, str]]) -> It
             ("measured", header["created_at"]),
         ],
     )
+
+
+def _bundle(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "bundle", f"{bundle['name']}, version {bundle['version']}, scoring rule {bundle['scoring_rule']}"
+    yield from ((role, model(bundle, role)) for role in bundle["parameters"])
 
 
 def model(bundle: Mapping[str, Any], role: str) -> str:
@@ -56,3 +61,15 @@ def plotting() -> AbstractContextManager[None]:
 def save(figure: Figure, path: Path) -> None:
     """Write a plot as SVG, without what changes from run to run."""
     figure.savefig(path, format="svg", metadata=_NOT_IN_FILE)
+
+
+def draw(path: Path, panels: Sequence[Callable[[Axes], None]]) -> None:
+    """A plot of panels side by side, each drawn by its own function; one legend below, of what the first panel labels."""
+    with plotting():
+        figure = Figure(figsize=(3.4 * len(panels) + 0.8, 3.0), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for drawn, axis in zip(panels, axes, strict=True):
+            drawn(axis)
+            axis.grid(visible=True, alpha=0.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        save(figure, path)

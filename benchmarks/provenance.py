@@ -18,28 +18,34 @@ from engine.bundle import Bundle
 _PACKAGES = ("atspeed-serving", "onnxruntime", "onnxruntime-gpu", "grpcio", "numpy", "redis", "torch", "transformers")
 
 
-def provenance(bundle: Bundle, *, seed: int | None = None, command: Sequence[str] | None = None) -> dict[str, Any]:
+def provenance(
+    bundle: Bundle | None, *, seed: int | None = None, command: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Command, seed, revision, bundle, versions and machine, as JSON values. command: this process's by default."""
-    manifest = bundle.manifest
     arguments = list(sys.argv if command is None else command)
     return {
         "created_at": datetime.now(tz=UTC).isoformat(timespec="seconds"),
         "command": [Path(arguments[0]).name, *arguments[1:]],
         "seed": seed,
         "revision": _revision(),
-        "bundle": {
-            "name": manifest.name,
-            "version": manifest.version,
-            "scoring_rule": str(manifest.scoring_rule),
-            "catalogue": manifest.catalogue_version,
-            "parameters": {role: model.parameters for role, model in manifest.models.items()},
-            "precision": {role: model.precision for role, model in manifest.models.items()},
-            "inflated_from": {
-                role: model.inflated_from for role, model in manifest.models.items() if model.inflated_from is not None
-            },
-        },
+        "bundle": _bundle(bundle) if bundle else None,
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": _machine(),
+    }
+
+
+def _bundle(bundle: Bundle) -> Mapping[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "scoring_rule": str(manifest.scoring_rule),
+        "catalogue": manifest.catalogue_version,
+        "parameters": {role: model.parameters for role, model in manifest.models.items()},
+        "precision": {role: model.precision for role, model in manifest.models.items()},
+        "inflated_from": {
+            role: model.inflated_from for role, model in manifest.models.items() if model.inflated_from is not None
+        },
     }
 
 

@@ -2,7 +2,8 @@
 
 parity         our lists beside Hugging Face generate (extra `train`)    acceptance     target passes of drafts, modes, budgets
 lossless       strict beside target-only, with exclusions                recommenders   Recall and NDCG beside other methods
-                                                                         report         a page about one of these two
+load           latency and goodput at rising rates               scaling        what grows with catalogue, K, prompt
+report         a page about one of the last four, from its JSON
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ Histories = Annotated[
 Users = Annotated[int, typer.Option(min=1, help="How many users.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
+_PAGES = {
+    "recommenders": "benchmarks.recommender_table",
+    "load": "benchmarks.load_report",
+    "scaling": "benchmarks.scaling_report",
+}
+"""The module that writes a result's page, by the `benchmark` of its header."""
+
 bench_commands = typer.Typer(no_args_is_help=True, help="Measure and check.")
 
 
@@ -52,7 +60,7 @@ def bench_parity(
     chosen = _histories(opened, histories, users, seed)
     rows = asyncio.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
     _show(parity, rows, _answer(rows))
-    _save(json_file, opened, seed, parity.to_json(rows))
+    save(json_file, opened, seed, parity.to_json(rows))
     if different := sum(row.different for row in rows):
         raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties")
 
@@ -87,7 +95,7 @@ def bench_lossless(
     question = lossless.Question(k=k, excluded=excluded, seed=seed)
     rows = asyncio.run(lossless.run(bundle, chosen, question, _rules(opened, rule)))
     _show(lossless, rows, _answer(rows))
-    _save(json_file, opened, seed, lossless.to_json(rows))
+    save(json_file, opened, seed, lossless.to_json(rows))
     if failures := sum(row.different + row.invalid_paths for row in rows):
         raise CommandError(f"{failures} lists differ beyond near-ties or paths are invalid")
 
@@ -160,7 +168,7 @@ def bench_acceptance(
     seconds = time.monotonic() - begun
     exact = [row for row in rows if row.promises_identity]
     _show(acceptance, rows, f"{_answer(exact)}, in the modes that promise it")
-    result = _save(
+    result = save(
         json_file,
         opened,
         seed,
@@ -168,7 +176,7 @@ def bench_acceptance(
         acceptance.header(drafts, question, data=dataset.name, users=len(cases), seconds=seconds),
     )
     if page and report:
-        _written(page.write(result, report))
+        written(page.write(result, report))
     if different := sum(row.different for row in exact):
         raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
 
@@ -214,24 +222,22 @@ def bench_recommenders(
     rows = recommenders.run(asked, methods, seed=seed)
     out.print(recommender_table.table(rows))
     about = recommenders.header(opened, methods, users=len(asked))
-    result = _save(json_file, opened.bundle, seed, recommender_table.to_json(rows), about)
+    result = save(json_file, opened.bundle, seed, recommender_table.to_json(rows), about)
     if report:
-        _written(recommender_table.write(result, report))
+        written(recommender_table.write(result, report))
 
 
 @bench_commands.command("report")
 def bench_report(
-    result: Annotated[Path, typer.Argument(help="What `bench acceptance` or `bench recommenders` wrote as --json.")],
+    result: Annotated[Path, typer.Argument(help="What a benchmark wrote as --json.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
 ) -> None:
     """A page about a measurement, from its JSON alone."""
-    from benchmarks import recommender_table
     from benchmarks.results import Result
 
     read = Result.read(result)
-    of_recommenders = read.header.get("benchmark") == recommender_table.NAME
-    page = recommender_table if of_recommenders else optional("benchmarks.acceptance_report")
-    _written(page.write(read, folder))
+    page = _PAGES.get(read.header.get("benchmark", ""), "benchmarks.acceptance_report")
+    written(optional(page).write(read, folder))
 
 
 def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
@@ -262,9 +268,9 @@ def _answer(rows: Any) -> str:
     return f"{worst.answer} ({', '.join(f'{count} {verdict}' for verdict, count in counts.items())})"
 
 
-def _save(
+def save(
     path: Path | None,
-    bundle: Bundle,
+    bundle: Bundle | None,
     seed: int,
     rows: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any] | None = None,
@@ -276,9 +282,10 @@ def _save(
     result = Result(provenance(bundle, seed=seed) | dict(about or {}), rows)
     if path is not None:
         result.write(path)
-        _written(path)
+        written(path)
     return result
 
 
-def _written(path: Path) -> None:
+def written(path: Path) -> None:
+    """Say where something was written to."""
     err.print(f"written to {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""The bare model runner: the target's own searches in this process, without gRPC, orchestrator or Redis.
+
+What a closed loop of these can do on the same cores is the upper bound of what the services can do without speculation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.warm_models import prompt_tokens
+from engine.bundle import Bundle
+from engine.catalogue import Catalogue
+from engine.cost import PassCost
+from engine.scoring import Evaluation
+from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.trie import Int64, Pruning
+from orchestrator.beam_loop import beam_search
+from orchestrator.policy import Strict
+from orchestrator.recommend import NoDraft
+from service_kit.model import served_model
+from target_service.settings import TargetSettings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a search starts from. tokens: int64 [prompt]. tenant: keeps the caches of equal prompts apart."""
+
+    tokens: Int64
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A closed loop of `concurrency` searches at once."""
+
+    concurrency: int
+    searches: int
+    searches_per_second: float
+
+
+@dataclass
+class LocalTarget:
+    """The target of one search, see `beam_loop.Target`. cost: of its passes so far."""
+
+    evaluator: TreeEvaluator
+    prompt: Prompt
+    limit: int
+    passes: int = 0
+    cost: PassCost = field(default_factory=PassCost)
+    _tree: OpenTree | None = None
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """One pass."""
+        if self._tree is None:
+            self._tree = await self.evaluator.open(self.prompt.tokens, tenant=self.prompt.tenant)
+        evaluation, cost = await self.evaluator.evaluate(self._tree, nodes, Selection(Pruning.none(), self.limit))
+        self.passes, self.cost = self.passes + 1, self.cost + cost
+        return evaluation
+
+
+class BareRunner:
+    """Target-only searches over one or more copies of a bundle's target, in turn."""
+
+    def __init__(self, bundle: Bundle, catalogue: Catalogue, evaluators: Sequence[TreeEvaluator]) -> None:
+        self.catalogue, self._evaluators = catalogue, evaluators
+        self._entry, self._rule = bundle.model("target"), bundle.manifest.scoring_rule
+        self._searches = 0
+
+    @property
+    def longest_history(self) -> int:
+        """Most items of a prompt."""
+        return self._entry.prompt.max_items
+
+    def prompt(self, history: Iterable[str], tenant: str = "") -> Prompt:
+        """The target's prompt for a history."""
+        return Prompt(prompt_tokens(self.catalogue, self._entry, self.catalogue.find(history).tolist()), tenant)
+
+    async def search(self, prompt: Prompt, k: int) -> LocalTarget:
+        """One search with K beams; what it took."""
+        evaluator = self._evaluators[self._searches % len(self._evaluators)]
+        self._searches += 1
+        target = LocalTarget(evaluator, prompt, limit=k)
+        await beam_search(self.catalogue.trie, self._rule, Strict(k), target, NoDraft())
+        return target
+
+    async def closed_loop(self, prompts: Sequence[Prompt], k: int, concurrency: int) -> Throughput:
+        """All prompts, `concurrency` at once: whoever is done takes the next."""
+        waiting = iter(prompts)
+
+        async def take_turns() -> None:
+            for prompt in waiting:
+                await self.search(prompt, k)
+
+        begun = time.perf_counter()
+        await asyncio.gather(*(take_turns() for _ in range(concurrency)))
+        return Throughput(concurrency, len(prompts), len(prompts) / (time.perf_counter() - begun))
+
+
+@asynccontextmanager
+async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIterator[BareRunner]:
+    """A runner with `replicas` copies of the bundle's target, each with so many threads."""
+    bundle = Bundle(root)
+    settings = TargetSettings(bundle=root, threads=threads, verify_bundle=False, warm_up_seconds=0)
+    async with AsyncExitStack() as stack:
+        models = [await stack.enter_async_context(served_model(settings, "target")) for _ in range(replicas)]
+        yield BareRunner(bundle, bundle.catalogue(), [model.evaluator for model in models])
+
+
+def median_ms(nanoseconds: Iterable[float]) -> float:
+    """Median, in milliseconds to the microsecond; 0 of nothing."""
+    values = list(nanoseconds)
+    return round(float(np.median(values)) / 1e6, 3) if values else 0.0

@@ -1,0 +1,81 @@
+"""A page about `bench scaling`: scaling.md and its plot, written from the result file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from benchmarks.pages import draw, origin, table
+from benchmarks.results import Result
+from benchmarks.scaling import (
+    CATALOGUE_COLUMNS,
+    SEARCH_COLUMNS,
+    CatalogueRow,
+    SearchRow,
+    catalogue_cells,
+    from_json,
+    search_cells,
+)
+
+PAGE = "scaling.md"
+_PLOT = "scaling.svg"
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write the page and its plot; the page's path. Raises BenchmarkError when the result is another benchmark's."""
+    catalogues, searches = from_json(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(folder / _PLOT, [partial(_times, catalogues), partial(_memory, catalogues)])
+    page = folder / PAGE
+    page.write_text("\n".join(_page(result.header, catalogues, searches)) + "\n", encoding="utf-8")
+    return page
+
+
+def _page(
+    header: Mapping[str, Any], catalogues: Sequence[CatalogueRow], searches: Sequence[SearchRow]
+) -> Iterator[str]:
+    asked = header["catalogues"]
+    yield from ("# Scaling", "")
+    yield from origin(header, [])
+    yield from ("## Catalogues", "")
+    yield (
+        f"Synthetic ones, four codebooks of {asked['codebook']}. Each is loaded in a process of its own as a service loads it, "
+        f"its version checked. Find, exclude, allow: a request that names {asked['excluded']:,} items (half the catalogue, where "
+        f"it has fewer than twice as many). Constraint and selection: per pass of a target-only search with K = {asked['k']} on "
+        "random logits, without and with these items excluded."
+    )
+    yield from ("", f"![times and memory by items]({_PLOT})", "")
+    yield from table(CATALOGUE_COLUMNS, [catalogue_cells(row) for row in catalogues])
+    if searches:
+        yield from ("## Searches", "")
+        yield from ("Target-only, of the bundle's target in one process; medians over users with random histories.", "")
+        yield from table(SEARCH_COLUMNS, [search_cells(row) for row in searches])
+
+
+def _times(rows: Sequence[CatalogueRow], axis: Axes) -> None:
+    items = [row.items for row in rows]
+    for label, values in (
+        ("constraint, per pass", [row.probe.constraint_ms for row in rows]),
+        ("selection, per pass", [row.probe.selection_ms for row in rows]),
+        ("find the excluded", [row.probe.find_ms for row in rows]),
+        ("exclude", [row.probe.exclude_ms for row in rows]),
+        ("allow", [row.probe.allow_ms for row in rows]),
+    ):
+        axis.plot(items, values, marker="o", markersize=3, label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("items")
+    axis.set_ylabel("ms")
+
+
+def _memory(rows: Sequence[CatalogueRow], axis: Axes) -> None:
+    items = [row.items for row in rows]
+    axis.plot(items, [row.probe.resident_bytes / 1e6 for row in rows], marker="o", markersize=3, color="C5")
+    axis.plot(items, [row.disk_bytes / 1e6 for row in rows], marker="o", markersize=3, color="C6")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("items")
+    axis.set_ylabel("MB resident, on disk")
