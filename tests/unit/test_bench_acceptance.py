@@ -476,7 +476,8 @@ def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeyp
         refused = run(*arguments)
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output
         assert problem in refused.stderr
-    monkeypatch.delitem(sys.modules, "benchmarks.acceptance_report")
+    for module in ("benchmarks.acceptance_report", "benchmarks.pages"):
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = run(*known, "--report", tmp_path)
     assert refused.exit_code == 1
