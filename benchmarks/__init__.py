@@ -5,6 +5,8 @@ parity.py       our lists against Hugging Face `generate`       histories.py    
 lossless.py     strict against target-only, with exclusions     services.py     a bundle's services, asked about many users
 load.py         open-loop load at rising rates                  arrivals.py     who asks when
 load_report.py  a page and plots from the JSON                  bare_runner.py  the bound: the model alone, in a closed loop
+decode.py       time of a list by mode, K and prefix            decode_peers.py Hugging Face generate, onnxruntime-genai
+decode_report.py  a page and plots from the JSON
 
 In this process, many configurations at once:
 acceptance.py           target passes by draft, mode, K and plan        cases.py         users of a data set, and their answers

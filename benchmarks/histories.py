@@ -13,12 +13,16 @@ History = tuple[str, ...]
 _LONGEST_RANDOM = 30
 
 
-def choose_histories(catalogue: Catalogue, path: Path | None, users: int, seed: int) -> list[History]:
-    """`users` histories out of a file (all, where it has fewer), or as many random ones without one."""
+def choose_histories(
+    catalogue: Catalogue, path: Path | None, users: int, seed: int, *, least_items: int = 1
+) -> list[History]:
+    """`users` histories of `least_items` or more out of a file (all, where it has fewer), or as many random ones without one."""
     rng = np.random.default_rng(seed)
     if path is None:
-        return [_random_history(catalogue, rng) for _ in range(users)]
-    histories = read_histories(path, catalogue)
+        return [_random_history(catalogue, rng, least_items) for _ in range(users)]
+    histories = [history for history in read_histories(path, catalogue) if len(history) >= least_items]
+    if not histories:
+        raise BenchmarkError(f"{path}: no user with {least_items} items")
     chosen = np.sort(rng.permutation(len(histories))[:users])
     return [histories[index] for index in chosen]
 
@@ -42,6 +46,7 @@ def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
     return histories
 
 
-def _random_history(catalogue: Catalogue, rng: np.random.Generator) -> History:
-    items = rng.integers(catalogue.items, size=rng.integers(1, _LONGEST_RANDOM + 1))
+def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int) -> History:
+    longest = max(least_items, _LONGEST_RANDOM)
+    items = rng.integers(catalogue.items, size=rng.integers(least_items, longest + 1))
     return tuple(catalogue.id_of(int(item)) for item in items)

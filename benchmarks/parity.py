@@ -128,8 +128,8 @@ class Reference:
         task = progress.add_task(f"Hugging Face generate, K = {k}", total=len(prompts))
         lists: dict[int, RankedList] = {}
         for batch in _batches([len(prompt) for prompt in prompts], max(1, _BEAMS_AT_ONCE // k)):
-            paths = self._generate(torch.tensor([prompts[index] for index in batch]), k)
-            lists.update(zip(batch, (self._items(user, k) for user in paths), strict=True))
+            paths = self.generate(torch.tensor([prompts[index] for index in batch]), k)
+            lists.update(zip(batch, (self.items(user, k) for user in paths), strict=True))
             progress.advance(task, len(batch))
         progress.remove_task(task)
         return [lists[index] for index in range(len(prompts))]
@@ -145,9 +145,9 @@ class Reference:
         built: list[int] = template.tokens(list(tokens)).tolist()
         return built
 
-    def _generate(self, prompts: torch.Tensor, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
+    def generate(self, prompts: torch.Tensor, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
         """Each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
-        length = prompts.shape[1]
+        prompts, length = prompts.to(self._model.device), prompts.shape[1]
         levels = self._catalogue.trie.levels
         nowhere = [self._entry.code_tokens[0]]  # below a masked beam: generate asks for some token, whatever it is
         with torch.inference_mode():
@@ -164,7 +164,7 @@ class Reference:
         ranked = list(zip(paths, scores, strict=True))
         return [ranked[start : start + k] for start in range(0, len(ranked), k)]
 
-    def _items(self, ranked: Sequence[tuple[tuple[int, ...], float]], k: int) -> RankedList:
+    def items(self, ranked: Sequence[tuple[tuple[int, ...], float]], k: int) -> RankedList:
         """Paths to items: those that share a path stand together, in id order, as the contract says."""
         trie = self._catalogue.trie
         column = {token: index for index, token in enumerate(self._entry.code_tokens)}
@@ -187,7 +187,7 @@ def _settings(k: int, levels: int) -> GenerationConfig:
         pad_token_id=0,
         return_dict_in_generate=True,
         output_scores=True,
-        output_logits=True,
+        output_logits=k == 1,  # greedy search reports no scores
         **beams,
     )
 

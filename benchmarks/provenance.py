@@ -15,7 +15,17 @@ from typing import Any
 
 from engine.bundle import Bundle
 
-_PACKAGES = ("atspeed-serving", "onnxruntime", "onnxruntime-gpu", "grpcio", "numpy", "redis", "torch", "transformers")
+_PACKAGES = (
+    "atspeed-serving",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "grpcio",
+    "numpy",
+    "redis",
+    "torch",
+    "transformers",
+)
 
 
 def provenance(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from atspeed.v1 import recommendation_pb2 as pb
@@ -16,21 +17,42 @@ from client.local_redis import local_redis
 from client.local_stack import LocalStack
 from client.recommender import RecommenderClient
 from engine.bundle import read_manifest
+from engine.decoder import Provider
 
-# A shared machine may be slow; a request or a plan that ran out of time would be counted as what the method needs.
+# A shared machine may be slow; a request, a plan or a pass that ran out of time would be counted as what the method needs.
 _PATIENCE_SECONDS = 120.0
-_FLAGS = {
-    "orchestrator": {"request-timeout-seconds": _PATIENCE_SECONDS, "draft-timeout-seconds": 60, "max-k": 1000},
+_ORCHESTRATOR = {
+    "request-timeout-seconds": _PATIENCE_SECONDS,
+    "draft-timeout-seconds": 60,
+    "target-pass-seconds": 60,
+    "max-k": 1000,
 }
 
 
+@dataclass(frozen=True)
+class Running:
+    """How the model services run. threads: of each; a request's draft and target take turns. None: cores are shared out."""
+
+    threads: int | None = None
+    provider: Provider = "cpu"
+
+    @property
+    def flags(self) -> Mapping[str, Mapping[str, object]]:
+        """The services' settings, for LocalStack."""
+        models: dict[str, object] = {"provider": self.provider}
+        if self.threads is not None:
+            models["threads"] = self.threads
+        return {"orchestrator": _ORCHESTRATOR, "draft": models, "target": models}
+
+
 @asynccontextmanager
-async def services(bundle: Path) -> AsyncIterator[RecommenderClient]:
+async def services(bundle: Path, running: Running | None = None) -> AsyncIterator[RecommenderClient]:
     """A client of the draft, a target, the orchestrator and Redis as real processes."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(local_redis())
         drafts = 1 if read_manifest(bundle).draft else 0
-        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, drafts=drafts, flags=_FLAGS))
+        flags = (running or Running()).flags
+        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, drafts=drafts, flags=flags))
         yield await stack.enter_async_context(RecommenderClient(local.address, timeout_seconds=_PATIENCE_SECONDS))
 
 
@@ -43,7 +65,7 @@ async def ask(
 
     async def one(request: pb.RecommendRequest) -> pb.RecommendResponse:
         async with slots:
-            reply = await _undisturbed(client, request)
+            reply = await undisturbed(client, request)
         progress.advance(task)
         return reply
 
@@ -52,7 +74,7 @@ async def ask(
     return replies
 
 
-async def _undisturbed(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
+async def undisturbed(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
     """A reply that no failure took part in: what a failing draft costs is not what the method costs."""
     reply = await client.send(request)
     if reply.degraded:

@@ -3,7 +3,7 @@
 parity         our lists beside Hugging Face generate (extra `train`)    acceptance     target passes of drafts, modes, budgets
 lossless       strict beside target-only, with exclusions                recommenders   Recall and NDCG beside other methods
 load           latency and goodput at rising rates               scaling        what grows with catalogue, K, prompt
-report         a page about one of the last four, from its JSON
+decode         what a list takes, beside other engines           report         a page about one of the last five, from its JSON
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 _PAGES = {
     "recommenders": "benchmarks.recommender_table",
+    "decode": "benchmarks.decode_report",
     "load": "benchmarks.load_report",
     "scaling": "benchmarks.scaling_report",
 }

@@ -3,7 +3,7 @@
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
-bench ..., inflate                measurements that check            client/bench_cli.py, bench_load_cli.py, inflate_cli.py
+bench ..., inflate                measurements that check            client/bench_cli.py, bench_*_cli.py, inflate_cli.py
 
 A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
 stopped before its end, and goes on when the command is given again, with code 75.
@@ -29,6 +29,7 @@ from benchmarks.errors import BenchmarkError
 from client import display
 from client.bench_cli import bench_commands
 from client.bench_load_cli import bench_load, bench_scaling
+from client.bench_speed_cli import bench_decode
 from client.call_cli import forget, history, info, recommend, record
 from client.cli_parts import AsJson, BundleFolder, CommandError, err, optional, out
 from client.inflate_cli import inflate
@@ -82,6 +83,7 @@ app = typer.Typer(
 )
 bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
+bench_commands.command("decode")(bench_decode)
 bench_commands.command("load")(bench_load)
 bench_commands.command("scaling")(bench_scaling)
 app.add_typer(bench_commands, name="bench")

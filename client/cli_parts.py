@@ -15,7 +15,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")
 out, err = Console(), Console(stderr=True)
 
 # Which extra brings a package that a command may lack.
-_EXTRAS = {"gguf": "base-models", "matplotlib": "bench", "trustme": "local"}
+_EXTRAS = {"gguf": "base-models", "matplotlib": "bench", "onnxruntime_genai": "bench", "trustme": "local"}
 _OURS = {"benchmarks", "client", "draft_service", "engine", "orchestrator", "service_kit", "target_service", "training"}
 
 

@@ -1,0 +1,168 @@
+"""A page about `bench decode`: decode.md and its plots, written from the result file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from benchmarks.decode import ENGINE, REFERENCE, DecodeRow, from_json
+from benchmarks.pages import draw, origin, table
+from benchmarks.results import Result
+
+PAGE = "decode.md"
+_TIME_PLOT, _SPEEDUP_PLOT = "decode-time.svg", "decode-speedup.svg"
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write the page and its plots; the page's path. Raises BenchmarkError when the result is another benchmark's."""
+    rows = from_json(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, panel in ((_TIME_PLOT, _time), (_SPEEDUP_PLOT, _speedup)):
+        panels: list[Callable[[Axes], None]] = [
+            partial(panel, _beside(rows, prefix), prefix) for prefix in _prefixes(rows)
+        ]
+        draw(folder / name, panels)
+    page = folder / PAGE
+    page.write_text("\n".join(_page(result.header, rows)) + "\n", encoding="utf-8")
+    return page
+
+
+def _prefixes(rows: Sequence[DecodeRow]) -> list[str]:
+    return sorted({row.prefix for row in rows if row.engine == ENGINE}, reverse=True)
+
+
+def _widths(rows: Sequence[DecodeRow]) -> list[int]:
+    return sorted({row.k for row in rows})
+
+
+def _names(rows: Sequence[DecodeRow]) -> list[str]:
+    return list(dict.fromkeys(row.name for row in rows))
+
+
+def _beside(rows: Sequence[DecodeRow], prefix: str) -> list[DecodeRow]:
+    """Our rows of a prefix, and the peers', which have none."""
+    return [row for row in rows if row.engine != ENGINE or row.prefix == prefix]
+
+
+def _find(rows: Sequence[DecodeRow], name: str, k: int) -> DecodeRow | None:
+    return next((row for row in rows if (row.name, row.k) == (name, k)), None)
+
+
+def _page(header: Mapping[str, Any], rows: Sequence[DecodeRow]) -> Iterator[str]:
+    inflated = ", inflated" if header["bundle"].get("inflated_from") else ""
+    yield from (f"# Time of a list: {header['bundle']['name']}{inflated}", "")
+    yield (
+        f"{header['users']} users with {header['least_items']} items or more, of {header['histories']}, drawn by seed "
+        f"{header['seed']}; K beams for K items; one request at a time, all that is compared for one user before the next. "
+        "Times are the caller's. *Warm*: the same request was served before the user's last item came. *Cold*: nothing of the "
+        f"prompt is kept anywhere. Speed-ups are of medians over the same users, against {REFERENCE} with the same K and prefix. "
+        f"Peers have no prefix cache, so that their one time stands in both tables; they answered {header['peer_users']} users."
+    )
+    yield ""
+    peers = [(engine, about) for engine, about in header["peers"].items()]
+    threads = f"{header['threads']} for each model; those of one request take turns"
+    yield from origin(header, [("threads", threads), ("provider", header["provider"]), *peers])
+    yield from (f"![median time]({_TIME_PLOT})", "", f"![speed-up]({_SPEEDUP_PLOT})", "")
+    yield from _verdict(rows)
+    for prefix in _prefixes(rows):
+        yield from _prefix(_beside(rows, prefix), prefix)
+        yield from _stages([row for row in rows if row.prefix == prefix and row.engine == ENGINE])
+
+
+def _verdict(rows: Sequence[DecodeRow]) -> Iterator[str]:
+    yield from ("## Lists", "")
+    lines = []
+    for name in _names(rows):
+        compared = [row for row in rows if row.name == name and row.identical is not None]
+        if compared:
+            counts = (
+                sum(getattr(row, count) or 0 for row in compared) for count in ("identical", "near_ties", "different")
+            )
+            lines.append((name, *(f"{count:,}" for count in counts)))
+    yield from table(
+        ("against cold target-only, or the cold exact sample", "identical", "near-ties", "different"), lines
+    )
+
+
+def _prefix(rows: Sequence[DecodeRow], prefix: str) -> Iterator[str]:
+    ours = next(row for row in rows if row.engine == ENGINE)
+    yield from (f"## {prefix.capitalize()} prefix", "")
+    yield (
+        f"{ours.prompt_tokens_mean:.0f} prompt tokens in the mean, {ours.cached_tokens_mean:.0f} of them kept. "
+        "Median and 99th percentile in ms, speed-up over target-only, target passes."
+    )
+    yield ""
+    widths = _widths(rows)
+    lines = [(name, *(_cell(_find(rows, name, k)) for k in widths)) for name in _names(rows)]
+    yield from table(("", *(f"K = {k}" for k in widths)), lines)
+    if any(row.speedup_vs_hf for row in rows):
+        yield from ("Speed-up over Hugging Face `generate`:", "")
+        own = [name for name in _names(rows) if name in {row.mode for row in rows if row.engine == ENGINE}]
+        lines = [(name, *(_ratio(_find(rows, name, k)) for k in widths)) for name in own]
+        yield from table(("", *(f"K = {k}" for k in widths)), lines)
+
+
+def _cell(row: DecodeRow | None) -> str:
+    if row is None:
+        return ""
+    times = f"{row.p50_ms:.1f} / {row.p99_ms:.1f}"
+    speedup = "" if row.speedup_vs_target_only is None else f", **{row.speedup_vs_target_only:.2f}x**"
+    return f"{times}{speedup}, {row.target_passes_mean:.2f}"
+
+
+def _ratio(row: DecodeRow | None) -> str:
+    return "" if row is None or row.speedup_vs_hf is None else f"{row.speedup_vs_hf:.1f}x"
+
+
+def _stages(rows: Sequence[DecodeRow]) -> Iterator[str]:
+    """Where our time goes. Draft and target: the orchestrator's wait, and of it the time in the model."""
+    yield from (
+        "### Where the time goes",
+        "",
+        "Medians in ms: draft and target are what the orchestrator waits for them.",
+        "",
+    )
+    names = ("history", "draft", "draft_forward", "target", "target_forward", "selection", "total")
+    titles = ("mode", "K", *(name.replace("_forward", ", in the model") for name in names), "for the caller", "nodes")
+    yield from table(
+        titles,
+        [
+            (
+                row.mode,
+                str(row.k),
+                *(f"{row.stages_ms[name]:.1f}" for name in names),
+                f"{row.p50_ms:.1f}",
+                f"{row.nodes_drafted_mean:.0f}",
+            )
+            for row in sorted(rows, key=lambda row: row.k)
+        ],
+    )
+
+
+def _time(rows: Sequence[DecodeRow], prefix: str, axes: Axes) -> None:
+    for index, name in enumerate(_names(rows)):
+        found = [row for row in rows if row.name == name]
+        axes.plot(
+            [row.k for row in found],
+            [row.p50_ms for row in found],
+            marker="o",
+            markersize=3,
+            color=f"C{index}",
+            label=name,
+        )
+    axes.set(title=f"{prefix} prefix", xlabel="K", ylabel="median ms", xscale="log", yscale="log")
+    axes.set_xticks(_widths(rows), [str(k) for k in _widths(rows)], minor=False)
+
+
+def _speedup(rows: Sequence[DecodeRow], prefix: str, axes: Axes) -> None:
+    for index, name in enumerate(_names(rows)):
+        found = [row for row in rows if row.name == name and row.engine == ENGINE and row.speedup_vs_target_only]
+        if found:
+            ratios = [row.speedup_vs_target_only or 0.0 for row in found]
+            axes.plot([row.k for row in found], ratios, marker="o", markersize=3, color=f"C{index}", label=name)
+    axes.set(title=f"{prefix} prefix", xlabel="K", ylabel="speed-up over target-only", xscale="log")
+    axes.set_xticks(_widths(rows), [str(k) for k in _widths(rows)], minor=False)

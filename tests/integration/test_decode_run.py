@@ -1,0 +1,59 @@
+"""`atspeed bench decode`, small: real services, Hugging Face generate and onnxruntime-genai on one random checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from client.cli import app
+from tests.bundles import TestBundle, random_catalogue, write_bundle
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
+    """A bundle and, beside it, its target's checkpoint. onnxruntime-genai wants heads of a multiple of 8 dimensions."""
+    root = tmp_path_factory.mktemp("decode")
+    made = write_bundle(root / "bundle", random_catalogue(200, (12, 10, 8), seed=3), architecture="qwen3", seed=5)
+    made.target.save_pretrained(root / "checkpoint")
+    return made
+
+
+def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: Path) -> None:
+    """Lists are identical where that is promised, what is warm was kept, and what is cold was not."""
+    command = [
+        "bench",
+        "decode",
+        "--bundle",
+        str(made.root),
+        "--checkpoint",
+        str(made.root.parent / "checkpoint"),
+        "--genai",
+    ]
+    asked = ["--users", "3", "--hf-users", "2", "--min-items", "8", "-k", "1", "-k", "6", "--threads", "1"]
+    files = ["--json", str(tmp_path / "decode.json"), "--report", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, *asked, *files])
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "decode.json").read_text())
+    assert set(written["header"]["peers"]) == {"transformers", "onnxruntime-genai"}
+    rows = {(row["engine"], row["mode"], row["k"], row["prefix"]): row for row in written["rows"]}
+    assert len(rows) == len(written["rows"]) == 5 * 2 * 2 + 2 * 2
+    for (engine, mode, _, prefix), row in rows.items():
+        assert row["p50_ms"] > 0
+        assert row["users"] == (3 if engine == "atspeed" else 2)
+        if engine == "atspeed":
+            assert (row["cached_tokens_mean"] > 0) == (prefix == "warm")
+        if mode in {"strict", "constrained"} or (mode == "exact-sampling" and prefix == "warm"):
+            assert row["identical"] + row["near_ties"] == row["users"]
+        assert row["target_passes_mean"] <= 3
+        assert row["speedup_vs_hf"] > 0
+    assert rows["atspeed", "strict", 6, "warm"]["target_passes_mean"] < 3
+    assert (tmp_path / "decode.md").exists()
+
+
+def test_genai_needs_a_checkpoint(made: TestBundle) -> None:
+    result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), "--genai"])
+    assert result.exit_code == 2
+    assert "--genai needs --checkpoint" in result.output
