@@ -6,7 +6,7 @@ lossless.py     strict against target-only, with exclusions     services.py     
 load.py         open-loop load at rising rates                  arrivals.py     who asks when
 load_report.py  a page and plots from the JSON                  bare_runner.py  the bound: the model alone, in a closed loop
 decode.py       time of a list by mode, K and prefix            decode_peers.py Hugging Face generate, onnxruntime-genai
-decode_report.py  a page and plots from the JSON
+decode_report.py  a page and plots from the JSON                overhead.py     what the services add to the models' time
 
 In this process, many configurations at once:
 acceptance.py           target passes by draft, mode, K and plan        cases.py         users of a data set, and their answers

@@ -3,7 +3,8 @@
 parity         our lists beside Hugging Face generate (extra `train`)    acceptance     target passes of drafts, modes, budgets
 lossless       strict beside target-only, with exclusions                recommenders   Recall and NDCG beside other methods
 load           latency and goodput at rising rates               scaling        what grows with catalogue, K, prompt
-decode         what a list takes, beside other engines           report         a page about one of the last five, from its JSON
+decode         what a list takes, beside other engines           overhead       what the services add to the models' time
+report         a page about one of the last six, from its JSON
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _PAGES = {
     "recommenders": "benchmarks.recommender_table",
     "decode": "benchmarks.decode_report",
     "load": "benchmarks.load_report",
+    "overhead": "benchmarks.overhead",
     "scaling": "benchmarks.scaling_report",
 }
 """The module that writes a result's page, by the `benchmark` of its header."""

@@ -1,4 +1,4 @@
-"""`atspeed bench decode`: what a list takes beside other engines."""
+"""`atspeed bench decode` and `atspeed bench overhead`: what a list takes beside other engines, and what services add to it."""
 
 from __future__ import annotations
 
@@ -102,6 +102,37 @@ def bench_decode(
     if page and report:
         written(page.write(result, report))
     _check(rows)
+
+
+def bench_overhead(
+    bundle: BundleFolder,
+    histories: Histories = None,
+    users: Annotated[int, typer.Option(min=1, help="How many users.")] = 50,
+    least_items: LeastItems = 2,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 5 10 20]")
+    ] = None,
+    threads: Threads = None,
+    provider: Provider = ProviderChoice.CPU,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: Page = None,
+) -> None:
+    """What gRPC, orchestrator and Redis add to the time of the models, for returning users."""
+    overhead = optional("benchmarks.overhead")
+    from benchmarks.histories import choose_histories
+    from benchmarks.services import Running
+
+    opened = Bundle(bundle)
+    chosen = choose_histories(opened.catalogue(), histories, users, seed, least_items=least_items)
+    running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value)
+    rows = asyncio.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, running))
+    out.print(overhead.table(rows))
+    named = histories.name if histories else "random items"
+    about = overhead.header(running, users=len(chosen), least_items=least_items, histories=named)
+    result = save(json_file, opened, seed, overhead.to_json(rows), about)
+    if report:
+        written(overhead.write(result, report))
 
 
 @contextmanager

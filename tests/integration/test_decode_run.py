@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, small: real services, Hugging Face generate and onnxruntime-genai on one random checkpoint."""
+"""`bench decode` and `bench overhead`, small: real services, Hugging Face generate, onnxruntime-genai, one random checkpoint."""
 
 from __future__ import annotations
 
@@ -57,3 +57,18 @@ def test_genai_needs_a_checkpoint(made: TestBundle) -> None:
     result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), "--genai"])
     assert result.exit_code == 2
     assert "--genai needs --checkpoint" in result.output
+
+
+def test_what_the_services_add_is_measured(made: TestBundle, tmp_path: Path) -> None:
+    """Returning users, through Redis: what is added is more than nothing and less than the whole."""
+    command = ["bench", "overhead", "--bundle", str(made.root), "--users", "2", "-k", "4", "--threads", "1"]
+    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "overhead.json"), "--report", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    assert [(row["mode"], row["users"]) for row in rows] == [("target-only", 2), ("strict", 2)]
+    for row in rows:
+        assert 0 < row["added_p50_ms"] < row["p50_ms"]
+        assert row["models_p50_ms"] > 0
+        assert row["parts_ms"]["history"] > 0
+    assert rows[0]["in_process_p50_ms"] > 0
+    assert (tmp_path / "overhead.md").exists()
