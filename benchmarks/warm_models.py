@@ -17,7 +17,7 @@ from engine.bundle import Bundle, ModelEntry, Role
 from engine.catalogue import Catalogue
 from engine.cost import PassCost
 from engine.decoder import Decoder, RuntimeOptions, load_decoder
-from engine.kv_cache import KvLayout, MemoryKvCache
+from engine.kv_cache import NO_OWNER, KvLayout, MemoryKvCache
 from engine.kv_store import PrefixCache
 from engine.plan import Plan
 from engine.scoring import Children, Evaluation, ScoringRule
@@ -39,10 +39,10 @@ class WarmEvaluator(TreeEvaluator):
     _tree: OpenTree | None = None
     _known: dict[int, Children]
 
-    async def open(self, prompt: Int64, *, tenant: str = "") -> OpenTree:
+    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
         """The tree at hand, or a new one for another prompt."""
         if self._tree is None or not np.array_equal(self._tree.tokens.prompt, prompt):
-            self._tree, self._known = await super().open(prompt, tenant=tenant), {}
+            self._tree, self._known = await super().open(prompt, tenant=tenant, owner=owner), {}
         return self._tree
 
     async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:

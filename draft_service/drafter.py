@@ -14,6 +14,7 @@ from engine.beams import (
     sample_without_replacement,
 )
 from engine.cost import PassCost
+from engine.kv_cache import NO_OWNER
 from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.sampling import Stream
 from engine.scoring import Children, Perturbation, ScoringRule
@@ -36,6 +37,7 @@ class PlanOrder:
     noise: Perturbation | None = None
     with_evaluation: bool = False
     tenant: str = ""
+    owner: bytes = NO_OWNER
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Drafter:
 
         Raises PromptError or CapacityError when the prompt or the beams do not fit the model.
         """
-        tree = await self._evaluator.open(order.prompt, tenant=order.tenant)
+        tree = await self._evaluator.open(order.prompt, tenant=order.tenant, owner=order.owner)
         selection, listed = self._selection(order), Shortlist.of(order.below)
         evaluated: dict[int, Children] = {}
         cost, passes = PassCost(), 0

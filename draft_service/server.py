@@ -75,6 +75,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             noise=noise,
             with_evaluation=request.with_evaluation,
             tenant=request.tenant,
+            owner=wire.owner(request.owner, "owner"),
         )
 
     def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:

@@ -63,6 +63,11 @@ class CostCurve:
         predicted: Float64 = at_low + share * (at_high - at_low)
         return predicted
 
+    def saved(self, found: int, cached: int) -> float:
+        """Nanoseconds that a pass on `cached` tokens gains where the keys and values of `found` more need not be computed."""
+        longer, shorter = self.predict([1 + found, 1], [cached, cached + found]).tolist()
+        return float(longer - shorter)
+
 
 def _between(axis: Int64, at: Float64) -> tuple[Int64, Int64, Float64]:
     """Each value's neighbours on an axis, by index, and its way from the first to the second; above 1 beyond the end."""

@@ -2,7 +2,8 @@
 
 A block holds the keys and values of `block_tokens` consecutive prompt tokens, of all layers. Its key is a link in a
 chain of hashes over every token up to its end, so an equal key means an equal prefix: a block is valid wherever its key
-is asked for, and blocks of different weights, number formats, layouts or tenants never meet.
+is asked for, and blocks of different weights, number formats, layouts or tenants never meet. A key begins with the tag of
+the user whose prompt it is of, where that is a stored one: so all that is kept of a user can be found, and forgotten.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import json
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY_BYTES = 32
+OWNER_BYTES = 8
+NO_OWNER = bytes(OWNER_BYTES)
 
 KvArray = npt.NDArray[np.floating]
 """One block [layers, 2, block_tokens, kv_heads, head_dim], or a prefix [layers, 2, P, kv_heads, head_dim]."""
@@ -77,20 +80,31 @@ def namespace(fingerprint: str, layout: KvLayout, tenant: str) -> bytes:
     return json.dumps([FORMAT_VERSION, fingerprint, asdict(layout), tenant], sort_keys=True).encode()
 
 
-def block_keys(namespace: bytes, tokens: npt.NDArray[np.integer], block_tokens: int) -> list[bytes]:
+def block_keys(
+    namespace: bytes, tokens: npt.NDArray[np.integer], block_tokens: int, owner: bytes = NO_OWNER
+) -> list[bytes]:
     """The key of every whole block of a prompt, [P // block_tokens] of KEY_BYTES bytes each; equal in every process.
 
-    tokens: int64 [P]. key_i = H(key_{i-1}, tokens of block i), key_-1 = H(namespace). A partial last block has no key.
+    tokens: int64 [P]. key_i = owner, H(key_{i-1}, tokens of block i), key_-1 = owner, H(namespace). A partial last block has
+    no key. owner: the tag of a stored user, OWNER_BYTES; users with tags share no block. Raises ValueError for another length.
     """
+    if len(owner) != OWNER_BYTES:
+        raise ValueError(f"KV: an owner's tag has {OWNER_BYTES} bytes, not {len(owner)}")
     wire = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
     step = block_tokens * 8
-    key = hashlib.blake2b(namespace, digest_size=KEY_BYTES, person=b"atspeed-kv-root").digest()
+    size = KEY_BYTES - OWNER_BYTES
+    key = owner + hashlib.blake2b(namespace, digest_size=size, person=b"atspeed-kv-root").digest()
     keys = []
     for start in range(0, len(wire) // step * step, step):
         message = key + wire[start : start + step]
-        key = hashlib.blake2b(message, digest_size=KEY_BYTES, person=b"atspeed-kv-block").digest()
+        key = owner + hashlib.blake2b(message, digest_size=size, person=b"atspeed-kv-block").digest()
         keys.append(key)
     return keys
+
+
+def owner_of(key: bytes) -> bytes:
+    """The tag of the user whose block it is; NO_OWNER where it is nobody's."""
+    return key[:OWNER_BYTES]
 
 
 def encode_block(layout: KvLayout, key: bytes, block: KvArray) -> bytes:
@@ -242,6 +256,13 @@ class MemoryKvCache:
         for key in reversed(list(keys)):
             if key in self._blocks:
                 self._blocks.move_to_end(key)
+
+    def drop(self, unwanted: Callable[[bytes], bool]) -> int:
+        """Let go of every block whose key is unwanted. Looks at all keys; returns how many went."""
+        gone = [key for key in self._blocks if unwanted(key)]
+        for key in gone:
+            self._bytes -= self._blocks.pop(key).nbytes
+        return len(gone)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the accounting is exact, the limit kept and every block immutable."""

@@ -11,18 +11,21 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from redis.asyncio import ConnectionPool, Redis, SSLConnection
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, decode_block, encode_block
+from engine.fetch_cost import FetchPolicy
+from engine.kv_cache import NO_OWNER, KvArray, KvLayout, MemoryKvCache, decode_block, encode_block, owner_of
 
 _logger = logging.getLogger(__name__)
 _LOG_INTERVAL_SECONDS = 60.0
+_WRITE_BYTES = 2**19
 _Answer = TypeVar("_Answer")
 
 
@@ -69,13 +72,23 @@ def connect(url: str, *, timeout_seconds: float, tls: RedisTls | None = None) ->
 
 
 class KvStore(Protocol):
-    """A tier below memory. Neither method ever raises because of the store's state: its failure is a miss."""
+    """A tier below memory. No method ever raises because of the store's state: its failure is a miss.
+
+    The keys of one call are of one owner.
+    """
+
+    @property
+    def failures(self) -> int:
+        """Calls that were not answered."""
 
     async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
         """The blocks of the longest leading run of `keys` that is stored and valid, each a read-only array of its own."""
 
     async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
-        """Store blocks by key, as many as may be."""
+        """Store blocks of one prompt by key, as many as may be."""
+
+    async def forget(self, owner: bytes) -> None:
+        """Erase all blocks with this owner's tag, if the store can be reached."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,10 @@ class StoreStatistics:
 
 
 class RedisKvStore:
-    """Blocks in Redis under `kv:<key in hex>`, with a time to live: `volatile-lru` then evicts them and not histories.
+    """Blocks in Redis with a time to live: `volatile-lru` then evicts them and not histories.
+
+    A stored user's are the fields of one hash, `kv:<tag in hex>`, so that they can be erased in one step, whatever they are of;
+    it expires as a whole. Others stand under `kv:<key in hex>`.
 
     `client` must return bytes; it stays its caller's to close. Reads give up after `timeout_seconds`; writes, for which
     nobody waits, after `write_timeout_seconds`. After a failure Redis is left alone for `backoff_seconds`; then one
@@ -128,11 +144,16 @@ class RedisKvStore:
         """A snapshot of the counters."""
         return StoreStatistics(self._hits, self._misses, self._invalid, self._failures, self._skipped)
 
+    @property
+    def failures(self) -> int:
+        """Calls that Redis failed or that were not made because it had just failed."""
+        return self._failures + self._skipped
+
     async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
         """The blocks of the longest leading run of `keys` that Redis holds intact, each an array of its own. One MGET."""
         if not keys:
             return []
-        answer = await self._ask(lambda: self._client.mget([_name(key) for key in keys]), self._timeout_seconds)
+        answer = await self._ask(lambda: self._read(keys), self._timeout_seconds)
         values: list[Any] = answer if isinstance(answer, list) else []
         run = await asyncio.to_thread(self._decode_run, keys, values) if values else []
         self._hits += len(run)
@@ -146,8 +167,17 @@ class RedisKvStore:
         if not blocks or self._resting():
             self._skipped += bool(blocks)
             return
-        entries = await asyncio.to_thread(self._encode, blocks)
-        await self._ask(lambda: self._write(entries), self._write_timeout_seconds)
+        await self._ask(lambda: self._write(blocks), self._write_timeout_seconds)
+
+    async def forget(self, owner: bytes) -> None:
+        """Erase a user's blocks."""
+        await self._ask(lambda: self._client.unlink(group_name(owner)), self._write_timeout_seconds)
+
+    def _read(self, keys: Sequence[bytes]) -> Awaitable[list[Any]]:
+        owner = owner_of(keys[0])
+        if owner == NO_OWNER:
+            return self._client.mget([_name(key) for key in keys])
+        return cast("Awaitable[list[Any]]", self._client.hmget(group_name(owner), list(keys)))
 
     def _decode_run(self, keys: Sequence[bytes], values: Sequence[Any]) -> list[KvArray]:
         run: list[KvArray] = []
@@ -158,18 +188,32 @@ class RedisKvStore:
             run.append(block)
         return run
 
-    def _encode(self, blocks: Mapping[bytes, KvArray]) -> dict[str, bytes]:
-        return {_name(key): encode_block(self._layout, key, block) for key, block in blocks.items()}
+    def _encode(self, blocks: Mapping[bytes, KvArray]) -> dict[bytes, bytes]:
+        return {key: encode_block(self._layout, key, block) for key, block in blocks.items()}
 
-    async def _write(self, entries: Mapping[str, bytes]) -> bool:
-        pipeline = self._client.pipeline(transaction=False)
-        for name, data in entries.items():
-            pipeline.set(name, data, ex=self._ttl_seconds)
-        # Raised by hand: redis-py would quote the whole command, megabytes of it, in the error's text.
-        for result in await pipeline.execute(raise_on_error=False):
-            if isinstance(result, Exception):
-                raise result
+    async def _write(self, blocks: Mapping[bytes, KvArray]) -> bool:
+        """All blocks, some at a time: redis-py joins a pipeline's commands on the event loop, some ms for 8 MB."""
+        keys, step = list(blocks), max(1, _WRITE_BYTES // self._layout.block_bytes)
+        for start in range(0, len(keys), step):
+            entries = await asyncio.to_thread(self._encode, {key: blocks[key] for key in keys[start : start + step]})
+            pipeline = self._client.pipeline(transaction=False)
+            self._add_writes(pipeline, entries)
+            # Raised by hand: redis-py would quote the whole command, megabytes of it, in the error's text.
+            for result in await pipeline.execute(raise_on_error=False):
+                if isinstance(result, Exception):
+                    raise result
         return True
+
+    def _add_writes(self, pipeline: Pipeline, entries: Mapping[bytes, bytes]) -> None:
+        owner = owner_of(next(iter(entries)))
+        if owner == NO_OWNER:
+            for key, data in entries.items():
+                pipeline.set(_name(key), data, ex=self._ttl_seconds)
+            return
+        fields: dict[Any, Any] = dict(entries)  # as redis-py types it
+        pipeline.hset(group_name(owner), mapping=fields)
+        # From the first write on: else what an active user's windows leave behind would never go.
+        pipeline.expire(group_name(owner), self._ttl_seconds, nx=True)
 
     async def _ask(self, call: Callable[[], Awaitable[_Answer]], timeout_seconds: float) -> _Answer | None:
         """Redis's answer, or None: it failed, or it is being left alone."""
@@ -224,9 +268,14 @@ class CachedPrefix:
 class PrefixCache:
     """Memory and, where there is a `store`, Redis as one cache. For the event loop only.
 
-    The store never fails a request and delays it by its read timeout at most. Writes are background tasks, up to
-    `max_pending_writes` of them; beyond that a write is dropped and counted. `memory` and `store` stay the caller's.
+    The store never fails a request and delays it by its read timeout at most; `fetching` says when it is read and written.
+    Writes are background tasks, up to `max_pending_writes` of them; beyond that a write is dropped and counted. `memory` and
+    `store` stay the caller's.
+
+    For `hold_seconds` after `forget`, nothing of that owner is kept: passes that had begun before may still bring blocks.
     """
+
+    hold_seconds = 60.0
 
     def __init__(
         self,
@@ -234,10 +283,17 @@ class PrefixCache:
         memory: MemoryKvCache,
         store: KvStore | None = None,
         *,
+        fetching: FetchPolicy | None = None,
         max_pending_writes: int = 8,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._layout, self._memory, self._store = layout, memory, store
+        self.fetching = fetching or FetchPolicy(layout.bytes_per_token)
         self._max_pending_writes = max_pending_writes
+        self._clock = clock
+        self._keeps_owned = True
+        # Until when nothing of an owner is kept.
+        self._forgotten: dict[bytes, float] = {}
         # The event loop itself only keeps weak references to tasks.
         self._writes: set[asyncio.Task[None]] = set()
         self._dropped_writes = 0
@@ -256,11 +312,22 @@ class PrefixCache:
     async def lookup(self, keys: Sequence[bytes]) -> CachedPrefix:
         """The longest cached beginning of a prompt with these block keys. What the store adds moves up into memory."""
         found = self._memory.get_chain(keys)
-        missing = keys[len(found) :]
-        fetched = await self._store.get_chain(missing) if self._store and missing else []
-        promoted = self._memory.put_chain(keys[: len(found) + len(fetched)], fetched)
+        fetched = await self._fetch(keys[len(found) :], len(found))
+        if fetched and self._may_keep(keys[0]):
+            fetched = self._memory.put_chain(keys[: len(found) + len(fetched)], fetched)
         step = self._layout.block_tokens
-        return CachedPrefix((*found, *promoted), len(found) * step, len(promoted) * step)
+        return CachedPrefix((*found, *fetched), len(found) * step, len(fetched) * step)
+
+    async def _fetch(self, missing: Sequence[bytes], known: int) -> list[KvArray]:
+        """What the store has of the blocks after the first `known`, where reading it is worth while."""
+        step = self._layout.block_tokens
+        if self._store is None or not missing or not self.fetching.wants_read(len(missing) * step, known * step):
+            return []
+        begun, failures = time.perf_counter_ns(), self._store.failures
+        fetched = await self._store.get_chain(missing)
+        if self._store.failures == failures:  # else the store leaves Redis alone for a while by itself
+            self.fetching.observe(len(missing) * step, len(fetched) * step, time.perf_counter_ns() - begun)
+        return fetched
 
     def remember(self, keys: Sequence[bytes], new: Sequence[KvArray]) -> None:
         """Keep the blocks that `lookup` did not find: in memory before this returns, in the store some time later.
@@ -268,11 +335,43 @@ class PrefixCache:
         keys: of the prompt's whole blocks. new: the blocks of the last `len(new)` of them, as `copy_blocks` makes them; they
         are not copied again. Raises ValueError when there are more than keys.
         """
+        if new and keys and not self._may_keep(keys[0]):
+            return
         last = keys[max(0, len(keys) - len(new)) :]
         # Another request with the same prefix may have been quicker; then its write is under way.
         known = [key in self._memory for key in last]
         kept = self._memory.put_chain(keys, new)
-        self._write({key: block for key, block, was_known in zip(last, kept, known, strict=True) if not was_known})
+        unknown = {key: block for key, block, was_known in zip(last, kept, known, strict=True) if not was_known}
+        if unknown and self._store and self.fetching.wants_write(len(keys) * self._layout.block_tokens):
+            self._write(unknown)
+
+    @property
+    def keeps_owned(self) -> bool:
+        """Whether blocks of stored users are kept. Only where someone says when a user is to be forgotten; False drops them."""
+        return self._keeps_owned
+
+    @keeps_owned.setter
+    def keeps_owned(self, value: bool) -> None:
+        self._keeps_owned = value
+        if not value:
+            self._memory.drop(lambda key: owner_of(key) != NO_OWNER)
+
+    async def forget(self, owner: bytes) -> None:
+        """Drop a user's blocks, here and in the store, with those that are on their way there."""
+        now = self._clock()
+        self._forgotten = {tag: until for tag, until in self._forgotten.items() if until > now}
+        self._forgotten[owner] = now + self.hold_seconds
+        self._memory.drop(lambda key: owner_of(key) == owner)
+        if self._store:
+            if self._writes:
+                await asyncio.wait(set(self._writes))
+            await self._store.forget(owner)
+
+    def _may_keep(self, key: bytes) -> bool:
+        owner = owner_of(key)
+        if owner == NO_OWNER:
+            return True
+        return self._keeps_owned and self._forgotten.get(owner, -float("inf")) <= self._clock()
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
         """Give pending writes `timeout_seconds` to end, then cancel them. Later writes are dropped."""
@@ -298,6 +397,11 @@ class PrefixCache:
         self._writes.discard(task)
         if not task.cancelled() and (error := task.exception()):
             _logger.error("KV write failed", exc_info=error)
+
+
+def group_name(owner: bytes) -> str:
+    """The Redis key of all blocks of one user."""
+    return f"kv:{owner.hex()}"
 
 
 def _name(key: bytes) -> str:

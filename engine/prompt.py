@@ -46,6 +46,10 @@ class PromptTemplate(BaseModel):
         parts.append(self.suffix)
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
+    def item_stride(self, levels: int) -> int:
+        """Tokens from the beginning of an item to that of the next."""
+        return levels + len(self.separator)
+
     def max_tokens(self, levels: int) -> int:
         """Length of the longest prompt."""
         return (

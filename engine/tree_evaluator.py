@@ -14,7 +14,7 @@ from engine.cost import PassCost
 from engine.cost_curve import CostCurve, measure
 from engine.decoder import Decoder, Float32
 from engine.errors import CapacityError, PromptError
-from engine.kv_cache import KvArray, KvLayout, block_keys, copy_blocks, namespace
+from engine.kv_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
 from engine.kv_store import PrefixCache
 from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
 from engine.token_tree import TokenTree, TreePass
@@ -62,16 +62,17 @@ class TreeEvaluator:
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onnx")
 
-    async def open(self, prompt: Int64, *, tenant: str = "") -> OpenTree:
-        """Start a tree on a prompt [prompt], on as much of it as the prefix cache holds.
+    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
+        """Start a tree on a prompt [prompt], on as much of it as the prefix cache holds. owner: the tag of a stored user.
 
         Raises PromptError on an empty prompt, an unknown token id, or one too long for the model.
         """
         self._check_prompt(prompt)
         begun = time.perf_counter_ns()
-        keys = block_keys(namespace(self.entry.fingerprint, self._layout, tenant), prompt, self._layout.block_tokens)
+        step = self._layout.block_tokens
+        keys = block_keys(namespace(self.entry.fingerprint, self._layout, tenant), prompt, step, owner)
         # The last prompt token is always computed: its logits are the root's evaluation.
-        cached = await self._cache.lookup(keys[: (len(prompt) - 1) // self._layout.block_tokens])
+        cached = await self._cache.lookup(keys[: (len(prompt) - 1) // step])
         cost = PassCost(
             queue_ns=time.perf_counter_ns() - begun,
             memory_cached_tokens=cached.memory_tokens,

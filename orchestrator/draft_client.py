@@ -122,6 +122,7 @@ class DraftSession:
             perturbation=wire.to_perturbation(question.noise),
             with_evaluation=self._proposal is Proposal.SAMPLE,
             tenant=question.tenant,
+            owner=question.owner,
         )
 
     def _read(self, reply: object, below: Beams) -> Plan:

@@ -16,6 +16,9 @@ from urllib.parse import quote
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from engine.forgetting import announce
+from orchestrator.identity import owner_tag
+
 _Answer = TypeVar("_Answer")
 
 # One step for the server. RPUSH comes first: it is refused when memory is full or the key holds something else, and then
@@ -76,8 +79,13 @@ class HistoryStore:
         return [_text(item) for item in items] or None
 
     async def forget(self, user_id: str, *, tenant: str = "") -> bool:
-        """Erase a user's history. Returns whether there was one. Raises HistoryUnavailable."""
-        return bool(await self._ask(lambda: self._client.delete(_key(tenant, user_id))))
+        """Erase a user's history, and the keys and values of the user's prompts in every tier (`engine.forgetting`).
+
+        Returns whether there was a history. Raises HistoryUnavailable; it should then be called again.
+        """
+        existed = await self._ask(lambda: self._client.delete(_key(tenant, user_id)))
+        await self._ask(lambda: announce(self._client, owner_tag(tenant, user_id)))
+        return bool(existed)
 
     async def reachable(self) -> bool:
         """Whether the store answers now."""

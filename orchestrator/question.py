@@ -34,7 +34,7 @@ class Deadline:
 class ModelQuestion:
     """What both models are told of a request. prompt: int64 [prompt], in the vocabulary of the model asked.
 
-    affinity: requests of one affinity should meet the same replicas; empty for any.
+    affinity: requests of one affinity should meet the same replicas; empty for any. owner: the stored user's tag, if it is one's.
     """
 
     prompt: Int64
@@ -43,6 +43,7 @@ class ModelQuestion:
     noise: Perturbation | None = None
     tenant: str = ""
     affinity: str = ""
+    owner: bytes = b""
     priority: Priority = Priority.INTERACTIVE
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from engine.trie import Int64, Pruning
 from orchestrator.beam_loop import Draft, SearchResult, Target, beam_search
 from orchestrator.draft_client import DraftClient, DraftSession
 from orchestrator.history import HistoryStore, HistoryUnavailable
+from orchestrator.identity import digest, owner_tag
 from orchestrator.memo import Memo
 from orchestrator.planner import Planner
 from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
@@ -211,26 +210,21 @@ class _Asker:
         """The request as one model gets it."""
         columns = self.catalogue.codes[self.window(model)] + self.catalogue.trie.codebook_offset
         tokens = np.asarray(model.code_tokens, dtype=np.int64)[columns]
+        owner = b"" if self.order.user_id is None else owner_tag(self.order.tenant, self.order.user_id)
         return ModelQuestion(
             prompt=model.prompt.tokens(list(tokens)),
             pruning=self.pruning,
             deadline=self.deadline,
             noise=noise,
             tenant=self.order.tenant,
-            affinity=self._affinity(model),
+            affinity=(owner or self._first_items(model)).hex(),
+            owner=owner,
             priority=self.order.priority,
         )
 
-    def _affinity(self, model: ModelEntry) -> str:
-        """Of a stored history its user's, of another the one of its first items, which stay while the window stands."""
-        if self.order.user_id is not None:
-            return hashed(self.order.tenant, "user", self.order.user_id)
-        return hashed(self.order.tenant, "items", *map(str, self.window(model)[:_FIRST_ITEMS].tolist()))
-
-
-def hashed(*parts: str) -> str:
-    """A name for these parts, of 32 hex digits, that does not show them. Equal in every process."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16, person=b"atspeed-affinity").hexdigest()
+    def _first_items(self, model: ModelEntry) -> bytes:
+        """What tells the prompts of histories in requests apart, and stays while the window stands."""
+        return digest(self.order.tenant, *map(str, self.window(model)[:_FIRST_ITEMS].tolist()))
 
 
 def _noise(order: Order) -> Perturbation | None:

@@ -122,7 +122,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return pb.GetHistoryResponse(events=[pb.Event(item_id=item) for item in stored or ()])
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
-        """Erase a history."""
+        """Erase a history, and what was cached for it."""
         check_user(request)
         forgotten = self._histories.forget(request.user_id, tenant=request.tenant)
         return pb.ForgetUserResponse(existed=await self._stored(forgotten))

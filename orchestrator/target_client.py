@@ -167,6 +167,7 @@ class TargetSession:
             max_children=self._max_children,
             perturbation=wire.to_perturbation(question.noise),
             tenant=question.tenant,
+            owner=question.owner,
         )
 
     def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> Evaluation:

@@ -11,9 +11,10 @@ from atspeed.v1 import types_pb2
 from prometheus_client import CollectorRegistry
 from pydantic import Field
 
-from engine.bundle import Bundle, Role
+from engine.bundle import Bundle, ModelEntry, Role
 from engine.cost_curve import CostCurve
 from engine.decoder import RuntimeOptions, load_decoder
+from engine.forgetting import ForgetListener
 from engine.kv_cache import KvLayout, MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore, connect
 from engine.tree_evaluator import TreeEvaluator
@@ -35,9 +36,22 @@ class ModelSettings(ServiceSettings):
         Field(description="Check every file of the bundle against its hash before serving; cached KV relies on them."),
     ] = True
     max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 16_384
-    kv_block_tokens: Annotated[int, Field(ge=1, le=1024, description="Prompt tokens in one block of cached KV.")] = 16
+    kv_block_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1024,
+            description="Prompt tokens in one block of cached KV. Not set: as many as an item has in the bundle's prompts.",
+        ),
+    ] = None
     kv_memory_mb: Annotated[int, Field(ge=0, description="Memory for the KV of prompts, in MiB. 0 keeps none.")] = 512
-    kv_redis: Annotated[bool, Field(description="Keep the KV of prompts in Redis too, where there is one.")] = True
+    kv_redis: Annotated[
+        Literal["measured", "always", "never"],
+        Field(
+            description="Whether the KV of prompts is in Redis too, where there is one. measured: where reading it is quicker "
+            "than computing it."
+        ),
+    ] = "measured"
     kv_ttl_seconds: Annotated[
         int,
         Field(
@@ -67,6 +81,16 @@ class ServedModel:
     metrics: CollectorRegistry
 
 
+def _layout(settings: ModelSettings, entry: ModelEntry, levels: int) -> KvLayout:
+    """Blocks of an item each: then a user who comes back with one more item pays for that one and what is before the first."""
+    block_tokens = settings.kv_block_tokens or entry.prompt.item_stride(levels)
+    return KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=block_tokens)
+
+
+def _in_redis(settings: ModelSettings) -> bool:
+    return settings.kv_redis != "never"
+
+
 @asynccontextmanager
 async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[ServedModel]:
     """The bundle's model of a role, warmed up. Raises BundleError or CatalogueError when its parts do not fit together."""
@@ -75,19 +99,23 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
         bundle.verify()
     trie, entry = bundle.catalogue().trie, bundle.model(role)  # a model needs no item: those are let go of
     decoder = load_decoder(bundle, role, RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads))
-    layout = KvLayout(
-        entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=settings.kv_block_tokens
-    )
-    url = settings.redis_url.get_secret_value() if settings.kv_redis else ""
-    timeout = settings.redis_timeout_seconds
+    rule = bundle.manifest.scoring_rule
+    layout = _layout(settings, entry, trie.levels)
+    url, timeout = settings.redis_url.get_secret_value(), settings.redis_timeout_seconds
     client = connect(url, timeout_seconds=timeout, tls=settings.redis_tls) if url else None
-    store = RedisKvStore(client, layout, settings.kv_ttl_seconds, timeout) if client else None
-    memory, rule = MemoryKvCache(settings.kv_memory_mb * 2**20), bundle.manifest.scoring_rule
+    memory = MemoryKvCache(settings.kv_memory_mb * 2**20)
+    store = RedisKvStore(client, layout, settings.kv_ttl_seconds, timeout) if client and _in_redis(settings) else None
     cache = PrefixCache(layout, memory, store)
+    cache.keeps_owned = client is not None  # without Redis nobody says when to forget a user
     metrics = ModelMetrics(KvTiers(cache, memory, store))
     evaluator = ObservedEvaluator(decoder, entry, trie, rule, layout, cache, metrics)
     await evaluator.warm_up()
     cost_curve = await evaluator.cost_curve(settings.warm_up_seconds)
+    if settings.kv_redis == "measured":
+        cache.fetching.recompute_ns = cost_curve.saved
+    listener = ForgetListener(client, cache) if client else None
+    if listener:
+        await listener.start()
     info = types_pb2.ModelInfo(
         model_version=bundle.manifest.model_version(role),
         catalogue_version=bundle.manifest.catalogue_version,
@@ -105,6 +133,8 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     try:
         yield ServedModel(evaluator, cost_curve, info, metrics.registry)
     finally:
+        if listener:
+            await listener.close()
         await evaluator.close()
         if client:
             await client.aclose()

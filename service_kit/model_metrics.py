@@ -37,6 +37,15 @@ KV_EVICTIONS = ReadCounter("atspeed_kv_evictions_total", "Blocks that memory let
 KV_INVALID = ReadCounter("atspeed_kv_redis_invalid_total", "Blocks in Redis that were damaged or foreign.")
 KV_FAILURES = ReadCounter("atspeed_kv_redis_failures_total", "Calls of the KV tier that Redis failed.")
 KV_SKIPPED = ReadCounter("atspeed_kv_redis_skipped_total", "Calls not made because Redis had just failed.")
+KV_READS = ReadCounter(
+    "atspeed_kv_redis_reads_total",
+    "Look-ups that memory could not answer whole, by what was done: asked Redis, or not_worth it; those asked that found "
+    "something: found, that did not seem worth it: explored.",
+    ("decision",),
+)
+KV_UNWRITTEN = ReadCounter(
+    "atspeed_kv_writes_not_worth_total", "Prompts whose KV was not written to Redis as reading it would never pay."
+)
 KV_DROPPED = ReadCounter("atspeed_kv_writes_dropped_total", "Writes of KV to Redis given up as too many were pending.")
 KV_PENDING = ReadGauge("atspeed_kv_writes_pending", "Writes of KV to Redis that are under way.")
 MODEL = ReadGauge(
@@ -47,6 +56,7 @@ MODEL = ReadGauge(
 METRICS = (
     *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PROMPT_TOKENS, TREES, TREE_BYTES),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
+    *(KV_READS, KV_UNWRITTEN),
     *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, MODEL),
 )
 
@@ -69,11 +79,22 @@ class KvTiers:
             KV_EVICTIONS: lambda: memory.statistics.evictions,
             KV_DROPPED: lambda: cache.dropped_writes,
             KV_PENDING: lambda: cache.pending_writes,
+            KV_READS: self._decisions,
+            KV_UNWRITTEN: lambda: cache.fetching.statistics.writes_not_worth,
         }
         return own | {
             KV_INVALID: lambda: store.statistics.invalid if store else 0,
             KV_FAILURES: lambda: store.statistics.failures if store else 0,
             KV_SKIPPED: lambda: store.statistics.skipped if store else 0,
+        }
+
+    def _decisions(self) -> dict[tuple[str, ...], float]:
+        counted = self.cache.fetching.statistics
+        return {
+            ("asked",): counted.asked,
+            ("found",): counted.hits,
+            ("explored",): counted.explored,
+            ("not_worth",): counted.not_worth,
         }
 
     def _lookups(self) -> dict[tuple[str, ...], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.bundle import ModelEntry
 from engine.cost import PassCost
 from engine.decoder import Decoder
-from engine.kv_cache import KvLayout
+from engine.kv_cache import NO_OWNER, KvLayout
 from engine.kv_store import PrefixCache
 from engine.scoring import Evaluation, ScoringRule
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
@@ -30,10 +30,10 @@ class ObservedEvaluator(TreeEvaluator):
         super().__init__(decoder, entry, trie, rule, layout, cache)
         self._metrics = metrics
 
-    async def open(self, prompt: Int64, *, tenant: str = "") -> OpenTree:
+    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
         """As TreeEvaluator's."""
         with tracing.span("cache lookup", prompt_tokens=len(prompt)) as span:
-            tree = await super().open(prompt, tenant=tenant)
+            tree = await super().open(prompt, tenant=tenant, owner=owner)
             cost = tree.cost_of_opening
             span.set(memory_tokens=cost.memory_cached_tokens, redis_tokens=cost.redis_cached_tokens)
         self._metrics.opened(tree)

@@ -14,6 +14,7 @@ from atspeed.v1 import draft_pb2, target_pb2, types_pb2
 
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
+from engine.kv_cache import NO_OWNER, OWNER_BYTES
 from engine.plan import Proposal
 from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.trie import Int64, Pruning, Trie
@@ -169,6 +170,13 @@ def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
         cached_tokens=to_array(curve.cached_tokens),
         forward_ns=to_array(curve.forward_ns.ravel()),
     )
+
+
+def owner(tag: bytes, field: str) -> bytes:
+    """The owner of a prompt's cached KV. Raises InvalidArgumentError naming `field`."""
+    if len(tag) not in (0, OWNER_BYTES):
+        raise InvalidArgumentError(field, f"must have {OWNER_BYTES} bytes or none, got {len(tag)}")
+    return tag or NO_OWNER
 
 
 def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:

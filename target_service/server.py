@@ -59,7 +59,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             if tree is None or selection is None:
                 selection = self._selection(request.start)
                 prompt = wire.vector(request.start.prompt, "start.prompt", "int64").astype(np.int64)
-                tree = await self._evaluator.open(prompt, tenant=request.start.tenant)
+                owner = wire.owner(request.start.owner, "start.owner")
+                tree = await self._evaluator.open(prompt, tenant=request.start.tenant, owner=owner)
             nodes = wire.node_ids(request.nodes, "nodes", self._trie, limit=self._model.info.max_nodes)
             evaluation, cost = await self._evaluator.evaluate(tree, nodes, selection)
             yield target_pb2.EvaluateResponse(

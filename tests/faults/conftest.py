@@ -44,8 +44,8 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
     flags: dict[str, dict[str, object]] = {
-        "draft": {"redis-timeout-seconds": 1},
-        "target": {"redis-timeout-seconds": 1, "threads": 1, "kv-memory-mb": 0},
+        "draft": {"redis-timeout-seconds": 1, "kv-redis": "always"},
+        "target": {"redis-timeout-seconds": 1, "threads": 1, "kv-memory-mb": 0, "kv-redis": "always"},
         "orchestrator": {"redis-timeout-seconds": 1, "draft-timeout-seconds": 2, "draft-backoff-seconds": 0.2},
     }
     with LocalStack(bundle, redis_url=redis_server.url, targets=2, log_folder=log_folder, flags=flags) as stack:

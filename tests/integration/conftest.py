@@ -33,10 +33,10 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
     """Time-outs that no load of the machine reaches: what a test sees is what the services decided."""
-    patient = {"redis-timeout-seconds": 10}
-    flags = {
-        "draft": patient,
-        "target": patient | {"threads": 1},
+    patient: dict[str, object] = {"redis-timeout-seconds": 10}
+    flags: dict[str, dict[str, object]] = {
+        "draft": patient | {"kv-redis": "always"},
+        "target": patient | {"threads": 1, "kv-redis": "always"},
         "orchestrator": patient | LIMITS | {"draft-timeout-seconds": 30},
     }
     with LocalStack(bundle, redis_url=redis_server.url, log_folder=log_folder, flags=flags) as stack:

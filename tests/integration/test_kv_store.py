@@ -163,6 +163,65 @@ class TestAlive:
             store_of(redis_client, ttl=0)
 
 
+class TestOwned:
+    """The blocks of stored users: one hash each, which expires and is erased as a whole."""
+
+    def chain(self, blocks: int, owner: bytes, seed: int = 0) -> list[bytes]:
+        tokens = np.random.default_rng(seed).integers(0, 1000, size=blocks * LAYOUT.block_tokens)
+        return block_keys(b"test", tokens, LAYOUT.block_tokens, owner)
+
+    async def test_what_is_put_is_got_and_only_by_its_owner(self, store: RedisKvStore) -> None:
+        mine, yours = self.chain(5, b"me------"), self.chain(5, b"you-----")
+        await store.put(content(mine))
+        assert_run(await store.get_chain(mine), mine)
+        assert await store.get_chain(yours) == []
+        assert await store.get_chain(chain(5)) == []
+
+    async def test_a_user_is_one_entry_that_expires_after_its_first_write(
+        self, store: RedisKvStore, redis_client: Redis
+    ) -> None:
+        """Were it prolonged by each write, what an active user's windows leave behind would never go."""
+        await store.put(content(self.chain(3, b"me------")))
+        (name,) = await redis_client.keys()
+        assert 0 < await redis_client.ttl(name) <= 60
+        await redis_client.expire(name, 7)
+        await store.put(content(self.chain(3, b"me------", seed=1)))
+        assert await redis_client.keys() == [name]
+        assert 0 < await redis_client.ttl(name) <= 7
+        assert await redis_client.hlen(name) == 6
+
+    async def test_forgetting_erases_one_user(self, store: RedisKvStore) -> None:
+        mine, yours = self.chain(3, b"me------"), self.chain(3, b"you-----")
+        for keys in (mine, yours, chain(3)):
+            await store.put(content(keys))
+        await store.forget(b"me------")
+        assert await store.get_chain(mine) == []
+        assert_run(await store.get_chain(yours), yours)
+        assert_run(await store.get_chain(chain(3)), chain(3))
+
+    async def test_damaged_fields_and_entries_of_another_type_are_misses(
+        self, store: RedisKvStore, redis_client: Redis
+    ) -> None:
+        keys = self.chain(3, b"me------")
+        await store.put(content(keys))
+        (name,) = await redis_client.keys()
+        await redis_client.hset(name, keys[1], b"garbage")
+        assert_run(await store.get_chain(keys), keys[:1])
+        await redis_client.set(name, "something")
+        assert await store.get_chain(keys) == []
+
+    async def test_a_long_prompt_is_written_in_parts_and_whole(self, redis_client: Redis) -> None:
+        """More bytes than one pipeline takes."""
+        layout = KvLayout(layers=4, kv_heads=4, head_dim=64, dtype="float32", block_tokens=16)
+        store = RedisKvStore(redis_client, layout, 60, LIVENESS_SECONDS, write_timeout_seconds=LIVENESS_SECONDS)
+        tokens = np.arange(20 * layout.block_tokens)
+        keys = block_keys(b"test", tokens, layout.block_tokens)
+        blocks = {key: np.full(layout.block_shape, n, dtype=np.float32) for n, key in enumerate(keys)}
+        assert len(blocks) * layout.block_bytes > 4 * 2**19
+        await store.put(blocks)
+        assert [int(block.flat[0]) for block in await store.get_chain(keys)] == list(range(20))
+
+
 class TestDead:
     async def test_down_is_a_miss_then_silence_then_one_that_tries(
         self, redis_url: str, redis_server: LocalRedis, redis_client: Redis, caplog: pytest.LogCaptureFixture

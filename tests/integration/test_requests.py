@@ -470,14 +470,21 @@ class TestStatistics:
         history = random_history(catalogue, WINDOW, seed=1001)
         first, second = (client.recommend(history) for _ in range(2))
         assert (first.statistics.memory_cached_tokens, first.statistics.redis_cached_tokens) == (0, 0)
-        blocks = (second.statistics.prompt_tokens - 1) // 16
-        assert (second.statistics.memory_cached_tokens, second.statistics.redis_cached_tokens) == (16 * blocks, 0)
+        blocks = (second.statistics.prompt_tokens - 1) // LEVELS
+        assert (second.statistics.memory_cached_tokens, second.statistics.redis_cached_tokens) == (LEVELS * blocks, 0)
         assert_same_list(second, first)
+
+    def test_one_more_item_is_all_that_is_computed(self, client: Client, catalogue: Catalogue) -> None:
+        """And what follows the last item: this bundle's prompts begin with one token and end with another."""
+        history = random_history(catalogue, WINDOW, seed=1004)
+        client.recommend(history[:-1])
+        longer = client.recommend(history).statistics
+        assert longer.prompt_tokens - longer.memory_cached_tokens == 1 + LEVELS + 1
 
     def test_tenants_share_no_cache(self, client: Client, catalogue: Catalogue) -> None:
         history = random_history(catalogue, WINDOW, seed=1002)
         replies = [client.recommend(history, tenant=tenant) for tenant in ("one", "other", "one")]
-        assert [reply.statistics.memory_cached_tokens for reply in replies] == [0, 0, 32]
+        assert [reply.statistics.memory_cached_tokens for reply in replies] == [0, 0, 4 * WINDOW]
         for reply in replies:
             assert_same_list(reply, replies[0])
 
@@ -490,7 +497,7 @@ class TestStatistics:
         target.stop()
         target.start()
         after = recovered(client, history)
-        assert (after.statistics.memory_cached_tokens, after.statistics.redis_cached_tokens) == (0, 32)
+        assert (after.statistics.memory_cached_tokens, after.statistics.redis_cached_tokens) == (0, 4 * WINDOW)
         assert_same_list(after, before)
 
 

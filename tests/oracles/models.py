@@ -11,7 +11,7 @@ from draft_service.drafter import Drafter, PlanOrder
 from engine.beams import Beams
 from engine.catalogue import Catalogue
 from engine.decoder import Decoder, RuntimeOptions
-from engine.kv_cache import KvArray, KvLayout, MemoryKvCache
+from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, owner_of
 from engine.kv_store import KvStore, PrefixCache
 from engine.plan import Plan
 from engine.scoring import Evaluation, ScoringRule
@@ -41,6 +41,15 @@ class DictStore:
     async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
         """Keep them all."""
         self.blocks.update(blocks)
+
+    async def forget(self, owner: bytes) -> None:
+        """Erase an owner's."""
+        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) != owner}
+
+    @property
+    def failures(self) -> int:
+        """It never fails."""
+        return 0
 
 
 @dataclass(frozen=True)

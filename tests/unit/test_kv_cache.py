@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from engine.kv_cache import (
     KEY_BYTES,
+    NO_OWNER,
+    OWNER_BYTES,
     KvArray,
     KvLayout,
     MemoryKvCache,
@@ -23,6 +25,7 @@ from engine.kv_cache import (
     decode_block,
     encode_block,
     namespace,
+    owner_of,
 )
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=2)
@@ -90,7 +93,7 @@ class TestKeys:
         assert block_keys(b"n", np.repeat(tokens, 2)[::2], 4) == expected
 
     def test_ten_thousand_different_prefixes_have_different_keys(self) -> None:
-        """Every variation of weights, dtype, layout, tenant or tokens; names are made to run over into each other."""
+        """Every variation of weights, dtype, layout, tenant, user or tokens; names are made to run over into each other."""
         rng = random.Random(1)
         names = ["", '"', '","', ", ", "a", "a,", ",a", "\\", '\\"', "null", "\x00", "é", "\ud800"]
         seen: dict[bytes, tuple[object, ...]] = {}
@@ -104,11 +107,47 @@ class TestKeys:
                 block_tokens=rng.randint(1, 3),
             )
             tokens = tuple(rng.choices(range(3), k=layout.block_tokens))
+            owner = rng.choice([NO_OWNER, b"a" * OWNER_BYTES, b"b" * OWNER_BYTES])
             (key,) = block_keys(
-                namespace(fingerprint, layout, tenant), np.asarray(tokens, dtype=np.int64), layout.block_tokens
+                namespace(fingerprint, layout, tenant), np.asarray(tokens, dtype=np.int64), layout.block_tokens, owner
             )
-            origin = (fingerprint, layout, tenant, tokens)
+            assert owner_of(key) == owner
+            origin = (fingerprint, layout, tenant, owner, tokens)
             assert seen.setdefault(key, origin) == origin
+
+    def test_ten_thousand_changed_worlds_find_nothing_of_another(self) -> None:
+        """0 cross-hits in one cache between worlds that differ in weights, dtype, tokenizer, catalogue, tenant or user.
+
+        Tokenizer and catalogue have no field in a key: they decide which tokens a history becomes, and equal tokens under
+        equal weights have equal keys and values. So a hit is right where these two are equal, and wrong anywhere else.
+        """
+        rng = random.Random(2)
+        cache, step, items, levels = MemoryKvCache(10**7), 2, 5, 2
+        written: dict[bytes, tuple[object, ...]] = {}
+        hits = 0
+        for _ in range(10_000):
+            codes = [[rng.randrange(2) for _ in range(levels)] for _ in range(items)]
+            spelling = rng.sample(range(3, 9), 4)
+            prompt = [1] + [spelling[2 * level + code] for item in (0, 1) for level, code in enumerate(codes[item])]
+            weights, tenant = rng.choice(["w1", "w2"]), rng.choice(["", "t"])
+            layout = replace(LAYOUT, dtype=rng.choice(["float32", "float16"]))
+            owner = rng.choice([NO_OWNER, b"a" * OWNER_BYTES])
+            keys = block_keys(namespace(weights, layout, tenant), np.array(prompt), step, owner)
+            for index, block in enumerate(cache.get_chain(keys)):
+                origin = (weights, layout, tenant, owner, tuple(prompt[: (index + 1) * step]))
+                assert written[keys[index]] == origin
+                assert block.dtype == layout.dtype
+                hits += 1
+            cache.put_chain(keys, [np.zeros(layout.block_shape, dtype=layout.dtype)] * len(keys))
+            for index, key in enumerate(keys):
+                origin = (weights, layout, tenant, owner, tuple(prompt[: (index + 1) * step]))
+                assert written.setdefault(key, origin) == origin
+        assert 0 < hits < 20_000
+
+    @pytest.mark.parametrize("owner", [b"", b"short", b"much too long"])
+    def test_a_tag_of_another_length_is_refused(self, owner: bytes) -> None:
+        with pytest.raises(ValueError, match="8 bytes"):
+            block_keys(b"n", np.arange(4), 2, owner)
 
     def test_a_root_is_never_a_block(self) -> None:
         """Who could choose a namespace still could not choose one whose chain runs into another's."""
@@ -130,7 +169,7 @@ class TestKeys:
     def test_equal_in_another_release(self) -> None:
         """Pinned. A change here misreads nothing, but empties every cache in use: raise FORMAT_VERSION knowingly."""
         last = block_keys(namespace("weights", LAYOUT, "tenant"), np.arange(6), 2)[-1]
-        assert last.hex() == "543150b0dd1f81c04dcddfec49f392c5f2606aab9f6fb2570c09a5eb3e247185"
+        assert last.hex() == "0000000000000000a151dc52f8c8c344de76cc402989aa12d2b2df01e3ad1e25"
 
 
 class TestCodec:

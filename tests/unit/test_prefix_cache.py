@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys, copy_blocks
+from engine.fetch_cost import FetchPolicy
+from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys, copy_blocks, owner_of
 from engine.kv_store import PrefixCache
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)
@@ -41,6 +42,13 @@ class FakeStore:
         self.writes.append(list(blocks))
         await self.gate.wait()
         self.blocks.update(blocks)
+
+    async def forget(self, owner: bytes) -> None:
+        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) != owner}
+
+    @property
+    def failures(self) -> int:
+        return 0
 
 
 def prompt(tokens: int, seed: int = 0) -> tuple[list[bytes], list[KvArray]]:
@@ -174,3 +182,96 @@ async def test_refuses_more_blocks_than_keys() -> None:
     keys, blocks = prompt(8)
     with pytest.raises(ValueError, match="2 blocks for a chain of 1"):
         cache.remember(keys[:1], blocks)
+
+
+OWNER = b"somebody"
+
+
+def owned(tokens: int, seed: int = 0, owner: bytes = OWNER) -> tuple[list[bytes], list[KvArray]]:
+    """A stored user's prompt."""
+    ids = np.random.default_rng(seed).integers(0, 1000, size=64)[:tokens]
+    return block_keys(b"n", ids, LAYOUT.block_tokens, owner), prompt(tokens, seed)[1]
+
+
+async def test_a_forgotten_user_is_in_no_tier_and_others_are() -> None:
+    store, clock = FakeStore(), [0.0]
+    cache = PrefixCache(LAYOUT, tier := memory(), store, clock=lambda: clock[0])
+    (keys, blocks), (others, _) = owned(16), owned(16, owner=b"stranger")
+    nobodys = prompt(16)[0]
+    for chain in (keys, others, nobodys):
+        cache.remember(chain, blocks)
+    await cache.forget(OWNER)
+    assert not any(key in tier for key in keys)
+    assert not store.blocks.keys() & set(keys)
+    assert [(await cache.lookup(chain)).memory_tokens for chain in (keys, others, nobodys)] == [0, 16, 16]
+    assert set(store.blocks) == {*others, *nobodys}
+    tier.check_integrity()
+
+    cache.remember(keys, blocks)
+    assert (await cache.lookup(keys)).tokens == 0, "a pass that had begun before brought it back"
+    clock[0] = cache.hold_seconds
+    cache.remember(keys, blocks)
+    assert (await cache.lookup(keys)).memory_tokens == 16
+    await cache.close()
+
+
+async def test_a_write_that_is_under_way_ends_before_the_store_forgets() -> None:
+    store = FakeStore()
+    store.gate.clear()
+    cache = PrefixCache(LAYOUT, memory(), store)
+    cache.remember(*owned(16))
+    forgetting = asyncio.create_task(cache.forget(OWNER))
+    await asyncio.sleep(0)
+    store.gate.set()
+    await forgetting
+    assert store.blocks == {}
+    await cache.close()
+
+
+async def test_what_is_on_its_way_from_the_store_is_not_kept() -> None:
+    """It was read before the user was forgotten, and arrives after it."""
+
+    class Late(FakeStore):
+        async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
+            found = await super().get_chain(keys)
+            await cache.forget(OWNER)
+            return found
+
+    store = Late()
+    keys, blocks = owned(16)
+    store.blocks = dict(zip(keys, blocks, strict=True))
+    cache = PrefixCache(LAYOUT, tier := memory(), store)
+    assert (await cache.lookup(keys)).redis_tokens == 16
+    assert len(tier) == 0
+    await cache.close()
+
+
+async def test_nothing_of_stored_users_is_kept_by_who_cannot_hear_of_their_leaving() -> None:
+    cache = PrefixCache(LAYOUT, tier := memory())
+    keys, blocks = owned(16)
+    nobodys = prompt(16)[0]
+    cache.remember(keys, blocks)
+    cache.remember(nobodys, blocks)
+    cache.keeps_owned = False
+    assert [key in tier for key in (*keys, *nobodys)] == [False] * 4 + [True] * 4
+    cache.remember(keys, blocks)
+    assert (await cache.lookup(keys)).tokens == 0
+    cache.keeps_owned = True
+    cache.remember(keys, blocks)
+    assert (await cache.lookup(keys)).tokens == 16
+
+
+async def test_the_store_is_asked_and_written_as_the_policy_says() -> None:
+    store = FakeStore()
+    worth = [False]
+    fetching = FetchPolicy(LAYOUT.bytes_per_token, lambda missing, cached: 1e12 if worth[0] else 0.0)
+    cache = PrefixCache(LAYOUT, memory(0), store, fetching=fetching)
+    keys, blocks = prompt(16)
+    cache.remember(keys, blocks)
+    assert ((await cache.lookup(keys)).tokens, store.reads, store.writes) == (0, [], [])
+    worth[0] = True
+    cache.remember(keys, blocks)
+    await cache.close()
+    assert (await cache.lookup(keys)).redis_tokens == 16
+    assert (fetching.statistics.asked, fetching.statistics.hits, fetching.statistics.not_worth) == (1, 1, 1)
+    assert fetching.statistics.writes_not_worth == 1

@@ -108,6 +108,7 @@ class PlanRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     width: _builtins.int
@@ -122,6 +123,10 @@ class PlanRequest(_message.Message):
     """Keys of the cached keys and values are separate per tenant."""
     beam_width: _builtins.int
     """`K`: the beam width of the search. The plan is for a search that needs the K best nodes of every level."""
+    owner: _builtins.bytes
+    """Tag of the stored user whose prompt this is, 8 bytes; empty for a history that came with its request. Users with tags share no
+    cached keys and values, and all that is cached under a tag is erased when the user is forgotten.
+    """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
         """int64 [prompt]: the prompt's token ids in the draft's vocabulary."""
@@ -174,10 +179,11 @@ class PlanRequest(_message.Message):
         tenant: _builtins.str = ...,
         beam_width: _builtins.int = ...,
         kept: _types_pb2.Array | None = ...,
+        owner: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "kept", b"kept", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "kept", b"kept", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "kept", b"kept", "max_nodes", b"max_nodes", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,7 +100,8 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForgetUser(self, request, context):
-        """Erases a user's history. Cached keys and values of prompts, which carry no user id, expire by themselves.
+        """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
+        replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

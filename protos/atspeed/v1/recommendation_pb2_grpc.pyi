@@ -42,7 +42,9 @@ class RecommendationServiceStub:
     GetHistory: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.GetHistoryRequest, _recommendation_pb2.GetHistoryResponse]
     """A user's stored history."""
     ForgetUser: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.ForgetUserRequest, _recommendation_pb2.ForgetUserResponse]
-    """Erases a user's history. Cached keys and values of prompts, which carry no user id, expire by themselves."""
+    """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
+    replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
+    """
     GetServiceInfo: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.GetServiceInfoRequest, _recommendation_pb2.GetServiceInfoResponse]
     """Versions, limits and the state of the services behind this one."""
 
@@ -60,7 +62,9 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     GetHistory: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.GetHistoryRequest, _recommendation_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """A user's stored history."""
     ForgetUser: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.ForgetUserRequest, _recommendation_pb2.ForgetUserResponse]  # type: ignore[assignment]
-    """Erases a user's history. Cached keys and values of prompts, which carry no user id, expire by themselves."""
+    """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
+    replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
+    """
     GetServiceInfo: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.GetServiceInfoRequest, _recommendation_pb2.GetServiceInfoResponse]  # type: ignore[assignment]
     """Versions, limits and the state of the services behind this one."""
 
@@ -105,7 +109,9 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommendation_pb2.ForgetUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.ForgetUserResponse, _abc.Awaitable[_recommendation_pb2.ForgetUserResponse]]:
-        """Erases a user's history. Cached keys and values of prompts, which carry no user id, expire by themselves."""
+        """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
+        replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
+        """
 
     @_abc_1.abstractmethod
     def GetServiceInfo(

@@ -71,12 +71,17 @@ class EvaluateStart(_message.Message):
     PERTURBATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that scores and node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     max_children: _builtins.int
     """Most children to return per node, best first. 0 returns all."""
     tenant: _builtins.str
     """Keys of the cached keys and values are separate per tenant."""
+    owner: _builtins.bytes
+    """Tag of the stored user whose prompt this is, 8 bytes; empty for a history that came with its request. Users with tags share no
+    cached keys and values, and all that is cached under a tag is erased when the user is forgotten.
+    """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
         """int64 [prompt]: the prompt's token ids in the target's vocabulary."""
@@ -105,10 +110,11 @@ class EvaluateStart(_message.Message):
         perturbation: _types_pb2.Perturbation | None = ...,
         tenant: _builtins.str = ...,
         kept: _types_pb2.Array | None = ...,
+        owner: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

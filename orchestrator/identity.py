@@ -1,0 +1,18 @@
+"""Names for users that do not show who they are: what model services and Redis know cached keys and values by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from engine.kv_cache import OWNER_BYTES
+
+
+def owner_tag(tenant: str, user_id: str) -> bytes:
+    """A stored user's tag, OWNER_BYTES; equal in every process."""
+    return digest("owner", tenant, user_id)
+
+
+def digest(*parts: str) -> bytes:
+    """A hash of these texts, OWNER_BYTES. Who has the texts can make it; it hides them from who only looks."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=OWNER_BYTES, person=b"atspeed-identity").digest()

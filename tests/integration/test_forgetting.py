@@ -1,0 +1,207 @@
+"""ForgetUser with real services and a real Redis: after it, no block of the user's prompts is found in any tier."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+from atspeed.v1 import draft_pb2, target_pb2, types_pb2
+from atspeed.v1 import recommendation_pb2 as pb
+from redis.asyncio import Redis
+
+from client.local_redis import LocalRedis
+from client.local_stack import LocalStack, ServiceProcess
+from engine.bundle import Bundle, Manifest
+from engine.catalogue import Catalogue
+from engine.forgetting import STREAM, ForgetListener, announce
+from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys
+from engine.kv_store import PrefixCache, RedisKvStore, connect, group_name
+from engine.trie import ROOT, Int64
+from orchestrator.identity import owner_tag
+from service_kit import wire
+from tests.bundles import random_history
+from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until
+
+LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)
+OWNER = owner_tag("", "listener")
+
+
+@pytest.fixture(scope="module")
+def replicas(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
+    """Two drafts and two targets, asked in turn, so that all of them come to know a user."""
+    kept: dict[str, object] = {"kv-redis": "always", "redis-timeout-seconds": 10, "threads": 1, "warm-up-seconds": 0}
+    patient: dict[str, object] = {"redis-timeout-seconds": 10, "draft-timeout-seconds": 30, "affine-calls": 0}
+    folder = log_folder / "forgetting"
+    folder.mkdir()
+    flags = {"draft": kept, "target": kept, "orchestrator": patient}
+    with LocalStack(bundle, redis_url=redis_server.url, drafts=2, targets=2, log_folder=folder, flags=flags) as stack:
+        yield stack
+
+
+@pytest.fixture
+def client(redis_url: str, replicas: LocalStack) -> Iterator[Client]:
+    with Client(replicas.address) as client:
+        yield client
+
+
+class Prober:
+    """Asks replicas directly how much of a user's prompt they find; what they do not find they compute and keep."""
+
+    def __init__(self, bundle: Path, catalogue: Catalogue, user: str, history: list[str]) -> None:
+        self._manifest: Manifest = Bundle(bundle).manifest
+        self._catalogue, self._owner, self._history = catalogue, owner_tag("", user), history
+
+    def target(self, replica: ServiceProcess) -> int:
+        """Cached tokens that a target finds, in memory or Redis."""
+        start = target_pb2.EvaluateStart(
+            model_version=self._manifest.model_version("target"), prompt=self._prompt("target"), owner=self._owner
+        )
+        nodes = wire.to_array(np.array([ROOT], dtype=np.int32))
+        with models(replica.address) as channel, EvaluateStream(channel) as stream:
+            statistics = stream.ask(target_pb2.EvaluateRequest(start=start, nodes=nodes)).statistics
+        return statistics.memory_cached_tokens + statistics.redis_cached_tokens
+
+    def draft(self, replica: ServiceProcess) -> int:
+        """Cached tokens that a draft finds."""
+        request = draft_pb2.PlanRequest(
+            model_version=self._manifest.model_version("draft"),
+            prompt=self._prompt("draft"),
+            owner=self._owner,
+            beams=wire.to_array(np.array([ROOT], dtype=np.int32)),
+            scores=wire.to_array(np.zeros(1)),
+            width=4,
+            beam_width=4,
+            proposal=draft_pb2.PROPOSAL_TOP,
+        )
+        with models(replica.address) as channel:
+            statistics = draft_stub(channel).Plan(request, timeout=LIVENESS_SECONDS).statistics
+        return statistics.memory_cached_tokens + statistics.redis_cached_tokens
+
+    def everywhere(self, stack: LocalStack) -> list[int]:
+        """Cached tokens that each replica finds."""
+        return [*map(self.draft, stack.drafts), *map(self.target, stack.targets)]
+
+    def _prompt(self, role: str) -> types_pb2.Array:
+        model, catalogue = self._manifest.models[role], self._catalogue
+        columns = catalogue.codes[catalogue.find(self._history)] + catalogue.trie.codebook_offset
+        tokens: Int64 = np.asarray(model.code_tokens, dtype=np.int64)[columns]
+        return wire.to_array(model.prompt.tokens(list(tokens)))
+
+
+def test_nothing_of_a_forgotten_user_is_found_anywhere(
+    client: Client, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue
+) -> None:
+    """Another user with the very same history keeps everything: users share no block."""
+    history = random_history(catalogue, WINDOW, seed=4000)
+    probes = {user: Prober(bundle, catalogue, user, list(history)) for user in ("leaver", "stayer")}
+    for user, probe in probes.items():
+        client.record(user, history)
+        client.recommend(user_id=user)
+        until(lambda probe=probe: min(probe.everywhere(replicas)) > 0)  # type: ignore[misc]
+    with redis.Redis.from_url(redis_url) as store:
+        names = {user: group_name(owner_tag("", user)) for user in probes}
+        until(lambda: all(store.exists(name) for name in names.values()))
+
+        client.stub.ForgetUser(pb.ForgetUserRequest(user_id="leaver"), timeout=LIVENESS_SECONDS)
+        assert store.exists(names["leaver"]) == 0
+        until(lambda: probes["leaver"].everywhere(replicas) == [0, 0, 0, 0])
+        assert client.history("leaver") == []
+        assert b"leaver" not in b"".join(name for name in store.scan_iter() if isinstance(name, bytes))
+
+        assert min(probes["stayer"].everywhere(replicas)) > 0
+        assert store.exists(names["stayer"]) == 1
+        assert store.exists(names["leaver"]) == 0, "a replica wrote it again"
+
+
+def prompt(owner: bytes = OWNER) -> tuple[list[bytes], list[KvArray]]:
+    keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens, owner)
+    return keys, [np.full(LAYOUT.block_shape, index, dtype=np.float32) for index in range(2)]
+
+
+async def becomes(condition: Callable[[], bool]) -> None:
+    """Return when a condition holds that nobody announces."""
+    async with asyncio.timeout(LIVENESS_SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+class TestListener:
+    async def test_it_hears_of_users_forgotten_before_it_came(self, redis_client: Redis) -> None:
+        """A replica that starts while a pass for the user is still under way must not keep what that brings."""
+        await announce(redis_client, OWNER)
+        cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
+        listener = ForgetListener(redis_client, cache)
+        await listener.start()
+        cache.remember(*prompt())
+        assert len(tier) == 0
+        cache.remember(*prompt(owner_tag("", "another")))
+        assert len(tier) == 2
+        await listener.close()
+
+    async def test_a_write_that_comes_late_is_erased_too(self, redis_client: Redis) -> None:
+        """It reached Redis after the orchestrator had erased the user there."""
+        store = RedisKvStore(redis_client, LAYOUT, 60, 5.0)
+        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), store)
+        await announce(redis_client, OWNER)
+        await store.put(dict(zip(*prompt(), strict=True)))
+        assert await redis_client.exists(group_name(OWNER)) == 1
+        listener = ForgetListener(redis_client, cache)
+        await listener.start()
+        assert await redis_client.exists(group_name(OWNER)) == 0
+        await listener.close()
+
+    async def test_cut_off_for_too_long_it_drops_all_stored_users(
+        self, redis_url: str, redis_server: LocalRedis
+    ) -> None:
+        """And keeps none until it hears again; histories that came with their requests are nobody's and stay."""
+        async with connect(redis_url, timeout_seconds=1.0) as client:
+            cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
+            listener = ForgetListener(client, cache, deaf_seconds=0.2, poll_seconds=0.02)
+            await listener.start()
+            nobodys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
+            cache.remember(*prompt())
+            cache.remember(nobodys, prompt()[1])
+            assert len(tier) == 4
+            await asyncio.to_thread(redis_server.kill)
+            await becomes(lambda: not cache.keeps_owned)
+            assert [key in tier for key in (*prompt()[0], *nobodys)] == [False, False, True, True]
+            cache.remember(*prompt())
+            assert len(tier) == 2
+            await asyncio.to_thread(redis_server.start)
+            await becomes(lambda: cache.keeps_owned)
+            cache.remember(*prompt())
+            assert len(tier) == 4
+            await listener.close()
+
+    async def test_without_redis_at_the_start_nothing_of_stored_users_is_kept(
+        self, redis_url: str, redis_server: LocalRedis
+    ) -> None:
+        redis_server.kill()
+        async with connect(redis_url, timeout_seconds=1.0) as client:
+            cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
+            listener = ForgetListener(client, cache)
+            await listener.start()
+            cache.remember(*prompt())
+            assert len(tier) == 0
+            await listener.close()
+
+    async def test_what_is_not_a_tag_is_passed_over(self, redis_client: Redis) -> None:
+        await redis_client.xadd(STREAM, {"owner": b"short"})
+        await redis_client.xadd(STREAM, {"something": b"else"})
+        await announce(redis_client, OWNER)
+        cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
+        listener = ForgetListener(redis_client, cache)
+        await listener.start()
+        cache.remember(*prompt())
+        assert len(tier) == 0
+        await listener.close()
+
+    async def test_the_stream_forgets_too(self, redis_client: Redis) -> None:
+        """Tags older than an hour go when a new one comes."""
+        await redis_client.xadd(STREAM, {"owner": OWNER}, id="5-0")
+        await announce(redis_client, OWNER)
+        assert await redis_client.xlen(STREAM) == 1
