@@ -10,6 +10,7 @@
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
 #   make metrics-docs    docs/metrics.md from what the services measure
+#   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
 #   make tree            the README's file tree
 #   make constraints     constraints.txt from the development environment (make it afresh before)
 #   make clean           removes caches and build results; make distclean the environments too
@@ -98,6 +99,7 @@ lint: $(DEV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
 	$(BIN)/python -m service_kit.settings_docs --check
 	$(BIN)/python -m service_kit.metrics_docs --check
+	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
 
 .PHONY: protos
@@ -115,6 +117,10 @@ settings-docs: $(DEV)/.installed
 .PHONY: metrics-docs
 metrics-docs: $(DEV)/.installed
 	$(BIN)/python -m service_kit.metrics_docs
+
+.PHONY: dashboard
+dashboard: $(DEV)/.installed
+	$(BIN)/python deploy/grafana/generate.py
 
 # Local versions such as +cpu name a variant of a wheel, not a version, and are left out.
 .PHONY: constraints

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -16,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from client.local_stack import ServiceProcess
 from tests.serving import LIVENESS_SECONDS
+
+DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "atspeed.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,24 @@ def scrape(service: ServiceProcess) -> Scrape:
 def exposed_name(name: str, kind: str) -> str:
     """The name of a family as it stands in the exposition: the parser takes `_total` off."""
     return f"{name}_total" if kind == "counter" and not name.endswith("_total") else name
+
+
+@dataclass(frozen=True)
+class DashboardPanel:
+    """A graph of the dashboard and what it asks Prometheus for."""
+
+    title: str
+    queries: Sequence[str]
+
+
+def panels() -> list[DashboardPanel]:
+    """The graphs of deploy/grafana."""
+    found = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    return [
+        DashboardPanel(panel["title"], [target["expr"] for target in panel["targets"]])
+        for panel in found
+        if panel["type"] != "row"
+    ]
 
 
 @dataclass(frozen=True)

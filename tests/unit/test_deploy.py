@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from service_kit.settings_docs import SERVICES
 
@@ -120,7 +121,8 @@ def test_every_variable_is_a_setting(ours: dict[str, Service]) -> None:
         module, _, name = reference.partition(":")
         settings = getattr(importlib.import_module(module), name)
         prefix = settings.model_config["env_prefix"]
-        fields = {variable.removeprefix(prefix).lower() for variable in ours[settings.service]["environment"]}
+        variables = {name for name in ours[settings.service]["environment"] if not name.startswith("OTEL_")}
+        fields = {variable.removeprefix(prefix).lower() for variable in variables}
         assert fields <= set(settings.model_fields)
         required = {field for field, info in settings.model_fields.items() if info.is_required()}
         assert required <= fields
@@ -151,6 +153,46 @@ def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
     (mount,) = edge["volumes"]
     assert (Path(mount["source"]), mount["read_only"]) == (ROOT / "deploy" / "envoy" / "envoy.yaml", True)
     assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
+
+
+# What watches
+
+
+@pytest.fixture(scope="module")
+def watching() -> dict[str, Service]:
+    """What the profile adds."""
+    added = compose("--profile", "cpu", "--profile", "observability")["services"]
+    return {name: service for name, service in added.items() if name not in compose()["services"]}
+
+
+def test_what_watches_has_no_rights_that_it_does_not_need(watching: dict[str, Service]) -> None:
+    assert set(watching) == {"prometheus", "grafana", "jaeger"}
+    for service in watching.values():
+        assert service["user"].split(":")[0] not in {"", "0", "root"}
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert {port["host_ip"] for port in service["ports"]} == {"127.0.0.1"}
+        for mount in service.get("volumes", ()):
+            assert mount["type"] == "volume" or (mount["read_only"] and Path(mount["source"]).is_dir())
+
+
+def test_prometheus_scrapes_the_port_that_every_service_opens(ours: dict[str, Service]) -> None:
+    jobs = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (discovered,) = ({job["job_name"]: job["dns_sd_configs"][0] for job in jobs},)
+    assert set(discovered) == set(ours)
+    for role, service in ours.items():
+        prefix = f"ATSPEED_{role.upper()}"
+        assert service["environment"][f"{prefix}_METRICS_HOST"] == "0.0.0.0"  # noqa: S104
+        assert service["environment"][f"{prefix}_METRICS_PORT"] == str(discovered[role]["port"])
+        assert discovered[role]["names"] == [role]
+
+
+def test_traces_go_to_jaeger_where_they_are_asked_for(ours: dict[str, Service]) -> None:
+    traced = compose("--profile", "cpu", "--profile", "observability", TRACING="true")["services"]
+    for role, service in ours.items():
+        assert service["environment"][f"ATSPEED_{role.upper()}_TRACING"] == "false"
+        assert traced[role]["environment"][f"ATSPEED_{role.upper()}_TRACING"] == "true"
+        assert traced[role]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4317"
 
 
 # Rights

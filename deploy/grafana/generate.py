@@ -1,0 +1,193 @@
+"""Write dashboards/atspeed.json from the panels below; `--check` exits 1 when the file is not what they give."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parent / "dashboards" / "atspeed.json"
+SOURCE = {"type": "prometheus", "uid": "prometheus"}
+ACROSS, WIDTH, HEIGHT = 3, 8, 8  # panels in a row, and their size in Grafana's grid of 24 columns
+
+Queries = dict[str, str]
+"""Legend -> query."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One graph. unit: Grafana's name of it."""
+
+    title: str
+    queries: Queries
+    unit: str = "short"
+
+
+def rate(counter: str, by: str, where: str = "") -> Queries:
+    """How often something happens, for each value of some labels."""
+    legend = " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(","))
+    return {legend: f"sum by ({by}) (rate({counter}{{{where}}}[$__rate_interval]))"}
+
+
+def share(counter: str, by: str) -> Queries:
+    """What part of all each value of a label has."""
+    total = f"sum(rate({counter}[$__rate_interval]))"
+    return {f"{{{{{by}}}}}": f"sum by ({by}) (rate({counter}[$__rate_interval])) / ignoring ({by}) group_left {total}"}
+
+
+def quantiles(histogram: str, by: str, where: str = "") -> Queries:
+    """p50 and p99 for each value of a label."""
+    buckets = f"sum by (le, {by}) (rate({histogram}_bucket{{{where}}}[$__rate_interval]))"
+    return {f"{{{{{by}}}}} p{level}": f"histogram_quantile(0.{level}, {buckets})" for level in (50, 99)}
+
+
+def mean(histogram: str, by: str, where: str = "") -> Queries:
+    """The mean for each value of a label."""
+    total, count = (
+        f"sum by ({by}) (rate({histogram}_{part}{{{where}}}[$__rate_interval]))" for part in ("sum", "count")
+    )
+    return {f"{{{{{by}}}}}": f"{total} / {count}"}
+
+
+def level(gauge: str) -> Queries:
+    """A gauge of each replica."""
+    return {"{{job}} {{instance}}": gauge}
+
+
+ROWS: Mapping[str, Sequence[Panel]] = {
+    "Lists": [
+        Panel("Lists a second", rate("atspeed_recommendations_total", "mode, code"), "reqps"),
+        Panel("Time of a list", quantiles("atspeed_stage_seconds", "mode", 'stage="total"'), "s"),
+        Panel("Time of a strict list by stage, mean", mean("atspeed_stage_seconds", "stage", 'mode="strict"'), "s"),
+        Panel("Lists that did without something", rate("atspeed_degraded_total", "reason"), "reqps"),
+        Panel("Target passes of a list, mean", mean("atspeed_target_passes", "mode")),
+        Panel("Levels without a target pass, mean", mean("atspeed_accepted_levels", "mode")),
+        Panel("Nodes of strict lists", rate("atspeed_nodes_total", "kind", 'mode="strict"'), "ops"),
+        Panel("Lists that were too short", rate("atspeed_short_lists_total", "instance"), "reqps"),
+        Panel("Streams that broke", rate("atspeed_target_retries_total", "instance"), "ops"),
+    ],
+    "Exactness": [
+        Panel("Shadow checks", rate("atspeed_shadow_checks_total", "outcome"), "ops"),
+        Panel("Largest gap of scores", level("atspeed_shadow_largest_gap")),
+        Panel(
+            "Speculation is on, the draft rests",
+            {"on {{instance}}": "atspeed_speculation_on", "rests {{instance}}": "atspeed_draft_resting"},
+        ),
+    ],
+    "Load": [
+        Panel(
+            "Served at once",
+            {"{{job}} {{instance}}": "atspeed_admission_running / atspeed_admission_places"},
+            "percentunit",
+        ),
+        Panel(
+            "Waiting", {"{{job}} {{instance}}": "atspeed_admission_waiting / atspeed_admission_queue"}, "percentunit"
+        ),
+        Panel("Calls in flight", {"{{method}}": "sum by (method) (atspeed_calls_in_flight)"}),
+        Panel("Calls by status", rate("atspeed_calls_total", "method, code"), "reqps"),
+        Panel("Time of a call", quantiles("atspeed_call_seconds", "method"), "s"),
+        Panel("Memory", level("process_resident_memory_bytes"), "bytes"),
+    ],
+    "Models": [
+        Panel("Time of a pass", quantiles("atspeed_pass_seconds", "job", 'stage="forward"'), "s"),
+        Panel("Wait for a pass", quantiles("atspeed_pass_seconds", "job", 'stage="queue"'), "s"),
+        Panel("Tokens of a pass", quantiles("atspeed_pass_tokens", "job")),
+        Panel("Nodes of a pass", quantiles("atspeed_pass_nodes", "job")),
+        Panel("Nodes of a plan", quantiles("atspeed_plan_nodes", "proposal")),
+        Panel("Draft passes of a plan, mean", mean("atspeed_plan_passes", "proposal")),
+    ],
+    "Prefix cache": [
+        Panel(
+            "Prompt tokens by where their KV came from", share("atspeed_prompt_tokens_total", "source"), "percentunit"
+        ),
+        Panel(
+            "Memory tier",
+            {"{{job}} {{instance}}": "atspeed_kv_memory_bytes / atspeed_kv_memory_limit_bytes"},
+            "percentunit",
+        ),
+        Panel("KV of open requests", level("atspeed_open_tree_kv_bytes"), "bytes"),
+        Panel("Blocks asked for", rate("atspeed_kv_block_lookups_total", "tier, result"), "ops"),
+        Panel("Evictions", rate("atspeed_kv_evictions_total", "job"), "ops"),
+        Panel(
+            "Redis",
+            {
+                f"{name} {{{{job}}}}": f"sum by (job) (rate(atspeed_kv_{name}_total[$__rate_interval]))"
+                for name in ("redis_failures", "redis_skipped", "redis_invalid", "writes_dropped")
+            },
+            "ops",
+        ),
+        Panel("Open requests", level("atspeed_open_trees")),
+        Panel("Writes under way", level("atspeed_kv_writes_pending")),
+        Panel("Versions", {"{{job}} {{model_version}}": "count by (job, model_version) (atspeed_model_info)"}),
+    ],
+}
+
+
+def dashboard() -> dict[str, Any]:
+    """The whole dashboard."""
+    return {
+        "uid": "atspeed",
+        "title": "atspeed",
+        "tags": ["atspeed"],
+        "schemaVersion": 41,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "timezone": "browser",
+        "editable": False,
+        "panels": [{"id": number, **panel} for number, panel in enumerate(_panels(), start=1)],
+    }
+
+
+def _panels() -> Iterator[dict[str, Any]]:
+    top = 0
+    for title, panels in ROWS.items():
+        yield {
+            "type": "row",
+            "title": title,
+            "collapsed": False,
+            "gridPos": {"x": 0, "y": top, "w": 24, "h": 1},
+            "panels": [],
+        }
+        top += 1
+        for place, panel in enumerate(panels):
+            row, column = divmod(place, ACROSS)
+            yield _graph(panel, {"x": column * WIDTH, "y": top + row * HEIGHT, "w": WIDTH, "h": HEIGHT})
+        top += -(-len(panels) // ACROSS) * HEIGHT
+
+
+def _graph(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
+    targets = [
+        {"refId": chr(ord("A") + number), "datasource": SOURCE, "expr": query, "legendFormat": legend}
+        for number, (legend, query) in enumerate(panel.queries.items())
+    ]
+    return {
+        "type": "timeseries",
+        "title": panel.title,
+        "datasource": SOURCE,
+        "gridPos": place,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "targets": targets,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the file, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check, text = parser.parse_args(arguments).check, json.dumps(dashboard(), indent=1) + "\n"
+    if not check:
+        FILE.write_text(text, encoding="utf-8")
+        return 0
+    if FILE.exists() and FILE.read_text(encoding="utf-8") == text:
+        return 0
+    sys.stderr.write(f"{FILE.name} is stale, run `make dashboard`\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
