@@ -5,10 +5,10 @@ from __future__ import annotations
 from service_kit.admission import Admission
 from service_kit.metrics import Read, ReadCounter, ReadGauge
 
-PLACES = ReadGauge("atspeed_admission_places", "Recommendations, plans or target streams that may be served at once.")
-RUNNING = ReadGauge("atspeed_admission_running", "Those that are served.")
-QUEUED = ReadGauge("atspeed_admission_waiting", "Those that wait for a place.")
-QUEUE = ReadGauge("atspeed_admission_queue", "Those that may wait; more are refused at once.")
+PLACES = ReadGauge("atspeed_places", "Recommendations, plans or target streams that may be served at once.")
+RUNNING = ReadGauge("atspeed_running", "Those that are served.")
+QUEUED = ReadGauge("atspeed_queued", "Those that wait for a place.")
+QUEUE = ReadGauge("atspeed_queue_places", "Those that may wait; more are refused at once.")
 METRICS = (PLACES, RUNNING, QUEUED, QUEUE)
 
 

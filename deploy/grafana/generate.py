@@ -81,11 +81,11 @@ ROWS: Mapping[str, Sequence[Panel]] = {
     "Load": [
         Panel(
             "Served at once",
-            {"{{job}} {{instance}}": "atspeed_admission_running / atspeed_admission_places"},
+            {"{{job}} {{instance}}": "atspeed_running / atspeed_places"},
             "percentunit",
         ),
         Panel(
-            "Waiting", {"{{job}} {{instance}}": "atspeed_admission_waiting / atspeed_admission_queue"}, "percentunit"
+            "Waiting", {"{{job}} {{instance}}": "atspeed_queued / atspeed_queue_places"}, "percentunit"
         ),
         Panel("Calls in flight", {"{{method}}": "sum by (method) (atspeed_calls_in_flight)"}),
         Panel("Calls by status", rate("atspeed_calls_total", "method, code"), "reqps"),

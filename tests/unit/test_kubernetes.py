@@ -143,7 +143,7 @@ def test_secrets_are_referred_to_and_not_there(manifests: list[Manifest]) -> Non
 def test_probes_ask_the_port_and_the_service(manifests: list[Manifest]) -> None:
     for name, container in containers(manifests).items():
         assert container["args"] == [MODULES[name]]
-        assert container["ports"] == [{"name": "grpc", "containerPort": PORTS[name]}]
+        assert container["ports"][0] == {"name": "grpc", "containerPort": PORTS[name]}
         assert container["readinessProbe"]["grpc"] == {"port": PORTS[name], "service": SERVICE_NAMES[name]}
         for probe in ("startupProbe", "livenessProbe"):
             assert container[probe]["grpc"] == {"port": PORTS[name]}
@@ -204,6 +204,19 @@ def test_only_who_needs_a_service_reaches_it(manifests: list[Manifest]) -> None:
     assert to_models["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "orchestrator"}}}]
     (outer,) = policies["orchestrator"]["ingress"]
     assert outer["from"] == [{"namespaceSelector": {"matchLabels": {"atspeed-client": "true"}}}]
+
+
+def test_prometheus_finds_and_reaches_the_metrics(manifests: list[Manifest]) -> None:
+    maps = of_kind(manifests, "ConfigMap")
+    for name, deployment in of_kind(manifests, "Deployment").items():
+        template, data = deployment["spec"]["template"], maps[f"atspeed-{name}"]["data"]
+        port = data[f"ATSPEED_{name.upper()}_METRICS_PORT"]
+        assert template["metadata"]["annotations"] == {"prometheus.io/scrape": "true", "prometheus.io/port": port}
+        (container,) = template["spec"]["containers"]
+        assert container["ports"][1] == {"name": "metrics", "containerPort": int(port)}
+    policy = of_kind(manifests, "NetworkPolicy")["metrics"]["spec"]
+    assert set(policy["podSelector"]["matchExpressions"][0]["values"]) == set(PORTS)
+    assert policy["ingress"][0]["ports"] == [{"port": "metrics", "protocol": "TCP"}]
 
 
 def test_gpus_are_asked_for_in_their_overlay_alone(manifests: list[Manifest], overlay: str) -> None:

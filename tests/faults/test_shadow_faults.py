@@ -1,0 +1,149 @@
+"""A target whose answers depend on what else is in a pass: strict lists are wrong then, and shadow checks find it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import grpc
+import numpy as np
+import pytest
+from atspeed.v1 import draft_pb2, target_pb2
+from atspeed.v1 import recommendation_pb2 as pb
+
+from client.local_stack import ServiceProcess
+from engine.bundle import Bundle
+from engine.catalogue import Catalogue
+from engine.scoring import ScoringRule, best_children
+from engine.trie import ROOT, Trie
+from service_kit import wire
+from tests.bundles import random_history
+from tests.observed import scrape
+from tests.serving import LEVELS, TARGET, Client, FakeDraft, assert_same_list, ids, until
+
+MISMATCHES = 3
+
+
+class TableTarget:
+    """A TargetService in this process that answers from a table of random logits; passes over several levels from another one.
+
+    That is what a kernel does whose result for a token depends on the shape of the pass.
+    """
+
+    def __init__(self, trie: Trie, model_version: str) -> None:
+        rng = np.random.default_rng(7)
+        self._trie, self._version = trie, model_version
+        self._alone, self._in_company = (
+            rng.normal(size=(trie.nodes, trie.columns)).astype(np.float32) * 2 for _ in range(2)
+        )
+        evaluate = grpc.stream_stream_rpc_method_handler(
+            self._evaluate,
+            request_deserializer=target_pb2.EvaluateRequest.FromString,
+            response_serializer=target_pb2.EvaluateResponse.SerializeToString,
+        )
+        self._server = grpc.server(ThreadPoolExecutor(16))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(TARGET, {"Evaluate": evaluate}),))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+    def _evaluate(
+        self, requests: Iterator[target_pb2.EvaluateRequest], context: grpc.ServicerContext
+    ) -> Iterator[target_pb2.EvaluateResponse]:
+        for number, request in enumerate(requests):
+            if number == 0:
+                limit = request.start.max_children
+                pruning = wire.pruning(request.start, "start.", self._trie)
+            nodes = wire.node_ids(request.nodes, "nodes", self._trie)
+            depths = self._trie.depth(nodes)
+            logits = (self._alone if depths[0] == depths[-1] else self._in_company)[nodes]
+            evaluation = best_children(
+                self._trie,
+                nodes,
+                logits,
+                np.log(np.exp(logits.astype(np.float64)).sum(axis=1)).astype(np.float32),
+                rule=ScoringRule.VOCAB,
+                pruning=pruning,
+                limit=limit,
+            )
+            yield target_pb2.EvaluateResponse(evaluation=wire.to_evaluation(evaluation), model_version=self._version)
+
+
+def first_level(trie: Trie, request: draft_pb2.PlanRequest) -> bytes:
+    """A plan of every node of level 1; nothing further down."""
+    if wire.vector(request.beams, "beams", "int32").tolist() != [ROOT]:
+        return draft_pb2.PlanResponse().SerializeToString()
+    nodes = np.arange(trie.level_start[1], trie.level_start[2])
+    return draft_pb2.PlanResponse(
+        nodes=wire.to_array(nodes.astype(np.int32)),
+        scores=wire.to_array(np.zeros(len(nodes))),
+        margins=wire.to_array(np.zeros(len(nodes))),
+    ).SerializeToString()
+
+
+@pytest.fixture
+def orchestrator(bundle: Path, fake_draft: FakeDraft, log_folder: Path) -> Iterator[ServiceProcess]:
+    """One that checks every strict list, before that target and a draft that foresees level 1."""
+    found = Bundle(bundle)
+    trie = found.catalogue().trie
+    fake_draft.answer = lambda request, context: first_level(trie, request)
+    with TableTarget(trie, found.manifest.model_version("target")) as target:
+        flags: dict[str, object] = {
+            "bundle": bundle,
+            "target": target.address,
+            "draft": fake_draft.address,
+            "draft-timeout-seconds": 30,
+            "metrics-port": 0,
+            "shadow-share": 1,
+            "shadow-concurrency": 16,
+            "shadow-mismatches": MISMATCHES,
+        }
+        service = ServiceProcess("orchestrator", flags, log_folder / "shadow.log")
+        service.start()
+        yield service
+        service.stop()
+
+
+def test_wrong_lists_are_found_and_stopped(orchestrator: ServiceProcess, catalogue: Catalogue) -> None:
+    histories = [random_history(catalogue, 4, seed) for seed in range(MISMATCHES)]
+    with Client(orchestrator.address) as client:
+        right = [client.recommend(history, mode=pb.MODE_TARGET_ONLY) for history in histories]
+        wrong = [client.recommend(history) for history in histories]
+        assert not any(reply.degraded for reply in wrong), wrong[0].degraded_reasons
+        assert all(ids(one) != ids(other) for one, other in zip(right, wrong, strict=True))
+        until(lambda: client.info().shadow_checks.different == MISMATCHES)
+        assert client.info().shadow_checks.speculation_off
+        for history, expected in zip(histories, right, strict=True):
+            reply = client.recommend(history)
+            assert_same_list(reply, expected)
+            assert reply.degraded_reasons == ["speculation: switched off, lists differed from the target's own"]
+            assert reply.statistics.target_passes == LEVELS
+    seen = scrape(orchestrator)
+    assert seen.value("atspeed_speculation_on") == 0
+    assert seen.value("atspeed_shadow_checks_total", outcome="different") == MISMATCHES
+    assert seen.value("atspeed_degraded_total", reason="speculation_off") == MISMATCHES
+    log = [json.loads(line) for line in orchestrator.log.read_text(encoding="utf-8").splitlines()]
+    told = [line for line in log if line["event"] == "a strict list is not the target's own"]
+    assert [line["speculation"] for line in told] == ["on"] * (MISMATCHES - 1) + ["off"]
+    leaves = catalogue.leaf_of(catalogue.find(ids(wrong[0]))).tolist()
+    assert [leaf for leaf, _ in told[0]["strict"]] == leaves
+
+
+def test_a_restart_asks_the_draft_again(orchestrator: ServiceProcess, catalogue: Catalogue) -> None:
+    with Client(orchestrator.address) as client:
+        for seed in range(MISMATCHES):
+            client.recommend(random_history(catalogue, 4, seed))
+        until(lambda: client.info().shadow_checks.speculation_off)
+    orchestrator.stop()
+    orchestrator.start()
+    with Client(orchestrator.address) as client:
+        assert not client.info().shadow_checks.speculation_off
+        assert not client.recommend(random_history(catalogue, 4, 9)).degraded
