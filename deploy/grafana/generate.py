@@ -84,9 +84,7 @@ ROWS: Mapping[str, Sequence[Panel]] = {
             {"{{job}} {{instance}}": "atspeed_running / atspeed_places"},
             "percentunit",
         ),
-        Panel(
-            "Waiting", {"{{job}} {{instance}}": "atspeed_queued / atspeed_queue_places"}, "percentunit"
-        ),
+        Panel("Waiting", {"{{job}} {{instance}}": "atspeed_queued / atspeed_queue_places"}, "percentunit"),
         Panel("Calls in flight", {"{{method}}": "sum by (method) (atspeed_calls_in_flight)"}),
         Panel("Calls by status", rate("atspeed_calls_total", "method, code"), "reqps"),
         Panel("Time of a call", quantiles("atspeed_call_seconds", "method"), "s"),
