@@ -17,5 +17,7 @@ Without users:
 scaling.py              what grows with catalogue, K and prompt         synthetic.py        catalogues of any size
 scaling_report.py       a page and a plot from the JSON                 catalogue_probe.py  one of them, in its own process
 
+On a GPU: gpu.py, with model_probe.py for passes by themselves.
+
 Of all pages: pages.py. Of all results: results.py, provenance.py, intervals.py.
 """

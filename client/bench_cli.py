@@ -4,7 +4,7 @@ parity         our lists beside Hugging Face generate (extra `train`)    accepta
 lossless       strict beside target-only, with exclusions                recommenders   Recall and NDCG beside other methods
 load           latency and goodput at rising rates               scaling        what grows with catalogue, K, prompt
 decode         what a list takes, beside other engines           overhead       what the services add to the models' time
-report         a page about one of the last six, from its JSON
+gpu            all that a GPU is wanted for                      report         a page about a result, from its JSON
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`atspeed bench decode` and `atspeed bench overhead`: what a list takes beside other engines, and what services add to it."""
+"""`atspeed bench decode`, `overhead` and `gpu`: what a list takes beside other engines, what services add, and all on a GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 
 from client.bench_cli import Histories, JsonFile, Seed, save, written
 from client.cli_parts import BundleFolder, CommandError, optional, out
+from client.inflate_cli import InflatedPrecision
 from client.recommender import Mode
 from engine.bundle import Bundle
 
@@ -133,6 +134,65 @@ def bench_overhead(
     result = save(json_file, opened, seed, overhead.to_json(rows), about)
     if report:
         written(overhead.write(result, report))
+
+
+def bench_gpu(
+    bundle: Annotated[
+        Path, typer.Option("--bundle", help="A bundle that `atspeed train` wrote, beside its checkpoints.")
+    ],
+    work: Annotated[Path, typer.Option(help="Folder for inflated bundles, which are kept; 40 GB.", file_okay=False)],
+    histories: Histories = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TARGET+DRAFT", help="Shapes of `atspeed inflate`.  [default: 1.7b+68m 7b+68m]"),
+    ] = None,
+    precision: Annotated[InflatedPrecision, typer.Option(help="Of inflated weights.")] = InflatedPrecision.FLOAT16,
+    provider: Provider = ProviderChoice.CUDA,
+    users: Annotated[int, typer.Option(min=1, help="Users whose lists are timed.")] = 30,
+    exact_users: Annotated[int, typer.Option(min=1, help="Users whose lists are compared with the CPU's.")] = 100,
+    hf_users: Annotated[int, typer.Option(min=0, help="Of the users, those that Hugging Face answers.")] = 5,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search behind a long prompt.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that prompt.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Of every pass that is timed by itself.")] = 20,
+    threads: Threads = None,
+    seed: Seed = 1,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for gpu-DATE.json.", file_okay=False)] = Path(
+        "docs/benchmarks"
+    ),
+) -> None:
+    """All that a GPU is wanted for: exactness beside the CPU, lists and passes at the size of large models."""
+    gpu = optional("benchmarks.gpu")
+    from benchmarks.histories import choose_histories
+
+    optional("transformers.utils.logging").disable_progress_bar()
+    opened = Bundle(bundle)
+    setup = gpu.Setup(
+        provider=provider.value,
+        precision=precision.value,
+        work=work,
+        sizes=size or gpu.SIZES,
+        widths=k or gpu.decode.WIDTHS,
+        users=users,
+        hf_users=hf_users,
+        threads=threads or os.cpu_count() or 1,
+        repeats=repeats,
+        beams=beams,
+        prompt_tokens=prompt_tokens,
+        seed=seed,
+    )
+    gpu.check_sizes(setup.sizes)
+    chosen = choose_histories(opened.catalogue(), histories, max(users, exact_users), seed, least_items=2)
+    found = asyncio.run(gpu.run(opened, chosen, setup))
+    for one in found.sizes:
+        out.print(f"{one.size}, inflated", highlight=False)
+        out.print(gpu.decode.table(one.lists))
+    about = gpu.header(setup, histories=histories.name if histories else "random items")
+    save(out_folder / gpu.file_name(), opened, seed, gpu.to_json(found), about)
+    if found.different:
+        raise CommandError(f"{found.different} lists on {provider.value} differ from the CPU's beyond near-ties")
 
 
 @contextmanager

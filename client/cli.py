@@ -29,7 +29,7 @@ from benchmarks.errors import BenchmarkError
 from client import display
 from client.bench_cli import bench_commands
 from client.bench_load_cli import bench_load, bench_scaling
-from client.bench_speed_cli import bench_decode, bench_overhead
+from client.bench_speed_cli import bench_decode, bench_gpu, bench_overhead
 from client.call_cli import forget, history, info, recommend, record
 from client.cli_parts import AsJson, BundleFolder, CommandError, err, optional, out
 from client.inflate_cli import inflate
@@ -85,6 +85,7 @@ bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 bench_commands.command("decode")(bench_decode)
 bench_commands.command("overhead")(bench_overhead)
+bench_commands.command("gpu")(bench_gpu)
 bench_commands.command("load")(bench_load)
 bench_commands.command("scaling")(bench_scaling)
 app.add_typer(bench_commands, name="bench")

@@ -35,7 +35,7 @@ PURPOSES = {
     "benchmarks/": "comparisons through real services",
     "runs": "training recipes",
     "bundles": "movielens-100k, the trained bundle that the demo serves",
-    "deploy": "Dockerfile, GPU pins, Envoy, Kubernetes manifests",
+    "deploy": "Dockerfile, GPU set-up and pins, Envoy, Kubernetes manifests",
     "docs": "architecture, method, settings, log of what did not work",
     "tests": "unit/ integration/ (real servers, real Redis) faults/ e2e/ oracles/ (independent references)",
 }

@@ -23,6 +23,8 @@ from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
 from training.export import export_decoder
+from training.models import SpelledModel
+from training.sequences import Spelling
 
 SPECIALS = 3  # pad, bos, end of history
 BOS, EOH = 1, 2
@@ -117,6 +119,19 @@ def write_bundle(
     )
     write_manifest(root, manifest)
     return TestBundle(Bundle(root), target, draft)
+
+
+def write_run(root: Path, catalogue: Catalogue, *, seed: int = 0) -> TestBundle:
+    """root/bundle with root/target-checkpoint and root/draft-checkpoint beside it, as `atspeed train` leaves them."""
+    made = write_bundle(root / "bundle", catalogue, seed=seed)
+    for role, model in (("target", made.target), ("draft", made.draft)):
+        entry = made.bundle.manifest.models[role]
+        spelling = Spelling(
+            code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size
+        )
+        (root / f"{role}-checkpoint").mkdir()
+        SpelledModel(model, spelling).save(root / f"{role}-checkpoint")
+    return made
 
 
 def _export(

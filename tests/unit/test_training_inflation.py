@@ -21,12 +21,11 @@ from engine.prompt import PromptTemplate
 from engine.scoring import Evaluation
 from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Pruning
-from tests.bundles import TestBundle, random_catalogue, random_history, random_model, write_bundle
+from tests.bundles import TestBundle, random_catalogue, random_history, random_model, write_run
 from training import inflated_bundles, inflation
 from training.export import load_checkpoint
 from training.inflated_bundles import Inflation, inflate_bundle
 from training.inflation import SHAPES, InflationError, ModelShape, write_inflated
-from training.models import SpelledModel
 from training.parity import RandomTree, checkpoint_outputs
 from training.sequences import Spelling
 
@@ -153,16 +152,7 @@ def _parameters(shape: ModelShape) -> int:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
     """A bundle beside its checkpoints, as training leaves them."""
-    root = tmp_path_factory.mktemp("run")
-    made = write_bundle(root / "bundle", random_catalogue(300, (16, 12, 10), seed=3), seed=5)
-    for role, model in (("target", made.target), ("draft", made.draft)):
-        entry = made.bundle.model("target")
-        spelling = Spelling(
-            code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size
-        )
-        (root / f"{role}-checkpoint").mkdir()
-        SpelledModel(model, spelling).save(root / f"{role}-checkpoint")
-    return made
+    return write_run(tmp_path_factory.mktemp("run"), random_catalogue(300, (16, 12, 10), seed=3), seed=5)
 
 
 @pytest.fixture
