@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
-from benchmarks.services import ask, mean, progress_bar, services
+from benchmarks.services import Running, ask, mean, progress_bar, services
 from client.recommender import Mode, RecommenderClient, recommend_request
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
@@ -67,7 +67,7 @@ async def run(
     rows = []
     for rule in rules:
         with _under_rule(root, rule) as folder, progress_bar() as progress:
-            async with services(folder) as client:
+            async with services(folder, Running(planner="fixed")) as client:
                 rows.append(await _compare(client, Bundle(folder), histories, question, progress))
     return rows
 

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
-from benchmarks.services import ask, mean, progress_bar, services
+from benchmarks.services import Running, ask, mean, progress_bar, services
 from client.recommender import Mode, recommend_request
 from engine.bundle import Bundle, ModelEntry
 from engine.catalogue import Catalogue
@@ -62,7 +62,7 @@ async def run(
     reference = Reference(bundle, model)
     rows = []
     with progress_bar() as progress:
-        async with services(root) as client:
+        async with services(root, Running(planner="fixed")) as client:
             for k in widths:
                 expected = reference.lists(histories, k, progress)
                 for mode in MODES:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from atspeed.v1 import recommendation_pb2 as pb
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,10 +32,14 @@ _ORCHESTRATOR = {
 
 @dataclass(frozen=True)
 class Running:
-    """How the model services run. threads: of each; a request's draft and target take turns. None: cores are shared out."""
+    """How the services run. threads: of each model; a request's draft and target take turns. None: cores are shared out.
+
+    planner: where passes are counted, "fixed", as what pays depends on the machine.
+    """
 
     threads: int | None = None
     provider: Provider = "cpu"
+    planner: Literal["adaptive", "fixed"] = "adaptive"
 
     @property
     def flags(self) -> Mapping[str, Mapping[str, object]]:
@@ -42,7 +47,7 @@ class Running:
         models: dict[str, object] = {"provider": self.provider}
         if self.threads is not None:
             models["threads"] = self.threads
-        return {"orchestrator": _ORCHESTRATOR, "draft": models, "target": models}
+        return {"orchestrator": {**_ORCHESTRATOR, "planner": self.planner}, "draft": models, "target": models}
 
 
 @asynccontextmanager

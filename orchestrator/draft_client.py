@@ -10,6 +10,7 @@ import structlog
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
 
 from engine.beams import Beams
+from engine.cost_curve import CostCurve
 from engine.plan import Plan, PlanSize, Proposal
 from engine.trie import Trie
 from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
@@ -47,6 +48,10 @@ class DraftClient:
         request = draft_pb2.DraftServiceGetModelInfoRequest()
         return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
+    async def cost_curve(self) -> CostCurve:
+        """What a pass costs on a replica. Raises grpc.aio.AioRpcError, InvalidArgumentError when it does not say."""
+        return wire.cost_curve((await self.model_info()).cost_curve, "model.cost_curve")
+
     @property
     def resting(self) -> bool:
         """Whether it failed so recently that it is not asked."""
@@ -56,23 +61,21 @@ class DraftClient:
         """Leave it alone for a while, or for as many seconds as it wished, if that is less."""
         self._ask_again_at = time.monotonic() + min(self._backoff, self._backoff if wished is None else wished)
 
-    def session(self, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]) -> DraftSession:
+    def session(self, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> DraftSession:
         """The draft for one request. Why it could not help is added to `degraded`."""
-        return DraftSession(self, question, size, proposal, degraded)
+        return DraftSession(self, question, proposal, degraded)
 
 
 class DraftSession:
-    """The draft for one request; see `beam_loop.Draft`."""
+    """The draft for one request; see `planner.SizedDraft`."""
 
-    def __init__(
-        self, client: DraftClient, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]
-    ) -> None:
-        self._client, self._question, self._size, self._proposal = client, question, size, proposal
+    def __init__(self, client: DraftClient, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> None:
+        self._client, self._question, self._proposal = client, question, proposal
         self._degraded, self._failed = degraded, False
-        self.usage = Usage()
+        self.prompt_tokens, self.usage = len(question.prompt), Usage()
 
-    async def plan(self, below: Beams) -> Plan:
-        """A plan below these beams; an empty one, with the reason noted, when the draft fails, is late or talks nonsense."""
+    async def plan(self, below: Beams, size: PlanSize) -> Plan:
+        """A plan of this size below these beams; empty, with the reason noted, when the draft fails, is late or lies."""
         if self._failed:
             return Plan.empty(below)
         if self._client.resting:
@@ -80,7 +83,7 @@ class DraftSession:
         begun = time.perf_counter_ns()
         try:
             timeout = min(self._client.timeout, self._question.deadline.left())
-            return self._read(await self._call(below, timeout), below)
+            return self._read(await self._call(below, size, timeout), below, size)
         except grpc.aio.AioRpcError as error:
             # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
             in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout < self._client.timeout
@@ -92,19 +95,19 @@ class DraftSession:
             self._client.rest()
             return self._without_plan(below, "invalid answer")
         finally:
-            self.usage.wait_ns += time.perf_counter_ns() - begun
+            self.usage.waits.append(time.perf_counter_ns() - begun)
 
-    async def _call(self, below: Beams, seconds: float) -> draft_pb2.PlanResponse:
+    async def _call(self, below: Beams, size: PlanSize, seconds: float) -> draft_pb2.PlanResponse:
         with self._client.routes.route(self._question.affinity) as route:
             metadata = (*self._question.metadata, *route.metadata)
-            return await route.stub.Plan(self._request(below), timeout=seconds, metadata=metadata)
+            return await route.stub.Plan(self._request(below, size), timeout=seconds, metadata=metadata)
 
     def _without_plan(self, below: Beams, reason: str) -> Plan:
         self._failed = True
         self._degraded.append(f"draft: {reason}")
         return Plan.empty(below)
 
-    def _request(self, below: Beams) -> draft_pb2.PlanRequest:
+    def _request(self, below: Beams, size: PlanSize) -> draft_pb2.PlanRequest:
         question, order = self._question, np.argsort(below.node)
         return draft_pb2.PlanRequest(
             model_version=self._client.model_version,
@@ -115,9 +118,9 @@ class DraftSession:
             scores=wire.to_array(below.score[order]),
             weights=wire.to_array(below.weight[order]),
             priorities=wire.to_array(below.priority[order]),
-            beam_width=self._size.beam_width,
-            width=self._size.width,
-            max_nodes=self._size.max_nodes,
+            beam_width=size.beam_width,
+            width=size.width,
+            max_nodes=size.max_nodes,
             proposal=wire.to_proposal(self._proposal),
             perturbation=wire.to_perturbation(question.noise),
             with_evaluation=self._proposal is Proposal.SAMPLE,
@@ -125,7 +128,7 @@ class DraftSession:
             owner=question.owner,
         )
 
-    def _read(self, reply: object, below: Beams) -> Plan:
+    def _read(self, reply: object, below: Beams, size: PlanSize) -> Plan:
         """The reply as a plan. Raises BadReplyError when it is not one."""
         trie = self._client.trie
         if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio gives None for bytes that it cannot read
@@ -139,10 +142,10 @@ class DraftSession:
             score = wire.vector(reply.scores, "scores", "float64").astype(np.float64)
             margin = wire.vector(reply.margins, "margins", "float64").astype(np.float64)
             plan = Plan(below, node, score, margin, dict(evaluation.items() if evaluation else ()))
-            plan.check(trie, limit=min(self._size.max_nodes, self._size.width * trie.levels))
+            plan.check(trie, limit=min(size.max_nodes, size.width * trie.levels))
         except (InvalidArgumentError, ValueError) as error:
             raise BadReplyError(str(error)) from error
-        self.usage.cost += cost
+        self.usage.costs.append(cost)
         self.usage.passes += reply.passes
         self.usage.model_version = reply.model_version
         return plan

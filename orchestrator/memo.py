@@ -28,6 +28,7 @@ class Memo:
     """Evaluated nodes of one request. A hit is a speculation that came true; a miss costs a target pass.
 
     evaluated: node -> its best live children. plan: the newest plan, which relaxed sampling takes q from.
+    pass_levels: the level of the beams that each target pass was made for.
     spared: beams that were never evaluated, because nothing below them could be chosen.
     substitutions, largest_slack: how often the tolerance policy stood one node in for another, and the largest score gap.
     """
@@ -40,18 +41,23 @@ class Memo:
         self.recovered: set[int] = set()
         self.used: set[int] = set()
         self.passes = 0
+        self.pass_levels: list[int] = []
         self.spared = 0
         self.substitutions = 0
         self.largest_slack = 0.0
 
     def knows(self, node: int) -> bool:
-        """Whether a node needs no target pass. Under rule `trie` a single child is certain: its parent never does."""
+        """Whether a node needs no target pass."""
         if node in self.evaluated:
             return True
-        if self.rule is ScoringRule.TRIE and self.trie.child_count[node] == 1:
+        if self.is_certain(node):
             self.evaluated[node] = Children(self.trie.children(node), np.zeros(1, dtype=np.float32), 0.0)
             return True
         return False
+
+    def is_certain(self, node: int) -> bool:
+        """Whether a node never needs one: under rule `trie`, where it has a single child."""
+        return self.rule is ScoringRule.TRIE and int(self.trie.child_count[node]) == 1
 
     def missing(self, beams: Beams) -> Int64:
         """Rows of the beams that are not evaluated."""
@@ -64,6 +70,7 @@ class Memo:
     def wanted(self, missing: Beams, plan: Plan) -> Int64:
         """The nodes of one target pass: the missing ones, what is planned below, nothing that is known already."""
         self.plan = plan
+        self.pass_levels.append(int(self.trie.depth(missing.node[:1])[0]))
         planned = [node for node in plan.node.tolist() if not self.knows(node)]
         self.recovered.update(node for node in missing.node.tolist() if node != ROOT)
         self.drafted.update(node for node in planned if node not in self.recovered)

@@ -21,7 +21,8 @@ from orchestrator.draft_client import DraftClient, DraftSession
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.identity import digest, owner_tag
 from orchestrator.memo import Memo
-from orchestrator.planner import Planner
+from orchestrator.planner import PlannedDraft, Planner
+from orchestrator.planning import Task
 from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
@@ -95,12 +96,16 @@ class Recommender:
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
         target = self._target.session(question, max_children=policy.max_children)
-        draft = self._draft_session(order, ask, noise, policy, degraded)
+        drafting = self._draft_session(order, ask, noise, policy, degraded)
+        task = Task(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
+        planning = self._planner.planning(order.mode, task)
+        draft = PlannedDraft(drafting, planning) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:
             result = await self._search(policy, TracedTarget(target), TracedDraft(draft), candidates.pruning)
         finally:
             target.close()
+        planning.learn(result.memo, target.usage, draft.usage)
         items = self._items(result, candidates)[: order.k]
         ended = time.perf_counter_ns()
         return Recommendation(
@@ -114,6 +119,7 @@ class Recommender:
             memo=result.memo,
             target=target.usage,
             draft=draft.usage,
+            planning=planning.report,
             times=StageTimes(
                 history_ns=searching - begun,
                 selection_ns=ended - searching - target.usage.wait_ns - draft.usage.wait_ns,
@@ -171,15 +177,13 @@ class Recommender:
 
     def _draft_session(
         self, order: Order, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
-    ) -> DraftSession | NoDraft:
+    ) -> DraftSession | None:
         if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
-            return NoDraft()
+            return None
         if not self._speculation.on:
             degraded.append(SWITCHED_OFF)
-            return NoDraft()
-        question = ask.question(self.manifest.draft, noise)
-        size = self._planner.size(order.beam_width, self.catalogue.trie.levels)
-        return self._draft.session(question, size, policy.proposal, degraded)
+            return None
+        return self._draft.session(ask.question(self.manifest.draft, noise), policy.proposal, degraded)
 
     def _items(self, result: SearchResult, candidates: Candidates) -> list[Item]:
         """The leaves' items that the request allows, leaf by leaf, in id order within a leaf."""

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from engine.trie import Int64
 from orchestrator.memo import Memo
+from orchestrator.planning import PlanningReport
 from orchestrator.question import Usage
 from service_kit.admission import Priority
 
@@ -111,6 +112,7 @@ class Recommendation:
     memo: Memo
     target: Usage
     draft: Usage
+    planning: PlanningReport
     times: StageTimes
 
     @property

@@ -73,6 +73,7 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         memory_cached_tokens=target.cost.memory_cached_tokens,
         redis_cached_tokens=target.cost.redis_cached_tokens,
         target_retries=target.retries,
+        **vars(recommendation.planning),
         stage_times=pb.StageTimes(
             history_ns=times.history_ns,
             draft_ns=draft.wait_ns,

@@ -26,10 +26,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from engine.bundle import Bundle
 from engine.comparison import Verdict
 from engine.kv_store import connect
+from orchestrator.curves import learn_curves
 from orchestrator.draft_client import DraftClient
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.planner import Planner
+from orchestrator.planner import PlanLimits, Planner
 from orchestrator.question import Deadline
 from orchestrator.recommend import Recommender
 from orchestrator.replies import PROTO_MODES, to_reply
@@ -243,6 +244,15 @@ async def _channels(
     return await stack.enter_async_context(in_turn), await stack.enter_async_context(by_key)
 
 
+def _plan_limits(settings: OrchestratorSettings) -> PlanLimits:
+    return PlanLimits(
+        kind=settings.planner,
+        nodes_per_beam=settings.draft_nodes_per_beam,
+        max_nodes=settings.draft_max_nodes,
+        explored_share=settings.draft_explored_share,
+    )
+
+
 @asynccontextmanager
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
     """The recommender over the settings' services, ready to serve."""
@@ -287,7 +297,10 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
             stack.push_async_callback(client.aclose)
             step = min(manifest.target.prompt.drop_block, settings.max_history_items)
             histories = HistoryStore(client, settings.max_history_items, trim_step=step, timeout_seconds=timeout)
-        planner = Planner(settings.draft_nodes_per_beam, settings.draft_max_nodes)
+        planner = Planner(trie, _plan_limits(settings))
+        if draft is not None:
+            learning = asyncio.create_task(learn_curves(planner, target, draft))
+            stack.callback(learning.cancel)
         tolerated = 0 if manifest.target.precision == "float16" else settings.shadow_mismatches
         speculation = Speculation(tolerated, settings.shadow_window_seconds)
         recommender = Recommender(manifest, catalogue, target, draft, planner, histories, speculation)

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from orchestrator.planner import PlannerKind
 from service_kit.channels import Target
 from service_kit.settings import Port, ServiceSettings
 from service_kit.tls import ClientTls, TlsFiles
@@ -79,12 +80,31 @@ class OrchestratorSettings(ServiceSettings):
             " 0: all go round-robin.",
         ),
     ] = 4
+    planner: Annotated[
+        PlannerKind,
+        Field(
+            description="adaptive: plans of the size that is expected to pay, or none. fixed: by draft-nodes-per-beam."
+        ),
+    ] = PlannerKind.ADAPTIVE
     draft_nodes_per_beam: Annotated[
-        float, Field(gt=0, le=64, description="Nodes of a plan for each beam of each level but the last.")
+        float,
+        Field(
+            gt=0,
+            le=64,
+            description="Nodes of a plan of fixed size for each beam of each level but the last; relaxed sampling has no other.",
+        ),
     ] = 2.0
     draft_max_nodes: Annotated[
         int, Field(ge=16, le=8_192, description="Most nodes of a plan, whatever the beam width.")
     ] = 240
+    draft_explored_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Of the time of requests that no plan would speed up, what may go into plans, to notice when one would.",
+        ),
+    ] = 0.01
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
     ] = 0.5

@@ -15,6 +15,7 @@ import numpy as np
 import structlog
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 
+from engine.cost_curve import CostCurve
 from engine.scoring import Evaluation
 from engine.trie import ROOT, Int64, Trie
 from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
@@ -72,6 +73,10 @@ class TargetClient:
         request = target_pb2.TargetServiceGetModelInfoRequest()
         return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
+    async def cost_curve(self) -> CostCurve:
+        """What a pass costs on a replica. Raises grpc.aio.AioRpcError, InvalidArgumentError when it does not say."""
+        return wire.cost_curve((await self.model_info()).cost_curve, "model.cost_curve")
+
     def hang_up(self, stream: Stream) -> None:
         """End a stream whose answers have all come, in the background: nobody waits for the replica's last word."""
         task = asyncio.get_running_loop().create_task(_finish(stream))
@@ -100,7 +105,7 @@ class TargetSession:
         try:
             return await self._evaluate_somewhere(nodes)
         finally:
-            self.usage.wait_ns += time.perf_counter_ns() - begun
+            self.usage.waits.append(time.perf_counter_ns() - begun)
 
     def close(self) -> None:
         """End the stream, so that the replica frees its state; at once, when an answer is still on its way."""
@@ -186,7 +191,7 @@ class TargetSession:
         if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
             cost = replace(cost, memory_cached_tokens=0, redis_cached_tokens=0)
         self.usage.model_version = reply.model_version
-        self.usage.cost += cost
+        self.usage.costs.append(cost)
         self.usage.passes += 1
         return evaluation
 

@@ -46,7 +46,12 @@ def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> It
     flags: dict[str, dict[str, object]] = {
         "draft": {"redis-timeout-seconds": 1, "kv-redis": "always"},
         "target": {"redis-timeout-seconds": 1, "threads": 1, "kv-memory-mb": 0, "kv-redis": "always"},
-        "orchestrator": {"redis-timeout-seconds": 1, "draft-timeout-seconds": 2, "draft-backoff-seconds": 0.2},
+        "orchestrator": {
+            "redis-timeout-seconds": 1,
+            "draft-timeout-seconds": 2,
+            "draft-backoff-seconds": 0.2,
+            "planner": "fixed",  # the draft is asked, whether it pays or not
+        },
     }
     with LocalStack(bundle, redis_url=redis_server.url, targets=2, log_folder=log_folder, flags=flags) as stack:
         yield stack

@@ -32,12 +32,12 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
-    """Time-outs that no load of the machine reaches: what a test sees is what the services decided."""
+    """Time-outs that no load of the machine reaches, and plans that no timing decides: a test sees what the services decided."""
     patient: dict[str, object] = {"redis-timeout-seconds": 10}
     flags: dict[str, dict[str, object]] = {
         "draft": patient | {"kv-redis": "always"},
         "target": patient | {"threads": 1, "kv-redis": "always"},
-        "orchestrator": patient | LIMITS | {"draft-timeout-seconds": 30},
+        "orchestrator": patient | LIMITS | {"draft-timeout-seconds": 30, "planner": "fixed"},
     }
     with LocalStack(bundle, redis_url=redis_server.url, log_folder=log_folder, flags=flags) as stack:
         yield stack

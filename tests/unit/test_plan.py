@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +20,6 @@ from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Int64, Pruning
 from orchestrator.beam_loop import beam_search
-from orchestrator.planner import Planner
 from orchestrator.policy import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft
 from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
@@ -302,14 +300,6 @@ class TableEvaluatorPerPlan(TableEvaluator):
     async def open(self, prompt: Int64, *, tenant: str = "") -> None:
         """Forget the call before."""
         self.asked.clear()
-
-
-@pytest.mark.parametrize(
-    ("beam_width", "levels", "nodes"), [(20, 4, 120), (20, 3, 80), (50, 4, 240), (1, 2, 2), (5, 1, 1)]
-)
-def test_the_budget_grows_with_the_beams(beam_width: int, levels: int, nodes: int) -> None:
-    """Two nodes for each beam of each planned level, at most 240, and no share per level."""
-    assert Planner(2.0, 240).size(beam_width, levels) == PlanSize(beam_width, width=nodes, max_nodes=nodes)
 
 
 def _without_shares(size: PlanSize) -> PlanSize:

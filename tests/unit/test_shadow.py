@@ -18,7 +18,7 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.prompt import PromptTemplate
 from engine.scoring import Evaluation, ScoringRule
 from engine.trie import Int64
-from orchestrator.planner import Planner
+from orchestrator.planner import PlanLimits, Planner
 from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Mode, Order, Recommendation
@@ -67,11 +67,12 @@ class Half:
 
     draft: ScriptedDraft
     usage: Usage = field(default_factory=Usage)
+    prompt_tokens: int = 1
 
-    def session(self, question: ModelQuestion, size: PlanSize, proposal: Proposal, degraded: list[str]) -> Half:
+    def session(self, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> Half:
         return self
 
-    async def plan(self, below: Beams) -> Plan:
+    async def plan(self, below: Beams, size: PlanSize) -> Plan:
         return await self.draft.plan(below)
 
 
@@ -120,7 +121,7 @@ class Service:
             self.world.catalogue,
             cast("Any", self.target),
             cast("Any", half),
-            Planner(2.0, 240),
+            Planner(self.world.trie, PlanLimits()),
             None,
             self.speculation,
         )

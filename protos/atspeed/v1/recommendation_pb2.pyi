@@ -463,6 +463,12 @@ class Statistics(_message.Message):
     REDIS_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TARGET_RETRIES_FIELD_NUMBER: _builtins.int
     STAGE_TIMES_FIELD_NUMBER: _builtins.int
+    NODES_ASKED_FIELD_NUMBER: _builtins.int
+    NODES_PROPOSED_FIELD_NUMBER: _builtins.int
+    EXPECTED_PASSES_FIELD_NUMBER: _builtins.int
+    EXPECTED_NS_FIELD_NUMBER: _builtins.int
+    TARGET_PREDICTED_NS_FIELD_NUMBER: _builtins.int
+    DRAFT_PREDICTED_NS_FIELD_NUMBER: _builtins.int
     NODES_SPARED_FIELD_NUMBER: _builtins.int
     target_passes: _builtins.int
     """Passes of the target."""
@@ -486,6 +492,20 @@ class Statistics(_message.Message):
     """Prompt tokens whose keys and values the target took from Redis."""
     target_retries: _builtins.int
     """Streams that broke and were taken up on another replica."""
+    nodes_asked: _builtins.int
+    """Nodes that the draft was asked for, all plans together; 0 where no plan was expected to pay."""
+    nodes_proposed: _builtins.int
+    """Nodes that the draft proposed, before the plans were cut to what was expected to pay."""
+    expected_passes: _builtins.float
+    """Target passes that were expected when the first plan was decided; 0 where plans have a fixed size."""
+    expected_ns: _builtins.float
+    """Nanoseconds that the target was then expected to take from there on."""
+    target_predicted_ns: _builtins.float
+    """Nanoseconds in the target's model that passes of the size of those made were expected to take, from the model's cost curve and what
+    earlier requests took; 0 while the curve is not known. To be compared with stage_times.target_forward_ns.
+    """
+    draft_predicted_ns: _builtins.float
+    """The same of the draft's model, to be compared with stage_times.draft_forward_ns."""
     nodes_spared: _builtins.int
     """Beams that no pass evaluated, because nothing below them could be chosen."""
     @_builtins.property
@@ -507,11 +527,17 @@ class Statistics(_message.Message):
         redis_cached_tokens: _builtins.int = ...,
         target_retries: _builtins.int = ...,
         stage_times: Global___StageTimes | None = ...,
+        nodes_asked: _builtins.int = ...,
+        nodes_proposed: _builtins.int = ...,
+        expected_passes: _builtins.float = ...,
+        expected_ns: _builtins.float = ...,
+        target_predicted_ns: _builtins.float = ...,
+        draft_predicted_ns: _builtins.float = ...,
         nodes_spared: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stage_times", b"stage_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_retries", b"target_retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "draft_predicted_ns", b"draft_predicted_ns", "expected_ns", b"expected_ns", "expected_passes", b"expected_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_asked", b"nodes_asked", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_proposed", b"nodes_proposed", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_predicted_ns", b"target_predicted_ns", "target_retries", b"target_retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

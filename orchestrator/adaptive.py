@@ -1,0 +1,210 @@
+"""Planning by what is expected to cost least: from no plan at all to all that the draft can think of (method, section 7)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.beams import Beams, Float64
+from engine.cost import PassCost
+from engine.plan import Plan, PlanSize
+from engine.trie import Int64, Trie
+from orchestrator.costs import CallCosts, Decayed
+from orchestrator.coverage import NOTHING, Coverage, Cuts, Kind, Requirement
+from orchestrator.memo import Memo
+from orchestrator.planning import Drafted, ModelCosts, Planning, Task, found_cached
+from orchestrator.question import Usage
+
+_ROOM = 1.5
+"""Nodes asked for, over those that would do on average: requests differ, and what lies deeper is learnt from."""
+_OBSERVATIONS = 16
+"""Plans of a kind until they are decided by what was learnt from them."""
+_PROMPT_REST = 8  # prompt tokens that a second plan computes again: half a block, as only whole ones are cached
+
+
+class Experience:
+    """What earlier requests say about the next.
+
+    further: by kind and level, what searches went on to cost from a first missing beam there, over what they cost without a
+    draft from there on. explored_share: of the time of requests that no plan would speed up, what may be spent on plans all
+    the same, so that this experience stays true.
+    """
+
+    def __init__(self, costs: ModelCosts, levels: int, max_nodes: int, explored_share: float) -> None:
+        self.costs, self.coverage = costs, Coverage(levels, max_nodes)
+        self.further: dict[tuple[Kind, int], Decayed] = defaultdict(lambda: Decayed(1.0))
+        self._explored_share, self._saved_ns = explored_share / max(1, levels - 1), np.zeros(levels)
+
+    def explores(self, start: int, alone_ns: float, draft_ns: float) -> bool:
+        """Whether a search that goes on for so long alone is drafted for the experience. What is spent was saved up before."""
+        self._saved_ns[start] += self._explored_share * alone_ns
+        if self._saved_ns[start] < draft_ns:
+            return False
+        self._saved_ns[start] -= draft_ns
+        return True
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the target still has to do from a plan on, in nanoseconds, by how much is planned. `l`: the levels below the beams.
+
+    prompt, beams, cached: tokens of the next pass without the plan: of the prompt and of the beams, and those that it finds.
+    plain: float64 [l], from each level on without a draft, all its beams missing. further: float64 [l], the share of it that
+    the search takes with one.
+    """
+
+    target: CallCosts
+    prompt: float
+    beams: int
+    cached: float
+    plain: Float64
+    further: Float64
+
+    def first(self, nodes: Int64) -> Float64:
+        """The next pass, with so many planned nodes [c]."""
+        new = self.prompt + self.beams + nodes
+        return self.target.forward(new, self.cached) + self.target.besides(self.beams + nodes)
+
+    def expected(self, nodes: Int64, missed: Float64) -> Float64:
+        """All of it [c], for plans of so many nodes [c] that miss each level, or one above it, with probabilities [l, c]."""
+        further = (self.plain * self.further) @ np.diff(missed, axis=0, prepend=0.0)
+        if self.prompt:  # without a plan for the root, level 1 is missing as a whole
+            further = np.where(nodes == 0, self.plain[0], further)
+        return np.asarray(self.first(nodes) + further)
+
+    def passes(self, nodes: int, missed: Float64) -> float:
+        """Passes, the next included, after a plan of so many nodes that misses the levels with probabilities [l]."""
+        left = np.arange(len(self.plain), 0, -1)
+        if self.prompt and not nodes:
+            return 1.0 + float(left[0])
+        return 1.0 + float((left * self.further) @ np.diff(missed, prepend=0.0))
+
+
+class AdaptivePlanning(Planning):
+    """The planning of one request whose plans are of the size, and are cut to the part, that is expected to cost least.
+
+    nodes: of a plan while there is no experience with such.
+    """
+
+    def __init__(self, trie: Trie, task: Task, nodes: int, max_nodes: int, kind: Kind, experience: Experience) -> None:
+        super().__init__(trie, task, nodes, experience.costs)
+        self._experience, self._kind, self._max_nodes = experience, kind, max_nodes
+
+    def size(self, below: Beams) -> PlanSize | None:
+        """The size at which draft and target together are expected to be done first; None if that is without a plan."""
+        start, beams = self._level(below), len(below)
+        self._known.update(below.node.tolist())
+        outlook, nothing = self._outlook(start, beams, None), self._missed(start, np.array([NOTHING]))
+        alone = float(outlook.expected(np.array([0]), nothing)[0])
+        asked, target = self._candidates(outlook, start, beams)
+        total = self._draft_ns(start, beams, asked) + target
+        best = int(np.argmin(total))
+        if total[best] < alone:
+            return self._sized(int(asked[best]))
+        telling = self._telling(start, beams)
+        if self._experience.explores(start, alone, float(self._draft_ns(start, beams, telling))):
+            return self._sized(int(telling))
+        self._note(outlook, 0, nothing[:, 0], alone)
+        return None
+
+    def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:
+        """Learn what was required, what misses led to, and what calls cost."""
+        if self._drafted:
+            used = self._used(memo)
+            for drafted in self._drafted:
+                self._experience.coverage.learn(self._kind, drafted.start, self._required(drafted, used))
+            if target.clean:
+                self._learn_further(memo, target)
+        super().learn(memo, target, draft)
+
+    def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:
+        start, complete = self._level(below), len(plan.node) < asked.max_nodes
+        cuts = Cuts.of(plan, complete=complete)
+        missed, nodes = self._missed(start, cuts.depth), np.arange(len(plan.node) + 1)
+        outlook = self._outlook(start, len(below), found_cached(cost) if start == 0 else None)
+        expected = outlook.expected(nodes, missed)
+        best = int(np.argmin(expected))
+        self._note(outlook, best, missed[:, best], float(expected[best]))
+        self._experience.coverage.note(self._kind, start, missed, complete=complete)
+        return plan.take(np.sort(cuts.order[:best]))
+
+    def _note(self, outlook: Outlook, nodes: int, missed: Float64, expected: float) -> None:
+        if outlook.prompt:
+            self.report.expected_passes, self.report.expected_ns = outlook.passes(nodes, missed), expected
+
+    def _missed(self, start: int, depth: Float64) -> Float64:
+        return self._experience.coverage.missed(self._kind, start, depth)
+
+    def _candidates(self, outlook: Outlook, start: int, beams: int) -> tuple[Int64, Float64]:
+        """Sizes to ask for [s], and what the target is then expected to take [s]."""
+        most, coverage = self._most(start, beams), self._experience.coverage
+        if coverage.observations(self._kind, start) < _OBSERVATIONS:
+            # As if the draft were right, so that it gets its chance wherever it could pay at all.
+            beams_below = np.array([self._task.beam_width * len(outlook.plain)])
+            asked = self._telling(start, beams)[None]
+            return asked, outlook.expected(np.minimum(beams_below, asked), np.zeros((len(outlook.plain), 1)))
+        nodes, missed = coverage.profile(self._kind, start)
+        asked = np.minimum(np.ceil(_ROOM * nodes), most).astype(np.int64)
+        return asked, outlook.expected(np.minimum(nodes, most), missed)
+
+    def _telling(self, start: int, beams: int) -> Int64:
+        """A size to learn from: of those that cost the draft at most twice as much as a plan of the usual size, the largest."""
+        most = self._most(start, beams)
+        sizes = np.minimum(np.geomspace(self._nodes, max(self._nodes, most), 8).astype(np.int64), most)
+        times = self._draft_ns(start, beams, sizes)
+        return np.asarray(sizes[np.flatnonzero(times <= 2.0 * times[0])[-1]])
+
+    def _most(self, start: int, beams: int) -> int:
+        """Most nodes of a plan. A further one has its beams' and its levels' share of the first."""
+        if start == 0:
+            return self._max_nodes
+        share = beams / self._task.beam_width * (self._trie.levels - 1 - start) / (self._trie.levels - 1)
+        return max(1, min(self._max_nodes - 1, round(self._max_nodes * share)))
+
+    def _outlook(self, start: int, beams: int, draft_cached: bool | None) -> Outlook:
+        """draft_cached: whether the draft had some of the prompt cached, once it has answered."""
+        costs, prompt = self._experience.costs, self._task.prompt_tokens
+        computed = max(1.0, costs.share[draft_cached].value * prompt) if start == 0 else 0.0
+        cached = prompt - computed if start == 0 else prompt + len(self._known)
+        levels = range(start + 1, self._trie.levels)
+        sizes = np.diff(self._trie.level_start)[levels.start : levels.stop]
+        width = np.minimum(sizes, self._task.beam_width)
+        passes = costs.target.forward(width, prompt) + costs.target.besides(width)
+        further = np.array([self._experience.further[self._kind, level].value for level in levels])
+        return Outlook(costs.target, computed, beams if start else 0, cached, np.cumsum(passes[::-1])[::-1], further)
+
+    def _draft_ns(self, start: int, beams: int, nodes: Int64) -> Float64:
+        """The draft's time for plans of so many nodes [c]."""
+        costs, prompt, expanded = self._experience.costs, self._task.draft_prompt_tokens, self._trie.levels - 1 - start
+        first = max(1.0, costs.draft_share.value * prompt) if start == 0 else _PROMPT_REST + beams * start
+        levels = (expanded - 1) * costs.draft.forward(nodes / expanded, prompt)
+        return np.asarray(costs.draft.forward(first, max(0.0, prompt - first)) + levels + costs.draft.besides(nodes))
+
+    def _used(self, memo: Memo) -> list[Int64]:
+        """By level, the beams of the search that had to be evaluated."""
+        used = np.array(sorted(node for node in memo.used if not memo.is_certain(node)), dtype=np.int64)
+        depth = self._trie.depth(used)
+        return [used[depth == level] for level in range(self._trie.levels)]
+
+    def _required(self, drafted: Drafted, used: Sequence[Int64]) -> list[Requirement]:
+        """What each level below a plan's beams would have required of it."""
+        cuts = Cuts.of(drafted.plan, complete=len(drafted.plan.node) < drafted.asked)
+        known = np.array(sorted(drafted.known), dtype=np.int64)
+        return [cuts.required(drafted.plan, level[~np.isin(level, known)]) for level in used[drafted.start + 1 :]]
+
+    def _learn_further(self, memo: Memo, target: Usage) -> None:
+        """From each pass after a plan that promised to make it needless: what it and all after it cost."""
+        if not self._drafted[0].kept or len(memo.pass_levels) != len(target.costs):
+            return
+        costs, to_come = self._experience.costs, 0.0
+        passes = self._target_passes(target.costs)
+        drafts = {drafted.start: drafted for drafted in self._drafted}
+        for level, one in reversed(list(zip(memo.pass_levels[1:], passes[1:], strict=True))):
+            to_come += float(costs.target.forward(one.new, one.cached) + costs.target.besides(one.nodes))
+            if level in drafts:
+                to_come += float(self._draft_ns(level, drafts[level].beams, np.array(drafts[level].asked)))
+            plain = self._outlook(level - 1, 1, None).plain[0]
+            self._experience.further[self._kind, level].add(to_come / plain)

@@ -1,0 +1,161 @@
+"""The planning of one request: how much is drafted, what of it is kept, and what there is to learn from how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.beams import Beams
+from engine.cost import PassCost
+from engine.plan import Plan, PlanSize
+from engine.trie import Trie
+from orchestrator.costs import CallCosts, Decayed, Pass
+from orchestrator.memo import Memo
+from orchestrator.question import Usage
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is planned for. prompt_tokens, draft_prompt_tokens: lengths of the two models' prompts."""
+
+    beam_width: int
+    prompt_tokens: int
+    draft_prompt_tokens: int = 0
+
+
+@dataclass
+class Drafted:
+    """A plan as the draft made it. start: the level of the beams that it hangs below, `beams` of them.
+
+    known: the nodes that were evaluated or about to be when it was asked for. kept: how many of its own the target gets.
+    """
+
+    start: int
+    beams: int
+    asked: int
+    known: frozenset[int]
+    plan: Plan
+    kept: int
+    cost: PassCost
+
+    def passes(self, levels: int, prompt_tokens: int) -> list[Pass]:
+        """The draft's passes: the first reads what is left of the prompt and the beams, the others a level each."""
+        expanded, total = levels - 1 - self.start, self.cost.new_tokens
+        cached = self.cost.memory_cached_tokens + self.cost.redis_cached_tokens
+        first = min(total, max(0, prompt_tokens - cached) + self.beams * self.start)
+        later = (total - first) // max(1, expanded - 1)
+        nodes = len(self.plan.node)
+        return [Pass(first, cached, nodes), *(Pass(later, cached + first, 0) for _ in range(expanded - 1))]
+
+
+@dataclass
+class PlanningReport:
+    """What planning did. expected_*: what was expected of the target when the first plan was decided; 0 where nothing was.
+
+    nodes_asked, nodes_proposed: of all plans. target_predicted_ns, draft_predicted_ns: in the models, for the passes that were
+    made, by what was known before this request; 0 while nothing is.
+    """
+
+    nodes_asked: int = 0
+    nodes_proposed: int = 0
+    expected_passes: float = 0.0
+    expected_ns: float = 0.0
+    target_predicted_ns: float = 0.0
+    draft_predicted_ns: float = 0.0
+
+
+class ModelCosts:
+    """What calls of both models cost, learnt from every request.
+
+    share: of the target's prompt, how much is computed, by whether the draft had found some of its own cached (None: it was not
+    asked yet). draft_share: the same of the draft's.
+    """
+
+    def __init__(self, target: CallCosts, draft: CallCosts) -> None:
+        self.target, self.draft = target, draft
+        self.share: dict[bool | None, Decayed] = {key: Decayed(1.0) for key in (None, False, True)}
+        self.draft_share = Decayed(1.0)
+
+
+class Planning:
+    """The planning of one request: plans of a fixed size, of which the target gets everything.
+
+    costs: None while the models' curves are not known, and then nothing is learnt.
+    """
+
+    def __init__(self, trie: Trie, task: Task, nodes: int, costs: ModelCosts | None) -> None:
+        self._trie, self._task, self._nodes, self._costs = trie, task, nodes, costs
+        self._drafted: list[Drafted] = []
+        self._known: set[int] = set()
+        self.report = PlanningReport()
+
+    def size(self, below: Beams) -> PlanSize | None:  # noqa: ARG002
+        """How much to ask of the draft below these beams; None: do not ask."""
+        return self._sized(self._nodes)
+
+    def cut(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:
+        """What the target gets of a plan that came below these beams."""
+        kept = self._keep(below, asked, plan, cost)
+        self._drafted.append(self._record(below, asked, plan, len(kept.node), cost))
+        self._known.update(kept.node.tolist())
+        self.report.nodes_proposed += len(plan.node)
+        return kept
+
+    def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:  # noqa: ARG002
+        """Learn from a request that is done."""
+        if self._costs is not None and target.clean and draft.clean:
+            self._learn_costs(self._costs, target, draft)
+
+    def _sized(self, nodes: int) -> PlanSize:
+        self.report.nodes_asked += nodes
+        return PlanSize(beam_width=self._task.beam_width, width=nodes, max_nodes=nodes)
+
+    def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:  # noqa: ARG002
+        return plan
+
+    def _record(self, below: Beams, asked: PlanSize, plan: Plan, kept: int, cost: PassCost) -> Drafted:
+        known = frozenset(self._known)
+        return Drafted(self._level(below), len(below), asked.max_nodes, known, plan, kept, cost)
+
+    def _level(self, below: Beams) -> int:
+        return int(self._trie.depth(below.node[:1])[0])
+
+    def _learn_costs(self, costs: ModelCosts, target: Usage, draft: Usage) -> None:
+        target_passes = self._target_passes(target.costs)
+        self.report.target_predicted_ns = costs.target.predict(target_passes)
+        for one, cost, wait in zip(target_passes, target.costs, target.waits, strict=True):
+            costs.target.observe([one], cost, wait)
+        if target.costs:
+            self._learn_share(costs, target.costs[0])
+        for drafted, wait in zip(self._drafted, draft.waits, strict=True):
+            passes = drafted.passes(self._trie.levels, self._task.draft_prompt_tokens)
+            self.report.draft_predicted_ns += costs.draft.predict(passes)
+            costs.draft.observe(passes, drafted.cost, wait)
+            if drafted.start == 0:
+                costs.draft_share.add(_computed(self._task.draft_prompt_tokens, drafted.cost))
+
+    def _learn_share(self, costs: ModelCosts, first: PassCost) -> None:
+        computed = _computed(self._task.prompt_tokens, first)
+        costs.share[None].add(computed)
+        if self._drafted and self._drafted[0].start == 0:
+            costs.share[found_cached(self._drafted[0].cost)].add(computed)
+
+    def _target_passes(self, costs: Sequence[PassCost]) -> list[Pass]:
+        """The passes of the target's stream: every one finds cached what those before it computed."""
+        passes, cached, prompt = [], 0, self._task.prompt_tokens
+        for cost in costs:
+            cached += cost.memory_cached_tokens + cost.redis_cached_tokens
+            nodes = cost.new_tokens - max(0, prompt - cached)
+            passes.append(Pass(cost.new_tokens, cached, nodes))
+            cached += cost.new_tokens
+        return passes
+
+
+def found_cached(cost: PassCost) -> bool:
+    """Whether a model found keys and values of the prompt."""
+    return cost.memory_cached_tokens + cost.redis_cached_tokens > 0
+
+
+def _computed(prompt_tokens: int, cost: PassCost) -> float:
+    cached = cost.memory_cached_tokens + cost.redis_cached_tokens
+    return min(1.0, max(0.0, 1.0 - cached / max(1, prompt_tokens)))

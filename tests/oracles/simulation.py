@@ -1,0 +1,175 @@
+"""Requests on simulated machines: tables in place of models, and curves that say what their passes take. No clock is read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+
+from draft_service.drafter import Drafter, PlanOrder
+from engine.beams import Beams
+from engine.cost import PassCost
+from engine.cost_curve import CostCurve
+from engine.plan import Plan, PlanSize, Proposal
+from engine.scoring import Evaluation, Perturbation, ScoringRule
+from engine.tree_evaluator import Selection
+from engine.trie import Int64, Pruning
+from orchestrator.beam_loop import Draft, beam_search
+from orchestrator.planner import PlannedDraft, Planner
+from orchestrator.planning import PlanningReport, Task
+from orchestrator.policy import ExactSampling, Policy, Strict, Tolerance
+from orchestrator.question import Usage
+from orchestrator.recommendation import Mode
+from tests.bundles import random_catalogue
+from tests.oracles.naive_trie import NaiveTrie
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing
+
+MILLISECOND = 1_000_000
+PROMPT_TOKENS = 8
+Spoil = Callable[[Plan], Plan]
+
+
+def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
+    """A pass takes `floor_ms` up to so many tokens, then so much more for each, whatever is cached."""
+    sizes = [1, 4, 16, 64, 128, 256]
+    cost = [floor_ms + ms_per_token * max(0, size - flat_tokens) for size in sizes]
+    return CostCurve.smoothed(sizes, [0], np.array(cost)[:, None] * MILLISECOND)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What passes take: by the curves that the services publish, times what is wrong with these, and a call besides."""
+
+    target: CostCurve
+    draft: CostCurve
+    target_error: float = 1.0
+    call_ms: float = 0.3
+    draft_fails: bool = False
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request: its list as (leaf, score), and what it took. target, draft: the calls' costs and waits."""
+
+    list: list[tuple[int, float]]
+    target: Usage
+    draft: Usage
+    report: PlanningReport
+
+    @property
+    def milliseconds(self) -> float:
+        """Of waiting for the models, all that a plan can change."""
+        return (self.target.wait_ns + self.draft.wait_ns) / MILLISECOND
+
+
+class SimulatedDraft:
+    """A Drafter over a table, behind the interface of a draft session."""
+
+    def __init__(
+        self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, spoil: Spoil
+    ) -> None:
+        self.usage, self.prompt_tokens = Usage(), PROMPT_TOKENS
+        self.trie, self.rule = world.trie, world.rule
+        self.entry = SimpleNamespace(plan_scale=None)
+        self._world, self._machine, self._proposal, self._noise, self._spoil = world, machine, proposal, noise, spoil
+
+    async def plan(self, below: Beams, size: PlanSize) -> Plan:
+        """One call."""
+        prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
+        asked = PlanOrder(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
+        drafted = await Drafter(self).plan(asked)  # type: ignore[arg-type]
+        self.usage.waits.append(drafted.cost.forward_ns + int(self._machine.call_ms * MILLISECOND))
+        if self._machine.draft_fails:
+            return Plan.empty(below)
+        self.usage.costs.append(drafted.cost)
+        plan = self._spoil(drafted.plan)
+        plan.check(self.trie, limit=size.max_nodes)
+        return plan
+
+    async def open(self, prompt: Int64, *, tenant: str = "") -> None:
+        """As a TreeEvaluator; nothing has to be opened."""
+
+    async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
+        """As a TreeEvaluator: one pass."""
+        new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
+        cost = PassCost(forward_ns=int(self._machine.draft.predict(new)), new_tokens=new)
+        return self._world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation), cost
+
+
+@dataclass
+class SimulatedTarget:
+    """A TableTarget that says what its passes take."""
+
+    table: TableTarget
+    machine: Machine
+    usage: Usage = field(default_factory=Usage)
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """One pass; the first one reads the prompt."""
+        new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
+        forward = int(self.machine.target.predict(new) * self.machine.target_error)
+        self.usage.costs.append(PassCost(forward_ns=forward, new_tokens=new))
+        self.usage.waits.append(forward + int(self.machine.call_ms * MILLISECOND))
+        return await self.table.evaluate(nodes)
+
+
+class Simulation:
+    """Users with a random target each, and a draft that knows it up to so much noise on every logit."""
+
+    def __init__(
+        self, machine: Machine, *, noise: float, items: int = 300, codes: tuple[int, ...] = (16, 12, 10)
+    ) -> None:
+        self.machine, self.noise = machine, noise
+        self.catalogue = random_catalogue(items, codes, seed=1)
+        paths = {self.catalogue.id_of(n): tuple(self.catalogue.codes[n].tolist()) for n in range(items)}
+        self._naive = NaiveTrie(paths, codes)
+
+    def serve(
+        self,
+        planner: Planner | None,
+        user: int,
+        *,
+        mode: Mode = Mode.STRICT,
+        width: int = 10,
+        spoil: Spoil = lambda plan: plan,
+    ) -> Served:
+        """One request; without a planner, by the target alone."""
+        target_world, draft_world = self._worlds(user)
+        policy = _policy(mode, width)
+        table = TableTarget(target_world, Pruning.none(), policy.max_children, policy.noise)
+        target = SimulatedTarget(table, self.machine)
+        draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, spoil)
+        alone: Draft = ScriptedDraft(target_world.trie, nothing)
+        planning = planner.planning(mode, Task(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
+        behind = PlannedDraft(draft, planning) if planning else alone
+        result = asyncio.run(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
+        if planning:
+            planning.learn(result.memo, target.usage, draft.usage)
+        leaves = result.leaves
+        found = list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
+        return Served(found, target.usage, draft.usage, planning.report if planning else PlanningReport())
+
+    def draft(self, user: int, proposal: Proposal) -> SimulatedDraft:
+        """The draft as it answers for a user."""
+        return SimulatedDraft(self._worlds(user)[1], self.machine, proposal, None, lambda plan: plan)
+
+    def _worlds(self, user: int) -> tuple[World, World]:
+        rng, trie = np.random.default_rng(user), self.catalogue.trie
+        logits = rng.normal(size=(trie.nodes, trie.columns)) * 1.5
+        drafted = logits + self.noise * rng.normal(size=logits.shape)
+        return self._world(logits), self._world(drafted)
+
+    def _world(self, logits: np.ndarray) -> World:
+        normalizer = np.log(np.exp(logits).sum(axis=1))
+        return World(
+            self._naive, self.catalogue, ScoringRule.VOCAB, logits.astype(np.float32), normalizer.astype(np.float32)
+        )
+
+
+def _policy(mode: Mode, width: int) -> Policy:
+    if mode is Mode.EXACT_SAMPLING:
+        return ExactSampling(width, Perturbation(seed=5, temperature=0.8))
+    return Tolerance(width, 0.3) if mode is Mode.TOLERANCE else Strict(width)

@@ -1,0 +1,77 @@
+"""What calls cost is what the curve says, corrected by what they took; checked on calls whose costs are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.cost import PassCost
+from engine.cost_curve import CostCurve
+from orchestrator.costs import CallCosts, Decayed, DecayedLine, Pass
+
+CURVE = CostCurve.smoothed([1, 101], [0, 100], np.array([[1e6, 2e6], [3e6, 6e6]]))
+
+
+def observed(costs: CallCosts, *, error: float, fixed_ns: int, per_node_ns: int, calls: int = 400) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(calls):
+        one = Pass(new=int(rng.integers(1, 100)), cached=int(rng.integers(0, 100)), nodes=int(rng.integers(1, 100)))
+        forward = int(error * float(CURVE.predict(one.new, one.cached)))
+        costs.observe(
+            [one], PassCost(forward_ns=forward, queue_ns=777), forward + 777 + fixed_ns + per_node_ns * one.nodes
+        )
+
+
+def test_before_the_first_call_it_is_the_curve() -> None:
+    costs = CallCosts(CURVE)
+    assert costs.forward([1, 51, 101], 50).tolist() == [1.5e6, 3e6, 4.5e6]
+    assert costs.predict([Pass(1, 0, 1), Pass(101, 100, 50)]) == 7e6
+    assert costs.besides([0, 10]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("error", [0.3, 1.0, 4.0])
+def test_a_slower_machine_and_the_way_to_it_are_noticed(error: float) -> None:
+    """Time in the queue is not the call's own: it says how loaded the service is, not what a larger plan would take."""
+    costs = CallCosts(CURVE)
+    observed(costs, error=error, fixed_ns=200_000, per_node_ns=1_000)
+    assert costs.forward([1, 51], 50) == pytest.approx(np.array([1.5e6, 3e6]) * error, rel=1e-3)
+    assert costs.predict([Pass(101, 100, 5)]) == pytest.approx(6e6 * error, rel=1e-3)
+    assert costs.besides([0, 50]) == pytest.approx([200_000, 250_000], rel=1e-3)
+
+
+def test_it_forgets_how_slow_the_machine_was() -> None:
+    costs = CallCosts(CURVE)
+    observed(costs, error=10.0, fixed_ns=0, per_node_ns=0)
+    observed(costs, error=1.0, fixed_ns=0, per_node_ns=0, calls=700)
+    assert float(costs.forward(1, 0)) == pytest.approx(1e6, rel=0.01)
+
+
+def test_one_absurd_answer_does_not_decide() -> None:
+    costs = CallCosts(CURVE)
+    observed(costs, error=1.0, fixed_ns=0, per_node_ns=0)
+    costs.observe([Pass(1, 0, 1)], PassCost(forward_ns=2**62), 2**62)
+    assert float(costs.forward(1, 0)) < 1.1e6
+
+
+def test_a_mean_starts_at_a_guess_and_forgets() -> None:
+    mean = Decayed(9.0, memory=10)
+    assert mean.value == 9.0
+    for value in (1.0, 3.0):
+        mean.add(value)
+    assert mean.value == 2.0
+    for _ in range(200):
+        mean.add(7.0)
+    assert mean.value == pytest.approx(7.0, rel=1e-6)
+
+
+def test_a_line_is_level_until_it_knows_better_and_never_falls() -> None:
+    line = DecayedLine()
+    assert float(line.at(5)) == 0.0
+    line.add(10, 4.0)
+    assert line.at([0, 10, 100]).tolist() == [4.0, 4.0, 4.0]
+    line.add(20, 2.0)
+    assert line.at([0, 100]).tolist() == [3.0, 3.0]
+    steep = DecayedLine()
+    for x in (10, 20):
+        steep.add(x, x * x)
+    assert (steep.at([0, 1, 30]) >= 0).all()

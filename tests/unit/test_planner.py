@@ -1,0 +1,291 @@
+"""Plans of the size that pays: on simulated machines, where what is best is known, and never at the price of another list."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.beams import Beams
+from engine.cost import PassCost
+from engine.plan import Plan, PlanSize, Proposal
+from engine.scoring import Perturbation, ScoringRule
+from engine.trie import Pruning
+from orchestrator.adaptive import AdaptivePlanning, Experience
+from orchestrator.beam_loop import beam_search
+from orchestrator.costs import CallCosts
+from orchestrator.coverage import Cuts, Kind, Requirement
+from orchestrator.planner import PlanLimits, PlannedDraft, Planner, PlannerKind
+from orchestrator.planning import ModelCosts, Planning, Task
+from orchestrator.policy import ExactSampling, Policy, Strict
+from orchestrator.recommendation import Mode
+from tests.oracles.simulation import PROMPT_TOKENS, Machine, Served, SimulatedDraft, Simulation, curve
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
+
+# A pass costs the same whatever it holds; it costs as much as its tokens; and the draft is as dear as the target.
+FLAT = Machine(curve(20, 1000, 0.0), curve(0.5, 1000, 0.0))
+STEEP = Machine(curve(10, 8, 1.0), curve(1, 8, 0.1))
+DEAR = Machine(curve(10, 8, 1.0), curve(10, 8, 1.0))
+NOISE = Perturbation(seed=5, temperature=0.8)
+USELESS = 30.0
+
+
+def adaptive(simulation: Simulation, **limits: float) -> Planner:
+    planner = Planner(simulation.catalogue.trie, PlanLimits(**limits))  # type: ignore[arg-type]
+    planner.measure_by(simulation.machine.target, simulation.machine.draft)
+    return planner
+
+
+def mean_ms(served: list[Served]) -> float:
+    return float(np.mean([one.milliseconds for one in served]))
+
+
+def both(
+    simulation: Simulation, planner: Planner, users: range, spoil: Callable[[Plan], Plan] = lambda plan: plan
+) -> tuple[list[Served], list[Served]]:
+    """Users served with a planner, and by the target alone; the lists are the same."""
+    planned = [simulation.serve(planner, user, spoil=spoil) for user in users]
+    alone = [simulation.serve(None, user) for user in users]
+    assert [one.list for one in planned] == [one.list for one in alone]
+    return planned, alone
+
+
+def test_where_a_pass_is_flat_everything_is_planned() -> None:
+    """One pass for every request, though the draft is far from the target: nodes cost nothing."""
+    simulation = Simulation(FLAT, noise=1.5)
+    planner = adaptive(simulation)
+    both(simulation, planner, range(30))
+    planned, alone = both(simulation, planner, range(30, 50))
+    assert np.mean([len(one.target.costs) for one in planned]) < 1.2
+    assert mean_ms(planned) < 0.45 * mean_ms(alone)
+    assert min(one.report.nodes_asked for one in planned) > 150
+
+
+@pytest.mark.parametrize(("machine", "noise"), [(DEAR, 0.0), (STEEP, USELESS), (FLAT, USELESS)])
+def test_where_drafting_does_not_pay_there_is_hardly_any(machine: Machine, noise: float) -> None:
+    """A draft that costs as much as the target, and one that knows nothing: a bit of time is spent on finding that out."""
+    if machine is FLAT:
+        machine = replace(machine, draft=curve(30, 1000, 0.0))
+    simulation = Simulation(machine, noise=noise)
+    planner = adaptive(simulation)
+    both(simulation, planner, range(30))
+    planned, alone = both(simulation, planner, range(30, 70))
+    assert mean_ms(planned) <= 1.02 * mean_ms(alone)
+    assert np.mean([one.report.nodes_asked > 0 for one in planned]) < 0.2
+
+
+def test_a_useful_draft_is_used_as_far_as_it_pays() -> None:
+    """Tokens cost something: plans are smaller than the fixed ones, and requests faster than with these or with none."""
+    machine = Machine(curve(20, 64, 0.3), curve(1, 64, 0.01))
+    simulation = Simulation(machine, noise=0.3)
+    planner, fixed = adaptive(simulation), Planner(simulation.catalogue.trie, PlanLimits(kind=PlannerKind.FIXED))
+    both(simulation, planner, range(30))
+    planned, alone = both(simulation, planner, range(30, 60))
+    with_fixed, _ = both(simulation, fixed, range(30, 60))
+    assert mean_ms(planned) < 0.6 * mean_ms(alone)
+    assert mean_ms(planned) <= 1.01 * mean_ms(with_fixed)
+
+
+def test_a_draft_that_becomes_useful_is_found_out() -> None:
+    """It is asked now and then even where that does not pay; without that share it never would be."""
+    machine = Machine(curve(20, 64, 0.3), curve(12, 64, 0.05))
+    for share, found in ((0.5, True), (0.0, False)):
+        useless, useful = Simulation(machine, noise=USELESS), Simulation(machine, noise=0.0)
+        planner = adaptive(useless, explored_share=share)
+        asked = [useless.serve(planner, user).report.nodes_asked > 0 for user in range(30)]
+        assert share or not any(asked[20:])
+        asked = [useful.serve(planner, user).report.nodes_asked > 0 for user in range(80)]
+        assert (np.mean(asked[60:]) > 0.9) == found
+
+
+def _all_alike(plan: Plan) -> Plan:
+    return replace(plan, margin=np.full(len(plan.node), 5.0))
+
+
+def _upside_down(plan: Plan) -> Plan:
+    """By level, the likeliest nodes last: the deeper a node, the lower, so that none is above its parent."""
+    depth = SIMULATION.catalogue.trie.depth(plan.node)
+    return replace(plan, margin=np.asarray(-100.0 * depth - np.clip(plan.margin, -40.0, 40.0)))
+
+
+@pytest.mark.parametrize("spoil", [_all_alike, _upside_down])
+@pytest.mark.parametrize("machine", [STEEP, FLAT])
+def test_margins_that_lie_cost_little(machine: Machine, spoil: Callable[[Plan], Plan]) -> None:
+    """What such plans are worth is learnt like that of any others."""
+    simulation = Simulation(machine, noise=0.5)
+    planner = adaptive(simulation)
+    both(simulation, planner, range(30), spoil)
+    planned, alone = both(simulation, planner, range(30, 60), spoil)
+    assert mean_ms(planned) <= 1.02 * mean_ms(alone)
+
+
+def test_predictions_come_true_on_a_machine_that_is_slower_than_it_was() -> None:
+    machine = Machine(curve(20, 64, 0.3), curve(1, 64, 0.01), target_error=3.0)
+    simulation = Simulation(machine, noise=0.5)
+    planner = adaptive(simulation)
+    planned, _ = both(simulation, planner, range(80))
+    for one in planned[40:]:
+        assert one.report.target_predicted_ns == pytest.approx(one.target.cost.forward_ns, rel=1e-3)
+    passes = [len(one.target.costs) for one in planned[40:]]
+    assert np.mean([one.report.expected_passes for one in planned[40:]]) == pytest.approx(np.mean(passes), abs=0.3)
+
+
+@pytest.mark.parametrize("mode", [Mode.STRICT, Mode.EXACT_SAMPLING])
+def test_no_experience_changes_a_list(mode: Mode) -> None:
+    for machine in (FLAT, STEEP):
+        simulation = Simulation(machine, noise=1.0)
+        planner = adaptive(simulation, explored_share=0.5)
+        for user in range(25):
+            assert simulation.serve(planner, user, mode=mode).list == simulation.serve(None, user, mode=mode).list
+
+
+class AnyPlanning(Planning):
+    """Decides at random: whether to draft, how much, and which cut the target gets."""
+
+    def __init__(self, world: World, width: int, seed: int) -> None:
+        super().__init__(world.trie, Task(width, PROMPT_TOKENS, PROMPT_TOKENS), 1, None)
+        self._rng = np.random.default_rng(seed)
+
+    def size(self, below: Beams) -> PlanSize | None:
+        return self._sized(int(self._rng.integers(1, 30))) if self._rng.random() < 0.8 else None
+
+    def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:
+        count = self._rng.integers(0, len(plan.node) + 1)
+        return plan.take(np.sort(Cuts.of(plan, complete=True).order[:count]))
+
+
+@settings(max_examples=100)
+@given(
+    naive_tries(levels=(2, 3, 4), max_items=30),
+    st.sampled_from(ScoringRule),
+    st.integers(1, 6),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+def test_no_decision_changes_a_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
+    """Any catalogue, any target, a draft that has nothing to do with it, and any decision at every miss."""
+    truth, guess = World.random(naive, rule, seed), World.random(naive, rule, seed + 1)
+    policy: Policy = ExactSampling(width, NOISE) if sampled else Strict(width)
+    noise = policy.noise if policy.perturbed else None
+
+    def search(draft) -> list[tuple[int, float]]:  # type: ignore[no-untyped-def]
+        target = TableTarget(truth, Pruning.none(), policy.max_children, noise)
+        leaves = asyncio.run(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
+        return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
+
+    drafting = SimulatedDraft(guess, FLAT, policy.proposal, policy.noise, lambda plan: plan)
+    planned = search(PlannedDraft(drafting, AnyPlanning(truth, width, seed)))
+    assert planned == search(ScriptedDraft(truth.trie, nothing))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0.0, 2.0))
+def test_the_cut_is_the_cheapest_of_all(seed: int, width: int, ms_per_token: float) -> None:
+    """Against every cut one by one, each costed from the definition: the pass, and for each level, to miss it first."""
+    rng, simulation = np.random.default_rng(seed), SIMULATION
+    experience, kind = _experience(rng, curve(10, 8, ms_per_token), width)
+    task = Task(width, PROMPT_TOKENS, PROMPT_TOKENS)
+    drafting = simulation.draft(int(rng.integers(100)), Proposal.TOP)
+    asked = PlanSize(width, int(rng.integers(1, 100)), 100)
+    plan = asyncio.run(drafting.plan(Beams.root(), asked))
+    planning = AdaptivePlanning(simulation.catalogue.trie, task, 40, 240, kind, experience)
+    kept = planning.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
+    kept.check(simulation.catalogue.trie, limit=len(plan.node))
+    order = np.argsort(-plan.margin, kind="stable")
+    costs = [_cost(experience, kind, task, plan.take(np.sort(order[:n])), plan, asked) for n in range(len(order) + 1)]
+    assert _cost(experience, kind, task, kept, plan, asked) == pytest.approx(min(costs), rel=1e-9)
+
+
+SIMULATION = Simulation(STEEP, noise=0.7)
+
+
+def _experience(rng: np.random.Generator, target: object, width: int) -> tuple[Experience, Kind]:
+    trie = SIMULATION.catalogue.trie
+    costs = ModelCosts(CallCosts(target), CallCosts(STEEP.draft))  # type: ignore[arg-type]
+    experience, kind = Experience(costs, trie.levels, 240, 0.01), Kind.of(Mode.STRICT, width)
+    for _ in range(50):
+        seen = [
+            Requirement(float(rng.exponential()), censored=bool(rng.random() < 0.3)) for _ in range(trie.levels - 1)
+        ]
+        experience.coverage.learn(kind, 0, seen)
+    for level in range(1, trie.levels):
+        experience.further[kind, level].add(float(rng.uniform(0.2, 1.2)))
+    return experience, kind
+
+
+def _cost(experience: Experience, kind: Kind, task: Task, kept: Plan, plan: Plan, asked: PlanSize) -> float:
+    """Nanoseconds expected of the target with a part of a plan."""
+    trie, target = SIMULATION.catalogue.trie, experience.costs.target
+    sizes = [min(task.beam_width, int(np.diff(trie.level_start)[level])) for level in range(trie.levels)]
+    without = [
+        sum(float(target.forward(size, PROMPT_TOKENS)) for size in sizes[level:]) for level in range(trie.levels)
+    ]
+    total = float(target.forward(PROMPT_TOKENS + len(kept.node), 0))
+    if not len(kept.node):
+        return total + without[1]
+    left_out = sorted({float(margin) for margin in plan.margin} - {float(margin) for margin in kept.margin})
+    whole = {
+        margin
+        for margin in kept.margin.tolist()
+        if (kept.margin == margin).sum() == (plan.margin == margin).sum()
+        and (margin != plan.margin.min() or len(plan.node) < asked.max_nodes)
+    }
+    assert all(margin < kept.margin.min() for margin in left_out)
+    depth = -min(whole) if whole else -np.inf
+    missed = experience.coverage.missed(kind, 0, np.array([max(depth, -1e6) if whole else -np.inf]))[:, 0]
+    above = 0.0
+    for level, probability in enumerate(missed.tolist(), start=1):
+        total += (probability - above) * experience.further[kind, level].value * without[level]
+        above = probability
+    return total
+
+
+def test_further_plans_have_a_share_of_the_budget() -> None:
+    simulation = Simulation(FLAT, noise=1.0)
+    planner = adaptive(simulation)
+    trie = simulation.catalogue.trie
+    planning = planner.planning(Mode.STRICT, Task(10, PROMPT_TOKENS, PROMPT_TOKENS))
+    first = planning.size(Beams.root())
+    children = trie.children(0)[:5].astype(np.int64)
+    second = planning.size(Beams(children, *(np.zeros(5) for _ in range(3))))
+    assert first is not None
+    assert second is not None
+    assert second.max_nodes <= 60 < 240
+
+
+@pytest.mark.parametrize(
+    ("beam_width", "levels", "nodes"), [(20, 4, 120), (20, 3, 80), (50, 4, 240), (1, 2, 2), (5, 1, 1)]
+)
+def test_a_fixed_budget_grows_with_the_beams(beam_width: int, levels: int, nodes: int) -> None:
+    """Two nodes for each beam of each planned level, at most 240, and no share per level."""
+    simulation = Simulation(FLAT, noise=0.0, items=30, codes=(4,) * levels)
+    planner = Planner(simulation.catalogue.trie, PlanLimits(kind=PlannerKind.FIXED))
+    sized = planner.planning(Mode.STRICT, Task(beam_width, 1, 1)).size(Beams.root())
+    assert sized == PlanSize(beam_width, width=nodes, max_nodes=nodes)
+
+
+@pytest.mark.parametrize("mode", [Mode.RELAXED_SAMPLING, Mode.TARGET_ONLY])
+def test_what_cannot_be_cut_has_a_fixed_size(mode: Mode) -> None:
+    planner = adaptive(Simulation(STEEP, noise=0.0))
+    assert type(planner.planning(mode, Task(10, 8, 8))) is Planning
+
+
+def test_until_the_curves_are_known_plans_have_a_fixed_size() -> None:
+    simulation = Simulation(FLAT, noise=0.3)
+    planner = Planner(simulation.catalogue.trie, PlanLimits())
+    served = simulation.serve(planner, 0)
+    assert served.report.nodes_asked == 40
+    assert (served.report.target_predicted_ns, served.report.expected_passes) == (0, 0)
+
+
+def test_a_draft_that_fails_teaches_nothing_and_changes_nothing() -> None:
+    simulation = Simulation(replace(FLAT, draft_fails=True), noise=0.3)
+    planner = adaptive(simulation)
+    for user in range(5):
+        served = simulation.serve(planner, user)
+        assert (served.list, served.report.nodes_proposed) == (simulation.serve(None, user).list, 0)
