@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -262,6 +263,23 @@ class TestNonsense:
         assert len(reply.items) == 20
         if mode in (pb.MODE_STRICT, pb.MODE_TOLERANCE):
             assert_all_right([reply], cases[2:3])
+
+
+class TestSlow:
+    def test_a_plan_that_is_late_but_in_time_is_used(
+        self, misled: Client, fake_draft: FakeDraft, cases: list[Case]
+    ) -> None:
+        """It makes the answer late, and nothing else."""
+        never = threading.Event()
+
+        def answer(request: draft_pb2.PlanRequest, context: grpc.ServicerContext) -> bytes:
+            never.wait(0.2)
+            return empty_plan(request, context)
+
+        fake_draft.answer = answer
+        replies = storm(asking(misled, cases[:8]), {}, concurrency=8)
+        assert_all_right(replies, cases[:8])
+        assert not any(reply.degraded for reply in replies)
 
 
 class TestUseless:

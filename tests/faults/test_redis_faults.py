@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 import redis
+from atspeed.v1 import recommendation_pb2 as pb
 
 from client.local_redis import LocalRedis
 from client.local_stack import LocalStack
@@ -66,6 +70,14 @@ class TestGone:
     def test_hanging(self, redis_server: LocalRedis, client: Client, cases: list[Case]) -> None:
         self.runs_without(client, cases, redis_server.pause, redis_server.resume)
         assert client.history("user")[: len(cases[0].history)] == list(cases[0].history)
+
+    def test_slow(self, store: redis.Redis, client: Client, cases: list[Case]) -> None:
+        """It answers, a fifth of a second late, again and again: slower lists, and the same."""
+        client.record("user", cases[0].history)
+        slow = {answered: lambda: store.client_pause(200) for answered in range(0, 40, 4)}
+        replies = storm(asking(client, cases * 2), slow)
+        assert_all_right(replies, cases * 2)
+        assert_same_list(client.recommend(user_id="user", k=20), cases[0].expected)
 
     def test_stopped(self, redis_server: LocalRedis, client: Client, cases: list[Case]) -> None:
         self.runs_without(client, cases, redis_server.stop, redis_server.start)
@@ -167,6 +179,26 @@ class TestFull:
         assert {user: client.history(user) for user in histories} == histories
         assert_all_right(storm(asking(client, cases), {}), cases)
 
+    @pytest.mark.long
+    def test_five_times_as_much_kv_as_there_is_room_for(
+        self, client: Client, store: redis.Redis, catalogue: Catalogue, long: Case
+    ) -> None:
+        """Lists are the target's own throughout, and no history loses an item."""
+        until(lambda: client.recommend(long.history).statistics.redis_cached_tokens > 0)
+        prompt_bytes = sum(int(store.memory_usage(name) or 0) for name in store.keys("kv:*"))
+        histories = {f"user-{n}": random_history(catalogue, WINDOW, seed=900 + n) for n in range(100)}
+        for user, history in histories.items():
+            client.record(user, history)
+        room = 40 * prompt_bytes
+        store.config_set("maxmemory", int(store.info("memory")["used_memory"]) + room)
+        prompts = [Case(random_history(catalogue, WINDOW, seed=n), long.expected) for n in range(5 * 40)]
+        lists = storm(asking(client, prompts), {})
+        until(lambda: int(store.info("stats")["evicted_keys"]) > 0)
+        alone = storm(asking(client, prompts, mode=pb.MODE_TARGET_ONLY), {})
+        for got, expected in zip(lists, alone, strict=True):
+            assert_same_list(got, expected)
+        assert {user: client.history(user) for user in histories} == histories
+
     def test_without_any_room_left(self, client: Client, store: redis.Redis, cases: list[Case]) -> None:
         """Nothing can be stored: events are refused, what is stored is served, and prompts are computed."""
         client.record("user", cases[0].history)
@@ -177,6 +209,35 @@ class TestFull:
         assert client.history("user") == list(cases[0].history)
         assert_same_list(client.recommend(user_id="user", k=20), cases[0].expected)
         assert_all_right(storm(asking(client, cases), {}), cases)
+
+
+class Babbler(socketserver.ThreadingTCPServer):
+    """A server that is no Redis, on the port where one should be."""
+
+    allow_reuse_address = daemon_threads = True
+
+    class _Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while self.request.recv(4096):
+                self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n$-5\r\n\xff\xfe")
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), self._Answer)
+
+
+@pytest.mark.long
+def test_something_that_is_no_redis(bundle: Path, cases: list[Case], log_folder: Path) -> None:
+    """Lists are the same, and stored histories are out of reach, named as such."""
+    folder = log_folder / "babbling"
+    folder.mkdir()
+    with Babbler() as babbler:
+        threading.Thread(target=babbler.serve_forever, daemon=True).start()
+        url = f"redis://127.0.0.1:{babbler.server_address[1]}/0"
+        with LocalStack(bundle, redis_url=url, log_folder=folder) as stack, Client(stack.address) as client:
+            assert_all_right(storm(asking(client, cases), {}), cases)
+            with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):
+                client.recommend(user_id="user")
+        babbler.shutdown()
 
 
 def test_a_history_that_is_none(client: Client, store: redis.Redis, cases: list[Case]) -> None:

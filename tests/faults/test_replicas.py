@@ -44,7 +44,7 @@ def balanced(trio: LocalStack) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("times", TIMES)
-@pytest.mark.parametrize("kind", ["drafts", "targets", "orchestrators"])
+@pytest.mark.parametrize("kind", ["targets", "orchestrators", pytest.param("drafts", marks=pytest.mark.long)])
 def test_stopped_in_order(trio: LocalStack, balanced: Client, cases: list[Case], kind: str, times: int) -> None:
     """SIGTERM: what runs on the replica ends there, what comes goes to the others; and it is found again when it is back."""
     replicas: list[ServiceProcess] = getattr(trio, kind)
@@ -73,7 +73,7 @@ def test_a_target_killed_with_streams_open(trio: LocalStack, balanced: Client, c
     assert load.retries > 0
 
 
-@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("times", TIMES[1:])
 def test_an_orchestrator_killed(trio: LocalStack, balanced: Client, cases: list[Case], times: int) -> None:
     """kill -9: a recommendation changes nothing, so the client asks another replica."""
     with Load(balanced, cases) as load:
