@@ -42,8 +42,13 @@ class WarmEvaluator(TreeEvaluator):
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
         """The tree at hand, or a new one for another prompt."""
         if self._tree is None or not np.array_equal(self._tree.tokens.prompt, prompt):
+            if self._tree is not None:
+                super().end(self._tree)
             self._tree, self._known = await super().open(prompt, tenant=tenant, owner=owner), {}
         return self._tree
+
+    def end(self, tree: OpenTree) -> None:
+        """Keep it: the next search may be for the same prompt."""
 
     async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
         """The children of `nodes`; the root, ancestors and nodes that are not known yet are computed in one pass."""

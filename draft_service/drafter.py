@@ -18,7 +18,7 @@ from engine.kv_cache import NO_OWNER
 from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.sampling import Stream
 from engine.scoring import Children, Perturbation, ScoringRule
-from engine.tree_evaluator import Selection, TreeEvaluator
+from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import ROOT, Int64, Pruning
 
 
@@ -60,9 +60,15 @@ class Drafter:
     async def plan(self, order: PlanOrder) -> Drafted:
         """One draft pass per level from the beams down to depth L-2, over the nodes that are still in the plan.
 
-        Raises PromptError or CapacityError when the prompt or the beams do not fit the model.
+        Raises PromptError or CapacityError when the prompt or the beams do not fit the model, OverloadedError when it is busy.
         """
         tree = await self._evaluator.open(order.prompt, tenant=order.tenant, owner=order.owner)
+        try:
+            return await self._plan_on(tree, order)
+        finally:
+            self._evaluator.end(tree)
+
+    async def _plan_on(self, tree: OpenTree, order: PlanOrder) -> Drafted:
         selection, listed = self._selection(order), Shortlist.of(order.below)
         evaluated: dict[int, Children] = {}
         cost, passes = PassCost(), 0

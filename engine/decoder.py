@@ -138,15 +138,29 @@ class Decoder:
         past[l, j] and new_kv[l, j] must be contiguous and must not overlap: two spans of one longer buffer qualify, and
         nothing is copied then. Raises ValueError, naming the argument, when a shape, dtype or layout is wrong.
         """
-        count, cached = len(tokens), past.shape[2]
-        self._check_kv("past", past, cached)
-        self._check_kv("new_kv", new_kv, count)
-        if positions.shape != (count,) or visible.shape != (count, cached + count):
+        for name, kv in (("past", past), ("new_kv", new_kv)):
+            if kv.ndim != 5:
+                raise ValueError(f"{name}: has {kv.ndim} axes instead of 5")
+        return self.run_batch(tokens[None], positions[None], visible[None], past[:, :, None], rows, new_kv[:, :, None])
+
+    def run_batch(
+        self, tokens: Int64, positions: Int64, visible: Bool, past: KV, rows: Int64, new_kv: KV
+    ) -> tuple[Float32, Float32]:
+        """`run` over several trees, padded to the same lengths: everything but `rows` has a batch axis B.
+
+        tokens, positions: [B, S]. visible: [B, S, P + S]. past: [layers, 2, B, P, kv_heads, head_dim]; new_kv: [layers, 2, B, S,
+        kv_heads, head_dim]. rows: int64 [M], into the flattened B x S tokens. What is masked is read all the same, so padding
+        must be finite.
+        """
+        (batch, count), cached = tokens.shape, past.shape[-3]
+        self._check_kv("past", past, (batch, cached))
+        self._check_kv("new_kv", new_kv, (batch, count))
+        if positions.shape != (batch, count) or visible.shape != (batch, count, cached + count):
             raise ValueError(f"positions {positions.shape}, visible {visible.shape}: not of {cached} + {count} tokens")
         feeds: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.ascontiguousarray(tokens, dtype=np.int64)[None],
-            "position_ids": np.ascontiguousarray(positions, dtype=np.int64)[None],
-            "attn_bias": np.ascontiguousarray(self._bias[visible.astype(np.intp)])[None, None],
+            "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
+            "position_ids": np.ascontiguousarray(positions, dtype=np.int64),
+            "attn_bias": self._bias.take(np.ascontiguousarray(visible).view(np.uint8))[:, None],
             "out_index": np.ascontiguousarray(rows, dtype=np.int64),
         }
         fetches: dict[str, npt.NDArray[Any]] = {
@@ -171,10 +185,10 @@ class Decoder:
 
     def _by_layer(self, prefix: Literal["past", "new"], kv: KV) -> dict[str, KV]:
         names = kv_names(prefix, self.layers)
-        return {name: kv[layer, j][None] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
+        return {name: kv[layer, j] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
 
-    def _check_kv(self, name: str, kv: KV, tokens: int) -> None:
-        expected = (self.layers, 2, tokens, self.kv_heads, self.head_dim)
+    def _check_kv(self, name: str, kv: KV, tokens: tuple[int, int]) -> None:
+        expected = (self.layers, 2, *tokens, self.kv_heads, self.head_dim)
         if kv.shape != expected or kv.dtype != self.dtype:
             raise ValueError(f"{name}: {kv.dtype}{list(kv.shape)}, the model takes {self.dtype}{list(expected)}")
         if not kv[0, 0].flags.c_contiguous:

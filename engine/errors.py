@@ -5,6 +5,7 @@ EngineError
 +-- CatalogueError   a catalogue that cannot be built or read
 +-- PromptError      a history that cannot be turned into a prompt
 +-- CapacityError    more tokens than the model or the buffers take
++-- OverloadedError  a limit on what is served at once; later, or elsewhere, there may be room
 """
 
 
@@ -26,3 +27,7 @@ class PromptError(EngineError):
 
 class CapacityError(EngineError):
     """More tokens than the model's positions or the buffers take."""
+
+
+class OverloadedError(EngineError):
+    """A limit on what is served at once is reached; later, or on another replica, there may be room."""

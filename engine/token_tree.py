@@ -33,7 +33,7 @@ class TokenTree:
     """One request's prompt and evaluated nodes, and the keys and values of all of them in the order they were computed.
 
     prompt: int64 [prompt]. kv: [layers, 2, capacity, kv_heads, head_dim], of which the first `length` tokens are filled;
-    capacity is what `reserve` made it, 0 at first.
+    capacity is that of the buffer which it was last moved to, 0 at first.
     slots: the place in `kv` of every evaluated node but the root, whose logits are the last prompt token's.
     """
 
@@ -42,14 +42,11 @@ class TokenTree:
     length: int = 0
     slots: dict[int, int] = field(default_factory=dict)
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens, doubling, so that a long stream copies each token O(1) times."""
-        needed, capacity = self.length + tokens, self.kv.shape[2]
-        if needed <= capacity:
-            return
-        grown = np.empty((*self.kv.shape[:2], max(needed, 2 * capacity), *self.kv.shape[3:]), dtype=self.kv.dtype)
-        grown[:, :, : self.length] = self.kv[:, :, : self.length]
-        self.kv = grown
+    def move_to(self, kv: Kv) -> Kv:
+        """Go on in a larger buffer. Returns the old one, which the tree does not use any more."""
+        old, self.kv = self.kv, kv
+        kv[:, :, : self.length] = old[:, :, : self.length]
+        return old
 
     def fill_prefix(self, blocks: Sequence[Kv]) -> None:
         """Start from cached blocks [layers, 2, block, kv_heads, head_dim] of the prompt's beginning."""

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from engine.batch_decoder import BatchDecoder, TreeInput, TreeOutput
+from engine.batcher import Batcher, BatchLimits, PassSize, Ticket
 from engine.bundle import ModelEntry
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve, measure
-from engine.decoder import Decoder, Float32
-from engine.errors import CapacityError, PromptError
+from engine.decoder import Decoder
+from engine.errors import CapacityError, EngineError, PromptError
 from engine.kv_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
+from engine.kv_pool import KvPool, capacity_for
 from engine.kv_store import PrefixCache
 from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
 from engine.token_tree import TokenTree, TreePass
 from engine.trie import ROOT, Int64, Pruning, Trie
 
 # Nodes that fit beside a prompt and its first pass before the buffer has to grow.
-_NODE_ROOM = 256
+_NODE_ROOM = 128
+_OPEN_KV_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -38,32 +41,78 @@ class OpenTree:
     """A request's token tree in a model service. Until its first pass it has no memory of its own.
 
     keys: of the prompt's whole blocks. cached: the blocks that were found, until the first pass has read them.
+    rehearsal: whether nobody waits for it, so that its passes wait for nobody. capacity: tokens that are reserved for it.
+    newest: its newest pass.
     """
 
     tokens: TokenTree
     keys: list[bytes]
     cached: tuple[KvArray, ...]
     cost_of_opening: PassCost
+    rehearsal: bool = False
+    capacity: int = 0
+    newest: Ticket[TreeWork, PassResult] | None = None
+
+
+@dataclass(frozen=True)
+class TreeWork:
+    """One pass over one tree, as it waits for its turn. queued_ns: since when."""
+
+    tree: OpenTree
+    nodes: Int64
+    selection: Selection
+    queued_ns: int
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What came of it. computed: the prompt's blocks that no cache had."""
+
+    evaluation: Evaluation
+    computed: list[KvArray]
+    cost: PassCost
 
 
 class TreeEvaluator:
-    """Evaluates token trees with one model. Passes run one at a time in a worker thread, outside the event loop.
+    """Evaluates token trees with one model. Passes run one at a time in a worker thread, outside the event loop; those that
+    wait together run together, as far as the limits allow.
 
     All methods are for the event loop, and none moves keys and values on it: a prompt's may be hundreds of megabytes, so
-    the worker thread allocates them, copies them in and copies them out. Cancelling `evaluate` gives up waiting; a pass
-    that already runs ends by itself and its result is dropped, so the state of a cancelled tree must not be used again.
+    the worker thread allocates them, copies them in and copies them out. Cancelling `evaluate` gives up waiting: a pass
+    that has not begun never does; one that runs ends by itself and its result is dropped, so of a cancelled tree nothing
+    may be asked any more. `end` it all the same.
+
+    open_kv: the memory of open trees, for at most `open_kv_bytes`.
     """
 
     def __init__(
-        self, decoder: Decoder, entry: ModelEntry, trie: Trie, rule: ScoringRule, layout: KvLayout, cache: PrefixCache
+        self,
+        decoder: Decoder,
+        entry: ModelEntry,
+        trie: Trie,
+        rule: ScoringRule,
+        layout: KvLayout,
+        cache: PrefixCache,
+        *,
+        limits: BatchLimits | None = None,
+        open_kv_bytes: int = _OPEN_KV_BYTES,
     ) -> None:
         self.decoder, self.entry, self.trie, self.rule = decoder, entry, trie, rule
+        self.open_kv = KvPool(decoder.empty_kv, open_kv_bytes)
         self._layout, self._cache = layout, cache
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onnx")
+        self._batch_decoder = BatchDecoder(decoder)
+        self._batcher = Batcher(self._run, limits or BatchLimits())
+
+    @property
+    def waiting_passes(self) -> int:
+        """How many passes wait for the worker thread."""
+        return self._batcher.waiting
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
-        """Start a tree on a prompt [prompt], on as much of it as the prefix cache holds. owner: the tag of a stored user.
+        """Start a tree on a prompt [prompt], on as much of it as the prefix cache holds. End it with `end`.
+
+        owner: the tag of a stored user.
 
         Raises PromptError on an empty prompt, an unknown token id, or one too long for the model.
         """
@@ -84,28 +133,36 @@ class TreeEvaluator:
         """One pass: the best children of `nodes` [n], ascending inner nodes, not evaluated before on this tree.
 
         Parents are evaluated before or among `nodes`; the root is in the first pass, or the prompt is computed without it.
-        Raises CapacityError when a node breaks that.
+        Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full.
         """
         self._check_nodes(tree.tokens, nodes)
-        queued = time.perf_counter_ns()
-        loop = asyncio.get_running_loop()
-        evaluation, computed, cost = await loop.run_in_executor(
-            self._worker, self._pass, tree, nodes, selection, queued
-        )
-        if computed:
-            self._cache.remember(tree.keys, computed)
+        size = self._size(tree, nodes)
+        self._reserve(tree, size)
+        work = TreeWork(tree, nodes, selection, time.perf_counter_ns())
+        tree.newest = self._batcher.put(work, size, patient=not tree.rehearsal)
+        result = await self._batcher.outcome(tree.newest)
+        if result.computed:
+            self._cache.remember(tree.keys, result.computed)
         opening, tree.cost_of_opening = tree.cost_of_opening, PassCost()
-        return evaluation, cost + opening
+        return result.evaluation, result.cost + opening
+
+    def end(self, tree: OpenTree) -> None:
+        """Let go of a tree and its memory: at once, or when the pass that still writes to it has ended."""
+        if tree.newest is None or tree.newest.done.done():
+            self._release(tree)
+        else:
+            tree.newest.done.add_done_callback(lambda _: self._release(tree))
 
     async def warm_up(self) -> None:
         """Run one pass of each kind, so that the first request does not pay for allocations."""
         prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         longest = self.entry.max_positions - self.trie.levels + 1
         everything = Selection(Pruning.none(), limit=1)
-        tree = OpenTree(self._empty_tree(prompt[:longest]), [], (), PassCost())
+        tree = OpenTree(self._empty_tree(prompt[:longest]), [], (), PassCost(), rehearsal=True)
         await self.evaluate(tree, np.array([ROOT]), everything)
         if self.trie.levels > 1:
             await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+        self.end(tree)
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure what passes cost, for about so long. Nothing else should run on the model meanwhile."""
@@ -120,55 +177,101 @@ class TreeEvaluator:
         nodes = np.arange(min(new, int(self.trie.level_start[self.trie.levels])))
         prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
-        tree = OpenTree(self._empty_tree(prompt), [], (block,) * (cached // self._layout.block_tokens), PassCost())
-        _, cost = await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
+        blocks = (block,) * (cached // self._layout.block_tokens)
+        tree = OpenTree(self._empty_tree(prompt), [], blocks, PassCost(), rehearsal=True)
+        try:
+            _, cost = await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
+        finally:
+            self.end(tree)
         return cost
 
     async def close(self) -> None:
-        """Wait for the running pass, write what is pending, and stop."""
-        await asyncio.to_thread(self._worker.shutdown)
+        """Wait for the passes that are queued, write what is pending, and stop."""
+        await self._batcher.close()
         await self._cache.close()
 
     def _empty_tree(self, prompt: Int64) -> TokenTree:
         return TokenTree(prompt, self.decoder.empty_kv(0))
 
-    def _pass(
-        self, tree: OpenTree, nodes: Int64, selection: Selection, queued: int
-    ) -> tuple[Evaluation, list[KvArray], PassCost]:
-        """In the worker thread: the evaluation, the prompt's blocks that were computed, and the cost."""
+    def _size(self, tree: OpenTree, nodes: Int64) -> PassSize:
+        """What a pass will compute and read, the cached blocks included that the tree still has to be filled with."""
+        cached = tree.tokens.length or len(tree.cached) * self._layout.block_tokens
+        return PassSize(max(0, len(tree.tokens.prompt) - cached) + int((nodes != ROOT).sum()), cached)
+
+    def _reserve(self, tree: OpenTree, size: PassSize) -> None:
+        """Room for what the tree will hold after the pass; a first time some more, then half as much again."""
+        needed = size.cached_tokens + size.new_tokens
+        if needed <= tree.capacity:
+            return
+        grown = tree.capacity + tree.capacity // 2
+        capacity = capacity_for(max(needed, grown) if tree.capacity else needed + _NODE_ROOM)
+        self.open_kv.reserve(capacity)
+        self._cancel_unused(tree)
+        tree.capacity = capacity
+
+    def _cancel_unused(self, tree: OpenTree) -> None:
+        """Give up what was reserved for a pass that never began."""
+        if tree.capacity > tree.tokens.kv.shape[2]:
+            self.open_kv.cancel(tree.capacity)
+
+    def _release(self, tree: OpenTree) -> None:
+        self._cancel_unused(tree)
+        held, tree.tokens.kv = tree.tokens.kv, self.decoder.empty_kv(0)
+        if held.size:
+            self.open_kv.give_back(held)
+        tree.capacity, tree.cached = 0, ()
+
+    def _run(self, works: Sequence[TreeWork]) -> list[PassResult | Exception]:
+        """In the worker thread: several trees' passes as one. A pass that is refused does not take the others with it."""
         begun = time.perf_counter_ns()
+        steps = [_attempt(self._prepare, work) for work in works]
+        ready = [(work, step) for work, step in zip(works, steps, strict=True) if isinstance(step, TreePass)]
+        inputs = [_input(work.tree.tokens, step) for work, step in ready]
+        outputs = iter(self._batch_decoder.run(inputs) if inputs else ())
+        batch_tokens = len(ready) * max((len(step.tokens) for _, step in ready), default=0)
+        forward = PassCost(
+            forward_ns=time.perf_counter_ns() - begun, batch_requests=len(ready), batch_tokens=batch_tokens
+        )
+        return [
+            self._finish(work, step, next(outputs), begun, forward) if isinstance(step, TreePass) else step
+            for work, step in zip(works, steps, strict=True)
+        ]
+
+    def _prepare(self, work: TreeWork) -> TreePass:
+        """Room for the pass, before a tree's first one with the cached blocks in it, even if the pass is refused then."""
+        tree = work.tree
+        if tree.tokens.kv.shape[2] < tree.capacity:
+            outgrown = tree.tokens.move_to(self.open_kv.take(tree.capacity))
+            if outgrown.size:
+                self.open_kv.give_back(outgrown)
+        if not tree.tokens.length:
+            tree.tokens.fill_prefix(tree.cached)
+        return tree.tokens.plan_pass(self.trie, work.nodes, self._code_tokens)
+
+    def _finish(self, work: TreeWork, step: TreePass, output: TreeOutput, begun: int, forward: PassCost) -> PassResult:
+        tree, selection = work.tree, work.selection
+        copying = time.perf_counter_ns()
         first = tree.tokens.length < len(tree.tokens.prompt)
-        if first:
-            self._prepare(tree, len(nodes))
-        step = tree.tokens.plan_pass(self.trie, nodes, self._code_tokens)
-        logits, log_normalizer = self._forward(tree.tokens, step)
-        tree.tokens.commit(step, nodes)
+        tree.tokens.commit(step, work.nodes)
         computed = self._computed_blocks(tree) if first else []
-        forward = time.perf_counter_ns()
+        selecting = time.perf_counter_ns()
         evaluation = best_children(
             self.trie,
-            nodes,
-            logits,
-            log_normalizer,
+            work.nodes,
+            output.code_logits,
+            output.log_normalizer,
             rule=self.rule,
             pruning=selection.pruning,
             limit=selection.limit,
             perturbation=selection.perturbation,
         )
-        ended = time.perf_counter_ns()
-        return evaluation, computed, PassCost(begun - queued, forward - begun, ended - forward, len(step.tokens))
-
-    def _prepare(self, tree: OpenTree, nodes: int) -> None:
-        """Room for a tree's first pass and some nodes more, with the cached blocks in it; once, even if the pass is refused."""
-        if not tree.tokens.length:
-            tree.tokens.reserve(len(tree.tokens.prompt) + nodes + _NODE_ROOM)
-            tree.tokens.fill_prefix(tree.cached)
-
-    def _forward(self, tree: TokenTree, step: TreePass) -> tuple[Float32, Float32]:
-        new = len(step.tokens)
-        tree.reserve(new)
-        past, new_kv = tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : tree.length + new]
-        return self.decoder.run(step.tokens, step.positions, step.visible, past, step.rows, new_kv)
+        own = PassCost(
+            queue_ns=begun - work.queued_ns,
+            forward_ns=selecting - copying,
+            selection_ns=time.perf_counter_ns() - selecting,
+            new_tokens=len(step.tokens),
+        )
+        return PassResult(evaluation, computed, forward + own)
 
     def _computed_blocks(self, tree: OpenTree) -> list[KvArray]:
         """Copies of the prompt's blocks that no cache had; the tree lets go of those that one had."""
@@ -192,3 +295,15 @@ class TreeEvaluator:
             raise CapacityError("nodes: the root belongs to the first pass of a tree, and only to it")
         if any(node in tree.slots for node in nodes.tolist()):
             raise CapacityError("nodes: a node was evaluated before on this tree")
+
+
+def _input(tree: TokenTree, step: TreePass) -> TreeInput:
+    end = tree.length + len(step.tokens)
+    return TreeInput(step, tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])
+
+
+def _attempt(compute: Callable[[TreeWork], TreePass], work: TreeWork) -> TreePass | EngineError:
+    try:
+        return compute(work)
+    except EngineError as error:
+        return error

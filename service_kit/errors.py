@@ -12,8 +12,8 @@
     +-- DeadlineExceededError     DEADLINE_EXCEEDED
     StartupError                  a server cannot start; not for calls
 
-`engine.errors.PromptError` and `CapacityError` are the client's to mend and become INVALID_ARGUMENT. Every other
-exception is ours: INTERNAL with an error id, under which the log has the traceback.
+`engine.errors.PromptError` and `CapacityError` are the client's to mend and become INVALID_ARGUMENT; `OverloadedError`
+becomes RESOURCE_EXHAUSTED. Every other exception is ours: INTERNAL with an error id, under which the log has the traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import grpc
 import structlog
 from google.rpc import error_details_pb2, status_pb2
 
-from engine.errors import CapacityError, PromptError
+from engine.errors import CapacityError, OverloadedError, PromptError
 
 # HTTP/2 peers limit all of a call's trailers to 8 KiB, and a status beyond that breaks the call itself.
 MAX_DETAILS = 1000
@@ -138,6 +138,8 @@ def call_status(error: Exception) -> CallStatus:
         return CallStatus(error.code, _shortened(str(error)), getattr(error, "retry_after_seconds", None))
     if isinstance(error, (PromptError, CapacityError)):
         return CallStatus(grpc.StatusCode.INVALID_ARGUMENT, _shortened(str(error)))
+    if isinstance(error, OverloadedError):
+        return CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, _shortened(str(error)))
     error_id = secrets.token_hex(6)
     _log.error("internal error", error_id=error_id, exc_info=error)
     return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}")

@@ -11,6 +11,7 @@ from atspeed.v1 import types_pb2
 from prometheus_client import CollectorRegistry
 from pydantic import Field
 
+from engine.batcher import BatchLimits
 from engine.bundle import Bundle, ModelEntry, Role
 from engine.cost_curve import CostCurve
 from engine.decoder import RuntimeOptions, load_decoder
@@ -36,6 +37,27 @@ class ModelSettings(ServiceSettings):
         Field(description="Check every file of the bundle against its hash before serving; cached KV relies on them."),
     ] = True
     max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 16_384
+    batch_requests: Annotated[
+        int, Field(ge=1, le=256, description="Most requests that share a pass. 1 never batches.")
+    ] = 16
+    batch_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Most tokens in a shared pass, padding counted; one request's pass may have more. 32 suits a CPU, where "
+            "larger passes gain little from company; a GPU takes some hundreds.",
+        ),
+    ] = 32
+    batch_delay_ms: Annotated[
+        float, Field(ge=0, le=60_000, description="How long a pass that could start waits for company.")
+    ] = 0.0
+    queue_passes: Annotated[
+        int, Field(ge=1, description="Most passes that wait for their turn; more get RESOURCE_EXHAUSTED.")
+    ] = 256
+    kv_open_mb: Annotated[
+        int,
+        Field(ge=1, description="Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED."),
+    ] = 4096
     kv_block_tokens: Annotated[
         int | None,
         Field(
@@ -69,6 +91,11 @@ class ModelSettings(ServiceSettings):
             description="How long the costs of passes are measured at start, at most; 0: no longer than must be.",
         ),
     ] = 5.0
+
+    @property
+    def batch_limits(self) -> BatchLimits:
+        """What may share a pass, and how many may wait."""
+        return BatchLimits(self.batch_requests, self.batch_tokens, self.batch_delay_ms / 1e3, self.queue_passes)
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,17 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     cache = PrefixCache(layout, memory, store)
     cache.keeps_owned = client is not None  # without Redis nobody says when to forget a user
     metrics = ModelMetrics(KvTiers(cache, memory, store))
-    evaluator = ObservedEvaluator(decoder, entry, trie, rule, layout, cache, metrics)
+    evaluator = ObservedEvaluator(
+        decoder,
+        entry,
+        trie,
+        rule,
+        layout,
+        cache,
+        metrics,
+        limits=settings.batch_limits,
+        open_kv_bytes=settings.kv_open_mb * 2**20,
+    )
     await evaluator.warm_up()
     cost_curve = await evaluator.cost_curve(settings.warm_up_seconds)
     if settings.kv_redis == "measured":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 from atspeed.v1 import types_pb2
@@ -11,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from engine.cost import PassCost
 from engine.kv_cache import MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore
-from engine.tree_evaluator import OpenTree
+from engine.tree_evaluator import OpenTree, TreeEvaluator
 from service_kit.metrics import SIZES, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
 
 PASS_SECONDS = HistogramOf(
@@ -26,8 +25,13 @@ PASS_TOKENS = HistogramOf(
 PROMPT_TOKENS = CounterOf(
     "atspeed_prompt_tokens_total", "Prompt tokens by where their KV came from: memory, redis, or computed.", ("source",)
 )
+PASS_REQUESTS = HistogramOf(
+    "atspeed_pass_requests", "Requests that shared a pass, seen by each of them.", buckets=SIZES
+)
+WAITING = ReadGauge("atspeed_waiting_passes", "Passes that wait for the model.")
 TREES = ReadGauge("atspeed_open_trees", "Token trees that requests hold; in the target one for each open stream.")
-TREE_BYTES = ReadGauge("atspeed_open_tree_kv_bytes", "Bytes of KV in these trees.")
+TREE_BYTES = ReadGauge("atspeed_open_tree_kv_bytes", "Bytes of KV that these trees hold or have reserved.")
+TREE_LIMIT = ReadGauge("atspeed_open_tree_kv_limit_bytes", "Most bytes of KV in these trees.")
 KV_BYTES = ReadGauge("atspeed_kv_memory_bytes", "Bytes of prefix KV in memory.")
 KV_LIMIT = ReadGauge("atspeed_kv_memory_limit_bytes", "Most bytes of prefix KV in memory.")
 KV_LOOKUPS = ReadCounter(
@@ -54,7 +58,8 @@ MODEL = ReadGauge(
     ("bundle_name", "model_version", "catalogue_version", "architecture", "precision", "provider"),
 )
 METRICS = (
-    *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PROMPT_TOKENS, TREES, TREE_BYTES),
+    *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PASS_REQUESTS, PROMPT_TOKENS),
+    *(WAITING, TREES, TREE_BYTES, TREE_LIMIT),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
     *(KV_READS, KV_UNWRITTEN),
     *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, MODEL),
@@ -115,13 +120,20 @@ class ModelMetrics:
         self._seconds = PASS_SECONDS.build(self.registry)
         self._nodes = PASS_NODES.build(self.registry)
         self._tokens = PASS_TOKENS.build(self.registry)
+        self._requests = PASS_REQUESTS.build(self.registry)
         self._prompt = PROMPT_TOKENS.build(self.registry)
-        self._trees: weakref.WeakValueDictionary[int, OpenTree] = weakref.WeakValueDictionary()
+        self._trees: set[int] = set()
+        self.registry.register(Readings({TREES: lambda: len(self._trees), **tiers.reads()}))
+
+    def watch(self, evaluator: TreeEvaluator) -> None:
+        """What the evaluator counts by itself."""
+        memory = evaluator.open_kv
         reads: dict[ReadCounter | ReadGauge, Read] = {
-            TREES: lambda: len(self._held()),
-            TREE_BYTES: lambda: sum(tree.tokens.kv.nbytes for tree in self._held()),
+            WAITING: lambda: evaluator.waiting_passes,
+            TREE_BYTES: lambda: memory.used_bytes,
+            TREE_LIMIT: lambda: memory.limit_bytes,
         }
-        self.registry.register(Readings(reads | tiers.reads()))
+        self.registry.register(Readings(reads))
 
     def serve(self, info: types_pb2.ModelInfo) -> None:
         """What is served is known now."""
@@ -129,12 +141,16 @@ class ModelMetrics:
         self.registry.register(Readings({MODEL: lambda: {served: 1}}))
 
     def opened(self, tree: OpenTree) -> None:
-        """A request has opened a tree; it counts for as long as somebody holds it."""
-        self._trees[id(tree)] = tree
+        """A request has opened a tree; it counts until it has ended."""
+        self._trees.add(id(tree))
         cost, prompt = tree.cost_of_opening, len(tree.tokens.prompt)
         cached = {"memory": cost.memory_cached_tokens, "redis": cost.redis_cached_tokens}
         for source, tokens in {**cached, "computed": prompt - sum(cached.values())}.items():
             self._prompt.labels(source).inc(tokens)
+
+    def ended(self, tree: OpenTree) -> None:
+        """Whoever opened it has let go of it."""
+        self._trees.discard(id(tree))
 
     def knows(self, tree: OpenTree) -> bool:
         """Whether a request opened it; the warm-up's trees are nobody's."""
@@ -144,13 +160,10 @@ class ModelMetrics:
         """A pass has ended."""
         self._nodes.observe(nodes)
         self._tokens.observe(cost.new_tokens)
+        self._requests.observe(cost.batch_requests)
         for stage, nanoseconds in (
             ("queue", cost.queue_ns),
             ("forward", cost.forward_ns),
             ("selection", cost.selection_ns),
         ):
             self._seconds.labels(stage).observe(nanoseconds / 1e9)
-
-    def _held(self) -> list[OpenTree]:
-        references = self._trees.valuerefs()  # one step, while the event loop may open and close trees
-        return [tree for reference in references if (tree := reference()) is not None]

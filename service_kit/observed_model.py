@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.batcher import BatchLimits
 from engine.bundle import ModelEntry
 from engine.cost import PassCost
 from engine.decoder import Decoder
@@ -26,9 +27,13 @@ class ObservedEvaluator(TreeEvaluator):
         layout: KvLayout,
         cache: PrefixCache,
         metrics: ModelMetrics,
+        *,
+        limits: BatchLimits,
+        open_kv_bytes: int,
     ) -> None:
-        super().__init__(decoder, entry, trie, rule, layout, cache)
+        super().__init__(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
         self._metrics = metrics
+        metrics.watch(self)
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
         """As TreeEvaluator's."""
@@ -45,6 +50,16 @@ class ObservedEvaluator(TreeEvaluator):
             return await super().evaluate(tree, nodes, selection)
         with tracing.span("pass", nodes=len(nodes)) as span:
             evaluation, cost = await super().evaluate(tree, nodes, selection)
-            span.set(tokens=cost.new_tokens, queue_ms=cost.queue_ns / 1e6, forward_ms=cost.forward_ns / 1e6)
+            span.set(
+                tokens=cost.new_tokens,
+                requests=cost.batch_requests,
+                queue_ms=cost.queue_ns / 1e6,
+                forward_ms=cost.forward_ns / 1e6,
+            )
         self._metrics.passed(len(nodes), cost)
         return evaluation, cost
+
+    def end(self, tree: OpenTree) -> None:
+        """As TreeEvaluator's."""
+        super().end(tree)
+        self._metrics.ended(tree)

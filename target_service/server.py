@@ -52,22 +52,25 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest]
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
         tree: OpenTree | None = None
-        selection: Selection | None = None
-        async for request in request_iterator:
-            if request.HasField("start") is (tree is not None):
-                raise InvalidArgumentError("start", "must be set in the first message of a stream, and only there")
-            if tree is None or selection is None:
-                selection = self._selection(request.start)
-                prompt = wire.vector(request.start.prompt, "start.prompt", "int64").astype(np.int64)
-                owner = wire.owner(request.start.owner, "start.owner")
-                tree = await self._evaluator.open(prompt, tenant=request.start.tenant, owner=owner)
-            nodes = wire.node_ids(request.nodes, "nodes", self._trie, limit=self._model.info.max_nodes)
-            evaluation, cost = await self._evaluator.evaluate(tree, nodes, selection)
-            yield target_pb2.EvaluateResponse(
-                evaluation=wire.to_evaluation(evaluation),
-                statistics=wire.to_statistics(cost),
-                model_version=self._model.info.model_version,
-            )
+        try:
+            async for request in request_iterator:
+                if request.HasField("start") is (tree is not None):
+                    raise InvalidArgumentError("start", "must be set in the first message of a stream, and only there")
+                if tree is None:
+                    selection = self._selection(request.start)
+                    prompt = wire.vector(request.start.prompt, "start.prompt", "int64").astype(np.int64)
+                    owner = wire.owner(request.start.owner, "start.owner")
+                    tree = await self._evaluator.open(prompt, tenant=request.start.tenant, owner=owner)
+                nodes = wire.node_ids(request.nodes, "nodes", self._trie, limit=self._model.info.max_nodes)
+                evaluation, cost = await self._evaluator.evaluate(tree, nodes, selection)
+                yield target_pb2.EvaluateResponse(
+                    evaluation=wire.to_evaluation(evaluation),
+                    statistics=wire.to_statistics(cost),
+                    model_version=self._model.info.model_version,
+                )
+        finally:
+            if tree is not None:
+                self._evaluator.end(tree)
 
     def _selection(self, start: target_pb2.EvaluateStart) -> Selection:
         if start.model_version != self._model.info.model_version:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from draft_service.drafter import Drafter, PlanOrder
+from engine.batcher import BatchLimits
 from engine.beams import Beams
 from engine.catalogue import Catalogue
 from engine.decoder import Decoder, RuntimeOptions
@@ -77,12 +78,26 @@ class Models:
         """The bundle's."""
         return self.bundle.bundle.manifest.scoring_rule
 
-    def evaluator(self, role: str, *, memory_blocks: int = 0, store: KvStore | None = None) -> TreeEvaluator:
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in the target."""
+        return self.decoders["target"].empty_kv(1).nbytes
+
+    def evaluator(
+        self,
+        role: str,
+        *,
+        memory_blocks: int = 0,
+        store: KvStore | None = None,
+        limits: BatchLimits | None = None,
+        open_kv_bytes: int = 2**30,
+    ) -> TreeEvaluator:
         """A fresh evaluator of one model, by default without any cache. Close it."""
         entry, decoder = self.bundle.bundle.manifest.models[role], self.decoders[role]
         layout = KvLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", BLOCK_TOKENS)
         cache = PrefixCache(layout, MemoryKvCache(memory_blocks * layout.block_bytes), store)
-        return TreeEvaluator(decoder, entry, self.catalogue.trie, self.rule, layout, cache)
+        trie, rule = self.catalogue.trie, self.rule
+        return TreeEvaluator(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
 
     def prompt(self, items: int, seed: int) -> Int64:
         """The target's prompt of a random history."""

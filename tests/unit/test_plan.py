@@ -46,6 +46,9 @@ class TableEvaluator:
     async def open(self, prompt: Int64, *, tenant: str = "") -> None:
         """Nothing has to be opened."""
 
+    def end(self, tree: None) -> None:
+        """Or closed."""
+
     async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
         """One pass, over nodes that none has seen and whose parents one has."""
         seen = {node for asked in self.asked for node in asked}

@@ -183,6 +183,8 @@ def test_engine_errors_have_a_status(kind: type[Exception]) -> None:
     status = call_status(kind("private"))
     if kind in (engine_errors.PromptError, engine_errors.CapacityError):
         assert status == errors.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private")
+    elif kind is engine_errors.OverloadedError:
+        assert status == errors.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private")
     else:
         assert status.code is grpc.StatusCode.INTERNAL
         assert re.fullmatch("internal error [0-9a-f]{12}", status.details)

@@ -21,6 +21,11 @@ def empty_tree(prompt: list[int]) -> TokenTree:
     return TokenTree(np.array(prompt), np.zeros((1, 2, 0, 1, 1), dtype=np.float32))
 
 
+def make_room(tree: TokenTree, tokens: int) -> None:
+    """For so many more tokens."""
+    tree.move_to(np.zeros((1, 2, tree.length + tokens, 1, 1), dtype=np.float32))
+
+
 def closed(naive: NaiveTrie, nodes: list[int]) -> list[int]:
     """Inner nodes with all their ancestors, the root too, ascending."""
     paths = [naive.nodes[node] for node in nodes]
@@ -33,7 +38,7 @@ def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached
     trie, inner = build(naive).trie, naive.inner()
     column_tokens = np.arange(trie.columns) + 1000
     tree = empty_tree(PROMPT)
-    tree.reserve(cached)
+    make_room(tree, cached)
     tree.length = cached
     everything = closed(naive, data.draw(st.lists(st.sampled_from(inner))))
     later = data.draw(st.integers(1, naive.levels))
@@ -53,7 +58,7 @@ def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached
             assert [positions[slot] for slot in seen] == list(range(len(seen)))
             read.append([tokens[slot] for slot in seen])
         assert read == [PROMPT + _path_tokens(naive, node) for node in nodes]
-        tree.reserve(len(step.tokens))
+        make_room(tree, len(step.tokens))
         tree.commit(step, np.array(nodes))
         assert tree.length == len(tokens)
     assert sorted(tree.slots) == [node for node in everything if node != ROOT]
@@ -88,8 +93,8 @@ def test_a_tree_grows_without_losing_what_it_holds(steps: list[int]) -> None:
     tree = empty_tree([1])
     written = 0
     for tokens in steps:
-        tree.reserve(tokens)
-        assert tree.kv.shape[2] >= tree.length + tokens
+        before = tree.kv
+        assert tree.move_to(np.full((1, 2, tree.length + tokens, 1, 1), np.nan, dtype=np.float32)) is before
         tree.kv[:, :, tree.length : tree.length + tokens] = np.arange(written, written + tokens)[:, None, None]
         tree.length, written = tree.length + tokens, written + tokens
     assert tree.kv[0, 1, : tree.length, 0, 0].tolist() == list(range(written))
@@ -98,7 +103,7 @@ def test_a_tree_grows_without_losing_what_it_holds(steps: list[int]) -> None:
 def test_cached_blocks_become_the_beginning() -> None:
     tree = empty_tree(PROMPT)
     blocks = [np.full((1, 2, 2, 1, 1), value, dtype=np.float32) for value in (7, 8)]
-    tree.reserve(4)
+    make_room(tree, 4)
     tree.fill_prefix(blocks)
     assert tree.length == 4
     assert tree.kv[0, 0, :4, 0, 0].tolist() == [7, 7, 8, 8]

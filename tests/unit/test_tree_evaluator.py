@@ -14,6 +14,7 @@ import pytest
 from engine import kv_cache, tree_evaluator
 from engine.errors import CapacityError, PromptError
 from engine.kv_cache import KvArray
+from engine.kv_pool import KvPool
 from engine.kv_store import KvStore
 from engine.scoring import Children, Evaluation, ScoringRule
 from engine.token_tree import TokenTree
@@ -140,7 +141,8 @@ async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, m
         monkeypatch.setattr(owner, name, watched)
 
     prompt = models.prompt(7, seed=3)
-    watch(TokenTree, "reserve")
+    watch(TokenTree, "move_to")
+    watch(KvPool, "take")
     watch(TokenTree, "fill_prefix")
     watch(tree_evaluator, "copy_blocks")
     watch(kv_cache, "_read_only_copy")
@@ -150,7 +152,7 @@ async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, m
             assert tree.tokens.kv.size == 0, "a stream that waits for its turn holds memory"
             await evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING)
             assert tree.cached == ()
-    assert {name for name, _ in moves} == {"reserve", "fill_prefix", "copy_blocks", "_read_only_copy"}
+    assert {name for name, _ in moves} == {"move_to", "take", "fill_prefix", "copy_blocks", "_read_only_copy"}
     assert all(thread.startswith("onnx") for _, thread in moves), moves
 
 

@@ -287,7 +287,7 @@ Global___CostCurve: _TypeAlias = CostCurve  # noqa: Y015
 
 @_typing.final
 class PassStatistics(_message.Message):
-    """What one pass of a model cost."""
+    """What one pass of a model cost, or several together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -297,10 +297,12 @@ class PassStatistics(_message.Message):
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
     MEMORY_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     REDIS_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BATCH_REQUESTS_FIELD_NUMBER: _builtins.int
+    BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     queue_ns: _builtins.int
     """Nanoseconds from the arrival of the message to the start of the pass: queue and cache look-ups."""
     forward_ns: _builtins.int
-    """Nanoseconds in the model, moving cached keys and values in and out included."""
+    """Nanoseconds in the model, moving cached keys and values in and out included. Requests that share a pass each have all of its time."""
     selection_ns: _builtins.int
     """Nanoseconds in choosing the best children."""
     new_tokens: _builtins.int
@@ -309,6 +311,10 @@ class PassStatistics(_message.Message):
     """Prompt tokens whose keys and values came from memory."""
     redis_cached_tokens: _builtins.int
     """Prompt tokens whose keys and values came from Redis."""
+    batch_requests: _builtins.int
+    """Requests that shared the pass, this one included. Of several passes, the most."""
+    batch_tokens: _builtins.int
+    """Tokens computed for all requests that shared the pass, padding included. Of several passes, the sum."""
     def __init__(
         self,
         *,
@@ -318,10 +324,12 @@ class PassStatistics(_message.Message):
         new_tokens: _builtins.int = ...,
         memory_cached_tokens: _builtins.int = ...,
         redis_cached_tokens: _builtins.int = ...,
+        batch_requests: _builtins.int = ...,
+        batch_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_ns", b"forward_ns", "memory_cached_tokens", b"memory_cached_tokens", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "redis_cached_tokens", b"redis_cached_tokens", "selection_ns", b"selection_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "forward_ns", b"forward_ns", "memory_cached_tokens", b"memory_cached_tokens", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "redis_cached_tokens", b"redis_cached_tokens", "selection_ns", b"selection_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

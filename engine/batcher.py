@@ -1,0 +1,174 @@
+"""A worker thread behind a bounded queue: what waits together runs together, and what is given up leaves at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from engine.errors import OverloadedError
+
+Work = TypeVar("Work")
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What may share a pass, and how many passes may wait.
+
+    tokens: new ones of a whole batch, padding included; a single pass may have more. delay_seconds: how long a pass that
+    could start waits for company. padding: rows are padded to the longest; the batch may have so many times the tokens, new
+    ones and cached ones, that its passes have one by one.
+    """
+
+    requests: int = 16
+    tokens: int = 32
+    delay_seconds: float = 0.0
+    waiting: int = 256
+    padding: float = 1.5
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What a pass costs: the tokens it computes, and those before them whose keys and values it reads."""
+
+    new_tokens: int
+    cached_tokens: int
+
+
+def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
+    """Which of the passes that wait, [n] in the order of their arrival, run next: ascending indices.
+
+    The first always does, and others join it in order, as far as the limits allow and padding is worth it. So a pass that
+    arrived behind n others runs at the latest in the (n+1)-th batch from then on, whatever arrives after it.
+    """
+    chosen: list[int] = []
+    new = cached = longest = deepest = 0
+    for index, size in enumerate(waiting):
+        rows = len(chosen) + 1
+        padded_new, padded_cached = rows * max(longest, size.new_tokens), rows * max(deepest, size.cached_tokens)
+        fits = rows <= limits.requests and padded_new <= limits.tokens
+        close = padded_new <= limits.padding * (new + size.new_tokens)
+        close &= padded_cached <= limits.padding * (cached + size.cached_tokens)
+        if not chosen or (fits and close):
+            chosen.append(index)
+            new, cached = new + size.new_tokens, cached + size.cached_tokens
+            longest, deepest = max(longest, size.new_tokens), max(deepest, size.cached_tokens)
+        if len(chosen) == limits.requests:
+            break
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket(Generic[Work, Outcome]):
+    """A place in the queue. until: when it stops waiting for company. done: resolves when it has left the queue, or its work is
+    done.
+    """
+
+    work: Work
+    size: PassSize
+    until: float
+    done: asyncio.Future[Outcome | Exception]
+
+
+class Batcher(Generic[Work, Outcome]):
+    """Runs batches of work one at a time, in a thread of its own.
+
+    run: computes one batch, in the thread: an outcome or an exception for each piece of work, in order. What it raises
+    becomes the outcome of all of them.
+    Batches are formed when the thread is free, so a piece of work that finds it free never waits, unless limits.delay_seconds
+    says so. All methods are for the event loop.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Work]], Sequence[Outcome | Exception]], limits: BatchLimits) -> None:
+        self.limits = limits
+        self._run = run
+        self._waiting: list[Ticket[Work, Outcome]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="onnx", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for the thread."""
+        return len(self._waiting)
+
+    def put(self, work: Work, size: PassSize, *, patient: bool = True) -> Ticket[Work, Outcome]:
+        """Queue up; who is not patient waits for no company. Raises OverloadedError when the queue is full."""
+        until = time.monotonic() + (self.limits.delay_seconds if patient else 0.0)
+        ticket = Ticket[Work, Outcome](work, size, until, asyncio.get_running_loop().create_future())
+        with self._changed:
+            if len(self._waiting) >= self.limits.waiting:
+                raise OverloadedError(f"queue_passes: {len(self._waiting)} passes wait already")
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    async def outcome(self, ticket: Ticket[Work, Outcome]) -> Outcome:
+        """Wait for it. Whoever is cancelled here leaves the queue; a batch that runs already goes on without a listener."""
+        try:
+            await asyncio.wait((ticket.done,))
+        except asyncio.CancelledError:
+            self._leave(ticket)
+            raise
+        outcome = ticket.done.result()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def close(self) -> None:
+        """Run what waits, and stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _leave(self, ticket: Ticket[Work, Outcome]) -> None:
+        with self._changed:
+            if ticket not in self._waiting:
+                return
+            self._waiting.remove(ticket)
+        ticket.done.cancel()
+
+    def _work(self) -> None:
+        while batch := self._take():
+            try:
+                outcomes = self._run([ticket.work for ticket in batch])
+            except Exception as error:  # noqa: BLE001 - it is for those who wait
+                outcomes = [error] * len(batch)
+            batch[0].done.get_loop().call_soon_threadsafe(_deliver, batch, outcomes)
+
+    def _take(self) -> list[Ticket[Work, Outcome]]:
+        """The next batch, as soon as there is one; none when the batcher is closed and nothing waits."""
+        with self._changed:
+            while self._waiting or not self._closed:
+                patience = self._patience() if self._waiting else None
+                if patience == 0:
+                    return self._remove(next_batch([ticket.size for ticket in self._waiting], self.limits))
+                self._changed.wait(patience)
+        return []
+
+    def _patience(self) -> float:
+        """How long the first in the queue may still wait for company, in seconds."""
+        left = self._waiting[0].until - time.monotonic()
+        if left <= 0 or self._closed:
+            return 0.0
+        batch = next_batch([ticket.size for ticket in self._waiting], self.limits)
+        rows, longest = len(batch), max(self._waiting[index].size.new_tokens for index in batch)
+        is_full = rows >= self.limits.requests or (rows + 1) * longest > self.limits.tokens
+        return 0.0 if is_full else left
+
+    def _remove(self, indices: Sequence[int]) -> list[Ticket[Work, Outcome]]:
+        taken = [self._waiting[index] for index in indices]
+        for index in reversed(indices):
+            del self._waiting[index]
+        return taken
+
+
+def _deliver(batch: Sequence[Ticket[Work, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
+    for ticket, outcome in zip(batch, outcomes, strict=True):
+        ticket.done.set_result(outcome)

@@ -1,0 +1,175 @@
+"""The queue in front of a model: who runs with whom, who waits, who leaves, and that nobody is passed over for long."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.batcher import Batcher, BatchLimits, PassSize, next_batch
+from engine.errors import CapacityError, OverloadedError
+
+sizes = st.builds(PassSize, new_tokens=st.integers(1, 60), cached_tokens=st.integers(0, 200))
+limits = st.builds(BatchLimits, requests=st.integers(1, 6), tokens=st.integers(1, 80))
+SMALL = PassSize(1, 10)
+
+
+@given(st.lists(sizes, min_size=1, max_size=12), limits)
+def test_a_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSize], limits: BatchLimits) -> None:
+    batch = next_batch(waiting, limits)
+    assert batch[0] == 0
+    assert batch == sorted(set(batch))
+    if len(batch) > 1:
+        new, cached = ([getattr(waiting[i], name) for i in batch] for name in ("new_tokens", "cached_tokens"))
+        assert len(batch) <= limits.requests
+        assert len(batch) * max(new) <= limits.tokens
+        assert len(batch) * max(new) <= 1.5 * sum(new)
+        assert len(batch) * max(cached) <= 1.5 * sum(cached)
+
+
+@given(st.integers(1, 12), sizes, limits)
+def test_equals_share_as_far_as_the_limits_go(count: int, size: PassSize, limits: BatchLimits) -> None:
+    assert len(next_batch([size] * count, limits)) == min(
+        count, limits.requests, max(1, limits.tokens // size.new_tokens)
+    )
+
+
+@given(st.lists(sizes, min_size=1, max_size=10), st.lists(st.lists(sizes, max_size=3), max_size=12), limits)
+def test_none_waits_for_more_batches_than_it_found_passes(
+    first: list[PassSize], later: list[list[PassSize]], limits: BatchLimits
+) -> None:
+    """Whatever arrives between the batches: the one that found n others waiting is in the (n+1)-th batch, if not before."""
+    queue = list(enumerate(first))
+    for batches, arrivals in enumerate(later, start=1):
+        for index in reversed(next_batch([size for _, size in queue], limits) if queue else []):
+            del queue[index]
+        assert all(found >= batches for found, _ in queue)
+        queue += [(len(queue) + batches + extra, size) for extra, size in enumerate(arrivals)]
+
+
+class Gate:
+    """Work that waits for its release. batches: what ran together."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.entered = threading.Semaphore(0)
+        self.release = threading.Semaphore(0)
+
+    def __call__(self, works: Sequence[str]) -> list[str | Exception]:
+        self.batches.append(list(works))
+        self.entered.release()
+        self.release.acquire()
+        if "crash" in works:
+            raise RuntimeError("no memory")
+        return [CapacityError(work) if work == "refused" else work.upper() for work in works]
+
+    async def entrance(self) -> None:
+        """Return when a batch has begun."""
+        await asyncio.to_thread(self.entered.acquire)
+
+
+async def ask(batcher: Batcher[str, str], work: str, size: PassSize = SMALL) -> str:
+    return await batcher.outcome(batcher.put(work, size))
+
+
+def start(batcher: Batcher[str, str], *works: str) -> list[asyncio.Task[str]]:
+    return [asyncio.create_task(ask(batcher, work)) for work in works]
+
+
+async def test_what_waits_while_a_batch_runs_runs_together() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, BatchLimits(requests=3))
+    alone = start(batcher, "a")
+    await gate.entrance()
+    waiting = start(batcher, "b", "c", "d", "e")
+    await asyncio.sleep(0)
+    assert batcher.waiting == 4
+    gate.release.release(3)
+    assert await asyncio.gather(*alone, *waiting) == ["A", "B", "C", "D", "E"]
+    assert gate.batches == [["a"], ["b", "c", "d"], ["e"]]
+    assert batcher.waiting == 0
+    await batcher.close()
+
+
+async def test_who_gives_up_leaves_the_queue_at_once_and_is_never_run() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, BatchLimits(waiting=2))
+    [running] = start(batcher, "running")
+    await gate.entrance()
+    left, stays = start(batcher, "left", "stays")
+    await asyncio.sleep(0)
+    with pytest.raises(OverloadedError, match="queue_passes: 2 passes wait"):
+        await ask(batcher, "too many")
+    left.cancel()
+    running.cancel()
+    await asyncio.wait([left, running])
+    assert batcher.waiting == 1
+    [after] = start(batcher, "after")
+    await asyncio.sleep(0)
+    gate.release.release(2)
+    assert [await stays, await after] == ["STAYS", "AFTER"]
+    assert gate.batches == [["running"], ["stays", "after"]]
+    await batcher.close()
+
+
+async def test_a_ticket_is_done_when_its_work_is_even_if_nobody_listens() -> None:
+    """Until then the work may still write to its memory."""
+    gate = Gate()
+    batcher = Batcher(gate, BatchLimits())
+    ticket = batcher.put("a", SMALL)
+    listening = asyncio.create_task(batcher.outcome(ticket))
+    await gate.entrance()
+    listening.cancel()
+    await asyncio.wait([listening])
+    assert not ticket.done.done()
+    gate.release.release()
+    assert await ticket.done == "A"
+    await batcher.close()
+
+
+async def test_one_that_is_refused_takes_nobody_with_it_and_a_crash_takes_all() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, BatchLimits())
+    cases: list[tuple[list[str], list[str]]] = [
+        (["a", "refused", "b"], ["A", "refused", "B"]),
+        (["c", "crash"], ["no memory", "no memory"]),
+        (["d"], ["D"]),
+    ]
+    for companions, expected in cases:
+        [holder] = start(batcher, "holder")
+        await gate.entrance()
+        together = start(batcher, *companions)
+        await asyncio.sleep(0)
+        gate.release.release(2)
+        outcomes = await asyncio.gather(*together, return_exceptions=True)
+        assert [str(outcome) for outcome in outcomes] == expected
+        assert await holder == "HOLDER"
+        await gate.entrance()
+    await batcher.close()
+
+
+async def test_with_a_delay_the_first_waits_for_company_until_the_batch_is_full() -> None:
+    """A delay of an hour: only a full batch, or the end, lets it go."""
+    gate = Gate()
+    gate.release.release(10)
+    hour = BatchLimits(requests=2, delay_seconds=3600)
+    batcher = Batcher(gate, hour)
+    assert await asyncio.gather(*start(batcher, "a", "b")) == ["A", "B"]
+    [left] = start(batcher, "left")
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.wait([left])
+    assert await asyncio.gather(*start(batcher, "c", "d")) == ["C", "D"]
+    [last] = start(batcher, "last")
+    await asyncio.sleep(0)
+    await batcher.close()
+    assert await last == "LAST"
+    assert gate.batches == [["a", "b"], ["c", "d"], ["last"]]
+    by_tokens = Batcher(gate, replace(hour, tokens=1))
+    assert await ask(by_tokens, "no room for two") == "NO ROOM FOR TWO"
+    await by_tokens.close()
