@@ -201,8 +201,8 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
     """Channel arguments of a server.
 
     A client may ping every 5 s; one that pings more often is sent away with ENHANCE_YOUR_CALM. (The key that is often
-    seen, min_recv_ping_interval_without_data_ms, has no effect.) Connections are renewed every five minutes: clients
-    then resolve names again and find replicas that were added.
+    seen, min_recv_ping_interval_without_data_ms, has no effect.) Connections are renewed at a certain age: clients then
+    resolve names again and find replicas that were added. Calls that run go on over the old one, for an hour at most.
     """
     return [
         ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
@@ -216,8 +216,8 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.max_connection_age_ms", 300_000),
-        ("grpc.max_connection_age_grace_ms", 60_000),
+        ("grpc.max_connection_age_ms", int(settings.max_connection_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", 3_600_000),
     ]
 
 

@@ -127,6 +127,10 @@ class ServiceSettings(BaseSettings):
     max_concurrent_calls: Annotated[
         int, Field(ge=1, le=100_000, description="Calls of one method held at once, running or waiting, health apart.")
     ] = 1024
+    max_connection_seconds: Annotated[
+        float,
+        Field(ge=1, le=86_400, description="Age at which a connection is renewed, so that clients find new replicas."),
+    ] = 300.0
     max_streams: Annotated[
         int,
         Field(ge=1, le=1_000_000, description="Calls under way on one connection; a client's further ones wait there."),

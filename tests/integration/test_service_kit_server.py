@@ -96,7 +96,7 @@ class Echo:
         finally:
             self.closed += 1
 
-    def registration(self) -> Registration:
+    def registration(self, name: str = SERVICE) -> Registration:
         coding: Any = {
             "request_deserializer": StringValue.FromString,
             "response_serializer": StringValue.SerializeToString,
@@ -107,8 +107,8 @@ class Echo:
             "StreamUnary": grpc.stream_unary_rpc_method_handler(self.stream_unary, **coding),
             "StreamStream": grpc.stream_stream_rpc_method_handler(self.stream_stream, **coding),
         }
-        handler = grpc.method_handlers_generic_handler(SERVICE, methods)
-        return Registration(SERVICE, lambda server: server.add_generic_rpc_handlers((handler,)))
+        handler = grpc.method_handlers_generic_handler(name, methods)
+        return Registration(name, lambda server: server.add_generic_rpc_handlers((handler,)))
 
 
 def settings(bundle: Path, **changes: Any) -> EchoSettings:
@@ -388,6 +388,30 @@ async def balanced(channel: grpc.aio.Channel, pair: list[tuple[Echo, RunningServ
     for _ in range(20):
         await call(channel, "UnaryUnary", "hello")
     assert [echo.calls - old for (echo, _), old in zip(pair, before, strict=True)] == [10, 10]
+
+
+async def test_connections_are_renewed_and_no_call_notices(tmp_path: Path) -> None:
+    """At a second's age, here: calls go on over a new connection, which gRPC opens after resolving the name again."""
+    peers: set[str] = set()
+
+    class Seeing(Echo):
+        async def unary_unary(self, request: StringValue, context: Any) -> StringValue:
+            peers.add(context.peer())
+            return request
+
+    long = Echo()
+    registrations = [Seeing().registration(), long.registration("test.Long")]
+    async with (
+        running(settings(tmp_path, max_connection_seconds=1), registrations) as up,
+        open_channel(target_uri(up.address), SERVICE) as channel,
+        asyncio.timeout(60),
+    ):
+        stream: Any = channel.unary_stream("/test.Long/UnaryStream", response_deserializer=StringValue.FromString)
+        waiting = stream(StringValue(value="wait").SerializeToString())
+        while len(peers) < 3:
+            await call(channel, "UnaryUnary", "hello", timeout=5)
+        long.release.set()
+        assert [answer.value async for answer in waiting] == ["wait"]
 
 
 async def test_a_replica_that_drains_costs_no_call(tmp_path: Path) -> None:
