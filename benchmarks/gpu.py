@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 
 from benchmarks import decode
@@ -111,9 +112,13 @@ class Found:
         return sum(row.different for row in self.exact)
 
 
-def check_sizes(sizes: Sequence[str]) -> None:
-    """Raise BenchmarkError naming the first that is not TARGET or TARGET+DRAFT."""
-    for size in sizes:
+def check(setup: Setup) -> None:
+    """Raise BenchmarkError when a size is not TARGET or TARGET+DRAFT, or when torch or onnxruntime cannot use the device."""
+    if setup.provider == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--provider cuda: this torch has no CUDA; see deploy/gpu-setup.sh")
+    if setup.provider == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise BenchmarkError("--provider cuda: this onnxruntime has no CUDA; see deploy/gpu-setup.sh")
+    for size in setup.sizes:
         parts = size.split("+")
         if len(parts) > 2 or not all(part in SHAPES for part in parts):
             raise BenchmarkError(f"--size {size}: must be TARGET or TARGET+DRAFT, each of {', '.join(SHAPES)}")

@@ -183,7 +183,7 @@ def bench_gpu(
         prompt_tokens=prompt_tokens,
         seed=seed,
     )
-    gpu.check_sizes(setup.sizes)
+    gpu.check(setup)
     chosen = choose_histories(opened.catalogue(), histories, max(users, exact_users), seed, least_items=2)
     found = asyncio.run(gpu.run(opened, chosen, setup))
     for one in found.sizes:
