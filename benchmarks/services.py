@@ -27,7 +27,6 @@ _ORCHESTRATOR = {
     "draft-timeout-seconds": 60,
     "target-pass-seconds": 60,
     "max-k": 1000,
-    "shadow-share": 0,  # nothing but what is measured
 }
 
 

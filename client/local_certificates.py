@@ -5,7 +5,8 @@ Not for production: the key of the CA is made in memory and never written, so no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -39,6 +40,14 @@ class LocalCertificates:
         made.private_key_pem.write_to_path(str(self._key(name)))
         self._certificate(name).write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
         return self.files(name)
+
+    @contextmanager
+    def new_authority(self) -> Iterator[None]:
+        """Another CA, trusted beside the old one within the block, in which certificates can be issued, and alone after it."""
+        before, self._ca = self._ca, trustme.CA(key_type=trustme.KeyType.ECDSA)
+        self.ca.write_bytes(before.cert_pem.bytes() + self._ca.cert_pem.bytes())
+        yield
+        self.ca.write_bytes(self._ca.cert_pem.bytes())
 
     def files(self, name: str) -> TlsFiles:
         """A service's files; they trust this CA."""

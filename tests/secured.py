@@ -42,7 +42,9 @@ def bearer(name: str | None) -> tuple[tuple[str, str | bytes], ...]:
     return () if name is None else (("authorization", f"Bearer hush-{name}"),)
 
 
-def secured_stack(bundle: Path, certificates: LocalCertificates, folder: Path, *, redis_url: str = "") -> LocalStack:
+def secured_stack(
+    bundle: Path, certificates: LocalCertificates, folder: Path, *, redis_url: str = "", targets: int = 1
+) -> LocalStack:
     """Mutual TLS everywhere, tokens everywhere: public ones in public.toml, `orchestrator` in models.toml."""
     write_tokens(folder / "models.toml", {"orchestrator": 'scopes = ["service"]', "read": 'scopes = ["read"]'})
     (folder / "model-token").write_text("hush-orchestrator\n")
@@ -56,7 +58,7 @@ def secured_stack(bundle: Path, certificates: LocalCertificates, folder: Path, *
         "model-token-file": folder / "model-token",
         "draft-timeout-seconds": 30,
     }
-    return LocalStack(bundle, redis_url=redis_url, log_folder=folder, flags=flags)
+    return LocalStack(bundle, redis_url=redis_url, targets=targets, log_folder=folder, flags=flags)
 
 
 def channel(address: str, tls: ClientTls | None) -> grpc.Channel:

@@ -257,6 +257,53 @@ def test_the_password_reaches_both_sides(variables: dict[str, str], url: str) ->
         assert services[role]["environment"][f"ATSPEED_{role.upper()}_REDIS_URL"] == url
 
 
+# docker-compose.secure.yml
+
+
+@pytest.fixture(scope="module")
+def secured(profile: str) -> dict[str, Service]:
+    files = ["-f", "docker-compose.yml", "-f", "deploy/docker-compose.secure.yml"]
+    services = compose(*files, "--profile", profile, SECRETS="./mine", REDIS_PASSWORD="p")["services"]
+    return {str(name).removesuffix("-gpu"): service for name, service in services.items()}
+
+
+def test_secured_services_speak_tls_and_want_tokens(secured: dict[str, Service]) -> None:
+    for role in PORTS:
+        given, check = secured[role]["environment"], secured[role]["healthcheck"]["test"]
+        of = f"ATSPEED_{role.upper()}_"
+        assert given[f"{of}INSECURE"] == "false"
+        assert given[f"{of}TLS_CERTIFICATE"] == f"/secrets/{role}.pem"
+        assert given[f"{of}REDIS_URL"] == "rediss://:p@redis:6379/0"
+        assert given[f"{of}TOKENS_FILE"]
+        assert (f"{of}TLS_CLIENT_CA" in given) is (role != "orchestrator")
+        assert f"--server-name={role}" in check
+        assert ("--key=/secrets/" + role + ".key" in check) is (role != "orchestrator")
+    for service in secured.values():
+        (mount,) = [mount for mount in service["volumes"] if mount["target"] == "/secrets"]
+        assert mount["read_only"] is True
+        assert mount["source"].endswith("/mine")
+
+
+def test_secured_services_have_only_settings_that_there_are(secured: dict[str, Service]) -> None:
+    for reference in SERVICES:
+        module, _, name = reference.partition(":")
+        settings = getattr(importlib.import_module(module), name)
+        prefix = settings.model_config["env_prefix"]
+        given = secured[settings.service]["environment"]
+        assert {variable.removeprefix(prefix).lower() for variable in given} <= set(settings.model_fields)
+
+
+def test_a_secured_redis_has_no_other_port(secured: dict[str, Service], services: dict[str, Service]) -> None:
+    chosen, usual = options(secured["redis"]), options(services["redis"])
+    assert (chosen.pop("--port"), chosen.pop("--tls-port")) == ("0", "6379")
+    assert {name for name in chosen if name.startswith("--tls")} == {
+        "--tls-ca-cert-file",
+        "--tls-cert-file",
+        "--tls-key-file",
+    }
+    assert {name: value for name, value in chosen.items() if "tls" not in name} == usual | {"--requirepass": "p"}
+
+
 # The image
 
 
