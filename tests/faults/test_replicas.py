@@ -22,7 +22,7 @@ def shared_trio(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Ite
     folder = log_folder / "trio"
     folder.mkdir()
     three = {"drafts": 3, "targets": 3, "orchestrators": 3}
-    flags: dict[str, dict[str, object]] = {"target": {"threads": 1}, "orchestrator": {"draft-timeout-seconds": 2}}
+    flags: dict[str, dict[str, object]] = {"target": {"threads": 1}, "orchestrator": {"draft-timeout-seconds": 30}}
     with LocalStack(bundle, redis_url=redis_server.url, log_folder=folder, flags=flags, **three) as stack:
         yield stack
 
