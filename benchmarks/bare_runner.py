@@ -64,6 +64,11 @@ class LocalTarget:
         self.passes, self.cost = self.passes + 1, self.cost + cost
         return evaluation
 
+    def close(self) -> None:
+        """The search is over: its memory goes to the next one."""
+        if self._tree is not None:
+            self.evaluator.end(self._tree)
+
 
 class BareRunner:
     """Target-only searches over one or more copies of a bundle's target, in turn."""
@@ -87,7 +92,10 @@ class BareRunner:
         evaluator = self._evaluators[self._searches % len(self._evaluators)]
         self._searches += 1
         target = LocalTarget(evaluator, prompt, limit=k)
-        await beam_search(self.catalogue.trie, self._rule, Strict(k), target, NoDraft())
+        try:
+            await beam_search(self.catalogue.trie, self._rule, Strict(k), target, NoDraft())
+        finally:
+            target.close()
         return target
 
     async def closed_loop(self, prompts: Sequence[Prompt], k: int, concurrency: int) -> Throughput:
