@@ -216,7 +216,7 @@ def _table_of(prefix: Prefix, rows: Sequence[DecodeRow]) -> Table:
     users = max((row.users for row in rows), default=0)
     title = f"{prefix} prefix, {users} users"
     shown = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    shown.add_column("")
+    shown.add_column("", overflow="fold")
     for name in ("K", "p50\nms", "p99\nms", "target\npasses", "times\ntarget\nonly", "times\nHF", "same", "differ"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row.k):
