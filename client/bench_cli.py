@@ -4,7 +4,8 @@ parity         our lists beside Hugging Face generate (extra `train`)    accepta
 lossless       strict beside target-only, with exclusions                recommenders   Recall and NDCG beside other methods
 load           latency and goodput at rising rates               scaling        what grows with catalogue, K, prompt
 decode         what a list takes, beside other engines           overhead       what the services add to the models' time
-gpu            all that a GPU is wanted for                      report         a page about a result, from its JSON
+prefix         first passes, cold and cached                     gpu            all that a GPU is wanted for
+report         a page about a result, from its JSON
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def bench_parity(
     parity, exporter = optional("benchmarks.parity"), optional("training.export")
     optional("transformers.utils.logging").disable_progress_bar()  # its bar for a load that takes a moment
     opened = Bundle(bundle)
-    chosen = _histories(opened, histories, users, seed)
+    chosen = chosen_histories(opened, histories, users, seed)
     rows = asyncio.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
     _show(parity, rows, _answer(rows))
     save(json_file, opened, seed, parity.to_json(rows))
@@ -94,7 +95,7 @@ def bench_lossless(
     from benchmarks import lossless
 
     opened = Bundle(bundle)
-    chosen = _histories(opened, histories, users, seed)
+    chosen = chosen_histories(opened, histories, users, seed)
     question = lossless.Question(k=k, excluded=excluded, seed=seed)
     rows = asyncio.run(lossless.run(bundle, chosen, question, _rules(opened, rule)))
     _show(lossless, rows, _answer(rows))
@@ -249,7 +250,8 @@ def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
     return [bundle.manifest.scoring_rule if choice is RuleChoice.BUNDLE else ScoringRule(choice.value)]
 
 
-def _histories(bundle: Bundle, path: Path | None, users: int, seed: int) -> list[tuple[str, ...]]:
+def chosen_histories(bundle: Bundle, path: Path | None, users: int, seed: int) -> list[tuple[str, ...]]:
+    """Real users' histories from a file, or random ones without it."""
     from benchmarks.histories import choose_histories
 
     return choose_histories(bundle.catalogue(), path, users, seed)

@@ -1,0 +1,74 @@
+"""`atspeed bench prefix` on a small bundle and a real Redis: what each state computes, and a result file that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import prefix
+from benchmarks.intervals import Interval
+from benchmarks.prefix import Question, Row, State
+from benchmarks.results import Result
+from client.bench_prefix_cli import bench_prefix
+from client.cli_parts import CommandError
+from engine.bundle import Bundle
+from engine.catalogue import Catalogue
+from tests.bundles import random_history
+from tests.serving import LEVELS, WINDOW
+
+
+@pytest.fixture(scope="module")
+def histories(catalogue: Catalogue) -> list[list[str]]:
+    return [random_history(catalogue, items, seed=7000 + items) for items in (2, 5, WINDOW)]
+
+
+async def rows_of(bundle: Path, histories: list[list[str]], question: Question) -> dict[str, Row]:
+    return {row.state: row for row in await prefix.run(Bundle(bundle), histories, question)}
+
+
+async def test_each_state_computes_what_its_tier_lacks(bundle: Path, histories: list[list[str]]) -> None:
+    """Prompts of 2, 5 and 8 items of four codes, a token before and one after: blocks end one token after an item's end."""
+    rows = await rows_of(bundle, [*histories, ["item-1"]], Question(nodes=20))
+    lengths = [2 + LEVELS * items for items in (2, 5, WINDOW)]
+    mean = sum(lengths) / 3
+    assert {row.users for row in rows.values()} == {3}
+    assert rows[State.COLD].computed_tokens == rows[State.COLD].prompt_tokens == pytest.approx(mean, abs=0.01)
+    assert rows[State.MEMORY].computed_tokens == rows[State.REDIS].computed_tokens == 2
+    assert rows[State.MEMORY].memory_tokens == rows[State.REDIS].redis_tokens == pytest.approx(mean - 2, abs=0.01)
+    assert (rows[State.NEW_ITEM].computed_tokens, rows[State.NEW_ITEM].redis_tokens) == (1 + LEVELS + 1, 0)
+    assert all(row.same for row in rows.values())
+
+
+async def test_the_draft_and_other_blocks_can_be_measured(bundle: Path, histories: list[list[str]]) -> None:
+    rows = await rows_of(bundle, histories[-1:], Question(role="draft", nodes=0, block_tokens=16))
+    assert (rows[State.MEMORY].role, rows[State.MEMORY].memory_tokens) == ("draft", 32)
+
+
+def test_the_command_writes_a_result_and_refuses_what_it_cannot_measure(
+    bundle: Path, tmp_path: Path, catalogue: Catalogue
+) -> None:
+    lines = tmp_path / "histories.txt"
+    lines.write_text(f"u1 {' '.join(random_history(catalogue, 3, seed=1))}\nu2 item-1\n")
+    bench_prefix(bundle, histories=lines, nodes=4, json_file=tmp_path / "result.json")
+    result = Result.read(tmp_path / "result.json")
+    assert result.header["benchmark"] == "prefix"
+    assert [row["state"] for row in result.rows] == [state.value for state in State]
+    assert {row["users"] for row in result.rows} == {1}
+    lines.write_text("u2 item-1\n")
+    with pytest.raises(CommandError, match="two items"):
+        bench_prefix(bundle, histories=lines)
+
+
+def test_a_difference_beyond_rounding_is_seen() -> None:
+    def row(difference: float) -> Row:
+        interval = Interval(1.0, 1.0, 1.0)
+        return Row("target", State.COLD, 1, 1.0, 1.0, 1.0, 0.0, 0.0, interval, difference)
+
+    assert row(prefix.TOLERANCE / 2).same
+    assert not row(2 * prefix.TOLERANCE).same
+    assert not row(float("inf")).same
+    console = Console(width=200, record=True)
+    console.print(prefix.table([row(0.0)]))
+    assert "1.0 of 1.0" in console.export_text()
