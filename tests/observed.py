@@ -44,7 +44,13 @@ class Scrape:
 
 def scrape(service: ServiceProcess) -> Scrape:
     """What a service exposes now."""
-    url = f"http://127.0.0.1:{service.metrics_port}/metrics"
+    assert service.metrics_port is not None
+    return scrape_port(service.metrics_port)
+
+
+def scrape_port(port: int) -> Scrape:
+    """What stands on a metrics port."""
+    url = f"http://127.0.0.1:{port}/metrics"
     with urllib.request.urlopen(url, timeout=LIVENESS_SECONDS) as reply:
         text = reply.read().decode()
     families = list(text_string_to_metric_families(text))

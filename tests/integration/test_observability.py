@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
+import socket
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +28,10 @@ from engine.catalogue import Catalogue
 from service_kit import wire
 from service_kit.metrics_docs import declared
 from tests.bundles import random_history
-from tests.observed import Collector, ReceivedSpan, scrape
+from tests.observed import Collector, ReceivedSpan, panels, scrape
 from tests.serving import LEVELS, LIVENESS_SECONDS, Client, EvaluateStream, models, storm, until
 
+ROOT = Path(__file__).parents[2]
 USER, TENANT = "a-user-whom-nobody-may-see", "a-tenant-too"
 SEEN: dict[str, object] = {"metrics-port": 0, "tracing": True, "redis-timeout-seconds": 10}
 
@@ -225,8 +232,8 @@ def test_an_open_stream_is_seen_with_its_keys_and_values(watched: Watched, clien
 
 def test_hundreds_of_random_lists_are_never_suspected(watched: Watched, client: Client, catalogue: Catalogue) -> None:
     (orchestrator,) = watched.stack.orchestrators
-    asked = 200
-    histories = [random_history(catalogue, 1 + seed % 12, seed) for seed in range(asked)]
+    lists = 120
+    histories = [random_history(catalogue, 1 + seed % 12, seed) for seed in range(lists)]
     before = client.info().shadow_checks
     storm([partial(client.recommend, history, k=1 + seed % 20) for seed, history in enumerate(histories)], {})
 
@@ -234,9 +241,67 @@ def test_hundreds_of_random_lists_are_never_suspected(watched: Watched, client: 
         now = client.info().shadow_checks
         return now.identical + now.near_ties - before.identical - before.near_ties
 
-    until(lambda: checked() + scrape(orchestrator).value("atspeed_shadow_checks_total", outcome="dropped") >= asked)
+    until(lambda: checked() + scrape(orchestrator).value("atspeed_shadow_checks_total", outcome="dropped") >= lists)
     checks = client.info().shadow_checks
-    assert checked() > asked // 2
+    assert checked() > lists // 2
     assert checks.different == 0
     assert not checks.speculation_off
     assert scrape(orchestrator).value("atspeed_speculation_on") == 1
+
+
+@pytest.fixture
+def prometheus(watched: Watched, tmp_path: Path) -> Iterator[str]:
+    """A real Prometheus with the rules of deploy/, before these services; its address."""
+    if (binary := shutil.which("prometheus")) is None:
+        pytest.skip("prometheus is not installed (Debian package prometheus)")
+    jobs = {"orchestrator": watched.stack.orchestrators, "target": watched.stack.targets, "draft": watched.stack.drafts}
+    configuration = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(ROOT / "deploy" / "prometheus" / "alerts.yml")],
+        "scrape_configs": [
+            {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{one.metrics_port}" for one in services]}]}
+            for job, services in jobs.items()
+        ],
+    }
+    (tmp_path / "prometheus.json").write_text(json.dumps(configuration))  # JSON is YAML
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        binary,
+        f"--config.file={tmp_path / 'prometheus.json'}",
+        f"--storage.tsdb.path={tmp_path / 'data'}",
+        f"--web.listen-address={address}",
+    ]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield address
+        finally:
+            process.terminate()
+
+
+def asked(address: str, path: str, **parameters: str) -> Any:
+    """What Prometheus answers; None while it does not."""
+    url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    try:
+        with urllib.request.urlopen(url, timeout=LIVENESS_SECONDS) as reply:
+            return json.load(reply)["data"]
+    except urllib.error.HTTPError as refusal:
+        raise AssertionError(f"{parameters}: {refusal.read().decode()}") from None
+    except urllib.error.URLError:
+        return None
+
+
+def test_a_real_prometheus_takes_dashboard_and_rules(prometheus: str, client: Client, catalogue: Catalogue) -> None:
+    """Every query of the dashboard is one, every rule is healthy, all services are up and nothing fires."""
+    client.recommend(random_history(catalogue, 5, seed=1))
+    until(lambda: len((asked(prometheus, "query", query="up == 1") or {}).get("result", ())) == 3)
+    for panel in panels():
+        for query in panel.queries:
+            assert asked(prometheus, "query", query=query.replace("$__rate_interval", "1m"))["resultType"] == "vector"
+
+    def rules() -> list[dict[str, Any]]:
+        return [rule for group in asked(prometheus, "rules")["groups"] for rule in group["rules"]]
+
+    until(lambda: {rule["health"] for rule in rules()} == {"ok"})
+    assert {rule["state"] for rule in rules()} == {"inactive"}
+    until(lambda: bool(asked(prometheus, "query", query="sum(rate(atspeed_pass_nodes_count[1m])) >= 0")["result"]))
