@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry
 
+from engine.cost import PassCost
 from orchestrator.draft_client import DraftClient
 from orchestrator.recommendation import Mode, Recommendation
 from orchestrator.shadow import ShadowChecks
@@ -16,7 +17,7 @@ from orchestrator.speculation import SWITCHED_OFF, Speculation
 from service_kit.admission import Admission
 from service_kit.admission_metrics import admission_reads
 from service_kit.errors import ServiceError
-from service_kit.metrics import WHOLE, CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings
+from service_kit.metrics import SIZES, WHOLE, CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings
 
 LISTS = CounterOf(
     "atspeed_recommendations_total",
@@ -37,6 +38,18 @@ NODES = CounterOf(
     "(beams that no plan held), forced (beams that were their parent's only child).",
     ("mode", "kind"),
 )
+ASKED = HistogramOf(
+    "atspeed_nodes_asked",
+    "Nodes that the planner asked the draft for; 0 where no plan would pay.",
+    ("mode",),
+    (0, *SIZES),
+)
+PREDICTION = HistogramOf(
+    "atspeed_pass_prediction_ratio",
+    "Time that the models' passes of a list took, over what was predicted for them; 1 is right.",
+    ("model",),
+    (0.25, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2, 4),
+)
 RETRIES = CounterOf("atspeed_target_retries_total", "Streams that broke and were taken up on another replica.")
 DEGRADED = CounterOf("atspeed_degraded_total", "Lists that did without something, by what and why.", ("reason",))
 SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer items than asked for.")
@@ -50,7 +63,7 @@ SHADOW_GAP = ReadGauge("atspeed_shadow_largest_gap", "Largest difference of two 
 SPECULATION = ReadGauge("atspeed_speculation_on", "1 while the draft is asked, 0 after shadow checks switched it off.")
 RESTING = ReadGauge("atspeed_draft_resting", "1 while the draft is left alone after a failure.")
 METRICS = (
-    *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, RETRIES, DEGRADED, SHORT),
+    *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, ASKED, PREDICTION, RETRIES, DEGRADED, SHORT),
     *(SHADOW, SHADOW_GAP, SPECULATION, RESTING),
 )
 
@@ -77,6 +90,7 @@ class OrchestratorMetrics:
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
         self._passes, self._accepted = PASSES.build(self.registry), ACCEPTED.build(self.registry)
+        self._asked, self._prediction = ASKED.build(self.registry), PREDICTION.build(self.registry)
         self._nodes, self._retries = NODES.build(self.registry), RETRIES.build(self.registry)
         self._degraded, self._short = DEGRADED.build(self.registry), SHORT.build(self.registry)
         self.registry.register(Readings(admission_reads(admission)))
@@ -120,10 +134,17 @@ class OrchestratorMetrics:
             self._nodes.labels(mode, kind).inc(nodes)
         for stage, nanoseconds in _stages(recommendation).items():
             self._seconds.labels(mode, stage).observe(nanoseconds / 1e9)
+        self._asked.labels(mode).observe(recommendation.planning.nodes_asked)
+        self._predicted("target", recommendation.target.cost, recommendation.planning.target_predicted_ns)
+        self._predicted("draft", recommendation.draft.cost, recommendation.planning.draft_predicted_ns)
         self._retries.inc(recommendation.target.retries)
         self._short.inc(bool(recommendation.fewer_than_k_reason))
         for reason in recommendation.degraded:
             self._degraded.labels(_reason(reason)).inc()
+
+    def _predicted(self, model: str, cost: PassCost, predicted_ns: float) -> None:
+        if predicted_ns > 0:
+            self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 
 
 def _reason(text: str) -> str:

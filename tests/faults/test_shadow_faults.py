@@ -101,6 +101,7 @@ def orchestrator(bundle: Path, fake_draft: FakeDraft, log_folder: Path) -> Itera
             "target": target.address,
             "draft": fake_draft.address,
             "draft-timeout-seconds": 30,
+            "planner": "fixed",
             "metrics-port": 0,
             "shadow-share": 1,
             "shadow-concurrency": 16,

@@ -52,9 +52,10 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(bundle: Path, redis_server: LocalRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     flags: dict[str, dict[str, object]] = {
-        "draft": SEEN,
-        "target": SEEN | {"threads": 1},
-        "orchestrator": SEEN | {"draft-timeout-seconds": 30, "shadow-share": 1, "shadow-concurrency": 64},
+        "draft": SEEN | {"kv-redis": "always"},
+        "target": SEEN | {"kv-redis": "always", "threads": 1},
+        "orchestrator": SEEN
+        | {"draft-timeout-seconds": 30, "planner": "fixed", "shadow-share": 1, "shadow-concurrency": 64},
     }
     with Collector() as collector, pytest.MonkeyPatch.context() as environment:
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.port}")
