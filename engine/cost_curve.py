@@ -71,7 +71,7 @@ class CostCurve:
 
 def _between(axis: Int64, at: Float64) -> tuple[Int64, Int64, Float64]:
     """Each value's neighbours on an axis, by index, and its way from the first to the second; above 1 beyond the end."""
-    low = np.clip(np.searchsorted(axis, at, side="right") - 1, 0, max(0, len(axis) - 2))
+    low = np.minimum(np.maximum(np.searchsorted(axis, at, side="right") - 1, 0), max(0, len(axis) - 2))
     high = np.minimum(low + 1, len(axis) - 1)
     share = np.maximum(0.0, at - axis[low]) / np.maximum(1, axis[high] - axis[low])
     return low, high, share

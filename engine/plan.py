@@ -153,6 +153,8 @@ class Plan:
             raise ValueError("plan.nodes: not closed under ancestors down to the beams")
         if not np.isfinite(self.score).all():
             raise ValueError("plan.scores: not finite")
+        if np.isnan(self.margin).any():
+            raise ValueError("plan.margins: not a number")
         parent = trie.parent[self.node]
         above = np.minimum(np.searchsorted(self.node, parent), len(self.node) - 1)
         if not ((self.margin <= self.margin[above]) | (self.node[above] != parent)).all():

@@ -15,14 +15,17 @@ from engine.cost_curve import CostCurve
 
 _MEMORY = 100
 """Calls that an average remembers, about."""
-_LARGEST_ERROR = math.log(100.0)
+_TRUST = 8
+"""Calls that a curve counts for: the first ones, on connections that are not open yet, do not decide alone."""
+_OUTLIER = 4.0
+_OUTLIER_NS = 500_000
 
 
 class Decayed:
-    """A mean that forgets: of many values each has a `memory`-th of the weight when it comes. A guess until the first."""
+    """A mean that forgets: of many values each has a `memory`-th of the weight when it comes, the guess that of `trust` ones."""
 
-    def __init__(self, guess: float, memory: int = _MEMORY) -> None:
-        self.value, self._memory, self._count = guess, memory, 0
+    def __init__(self, guess: float, memory: int = _MEMORY, trust: int = 0) -> None:
+        self.value, self._memory, self._count = guess, memory, trust
 
     def add(self, value: float) -> None:
         """One value more."""
@@ -63,12 +66,14 @@ class CallCosts:
     """What calls of one model cost: the passes by its curve, times how wrong that was lately, and what a call takes besides.
 
     Under load one pass computes several requests' tokens. What then counts is a request's share of it, T(c * new) / c for c
-    requests in a pass; with c = 1 that is the latency. Times are in nanoseconds.
+    requests in a pass; with c = 1 that is the latency. Times are in nanoseconds. A call that took far longer than expected counts
+    as one that took four times as long: a pause of the machine says little of the next call, and a lasting change shows in many.
     """
 
     def __init__(self, curve: CostCurve) -> None:
         self._curve = curve
-        self._log_error, self._together, self._besides = Decayed(0.0), Decayed(1.0), DecayedLine()
+        self._log_error, self._besides = Decayed(0.0, trust=_TRUST), DecayedLine()
+        self._together = Decayed(1.0)
 
     def forward(self, new: npt.ArrayLike, cached: npt.ArrayLike) -> Float64:
         """A request's share of passes in which it has so many tokens, broadcast."""
@@ -88,9 +93,11 @@ class CallCosts:
         """One call that went well: its passes, what the service says that they took, and how long the answer took to come."""
         together = 1.0
         self._together.add(together)
-        measured = max(1, cost.forward_ns) / self._by_curve(passes, together)
-        self._log_error.add(float(np.clip(math.log(measured), -_LARGEST_ERROR, _LARGEST_ERROR)))
-        self._besides.add(sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - cost.queue_ns))
+        known, outlier = self._log_error.value, math.log(_OUTLIER)
+        error = math.log(max(1, cost.forward_ns) / self._by_curve(passes, together))
+        self._log_error.add(min(max(error, known - outlier), known + outlier))
+        nodes, besides = sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - cost.queue_ns)
+        self._besides.add(nodes, min(besides, _OUTLIER * float(self.besides(nodes)) + _OUTLIER_NS))
 
     def _by_curve(self, passes: Sequence[Pass], together: float) -> float:
         return sum(float(self._curve.predict(together * one.new, one.cached)) for one in passes)

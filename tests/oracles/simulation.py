@@ -89,7 +89,7 @@ class SimulatedDraft:
         plan.check(self.trie, limit=size.max_nodes)
         return plan
 
-    async def open(self, prompt: Int64, *, tenant: str = "") -> None:
+    async def open(self, prompt: Int64, *, tenant: str = "", owner: str = "") -> None:
         """As a TreeEvaluator; nothing has to be opened."""
 
     async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:

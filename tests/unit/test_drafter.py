@@ -243,6 +243,8 @@ def test_margins_that_no_honest_draft_gives_are_refused(models: Models, margin: 
     """One for each node, and a child never above its parent: else a cut by them could tear the plan."""
     trie = models.catalogue.trie
     family = np.array([1, int(trie.children(1)[0])])
+    with pytest.raises(ValueError, match="margins: not a number"):
+        Plan(Beams.root(), family[:1], np.zeros(1), np.array([np.nan])).check(trie, limit=1)
     Plan(Beams.root(), family, np.zeros(2), np.array([0.1, 0.1])).check(trie, limit=2)
     with pytest.raises(ValueError, match="margins"):
         Plan(Beams.root(), family, np.zeros(2), np.array(margin)).check(trie, limit=2)
