@@ -85,19 +85,20 @@ class CallCosts:
         """What a call over so many nodes takes outside its passes: choosing children, the network, turning arrays to messages."""
         return self._besides.at(nodes)
 
-    def predict(self, passes: Sequence[Pass]) -> float:
-        """The time in the model of passes that were made, all together, however many requests shared them."""
-        return math.exp(self._log_error.value) * self._by_curve(passes, self._together.value)
+    def predict(self, passes: Sequence[Pass], cost: PassCost) -> float:
+        """The time in the model of one call's passes that were made, with what other requests had in them; `observe` it later."""
+        return math.exp(self._log_error.value) * self._by_curve(passes, cost)
 
     def observe(self, passes: Sequence[Pass], cost: PassCost, wait_ns: int) -> None:
         """One call that went well: its passes, what the service says that they took, and how long the answer took to come."""
-        together = 1.0
-        self._together.add(together)
+        self._together.add(max(1, cost.batch_requests))
         known, outlier = self._log_error.value, math.log(_OUTLIER)
-        error = math.log(max(1, cost.forward_ns) / self._by_curve(passes, together))
+        error = math.log(max(1, cost.forward_ns) / self._by_curve(passes, cost))
         self._log_error.add(min(max(error, known - outlier), known + outlier))
         nodes, besides = sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - cost.queue_ns)
         self._besides.add(nodes, min(besides, _OUTLIER * float(self.besides(nodes)) + _OUTLIER_NS))
 
-    def _by_curve(self, passes: Sequence[Pass], together: float) -> float:
-        return sum(float(self._curve.predict(together * one.new, one.cached)) for one in passes)
+    def _by_curve(self, passes: Sequence[Pass], cost: PassCost) -> float:
+        """Of the passes as they were, with the other requests' tokens and padding."""
+        others = max(1.0, cost.batch_tokens / max(1, cost.new_tokens))
+        return sum(float(self._curve.predict(others * one.new, one.cached)) for one in passes)

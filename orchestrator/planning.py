@@ -53,7 +53,7 @@ class PlanningReport:
     """What planning did. expected_*: what was expected of the target when the first plan was decided; 0 where nothing was.
 
     nodes_asked, nodes_proposed: of all plans. target_predicted_ns, draft_predicted_ns: in the models, for the passes that were
-    made, by what was known before this request; 0 while nothing is.
+    made, by what was known before each; 0 while nothing is.
     """
 
     nodes_asked: int = 0
@@ -122,14 +122,14 @@ class Planning:
 
     def _learn_costs(self, costs: ModelCosts, target: Usage, draft: Usage) -> None:
         target_passes = self._target_passes(target.costs)
-        self.report.target_predicted_ns = costs.target.predict(target_passes)
         for one, cost, wait in zip(target_passes, target.costs, target.waits, strict=True):
+            self.report.target_predicted_ns += costs.target.predict([one], cost)
             costs.target.observe([one], cost, wait)
         if target.costs:
             self._learn_share(costs, target.costs[0])
         for drafted, wait in zip(self._drafted, draft.waits, strict=True):
             passes = drafted.passes(self._trie.levels, self._task.draft_prompt_tokens)
-            self.report.draft_predicted_ns += costs.draft.predict(passes)
+            self.report.draft_predicted_ns += costs.draft.predict(passes, drafted.cost)
             costs.draft.observe(passes, drafted.cost, wait)
             if drafted.start == 0:
                 costs.draft_share.add(_computed(self._task.draft_prompt_tokens, drafted.cost))

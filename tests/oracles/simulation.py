@@ -41,13 +41,23 @@ def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
 
 @dataclass(frozen=True)
 class Machine:
-    """What passes take: by the curves that the services publish, times what is wrong with these, and a call besides."""
+    """What passes take: by the curves that the services publish, times what is wrong with these, and a call besides.
+
+    together: requests that share every pass, all of the same size.
+    """
 
     target: CostCurve
     draft: CostCurve
     target_error: float = 1.0
     call_ms: float = 0.3
     draft_fails: bool = False
+    together: int = 1
+
+    def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassCost:
+        """One pass in which a request has so many tokens."""
+        tokens = self.together * new
+        forward = int(float(of.predict(tokens)) * error)
+        return PassCost(forward_ns=forward, new_tokens=new, batch_requests=self.together, batch_tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class SimulatedDraft:
     async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
         """As a TreeEvaluator: one pass."""
         new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
-        cost = PassCost(forward_ns=int(self._machine.draft.predict(new)), new_tokens=new)
+        cost = self._machine.cost(self._machine.draft, new)
         return self._world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation), cost
 
 
@@ -110,9 +120,9 @@ class SimulatedTarget:
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass; the first one reads the prompt."""
         new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
-        forward = int(self.machine.target.predict(new) * self.machine.target_error)
-        self.usage.costs.append(PassCost(forward_ns=forward, new_tokens=new))
-        self.usage.waits.append(forward + int(self.machine.call_ms * MILLISECOND))
+        cost = self.machine.cost(self.machine.target, new, self.machine.target_error)
+        self.usage.costs.append(cost)
+        self.usage.waits.append(cost.forward_ns + int(self.machine.call_ms * MILLISECOND))
         return await self.table.evaluate(nodes)
 
 

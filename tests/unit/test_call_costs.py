@@ -25,7 +25,7 @@ def observed(costs: CallCosts, *, error: float, fixed_ns: int, per_node_ns: int,
 def test_before_the_first_call_it_is_the_curve() -> None:
     costs = CallCosts(CURVE)
     assert costs.forward([1, 51, 101], 50).tolist() == [1.5e6, 3e6, 4.5e6]
-    assert costs.predict([Pass(1, 0, 1), Pass(101, 100, 50)]) == 7e6
+    assert costs.predict([Pass(1, 0, 1), Pass(101, 100, 50)], PassCost()) == 7e6
     assert costs.besides([0, 10]).tolist() == [0, 0]
 
 
@@ -35,7 +35,7 @@ def test_a_slower_machine_and_the_way_to_it_are_noticed(error: float) -> None:
     costs = CallCosts(CURVE)
     observed(costs, error=error, fixed_ns=200_000, per_node_ns=1_000)
     assert costs.forward([1, 51], 50) == pytest.approx(np.array([1.5e6, 3e6]) * error, rel=1e-3)
-    assert costs.predict([Pass(101, 100, 5)]) == pytest.approx(6e6 * error, rel=1e-3)
+    assert costs.predict([Pass(101, 100, 5)], PassCost()) == pytest.approx(6e6 * error, rel=1e-3)
     assert costs.besides([0, 50]) == pytest.approx([200_000, 250_000], rel=1e-3)
 
 
@@ -60,6 +60,17 @@ def test_the_first_answer_does_not_decide() -> None:
     costs.observe([Pass(1, 0, 1)], PassCost(forward_ns=int(50e6)), int(900e6))
     assert float(costs.forward(1, 0)) < 1.2e6
     assert float(costs.besides(1)) < 1e6
+
+
+def test_what_others_have_in_a_pass_is_not_taken_for_slowness() -> None:
+    """Four requests in a pass: it takes as long as its tokens do, and a request's part of that is a quarter."""
+    costs = CallCosts(CURVE)
+    for _ in range(1_000):
+        forward = int(float(CURVE.predict(80, 0)))
+        cost = PassCost(forward_ns=forward, new_tokens=20, batch_requests=4, batch_tokens=80)
+        assert costs.predict([Pass(20, 0, 19)], cost) == pytest.approx(forward, rel=1e-6)
+        costs.observe([Pass(20, 0, 19)], cost, forward)
+    assert float(costs.forward(20, 0)) == pytest.approx(float(CURVE.predict(80, 0)) / 4, rel=1e-3)
 
 
 def test_a_mean_starts_at_a_guess_and_forgets() -> None:

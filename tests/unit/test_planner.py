@@ -91,6 +91,20 @@ def test_a_useful_draft_is_used_as_far_as_it_pays() -> None:
     assert mean_ms(planned) <= 1.01 * mean_ms(with_fixed)
 
 
+def test_plans_shrink_with_the_load() -> None:
+    """Alone a request has a flat pass to itself; eight that share one are beyond its flat part, where every token counts."""
+    tokens = []
+    for together in (1, 8):
+        machine = Machine(curve(20, 128, 0.3), curve(1, 128, 0.01), together=together)
+        simulation = Simulation(machine, noise=0.7)
+        planner = adaptive(simulation)
+        for user in range(30):
+            simulation.serve(planner, user)
+        served = [simulation.serve(planner, user) for user in range(30, 45)]
+        tokens.append(float(np.mean([one.target.cost.new_tokens for one in served])))
+    assert tokens[1] < 0.8 * tokens[0]
+
+
 def test_a_draft_that_becomes_useful_is_found_out() -> None:
     """It is asked now and then even where that does not pay; without that share it never would be."""
     machine = Machine(curve(20, 64, 0.3), curve(12, 64, 0.05))

@@ -502,7 +502,7 @@ class Statistics(_message.Message):
     """Nanoseconds that the target was then expected to take from there on."""
     target_predicted_ns: _builtins.float
     """Nanoseconds in the target's model that passes of the size of those made were expected to take, from the model's cost curve and what
-    earlier requests took; 0 while the curve is not known. To be compared with stage_times.target_forward_ns.
+    earlier passes took; 0 while the curve is not known. To be compared with stage_times.target_forward_ns.
     """
     draft_predicted_ns: _builtins.float
     """The same of the draft's model, to be compared with stage_times.draft_forward_ns."""
