@@ -102,6 +102,9 @@ class SimulatedDraft:
     async def open(self, prompt: Int64, *, tenant: str = "", owner: str = "") -> None:
         """As a TreeEvaluator; nothing has to be opened."""
 
+    def end(self, tree: None) -> None:
+        """As a TreeEvaluator; nothing is held."""
+
     async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
         """As a TreeEvaluator: one pass."""
         new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
