@@ -15,7 +15,7 @@ from engine.cost_curve import CostCurve
 
 _MEMORY = 100
 """Calls that an average remembers, about."""
-_TRUST = 8
+_TRUST = 3
 """Calls that a curve counts for: the first ones, on connections that are not open yet, do not decide alone."""
 _OUTLIER = 4.0
 _OUTLIER_NS = 500_000

@@ -23,6 +23,7 @@ NOTHING = -np.inf
 """The depth of the empty cut, and what is required where no planned node is."""
 
 MEMORY = 400.0
+PROFILE_MEMORY = 20  # plans: short, as what they were worth by older beliefs says nothing
 _SURE = -1e6  # the depth of nodes that nothing speaks against, margin +inf
 _STEPS = np.geomspace(2.0**-6, 2.0**6, 97)
 DEPTHS = np.concatenate([[NOTHING, _SURE], -_STEPS[::-1], [0.0], _STEPS])
@@ -155,7 +156,7 @@ class Coverage:
             if size > nodes and not complete:
                 break
             if place == len(profile):
-                profile.append(tuple(Decayed(1.0) for _ in missed))
+                profile.append(tuple(Decayed(1.0, PROFILE_MEMORY) for _ in missed))
             for mean, value in zip(profile[place], missed[:, min(size, nodes)].tolist(), strict=True):
                 mean.add(value)
 

@@ -58,7 +58,7 @@ def test_the_first_answer_does_not_decide() -> None:
     """It may come over a connection that is only being made, from a model that has not run for a while."""
     costs = CallCosts(CURVE)
     costs.observe([Pass(1, 0, 1)], PassCost(forward_ns=int(50e6)), int(900e6))
-    assert float(costs.forward(1, 0)) < 1.2e6
+    assert float(costs.forward(1, 0)) < 1.5e6
     assert float(costs.besides(1)) < 1e6
 
 
