@@ -19,7 +19,7 @@ from engine.trie import Int64, Pruning
 from orchestrator.beam_loop import Draft, SearchResult, Target, beam_search
 from orchestrator.draft_client import DraftClient, DraftSession
 from orchestrator.history import HistoryStore, HistoryUnavailable
-from orchestrator.identity import digest, owner_tag
+from orchestrator.identity import digest
 from orchestrator.memo import Memo
 from orchestrator.planner import PlannedDraft, Planner
 from orchestrator.planning import Task
@@ -214,7 +214,7 @@ class _Asker:
         """The request as one model gets it."""
         columns = self.catalogue.codes[self.window(model)] + self.catalogue.trie.codebook_offset
         tokens = np.asarray(model.code_tokens, dtype=np.int64)[columns]
-        owner = b"" if self.order.user_id is None else owner_tag(self.order.tenant, self.order.user_id)
+        owner = self.order.owner
         return ModelQuestion(
             prompt=model.prompt.tokens(list(tokens)),
             pruning=self.pruning,

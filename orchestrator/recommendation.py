@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from engine.trie import Int64
+from orchestrator.identity import owner_tag
 from orchestrator.memo import Memo
 from orchestrator.planning import PlanningReport
 from orchestrator.question import Usage
@@ -38,7 +39,8 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True)
 class Order:
-    """A checked request: beam_width >= k >= 1, and exactly one of user_id and history is set.
+    """A checked request: beam_width >= k >= 1, and user_id or history is set. With both, history is what was read of the user's:
+    what is kept of the request's prompt is still the user's, to be erased with the rest.
 
     least_beam_width: fewest beams that will do, 0 for no fewer than beam_width. asked_beam_width: before it was narrowed.
     """
@@ -64,6 +66,11 @@ class Order:
         if not 0 < self.least_beam_width < self.beam_width:
             return self
         return replace(self, beam_width=self.least_beam_width, asked_beam_width=self.beam_width)
+
+    @property
+    def owner(self) -> bytes:
+        """The stored user's tag; empty for a history that came with its request."""
+        return b"" if self.user_id is None else owner_tag(self.tenant, self.user_id)
 
     @property
     def subject_field(self) -> str:

@@ -108,9 +108,12 @@ class ShadowChecks:
         self.outcomes[outcome] += 1
 
     def _again(self, made: Recommendation) -> Order:
-        """The same order by the target alone, on the history as it was then; it gives way to those that somebody waits for."""
+        """The same order by the target alone, on the history as it was then; it gives way to those that somebody waits for.
+
+        A stored user stays its subject: what the check leaves in caches is that user's too, and on the same replicas.
+        """
         history = [self._catalogue.id_of(int(item)) for item in made.history.known]
-        return replace(made.order, mode=Mode.TARGET_ONLY, user_id=None, history=history, priority=Priority.BATCH)
+        return replace(made.order, mode=Mode.TARGET_ONLY, history=history, priority=Priority.BATCH)
 
     def _judge(self, made: Recommendation, alone: Recommendation) -> str:
         sent, expected = RankedList.of(made.items), RankedList.of(alone.items)

@@ -18,6 +18,7 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.prompt import PromptTemplate
 from engine.scoring import Evaluation, ScoringRule
 from engine.trie import Int64
+from orchestrator.identity import owner_tag
 from orchestrator.planner import PlanLimits, Planner
 from orchestrator.question import Deadline, ModelQuestion, Usage
 from orchestrator.recommend import Recommender
@@ -42,9 +43,11 @@ class Table:
     down: bool = False
     gate: asyncio.Event | None = None
     usage: Usage = field(default_factory=Usage)
+    asked: list[ModelQuestion] = field(default_factory=list)
 
     def session(self, question: ModelQuestion, *, max_children: int) -> Table:
         self.question, self.limit = question, max_children or 1_000_000
+        self.asked.append(question)
         return self
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
@@ -74,6 +77,16 @@ class Half:
 
     async def plan(self, below: Beams, size: PlanSize) -> Plan:
         return await self.draft.plan(below)
+
+
+@dataclass
+class Histories:
+    """Stands for the store: every user has the same history."""
+
+    items: list[str]
+
+    async def get(self, user_id: str, *, tenant: str) -> list[str]:
+        return self.items
 
 
 def world(seed: int) -> World:
@@ -122,7 +135,7 @@ class Service:
             cast("Any", self.target),
             cast("Any", half),
             Planner(self.world.trie, PlanLimits()),
-            None,
+            cast("Any", Histories(sorted(self.world.naive.items)[:6])),
             self.speculation,
         )
         limits = ShadowLimits(share, concurrency, SECONDS)
@@ -225,6 +238,29 @@ async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
     await service.shadow.settle()
     assert service.shadow.outcomes["failed"] == 1
     assert service.speculation.on
+
+
+async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
+    """Asked as nobody's, the user's prompt was cached where no erasure looks, and on other replicas than the list's own."""
+    service = Service()
+    made = await service.recommender.recommend(Order(k=5, beam_width=5, user_id=USER, tenant="t"), Deadline(SECONDS))
+    service.shadow.offer(made)
+    await service.shadow.settle()
+    first, again = service.target.asked
+    assert first.owner == again.owner == owner_tag("t", USER)
+    assert first.affinity == again.affinity
+    assert again.prompt.tolist() == first.prompt.tolist()
+    assert service.shadow.outcomes["identical"] == 1
+
+
+async def test_the_check_reads_no_history_again() -> None:
+    """The list is judged by the history that it was made of, whatever the user has done since."""
+    service = Service()
+    made = await service.recommender.recommend(Order(k=5, beam_width=5, user_id=USER), Deadline(SECONDS))
+    service.recommender.histories = None
+    service.shadow.offer(made)
+    await service.shadow.settle()
+    assert service.shadow.outcomes["identical"] == 1
 
 
 async def test_closing_gives_up_what_runs() -> None:
