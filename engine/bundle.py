@@ -73,6 +73,11 @@ class ModelEntry(_Part):
         """Number format of the model's keys and values."""
         return "float16" if self.precision == "float16" else "float32"
 
+    @property
+    def plan_invariant(self) -> bool:
+        """Whether a score depends on what else is in its pass by less than 1e-5: in float16 it is up to 1e-2 (log.md)."""
+        return self.precision in {"float32", "int8-weights"}
+
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:
         if len(set(self.code_tokens)) < len(self.code_tokens):

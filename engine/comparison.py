@@ -2,12 +2,13 @@
 
 Two computations of the same list round differently, so two items whose scores are closer than rounding can swap, also over
 the end of the list. Such lists are near-ties and counted apart: wherever they differ, the scores are less than NEAR_TIE
-apart, and so are the two scores of every item that both hold.
+apart, and so are the two scores of every item that both hold. Where the searches' levels are known, that is asked of the first
+one that differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, Self
@@ -69,6 +70,18 @@ def compare(actual: RankedList, expected: RankedList) -> Verdict:
         _distance_to_end(expected, actual),
     ]
     return Verdict.NEAR_TIE if max(gaps) < NEAR_TIE else Verdict.DIFFERENT
+
+
+def compare_searches(actual: Sequence[RankedList], expected: Sequence[RankedList]) -> Verdict:
+    """Two searches as what was chosen level by level, root first, the list at the end: judged by the first place where they part.
+
+    Two beams a rounding apart may swap over the end of an inner level. What comes below them is then as different as it likes.
+    """
+    if actual[-1].items == expected[-1].items:
+        return Verdict.IDENTICAL
+    levels = zip(actual, expected, strict=False)  # one that found nothing on the way has fewer
+    parted = (pair for pair in levels if set(pair[0].items) != set(pair[1].items))
+    return compare(*next(parted, (actual[-1], expected[-1])))
 
 
 def largest_gap(one: RankedList, other: RankedList) -> float:

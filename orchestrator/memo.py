@@ -29,6 +29,7 @@ class Memo:
 
     evaluated: node -> its best live children. plan: the newest plan, which relaxed sampling takes q from.
     pass_levels: the level of the beams that each target pass was made for.
+    levels: the beams of every level that the search has come to, root first.
     spared: beams that were never evaluated, because nothing below them could be chosen.
     substitutions, largest_slack: how often the tolerance policy stood one node in for another, and the largest score gap.
     """
@@ -42,6 +43,7 @@ class Memo:
         self.used: set[int] = set()
         self.passes = 0
         self.pass_levels: list[int] = []
+        self.levels: list[Beams] = []
         self.spared = 0
         self.substitutions = 0
         self.largest_slack = 0.0
@@ -84,6 +86,7 @@ class Memo:
 
     def use(self, beams: Beams) -> Beams:
         """Note that the search goes on through these beams, those of them that are evaluated; these."""
+        self.levels.append(beams)
         known = self.known(beams)
         self.used.update(known.node.tolist())
         self.spared += len(beams) - len(known)
@@ -94,9 +97,8 @@ class Memo:
         self.substitutions += 1
         self.largest_slack = max(self.largest_slack, slack)
 
-    @property
     def counts(self) -> NodeCounts:
-        """What became of the nodes."""
+        """What became of the nodes so far."""
         forced = sum(self.is_forced(node) for node in self.used)
         return NodeCounts(len(self.drafted), len(self.used & self.drafted), len(self.recovered), forced)
 

@@ -130,7 +130,7 @@ class OrchestratorMetrics:
         mode, memo = recommendation.order.mode, recommendation.memo
         self._passes.labels(mode).observe(memo.passes)
         self._accepted.labels(mode).observe(recommendation.accepted_levels)
-        for kind, nodes in asdict(memo.counts).items():
+        for kind, nodes in asdict(recommendation.nodes).items():
             self._nodes.labels(mode, kind).inc(nodes)
         for stage, nanoseconds in _stages(recommendation).items():
             self._seconds.labels(mode, stage).observe(nanoseconds / 1e9)

@@ -8,6 +8,7 @@ RelaxedSampling   AtSpeed-R's accept/reject rule on the draft's samples
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +76,7 @@ class Strict:
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """Those whose children could be among the best."""
-        return _undecided(beams, children_by_score(memo.known(beams), memo.evaluated), self.width, memo)
+        return _undecided(beams, memo, self.width, lambda known: children_by_score(known, memo.evaluated))
 
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:
         """Below the missing ones only: what hangs below the others was planned before."""
@@ -139,8 +140,9 @@ class ExactSampling:
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """Those whose children could be among the best: a child's perturbed score never exceeds its parent's."""
-        known = children_by_gumbel(memo.trie, memo.known(beams), memo.evaluated, self.noise)
-        return _undecided(beams, known, self.width, memo)
+        return _undecided(
+            beams, memo, self.width, lambda known: children_by_gumbel(memo.trie, known, memo.evaluated, self.noise)
+        )
 
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:
         """Below the missing ones only."""
@@ -220,10 +222,13 @@ class RelaxedSampling:
         return uniform(self.noise.seed, stream, trie.path_hash(node))
 
 
-def _undecided(beams: Beams, children: Beams, width: int, memo: Memo) -> Int64:
+def _undecided(beams: Beams, memo: Memo, width: int, children_of: Callable[[Beams], Beams]) -> Int64:
     """Rows of the beams that are not evaluated and whose children could be among the best `width`, ties included.
 
-    children: of those that are. No child is above its parent, so below a beam that `width` of them exceed nothing can be chosen.
+    children_of: of evaluated beams. No child is above its parent, so below a beam that `width` of them exceed nothing can be
+    chosen.
     """
     missing = memo.missing(beams)
-    return missing[beams.priority[missing] >= children.threshold(width)]
+    if not len(missing):  # a level that was foreseen, the usual case: `select` is about to build the same children
+        return missing
+    return missing[beams.priority[missing] >= children_of(memo.known(beams)).threshold(width)]

@@ -117,6 +117,8 @@ class Recommender:
             prompt_tokens=len(question.prompt),
             degraded=degraded,
             memo=result.memo,
+            nodes=result.memo.counts(),
+            plan_invariant=self.manifest.target.plan_invariant,
             target=target.usage,
             draft=draft.usage,
             planning=planning.report,

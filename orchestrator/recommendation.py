@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from engine.trie import Int64
 from orchestrator.identity import owner_tag
-from orchestrator.memo import Memo
+from orchestrator.memo import Memo, NodeCounts
 from orchestrator.planning import PlanningReport
 from orchestrator.question import Usage
 from service_kit.admission import Priority
@@ -107,7 +107,10 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A list and all that is to be said of it. degraded: what failed on the way, one line each."""
+    """A list and all that is to be said of it. degraded: what failed on the way, one line each.
+
+    plan_invariant: whether the target's scores are the same whatever else is in a pass; see `ModelEntry`.
+    """
 
     items: Sequence[Item]
     order: Order
@@ -117,6 +120,8 @@ class Recommendation:
     prompt_tokens: int
     degraded: Sequence[str]
     memo: Memo
+    nodes: NodeCounts
+    plan_invariant: bool
     target: Usage
     draft: Usage
     planning: PlanningReport
@@ -124,8 +129,9 @@ class Recommendation:
 
     @property
     def exact(self) -> bool:
-        """Whether the list is what the target alone would give."""
-        return self.order.mode is not Mode.RELAXED_SAMPLING and self.memo.substitutions == 0
+        """Whether the list is what the target alone would give, in whatever passes it was asked."""
+        lossless = self.order.mode is not Mode.RELAXED_SAMPLING and self.memo.substitutions == 0
+        return lossless and self.plan_invariant
 
     @property
     def accepted_levels(self) -> int:

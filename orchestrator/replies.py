@@ -59,7 +59,7 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         recommendation.draft,
         recommendation.times,
     )
-    nodes = memo.counts
+    nodes, planning = recommendation.nodes, recommendation.planning
     return pb.Statistics(
         target_passes=memo.passes,
         accepted_levels=recommendation.accepted_levels,
@@ -73,7 +73,12 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         memory_cached_tokens=target.cost.memory_cached_tokens,
         redis_cached_tokens=target.cost.redis_cached_tokens,
         target_retries=target.retries,
-        **vars(recommendation.planning),
+        nodes_asked=planning.nodes_asked,
+        nodes_proposed=planning.nodes_proposed,
+        expected_passes=planning.expected_passes,
+        expected_ns=planning.expected_ns,
+        target_predicted_ns=planning.target_predicted_ns,
+        draft_predicted_ns=planning.draft_predicted_ns,
         stage_times=pb.StageTimes(
             history_ns=times.history_ns,
             draft_ns=draft.wait_ns,

@@ -176,7 +176,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             async with self._admission.place(order.priority, deadline.left()) as admitted:
                 order = order.narrowed() if admitted.waited else order
                 recommendation = await self._recommender.recommend(order, deadline)
-            span.set(**trace_attributes(recommendation))
+            if tracing.on():
+                span.set(**trace_attributes(recommendation))
         self.metrics.made(recommendation)
         self._shadow.offer(recommendation)
         return to_reply(recommendation, self._recommender.manifest, request.reply_options)
@@ -301,7 +302,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         if draft is not None:
             learning = asyncio.create_task(learn_curves(planner, target, draft))
             stack.callback(learning.cancel)
-        tolerated = 0 if manifest.target.precision == "float16" else settings.shadow_mismatches
+        tolerated = settings.shadow_mismatches if manifest.target.plan_invariant else 0
         speculation = Speculation(tolerated, settings.shadow_window_seconds)
         recommender = Recommender(manifest, catalogue, target, draft, planner, histories, speculation)
         admission = Admission(settings.max_running, settings.max_queued)

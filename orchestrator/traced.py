@@ -47,8 +47,8 @@ def trace_attributes(made: Recommendation) -> dict[str, tracing.Value]:
     return {
         "target_passes": made.memo.passes,
         "accepted_levels": made.accepted_levels,
-        "nodes_drafted": made.memo.counts.drafted,
-        "nodes_recovered": made.memo.counts.recovered,
+        "nodes_drafted": made.nodes.drafted,
+        "nodes_recovered": made.nodes.recovered,
         "prompt_tokens": made.prompt_tokens,
         "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
         "degraded": bool(made.degraded),

@@ -72,6 +72,11 @@ def started(service: str, *, on: bool) -> Iterator[None]:
         backend.stop()
 
 
+def on() -> bool:
+    """Whether spans go anywhere: for what would be worked out for a span alone."""
+    return _Process.backend is not None
+
+
 def span(name: str, **attributes: Value) -> AbstractContextManager[Span]:
     """A span inside the running one. In an async generator no `yield` may stand in its block: the context would leak."""
     return _Process.backend.span(name, attributes) if _Process.backend else _NO_SPAN

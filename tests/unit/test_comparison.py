@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.comparison import NEAR_TIE, RankedList, Verdict, compare, largest_gap
+from engine.comparison import NEAR_TIE, RankedList, Verdict, compare, compare_searches, largest_gap
 
 A = RankedList(("x", "y", "z"), (-1.0, -2.0, -3.0))
 LITTLE, MUCH = NEAR_TIE / 10, NEAR_TIE * 10
@@ -35,6 +35,31 @@ def test_swapped_neighbours() -> None:
         one = RankedList(("x", "y"), (-1.0, -1.0 - gap))
         other = RankedList(("y", "x"), (-1.0, -1.0 - gap))
         assert compare(one, other) is verdict
+
+
+@pytest.mark.parametrize(
+    ("gap", "rounding", "verdict"),
+    [
+        (LITTLE, LITTLE, Verdict.NEAR_TIE),
+        (MUCH, LITTLE, Verdict.DIFFERENT),
+        (LITTLE, MUCH, Verdict.DIFFERENT),
+    ],
+)
+def test_searches_are_judged_where_they_part(gap: float, rounding: float, verdict: Verdict) -> None:
+    """Beams that swapped over the end of an inner level may lead to any list; a level in another order leads to the same one."""
+    root = RankedList(("0",), (0.0,))
+    first, again = RankedList(("1", "2"), (-1.0, -2.0)), RankedList(("2", "1"), (-1.0, -2.0))
+    one, other = RankedList(("7", "8"), (-3.0, -4.0)), RankedList(("7", "9"), (-3.0 - rounding, -4.0 - gap))
+    assert (
+        compare_searches([root, first, one, A], [root, again, other, RankedList(("q", "r"), (-9.0, -9.5))]) is verdict
+    )
+    assert compare_searches([root, first, one, A], [root, again, other, A]) is Verdict.IDENTICAL
+
+
+def test_searches_that_part_at_the_end_alone_are_judged_by_their_lists() -> None:
+    root, other = RankedList(("0",), (0.0,)), RankedList(("x", "y", "w"), (-1.0, -2.0, -3.0 - MUCH))
+    assert compare_searches([root, A], [root, other]) is compare(A, other) is Verdict.DIFFERENT
+    assert compare_searches([A], [root, other]) is Verdict.DIFFERENT
 
 
 def test_largest_gap() -> None:

@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from engine.plan import Plan
 from engine.sampling import Stream
 from engine.scoring import Children, Perturbation, ScoringRule
 from engine.trie import Int64, Pruning
+from orchestrator import policy as policy_module
 from orchestrator.beam_loop import Draft, SearchResult, beam_search
 from orchestrator.memo import Memo
 from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
@@ -78,6 +80,28 @@ def lists(
         return [tuple(world.paths(listed.node)) for listed in leaves]
 
     return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("policy", "builder"),
+    [(Strict(3), "children_by_score"), (ExactSampling(3, Perturbation(1, 1.0)), "children_by_gumbel")],
+)
+def test_the_children_of_a_level_that_was_foreseen_are_built_once(
+    policy: Policy, builder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking what is missing once built them all too, only to find that nothing was."""
+    built: list[int] = []
+    build = getattr(policy_module, builder)
+
+    def counted(*arguments: Any) -> Beams:
+        children: Beams = build(*arguments)
+        built.append(len(children))
+        return children
+
+    monkeypatch.setattr(policy_module, builder, counted)
+    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    asyncio.run(search(world, policy, ScriptedDraft(world.trie, everything)))
+    assert sum(count > 0 for count in built) == NAIVE.levels
 
 
 # Exact sampling

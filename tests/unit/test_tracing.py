@@ -24,6 +24,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 def test_without_tracing_every_span_is_the_same_nothing() -> None:
     with tracing.started("target", on=False):
+        assert not tracing.on()
         assert tracing.span("pass", nodes=3) is tracing.span("plan")
         assert tracing.call("/atspeed.v1.TargetService/Evaluate", (("traceparent", CALLER),)) is tracing.span("plan")
         with tracing.span("pass") as span:
@@ -51,6 +52,7 @@ def test_tracing_without_its_packages_is_a_reason_not_to_start(monkeypatch: pyte
 
 def test_a_span_hangs_below_the_call_that_it_serves_and_that_below_its_caller(collector: Collector) -> None:
     with tracing.started("target", on=True):
+        assert tracing.on()
         metadata = (("traceparent", CALLER), ("baggage", "user=alice"), ("grpc-bin", b"\x00"))
         with tracing.call("/atspeed.v1.TargetService/Evaluate", metadata), tracing.span("pass", nodes=3) as span:
             span.set(tokens=7)

@@ -34,7 +34,10 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     MODE_STRICT: _Mode.ValueType  # 2
     """Speculative beam search; exactly the list of MODE_TARGET_ONLY."""
     MODE_TOLERANCE: _Mode.ValueType  # 3
-    """Speculative beam search in which a drafted beam may stand in for one that is better by at most `tolerance`."""
+    """Speculative beam search in which a drafted beam may stand in for one that is better by at most `tolerance`. Which ones are there
+    to stand in depends on what the planner had drafted, and that on what it has learnt: the bound always holds, but the same
+    request may get another list within it later.
+    """
     MODE_RELAXED_SAMPLING: _Mode.ValueType  # 4
     """AtSpeed-R's relaxed sampling verification: fewest passes, does not keep the target's distribution."""
     MODE_EXACT_SAMPLING: _Mode.ValueType  # 5
@@ -50,7 +53,10 @@ MODE_TARGET_ONLY: Mode.ValueType  # 1
 MODE_STRICT: Mode.ValueType  # 2
 """Speculative beam search; exactly the list of MODE_TARGET_ONLY."""
 MODE_TOLERANCE: Mode.ValueType  # 3
-"""Speculative beam search in which a drafted beam may stand in for one that is better by at most `tolerance`."""
+"""Speculative beam search in which a drafted beam may stand in for one that is better by at most `tolerance`. Which ones are there
+to stand in depends on what the planner had drafted, and that on what it has learnt: the bound always holds, but the same
+request may get another list within it later.
+"""
 MODE_RELAXED_SAMPLING: Mode.ValueType  # 4
 """AtSpeed-R's relaxed sampling verification: fewest passes, does not keep the target's distribution."""
 MODE_EXACT_SAMPLING: Mode.ValueType  # 5
@@ -341,7 +347,10 @@ class Exactness(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     LARGEST_SLACK_FIELD_NUMBER: _builtins.int
     exact: _builtins.bool
-    """Whether the list is what the mode promises without loss: the target's own beam search, or an exact sample of it."""
+    """Whether the list is what the mode promises without loss: the target's own beam search, or an exact sample of it. Never set where
+    the target computes in float16, whose rounding moves a log-probability by up to 0.01 with what else is in the pass. In float32
+    and int8-weights it is below 0.00001: items whose scores are closer than that may swap.
+    """
     largest_slack: _builtins.float
     """MODE_TOLERANCE: the largest score gap used."""
     def __init__(
