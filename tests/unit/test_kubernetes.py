@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from service_kit.admission_metrics import QUEUED
+from service_kit.model_metrics import WAITING
 from service_kit.settings import ServiceSettings
 from service_kit.settings_docs import SERVICES
 
@@ -178,9 +179,15 @@ def test_pods_have_no_rights_that_they_do_not_need(manifests: list[Manifest]) ->
         assert bundle["readOnly"] is True
 
 
-def test_a_pod_has_longer_to_stop_than_it_drains(manifests: list[Manifest]) -> None:
+def test_a_pod_takes_calls_until_callers_know_and_has_longer_to_stop_than_that_and_draining(
+    manifests: list[Manifest],
+) -> None:
     for name, pod in pods(manifests).items():
-        assert pod["terminationGracePeriodSeconds"] > settings_of(name).model_fields["drain_seconds"].default
+        (container,) = pod["containers"]
+        pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert pause > 0
+        drain = settings_of(name).model_fields["drain_seconds"].default
+        assert pod["terminationGracePeriodSeconds"] >= pause + drain + 10
 
 
 def test_each_service_scales_is_spread_and_is_never_drained_whole(manifests: list[Manifest]) -> None:
@@ -188,13 +195,51 @@ def test_each_service_scales_is_spread_and_is_never_drained_whole(manifests: lis
         scaler = of_kind(manifests, "HorizontalPodAutoscaler")[name]["spec"]
         assert scaler["scaleTargetRef"]["name"] == name
         assert scaler["minReplicas"] >= 2
-        for metric in scaler["metrics"]:
-            assert metric["pods"]["metric"]["name"] == QUEUED.name
+        # A number beside an autoscaler's would undo it with every `kubectl apply`.
+        assert "replicas" not in of_kind(manifests, "Deployment")[name]["spec"]
         budget = of_kind(manifests, "PodDisruptionBudget")[name]["spec"]
         assert budget["maxUnavailable"] == 1
         spread = pods(manifests)[name]["topologySpreadConstraints"]
         for constraint in (budget["selector"], *(one["labelSelector"] for one in spread)):
             assert constraint["matchLabels"] == {"app.kubernetes.io/name": name}
+
+
+def limit(manifests: list[Manifest], service: str, name: str) -> int:
+    """A setting as the manifests leave it."""
+    data = of_kind(manifests, "ConfigMap")[f"atspeed-{service}"]["data"]
+    return int(data.get(f"ATSPEED_{service.upper()}_{name.upper()}", settings_of(service).model_fields[name].default))
+
+
+@pytest.mark.parametrize("model", ["target", "draft"])
+def test_saturated_orchestrators_make_the_models_scale(manifests: list[Manifest], model: str) -> None:
+    """From the fewest replicas to the most: each recommendation has one pass that runs or waits, at most."""
+    scalers = {name: found["spec"] for name, found in of_kind(manifests, "HorizontalPodAutoscaler").items()}
+    (metric,) = (found["pods"] for found in scalers[model]["metrics"])
+    assert metric["metric"]["name"] == WAITING.name
+    streams = limit(manifests, "orchestrator", "max_running")
+    together = limit(manifests, model, "batch_requests")
+    for orchestrators, models in (
+        (scalers["orchestrator"]["minReplicas"], scalers[model]["minReplicas"]),
+        (scalers["orchestrator"]["maxReplicas"], scalers[model]["maxReplicas"] - 1),
+    ):
+        waiting = orchestrators * streams / models - together
+        assert waiting > 1.1 * float(metric["target"]["averageValue"])  # closer than that, nothing is done
+
+
+def test_more_requests_than_orchestrators_serve_make_them_scale(manifests: list[Manifest]) -> None:
+    scaler = of_kind(manifests, "HorizontalPodAutoscaler")["orchestrator"]["spec"]
+    (metric,) = (found["pods"] for found in scaler["metrics"])
+    assert metric["metric"]["name"] == QUEUED.name
+    assert limit(manifests, "orchestrator", "max_queued") > 1.1 * float(metric["target"]["averageValue"])
+
+
+def test_spans_reach_a_collector_and_names_are_found_on_the_node_too(manifests: list[Manifest]) -> None:
+    policies = {name: policy["spec"] for name, policy in of_kind(manifests, "NetworkPolicy").items()}
+    (spans,) = policies["traces"]["egress"]
+    assert spans["to"] == [{"namespaceSelector": {"matchLabels": {"atspeed-monitoring": "true"}}}]
+    assert [port["port"] for port in spans["ports"]] == [4317]
+    names = policies["names-and-redis"]["egress"][0]
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names["to"]
 
 
 def test_only_who_needs_a_service_reaches_it(manifests: list[Manifest]) -> None:
