@@ -20,7 +20,7 @@ from service_kit import tracing
 
 
 class Draft(Protocol):
-    """Foresees what the search will ask. Never fails: a draft that cannot answer gives an empty plan."""
+    """Foresees what the search will ask. One that cannot answer gives an empty plan; only the request's deadline is an error."""
 
     async def plan(self, below: Beams) -> Plan:
         """Nodes below these beams that are worth evaluating with them."""

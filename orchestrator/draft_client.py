@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import grpc
@@ -19,7 +20,6 @@ from service_kit.affinity import Routes
 from service_kit.errors import InvalidArgumentError, retry_after_seconds
 
 _REQUESTS_OWN = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
-_MOST_NS = 2**48  # three days
 _LONGEST_VERSION = 256
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -75,7 +75,10 @@ class DraftSession:
         self.prompt_tokens, self.usage = len(question.prompt), Usage()
 
     async def plan(self, below: Beams, size: PlanSize) -> Plan:
-        """A plan of this size below these beams; empty, with the reason noted, when the draft fails, is late or lies."""
+        """A plan of this size below these beams; empty, with the reason noted, when the draft fails, is late or lies.
+
+        Raises DeadlineExceededError when the request's own time is up.
+        """
         if self._failed:
             return Plan.empty(below)
         if self._client.resting:
@@ -90,6 +93,9 @@ class DraftSession:
             if not in_a_hurry and error.code() not in _REQUESTS_OWN:
                 self._client.rest(retry_after_seconds(error))
             return self._without_plan(below, error.code().name)
+        except (grpc.aio.BaseError, asyncio.InvalidStateError):  # the channel closed, or the call ended, under it
+            self._client.rest()
+            return self._without_plan(below, grpc.StatusCode.UNAVAILABLE.name)
         except BadReplyError as error:
             _log.warning("draft answered nonsense", problem=str(error))
             self._client.rest()
@@ -133,10 +139,10 @@ class DraftSession:
         trie = self._client.trie
         if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio gives None for bytes that it cannot read
             raise BadReplyError("not a message")
-        cost = wire.pass_cost(reply.statistics)
-        if cost.forward_ns > _MOST_NS or reply.passes > trie.levels or len(reply.model_version) > _LONGEST_VERSION:
-            raise BadReplyError("statistics: beyond all bounds")  # they could not be passed on
+        if reply.passes > trie.levels or len(reply.model_version) > _LONGEST_VERSION:
+            raise BadReplyError("passes or model_version: beyond all bounds")  # they could not be passed on
         try:
+            cost = wire.pass_cost(reply.statistics, "statistics")
             evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
             node = wire.node_ids(reply.nodes, "nodes", trie)
             score = wire.vector(reply.scores, "scores", "float64").astype(np.float64)

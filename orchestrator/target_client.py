@@ -1,5 +1,7 @@
-"""The target over gRPC: one stream per request, taken up on another replica when it breaks. Every reply is checked.
+"""The target over gRPC: one stream per request, taken up on another replica when it breaks.
 
+Every reply is checked: it is one that an honest replica could have given to this request. Whether its numbers are the model's own
+is for shadow checks to say.
 The memo keeps what was evaluated, so a new stream only has to see the ancestors of what is still missing.
 """
 
@@ -32,8 +34,8 @@ from service_kit.errors import (
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
 
-# What another replica may answer better. FAILED_PRECONDITION is a replica that serves another version,
-# RESOURCE_EXHAUSTED one that serves as many calls as it may.
+# What another replica may answer better. FAILED_PRECONDITION is a replica that serves another version. RESOURCE_EXHAUSTED, one
+# that serves as many calls as it may, has a rule of its own.
 _ANOTHER_REPLICA = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -41,9 +43,9 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _NOT_ALLOWED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+_MOST_REFUSALS = 2
 _RETRY_PAUSE_SECONDS = 0.05
 _GOODBYE_SECONDS = 1.0
 
@@ -97,6 +99,7 @@ class TargetSession:
         self._route = ExitStack()
         self._on_stream: set[int] = set()
         self._answered = False
+        self._refusals = 0
         self.usage = Usage()
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
@@ -123,10 +126,13 @@ class TargetSession:
                 async with asyncio.timeout(self._client.pass_seconds):
                     return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
-                failure, again = _translate(error), error.code() in _ANOTHER_REPLICA
+                failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
             except TimeoutError:
                 failure, again = UnavailableError("no target replica answered in time"), True
-            except asyncio.InvalidStateError:  # the stream had broken before the request was written
+            except (
+                asyncio.InvalidStateError,
+                grpc.aio.BaseError,
+            ):  # stream or channel had ended before the request was written
                 failure, again = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:
                 _log.warning("target answered nonsense", problem=str(error))
@@ -137,6 +143,15 @@ class TargetSession:
             self.usage.retries += 1
             await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._question.deadline.left()))
         raise AssertionError("unreachable: attempts is at least 1")
+
+    def _may_be_better_elsewhere(self, code: grpc.StatusCode) -> bool:
+        """Whether to ask another replica. Where one is full one other is asked, no more: a service that is short of replicas must
+        not get several times the calls. The caller hears when to come back.
+        """
+        if code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return code in _ANOTHER_REPLICA
+        self._refusals += 1
+        return self._refusals < _MOST_REFUSALS
 
     async def _evaluate_on_stream(self, nodes: Int64) -> Evaluation:
         request = target_pb2.EvaluateRequest()
@@ -179,15 +194,17 @@ class TargetSession:
         """The reply's evaluation. Raises BadReplyError when it is not one of the nodes asked for."""
         try:
             evaluation = wire.evaluation(reply.evaluation, "evaluation", self._client.trie)
+            cost = wire.pass_cost(reply.statistics, "statistics")
         except InvalidArgumentError as error:
             raise BadReplyError(str(error)) from error
         if evaluation.node.tolist() != asked:
             raise BadReplyError("evaluation.node: not the nodes asked for")
+        if not self._question.pruning.live(evaluation.child).all():
+            raise BadReplyError("evaluation.child: a child that this request has pruned")
         if reply.model_version != self._client.model_version:
             raise BadReplyError(
                 "model_version: not the one asked for"
             )  # scores of two models must not meet in one list
-        cost = wire.pass_cost(reply.statistics)
         if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
             cost = replace(cost, memory_cached_tokens=0, redis_cached_tokens=0)
         self.usage.model_version = reply.model_version

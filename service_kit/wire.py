@@ -38,6 +38,7 @@ _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
 }
 
 _CURVE_POINTS = 1024
+_MOST_NS = 2**48  # three days
 
 
 def to_array(values: npt.NDArray[np.generic]) -> types_pb2.Array:
@@ -158,9 +159,12 @@ def to_statistics(cost: PassCost) -> types_pb2.PassStatistics:
     return types_pb2.PassStatistics(**{name: getattr(cost, name) for name in cost.__dataclass_fields__})
 
 
-def pass_cost(message: types_pb2.PassStatistics) -> PassCost:
-    """What passes cost."""
-    return PassCost(**{name: getattr(message, name) for name in PassCost.__dataclass_fields__})
+def pass_cost(message: types_pb2.PassStatistics, field: str) -> PassCost:
+    """What passes cost. Raises InvalidArgumentError naming `field` for numbers whose sums might not fit into a message."""
+    cost = PassCost(**{name: getattr(message, name) for name in PassCost.__dataclass_fields__})
+    if max(vars(cost).values()) > _MOST_NS:
+        raise InvalidArgumentError(field, "beyond all bounds")
+    return cost
 
 
 def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:

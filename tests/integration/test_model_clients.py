@@ -1,0 +1,132 @@
+"""The orchestrator's clients against a target that says what no honest one would, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
+
+from engine.beams import Beams
+from engine.plan import PlanSize, Proposal
+from engine.scoring import ScoringRule
+from engine.trie import ROOT, Pruning
+from orchestrator.draft_client import DraftClient
+from orchestrator.question import Deadline, ModelQuestion
+from orchestrator.target_client import TargetClient, TargetSession
+from service_kit import wire
+from service_kit.affinity import Routes
+from service_kit.errors import PUSHBACK_HEADER, ResourceExhaustedError, UnavailableError
+from tests.oracles.naive_trie import NaiveTrie
+from tests.oracles.worlds import World
+
+VERSION, ATTEMPTS, SECONDS = "table", 4, 60.0
+WORLD = World.random(NaiveTrie({"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (2, 1)}, (3, 2)), ScoringRule.VOCAB, seed=1)
+NOTHING = Pruning.none()
+
+
+@dataclass
+class Table(target_pb2_grpc.TargetServiceServicer):
+    """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls: how many came."""
+
+    full: bool = False
+    heeds: Callable[[Pruning], Pruning] = lambda pruning: pruning
+    forward_ns: int = 1
+    calls: int = 0
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> target_pb2.TargetServiceGetModelInfoResponse:
+        return target_pb2.TargetServiceGetModelInfoResponse()
+
+    async def Evaluate(  # noqa: N802
+        self, requests: Any, context: Any
+    ) -> AsyncIterator[target_pb2.EvaluateResponse]:
+        self.calls += 1
+        if self.full:
+            context.set_trailing_metadata(((PUSHBACK_HEADER, "250"),))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        pruning = NOTHING
+        async for request in requests:
+            if request.HasField("start"):
+                pruning = self.heeds(wire.pruning(request.start, "start.", WORLD.trie))
+            nodes = wire.node_ids(request.nodes, "nodes", WORLD.trie)
+            yield target_pb2.EvaluateResponse(
+                evaluation=wire.to_evaluation(WORLD.evaluate(nodes, pruning, 100)),
+                statistics=types_pb2.PassStatistics(forward_ns=self.forward_ns),
+                model_version=VERSION,
+            )
+
+
+@asynccontextmanager
+async def asking(table: Table, pruning: Pruning = NOTHING) -> AsyncIterator[TargetSession]:
+    """A session with it, over gRPC."""
+    server = grpc.aio.server()
+    target_pb2_grpc.add_TargetServiceServicer_to_server(table, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
+        client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
+        session = client.session(question(pruning), max_children=100)
+        yield session
+        session.close()
+    await server.stop(None)
+
+
+def question(pruning: Pruning = NOTHING) -> ModelQuestion:
+    return ModelQuestion(np.array([1]), pruning, Deadline(SECONDS))
+
+
+async def test_a_service_that_is_full_is_asked_once_more_and_not_again() -> None:
+    """Once each of all attempts went there: a service that is short of replicas got several times the calls."""
+    table = Table(full=True)
+    async with asking(table) as session:
+        with pytest.raises(ResourceExhaustedError) as refused:
+            await session.evaluate(np.array([ROOT]))
+    assert table.calls == 2
+    assert refused.value.retry_after_seconds == 0.25
+
+
+@pytest.mark.parametrize("what", ["excluded", "allowed"])
+async def test_children_that_the_request_has_pruned_are_no_answer(what: str) -> None:
+    """A replica that did not know `kept` once made lists of items that were not allowed."""
+    pruning = WORLD.catalogue.pruning(**{"excluded": np.empty(0, dtype=np.int64), what: WORLD.catalogue.find(["d"])})
+    for heeds in (lambda _: NOTHING, lambda pruning: pruning):
+        table = Table(heeds=heeds)
+        async with asking(table, pruning) as session:
+            if heeds(pruning) is NOTHING:
+                with pytest.raises(UnavailableError, match="invalid answer"):
+                    await session.evaluate(np.array([ROOT]))
+                assert table.calls == ATTEMPTS
+            else:
+                evaluation = await session.evaluate(np.array([ROOT]))
+                assert pruning.live(evaluation.child).all()
+
+
+async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:
+    """Their sum would not fit into the reply's field, and the request would fail with it."""
+    async with asking(Table(forward_ns=2**63)) as session:
+        with pytest.raises(UnavailableError, match="invalid answer"):
+            await session.evaluate(np.array([ROOT]))
+    assert session.usage.costs == []
+
+
+async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_answer() -> None:
+    """grpc.aio then raises neither of its RPC errors: such a request once ended as an internal error."""
+    async with asking(Table()) as session:
+        await session.evaluate(np.array([ROOT]))
+    with pytest.raises(UnavailableError):
+        await session.evaluate(np.array([ROOT]))
+    channel, degraded = grpc.aio.insecure_channel("127.0.0.1:1"), list[str]()
+    stub = draft_pb2_grpc.DraftServiceStub(channel)
+    await channel.close()
+    routes: Routes[Any] = Routes(stub)
+    client = DraftClient(routes, WORLD.trie, VERSION, timeout=SECONDS, backoff_seconds=SECONDS)
+    plan = await client.session(question(), Proposal.TOP, degraded).plan(Beams.root(), PlanSize(5, 10, 10))
+    assert (len(plan.node), degraded, client.resting) == (0, ["draft: UNAVAILABLE"], True)
