@@ -31,7 +31,7 @@ class TreeOutput:
 class BatchDecoder:
     """Runs a decoder on one tree's memory, or on a padded copy of several trees'. For one thread.
 
-    The copy's memory stays for the next batch, as large as the largest was.
+    The copy's memory stays for the next batch, as large as the largest was: at most `BatchLimits.gathered_tokens`.
     """
 
     def __init__(self, decoder: Decoder) -> None:

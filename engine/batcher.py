@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine.errors import OverloadedError
 
+_logger = logging.getLogger(__name__)
 Work = TypeVar("Work")
 Outcome = TypeVar("Outcome")
 
@@ -21,7 +23,8 @@ class BatchLimits:
 
     tokens: new ones of a whole batch, padding included; a single pass may have more. delay_seconds: how long a pass that
     could start waits for company. padding: rows are padded to the longest; the batch may have so many times the tokens, new
-    ones and cached ones, that its passes have one by one.
+    ones and cached ones, that its passes have one by one. gathered_tokens: new and cached ones of a whole batch, padding
+    included, whose keys and values are copied side by side.
     """
 
     requests: int = 16
@@ -29,6 +32,12 @@ class BatchLimits:
     delay_seconds: float = 0.0
     waiting: int = 256
     padding: float = 1.5
+    gathered_tokens: int = 1_000_000
+
+    def allow(self, rows: int, longest: int, deepest: int) -> bool:
+        """Whether so many passes may share one, padded to `longest` new tokens and `deepest` cached ones each."""
+        within = rows * longest <= self.tokens and rows * (longest + deepest) <= self.gathered_tokens
+        return rows <= self.requests and within
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
     for index, size in enumerate(waiting):
         rows = len(chosen) + 1
         padded_new, padded_cached = rows * max(longest, size.new_tokens), rows * max(deepest, size.cached_tokens)
-        fits = rows <= limits.requests and padded_new <= limits.tokens
+        fits = limits.allow(rows, max(longest, size.new_tokens), max(deepest, size.cached_tokens))
         close = padded_new <= limits.padding * (new + size.new_tokens)
         close &= padded_cached <= limits.padding * (cached + size.cached_tokens)
         if not chosen or (fits and close):
@@ -77,13 +86,14 @@ class Ticket(Generic[Work, Outcome]):
 class Batcher(Generic[Work, Outcome]):
     """Runs batches of work one at a time, in a thread of its own.
 
-    run: computes one batch, in the thread: an outcome or an exception for each piece of work, in order. What it raises
-    becomes the outcome of all of them.
+    run: computes one batch, in the thread: an outcome or an exception for each piece of work, in order, each delivered as soon as
+    it is there. If it raises, those who have no outcome yet are run one by one, so that nobody fails for the company: it must
+    have done nothing to their work that a second run would not bear. What it raises for a single one is its outcome.
     Batches are formed when the thread is free, so a piece of work that finds it free never waits, unless limits.delay_seconds
     says so. All methods are for the event loop.
     """
 
-    def __init__(self, run: Callable[[Sequence[Work]], Sequence[Outcome | Exception]], limits: BatchLimits) -> None:
+    def __init__(self, run: Callable[[Sequence[Work]], Iterable[Outcome | Exception]], limits: BatchLimits) -> None:
         self.limits = limits
         self._run = run
         self._waiting: list[Ticket[Work, Outcome]] = []
@@ -136,11 +146,21 @@ class Batcher(Generic[Work, Outcome]):
 
     def _work(self) -> None:
         while batch := self._take():
-            try:
-                outcomes = self._run([ticket.work for ticket in batch])
-            except Exception as error:  # noqa: BLE001 - it is for those who wait
-                outcomes = [error] * len(batch)
-            batch[0].done.get_loop().call_soon_threadsafe(_deliver, batch, outcomes)
+            self._answer(batch)
+
+    def _answer(self, batch: Sequence[Ticket[Work, Outcome]]) -> None:
+        answered = 0
+        try:
+            for ticket, outcome in zip(batch, self._run([ticket.work for ticket in batch]), strict=True):
+                _deliver(ticket, outcome)
+                answered += 1
+        except Exception as error:
+            if len(batch) == 1:
+                _deliver(batch[0], error)
+                return
+            _logger.warning("a pass for %d requests failed, they go on one by one", len(batch), exc_info=error)
+            for ticket in batch[answered:]:
+                self._answer([ticket])
 
     def _take(self) -> list[Ticket[Work, Outcome]]:
         """The next batch, as soon as there is one; none when the batcher is closed and nothing waits."""
@@ -157,10 +177,10 @@ class Batcher(Generic[Work, Outcome]):
         left = self._waiting[0].until - time.monotonic()
         if left <= 0 or self._closed:
             return 0.0
-        batch = next_batch([ticket.size for ticket in self._waiting], self.limits)
-        rows, longest = len(batch), max(self._waiting[index].size.new_tokens for index in batch)
-        is_full = rows >= self.limits.requests or (rows + 1) * longest > self.limits.tokens
-        return 0.0 if is_full else left
+        sizes = [ticket.size for ticket in self._waiting]
+        batch = [sizes[index] for index in next_batch(sizes, self.limits)]
+        longest, deepest = max(size.new_tokens for size in batch), max(size.cached_tokens for size in batch)
+        return left if self.limits.allow(len(batch) + 1, longest, deepest) else 0.0
 
     def _remove(self, indices: Sequence[int]) -> list[Ticket[Work, Outcome]]:
         taken = [self._waiting[index] for index in indices]
@@ -169,6 +189,5 @@ class Batcher(Generic[Work, Outcome]):
         return taken
 
 
-def _deliver(batch: Sequence[Ticket[Work, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
-    for ticket, outcome in zip(batch, outcomes, strict=True):
-        ticket.done.set_result(outcome)
+def _deliver(ticket: Ticket[Work, Outcome], outcome: Outcome | Exception) -> None:
+    ticket.done.get_loop().call_soon_threadsafe(ticket.done.set_result, outcome)

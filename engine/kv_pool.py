@@ -17,6 +17,8 @@ from engine.errors import OverloadedError
 Kv = npt.NDArray[Any]
 
 _SMALLEST = 64
+# Of the limit, for trees that outgrow their buffers: one that is refused then has been served in vain.
+_FOR_GROWTH = 1 / 8
 
 
 def capacity_for(tokens: int) -> int:
@@ -31,7 +33,8 @@ def capacity_for(tokens: int) -> int:
 class KvPool:
     """Buffers [layers, 2, capacity, kv_heads, head_dim] for open trees, `limit_bytes` of them, idle ones included.
 
-    First a tree reserves a capacity, which is refused beyond the limit; when its pass runs it takes the buffer. A buffer
+    First a tree reserves a capacity, which is refused beyond the limit; when its pass runs it takes the buffer. An eighth of the
+    limit is for trees that grow, so that those that are open win over new ones; a tree alone may have all of it. A buffer
     that was taken is given back, a reservation that was not used is cancelled. Buffers are dirty. Thread-safe: `reserve`,
     `cancel` and `give_back` neither allocate nor free memory, so they are fit for an event loop.
     """
@@ -54,14 +57,18 @@ class KvPool:
         """Bytes that wait for the next tree."""
         return self._idle_tokens * self._bytes_per_token
 
-    def reserve(self, capacity: int) -> None:
-        """Set a buffer aside. Raises OverloadedError when it does not fit beside those of the other open trees."""
+    def reserve(self, capacity: int, *, growing: bool = False) -> None:
+        """Set a buffer aside, for a tree that is new or `growing`.
+
+        Raises OverloadedError when it does not fit beside those of the other open trees.
+        """
         with self._lock:
             wanted = (self._reserved + capacity) * self._bytes_per_token
-            if wanted > self.limit_bytes:
+            limit = self.limit_bytes * (1 if growing or not self._reserved else 1 - _FOR_GROWTH)
+            if wanted > limit:
                 raise OverloadedError(
                     f"kv_open_mb: the KV of open streams would take {wanted / 2**20:.1f} MiB, "
-                    f"the limit is {self.limit_bytes / 2**20:.1f}"
+                    f"the limit for {'growing' if growing else 'new'} ones is {limit / 2**20:.1f}"
                 )
             self._reserved += capacity
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from engine.bundle import ModelEntry
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve, measure
 from engine.decoder import Decoder
-from engine.errors import CapacityError, EngineError, PromptError
+from engine.errors import CapacityError, PromptError
 from engine.kv_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
 from engine.kv_pool import KvPool, capacity_for
 from engine.kv_store import PrefixCache
@@ -25,6 +27,7 @@ from engine.trie import ROOT, Int64, Pruning, Trie
 # Nodes that fit beside a prompt and its first pass before the buffer has to grow.
 _NODE_ROOM = 128
 _OPEN_KV_BYTES = 4 * 2**30
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class TreeEvaluator:
             return
         grown = tree.capacity + tree.capacity // 2
         capacity = capacity_for(max(needed, grown) if tree.capacity else needed + _NODE_ROOM)
-        self.open_kv.reserve(capacity)
+        self.open_kv.reserve(capacity, growing=tree.capacity > 0)
         self._cancel_unused(tree)
         tree.capacity = capacity
 
@@ -221,8 +224,11 @@ class TreeEvaluator:
             self.open_kv.give_back(held)
         tree.capacity, tree.cached = 0, ()
 
-    def _run(self, works: Sequence[TreeWork]) -> list[PassResult | Exception]:
-        """In the worker thread: several trees' passes as one. A pass that is refused does not take the others with it."""
+    def _run(self, works: Sequence[TreeWork]) -> Iterator[PassResult | Exception]:
+        """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it.
+
+        Where the model itself fails nothing has been committed, and each may be run again.
+        """
         begun = time.perf_counter_ns()
         steps = [_attempt(self._prepare, work) for work in works]
         ready = [(work, step) for work, step in zip(works, steps, strict=True) if isinstance(step, TreePass)]
@@ -232,10 +238,13 @@ class TreeEvaluator:
         forward = PassCost(
             forward_ns=time.perf_counter_ns() - begun, batch_requests=len(ready), batch_tokens=batch_tokens
         )
-        return [
-            self._finish(work, step, next(outputs), begun, forward) if isinstance(step, TreePass) else step
-            for work, step in zip(works, steps, strict=True)
-        ]
+        for work, step in zip(works, steps, strict=True):
+            if isinstance(step, TreePass):
+                yield _attempt(
+                    partial(self._finish, step=step, output=next(outputs), begun=begun, forward=forward), work
+                )
+            else:
+                yield step
 
     def _prepare(self, work: TreeWork) -> TreePass:
         """Room for the pass, before a tree's first one with the cached blocks in it, even if the pass is refused then."""
@@ -302,8 +311,8 @@ def _input(tree: TokenTree, step: TreePass) -> TreeInput:
     return TreeInput(step, tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])
 
 
-def _attempt(compute: Callable[[TreeWork], TreePass], work: TreeWork) -> TreePass | EngineError:
+def _attempt(compute: Callable[[TreeWork], Part], work: TreeWork) -> Part | Exception:
     try:
         return compute(work)
-    except EngineError as error:
+    except Exception as error:  # noqa: BLE001 - it is for the request whose pass this is
         return error

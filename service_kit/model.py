@@ -54,9 +54,21 @@ class ModelSettings(ServiceSettings):
     queue_passes: Annotated[
         int, Field(ge=1, description="Most passes that wait for their turn; more get RESOURCE_EXHAUSTED.")
     ] = 256
+    batch_kv_mb: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Memory for the KV of a shared pass, in MiB, which is copied side by side; passes that would need more "
+            "do not share one. Kept for the next one.",
+        ),
+    ] = 512
     kv_open_mb: Annotated[
         int,
-        Field(ge=1, description="Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED."),
+        Field(
+            ge=1,
+            description="Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED. An eighth of it is "
+            "for streams that grow.",
+        ),
     ] = 4096
     kv_block_tokens: Annotated[
         int | None,
@@ -92,10 +104,15 @@ class ModelSettings(ServiceSettings):
         ),
     ] = 5.0
 
-    @property
-    def batch_limits(self) -> BatchLimits:
+    def batch_limits(self, layout: KvLayout) -> BatchLimits:
         """What may share a pass, and how many may wait."""
-        return BatchLimits(self.batch_requests, self.batch_tokens, self.batch_delay_ms / 1e3, self.queue_passes)
+        return BatchLimits(
+            requests=self.batch_requests,
+            tokens=self.batch_tokens,
+            delay_seconds=self.batch_delay_ms / 1e3,
+            waiting=self.queue_passes,
+            gathered_tokens=self.batch_kv_mb * 2**20 // layout.bytes_per_token,
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,7 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
         layout,
         cache,
         metrics,
-        limits=settings.batch_limits,
+        limits=settings.batch_limits(layout),
         open_kv_bytes=settings.kv_open_mb * 2**20,
     )
     await evaluator.warm_up()

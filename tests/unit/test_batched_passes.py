@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batcher import BatchLimits
+from engine.batch_decoder import TreeInput, TreeOutput
+from engine.batcher import BatchLimits, PassSize
 from engine.cost import PassCost
 from engine.errors import CapacityError, OverloadedError
 from engine.scoring import Children, Perturbation, ScoringRule
-from engine.tree_evaluator import Selection, TreeEvaluator
+from engine.tree_evaluator import PassResult, Selection, TreeEvaluator, TreeWork
 from engine.trie import ROOT, Int64, Pruning
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import DictStore, Models
@@ -265,7 +266,7 @@ async def test_the_memory_of_a_running_pass_is_free_when_it_has_ended(models: Mo
 
 
 async def test_streams_beyond_the_memory_are_refused_and_served_later(models: Models) -> None:
-    async with opened(models.evaluator("target", open_kv_bytes=3 * FIRST_BUFFER * models.token_bytes)) as evaluator:
+    async with opened(models.evaluator("target", open_kv_bytes=4 * FIRST_BUFFER * models.token_bytes)) as evaluator:
         trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(3)]
         for tree in trees:
             await evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING)
@@ -275,6 +276,59 @@ async def test_streams_beyond_the_memory_are_refused_and_served_later(models: Mo
         await first_pass(evaluator, models.prompt(3, seed=3))
         for tree in trees:
             evaluator.end(tree)
+
+
+async def test_a_stream_grows_while_new_ones_are_refused(models: Models, alone: Alone) -> None:
+    """At the limit running requests once failed in the middle, for others that had just come."""
+    limit = 16 * FIRST_BUFFER * models.token_bytes
+    with patch("engine.tree_evaluator._NODE_ROOM", 120):  # together with prompt and root a full first buffer, or nearly
+        async with opened(models.evaluator("target", open_kv_bytes=limit)) as evaluator:
+            trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(14)]
+            for tree in trees:
+                evaluator._reserve(tree, PassSize(FIRST_BUFFER - 120, 0))
+            with pytest.raises(OverloadedError, match="kv_open_mb"):
+                await first_pass(evaluator, models.prompt(3, seed=14))
+            evaluator._reserve(trees[0], PassSize(FIRST_BUFFER + 1, 0))
+            evaluation, _ = await evaluator.evaluate(trees[0], np.array(models.naive.inner()), EVERYTHING)
+            assert_same(dict(evaluation.items()), await alone(3, 0))
+            for tree in trees:
+                evaluator.end(tree)
+
+
+@pytest.mark.parametrize("broken", ["run", "finish"])
+async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alone: Alone, broken: str) -> None:
+    """Of the model in a batch: all are run one by one. Of what follows for one of them: that one fails."""
+    async with opened(models.evaluator("target", limits=company(3))) as evaluator:
+        trees = [await evaluator.open(models.prompt(items, seed=1)) for items in (4, 5, 6)]
+        decoder, finish = evaluator._batch_decoder, evaluator._finish
+        run = decoder.run
+
+        def run_alone(inputs: Sequence[TreeInput]) -> list[TreeOutput]:
+            if len(inputs) > 1:
+                raise MemoryError
+            return run(inputs)
+
+        def finish_but_second(work: TreeWork, *arguments: Any, **named: Any) -> PassResult:
+            if work.tree is trees[1]:
+                raise MemoryError
+            return finish(work, *arguments, **named)
+
+        breaks: dict[str, AbstractContextManager[object]] = {
+            "run": patch.object(decoder, "run", run_alone),
+            "finish": patch.object(evaluator, "_finish", finish_but_second),
+        }
+        with breaks[broken]:
+            answers = await asyncio.gather(
+                *(evaluator.evaluate(tree, np.array([ROOT, 1]), EVERYTHING) for tree in trees), return_exceptions=True
+            )
+        for tree in trees:
+            evaluator.end(tree)
+    for answer, items in zip(answers, (4, 5, 6), strict=True):
+        if broken == "finish" and items == 5:
+            assert isinstance(answer, MemoryError)
+            continue
+        assert not isinstance(answer, BaseException)
+        assert_same(dict(answer[0].items()), await alone(items, 1))
 
 
 async def test_a_used_buffer_goes_to_the_next_stream(models: Models, alone: Alone) -> None:

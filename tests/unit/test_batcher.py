@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,9 @@ from engine.batcher import Batcher, BatchLimits, PassSize, next_batch
 from engine.errors import CapacityError, OverloadedError
 
 sizes = st.builds(PassSize, new_tokens=st.integers(1, 60), cached_tokens=st.integers(0, 200))
-limits = st.builds(BatchLimits, requests=st.integers(1, 6), tokens=st.integers(1, 80))
+limits = st.builds(
+    BatchLimits, requests=st.integers(1, 6), tokens=st.integers(1, 80), gathered_tokens=st.integers(0, 800)
+)
 SMALL = PassSize(1, 10)
 
 
@@ -28,15 +30,16 @@ def test_a_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassS
         new, cached = ([getattr(waiting[i], name) for i in batch] for name in ("new_tokens", "cached_tokens"))
         assert len(batch) <= limits.requests
         assert len(batch) * max(new) <= limits.tokens
+        assert len(batch) * (max(new) + max(cached)) <= limits.gathered_tokens
         assert len(batch) * max(new) <= 1.5 * sum(new)
         assert len(batch) * max(cached) <= 1.5 * sum(cached)
 
 
 @given(st.integers(1, 12), sizes, limits)
 def test_equals_share_as_far_as_the_limits_go(count: int, size: PassSize, limits: BatchLimits) -> None:
-    assert len(next_batch([size] * count, limits)) == min(
-        count, limits.requests, max(1, limits.tokens // size.new_tokens)
-    )
+    by_tokens = limits.tokens // size.new_tokens
+    by_memory = limits.gathered_tokens // (size.new_tokens + size.cached_tokens)
+    assert len(next_batch([size] * count, limits)) == min(count, limits.requests, max(1, min(by_tokens, by_memory)))
 
 
 @given(st.lists(sizes, min_size=1, max_size=10), st.lists(st.lists(sizes, max_size=3), max_size=12), limits)
@@ -132,24 +135,46 @@ async def test_a_ticket_is_done_when_its_work_is_even_if_nobody_listens() -> Non
     await batcher.close()
 
 
-async def test_one_that_is_refused_takes_nobody_with_it_and_a_crash_takes_all() -> None:
+async def test_neither_one_that_is_refused_nor_a_crash_takes_anybody_with_it() -> None:
+    """A crash of the shared pass, by the memory it needs or by one of its rows, once failed all of them."""
     gate = Gate()
     batcher = Batcher(gate, BatchLimits())
     cases: list[tuple[list[str], list[str]]] = [
         (["a", "refused", "b"], ["A", "refused", "B"]),
-        (["c", "crash"], ["no memory", "no memory"]),
-        (["d"], ["D"]),
+        (["c", "crash", "d"], ["C", "no memory", "D"]),
+        (["e"], ["E"]),
     ]
     for companions, expected in cases:
         [holder] = start(batcher, "holder")
         await gate.entrance()
         together = start(batcher, *companions)
         await asyncio.sleep(0)
-        gate.release.release(2)
+        gate.release.release(2 if "crash" not in companions else 2 + len(companions))
         outcomes = await asyncio.gather(*together, return_exceptions=True)
         assert [str(outcome) for outcome in outcomes] == expected
         assert await holder == "HOLDER"
-        await gate.entrance()
+        for _ in gate.batches[1:]:
+            await gate.entrance()
+        gate.batches.clear()
+    await batcher.close()
+
+
+async def test_each_is_answered_as_soon_as_its_part_is_done() -> None:
+    """Not when the last of the batch is; and a failure after that leaves the answer as it was."""
+    first_is_back = threading.Event()
+
+    def run(works: Sequence[str]) -> Iterator[str]:
+        yield works[0].upper()
+        if len(works) > 1:
+            first_is_back.wait()
+            raise MemoryError
+
+    batcher = Batcher(run, BatchLimits(requests=2, delay_seconds=3600))
+    first, second = start(batcher, "first", "second")
+    assert await first == "FIRST"
+    assert not second.done()
+    first_is_back.set()
+    assert await second == "SECOND"
     await batcher.close()
 
 
@@ -170,6 +195,10 @@ async def test_with_a_delay_the_first_waits_for_company_until_the_batch_is_full(
     await batcher.close()
     assert await last == "LAST"
     assert gate.batches == [["a", "b"], ["c", "d"], ["last"]]
-    by_tokens = Batcher(gate, replace(hour, tokens=1))
-    assert await ask(by_tokens, "no room for two") == "NO ROOM FOR TWO"
-    await by_tokens.close()
+    for narrow in (
+        replace(hour, tokens=1),
+        replace(hour, gathered_tokens=2 * (SMALL.new_tokens + SMALL.cached_tokens) - 1),
+    ):
+        batcher = Batcher(gate, narrow)
+        assert await ask(batcher, "no room for two") == "NO ROOM FOR TWO"
+        await batcher.close()

@@ -133,6 +133,17 @@ def test_every_variable_is_a_setting(manifests: list[Manifest]) -> None:
         assert variables[f"{prefix}BUNDLE"] == "/bundle"
 
 
+def test_a_models_memory_is_well_below_the_limit_of_its_pod(manifests: list[Manifest]) -> None:
+    """The default for open streams alone, 4 GiB, once reached a target's limit: it would have been killed under load."""
+    maps = of_kind(manifests, "ConfigMap")
+    for name in ("target", "draft"):
+        data, prefix = maps[f"atspeed-{name}"]["data"], f"ATSPEED_{name.upper()}_"
+        limit = containers(manifests)[name]["resources"]["limits"]["memory"]
+        assert limit.endswith("Gi")
+        kept = sum(int(data[prefix + setting]) for setting in ("KV_OPEN_MB", "KV_MEMORY_MB", "BATCH_KV_MB"))
+        assert kept <= 0.6 * 1024 * int(limit.removesuffix("Gi")), "the rest is for weights, passes and Python"
+
+
 def test_secrets_are_referred_to_and_not_there(manifests: list[Manifest]) -> None:
     assert not of_kind(manifests, "Secret")
     for container in containers(manifests).values():
