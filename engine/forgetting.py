@@ -6,7 +6,9 @@ writes end and erases the hash once more. A replica that cannot read the stream 
 stored users, and keeps none until it can.
 
 So a tag's blocks are gone from Redis when `announce` returns, and from every replica's memory a moment later, or within
-`DEAF_SECONDS` where it is cut off. Passes under way may bring them back: for `HOLD_SECONDS` a replica keeps nothing of the tag.
+`DEAF_SECONDS` where it is cut off. Passes under way may bring them back: for `PrefixCache.hold_seconds` a replica keeps nothing
+of the tag. An erasure that fails is tried again until it is done; whatever goes wrong with hearing or erasing, and be it a bug,
+counts as being cut off.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ DEAF_SECONDS = 300.0
 # Longer than any replica may be deaf before it drops everything; a tag is of no use to anyone after that.
 _KEPT_SECONDS = 3600
 _POLL_SECONDS = 0.25
+# Tags erased in one step: little enough to be read within the timeout of a request's read.
+_BATCH = 256
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +60,14 @@ class ForgetListener:
         self._client, self._cache = client, cache
         self._deaf_seconds, self._poll_seconds = deaf_seconds, poll_seconds
         self._position = ""
+        self._failing = False
         self._heard_at = -float("inf")
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago all that had been announced was last known and erased; infinite before the first time."""
+        return time.monotonic() - self._heard_at
 
     async def start(self) -> None:
         """Try the stream once, then follow it in the background. Until it has been read, nothing of stored users is kept."""
@@ -77,24 +87,41 @@ class ForgetListener:
             await self._attempt()
 
     async def _attempt(self) -> None:
-        """Read what is new. After too long without an answer, drop all that might have to be forgotten."""
+        """Hear and erase what is new. After too long without success, drop all that might have to be forgotten."""
+        begun = time.monotonic()
         try:
-            for owner in await self._read():
-                await self._cache.forget(owner)
-        except (RedisError, OSError) as error:
-            if self._cache.keeps_owned and time.monotonic() - self._heard_at > self._deaf_seconds:
-                _logger.warning("cannot hear of forgotten users, dropping KV of stored ones: %s", type(error).__name__)
-                self._cache.keeps_owned = False
+            async with asyncio.timeout(self._deaf_seconds):
+                while await self._hear():
+                    pass
+        except Exception as error:  # noqa: BLE001 - it must go on, and a bug is as bad as a Redis that is away
+            self._failed(error)
             return
-        self._heard_at = time.monotonic()
+        self._failing, self._heard_at = False, begun
         self._cache.keeps_owned = True
 
-    async def _read(self) -> list[bytes]:
-        """The tags that came since the last time; the first time, those of the last moments, as passes may be under way."""
+    def _failed(self, error: Exception) -> None:
+        if not self._failing:
+            # Redis's own errors without their text, which quotes commands and keys.
+            bug = None if isinstance(error, RedisError | OSError) else error
+            _logger.warning("cannot hear of forgotten users: %s", type(error).__name__, exc_info=bug)
+        self._failing = True
+        if self._cache.keeps_owned and self.silent_seconds > self._deaf_seconds:
+            _logger.warning("dropping KV of stored users, who may have been forgotten: %s", type(error).__name__)
+            self._cache.keeps_owned = False
+
+    async def _hear(self) -> bool:
+        """Read some of what is new and erase it; whether there may be more. What was not erased is read again the next time.
+
+        The first time, what came in the last moments is new, as passes may be under way.
+        """
         if not self._position:
             seconds, _ = await self._client.time()
             self._position = f"{int((seconds - self._cache.hold_seconds) * 1000)}-0"
-        entries: Any = await self._client.xrange(STREAM, min=f"({self._position}")
+        entries: Any = await self._client.xrange(STREAM, min=f"({self._position}", count=_BATCH)
+        tags = {fields.get(b"owner", b"") for _, fields in entries}
+        owners = {tag for tag in tags if len(tag) == OWNER_BYTES}
+        if owners:
+            await self._cache.forget(owners)
         if entries:
             self._position = entries[-1][0].decode()
-        return [fields[b"owner"] for _, fields in entries if len(fields.get(b"owner", b"")) == OWNER_BYTES]
+        return len(entries) == _BATCH

@@ -3,7 +3,8 @@
 A block holds the keys and values of `block_tokens` consecutive prompt tokens, of all layers. Its key is a link in a
 chain of hashes over every token up to its end, so an equal key means an equal prefix: a block is valid wherever its key
 is asked for, and blocks of different weights, number formats, layouts or tenants never meet. A key begins with the tag of
-the user whose prompt it is of, where that is a stored one: so all that is kept of a user can be found, and forgotten.
+the user whose prompt it is of, where that is a stored one: so all that is kept of a user can be found, and forgotten. Blocks
+before the first item of a prompt hold the template's words alone and are nobody's.
 """
 
 from __future__ import annotations
@@ -81,30 +82,42 @@ def namespace(fingerprint: str, layout: KvLayout, tenant: str) -> bytes:
 
 
 def block_keys(
-    namespace: bytes, tokens: npt.NDArray[np.integer], block_tokens: int, owner: bytes = NO_OWNER
+    namespace: bytes,
+    tokens: npt.NDArray[np.integer],
+    block_tokens: int,
+    owner: bytes = NO_OWNER,
+    *,
+    template_tokens: int = 0,
 ) -> list[bytes]:
     """The key of every whole block of a prompt, [P // block_tokens] of KEY_BYTES bytes each; equal in every process.
 
-    tokens: int64 [P]. key_i = owner, H(key_{i-1}, tokens of block i), key_-1 = owner, H(namespace). A partial last block has
-    no key. owner: the tag of a stored user, OWNER_BYTES; users with tags share no block. Raises ValueError for another length.
+    tokens: int64 [P]. key_i = tag_i, h_i; h_i = H(tag_i, h_{i-1}, tokens of block i); h_-1 = H(namespace). A partial last block
+    has no key. tag_i: nobody's where block i ends within the first `template_tokens`, which say nothing of a user, else owner.
+    owner: the tag of a stored user, OWNER_BYTES; users with tags share no other block. Raises ValueError for another length.
     """
     if len(owner) != OWNER_BYTES:
         raise ValueError(f"KV: an owner's tag has {OWNER_BYTES} bytes, not {len(owner)}")
     wire = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
     step = block_tokens * 8
     size = KEY_BYTES - OWNER_BYTES
-    key = owner + hashlib.blake2b(namespace, digest_size=size, person=b"atspeed-kv-root").digest()
+    link = hashlib.blake2b(namespace, digest_size=size, person=b"atspeed-kv-root").digest()
     keys = []
-    for start in range(0, len(wire) // step * step, step):
-        message = key + wire[start : start + step]
-        key = owner + hashlib.blake2b(message, digest_size=size, person=b"atspeed-kv-block").digest()
-        keys.append(key)
+    for block in range(len(wire) // step):
+        tag = NO_OWNER if (block + 1) * block_tokens <= template_tokens else owner
+        message = tag + link + wire[block * step : (block + 1) * step]
+        link = hashlib.blake2b(message, digest_size=size, person=b"atspeed-kv-block").digest()
+        keys.append(tag + link)
     return keys
 
 
 def owner_of(key: bytes) -> bytes:
     """The tag of the user whose block it is; NO_OWNER where it is nobody's."""
     return key[:OWNER_BYTES]
+
+
+def nobodys(keys: Sequence[bytes]) -> int:
+    """How many of a chain's keys are nobody's: those come first."""
+    return sum(owner_of(key) == NO_OWNER for key in keys)
 
 
 def encode_block(layout: KvLayout, key: bytes, block: KvArray) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -21,11 +21,27 @@ from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from engine.fetch_cost import FetchPolicy
-from engine.kv_cache import NO_OWNER, KvArray, KvLayout, MemoryKvCache, decode_block, encode_block, owner_of
+from engine.kv_cache import (
+    NO_OWNER,
+    KvArray,
+    KvLayout,
+    MemoryKvCache,
+    decode_block,
+    encode_block,
+    nobodys,
+    owner_of,
+)
 
 _logger = logging.getLogger(__name__)
 _LOG_INTERVAL_SECONDS = 60.0
 _WRITE_BYTES = 2**19
+# A user's hash never stands without an expiry, counted from its first field on: else what an active user's windows leave behind
+# would never go. One step, as a connection may break between two. Too full, it begins anew.
+_WRITE_OWNED = """
+if redis.call('HLEN', KEYS[1]) > tonumber(ARGV[2]) then redis.call('UNLINK', KEYS[1]) end
+for field = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[field], ARGV[field + 1]) end
+if redis.call('TTL', KEYS[1]) < 0 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
+"""
 _Answer = TypeVar("_Answer")
 
 
@@ -72,9 +88,9 @@ def connect(url: str, *, timeout_seconds: float, tls: RedisTls | None = None) ->
 
 
 class KvStore(Protocol):
-    """A tier below memory. No method ever raises because of the store's state: its failure is a miss.
+    """A tier below memory. But for `forget`, no method ever raises because of the store's state: its failure is a miss.
 
-    The keys of one call are of one owner.
+    The keys of one call are of one prompt: nobody's first, then one owner's.
     """
 
     @property
@@ -87,8 +103,8 @@ class KvStore(Protocol):
     async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
         """Store blocks of one prompt by key, as many as may be."""
 
-    async def forget(self, owner: bytes) -> None:
-        """Erase all blocks with this owner's tag, if the store can be reached."""
+    async def forget(self, owners: Collection[bytes]) -> None:
+        """Erase all blocks with these owners' tags, one or more. Raises RedisError or OSError where that was not done."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,8 @@ class RedisKvStore:
     """Blocks in Redis with a time to live: `volatile-lru` then evicts them and not histories.
 
     A stored user's are the fields of one hash, `kv:<tag in hex>`, so that they can be erased in one step, whatever they are of;
-    it expires as a whole. Others stand under `kv:<key in hex>`.
+    it expires as a whole, one TTL after its first write, and holds about `owner_blocks` at most, of all models together: one that
+    has more is emptied before the next prompt's are written. Others stand under `kv:<key in hex>`.
 
     `client` must return bytes; it stays its caller's to close. Reads give up after `timeout_seconds`; writes, for which
     nobody waits, after `write_timeout_seconds`. After a failure Redis is left alone for `backoff_seconds`; then one
@@ -124,6 +141,7 @@ class RedisKvStore:
         ttl_seconds: int,
         timeout_seconds: float,
         *,
+        owner_blocks: int = 1024,
         write_timeout_seconds: float = 2.0,
         backoff_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
@@ -132,7 +150,7 @@ class RedisKvStore:
             raise ValueError("Redis client: decode_responses is set, KV blocks are bytes")
         if ttl_seconds < 1:
             raise ValueError(f"ttl_seconds: {ttl_seconds} is less than 1")
-        self._client, self._layout, self._ttl_seconds = client, layout, ttl_seconds
+        self._client, self._layout, self._ttl_seconds, self._owner_blocks = client, layout, ttl_seconds, owner_blocks
         self._timeout_seconds, self._write_timeout_seconds = timeout_seconds, write_timeout_seconds
         self._backoff_seconds, self._clock = backoff_seconds, clock
         self._failing = False
@@ -150,11 +168,13 @@ class RedisKvStore:
         return self._failures + self._skipped
 
     async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
-        """The blocks of the longest leading run of `keys` that Redis holds intact, each an array of its own. One MGET."""
+        """The blocks of the longest leading run of `keys` that Redis holds intact, each an array of its own.
+
+        One MGET or HMGET; both where nobody's blocks and an owner's are wanted.
+        """
         if not keys:
             return []
-        answer = await self._ask(lambda: self._read(keys), self._timeout_seconds)
-        values: list[Any] = answer if isinstance(answer, list) else []
+        values = await self._ask(lambda: self._read(keys), self._timeout_seconds) or []
         run = await asyncio.to_thread(self._decode_run, keys, values) if values else []
         self._hits += len(run)
         self._misses += len(keys) - len(run)
@@ -162,22 +182,26 @@ class RedisKvStore:
         return run
 
     async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
-        """Write blocks over what their keys hold, in one pipeline. Raises ValueError for a block of another layout."""
+        """Write blocks over what their keys hold, in pipelines. Raises ValueError for a block of another layout."""
         # Looked at here already, because encoding for a Redis that will not be asked is a waste.
         if not blocks or self._resting():
             self._skipped += bool(blocks)
             return
         await self._ask(lambda: self._write(blocks), self._write_timeout_seconds)
 
-    async def forget(self, owner: bytes) -> None:
-        """Erase a user's blocks."""
-        await self._ask(lambda: self._client.unlink(group_name(owner)), self._write_timeout_seconds)
+    async def forget(self, owners: Collection[bytes]) -> None:
+        """Erase users' blocks, in one step. It asks a Redis that is left alone, too: nothing else would erase them."""
+        async with asyncio.timeout(self._write_timeout_seconds):
+            await self._client.unlink(*map(group_name, owners))
 
-    def _read(self, keys: Sequence[bytes]) -> Awaitable[list[Any]]:
-        owner = owner_of(keys[0])
-        if owner == NO_OWNER:
-            return self._client.mget([_name(key) for key in keys])
-        return cast("Awaitable[list[Any]]", self._client.hmget(group_name(owner), list(keys)))
+    async def _read(self, keys: Sequence[bytes]) -> list[Any]:
+        shared, own = keys[: nobodys(keys)], list(keys[nobodys(keys) :])
+        answers: list[Any] = []
+        if shared:
+            answers.append(await self._client.mget([_name(key) for key in shared]))
+        if own:
+            answers.append(await cast("Awaitable[Any]", self._client.hmget(group_name(owner_of(own[0])), own)))
+        return [value for answer in answers if isinstance(answer, list) for value in answer]
 
     def _decode_run(self, keys: Sequence[bytes], values: Sequence[Any]) -> list[KvArray]:
         run: list[KvArray] = []
@@ -197,23 +221,22 @@ class RedisKvStore:
         for start in range(0, len(keys), step):
             entries = await asyncio.to_thread(self._encode, {key: blocks[key] for key in keys[start : start + step]})
             pipeline = self._client.pipeline(transaction=False)
-            self._add_writes(pipeline, entries)
+            self._add_writes(pipeline, entries, most=self._owner_blocks + start)
             # Raised by hand: redis-py would quote the whole command, megabytes of it, in the error's text.
             for result in await pipeline.execute(raise_on_error=False):
                 if isinstance(result, Exception):
                     raise result
         return True
 
-    def _add_writes(self, pipeline: Pipeline, entries: Mapping[bytes, bytes]) -> None:
-        owner = owner_of(next(iter(entries)))
-        if owner == NO_OWNER:
-            for key, data in entries.items():
-                pipeline.set(_name(key), data, ex=self._ttl_seconds)
-            return
-        fields: dict[Any, Any] = dict(entries)  # as redis-py types it
-        pipeline.hset(group_name(owner), mapping=fields)
-        # From the first write on: else what an active user's windows leave behind would never go.
-        pipeline.expire(group_name(owner), self._ttl_seconds, nx=True)
+    def _add_writes(self, pipeline: Pipeline, entries: Mapping[bytes, bytes], *, most: int) -> None:
+        """most: blocks that a user's hash may hold before, what is already written of this prompt included."""
+        keys = list(entries)
+        shared, own = keys[: nobodys(keys)], keys[nobodys(keys) :]
+        for key in shared:
+            pipeline.set(_name(key), entries[key], ex=self._ttl_seconds)
+        if own:
+            fields = [part for key in own for part in (key, entries[key])]
+            pipeline.eval(_WRITE_OWNED, 1, group_name(owner_of(own[0])), self._ttl_seconds, most, *fields)
 
     async def _ask(self, call: Callable[[], Awaitable[_Answer]], timeout_seconds: float) -> _Answer | None:
         """Redis's answer, or None: it failed, or it is being left alone."""
@@ -259,11 +282,6 @@ class CachedPrefix:
     memory_tokens: int
     redis_tokens: int
 
-    @property
-    def tokens(self) -> int:
-        """Prompt tokens covered."""
-        return self.memory_tokens + self.redis_tokens
-
 
 class PrefixCache:
     """Memory and, where there is a `store`, Redis as one cache. For the event loop only.
@@ -294,8 +312,8 @@ class PrefixCache:
         self._keeps_owned = True
         # Until when nothing of an owner is kept.
         self._forgotten: dict[bytes, float] = {}
-        # The event loop itself only keeps weak references to tasks.
-        self._writes: set[asyncio.Task[None]] = set()
+        # With the owners of what they write; the event loop itself only keeps weak references to tasks.
+        self._writes: dict[asyncio.Task[None], bytes] = {}
         self._dropped_writes = 0
         self._closed = False
 
@@ -313,8 +331,10 @@ class PrefixCache:
         """The longest cached beginning of a prompt with these block keys. What the store adds moves up into memory."""
         found = self._memory.get_chain(keys)
         fetched = await self._fetch(keys[len(found) :], len(found))
-        if fetched and self._may_keep(keys[0]):
-            fetched = self._memory.put_chain(keys[: len(found) + len(fetched)], fetched)
+        kept = self._keepable(keys)[: len(found) + len(fetched)]
+        new = fetched[: max(0, len(kept) - len(found))]
+        if new:
+            fetched = [*self._memory.put_chain(kept, new), *fetched[len(new) :]]
         step = self._layout.block_tokens
         return CachedPrefix((*found, *fetched), len(found) * step, len(fetched) * step)
 
@@ -335,8 +355,9 @@ class PrefixCache:
         keys: of the prompt's whole blocks. new: the blocks of the last `len(new)` of them, as `copy_blocks` makes them; they
         are not copied again. Raises ValueError when there are more than keys.
         """
-        if new and keys and not self._may_keep(keys[0]):
-            return
+        found = len(keys) - len(new)
+        keys = self._keepable(keys)
+        new = new[: max(0, len(keys) - found)]
         last = keys[max(0, len(keys) - len(new)) :]
         # Another request with the same prefix may have been quicker; then its write is under way.
         known = [key in self._memory for key in last]
@@ -356,22 +377,28 @@ class PrefixCache:
         if not value:
             self._memory.drop(lambda key: owner_of(key) != NO_OWNER)
 
-    async def forget(self, owner: bytes) -> None:
-        """Drop a user's blocks, here and in the store, with those that are on their way there."""
+    async def forget(self, owners: Collection[bytes]) -> None:
+        """Drop users' blocks, here and in the store, with those that are on their way there. Looks at all keys in memory, once.
+
+        Raises RedisError or OSError where the store did not do it; here it is done then, and it should be called again.
+        """
         now = self._clock()
         self._forgotten = {tag: until for tag, until in self._forgotten.items() if until > now}
-        self._forgotten[owner] = now + self.hold_seconds
-        self._memory.drop(lambda key: owner_of(key) == owner)
-        if self._store:
-            if self._writes:
-                await asyncio.wait(set(self._writes))
-            await self._store.forget(owner)
+        self._forgotten |= dict.fromkeys(owners, now + self.hold_seconds)
+        gone = frozenset(owners)
+        self._memory.drop(lambda key: owner_of(key) in gone)
+        if self._store and gone:
+            if writing := {task for task, owner in self._writes.items() if owner in gone}:
+                await asyncio.wait(writing)
+            await self._store.forget(gone)
 
-    def _may_keep(self, key: bytes) -> bool:
-        owner = owner_of(key)
-        if owner == NO_OWNER:
-            return True
-        return self._keeps_owned and self._forgotten.get(owner, -float("inf")) <= self._clock()
+    def _keepable(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """A chain, or only what of it is nobody's while its owner's may not be kept."""
+        owner = owner_of(keys[-1]) if keys else NO_OWNER
+        held = self._forgotten.get(owner, -float("inf")) > self._clock()
+        if owner == NO_OWNER or (self._keeps_owned and not held):
+            return keys
+        return keys[: nobodys(keys)]
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
         """Give pending writes `timeout_seconds` to end, then cancel them. Later writes are dropped."""
@@ -390,11 +417,11 @@ class PrefixCache:
             self._dropped_writes += 1
             return
         task = asyncio.get_running_loop().create_task(self._store.put(blocks), name="kv-write")
-        self._writes.add(task)
+        self._writes[task] = owner_of(list(blocks)[-1])
         task.add_done_callback(self._written)
 
     def _written(self, task: asyncio.Task[None]) -> None:
-        self._writes.discard(task)
+        self._writes.pop(task, None)
         if not task.cancelled() and (error := task.exception()):
             _logger.error("KV write failed", exc_info=error)
 

@@ -122,7 +122,8 @@ class TreeEvaluator:
         self._check_prompt(prompt)
         begun = time.perf_counter_ns()
         step = self._layout.block_tokens
-        keys = block_keys(namespace(self.entry.fingerprint, self._layout, tenant), prompt, step, owner)
+        chain = namespace(self.entry.fingerprint, self._layout, tenant)
+        keys = block_keys(chain, prompt, step, owner, template_tokens=self._template_tokens(prompt))
         # The last prompt token is always computed: its logits are the root's evaluation.
         cached = await self._cache.lookup(keys[: (len(prompt) - 1) // step])
         cost = PassCost(
@@ -287,6 +288,11 @@ class TreeEvaluator:
         computed = copy_blocks(self._layout, tree.tokens.kv, len(tree.cached), len(tree.keys))
         tree.cached = ()
         return computed
+
+    def _template_tokens(self, prompt: Int64) -> int:
+        """How many tokens at a prompt's beginning are the template's and not the user's."""
+        prefix = self.entry.prompt.prefix
+        return len(prefix) if tuple(prompt[: len(prefix)].tolist()) == prefix else 0
 
     def _check_prompt(self, prompt: Int64) -> None:
         longest = self.entry.max_positions - (self.trie.levels - 1)

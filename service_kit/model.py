@@ -24,6 +24,9 @@ from service_kit.model_metrics import KvTiers, ModelMetrics
 from service_kit.observed_model import ObservedEvaluator
 from service_kit.settings import ServiceSettings
 
+# Of a stored user Redis holds about so many of the longest prompts, all models' together.
+_USER_PROMPTS = 8
+
 
 class ModelSettings(ServiceSettings):
     """The settings of a service that runs a model."""
@@ -89,7 +92,9 @@ class ModelSettings(ServiceSettings):
     kv_ttl_seconds: Annotated[
         int,
         Field(
-            ge=1, description="How long Redis keeps a KV block after it was written; reading it does not prolong that."
+            ge=1,
+            description="How long Redis keeps a KV block after it was written; a stored user's go together, so long after the "
+            "first of them. Reading and further writes do not prolong it.",
         ),
     ] = 86_400
     redis_timeout_seconds: Annotated[
@@ -148,7 +153,10 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     url, timeout = settings.redis_url.get_secret_value(), settings.redis_timeout_seconds
     client = connect(url, timeout_seconds=timeout, tls=settings.redis_tls) if url else None
     memory = MemoryKvCache(settings.kv_memory_mb * 2**20)
-    store = RedisKvStore(client, layout, settings.kv_ttl_seconds, timeout) if client and _in_redis(settings) else None
+    store = None
+    if client and _in_redis(settings):
+        owner_blocks = _USER_PROMPTS * (entry.prompt.max_tokens(trie.levels) // layout.block_tokens)
+        store = RedisKvStore(client, layout, settings.kv_ttl_seconds, timeout, owner_blocks=owner_blocks)
     cache = PrefixCache(layout, memory, store)
     cache.keeps_owned = client is not None  # without Redis nobody says when to forget a user
     metrics = ModelMetrics(KvTiers(cache, memory, store))
@@ -170,6 +178,7 @@ async def served_model(settings: ModelSettings, role: Role) -> AsyncIterator[Ser
     listener = ForgetListener(client, cache) if client else None
     if listener:
         await listener.start()
+        metrics.follow(listener)
     info = types_pb2.ModelInfo(
         model_version=bundle.manifest.model_version(role),
         catalogue_version=bundle.manifest.catalogue_version,

@@ -8,6 +8,7 @@ from atspeed.v1 import types_pb2
 from prometheus_client import CollectorRegistry
 
 from engine.cost import PassCost
+from engine.forgetting import ForgetListener
 from engine.kv_cache import MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore
 from engine.tree_evaluator import OpenTree, TreeEvaluator
@@ -52,6 +53,11 @@ KV_UNWRITTEN = ReadCounter(
 )
 KV_DROPPED = ReadCounter("atspeed_kv_writes_dropped_total", "Writes of KV to Redis given up as too many were pending.")
 KV_PENDING = ReadGauge("atspeed_kv_writes_pending", "Writes of KV to Redis that are under way.")
+FORGETTING = ReadGauge(
+    "atspeed_forgetting_silence_seconds",
+    "Since when this replica has not known that all forgotten users are erased; after 300 it keeps no KV of stored users. "
+    "Absent without Redis.",
+)
 MODEL = ReadGauge(
     "atspeed_model_info",
     "1, with what is served.",
@@ -62,7 +68,7 @@ METRICS = (
     *(WAITING, TREES, TREE_BYTES, TREE_LIMIT),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
     *(KV_READS, KV_UNWRITTEN),
-    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, MODEL),
+    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, FORGETTING, MODEL),
 )
 
 
@@ -134,6 +140,10 @@ class ModelMetrics:
             TREE_LIMIT: lambda: memory.limit_bytes,
         }
         self.registry.register(Readings(reads))
+
+    def follow(self, listener: ForgetListener) -> None:
+        """How the erasure of users goes."""
+        self.registry.register(Readings({FORGETTING: lambda: listener.silent_seconds}))
 
     def serve(self, info: types_pb2.ModelInfo) -> None:
         """What is served is known now."""

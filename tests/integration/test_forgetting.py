@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import redis
 from atspeed.v1 import draft_pb2, target_pb2, types_pb2
 from atspeed.v1 import recommendation_pb2 as pb
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from client.local_redis import LocalRedis
 from client.local_stack import LocalStack, ServiceProcess
@@ -129,6 +131,29 @@ async def becomes(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+class Failing(RedisKvStore):
+    """Redis refuses erasures until the test says otherwise."""
+
+    failing = True
+
+    async def forget(self, owners: Collection[bytes]) -> None:
+        if self.failing:
+            raise RedisConnectionError
+        await super().forget(owners)
+
+
+class Counting(PrefixCache):
+    """Counts how many are forgotten at once."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.steps: list[int] = []
+
+    async def forget(self, owners: Collection[bytes]) -> None:
+        self.steps.append(len(owners))
+        await super().forget(owners)
+
+
 class TestListener:
     async def test_it_hears_of_users_forgotten_before_it_came(self, redis_client: Redis) -> None:
         """A replica that starts while a pass for the user is still under way must not keep what that brings."""
@@ -160,7 +185,7 @@ class TestListener:
         """And keeps none until it hears again; histories that came with their requests are nobody's and stay."""
         async with connect(redis_url, timeout_seconds=1.0) as client:
             cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-            listener = ForgetListener(client, cache, deaf_seconds=0.2, poll_seconds=0.02)
+            listener = ForgetListener(client, cache, deaf_seconds=1.0, poll_seconds=0.02)
             await listener.start()
             nobodys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
             cache.remember(*prompt())
@@ -188,6 +213,52 @@ class TestListener:
             cache.remember(*prompt())
             assert len(tier) == 0
             await listener.close()
+
+    async def test_an_erasure_that_fails_is_tried_again(self, redis_client: Redis) -> None:
+        """What a pass wrote after the user was gone stayed for a day where Redis failed the replica's own erasure once."""
+        store = Failing(redis_client, LAYOUT, 60, 5.0)
+        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), store)
+        await announce(redis_client, OWNER)
+        await store.put(dict(zip(*prompt(), strict=True)))
+        listener = ForgetListener(redis_client, cache, poll_seconds=0.01)
+        await listener.start()
+        assert await redis_client.exists(group_name(OWNER)) == 1
+        assert not cache.keeps_owned
+        store.failing = False
+        await becomes(lambda: cache.keeps_owned)
+        assert await redis_client.exists(group_name(OWNER)) == 0
+        await listener.close()
+
+    async def test_a_bug_counts_as_deafness_and_does_not_end_it(
+        self, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
+        listener = ForgetListener(redis_client, cache, deaf_seconds=1.0, poll_seconds=0.01)
+        await listener.start()
+        cache.remember(*prompt())
+        assert len(tier) == 2
+        with monkeypatch.context() as patched:
+            patched.setattr(redis_client, "xrange", None)
+            await becomes(lambda: not cache.keeps_owned)
+            assert len(tier) == 0
+            assert listener.silent_seconds > 1.0
+        await becomes(lambda: cache.keeps_owned)
+        assert any(record.exc_info for record in caplog.records), "a bug without a trace"
+        await listener.close()
+
+    async def test_many_are_heard_in_steps(self, redis_client: Redis) -> None:
+        """As one answer they would be too long for a replica's timeout, which would then never hear again."""
+        owners = [owner_tag("", f"user {number}") for number in range(600)]
+        for owner in owners:
+            await announce(redis_client, owner)
+        cache = Counting(LAYOUT, tier := MemoryKvCache(10**6))
+        listener = ForgetListener(redis_client, cache)
+        await listener.start()
+        assert cache.steps == [256, 256, 88]
+        for owner in owners:
+            cache.remember(*prompt(owner))
+        assert len(tier) == 0
+        await listener.close()
 
     async def test_what_is_not_a_tag_is_passed_over(self, redis_client: Redis) -> None:
         await redis_client.xadd(STREAM, {"owner": b"short"})

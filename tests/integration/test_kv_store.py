@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from client.local_redis import LocalRedis
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys, encode_block
-from engine.kv_store import PrefixCache, RedisKvStore, connect
+from engine.kv_store import PrefixCache, RedisKvStore, connect, group_name
 from orchestrator.history import HistoryStore
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=16, dtype="float32", block_tokens=16)
@@ -194,10 +195,64 @@ class TestOwned:
         mine, yours = self.chain(3, b"me------"), self.chain(3, b"you-----")
         for keys in (mine, yours, chain(3)):
             await store.put(content(keys))
-        await store.forget(b"me------")
+        await store.forget({b"me------"})
         assert await store.get_chain(mine) == []
         assert_run(await store.get_chain(yours), yours)
         assert_run(await store.get_chain(chain(3)), chain(3))
+
+    async def test_forgetting_asks_a_redis_that_is_left_alone_and_says_when_it_failed(
+        self, store: RedisKvStore, redis_client: Redis, redis_server: LocalRedis
+    ) -> None:
+        """Passed over in silence, a user's blocks would stay for a day, and nobody would try again."""
+        keys = self.chain(3, b"me------")
+        await store.put(content(keys))
+        await redis_client.rename(group_name(b"me------"), "aside")
+        await redis_client.set(group_name(b"me------"), "something")
+        resting = store_of(redis_client, clock=Clock())
+        assert await resting.get_chain(keys) == []
+        assert resting.statistics.failures == 1
+        await redis_client.rename("aside", group_name(b"me------"))
+        await resting.forget({b"me------"})
+        assert await redis_client.exists(group_name(b"me------")) == 0
+        assert resting.statistics.skipped == 0
+        await asyncio.to_thread(redis_server.kill)
+        with pytest.raises((RedisError, OSError)):
+            await resting.forget({b"me------"})
+
+    async def test_a_user_has_an_expiry_from_the_first_byte_on(
+        self, store: RedisKvStore, redis_client: Redis, redis_server: LocalRedis
+    ) -> None:
+        """In one command, so no cut can come between; a hash that lost its own gets one with the next write."""
+        await store.put(content(self.chain(3, b"me------")))
+        commands = await redis_client.info("commandstats")
+        assert commands["cmdstat_eval"]["calls"] == 1
+        await redis_client.persist(group_name(b"me------"))
+        await store.put(content(self.chain(3, b"me------", seed=1)))
+        assert 0 < await redis_client.ttl(group_name(b"me------")) <= 60
+
+    async def test_a_user_holds_so_many_blocks_at_most(self, redis_client: Redis) -> None:
+        """With what goes, the prompt that is written stays whole, however many pipelines it takes."""
+        layout = KvLayout(layers=4, kv_heads=4, head_dim=64, dtype="float32", block_tokens=16)
+        patience = LIVENESS_SECONDS
+        store = RedisKvStore(redis_client, layout, 60, patience, owner_blocks=20, write_timeout_seconds=patience)
+        lengths = []
+        for seed in range(6):
+            keys = self.chain(8, b"me------", seed)
+            await store.put({key: np.zeros(layout.block_shape, dtype=np.float32) for key in keys})
+            assert len(await store.get_chain(keys)) == 8
+            lengths.append(await redis_client.hlen(group_name(b"me------")))
+        assert lengths == [8, 16, 24, 8, 16, 24]
+        assert 8 * layout.block_bytes > 2**19
+
+    async def test_the_templates_words_are_nobodys(self, store: RedisKvStore, redis_client: Redis) -> None:
+        """One prompt's blocks are in two places, and are found as one run."""
+        tokens = np.arange(5 * LAYOUT.block_tokens)
+        mine = block_keys(b"test", tokens, LAYOUT.block_tokens, b"me------", template_tokens=2 * LAYOUT.block_tokens)
+        await store.put(content(mine))
+        assert_run(await store.get_chain(mine), mine)
+        assert_run(await store.get_chain(mine[1:3]), mine[1:3])
+        await store.forget({b"me------"})
+        assert_run(await store.get_chain(mine), mine[:2])
 
     async def test_damaged_fields_and_entries_of_another_type_are_misses(
         self, store: RedisKvStore, redis_client: Redis

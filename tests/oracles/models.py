@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,9 +43,9 @@ class DictStore:
         """Keep them all."""
         self.blocks.update(blocks)
 
-    async def forget(self, owner: bytes) -> None:
-        """Erase an owner's."""
-        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) != owner}
+    async def forget(self, owners: Collection[bytes]) -> None:
+        """Erase these owners'."""
+        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) not in owners}
 
     @property
     def failures(self) -> int:

@@ -149,6 +149,21 @@ class TestKeys:
         with pytest.raises(ValueError, match="8 bytes"):
             block_keys(b"n", np.arange(4), 2, owner)
 
+    @given(st.integers(0, 20), st.integers(1, 5), st.integers(0, 20))
+    def test_what_ends_within_the_template_is_nobodys(self, tokens: int, step: int, template: int) -> None:
+        """And nothing behind it is: not the block across the border, whose first words are the template's."""
+        prompt = np.arange(tokens)
+        nobody = block_keys(b"n", prompt, step)
+        first, second = (
+            block_keys(b"n", prompt, step, owner, template_tokens=template) for owner in (b"a" * 8, b"b" * 8)
+        )
+        common = min(template, tokens) // step
+        assert first[:common] == second[:common] == nobody[:common]
+        assert {owner_of(key) for key in first[common:]} <= {b"a" * 8}
+        assert not set(first[common:]) & {*second[common:], *nobody}
+        links = [{key[OWNER_BYTES:] for key in keys[common:]} for keys in (first, second, nobody)]
+        assert not links[0] & (links[1] | links[2]), "equal histories show"
+
     def test_a_root_is_never_a_block(self) -> None:
         """Who could choose a namespace still could not choose one whose chain runs into another's."""
         tokens = np.arange(12, dtype=np.int64)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import unittest.mock
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ class FakeStore:
         self.blocks: dict[bytes, KvArray] = {}
         self.reads: list[list[bytes]] = []
         self.writes: list[list[bytes]] = []
+        self.forgotten: list[set[bytes]] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -43,8 +45,9 @@ class FakeStore:
         await self.gate.wait()
         self.blocks.update(blocks)
 
-    async def forget(self, owner: bytes) -> None:
-        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) != owner}
+    async def forget(self, owners: Collection[bytes]) -> None:
+        self.forgotten.append(set(owners))
+        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) not in owners}
 
     @property
     def failures(self) -> int:
@@ -65,9 +68,15 @@ def memory(blocks: int = 100) -> MemoryKvCache:
     return MemoryKvCache(blocks * LAYOUT.block_bytes)
 
 
+async def tokens_of(cache: PrefixCache, keys: Sequence[bytes]) -> int:
+    """Prompt tokens that a cache has, in whichever tier."""
+    found = await cache.lookup(keys)
+    return found.memory_tokens + found.redis_tokens
+
+
 async def test_an_empty_cache_finds_nothing() -> None:
     found = await PrefixCache(LAYOUT, memory(), FakeStore()).lookup(prompt(16)[0])
-    assert (found.blocks, found.tokens) == ((), 0)
+    assert (found.blocks, found.memory_tokens, found.redis_tokens) == ((), 0, 0)
 
 
 async def test_what_is_remembered_is_in_memory_at_once_and_in_the_store_soon() -> None:
@@ -173,7 +182,7 @@ async def test_works_without_a_store() -> None:
     cache = PrefixCache(LAYOUT, memory())
     keys, blocks = prompt(8)
     cache.remember(keys, blocks)
-    assert (await cache.lookup(keys)).tokens == 8
+    assert await tokens_of(cache, keys) == 8
     await cache.close()
 
 
@@ -200,7 +209,7 @@ async def test_a_forgotten_user_is_in_no_tier_and_others_are() -> None:
     nobodys = prompt(16)[0]
     for chain in (keys, others, nobodys):
         cache.remember(chain, blocks)
-    await cache.forget(OWNER)
+    await cache.forget({OWNER})
     assert not any(key in tier for key in keys)
     assert not store.blocks.keys() & set(keys)
     assert [(await cache.lookup(chain)).memory_tokens for chain in (keys, others, nobodys)] == [0, 16, 16]
@@ -208,7 +217,7 @@ async def test_a_forgotten_user_is_in_no_tier_and_others_are() -> None:
     tier.check_integrity()
 
     cache.remember(keys, blocks)
-    assert (await cache.lookup(keys)).tokens == 0, "a pass that had begun before brought it back"
+    assert await tokens_of(cache, keys) == 0, "a pass that had begun before brought it back"
     clock[0] = cache.hold_seconds
     cache.remember(keys, blocks)
     assert (await cache.lookup(keys)).memory_tokens == 16
@@ -220,7 +229,7 @@ async def test_a_write_that_is_under_way_ends_before_the_store_forgets() -> None
     store.gate.clear()
     cache = PrefixCache(LAYOUT, memory(), store)
     cache.remember(*owned(16))
-    forgetting = asyncio.create_task(cache.forget(OWNER))
+    forgetting = asyncio.create_task(cache.forget({OWNER}))
     await asyncio.sleep(0)
     store.gate.set()
     await forgetting
@@ -234,7 +243,7 @@ async def test_what_is_on_its_way_from_the_store_is_not_kept() -> None:
     class Late(FakeStore):
         async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
             found = await super().get_chain(keys)
-            await cache.forget(OWNER)
+            await cache.forget({OWNER})
             return found
 
     store = Late()
@@ -255,10 +264,10 @@ async def test_nothing_of_stored_users_is_kept_by_who_cannot_hear_of_their_leavi
     cache.keeps_owned = False
     assert [key in tier for key in (*keys, *nobodys)] == [False] * 4 + [True] * 4
     cache.remember(keys, blocks)
-    assert (await cache.lookup(keys)).tokens == 0
+    assert await tokens_of(cache, keys) == 0
     cache.keeps_owned = True
     cache.remember(keys, blocks)
-    assert (await cache.lookup(keys)).tokens == 16
+    assert await tokens_of(cache, keys) == 16
 
 
 async def test_the_store_is_asked_and_written_as_the_policy_says() -> None:
@@ -268,10 +277,63 @@ async def test_the_store_is_asked_and_written_as_the_policy_says() -> None:
     cache = PrefixCache(LAYOUT, memory(0), store, fetching=fetching)
     keys, blocks = prompt(16)
     cache.remember(keys, blocks)
-    assert ((await cache.lookup(keys)).tokens, store.reads, store.writes) == (0, [], [])
+    assert (await tokens_of(cache, keys), store.reads, store.writes) == (0, [], [])
     worth[0] = True
     cache.remember(keys, blocks)
     await cache.close()
     assert (await cache.lookup(keys)).redis_tokens == 16
     assert (fetching.statistics.asked, fetching.statistics.hits, fetching.statistics.not_worth) == (1, 1, 1)
     assert fetching.statistics.writes_not_worth == 1
+
+
+async def test_many_are_forgotten_in_one_step() -> None:
+    """A look through memory and a command to the store for each would hold requests up."""
+    cache = PrefixCache(LAYOUT, tier := memory(), store := FakeStore())
+    owners = [b"user%04d" % number for number in range(50)]
+    for owner in owners:
+        cache.remember(*owned(8, owner=owner))
+    with unittest.mock.patch.object(tier, "drop", wraps=tier.drop) as drop:
+        await cache.forget(set(owners[:40]))
+    assert drop.call_count == 1
+    assert len(tier) == 20
+    assert store.forgotten == [set(owners[:40])]
+    await cache.close()
+
+
+async def test_only_writes_of_the_forgotten_are_waited_for() -> None:
+    store = FakeStore()
+    store.gate.clear()
+    cache = PrefixCache(LAYOUT, memory(), store)
+    cache.remember(*owned(8, owner=b"stranger"))
+    async with asyncio.timeout(30):
+        await cache.forget({OWNER})
+    assert cache.pending_writes == 1
+    store.gate.set()
+    await cache.close()
+
+
+async def test_of_who_may_not_be_kept_the_templates_words_are() -> None:
+    """They are nobody's: blocks that hold nothing of a user's are common to all, in both tiers, at all times."""
+    store = FakeStore()
+    cache = PrefixCache(LAYOUT, tier := memory(), store)
+    ids = np.arange(16)
+    mine, yours = (
+        block_keys(b"n", ids, LAYOUT.block_tokens, owner, template_tokens=9) for owner in (OWNER, b"stranger")
+    )
+    blocks = prompt(16)[1]
+    assert mine[:2] == yours[:2] == block_keys(b"n", ids, LAYOUT.block_tokens)[:2]
+    await cache.forget({OWNER})
+    cache.remember(mine, blocks)
+    assert [key in tier for key in mine] == [True, True, False, False]
+    assert await tokens_of(cache, yours) == 8
+    cache.remember(yours, blocks[2:])
+    assert await tokens_of(cache, yours) == 16
+    await cache.close()
+    assert store.writes == [mine[:2], yours[2:]]
+    # The store has all of one that may not be kept: the answer is whole, memory takes what is nobody's.
+    store.blocks |= dict(zip(mine, blocks, strict=True))
+    late = PrefixCache(LAYOUT, other := memory(), store)
+    late.keeps_owned = False
+    found = await late.lookup(mine)
+    assert (found.memory_tokens, found.redis_tokens, len(found.blocks)) == (0, 16, 4)
+    assert [key in other for key in mine] == [True, True, False, False]

@@ -125,7 +125,8 @@ class PlanRequest(_message.Message):
     """`K`: the beam width of the search. The plan is for a search that needs the K best nodes of every level."""
     owner: _builtins.bytes
     """Tag of the stored user whose prompt this is, 8 bytes; empty for a history that came with its request. Users with tags share no
-    cached keys and values, and all that is cached under a tag is erased when the user is forgotten.
+    cached keys and values but those of the template's words before the first item; all that is cached under a tag is erased when
+    the user is forgotten.
     """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:

@@ -80,7 +80,8 @@ class EvaluateStart(_message.Message):
     """Keys of the cached keys and values are separate per tenant."""
     owner: _builtins.bytes
     """Tag of the stored user whose prompt this is, 8 bytes; empty for a history that came with its request. Users with tags share no
-    cached keys and values, and all that is cached under a tag is erased when the user is forgotten.
+    cached keys and values but those of the template's words before the first item; all that is cached under a tag is erased when
+    the user is forgotten.
     """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
