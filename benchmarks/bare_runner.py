@@ -24,7 +24,7 @@ from engine.trie import Int64, Pruning
 from orchestrator.beam_loop import beam_search
 from orchestrator.policy import Strict
 from orchestrator.recommend import NoDraft
-from service_kit.model import served_model
+from service_kit.served_models import served_models
 from target_service.settings import TargetSettings
 
 
@@ -117,8 +117,11 @@ async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIt
     bundle = Bundle(root)
     settings = TargetSettings(bundle=root, threads=threads, verify_bundle=False, warm_up_seconds=0)
     async with AsyncExitStack() as stack:
-        models = [await stack.enter_async_context(served_model(settings, "target")) for _ in range(replicas)]
-        yield BareRunner(bundle, bundle.catalogue(), [model.evaluator for model in models])
+        models = [
+            await stack.enter_async_context(served_models(settings, "target", lambda evaluator: evaluator))
+            for _ in range(replicas)
+        ]
+        yield BareRunner(bundle, bundle.catalogue(), [replica.newest.evaluator for replica in models])
 
 
 def median_ms(nanoseconds: Iterable[float]) -> float:

@@ -162,6 +162,7 @@ class Bench:
         evaluator = TreeEvaluator(self._decoder, self._entry, trie, self._rule, self._layout, cache)
         yield evaluator
         await evaluator.close()
+        await cache.close()
 
 
 async def run(bundle: Bundle, histories: Sequence[Sequence[str]], question: Question) -> list[Row]:

@@ -170,7 +170,7 @@ class LocalStack:
         self._cleanup = ExitStack()
         self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
         self._redis_url, self._flags = redis_url, flags or {}
-        self._bundle = bundle.resolve()
+        self._bundle = bundle.absolute()  # a link stays one: the services follow it
         # Models that share cores slow each other down when together they have more threads than there are cores.
         self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))
         self.drafts = [self._service("draft", "draft_service", n) for n in range(drafts)]

@@ -19,9 +19,9 @@ from engine.scoring import Evaluation
 from service_kit import wire
 from service_kit.admission import Admission, Priority
 from service_kit.admission_metrics import admission_reads
-from service_kit.errors import FailedPreconditionError, InvalidArgumentError
+from service_kit.errors import InvalidArgumentError
 from service_kit.metrics import Readings
-from service_kit.model import ServedModel, served_model
+from service_kit.served_models import ServedModel, ServedModels, served_models
 from service_kit.server import Registration
 
 SERVICE = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
@@ -31,22 +31,24 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """Plans for requests."""
 
-    def __init__(self, model: ServedModel, admission: Admission) -> None:
-        self._model, self._admission = model, admission
-        self._trie = model.evaluator.trie
-        self._drafter, self._metrics = Drafter(model.evaluator), PlanMetrics(model.metrics)
+    def __init__(self, models: ServedModels[Drafter], admission: Admission) -> None:
+        self._models, self._admission = models, admission
+        self._metrics = PlanMetrics(models.metrics.registry)
 
     async def GetModelInfo(
         self, request: draft_pb2.DraftServiceGetModelInfoRequest, context: Context
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
         """What this replica serves."""
-        return draft_pb2.DraftServiceGetModelInfoResponse(model=self._model.info)
+        version, served = request.model_version, sorted(self._models.versions.served)
+        model = self._models.find(version, "model_version") if version else self._models.newest
+        return draft_pb2.DraftServiceGetModelInfoResponse(model=model.info, model_versions=served)
 
     async def Plan(self, request: draft_pb2.PlanRequest, context: Context) -> draft_pb2.PlanResponse:
         """A plan below the request's beams."""
-        order = self._order(request)
-        async with self._admission.place(Priority.of(context), context.time_remaining()):
-            drafted = await self._drafter.plan(order)
+        with self._models.find(request.model_version, "model_version").in_use() as model:
+            order = _OrderReader(model).read(request)
+            async with self._admission.place(Priority.of(context), context.time_remaining()):
+                drafted = await model.worker.plan(order)
         self._metrics.planned(order, drafted)
         plan = drafted.plan
         return draft_pb2.PlanResponse(
@@ -56,12 +58,18 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             evaluation=wire.to_evaluation(Evaluation.of(plan.evaluated)) if order.with_evaluation else None,
             statistics=wire.to_statistics(drafted.cost),
             passes=drafted.passes,
-            model_version=self._model.info.model_version,
+            model_version=model.version,
         )
 
-    def _order(self, request: draft_pb2.PlanRequest) -> PlanOrder:
-        if request.model_version != self._model.info.model_version:
-            raise FailedPreconditionError(f"model_version: this replica serves {self._model.info.model_version}")
+
+class _OrderReader:
+    """Reads requests of one model version."""
+
+    def __init__(self, model: ServedModel[Drafter]) -> None:
+        self._trie, self._most_nodes = model.evaluator.trie, model.info.max_nodes
+
+    def read(self, request: draft_pb2.PlanRequest) -> PlanOrder:
+        """The order. Raises InvalidArgumentError."""
         proposal = wire.proposal(request.proposal, "proposal")
         noise = wire.optional_perturbation(request, "perturbation")
         if proposal is not Proposal.TOP and noise is None:
@@ -79,7 +87,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         )
 
     def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:
-        most = self._model.info.max_nodes
+        most = self._most_nodes
         for name, value, least in (
             ("beam_width", request.beam_width, 1),
             ("width", request.width, 1),
@@ -91,7 +99,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         return PlanSize(beam_width=request.beam_width, width=request.width, max_nodes=max_nodes)
 
     def _beams(self, request: draft_pb2.PlanRequest) -> Beams:
-        node = wire.node_ids(request.beams, "beams", self._trie, limit=self._model.info.max_nodes)
+        node = wire.node_ids(request.beams, "beams", self._trie, limit=self._most_nodes)
         depths = self._trie.depth(node)
         if not len(node) or depths[0] != depths[-1] or depths[0] >= self._trie.levels:
             raise InvalidArgumentError("beams", "must be one or more inner nodes of one depth")
@@ -109,9 +117,10 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 @asynccontextmanager
 async def application(settings: DraftSettings) -> AsyncIterator[list[Registration]]:
     """The draft model of the settings' bundle, ready to serve."""
-    async with served_model(settings, "draft") as model:
+    async with served_models(settings, "draft", Drafter) as models:
         admission = Admission(settings.max_running, settings.max_queued)
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
-        model.metrics.register(Readings(admission_reads(admission)))
-        servicer = DraftServicer(model, admission)
-        yield [Registration.of(SERVICE, add, servicer, model.info.model_version, model.metrics)]
+        metrics = models.metrics.registry
+        metrics.register(Readings(admission_reads(admission)))
+        servicer = DraftServicer(models, admission)
+        yield [Registration.of(SERVICE, add, servicer, models.versions, metrics)]

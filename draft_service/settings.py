@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from service_kit.model import ModelSettings
+from service_kit.model_settings import ModelSettings
 from service_kit.settings import Port
 
 

@@ -197,7 +197,14 @@ class Decoder:
 
 def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions) -> Decoder:
     """A bundle's decoder. Raises BundleError, naming the field, also when the graph is not what the manifest says of it."""
-    entry, decoder = bundle.model(role), Decoder(bundle.model_path(role), options)
+    decoder = Decoder(bundle.model_path(role), options)
+    check_decoder(bundle, role, decoder)
+    return decoder
+
+
+def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
+    """Raise BundleError, naming the field, when the graph is not what the manifest says of it."""
+    entry = bundle.model(role)
     columns = len(entry.code_tokens)
     for field, said, found in (
         ("layers", entry.layers, decoder.layers),
@@ -208,7 +215,6 @@ def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions) -> Decoder
     ):
         if said != found:
             raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")
-    return decoder
 
 
 def _open_session(path: Path, options: RuntimeOptions) -> ort.InferenceSession:

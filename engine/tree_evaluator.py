@@ -190,9 +190,8 @@ class TreeEvaluator:
         return cost
 
     async def close(self) -> None:
-        """Wait for the passes that are queued, write what is pending, and stop."""
+        """Wait for the passes that are queued, and stop. The cache stays the caller's to close."""
         await self._batcher.close()
-        await self._cache.close()
 
     def _empty_tree(self, prompt: Int64) -> TokenTree:
         return TokenTree(prompt, self.decoder.empty_kv(0))

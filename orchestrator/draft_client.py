@@ -44,8 +44,8 @@ class DraftClient:
         self._backoff, self._ask_again_at = backoff_seconds, 0.0
 
     async def model_info(self) -> types_pb2.ModelInfo:
-        """What a replica serves. Raises grpc.aio.AioRpcError."""
-        request = draft_pb2.DraftServiceGetModelInfoRequest()
+        """What a replica says of the version. Raises grpc.aio.AioRpcError."""
+        request = draft_pb2.DraftServiceGetModelInfoRequest(model_version=self.model_version)
         return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
     async def cost_curve(self) -> CostCurve:

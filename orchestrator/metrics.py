@@ -13,9 +13,12 @@ from engine.cost import PassCost
 from orchestrator.draft_client import DraftClient
 from orchestrator.recommendation import Mode, Recommendation
 from orchestrator.shadow import ShadowChecks
+from orchestrator.snapshots import Snapshots
 from orchestrator.speculation import SWITCHED_OFF, Speculation
 from service_kit.admission import Admission
 from service_kit.admission_metrics import admission_reads
+from service_kit.bundle_metrics import bundle_reads
+from service_kit.bundle_watch import BundleWatch
 from service_kit.errors import ServiceError
 from service_kit.metrics import SIZES, WHOLE, CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings
 
@@ -84,7 +87,12 @@ class OrchestratorMetrics:
     """The metrics of one orchestrator process."""
 
     def __init__(
-        self, admission: Admission, shadow: ShadowChecks, speculation: Speculation, draft: DraftClient | None
+        self,
+        admission: Admission,
+        shadow: ShadowChecks,
+        speculation: Speculation,
+        snapshots: Snapshots,
+        watch: BundleWatch,
     ) -> None:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
@@ -94,6 +102,7 @@ class OrchestratorMetrics:
         self._nodes, self._retries = NODES.build(self.registry), RETRIES.build(self.registry)
         self._degraded, self._short = DEGRADED.build(self.registry), SHORT.build(self.registry)
         self.registry.register(Readings(admission_reads(admission)))
+        self.registry.register(Readings(bundle_reads(watch)))
         for reason in (*_REASONS.values(), _NARROWED, "other"):
             self._degraded.labels(reason)  # a series that begins with its first 1 shows no increase
         self.registry.register(
@@ -102,7 +111,7 @@ class OrchestratorMetrics:
                     SHADOW: lambda: {(name,): shadow.outcomes[name] for name in shadow.OUTCOMES},
                     SHADOW_GAP: lambda: shadow.largest_gap,
                     SPECULATION: lambda: float(speculation.on),
-                    RESTING: lambda: float(draft is not None and draft.resting),
+                    RESTING: lambda: float(_rests(snapshots.current.draft)),
                 }
             )
         )
@@ -145,6 +154,10 @@ class OrchestratorMetrics:
     def _predicted(self, model: str, cost: PassCost, predicted_ns: float) -> None:
         if predicted_ns > 0:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
+
+
+def _rests(draft: DraftClient | None) -> bool:
+    return draft is not None and draft.resting
 
 
 def _reason(text: str) -> str:

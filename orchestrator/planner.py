@@ -53,6 +53,18 @@ class Planner:
         limits = self._limits
         self._experience = Experience(costs, self._trie.levels, limits.max_nodes, limits.explored_share)
 
+    @property
+    def informed(self) -> bool:
+        """Whether it knows what passes cost."""
+        return self._experience is not None
+
+    def over(self, trie: Trie) -> Planner:
+        """A planner for another catalogue under the same models, with the same experience."""
+        other = Planner(trie, self._limits)
+        if trie.levels == self._trie.levels:
+            other._experience = self._experience
+        return other
+
     def fixed_nodes(self, beam_width: int) -> int:
         """Nodes of a plan of fixed size."""
         nodes = round(self._limits.nodes_per_beam * beam_width * (self._trie.levels - 1))

@@ -6,51 +6,35 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
-from atspeed.v1 import (
-    draft_pb2,
-    draft_pb2_grpc,
-    recommendation_pb2,
-    recommendation_pb2_grpc,
-    target_pb2,
-    target_pb2_grpc,
-)
+from atspeed.v1 import recommendation_pb2, recommendation_pb2_grpc
 from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
+from redis.asyncio import Redis
 
-from engine.bundle import Bundle
 from engine.comparison import Verdict
 from engine.kv_store import connect
-from orchestrator.curves import learn_curves
-from orchestrator.draft_client import DraftClient
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.planner import PlanLimits, Planner
 from orchestrator.question import Deadline
-from orchestrator.recommend import Recommender
 from orchestrator.replies import PROTO_MODES, to_reply
 from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.shadow import ShadowChecks, ShadowLimits
+from orchestrator.snapshots import Snapshot, Snapshots
 from orchestrator.speculation import Speculation
-from orchestrator.target_client import TargetClient
 from orchestrator.traced import trace_attributes
 from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
-from service_kit.affinity import Routes
-from service_kit.channels import open_channel
+from service_kit.bundle_watch import BundleWatch, open_bundle
 from service_kit.errors import InvalidArgumentError, UnavailableError, call_status
 from service_kit.server import Registration
-from service_kit.tokens import TokenFile
 
 SERVICE = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"]
-_TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
-_DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 _Answer = TypeVar("_Answer")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -62,18 +46,16 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     def __init__(
         self,
-        recommender: Recommender,
         settings: OrchestratorSettings,
-        target: TargetClient,
-        draft: DraftClient | None,
+        snapshots: Snapshots,
+        watch: BundleWatch,
         admission: Admission,
         speculation: Speculation,
         shadow: ShadowChecks,
     ) -> None:
-        self._recommender, self._settings = recommender, settings
-        self._target, self._draft = target, draft
+        self._settings, self._snapshots, self._watch = settings, snapshots, watch
         self._admission, self._speculation, self._shadow = admission, speculation, shadow
-        self.metrics = OrchestratorMetrics(admission, shadow, speculation, draft)
+        self.metrics = OrchestratorMetrics(admission, shadow, speculation, snapshots, watch)
         self._batch_slots = asyncio.Semaphore(settings.batch_concurrency)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
@@ -112,7 +94,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         if not item_ids:
             raise InvalidArgumentError("events", "must not be empty")
         length = await self._stored(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
-        index = self._recommender.catalogue.find(item_ids).tolist()
+        index = self._snapshots.current.catalogue.find(item_ids).tolist()
         unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
         return pb.RecordEventsResponse(history_length=length, unknown_item_ids=unknown)
 
@@ -130,13 +112,16 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
         """Versions, limits, and the state of the services behind this one."""
-        manifest, catalogue, settings = self._recommender.manifest, self._recommender.catalogue, self._settings
+        snapshot, settings = self._snapshots.current, self._settings
+        manifest, catalogue = snapshot.manifest, snapshot.catalogue
+        since = Timestamp()
+        since.FromNanoseconds(int(snapshot.since * 1e9))
         return pb.GetServiceInfoResponse(
             service_version=version("atspeed-serving"),
             bundle_name=manifest.name,
             versions=pb.Versions(
                 target_model=manifest.model_version("target"),
-                draft_model=manifest.model_version("draft") if self._draft else "",
+                draft_model=manifest.model_version("draft") if snapshot.draft else "",
                 catalogue=catalogue.version,
                 bundle=manifest.version,
             ),
@@ -154,7 +139,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             max_batch=settings.max_batch,
             running_recommendations=self._admission.running,
             waiting_recommendations=self._admission.queued,
-            backends=await self._backends(),
+            bundle_since=since,
+            pending_bundle=self._watch.pending,
+            open_bundles=self._snapshots.open,
+            backends=await self._backends(snapshot),
             shadow_checks=self._shadow_checks(),
         )
 
@@ -175,12 +163,13 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         with self.metrics.asked(order.mode), tracing.span("recommend", k=order.k, mode=order.mode) as span:
             async with self._admission.place(order.priority, deadline.left()) as admitted:
                 order = order.narrowed() if admitted.waited else order
-                recommendation = await self._recommender.recommend(order, deadline)
+                with self._snapshots.current.in_use() as snapshot:
+                    recommendation = await snapshot.recommender.recommend(order, deadline)
+                    self._shadow.offer(recommendation, snapshot)
             if tracing.on():
                 span.set(**trace_attributes(recommendation))
         self.metrics.made(recommendation)
-        self._shadow.offer(recommendation)
-        return to_reply(recommendation, self._recommender.manifest, request.reply_options)
+        return to_reply(recommendation, snapshot.manifest, request.reply_options)
 
     async def _batched(
         self, index: int, request: pb.RecommendRequest, whole: Deadline | None, usual: Priority
@@ -205,9 +194,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     @property
     def _histories(self) -> HistoryStore:
-        if self._recommender.histories is None:
+        histories = self._snapshots.current.recommender.histories
+        if histories is None:
             raise UnavailableError("this service keeps no histories: it runs without Redis")
-        return self._recommender.histories
+        return histories
 
     async def _stored(self, call: Awaitable[_Answer]) -> _Answer:
         try:
@@ -216,11 +206,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             _log.warning("histories are out of reach", problem=str(error))
             raise UnavailableError("histories are out of reach") from None
 
-    async def _backends(self) -> list[pb.Backend]:
-        probes = [self._probe("target", self._target.model_info())]
-        if self._draft:
-            probes.append(self._probe("draft", self._draft.model_info()))
-        return [*await asyncio.gather(*probes), *await self._redis()]
+    async def _backends(self, snapshot: Snapshot) -> list[pb.Backend]:
+        with snapshot.in_use():
+            probes = [self._probe("target", snapshot.target.model_info())]
+            if snapshot.draft:
+                probes.append(self._probe("draft", snapshot.draft.model_info()))
+            return [*await asyncio.gather(*probes), *await self._redis(snapshot)]
 
     async def _probe(self, name: str, call: Awaitable[Any]) -> pb.Backend:
         try:
@@ -228,87 +219,42 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         except grpc.aio.AioRpcError:
             return pb.Backend(name=name, available=False)
 
-    async def _redis(self) -> list[pb.Backend]:
-        if self._recommender.histories is None:
-            return []
-        return [pb.Backend(name="redis", available=await self._recommender.histories.reachable())]
+    async def _redis(self, snapshot: Snapshot) -> list[pb.Backend]:
+        histories = snapshot.recommender.histories
+        return [pb.Backend(name="redis", available=await histories.reachable())] if histories else []
 
 
-async def _channels(
-    stack: AsyncExitStack, settings: OrchestratorSettings, target: str, service: str, **options: Any
-) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
-    """Two channels to a service's replicas, closed with the stack: the first takes them in turn, the second goes by key."""
-    limit = settings.max_message_bytes
-    in_turn, by_key = (
-        open_channel(target, service, max_message_bytes=limit, by_key=by_key, **options) for by_key in (False, True)
-    )
-    return await stack.enter_async_context(in_turn), await stack.enter_async_context(by_key)
-
-
-def _plan_limits(settings: OrchestratorSettings) -> PlanLimits:
-    return PlanLimits(
-        kind=settings.planner,
-        nodes_per_beam=settings.draft_nodes_per_beam,
-        max_nodes=settings.draft_max_nodes,
-        explored_share=settings.draft_explored_share,
-    )
+@asynccontextmanager
+async def _redis_client(settings: OrchestratorSettings) -> AsyncIterator[Redis | None]:
+    """The client of the histories' Redis; None where there is none."""
+    url = settings.redis_url.get_secret_value()
+    if not url:
+        yield None
+        return
+    client = connect(url, timeout_seconds=settings.redis_timeout_seconds, tls=settings.redis_tls)
+    try:
+        yield client
+    finally:
+        await client.aclose()
 
 
 @asynccontextmanager
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
-    """The recommender over the settings' services, ready to serve."""
-    bundle = Bundle(settings.bundle)
-    catalogue = bundle.catalogue()
-    catalogue.warm_up()
-    trie, manifest = catalogue.trie, bundle.manifest
-    target_version, draft_version = manifest.model_version("target"), manifest.model_version("draft")
-    token = TokenFile(settings.model_token_file) if settings.model_token_file else None
+    """The recommender over the settings' services, ready to serve, with the bundle that the settings' path names from then on."""
+    bundle = open_bundle(settings.bundle)
+    speculation = Speculation(settings.shadow_mismatches, settings.shadow_window_seconds)
+    admission = Admission(settings.max_running, settings.max_queued)
+    limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
     async with AsyncExitStack() as stack:
-        channels = partial(_channels, stack, settings, token=token)
-        in_turn, by_key = await channels(
-            settings.target, _TARGET, version=target_version, tls=settings.model_tls(settings.target_name)
-        )
-        targets: Routes[target_pb2_grpc.TargetServiceAsyncStub] = Routes(
-            target_pb2_grpc.TargetServiceStub(in_turn),
-            target_pb2_grpc.TargetServiceStub(by_key),
-            most_at_once=settings.affine_calls,
-        )
-        attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
-        target = TargetClient(targets, trie, target_version, attempts=attempts, pass_seconds=pass_seconds)
-        draft = None
-        if settings.draft and manifest.draft:
-            in_turn, by_key = await channels(
-                settings.draft,
-                _DRAFT,
-                version=draft_version,
-                retried=["Plan"],
-                tls=settings.model_tls(settings.draft_name),
-            )
-            drafts: Routes[draft_pb2_grpc.DraftServiceAsyncStub] = Routes(
-                draft_pb2_grpc.DraftServiceStub(in_turn),
-                draft_pb2_grpc.DraftServiceStub(by_key),
-                most_at_once=settings.affine_calls,
-            )
-            timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
-            draft = DraftClient(drafts, trie, draft_version, timeout=timeout, backoff_seconds=backoff)
-        histories = None
-        if url := settings.redis_url.get_secret_value():
-            timeout = settings.redis_timeout_seconds
-            client = connect(url, timeout_seconds=timeout, tls=settings.redis_tls)
-            stack.push_async_callback(client.aclose)
-            step = min(manifest.target.prompt.drop_block, settings.max_history_items)
-            histories = HistoryStore(client, settings.max_history_items, trim_step=step, timeout_seconds=timeout)
-        planner = Planner(trie, _plan_limits(settings))
-        if draft is not None:
-            learning = asyncio.create_task(learn_curves(planner, target, draft))
-            stack.callback(learning.cancel)
-        tolerated = settings.shadow_mismatches if manifest.target.plan_invariant else 0
-        speculation = Speculation(tolerated, settings.shadow_window_seconds)
-        recommender = Recommender(manifest, catalogue, target, draft, planner, histories, speculation)
-        admission = Admission(settings.max_running, settings.max_queued)
-        limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
-        shadow = ShadowChecks(recommender.recommend, catalogue, limits, admission, speculation)
+        redis = await stack.enter_async_context(_redis_client(settings))
+        snapshots = Snapshots(settings, redis, speculation)
+        stack.push_async_callback(snapshots.close)
+        await snapshots.take_up(bundle)
+        shadow = ShadowChecks(limits, admission, speculation)
         stack.push_async_callback(shadow.close)
-        servicer = RecommendationServicer(recommender, settings, target, draft, admission, speculation, shadow)
+        version, poll_seconds = bundle.manifest.version, settings.bundle_poll_seconds
+        watch = BundleWatch(settings.bundle, version, snapshots.take_up, poll_seconds)
+        await stack.enter_async_context(watch.following())
+        servicer = RecommendationServicer(settings, snapshots, watch, admission, speculation, shadow)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]

@@ -105,6 +105,14 @@ class OrchestratorSettings(ServiceSettings):
             description="Of the time of requests that no plan would speed up, what may go into plans, to notice when one would.",
         ),
     ] = 0.01
+    bundle_settle_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=3600,
+            description="How long requests stay on the old bundle after a first target serves the new one, so that more do.",
+        ),
+    ] = 2.0
     redis_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
     ] = 0.5

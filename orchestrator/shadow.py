@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import structlog
 
 from engine.catalogue import Catalogue
 from engine.comparison import RankedList, Verdict, compare_searches, largest_gap
 from orchestrator.question import Deadline
+from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Mode, Order, Recommendation
 from orchestrator.speculation import Speculation
 from service_kit import tracing
@@ -24,7 +26,16 @@ from service_kit.errors import ResourceExhaustedError, ServiceError
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-Recommend = Callable[[Order, Deadline], Awaitable[Recommendation]]
+
+class Served(Protocol):
+    """What a list was made with; see `snapshots.Snapshot`."""
+
+    @property
+    def recommender(self) -> Recommender:
+        """Makes it again."""
+
+    def in_use(self) -> AbstractContextManager[object]:
+        """For as long as it is needed."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +62,18 @@ class ShadowChecks:
 
     def __init__(
         self,
-        recommend: Recommend,
-        catalogue: Catalogue,
         limits: ShadowLimits,
         admission: Admission,
         speculation: Speculation,
     ) -> None:
-        self._recommend, self._catalogue, self._admission = recommend, catalogue, admission
-        self._limits, self._speculation = limits, speculation
+        self._limits, self._admission, self._speculation = limits, admission, speculation
         self._due = 0.0
         # The event loop itself only keeps weak references to tasks.
         self._running: set[asyncio.Task[None]] = set()
         self.outcomes: Counter[str] = Counter(dict.fromkeys(self.OUTCOMES, 0))
         self.largest_gap = 0.0
 
-    def offer(self, made: Recommendation) -> None:
+    def offer(self, made: Recommendation, served: Served) -> None:
         """A list that was just made; every so many of the strict ones that the draft had a part in are checked."""
         if made.order.mode is not Mode.STRICT or not made.memo.drafted:
             return
@@ -76,7 +84,7 @@ class ShadowChecks:
         if len(self._running) >= self._limits.concurrency or self._admission.running >= self._admission.places:
             self.outcomes["dropped"] += 1
             return
-        task = asyncio.get_running_loop().create_task(self._check(made), name="shadow-check")
+        task = asyncio.get_running_loop().create_task(self._check(made, served), name="shadow-check")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -90,12 +98,13 @@ class ShadowChecks:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _check(self, made: Recommendation) -> None:
+    async def _check(self, made: Recommendation, served: Served) -> None:
         try:
-            with tracing.span("shadow check", k=made.order.k) as span:
+            with served.in_use(), tracing.span("shadow check", k=made.order.k) as span:
                 async with self._admission.place(Priority.BATCH):
-                    alone = await self._recommend(self._again(made), Deadline(self._limits.seconds))
-                outcome = self._judge(made, alone)
+                    again = _again(made, served.recommender.catalogue)
+                    alone = await served.recommender.recommend(again, Deadline(self._limits.seconds))
+                outcome = self._judge(made, alone, served.recommender)
                 span.set(outcome=outcome)
         except ResourceExhaustedError:
             outcome = "dropped"
@@ -107,41 +116,44 @@ class ShadowChecks:
             _log.error("shadow check failed", exc_info=error)
         self.outcomes[outcome] += 1
 
-    def _again(self, made: Recommendation) -> Order:
-        """The same order by the target alone, on the history as it was then; it gives way to those that somebody waits for.
-
-        A stored user stays its subject: what the check leaves in caches is that user's too, and on the same replicas.
-        """
-        history = [self._catalogue.id_of(int(item)) for item in made.history.known]
-        return replace(made.order, mode=Mode.TARGET_ONLY, history=history, priority=Priority.BATCH)
-
-    def _judge(self, made: Recommendation, alone: Recommendation) -> str:
+    def _judge(self, made: Recommendation, alone: Recommendation, recommender: Recommender) -> str:
         sent, expected = RankedList.of(made.items), RankedList.of(alone.items)
         verdict = compare_searches([*_levels(made), sent], [*_levels(alone), expected])
         if verdict is not Verdict.NEAR_TIE:  # searches that parted within rounding may end anywhere
             self.largest_gap = max(self.largest_gap, largest_gap(sent, expected))
         if verdict is Verdict.DIFFERENT:
-            self._speculation.mismatch()
+            if recommender.manifest.target.plan_invariant:  # float16 rounds too coarsely for exact lists
+                self._speculation.mismatch()
             _log.error(
                 "a strict list is not the target's own",
                 k=made.order.k,
                 beam_width=made.order.beam_width,
-                strict=self._shown(sent),
-                target_only=self._shown(expected),
+                strict=_shown(sent, recommender.catalogue),
+                target_only=_shown(expected, recommender.catalogue),
                 target_passes=made.memo.passes,
                 target_version=made.target.model_version,
                 draft_version=made.draft.model_version,
-                catalogue_version=self._catalogue.version,
+                catalogue_version=recommender.catalogue.version,
                 speculation="on" if self._speculation.on else "off",
             )
         return verdict.value
-
-    def _shown(self, ranked: RankedList) -> list[tuple[int, float]]:
-        """Trie leaves and their scores, which name no user and mean nothing without the catalogue."""
-        leaves = self._catalogue.leaf_of(self._catalogue.find(ranked.items)).tolist()
-        return list(zip(leaves, ranked.scores, strict=True))
 
 
 def _levels(made: Recommendation) -> list[RankedList]:
     """The beams that a search went through, level by level."""
     return [RankedList(tuple(map(str, beams.node.tolist())), tuple(beams.score.tolist())) for beams in made.memo.levels]
+
+
+def _again(made: Recommendation, catalogue: Catalogue) -> Order:
+    """The same order by the target alone, on the history as it was then; it gives way to those that somebody waits for.
+
+    A stored user stays its subject: what the check leaves in caches is that user's too, and on the same replicas.
+    """
+    history = [catalogue.id_of(int(item)) for item in made.history.known]
+    return replace(made.order, mode=Mode.TARGET_ONLY, history=history, priority=Priority.BATCH)
+
+
+def _shown(ranked: RankedList, catalogue: Catalogue) -> list[tuple[int, float]]:
+    """Trie leaves and their scores, which name no user and mean nothing without the catalogue."""
+    leaves = catalogue.leaf_of(catalogue.find(ranked.items)).tolist()
+    return list(zip(leaves, ranked.scores, strict=True))

@@ -71,8 +71,8 @@ class TargetClient:
         self._ending: set[asyncio.Task[None]] = set()
 
     async def model_info(self) -> types_pb2.ModelInfo:
-        """What a replica serves. Raises grpc.aio.AioRpcError."""
-        request = target_pb2.TargetServiceGetModelInfoRequest()
+        """What a replica says of the version. Raises grpc.aio.AioRpcError."""
+        request = target_pb2.TargetServiceGetModelInfoRequest(model_version=self.model_version)
         return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
     async def cost_curve(self) -> CostCurve:
@@ -84,6 +84,10 @@ class TargetClient:
         task = asyncio.get_running_loop().create_task(_finish(stream))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    async def settle(self) -> None:
+        """Wait for the streams that are being ended."""
+        await asyncio.gather(*self._ending)
 
     def session(self, question: ModelQuestion, *, max_children: int) -> TargetSession:
         """The target for one request. Close it to free the state that the replica holds."""

@@ -18,6 +18,9 @@ metrics_docs.py    writes docs/metrics.md
 tracing.py         spans, off by default; otel.py makes them with OpenTelemetry
 logs.py            structlog on stderr, JSON or for people
 wire.py            protobuf messages to arrays and domain types, and back
-model.py           the two model services: a bundle's model, ready to serve
-observed_model.py  the same model, measured and traced; model_metrics.py declares what is measured
+bundle_watch.py    follows the bundle that the settings name, and has another one taken up
+served_models.py   the two model services: the versions of a bundle's model, side by side; model_settings.py their settings
+weights.py         what versions with the same weights share: these, and what is cached of prompts
+observed_model.py  a model, measured and traced; model_metrics.py declares what is measured
+versions.py        the versions that a server has now, for its health
 """

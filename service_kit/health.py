@@ -40,10 +40,10 @@ class Health(health.aio.HealthServicer):
             leaving.cancel()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
-    async def serving(self, services: list[str]) -> None:
-        """Declare the server and its services ready."""
-        for name in ("", *services):
-            await self.set(name, health_pb2.HealthCheckResponse.SERVING)
+    async def declare(self, name: str, serving: bool) -> None:
+        """SERVING or NOT_SERVING, under one name. Once the server leaves it stays NOT_SERVING."""
+        state = health_pb2.HealthCheckResponse
+        await self.set(name, state.SERVING if serving else state.NOT_SERVING)
 
     async def leave(self) -> None:
         """Tell every watcher NOT_SERVING, then end their streams."""

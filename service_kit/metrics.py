@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import ClassVar
 from wsgiref.simple_server import WSGIServer
@@ -109,10 +110,58 @@ class Readings(Collector):
         for declared, read in self._reads.items():
             family = CounterMetricFamily if declared.kind == "counter" else GaugeMetricFamily
             series = family(declared.name, declared.meaning, labels=declared.labels)
-            value = read()
-            for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+            for labels, number in _series(read()).items():
                 series.add_metric(labels, number)
             yield series
+
+
+Reads = Mapping[ReadCounter | ReadGauge, Read]
+"""Numbers by what they are of."""
+
+
+class SummedReadings(Collector):
+    """The sums of what several objects count of which some come and go. What the counters of those that went had come to stays
+    in the sums: a counter that falls reads like a restart.
+    """
+
+    def __init__(self, declared: Sequence[ReadCounter | ReadGauge]) -> None:
+        self._declared = declared
+        # One value, as the exporter's thread may look at any time.
+        self._parts: tuple[Reads, ...] = ()
+
+    def add(self, reads: Reads) -> None:
+        """One more that counts."""
+        self._parts = (*self._parts, reads)
+
+    def remove(self, reads: Reads) -> None:
+        """One that was added has gone."""
+        counted = {declared: _frozen(_series(read())) for declared, read in reads.items() if declared.kind == "counter"}
+        gone: Reads = counted
+        self._parts = (*(part for part in self._parts if part is not reads), gone)
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """All sums as they stand now."""
+        parts = self._parts
+        reads: dict[ReadCounter | ReadGauge, Read] = {
+            declared: partial(_sum, declared, parts) for declared in self._declared
+        }
+        return Readings(reads).collect()
+
+
+def _series(value: float | Mapping[Labels, float]) -> Mapping[Labels, float]:
+    return value if isinstance(value, Mapping) else {(): value}
+
+
+def _frozen(series: Mapping[Labels, float]) -> Read:
+    return lambda: series
+
+
+def _sum(declared: ReadCounter | ReadGauge, parts: Sequence[Reads]) -> Mapping[Labels, float]:
+    total: dict[Labels, float] = {}
+    for part in parts:
+        for labels, number in _series(part[declared]()).items() if declared in part else ():
+            total[labels] = total.get(labels, 0) + number
+    return total
 
 
 CALLS = CounterOf("atspeed_calls_total", "Calls that ended, by method and gRPC status.", ("method", "code"))

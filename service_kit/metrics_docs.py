@@ -12,7 +12,7 @@ from service_kit.metrics import Declared, HistogramOf
 
 # By name: this package knows no service.
 SECTIONS = {
-    "every service": ("service_kit.metrics", "service_kit.admission_metrics"),
+    "every service": ("service_kit.metrics", "service_kit.admission_metrics", "service_kit.bundle_metrics"),
     "orchestrator": ("orchestrator.metrics",),
     "target and draft": ("service_kit.model_metrics",),
     "draft": ("draft_service.metrics",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 from atspeed.v1 import types_pb2
 from prometheus_client import CollectorRegistry
@@ -12,7 +12,17 @@ from engine.forgetting import ForgetListener
 from engine.kv_cache import MemoryKvCache
 from engine.kv_store import PrefixCache, RedisKvStore
 from engine.tree_evaluator import OpenTree, TreeEvaluator
-from service_kit.metrics import SIZES, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
+from service_kit.metrics import (
+    SIZES,
+    CounterOf,
+    HistogramOf,
+    Read,
+    ReadCounter,
+    ReadGauge,
+    Readings,
+    Reads,
+    SummedReadings,
+)
 
 PASS_SECONDS = HistogramOf(
     "atspeed_pass_seconds",
@@ -72,56 +82,75 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class KvTiers:
-    """The tiers behind an evaluator's prefix cache. store: None without Redis."""
+# What comes and goes with the versions that are served.
+_BY_VERSION = (
+    *(WAITING, TREE_BYTES, TREE_LIMIT, MODEL),
+    *(KV_LOOKUPS, KV_READS, KV_UNWRITTEN, KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING),
+)
 
-    cache: PrefixCache
-    memory: MemoryKvCache
-    store: RedisKvStore | None
 
-    def reads(self) -> dict[ReadCounter | ReadGauge, Read]:
-        """Their own counters, as metrics."""
-        memory, store, cache = self.memory, self.store, self.cache
-        own: dict[ReadCounter | ReadGauge, Read] = {
-            KV_BYTES: lambda: memory.used_bytes,
-            KV_LIMIT: lambda: memory.limit_bytes,
-            KV_LOOKUPS: self._lookups,
-            KV_EVICTIONS: lambda: memory.statistics.evictions,
-            KV_DROPPED: lambda: cache.dropped_writes,
-            KV_PENDING: lambda: cache.pending_writes,
-            KV_READS: self._decisions,
-            KV_UNWRITTEN: lambda: cache.fetching.statistics.writes_not_worth,
-        }
-        return own | {
-            KV_INVALID: lambda: store.statistics.invalid if store else 0,
-            KV_FAILURES: lambda: store.statistics.failures if store else 0,
-            KV_SKIPPED: lambda: store.statistics.skipped if store else 0,
-        }
+def memory_reads(memory: MemoryKvCache) -> Reads:
+    """What memory counts of prefix KV, of all versions."""
+    return {
+        KV_BYTES: lambda: memory.used_bytes,
+        KV_LIMIT: lambda: memory.limit_bytes,
+        KV_EVICTIONS: lambda: memory.statistics.evictions,
+    }
 
-    def _decisions(self) -> dict[tuple[str, ...], float]:
-        counted = self.cache.fetching.statistics
-        return {
-            ("asked",): counted.asked,
-            ("found",): counted.hits,
-            ("explored",): counted.explored,
-            ("not_worth",): counted.not_worth,
-        }
 
-    def _lookups(self) -> dict[tuple[str, ...], float]:
-        memory, store = self.memory.statistics, self.store.statistics if self.store else None
-        return {
-            ("memory", "hit"): memory.hits,
-            ("memory", "miss"): memory.misses,
-            ("redis", "hit"): store.hits if store else 0,
-            ("redis", "miss"): store.misses if store else 0,
-        }
+def prefix_cache_reads(cache: PrefixCache, store: RedisKvStore | None) -> Reads:
+    """What the cache of one model's weights counts. store: None without Redis."""
+    return {
+        KV_DROPPED: lambda: cache.dropped_writes,
+        KV_PENDING: lambda: cache.pending_writes,
+        KV_UNWRITTEN: lambda: cache.fetching.statistics.writes_not_worth,
+        KV_READS: lambda: _decisions(cache),
+        KV_LOOKUPS: lambda: _lookups("redis", store.statistics if store else None),
+        KV_INVALID: lambda: store.statistics.invalid if store else 0,
+        KV_FAILURES: lambda: store.statistics.failures if store else 0,
+        KV_SKIPPED: lambda: store.statistics.skipped if store else 0,
+    }
+
+
+def served_reads(info: types_pb2.ModelInfo) -> Reads:
+    """That a version is served."""
+    served = tuple(str(getattr(info, label)) for label in MODEL.labels)
+    return {MODEL: lambda: {served: 1}}
+
+
+class _Looked(Protocol):
+    """What a tier counts."""
+
+    @property
+    def hits(self) -> int:
+        """Blocks that it had."""
+
+    @property
+    def misses(self) -> int:
+        """Blocks that it had not."""
+
+
+def _lookups(tier: str, counted: _Looked | None) -> dict[tuple[str, ...], float]:
+    return {
+        (tier, "hit"): counted.hits if counted else 0,
+        (tier, "miss"): counted.misses if counted else 0,
+    }
+
+
+def _decisions(cache: PrefixCache) -> dict[tuple[str, ...], float]:
+    counted = cache.fetching.statistics
+    return {
+        ("asked",): counted.asked,
+        ("found",): counted.hits,
+        ("explored",): counted.explored,
+        ("not_worth",): counted.not_worth,
+    }
 
 
 class ModelMetrics:
-    """The metrics of one model process."""
+    """The metrics of one model process, over all versions that it serves."""
 
-    def __init__(self, tiers: KvTiers) -> None:
+    def __init__(self, memory: MemoryKvCache) -> None:
         self.registry = CollectorRegistry()
         self._seconds = PASS_SECONDS.build(self.registry)
         self._nodes = PASS_NODES.build(self.registry)
@@ -129,26 +158,44 @@ class ModelMetrics:
         self._requests = PASS_REQUESTS.build(self.registry)
         self._prompt = PROMPT_TOKENS.build(self.registry)
         self._trees: set[int] = set()
-        self.registry.register(Readings({TREES: lambda: len(self._trees), **tiers.reads()}))
+        self.registry.register(Readings({TREES: lambda: len(self._trees), **memory_reads(memory)}))
+        self._listeners: tuple[ForgetListener, ...] = ()
+        self.registry.register(Readings({FORGETTING: self._silence}))
+        self._by_version = SummedReadings(_BY_VERSION)
+        self._by_version.add({KV_LOOKUPS: lambda: _lookups("memory", memory.statistics)})
+        self.registry.register(self._by_version)
 
-    def watch(self, evaluator: TreeEvaluator) -> None:
-        """What the evaluator counts by itself."""
+    def add(self, reads: Reads) -> None:
+        """What something counts that comes with a version."""
+        self._by_version.add(reads)
+
+    def remove(self, reads: Reads) -> None:
+        """It has gone."""
+        self._by_version.remove(reads)
+
+    def watch(self, evaluator: TreeEvaluator) -> Reads:
+        """What the evaluator counts by itself, added; remove it when the evaluator goes."""
         memory = evaluator.open_kv
         reads: dict[ReadCounter | ReadGauge, Read] = {
             WAITING: lambda: evaluator.waiting_passes,
             TREE_BYTES: lambda: memory.used_bytes,
             TREE_LIMIT: lambda: memory.limit_bytes,
         }
-        self.registry.register(Readings(reads))
+        self.add(reads)
+        return reads
 
     def follow(self, listener: ForgetListener) -> None:
         """How the erasure of users goes."""
-        self.registry.register(Readings({FORGETTING: lambda: listener.silent_seconds}))
+        self._listeners = (*self._listeners, listener)
 
-    def serve(self, info: types_pb2.ModelInfo) -> None:
-        """What is served is known now."""
-        served = tuple(str(getattr(info, label)) for label in MODEL.labels)
-        self.registry.register(Readings({MODEL: lambda: {served: 1}}))
+    def leave(self, listener: ForgetListener) -> None:
+        """It has ended."""
+        self._listeners = tuple(other for other in self._listeners if other is not listener)
+
+    def _silence(self) -> dict[tuple[str, ...], float]:
+        """Of the listener that has heard nothing for longest."""
+        listeners = self._listeners
+        return {(): max(listener.silent_seconds for listener in listeners)} if listeners else {}
 
     def opened(self, tree: OpenTree) -> None:
         """A request has opened a tree; it counts until it has ended."""

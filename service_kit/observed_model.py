@@ -33,7 +33,7 @@ class ObservedEvaluator(TreeEvaluator):
     ) -> None:
         super().__init__(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
         self._metrics = metrics
-        metrics.watch(self)
+        self._reads = metrics.watch(self)
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
         """As TreeEvaluator's."""
@@ -58,6 +58,11 @@ class ObservedEvaluator(TreeEvaluator):
             )
         self._metrics.passed(len(nodes), cost)
         return evaluation, cost
+
+    async def close(self) -> None:
+        """As TreeEvaluator's."""
+        await super().close()
+        self._metrics.remove(self._reads)
 
     def end(self, tree: OpenTree) -> None:
         """As TreeEvaluator's."""

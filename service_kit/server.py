@@ -22,7 +22,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 import grpc
@@ -44,6 +44,7 @@ from service_kit.observing import ObservingInterceptor
 from service_kit.settings import ServiceSettings, address, spelling
 from service_kit.tls import TlsError, server_credentials
 from service_kit.tokens import TokenError, Tokens
+from service_kit.versions import Versions
 
 Servicer = TypeVar("Servicer")
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -55,20 +56,24 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class Registration:
     """A service to offer: its full name and what adds it to a server.
 
-    version: of what it serves, where that matters to its clients. Its health then stands under `<name>/<version>` too, by which
-    clients of that version balance their calls: they never meet another one's replica.
+    versions: of what it serves, where that matters to its clients. Its health then stands under each `<name>/<version>` too, by
+    which clients of that version balance their calls: they never meet another one's replica.
     metrics: what it measures of itself.
     """
 
     name: str
     add: Callable[[grpc.aio.Server], None]
-    version: str = ""
+    versions: Versions = field(default_factory=Versions)
     metrics: CollectorRegistry | None = None
 
-    @property
-    def health_names(self) -> list[str]:
-        """The names under which grpc.health.v1 knows it."""
-        return [self.name, health_name(self.name, self.version)] if self.version else [self.name]
+    async def declare_in(self, health: Health) -> None:
+        """Say in grpc.health.v1 that it serves, and which versions, now and later."""
+
+        async def declare(version: str, served: bool) -> None:
+            await health.declare(health_name(self.name, version), served)
+
+        await health.declare(self.name, True)
+        await self.versions.follow(declare)
 
     @classmethod
     def of(
@@ -76,11 +81,11 @@ class Registration:
         service: ServiceDescriptor,
         add: Callable[[Servicer, grpc.aio.Server], None],
         servicer: Servicer,
-        version: str = "",
+        versions: Versions | None = None,
         metrics: CollectorRegistry | None = None,
     ) -> Self:
         """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
-        return cls(service.full_name, lambda server: add(servicer, server), version, metrics)
+        return cls(service.full_name, lambda server: add(servicer, server), versions or Versions(), metrics)
 
 
 Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registration]]]
@@ -133,7 +138,9 @@ async def running(settings: ServiceSettings, registrations: Sequence[Registratio
     port = _listen(settings, server)
     with _exposed(settings, metrics) as metrics_port:
         await server.start()
-        await state.serving([name for registration in registrations for name in registration.health_names])
+        await state.declare("", True)
+        for registration in registrations:
+            await registration.declare_in(state)
         try:
             yield RunningServer(settings.host, port, metrics_port)
         finally:

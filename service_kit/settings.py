@@ -51,7 +51,15 @@ class ServiceSettings(BaseSettings):
     )
     service: ClassVar[str] = "service"
 
-    bundle: Annotated[DirectoryPath, Field(description="Directory of the bundle to serve.")]
+    bundle: Annotated[
+        DirectoryPath,
+        Field(
+            description="Directory of the bundle to serve, or a symlink to it; another one is taken up as it changes."
+        ),
+    ]
+    bundle_poll_seconds: Annotated[
+        float, Field(gt=0, le=3600, description="How often the service looks whether that is another bundle.")
+    ] = 1.0
     host: Annotated[str, Field(min_length=1, description="Address to listen on. 0.0.0.0 is every interface.")] = (
         "127.0.0.1"
     )

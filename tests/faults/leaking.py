@@ -17,7 +17,7 @@ from typing import Any
 
 SECRET = "hush-" + "13579"  # in two parts, so that no traceback's source line holds it
 STEPS = {
-    "draft_service": ("draft_service.server", "DraftServicer._order"),
+    "draft_service": ("draft_service.server", "_OrderReader.read"),
     "target_service": ("target_service.server", "TargetServicer._selection"),
     "orchestrator": ("orchestrator.server", "to_order"),
 }
@@ -61,7 +61,7 @@ def main() -> None:
     service = os.environ["LEAKING"]
     module, step = STEPS[service]
     if os.environ.get("LEAKING_AT") == "start":
-        step = "Bundle" if service == "orchestrator" else "served_model"
+        step = "Bundle" if service == "orchestrator" else "served_models"
     owner: Any = importlib.import_module(module)
     *path, name = step.split(".")
     for part in path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
+from engine.cost_curve import CostCurve
 from engine.errors import BundleError
+from engine.tree_evaluator import TreeEvaluator
 from service_kit import wire
-from service_kit.model import ModelSettings, served_model
+from service_kit.model_settings import ModelSettings
+from service_kit.served_models import ServedModel, ServedModels, served_models
 from tests.bundles import random_catalogue, write_bundle
 
 
@@ -36,24 +41,39 @@ def claim(root: Path, **fields: Any) -> None:
     write_manifest(root, manifest.model_copy(update={"target": manifest.target.model_copy(update=fields)}))
 
 
+@asynccontextmanager
+async def served(**settings: Any) -> AsyncIterator[ServedModels[TreeEvaluator]]:
+    """The target of a bundle."""
+    async with served_models(ModelSettings(verify_bundle=False, **settings), "target", lambda model: model) as models:
+        yield models
+
+
+def measured(model: ServedModel[TreeEvaluator]) -> CostCurve:
+    """What its passes cost."""
+    assert model.weights.cost_curve is not None
+    return model.weights.cost_curve
+
+
 async def test_a_bundle_that_fits_together_is_served(root: Path) -> None:
-    async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target") as model:
+    async with served(bundle=root) as models:
+        model = models.newest
         assert (model.info.precision, model.info.max_positions) == ("float32", 256)
 
 
 async def test_what_a_pass_costs_is_measured_and_published(root: Path) -> None:
     """Prompts of this bundle have up to 17 tokens or so, its cached blocks as many as an item."""
-    async with served_model(ModelSettings(bundle=root, verify_bundle=False, warm_up_seconds=0), "target") as model:
+    async with served(bundle=root, warm_up_seconds=0) as models:
+        model = models.newest
         curve = wire.cost_curve(model.info.cost_curve, "cost_curve")
         assert (curve.new_tokens.tolist(), curve.cached_tokens.tolist()) == ([1, 64], [0, 8, 16])
-        np.testing.assert_array_equal(curve.forward_ns, model.cost_curve.forward_ns)
+        np.testing.assert_array_equal(curve.forward_ns, measured(model).forward_ns)
 
 
 async def test_no_pass_of_the_measurement_is_longer_than_the_model(root: Path) -> None:
     """A prompt and its codes take up to 19 positions here, and the trie has few nodes to fill a pass with."""
     claim(root, max_positions=19)
-    async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target") as model:
-        assert model.cost_curve.new_tokens.tolist() == [1, 4]
+    async with served(bundle=root) as models:
+        assert measured(models.newest).new_tokens.tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +92,7 @@ async def test_a_manifest_that_says_something_else_of_a_model_is_refused(
 ) -> None:
     claim(root, **{field: value})
     with pytest.raises(BundleError, match=rf"manifest\.json: target\.{field}: {problem}"):
-        async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target"):
+        async with served(bundle=root):
             pass
 
 
@@ -86,5 +106,5 @@ async def test_a_model_of_another_catalogue_is_refused(root: Path) -> None:
     claim(root, code_tokens=tuple(range(2, 11)))
     problem = r"target\.code_tokens: 9 code columns, but target/model\.onnx has 8 code columns"
     with pytest.raises(BundleError, match=problem):
-        async with served_model(ModelSettings(bundle=root, verify_bundle=False), "target"):
+        async with served(bundle=root):
             pass

@@ -134,7 +134,10 @@ def test_settings_page_has_a_row_for_every_setting() -> None:
     assert "| `--tenths` | `TEST_TOY_TENTHS` | `0.5` | number, > 0, ≤ 1 | Part of a whole \\| so to say. |" in rows
     assert "| `--mode` | `TEST_TOY_MODE` | `safe` | `fast`, `safe` | How. |" in rows
     assert "| `--limit` | `TEST_TOY_LIMIT` |  | integer, ≥ 1 | Most; not set means no limit. |" in rows
-    assert "| `--bundle` | `TEST_TOY_BUNDLE` | required | directory | Directory of the bundle to serve. |" in rows
+    assert any(
+        row.startswith("| `--bundle` | `TEST_TOY_BUNDLE` | required | directory | Directory of the bundle")
+        for row in rows
+    )
 
 
 def test_settings_page_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

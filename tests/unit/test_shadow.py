@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -148,9 +148,16 @@ class Service:
         )
         limits = ShadowLimits(share, concurrency, SECONDS)
         self.admission = Admission(8, 0)
-        self.shadow = ShadowChecks(
-            self.recommender.recommend, self.world.catalogue, limits, self.admission, self.speculation
-        )
+        self.shadow = ShadowChecks(limits, self.admission, self.speculation)
+        self.held = 0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
 
     async def ask(self, seed: int, mode: Mode = Mode.STRICT, **fields: Any) -> Recommendation:
         """A random request, offered to the checks."""
@@ -158,7 +165,7 @@ class Service:
         chosen = rng.choice(sorted(self.world.naive.items), 12, replace=False).tolist()
         order = Order(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
         made = await self.recommender.recommend(order, Deadline(SECONDS))
-        self.shadow.offer(made)
+        self.shadow.offer(made, self)
         return made
 
     async def ask_all(self, seeds: Sequence[int]) -> None:
@@ -210,7 +217,7 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     while made is None or not made.memo.drafted:  # the draft plans at random
         made = await service.recommender.recommend(Order(k=1, beam_width=1, history=["left"]), Deadline(SECONDS))
     assert [item.item_id for item in made.items] == ["right"]
-    service.shadow.offer(made)
+    service.shadow.offer(made, service)
     await service.shadow.settle()
     assert {name for name, count in service.shadow.outcomes.items() if count} == {outcome}
     assert service.speculation.on is (outcome == "near-tie")
@@ -238,7 +245,7 @@ async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
     made = [await service.recommender.recommend(_order(service), Deadline(SECONDS)) for _ in range(5)]
     service.target.gate = asyncio.Event()
     for one in made:
-        service.shadow.offer(one)
+        service.shadow.offer(one, service)
     assert service.shadow.outcomes["dropped"] == 3
     service.target.gate.set()
     await service.shadow.settle()
@@ -251,7 +258,7 @@ async def test_nothing_is_checked_while_all_places_are_taken() -> None:
     async with AsyncExitStack() as places:
         for _ in range(service.admission.places):
             await places.enter_async_context(service.admission.place(Priority.INTERACTIVE))
-        service.shadow.offer(made)
+        service.shadow.offer(made, service)
         await service.shadow.settle()
     assert service.shadow.outcomes["dropped"] == service.shadow.outcomes.total() == 1
     assert service.admission.running == 0
@@ -261,7 +268,7 @@ async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
     service = Service(speculation=Speculation(mismatches=1))
     made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
     service.target.down = True
-    service.shadow.offer(made)
+    service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["failed"] == 1
     assert service.speculation.on
@@ -271,7 +278,7 @@ async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
     """Asked as nobody's, the user's prompt was cached where no erasure looks, and on other replicas than the list's own."""
     service = Service()
     made = await service.recommender.recommend(Order(k=5, beam_width=5, user_id=USER, tenant="t"), Deadline(SECONDS))
-    service.shadow.offer(made)
+    service.shadow.offer(made, service)
     await service.shadow.settle()
     first, again = service.target.asked
     assert first.owner == again.owner == owner_tag("t", USER)
@@ -285,7 +292,7 @@ async def test_the_check_reads_no_history_again() -> None:
     service = Service()
     made = await service.recommender.recommend(Order(k=5, beam_width=5, user_id=USER), Deadline(SECONDS))
     service.recommender.histories = None
-    service.shadow.offer(made)
+    service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["identical"] == 1
 
@@ -294,7 +301,7 @@ async def test_closing_gives_up_what_runs() -> None:
     service = Service()
     made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
     service.target.gate = asyncio.Event()
-    service.shadow.offer(made)
+    service.shadow.offer(made, service)
     await service.shadow.close()
     await service.shadow.settle()
     assert service.shadow.outcomes.total() == 0

@@ -909,6 +909,9 @@ class GetServiceInfoResponse(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _builtins.int
     RUNNING_RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
     WAITING_RECOMMENDATIONS_FIELD_NUMBER: _builtins.int
+    BUNDLE_SINCE_FIELD_NUMBER: _builtins.int
+    PENDING_BUNDLE_FIELD_NUMBER: _builtins.int
+    OPEN_BUNDLES_FIELD_NUMBER: _builtins.int
     SHADOW_CHECKS_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
@@ -938,9 +941,13 @@ class GetServiceInfoResponse(_message.Message):
     """Recommendations that this replica serves now, alone or in batches."""
     waiting_recommendations: _builtins.int
     """Recommendations that wait for that now."""
+    pending_bundle: _builtins.str
+    """Version of the bundle that is being taken up, or waits until a target serves it; empty when there is none."""
+    open_bundles: _builtins.int
+    """Bundles that running requests hold, the newest included; 1 but in the moments after a change."""
     @_builtins.property
     def versions(self) -> Global___Versions:
-        """Versions of model, draft and catalogue, as configured."""
+        """Versions of model, draft and catalogue that new requests are served by."""
 
     @_builtins.property
     def modes(self) -> _containers.RepeatedScalarFieldContainer[Global___Mode.ValueType]:
@@ -953,6 +960,10 @@ class GetServiceInfoResponse(_message.Message):
     @_builtins.property
     def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Backend]:
         """The models behind it, as they answer now."""
+
+    @_builtins.property
+    def bundle_since(self) -> _timestamp_pb2.Timestamp:
+        """When this service took up the bundle that it serves."""
 
     @_builtins.property
     def shadow_checks(self) -> Global___ShadowChecks:
@@ -979,11 +990,14 @@ class GetServiceInfoResponse(_message.Message):
         max_batch: _builtins.int = ...,
         running_recommendations: _builtins.int = ...,
         waiting_recommendations: _builtins.int = ...,
+        bundle_since: _timestamp_pb2.Timestamp | None = ...,
+        pending_bundle: _builtins.str = ...,
+        open_bundles: _builtins.int = ...,
         shadow_checks: Global___ShadowChecks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_since", b"bundle_since", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,219 @@
+"""What a request is served by from its first moment to its last: one bundle's catalogue and the clients of its models.
+
+Another bundle is opened beside the one that is served and takes its place in one step, when a target serves it. Requests that run
+end on the snapshot that they began on; it closes with the last of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import grpc
+import structlog
+from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from redis.asyncio import Redis
+
+from engine.bundle import Bundle, Manifest
+from engine.catalogue import Catalogue
+from orchestrator.curves import learn_curves
+from orchestrator.draft_client import DraftClient
+from orchestrator.history import HistoryStore
+from orchestrator.planner import PlanLimits, Planner
+from orchestrator.recommend import Recommender
+from orchestrator.settings import OrchestratorSettings
+from orchestrator.speculation import Speculation
+from orchestrator.target_client import TargetClient
+from service_kit.affinity import Routes
+from service_kit.channels import open_channel
+from service_kit.tokens import TokenFile
+
+_TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
+_DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+_DRAFT_PATIENCE_SECONDS = 30.0
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """One bundle, ready to recommend with. resources: what closes with it. since: when new requests first got it, Unix time."""
+
+    manifest: Manifest
+    recommender: Recommender
+    planner: Planner
+    target: TargetClient
+    draft: DraftClient | None
+    channels: Channels
+    resources: AsyncExitStack
+    since: float = 0.0
+    _holders: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Its items."""
+        return self.recommender.catalogue
+
+    @contextmanager
+    def in_use(self) -> Iterator[Snapshot]:
+        """For the time of a request: it stays open."""
+        self._holders += 1
+        self._idle.clear()
+        try:
+            yield self
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._idle.set()
+
+    async def close(self) -> None:
+        """Wait for the last request, and close."""
+        while self._holders:
+            await self._idle.wait()
+        await self.target.settle()
+        await self.resources.aclose()
+
+
+@dataclass
+class Channels:
+    """The channels that one snapshot's calls go over, by service: to replicas in turn, and by key."""
+
+    settings: OrchestratorSettings
+    resources: AsyncExitStack
+    target_in_turn: grpc.aio.Channel | None = None
+    draft_in_turn: grpc.aio.Channel | None = None
+
+    async def targets(self, version: str) -> Routes[target_pb2_grpc.TargetServiceAsyncStub]:
+        """To the targets that serve a version."""
+        settings = self.settings
+        tls = settings.model_tls(settings.target_name)
+        self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
+        stub = target_pb2_grpc.TargetServiceStub
+        return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affine_calls)
+
+    async def drafts(self, address: str, version: str) -> Routes[draft_pb2_grpc.DraftServiceAsyncStub]:
+        """To the drafts that serve a version."""
+        settings = self.settings
+        tls = settings.model_tls(settings.draft_name)
+        self.draft_in_turn, by_key = await self._pair(address, _DRAFT, version=version, retried=["Plan"], tls=tls)
+        stub = draft_pb2_grpc.DraftServiceStub
+        return Routes(stub(self.draft_in_turn), stub(by_key), most_at_once=settings.affine_calls)
+
+    async def served(self) -> None:
+        """Return when a target serves the version, and a draft does or has had its time."""
+        if self.target_in_turn is not None:
+            await self.target_in_turn.channel_ready()
+        if self.draft_in_turn is not None:
+            try:
+                async with asyncio.timeout(_DRAFT_PATIENCE_SECONDS):
+                    await self.draft_in_turn.channel_ready()
+            except TimeoutError:
+                _log.warning("no draft serves the bundle, going on without one")
+
+    async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
+        token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None
+        limit = self.settings.max_message_bytes
+        made = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
+        in_turn = await self.resources.enter_async_context(made())
+        return in_turn, await self.resources.enter_async_context(made(by_key=True))
+
+
+class Snapshots:
+    """The snapshot that new requests get, and those before it that requests still hold. redis: None where there is none."""
+
+    def __init__(self, settings: OrchestratorSettings, redis: Redis | None, speculation: Speculation) -> None:
+        self._settings, self._redis, self._speculation = settings, redis, speculation
+        self._current: Snapshot | None = None
+        # The event loop itself only keeps weak references to tasks.
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def current(self) -> Snapshot:
+        """What new requests are served by."""
+        if self._current is None:
+            raise RuntimeError("no bundle has been taken up yet")
+        return self._current
+
+    @property
+    def open(self) -> int:
+        """How many there are."""
+        return 1 + len(self._closing)
+
+    async def take_up(self, bundle: Bundle) -> None:
+        """Serve a bundle: the first at once, another one when a target serves it, from the return on.
+
+        Raises BundleError or CatalogueError where it cannot be served. Cancelled, it changes nothing.
+        """
+        async with AsyncExitStack() as resources:
+            snapshot = await self._opened(bundle, resources)
+            if self._current is not None:
+                await snapshot.channels.served()
+                await asyncio.sleep(self._settings.bundle_settle_seconds)
+            snapshot.resources = resources.pop_all()
+        before, self._current, snapshot.since = self._current, snapshot, time.time()
+        if before is not None:
+            task = asyncio.get_running_loop().create_task(before.close(), name="snapshot-close")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close all, whoever still holds one."""
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        if self._current is not None:
+            await self._current.resources.aclose()
+
+    async def _opened(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
+        settings, manifest = self._settings, bundle.manifest
+        catalogue = await asyncio.to_thread(_warm_catalogue, bundle)
+        trie, channels = catalogue.trie, Channels(settings, resources)
+        version = manifest.model_version("target")
+        attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
+        targets = await channels.targets(version)
+        target = TargetClient(targets, trie, version, attempts=attempts, pass_seconds=pass_seconds)
+        draft = None
+        if settings.draft and manifest.draft:
+            version = manifest.model_version("draft")
+            timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
+            drafts = await channels.drafts(settings.draft, version)
+            draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
+        planner = self._planner(manifest, catalogue)
+        if draft is not None and not planner.informed:
+            learning = asyncio.create_task(learn_curves(planner, target, draft))
+            resources.callback(learning.cancel)
+        histories = self._histories(manifest)
+        recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._speculation)
+        return Snapshot(manifest, recommender, planner, target, draft, channels, resources)
+
+    def _planner(self, manifest: Manifest, catalogue: Catalogue) -> Planner:
+        """A new one, or over the same models as before one that knows what was learnt of them."""
+        before, settings = self._current, self._settings
+        if before is not None and before.manifest.models == manifest.models:
+            return before.planner.over(catalogue.trie)
+        limits = PlanLimits(
+            kind=settings.planner,
+            nodes_per_beam=settings.draft_nodes_per_beam,
+            max_nodes=settings.draft_max_nodes,
+            explored_share=settings.draft_explored_share,
+        )
+        return Planner(catalogue.trie, limits)
+
+    def _histories(self, manifest: Manifest) -> HistoryStore | None:
+        if self._redis is None:
+            return None
+        most, timeout = self._settings.max_history_items, self._settings.redis_timeout_seconds
+        step = min(manifest.target.prompt.drop_block, most)
+        return HistoryStore(self._redis, most, trim_step=step, timeout_seconds=timeout)
+
+
+def _warm_catalogue(bundle: Bundle) -> Catalogue:
+    catalogue = bundle.catalogue()
+    catalogue.warm_up()
+    return catalogue
