@@ -234,7 +234,7 @@ class TestOwned:
         """With what goes, the prompt that is written stays whole, however many pipelines it takes."""
         layout = KvLayout(layers=4, kv_heads=4, head_dim=64, dtype="float32", block_tokens=16)
         patience = LIVENESS_SECONDS
-        store = RedisKvStore(redis_client, layout, 60, patience, owner_blocks=20, write_timeout_seconds=patience)
+        store = RedisKvStore(redis_client, layout, 60, patience, owner_blocks=18, write_timeout_seconds=patience)
         lengths = []
         for seed in range(6):
             keys = self.chain(8, b"me------", seed)
