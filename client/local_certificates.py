@@ -14,24 +14,27 @@ import trustme
 
 from service_kit.tls import ClientTls, TlsFiles
 
-SERVICES = ("orchestrator", "target", "draft", "redis", "client")
+SERVICES = ("orchestrator", "target", "draft", "redis", "edge", "client")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class LocalCertificates:
-    """A CA in a folder: ca.pem, and NAME.pem with NAME.key for each service, each valid for its name and for this machine."""
+    """A CA in a folder: ca.crt, and for each service a folder NAME with its own tls.crt and tls.key, and ca.crt again.
+
+    Each certificate is valid for its name and for this machine. The names are those of a TLS Secret in Kubernetes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._ca = folder, trustme.CA(key_type=trustme.KeyType.ECDSA)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._ca.cert_pem.write_to_path(str(self.ca))
         for name in SERVICES:
+            (folder / name).mkdir(parents=True, exist_ok=True)
             self.issue(name)
+        self._trust(self._ca.cert_pem.bytes())
 
     @property
     def ca(self) -> Path:
         """The CA's certificate."""
-        return self.folder / "ca.pem"
+        return self.folder / "ca.crt"
 
     def issue(self, name: str, *, not_after: datetime | None = None) -> TlsFiles:
         """A new certificate for `name`, over the one that it had. The key is readable by its owner alone."""
@@ -45,9 +48,9 @@ class LocalCertificates:
     def new_authority(self) -> Iterator[None]:
         """Another CA, trusted beside the old one within the block, in which certificates can be issued, and alone after it."""
         before, self._ca = self._ca, trustme.CA(key_type=trustme.KeyType.ECDSA)
-        self.ca.write_bytes(before.cert_pem.bytes() + self._ca.cert_pem.bytes())
+        self._trust(before.cert_pem.bytes() + self._ca.cert_pem.bytes())
         yield
-        self.ca.write_bytes(self._ca.cert_pem.bytes())
+        self._trust(self._ca.cert_pem.bytes())
 
     def files(self, name: str) -> TlsFiles:
         """A service's files; they trust this CA."""
@@ -73,8 +76,12 @@ class LocalCertificates:
     def _serving(self, name: str) -> Mapping[str, object]:
         return {"tls-certificate": self._certificate(name), "tls-key": self._key(name)}
 
+    def _trust(self, authorities: bytes) -> None:
+        for folder in (self.folder, *(self.folder / name for name in SERVICES)):
+            (folder / "ca.crt").write_bytes(authorities)
+
     def _certificate(self, name: str) -> Path:
-        return self.folder / f"{name}.pem"
+        return self.folder / name / "tls.crt"
 
     def _key(self, name: str) -> Path:
-        return self.folder / f"{name}.key"
+        return self.folder / name / "tls.key"

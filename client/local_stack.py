@@ -93,10 +93,19 @@ class ServiceProcess:
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL when it does not drain in time."""
+        self.terminate()
+        self.wait_stopped()
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting for it to drain."""
+        if self.process is not None:
+            self._release()
+            self.process.terminate()
+
+    def wait_stopped(self) -> None:
+        """Wait for a process that drains; SIGKILL when it does not in time."""
         if self.process is None:
             return
-        self._release()
-        self.process.terminate()
         try:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -203,9 +212,12 @@ class LocalStack:
             raise
 
     def stop(self) -> None:
-        """Drain everything, callers before the called."""
-        for service in reversed(self.services):
-            service.stop()
+        """Drain everything: the orchestrators side by side, then the models, which they call."""
+        for services in (self.orchestrators, [*self.drafts, *self.targets]):
+            for service in services:
+                service.terminate()
+            for service in services:
+                service.wait_stopped()
         self._cleanup.close()
 
     def __enter__(self) -> Self:

@@ -14,11 +14,11 @@ from service_kit.tokens import hash_token, new_token
 
 
 def certificates(folder: Annotated[Path, typer.Argument(help="Where to write them.", file_okay=False)]) -> None:
-    """Throwaway certificates of a throwaway CA for each service, to try TLS with. Not for production."""
+    """Throwaway certificates of a throwaway CA, a folder for each service, to try TLS with. Not for production."""
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder}: is not empty; certificates of another CA would not fit what is there")
     made = optional("client.local_certificates").LocalCertificates(folder)
-    for path in sorted(made.folder.iterdir()):
+    for path in sorted(path for path in made.folder.rglob("*") if path.is_file()):
         print(path)
 
 

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import yaml
 
+from client.local_certificates import LocalCertificates
 from client.local_stack import LocalStack
 from engine.catalogue import Catalogue
 from tests.bundles import random_history
@@ -108,7 +109,18 @@ def edge_cases(replicas: LocalStack, catalogue: Catalogue) -> list[Case]:
 
 
 def test_the_configuration_is_valid_as_it_stands() -> None:
-    command: list[str | Path] = [ENVOY, "--mode", "validate", "-c", CONFIG]
+    assert_valid(CONFIG)
+
+
+def test_the_secured_one_is_valid_with_the_certificates_that_it_names(tmp_path: Path) -> None:
+    LocalCertificates(tmp_path)
+    text = CONFIG.with_name("envoy.secure.yaml").read_text().replace("/secrets/", f"{tmp_path}/edge/")
+    (tmp_path / "envoy.yaml").write_text(text)
+    assert_valid(tmp_path / "envoy.yaml")
+
+
+def assert_valid(config: Path) -> None:
+    command: list[str | Path] = [ENVOY, "--mode", "validate", "-c", config]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -16,10 +16,13 @@ import pytest
 import yaml
 
 from service_kit.settings_docs import SERVICES
+from service_kit.tokens import hash_token
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))  # docker-compose and hadolint come as wheels, beside this Python
 VARIANTS = {"cpu": {"draft", "target"}, "gpu": {"draft-gpu", "target-gpu"}}
+ENVOYS = ("envoy.yaml", "envoy.secure.yaml")
+SECURE_FILES = ("-f", "docker-compose.yml", "-f", "deploy/docker-compose.secure.yml")
 PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
 
 Service = dict[str, Any]
@@ -159,6 +162,38 @@ def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
     assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
 
 
+def test_the_edge_takes_no_replica_away_for_its_answers() -> None:
+    """To Envoy, UNIMPLEMENTED and DEADLINE_EXCEEDED are server errors, and a client brings these about alone."""
+    (cluster,) = yaml.safe_load((ROOT / "deploy" / "envoy" / ENVOYS[0]).read_text())["static_resources"]["clusters"]
+    detection = cluster["outlier_detection"]
+    assert detection["split_external_local_origin_errors"] is True
+    assert detection["enforcing_consecutive_5xx"] == detection["enforcing_success_rate"] == 0
+    assert detection["enforcing_consecutive_gateway_failure"] == 0
+    assert detection["consecutive_local_origin_failure"] > 0
+
+
+def without_tls(part: Any) -> Any:
+    """A part of Envoy's configuration with its transport sockets taken out."""
+    if isinstance(part, dict):
+        return {name: without_tls(value) for name, value in part.items() if name != "transport_socket"}
+    return [without_tls(value) for value in part] if isinstance(part, list) else part
+
+
+def test_a_secured_edge_is_the_same_with_tls_on_both_sides() -> None:
+    plain, secure = (yaml.safe_load((ROOT / "deploy" / "envoy" / name).read_text()) for name in ENVOYS)
+    assert without_tls(secure) == plain
+    (chain,), (cluster,) = (
+        secure["static_resources"]["listeners"][0]["filter_chains"],
+        secure["static_resources"]["clusters"],
+    )
+    assert chain["transport_socket"]["typed_config"]["@type"].endswith(".DownstreamTlsContext")
+    upstream = cluster["transport_socket"]["typed_config"]["common_tls_context"]["validation_context"]
+    assert upstream["trusted_ca"] == {"filename": "/secrets/ca.crt"}
+    edge = compose(*SECURE_FILES, "--profile", "edge")["services"]["edge"]
+    (mount,) = [mount for mount in edge["volumes"] if mount["target"] == "/etc/envoy/envoy.yaml"]
+    assert Path(mount["source"]) == ROOT / "deploy" / "envoy" / ENVOYS[1]
+
+
 # What watches
 
 
@@ -266,8 +301,7 @@ def test_the_password_reaches_both_sides(variables: dict[str, str], url: str) ->
 
 @pytest.fixture(scope="module")
 def secured(profile: str) -> dict[str, Service]:
-    files = ["-f", "docker-compose.yml", "-f", "deploy/docker-compose.secure.yml"]
-    services = compose(*files, "--profile", profile, SECRETS="./mine", REDIS_PASSWORD="p")["services"]
+    services = compose(*SECURE_FILES, "--profile", profile, SECRETS="./mine", REDIS_PASSWORD="p")["services"]
     return {str(name).removesuffix("-gpu"): service for name, service in services.items()}
 
 
@@ -276,16 +310,49 @@ def test_secured_services_speak_tls_and_want_tokens(secured: dict[str, Service])
         given, check = secured[role]["environment"], secured[role]["healthcheck"]["test"]
         of = f"ATSPEED_{role.upper()}_"
         assert given[f"{of}INSECURE"] == "false"
-        assert given[f"{of}TLS_CERTIFICATE"] == f"/secrets/{role}.pem"
+        assert given[f"{of}TLS_CERTIFICATE"] == "/secrets/tls.crt"
         assert given[f"{of}REDIS_URL"] == "rediss://:p@redis:6379/0"
         assert given[f"{of}TOKENS_FILE"]
         assert (f"{of}TLS_CLIENT_CA" in given) is (role != "orchestrator")
         assert f"--server-name={role}" in check
-        assert ("--key=/secrets/" + role + ".key" in check) is (role != "orchestrator")
-    for service in secured.values():
-        (mount,) = [mount for mount in service["volumes"] if mount["target"] == "/secrets"]
-        assert mount["read_only"] is True
-        assert mount["source"].endswith("/mine")
+        assert ("--key=/secrets/tls.key" in check) is (role != "orchestrator")
+
+
+def secrets_of(service: Service) -> Path:
+    """The folder of this host that a service finds under /secrets."""
+    (mount,) = [mount for mount in service["volumes"] if mount["target"].startswith("/secrets")]
+    assert (mount["target"], mount["read_only"]) == ("/secrets", True)
+    return Path(mount["source"])
+
+
+def test_a_secured_service_sees_its_own_secrets_alone(secured: dict[str, Service]) -> None:
+    assert {name: secrets_of(service) for name, service in secured.items()} == {
+        name: ROOT / "mine" / name for name in ("redis", *PORTS)
+    }
+
+
+def test_what_operations_says_makes_all_that_a_secured_service_reads(
+    secured: dict[str, Service], tmp_path: Path
+) -> None:
+    """The commands of "Secure it", but for those that need root and Docker; these are checked against who runs what."""
+    section = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("## Secure it")[2]
+    commands = section.partition("```bash\n")[2].partition("```")[0]
+    ours = [line for line in commands.splitlines() if not line.startswith(("sudo", "docker"))]
+    environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", "\n".join(ours)], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    edge = compose(*SECURE_FILES, "--profile", "edge", SECRETS="./mine")["services"]["edge"]
+    envoy = (ROOT / "deploy" / "envoy" / "envoy.secure.yaml").read_text(encoding="utf-8")
+    for name, service in {**secured, "edge": edge | {"reads": envoy}}.items():
+        told = json.dumps([service.get(part) for part in ("command", "environment", "healthcheck", "reads")])
+        read = set(re.findall(r"/secrets/([\w.-]+)", told))
+        assert {"ca.crt", "tls.crt", "tls.key"} <= read
+        assert {file.name for file in (tmp_path / "secrets" / name).iterdir()} == read
+        assert re.search(rf"^sudo chown -R {service['user']} .*secrets/{name}\b", commands, re.MULTILINE)
+    names = {path.parent.name: path for path in (tmp_path / "secrets").glob("*/tls.key")}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in names.values())
+    tokens = tomllib.loads((tmp_path / "secrets" / "target" / "model-tokens.toml").read_text())
+    shown = (tmp_path / "secrets" / "orchestrator" / "model-token").read_text().strip()
+    assert (tokens["orchestrator"]["sha256"], tokens["orchestrator"]["scopes"]) == (hash_token(shown), ["service"])
 
 
 def test_secured_services_have_only_settings_that_there_are(secured: dict[str, Service]) -> None:

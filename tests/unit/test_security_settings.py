@@ -32,7 +32,7 @@ def tokens(tmp_path: Path) -> Path:
 
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104
-CERTIFICATE, KEY, CA = "target.pem", "target.key", "ca.pem"
+CERTIFICATE, KEY, CA = "target/tls.crt", "target/tls.key", "ca.crt"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,9 @@ async def test_a_server_does_not_start_on_what_is_no_certificate(
 ) -> None:
     own, other = certificates.files("target"), certificates.files("draft")
     settings = ServiceSettings(bundle=tmp_path, tls_certificate=own.certificate, tls_key=other.key)
-    with pytest.raises(StartupError, match=r"--tls-certificate .*: .*target.pem and .*draft.key: key values mismatch"):
+    with pytest.raises(
+        StartupError, match=r"--tls-certificate .*: .*target/tls.crt and .*draft/tls.key: key values mismatch"
+    ):
         async with running(settings, []):
             pass
 
