@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from service_kit.errors import ResourceExhaustedError
+from service_kit.errors import DeadlineExceededError, ResourceExhaustedError
 
 PRIORITY_HEADER = "x-atspeed-priority"
 _SHORTEST_HINT, _LONGEST_HINT = 0.05, 10.0
@@ -78,12 +78,16 @@ class Admission:
         begun = time.monotonic()
         try:
             yield Admitted(waited)
-        except BaseException:  # how long a failure took says nothing of how long work takes
-            self._leave()
+        except (asyncio.CancelledError, GeneratorExit, DeadlineExceededError):
+            self._learn(max(time.monotonic() - begun, self._seconds))  # it would have taken at least that
             raise
-        took = time.monotonic() - begun
+        else:  # how long another failure took says nothing of how long work takes
+            self._learn(time.monotonic() - begun)
+        finally:
+            self._leave()
+
+    def _learn(self, took: float) -> None:
         self._seconds = took if not self._seconds else self._seconds + _NEWEST * (took - self._seconds)
-        self._leave()
 
     async def _enter(self, priority: Priority, seconds_left: float | None) -> bool:
         """Take a place, after waiting for one if need be; whether there was need."""

@@ -139,16 +139,20 @@ async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 def _refusing(handler: Handler, error: ServiceError) -> Handler:
-    """A handler of the same kind that reads nothing and raises a copy of `error`."""
+    """A handler that raises a copy of `error`. It takes a stream, so that no message is received first."""
     kind, text = type(error), str(error)
+    build = (
+        grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    )
 
-    def refuse(_request: Any, _context: Any, _inner: Any) -> Any:
+    async def refuse(_requests: Any, _context: Any) -> Any:
         raise kind(text)
 
-    return _rebuilt(handler, refuse, parse=False)
+    behaviour: Any = refuse
+    return build(behaviour, response_serializer=handler.response_serializer)
 
 
-def _rebuilt(handler: Handler, around: Callable[[Any, Any, Any], Any], *, parse: bool = True) -> Handler:
+def _rebuilt(handler: Handler, around: Callable[[Any, Any, Any], Any]) -> Handler:
     """A handler of the same kind whose behaviour is `around(request or requests, context, the old behaviour)`."""
     builders = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
@@ -160,6 +164,6 @@ def _rebuilt(handler: Handler, around: Callable[[Any, Any, Any], Any], *, parse:
     behaviour: Any = lambda request, context: around(request, context, inner)  # noqa: E731
     return build(
         behaviour,
-        request_deserializer=handler.request_deserializer if parse else None,
+        request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )

@@ -7,6 +7,7 @@
     +-- UnauthenticatedError      UNAUTHENTICATED: it is not known who calls
     +-- PermissionDeniedError     PERMISSION_DENIED: the caller may not do this
     +-- FailedPreconditionError   FAILED_PRECONDITION: the caller must change something else first
+    +-- UnimplementedError        UNIMPLEMENTED: this service does not do that, as it is set up
     +-- ResourceExhaustedError    RESOURCE_EXHAUSTED: a limit of this replica, with a hint when to try again
     +-- UnavailableError          UNAVAILABLE: try again, or another replica
     +-- DeadlineExceededError     DEADLINE_EXCEEDED
@@ -85,6 +86,12 @@ class FailedPreconditionError(ServiceError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class UnimplementedError(ServiceError):
+    """The service does not offer this, as it is set up; no other try will succeed."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
 class ResourceExhaustedError(ServiceError):
     """A limit of this replica is reached."""
 
@@ -143,6 +150,15 @@ def call_status(error: Exception) -> CallStatus:
     error_id = secrets.token_hex(6)
     _log.error("internal error", error_id=error_id, exc_info=error)
     return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
+
+
+def is_over(left: float, seconds: float) -> bool:
+    """Whether a cancellation with `left` seconds left of a deadline of `seconds` was that deadline.
+
+    gRPC rounds the time that it sends up, by 1 % at most, and the caller may give up some milliseconds before the server's clock
+    says so.
+    """
+    return left <= 0.02 + 0.01 * seconds
 
 
 def retry_after_seconds(error: grpc.aio.AioRpcError) -> float | None:

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--key", type=Path, help="its key")
     parser.add_argument("--server-name", default="", help="name in the server's certificate, if not the address's")
     options = parser.parse_args(arguments)
+    if options.ca is None and (options.certificate or options.key or options.server_name):
+        parser.error("--certificate, --key and --server-name need --ca: without it the server is asked in plain text")
     tls = ClientTls(TlsFiles(options.certificate, options.key, options.ca), options.server_name) if options.ca else None
     try:
         found = state(options.address, options.service, options.timeout_seconds, tls)

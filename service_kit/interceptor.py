@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from service_kit.errors import InvalidArgumentError, ResourceExhaustedError, call_status
+from service_kit.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, call_status
 from service_kit.logs import REQUEST_ID_HEADER, bind_request_id
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
@@ -28,6 +28,8 @@ Behaviour = Callable[[Any, Context], Any]
 # Health and reflection stay reachable on a busy server, and out of its log.
 _INFRASTRUCTURE = "/grpc."
 _RETRY_AFTER_SECONDS = 0.5
+# A call holds its place while its message arrives.
+_MESSAGE_SECONDS = 30.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -55,13 +57,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped[key]
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
-        requests = _valid_stream if handler.request_streaming else _valid
-        build, behaviour = _kind(handler)
+        """grpc.aio calls what takes one message only when all of it is there, so every method is served as one that takes many:
+        it is counted, or refused, before its message is received.
+        """
+        behaviour = _behaviour(handler)
         respond = _stream if handler.response_streaming else _one
+        build = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
 
-        async def call(request: Any, context: Context) -> Any:
+        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
             async with self._around(method, context):
-                return await respond(behaviour(requests(request), context), context)
+                request = _valid_stream(requests) if handler.request_streaming else await _only(requests)
+                return await respond(behaviour(request, context), context)
 
         return build(
             call,
@@ -145,6 +155,17 @@ def _valid(request: Any) -> Any:
     return request
 
 
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    """The message of a method that takes one."""
+    try:
+        async with asyncio.timeout(_MESSAGE_SECONDS):
+            return _valid(await anext(requests))
+    except StopAsyncIteration:
+        raise InvalidArgumentError("request", "the call ended before its message") from None
+    except TimeoutError:
+        raise DeadlineExceededError(f"the request did not arrive within {_MESSAGE_SECONDS:g} s") from None
+
+
 async def _valid_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _valid(request)
@@ -164,15 +185,16 @@ async def _stream(answer: Any, context: Context) -> None:
             await context.write(message)
 
 
-def _kind(handler: Handler) -> tuple[Callable[..., Handler], Behaviour]:
-    """What builds a handler of this kind, and the method itself."""
-    kinds: dict[tuple[bool, bool], tuple[Callable[..., Handler], Any]] = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+def _behaviour(handler: Handler) -> Behaviour:
+    """The method itself."""
+    kinds: dict[tuple[bool, bool], Any] = {
+        (False, False): handler.unary_unary,
+        (False, True): handler.unary_stream,
+        (True, False): handler.stream_unary,
+        (True, True): handler.stream_stream,
     }
-    return kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+    behaviour: Behaviour = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return behaviour
 
 
 def _offered_id(context: Context) -> str | None:

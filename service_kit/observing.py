@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from service_kit import tracing
+from service_kit.errors import is_over
 from service_kit.metrics import ServerMetrics
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
@@ -65,7 +66,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             with tracing.call(method, tuple(context.invocation_metadata() or ())):
                 yield
         except BaseException as error:
-            code = _status(error, context)
+            code = _status(error, context, time.perf_counter() - begun)
             raise
         finally:
             self._metrics.in_flight.labels(name).dec()
@@ -73,10 +74,10 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             self._metrics.seconds.labels(name).observe(time.perf_counter() - begun)
 
 
-def _status(error: BaseException, context: Context) -> str:
+def _status(error: BaseException, context: Context, took: float) -> str:
     """The status of a call that ended with an exception; by then an abort has left its code in the context."""
     if isinstance(error, asyncio.CancelledError):
         left: float | None = context.time_remaining()
-        return "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
+        return "DEADLINE_EXCEEDED" if left is not None and is_over(left, left + took) else "CANCELLED"
     code: Any = context.code()  # the stubs say int
     return code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"

@@ -9,7 +9,8 @@
 
 The life of a server: settings, application (models are loaded), listen, health SERVING and one JSON line on stdout
 with the address; at SIGTERM or SIGINT health NOT_SERVING, no new calls, running ones end or are cancelled after
-`drain_seconds`, the application is left. A second signal kills. Exit codes: 0 after a signal, 1 cannot start, 2 bad
+`drain_seconds`, the application is left. A signal before that ends the start. A second signal ends the process at once, as
+the first process of a container too. Exit codes: 0 after a signal, 128 + its number after a second one, 1 cannot start, 2 bad
 settings.
 """
 
@@ -123,10 +124,20 @@ def run(
 async def serve(settings: Settings, application: Application[Settings]) -> None:
     """Open the application, serve it until SIGTERM or SIGINT, drain."""
     asyncio.get_running_loop().set_exception_handler(logs.log_loop_failure)
-    async with _opened(settings, application) as registrations, running(settings, registrations) as server:
-        _announce(settings, server)
-        await _signalled()
-        _log.info("draining", drain_seconds=settings.drain_seconds)
+    with _Signals() as signals:
+        async with AsyncExitStack() as stack:
+            try:
+                async with signals.ending_it():
+                    registrations = await stack.enter_async_context(_opened(settings, application))
+                    server = await stack.enter_async_context(running(settings, registrations))
+            except TimeoutError:
+                if not signals.received.is_set():
+                    raise
+                _log.info("stopped before it served")
+                return
+            _announce(settings, server)
+            await signals.received.wait()
+            _log.info("draining", drain_seconds=settings.drain_seconds)
 
 
 @asynccontextmanager
@@ -250,13 +261,40 @@ def _announce(settings: ServiceSettings, server: RunningServer) -> None:
     _log.info("listening", address=server.address, settings=settings.model_dump(mode="json"))
 
 
-async def _signalled() -> None:
-    """Wait for the first SIGTERM or SIGINT. After it both do again what they do by default."""
-    loop = asyncio.get_running_loop()
-    signalled = asyncio.Event()
-    wanted = (signal.SIGTERM, signal.SIGINT)
-    for number in wanted:
-        loop.add_signal_handler(number, signalled.set)
-    await signalled.wait()
-    for number in wanted:
-        loop.remove_signal_handler(number)
+class _Signals:
+    """SIGTERM and SIGINT. They are taken from before anything is loaded on: the first process of a container has no default."""
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._ending: asyncio.Timeout | None = None
+        self._seen = False
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._note) for number in self._NUMBERS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self._NUMBERS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    @asynccontextmanager
+    async def ending_it(self) -> AsyncIterator[None]:
+        """The block ends with TimeoutError when a signal comes."""
+        async with asyncio.timeout(None) as self._ending:
+            yield
+        self._ending = None
+
+    def _note(self, number: int, _frame: object) -> None:
+        """Between any two instructions, so that it works while a model is loaded."""
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        self._loop.call_soon_threadsafe(self._act)
+
+    def _act(self) -> None:
+        self.received.set()
+        if self._ending is not None:
+            self._ending.reschedule(self._loop.time())

@@ -133,7 +133,12 @@ class ServiceSettings(BaseSettings):
         int, Field(ge=0, le=100_000, description="Those that wait for that; more get RESOURCE_EXHAUSTED at once.")
     ] = 64
     max_concurrent_calls: Annotated[
-        int, Field(ge=1, le=100_000, description="Calls of one method held at once, running or waiting, health apart.")
+        int,
+        Field(
+            ge=1,
+            le=100_000,
+            description="Calls of one method at once, also those whose message is still on its way; health apart.",
+        ),
     ] = 1024
     max_connection_seconds: Annotated[
         float,
@@ -142,7 +147,7 @@ class ServiceSettings(BaseSettings):
     max_streams: Annotated[
         int,
         Field(ge=1, le=1_000_000, description="Calls under way on one connection; a client's further ones wait there."),
-    ] = 4096
+    ] = 1024
     max_metadata_bytes: Annotated[
         int, Field(ge=4_096, le=1_048_576, description="Largest metadata of a call, as HTTP/2 counts it.")
     ] = 16_384

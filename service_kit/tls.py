@@ -19,6 +19,8 @@ from typing import Any
 import grpc
 import structlog
 
+from service_kit.stamps import Stamp, stamp
+
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -107,8 +109,8 @@ class WatchedPems:
         _log.info("TLS files are read again", files=[str(path) for path in self._files.paths])
         return True
 
-    def _signature(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(_stamp(path) for path in self._files.paths)
+    def _signature(self) -> tuple[Stamp | None, ...]:
+        return tuple(stamp(path) for path in self._files.paths)
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
@@ -154,11 +156,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return (error.reason or "not PEM").replace("_", " ").lower()
     return (error.strerror if isinstance(error, OSError) else None) or "not PEM"
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -24,6 +24,7 @@ import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from service_kit.scopes import Scope
+from service_kit.stamps import Stamp, stamp
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -58,7 +59,7 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = self._stamp()
+        self._seen = stamp(path)
         self._grants = read_tokens(path)
 
     def holder(self, token: str) -> tuple[str, Grant] | None:
@@ -74,10 +75,9 @@ class Tokens:
         return found
 
     def _refresh(self) -> None:
-        stamp = self._stamp()
-        if stamp == self._seen:
+        if (found := stamp(self._path)) == self._seen:
             return
-        self._seen = stamp
+        self._seen = found
         try:
             self._grants = read_tokens(self._path)
         except TokenError as error:
@@ -85,27 +85,21 @@ class Tokens:
         else:
             _log.info("tokens are read again", names=sorted(self._grants))
 
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
-
 
 class TokenFile:
     """A token to show, alone in a file, read again when that changes; the last that could be read."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._seen, self._token = path, -1, ""
+        self._path, self._token = path, ""
+        self._seen: Stamp | None = None
         if not self():
             raise TokenError(f"{path}: holds no token")
 
     def __call__(self) -> str:
         """The token."""
         try:
-            if (stamp := self._path.stat().st_mtime_ns) != self._seen:
-                self._token, self._seen = self._path.read_text(encoding="ascii").strip() or self._token, stamp
+            if (found := stamp(self._path)) is None or found != self._seen:
+                self._token, self._seen = self._path.read_text(encoding="ascii").strip() or self._token, found
         except (OSError, ValueError) as error:
             if not self._token:
                 raise TokenError(f"{self._path}: {type(error).__name__}") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.trie import Trie
 from service_kit import wire
 from service_kit.admission import Admission, Priority
 from service_kit.admission_metrics import admission_reads
-from service_kit.errors import InvalidArgumentError
+from service_kit.errors import DeadlineExceededError, InvalidArgumentError
 from service_kit.metrics import Readings
 from service_kit.served_models import ServedModel, ServedModels, served_models
 from service_kit.server import Registration
@@ -24,13 +25,14 @@ from target_service.settings import TargetSettings
 
 SERVICE = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
 Context = grpc.aio.ServicerContext[Any, Any]
+_WHERE_START = "must be set in the first message of a stream, and only there"
 
 
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
 
-    def __init__(self, models: ServedModels[TreeEvaluator], admission: Admission) -> None:
-        self._models, self._admission = models, admission
+    def __init__(self, models: ServedModels[TreeEvaluator], admission: Admission, idle_seconds: float) -> None:
+        self._models, self._admission, self._idle_seconds = models, admission, idle_seconds
 
     async def GetModelInfo(
         self, request: target_pb2.TargetServiceGetModelInfoRequest, context: Context
@@ -43,28 +45,37 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def Evaluate(
         self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest], context: Context
     ) -> AsyncIterator[target_pb2.EvaluateResponse]:
-        """One pass per message. A stream has its place until it ends: what it evaluated stays in memory for so long."""
-        async with (
-            self._admission.place(Priority.of(context), context.time_remaining()),
-            aclosing(self._passes(request_iterator)) as passes,
-        ):
-            async for response in passes:
-                yield response
+        """One pass per message. From `start` to end a stream has a place: for so long what it evaluated stays in memory."""
+        requests = _talking(request_iterator, self._idle_seconds)
+        first = await anext(requests, None)
+        if first is None:
+            return
+        if not first.HasField("start"):
+            raise InvalidArgumentError("start", _WHERE_START)
+        model = self._models.find(first.start.model_version, "start.model_version")
+        with model.in_use():
+            async with (
+                self._admission.place(Priority.of(context), context.time_remaining()),
+                aclosing(self._passes(model, first, requests)) as passes,
+            ):
+                async for response in passes:
+                    yield response
 
     async def _passes(
-        self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest]
+        self,
+        model: ServedModel[TreeEvaluator],
+        first: target_pb2.EvaluateRequest,
+        later: AsyncIterator[target_pb2.EvaluateRequest],
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
-        opened: _Opened | None = None
-        with ExitStack() as stack:
-            async for request in request_iterator:
-                if request.HasField("start") is (opened is not None):
-                    raise InvalidArgumentError("start", "must be set in the first message of a stream, and only there")
-                if opened is None:
-                    model = self._models.find(request.start.model_version, "start.model_version")
-                    stack.enter_context(model.in_use())
-                    opened = await self._open(model, request.start)
-                    stack.callback(model.evaluator.end, opened.tree)
+        opened = await self._open(model, first.start)
+        try:
+            yield await opened.evaluate(first)
+            async for request in later:
+                if request.HasField("start"):
+                    raise InvalidArgumentError("start", _WHERE_START)
                 yield await opened.evaluate(request)
+        finally:
+            model.evaluator.end(opened.tree)
 
     async def _open(self, model: ServedModel[TreeEvaluator], start: target_pb2.EvaluateStart) -> _Opened:
         selection = self._selection(start, model.evaluator.trie)
@@ -100,6 +111,21 @@ class _Opened:
         )
 
 
+async def _talking(
+    requests: AsyncIterator[target_pb2.EvaluateRequest], idle_seconds: float
+) -> AsyncGenerator[target_pb2.EvaluateRequest, None]:
+    """The messages of a stream, as long as none takes too long to come: one that is silent would keep its memory for ever."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_seconds):
+                request = await anext(requests, None)
+        except TimeoutError:
+            raise DeadlineExceededError(f"the stream was silent for {idle_seconds:g} s") from None
+        if request is None:
+            return
+        yield request
+
+
 @asynccontextmanager
 async def application(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
     """The target model of the settings' bundle, ready to serve."""
@@ -108,5 +134,5 @@ async def application(settings: TargetSettings) -> AsyncIterator[list[Registrati
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
         metrics = models.metrics.registry
         metrics.register(Readings(admission_reads(admission)))
-        servicer = TargetServicer(models, admission)
+        servicer = TargetServicer(models, admission, settings.stream_idle_seconds)
         yield [Registration.of(SERVICE, add, servicer, models.versions, metrics)]

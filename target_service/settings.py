@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from service_kit.model_settings import ModelSettings
@@ -17,3 +18,11 @@ class TargetSettings(ModelSettings):
     service: ClassVar[str] = "target"
 
     port: Port = 50052
+    stream_idle_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=3600,
+            description="How long an open stream may send nothing before it is ended and its memory freed.",
+        ),
+    ] = 60.0

@@ -247,6 +247,38 @@ async def test_calls_over_the_bound_of_a_method_are_refused_but_others_and_healt
     assert await call(channel, "UnaryUnary", "hello") == "hello"
 
 
+async def test_a_call_counts_before_its_message_is_there(channel: grpc.aio.Channel) -> None:
+    """grpc.aio receives the message of a unary method before it calls the handler: what was never finished was never counted."""
+    method: Any = channel.stream_unary(f"/{SERVICE}/UnaryUnary")
+    unfinished = [method() for _ in range(2)]
+    for one in unfinished:
+        await one.wait_for_connection()
+    async with asyncio.timeout(10):
+        while (error := await refusal(channel)) is None:
+            pass  # until both have arrived
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for one in unfinished:
+        one.cancel()
+    async with asyncio.timeout(10):
+        while await refusal(channel) is not None:
+            pass
+
+
+async def refusal(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError | None:
+    try:
+        await call(channel, "UnaryUnary", "hello")
+    except grpc.aio.AioRpcError as error:
+        return error
+    return None
+
+
+async def test_a_call_without_its_message_is_invalid(channel: grpc.aio.Channel) -> None:
+    method: Any = channel.stream_unary(f"/{SERVICE}/UnaryUnary")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await method(iter([]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_each_call_has_its_own_request_id(channel: grpc.aio.Channel) -> None:
     first, second = await asyncio.gather(
         call(channel, "UnaryUnary", "request id", metadata=((REQUEST_ID_HEADER, "mine-1"),)),
@@ -268,6 +300,13 @@ async def test_the_request_id_comes_back(channel: grpc.aio.Channel) -> None:
 @pytest.mark.parametrize(("service", "state"), [("", "SERVING"), (SERVICE, "SERVING"), ("other", "NOT_FOUND")])
 async def test_health_by_service(server: RunningServer, service: str, state: str) -> None:
     assert await asyncio.to_thread(healthcheck.state, server.address, service) == state
+
+
+def test_a_healthcheck_with_half_of_tls_does_not_ask_in_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        healthcheck.main(["127.0.0.1:1", "--certificate", "a.pem", "--key", "a.key"])
+    assert ended.value.code == 2
+    assert "need --ca" in capsys.readouterr().err
 
 
 async def test_healthcheck_command(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,6 +399,15 @@ async def test_whoever_called_before_says_nothing_of_who_may_call_now(echo: Echo
             with pytest.raises(grpc.aio.AioRpcError) as refusal:
                 await method(b"")
             assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        unfinished: Any = channel.stream_unary(f"/{service}/Recommend")
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await asyncio.wait_for(unfinished(silence()), 10)  # whose message is not waited for
+        assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def silence() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
 
 
 # Channels
@@ -504,6 +552,12 @@ from tests.integration.test_service_kit_server import Echo, EchoSettings
 async def echo(settings):
     if (settings.bundle / "broken").exists():
         raise BundleError("manifest.json: not there")
+    if (settings.bundle / "slow").exists():
+        print("loading", flush=True)
+        while not (settings.bundle / "deaf").exists():
+            await asyncio.sleep(0.01)
+        while True:  # as code does that does not let the event loop run
+            pass
     yield [Echo().registration()]
     (settings.bundle / "left").touch()
 
@@ -557,6 +611,32 @@ async def test_a_process_says_where_it_listens_and_leaves_at_a_signal(tmp_path: 
     assert [log["event"] for log in logs] == ["listening", "call", "draining"]
     assert all(log["service"] == "echo" for log in logs)
     assert "hidden" not in stderr.decode()
+
+
+async def test_a_signal_ends_the_start(tmp_path: Path) -> None:
+    """The first process of a container has no default for signals: one that came while the model was loaded was lost."""
+    (tmp_path / "slow").touch()
+    async with process("--bundle", str(tmp_path)) as child:
+        assert child.stdout is not None
+        assert await asyncio.wait_for(child.stdout.readline(), 30) == b"loading\n"
+        child.send_signal(signal.SIGTERM)
+        _, stderr = await asyncio.wait_for(child.communicate(), 10)
+    assert child.returncode == 0
+    assert [json.loads(entry)["event"] for entry in stderr.decode().splitlines()] == ["stopped before it served"]
+
+
+async def test_a_second_signal_ends_the_process_whatever_it_does(tmp_path: Path) -> None:
+    (tmp_path / "slow").touch()
+    (tmp_path / "deaf").touch()
+    async with process("--bundle", str(tmp_path)) as child:
+        assert child.stdout is not None
+        assert await asyncio.wait_for(child.stdout.readline(), 30) == b"loading\n"
+        async with asyncio.timeout(10):
+            while child.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.send_signal(signal.SIGTERM)  # signals that meet before they are seen are one
+                await asyncio.sleep(0.05)
+    assert child.returncode == 128 + signal.SIGTERM
 
 
 async def test_a_port_in_use_is_a_reason_not_to_start(tmp_path: Path, server: RunningServer) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import cast
 
@@ -13,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service_kit.admission import Admission, Priority
-from service_kit.errors import PUSHBACK_HEADER, STATUS_HEADER, ResourceExhaustedError, call_status
+from service_kit.errors import (
+    PUSHBACK_HEADER,
+    STATUS_HEADER,
+    DeadlineExceededError,
+    ResourceExhaustedError,
+    call_status,
+)
 
 BATCH, INTERACTIVE = Priority.BATCH, Priority.INTERACTIVE
 
@@ -122,6 +130,29 @@ async def test_what_cannot_be_done_by_its_deadline_is_refused_on_arrival() -> No
         await settle()
         assert (admission.running, admission.queued) == (1, 1)
         patient.cancel()
+
+
+@pytest.mark.parametrize("end", [asyncio.CancelledError, lambda: DeadlineExceededError("late")])
+async def test_work_that_was_cut_off_took_at_least_so_long(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[], BaseException]
+) -> None:
+    """While targets hang nothing ends well, and the estimate from before let in what could not be done in time."""
+    clock, admission = [0.0], Admission(1, 10)
+    monkeypatch.setattr("service_kit.admission.time.monotonic", lambda: clock[0])
+
+    async def work(seconds: float, ending: BaseException | None = None) -> None:
+        with contextlib.suppress(asyncio.CancelledError, DeadlineExceededError):
+            async with admission.place(INTERACTIVE):
+                clock[0] += seconds
+                if ending:
+                    raise ending
+
+    await work(1.0)
+    await work(0.1, end())  # says nothing: it may have been cut off early
+    assert admission._seconds == 1.0
+    for _ in range(50):
+        await work(5.0, end())
+    assert admission._seconds == pytest.approx(5.0, rel=0.02)
 
 
 async def test_a_deadline_ends_the_wait() -> None:

@@ -207,6 +207,13 @@ def test_a_token_to_show_follows_its_file(tmp_path: Path) -> None:
     path.write_text("second")
     os.utime(path, ns=(1, 1))
     assert token() == "second"
+    fresh = tmp_path / "fresh"
+    fresh.write_text("third")
+    os.utime(fresh, ns=(1, 1))
+    fresh.rename(path)  # within one tick of the file system's clock: the same time of change
+    assert token() == "third"
+    path.write_text("second")
+    assert token() == "second"
     path.unlink()
     assert token() == "second"
 
