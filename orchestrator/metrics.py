@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.cost import PassCost
 from orchestrator.draft_client import DraftClient
+from orchestrator.question import Deadline
 from orchestrator.recommendation import Mode, Recommendation
 from orchestrator.shadow import ShadowChecks
 from orchestrator.snapshots import Snapshots
@@ -117,8 +118,8 @@ class OrchestratorMetrics:
         )
 
     @contextmanager
-    def asked(self, mode: Mode) -> Iterator[None]:
-        """Around the making of a list: how it ended."""
+    def asked(self, mode: Mode, deadline: Deadline) -> Iterator[None]:
+        """Around the making of a list: how it ended. gRPC cancels what is late, as it does what nobody wants any more."""
         code = "OK"
         try:
             yield
@@ -126,7 +127,7 @@ class OrchestratorMetrics:
             code = error.code.name
             raise
         except asyncio.CancelledError:
-            code = "CANCELLED"
+            code = "DEADLINE_EXCEEDED" if deadline.passed else "CANCELLED"
             raise
         except Exception:
             code = "INTERNAL"

@@ -9,7 +9,7 @@ from engine.cost import PassCost
 from engine.scoring import Perturbation
 from engine.trie import Int64, Pruning
 from service_kit.admission import Priority
-from service_kit.errors import DeadlineExceededError
+from service_kit.errors import DeadlineExceededError, is_over
 from service_kit.logs import request_metadata
 
 PROBE_SECONDS = 1.0
@@ -20,7 +20,12 @@ class Deadline:
     """When a request must be done, on the monotonic clock. The time left travels with every call."""
 
     def __init__(self, seconds: float) -> None:
-        self._at = time.monotonic() + seconds
+        self._seconds, self._at = seconds, time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        """Whether it has passed, as far as the two ends' clocks and gRPC's rounding can tell."""
+        return is_over(self._at - time.monotonic(), self._seconds)
 
     def left(self) -> float:
         """Seconds left. Raises DeadlineExceededError when there are none."""

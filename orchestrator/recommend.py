@@ -30,7 +30,7 @@ from orchestrator.speculation import SWITCHED_OFF, Speculation
 from orchestrator.target_client import TargetClient
 from orchestrator.traced import TracedDraft, TracedTarget
 from service_kit import tracing
-from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 
 # Enough to tell most users apart.
 _FIRST_ITEMS = 4
@@ -82,8 +82,8 @@ class Recommender:
         """The list for one order.
 
         Raises NotFoundError for an unknown user, InvalidArgumentError for a history without a known item (unless the
-        bundle allows an empty one), UnavailableError when the target or a stored history is out of reach, and
-        DeadlineExceededError.
+        bundle allows an empty one), UnimplementedError for a user id without Redis, UnavailableError when the target or a
+        stored history is out of reach, and DeadlineExceededError.
         """
         begun = time.perf_counter_ns()
         degraded = [f"beam width: {order.beam_width}, the service is busy"] if order.asked_beam_width else []
@@ -151,7 +151,7 @@ class Recommender:
 
     async def _stored(self, user_id: str, tenant: str) -> Sequence[str]:
         if self.histories is None:
-            raise UnavailableError("user_id: this service keeps no histories; send the history in the request")
+            raise UnimplementedError("user_id: this service keeps no histories; send the history in the request")
         try:
             stored = await self.histories.get(user_id, tenant=tenant)
         except HistoryUnavailable as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 
 from engine.comparison import Verdict
 from engine.kv_store import connect
+from orchestrator.as_ready import as_ready
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
 from orchestrator.question import Deadline
@@ -31,7 +32,7 @@ from orchestrator.traced import trace_attributes
 from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
 from service_kit.bundle_watch import BundleWatch, open_bundle
-from service_kit.errors import InvalidArgumentError, UnavailableError, call_status
+from service_kit.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
 from service_kit.server import Registration
 
 SERVICE = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"]
@@ -56,7 +57,6 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self._settings, self._snapshots, self._watch = settings, snapshots, watch
         self._admission, self._speculation, self._shadow = admission, speculation, shadow
         self.metrics = OrchestratorMetrics(admission, shadow, speculation, snapshots, watch)
-        self._batch_slots = asyncio.Semaphore(settings.batch_concurrency)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
@@ -75,16 +75,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             )
         whole = self._time_left(context)
         usual = Priority.of(context, Priority.BATCH)
-        tasks = [
-            asyncio.create_task(self._batched(index, one, whole, usual)) for index, one in enumerate(request.requests)
-        ]
-        try:
-            for ready in asyncio.as_completed(tasks):
-                yield await ready
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        answers = (self._batched(index, one, whole, usual) for index, one in enumerate(request.requests))
+        async with aclosing(as_ready(answers, self._settings.batch_concurrency)) as ready:
+            async for answer in ready:
+                yield answer
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         """Append to a history."""
@@ -160,7 +154,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority
     ) -> pb.RecommendResponse:
         order = to_order(request, self._settings, usual)
-        with self.metrics.asked(order.mode), tracing.span("recommend", k=order.k, mode=order.mode) as span:
+        with self.metrics.asked(order.mode, deadline), tracing.span("recommend", k=order.k, mode=order.mode) as span:
             async with self._admission.place(order.priority, deadline.left()) as admitted:
                 order = order.narrowed() if admitted.waited else order
                 with self._snapshots.current.in_use() as snapshot:
@@ -175,12 +169,11 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self, index: int, request: pb.RecommendRequest, whole: Deadline | None, usual: Priority
     ) -> pb.RecommendBatchResponse:
         """One request of a batch. Where the caller set no deadline, it has the usual time from its own start on."""
-        async with self._batch_slots:
-            try:
-                deadline = whole or Deadline(self._settings.request_timeout_seconds)
-                return pb.RecommendBatchResponse(index=index, response=await self._recommend(request, deadline, usual))
-            except Exception as error:  # noqa: BLE001 - call_status logs what is ours; one failure must not end the batch
-                status = call_status(error)
+        try:
+            deadline = whole or Deadline(self._settings.request_timeout_seconds)
+            return pb.RecommendBatchResponse(index=index, response=await self._recommend(request, deadline, usual))
+        except Exception as error:  # noqa: BLE001 - call_status logs what is ours; one failure must not end the batch
+            status = call_status(error)
         failure = pb.RequestError(
             code=status.code.value[0],
             message=status.details,
@@ -196,7 +189,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def _histories(self) -> HistoryStore:
         histories = self._snapshots.current.recommender.histories
         if histories is None:
-            raise UnavailableError("this service keeps no histories: it runs without Redis")
+            raise UnimplementedError("this service keeps no histories: it runs without Redis")
         return histories
 
     async def _stored(self, call: Awaitable[_Answer]) -> _Answer:

@@ -43,6 +43,18 @@ class OrchestratorSettings(ServiceSettings):
     model_token_file: Annotated[
         FilePath | None, Field(description="File with the bearer token that target and draft are shown.")
     ] = None
+    max_message_bytes: Annotated[
+        int,
+        Field(ge=65_536, le=1_073_741_824, description="Largest message, received from or sent to a client."),
+    ] = 4_194_304
+    model_message_bytes: Annotated[
+        int,
+        Field(
+            ge=65_536,
+            le=1_073_741_824,
+            description="Largest message to or from target and draft: their max_message_bytes.",
+        ),
+    ] = 33_554_432
     max_k: Annotated[int, Field(ge=1, le=10_000, description="Largest k of a request.")] = 100
     max_beam_width: Annotated[int, Field(ge=1, le=4_096, description="Largest beam width of a request.")] = 256
     max_history_items: Annotated[
@@ -57,7 +69,9 @@ class OrchestratorSettings(ServiceSettings):
         int, Field(ge=1, le=10_000_000, description="Most excluded, and most allowed, item ids in a request.")
     ] = 10_000
     max_batch: Annotated[int, Field(ge=1, le=100_000, description="Most requests in one RecommendBatch.")] = 256
-    batch_concurrency: Annotated[int, Field(ge=1, le=1024, description="Requests served at once for all batches.")] = 8
+    batch_concurrency: Annotated[
+        int, Field(ge=1, le=1024, description="Requests of one batch that are served, or wait for their turn, at once.")
+    ] = 8
     request_timeout_seconds: Annotated[
         float, Field(gt=0, le=3600, description="Deadline of a request that brings none.")
     ] = 10.0

@@ -118,7 +118,7 @@ class Channels:
 
     async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
         token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None
-        limit = self.settings.max_message_bytes
+        limit = self.settings.model_message_bytes
         made = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
         in_turn = await self.resources.enter_async_context(made())
         return in_turn, await self.resources.enter_async_context(made(by_key=True))

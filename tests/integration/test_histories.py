@@ -130,7 +130,7 @@ def test_without_redis_histories_come_with_the_request(
 ) -> None:
     """What needs a stored history says so; an inline one is served as ever."""
     history = random_history(catalogue, 5, seed=6)
-    with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):
+    with refused(grpc.StatusCode.UNIMPLEMENTED, "user_id"):
         without_redis.recommend(user_id="user")
     for call in (
         lambda: without_redis.record("user", ["item-1"]),
@@ -139,6 +139,6 @@ def test_without_redis_histories_come_with_the_request(
     ):
         with pytest.raises(grpc.RpcError) as refusal:
             call()
-        assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert refusal.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert {backend.name for backend in without_redis.info().backends} == {"target", "draft"}
     assert_same_list(without_redis.recommend(history), client.recommend(history))

@@ -29,7 +29,18 @@ from service_kit import wire
 from service_kit.metrics_docs import declared
 from tests.bundles import random_history
 from tests.observed import Collector, ReceivedSpan, panels, scrape
-from tests.serving import LEVELS, LIVENESS_SECONDS, Client, EvaluateStream, models, storm, until
+from tests.serving import (
+    LEVELS,
+    LIVENESS_SECONDS,
+    Client,
+    EvaluateStream,
+    models,
+    request_of,
+    resume,
+    storm,
+    suspend,
+    until,
+)
 
 ROOT = Path(__file__).parents[2]
 USER, TENANT = "a-user-whom-nobody-may-see", "a-tenant-too"
@@ -213,6 +224,26 @@ def test_refusals_are_counted_by_their_status(watched: Watched, client: Client) 
     until(lambda: rise("atspeed_calls_total", "INVALID_ARGUMENT") == 1)
     assert rise("atspeed_recommendations_total", "NOT_FOUND") == 1
     assert rise("atspeed_calls_total", "NOT_FOUND") == 1
+
+
+def test_lists_that_a_hanging_target_makes_late_are_counted_as_late(watched: Watched, client: Client) -> None:
+    """gRPC cancels the handler at the deadline: they were counted as CANCELLED, and no alert looks at that."""
+    (orchestrator,), (target,) = watched.stack.orchestrators, watched.stack.targets
+    client.recommend(["item-1"])
+    before = scrape(orchestrator)
+
+    def rise(name: str) -> float:
+        return scrape(orchestrator).total(name, code="DEADLINE_EXCEEDED") - before.total(name, code="DEADLINE_EXCEEDED")
+
+    suspend(target)
+    try:
+        with pytest.raises(grpc.RpcError) as late:
+            client.stub.Recommend(request_of(["item-1"]), timeout=1.0)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        until(lambda: rise("atspeed_recommendations_total") == 1)
+        until(lambda: rise("atspeed_calls_total") >= 1)
+    finally:
+        resume(target)
 
 
 def test_an_open_stream_is_seen_with_its_keys_and_values(watched: Watched, client: Client) -> None:
