@@ -1,7 +1,7 @@
 """The `atspeed` command line.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
-certificates, token               for TLS and for callers
+certificates, token               for TLS and for callers            catalogue update        other items, same models
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
 bench ..., inflate                measurements that check            client/bench_cli.py, bench_*_cli.py, inflate_cli.py
 
@@ -32,13 +32,15 @@ from client.bench_load_cli import bench_load, bench_scaling
 from client.bench_prefix_cli import bench_prefix
 from client.bench_speed_cli import bench_decode, bench_gpu, bench_overhead
 from client.call_cli import forget, history, info, recommend, record
+from client.catalogue_cli import catalogue_commands
 from client.cli_parts import AsJson, BundleFolder, CommandError, err, optional, out
 from client.inflate_cli import inflate
 from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
 from client.recommender import RecommenderError
 from client.security_cli import certificates, token
-from engine.bundle import Bundle, read_manifest
+from engine.bundle import ROLES, Bundle, read_manifest
+from engine.decoder import RuntimeOptions, load_decoder
 from engine.errors import EngineError
 from service_kit.tls import TlsError
 from training.errors import Paused, TrainingError
@@ -84,6 +86,7 @@ app = typer.Typer(
 )
 bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
+app.add_typer(catalogue_commands, name="catalogue")
 bench_commands.command("decode")(bench_decode)
 bench_commands.command("overhead")(bench_overhead)
 bench_commands.command("gpu")(bench_gpu)
@@ -217,10 +220,13 @@ def bundle_inspect(folder: Annotated[Path, typer.Argument(help="The bundle.")], 
 
 @bundle_commands.command("verify")
 def bundle_verify(folder: Annotated[Path, typer.Argument(help="The bundle.")]) -> None:
-    """Compare every file with the manifest's hashes, and the catalogue with its version."""
+    """Whether services can serve it: every file is as the manifest's hash says, the catalogue its version's, both graphs load."""
     bundle = Bundle(folder)
     bundle.verify()
     bundle.catalogue()
+    for role in ROLES:
+        if role in bundle.manifest.models:
+            load_decoder(bundle, role, RuntimeOptions())
     print(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says, version {bundle.manifest.version}")
 
 

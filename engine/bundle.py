@@ -28,6 +28,7 @@ from engine.scoring import ScoringRule
 MANIFEST = "manifest.json"
 Precision = Literal["float32", "float16", "int8-weights"]
 Role = Literal["target", "draft"]
+ROLES: tuple[Role, ...] = ("target", "draft")
 PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

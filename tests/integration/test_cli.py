@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from client import cli
 from client.local_redis import LocalRedis
 from client.local_stack import LocalStack
+from engine.bundle import Bundle
 from tests.bundles import TestBundle, random_catalogue, write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,21 @@ def test_bundle_inspect_and_verify(made: TestBundle, tmp_path: Path) -> None:
     assert json.loads(run("bundle", "inspect", made.root, "--json").stdout)["name"] == "random"
     assert made.bundle.manifest.version in run("bundle", "verify", made.root).stdout
     assert "manifest.json" in one_line(run("bundle", "inspect", tmp_path))
+
+
+def test_catalogue_update_and_what_it_refuses(made: TestBundle, tmp_path: Path) -> None:
+    new, add, remove = tmp_path / "new", tmp_path / "add.jsonl", tmp_path / "remove.txt"
+    codes = [0] * made.bundle.catalogue().trie.levels
+    add.write_text(json.dumps({"item_id": "new", "codes": codes}) + "\n")
+    remove.write_text("item-1\nitem-2\n")
+    said = run("catalogue", "update", made.root, new, "--add", add, "--remove", remove).stdout
+    version = Bundle(new).manifest.version
+    assert version in said
+    assert version in run("bundle", "verify", new).stdout
+    assert Bundle(new).catalogue().find(["new", "item-1", "item-2"]).tolist()[1:] == [-1, -1]
+    assert "is there already" in one_line(run("catalogue", "update", made.root, new))
+    add.write_text("{}\n")
+    assert "line 1: item_id: " in one_line(run("catalogue", "update", made.root, tmp_path / "other", "--add", add))
 
 
 def test_bundle_verify_finds_a_changed_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from pydantic_settings import SettingsConfigDict
 
 from service_kit.errors import NotFoundError, StartupError
-from service_kit.metrics import CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings, exposed
+from service_kit.metrics import CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings, Reads, SummedReadings, exposed
 from service_kit.server import Registration, running
 from service_kit.settings import ServiceSettings
 from tests.observed import Scrape, scrape_port
@@ -116,3 +116,27 @@ async def test_a_call_whose_deadline_passes_counts_as_such(tmp_path: Path) -> No
 
     seen = await served(tmp_path, act, use)
     assert seen.value("atspeed_calls_total", method="Act", code="DEADLINE_EXCEEDED") == 1
+
+
+def test_a_counter_never_falls_when_one_that_counted_goes() -> None:
+    """It would read like a restart, and what the others have counted like an increase."""
+    registry, counts = CollectorRegistry(), [3.0, 4.0]
+    summed = SummedReadings([KEPT, KNOWN])
+    registry.register(summed)
+    parts: list[Reads] = [
+        {KEPT: lambda: counts[0], KNOWN: lambda: {("memory",): 1}},
+        {KEPT: lambda: counts[1], KNOWN: lambda: {("memory",): 2, ("redis",): 5}},
+    ]
+    for part in parts:
+        summed.add(part)
+    assert _sums(registry) == (7, 3, 5)
+    summed.remove(parts[0])
+    counts[:] = [100, 5]
+    assert _sums(registry) == (8, 2, 5)
+    summed.add(parts[0])
+    assert _sums(registry) == (108, 3, 5)
+
+
+def _sums(registry: CollectorRegistry) -> tuple[float | None, ...]:
+    tiers = [registry.get_sample_value("atspeed_known", {"tier": tier}) for tier in ("memory", "redis")]
+    return registry.get_sample_value("atspeed_kept_total"), *tiers

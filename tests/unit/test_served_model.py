@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,13 +13,18 @@ import pytest
 
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
+from engine.cost import PassCost
 from engine.cost_curve import CostCurve
 from engine.errors import BundleError
-from engine.tree_evaluator import TreeEvaluator
+from engine.restock import restock
+from engine.tree_evaluator import Selection, TreeEvaluator
+from engine.trie import Pruning
 from service_kit import wire
+from service_kit.errors import FailedPreconditionError
 from service_kit.model_settings import ModelSettings
 from service_kit.served_models import ServedModel, ServedModels, served_models
 from tests.bundles import random_catalogue, write_bundle
+from tests.serving import LIVENESS_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,70 @@ async def test_a_model_of_another_catalogue_is_refused(root: Path) -> None:
     with pytest.raises(BundleError, match=problem):
         async with served(bundle=root):
             pass
+
+
+def _serves(models: ServedModels[TreeEvaluator], version: str) -> bool:
+    try:
+        models.find(version, "field")
+    except FailedPreconditionError:
+        return False
+    return True
+
+
+async def evaluated(model: ServedModel[TreeEvaluator]) -> PassCost:
+    """A first pass over a prompt of three items."""
+    entry, trie = model.entry, model.evaluator.trie
+    items = [np.array(entry.code_tokens[:1] + entry.code_tokens[4:5])] * 3
+    prompt, selection = entry.prompt.tokens(items), Selection(Pruning.none(), limit=4)
+    tree = await model.evaluator.open(prompt)
+    try:
+        _, cost = await model.evaluator.evaluate(tree, np.arange(1, dtype=np.int64), selection)
+    finally:
+        model.evaluator.end(tree)
+    assert trie.levels == 2
+    return cost
+
+
+async def test_another_catalogue_comes_beside_with_the_same_weights_and_what_was_cached(
+    bundle: Bundle, root: Path, tmp_path: Path
+) -> None:
+    """Nothing is loaded twice; who asks for the old version is still served, until nobody has for a while."""
+    other = restock(bundle, tmp_path / "other", {"new": (1, 2)}, ["item-3"])
+    async with served(bundle=root, keep_version_seconds=0.2) as models:
+        old = models.newest
+        first = await evaluated(old)
+        with models.find(old.version, "field").in_use():
+            await models.take_up(other)
+            assert models.newest.weights is old.weights
+            assert (await evaluated(models.newest)).memory_cached_tokens > first.memory_cached_tokens == 0
+            await evaluated(models.find(old.version, "field"))
+            assert models.versions.served == {old.version, models.newest.version}
+        async with asyncio.timeout(LIVENESS_SECONDS):
+            while _serves(models, old.version):  # noqa: ASYNC110 - nobody announces it
+                await asyncio.sleep(0.01)
+        assert models.versions.served == {models.newest.version}
+        with pytest.raises(FailedPreconditionError, match=f"^field: this replica serves {models.newest.version}$"):
+            models.find(old.version, "field")
+        await evaluated(models.newest)
+
+
+async def test_other_weights_are_loaded_and_come_back_without_being_loaded_again(root: Path, tmp_path: Path) -> None:
+    other = write_bundle(tmp_path / "other", random_catalogue(20, (4, 4), seed=0), seed=3).bundle
+    async with served(bundle=root) as models:
+        old = models.newest
+        await models.take_up(other)
+        assert models.newest.weights is not old.weights
+        await models.take_up(Bundle(root))
+        assert models.newest is old
+
+
+async def test_a_bundle_that_cannot_be_loaded_changes_nothing(bundle: Bundle, root: Path, tmp_path: Path) -> None:
+    other = restock(bundle, tmp_path / "other", {"new": (1, 2)}, [])
+    claim(other.root, layers=3)
+    async with served(bundle=root) as models:
+        old = models.newest
+        with pytest.raises(BundleError, match="layers"):
+            await models.take_up(Bundle(other.root))
+        assert models.newest is old
+        assert models.versions.served == {old.version}
+        await evaluated(old)

@@ -1,0 +1,113 @@
+"""Which bundles a watch has taken up as its path changes: every other version once, and none that cannot be served."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from engine.bundle import Bundle, write_manifest
+from engine.errors import BundleError
+from service_kit.bundle_watch import BundleWatch, open_bundle
+from tests.bundles import random_catalogue, write_bundle
+
+
+class Services:
+    """Take up what a watch hands to them; a bundle named `bad` they cannot, one named `slow` takes until `go`."""
+
+    def __init__(self, link: Path) -> None:
+        self.link, self.taken, self.go = link, list[str](), asyncio.Event()
+        self.watch = BundleWatch(link, open_bundle(link).manifest.version, self.take_up, 1)
+
+    async def take_up(self, bundle: Bundle) -> None:
+        if bundle.root.name == "slow":
+            await self.go.wait()
+        if bundle.root.name == "bad":
+            raise BundleError("bad")
+        self.taken.append(bundle.root.name)
+
+    async def point_to(self, name: str) -> None:
+        """Move the link, and let the watch look."""
+        self.link.unlink(missing_ok=True)
+        self.link.symlink_to(self.link.parent / name)
+        await self.watch.look()
+
+    def lose(self) -> None:
+        """The path names nothing."""
+        self.link.unlink()
+
+    async def look(self) -> None:
+        await self.watch.look()
+        await self.watch.settle()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifests of several versions."""
+    root = tmp_path_factory.mktemp("bundles")
+    first = write_bundle(root / "first", random_catalogue(20, (4, 4), seed=0)).bundle
+    for name in ("second", "bad", "slow"):
+        (root / name).mkdir()
+        write_manifest(root / name, first.manifest.model_copy(update={"catalogue_version": name}))
+    (root / "same").mkdir()
+    write_manifest(root / "same", first.manifest)
+    return root
+
+
+@pytest.fixture
+def link(folder: Path) -> Path:
+    path = folder / "current"
+    path.unlink(missing_ok=True)
+    path.symlink_to(folder / "first")
+    return path
+
+
+async def test_another_version_is_taken_up_once_and_back(link: Path) -> None:
+    services = Services(link)
+    for name in ("first", "same", "second", "second", "same", "first"):
+        await services.point_to(name)
+        await services.look()
+    assert services.taken == ["second", "same"]
+    assert (services.watch.taken, services.watch.refused, services.watch.pending) == (2, 0, "")
+
+
+async def test_what_is_refused_is_not_tried_again_until_somebody_asks(link: Path) -> None:
+    services = Services(link)
+    await services.point_to("bad")
+    for _ in range(3):
+        await services.look()
+    assert (services.taken, services.watch.refused) == ([], 1)
+    services.watch.look_again()
+    await services.look()
+    assert services.watch.refused == 2
+    await services.point_to("second")
+    await services.look()
+    assert services.taken == ["second"]
+
+
+async def test_what_is_being_taken_up_gives_way_to_what_comes_after(link: Path) -> None:
+    services = Services(link)
+    await services.point_to("slow")
+    assert services.watch.pending
+    await services.point_to("first")
+    assert not services.watch.pending
+    await services.point_to("slow")
+    await services.point_to("second")
+    await services.look()
+    services.go.set()
+    await services.look()
+    assert services.taken == ["second"]
+
+
+async def test_a_path_that_is_gone_for_a_moment_is_nothing(link: Path) -> None:
+    services = Services(link)
+    services.lose()
+    await services.look()
+    assert services.watch.refused == 0
+    await services.look()
+    await services.look()
+    assert services.watch.refused == 1
+    await services.point_to("second")
+    await services.look()
+    assert services.taken == ["second"]
