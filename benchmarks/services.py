@@ -25,6 +25,7 @@ _PATIENCE_SECONDS = 120.0
 _ORCHESTRATOR = {
     "request-timeout-seconds": _PATIENCE_SECONDS,
     "draft-timeout-seconds": 60,
+    "draft-patience": 10_000,
     "target-pass-seconds": 60,
     "max-k": 1000,
 }

@@ -22,7 +22,8 @@ _ROOM = 1.5
 """Nodes asked for, over those that would do on average: requests differ, and what lies deeper is learnt from."""
 _OBSERVATIONS = 16
 """Plans of a kind until they are decided by what was learnt from them."""
-_PROMPT_REST = 8  # prompt tokens that a second plan computes again: half a block, as only whole ones are cached
+_LEAST_PATIENCE_NS = 100e6
+"""For a plan, whatever the target alone would take: between two processes of a machine that is busy a moment is lost soon."""
 
 
 class Experience:
@@ -30,17 +31,26 @@ class Experience:
 
     further: by kind and level, what searches went on to cost from a first missing beam there, over what they cost without a
     draft from there on. explored_share: of the time of requests that no plan would speed up, what may be spent on plans all
-    the same, so that this experience stays true.
+    the same, so that this experience stays true. patience: how often the time of the target alone a plan may take.
     """
 
-    def __init__(self, costs: ModelCosts, levels: int, max_nodes: int, explored_share: float) -> None:
-        self.costs, self.coverage = costs, Coverage(levels, max_nodes)
+    def __init__(self, costs: ModelCosts, levels: int, max_nodes: int, explored_share: float, patience: float) -> None:
+        self.costs, self.coverage, self.patience = costs, Coverage(levels, max_nodes), patience
         self.further: dict[tuple[Kind, int], Decayed] = defaultdict(lambda: Decayed(1.0))
-        self._explored_share, self._saved_ns = explored_share / max(1, levels - 1), np.zeros(levels)
+        self._explored_share, self._saved_ns, self._asked_ns = (
+            explored_share / max(1, levels - 1),
+            np.zeros(levels),
+            np.ones(levels),
+        )
 
-    def explores(self, start: int, alone_ns: float, draft_ns: float) -> bool:
-        """Whether a search that goes on for so long alone is drafted for the experience. What is spent was saved up before."""
+    def save(self, start: int, alone_ns: float) -> bool:
+        """Save up of a search that goes on for so long alone. Whether it may be enough to draft for the experience."""
         self._saved_ns[start] += self._explored_share * alone_ns
+        return bool(self._saved_ns[start] >= self._asked_ns[start])
+
+    def explores(self, start: int, draft_ns: float) -> bool:
+        """Whether so much was saved up, which then is spent."""
+        self._asked_ns[start] = 0.5 * draft_ns
         if self._saved_ns[start] < draft_ns:
             return False
         self._saved_ns[start] -= draft_ns
@@ -65,8 +75,8 @@ class Outlook:
 
     def first(self, nodes: Int64) -> Float64:
         """The next pass, with so many planned nodes [c]."""
-        new = self.prompt + self.beams + nodes
-        return self.target.forward(new, self.cached) + self.target.besides(self.beams + nodes)
+        evaluated = self.beams + nodes
+        return self.target.call(self.prompt + evaluated, self.cached, evaluated, opens=self.prompt > 0)
 
     def expected(self, nodes: Int64, missed: Float64) -> Float64:
         """All of it [c], for plans of so many nodes [c] that miss each level, or one above it, with probabilities [l, c]."""
@@ -99,14 +109,16 @@ class AdaptivePlanning(Planning):
         self._known.update(below.node.tolist())
         outlook, nothing = self._outlook(start, beams, None), self._missed(start, np.array([NOTHING]))
         alone = float(outlook.expected(np.array([0]), nothing)[0])
+        self.patience_seconds = max(_LEAST_PATIENCE_NS, self._experience.patience * alone) / 1e9
         asked, target = self._candidates(outlook, start, beams)
-        total = self._draft_ns(start, beams, asked) + target
+        total = self._draft_ns(self._experience.costs, start, beams, asked) + target
         best = int(np.argmin(total))
         if total[best] < alone:
             return self._sized(int(asked[best]))
-        telling = self._telling(start, beams)
-        if self._experience.explores(start, alone, float(self._draft_ns(start, beams, telling))):
-            return self._sized(int(telling))
+        if self._experience.save(start, alone):
+            telling = self._telling(start, beams)
+            if self._experience.explores(start, float(self._draft_ns(self._experience.costs, start, beams, telling))):
+                return self._sized(int(telling))
         self._note(outlook, 0, nothing[:, 0], alone)
         return None
 
@@ -154,7 +166,7 @@ class AdaptivePlanning(Planning):
         """A size to learn from: of those that cost the draft at most twice as much as a plan of the usual size, the largest."""
         most = self._most(start, beams)
         sizes = np.minimum(np.geomspace(self._nodes, max(self._nodes, most), 8).astype(np.int64), most)
-        times = self._draft_ns(start, beams, sizes)
+        times = self._draft_ns(self._experience.costs, start, beams, sizes)
         return np.asarray(sizes[np.flatnonzero(times <= 2.0 * times[0])[-1]])
 
     def _most(self, start: int, beams: int) -> int:
@@ -172,16 +184,9 @@ class AdaptivePlanning(Planning):
         levels = range(start + 1, self._trie.levels)
         sizes = np.diff(self._trie.level_start)[levels.start : levels.stop]
         width = np.minimum(sizes, self._task.beam_width)
-        passes = costs.target.forward(width, prompt) + costs.target.besides(width)
+        passes = costs.target.call(width, prompt, width)
         further = np.array([self._experience.further[self._kind, level].value for level in levels])
         return Outlook(costs.target, computed, beams if start else 0, cached, np.cumsum(passes[::-1])[::-1], further)
-
-    def _draft_ns(self, start: int, beams: int, nodes: Int64) -> Float64:
-        """The draft's time for plans of so many nodes [c]."""
-        costs, prompt, expanded = self._experience.costs, self._task.draft_prompt_tokens, self._trie.levels - 1 - start
-        first = max(1.0, costs.draft_share.value * prompt) if start == 0 else _PROMPT_REST + beams * start
-        levels = (expanded - 1) * costs.draft.forward(nodes / expanded, prompt)
-        return np.asarray(costs.draft.forward(first, max(0.0, prompt - first)) + levels + costs.draft.besides(nodes))
 
     def _used(self, memo: Memo) -> list[Int64]:
         """By level, the beams of the search that had to be evaluated."""
@@ -203,8 +208,8 @@ class AdaptivePlanning(Planning):
         passes = self._target_passes(target.costs)
         drafts = {drafted.start: drafted for drafted in self._drafted}
         for level, one in reversed(list(zip(memo.pass_levels[1:], passes[1:], strict=True))):
-            to_come += float(costs.target.forward(one.new, one.cached) + costs.target.besides(one.nodes))
+            to_come += float(costs.target.call(one.new, one.cached, one.nodes))
             if level in drafts:
-                to_come += float(self._draft_ns(level, drafts[level].beams, np.array(drafts[level].asked)))
+                to_come += float(self._draft_ns(costs, level, drafts[level].beams, np.array(drafts[level].asked)))
             plain = self._outlook(level - 1, 1, None).plain[0]
             self._experience.further[self._kind, level].add(to_come / plain)

@@ -17,6 +17,10 @@ _MEMORY = 100
 """Calls that an average remembers, about."""
 _TRUST = 3
 """Calls that a curve counts for: the first ones, on connections that are not open yet, do not decide alone."""
+_QUEUE_MEMORY = 10
+"""Calls that the mean queue remembers: load changes sooner than machines do."""
+_FADING = 0.995
+_MOST_QUEUE_NS = 60_000_000_000
 _OUTLIER = 4.0
 _OUTLIER_NS = 500_000
 
@@ -33,57 +37,91 @@ class Decayed:
         self.value += (value - self.value) / self._count
 
 
-class DecayedLine:
-    """y = a + b * x by least squares that forget, neither negative; level until values of x that differ have been seen."""
+class DecayedLines:
+    """y = a + b * x by least squares that forget, neither negative: one b, an `a` for each kind of x (0, 1, ...).
 
-    def __init__(self, memory: int = _MEMORY) -> None:
-        self._x, self._y, self._xx, self._xy = (Decayed(0.0, memory) for _ in range(4))
+    So what tells the kinds apart is not taken for the slope, though their x differ too. Level until values of x that differ
+    have been seen of one kind; a kind that was never seen is taken for the one that was seen last.
+    """
 
-    def add(self, x: float, y: float) -> None:
+    def __init__(self, kinds: int, memory: int = _MEMORY) -> None:
+        self._x, self._y = ([Decayed(0.0, memory) for _ in range(kinds)] for _ in range(2))
+        self._xx, self._xy = Decayed(0.0, memory), Decayed(0.0, memory)
+        self._seen, self._last = [False] * kinds, 0
+
+    def add(self, x: float, y: float, kind: int = 0) -> None:
         """One point more."""
-        for mean, value in ((self._x, x), (self._y, y), (self._xx, x * x), (self._xy, x * y)):
-            mean.add(value)
+        mean_x, mean_y = self._x[kind], self._y[kind]
+        if self._seen[kind]:
+            off_x, off_y = x - mean_x.value, y - mean_y.value
+            self._xx.add(off_x**2)
+            self._xy.add(off_x * off_y)
+        self._seen[kind], self._last = True, kind
+        mean_x.add(x)
+        mean_y.add(y)
 
-    def at(self, x: npt.ArrayLike) -> Float64:
-        """The line at these places."""
-        spread = self._xx.value - self._x.value**2
-        slope = max(0.0, self._xy.value - self._x.value * self._y.value) / spread if spread > 1.0 else 0.0
-        if slope * self._x.value > self._y.value:  # it would be negative at 0
-            slope = self._y.value / self._x.value
-        return np.maximum(0.0, self._y.value + slope * (np.asarray(x, dtype=np.float64) - self._x.value))
+    def at(self, x: npt.ArrayLike, kind: int = 0) -> Float64:
+        """A kind's line at these places."""
+        known = kind if self._seen[kind] else self._last
+        mean_x, mean_y = self._x[known].value, self._y[known].value
+        slope = max(0.0, self._xy.value) / self._xx.value if self._xx.value > 1.0 else 0.0
+        if slope * mean_x > mean_y:  # it would be negative at 0
+            slope = mean_y / mean_x
+        return np.maximum(0.0, mean_y + slope * (np.asarray(x, dtype=np.float64) - mean_x))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The shape of a pass. new, cached: tokens computed and tokens found. nodes: trie nodes evaluated."""
+    """The shape of a pass. new, cached: tokens computed and tokens found. nodes: trie nodes evaluated.
+
+    opens: whether it is the first of a stream, which is let in, opened, and looks up what is cached of its prompt.
+    """
 
     new: int
     cached: int
     nodes: int
+    opens: bool = False
 
 
 class CallCosts:
-    """What calls of one model cost: the passes by its curve, times how wrong that was lately, and what a call takes besides.
+    """What calls of one model cost: the passes by its curve, times how wrong that was lately, the wait for each, and the rest.
 
-    Under load one pass computes several requests' tokens. What then counts is a request's share of it, T(c * new) / c for c
-    requests in a pass; with c = 1 that is the latency. Times are in nanoseconds. A call that took far longer than expected counts
-    as one that took four times as long: a pause of the machine says little of the next call, and a lasting change shows in many.
+    All is latency, what the request waits for: under load one pass computes several requests' tokens, T(c * new) for c requests.
+    Times are in nanoseconds. A call that took far longer than expected counts as one that took four times as long: a pause of
+    the machine says little of the next call, and a lasting change shows in many.
     """
 
     def __init__(self, curve: CostCurve) -> None:
-        self._curve = curve
-        self._log_error, self._besides = Decayed(0.0, trust=_TRUST), DecayedLine()
-        self._together = Decayed(1.0)
+        self.curve = curve
+        self._log_error, self._besides = Decayed(0.0, trust=_TRUST), DecayedLines(kinds=2)
+        self._together, self._queue = Decayed(1.0), Decayed(0.0, _QUEUE_MEMORY)
+
+    @property
+    def queue_ns(self) -> float:
+        """How long a pass waits until it begins."""
+        return self._queue.value
 
     def forward(self, new: npt.ArrayLike, cached: npt.ArrayLike) -> Float64:
-        """A request's share of passes in which it has so many tokens, broadcast."""
-        together = self._together.value
-        alone = self._curve.predict(together * np.asarray(new, dtype=np.float64), cached)
-        return np.asarray(math.exp(self._log_error.value) / together * alone)
+        """Passes in which a request has so many tokens, with what others are expected to have in them; broadcast."""
+        tokens = self._together.value * np.asarray(new, dtype=np.float64)
+        return np.asarray(math.exp(self._log_error.value) * self.curve.predict(tokens, cached))
 
-    def besides(self, nodes: npt.ArrayLike) -> Float64:
-        """What a call over so many nodes takes outside its passes: choosing children, the network, turning arrays to messages."""
-        return self._besides.at(nodes)
+    def besides(self, nodes: npt.ArrayLike, *, opens: bool = False) -> Float64:
+        """What a call over so many nodes takes outside its passes and their queue: choosing children, the network, messages.
+
+        Of one that opens a stream, the wait for its pass is in it, as it cannot be told from the look-up of its prompt.
+        """
+        return self._besides.at(nodes, int(opens))
+
+    def call(self, new: npt.ArrayLike, cached: npt.ArrayLike, nodes: npt.ArrayLike, *, opens: bool = False) -> Float64:
+        """All of calls of one pass each, broadcast.
+
+        A queue counts for no more than the pass: where it is longer, what all wait for is each other's passes, and to make these
+        longer in order to wait less often would only be to push in.
+        """
+        forward = self.forward(new, cached)
+        wait = 0.0 if opens else np.minimum(self.queue_ns, forward)
+        return np.asarray(wait + forward + self.besides(nodes, opens=opens))
 
     def predict(self, passes: Sequence[Pass], cost: PassCost) -> float:
         """The time in the model of one call's passes that were made, with what other requests had in them; `observe` it later."""
@@ -95,10 +133,23 @@ class CallCosts:
         known, outlier = self._log_error.value, math.log(_OUTLIER)
         error = math.log(max(1, cost.forward_ns) / self._by_curve(passes, cost))
         self._log_error.add(min(max(error, known - outlier), known + outlier))
-        nodes, besides = sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - cost.queue_ns)
-        self._besides.add(nodes, min(besides, _OUTLIER * float(self.besides(nodes)) + _OUTLIER_NS))
+        queue, opens = (0, True) if passes[0].opens else (cost.queue_ns, False)
+        if not opens:
+            self._queue.add(min(queue, _MOST_QUEUE_NS) / len(passes))
+        nodes, besides = sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - queue)
+        likely = float(self.besides(nodes, opens=opens))
+        self._besides.add(nodes, min(besides, _OUTLIER * likely + _OUTLIER_NS), int(opens))
+
+    def late(self, passes: int, expected_ns: float, waited_ns: float) -> None:
+        """A call that was given up: it would have taken so long at least, and what is above the expected counts as queue."""
+        if waited_ns > expected_ns:
+            self._queue.add(self.queue_ns + min(waited_ns - expected_ns, _MOST_QUEUE_NS) / passes)
+
+    def not_asked(self) -> None:
+        """A request that did without the model: what is known of its queue fades, since nobody would notice that it is gone."""
+        self._queue.value *= _FADING
 
     def _by_curve(self, passes: Sequence[Pass], cost: PassCost) -> float:
         """Of the passes as they were, with the other requests' tokens and padding."""
         others = max(1.0, cost.batch_tokens / max(1, cost.new_tokens))
-        return sum(float(self._curve.predict(others * one.new, one.cached)) for one in passes)
+        return sum(float(self.curve.predict(others * one.new, one.cached)) for one in passes)

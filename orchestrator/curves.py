@@ -14,6 +14,7 @@ from service_kit.errors import InvalidArgumentError
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 30.0
+_REFRESH_SECONDS = 180.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -26,15 +27,27 @@ class Measured(Protocol):
 
 
 async def learn_curves(planner: Planner, target: Measured, draft: Measured) -> None:
-    """Give the planner both curves, asking again and again until there are both."""
+    """Give the planner both curves as soon as there are both, and again from time to time: replicas come and go.
+
+    Never ends, whatever goes wrong: without curves the planner would not plan by cost any more, and nobody would hear of it.
+    """
     pause = _FIRST_PAUSE_SECONDS
     while True:
-        try:
-            curves = await target.cost_curve(), await draft.cost_curve()
-        except (grpc.aio.AioRpcError, InvalidArgumentError) as error:
-            _log.info("costs of passes are not known yet", problem=str(error))
+        if await _learned(planner, target, draft):
+            pause = _FIRST_PAUSE_SECONDS
+            await asyncio.sleep(_REFRESH_SECONDS)
+        else:
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
-        else:
-            planner.measure_by(*curves)
-            return
+
+
+async def _learned(planner: Planner, target: Measured, draft: Measured) -> bool:
+    try:
+        planner.measure_by(await target.cost_curve(), await draft.cost_curve())
+    except (grpc.aio.AioRpcError, InvalidArgumentError) as error:
+        _log.info("costs of passes are not known", problem=str(error))
+        return False
+    except Exception:  # noqa: BLE001 - nobody waits for this task
+        _log.exception("costs of passes could not be learnt")
+        return False
+    return True

@@ -16,18 +16,20 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.trie import Trie
 from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
 from service_kit import wire
-from service_kit.affinity import Routes
+from service_kit.affinity import Route, Routes
 from service_kit.errors import InvalidArgumentError, retry_after_seconds
 
 _REQUESTS_OWN = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
+_CLOSED = (grpc.aio.BaseError, asyncio.InvalidStateError)  # the channel closed, or the call ended, under it
+_FAILURES = 3
 _LONGEST_VERSION = 256
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class DraftClient:
-    """The draft service. After a failure it is left alone for `backoff_seconds`, so that a dead draft does not cost every
-    request its timeout.
+    """The draft service. After `_FAILURES` in a row it is left alone for `backoff_seconds`, so that a dead draft does not cost
+    every request its timeout, and one sick replica does not cost the others' plans.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class DraftClient:
     ) -> None:
         self.routes = routes
         self.trie, self.model_version, self.timeout = trie, model_version, timeout
-        self._backoff, self._ask_again_at = backoff_seconds, 0.0
+        self._backoff, self._ask_again_at, self._failures = backoff_seconds, 0.0, 0
 
     async def model_info(self) -> types_pb2.ModelInfo:
         """What a replica says of the version. Raises grpc.aio.AioRpcError."""
@@ -57,8 +59,15 @@ class DraftClient:
         """Whether it failed so recently that it is not asked."""
         return time.monotonic() < self._ask_again_at
 
-    def rest(self, wished: float | None = None) -> None:
-        """Leave it alone for a while, or for as many seconds as it wished, if that is less."""
+    def succeeded(self) -> None:
+        """It answered."""
+        self._failures = 0
+
+    def failed(self, wished: float | None = None) -> None:
+        """It did not. After too many in a row it is left alone for a while, or as many seconds as it wished, if that is less."""
+        self._failures += 1
+        if self._failures < _FAILURES:
+            return
         self._ask_again_at = time.monotonic() + min(self._backoff, self._backoff if wished is None else wished)
 
     def session(self, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> DraftSession:
@@ -74,8 +83,9 @@ class DraftSession:
         self._degraded, self._failed = degraded, False
         self.prompt_tokens, self.usage = len(question.prompt), Usage()
 
-    async def plan(self, below: Beams, size: PlanSize) -> Plan:
-        """A plan of this size below these beams; empty, with the reason noted, when the draft fails, is late or lies.
+    async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
+        """A plan of this size below these beams, in so many seconds; empty, with the reason noted, when the draft fails, is late
+        or lies.
 
         Raises DeadlineExceededError when the request's own time is up.
         """
@@ -85,28 +95,55 @@ class DraftSession:
             return self._without_plan(below, "left alone after a recent failure")
         begun = time.perf_counter_ns()
         try:
-            timeout = min(self._client.timeout, self._question.deadline.left())
-            return self._read(await self._call(below, size, timeout), below, size)
+            plan = await self._plan_somewhere(below, size, min(self._client.timeout, seconds))
         except grpc.aio.AioRpcError as error:
-            # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
-            in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout < self._client.timeout
-            if not in_a_hurry and error.code() not in _REQUESTS_OWN:
-                self._client.rest(retry_after_seconds(error))
             return self._without_plan(below, error.code().name)
-        except (grpc.aio.BaseError, asyncio.InvalidStateError):  # the channel closed, or the call ended, under it
-            self._client.rest()
+        except _CLOSED:
             return self._without_plan(below, grpc.StatusCode.UNAVAILABLE.name)
-        except BadReplyError as error:
-            _log.warning("draft answered nonsense", problem=str(error))
-            self._client.rest()
+        except BadReplyError:
             return self._without_plan(below, "invalid answer")
         finally:
             self.usage.waits.append(time.perf_counter_ns() - begun)
+        self._client.succeeded()
+        return plan
 
-    async def _call(self, below: Beams, size: PlanSize, seconds: float) -> draft_pb2.PlanResponse:
+    async def _plan_somewhere(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
+        """Of the user's own replica, and if that fails, or is not done in half of the time, of any.
+
+        Raises grpc.aio.AioRpcError, BadReplyError, one of _CLOSED.
+        """
+        until = time.monotonic() + seconds
         with self._client.routes.route(self._question.affinity) as route:
-            metadata = (*self._question.metadata, *route.metadata)
-            return await route.stub.Plan(self._request(below, size), timeout=seconds, metadata=metadata)
+            try:
+                return await self._attempt(route, below, size, seconds / 2 if route.metadata else seconds)
+            except (grpc.aio.AioRpcError, *_CLOSED, BadReplyError) as error:
+                if not route.metadata or _requests_own(error):
+                    raise
+        left = until - time.monotonic()
+        return await self._attempt(Route(self._client.routes.in_turn), below, size, left)
+
+    async def _attempt(
+        self, route: Route[draft_pb2_grpc.DraftServiceAsyncStub], below: Beams, size: PlanSize, seconds: float
+    ) -> Plan:
+        """One call. Raises grpc.aio.AioRpcError, BadReplyError, one of _CLOSED."""
+        left = self._question.deadline.left()
+        metadata = (*self._question.metadata, *route.metadata)
+        try:
+            reply = await route.stub.Plan(self._request(below, size), timeout=min(seconds, left), metadata=metadata)
+            return self._read(reply, below, size)
+        except grpc.aio.AioRpcError as error:
+            # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
+            in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and left < seconds
+            if not in_a_hurry and not _requests_own(error):
+                self._client.failed(retry_after_seconds(error))
+            raise
+        except _CLOSED:
+            self._client.failed()
+            raise
+        except BadReplyError as error:
+            _log.warning("draft answered nonsense", problem=str(error))
+            self._client.failed()
+            raise
 
     def _without_plan(self, below: Beams, reason: str) -> Plan:
         self._failed = True
@@ -155,3 +192,8 @@ class DraftSession:
         self.usage.passes += reply.passes
         self.usage.model_version = reply.model_version
         return plan
+
+
+def _requests_own(error: Exception) -> bool:
+    """Whether a failure is one of the request, and would be the same anywhere."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _REQUESTS_OWN

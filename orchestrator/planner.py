@@ -31,13 +31,14 @@ class PlanLimits:
 
     nodes_per_beam: nodes of a fixed plan for each beam of each level 1..L-1; the AtSpeed paper drafts N = 2K per level.
     max_nodes: most nodes of a plan. explored_share: of the time of requests that no plan would speed up, what may be spent
-    on plans all the same.
+    on plans all the same. patience: how often the time that the target alone is expected to take a plan may take.
     """
 
     kind: PlannerKind = PlannerKind.ADAPTIVE
     nodes_per_beam: float = 2.0
     max_nodes: int = 240
     explored_share: float = 0.01
+    patience: float = 4.0
 
 
 class Planner:
@@ -48,15 +49,14 @@ class Planner:
         self._experience: Experience | None = None
 
     def measure_by(self, target: CostCurve, draft: CostCurve) -> None:
-        """What passes of the two models cost."""
-        costs = ModelCosts(CallCosts(target), CallCosts(draft))
-        limits = self._limits
-        self._experience = Experience(costs, self._trie.levels, limits.max_nodes, limits.explored_share)
-
-    @property
-    def informed(self) -> bool:
-        """Whether it knows what passes cost."""
-        return self._experience is not None
+        """What passes of the two models cost. Asked again, the curves are replaced, and all that was learnt is kept."""
+        if self._experience is not None:
+            costs = self._experience.costs
+            costs.target.curve, costs.draft.curve = target, draft
+            return
+        costs, limits = ModelCosts(CallCosts(target), CallCosts(draft)), self._limits
+        levels = self._trie.levels
+        self._experience = Experience(costs, levels, limits.max_nodes, limits.explored_share, limits.patience)
 
     def over(self, trie: Trie) -> Planner:
         """A planner for another catalogue under the same models, with the same experience."""
@@ -87,8 +87,8 @@ class SizedDraft(Protocol):
     def usage(self) -> Usage:
         """What its calls took."""
 
-    async def plan(self, below: Beams, size: PlanSize) -> Plan:
-        """At most so much below these beams; an empty plan where it fails."""
+    async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
+        """At most so much below these beams, in so many seconds; an empty plan where it fails."""
 
 
 class PlannedDraft:
@@ -107,8 +107,11 @@ class PlannedDraft:
         size = self._planning.size(below)
         if size is None:
             return Plan.empty(below)
-        answered = len(self._draft.usage.costs)
-        plan = await self._draft.plan(below, size)
-        if len(self._draft.usage.costs) == answered:
-            return plan
-        return self._planning.cut(below, size, plan, self._draft.usage.costs[-1])
+        usage = self._draft.usage
+        answered, waited = len(usage.costs), usage.wait_ns
+        plan = await self._draft.plan(below, size, self._planning.patience_seconds)
+        if len(usage.costs) > answered:
+            return self._planning.cut(below, size, plan, usage.costs[-1])
+        if usage.wait_ns > waited:
+            self._planning.failed(below, size, usage.wait_ns - waited)
+        return plan

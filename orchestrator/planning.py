@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.beams import Beams
+import numpy as np
+
+from engine.beams import Beams, Float64
 from engine.cost import PassCost
 from engine.plan import Plan, PlanSize
-from engine.trie import Trie
+from engine.trie import Int64, Trie
 from orchestrator.costs import CallCosts, Decayed, Pass
 from orchestrator.memo import Memo
 from orchestrator.question import Usage
+
+_PROMPT_REST = 8  # prompt tokens that a second plan computes again: half a block, as only whole ones are cached
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,16 @@ class ModelCosts:
 class Planning:
     """The planning of one request: plans of a fixed size, of which the target gets everything.
 
-    costs: None while the models' curves are not known, and then nothing is learnt.
+    costs: None while the models' curves are not known, and then nothing is learnt. patience_seconds: how long the plan of the
+    newest size may take.
     """
 
     def __init__(self, trie: Trie, task: Task, nodes: int, costs: ModelCosts | None) -> None:
         self._trie, self._task, self._nodes, self._costs = trie, task, nodes, costs
         self._drafted: list[Drafted] = []
         self._known: set[int] = set()
+        self._late = False
+        self.patience_seconds = math.inf
         self.report = PlanningReport()
 
     def size(self, below: Beams) -> PlanSize | None:  # noqa: ARG002
@@ -101,10 +109,22 @@ class Planning:
         self.report.nodes_proposed += len(plan.node)
         return kept
 
+    def failed(self, below: Beams, asked: PlanSize, waited_ns: int) -> None:
+        """No plan came below these beams; so long was waited for it."""
+        if self._costs is None:
+            return
+        start = self._level(below)
+        expected = float(self._draft_ns(self._costs, start, len(below), np.array(asked.max_nodes)))
+        self._costs.draft.late(self._trie.levels - 1 - start, expected, waited_ns)
+
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:  # noqa: ARG002
         """Learn from a request that is done."""
-        if self._costs is not None and target.clean and draft.clean:
-            self._learn_costs(self._costs, target, draft)
+        if self._costs is None:
+            return
+        if target.clean:
+            self._learn_target(self._costs, target)
+        if draft.clean:
+            self._learn_draft(self._costs, draft)
 
     def _sized(self, nodes: int) -> PlanSize:
         self.report.nodes_asked += nodes
@@ -120,13 +140,24 @@ class Planning:
     def _level(self, below: Beams) -> int:
         return int(self._trie.depth(below.node[:1])[0])
 
-    def _learn_costs(self, costs: ModelCosts, target: Usage, draft: Usage) -> None:
+    def _draft_ns(self, costs: ModelCosts, start: int, beams: int, nodes: Int64) -> Float64:
+        """The draft's time for plans of so many nodes [c]."""
+        prompt, expanded = self._task.draft_prompt_tokens, self._trie.levels - 1 - start
+        first = max(1.0, costs.draft_share.value * prompt) if start == 0 else _PROMPT_REST + beams * start
+        levels = (expanded - 1) * costs.draft.forward(nodes / expanded, prompt) + expanded * costs.draft.queue_ns
+        return np.asarray(costs.draft.forward(first, max(0.0, prompt - first)) + levels + costs.draft.besides(nodes))
+
+    def _learn_target(self, costs: ModelCosts, target: Usage) -> None:
         target_passes = self._target_passes(target.costs)
         for one, cost, wait in zip(target_passes, target.costs, target.waits, strict=True):
             self.report.target_predicted_ns += costs.target.predict([one], cost)
             costs.target.observe([one], cost, wait)
         if target.costs:
             self._learn_share(costs, target.costs[0])
+
+    def _learn_draft(self, costs: ModelCosts, draft: Usage) -> None:
+        if not draft.waits:
+            costs.draft.not_asked()
         for drafted, wait in zip(self._drafted, draft.waits, strict=True):
             passes = drafted.passes(self._trie.levels, self._task.draft_prompt_tokens)
             self.report.draft_predicted_ns += costs.draft.predict(passes, drafted.cost)
@@ -142,11 +173,12 @@ class Planning:
 
     def _target_passes(self, costs: Sequence[PassCost]) -> list[Pass]:
         """The passes of the target's stream: every one finds cached what those before it computed."""
-        passes, cached, prompt = [], 0, self._task.prompt_tokens
+        passes: list[Pass] = []
+        cached, prompt = 0, self._task.prompt_tokens
         for cost in costs:
             cached += cost.memory_cached_tokens + cost.redis_cached_tokens
             nodes = cost.new_tokens - max(0, prompt - cached)
-            passes.append(Pass(cost.new_tokens, cached, nodes))
+            passes.append(Pass(cost.new_tokens, cached, nodes, opens=not passes))
             cached += cost.new_tokens
         return passes
 

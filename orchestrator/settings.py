@@ -78,8 +78,18 @@ class OrchestratorSettings(ServiceSettings):
     draft_timeout_seconds: Annotated[
         float, Field(gt=0, le=60, description="How long a plan may take before the search goes on without it.")
     ] = 0.5
+    draft_patience: Annotated[
+        float,
+        Field(
+            ge=1,
+            le=10_000,
+            description="Most time for a plan, in times of what the target alone is expected to take: at least 0.1 s, "
+            "at most draft_timeout_seconds.",
+        ),
+    ] = 4.0
     draft_backoff_seconds: Annotated[
-        float, Field(ge=0, le=600, description="How long a draft that failed is left alone.")
+        float,
+        Field(ge=0, le=600, description="How long a draft is left alone that failed several requests in a row."),
     ] = 1.0
     target_attempts: Annotated[int, Field(ge=1, le=10, description="Replicas tried for a pass before giving up.")] = 3
     target_pass_seconds: Annotated[

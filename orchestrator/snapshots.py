@@ -185,7 +185,7 @@ class Snapshots:
             drafts = await channels.drafts(settings.draft, version)
             draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
         planner = self._planner(manifest, catalogue)
-        if draft is not None and not planner.informed:
+        if draft is not None:
             learning = asyncio.create_task(learn_curves(planner, target, draft))
             resources.callback(learning.cancel)
         histories = self._histories(manifest)
@@ -202,6 +202,7 @@ class Snapshots:
             nodes_per_beam=settings.draft_nodes_per_beam,
             max_nodes=settings.draft_max_nodes,
             explored_share=settings.draft_explored_share,
+            patience=settings.draft_patience,
         )
         return Planner(catalogue.trie, limits)
 

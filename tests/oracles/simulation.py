@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +44,7 @@ def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
 class Machine:
     """What passes take: by the curves that the services publish, times what is wrong with these, and a call besides.
 
-    together: requests that share every pass, all of the same size.
+    together: requests that share every pass, all of the same size. draft_queue_ms: what each pass of the draft waits.
     """
 
     target: CostCurve
@@ -52,6 +53,7 @@ class Machine:
     call_ms: float = 0.3
     draft_fails: bool = False
     together: int = 1
+    draft_queue_ms: float = 0.0
 
     def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassCost:
         """One pass in which a request has so many tokens."""
@@ -86,15 +88,16 @@ class SimulatedDraft:
         self.entry = SimpleNamespace(plan_scale=None)
         self._world, self._machine, self._proposal, self._noise, self._spoil = world, machine, proposal, noise, spoil
 
-    async def plan(self, below: Beams, size: PlanSize) -> Plan:
+    async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         """One call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
         asked = PlanOrder(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
         drafted = await Drafter(self).plan(asked)  # type: ignore[arg-type]
-        self.usage.waits.append(drafted.cost.forward_ns + int(self._machine.call_ms * MILLISECOND))
+        cost = replace(drafted.cost, queue_ns=int(drafted.passes * self._machine.draft_queue_ms * MILLISECOND))
+        self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self._machine.call_ms * MILLISECOND))
         if self._machine.draft_fails:
             return Plan.empty(below)
-        self.usage.costs.append(drafted.cost)
+        self.usage.costs.append(cost)
         plan = self._spoil(drafted.plan)
         plan.check(self.trie, limit=size.max_nodes)
         return plan

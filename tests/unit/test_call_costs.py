@@ -7,7 +7,7 @@ import pytest
 
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
-from orchestrator.costs import CallCosts, Decayed, DecayedLine, Pass
+from orchestrator.costs import CallCosts, Decayed, DecayedLines, Pass
 
 CURVE = CostCurve.smoothed([1, 101], [0, 100], np.array([[1e6, 2e6], [3e6, 6e6]]))
 
@@ -31,7 +31,6 @@ def test_before_the_first_call_it_is_the_curve() -> None:
 
 @pytest.mark.parametrize("error", [0.3, 1.0, 4.0])
 def test_a_slower_machine_and_the_way_to_it_are_noticed(error: float) -> None:
-    """Time in the queue is not the call's own: it says how loaded the service is, not what a larger plan would take."""
     costs = CallCosts(CURVE)
     observed(costs, error=error, fixed_ns=200_000, per_node_ns=1_000)
     assert costs.forward([1, 51], 50) == pytest.approx(np.array([1.5e6, 3e6]) * error, rel=1e-3)
@@ -63,14 +62,51 @@ def test_the_first_answer_does_not_decide() -> None:
 
 
 def test_what_others_have_in_a_pass_is_not_taken_for_slowness() -> None:
-    """Four requests in a pass: it takes as long as its tokens do, and a request's part of that is a quarter."""
+    """Four requests in a pass: it takes as long as all their tokens do, and so long each of them waits."""
     costs = CallCosts(CURVE)
     for _ in range(1_000):
         forward = int(float(CURVE.predict(80, 0)))
         cost = PassCost(forward_ns=forward, new_tokens=20, batch_requests=4, batch_tokens=80)
         assert costs.predict([Pass(20, 0, 19)], cost) == pytest.approx(forward, rel=1e-6)
         costs.observe([Pass(20, 0, 19)], cost, forward)
-    assert float(costs.forward(20, 0)) == pytest.approx(float(CURVE.predict(80, 0)) / 4, rel=1e-3)
+    assert float(costs.forward(20, 0)) == pytest.approx(float(CURVE.predict(80, 0)), rel=1e-3)
+
+
+def test_waiting_for_the_model_counts_by_the_pass() -> None:
+    """A queue of 300 ms a pass is found within a few calls. Of the target it counts for no more than the pass itself."""
+    costs = CallCosts(CURVE)
+    assert costs.queue_ns == 0
+    for _ in range(12):
+        cost = PassCost(forward_ns=int(2e6), queue_ns=int(600e6))
+        costs.observe([Pass(1, 0, 1), Pass(1, 0, 1)], cost, int(602e6))
+    assert costs.queue_ns == pytest.approx(300e6)
+    assert float(costs.call(1, 0, 1)) == pytest.approx(2e6, rel=0.01)
+    for _ in range(2_000):
+        costs.not_asked()
+    assert costs.queue_ns < 0.1e6
+
+
+def test_a_call_that_was_given_up_took_so_long_at_least() -> None:
+    costs = CallCosts(CURVE)
+    costs.late(passes=2, expected_ns=4e6, waited_ns=3e6)
+    assert costs.queue_ns == 0
+    for _ in range(10):
+        costs.late(passes=2, expected_ns=4e6 + 2 * costs.queue_ns, waited_ns=100e6)
+    assert 2 * costs.queue_ns == pytest.approx(96e6, rel=0.05)
+
+
+def test_what_opening_a_stream_takes_is_not_taken_for_the_price_of_nodes() -> None:
+    """First passes have most nodes and alone are let in and look up the prompt: 3 ms, whatever they hold."""
+    costs, rng = CallCosts(CURVE), np.random.default_rng(0)
+    for turn in range(1_000):
+        opens = turn % 2 == 0
+        nodes = int(rng.integers(80, 120)) if opens else int(rng.integers(5, 20))
+        wait = int(1e6) + 1_000 * nodes + (int(3e6) if opens else 0)
+        cost = PassCost(forward_ns=int(1e6), queue_ns=int(2e6) if opens else 0)
+        costs.observe([Pass(1, 0, nodes, opens=opens)], cost, wait)
+    assert costs.besides([0, 100]) == pytest.approx([0, 100_000], rel=0.05, abs=3_000)
+    assert costs.besides([0, 100], opens=True) == pytest.approx([3e6, 3.1e6], rel=0.01)
+    assert costs.queue_ns == 0
 
 
 def test_a_mean_starts_at_a_guess_and_forgets() -> None:
@@ -85,13 +121,13 @@ def test_a_mean_starts_at_a_guess_and_forgets() -> None:
 
 
 def test_a_line_is_level_until_it_knows_better_and_never_falls() -> None:
-    line = DecayedLine()
+    line = DecayedLines(2)
     assert float(line.at(5)) == 0.0
     line.add(10, 4.0)
     assert line.at([0, 10, 100]).tolist() == [4.0, 4.0, 4.0]
     line.add(20, 2.0)
     assert line.at([0, 100]).tolist() == [3.0, 3.0]
-    steep = DecayedLine()
+    steep = DecayedLines(2)
     for x in (10, 20):
         steep.add(x, x * x)
     assert (steep.at([0, 1, 30]) >= 0).all()

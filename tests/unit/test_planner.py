@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from engine.beams import Beams
 from engine.cost import PassCost
+from engine.cost_curve import CostCurve
 from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Perturbation, ScoringRule
 from engine.trie import Pruning
+from orchestrator import curves
 from orchestrator.adaptive import AdaptivePlanning, Experience
 from orchestrator.beam_loop import beam_search
 from orchestrator.costs import CallCosts
@@ -103,6 +105,103 @@ def test_plans_shrink_with_the_load() -> None:
         served = [simulation.serve(planner, user) for user in range(30, 45)]
         tokens.append(float(np.mean([one.target.cost.new_tokens for one in served])))
     assert tokens[1] < 0.8 * tokens[0]
+
+
+def test_a_draft_that_becomes_useful_is_found_out() -> None:
+    """It is asked now and then even where that does not pay; without that share it never would be.
+
+    It takes as many plans as it took to learn that the draft is useless, and a good part of more, before these do not outweigh.
+    """
+    machine = Machine(curve(20, 64, 0.3), curve(12, 64, 0.05))
+    for share, found in ((0.5, True), (0.0, False)):
+        useless, useful = Simulation(machine, noise=USELESS), Simulation(machine, noise=0.0)
+        planner = adaptive(useless, explored_share=share)
+        asked = [useless.serve(planner, user).report.nodes_asked > 0 for user in range(40)]
+        assert share or not any(asked[32:])
+        asked = [useful.serve(planner, user).report.nodes_asked > 0 for user in range(160)]
+        assert all(asked[130:]) if found else not any(asked)
+
+
+def test_a_draft_that_is_waited_for_is_left_out() -> None:
+    """A perfect draft, but 300 ms in a queue for each of its passes: not worth the wait, and asked again when that is over."""
+    machine = Machine(curve(20, 64, 0.3), curve(1, 64, 0.01))
+    crowded, calm = (Simulation(replace(machine, draft_queue_ms=ms), noise=0.0) for ms in (300.0, 0.0))
+    planner = adaptive(crowded)
+    for user in range(30):
+        crowded.serve(planner, user)
+    assert np.mean([crowded.serve(planner, user).report.nodes_asked > 0 for user in range(100)]) < 0.05
+    for user in range(600):
+        calm.serve(planner, user % 50)
+    assert all(calm.serve(planner, user).report.nodes_asked for user in range(20))
+
+
+def test_a_draft_that_is_always_late_is_left_out() -> None:
+    """Of a plan that never came, so much is known: it would have taken longer."""
+    simulation = Simulation(replace(FLAT, draft_fails=True, draft_queue_ms=500.0), noise=0.0)
+    planner = adaptive(simulation)
+    asked = [simulation.serve(planner, user).report.nodes_asked > 0 for user in range(60)]
+    assert asked[0]
+    assert np.mean(asked[30:]) < 0.2
+
+
+def test_a_plan_may_take_a_few_times_what_the_target_alone_would() -> None:
+    """A target that takes 60 ms for three passes; a tenth of a second is always given."""
+    for floor_ms, patience in ((20, 0.24), (1, 0.1)):
+        simulation = Simulation(Machine(curve(floor_ms, 1000, 0.0), FLAT.draft), noise=0.0)
+        planning = adaptive(simulation).planning(Mode.STRICT, Task(10, PROMPT_TOKENS, PROMPT_TOKENS))
+        assert planning.size(Beams.root()) is not None
+        assert planning.patience_seconds == pytest.approx(patience)
+
+
+def test_new_curves_do_not_cost_the_experience() -> None:
+    simulation = Simulation(FLAT, noise=0.3)
+    planner = adaptive(simulation)
+    before = [simulation.serve(planner, user).report for user in range(30)][-1]
+    planner.measure_by(FLAT.target, FLAT.draft)
+    after = simulation.serve(planner, 29).report
+    assert after.expected_passes == pytest.approx(before.expected_passes, rel=0.05)
+    assert after.expected_passes < 2
+
+
+class Measured:
+    """A model service that says what its passes cost, but for the times that something goes wrong."""
+
+    def __init__(self, *answers: CostCurve | Exception) -> None:
+        self._answers = list(answers)
+
+    async def cost_curve(self) -> CostCurve:
+        """The next answer; the last one again and again."""
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_curves_are_asked_for_again_whatever_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "_FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(curves, "_REFRESH_SECONDS", 0)
+    measured: list[CostCurve] = []
+    enough = asyncio.Event()
+
+    class Planned:
+        def measure_by(self, target: CostCurve, draft: CostCurve) -> None:
+            measured.append(target)
+            if len(measured) == 3:
+                enough.set()
+
+    async def learn() -> None:
+        learning = asyncio.create_task(
+            curves.learn_curves(
+                Planned(),  # type: ignore[arg-type]
+                Measured(ValueError("odd"), STEEP.target, RuntimeError("odder"), DEAR.target, FLAT.target),
+                Measured(FLAT.draft),
+            )
+        )
+        await enough.wait()
+        learning.cancel()
+
+    asyncio.run(learn())
+    assert measured[:3] == [STEEP.target, DEAR.target, FLAT.target]
 
 
 def _all_alike(plan: Plan) -> Plan:
@@ -209,7 +308,7 @@ SIMULATION = Simulation(STEEP, noise=0.7)
 def _experience(rng: np.random.Generator, target: object, width: int) -> tuple[Experience, Kind]:
     trie = SIMULATION.catalogue.trie
     costs = ModelCosts(CallCosts(target), CallCosts(STEEP.draft))  # type: ignore[arg-type]
-    experience, kind = Experience(costs, trie.levels, 240, 0.01), Kind.of(Mode.STRICT, width)
+    experience, kind = Experience(costs, trie.levels, 240, 0.01, 4.0), Kind.of(Mode.STRICT, width)
     for _ in range(50):
         seen = [
             Requirement(float(rng.exponential()), censored=bool(rng.random() < 0.3)) for _ in range(trie.levels - 1)
@@ -225,7 +324,7 @@ def _cost(experience: Experience, kind: Kind, task: Task, kept: Plan, plan: Plan
     trie, target = SIMULATION.catalogue.trie, experience.costs.target
     sizes = [min(task.beam_width, int(np.diff(trie.level_start)[level])) for level in range(trie.levels)]
     without = [
-        sum(float(target.forward(size, PROMPT_TOKENS)) for size in sizes[level:]) for level in range(trie.levels)
+        sum(float(target.call(size, PROMPT_TOKENS, size)) for size in sizes[level:]) for level in range(trie.levels)
     ]
     total = float(target.forward(PROMPT_TOKENS + len(kept.node), 0))
     if not len(kept.node):

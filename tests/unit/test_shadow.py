@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ class Half:
     def session(self, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> Half:
         return self
 
-    async def plan(self, below: Beams, size: PlanSize) -> Plan:
+    async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         return await self.draft.plan(below)
 
 

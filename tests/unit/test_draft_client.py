@@ -1,0 +1,103 @@
+"""The draft's replicas over a stub: one that is sick is passed by, and only failures in a row let the draft rest."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from atspeed.v1 import draft_pb2
+
+from engine.beams import Beams
+from engine.plan import PlanSize, Proposal
+from engine.scoring import ScoringRule
+from engine.trie import Pruning
+from orchestrator.draft_client import DraftClient, DraftSession
+from orchestrator.question import Deadline, ModelQuestion
+from service_kit import wire
+from service_kit.affinity import Routes
+from tests.oracles.naive_trie import NaiveTrie
+from tests.oracles.worlds import World
+
+TRIE = World.random(NaiveTrie({"a": (0, 1), "b": (1, 0)}, [2, 2]), ScoringRule.VOCAB, 1).trie
+TIMEOUT = 8.0
+
+
+class Replica:
+    """Answers with an empty plan, or fails; remembers how long it was given."""
+
+    def __init__(self, failure: grpc.StatusCode | None = None) -> None:
+        self.failure, self.timeouts = failure, list[float]()
+
+    async def Plan(self, request: draft_pb2.PlanRequest, *, timeout: float, metadata: object) -> Any:  # noqa: ASYNC109, N802
+        """One call."""
+        self.timeouts.append(timeout)
+        if self.failure is not None:
+            raise grpc.aio.AioRpcError(self.failure, grpc.aio.Metadata(), grpc.aio.Metadata())
+        return draft_pb2.PlanResponse(
+            nodes=no_rows("int32"), scores=no_rows("float64"), margins=no_rows("float64"), model_version="v"
+        )
+
+
+def no_rows(kind: str) -> Any:
+    """An empty array as a message."""
+    return wire.to_array(np.empty(0, dtype=kind))
+
+
+def client(in_turn: Replica, own: Replica | None = None) -> DraftClient:
+    routes: Routes[Any] = Routes(in_turn, own, most_at_once=4)
+    return DraftClient(routes, TRIE, "v", timeout=TIMEOUT, backoff_seconds=60.0)
+
+
+def asked(draft: DraftClient, seconds: float = math.inf, affinity: str = "ann") -> list[str]:
+    """One request's plan: why there was none."""
+    degraded: list[str] = []
+    question = ModelQuestion(np.array([1]), Pruning.none(), Deadline(100.0), affinity=affinity)
+    session: DraftSession = draft.session(question, Proposal.TOP, degraded)
+    asyncio.run(session.plan(Beams.root(), PlanSize(1, 2, 2), seconds))
+    assert len(session.usage.waits) == (0 if degraded == ["draft: left alone after a recent failure"] else 1)
+    return degraded
+
+
+@pytest.mark.parametrize("failure", [grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE])
+def test_one_sick_replica_costs_no_plan_and_never_lets_the_draft_rest(failure: grpc.StatusCode) -> None:
+    sick, well = Replica(failure), Replica()
+    draft = client(well, sick)
+    for _ in range(10):
+        assert asked(draft) == []
+    assert not draft.resting
+    assert sick.timeouts == [TIMEOUT / 2] * 10
+    assert all(0.4 * TIMEOUT < seconds <= TIMEOUT for seconds in well.timeouts)
+
+
+def test_failures_in_a_row_let_it_rest() -> None:
+    replica = Replica(grpc.StatusCode.UNAVAILABLE)
+    draft = client(replica)
+    for _ in range(2):
+        assert asked(draft) == ["draft: UNAVAILABLE"]
+    replica.failure = None
+    assert asked(draft) == []
+    replica.failure = grpc.StatusCode.UNAVAILABLE
+    for _ in range(3):
+        assert not draft.resting
+        assert asked(draft) == ["draft: UNAVAILABLE"]
+    assert draft.resting
+    assert asked(draft) == ["draft: left alone after a recent failure"]
+
+
+def test_what_a_request_itself_is_refused_for_is_not_tried_again() -> None:
+    refusing, other = Replica(grpc.StatusCode.INVALID_ARGUMENT), Replica()
+    draft = client(other, refusing)
+    for _ in range(5):
+        assert asked(draft) == ["draft: INVALID_ARGUMENT"]
+    assert (other.timeouts, draft.resting) == ([], False)
+
+
+def test_a_plan_gets_the_time_that_it_may_pay_in() -> None:
+    own, other = Replica(), Replica()
+    draft = client(other, own)
+    assert asked(draft, seconds=0.5) == asked(draft, seconds=0.5, affinity="") == []
+    assert (own.timeouts, other.timeouts) == ([0.25], [0.5])
