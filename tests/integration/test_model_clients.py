@@ -128,5 +128,8 @@ async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_ans
     await channel.close()
     routes: Routes[Any] = Routes(stub)
     client = DraftClient(routes, WORLD.trie, VERSION, timeout=SECONDS, backoff_seconds=SECONDS)
-    plan = await client.session(question(), Proposal.TOP, degraded).plan(Beams.root(), PlanSize(5, 10, 10))
-    assert (len(plan.node), degraded, client.resting) == (0, ["draft: UNAVAILABLE"], True)
+    for _ in range(3):
+        drafting = client.session(question(), Proposal.TOP, degraded)
+        assert not client.resting
+        assert not len((await drafting.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
+    assert (degraded, client.resting) == (["draft: UNAVAILABLE"] * 3, True)
