@@ -17,8 +17,8 @@ from typing import Any
 
 SECRET = "hush-" + "13579"  # in two parts, so that no traceback's source line holds it
 STEPS = {
-    "draft_service": ("draft_service.server", "_OrderReader.read"),
-    "target_service": ("target_service.server", "TargetServicer._selection"),
+    "draft_service": ("draft_service.server", "ServedModels.find"),
+    "target_service": ("target_service.server", "ServedModels.find"),
     "orchestrator": ("orchestrator.server", "to_order"),
 }
 _POOL = ThreadPoolExecutor(1)
@@ -61,7 +61,7 @@ def main() -> None:
     service = os.environ["LEAKING"]
     module, step = STEPS[service]
     if os.environ.get("LEAKING_AT") == "start":
-        step = "Bundle" if service == "orchestrator" else "served_models"
+        step = "open_bundle" if service == "orchestrator" else "served_models"
     owner: Any = importlib.import_module(module)
     *path, name = step.split(".")
     for part in path:
