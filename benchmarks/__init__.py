@@ -4,6 +4,7 @@ Through the real services:
 parity.py       our lists against Hugging Face `generate`       histories.py    whose lists: real users or random ones
 lossless.py     strict against target-only, with exclusions     services.py     a bundle's services, asked about many users
 load.py         open-loop load at rising rates                  arrivals.py     who asks when
+pass_metrics.py requests that shared passes
 load_report.py  a page and plots from the JSON                  bare_runner.py  the bound: the model alone, in a closed loop
 decode.py       time of a list by mode, K and prefix            decode_peers.py Hugging Face generate, onnxruntime-genai
 decode_report.py  a page and plots from the JSON                overhead.py     what the services add to the models' time

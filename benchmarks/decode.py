@@ -52,13 +52,18 @@ class Prefix(StrEnum):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about every user. seed: of the order and of sampled lists. peer_users: how many users the peers answer."""
+    """What is asked about every user. seed: of the order and of sampled lists. peer_users: how many users the peers answer.
+
+    settle: users before these, who are asked everything of us and do not count: what is done once is then done, and the planner
+    knows what passes take and what plans are good for.
+    """
 
     widths: Sequence[int] = WIDTHS
     modes: Sequence[Mode] = MODES
     prefixes: Sequence[Prefix] = tuple(Prefix)
     tolerance: float = 0.1
     peer_users: int = 0
+    settle: int = 1
     seed: int = 1
 
 
@@ -74,7 +79,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Answer:
-    """One measured list. stages_ms: where our time went, by the services' own clocks. ranked: None where nothing compares."""
+    """One measured list. stages_ms: where our time went, by the services' own clocks. ranked: None where nothing compares.
+
+    expected_passes: 0 where no plan was weighed. predicted_ms: of the models' passes, by model; empty where nobody predicted.
+    """
 
     milliseconds: float
     ranked: RankedList | None
@@ -83,7 +91,9 @@ class Answer:
     nodes_drafted: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    expected_passes: float = 0.0
     stages_ms: Mapping[str, float] = field(default_factory=dict)
+    predicted_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Peer(Protocol):
@@ -102,6 +112,8 @@ class DecodeRow:
     """One way over its users. Speed-ups are of medians over the same users, against the same K and prefix (peers: cold).
 
     identical, near_ties, different: lists against the reference's; None where there is nothing to compare. stages_ms: medians.
+    expected_passes_mean: of the requests whose plans were weighed, None without. prediction_error: by model, the median of
+    |predicted / measured - 1| of its time in a request.
     """
 
     engine: str
@@ -122,6 +134,8 @@ class DecodeRow:
     near_ties: int | None
     different: int | None
     stages_ms: Mapping[str, float]
+    expected_passes_mean: float | None
+    prediction_error: Mapping[str, float]
 
     @property
     def name(self) -> str:
@@ -140,7 +154,8 @@ Answers = dict[Way, list[Answer]]
 async def run(
     root: Path, histories: Sequence[History], question: Question, peers: Sequence[Peer], running: Running
 ) -> list[DecodeRow]:
-    """Ask everything about every user. Raises BenchmarkError where a service failed meanwhile."""
+    """Ask everything about every user; the first `settle` of them do not count. Raises BenchmarkError where a service failed."""
+    unmeasured, histories = histories[: question.settle], histories[question.settle :]
     ways = [
         Way(ENGINE, str(mode), k, prefix)
         for prefix in question.prefixes
@@ -152,7 +167,7 @@ async def run(
     async with services(root, running) as client:
         asker = _Asker(client, question)
         with progress_bar() as progress:
-            await _warm_up(asker, histories[0], ways, peers, progress)
+            await _settle(asker, unmeasured, ways, peers, progress)
             task = progress.add_task("users", total=len(histories))
             for number, history in enumerate(histories):
                 turns: list[tuple[Peer | None, Way]] = [(None, way) for way in ways]
@@ -164,15 +179,16 @@ async def run(
     return summary(answers)
 
 
-async def _warm_up(
-    asker: _Asker, history: History, ways: Sequence[Way], peers: Sequence[Peer], progress: Progress
+async def _settle(
+    asker: _Asker, histories: Sequence[History], ways: Sequence[Way], peers: Sequence[Peer], progress: Progress
 ) -> None:
-    """Whatever is done once, at a first request, is done before the clock runs."""
-    task = progress.add_task("warming up")
-    for way in ways:
-        await asker.answer(None, way, history, number=-1)
+    task = progress.add_task("users that do not count", total=len(histories))
+    for history in histories:
+        for way in ways:
+            await asker.answer(None, way, history, number=-1)
+        progress.advance(task)
     for peer in peers:
-        peer.answer(history, ways[0].k)
+        peer.answer(histories[0], ways[0].k)
     progress.remove_task(task)
 
 
@@ -247,11 +263,13 @@ def header(
         "benchmark": NAME,
         "users": users,
         "least_items": least_items,
+        "settle": question.settle,
         "peer_users": question.peer_users,
         "peers": {peer.engine: peer.about for peer in peers},
         "tolerance": question.tolerance,
         "threads": running.threads,
         "provider": running.provider,
+        "planner": running.planner,
     }
 
 
@@ -265,7 +283,13 @@ def _answer(reply: pb.RecommendResponse, milliseconds: float) -> Answer:
         nodes_drafted=took.nodes_drafted,
         prompt_tokens=took.prompt_tokens,
         cached_tokens=took.memory_cached_tokens + took.redis_cached_tokens,
+        expected_passes=took.expected_passes,
         stages_ms={name: getattr(took.stage_times, f"{name}_ns") / 1e6 for name in _STAGES},
+        predicted_ms={
+            name: nanoseconds / 1e6
+            for name, nanoseconds in (("target", took.target_predicted_ns), ("draft", took.draft_predicted_ns))
+            if nanoseconds
+        },
     )
 
 
@@ -277,6 +301,7 @@ def summary(answers: Answers) -> list[DecodeRow]:
 def _row(way: Way, found: Sequence[Answer], answers: Answers) -> DecodeRow:
     times = [answer.milliseconds for answer in found]
     verdicts = _verdicts(way, found, answers)
+    expected = [answer.expected_passes for answer in found if answer.expected_passes]
     counts = [None if verdicts is None else verdicts.count(verdict) for verdict in Verdict]
     return DecodeRow(
         **asdict(way),
@@ -297,7 +322,22 @@ def _row(way: Way, found: Sequence[Answer], answers: Answers) -> DecodeRow:
             name: _percentile([answer.stages_ms[name] for answer in found], 50)
             for name in (_STAGES if found[0].stages_ms else ())
         },
+        expected_passes_mean=mean(expected) if expected else None,
+        prediction_error=_prediction_error(found),
     )
+
+
+def _prediction_error(found: Sequence[Answer]) -> dict[str, float]:
+    """By model, over the requests for which its time was predicted."""
+    errors = {
+        model: [
+            abs(answer.predicted_ms[model] / answer.stages_ms[f"{model}_forward"] - 1)
+            for answer in found
+            if model in answer.predicted_ms and answer.stages_ms[f"{model}_forward"]
+        ]
+        for model in ("target", "draft")
+    }
+    return {model: _percentile(some, 50) for model, some in errors.items() if some}
 
 
 def _target_only(way: Way, prefix: Prefix) -> Way:

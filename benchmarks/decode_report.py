@@ -64,13 +64,15 @@ def _page(header: Mapping[str, Any], rows: Sequence[DecodeRow]) -> Iterator[str]
     )
     yield ""
     peers = [(engine, about) for engine, about in header["peers"].items()]
+    planner = ("planner", f"{header['planner']}, after {header['settle']} users that do not count")
     threads = f"{header['threads']} for each model; those of one request take turns"
-    yield from origin(header, [("threads", threads), ("provider", header["provider"]), *peers])
+    yield from origin(header, [("threads", threads), ("provider", header["provider"]), planner, *peers])
     yield from (f"![median time]({_TIME_PLOT})", "", f"![speed-up]({_SPEEDUP_PLOT})", "")
     yield from _verdict(rows)
     for prefix in _prefixes(rows):
         yield from _prefix(_beside(rows, prefix), prefix)
         yield from _stages([row for row in rows if row.prefix == prefix and row.engine == ENGINE])
+    yield from _predictions([row for row in rows if row.prediction_error])
 
 
 def _verdict(rows: Sequence[DecodeRow]) -> Iterator[str]:
@@ -141,6 +143,33 @@ def _stages(rows: Sequence[DecodeRow]) -> Iterator[str]:
             for row in sorted(rows, key=lambda row: row.k)
         ],
     )
+
+
+def _predictions(rows: Sequence[DecodeRow]) -> Iterator[str]:
+    """How well the planner knew what it was in for."""
+    if not rows:
+        return
+    yield from ("## Predicted and measured", "")
+    yield "Medians over requests of |predicted / measured - 1|, of the time in each model; target passes expected and taken."
+    yield ""
+    yield from table(
+        ("mode", "K", "prefix", "target", "draft", "passes expected", "taken"),
+        [
+            (
+                row.mode,
+                str(row.k),
+                row.prefix,
+                *(_share(row.prediction_error.get(model)) for model in ("target", "draft")),
+                "" if row.expected_passes_mean is None else f"{row.expected_passes_mean:.2f}",
+                f"{row.target_passes_mean:.2f}",
+            )
+            for row in sorted(rows, key=lambda row: (row.k, row.mode))
+        ],
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _time(rows: Sequence[DecodeRow], prefix: str, axes: Axes) -> None:

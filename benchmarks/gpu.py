@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 
 from benchmarks import decode
@@ -111,9 +112,13 @@ class Found:
         return sum(row.different for row in self.exact)
 
 
-def check_sizes(sizes: Sequence[str]) -> None:
-    """Raise BenchmarkError naming the first that is not TARGET or TARGET+DRAFT."""
-    for size in sizes:
+def check(setup: Setup) -> None:
+    """Raise BenchmarkError when a size is not TARGET or TARGET+DRAFT, or when torch or onnxruntime cannot use the device."""
+    if setup.provider == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--provider cuda: this torch has no CUDA; see deploy/gpu-setup.sh")
+    if setup.provider == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise BenchmarkError("--provider cuda: this onnxruntime has no CUDA; see deploy/gpu-setup.sh")
+    for size in setup.sizes:
         parts = size.split("+")
         if len(parts) > 2 or not all(part in SHAPES for part in parts):
             raise BenchmarkError(f"--size {size}: must be TARGET or TARGET+DRAFT, each of {', '.join(SHAPES)}")
@@ -145,7 +150,8 @@ async def _lists(
 ) -> dict[tuple[Mode, int], list[RankedList]]:
     found = {}
     with progress_bar() as progress:
-        async with services(root, setup.running) as client:
+        # Plans of a fixed size: it is strict lists of speculation that have to be exact, and where none pays there would be none.
+        async with services(root, replace(setup.running, planner="fixed")) as client:
             for mode, k in ways:
                 requests = [recommend_request(history=own, k=k, beam_width=k, mode=mode) for own in histories]
                 title = f"{setup.provider}, {mode}, K = {k}"
@@ -159,7 +165,7 @@ async def _size(size: str, trained: Bundle, histories: Sequence[History], setup:
     bundle = inflated(size, trained, folder, setup)
     question = Question(setup.widths, _MODES, peer_users=min(setup.hf_users, setup.users), seed=setup.seed)
     peers: list[Peer] = [_hugging_face(bundle, folder / "target-checkpoint", setup)] if setup.hf_users else []
-    lists = await decode.run(bundle.root, histories[: setup.users], question, peers, setup.running)
+    lists = await decode.run(bundle.root, histories[: setup.users + question.settle], question, peers, setup.running)
     peers.clear()
     _free()  # the weights of one model are as much as a device may hold
     passes, beams = _passes(size, bundle, setup)

@@ -27,10 +27,11 @@ from benchmarks.arrivals import Arrival, Kind, Mix, plan_arrivals
 from benchmarks.bare_runner import Throughput, bare_runner
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
+from benchmarks.pass_metrics import shared_passes
 from benchmarks.results import Result
 from benchmarks.services import mean, progress_bar
 from client.local_redis import local_redis
-from client.local_stack import LocalStack
+from client.local_stack import LocalStack, ServiceProcess
 from client.recommender import Mode, RecommenderClient, RecommenderError, recommend_request
 from engine.bundle import read_manifest
 
@@ -82,6 +83,7 @@ class LoadRow:
     goodput_rps: replies per second within `limit_ms`, which is LIMIT_FACTOR times the unloaded p50 of target-only.
     *_hit_share: of prompt tokens, those whose KV was in a tier. left_late_p99_ms: how late the generator itself was.
     generator_cpu_share: of one core.
+    batch_requests_mean: requests in a pass of a target, as each sees it, `settle` included; None where targets do not say.
     """
 
     replicas: int
@@ -103,6 +105,7 @@ class LoadRow:
     target_passes_mean: float
     left_late_p99_ms: float
     generator_cpu_share: float
+    batch_requests_mean: float | None
 
     @property
     def holds(self) -> bool:
@@ -126,21 +129,24 @@ async def run(root: Path, histories: Sequence[History], question: Question) -> L
         for replicas in question.replicas:
             bare[replicas] = await _bare(root, histories, question, replicas)
             rates = question.rates or [round(share * bare[replicas].searches_per_second, 2) for share in FRACTIONS]
-            async with _services(root, question, replicas) as client:
-                rows += await _Series(client, histories, question, replicas, progress).rows(rates)
+            async with _services(root, question, replicas) as (client, targets):
+                rows += await _Series(client, targets, histories, question, progress).rows(rates)
     return LoadResult(rows, bare)
 
 
 @asynccontextmanager
-async def _services(root: Path, question: Question, replicas: int) -> AsyncIterator[RecommenderClient]:
-    """The real services with their usual settings."""
+async def _services(
+    root: Path, question: Question, replicas: int
+) -> AsyncIterator[tuple[RecommenderClient, Sequence[ServiceProcess]]]:
+    """The real services with their usual settings: a client, and the targets."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(local_redis())
         drafts = 1 if read_manifest(root).draft else 0
-        flags = {"target": {"threads": question.threads}}
+        flags = {"target": {"threads": question.threads, "metrics-port": 0}}
         local = LocalStack(root, redis_url=redis_url, drafts=drafts, targets=replicas, flags=flags)
         stack.enter_context(local)
-        yield await stack.enter_async_context(RecommenderClient(local.address, timeout_seconds=_TIMEOUT_SECONDS))
+        client = RecommenderClient(local.address, timeout_seconds=_TIMEOUT_SECONDS)
+        yield await stack.enter_async_context(client), local.targets
 
 
 async def _bare(root: Path, histories: Sequence[History], question: Question, replicas: int) -> Throughput:
@@ -169,10 +175,15 @@ class _Series:
     """The steps of one number of replicas."""
 
     client: RecommenderClient
+    targets: Sequence[ServiceProcess]
     histories: Sequence[History]
     question: Question
-    replicas: int
     progress: Progress
+
+    @property
+    def replicas(self) -> int:
+        """Of the target."""
+        return len(self.targets)
 
     async def rows(self, rates: Sequence[float]) -> list[LoadRow]:
         """Every rate, both modes at each, until both are saturated."""
@@ -204,9 +215,11 @@ class _Series:
         seconds = asked.settle + asked.seconds
         arrivals = plan_arrivals(self.histories, asked.mix, rate=rate, seconds=seconds, seed=asked.seed + index)
         requests = [_request(arrival, asked.k, mode, str(index)) for arrival in arrivals]
+        passes = await asyncio.to_thread(shared_passes, self.targets)
         begun, cpu = time.perf_counter(), time.process_time()
         outcomes = await drive(self.client, arrivals, requests)
         busy = (time.process_time() - cpu) / (time.perf_counter() - begun)
+        passes = await asyncio.to_thread(shared_passes, self.targets) - passes
         counted = [outcome for outcome in outcomes if outcome.arrival.at >= asked.settle]
         row = summary(counted, seconds=asked.seconds, settle=asked.settle, limit_ms=limit)
         return replace(
@@ -216,6 +229,7 @@ class _Series:
             offered_rps=rate,
             unloaded_p50_ms=round(unloaded, 3),
             generator_cpu_share=round(busy, 3),
+            batch_requests_mean=passes.mean,
         )
 
 
@@ -273,6 +287,7 @@ def summary(outcomes: Sequence[Outcome], *, seconds: float, settle: float, limit
         target_passes_mean=mean([float(one.target_passes) for one in statistics]),
         left_late_p99_ms=percentile([1e3 * outcome.left_after for outcome in outcomes], 99) or 0.0,
         generator_cpu_share=0.0,
+        batch_requests_mean=None,
     )
 
 

@@ -84,15 +84,8 @@ def _steps(rows: Sequence[LoadRow]) -> Iterator[str]:
         "p99 ms",
         "p50 new / returning / refreshing",
     )
-    more = (
-        "errors",
-        "degraded",
-        "KV from memory",
-        "from Redis",
-        "target passes",
-        "generator: late p99 ms",
-        "of a core",
-    )
+    kv = ("errors", "degraded", "KV from memory", "KV from Redis")
+    more = (*kv, "target passes", "requests per pass", "generator late, p99 ms", "generator's core")
     yield from table((*names, *more), [_cells(row) for row in rows])
     limits = ", ".join(f"{mode} {_unloaded(rows, mode):.1f} ms" for mode in _modes(rows))
     yield from (f"Limit {rows[0].limit_ms:.1f} ms; unloaded p50: {limits}.", "")
@@ -113,6 +106,7 @@ def _cells(row: LoadRow) -> tuple[str, ...]:
         errors(row),
         *(f"{share:.0%}" for share in (row.degraded_share, row.memory_hit_share, row.redis_hit_share)),
         f"{row.target_passes_mean:.2f}",
+        "–" if row.batch_requests_mean is None else f"{row.batch_requests_mean:.2f}",
         f"{row.left_late_p99_ms:.1f}",
         f"{row.generator_cpu_share:.0%}",
     )

@@ -179,8 +179,9 @@ def from_json(result: Result) -> tuple[list[CatalogueRow], list[SearchRow]]:
 
 
 def tables(catalogues: Sequence[CatalogueRow], searches: Sequence[SearchRow]) -> list[Table]:
-    """The rows, for people."""
-    shown = [_table("Catalogues", CATALOGUE_COLUMNS, [catalogue_cells(row) for row in catalogues])]
+    """The rows, for people; a catalogue is a column, so that all of it fits on a screen."""
+    names, *measures = zip(CATALOGUE_COLUMNS, *map(catalogue_cells, catalogues), strict=True)
+    shown = [_table("Catalogues", names, measures)]
     if searches:
         shown.append(_table("Target-only searches", SEARCH_COLUMNS, [search_cells(row) for row in searches]))
     return shown

@@ -28,6 +28,7 @@ _ORCHESTRATOR = {
     "draft-patience": 10_000,
     "target-pass-seconds": 60,
     "max-k": 1000,
+    "shadow-share": 0,  # nothing but what is measured
 }
 
 

@@ -18,6 +18,7 @@ from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
 from client.recommender import Mode
 from engine.bundle import Bundle
+from orchestrator.planner import PlannerKind
 
 if TYPE_CHECKING:
     from benchmarks.decode import DecodeRow, Peer
@@ -69,6 +70,10 @@ def bench_decode(
     mode: Annotated[list[Mode] | None, typer.Option(help="How lists are made.  [default: all]")] = None,
     prefix: Annotated[list[PrefixChoice] | None, typer.Option(help="[default: both]")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.1,
+    settle: Annotated[int, typer.Option(min=1, help="Users before these who do not count: the planner learns.")] = 3,
+    planner: Annotated[
+        PlannerKind, typer.Option(help="Plans of the size that pays, or of a fixed one.")
+    ] = PlannerKind.ADAPTIVE,
     threads: Threads = None,
     provider: Provider = ProviderChoice.CPU,
     seed: Seed = 1,
@@ -84,19 +89,22 @@ def bench_decode(
         raise typer.BadParameter("--genai needs --checkpoint: the weights that it is to run")
     page = optional("benchmarks.decode_report") if report else None  # what is missing is said before the work
     opened = Bundle(bundle)
-    chosen = choose_histories(opened.catalogue(), histories, users, seed, least_items=least_items)
-    running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value)
+    chosen = choose_histories(opened.catalogue(), histories, settle + users, seed, least_items=least_items)
+    if (users := len(chosen) - settle) < 1:
+        raise CommandError(f"--settle {settle}: there are only {len(chosen)} users with {least_items} items or more")
+    running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value, planner=planner.value)
     question = decode.Question(
         widths=k or decode.WIDTHS,
         modes=mode or decode.MODES,
         prefixes=[decode.Prefix(choice.value) for choice in prefix or PrefixChoice],
         tolerance=tolerance,
-        peer_users=len(chosen) if peer_users is None else min(peer_users, len(chosen)),
+        peer_users=users if peer_users is None else min(peer_users, users),
+        settle=settle,
         seed=seed,
     )
     with _peers(opened, checkpoint, genai=genai, threads=running.threads or 1, provider=provider) as peers:
         rows = asyncio.run(decode.run(bundle, chosen, question, peers, running))
-        about = decode.header(question, peers, running, users=len(chosen), least_items=least_items)
+        about = decode.header(question, peers, running, users=users, least_items=least_items)
     about["histories"] = histories.name if histories else "random items"
     out.print(decode.table(rows))
     result = save(json_file, opened, seed, decode.to_json(rows), about)
@@ -183,8 +191,8 @@ def bench_gpu(
         prompt_tokens=prompt_tokens,
         seed=seed,
     )
-    gpu.check_sizes(setup.sizes)
-    chosen = choose_histories(opened.catalogue(), histories, max(users, exact_users), seed, least_items=2)
+    gpu.check(setup)
+    chosen = choose_histories(opened.catalogue(), histories, max(users + 1, exact_users), seed, least_items=2)
     found = asyncio.run(gpu.run(opened, chosen, setup))
     for one in found.sizes:
         out.print(f"{one.size}, inflated", highlight=False)

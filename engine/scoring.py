@@ -74,10 +74,10 @@ class Evaluation:
 
     def items(self) -> Iterator[tuple[int, Children]]:
         """Each node with its children."""
-        for row, node in enumerate(self.node.tolist()):
-            span = slice(int(self.child_start[row]), int(self.child_start[row + 1]))
-            children = Children(self.child[span].astype(np.int64), self.logp[span], float(self.log_mass[row]))
-            yield node, children
+        child, start = self.child.astype(np.int64), self.child_start.tolist()
+        for row, (node, log_mass) in enumerate(zip(self.node.tolist(), self.log_mass.tolist(), strict=True)):
+            span = slice(start[row], start[row + 1])
+            yield node, Children(child[span], self.logp[span], log_mass)
 
     def validate(self, trie: Trie) -> None:
         """Raise ValueError unless this could have come from an honest model over `trie`. Cheap enough for every reply."""

@@ -32,7 +32,8 @@ def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: 
         str(made.root.parent / "checkpoint"),
         "--genai",
     ]
-    asked = ["--users", "3", "--hf-users", "2", "--min-items", "8", "-k", "1", "-k", "6", "--threads", "1"]
+    asked = ["--users", "3", "--hf-users", "2", "--min-items", "8", "-k", "1", "-k", "6"]
+    asked += ["--threads", "1", "--settle", "1", "--planner", "fixed"]
     files = ["--json", str(tmp_path / "decode.json"), "--report", str(tmp_path)]
     result = CliRunner().invoke(app, [*command, *asked, *files])
     assert result.exit_code == 0, result.output
@@ -50,6 +51,7 @@ def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: 
         assert row["target_passes_mean"] <= 3
         assert row["speedup_vs_hf"] > 0
     assert rows["atspeed", "strict", 6, "warm"]["target_passes_mean"] < 3
+    assert written["header"]["settle"] == 1
     assert (tmp_path / "decode.md").exists()
 
 
@@ -57,6 +59,37 @@ def test_genai_needs_a_checkpoint(made: TestBundle) -> None:
     result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), "--genai"])
     assert result.exit_code == 2
     assert "--genai needs --checkpoint" in result.output
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(made: TestBundle, tmp_path: Path) -> None:
+    command = [
+        "bench",
+        "decode",
+        "--bundle",
+        str(made.root),
+        "--users",
+        "2",
+        "--mode",
+        "strict",
+        "-k",
+        "5",
+        "--prefix",
+        "cold",
+    ]
+    asked = ["--threads", "1", "--settle", "2", "--json", str(tmp_path / "decode.json")]
+    result = CliRunner().invoke(app, [*command, *asked])
+    assert result.exit_code == 0, result.output
+    [row] = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert row["prediction_error"]["target"] >= 0
+    assert row["expected_passes_mean"] >= 1
+
+
+def test_there_have_to_be_users_left(made: TestBundle, tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("1 item-1 item-2\n2 item-3 item-4\n")
+    command = ["bench", "decode", "--bundle", str(made.root), "--histories", str(tmp_path / "two.txt"), "--settle", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "--settle 2: there are only 2 users with 2 items or more" in result.stderr
 
 
 def test_what_the_services_add_is_measured(made: TestBundle, tmp_path: Path) -> None:

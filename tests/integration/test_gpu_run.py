@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import gpu
-from benchmarks.errors import BenchmarkError
 from benchmarks.model_probe import bytes_per_second, bytes_read, probe_beams, probe_passes
 from client.cli import app
 from engine.decoder import Decoder, RuntimeOptions
@@ -78,10 +77,20 @@ def test_everything_is_measured_and_written(made: TestBundle, tmp_path: Path, mo
     assert bundle.stat().st_mtime_ns == before
 
 
-def test_an_unknown_size_is_refused_before_anything_is_measured(made: TestBundle, tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match=r"--size 7b\+9b: must be"):
-        gpu.check_sizes(["1.7b", "7b+9b"])
-    gpu.check_sizes(gpu.SIZES)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--provider", "cpu", "--size", "7b+9b"], "--size 7b+9b: must be TARGET or TARGET+DRAFT"),
+        (["--provider", "cuda"], "--provider cuda: this torch has no CUDA; see deploy/gpu-setup.sh"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    made: TestBundle, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = CliRunner().invoke(app, ["bench", "gpu", "--bundle", str(made.root), "--work", str(tmp_path), *options])
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
 class RecordingDecoder(Decoder):

@@ -101,10 +101,24 @@ def test_percentiles_and_means_of_a_row() -> None:
     assert (row.prompt_tokens_mean, row.cached_tokens_mean, row.stages_ms["target"]) == (20, 16, 1.0)
 
 
+def test_predictions_are_compared_where_there_are_any() -> None:
+    """Of the target 10 and 30 % off, of the draft nothing was predicted."""
+    [first, second, third] = answers([1.0, 2.0, 3.0], stages={**STAGES, "target_forward": 10.0})
+    found = [
+        replace(first, predicted_ms={"target": 11.0}, expected_passes=1.5),
+        replace(second, predicted_ms={"target": 7.0}, expected_passes=2.5),
+        third,
+    ]
+    [row] = summary({way("strict"): found})
+    assert row.prediction_error == {"target": 0.2}
+    assert row.expected_passes_mean == 2.0
+
+
 @pytest.fixture
 def result(tmp_path: Path) -> Result:
     bundle = Bundle(write_bundle(tmp_path / "bundle", random_catalogue(20, (4, 4), seed=1)).root)
     asked = {"users": 3, "least_items": 2, "histories": "train.txt", "peer_users": 2, "threads": 2, "provider": "cpu"}
+    asked |= {"planner": "adaptive", "settle": 1}
     peers = {"peers": {HUGGING_FACE: "generate", "other": "a search"}}
     return Result(
         provenance(bundle, seed=1, command=["/bin/atspeed", "bench"]) | {"benchmark": NAME, **asked, **peers},

@@ -20,6 +20,7 @@ from benchmarks.arrivals import Arrival, Kind, Mix
 from benchmarks.bare_runner import Throughput
 from benchmarks.errors import BenchmarkError
 from benchmarks.load import LoadResult, LoadRow, Outcome, drive, percentile, summary, sustained
+from benchmarks.pass_metrics import SharedPasses
 from benchmarks.provenance import provenance
 from benchmarks.results import Result
 from client.recommender import RecommenderClient, RecommenderError
@@ -141,3 +142,17 @@ def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
 def test_another_benchmarks_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="bench load"):
         load_report.write(Result({"benchmark": "scaling"}, []), tmp_path)
+
+
+def test_requests_that_shared_a_pass_are_read_from_all_targets() -> None:
+    page = """# TYPE atspeed_pass_requests histogram
+atspeed_pass_requests_bucket{le="+Inf"} 4.0
+atspeed_pass_requests_count 4.0
+atspeed_pass_requests_sum 10.0
+# TYPE atspeed_pass_nodes histogram
+atspeed_pass_nodes_count 9.0
+atspeed_pass_nodes_sum 900.0
+"""
+    assert SharedPasses.of([page, page]) == SharedPasses(20.0, 8.0)
+    assert (SharedPasses(20.0, 8.0) - SharedPasses(4.0, 4.0)).mean == 4.0
+    assert SharedPasses.of(["# TYPE other counter\nother_total 1.0\n"]).mean is None
