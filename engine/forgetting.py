@@ -63,6 +63,7 @@ class ForgetListener:
         self._failing = False
         self._heard_at = -float("inf")
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def silent_seconds(self) -> float:
@@ -77,12 +78,14 @@ class ForgetListener:
 
     async def close(self) -> None:
         """Stop."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _follow(self) -> None:
-        while True:
+        # A cancellation that meets the end of a call to Redis may come to nothing: its client's own timeout can swallow it.
+        while not self._closed:
             await asyncio.sleep(self._poll_seconds)
             await self._attempt()
 
