@@ -43,7 +43,7 @@ class TableEvaluator:
         self.trie, self.rule = self.world.trie, self.world.rule
         self.entry = SimpleNamespace(plan_scale=None if self.scales is None else tuple(self.scales))
 
-    async def open(self, prompt: Int64, *, tenant: str = "") -> None:
+    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = b"") -> None:
         """Nothing has to be opened."""
 
     def end(self, tree: None) -> None:
@@ -300,7 +300,7 @@ def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> N
 class TableEvaluatorPerPlan(TableEvaluator):
     """Every plan is a call of its own and stands on a tree of its own."""
 
-    async def open(self, prompt: Int64, *, tenant: str = "") -> None:
+    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = b"") -> None:
         """Forget the call before."""
         self.asked.clear()
 
