@@ -143,8 +143,11 @@ class TestRoutes:
 def several(bundle: Path, log_folder: Path) -> Iterator[LocalStack]:
     """Two drafts and two targets, two orchestrators, no Redis: what a replica does not know is computed."""
     # The adaptive planner would ask the draft only where that pays, which is not what is looked at here.
-    orchestrator: dict[str, object] = {"draft-timeout-seconds": 30, "planner": "fixed"}
-    flags = {"target": {"threads": 1}, "draft": {"threads": 1}, "orchestrator": orchestrator}
+    flags: dict[str, dict[str, object]] = {
+        "target": {"threads": 1},
+        "draft": {"threads": 1},
+        "orchestrator": {"draft-timeout-seconds": 30, "planner": "fixed"},
+    }
     folder = log_folder / "affinity"
     folder.mkdir()
     with LocalStack(bundle, drafts=2, targets=2, orchestrators=2, log_folder=folder, flags=flags) as stack:
