@@ -28,7 +28,7 @@ def observed_stack(bundle: Path, log_folder: Path) -> Iterator[LocalStack]:
     """One of each, which tell what they hold, and an orchestrator that waits for its draft."""
     folder = log_folder / "given-up"
     folder.mkdir()
-    patient = {"draft-timeout-seconds": 60, "target-pass-seconds": 60}
+    patient = {"draft-timeout-seconds": 60, "draft-patience": 10_000, "planner": "fixed", "target-pass-seconds": 60}
     flags: dict[str, dict[str, object]] = {
         "draft": {"metrics-port": 0},
         "target": {"metrics-port": 0, "threads": 1},
