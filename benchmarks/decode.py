@@ -6,8 +6,9 @@ that a machine that has other work slows all alike. Times are the caller's, from
     cold    no service has keys and values of the prompt: the request's tenant is its own
     warm    the same request was served before the user's last item came, for the same tenant
 
-The peers have no prefix cache for beam search; their one time stands beside both. Lists are compared with those of cold
-target-only, and exact samples with cold ones by the same seed.
+The peers have no prefix cache for beam search; their one time stands beside both. A plan that is perfect and free is the limit of
+what any draft could do (`perfect_plan`). Lists are compared with those of cold target-only, exact samples with cold ones by the
+same seed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,15 +31,18 @@ from rich.table import Table
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
+from benchmarks.perfect_plan import PerfectPlans, perfect_plans
 from benchmarks.results import Result
-from benchmarks.services import Running, mean, progress_bar, services, undisturbed
+from benchmarks.services import Running, mean, progress_bar, running_services, undisturbed
 from client.recommender import Mode, RecommenderClient, recommend_request
+from engine.bundle import read_manifest
 from engine.comparison import RankedList, Verdict, compare
 
 NAME = "decode"
 ENGINE = "atspeed"
 HUGGING_FACE = "transformers"
 REFERENCE = "target-only"
+PERFECT = "perfect-plan"
 WIDTHS = (1, 3, 5, 10, 20, 50)
 MODES = tuple(Mode)
 _STAGES = ("history", "draft", "draft_forward", "target", "target_forward", "selection", "total")
@@ -54,6 +59,8 @@ class Prefix(StrEnum):
 class Question:
     """What is asked about every user. seed: of the order and of sampled lists. peer_users: how many users the peers answer.
 
+    perfect: whether plans that hold exactly what is needed, and cost nothing, are measured beside the modes.
+
     settle: users before these, who are asked everything of us and do not count: what is done once is then done, and the planner
     knows what passes take and what plans are good for.
     """
@@ -63,6 +70,7 @@ class Question:
     prefixes: Sequence[Prefix] = tuple(Prefix)
     tolerance: float = 0.1
     peer_users: int = 0
+    perfect: bool = True
     settle: int = 1
     seed: int = 1
 
@@ -156,16 +164,15 @@ async def run(
 ) -> list[DecodeRow]:
     """Ask everything about every user; the first `settle` of them do not count. Raises BenchmarkError where a service failed."""
     unmeasured, histories = histories[: question.settle], histories[question.settle :]
-    ways = [
-        Way(ENGINE, str(mode), k, prefix)
-        for prefix in question.prefixes
-        for k in question.widths
-        for mode in question.modes
-    ]
+    perfect = question.perfect and read_manifest(root).draft is not None
+    modes = [*map(str, question.modes), *([PERFECT] if perfect else [])]
+    ways = [Way(ENGINE, mode, k, prefix) for prefix in question.prefixes for k in question.widths for mode in modes]
     others = [(peer, Way(peer.engine, peer.mode, k, Prefix.COLD)) for peer in peers for k in question.widths]
     answers: Answers = {way: [] for way in [*ways, *(way for _, way in others)]}
-    async with services(root, running) as client:
-        asker = _Asker(client, question)
+    async with AsyncExitStack() as stack:
+        services = await stack.enter_async_context(running_services(root, running))
+        plans = await stack.enter_async_context(perfect_plans(root, services)) if perfect else None
+        asker = _Asker(services.client, plans, question)
         with progress_bar() as progress:
             await _settle(asker, unmeasured, ways, peers, progress)
             task = progress.add_task("users", total=len(histories))
@@ -195,27 +202,36 @@ async def _settle(
 class _Asker:
     """Asks the services or a peer for a list."""
 
-    def __init__(self, client: RecommenderClient, question: Question) -> None:
-        self._client, self._question, self._tenants = client, question, 0
+    def __init__(self, client: RecommenderClient, plans: PerfectPlans | None, question: Question) -> None:
+        self._client, self._plans, self._question, self._tenants = client, plans, question, 0
 
     async def answer(self, peer: Peer | None, way: Way, history: History, number: int) -> Answer:
         """User `number`'s list, measured."""
         if peer is not None:
             return await asyncio.to_thread(peer.answer, history, way.k)
         self._tenants += 1
+        if self._plans is not None and way.mode == PERFECT:
+            await self._plans.foresee(history, way.k)
+            mode, before = Mode.STRICT, Mode.TARGET_ONLY
+            return _undrafted(await self._ours(self._plans.client, way, mode, before, history, number))
+        return await self._ours(self._client, way, Mode(way.mode), Mode(way.mode), history, number)
+
+    async def _ours(
+        self, client: RecommenderClient, way: Way, mode: Mode, before: Mode, history: History, number: int
+    ) -> Answer:
+        """before: the mode of the request that warms the prefix."""
         if way.prefix is Prefix.WARM:
-            await undisturbed(self._client, self._request(way, history[:-1], number))
-        request = self._request(way, history, number)
+            await undisturbed(client, self._request(before, way.k, history[:-1], number))
+        request = self._request(mode, way.k, history, number)
         begun = time.perf_counter()
-        reply = await undisturbed(self._client, request)
+        reply = await undisturbed(client, request)
         return _answer(reply, 1e3 * (time.perf_counter() - begun))
 
-    def _request(self, way: Way, history: History, number: int) -> pb.RecommendRequest:
-        mode = Mode(way.mode)
+    def _request(self, mode: Mode, k: int, history: History, number: int) -> pb.RecommendRequest:
         return recommend_request(
             history=history,
-            k=way.k,
-            beam_width=way.k,
+            k=k,
+            beam_width=k,
             mode=mode,
             tolerance=self._question.tolerance if mode is Mode.TOLERANCE else 0.0,
             seed=self._question.seed + max(0, number) if mode.samples else None,
@@ -223,9 +239,17 @@ class _Asker:
         )
 
 
+def _undrafted(answer: Answer) -> Answer:
+    """Without the wait for a plan that nobody drafted."""
+    wait = answer.stages_ms["draft"]
+    stages = {**answer.stages_ms, "draft": 0.0, "total": answer.stages_ms["total"] - wait}
+    return replace(answer, milliseconds=answer.milliseconds - wait, stages_ms=stages)
+
+
 def table(rows: Sequence[DecodeRow]) -> Group:
     """The rows, for people: a table for each prefix."""
-    return Group(*(_table_of(prefix, [row for row in rows if row.prefix == prefix]) for prefix in Prefix))
+    measured = [prefix for prefix in Prefix if any(row.prefix == prefix for row in rows)]
+    return Group(*(_table_of(prefix, [row for row in rows if row.prefix == prefix]) for prefix in measured))
 
 
 def _table_of(prefix: Prefix, rows: Sequence[DecodeRow]) -> Table:

@@ -9,9 +9,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.decode import ENGINE, REFERENCE, DecodeRow, from_json
+from benchmarks.decode import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
 from benchmarks.pages import draw, origin, table
 from benchmarks.results import Result
+from client.recommender import Mode
 
 PAGE = "decode.md"
 _TIME_PLOT, _SPEEDUP_PLOT = "decode-time.svg", "decode-speedup.svg"
@@ -72,6 +73,7 @@ def _page(header: Mapping[str, Any], rows: Sequence[DecodeRow]) -> Iterator[str]
     for prefix in _prefixes(rows):
         yield from _prefix(_beside(rows, prefix), prefix)
         yield from _stages([row for row in rows if row.prefix == prefix and row.engine == ENGINE])
+        yield from _limit([row for row in rows if row.prefix == prefix and row.engine == ENGINE])
     yield from _predictions([row for row in rows if row.prediction_error])
 
 
@@ -143,6 +145,41 @@ def _stages(rows: Sequence[DecodeRow]) -> Iterator[str]:
             for row in sorted(rows, key=lambda row: row.k)
         ],
     )
+
+
+def _limit(rows: Sequence[DecodeRow]) -> Iterator[str]:
+    """How much there was to win, and how much of it was won."""
+    lines = []
+    for k in _widths(rows):
+        alone, strict, best = (_find(rows, name, k) for name in (REFERENCE, Mode.STRICT, PERFECT))
+        if alone and strict and best:
+            lines.append((str(k), *_beside_limit(alone, strict, best)))
+    if not lines:
+        return
+    yield from ("### How close to the limit", "")
+    yield (
+        "A *perfect plan* holds exactly the nodes that the search needs, known from a target-only search made just before, and "
+        "costs no time: one pass of the target, no draft. No draft can do better than that. Medians in ms; speed-ups over "
+        f"{REFERENCE}; of the time that the perfect plan saves, the share that strict saves; below 0 % where strict is slower."
+    )
+    yield ""
+    names = (
+        "K",
+        REFERENCE,
+        "strict",
+        "perfect plan",
+        "speed-up of strict",
+        "of the perfect plan",
+        "share of the saving",
+    )
+    yield from table(names, lines)
+
+
+def _beside_limit(alone: DecodeRow, strict: DecodeRow, best: DecodeRow) -> tuple[str, ...]:
+    times = (f"{row.p50_ms:.1f}" for row in (alone, strict, best))
+    ratios = (f"{alone.p50_ms / row.p50_ms:.2f}x" for row in (strict, best))
+    saved, possible = alone.p50_ms - strict.p50_ms, alone.p50_ms - best.p50_ms
+    return (*times, *ratios, f"{saved / possible:.0%}" if possible > 0 else "nothing to save")
 
 
 def _predictions(rows: Sequence[DecodeRow]) -> Iterator[str]:

@@ -15,15 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.errors import BenchmarkError
 from client.local_redis import local_redis
-from client.local_stack import LocalStack
+from client.local_stack import LocalStack, ServiceProcess
 from client.recommender import RecommenderClient
 from engine.bundle import read_manifest
 from engine.decoder import Provider
 
 # A shared machine may be slow; a request, a plan or a pass that ran out of time would be counted as what the method needs.
-_PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 120.0
 _ORCHESTRATOR = {
-    "request-timeout-seconds": _PATIENCE_SECONDS,
+    "request-timeout-seconds": PATIENCE_SECONDS,
     "draft-timeout-seconds": 60,
     "draft-patience": 10_000,
     "target-pass-seconds": 60,
@@ -52,15 +52,43 @@ class Running:
         return {"orchestrator": {**_ORCHESTRATOR, "planner": self.planner}, "draft": models, "target": models}
 
 
+@dataclass(frozen=True)
+class Services:
+    """Draft, a target, the orchestrator and Redis as real processes. client: of the orchestrator."""
+
+    client: RecommenderClient
+    local: LocalStack
+    redis_url: str
+
+    @property
+    def target(self) -> str:
+        """Where the target listens."""
+        return self.local.targets[0].address
+
+    def orchestrator(self, bundle: Path, draft: str) -> ServiceProcess:
+        """Another one over the same target and Redis, whose plans are all that this draft answers; to be started."""
+        flags = {"bundle": bundle.absolute(), "redis-url": self.redis_url, "target": self.target, "draft": draft}
+        log = self.local.log_folder / "another-orchestrator.log"
+        return ServiceProcess("orchestrator", {**_ORCHESTRATOR, **flags, "planner": "fixed"}, log)
+
+
 @asynccontextmanager
-async def services(bundle: Path, running: Running | None = None) -> AsyncIterator[RecommenderClient]:
-    """A client of the draft, a target, the orchestrator and Redis as real processes."""
+async def running_services(bundle: Path, running: Running | None = None) -> AsyncIterator[Services]:
+    """Start them, and drain them afterwards."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(local_redis())
         drafts = 1 if read_manifest(bundle).draft else 0
         flags = (running or Running()).flags
         local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, drafts=drafts, flags=flags))
-        yield await stack.enter_async_context(RecommenderClient(local.address, timeout_seconds=_PATIENCE_SECONDS))
+        client = RecommenderClient(local.address, timeout_seconds=PATIENCE_SECONDS)
+        yield Services(await stack.enter_async_context(client), local, redis_url)
+
+
+@asynccontextmanager
+async def services(bundle: Path, running: Running | None = None) -> AsyncIterator[RecommenderClient]:
+    """A client of a bundle's services."""
+    async with running_services(bundle, running) as started:
+        yield started.client
 
 
 async def ask(

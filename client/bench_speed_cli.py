@@ -70,6 +70,9 @@ def bench_decode(
     mode: Annotated[list[Mode] | None, typer.Option(help="How lists are made.  [default: all]")] = None,
     prefix: Annotated[list[PrefixChoice] | None, typer.Option(help="[default: both]")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.1,
+    perfect: Annotated[
+        bool, typer.Option("--perfect/--no-perfect", help="Measure plans that are perfect and free: the limit.")
+    ] = True,
     settle: Annotated[int, typer.Option(min=1, help="Users before these who do not count: the planner learns.")] = 3,
     planner: Annotated[
         PlannerKind, typer.Option(help="Plans of the size that pays, or of a fixed one.")
@@ -99,6 +102,7 @@ def bench_decode(
         prefixes=[decode.Prefix(choice.value) for choice in prefix or PrefixChoice],
         tolerance=tolerance,
         peer_users=users if peer_users is None else min(peer_users, users),
+        perfect=perfect,
         settle=settle,
         seed=seed,
     )

@@ -40,14 +40,16 @@ def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: 
     written = json.loads((tmp_path / "decode.json").read_text())
     assert set(written["header"]["peers"]) == {"transformers", "onnxruntime-genai"}
     rows = {(row["engine"], row["mode"], row["k"], row["prefix"]): row for row in written["rows"]}
-    assert len(rows) == len(written["rows"]) == 5 * 2 * 2 + 2 * 2
+    assert len(rows) == len(written["rows"]) == 6 * 2 * 2 + 2 * 2
     for (engine, mode, _, prefix), row in rows.items():
         assert row["p50_ms"] > 0
         assert row["users"] == (3 if engine == "atspeed" else 2)
         if engine == "atspeed":
             assert (row["cached_tokens_mean"] > 0) == (prefix == "warm")
-        if mode in {"strict", "constrained"} or (mode == "exact-sampling" and prefix == "warm"):
+        if mode in {"strict", "perfect-plan", "constrained"} or (mode == "exact-sampling" and prefix == "warm"):
             assert row["identical"] + row["near_ties"] == row["users"]
+        if mode == "perfect-plan":
+            assert (row["target_passes_mean"], row["draft_passes_mean"], row["stages_ms"]["draft"]) == (1, 0, 0)
         assert row["target_passes_mean"] <= 3
         assert row["speedup_vs_hf"] > 0
     assert rows["atspeed", "strict", 6, "warm"]["target_passes_mean"] < 3
@@ -75,6 +77,7 @@ def test_what_was_predicted_stands_beside_what_was_measured(made: TestBundle, tm
         "5",
         "--prefix",
         "cold",
+        "--no-perfect",
     ]
     asked = ["--threads", "1", "--settle", "2", "--json", str(tmp_path / "decode.json")]
     result = CliRunner().invoke(app, [*command, *asked])

@@ -13,6 +13,7 @@ from benchmarks.decode import (
     ENGINE,
     HUGGING_FACE,
     NAME,
+    PERFECT,
     Answer,
     Answers,
     DecodeRow,
@@ -51,6 +52,7 @@ def measured() -> Answers:
         way("target-only"): answers([40.0, 60.0, 50.0]),
         way("target-only", Prefix.COLD): answers([100.0, 120.0, 110.0]),
         way("strict"): answers([20.0, 25.0, 30.0], passes=1),
+        way(PERFECT): answers([10.0, 10.0, 10.0], passes=1),
         way("tolerance"): answers([10.0, 10.0, 10.0], "a"),
         way("relaxed-sampling"): answers([10.0, 10.0, 10.0], "xy"),
         way("exact-sampling"): answers([30.0, 30.0, 30.0], "cd"),
@@ -136,6 +138,7 @@ def test_the_page_is_written_from_the_file_alone(result: Result, tmp_path: Path)
     assert "| transformers | 2000.0 / 2980.0, **0.06x**, 4.00 |" in text
     assert "| strict | 88.9x |" in text
     assert "| tolerance | 0 | 0 | 3 |" in text
+    assert "| 5 | 50.0 | 25.0 | 10.0 | 2.00x | 5.00x | 62% |" in text
     assert "inflated" not in text
     plots = {path.name: path.read_bytes() for path in page.parent.glob("*.svg")}
     assert set(plots) == {"decode-time.svg", "decode-speedup.svg"}
