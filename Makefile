@@ -4,6 +4,7 @@
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
+#   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; half an hour of two idle cores
 #   make faults          the fault tests with all repetitions and thresholds; up to an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make lint            ruff, mypy, import rules, proto rules, generated files
@@ -78,6 +79,49 @@ beauty-bundle: beauty-data $(DEV)/.installed
 	@mkdir -p docs/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) -m client.cli \
 	    train runs/beauty-small.toml --run-folder $(BEAUTY) --data "$(DATA)" --threads 1
+
+# Times: decode, overhead, prefix, load, scaling, each to its page in SPEED_OUT and the .json beside it. The trained pair with its
+# target inflated to 85M; draft and lists stay as they are. Where one fails, the others are measured all the same. `make speed-...`
+# measures one again with the inflated pair that is there. Users have as many items as the prompt may hold, or a few less: one more
+# would move the window, and no prefix would be warm. SPEED_USERS, SPEED_SETTLE, SPEED_SECONDS and SPEED_ITEMS make it shorter.
+SPEED := decode overhead prefix load scaling
+INFLATED := var/inflated/85m
+SPEED_OUT := docs/benchmarks
+SPEED_USERS ?= 50
+SPEED_SETTLE ?= 10
+SPEED_HF_USERS ?= 10
+SPEED_SECONDS ?= 10
+SPEED_ITEMS ?= 10000 100000 1000000 10000000
+SPEED_K ?= 1 3 5 10 20 50
+THREADS ?= 2
+
+.PHONY: speed
+speed: beauty-bundle
+	rm -rf $(INFLATED)
+	$(BIN)/atspeed inflate $(BEAUTY)/bundle $(INFLATED) --shape 85m
+	+$(MAKE) --keep-going --jobs 1 $(SPEED:%=speed-%)
+
+bench = $(BIN)/atspeed bench $(@:speed-%=%) --json $(SPEED_OUT)/$(@:speed-%=%).json --report $(SPEED_OUT)
+bench_users = $(bench) --bundle $(INFLATED)/bundle --histories "$(DATA)/train.txt"
+
+.PHONY: $(SPEED:%=speed-%)
+speed-decode:
+	$(bench_users) --users $(SPEED_USERS) --settle $(SPEED_SETTLE) --min-items 16 --max-items 20 $(SPEED_K:%=--k %) \
+	    --mode target-only --mode strict --mode tolerance --mode relaxed-sampling --threads $(THREADS) \
+	    --checkpoint $(INFLATED)/target-checkpoint --genai --hf-users $(SPEED_HF_USERS)
+
+speed-overhead:
+	$(bench_users) --users $(SPEED_USERS) --min-items 16 --max-items 20 --threads $(THREADS)
+
+speed-prefix:
+	$(bench_users) --users $(SPEED_USERS) --min-items 20 --max-items 20 --threads $(THREADS)
+
+# A thread for each target replica, so that two of them have the cores that two threads of one would have.
+speed-load:
+	$(bench_users) --replicas 1 --replicas 2 --seconds $(SPEED_SECONDS) --settle 3 --unloaded 40 --bare 60
+
+speed-scaling:
+	$(bench) --bundle $(INFLATED)/bundle $(SPEED_ITEMS:%=--items %) --threads $(THREADS)
 
 .PHONY: beauty-data
 beauty-data:

@@ -280,13 +280,13 @@ def from_json(result: Result) -> list[DecodeRow]:
 
 
 def header(
-    question: Question, peers: Sequence[Peer], running: Running, *, users: int, least_items: int
+    question: Question, peers: Sequence[Peer], running: Running, *, users: int, items: tuple[int, int | None]
 ) -> dict[str, Any]:
-    """What the rows were asked for, beside where they come from."""
+    """What the rows were asked for, beside where they come from. items: the least and the most of a user."""
     return {
         "benchmark": NAME,
         "users": users,
-        "least_items": least_items,
+        "items": items,
         "settle": question.settle,
         "peer_users": question.peer_users,
         "peers": {peer.engine: peer.about for peer in peers},

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.decode import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
-from benchmarks.pages import draw, origin, table
+from benchmarks.pages import draw, figures, item_range, origin, table
 from benchmarks.results import Result
 from client.recommender import Mode
 
@@ -57,7 +58,7 @@ def _page(header: Mapping[str, Any], rows: Sequence[DecodeRow]) -> Iterator[str]
     inflated = ", inflated" if header["bundle"].get("inflated_from") else ""
     yield from (f"# Time of a list: {header['bundle']['name']}{inflated}", "")
     yield (
-        f"{header['users']} users with {header['least_items']} items or more, of {header['histories']}, drawn by seed "
+        f"{header['users']} users with {item_range(header['items'])}, of {header['histories']}, drawn by seed "
         f"{header['seed']}; K beams for K items; one request at a time, all that is compared for one user before the next. "
         "Times are the caller's. *Warm*: the same request was served before the user's last item came. *Cold*: nothing of the "
         f"prompt is kept anywhere. Speed-ups are of medians over the same users, against {REFERENCE} with the same K and prefix. "
@@ -68,6 +69,7 @@ def _page(header: Mapping[str, Any], rows: Sequence[DecodeRow]) -> Iterator[str]
     planner = ("planner", f"{header['planner']}, after {header['settle']} users that do not count")
     threads = f"{header['threads']} for each model; those of one request take turns"
     yield from origin(header, [("threads", threads), ("provider", header["provider"]), planner, *peers])
+    yield from figures(_figures(rows))
     yield from (f"![median time]({_TIME_PLOT})", "", f"![speed-up]({_SPEEDUP_PLOT})", "")
     yield from _verdict(rows)
     for prefix in _prefixes(rows):
@@ -75,6 +77,44 @@ def _page(header: Mapping[str, Any], rows: Sequence[DecodeRow]) -> Iterator[str]
         yield from _stages([row for row in rows if row.prefix == prefix and row.engine == ENGINE])
         yield from _limit([row for row in rows if row.prefix == prefix and row.engine == ENGINE])
     yield from _predictions([row for row in rows if row.prediction_error])
+
+
+def _figures(rows: Sequence[DecodeRow]) -> Iterator[tuple[str, str]]:
+    """The figures that a reader comes for, of strict lists, whatever they are."""
+    for prefix in _prefixes(rows):
+        beside = _beside(rows, prefix)
+        strict = sorted((row for row in beside if row.mode == Mode.STRICT), key=lambda row: row.k)
+        for other, ratio in (
+            (REFERENCE, lambda row: row.speedup_vs_target_only),
+            ("Hugging Face `generate`", lambda row: row.speedup_vs_hf),
+            ("onnxruntime-genai without the trie", partial(_over_genai, rows)),
+        ):
+            known = [f"K = {row.k}: {ratio(row):.2f}x" for row in strict if ratio(row)]
+            if known:
+                yield f"strict against {other}, {prefix} prefix, p50", "; ".join(known)
+    slowest = min(
+        (row for row in rows if row.mode == Mode.STRICT and row.speedup_vs_target_only),
+        key=lambda row: row.speedup_vs_target_only or 0.0,
+        default=None,
+    )
+    if slowest:
+        where = f"{slowest.speedup_vs_target_only:.2f}x, at K = {slowest.k}, {slowest.prefix}"
+        yield f"strict against {REFERENCE}, the least of these", where
+    for model in ("target", "draft"):
+        errors = [row.prediction_error[model] for row in rows if model in row.prediction_error]
+        if errors:
+            yield (
+                f"predicted against measured time in the {model}, |ratio - 1|, of medians by mode, K and prefix",
+                f"median {np.median(errors):.0%}, largest {max(errors):.0%}",
+            )
+
+
+def _over_genai(rows: Sequence[DecodeRow], row: DecodeRow) -> float | None:
+    """Over the users that both the peers and we answered; by way of Hugging Face, whose users these are."""
+    peer = _find(rows, "onnxruntime-genai", row.k)
+    if peer is None or not peer.speedup_vs_hf or not row.speedup_vs_hf:
+        return None
+    return row.speedup_vs_hf / peer.speedup_vs_hf
 
 
 def _verdict(rows: Sequence[DecodeRow]) -> Iterator[str]:

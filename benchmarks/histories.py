@@ -14,15 +14,27 @@ _LONGEST_RANDOM = 30
 
 
 def choose_histories(
-    catalogue: Catalogue, path: Path | None, users: int, seed: int, *, least_items: int = 1
+    catalogue: Catalogue,
+    path: Path | None,
+    users: int,
+    seed: int,
+    *,
+    least_items: int = 1,
+    most_items: int | None = None,
 ) -> list[History]:
-    """`users` histories of `least_items` or more out of a file (all, where it has fewer), or as many random ones without one."""
+    """`users` histories of so many items out of a file (all, where it has fewer), or as many random ones without one."""
     rng = np.random.default_rng(seed)
     if path is None:
-        return [_random_history(catalogue, rng, least_items) for _ in range(users)]
-    histories = [history for history in read_histories(path, catalogue) if len(history) >= least_items]
+        longest = most_items or max(least_items, _LONGEST_RANDOM)
+        return [_random_history(catalogue, rng, least_items, longest) for _ in range(users)]
+    histories = [
+        history
+        for history in read_histories(path, catalogue)
+        if least_items <= len(history) <= (most_items or len(history))
+    ]
     if not histories:
-        raise BenchmarkError(f"{path}: no user with {least_items} items")
+        bound = "or more" if most_items is None else f"to {most_items}"
+        raise BenchmarkError(f"{path}: no user with {least_items} {bound} items")
     chosen = np.sort(rng.permutation(len(histories))[:users])
     return [histories[index] for index in chosen]
 
@@ -46,7 +58,6 @@ def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
     return histories
 
 
-def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int) -> History:
-    longest = max(least_items, _LONGEST_RANDOM)
+def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int, longest: int) -> History:
     items = rng.integers(catalogue.items, size=rng.integers(least_items, longest + 1))
     return tuple(catalogue.id_of(int(item)) for item in items)

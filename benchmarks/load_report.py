@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.load import LIMIT_FACTOR, LoadRow, errors, from_json, ms, sustained
-from benchmarks.pages import draw, origin, table
+from benchmarks.load import LIMIT_FACTOR, MODES, LoadRow, errors, from_json, ms, sustained
+from benchmarks.pages import draw, figures, origin, table
 from benchmarks.results import Result
 
 PAGE = "load.md"
@@ -56,21 +56,30 @@ def _page(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[str]:
     )
     yield ""
     yield from origin(header, [("threads", f"{header['threads']} per target replica")])
-    yield from _sustained(header, rows)
+    yield from figures(_figures(header, rows))
     for replicas in _replicas(rows):
         yield from (f"## {replicas} target replica(s)", "", f"![goodput and p99]({_plot(replicas)})", "")
         yield from _steps([row for row in rows if row.replicas == replicas])
 
 
-def _sustained(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[str]:
-    yield from ("## Goodput at p99 within the limit", "")
-    lines = []
+def _figures(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[tuple[str, str]]:
     for replicas in _replicas(rows):
         bare = header["bare"][str(replicas)]["searches_per_second"]
         for mode in _modes(rows):
             best = sustained(rows, replicas, mode)
-            lines.append((str(replicas), mode, f"{best:.1f}", f"{bare:.1f}", f"{best / bare:.0%}"))
-    yield from table(("replicas", "mode", "goodput 1/s", "bare 1/s", "share"), lines)
+            yield (
+                f"{replicas} replica(s), {mode}: goodput at rates whose p99 is within the limit, and its share of bare's",
+                f"{best:.1f} of {bare:.1f} per second, {best / bare:.0%}",
+            )
+        some = [row for row in rows if row.replicas == replicas]
+        on, off = ({row.offered_rps: row.goodput_rps for row in some if row.mode == mode} for mode in MODES[::-1])
+        ratios = {rate: on[rate] / off[rate] for rate in on if off.get(rate)}
+        if ratios:
+            least = min(ratios, key=lambda rate: ratios[rate])
+            yield (
+                f"{replicas} replica(s): goodput with speculation over that without at the same rate, the least",
+                f"{ratios[least]:.2f}, at {least:.1f} per second",
+            )
 
 
 def _steps(rows: Sequence[LoadRow]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.bare_runner import BareRunner, bare_runner
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
-from benchmarks.pages import origin
+from benchmarks.pages import figures, item_range, origin
 from benchmarks.pages import table as markdown
 from benchmarks.results import Result
 from benchmarks.services import Running, progress_bar, services, undisturbed
@@ -174,9 +174,9 @@ def to_json(rows: Sequence[OverheadRow]) -> list[dict[str, Any]]:
     return [asdict(one) for one in rows]
 
 
-def header(running: Running, *, users: int, least_items: int, histories: str) -> dict[str, Any]:
-    """What was asked for, beside where it comes from."""
-    asked = {"users": users, "least_items": least_items, "histories": histories}
+def header(running: Running, *, users: int, items: tuple[int, int | None], histories: str) -> dict[str, Any]:
+    """What was asked for, beside where it comes from. items: the least and the most of a user."""
+    asked = {"users": users, "items": items, "histories": histories}
     return {"benchmark": NAME, **asked, "threads": running.threads, "provider": running.provider}
 
 
@@ -195,13 +195,14 @@ def write(result: Result, folder: Path) -> Path:
 def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[str]:
     yield from ("# What the services add to the models' time", "")
     yield (
-        f"{header['users']} users with {header['least_items']} items or more, of {header['histories']}, who return with one new "
+        f"{header['users']} users with {item_range(header['items'])}, of {header['histories']}, who return with one new "
         "item; their histories are in Redis. One request at a time. In ms; medians where nothing else is said. *Models*: the "
         "passes of draft and target, as these measured them. *Added*: what the caller waits beyond. *In process*: the same "
         "target-only search as a function call; *over*: how much longer the caller of the services waits for it."
     )
     yield ""
     yield from origin(header, [("threads", f"{header['threads']} for each model"), ("provider", header["provider"])])
+    yield from figures(_figures(rows))
     names = ("mode", "K", "caller", "models", "added", "added, p99", "share", "in process", "over")
     yield from markdown(names, map(_cells, rows))
     yield from (
@@ -213,3 +214,16 @@ def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[st
         ("mode", "K", *parts),
         [(one.mode, str(one.k), *(f"{one.parts_ms[part]:.1f}" for part in parts)) for one in rows],
     )
+
+
+def _figures(rows: Sequence[OverheadRow]) -> Iterator[tuple[str, str]]:
+    for mode in dict.fromkeys(one.mode for one in rows):
+        some = [one for one in rows if one.mode == mode]
+        shares = (f"K = {one.k}: {one.added_p50_ms:.1f} ms, {one.added_share:.0%}" for one in some)
+        yield f"{mode}: added to the models' time, p50, and its share of the caller's", "; ".join(shares)
+        over = [f"K = {one.k}: {one.over_in_process_ms:.1f} ms" for one in some if one.over_in_process_ms is not None]
+        if over:
+            yield (
+                f"{mode}: what the caller waits longer than for the same search as a function call, p50",
+                "; ".join(over),
+            )

@@ -23,6 +23,18 @@ def table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]
     yield ""
 
 
+def figures(lines: Iterable[Sequence[str]]) -> Iterator[str]:
+    """What a page is most asked for: what a figure is of, and the figure."""
+    yield from ("## In short", "")
+    yield from table(("figure", "measured"), lines)
+
+
+def item_range(items: Sequence[int | None]) -> str:
+    """How long histories are, from the least and the most items."""
+    least, most = items
+    return f"{least} items or more" if most is None else f"{least} to {most} items"
+
+
 def origin(header: Mapping[str, Any], settings: Iterable[tuple[str, str]]) -> Iterator[str]:
     """The command, bundle (if any), machine and versions of a result file's header. settings: more lines of the table."""
     machine = header["machine"]

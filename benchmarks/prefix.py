@@ -20,7 +20,9 @@ import numpy as np
 from redis.asyncio import Redis
 from rich.table import Table
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.intervals import Interval, bootstrap
+from benchmarks.results import Result
 from benchmarks.warm_models import prompt_tokens
 from client.local_redis import local_redis
 from engine.bundle import Bundle, Role
@@ -78,7 +80,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One state over all users. Tokens are means. speedup: cold over this, user by user."""
+    """One state over all users. Tokens are means. redis_users: those for whom it was read. speedup: cold over this, by user."""
 
     role: str
     state: str
@@ -88,6 +90,7 @@ class Row:
     computed_tokens: float
     memory_tokens: float
     redis_tokens: float
+    redis_users: int
     speedup_vs_cold: Interval
     largest_difference: float
 
@@ -190,6 +193,7 @@ def _row(state: State, samples: Sequence[Mapping[State, Sample]], question: Ques
         computed_tokens=_mean([sample.computed for sample in own]),
         memory_tokens=_mean([sample.cost.memory_cached_tokens for sample in own]),
         redis_tokens=_mean([sample.cost.redis_cached_tokens for sample in own]),
+        redis_users=sum(sample.cost.redis_cached_tokens > 0 for sample in own),
         speedup_vs_cold=bootstrap(ratios, seed=question.seed),
         largest_difference=max(sample.difference for sample in own),
     )
@@ -227,6 +231,13 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def header(question: Question) -> dict[str, Any]:
-    """What was asked, for the result file."""
-    return {"benchmark": NAME, "question": asdict(question)}
+def from_json(result: Result) -> list[Row]:
+    """The rows of a result file. Raises BenchmarkError when it is another benchmark's."""
+    if result.header.get("benchmark") != NAME:
+        raise BenchmarkError("the result is not one of bench prefix")
+    return [Row(**{**row, "speedup_vs_cold": Interval(**row["speedup_vs_cold"])}) for row in result.rows]
+
+
+def header(question: Question, *, items: tuple[int, int | None], histories: str) -> dict[str, Any]:
+    """What was asked, for the result file. items: the least and the most of a user."""
+    return {"benchmark": NAME, "question": asdict(question), "items": items, "histories": histories}

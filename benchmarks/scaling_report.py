@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.pages import draw, origin, table
+from benchmarks.pages import draw, figures, origin, table
 from benchmarks.results import Result
 from benchmarks.scaling import (
     CATALOGUE_COLUMNS,
@@ -40,7 +40,8 @@ def _page(
 ) -> Iterator[str]:
     asked = header["catalogues"]
     yield from ("# Scaling", "")
-    yield from origin(header, [])
+    yield from origin(header, [("threads", f"{header['searches']['threads']}")] if header["searches"] else [])
+    yield from figures(_figures(header, catalogues, searches))
     yield from ("## Catalogues", "")
     yield (
         f"Synthetic ones, four codebooks of {asked['codebook']}. Each is loaded in a process of its own as a service loads it, "
@@ -54,6 +55,27 @@ def _page(
         yield from ("## Searches", "")
         yield from ("Target-only, of the bundle's target in one process; medians over users with random histories.", "")
         yield from table(SEARCH_COLUMNS, [search_cells(row) for row in searches])
+
+
+def _figures(
+    header: Mapping[str, Any], catalogues: Sequence[CatalogueRow], searches: Sequence[SearchRow]
+) -> Iterator[tuple[str, str]]:
+    """Of the largest catalogue; its share of a pass is that of the bundle's target with as many beams and its longest prompt."""
+    largest = max(catalogues, key=lambda row: row.items)
+    probe, name, k = largest.probe, f"{largest.items:,} items", header["catalogues"]["k"]
+    yield f"{name}: seconds until loaded", f"{probe.load_seconds:.1f}"
+    sizes = (f"{size / 1e6:,.0f}" for size in (probe.resident_bytes, probe.peak_bytes))
+    yield f"{name}: MB resident, and at most while it loads", " / ".join(sizes)
+    chosen = probe.constraint_ms + probe.selection_ms
+    yield f"{name}: constraint and selection of a pass at K = {k}, ms", f"{chosen:.2f}"
+    warm = [row for row in searches if row.k == k and not row.cold]
+    if warm:
+        row = max(warm, key=lambda row: row.prompt_tokens)
+        model = row.forward_ms / row.passes
+        yield (
+            f"{name}: their share of a pass of the bundle's target, which takes {model:.1f} ms in the model",
+            f"{chosen / (chosen + model):.1%}",
+        )
 
 
 def _times(rows: Sequence[CatalogueRow], axis: Axes) -> None:

@@ -34,6 +34,13 @@ Histories = Annotated[
     Path | None, typer.Option("--histories", help="Lines of `user item item ...`; random histories without it.")
 ]
 Users = Annotated[int, typer.Option(min=1, help="How many users.")]
+LeastItems = Annotated[
+    int, typer.Option("--min-items", min=2, help="Only users with so many items: one comes after the prefix is kept.")
+]
+MostItems = Annotated[
+    int | None,
+    typer.Option("--max-items", min=2, help="Only users with at most so many: a window that moves on keeps no prefix."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 _PAGES = {
@@ -41,6 +48,7 @@ _PAGES = {
     "decode": "benchmarks.decode_report",
     "load": "benchmarks.load_report",
     "overhead": "benchmarks.overhead",
+    "prefix": "benchmarks.prefix_report",
     "scaling": "benchmarks.scaling_report",
 }
 """The module that writes a result's page, by the `benchmark` of its header."""

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from client.bench_cli import Histories, JsonFile, Seed, Users, chosen_histories, save
-from client.cli_parts import BundleFolder, CommandError, out
+from client.bench_cli import Histories, JsonFile, LeastItems, MostItems, Seed, Users, save, written
+from client.bench_load_cli import Page
+from client.cli_parts import BundleFolder, CommandError, optional, out
 from engine.bundle import Bundle
 
 
@@ -16,6 +17,8 @@ def bench_prefix(
     bundle: BundleFolder,
     users: Users = 100,
     histories: Histories = None,
+    least_items: LeastItems = 2,
+    most_items: MostItems = None,
     draft: Annotated[bool, typer.Option("--draft", help="Measure the draft instead of the target.")] = False,
     nodes: Annotated[int, typer.Option(min=0, help="Trie nodes in the pass, besides the root.")] = 120,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a pass.")] = 1,
@@ -24,19 +27,25 @@ def bench_prefix(
     ] = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
+    report: Page = None,
 ) -> None:
     """A request's first pass with its prompt cold, in memory, in Redis, or but for one new item; exits with 1 if they differ."""
     from benchmarks import prefix
+    from benchmarks.histories import choose_histories
 
+    page = optional("benchmarks.prefix_report") if report else None  # what is missing is said before the work
     opened = Bundle(bundle)
     if draft and opened.manifest.draft is None:
         raise CommandError("--draft: the bundle has no draft")
     question = prefix.Question("draft" if draft else "target", nodes, threads, block_tokens, seed)
-    chosen = [history for history in chosen_histories(opened, histories, users, seed) if len(history) > 1]
-    if not chosen:
-        raise CommandError("no user has two items or more")
+    catalogue = opened.catalogue()
+    chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
     rows = asyncio.run(prefix.run(opened, chosen, question))
     out.print(prefix.table(rows))
-    save(json_file, opened, seed, prefix.to_json(rows), prefix.header(question))
+    named = histories.name if histories else "random items"
+    about = prefix.header(question, items=(least_items, most_items), histories=named)
+    result = save(json_file, opened, seed, prefix.to_json(rows), about)
+    if page and report:
+        written(page.write(result, report))
     if wrong := [row.state for row in rows if not row.same]:
         raise CommandError(f"evaluations differ from the cold one's: {', '.join(wrong)}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.bench_cli import Histories, JsonFile, Seed, save, written
+from client.bench_cli import Histories, JsonFile, LeastItems, MostItems, Seed, save, written
 from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
 from client.recommender import Mode
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 Page = Annotated[Path | None, typer.Option("--report", help="Write a page about it into this folder.", file_okay=False)]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of each model and of the peers; all cores by default.")
-]
-LeastItems = Annotated[
-    int, typer.Option("--min-items", min=2, help="Only users with so many items: one comes after the prefix is kept.")
 ]
 
 
@@ -64,6 +61,7 @@ def bench_decode(
         int | None, typer.Option("--hf-users", min=0, help="How many of them the other engines answer; all by default.")
     ] = None,
     least_items: LeastItems = 2,
+    most_items: MostItems = None,
     k: Annotated[
         list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
     ] = None,
@@ -92,9 +90,10 @@ def bench_decode(
         raise typer.BadParameter("--genai needs --checkpoint: the weights that it is to run")
     page = optional("benchmarks.decode_report") if report else None  # what is missing is said before the work
     opened = Bundle(bundle)
-    chosen = choose_histories(opened.catalogue(), histories, settle + users, seed, least_items=least_items)
+    catalogue, wanted = opened.catalogue(), settle + users
+    chosen = choose_histories(catalogue, histories, wanted, seed, least_items=least_items, most_items=most_items)
     if (users := len(chosen) - settle) < 1:
-        raise CommandError(f"--settle {settle}: there are only {len(chosen)} users with {least_items} items or more")
+        raise CommandError(f"--settle {settle}: there are only {len(chosen)} users with so many items")
     running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value, planner=planner.value)
     question = decode.Question(
         widths=k or decode.WIDTHS,
@@ -108,7 +107,7 @@ def bench_decode(
     )
     with _peers(opened, checkpoint, genai=genai, threads=running.threads or 1, provider=provider) as peers:
         rows = asyncio.run(decode.run(bundle, chosen, question, peers, running))
-        about = decode.header(question, peers, running, users=users, least_items=least_items)
+        about = decode.header(question, peers, running, users=users, items=(least_items, most_items))
     about["histories"] = histories.name if histories else "random items"
     out.print(decode.table(rows))
     result = save(json_file, opened, seed, decode.to_json(rows), about)
@@ -122,6 +121,7 @@ def bench_overhead(
     histories: Histories = None,
     users: Annotated[int, typer.Option(min=1, help="How many users.")] = 50,
     least_items: LeastItems = 2,
+    most_items: MostItems = None,
     k: Annotated[
         list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 5 10 20]")
     ] = None,
@@ -137,12 +137,13 @@ def bench_overhead(
     from benchmarks.services import Running
 
     opened = Bundle(bundle)
-    chosen = choose_histories(opened.catalogue(), histories, users, seed, least_items=least_items)
+    catalogue = opened.catalogue()
+    chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
     running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value)
     rows = asyncio.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, running))
     out.print(overhead.table(rows))
     named = histories.name if histories else "random items"
-    about = overhead.header(running, users=len(chosen), least_items=least_items, histories=named)
+    about = overhead.header(running, users=len(chosen), items=(least_items, most_items), histories=named)
     result = save(json_file, opened, seed, overhead.to_json(rows), about)
     if report:
         written(overhead.write(result, report))

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks import prefix
+from benchmarks.errors import BenchmarkError
 from benchmarks.intervals import Interval
 from benchmarks.prefix import Question, Row, State
 from benchmarks.results import Result
 from client.bench_prefix_cli import bench_prefix
-from client.cli_parts import CommandError
 from engine.bundle import Bundle
 from engine.catalogue import Catalogue
 from tests.bundles import random_history
@@ -51,20 +51,23 @@ def test_the_command_writes_a_result_and_refuses_what_it_cannot_measure(
 ) -> None:
     lines = tmp_path / "histories.txt"
     lines.write_text(f"u1 {' '.join(random_history(catalogue, 3, seed=1))}\nu2 item-1\n")
-    bench_prefix(bundle, histories=lines, nodes=4, json_file=tmp_path / "result.json")
+    bench_prefix(bundle, histories=lines, nodes=4, json_file=tmp_path / "result.json", report=tmp_path)
     result = Result.read(tmp_path / "result.json")
+    page = (tmp_path / "prefix.md").read_text()
+    assert "1 users with 2 items or more, of histories.txt" in page
+    assert f"against a cold prefix | {prefix.from_json(result)[-1].speedup_vs_cold.value:.2f}x |" in page
     assert result.header["benchmark"] == "prefix"
     assert [row["state"] for row in result.rows] == [state.value for state in State]
     assert {row["users"] for row in result.rows} == {1}
     lines.write_text("u2 item-1\n")
-    with pytest.raises(CommandError, match="two items"):
+    with pytest.raises(BenchmarkError, match="no user with 2 or more items"):
         bench_prefix(bundle, histories=lines)
 
 
 def test_a_difference_beyond_rounding_is_seen() -> None:
     def row(difference: float) -> Row:
         interval = Interval(1.0, 1.0, 1.0)
-        return Row("target", State.COLD, 1, 1.0, 1.0, 1.0, 0.0, 0.0, interval, difference)
+        return Row("target", State.COLD, 1, 1.0, 1.0, 1.0, 0.0, 0.0, 0, interval, difference)
 
     assert row(prefix.TOLERANCE / 2).same
     assert not row(2 * prefix.TOLERANCE).same

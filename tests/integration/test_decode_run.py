@@ -92,7 +92,7 @@ def test_there_have_to_be_users_left(made: TestBundle, tmp_path: Path) -> None:
     command = ["bench", "decode", "--bundle", str(made.root), "--histories", str(tmp_path / "two.txt"), "--settle", "2"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
-    assert "--settle 2: there are only 2 users with 2 items or more" in result.stderr
+    assert "--settle 2: there are only 2 users with so many items" in result.stderr
 
 
 def test_what_the_services_add_is_measured(made: TestBundle, tmp_path: Path) -> None:

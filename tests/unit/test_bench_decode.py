@@ -119,7 +119,7 @@ def test_predictions_are_compared_where_there_are_any() -> None:
 @pytest.fixture
 def result(tmp_path: Path) -> Result:
     bundle = Bundle(write_bundle(tmp_path / "bundle", random_catalogue(20, (4, 4), seed=1)).root)
-    asked = {"users": 3, "least_items": 2, "histories": "train.txt", "peer_users": 2, "threads": 2, "provider": "cpu"}
+    asked = {"users": 3, "items": (2, None), "histories": "train.txt", "peer_users": 2, "threads": 2, "provider": "cpu"}
     asked |= {"planner": "adaptive", "settle": 1}
     peers = {"peers": {HUGGING_FACE: "generate", "other": "a search"}}
     return Result(
@@ -139,6 +139,9 @@ def test_the_page_is_written_from_the_file_alone(result: Result, tmp_path: Path)
     assert "| strict | 88.9x |" in text
     assert "| tolerance | 0 | 0 | 3 |" in text
     assert "| 5 | 50.0 | 25.0 | 10.0 | 2.00x | 5.00x | 62% |" in text
+    assert "| strict against target-only, warm prefix, p50 | K = 5: 2.00x |" in text
+    assert "| strict against target-only, the least of these | 2.00x, at K = 5, warm |" in text
+    assert "3 users with 2 items or more, of train.txt" in text
     assert "inflated" not in text
     plots = {path.name: path.read_bytes() for path in page.parent.glob("*.svg")}
     assert set(plots) == {"decode-time.svg", "decode-speedup.svg"}

@@ -132,7 +132,8 @@ def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
     read = Result.read(tmp_path / "load.json")
     assert load.from_json(read) == rows()
     page = load_report.write(read, tmp_path).read_text()
-    assert "| 1 | strict | 9.0 | 12.5 | 72% |" in page
+    assert "| 9.0 of 12.5 per second, 72% |" in page
+    assert "the least | 0.90, at 10.0 per second |" in page
     assert "1 UNAVAILABLE" in page
     for replicas in (1, 2):
         assert f"load-{replicas}.svg" in page

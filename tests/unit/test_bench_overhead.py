@@ -47,11 +47,13 @@ def test_the_page_is_written_from_the_file_alone(tmp_path: Path) -> None:
     rows = [
         row(mode, 5, [Added.of(reply(), 30.0)], [20.0] if mode is Mode.TARGET_ONLY else None) for mode in overhead.MODES
     ]
-    about = overhead.header(Running(threads=2), users=1, least_items=3, histories="train.txt")
+    about = overhead.header(Running(threads=2), users=1, items=(3, 20), histories="train.txt")
     result = Result(provenance(bundle, seed=1) | about, overhead.to_json(rows))
     result.write(tmp_path / "overhead.json")
     text = overhead.write(Result.read(tmp_path / "overhead.json"), tmp_path / "page").read_text()
     assert "| target-only | 5 | 30.0 | 16.0 | 14.0 | 14.0 | 47% | 20.0 | 10.0 |" in text
     assert "| strict | 5 | 2.0 | 2.0 | 3.0 | 2.0 | 1.0 |" in text
+    assert "1 users with 3 to 20 items, of train.txt" in text
+    assert "the same search as a function call, p50 | K = 5: 10.0 ms |" in text
     with pytest.raises(BenchmarkError, match="not one of bench overhead"):
         overhead.write(replace(result, header={**result.header, "benchmark": "load"}), tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import scaling, scaling_report
+from benchmarks.catalogue_probe import Probe
 from benchmarks.errors import BenchmarkError
 from benchmarks.provenance import provenance
 from benchmarks.results import Result
@@ -16,6 +17,7 @@ from benchmarks.scaling import CatalogueQuestion, SearchQuestion
 from benchmarks.synthetic import synthetic_catalogue
 from tests.bundles import random_catalogue, write_bundle
 
+EXCLUDED = {"excluded_constraint_ms": 1.0, "excluded_selection_ms": 1.0}
 QUESTION = CatalogueQuestion(sizes=(300,), codebook=8, k=5, excluded=200)
 
 
@@ -64,6 +66,19 @@ async def test_searches_grow_with_beams_and_prompts(tmp_path: Path) -> None:
     assert len({row.prompt_tokens for row in rows}) == 4
     read = Result({"benchmark": "scaling"}, scaling.to_json([], rows))
     assert scaling.from_json(read) == ([], rows)
+
+
+def test_what_a_large_catalogue_adds_is_a_share_of_a_large_models_pass(tmp_path: Path) -> None:
+    """Of a pass of 9 ms in the model, 4 of them for 36 ms, 1 ms is added; cold and shorter prompts do not count."""
+    probe = Probe(61.0, 10**9, 2 * 10**9, 1.0, 1.0, 1.0, constraint_ms=0.6, selection_ms=0.4, **EXCLUDED)
+    catalogue = scaling.CatalogueRow(10**7, (8,) * 4, (1, 2), 1.0, 10**8, probe)
+    warm = scaling.SearchRow(5, 20, 81, cold=False, passes=4, search_ms=40.0, forward_ms=36.0, constraint_ms=1.0)
+    cold = replace(warm, cold=True, forward_ms=360.0)
+    searches = [cold, warm, replace(warm, prompt_tokens=5, forward_ms=4.0), replace(warm, k=1, forward_ms=1.0)]
+    header = provenance(None, seed=1) | scaling.header(replace(QUESTION, k=5), SearchQuestion())
+    page = scaling_report.write(Result(header, scaling.to_json([catalogue], searches)), tmp_path).read_text()
+    assert "10,000,000 items: seconds until loaded | 61.0 |" in page
+    assert "which takes 9.0 ms in the model | 10.0% |" in page
 
 
 def test_another_benchmarks_result_is_refused(tmp_path: Path) -> None:

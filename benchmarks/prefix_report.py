@@ -1,0 +1,71 @@
+"""A page about `bench prefix`: prefix.md, written from the result file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import figures, item_range, origin, table
+from benchmarks.prefix import Row, State, from_json
+from benchmarks.results import Result
+
+PAGE = "prefix.md"
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
+    rows = from_json(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / PAGE
+    page.write_text("\n".join(_page(result.header, rows)) + "\n", encoding="utf-8")
+    return page
+
+
+def _page(header: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    asked, users = header["question"], rows[0].users
+    yield from ("# What a cached prefix is worth", "")
+    yield (
+        f"A request's first pass of the {asked['role']} in one process, the prompt's last token and {asked['nodes']} nodes of "
+        f"the trie, by what is kept of the prompt and where. {users} users with {item_range(header['items'])}, of "
+        f"{header['histories']}; every user in every state before the next user."
+    )
+    yield ""
+    yield from origin(header, [("threads", str(asked["threads"]))])
+    yield from figures(_figures({row.state: row for row in rows}))
+    yield from table(
+        ("prefix", "p50 ms", "prompt tokens", "computed", "from memory", "from Redis", "users", "over cold", "95 %"),
+        [_cells(row) for row in rows],
+    )
+    largest = max(row.largest_difference for row in rows)
+    yield f"Largest difference of a log-probability from the cold pass's: {largest:.1e}."
+
+
+def _figures(rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
+    """Mean over users of cold over each."""
+    always, measured = rows[State.REDIS], rows[State.MEASURED]
+    yield "returning user with one new item against a cold prefix", _times(rows[State.NEW_ITEM])
+    yield "all of the prompt in memory against a cold prefix", _times(rows[State.MEMORY])
+    yield "all of the prompt in Redis, always read, against a cold prefix", _times(always)
+    yield (
+        "of these users, for how many Redis is read where measured costs decide",
+        f"{measured.redis_users} of {measured.users}",
+    )
+    yield "their prefix, so decided, against a cold one", _times(measured)
+
+
+def _times(row: Row) -> str:
+    return f"{row.speedup_vs_cold.value:.2f}x"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    tokens = (row.prompt_tokens, row.computed_tokens, row.memory_tokens, row.redis_tokens)
+    interval = f"{row.speedup_vs_cold.low:.2f} to {row.speedup_vs_cold.high:.2f}"
+    return (
+        row.state,
+        f"{row.p50_ms:.2f}",
+        *(f"{value:.1f}" for value in tokens),
+        str(row.users),
+        _times(row),
+        interval,
+    )
