@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import redis
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from service_kit import tracing
 from service_kit.errors import StartupError
@@ -79,3 +82,23 @@ def test_an_exception_leaves_its_type_and_not_its_text(collector: Collector) -> 
     assert {span.attributes["error.type"] for span in collector.spans} == {"ValueError"}
     assert len(collector.spans) == 2
     assert b"hunter2" not in collector.raw
+
+
+def test_spans_of_redis_too_carry_the_type_of_an_exception_alone(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package that makes them records the exception, and Redis's errors quote what was sent."""
+    kept = InMemorySpanExporter()
+    monkeypatch.setattr("service_kit.otel.OTLPSpanExporter", lambda: kept)
+    fails = ("return redis.error_reply(ARGV[1])", 0, "the password is hunter2")
+    with tracing.started("target", on=True), redis.Redis.from_url(redis_url) as client:
+        with pytest.raises(redis.ResponseError, match="hunter2"):
+            client.eval(*fails)
+        with client.pipeline() as pipeline, pytest.raises(redis.ResponseError, match="hunter2"):
+            pipeline.eval(*fails).execute()
+        client.ping()
+    failed = [span for span in kept.get_finished_spans() if span.status.status_code is StatusCode.ERROR]
+    assert [span.attributes["error.type"] for span in failed if span.attributes] == ["ResponseError"] * 2
+    assert "PING" in {span.name for span in kept.get_finished_spans()}
+    assert "hunter2" not in "".join(span.to_json() for span in kept.get_finished_spans())
+    assert not any(span.events or span.status.description for span in kept.get_finished_spans())
