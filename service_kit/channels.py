@@ -69,8 +69,8 @@ def open_channel(
 
     Calls of the methods in `retried` that meet UNAVAILABLE are tried again, up to three times in all and within their
     deadline. A call that no server saw is always tried again. by_key: calls have KEY_HEADER and go where it says. tls: None for
-    plain text; files that change are used from the next call on. token: gives what calls show as their bearer token. Raises
-    TlsError.
+    plain text; files that change are used as soon as a connection stands with them. token: gives what calls show as their bearer
+    token. Raises TlsError.
     """
     os.environ.setdefault(_RING_HASH_SWITCH, "true")
     options = channel_options(service, retried, max_message_bytes, version, by_key=by_key) + (

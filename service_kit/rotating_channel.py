@@ -1,7 +1,8 @@
 """A channel whose certificate and bearer token may change while it is used.
 
 gRPC's Python channels keep the certificates that they were made with. This one looks before each call whether the files have
-changed and, if so, makes it on a new channel; the old one closes when its last call has ended. Every call carries the token.
+changed and, if so, opens a new channel beside the old one. Calls stay on the old one until the new one is connected, unless the
+old one no longer is; it closes when its last call has ended. Every call carries the token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ class _Generation:
     calls: int = 0
     retired: bool = False
     closing: asyncio.Task[None] | None = field(default=None, repr=False)
+    knock: Any = field(default=None, repr=False)
+
+    @property
+    def connected(self) -> bool:
+        """Whether a replica that serves is at its other end."""
+        return self.channel.get_state() is grpc.ChannelConnectivity.READY
+
+    def connect(self) -> None:
+        """Begin to. A channel whose calls go by their key does so for calls alone; this one's answer is of no interest."""
+        if self.knock is None or self.knock.done():
+            check: Any = self.channel.unary_unary("/grpc.health.v1.Health/Check")
+            self.knock = check(b"", wait_for_ready=True)
 
     def call(self, kind: str, method: str, coding: dict[str, Any], arguments: tuple[Any, ...], options: Any) -> Any:
         started = getattr(self.channel, kind)(method, **coding)(*arguments, **options)
@@ -54,15 +67,31 @@ class RotatingChannel(grpc.aio.Channel):
         self._open_with, self._pems, self._token = open_with, pems, token
         self._old: set[_Generation] = set()
         self._now = self._opened()
+        self._next: _Generation | None = None  # of newer certificates, until it is connected
 
     @property
     def current(self) -> grpc.aio.Channel:
         """The channel that the next call will be made on."""
+        return self._chosen().channel
+
+    def _chosen(self) -> _Generation:
+        """The newest generation that is connected; the newest of all where none is."""
         if self._pems and self._pems.changed():
-            before, self._now = self._now, self._opened()
-            before.retire()
-            self._old = {old for old in self._old | {before} if not (old.closing and old.closing.done())}
-        return self._now.channel
+            if self._next:
+                self._retire(self._next)
+            self._next = self._opened()
+        if self._next is None:
+            return self._now
+        if not self._next.connected:
+            self._next.connect()
+            return self._now if self._now.connected else self._next
+        self._retire(self._now)
+        self._now, self._next = self._next, None
+        return self._now
+
+    def _retire(self, generation: _Generation) -> None:
+        generation.retire()
+        self._old = {old for old in self._old | {generation} if not (old.closing and old.closing.done())}
 
     def unary_unary(self, method: str, *serializers: Any, **options: Any) -> Any:
         """A method of one request and one reply."""
@@ -94,7 +123,7 @@ class RotatingChannel(grpc.aio.Channel):
 
     async def close(self, grace: float | None = None) -> None:
         """Close all channels."""
-        for generation in (*self._old, self._now):
+        for generation in (*self._old, self._now, *([self._next] if self._next else [])):
             await generation.channel.close(grace)
 
     async def __aenter__(self) -> Self:
@@ -111,9 +140,9 @@ class RotatingChannel(grpc.aio.Channel):
         coding = {**dict(zip(names, serializers, strict=False)), **coding}
 
         def call(*arguments: Any, **options: Any) -> Any:
-            _ = self.current
+            chosen = self._chosen()
             options["metadata"] = (*(options.get("metadata") or ()), *self._authorization())
-            return self._now.call(kind, method, coding, arguments, options)
+            return chosen.call(kind, method, coding, arguments, options)
 
         return call
 

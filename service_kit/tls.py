@@ -1,8 +1,8 @@
 """TLS from PEM files that may be replaced while the process runs.
 
 A new certificate is used from the next handshake on: a server fetches its credentials for each one, a client opens a new channel
-(rotating_channel.py). Files that do not fit together, such as a new certificate beside the old key, are left alone until they do;
-what was read before stays in use.
+and calls on it as soon as it is connected (rotating_channel.py). Files that do not fit together, such as a new certificate beside
+the old key, are left alone until they do; what was read before stays in use.
 
     ValueError
     +-- TlsError   files that are no certificate, key or CA, or do not belong together; the text names them
