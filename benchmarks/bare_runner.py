@@ -21,9 +21,9 @@ from engine.cost import PassCost
 from engine.scoring import Evaluation
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import Int64, Pruning
-from orchestrator.beam_loop import beam_search
-from orchestrator.policy import Strict
-from orchestrator.recommend import NoDraft
+from orchestrator.planning.planned_draft import NoDraft
+from orchestrator.search.beam_loop import beam_search
+from orchestrator.search.verification import Strict
 from service_kit.served_models import served_models
 from target_service.settings import TargetSettings
 

@@ -18,9 +18,9 @@ import numpy as np
 from engine.catalogue import Catalogue
 from engine.scoring import Evaluation, ScoringRule, best_children
 from engine.trie import Int64, Pruning
-from orchestrator.beam_loop import beam_search
-from orchestrator.policy import Strict
-from orchestrator.recommend import NoDraft
+from orchestrator.planning.planned_draft import NoDraft
+from orchestrator.search.beam_loop import beam_search
+from orchestrator.search.verification import Strict
 
 _REPEATS = 7
 

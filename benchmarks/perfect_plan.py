@@ -24,11 +24,12 @@ from engine.bundle import Bundle
 from engine.catalogue import Catalogue
 from engine.cost import PassCost
 from engine.trie import ROOT, Int64, Pruning
-from orchestrator.beam_loop import beam_search
-from orchestrator.policy import Strict
-from orchestrator.question import Deadline, ModelQuestion
-from orchestrator.recommend import NoDraft
-from orchestrator.target_client import TargetClient
+from orchestrator.deadline import Deadline
+from orchestrator.model_clients.question import ModelQuestion
+from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.planning.planned_draft import NoDraft
+from orchestrator.search.beam_loop import beam_search
+from orchestrator.search.verification import Strict
 from service_kit import wire
 from service_kit.affinity import Routes
 from service_kit.channels import open_channel

@@ -158,7 +158,7 @@ def bench_acceptance(
     """Target passes of each draft, mode, K and budget; exits with 1 when a strict or exact list differs."""
     from benchmarks import acceptance
     from benchmarks.cases import choose_cases
-    from orchestrator.recommendation import Mode
+    from orchestrator.search.mode import Mode
     from training.data import read_atspeed
 
     page = optional("benchmarks.acceptance_report") if report else None  # what is missing is said before the work

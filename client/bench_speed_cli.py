@@ -18,7 +18,7 @@ from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
 from client.recommender import Mode
 from engine.bundle import Bundle
-from orchestrator.planner import PlannerKind
+from orchestrator.planning.planner import PlannerKind
 
 if TYPE_CHECKING:
     from benchmarks.decode import DecodeRow, Peer

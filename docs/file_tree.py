@@ -1,6 +1,6 @@
 """Write the README's file tree from the files themselves. `--check` fails when it is stale, so it cannot drift from the disk.
 
-A Python file's purpose is the first sentence of its docstring; other files' and folders' stand below.
+A module's purpose, and a sub-package's, is the first sentence of its docstring; other files' and folders' stand below.
 """
 
 from __future__ import annotations
@@ -58,8 +58,20 @@ def _entry(name: str, files: list[Path]) -> Iterator[str]:
     shown = name if (ROOT / folder).is_file() else f"{folder}/"
     yield f"{shown:<24}{PURPOSES[name]}"
     if name.endswith("/"):
-        modules = sorted(file for file in files if file.parts[0] == folder and not file.name.startswith("__"))
-        yield from (f"  {file.name:<22}{_purpose(ROOT / file)}" for file in modules)
+        yield from _modules(Path(folder), files, indent=2)
+
+
+def _modules(folder: Path, files: list[Path], indent: int) -> Iterator[str]:
+    """A folder's modules, then its sub-packages, each with the purpose that its `__init__.py` states and its own modules."""
+    for file in sorted(file for file in files if file.parent == folder and not file.name.startswith("__")):
+        yield _line(file.name, ROOT / file, indent)
+    for package in sorted(file.parent for file in files if file.parent.parent == folder and file.name == "__init__.py"):
+        yield _line(f"{package.name}/", ROOT / package / "__init__.py", indent)
+        yield from _modules(package, files, indent + 2)
+
+
+def _line(name: str, module: Path, indent: int) -> str:
+    return f"{' ' * indent + name:<24}{_purpose(module)}"
 
 
 def _purpose(module: Path) -> str:

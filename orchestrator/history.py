@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from engine.forgetting import announce
-from orchestrator.identity import owner_tag
+from orchestrator.owner_tag import owner_tag
 
 _Answer = TypeVar("_Answer")
 

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from prometheus_client import CollectorRegistry
 
 from engine.cost import PassCost
-from orchestrator.draft_client import DraftClient
-from orchestrator.question import Deadline
-from orchestrator.recommendation import Mode, Recommendation
+from orchestrator.deadline import Deadline
+from orchestrator.draft_switch import SWITCHED_OFF, DraftSwitch
+from orchestrator.model_clients.draft_client import DraftClient
+from orchestrator.recommendation import Recommendation
+from orchestrator.search.mode import Mode
 from orchestrator.shadow import ShadowChecks
 from orchestrator.snapshots import Snapshots
-from orchestrator.speculation import SWITCHED_OFF, Speculation
 from service_kit.admission import Admission
 from service_kit.admission_metrics import admission_reads
 from service_kit.bundle_metrics import bundle_reads
@@ -91,7 +92,7 @@ class OrchestratorMetrics:
         self,
         admission: Admission,
         shadow: ShadowChecks,
-        speculation: Speculation,
+        draft_switch: DraftSwitch,
         snapshots: Snapshots,
         watch: BundleWatch,
     ) -> None:
@@ -111,7 +112,7 @@ class OrchestratorMetrics:
                 {
                     SHADOW: lambda: {(name,): shadow.outcomes[name] for name in shadow.OUTCOMES},
                     SHADOW_GAP: lambda: shadow.largest_gap,
-                    SPECULATION: lambda: float(speculation.on),
+                    SPECULATION: lambda: float(draft_switch.on),
                     RESTING: lambda: float(_rests(snapshots.current.draft)),
                 }
             )

@@ -13,22 +13,24 @@ import structlog
 from engine.beams import Beams
 from engine.bundle import Manifest, ModelEntry
 from engine.catalogue import Catalogue
-from engine.plan import Plan
 from engine.scoring import Perturbation
 from engine.trie import Int64, Pruning
-from orchestrator.beam_loop import Draft, SearchResult, Target, beam_search
-from orchestrator.draft_client import DraftClient, DraftSession
+from orchestrator.deadline import Deadline
+from orchestrator.draft_switch import SWITCHED_OFF, DraftSwitch
 from orchestrator.history import HistoryStore, HistoryUnavailable
-from orchestrator.identity import digest
-from orchestrator.memo import Memo
-from orchestrator.planner import PlannedDraft, Planner
-from orchestrator.planning import Task
-from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from orchestrator.question import Deadline, ModelQuestion, Usage
-from orchestrator.recommendation import Item, Mode, Order, Origin, Recommendation, StageTimes, SubjectHistory
-from orchestrator.speculation import SWITCHED_OFF, Speculation
-from orchestrator.target_client import TargetClient
-from orchestrator.traced import TracedDraft, TracedTarget
+from orchestrator.model_clients.draft_client import DraftClient, DraftSession
+from orchestrator.model_clients.question import ModelQuestion
+from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.owner_tag import digest
+from orchestrator.planning.planned_draft import NoDraft, PlannedDraft
+from orchestrator.planning.planner import Planner
+from orchestrator.planning.request_planning import Task
+from orchestrator.recommendation import Item, Order, Origin, Recommendation, StageTimes, SubjectHistory
+from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
+from orchestrator.search.memo import Memo
+from orchestrator.search.mode import Mode
+from orchestrator.search.traced import TracedDraft, TracedTarget
+from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from service_kit import tracing
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 
@@ -36,17 +38,6 @@ from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableE
 _FIRST_ITEMS = 4
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-
-
-class NoDraft:
-    """Plans nothing: target-only beam search."""
-
-    def __init__(self) -> None:
-        self.usage = Usage()
-
-    async def plan(self, below: Beams) -> Plan:
-        """An empty plan."""
-        return Plan.empty(below)
 
 
 @dataclass(frozen=True)
@@ -72,11 +63,11 @@ class Recommender:
         draft: DraftClient | None,
         planner: Planner,
         histories: HistoryStore | None,
-        speculation: Speculation,
+        draft_switch: DraftSwitch,
     ) -> None:
         self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
         self._target, self._draft, self._planner = target, draft, planner
-        self._speculation = speculation
+        self._draft_switch = draft_switch
 
     async def recommend(self, order: Order, deadline: Deadline) -> Recommendation:
         """The list for one order.
@@ -182,7 +173,7 @@ class Recommender:
     ) -> DraftSession | None:
         if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
             return None
-        if not self._speculation.on:
+        if not self._draft_switch.on:
             degraded.append(SWITCHED_OFF)
             return None
         return self._draft.session(ask.question(self.manifest.draft, noise), policy.proposal, degraded)

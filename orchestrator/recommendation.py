@@ -7,26 +7,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from engine.trie import Int64
-from orchestrator.identity import owner_tag
-from orchestrator.memo import Memo, NodeCounts
-from orchestrator.planning import PlanningReport
-from orchestrator.question import Usage
+from orchestrator.owner_tag import owner_tag
+from orchestrator.planning.request_planning import PlanningReport
+from orchestrator.search.memo import Memo, NodeCounts
+from orchestrator.search.mode import Mode
+from orchestrator.usage import Usage
+from service_kit import tracing
 from service_kit.admission import Priority
-
-
-class Mode(StrEnum):
-    """How a list is made; see the proto's `Mode`."""
-
-    TARGET_ONLY = "target-only"
-    STRICT = "strict"
-    TOLERANCE = "tolerance"
-    RELAXED_SAMPLING = "relaxed-sampling"
-    EXACT_SAMPLING = "exact-sampling"
-
-    @property
-    def samples(self) -> bool:
-        """Whether the mode takes a seed and a temperature."""
-        return self in {Mode.RELAXED_SAMPLING, Mode.EXACT_SAMPLING}
 
 
 class Origin(StrEnum):
@@ -147,3 +134,17 @@ class Recommendation:
         restricted = bool(order.excluded or order.allowed or order.exclude_seen)
         left = "are left after exclusions and filters" if restricted else "came out of the search"
         return f"only {len(self.items)} of {order.k} items {left}"
+
+    @property
+    def trace_attributes(self) -> dict[str, tracing.Value]:
+        """What a trace says of it: sizes and counts."""
+        cost = self.target.cost
+        return {
+            "target_passes": self.memo.passes,
+            "accepted_levels": self.accepted_levels,
+            "nodes_drafted": self.nodes.drafted,
+            "nodes_recovered": self.nodes.recovered,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
+            "degraded": bool(self.degraded),
+        }

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from atspeed.v1 import recommendation_pb2 as pb
 
-from orchestrator.recommendation import Mode, Order
+from orchestrator.recommendation import Order
+from orchestrator.search.mode import Mode
 from orchestrator.settings import OrchestratorSettings
 from service_kit.admission import Priority
 from service_kit.errors import InvalidArgumentError

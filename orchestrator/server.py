@@ -19,16 +19,15 @@ from redis.asyncio import Redis
 from engine.comparison import Verdict
 from engine.kv_store import connect
 from orchestrator.as_ready import as_ready
+from orchestrator.deadline import Deadline
+from orchestrator.draft_switch import DraftSwitch
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.question import Deadline
 from orchestrator.replies import PROTO_MODES, to_reply
 from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.shadow import ShadowChecks, ShadowLimits
 from orchestrator.snapshots import Snapshot, Snapshots
-from orchestrator.speculation import Speculation
-from orchestrator.traced import trace_attributes
 from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
 from service_kit.bundle_watch import BundleWatch, open_bundle
@@ -51,12 +50,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         snapshots: Snapshots,
         watch: BundleWatch,
         admission: Admission,
-        speculation: Speculation,
+        draft_switch: DraftSwitch,
         shadow: ShadowChecks,
     ) -> None:
         self._settings, self._snapshots, self._watch = settings, snapshots, watch
-        self._admission, self._speculation, self._shadow = admission, speculation, shadow
-        self.metrics = OrchestratorMetrics(admission, shadow, speculation, snapshots, watch)
+        self._admission, self._draft_switch, self._shadow = admission, draft_switch, shadow
+        self.metrics = OrchestratorMetrics(admission, shadow, draft_switch, snapshots, watch)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
@@ -147,7 +146,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             identical=outcomes[Verdict.IDENTICAL],
             near_ties=outcomes[Verdict.NEAR_TIE],
             different=outcomes[Verdict.DIFFERENT],
-            speculation_off=not self._speculation.on,
+            speculation_off=not self._draft_switch.on,
         )
 
     async def _recommend(
@@ -161,7 +160,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                     recommendation = await snapshot.recommender.recommend(order, deadline)
                     self._shadow.offer(recommendation, snapshot)
             if tracing.on():
-                span.set(**trace_attributes(recommendation))
+                span.set(**recommendation.trace_attributes)
         self.metrics.made(recommendation)
         return to_reply(recommendation, snapshot.manifest, request.reply_options)
 
@@ -235,19 +234,19 @@ async def _redis_client(settings: OrchestratorSettings) -> AsyncIterator[Redis |
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
     """The recommender over the settings' services, ready to serve, with the bundle that the settings' path names from then on."""
     bundle = open_bundle(settings.bundle)
-    speculation = Speculation(settings.shadow_mismatches, settings.shadow_window_seconds)
+    draft_switch = DraftSwitch(settings.shadow_mismatches, settings.shadow_window_seconds)
     admission = Admission(settings.max_running, settings.max_queued)
     limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(_redis_client(settings))
-        snapshots = Snapshots(settings, redis, speculation)
+        snapshots = Snapshots(settings, redis, draft_switch)
         stack.push_async_callback(snapshots.close)
         await snapshots.take_up(bundle)
-        shadow = ShadowChecks(limits, admission, speculation)
+        shadow = ShadowChecks(limits, admission, draft_switch)
         stack.push_async_callback(shadow.close)
         version, poll_seconds = bundle.manifest.version, settings.bundle_poll_seconds
         watch = BundleWatch(settings.bundle, version, snapshots.take_up, poll_seconds)
         await stack.enter_async_context(watch.following())
-        servicer = RecommendationServicer(settings, snapshots, watch, admission, speculation, shadow)
+        servicer = RecommendationServicer(settings, snapshots, watch, admission, draft_switch, shadow)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]

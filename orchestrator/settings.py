@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from orchestrator.planner import PlannerKind
+from orchestrator.planning.planner import PlannerKind
 from service_kit.channels import Target
 from service_kit.settings import Port, ServiceSettings
 from service_kit.tls import ClientTls, TlsFiles

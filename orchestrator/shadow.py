@@ -16,10 +16,11 @@ import structlog
 
 from engine.catalogue import Catalogue
 from engine.comparison import RankedList, Verdict, compare_searches, largest_gap
-from orchestrator.question import Deadline
+from orchestrator.deadline import Deadline
+from orchestrator.draft_switch import DraftSwitch
 from orchestrator.recommend import Recommender
-from orchestrator.recommendation import Mode, Order, Recommendation
-from orchestrator.speculation import Speculation
+from orchestrator.recommendation import Order, Recommendation
+from orchestrator.search.mode import Mode
 from service_kit import tracing
 from service_kit.admission import Admission, Priority
 from service_kit.errors import ResourceExhaustedError, ServiceError
@@ -64,9 +65,9 @@ class ShadowChecks:
         self,
         limits: ShadowLimits,
         admission: Admission,
-        speculation: Speculation,
+        draft_switch: DraftSwitch,
     ) -> None:
-        self._limits, self._admission, self._speculation = limits, admission, speculation
+        self._limits, self._admission, self._draft_switch = limits, admission, draft_switch
         self._due = 0.0
         # The event loop itself only keeps weak references to tasks.
         self._running: set[asyncio.Task[None]] = set()
@@ -123,7 +124,7 @@ class ShadowChecks:
             self.largest_gap = max(self.largest_gap, largest_gap(sent, expected))
         if verdict is Verdict.DIFFERENT:
             if recommender.manifest.target.plan_invariant:  # float16 rounds too coarsely for exact lists
-                self._speculation.mismatch()
+                self._draft_switch.mismatch()
             _log.error(
                 "a strict list is not the target's own",
                 k=made.order.k,
@@ -134,7 +135,7 @@ class ShadowChecks:
                 target_version=made.target.model_version,
                 draft_version=made.draft.model_version,
                 catalogue_version=recommender.catalogue.version,
-                speculation="on" if self._speculation.on else "off",
+                speculation="on" if self._draft_switch.on else "off",
             )
         return verdict.value
 

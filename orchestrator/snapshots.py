@@ -11,33 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import grpc
-import structlog
-from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from redis.asyncio import Redis
 
 from engine.bundle import Bundle, Manifest
 from engine.catalogue import Catalogue
-from orchestrator.curves import learn_curves
-from orchestrator.draft_client import DraftClient
+from orchestrator.draft_switch import DraftSwitch
 from orchestrator.history import HistoryStore
-from orchestrator.planner import PlanLimits, Planner
+from orchestrator.model_clients.draft_client import DraftClient
+from orchestrator.model_clients.model_channels import ModelChannels
+from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.planning.curve_refresh import learn_curves
+from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.recommend import Recommender
 from orchestrator.settings import OrchestratorSettings
-from orchestrator.speculation import Speculation
-from orchestrator.target_client import TargetClient
-from service_kit.affinity import Routes
-from service_kit.channels import open_channel
-from service_kit.tokens import TokenFile
-
-_TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
-_DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
-_DRAFT_PATIENCE_SECONDS = 30.0
-
-_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -49,7 +36,7 @@ class Snapshot:
     planner: Planner
     target: TargetClient
     draft: DraftClient | None
-    channels: Channels
+    channels: ModelChannels
     resources: AsyncExitStack
     since: float = 0.0
     _holders: int = 0
@@ -80,55 +67,11 @@ class Snapshot:
         await self.resources.aclose()
 
 
-@dataclass
-class Channels:
-    """The channels that one snapshot's calls go over, by service: to replicas in turn, and by key."""
-
-    settings: OrchestratorSettings
-    resources: AsyncExitStack
-    target_in_turn: grpc.aio.Channel | None = None
-    draft_in_turn: grpc.aio.Channel | None = None
-
-    async def targets(self, version: str) -> Routes[target_pb2_grpc.TargetServiceAsyncStub]:
-        """To the targets that serve a version."""
-        settings = self.settings
-        tls = settings.model_tls(settings.target_name)
-        self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
-        stub = target_pb2_grpc.TargetServiceStub
-        return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affine_calls)
-
-    async def drafts(self, address: str, version: str) -> Routes[draft_pb2_grpc.DraftServiceAsyncStub]:
-        """To the drafts that serve a version."""
-        settings = self.settings
-        tls = settings.model_tls(settings.draft_name)
-        self.draft_in_turn, by_key = await self._pair(address, _DRAFT, version=version, retried=["Plan"], tls=tls)
-        stub = draft_pb2_grpc.DraftServiceStub
-        return Routes(stub(self.draft_in_turn), stub(by_key), most_at_once=settings.affine_calls)
-
-    async def served(self) -> None:
-        """Return when a target serves the version, and a draft does or has had its time."""
-        if self.target_in_turn is not None:
-            await self.target_in_turn.channel_ready()
-        if self.draft_in_turn is not None:
-            try:
-                async with asyncio.timeout(_DRAFT_PATIENCE_SECONDS):
-                    await self.draft_in_turn.channel_ready()
-            except TimeoutError:
-                _log.warning("no draft serves the bundle, going on without one")
-
-    async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
-        token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None
-        limit = self.settings.model_message_bytes
-        made = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
-        in_turn = await self.resources.enter_async_context(made())
-        return in_turn, await self.resources.enter_async_context(made(by_key=True))
-
-
 class Snapshots:
     """The snapshot that new requests get, and those before it that requests still hold. redis: None where there is none."""
 
-    def __init__(self, settings: OrchestratorSettings, redis: Redis | None, speculation: Speculation) -> None:
-        self._settings, self._redis, self._speculation = settings, redis, speculation
+    def __init__(self, settings: OrchestratorSettings, redis: Redis | None, draft_switch: DraftSwitch) -> None:
+        self._settings, self._redis, self._draft_switch = settings, redis, draft_switch
         self._current: Snapshot | None = None
         # The event loop itself only keeps weak references to tasks.
         self._closing: set[asyncio.Task[None]] = set()
@@ -173,7 +116,7 @@ class Snapshots:
     async def _opened(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
         settings, manifest = self._settings, bundle.manifest
         catalogue = await asyncio.to_thread(_warm_catalogue, bundle)
-        trie, channels = catalogue.trie, Channels(settings, resources)
+        trie, channels = catalogue.trie, ModelChannels(settings, resources)
         version = manifest.model_version("target")
         attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
         targets = await channels.targets(version)
@@ -189,7 +132,7 @@ class Snapshots:
             learning = asyncio.create_task(learn_curves(planner, target, draft))
             resources.callback(learning.cancel)
         histories = self._histories(manifest)
-        recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._speculation)
+        recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._draft_switch)
         return Snapshot(manifest, recommender, planner, target, draft, channels, resources)
 
     def _planner(self, manifest: Manifest, catalogue: Catalogue) -> Planner:

@@ -23,7 +23,7 @@ from engine.forgetting import STREAM, ForgetListener, announce
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys
 from engine.kv_store import PrefixCache, RedisKvStore, connect, group_name
 from engine.trie import ROOT, Int64
-from orchestrator.identity import owner_tag
+from orchestrator.owner_tag import owner_tag
 from service_kit import wire
 from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until

@@ -16,9 +16,10 @@ from engine.beams import Beams
 from engine.plan import PlanSize, Proposal
 from engine.scoring import ScoringRule
 from engine.trie import ROOT, Pruning
-from orchestrator.draft_client import DraftClient
-from orchestrator.question import Deadline, ModelQuestion
-from orchestrator.target_client import TargetClient, TargetSession
+from orchestrator.deadline import Deadline
+from orchestrator.model_clients.draft_client import DraftClient
+from orchestrator.model_clients.question import ModelQuestion
+from orchestrator.model_clients.target_client import TargetClient, TargetSession
 from service_kit import wire
 from service_kit.affinity import Routes
 from service_kit.errors import PUSHBACK_HEADER, ResourceExhaustedError, UnavailableError

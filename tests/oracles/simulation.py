@@ -18,12 +18,13 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Selection
 from engine.trie import Int64, Pruning
-from orchestrator.beam_loop import Draft, beam_search
-from orchestrator.planner import PlannedDraft, Planner
-from orchestrator.planning import PlanningReport, Task
-from orchestrator.policy import ExactSampling, Policy, Strict, Tolerance
-from orchestrator.question import Usage
-from orchestrator.recommendation import Mode
+from orchestrator.planning.planned_draft import PlannedDraft
+from orchestrator.planning.planner import Planner
+from orchestrator.planning.request_planning import PlanningReport, Task
+from orchestrator.search.beam_loop import Draft, beam_search
+from orchestrator.search.mode import Mode
+from orchestrator.search.verification import ExactSampling, Policy, Strict, Tolerance
+from orchestrator.usage import Usage
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing

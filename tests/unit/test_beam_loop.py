@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from engine.beams import Beams
 from engine.plan import Plan
 from engine.scoring import Perturbation, ScoringRule
-from orchestrator.beam_loop import Draft, SearchResult, beam_search
-from orchestrator.memo import Memo
-from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from orchestrator.search.beam_loop import Draft, SearchResult, beam_search
+from orchestrator.search.memo import Memo
+from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.worlds import (

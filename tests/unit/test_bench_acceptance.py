@@ -30,10 +30,10 @@ from engine.plan import PlanSize, Proposal
 from engine.scoring import Perturbation, ScoringRule
 from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Pruning
-from orchestrator.beam_loop import SearchResult, beam_search
-from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from orchestrator.recommend import NoDraft
-from orchestrator.recommendation import Mode
+from orchestrator.planning.planned_draft import NoDraft
+from orchestrator.search.beam_loop import SearchResult, beam_search
+from orchestrator.search.mode import Mode
+from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from tests.bundles import random_catalogue, random_history, write_bundle
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 from training import evaluate

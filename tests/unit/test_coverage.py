@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from engine.beams import Beams
 from engine.plan import Plan
-from orchestrator.coverage import DEPTHS, MEMORY, NOTHING, PRIOR, Coverage, Cuts, Kind, RequiredDepth, Requirement
+from orchestrator.planning.coverage import (
+    DEPTHS,
+    MEMORY,
+    NOTHING,
+    PRIOR,
+    Coverage,
+    Cuts,
+    Kind,
+    RequiredDepth,
+    Requirement,
+)
 
 KIND = Kind("strict", 4)
 depths = st.sampled_from([float(depth) for depth in DEPTHS[::6]]) | st.floats(-3, 70)

@@ -15,8 +15,9 @@ from engine.beams import Beams
 from engine.plan import PlanSize, Proposal
 from engine.scoring import ScoringRule
 from engine.trie import Pruning
-from orchestrator.draft_client import DraftClient, DraftSession
-from orchestrator.question import Deadline, ModelQuestion
+from orchestrator.deadline import Deadline
+from orchestrator.model_clients.draft_client import DraftClient, DraftSession
+from orchestrator.model_clients.question import ModelQuestion
 from service_kit import wire
 from service_kit.affinity import Routes
 from tests.oracles.naive_trie import NaiveTrie

@@ -16,9 +16,9 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Perturbation
 from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Int64, Pruning
-from orchestrator.beam_loop import SearchResult, beam_search
-from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from orchestrator.recommend import NoDraft
+from orchestrator.planning.planned_draft import NoDraft
+from orchestrator.search.beam_loop import SearchResult, beam_search
+from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 

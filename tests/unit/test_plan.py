@@ -19,8 +19,8 @@ from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Int64, Pruning
-from orchestrator.beam_loop import beam_search
-from orchestrator.policy import ExactSampling, Policy, Strict
+from orchestrator.search.beam_loop import beam_search
+from orchestrator.search.verification import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft
 from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
 from tests.oracles.naive_search import naive_beam_search

@@ -17,15 +17,16 @@ from engine.cost_curve import CostCurve
 from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Perturbation, ScoringRule
 from engine.trie import Pruning
-from orchestrator import curves
-from orchestrator.adaptive import AdaptivePlanning, Experience
-from orchestrator.beam_loop import beam_search
-from orchestrator.costs import CallCosts
-from orchestrator.coverage import Cuts, Kind, Requirement
-from orchestrator.planner import PlanLimits, PlannedDraft, Planner, PlannerKind
-from orchestrator.planning import ModelCosts, Planning, Task
-from orchestrator.policy import ExactSampling, Policy, Strict
-from orchestrator.recommendation import Mode
+from orchestrator.planning import curve_refresh
+from orchestrator.planning.adaptive import AdaptivePlanning, Experience
+from orchestrator.planning.call_costs import CallCosts, ModelCosts
+from orchestrator.planning.coverage import Cuts, Kind, Requirement
+from orchestrator.planning.planned_draft import PlannedDraft
+from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind
+from orchestrator.planning.request_planning import RequestPlanning, Task
+from orchestrator.search.beam_loop import beam_search
+from orchestrator.search.mode import Mode
+from orchestrator.search.verification import ExactSampling, Policy, Strict
 from tests.oracles.simulation import PROMPT_TOKENS, Machine, Served, SimulatedDraft, Simulation, curve
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
 
@@ -178,8 +179,8 @@ class Measured:
 
 
 def test_curves_are_asked_for_again_whatever_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "_FIRST_PAUSE_SECONDS", 0)
-    monkeypatch.setattr(curves, "_REFRESH_SECONDS", 0)
+    monkeypatch.setattr(curve_refresh, "_FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(curve_refresh, "_REFRESH_SECONDS", 0)
     measured: list[CostCurve] = []
     enough = asyncio.Event()
 
@@ -191,7 +192,7 @@ def test_curves_are_asked_for_again_whatever_went_wrong(monkeypatch: pytest.Monk
 
     async def learn() -> None:
         learning = asyncio.create_task(
-            curves.learn_curves(
+            curve_refresh.learn_curves(
                 Planned(),  # type: ignore[arg-type]
                 Measured(ValueError("odd"), STEEP.target, RuntimeError("odder"), DEAR.target, FLAT.target),
                 Measured(FLAT.draft),
@@ -245,7 +246,7 @@ def test_no_experience_changes_a_list(mode: Mode) -> None:
             assert simulation.serve(planner, user, mode=mode).list == simulation.serve(None, user, mode=mode).list
 
 
-class AnyPlanning(Planning):
+class AnyPlanning(RequestPlanning):
     """Decides at random: whether to draft, how much, and which cut the target gets."""
 
     def __init__(self, world: World, width: int, seed: int) -> None:
@@ -373,7 +374,7 @@ def test_a_fixed_budget_grows_with_the_beams(beam_width: int, levels: int, nodes
 @pytest.mark.parametrize("mode", [Mode.RELAXED_SAMPLING, Mode.TARGET_ONLY])
 def test_what_cannot_be_cut_has_a_fixed_size(mode: Mode) -> None:
     planner = adaptive(Simulation(STEEP, noise=0.0))
-    assert type(planner.planning(mode, Task(10, 8, 8))) is Planning
+    assert type(planner.planning(mode, Task(10, 8, 8))) is RequestPlanning
 
 
 def test_until_the_curves_are_known_plans_have_a_fixed_size() -> None:

@@ -19,13 +19,16 @@ from engine.plan import Plan, PlanSize, Proposal
 from engine.prompt import PromptTemplate
 from engine.scoring import Evaluation, ScoringRule
 from engine.trie import Int64
-from orchestrator.identity import owner_tag
-from orchestrator.planner import PlanLimits, Planner
-from orchestrator.question import Deadline, ModelQuestion, Usage
+from orchestrator.deadline import Deadline
+from orchestrator.draft_switch import SWITCHED_OFF, DraftSwitch
+from orchestrator.model_clients.question import ModelQuestion
+from orchestrator.owner_tag import owner_tag
+from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.recommend import Recommender
-from orchestrator.recommendation import Mode, Order, Recommendation
+from orchestrator.recommendation import Order, Recommendation
+from orchestrator.search.mode import Mode
 from orchestrator.shadow import ShadowChecks, ShadowLimits
-from orchestrator.speculation import SWITCHED_OFF, Speculation
+from orchestrator.usage import Usage
 from service_kit.admission import Admission, Priority
 from service_kit.errors import UnavailableError
 from tests.oracles.naive_trie import NaiveTrie
@@ -130,13 +133,13 @@ class Service:
         *,
         share: float = 1.0,
         concurrency: int = 1_000,
-        speculation: Speculation | None = None,
+        draft_switch: DraftSwitch | None = None,
         precision: Precision = "float32",
         worlds: tuple[World, World] | None = None,
     ) -> None:
         self.world, other = worlds or (world(1), world(2))
         self.target = Table(self.world, other)
-        self.speculation = speculation or Speculation()
+        self.draft_switch = draft_switch or DraftSwitch()
         half = Half(ScriptedDraft(self.world.trie, at_random(3, 0.5)))
         self.recommender = Recommender(
             manifest(self.world, precision),
@@ -145,11 +148,11 @@ class Service:
             cast("Any", half),
             Planner(self.world.trie, PlanLimits()),
             cast("Any", Histories(sorted(self.world.naive.items)[:6])),
-            self.speculation,
+            self.draft_switch,
         )
         limits = ShadowLimits(share, concurrency, SECONDS)
         self.admission = Admission(8, 0)
-        self.shadow = ShadowChecks(limits, self.admission, self.speculation)
+        self.shadow = ShadowChecks(limits, self.admission, self.draft_switch)
         self.held = 0
 
     @contextmanager
@@ -180,7 +183,7 @@ async def test_what_is_right_is_never_suspected() -> None:
     service = Service()
     await service.ask_all(range(300))
     assert service.shadow.outcomes == {"identical": 300, "near-tie": 0, "different": 0, "failed": 0, "dropped": 0}
-    assert service.speculation.on
+    assert service.draft_switch.on
     assert service.shadow.largest_gap == 0
 
 
@@ -190,7 +193,7 @@ async def test_a_target_that_answers_differently_in_company_is_found_and_the_dra
     with structlog.testing.capture_logs() as logs:
         await service.ask_all(range(30))
     assert service.shadow.outcomes["different"] == 3
-    assert not service.speculation.on
+    assert not service.draft_switch.on
     alone = await service.ask(1, mode=Mode.TARGET_ONLY)
     strict = await service.ask(1)
     assert strict.items == alone.items
@@ -212,7 +215,7 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     even.logits[:] = [[1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, -2], *[[0] * 4] * (len(even.logits) - 3)]
     tilted = even.logits.copy()
     tilted[0, 1] += gap
-    service = Service(worlds=(even, replace(even, logits=tilted)), speculation=Speculation(mismatches=1))
+    service = Service(worlds=(even, replace(even, logits=tilted)), draft_switch=DraftSwitch(mismatches=1))
     service.target.fault = True
     made = None
     while made is None or not made.memo.drafted:  # the draft plans at random
@@ -221,7 +224,7 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert {name for name, count in service.shadow.outcomes.items() if count} == {outcome}
-    assert service.speculation.on is (outcome == "near-tie")
+    assert service.draft_switch.on is (outcome == "near-tie")
 
 
 async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> None:
@@ -266,13 +269,13 @@ async def test_nothing_is_checked_while_all_places_are_taken() -> None:
 
 
 async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
-    service = Service(speculation=Speculation(mismatches=1))
+    service = Service(draft_switch=DraftSwitch(mismatches=1))
     made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
     service.target.down = True
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["failed"] == 1
-    assert service.speculation.on
+    assert service.draft_switch.on
 
 
 async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
@@ -337,7 +340,7 @@ def _order(service: Service) -> Order:
 def test_the_switch(times: list[float], mismatches: int, on: bool) -> None:
     """So many within ten seconds."""
     clock = iter(times)
-    speculation = Speculation(mismatches, 10, clock=lambda: next(clock))
+    draft_switch = DraftSwitch(mismatches, 10, clock=lambda: next(clock))
     for _ in times:
-        speculation.mismatch()
-    assert speculation.on is on
+        draft_switch.mismatch()
+    assert draft_switch.on is on

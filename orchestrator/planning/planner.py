@@ -1,21 +1,17 @@
-"""How much to draft: who plans a request, and the draft as the loop sees it, behind that plan."""
+"""Who plans: one planner for all requests of a bundle, a planning of its own for each of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
-from engine.beams import Beams
 from engine.cost_curve import CostCurve
-from engine.plan import Plan, PlanSize
 from engine.trie import Trie
-from orchestrator.adaptive import AdaptivePlanning, Experience
-from orchestrator.costs import CallCosts
-from orchestrator.coverage import Kind
-from orchestrator.planning import ModelCosts, Planning, Task
-from orchestrator.question import Usage
-from orchestrator.recommendation import Mode
+from orchestrator.planning.adaptive import AdaptivePlanning, Experience
+from orchestrator.planning.call_costs import CallCosts, ModelCosts
+from orchestrator.planning.coverage import Kind
+from orchestrator.planning.request_planning import RequestPlanning, Task
+from orchestrator.search.mode import Mode
 
 
 class PlannerKind(StrEnum):
@@ -70,48 +66,11 @@ class Planner:
         nodes = round(self._limits.nodes_per_beam * beam_width * (self._trie.levels - 1))
         return min(self._limits.max_nodes, max(1, nodes))
 
-    def planning(self, mode: Mode, task: Task) -> Planning:
+    def planning(self, mode: Mode, task: Task) -> RequestPlanning:
         """The planning of one request. A sample cannot be cut to its best, so its size is always the fixed one."""
         nodes, experience = self.fixed_nodes(task.beam_width), self._experience
         fixed = self._limits.kind is PlannerKind.FIXED or mode in {Mode.TARGET_ONLY, Mode.RELAXED_SAMPLING}
         if experience is None or fixed or self._trie.levels == 1:
-            return Planning(self._trie, task, nodes, experience.costs if experience else None)
+            return RequestPlanning(self._trie, task, nodes, experience.costs if experience else None)
         kind, most = Kind.of(mode, task.beam_width), self._limits.max_nodes
         return AdaptivePlanning(self._trie, task, nodes, most, kind, experience)
-
-
-class SizedDraft(Protocol):
-    """A draft that is told how much to plan; see `draft_client.DraftSession`."""
-
-    @property
-    def usage(self) -> Usage:
-        """What its calls took."""
-
-    async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
-        """At most so much below these beams, in so many seconds; an empty plan where it fails."""
-
-
-class PlannedDraft:
-    """The draft as the loop sees it: asked as far as that is expected to pay, and cut to what does."""
-
-    def __init__(self, draft: SizedDraft, planning: Planning) -> None:
-        self._draft, self._planning = draft, planning
-
-    @property
-    def usage(self) -> Usage:
-        """What the draft's calls took."""
-        return self._draft.usage
-
-    async def plan(self, below: Beams) -> Plan:
-        """A plan below these beams, or none."""
-        size = self._planning.size(below)
-        if size is None:
-            return Plan.empty(below)
-        usage = self._draft.usage
-        answered, waited = len(usage.costs), usage.wait_ns
-        plan = await self._draft.plan(below, size, self._planning.patience_seconds)
-        if len(usage.costs) > answered:
-            return self._planning.cut(below, size, plan, usage.costs[-1])
-        if usage.wait_ns > waited:
-            self._planning.failed(below, size, usage.wait_ns - waited)
-        return plan

@@ -10,7 +10,7 @@ SWITCHED_OFF = "speculation: switched off, lists differed from the target's own"
 """What a list that did without the draft for this reason says of it."""
 
 
-class Speculation:
+class DraftSwitch:
     """A switch that goes off for good, for this process, when `mismatches` come within `window_seconds`; at 0 it never does."""
 
     def __init__(

@@ -8,8 +8,7 @@ from engine.beams import Beams
 from engine.plan import Plan
 from engine.scoring import Evaluation
 from engine.trie import Int64
-from orchestrator.beam_loop import Draft, Target
-from orchestrator.recommendation import Recommendation
+from orchestrator.search.beam_loop import Draft, Target
 from service_kit import tracing
 
 
@@ -39,17 +38,3 @@ class TracedTarget:
         self.passes += 1
         with tracing.span("evaluate", number=self.passes, nodes=len(nodes)):
             return await self.target.evaluate(nodes)
-
-
-def trace_attributes(made: Recommendation) -> dict[str, tracing.Value]:
-    """What a trace says of a list: sizes and counts."""
-    cost = made.target.cost
-    return {
-        "target_passes": made.memo.passes,
-        "accepted_levels": made.accepted_levels,
-        "nodes_drafted": made.nodes.drafted,
-        "nodes_recovered": made.nodes.recovered,
-        "prompt_tokens": made.prompt_tokens,
-        "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
-        "degraded": bool(made.degraded),
-    }

@@ -12,11 +12,12 @@ from engine.beams import Beams, Float64
 from engine.cost import PassCost
 from engine.plan import Plan, PlanSize
 from engine.trie import Int64, Trie
-from orchestrator.costs import CallCosts, Decayed
-from orchestrator.coverage import NOTHING, Coverage, Cuts, Kind, Requirement
-from orchestrator.memo import Memo
-from orchestrator.planning import Drafted, ModelCosts, Planning, Task, found_cached
-from orchestrator.question import Usage
+from orchestrator.planning.call_costs import CallCosts, ModelCosts
+from orchestrator.planning.coverage import NOTHING, Coverage, Cuts, Kind, Requirement
+from orchestrator.planning.decayed import Decayed
+from orchestrator.planning.request_planning import PlanRecord, RequestPlanning, Task, found_cached
+from orchestrator.search.memo import Memo
+from orchestrator.usage import Usage
 
 _ROOM = 1.5
 """Nodes asked for, over those that would do on average: requests differ, and what lies deeper is learnt from."""
@@ -93,7 +94,7 @@ class Outlook:
         return 1.0 + float((left * self.further) @ np.diff(missed, prepend=0.0))
 
 
-class AdaptivePlanning(Planning):
+class AdaptivePlanning(RequestPlanning):
     """The planning of one request whose plans are of the size, and are cut to the part, that is expected to cost least.
 
     nodes: of a plan while there is no experience with such.
@@ -124,10 +125,10 @@ class AdaptivePlanning(Planning):
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:
         """Learn what was required, what misses led to, and what calls cost."""
-        if self._drafted:
+        if self._records:
             used = self._used(memo)
-            for drafted in self._drafted:
-                self._experience.coverage.learn(self._kind, drafted.start, self._required(drafted, used))
+            for record in self._records:
+                self._experience.coverage.learn(self._kind, record.start, self._required(record, used))
             if target.clean:
                 self._learn_further(memo, target)
         super().learn(memo, target, draft)
@@ -194,19 +195,19 @@ class AdaptivePlanning(Planning):
         depth = self._trie.depth(used)
         return [used[depth == level] for level in range(self._trie.levels)]
 
-    def _required(self, drafted: Drafted, used: Sequence[Int64]) -> list[Requirement]:
+    def _required(self, record: PlanRecord, used: Sequence[Int64]) -> list[Requirement]:
         """What each level below a plan's beams would have required of it."""
-        cuts = Cuts.of(drafted.plan, complete=len(drafted.plan.node) < drafted.asked)
-        known = np.array(sorted(drafted.known), dtype=np.int64)
-        return [cuts.required(drafted.plan, level[~np.isin(level, known)]) for level in used[drafted.start + 1 :]]
+        cuts = Cuts.of(record.plan, complete=len(record.plan.node) < record.asked)
+        known = np.array(sorted(record.known), dtype=np.int64)
+        return [cuts.required(record.plan, level[~np.isin(level, known)]) for level in used[record.start + 1 :]]
 
     def _learn_further(self, memo: Memo, target: Usage) -> None:
         """From each pass after a plan that promised to make it needless: what it and all after it cost."""
-        if not self._drafted[0].kept or len(memo.pass_levels) != len(target.costs):
+        if not self._records[0].kept or len(memo.pass_levels) != len(target.costs):
             return
         costs, to_come = self._experience.costs, 0.0
         passes = self._target_passes(target.costs)
-        drafts = {drafted.start: drafted for drafted in self._drafted}
+        drafts = {record.start: record for record in self._records}
         for level, one in reversed(list(zip(memo.pass_levels[1:], passes[1:], strict=True))):
             to_come += float(costs.target.call(one.new, one.cached, one.nodes))
             if level in drafts:

@@ -12,9 +12,8 @@ import numpy.typing as npt
 from engine.beams import Float64
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
+from orchestrator.planning.decayed import Decayed, DecayedLines
 
-_MEMORY = 100
-"""Calls that an average remembers, about."""
 _TRUST = 3
 """Calls that a curve counts for: the first ones, on connections that are not open yet, do not decide alone."""
 _QUEUE_MEMORY = 10
@@ -23,51 +22,6 @@ _FADING = 0.995
 _MOST_QUEUE_NS = 60_000_000_000
 _OUTLIER = 4.0
 _OUTLIER_NS = 500_000
-
-
-class Decayed:
-    """A mean that forgets: of many values each has a `memory`-th of the weight when it comes, the guess that of `trust` ones."""
-
-    def __init__(self, guess: float, memory: int = _MEMORY, trust: int = 0) -> None:
-        self.value, self._memory, self._count = guess, memory, trust
-
-    def add(self, value: float) -> None:
-        """One value more."""
-        self._count = min(self._memory, self._count + 1)
-        self.value += (value - self.value) / self._count
-
-
-class DecayedLines:
-    """y = a + b * x by least squares that forget, neither negative: one b, an `a` for each kind of x (0, 1, ...).
-
-    So what tells the kinds apart is not taken for the slope, though their x differ too. Level until values of x that differ
-    have been seen of one kind; a kind that was never seen is taken for the one that was seen last.
-    """
-
-    def __init__(self, kinds: int, memory: int = _MEMORY) -> None:
-        self._x, self._y = ([Decayed(0.0, memory) for _ in range(kinds)] for _ in range(2))
-        self._xx, self._xy = Decayed(0.0, memory), Decayed(0.0, memory)
-        self._seen, self._last = [False] * kinds, 0
-
-    def add(self, x: float, y: float, kind: int = 0) -> None:
-        """One point more."""
-        mean_x, mean_y = self._x[kind], self._y[kind]
-        if self._seen[kind]:
-            off_x, off_y = x - mean_x.value, y - mean_y.value
-            self._xx.add(off_x**2)
-            self._xy.add(off_x * off_y)
-        self._seen[kind], self._last = True, kind
-        mean_x.add(x)
-        mean_y.add(y)
-
-    def at(self, x: npt.ArrayLike, kind: int = 0) -> Float64:
-        """A kind's line at these places."""
-        known = kind if self._seen[kind] else self._last
-        mean_x, mean_y = self._x[known].value, self._y[known].value
-        slope = max(0.0, self._xy.value) / self._xx.value if self._xx.value > 1.0 else 0.0
-        if slope * mean_x > mean_y:  # it would be negative at 0
-            slope = mean_y / mean_x
-        return np.maximum(0.0, mean_y + slope * (np.asarray(x, dtype=np.float64) - mean_x))
 
 
 @dataclass(frozen=True)
@@ -153,3 +107,16 @@ class CallCosts:
         """Of the passes as they were, with the other requests' tokens and padding."""
         others = max(1.0, cost.batch_tokens / max(1, cost.new_tokens))
         return sum(float(self.curve.predict(others * one.new, one.cached)) for one in passes)
+
+
+class ModelCosts:
+    """What calls of both models cost, learnt from every request.
+
+    share: of the target's prompt, how much is computed, by whether the draft had found some of its own cached (None: it was not
+    asked yet). draft_share: the same of the draft's.
+    """
+
+    def __init__(self, target: CallCosts, draft: CallCosts) -> None:
+        self.target, self.draft = target, draft
+        self.share: dict[bool | None, Decayed] = {key: Decayed(1.0) for key in (None, False, True)}
+        self.draft_share = Decayed(1.0)

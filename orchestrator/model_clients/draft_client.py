@@ -14,7 +14,8 @@ from engine.beams import Beams
 from engine.cost_curve import CostCurve
 from engine.plan import Plan, PlanSize, Proposal
 from engine.trie import Trie
-from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
+from orchestrator.model_clients.question import PROBE_SECONDS, BadReplyError, ModelQuestion
+from orchestrator.usage import Usage
 from service_kit import wire
 from service_kit.affinity import Route, Routes
 from service_kit.errors import InvalidArgumentError, retry_after_seconds
@@ -76,7 +77,7 @@ class DraftClient:
 
 
 class DraftSession:
-    """The draft for one request; see `planner.SizedDraft`."""
+    """The draft for one request; see `planned_draft.SizedDraft`."""
 
     def __init__(self, client: DraftClient, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> None:
         self._client, self._question, self._proposal = client, question, proposal

@@ -9,7 +9,7 @@ import grpc
 import structlog
 
 from engine.cost_curve import CostCurve
-from orchestrator.planner import Planner
+from orchestrator.planning.planner import Planner
 from service_kit.errors import InvalidArgumentError
 
 _FIRST_PAUSE_SECONDS = 0.25

@@ -14,8 +14,8 @@ from engine.beams import Beams
 from engine.plan import Plan
 from engine.scoring import Evaluation, ScoringRule
 from engine.trie import Int64, Trie
-from orchestrator.memo import Memo
-from orchestrator.policy import Policy
+from orchestrator.search.memo import Memo
+from orchestrator.search.verification import Policy
 from service_kit import tracing
 
 

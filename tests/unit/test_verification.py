@@ -29,10 +29,10 @@ from engine.plan import Plan
 from engine.sampling import Stream
 from engine.scoring import Children, Perturbation, ScoringRule
 from engine.trie import Int64, Pruning
-from orchestrator import policy as policy_module
-from orchestrator.beam_loop import Draft, SearchResult, beam_search
-from orchestrator.memo import Memo
-from orchestrator.policy import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from orchestrator.search import verification
+from orchestrator.search.beam_loop import Draft, SearchResult, beam_search
+from orchestrator.search.memo import Memo
+from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from tests.oracles.naive_search import (
     draws_without_replacement,
     level_by_level_sets,
@@ -91,14 +91,14 @@ def test_the_children_of_a_level_that_was_foreseen_are_built_once(
 ) -> None:
     """Asking what is missing once built them all too, only to find that nothing was."""
     built: list[int] = []
-    build = getattr(policy_module, builder)
+    build = getattr(verification, builder)
 
     def counted(*arguments: Any) -> Beams:
         children: Beams = build(*arguments)
         built.append(len(children))
         return children
 
-    monkeypatch.setattr(policy_module, builder, counted)
+    monkeypatch.setattr(verification, builder, counted)
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
     asyncio.run(search(world, policy, ScriptedDraft(world.trie, everything)))
     assert sum(count > 0 for count in built) == NAIVE.levels

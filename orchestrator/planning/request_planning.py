@@ -12,9 +12,9 @@ from engine.beams import Beams, Float64
 from engine.cost import PassCost
 from engine.plan import Plan, PlanSize
 from engine.trie import Int64, Trie
-from orchestrator.costs import CallCosts, Decayed, Pass
-from orchestrator.memo import Memo
-from orchestrator.question import Usage
+from orchestrator.planning.call_costs import ModelCosts, Pass
+from orchestrator.search.memo import Memo
+from orchestrator.usage import Usage
 
 _PROMPT_REST = 8  # prompt tokens that a second plan computes again: half a block, as only whole ones are cached
 
@@ -29,7 +29,7 @@ class Task:
 
 
 @dataclass
-class Drafted:
+class PlanRecord:
     """A plan as the draft made it. start: the level of the beams that it hangs below, `beams` of them.
 
     known: the nodes that were evaluated or about to be when it was asked for. kept: how many of its own the target gets.
@@ -69,20 +69,7 @@ class PlanningReport:
     draft_predicted_ns: float = 0.0
 
 
-class ModelCosts:
-    """What calls of both models cost, learnt from every request.
-
-    share: of the target's prompt, how much is computed, by whether the draft had found some of its own cached (None: it was not
-    asked yet). draft_share: the same of the draft's.
-    """
-
-    def __init__(self, target: CallCosts, draft: CallCosts) -> None:
-        self.target, self.draft = target, draft
-        self.share: dict[bool | None, Decayed] = {key: Decayed(1.0) for key in (None, False, True)}
-        self.draft_share = Decayed(1.0)
-
-
-class Planning:
+class RequestPlanning:
     """The planning of one request: plans of a fixed size, of which the target gets everything.
 
     costs: None while the models' curves are not known, and then nothing is learnt. patience_seconds: how long the plan of the
@@ -91,7 +78,7 @@ class Planning:
 
     def __init__(self, trie: Trie, task: Task, nodes: int, costs: ModelCosts | None) -> None:
         self._trie, self._task, self._nodes, self._costs = trie, task, nodes, costs
-        self._drafted: list[Drafted] = []
+        self._records: list[PlanRecord] = []
         self._known: set[int] = set()
         self._late = False
         self.patience_seconds = math.inf
@@ -104,7 +91,7 @@ class Planning:
     def cut(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:
         """What the target gets of a plan that came below these beams."""
         kept = self._keep(below, asked, plan, cost)
-        self._drafted.append(self._record(below, asked, plan, len(kept.node), cost))
+        self._records.append(self._record(below, asked, plan, len(kept.node), cost))
         self._known.update(kept.node.tolist())
         self.report.nodes_proposed += len(plan.node)
         return kept
@@ -133,9 +120,9 @@ class Planning:
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:  # noqa: ARG002
         return plan
 
-    def _record(self, below: Beams, asked: PlanSize, plan: Plan, kept: int, cost: PassCost) -> Drafted:
+    def _record(self, below: Beams, asked: PlanSize, plan: Plan, kept: int, cost: PassCost) -> PlanRecord:
         known = frozenset(self._known)
-        return Drafted(self._level(below), len(below), asked.max_nodes, known, plan, kept, cost)
+        return PlanRecord(self._level(below), len(below), asked.max_nodes, known, plan, kept, cost)
 
     def _level(self, below: Beams) -> int:
         return int(self._trie.depth(below.node[:1])[0])
@@ -158,18 +145,18 @@ class Planning:
     def _learn_draft(self, costs: ModelCosts, draft: Usage) -> None:
         if not draft.waits:
             costs.draft.not_asked()
-        for drafted, wait in zip(self._drafted, draft.waits, strict=True):
-            passes = drafted.passes(self._trie.levels, self._task.draft_prompt_tokens)
-            self.report.draft_predicted_ns += costs.draft.predict(passes, drafted.cost)
-            costs.draft.observe(passes, drafted.cost, wait)
-            if drafted.start == 0:
-                costs.draft_share.add(_computed(self._task.draft_prompt_tokens, drafted.cost))
+        for record, wait in zip(self._records, draft.waits, strict=True):
+            passes = record.passes(self._trie.levels, self._task.draft_prompt_tokens)
+            self.report.draft_predicted_ns += costs.draft.predict(passes, record.cost)
+            costs.draft.observe(passes, record.cost, wait)
+            if record.start == 0:
+                costs.draft_share.add(_computed(self._task.draft_prompt_tokens, record.cost))
 
     def _learn_share(self, costs: ModelCosts, first: PassCost) -> None:
         computed = _computed(self._task.prompt_tokens, first)
         costs.share[None].add(computed)
-        if self._drafted and self._drafted[0].start == 0:
-            costs.share[found_cached(self._drafted[0].cost)].add(computed)
+        if self._records and self._records[0].start == 0:
+            costs.share[found_cached(self._records[0].cost)].add(computed)
 
     def _target_passes(self, costs: Sequence[PassCost]) -> list[Pass]:
         """The passes of the target's stream: every one finds cached what those before it computed."""

@@ -17,7 +17,7 @@ import numpy as np
 from engine.beams import Float64
 from engine.plan import Plan
 from engine.trie import Int64
-from orchestrator.costs import Decayed
+from orchestrator.planning.decayed import Decayed
 
 NOTHING = -np.inf
 """The depth of the empty cut, and what is required where no planned node is."""

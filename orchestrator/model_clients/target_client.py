@@ -20,7 +20,8 @@ from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 from engine.cost_curve import CostCurve
 from engine.scoring import Evaluation
 from engine.trie import ROOT, Int64, Trie
-from orchestrator.question import PROBE_SECONDS, BadReplyError, ModelQuestion, Usage
+from orchestrator.model_clients.question import PROBE_SECONDS, BadReplyError, ModelQuestion
+from orchestrator.usage import Usage
 from service_kit import wire
 from service_kit.affinity import Routes
 from service_kit.errors import (

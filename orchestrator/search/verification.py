@@ -26,7 +26,7 @@ from engine.plan import Proposal
 from engine.sampling import Stream, uniform
 from engine.scoring import Perturbation
 from engine.trie import Int64, Trie
-from orchestrator.memo import Memo
+from orchestrator.search.memo import Memo
 
 
 class Policy(Protocol):

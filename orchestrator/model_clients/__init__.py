@@ -1,0 +1,1 @@
+"""Draft and target, as their services are called."""

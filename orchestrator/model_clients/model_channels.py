@@ -1,0 +1,68 @@
+"""The channels to the replicas of both models."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+import structlog
+from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+
+from orchestrator.settings import OrchestratorSettings
+from service_kit.affinity import Routes
+from service_kit.channels import open_channel
+from service_kit.tokens import TokenFile
+
+_TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
+_DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+_DRAFT_PATIENCE_SECONDS = 30.0
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass
+class ModelChannels:
+    """The channels that one snapshot's calls go over, by service: to replicas in turn, and by key."""
+
+    settings: OrchestratorSettings
+    resources: AsyncExitStack
+    target_in_turn: grpc.aio.Channel | None = None
+    draft_in_turn: grpc.aio.Channel | None = None
+
+    async def targets(self, version: str) -> Routes[target_pb2_grpc.TargetServiceAsyncStub]:
+        """To the targets that serve a version."""
+        settings = self.settings
+        tls = settings.model_tls(settings.target_name)
+        self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
+        stub = target_pb2_grpc.TargetServiceStub
+        return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affine_calls)
+
+    async def drafts(self, address: str, version: str) -> Routes[draft_pb2_grpc.DraftServiceAsyncStub]:
+        """To the drafts that serve a version."""
+        settings = self.settings
+        tls = settings.model_tls(settings.draft_name)
+        self.draft_in_turn, by_key = await self._pair(address, _DRAFT, version=version, retried=["Plan"], tls=tls)
+        stub = draft_pb2_grpc.DraftServiceStub
+        return Routes(stub(self.draft_in_turn), stub(by_key), most_at_once=settings.affine_calls)
+
+    async def served(self) -> None:
+        """Return when a target serves the version, and a draft does or has had its time."""
+        if self.target_in_turn is not None:
+            await self.target_in_turn.channel_ready()
+        if self.draft_in_turn is not None:
+            try:
+                async with asyncio.timeout(_DRAFT_PATIENCE_SECONDS):
+                    await self.draft_in_turn.channel_ready()
+            except TimeoutError:
+                _log.warning("no draft serves the bundle, going on without one")
+
+    async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
+        token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None
+        limit = self.settings.model_message_bytes
+        made = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
+        in_turn = await self.resources.enter_async_context(made())
+        return in_turn, await self.resources.enter_async_context(made(by_key=True))
