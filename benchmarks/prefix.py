@@ -31,7 +31,9 @@ from engine.cost_curve import CostCurve
 from engine.decoder import RuntimeOptions, load_decoder
 from engine.fetch_cost import FetchPolicy
 from engine.kv_cache import KvLayout, MemoryKvCache
-from engine.kv_store import PrefixCache, RedisKvStore, connect
+from engine.kv_store import RedisKvStore
+from engine.prefix_cache import PrefixCache
+from engine.redis_client import connect
 from engine.scoring import Evaluation
 from engine.tree_evaluator import Selection, TreeEvaluator
 from engine.trie import Int64, Pruning

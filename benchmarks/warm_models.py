@@ -18,8 +18,8 @@ from engine.catalogue import Catalogue
 from engine.cost import PassCost
 from engine.decoder import Decoder, RuntimeOptions, load_decoder
 from engine.kv_cache import NO_OWNER, KvLayout, MemoryKvCache
-from engine.kv_store import PrefixCache
 from engine.plan import Plan
+from engine.prefix_cache import PrefixCache
 from engine.scoring import Children, Evaluation, ScoringRule
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import ROOT, Int64, Pruning, Trie

@@ -22,7 +22,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from engine.kv_cache import OWNER_BYTES
-from engine.kv_store import PrefixCache, group_name
+from engine.kv_store import group_name
+from engine.prefix_cache import PrefixCache
 
 STREAM = "forgotten-users"
 DEAF_SECONDS = 300.0

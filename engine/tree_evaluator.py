@@ -19,7 +19,7 @@ from engine.decoder import Decoder
 from engine.errors import CapacityError, PromptError
 from engine.kv_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
 from engine.kv_pool import KvPool, capacity_for
-from engine.kv_store import PrefixCache
+from engine.prefix_cache import PrefixCache
 from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
 from engine.token_tree import TokenTree, TreePass
 from engine.trie import ROOT, Int64, Pruning, Trie

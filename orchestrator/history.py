@@ -47,7 +47,7 @@ class HistoryStore:
     multiple of `trim_step` events. With a prompt's `drop_block` for a step, its window starts at multiples of that too,
     and moves once in `drop_block` events however long the history; with a step of 1 it would move at every event.
 
-    `client` stays its caller's to close. It should be one that does not retry (`engine.kv_store.connect`): an append
+    `client` stays its caller's to close. It should be one that does not retry (`engine.redis_client.connect`): an append
     that is sent twice is a history with an item too many. User and item ids are taken as they are; check them before.
     Users of different tenants are different users.
     """

@@ -17,7 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
 from engine.comparison import Verdict
-from engine.kv_store import connect
+from engine.redis_client import connect
 from orchestrator.as_ready import as_ready
 from orchestrator.deadline import Deadline
 from orchestrator.draft_switch import DraftSwitch

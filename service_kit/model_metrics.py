@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 from engine.cost import PassCost
 from engine.forgetting import ForgetListener
 from engine.kv_cache import MemoryKvCache
-from engine.kv_store import PrefixCache, RedisKvStore
+from engine.kv_store import RedisKvStore
+from engine.prefix_cache import PrefixCache
 from engine.tree_evaluator import OpenTree, TreeEvaluator
 from service_kit.metrics import (
     SIZES,

@@ -7,7 +7,7 @@ from engine.bundle import ModelEntry
 from engine.cost import PassCost
 from engine.decoder import Decoder
 from engine.kv_cache import NO_OWNER, KvLayout
-from engine.kv_store import PrefixCache
+from engine.prefix_cache import PrefixCache
 from engine.scoring import Evaluation, ScoringRule
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import Int64, Trie

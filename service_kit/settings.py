@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from engine.kv_store import RedisTls
+from engine.redis_client import RedisTls
 from service_kit.logs import LogFormat, LogLevel
 from service_kit.tls import TlsFiles
 

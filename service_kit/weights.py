@@ -15,7 +15,9 @@ from engine.cost_curve import CostCurve
 from engine.decoder import Decoder
 from engine.forgetting import ForgetListener
 from engine.kv_cache import KvLayout, MemoryKvCache
-from engine.kv_store import PrefixCache, RedisKvStore, connect
+from engine.kv_store import RedisKvStore
+from engine.prefix_cache import PrefixCache
+from engine.redis_client import connect
 from service_kit.metrics import Reads
 from service_kit.model_metrics import ModelMetrics, prefix_cache_reads
 from service_kit.model_settings import ModelSettings

@@ -13,7 +13,7 @@ from hypothesis import settings
 from redis.asyncio import Redis
 
 from client.local_redis import LocalRedis
-from engine.kv_store import connect
+from engine.redis_client import connect
 
 MAX_MEMORY = "256mb"
 

@@ -21,7 +21,9 @@ from engine.bundle import Bundle, Manifest
 from engine.catalogue import Catalogue
 from engine.forgetting import STREAM, ForgetListener, announce
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys
-from engine.kv_store import PrefixCache, RedisKvStore, connect, group_name
+from engine.kv_store import RedisKvStore, group_name
+from engine.prefix_cache import PrefixCache
+from engine.redis_client import connect
 from engine.trie import ROOT, Int64
 from orchestrator.owner_tag import owner_tag
 from service_kit import wire

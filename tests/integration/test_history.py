@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from client.local_redis import LocalRedis
-from engine.kv_store import connect
 from engine.prompt import PromptTemplate
+from engine.redis_client import connect
 from orchestrator.history import HistoryStore, HistoryUnavailable
 
 

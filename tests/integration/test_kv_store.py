@@ -15,7 +15,9 @@ from redis.exceptions import RedisError
 
 from client.local_redis import LocalRedis
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys, encode_block
-from engine.kv_store import PrefixCache, RedisKvStore, connect, group_name
+from engine.kv_store import RedisKvStore, group_name
+from engine.prefix_cache import PrefixCache
+from engine.redis_client import connect
 from orchestrator.history import HistoryStore
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=16, dtype="float32", block_tokens=16)

@@ -12,7 +12,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from client.local_certificates import LocalCertificates
-from engine.kv_store import RedisTls, connect
+from engine.redis_client import RedisTls, connect
 
 
 class TlsProxy:

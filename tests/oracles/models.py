@@ -13,8 +13,9 @@ from engine.beams import Beams
 from engine.catalogue import Catalogue
 from engine.decoder import Decoder, RuntimeOptions
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, owner_of
-from engine.kv_store import KvStore, PrefixCache
+from engine.kv_store import KvStore
 from engine.plan import Plan
+from engine.prefix_cache import PrefixCache
 from engine.scoring import Evaluation, ScoringRule
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import ROOT, Int64, Trie

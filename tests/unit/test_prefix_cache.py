@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.fetch_cost import FetchPolicy
 from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys, copy_blocks, owner_of
-from engine.kv_store import PrefixCache
+from engine.prefix_cache import PrefixCache
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)
 
