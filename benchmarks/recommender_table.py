@@ -20,6 +20,7 @@ NAME = "recommenders"
 PAGE = "recommenders.md"
 CUTOFFS = (5, 10, 20)
 REFERENCE = "item-knn"  # what the others are compared with, user by user
+REFITTED = "item-knn-refitted"  # the same, counted on the validation split too
 REFERENCE_CUTOFF = 10
 _TABLES = {"all": "Nothing excluded", "unseen": "Items of the history excluded"}
 _COLUMNS = [f"{name}@{cutoff}" for name in ("Recall", "NDCG") for cutoff in CUTOFFS]
@@ -117,7 +118,8 @@ def section(header: Mapping[str, Any], rows: Sequence[RecommenderRow]) -> Iterat
     yield (
         f"Target and draft: {bundle['name']}, version {bundle['version']}, {_parameters(bundle['parameters'])}. "
         f"Training: processor time; of target and draft it is in the run's folder. Item-kNN: the newest {header['recent']} "
-        f"items. {machine['processor']}, {machine['cores']} cores, revision {header['revision'] or 'unknown'}, "
+        f"items; all methods learn from the train split, {REFITTED} from the validation too. "
+        f"{machine['processor']}, {machine['cores']} cores, revision {header['revision'] or 'unknown'}, "
         f"{header['created_at']}."
     )
     for method, settings in header["settings"].items():

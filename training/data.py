@@ -82,6 +82,11 @@ class Dataset:
         before = self.train.get(user, ())
         return before if split == "valid" else before + self.valid.get(user, ())
 
+    def histories(self, split: SplitName) -> Histories:
+        """What is known of all users before `split`, of those of whom something is; oldest first."""
+        users = self.train if split == "valid" else {**self.train, **self.valid}
+        return {user: self.history(user, split) for user in users}
+
     @property
     def digest(self) -> str:
         """Hash of the whole content."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from engine.catalogue import Catalogue
 from engine.scoring import ScoringRule
 from training.beams import BeamSearch, batches_of_equal_length
-from training.data import Case, Dataset
+from training.data import Case, Dataset, SplitName
 from training.recipe import Recipe, Schedule
 from training.sequences import Batch, Sequencer
 from training.trainer import cross_entropy
@@ -192,18 +192,20 @@ class AgreementValidation:
         return asking(model) | measures | {"score": found["accepted"] + covered / 1000}
 
 
-def popularity(dataset: Dataset, catalogue: Catalogue) -> Scorer:
-    """Each item's count in all histories before the test."""
+def popularity(dataset: Dataset, catalogue: Catalogue, *, before: SplitName = "valid") -> Scorer:
+    """Each item's count in all histories before a split; before validation there is what models are trained on."""
     counts = np.zeros(catalogue.items)
-    for histories in (dataset.train, dataset.valid):
-        for items in histories.values():
-            np.add.at(counts, catalogue.find(items), 1)
+    for items in dataset.histories(before).values():
+        np.add.at(counts, catalogue.find(items), 1)
     return lambda _: counts
 
 
-def item_knn(dataset: Dataset, catalogue: Catalogue, *, recent: int) -> Scorer:
-    """Summed cosine similarity, of the sets of users, to the `recent` newest items (Sarwar et al. 2001)."""
-    users = [catalogue.find(dataset.history(user, "test")) for user in dataset.train]
+def item_knn(dataset: Dataset, catalogue: Catalogue, *, recent: int, before: SplitName = "valid") -> Scorer:
+    """Summed cosine similarity, of the sets of users, to the `recent` newest items (Sarwar et al. 2001).
+
+    before: the split before which all histories are counted. A question's own history is whatever it is.
+    """
+    users = [catalogue.find(items) for items in dataset.histories(before).values()]
     rows = np.repeat(np.arange(len(users)), [len(items) for items in users])
     shape = (len(users), catalogue.items)
     seen = scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, np.concatenate(users))), shape=shape)

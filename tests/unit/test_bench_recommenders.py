@@ -70,7 +70,9 @@ def test_the_means_are_those_of_the_runs_own_evaluation(folder: Path, rows: list
     """The same users, as the run measures all of them, with and without what they have seen."""
     report = json.loads((folder / "metrics.json").read_text())
     assert {(row.table, row.method) for row in rows} == {
-        (table, method) for table in ("all", "unseen") for method in ("target", "draft", "popularity", "item-knn")
+        (table, method)
+        for table in ("all", "unseen")
+        for method in ("target", "draft", "popularity", "item-knn", "item-knn-refitted")
     }
     for row in rows:
         wanted = report["test" if row.table == "all" else "test-unseen"][row.method]
@@ -148,6 +150,7 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
         "draft",
         "popularity",
         "item-knn",
+        "item-knn-refitted",
         "sasrec",
     ]
     assert {row.users for row in found} == {60}

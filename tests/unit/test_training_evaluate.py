@@ -6,7 +6,7 @@ import torch
 
 from engine.catalogue import Catalogue
 from engine.scoring import ScoringRule
-from training.data import Case, Dataset, Item
+from training.data import Case, Dataset, Item, SplitName
 from training.evaluate import Question, Recommender, agreement, item_knn, metrics, popularity, questions, rank_by
 from training.models import build_model
 from training.recipe import Model, PromptWindow, Schedule, Shape
@@ -74,10 +74,12 @@ def _score(model: torch.nn.Module, sequencer: Sequencer, asking: Question, item:
     return total
 
 
-def test_popularity_counts_everything_before_the_test() -> None:
-    scorer = popularity(dataset({"1": "aab", "2": "c"}, {"2": "cc"}), CATALOGUE)
+@pytest.mark.parametrize(("before", "order"), [("valid", "abcdef"), ("test", "cabdef")])
+def test_popularity_counts_everything_before_a_split(before: SplitName, order: str) -> None:
+    """c is the most popular by the validation split's two, which what is trained does not see."""
+    scorer = popularity(dataset({"1": "aab", "2": "c"}, {"2": "cc"}), CATALOGUE, before=before)
     best = rank_by(scorer, [question("a", "b")], exclude_seen=False)[0]
-    assert [CATALOGUE.id_of(item) for item in best] == ["c", "a", "b", "d", "e", "f"]
+    assert [CATALOGUE.id_of(item) for item in best] == list(order)
 
 
 def test_item_knn_recommends_what_goes_along() -> None:
@@ -85,6 +87,14 @@ def test_item_knn_recommends_what_goes_along() -> None:
     scorer = item_knn(dataset({"1": "ad", "2": "ad", "3": "ab", "4": "ef"}), CATALOGUE, recent=1)
     best = rank_by(scorer, [question("fa", "d")], exclude_seen=True)[0]
     assert [CATALOGUE.id_of(item) for item in best[:2]] == ["d", "b"]
+
+
+@pytest.mark.parametrize(("before", "next_item"), [("valid", "b"), ("test", "d")])
+def test_item_knn_learns_from_the_validation_only_where_it_is_told_to(before: SplitName, next_item: str) -> None:
+    """The validation's users, one of them unknown before, put d beside a three times."""
+    learnt = dataset({"1": "ab", "2": "a"}, {"2": "d", "3": "ad", "4": "da"})
+    best = rank_by(item_knn(learnt, CATALOGUE, recent=1, before=before), [question("a", "b")], exclude_seen=True)[0]
+    assert CATALOGUE.id_of(best[0]) == next_item
 
 
 def test_questions_without_a_history_need_permission() -> None:
