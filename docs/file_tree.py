@@ -37,7 +37,7 @@ PURPOSES = {
     "bundles": "movielens-100k, the trained bundle that the demo serves",
     "deploy": "Dockerfile, GPU set-up and pins, Envoy, Kubernetes manifests",
     "docs": "architecture, method, settings, log of what did not work",
-    "tests": "unit/ integration/ (real servers, real Redis) faults/ e2e/ oracles/ (independent references)",
+    "tests": "unit/ integration/ (real servers and Redis) faults/ e2e/ oracles/ (independent references) npm/ (`make tools`)",
 }
 _UNLISTED = {"README.md", "LICENSE", ".gitignore", ".gitattributes", ".dockerignore", ".ci"}
 

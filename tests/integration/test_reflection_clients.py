@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -14,13 +13,12 @@ import grpc
 import pytest
 
 from engine.catalogue import Catalogue
+from tests import fetched
 from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, Client, ids
 
 ROOT = Path(__file__).parents[2]
 BUF = Path(sysconfig.get_path("scripts")) / "buf"  # comes as a wheel, beside this Python
-PACKAGES = ROOT / "var" / "grpc-js"  # kept from run to run: the packages never change
-INSTALL = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts"]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +29,7 @@ def history(catalogue: Catalogue) -> list[str]:
 @pytest.fixture(scope="module")
 def node_modules() -> Path:
     """Where grpc-js is installed."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    modules = PACKAGES / "node_modules"
-    if not (modules / "@grpc" / "proto-loader" / "package.json").exists():
-        PACKAGES.mkdir(parents=True, exist_ok=True)
-        command = [*INSTALL, "--prefix", str(PACKAGES), "@grpc/grpc-js@1", "@grpc/proto-loader@0.8"]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return modules
+    return fetched.node_modules()
 
 
 def grpc_js(modules: Path, address: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -409,3 +409,12 @@ def test_pins_are_exact_and_free_of_any_machine(name: str) -> None:
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.!]+", line)] == []
     names = [line.partition("==")[0].lower() for line in lines]
     assert len(set(names)) == len(names)
+
+
+def test_packages_of_npm_are_pinned_by_their_hashes_and_free_of_any_registry() -> None:
+    lock = json.loads((ROOT / "tests" / "npm" / "package-lock.json").read_text(encoding="utf-8"))
+    packages = {name: package for name, package in lock["packages"].items() if name}
+    assert packages
+    for package in packages.values():
+        assert package["integrity"].startswith("sha512-")
+        assert "resolved" not in package

