@@ -10,7 +10,7 @@ import typer
 
 from client.cli_parts import CommandError, err, optional
 from service_kit.scopes import Scope
-from service_kit.tokens import hash_token, new_token
+from service_kit.tokens import TOKEN_NAME, hash_token, new_token
 
 
 def certificates(folder: Annotated[Path, typer.Argument(help="Where to write them.", file_okay=False)]) -> None:
@@ -31,6 +31,8 @@ def token(
     ] = None,
 ) -> None:
     """A new token: on standard output, this once; on standard error, its entry for the service's tokens file."""
+    if not TOKEN_NAME.fullmatch(name):
+        raise CommandError(f"{name!r}: a name is 1 to 64 letters, digits, `.`, `_` and `-`")
     made = new_token()
     entry = [f"[{json.dumps(name)}]", f'sha256 = "{hash_token(made)}"', f"scopes = {json.dumps([*map(str, scope)])}"]
     if tenant is not None:

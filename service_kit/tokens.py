@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -48,7 +49,8 @@ class Grant(BaseModel):
         return self.expires is not None and self.expires <= now
 
 
-_Grants = TypeAdapter(dict[Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")], Grant])
+TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_Grants = TypeAdapter(dict[Annotated[str, Field(pattern=f"^{TOKEN_NAME.pattern}$")], Grant])
 
 
 class Tokens:
