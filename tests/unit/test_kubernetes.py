@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from client.local_certificates import LocalCertificates
 from service_kit.admission_metrics import QUEUED
 from service_kit.model_metrics import WAITING
+from service_kit.server import Registration, running
 from service_kit.settings import ServiceSettings
 from service_kit.settings_docs import SERVICES
+from service_kit.tls import TlsFiles
+from service_kit.tokens import hash_token
 from tests import fetched
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +43,7 @@ def kubectl() -> str:
     return fetched.kubectl()
 
 
-@pytest.fixture(scope="session", params=["cpu", "gpu"])
+@pytest.fixture(scope="session", params=["cpu", "gpu", "cpu-secure", "gpu-secure"])
 def overlay(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -44,9 +51,23 @@ def overlay(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def manifests(kubectl: str, overlay: str) -> list[Manifest]:
     """All that an overlay applies."""
-    command = [kubectl, "kustomize", str(FOLDER / "overlays" / overlay)]
-    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return list(yaml.safe_load_all(built.stdout))
+    return built(kubectl, FOLDER / "overlays" / overlay)
+
+
+def built(kubectl: str, folder: Path) -> list[Manifest]:
+    command = [kubectl, "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.fixture(scope="session")
+def secure(kubectl: str) -> list[Manifest]:
+    return built(kubectl, FOLDER / "overlays" / "cpu-secure")
+
+
+@pytest.fixture(scope="session")
+def plain(kubectl: str) -> list[Manifest]:
+    return built(kubectl, FOLDER / "overlays" / "cpu")
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
@@ -84,8 +105,10 @@ def test_everything_is_valid_and_in_one_namespace(manifests: list[Manifest]) -> 
 
 def test_every_file_is_part_of_it() -> None:
     """A manifest that no kustomization names would be silently left out."""
-    base = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text())
-    assert set(base["resources"]) == {path.name for path in (FOLDER / "base").iterdir()} - {"kustomization.yaml"}
+    for found in FOLDER.rglob("kustomization.yaml"):
+        says = yaml.safe_load(found.read_text())
+        files = {*says.get("resources", ()), *(patch.get("path") for patch in says.get("patches", ()))}
+        assert {path.name for path in found.parent.iterdir()} - {"kustomization.yaml"} <= files
 
 
 def test_every_variable_is_a_setting(manifests: list[Manifest]) -> None:
@@ -126,8 +149,8 @@ def test_secrets_are_referred_to_and_not_there(manifests: list[Manifest]) -> Non
             assert set(variable["valueFrom"]) == {"secretKeyRef"}
 
 
-def test_probes_ask_the_port_and_the_service(manifests: list[Manifest]) -> None:
-    for name, container in containers(manifests).items():
+def test_probes_ask_the_port_and_the_service(plain: list[Manifest]) -> None:
+    for name, container in containers(plain).items():
         assert container["args"] == [MODULES[name]]
         assert container["ports"][0] == {"name": "grpc", "containerPort": PORTS[name]}
         assert container["readinessProbe"]["grpc"] == {"port": PORTS[name], "service": SERVICE_NAMES[name]}
@@ -251,8 +274,118 @@ def test_prometheus_finds_and_reaches_the_metrics(manifests: list[Manifest]) -> 
 
 def test_gpus_are_asked_for_in_their_overlay_alone(manifests: list[Manifest], overlay: str) -> None:
     for name, container in containers(manifests).items():
-        on_gpu = overlay == "gpu" and name != "orchestrator"
+        on_gpu = overlay.startswith("gpu") and name != "orchestrator"
         assert container["image"] == f"atspeed-serving:{'gpu' if on_gpu else 'cpu'}"
         assert container["resources"]["limits"].get("nvidia.com/gpu") == (1 if on_gpu else None)
         data = of_kind(manifests, "ConfigMap")[f"atspeed-{name}"]["data"]
         assert data.get(f"ATSPEED_{name.upper()}_PROVIDER") == ("cuda" if on_gpu else None)
+
+
+# components/secure
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the Secrets hold, a folder for each by its name and a file for each of its keys."""
+    root = tmp_path_factory.mktemp("secrets")
+    made = LocalCertificates(root / "made")
+    for name in PORTS:
+        shutil.copytree(made.folder / name, root / f"{name}-tls")
+    for name, keys in {
+        "atspeed-redis": {"ca.crt": made.ca.read_text(), "url": "rediss://redis:6379/0"},
+        "orchestrator-tokens": {"tokens.toml": entry("shop", "read"), "model-token": "orchestrator's"},
+        "model-tokens": {"model-tokens.toml": entry("orchestrator", "service")},
+    }.items():
+        (root / name).mkdir()
+        for key, value in keys.items():
+            (root / name / key).write_text(value)
+    return root
+
+
+def entry(name: str, scope: str) -> str:
+    return f'[{name}]\nsha256 = "{hash_token(name)}"\nscopes = ["{scope}"]\n'
+
+
+def mounted(manifests: list[Manifest], service: str, secrets: Path, folder: Path) -> Path:
+    """A folder as the pod sees its own under /secrets."""
+    pod = pods(manifests)[service]
+    (volume,) = (found["projected"] for found in pod["volumes"] if found["name"] == "secrets")
+    (mount,) = (found for found in pod["containers"][0]["volumeMounts"] if found["name"] == "secrets")
+    assert mount == {"name": "secrets", "mountPath": "/secrets", "readOnly": True}, "a subPath would never be renewed"
+    for source in (found["secret"] for found in volume["sources"]):
+        own = {path.name: path.name for path in (secrets / source["name"]).iterdir()}
+        for key, path in {item["key"]: item["path"] for item in source.get("items", ())}.items() or own.items():
+            shutil.copy(secrets / source["name"] / key, folder / path)
+    return folder
+
+
+def secured(manifests: list[Manifest], service: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ServiceSettings:
+    """The settings that the pod's process gets, with `folder` in place of /secrets."""
+    data = of_kind(manifests, "ConfigMap")[f"atspeed-{service}"]["data"]
+    (url,) = containers(manifests)[service]["env"]
+    assert url["valueFrom"]["secretKeyRef"] == {"name": "atspeed-redis", "key": "url", "optional": False}
+    bundle = folder / "bundle"
+    bundle.mkdir()
+    for name, value in {**data, url["name"]: "rediss://redis:6379/0"}.items():
+        monkeypatch.setenv(name, value.replace("/secrets/", f"{folder}/").replace("/bundle", str(bundle)))
+    return settings_of(service).load([])
+
+
+@pytest.mark.parametrize("service", PORTS)
+async def test_secured_pods_start_and_their_probes_get_in(
+    secure: list[Manifest], service: str, secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server with the settings, certificates and tokens of the pod is asked by the pod's own commands."""
+    folder = mounted(secure, service, secrets, tmp_path)
+    settings = secured(secure, service, folder, monkeypatch)
+    assert settings.server_tls == TlsFiles(
+        folder / "tls.crt", folder / "tls.key", None if service == "orchestrator" else folder / "ca.crt"
+    )
+    assert settings.redis_tls.ca == folder / "redis-ca.crt"
+    assert settings.tokens_file
+    assert not settings.insecure
+    local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": None})
+    async with running(local, [Registration(SERVICE_NAMES[service], lambda server: None)]) as server:
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            asked = containers(secure)[service][probe]
+            assert set(asked).isdisjoint({"grpc", "httpGet", "tcpSocket"})
+            python, *command = (part.replace("/secrets/", f"{folder}/") for part in asked["exec"]["command"])
+            assert python == "python"
+            assert f"127.0.0.1:{PORTS[service]}" in command
+            assert (f"--service={SERVICE_NAMES[service]}" in command) is (probe == "readinessProbe")
+            here = [part.replace(f"127.0.0.1:{PORTS[service]}", server.address) for part in command]
+            done = await asyncio.to_thread(
+                subprocess.run, [sys.executable, *here], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert (done.returncode, done.stdout) == (0, "SERVING\n"), done.stderr
+
+
+def test_secured_pods_are_set_up_as_secured_containers_are(secure: list[Manifest], plain: list[Manifest]) -> None:
+    """The same settings as docker-compose.secure.yml makes; where Redis is a Secret says here, and it has a CA of its own."""
+    composed = yaml.safe_load((ROOT / "deploy" / "docker-compose.secure.yml").read_text())["services"]
+    for name in PORTS:
+        expected = {key: value for key, value in composed[name]["environment"].items() if "REDIS_URL" not in key}
+        expected[f"ATSPEED_{name.upper()}_REDIS_CA"] = "/secrets/redis-ca.crt"
+        data, before = (of_kind(found, "ConfigMap")[f"atspeed-{name}"]["data"] for found in (secure, plain))
+        assert {key: value for key, value in data.items() if before.get(key) != value} == expected
+
+
+def test_nothing_says_that_secured_ports_are_plain(secure: list[Manifest]) -> None:
+    for service in of_kind(secure, "Service").values():
+        assert "appProtocol" not in service["spec"]["ports"][0]
+
+
+def test_cert_manager_issues_what_is_mounted_under_the_names_that_callers_ask_for(
+    kubectl: str, secure: list[Manifest]
+) -> None:
+    """cert-manager's own schemas are not checked."""
+    found = built(kubectl, FOLDER / "cert-manager")
+    (issuer,) = of_kind(found, "Issuer")
+    issued = {name: certificate["spec"] for name, certificate in of_kind(found, "Certificate").items()}
+    assert set(issued) == set(PORTS)
+    for name, certificate in issued.items():
+        assert certificate["issuerRef"] == {"name": issuer, "kind": "Issuer"}
+        assert name in certificate["dnsNames"]
+        assert set(certificate["usages"]) == {"server auth", "client auth"}
+        (volume,) = (one["projected"] for one in pods(secure)[name]["volumes"] if one["name"] == "secrets")
+        assert {"secret": {"name": certificate["secretName"]}} in volume["sources"]
