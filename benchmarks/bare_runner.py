@@ -121,7 +121,7 @@ async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIt
             await stack.enter_async_context(served_models(settings, "target", lambda evaluator: evaluator))
             for _ in range(replicas)
         ]
-        yield BareRunner(bundle, bundle.catalogue(), [replica.newest.evaluator for replica in models])
+        yield BareRunner(bundle, bundle.catalogue(), [replica.stable.evaluator for replica in models])
 
 
 def median_ms(nanoseconds: Iterable[float]) -> float:

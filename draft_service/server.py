@@ -40,7 +40,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
         """What this replica serves."""
         version, served = request.model_version, sorted(self._models.versions.served)
-        model = self._models.find(version, "model_version") if version else self._models.newest
+        model = self._models.find(version, "model_version") if version else self._models.stable
         return draft_pb2.DraftServiceGetModelInfoResponse(model=model.info, model_versions=served)
 
     async def Plan(self, request: draft_pb2.PlanRequest, context: Context) -> draft_pb2.PlanResponse:

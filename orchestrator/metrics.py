@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 
 from prometheus_client import CollectorRegistry
 
 from engine.cost import PassCost
 from orchestrator.deadline import Deadline
-from orchestrator.draft_switch import SWITCHED_OFF, DraftSwitch
-from orchestrator.model_clients.draft_client import DraftClient
+from orchestrator.draft_switch import SWITCHED_OFF
 from orchestrator.recommendation import Recommendation
 from orchestrator.search.mode import Mode
-from orchestrator.shadow import ShadowChecks
-from orchestrator.snapshots import Snapshots
+from orchestrator.tracks import Lanes
 from service_kit.admission import Admission
 from service_kit.admission_metrics import admission_reads
 from service_kit.bundle_metrics import bundle_reads
 from service_kit.bundle_watch import BundleWatch
 from service_kit.errors import ServiceError
-from service_kit.metrics import SIZES, WHOLE, CounterOf, HistogramOf, ReadCounter, ReadGauge, Readings
+from service_kit.metrics import SIZES, WHOLE, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
+from service_kit.tracks import Track
 
 LISTS = CounterOf(
     "atspeed_recommendations_total",
     "Lists that were asked for, alone or in a batch, by mode and gRPC status.",
-    ("mode", "code"),
+    ("track", "mode", "code"),
 )
 STAGE_SECONDS = HistogramOf(
     "atspeed_stage_seconds",
     "Time of a list by stage: history, draft and target (the waits for these), selection, total; draft_forward and "
     "target_forward are what the models themselves took.",
-    ("mode", "stage"),
+    ("track", "mode", "stage"),
 )
-PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("mode",), WHOLE)
+PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("track", "mode"), WHOLE)
 ACCEPTED = HistogramOf("atspeed_accepted_levels", "Levels of a list that needed no target pass.", ("mode",), WHOLE)
 NODES = CounterOf(
     "atspeed_nodes_total",
@@ -56,20 +56,29 @@ PREDICTION = HistogramOf(
     (0.25, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2, 4),
 )
 RETRIES = CounterOf("atspeed_target_retries_total", "Streams that broke and were taken up on another replica.")
-DEGRADED = CounterOf("atspeed_degraded_total", "Lists that did without something, by what and why.", ("reason",))
+DEGRADED = CounterOf(
+    "atspeed_degraded_total", "Lists that did without something, by what and why.", ("track", "reason")
+)
 SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer items than asked for.")
 SHADOW = ReadCounter(
     "atspeed_shadow_checks_total",
     "Strict lists that came up for a shadow check: identical, near-tie or different; failed, where the target gave no "
     "second list; dropped, where another check was running.",
-    ("outcome",),
+    ("track", "outcome"),
 )
-SHADOW_GAP = ReadGauge("atspeed_shadow_largest_gap", "Largest difference of two scores at one place in a shadow check.")
-SPECULATION = ReadGauge("atspeed_speculation_on", "1 while the draft is asked, 0 after shadow checks switched it off.")
-RESTING = ReadGauge("atspeed_draft_resting", "1 while the draft is left alone after a failure.")
+SHADOW_GAP = ReadGauge(
+    "atspeed_shadow_largest_gap", "Largest difference of two scores at one place in a shadow check.", ("track",)
+)
+SPECULATION = ReadGauge(
+    "atspeed_speculation_on", "1 while the draft is asked, 0 after shadow checks switched it off.", ("track",)
+)
+RESTING = ReadGauge("atspeed_draft_resting", "1 while the draft is left alone after a failure.", ("track",))
+CANARY_SHARE = ReadGauge(
+    "atspeed_canary_share", "Share of the users that the canary serves now; 0 while there is none that a target serves."
+)
 METRICS = (
     *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, ASKED, PREDICTION, RETRIES, DEGRADED, SHORT),
-    *(SHADOW, SHADOW_GAP, SPECULATION, RESTING),
+    *(SHADOW, SHADOW_GAP, SPECULATION, RESTING, CANARY_SHARE),
 )
 
 _REASONS = {
@@ -88,14 +97,7 @@ _NARROWED = "beam_width"
 class OrchestratorMetrics:
     """The metrics of one orchestrator process."""
 
-    def __init__(
-        self,
-        admission: Admission,
-        shadow: ShadowChecks,
-        draft_switch: DraftSwitch,
-        snapshots: Snapshots,
-        watch: BundleWatch,
-    ) -> None:
+    def __init__(self, admission: Admission, lanes: Lanes, watches: Sequence[BundleWatch]) -> None:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
@@ -103,23 +105,13 @@ class OrchestratorMetrics:
         self._asked, self._prediction = ASKED.build(self.registry), PREDICTION.build(self.registry)
         self._nodes, self._retries = NODES.build(self.registry), RETRIES.build(self.registry)
         self._degraded, self._short = DEGRADED.build(self.registry), SHORT.build(self.registry)
-        self.registry.register(Readings(admission_reads(admission)))
-        self.registry.register(Readings(bundle_reads(watch)))
-        for reason in (*_REASONS.values(), _NARROWED, "other"):
-            self._degraded.labels(reason)  # a series that begins with its first 1 shows no increase
-        self.registry.register(
-            Readings(
-                {
-                    SHADOW: lambda: {(name,): shadow.outcomes[name] for name in shadow.OUTCOMES},
-                    SHADOW_GAP: lambda: shadow.largest_gap,
-                    SPECULATION: lambda: float(draft_switch.on),
-                    RESTING: lambda: float(_rests(snapshots.current.draft)),
-                }
-            )
-        )
+        for track, reason in product(Track, (*_REASONS.values(), _NARROWED, "other")):
+            self._degraded.labels(track, reason)  # a series that begins with its first 1 shows no increase
+        for reads in (admission_reads(admission), bundle_reads(watches), _lane_reads(lanes)):
+            self.registry.register(Readings(reads))
 
     @contextmanager
-    def asked(self, mode: Mode, deadline: Deadline) -> Iterator[None]:
+    def asked(self, track: Track, mode: Mode, deadline: Deadline) -> Iterator[None]:
         """Around the making of a list: how it ended. gRPC cancels what is late, as it does what nobody wants any more."""
         code = "OK"
         try:
@@ -134,32 +126,42 @@ class OrchestratorMetrics:
             code = "INTERNAL"
             raise
         finally:
-            self._lists.labels(mode, code).inc()
+            self._lists.labels(track, mode, code).inc()
 
-    def made(self, recommendation: Recommendation) -> None:
+    def made(self, track: Track, recommendation: Recommendation) -> None:
         """A list was made: what it took."""
         mode, memo = recommendation.order.mode, recommendation.memo
-        self._passes.labels(mode).observe(memo.passes)
+        self._passes.labels(track, mode).observe(memo.passes)
         self._accepted.labels(mode).observe(recommendation.accepted_levels)
         for kind, nodes in asdict(recommendation.nodes).items():
             self._nodes.labels(mode, kind).inc(nodes)
         for stage, nanoseconds in _stages(recommendation).items():
-            self._seconds.labels(mode, stage).observe(nanoseconds / 1e9)
+            self._seconds.labels(track, mode, stage).observe(nanoseconds / 1e9)
         self._asked.labels(mode).observe(recommendation.planning.nodes_asked)
         self._predicted("target", recommendation.target.cost, recommendation.planning.target_predicted_ns)
         self._predicted("draft", recommendation.draft.cost, recommendation.planning.draft_predicted_ns)
         self._retries.inc(recommendation.target.retries)
         self._short.inc(bool(recommendation.fewer_than_k_reason))
         for reason in recommendation.degraded:
-            self._degraded.labels(_reason(reason)).inc()
+            self._degraded.labels(track, _reason(reason)).inc()
 
     def _predicted(self, model: str, cost: PassCost, predicted_ns: float) -> None:
         if predicted_ns > 0:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 
 
-def _rests(draft: DraftClient | None) -> bool:
-    return draft is not None and draft.resting
+def _lane_reads(lanes: Lanes) -> dict[ReadCounter | ReadGauge, Read]:
+    """What belongs to each track."""
+    each = {track: lanes[track] for track in Track}
+    return {
+        SHADOW: lambda: {
+            (track, name): lane.shadow.outcomes[name] for track, lane in each.items() for name in lane.shadow.OUTCOMES
+        },
+        SHADOW_GAP: lambda: {(track,): lane.shadow.largest_gap for track, lane in each.items()},
+        SPECULATION: lambda: {(track,): lane.draft_switch.on for track, lane in each.items()},
+        RESTING: lambda: {(track,): lane.snapshots.draft_rests for track, lane in each.items()},
+        CANARY_SHARE: lambda: lanes.share,
+    }
 
 
 def _reason(text: str) -> str:

@@ -7,6 +7,9 @@ import json
 
 from engine.kv_cache import OWNER_BYTES
 
+FIRST_ITEMS = 4
+"""Of a history that belongs to no stored user, so many items say whose it is: enough to tell most users apart."""
+
 
 def owner_tag(tenant: str, user_id: str) -> bytes:
     """A stored user's tag, OWNER_BYTES; equal in every process."""

@@ -21,7 +21,7 @@ from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
 from orchestrator.model_clients.question import ModelQuestion
 from orchestrator.model_clients.target_client import TargetClient
-from orchestrator.owner_tag import digest
+from orchestrator.owner_tag import FIRST_ITEMS, digest
 from orchestrator.planning.planned_draft import NoDraft, PlannedDraft
 from orchestrator.planning.planner import Planner
 from orchestrator.planning.request_planning import Task
@@ -33,9 +33,6 @@ from orchestrator.search.traced import TracedDraft, TracedTarget
 from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from service_kit import tracing
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
-
-# Enough to tell most users apart.
-_FIRST_ITEMS = 4
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -221,7 +218,7 @@ class _Asker:
 
     def _first_items(self, model: ModelEntry) -> bytes:
         """What tells the prompts of histories in requests apart, and stays while the window stands."""
-        return digest(self.order.tenant, *map(str, self.window(model)[:_FIRST_ITEMS].tolist()))
+        return digest(self.order.tenant, *map(str, self.window(model)[:FIRST_ITEMS].tolist()))
 
 
 def _noise(order: Order) -> Perturbation | None:

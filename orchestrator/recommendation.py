@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from engine.trie import Int64
-from orchestrator.owner_tag import owner_tag
+from orchestrator.owner_tag import FIRST_ITEMS, digest, owner_tag
 from orchestrator.planning.request_planning import PlanningReport
 from orchestrator.search.memo import Memo, NodeCounts
 from orchestrator.search.mode import Mode
@@ -58,6 +58,11 @@ class Order:
     def owner(self) -> bytes:
         """The stored user's tag; empty for a history that came with its request."""
         return b"" if self.user_id is None else owner_tag(self.tenant, self.user_id)
+
+    @property
+    def subject(self) -> bytes:
+        """Whom the list is for, the same for the same in every process: of a history in the request, its first items say it."""
+        return self.owner or digest("history", self.tenant, *(self.history or ())[:FIRST_ITEMS])
 
     @property
     def subject_field(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atspeed.v1 import recommendation_pb2 as pb
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.bundle import Manifest
 from orchestrator.recommendation import Item, Origin, Recommendation
@@ -40,6 +41,23 @@ def to_reply(recommendation: Recommendation, manifest: Manifest, options: pb.Rep
         statistics=None if options.omit_statistics else _statistics(recommendation),
         beam_width=order.beam_width,
     )
+
+
+def to_versions(manifest: Manifest, *, drafted: bool) -> pb.Versions:
+    """What a bundle's requests are served by. drafted: whether its draft is asked."""
+    return pb.Versions(
+        target_model=manifest.model_version("target"),
+        draft_model=manifest.model_version("draft") if drafted else "",
+        catalogue=manifest.catalogue_version,
+        bundle=manifest.version,
+    )
+
+
+def to_timestamp(seconds: float) -> Timestamp:
+    """Unix time as a message."""
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(seconds * 1e9))
+    return timestamp
 
 
 def _item(rank: int, item: Item, options: pb.ReplyOptions) -> pb.RecommendedItem:

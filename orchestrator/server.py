@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
@@ -23,18 +23,23 @@ from orchestrator.deadline import Deadline
 from orchestrator.draft_switch import DraftSwitch
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.replies import PROTO_MODES, to_reply
+from orchestrator.owner_tag import owner_tag
+from orchestrator.replies import PROTO_MODES, to_reply, to_timestamp, to_versions
 from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.shadow import ShadowChecks, ShadowLimits
 from orchestrator.snapshots import Snapshot, Snapshots
+from orchestrator.tracks import Lane, Lanes
 from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
-from service_kit.bundle_watch import BundleWatch, open_bundle
+from service_kit.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
 from service_kit.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
 from service_kit.server import Registration
+from service_kit.tracks import Track
 
 SERVICE = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"]
+# So long the start waits for targets that serve the canary, lest its users meet the stable bundle in between.
+_CANARY_PATIENCE_SECONDS = 10.0
 _Answer = TypeVar("_Answer")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -45,17 +50,11 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     """The public service."""
 
     def __init__(
-        self,
-        settings: OrchestratorSettings,
-        snapshots: Snapshots,
-        watch: BundleWatch,
-        admission: Admission,
-        draft_switch: DraftSwitch,
-        shadow: ShadowChecks,
+        self, settings: OrchestratorSettings, lanes: Lanes, watches: Sequence[BundleWatch], admission: Admission
     ) -> None:
-        self._settings, self._snapshots, self._watch = settings, snapshots, watch
-        self._admission, self._draft_switch, self._shadow = admission, draft_switch, shadow
-        self.metrics = OrchestratorMetrics(admission, shadow, draft_switch, snapshots, watch)
+        self._settings, self._lanes, self._admission = settings, lanes, admission
+        self._watches = {watch.track: watch for watch in watches}
+        self.metrics = OrchestratorMetrics(admission, lanes, watches)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
@@ -87,7 +86,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         if not item_ids:
             raise InvalidArgumentError("events", "must not be empty")
         length = await self._stored(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
-        index = self._snapshots.current.catalogue.find(item_ids).tolist()
+        lane = self._lanes.of(owner_tag(request.tenant, request.user_id))
+        index = lane.snapshots.current.catalogue.find(item_ids).tolist()
         unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
         return pb.RecordEventsResponse(history_length=length, unknown_item_ids=unknown)
 
@@ -105,19 +105,13 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
         """Versions, limits, and the state of the services behind this one."""
-        snapshot, settings = self._snapshots.current, self._settings
+        lane, settings = self._lanes[Track.STABLE], self._settings
+        snapshot = lane.snapshots.current
         manifest, catalogue = snapshot.manifest, snapshot.catalogue
-        since = Timestamp()
-        since.FromNanoseconds(int(snapshot.since * 1e9))
         return pb.GetServiceInfoResponse(
             service_version=version("atspeed-serving"),
             bundle_name=manifest.name,
-            versions=pb.Versions(
-                target_model=manifest.model_version("target"),
-                draft_model=manifest.model_version("draft") if snapshot.draft else "",
-                catalogue=catalogue.version,
-                bundle=manifest.version,
-            ),
+            versions=to_versions(manifest, drafted=snapshot.draft is not None),
             scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
             catalogue_items=catalogue.items,
             levels=catalogue.trie.levels,
@@ -132,36 +126,56 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             max_batch=settings.max_batch,
             running_recommendations=self._admission.running,
             waiting_recommendations=self._admission.queued,
-            bundle_since=since,
-            pending_bundle=self._watch.pending,
-            open_bundles=self._snapshots.open,
+            bundle_since=to_timestamp(snapshot.since),
+            pending_bundle=self._watches[Track.STABLE].pending,
+            open_bundles=lane.snapshots.open,
             backends=await self._backends(snapshot),
-            shadow_checks=self._shadow_checks(),
+            shadow_checks=self._shadow_checks(lane),
+            canary=self._canary(),
         )
 
-    def _shadow_checks(self) -> pb.ShadowChecks:
-        outcomes = self._shadow.outcomes
+    def _canary(self) -> pb.Canary | None:
+        if (watch := self._watches.get(Track.CANARY)) is None:
+            return None
+        lane = self._lanes[Track.CANARY]
+        canary = pb.Canary(
+            share=self._settings.canary_share,
+            share_now=self._lanes.share,
+            pending_bundle=watch.pending,
+            shadow_checks=self._shadow_checks(lane),
+        )
+        if (snapshot := lane.snapshots.newest) is not None:
+            canary.versions.CopyFrom(to_versions(snapshot.manifest, drafted=snapshot.draft is not None))
+            canary.since.CopyFrom(to_timestamp(snapshot.since))
+        return canary
+
+    def _shadow_checks(self, lane: Lane) -> pb.ShadowChecks:
+        outcomes = lane.shadow.outcomes
         return pb.ShadowChecks(
             share=self._settings.shadow_share,
             identical=outcomes[Verdict.IDENTICAL],
             near_ties=outcomes[Verdict.NEAR_TIE],
             different=outcomes[Verdict.DIFFERENT],
-            speculation_off=not self._draft_switch.on,
+            speculation_off=not lane.draft_switch.on,
         )
 
     async def _recommend(
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority
     ) -> pb.RecommendResponse:
         order = to_order(request, self._settings, usual)
-        with self.metrics.asked(order.mode, deadline), tracing.span("recommend", k=order.k, mode=order.mode) as span:
+        lane = self._lanes.of(order.subject)
+        with (
+            lane.snapshots.current.in_use() as snapshot,
+            self.metrics.asked(lane.track, order.mode, deadline),
+            tracing.span("recommend", k=order.k, mode=order.mode, track=lane.track) as span,
+        ):
             async with self._admission.place(order.priority, deadline.left()) as admitted:
                 order = order.narrowed() if admitted.waited else order
-                with self._snapshots.current.in_use() as snapshot:
-                    recommendation = await snapshot.recommender.recommend(order, deadline)
-                    self._shadow.offer(recommendation, snapshot)
+                recommendation = await snapshot.recommender.recommend(order, deadline)
+                lane.shadow.offer(recommendation, snapshot)
             if tracing.on():
                 span.set(**recommendation.trace_attributes)
-        self.metrics.made(recommendation)
+        self.metrics.made(lane.track, recommendation)
         return to_reply(recommendation, snapshot.manifest, request.reply_options)
 
     async def _batched(
@@ -186,7 +200,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     @property
     def _histories(self) -> HistoryStore:
-        histories = self._snapshots.current.recommender.histories
+        histories = self._lanes[Track.STABLE].snapshots.current.recommender.histories
         if histories is None:
             raise UnimplementedError("this service keeps no histories: it runs without Redis")
         return histories
@@ -232,21 +246,23 @@ async def _redis_client(settings: OrchestratorSettings) -> AsyncIterator[Redis |
 
 @asynccontextmanager
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
-    """The recommender over the settings' services, ready to serve, with the bundle that the settings' path names from then on."""
+    """The recommender over the settings' services, ready to serve, with the bundles that the settings name from then on."""
     bundle = open_bundle(settings.bundle)
-    draft_switch = DraftSwitch(settings.shadow_mismatches, settings.shadow_window_seconds)
     admission = Admission(settings.max_running, settings.max_queued)
-    limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(_redis_client(settings))
-        snapshots = Snapshots(settings, redis, draft_switch)
-        stack.push_async_callback(snapshots.close)
-        await snapshots.take_up(bundle)
-        shadow = ShadowChecks(limits, admission, draft_switch)
-        stack.push_async_callback(shadow.close)
-        version, poll_seconds = bundle.manifest.version, settings.bundle_poll_seconds
-        watch = BundleWatch(settings.bundle, version, snapshots.take_up, poll_seconds)
-        await stack.enter_async_context(watch.following())
-        servicer = RecommendationServicer(settings, snapshots, watch, admission, draft_switch, shadow)
+        lanes = Lanes({track: _lane(track, settings, redis, admission) for track in Track}, settings.canary_share)
+        stack.push_async_callback(lanes.close)
+        await lanes[Track.STABLE].snapshots.take_up(bundle, at_once=True)
+        watches = bundle_watches(settings, lanes, bundle.manifest.version)
+        await stack.enter_async_context(following(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
+        servicer = RecommendationServicer(settings, lanes, watches, admission)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]
+
+
+def _lane(track: Track, settings: OrchestratorSettings, redis: Redis | None, admission: Admission) -> Lane:
+    draft_switch = DraftSwitch(settings.shadow_mismatches, settings.shadow_window_seconds)
+    limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
+    shadow = ShadowChecks(limits, admission, draft_switch)
+    return Lane(track, Snapshots(settings, redis, draft_switch), draft_switch, shadow)

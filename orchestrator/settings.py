@@ -129,6 +129,15 @@ class OrchestratorSettings(ServiceSettings):
             description="Of the time of requests that no plan would speed up, what may go into plans, to notice when one would.",
         ),
     ] = 0.01
+    canary_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of the users that canary_bundle serves, always the same ones: a larger share has all those of a "
+            "smaller one.",
+        ),
+    ] = 0.0
     bundle_settle_seconds: Annotated[
         float,
         Field(
@@ -146,6 +155,7 @@ class OrchestratorSettings(ServiceSettings):
         self._go_together("model_certificate", "model_key")
         for name in ("model_certificate", "target_name", "draft_name"):
             self._needs(name, "model_ca", self.model_ca is not None)
+        self._needs("canary_share", "canary_bundle", self.canary_bundle is not None)
         return self
 
     def model_tls(self, server_name: str) -> ClientTls | None:

@@ -68,50 +68,72 @@ class Snapshot:
 
 
 class Snapshots:
-    """The snapshot that new requests get, and those before it that requests still hold. redis: None where there is none."""
+    """The snapshot that new requests of a track get, and those before it that requests still hold.
+
+    redis: None where there is none. newest: None before the first bundle, and after `let_go`.
+    """
 
     def __init__(self, settings: OrchestratorSettings, redis: Redis | None, draft_switch: DraftSwitch) -> None:
         self._settings, self._redis, self._draft_switch = settings, redis, draft_switch
-        self._current: Snapshot | None = None
+        self.newest: Snapshot | None = None
         # The event loop itself only keeps weak references to tasks.
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def current(self) -> Snapshot:
-        """What new requests are served by."""
-        if self._current is None:
-            raise RuntimeError("no bundle has been taken up yet")
-        return self._current
+        """What new requests are served by, where there is one."""
+        if self.newest is None:
+            raise RuntimeError("no bundle is served")
+        return self.newest
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is one, and a target that serves it, as far as is known."""
+        return self.newest is not None and self.newest.channels.reach_targets
+
+    @property
+    def draft_rests(self) -> bool:
+        """Whether its draft is left alone after failures."""
+        draft = self.newest.draft if self.newest else None
+        return draft is not None and draft.resting
 
     @property
     def open(self) -> int:
         """How many there are."""
-        return 1 + len(self._closing)
+        return (self.newest is not None) + len(self._closing)
 
-    async def take_up(self, bundle: Bundle) -> None:
-        """Serve a bundle: the first at once, another one when a target serves it, from the return on.
+    async def take_up(self, bundle: Bundle, *, at_once: bool = False) -> None:
+        """Serve a bundle, from the return on: when a target serves it, or at once.
 
         Raises BundleError or CatalogueError where it cannot be served. Cancelled, it changes nothing.
         """
         async with AsyncExitStack() as resources:
             snapshot = await self._opened(bundle, resources)
-            if self._current is not None:
+            if not at_once:
                 await snapshot.channels.served()
                 await asyncio.sleep(self._settings.bundle_settle_seconds)
             snapshot.resources = resources.pop_all()
-        before, self._current, snapshot.since = self._current, snapshot, time.time()
-        if before is not None:
-            task = asyncio.get_running_loop().create_task(before.close(), name="snapshot-close")
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        snapshot.since = time.time()
+        self._replace(snapshot)
+
+    def let_go(self) -> None:
+        """Serve no bundle any more. Requests that run end on theirs."""
+        self._replace(None)
 
     async def close(self) -> None:
         """Close all, whoever still holds one."""
         for task in self._closing:
             task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
-        if self._current is not None:
-            await self._current.resources.aclose()
+        if self.newest is not None:
+            await self.newest.resources.aclose()
+
+    def _replace(self, snapshot: Snapshot | None) -> None:
+        before, self.newest = self.newest, snapshot
+        if before is not None:
+            task = asyncio.get_running_loop().create_task(before.close(), name="snapshot-close")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def _opened(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
         settings, manifest = self._settings, bundle.manifest
@@ -137,7 +159,7 @@ class Snapshots:
 
     def _planner(self, manifest: Manifest, catalogue: Catalogue) -> Planner:
         """A new one, or over the same models as before one that knows what was learnt of them."""
-        before, settings = self._current, self._settings
+        before, settings = self.newest, self._settings
         if before is not None and before.manifest.models == manifest.models:
             return before.planner.over(catalogue.trie)
         limits = PlanLimits(

@@ -1,7 +1,7 @@
-"""Follows the bundle that a service's settings name, a directory or a symlink, and has another one taken up when it changes.
+"""Follows the bundles that a service's settings name, each a directory or a symlink, and has others taken up when they change.
 
 A bundle is another one when its manifest's version is. One that cannot be served is refused, once, and what is served goes on;
-SIGHUP has it looked at again.
+SIGHUP has it looked at again. The stable bundle is always there; a canary is let go of when its path names nothing any more.
 """
 
 from __future__ import annotations
@@ -9,17 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from engine.bundle import MANIFEST, Bundle
 from engine.errors import BundleError, EngineError
+from service_kit.settings import ServiceSettings
+from service_kit.tracks import Track
 
-TakeUp = Callable[[Bundle], Awaitable[None]]
-"""Serves a bundle from its return on. Raises EngineError where that cannot be. Cancelled when the path names another one."""
+
+class Holder(Protocol):
+    """Serves a bundle on each track."""
+
+    async def take_up(self, bundle: Bundle, track: Track) -> None:
+        """Serves a bundle from its return on. Raises EngineError where that cannot be. Cancelled when there is another one."""
+
+    def let_go(self, track: Track) -> None:
+        """Serves none on this track any more."""
+
 
 _MISSES = 2
 
@@ -32,46 +43,29 @@ def open_bundle(path: Path) -> Bundle:
 
 
 class BundleWatch:
-    """Looks at a path every `poll_seconds`. served: the version of the bundle that is served.
+    """Looks at a track's path. served: the version of the bundle that is served, empty when none is.
 
     taken, refused: how many others there were. pending: the version that is being taken up, empty when none is.
     """
 
-    def __init__(self, path: Path, served: str, take_up: TakeUp, poll_seconds: float) -> None:
-        self._path, self._take_up, self._poll_seconds = path, take_up, poll_seconds
+    def __init__(self, path: Path, track: Track, holder: Holder, served: str = "") -> None:
+        self._path, self.track, self._holder = path, track, holder
         self.served, self.pending = served, ""
         self.taken = self.refused = 0
         self._seen: tuple[str, int, int, int] | None = None
         self._misses = 0
-        self._hurry = asyncio.Event()
         self._taking: asyncio.Task[None] | None = None
+        self._log = _log.bind(track=track.value)
 
-    @asynccontextmanager
-    async def following(self) -> AsyncIterator[BundleWatch]:
-        """Follow the path for as long as the block lasts."""
-        task = asyncio.get_running_loop().create_task(self._follow(), name="bundle-watch")
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(ValueError, RuntimeError):  # only a main thread hears signals
-            loop.add_signal_handler(signal.SIGHUP, self.look_again)
-        try:
-            yield self
-        finally:
-            with contextlib.suppress(ValueError, RuntimeError):
-                loop.remove_signal_handler(signal.SIGHUP)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await self._give_up()
-
-    def look_again(self) -> None:
-        """Look now, also at a bundle that was refused."""
+    def forget(self) -> None:
+        """Look afresh the next time, also at a bundle that was refused."""
         self._seen = None
-        self._hurry.set()
 
     async def look(self) -> None:
         """Compare what the path names with what is served, and start to take it up where it is another one."""
         stamp = self._stamp()
         if stamp is None:
-            self._miss()
+            await self._miss()
             return
         self._misses = 0
         if stamp == self._seen:
@@ -80,15 +74,15 @@ class BundleWatch:
         try:
             bundle = open_bundle(self._path)
         except BundleError as error:
-            await self._give_up()
+            await self.give_up()
             self._refuse(error)
             return
         version = bundle.manifest.version
         if version == (self.pending or self.served):
             return
-        await self._give_up()
+        await self.give_up()
         if version == self.served:
-            _log.info("the bundle is again the one that is served", version=version)
+            self._log.info("the bundle is again the one that is served", version=version)
             return
         self.pending = version
         self._taking = asyncio.get_running_loop().create_task(self._take(bundle), name="bundle-take-up")
@@ -98,46 +92,46 @@ class BundleWatch:
         if self._taking is not None:
             await asyncio.wait((self._taking,))
 
-    async def _follow(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_seconds):
-                    await self._hurry.wait()
-            self._hurry.clear()
-            await self.look()
-
-    async def _take(self, bundle: Bundle) -> None:
-        version = bundle.manifest.version
-        _log.info("another bundle", root=str(bundle.root), version=version, name=bundle.manifest.name)
-        try:
-            await self._take_up(bundle)
-        except EngineError as error:
-            self._refuse(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, what is served goes on
-            self.refused += 1
-            _log.error("the bundle is refused, the old one goes on", root=str(bundle.root), exc_info=error)
-        else:
-            self.taken += 1
-            self.served = version
-            _log.info("the bundle is served", root=str(bundle.root), version=version)
-        self.pending = ""
-
-    async def _give_up(self) -> None:
+    async def give_up(self) -> None:
         """Let go of what is being taken up."""
         if self._taking is not None:
             self._taking.cancel()
             await asyncio.gather(self._taking, return_exceptions=True)
         self._taking, self.pending = None, ""
 
+    async def _take(self, bundle: Bundle) -> None:
+        version = bundle.manifest.version
+        self._log.info("another bundle", root=str(bundle.root), version=version, name=bundle.manifest.name)
+        try:
+            await self._holder.take_up(bundle, self.track)
+        except EngineError as error:
+            self._refuse(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, what is served goes on
+            self.refused += 1
+            self._log.error("the bundle is refused, what was served goes on", root=str(bundle.root), exc_info=error)
+        else:
+            self.taken += 1
+            self.served = version
+            self._log.info("the bundle is served", root=str(bundle.root), version=version)
+        self.pending = ""
+
     def _refuse(self, error: EngineError) -> None:
         self.refused += 1
-        _log.error("the bundle is refused, the old one goes on", reason=" ".join(str(error).split()))
+        self._log.error("the bundle is refused, what was served goes on", reason=" ".join(str(error).split()))
 
-    def _miss(self) -> None:
+    async def _miss(self) -> None:
         """Nothing is there: for a moment while one directory takes another's place, so only the second look in a row counts."""
         self._misses, self._seen = self._misses + 1, None
-        if self._misses == _MISSES:
+        if self._misses != _MISSES:
+            return
+        if self.track is Track.STABLE:
             self._refuse(BundleError(f"{self._path}/{MANIFEST}: is not there"))
+            return
+        await self.give_up()
+        if self.served:
+            self._holder.let_go(self.track)
+            self._log.info("the bundle is no longer served", version=self.served)
+            self.served = ""
 
     def _stamp(self) -> tuple[str, int, int, int] | None:
         """What changes whenever the path names another manifest; None where there is none."""
@@ -147,3 +141,72 @@ class BundleWatch:
         except OSError:
             return None
         return str(root), stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def bundle_watches(settings: ServiceSettings, holder: Holder, served: str) -> Sequence[BundleWatch]:
+    """One for each path that the settings name. served: the version of the stable bundle, which the holder has already."""
+    stable = BundleWatch(settings.bundle, Track.STABLE, holder, served)
+    if settings.canary_bundle is None:
+        return [stable]
+    return [stable, BundleWatch(settings.canary_bundle, Track.CANARY, holder)]
+
+
+@asynccontextmanager
+async def following(
+    watches: Sequence[BundleWatch], poll_seconds: float, patience_seconds: float | None = None
+) -> AsyncIterator[None]:
+    """Follow the paths for as long as the block lasts. It begins when all that they name now has been taken up or refused.
+
+    patience_seconds: how long that may take at most; what takes longer goes on beside the block.
+    """
+    hurry = asyncio.Event()
+    try:
+        await _first_look(watches, patience_seconds)
+        task = asyncio.get_running_loop().create_task(_follow(watches, poll_seconds, hurry), name="bundle-watch")
+        try:
+            with _heard_by(watches, hurry):
+                yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    finally:
+        for watch in watches:
+            await watch.give_up()
+
+
+async def _first_look(watches: Sequence[BundleWatch], patience_seconds: float | None) -> None:
+    for watch in watches:
+        await watch.look()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(patience_seconds):
+            for watch in watches:
+                await watch.settle()
+
+
+async def _follow(watches: Sequence[BundleWatch], poll_seconds: float, hurry: asyncio.Event) -> None:
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(poll_seconds):
+                await hurry.wait()
+        hurry.clear()
+        for watch in watches:
+            await watch.look()
+
+
+@contextmanager
+def _heard_by(watches: Sequence[BundleWatch], hurry: asyncio.Event) -> Iterator[None]:
+    """SIGHUP has all of them look again, at once."""
+    loop = asyncio.get_running_loop()
+
+    def look_again() -> None:
+        for watch in watches:
+            watch.forget()
+        hurry.set()
+
+    with contextlib.suppress(ValueError, RuntimeError):  # only a main thread hears signals
+        loop.add_signal_handler(signal.SIGHUP, look_again)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.remove_signal_handler(signal.SIGHUP)

@@ -1,6 +1,6 @@
 """Metrics for Prometheus, declared once, as data: the exposition and docs/metrics.md both come from the declarations.
 
-    PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("mode",), buckets=WHOLE)
+    PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("track", "mode"), buckets=WHOLE)
     TREES = ReadGauge("atspeed_open_trees", "Token trees that requests hold.")
 
     class TargetMetrics:

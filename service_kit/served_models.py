@@ -1,5 +1,5 @@
-"""The versions of one model that a process serves, side by side: the bundle's, and those that it no longer has until nobody has
-asked for them for a while.
+"""The versions of one model that a process serves, side by side: those of the bundles on its tracks, and those that these no
+longer have until nobody has asked for them for a while.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from engine.tree_evaluator import TreeEvaluator
 from engine.trie import Trie
 from service_kit import wire
 from service_kit.bundle_metrics import bundle_reads
-from service_kit.bundle_watch import BundleWatch, open_bundle
+from service_kit.bundle_watch import bundle_watches, following, open_bundle
 from service_kit.errors import FailedPreconditionError
 from service_kit.health import NOTICE_SECONDS
 from service_kit.metrics import Readings, Reads
 from service_kit.model_metrics import ModelMetrics, served_reads
 from service_kit.model_settings import ModelSettings
 from service_kit.observed_model import ObservedEvaluator
+from service_kit.tracks import Track
 from service_kit.versions import Versions
 from service_kit.weights import KvTiers, Weights, WeightsKey, weights_key
 
@@ -74,7 +75,7 @@ class ServedModel(Generic[Worker]):
 
 
 class ServedModels(Generic[Worker]):
-    """Serves one role's model of a bundle and, after `take_up`, another bundle's beside it.
+    """Serves one role's model of the bundle on each track and, after `take_up` of another one, both for a while.
 
     make_worker: runs in a worker thread. metrics: of all versions together. versions: those that health knows.
     Everything but loading is for the event loop.
@@ -85,15 +86,14 @@ class ServedModels(Generic[Worker]):
         self._tiers = KvTiers(settings)
         self.metrics = ModelMetrics(self._tiers.memory)
         self.versions = Versions()
-        self._newest: ServedModel[Worker] | None = None
+        self._on_track: dict[Track, ServedModel[Worker]] = {}
         self._models: list[ServedModel[Worker]] = []
+        self._loading = asyncio.Lock()
 
     @property
-    def newest(self) -> ServedModel[Worker]:
-        """The bundle's model."""
-        if self._newest is None:
-            raise RuntimeError("no bundle has been taken up yet")
-        return self._newest
+    def stable(self) -> ServedModel[Worker]:
+        """The stable bundle's model."""
+        return self._on_track[Track.STABLE]
 
     def find(self, version: str, field: str) -> ServedModel[Worker]:
         """The model of a version. Raises FailedPreconditionError, naming the request's field, when there is none."""
@@ -103,19 +103,24 @@ class ServedModels(Generic[Worker]):
         served = ", ".join(sorted({model.version for model in self._models}))
         raise FailedPreconditionError(f"{field}: this replica serves {served}")
 
-    async def take_up(self, bundle: Bundle) -> None:
-        """Serve a bundle's model: as the newest, from the return on. What is loaded already is not loaded again.
+    async def take_up(self, bundle: Bundle, track: Track = Track.STABLE) -> None:
+        """Serve a bundle's model on a track, from the return on. What is loaded already is not loaded again.
 
         Raises BundleError or CatalogueError when the bundle's parts do not fit together.
         """
         version, entry = bundle.manifest.model_version(self._role), bundle.model(self._role)
-        known = [model for model in self._models if model.version == version and model.entry == entry]
-        model = known[0] if known else await self._load(bundle)
-        if not known:
-            self._models.append(model)
-        with model.in_use():
-            await self.versions.serve(version)
-            self._newest = model
+        async with self._loading:  # one at a time: both tracks may come to the same bundle
+            known = [model for model in self._models if model.version == version and model.entry == entry]
+            model = known[0] if known else await self._load(bundle)
+            if not known:
+                self._models.append(model)
+            with model.in_use():
+                await self.versions.serve(version)
+                self._on_track[track] = model
+
+    def let_go(self, track: Track) -> None:
+        """Serve none on a track: its version is let go of when nobody has asked for it for a while."""
+        del self._on_track[track]
 
     @asynccontextmanager
     async def housekeeping(self) -> AsyncIterator[None]:
@@ -137,7 +142,7 @@ class ServedModels(Generic[Worker]):
         keep = self._settings.keep_version_seconds
         while True:
             await asyncio.sleep(min(_LONGEST_PAUSE_SECONDS, max(keep, 0.01)))
-            for model in [old for old in self._models if old is not self._newest and old.idle_for(keep)]:
+            for model in [old for old in self._models if not self._is_current(old) and old.idle_for(keep)]:
                 await self._retire(model)
 
     async def _retire(self, model: ServedModel[Worker]) -> None:
@@ -145,11 +150,14 @@ class ServedModels(Generic[Worker]):
         if not any(other.version == model.version for other in self._models if other is not model):
             await self.versions.withdraw(model.version)
             await asyncio.sleep(NOTICE_SECONDS)
-        if model is self._newest:
+        if self._is_current(model):
             await self.versions.serve(model.version)
         elif model.idle_for(min(NOTICE_SECONDS, self._settings.keep_version_seconds)):
             await self._close(model)
             _log.info("a version is no longer served", model_version=model.version)
+
+    def _is_current(self, model: ServedModel[Worker]) -> bool:
+        return any(current is model for current in self._on_track.values())
 
     async def _close(self, model: ServedModel[Worker]) -> None:
         self._models.remove(model)
@@ -239,17 +247,17 @@ class ServedModels(Generic[Worker]):
 async def served_models(
     settings: ModelSettings, role: Role, make_worker: Callable[[TreeEvaluator], Worker]
 ) -> AsyncIterator[ServedModels[Worker]]:
-    """The bundle's model of a role, warmed up, and from then on that of the bundle that the settings' path names.
+    """The stable bundle's model of a role, warmed up, and from then on those of the bundles that the settings' paths name.
 
     Raises BundleError or CatalogueError when the parts of the first do not fit together.
     """
     bundle = open_bundle(settings.bundle)
     models = ServedModels(settings, role, make_worker)
-    watch = BundleWatch(settings.bundle, bundle.manifest.version, models.take_up, settings.bundle_poll_seconds)
-    models.metrics.registry.register(Readings(bundle_reads(watch)))
+    watches = bundle_watches(settings, models, bundle.manifest.version)
+    models.metrics.registry.register(Readings(bundle_reads(watches)))
     try:
         await models.take_up(bundle)
-        async with models.housekeeping(), watch.following():
+        async with models.housekeeping(), following(watches, settings.bundle_poll_seconds):
             yield models
     finally:
         await models.close()

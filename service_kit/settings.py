@@ -19,6 +19,7 @@ import ipaddress
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
@@ -57,8 +58,15 @@ class ServiceSettings(BaseSettings):
             description="Directory of the bundle to serve, or a symlink to it; another one is taken up as it changes."
         ),
     ]
+    canary_bundle: Annotated[
+        Path | None,
+        Field(
+            description="Another bundle, or a symlink to it, to serve beside it: to the orchestrator's canary_share of the users."
+            " It may come and go; while there is none, all are served by `bundle`."
+        ),
+    ] = None
     bundle_poll_seconds: Annotated[
-        float, Field(gt=0, le=3600, description="How often the service looks whether that is another bundle.")
+        float, Field(gt=0, le=3600, description="How often the service looks whether these are other bundles.")
     ] = 1.0
     host: Annotated[str, Field(min_length=1, description="Address to listen on. 0.0.0.0 is every interface.")] = (
         "127.0.0.1"

@@ -39,7 +39,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
         """What this replica serves."""
         version, served = request.model_version, sorted(self._models.versions.served)
-        model = self._models.find(version, "model_version") if version else self._models.newest
+        model = self._models.find(version, "model_version") if version else self._models.stable
         return target_pb2.TargetServiceGetModelInfoResponse(model=model.info, model_versions=served)
 
     async def Evaluate(

@@ -30,6 +30,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client.local_stack import ServiceProcess
+from engine.bundle import Bundle
 from engine.catalogue import Catalogue
 from service_kit.channels import channel_options, target_uri
 from tests.bundles import random_catalogue, write_bundle
@@ -54,6 +55,25 @@ def new_catalogue(seed: int = 1, items: int = 400) -> Catalogue:
 def new_bundle(root: Path, catalogue: Catalogue) -> Path:
     """The bundle that all these tests serve."""
     return write_bundle(root, catalogue, max_items=WINDOW).root
+
+
+class Link:
+    """A path that services follow, which names one bundle, another one, or none."""
+
+    def __init__(self, path: Path, bundle: Bundle | None = None) -> None:
+        self.path = path
+        if bundle:
+            self.point_to(bundle)
+
+    def point_to(self, bundle: Bundle) -> None:
+        """In one step, as `ln -sfn` and a rename do."""
+        new = self.path.with_suffix(".new")
+        new.symlink_to(bundle.root)
+        new.replace(self.path)
+
+    def remove(self) -> None:
+        """It names none."""
+        self.path.unlink(missing_ok=True)
 
 
 class Client:

@@ -58,6 +58,17 @@ def level(gauge: str) -> Queries:
     return {"{{job}} {{instance}}": gauge}
 
 
+LISTS, STRICT = "atspeed_recommendations_total", 'mode="strict"'
+PENDING_CANARY = 'atspeed_bundle_pending{track="canary"}'
+FAILED = 'code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|FAILED_PRECONDITION"'
+
+
+def part(counter: str, by: str, where: str, of: str) -> Queries:
+    """What part of one counter, for each value of a label, another one or some of its series are."""
+    some, all_of = (f"sum by ({by}) (rate({name}[$__rate_interval]))" for name in (f"{counter}{{{where}}}", of))
+    return {f"{{{{{by}}}}}": f"{some} / {all_of}"}
+
+
 ROWS: Mapping[str, Sequence[Panel]] = {
     "Lists": [
         Panel("Lists a second", rate("atspeed_recommendations_total", "mode, code"), "reqps"),
@@ -72,11 +83,31 @@ ROWS: Mapping[str, Sequence[Panel]] = {
     ],
     "Exactness": [
         Panel("Shadow checks", rate("atspeed_shadow_checks_total", "outcome"), "ops"),
-        Panel("Largest gap of scores", level("atspeed_shadow_largest_gap")),
+        Panel("Largest gap of scores", {"{{track}} {{instance}}": "atspeed_shadow_largest_gap"}),
         Panel(
             "Speculation is on, the draft rests",
-            {"on {{instance}}": "atspeed_speculation_on", "rests {{instance}}": "atspeed_draft_resting"},
+            {
+                "on {{track}} {{instance}}": "atspeed_speculation_on",
+                "rests {{track}} {{instance}}": "atspeed_draft_resting",
+            },
         ),
+    ],
+    "Canary beside stable": [
+        Panel(
+            "Share of the users on the canary",
+            {"{{instance}}": "atspeed_canary_share", "being loaded {{job}} {{instance}}": PENDING_CANARY},
+            "percentunit",
+        ),
+        Panel("Lists a second by track", rate(LISTS, "track, code"), "reqps"),
+        Panel("Lists that fail", part(LISTS, "track", FAILED, LISTS), "percentunit"),
+        Panel("Time of a strict list", quantiles("atspeed_stage_seconds", "track", f'{STRICT}, stage="total"'), "s"),
+        Panel("Target passes of a strict list, mean", mean("atspeed_target_passes", "track", STRICT)),
+        Panel(
+            "Lists that did without something, of all",
+            part("atspeed_degraded_total", "track", "", f'{LISTS}{{code="OK"}}'),
+            "percentunit",
+        ),
+        Panel("Shadow checks by track", rate("atspeed_shadow_checks_total", "track, outcome"), "ops"),
     ],
     "Load": [
         Panel(

@@ -26,18 +26,24 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass
 class ModelChannels:
-    """The channels that one snapshot's calls go over, by service: to replicas in turn, and by key."""
+    """The channels that one snapshot's calls go over, by service: to replicas in turn, and by key.
+
+    reach_targets: False while every target is known not to serve the version, or not to be there.
+    """
 
     settings: OrchestratorSettings
     resources: AsyncExitStack
     target_in_turn: grpc.aio.Channel | None = None
     draft_in_turn: grpc.aio.Channel | None = None
+    reach_targets: bool = True
 
     async def targets(self, version: str) -> Routes[target_pb2_grpc.TargetServiceAsyncStub]:
         """To the targets that serve a version."""
         settings = self.settings
         tls = settings.model_tls(settings.target_name)
         self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
+        following = asyncio.create_task(self._follow_targets(self.target_in_turn, version), name="targets-reached")
+        self.resources.callback(following.cancel)
         stub = target_pb2_grpc.TargetServiceStub
         return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affine_calls)
 
@@ -59,6 +65,16 @@ class ModelChannels:
                     await self.draft_in_turn.channel_ready()
             except TimeoutError:
                 _log.warning("no draft serves the bundle, going on without one")
+
+    async def _follow_targets(self, channel: grpc.aio.Channel, version: str) -> None:
+        while True:
+            state = channel.get_state()
+            reached = state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            if reached is not self.reach_targets:
+                self.reach_targets = reached
+                event = "a target serves the version again" if reached else "no target serves the version"
+                _log.warning(event, model_version=version)
+            await channel.wait_for_state_change(state)
 
     async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
         token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None

@@ -22,7 +22,7 @@ from engine.catalogue import Catalogue
 from engine.restock import restock
 from tests.bundles import random_history
 from tests.observed import scrape
-from tests.serving import Client, assert_same_list, ids, new_bundle, new_catalogue, until
+from tests.serving import Client, Link, assert_same_list, ids, new_bundle, new_catalogue, until
 
 K = 20
 
@@ -33,19 +33,6 @@ class Question:
 
     history: Sequence[str]
     excluded: Sequence[str]
-
-
-class Link:
-    """The path that the services follow."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def point_to(self, bundle: Bundle) -> None:
-        """In one step, as `ln -sfn` and a rename do."""
-        new = self.path.with_suffix(".new")
-        new.symlink_to(bundle.root)
-        new.replace(self.path)
 
 
 class Shop:
@@ -73,7 +60,7 @@ class Shop:
 
 
 def _refused(service: ServiceProcess) -> float:
-    return scrape(service).value("atspeed_bundle_changes_total", result="refused")
+    return scrape(service).value("atspeed_bundle_changes_total", track="stable", result="refused")
 
 
 def _has_refused(service: ServiceProcess, bundles: float) -> bool:
@@ -104,8 +91,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Bundle]:
 
 @pytest.fixture(scope="module")
 def shop(bundles: Sequence[Bundle], log_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    link = Link(tmp_path_factory.mktemp("link") / "bundle")
-    link.point_to(bundles[0])
+    link = Link(tmp_path_factory.mktemp("link") / "bundle", bundles[0])
     folder = log_folder / "rollout"
     folder.mkdir()
     following: dict[str, object] = {"bundle-poll-seconds": 0.1, "metrics-port": 0}

@@ -15,10 +15,12 @@ from atspeed.v1 import draft_pb2, target_pb2
 from atspeed.v1 import recommendation_pb2 as pb
 
 from client.local_stack import ServiceProcess
-from engine.bundle import Bundle
+from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
 from engine.scoring import ScoringRule, best_children
 from engine.trie import ROOT, Trie
+from orchestrator.recommendation import Order
+from orchestrator.tracks import place
 from service_kit import wire
 from tests.bundles import random_history
 from tests.observed import scrape
@@ -90,7 +92,19 @@ def first_level(trie: Trie, request: draft_pb2.PlanRequest) -> bytes:
 
 
 @pytest.fixture
-def orchestrator(bundle: Path, fake_draft: FakeDraft, log_folder: Path) -> Iterator[ServiceProcess]:
+def canary(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of the same models, whose draft is trusted differently: so the same replicas serve it."""
+    found = Bundle(bundle)
+    for folder in ("target", "draft", "catalogue"):
+        (tmp_path / folder).symlink_to(bundle / folder)
+    assert found.manifest.draft is not None
+    draft = found.manifest.draft.model_copy(update={"plan_scale": (0.5,) * (LEVELS - 1)})
+    write_manifest(tmp_path, found.manifest.model_copy(update={"draft": draft}))
+    return tmp_path
+
+
+@pytest.fixture
+def orchestrator(bundle: Path, canary: Path, fake_draft: FakeDraft, log_folder: Path) -> Iterator[ServiceProcess]:
     """One that checks every strict list, before that target and a draft that foresees level 1."""
     found = Bundle(bundle)
     trie = found.catalogue().trie
@@ -98,6 +112,8 @@ def orchestrator(bundle: Path, fake_draft: FakeDraft, log_folder: Path) -> Itera
     with TableTarget(trie, found.manifest.model_version("target")) as target:
         flags: dict[str, object] = {
             "bundle": bundle,
+            "canary-bundle": canary,
+            "bundle-settle-seconds": 0,
             "target": target.address,
             "draft": fake_draft.address,
             "draft-timeout-seconds": 30,
@@ -128,9 +144,9 @@ def test_wrong_lists_are_found_and_stopped(orchestrator: ServiceProcess, catalog
             assert reply.degraded_reasons == ["speculation: switched off, lists differed from the target's own"]
             assert reply.statistics.target_passes == LEVELS
     seen = scrape(orchestrator)
-    assert seen.value("atspeed_speculation_on") == 0
-    assert seen.value("atspeed_shadow_checks_total", outcome="different") == MISMATCHES
-    assert seen.value("atspeed_degraded_total", reason="speculation_off") == MISMATCHES
+    assert seen.value("atspeed_speculation_on", track="stable") == 0
+    assert seen.value("atspeed_shadow_checks_total", track="stable", outcome="different") == MISMATCHES
+    assert seen.value("atspeed_degraded_total", track="stable", reason="speculation_off") == MISMATCHES
     lines = orchestrator.log.read_text(encoding="utf-8").splitlines()
     told = [json.loads(line) for line in lines if "a strict list is not the target's own" in line]
     assert [line["speculation"] for line in told] == ["on"] * (MISMATCHES - 1) + ["off"]
@@ -148,3 +164,30 @@ def test_a_restart_asks_the_draft_again(orchestrator: ServiceProcess, catalogue:
     with Client(orchestrator.address) as client:
         assert not client.info().shadow_checks.speculation_off
         assert not client.recommend(random_history(catalogue, 4, 9)).degraded
+
+
+def test_wrong_lists_of_a_canary_are_held_against_the_canary_alone(
+    orchestrator: ServiceProcess, catalogue: Catalogue
+) -> None:
+    orchestrator.stop()
+    orchestrator.flags["canary-share"] = 0.5
+    orchestrator.start()
+    histories = [random_history(catalogue, 4, seed) for seed in range(40)]
+    places = [place(Order(k=1, beam_width=1, history=history).subject) for history in histories]
+    of_canary, of_stable = (
+        [history for history, at in zip(histories, places, strict=True) if (at < 0.5) is wanted]
+        for wanted in (True, False)
+    )
+    with Client(orchestrator.address) as client:
+        assert client.info().canary.share_now == 0.5
+        for history in of_canary[:MISMATCHES]:
+            client.recommend(history)
+        until(lambda: client.info().canary.shadow_checks.speculation_off)
+        assert client.recommend(of_canary[-1]).degraded
+        assert not client.recommend(of_stable[-1]).degraded
+        info = client.info()
+    assert not info.shadow_checks.speculation_off
+    assert info.canary.shadow_checks.different == MISMATCHES
+    seen = scrape(orchestrator)
+    assert [seen.value("atspeed_speculation_on", track=track) for track in ("stable", "canary")] == [1, 0]
+    assert seen.value("atspeed_degraded_total", track="canary", reason="speculation_off") == 1

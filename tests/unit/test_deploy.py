@@ -418,3 +418,19 @@ def test_packages_of_npm_are_pinned_by_their_hashes_and_free_of_any_registry() -
     for package in packages.values():
         assert package["integrity"].startswith("sha512-")
         assert "resolved" not in package
+
+
+# docker-compose.canary.yml
+
+
+def test_with_a_canary_all_follow_two_links_in_one_folder(profile: str) -> None:
+    files = ("-f", "docker-compose.yml", "-f", "deploy/docker-compose.canary.yml")
+    services = compose(*files, "--profile", profile, BUNDLE="./mine", CANARY_SHARE="0.05")["services"]
+    named = {str(name).removesuffix("-gpu"): service for name, service in services.items()}
+    assert_starts_on(named)
+    for role in PORTS:
+        given, of = named[role]["environment"], f"ATSPEED_{role.upper()}_"
+        assert (given[f"{of}BUNDLE"], given[f"{of}CANARY_BUNDLE"]) == ("/bundle/stable", "/bundle/canary")
+        (mount,) = [mount for mount in named[role]["volumes"] if mount["target"].startswith("/bundle")]
+        assert (mount["source"], mount["target"], mount["read_only"]) == (str(ROOT / "mine"), "/bundle", True)
+    assert named["orchestrator"]["environment"]["ATSPEED_ORCHESTRATOR_CANARY_SHARE"] == "0.05"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -389,3 +390,22 @@ def test_cert_manager_issues_what_is_mounted_under_the_names_that_callers_ask_fo
         assert set(certificate["usages"]) == {"server auth", "client auth"}
         (volume,) = (one["projected"] for one in pods(secure)[name]["volumes"] if one["name"] == "secrets")
         assert {"secret": {"name": certificate["secretName"]}} in volume["sources"]
+
+
+# components/canary
+
+
+def test_with_the_canary_component_all_follow_two_links_in_the_volume(
+    manifests: list[Manifest], kubectl: str, overlay: str, tmp_path: Path
+) -> None:
+    parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / "canary"}
+    own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    for name, found in of_kind(built(kubectl, tmp_path), "ConfigMap").items():
+        role = name.removeprefix("atspeed-")
+        of, before = f"ATSPEED_{role.upper()}_", of_kind(manifests, "ConfigMap")[name]["data"]
+        changed = {key: value for key, value in found["data"].items() if before.get(key) != value}
+        expected = {f"{of}BUNDLE": "/bundle/stable", f"{of}CANARY_BUNDLE": "/bundle/canary"}
+        assert changed == expected | ({f"{of}CANARY_SHARE": "0"} if role == "orchestrator" else {})
+        assert {key.removeprefix(of).lower() for key in changed} <= set(settings_of(role).model_fields)

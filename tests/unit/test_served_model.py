@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
@@ -23,6 +24,7 @@ from service_kit import wire
 from service_kit.errors import FailedPreconditionError
 from service_kit.model_settings import ModelSettings
 from service_kit.served_models import ServedModel, ServedModels, served_models
+from service_kit.tracks import Track
 from tests.bundles import random_catalogue, write_bundle
 from tests.serving import LIVENESS_SECONDS
 
@@ -62,14 +64,14 @@ def measured(model: ServedModel[TreeEvaluator]) -> CostCurve:
 
 async def test_a_bundle_that_fits_together_is_served(root: Path) -> None:
     async with served(bundle=root) as models:
-        model = models.newest
+        model = models.stable
         assert (model.info.precision, model.info.max_positions) == ("float32", 256)
 
 
 async def test_what_a_pass_costs_is_measured_and_published(root: Path) -> None:
     """Prompts of this bundle have up to 17 tokens or so, its cached blocks as many as an item."""
     async with served(bundle=root, warm_up_seconds=0) as models:
-        model = models.newest
+        model = models.stable
         curve = wire.cost_curve(model.info.cost_curve, "cost_curve")
         assert (curve.new_tokens.tolist(), curve.cached_tokens.tolist()) == ([1, 64], [0, 8, 16])
         np.testing.assert_array_equal(curve.forward_ns, measured(model).forward_ns)
@@ -79,7 +81,7 @@ async def test_no_pass_of_the_measurement_is_longer_than_the_model(root: Path) -
     """A prompt and its codes take up to 19 positions here, and the trie has few nodes to fill a pass with."""
     claim(root, max_positions=19)
     async with served(bundle=root) as models:
-        assert measured(models.newest).new_tokens.tolist() == [1, 4]
+        assert measured(models.stable).new_tokens.tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -144,40 +146,89 @@ async def test_another_catalogue_comes_beside_with_the_same_weights_and_what_was
     """Nothing is loaded twice; who asks for the old version is still served, until nobody has for a while."""
     other = restock(bundle, tmp_path / "other", {"new": (1, 2)}, ["item-3"])
     async with served(bundle=root, keep_version_seconds=0.2) as models:
-        old = models.newest
+        old = models.stable
         first = await evaluated(old)
         with models.find(old.version, "field").in_use():
             await models.take_up(other)
-            assert models.newest.weights is old.weights
-            assert (await evaluated(models.newest)).memory_cached_tokens > first.memory_cached_tokens == 0
+            assert models.stable.weights is old.weights
+            assert (await evaluated(models.stable)).memory_cached_tokens > first.memory_cached_tokens == 0
             await evaluated(models.find(old.version, "field"))
-            assert models.versions.served == {old.version, models.newest.version}
+            assert models.versions.served == {old.version, models.stable.version}
         async with asyncio.timeout(LIVENESS_SECONDS):
             while _serves(models, old.version):  # noqa: ASYNC110 - nobody announces it
                 await asyncio.sleep(0.01)
-        assert models.versions.served == {models.newest.version}
-        with pytest.raises(FailedPreconditionError, match=f"^field: this replica serves {models.newest.version}$"):
+        assert models.versions.served == {models.stable.version}
+        with pytest.raises(FailedPreconditionError, match=f"^field: this replica serves {models.stable.version}$"):
             models.find(old.version, "field")
-        await evaluated(models.newest)
+        await evaluated(models.stable)
 
 
 async def test_other_weights_are_loaded_and_come_back_without_being_loaded_again(root: Path, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "other", random_catalogue(20, (4, 4), seed=0), seed=3).bundle
     async with served(bundle=root) as models:
-        old = models.newest
+        old = models.stable
         await models.take_up(other)
-        assert models.newest.weights is not old.weights
+        assert models.stable.weights is not old.weights
         await models.take_up(Bundle(root))
-        assert models.newest is old
+        assert models.stable is old
 
 
 async def test_a_bundle_that_cannot_be_loaded_changes_nothing(bundle: Bundle, root: Path, tmp_path: Path) -> None:
     other = restock(bundle, tmp_path / "other", {"new": (1, 2)}, [])
     claim(other.root, layers=3)
     async with served(bundle=root) as models:
-        old = models.newest
+        old = models.stable
         with pytest.raises(BundleError, match="layers"):
             await models.take_up(Bundle(other.root))
-        assert models.newest is old
+        assert models.stable is old
         assert models.versions.served == {old.version}
         await evaluated(old)
+
+
+async def test_a_canary_is_served_beside_the_stable_bundle_until_it_goes(
+    bundle: Bundle, root: Path, tmp_path: Path
+) -> None:
+    """For much longer than a version is kept that no track has: one that came after it has gone by then."""
+    link = tmp_path / "canary-link"
+    link.symlink_to(restock(bundle, tmp_path / "other", {"new": (1, 2)}, []).root)
+    third = restock(bundle, tmp_path / "third", {"newer": (1, 2)}, [])
+    changing = {"keep_version_seconds": 0.05, "bundle_poll_seconds": 0.01}
+    async with served(bundle=root, canary_bundle=link, **changing) as models, asyncio.timeout(LIVENESS_SECONDS):
+        (canary,) = models.versions.served - {models.stable.version}
+        assert models.stable.version == bundle.manifest.model_version("target")
+        await evaluated(models.find(canary, "field"))
+        await models.take_up(third)
+        await models.take_up(bundle)
+        while _serves(models, third.manifest.model_version("target")):  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.01)
+        assert models.versions.served == {models.stable.version, canary}
+        link.unlink()
+        while _serves(models, canary):  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.01)
+        assert models.versions.served == {models.stable.version}
+
+
+async def test_a_canary_that_is_promoted_is_not_loaded_again_and_outlives_its_track(
+    bundle: Bundle, root: Path, tmp_path: Path
+) -> None:
+    other = restock(bundle, tmp_path / "other", {"new": (1, 2)}, [])
+    async with served(bundle=root, keep_version_seconds=0.05) as models, asyncio.timeout(LIVENESS_SECONDS):
+        old = models.stable.version
+        await asyncio.gather(models.take_up(other, Track.CANARY), models.take_up(other))
+        assert models.stable is models.find(other.manifest.model_version("target"), "field")
+        models.let_go(Track.CANARY)
+        while _serves(models, old):  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.01)
+        assert models.versions.served == {models.stable.version}
+        await evaluated(models.stable)
+
+
+async def test_a_canary_that_cannot_be_loaded_does_not_keep_a_service_from_starting(root: Path, tmp_path: Path) -> None:
+    broken = write_bundle(tmp_path / "broken", random_catalogue(20, (4, 4), seed=0), seed=3).bundle
+    claim(broken.root, layers=3)
+    async with served(bundle=root, canary_bundle=broken.root) as models:
+        assert models.versions.served == {models.stable.version}
+        exposed = generate_latest(models.metrics.registry).decode()
+    assert 'atspeed_bundle_changes_total{result="refused",track="canary"} 1.0' in exposed
+    assert 'atspeed_bundle_served{track="canary"} 0.0' in exposed
+    assert 'atspeed_bundle_served{track="stable"} 1.0' in exposed

@@ -913,6 +913,7 @@ class GetServiceInfoResponse(_message.Message):
     PENDING_BUNDLE_FIELD_NUMBER: _builtins.int
     OPEN_BUNDLES_FIELD_NUMBER: _builtins.int
     SHADOW_CHECKS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -969,6 +970,10 @@ class GetServiceInfoResponse(_message.Message):
     def shadow_checks(self) -> Global___ShadowChecks:
         """What became of strict lists that the target made again alone."""
 
+    @_builtins.property
+    def canary(self) -> Global___Canary:
+        """The bundle that a share of the users meets first; not set where the service follows none."""
+
     def __init__(
         self,
         *,
@@ -994,14 +999,63 @@ class GetServiceInfoResponse(_message.Message):
         pending_bundle: _builtins.str = ...,
         open_bundles: _builtins.int = ...,
         shadow_checks: Global___ShadowChecks | None = ...,
+        canary: Global___Canary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_since", b"bundle_since", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_since", b"bundle_since", "canary", b"canary", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServiceInfoResponse: _TypeAlias = GetServiceInfoResponse  # noqa: Y015
+
+@_typing.final
+class Canary(_message.Message):
+    """A second bundle, served to a share of the users beside the one that all others get."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    SHARE_NOW_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    PENDING_BUNDLE_FIELD_NUMBER: _builtins.int
+    SHADOW_CHECKS_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Share of the users that it is meant for."""
+    share_now: _builtins.float
+    """Share of the users that it serves now: 0 while there is none, or no target that serves it."""
+    pending_bundle: _builtins.str
+    """Version of the bundle that is being taken up, or waits until a target serves it; empty when there is none."""
+    @_builtins.property
+    def versions(self) -> Global___Versions:
+        """Versions of model, draft and catalogue that its requests are served by; not set while there is none."""
+
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """When this service took it up; not set while there is none."""
+
+    @_builtins.property
+    def shadow_checks(self) -> Global___ShadowChecks:
+        """What became of its strict lists that the target made again alone."""
+
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        share_now: _builtins.float = ...,
+        versions: Global___Versions | None = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        pending_bundle: _builtins.str = ...,
+        shadow_checks: Global___ShadowChecks | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow_checks", b"shadow_checks", "since", b"since", "versions", b"versions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending_bundle", b"pending_bundle", "shadow_checks", b"shadow_checks", "share", b"share", "share_now", b"share_now", "since", b"since", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Canary: _TypeAlias = Canary  # noqa: Y015
 
 @_typing.final
 class ShadowChecks(_message.Message):

@@ -1,0 +1,65 @@
+"""Stable and canary: what serves the requests of each track, and whose requests are served by the canary."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.bundle import Bundle
+from orchestrator.draft_switch import DraftSwitch
+from orchestrator.shadow import ShadowChecks
+from orchestrator.snapshots import Snapshots
+from service_kit.tracks import Track
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What serves the requests of one track: trust in its draft is its own, as its lists are."""
+
+    track: Track
+    snapshots: Snapshots
+    draft_switch: DraftSwitch
+    shadow: ShadowChecks
+
+
+class Lanes:
+    """One for each track, and the choice between them. share: of the users, whom the canary serves while there is one."""
+
+    def __init__(self, lanes: Mapping[Track, Lane], share: float) -> None:
+        self._lanes, self._share = lanes, share
+
+    def __getitem__(self, track: Track) -> Lane:
+        return self._lanes[track]
+
+    @property
+    def share(self) -> float:
+        """Of the users, whom the canary serves now."""
+        return self._share if self._lanes[Track.CANARY].snapshots.ready else 0.0
+
+    def of(self, subject: bytes) -> Lane:
+        """What serves the requests of a subject now. `orchestrator.recommendation.Order.subject` says who that is."""
+        return self._lanes[Track.CANARY if place(subject) < self.share else Track.STABLE]
+
+    async def take_up(self, bundle: Bundle, track: Track) -> None:
+        """Serve a bundle on a track when a target does. Raises BundleError or CatalogueError where that cannot be."""
+        await self._lanes[track].snapshots.take_up(bundle)
+
+    def let_go(self, track: Track) -> None:
+        """Serve none on this track; requests that run end on theirs."""
+        self._lanes[track].snapshots.let_go()
+
+    async def close(self) -> None:
+        """Close all, whoever still holds one."""
+        for lane in self._lanes.values():
+            await lane.shadow.close()
+            await lane.snapshots.close()
+
+
+def place(subject: bytes) -> float:
+    """Where a subject stands in [0, 1): subjects are spread evenly, and each stands at one place in every process for ever.
+
+    So raising a share moves subjects to the canary and none away from it.
+    """
+    number = int.from_bytes(hashlib.blake2b(subject, digest_size=8, person=b"atspeed-canary").digest())
+    return (number >> 11) / 2**53  # as many bits as a float has
