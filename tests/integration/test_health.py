@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from service_kit.server import RunningServer, running
-from tests.integration.test_service_kit_server import SERVICE, Echo, call, leave, settings, until, watch
+from tests.echo import SERVICE, Echo, call, leave, settings, until, watch
 
 _DATA, _HEADERS, _SETTINGS = 0, 1, 4
 _END_STREAM, _END_HEADERS = 1, 4

@@ -16,7 +16,7 @@ from client.local_certificates import LocalCertificates
 from service_kit.channels import KEY_HEADER, open_channel, target_uri
 from service_kit.server import RunningServer, running
 from service_kit.tls import ClientTls, TlsFiles
-from tests.integration.test_service_kit_server import SERVICE, Echo, call, settings
+from tests.echo import SERVICE, Echo, call, settings
 from tests.serving import LIVENESS_SECONDS
 
 KEYED = {"metadata": ((KEY_HEADER, "a user"),), "timeout": 30}
