@@ -45,6 +45,15 @@ Reply = TypeVar("Reply")
 RECOMMENDATION = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+MODES = [
+    pb.MODE_TARGET_ONLY,
+    pb.MODE_STRICT,
+    pb.MODE_TOLERANCE,
+    pb.MODE_RELAXED_SAMPLING,
+    pb.MODE_EXACT_SAMPLING,
+]
+SAMPLING = [pb.MODE_RELAXED_SAMPLING, pb.MODE_EXACT_SAMPLING]
+PLAIN = [mode for mode in MODES if mode not in SAMPLING]
 
 
 def new_catalogue(seed: int = 1, items: int = 400) -> Catalogue:

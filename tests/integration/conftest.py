@@ -10,7 +10,8 @@ import pytest
 from client.local_redis import LocalRedis
 from client.local_stack import LocalStack
 from engine.catalogue import Catalogue
-from tests.serving import Client, new_bundle, new_catalogue
+from tests.bundles import random_history
+from tests.serving import WINDOW, Client, new_bundle, new_catalogue
 
 LIMITS = {"max-history-items": 60, "max-candidate-items": 500, "max-batch": 16, "max-k": 50, "max-beam-width": 100}
 
@@ -23,6 +24,12 @@ def catalogue() -> Catalogue:
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Path:
     return new_bundle(tmp_path_factory.mktemp("bundle"), catalogue)
+
+
+@pytest.fixture(scope="session")
+def history(catalogue: Catalogue) -> list[str]:
+    """As long as the window."""
+    return random_history(catalogue, WINDOW, seed=5)
 
 
 @pytest.fixture(scope="session")
