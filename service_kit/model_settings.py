@@ -45,7 +45,7 @@ class ModelSettings(ServiceSettings):
         Field(
             ge=0,
             description="Memory for the KV of a shared pass, in MiB, which is copied side by side; passes that would need more "
-            "do not share one. Kept for the next one.",
+            "do not share one. Kept for the next one. Each bundle that is served has as much.",
         ),
     ] = 512
     kv_open_mb: Annotated[
@@ -53,7 +53,7 @@ class ModelSettings(ServiceSettings):
         Field(
             ge=1,
             description="Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED. An eighth of it is "
-            "for streams that grow.",
+            "for streams that grow. Each bundle that is served has as much.",
         ),
     ] = 4096
     kv_block_tokens: Annotated[

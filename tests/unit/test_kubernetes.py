@@ -407,5 +407,10 @@ def test_with_the_canary_component_all_follow_two_links_in_the_volume(
         of, before = f"ATSPEED_{role.upper()}_", of_kind(manifests, "ConfigMap")[name]["data"]
         changed = {key: value for key, value in found["data"].items() if before.get(key) != value}
         expected = {f"{of}BUNDLE": "/bundle/stable", f"{of}CANARY_BUNDLE": "/bundle/canary"}
-        assert changed == expected | ({f"{of}CANARY_SHARE": "0"} if role == "orchestrator" else {})
+        if role == "orchestrator":
+            expected[f"{of}CANARY_SHARE"] = "0"
+        else:  # of each bundle, so both together are what one had
+            each = [f"{of}{setting}" for setting in ("KV_OPEN_MB", "BATCH_KV_MB")]
+            expected |= {setting: str(int(before[setting]) // 2) for setting in each}
+        assert changed == expected
         assert {key.removeprefix(of).lower() for key in changed} <= set(settings_of(role).model_fields)
