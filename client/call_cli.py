@@ -14,6 +14,7 @@ from client import display
 from client.cli_parts import AsJson, out
 from client.connection import Connection, with_connection
 from client.recommender import Mode, Options, RecommenderClient
+from service_kit.tracks import Track
 
 _Result = TypeVar("_Result")
 
@@ -37,6 +38,9 @@ def recommend(
     only: Annotated[str, typer.Option(help="Item ids to choose from, with commas between.")] = "",
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave the history's items out.")] = False,
     tenant: Tenant = "",
+    track: Annotated[
+        Track | None, typer.Option(help="Of which bundle, where a canary is served; by default the user decides.")
+    ] = None,
     as_json: AsJson = False,
     *,
     connection: Connection,
@@ -58,7 +62,7 @@ def recommend(
     }
     if history is not None:
         options["history"] = _ids(history)
-    reply = _call(connection, lambda client: client.recommend(user, **options))
+    reply = _call(connection, lambda client: client.recommend(user, track=track, **options))
     if as_json:
         return _print_json(reply)
     out.print(display.recommendation_table(reply))

@@ -24,6 +24,7 @@ from atspeed.v1 import recommendation_pb2_grpc
 from service_kit.channels import open_channel, target_uri
 from service_kit.errors import retry_after_seconds
 from service_kit.tls import ClientTls
+from service_kit.tracks import TRACK_HEADER, Track
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 # Appending twice is not appending once, so RecordEvents is not among them.
@@ -139,13 +140,19 @@ class RecommenderClient:
         )
         self._timeout = timeout_seconds
 
-    async def recommend(self, user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendResponse:
-        """The list for a stored user or, with `history=[...]`, for the items given."""
-        return await self.send(recommend_request(user_id, **options))
+    async def recommend(
+        self, user_id: str | None = None, *, track: Track | None = None, **options: Unpack[Options]
+    ) -> pb.RecommendResponse:
+        """The list for a stored user or, with `history=[...]`, for the items given. track: see `send`."""
+        return await self.send(recommend_request(user_id, **options), track)
 
-    async def send(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
-        """The list for a request made by `recommend_request`, or by hand."""
-        return await _answer(self._stub.Recommend(request, timeout=self._timeout))
+    async def send(self, request: pb.RecommendRequest, track: Track | None = None) -> pb.RecommendResponse:
+        """The list for a request made by `recommend_request`, or by hand.
+
+        track: of which bundle, where it is not the user's who decides; that needs the scope admin.
+        """
+        metadata = ((TRACK_HEADER, track.value),) if track else ()
+        return await _answer(self._stub.Recommend(request, timeout=self._timeout, metadata=metadata))
 
     async def recommend_batch(
         self, requests: Sequence[pb.RecommendRequest]

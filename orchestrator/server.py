@@ -61,7 +61,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         """The top K items for one user."""
         deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
-        return await self._recommend(request, deadline, Priority.of(context))
+        return await self._recommend(request, deadline, Priority.of(context), Track.asked_by(context))
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Context
@@ -72,8 +72,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 "requests", f"has {len(request.requests)} requests, at most {self._settings.max_batch} are allowed"
             )
         whole = self._time_left(context)
-        usual = Priority.of(context, Priority.BATCH)
-        answers = (self._batched(index, one, whole, usual) for index, one in enumerate(request.requests))
+        usual, asked = Priority.of(context, Priority.BATCH), Track.asked_by(context)
+        answers = (self._batched(index, one, whole, usual, asked) for index, one in enumerate(request.requests))
         async with aclosing(as_ready(answers, self._settings.batch_concurrency)) as ready:
             async for answer in ready:
                 yield answer
@@ -160,10 +160,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         )
 
     async def _recommend(
-        self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority
+        self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
         order = to_order(request, self._settings, usual)
-        lane = self._lanes.of(order.subject)
+        lane = self._lanes.of(order.subject, asked)
         with (
             lane.snapshots.current.in_use() as snapshot,
             self.metrics.asked(lane.track, order.mode, deadline),
@@ -179,12 +179,18 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return to_reply(recommendation, snapshot.manifest, request.reply_options)
 
     async def _batched(
-        self, index: int, request: pb.RecommendRequest, whole: Deadline | None, usual: Priority
+        self,
+        index: int,
+        request: pb.RecommendRequest,
+        whole: Deadline | None,
+        usual: Priority,
+        asked: Track | None,
     ) -> pb.RecommendBatchResponse:
         """One request of a batch. Where the caller set no deadline, it has the usual time from its own start on."""
         try:
             deadline = whole or Deadline(self._settings.request_timeout_seconds)
-            return pb.RecommendBatchResponse(index=index, response=await self._recommend(request, deadline, usual))
+            response = await self._recommend(request, deadline, usual, asked)
+            return pb.RecommendBatchResponse(index=index, response=response)
         except Exception as error:  # noqa: BLE001 - call_status logs what is ours; one failure must not end the batch
             status = call_status(error)
         failure = pb.RequestError(

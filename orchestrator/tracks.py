@@ -10,7 +10,8 @@ from engine.bundle import Bundle
 from orchestrator.draft_switch import DraftSwitch
 from orchestrator.shadow import ShadowChecks
 from orchestrator.snapshots import Snapshots
-from service_kit.tracks import Track
+from service_kit.errors import FailedPreconditionError
+from service_kit.tracks import TRACK_HEADER, Track
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,16 @@ class Lanes:
         """Of the users, whom the canary serves now."""
         return self._share if self._lanes[Track.CANARY].snapshots.ready else 0.0
 
-    def of(self, subject: bytes) -> Lane:
-        """What serves the requests of a subject now. `orchestrator.recommendation.Order.subject` says who that is."""
-        return self._lanes[Track.CANARY if place(subject) < self.share else Track.STABLE]
+    def of(self, subject: bytes, asked: Track | None = None) -> Lane:
+        """What serves the requests of a subject now; see `Order.subject`. asked: a track that they want whoever's they are.
+
+        Raises FailedPreconditionError where a canary is asked for and there is none that a target serves.
+        """
+        if asked is None:
+            asked = Track.CANARY if place(subject) < self.share else Track.STABLE
+        elif asked is Track.CANARY and not self._lanes[asked].snapshots.ready:
+            raise FailedPreconditionError(f"{TRACK_HEADER}: there is no canary that a target serves")
+        return self._lanes[asked]
 
     async def take_up(self, bundle: Bundle, track: Track) -> None:
         """Serve a bundle on a track when a target does. Raises BundleError or CatalogueError where that cannot be."""

@@ -6,7 +6,7 @@ the method's, or that is bound to other tenants than a message names, PERMISSION
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from service_kit.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
 from service_kit.rotating_channel import AUTHORIZATION
-from service_kit.scopes import METHOD_SCOPES, OPEN_TO_ALL
+from service_kit.scopes import METADATA_SCOPES, METHOD_SCOPES, OPEN_TO_ALL
 from service_kit.tokens import Grant, Tokens
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
@@ -59,9 +59,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or method in OPEN_TO_ALL:
             return handler
         try:
-            caller = self._identify(handler_call_details.invocation_metadata)
+            metadata = tuple(handler_call_details.invocation_metadata or ())
+            caller = self._identify(metadata)
             structlog.contextvars.bind_contextvars(caller=caller.name)
-            _check_scope(caller, method)
+            _check_scopes(caller, method, {key for key, _ in metadata})
         except ServiceError as error:
             return self._refusal(method, handler, error)
         _caller.set(caller)
@@ -69,8 +70,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             self._guarded[method] = _guard(handler)
         return self._guarded[method]
 
-    def _identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
-        shown = [value for key, value in metadata or () if key == AUTHORIZATION]
+    def _identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        shown = [value for key, value in metadata if key == AUTHORIZATION]
         scheme, _, token = str(shown[0]).partition(" ") if len(shown) == 1 else ("", "", "")
         if scheme.lower() != _SCHEME:
             raise UnauthenticatedError(_NO_TOKEN)
@@ -86,12 +87,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return self._refusing[key]
 
 
-def _check_scope(caller: Caller, method: str) -> None:
+def _check_scopes(caller: Caller, method: str, keys: Set[str]) -> None:
     scope = METHOD_SCOPES.get(method)
     if scope is None:
         raise PermissionDeniedError("no token allows this method")
     if scope not in caller.grant.scopes:
         raise PermissionDeniedError(f"this method needs a token with the scope {scope}")
+    for key, needed in METADATA_SCOPES.items():
+        if key in keys and needed not in caller.grant.scopes:
+            raise PermissionDeniedError(f"{key}: needs a token with the scope {needed}")
 
 
 def _check_tenants(message: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
+from service_kit.tracks import TRACK_HEADER
+
 
 class Scope(StrEnum):
     """What a token allows. No scope includes another."""
@@ -15,7 +17,7 @@ class Scope(StrEnum):
     WRITE = "write"
     """Changes of histories."""
     ADMIN = "admin"
-    """Changes of what is served, for everyone."""
+    """What is served to whom: a track of one's choice."""
     SERVICE = "service"
     """The models, as an orchestrator asks them: past every limit on users' requests."""
 
@@ -35,6 +37,9 @@ METHOD_SCOPES: Final[Mapping[str, Scope]] = {
     f"{_TARGET}/Evaluate": Scope.SERVICE,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Scope.READ,
 }
+
+METADATA_SCOPES: Final[Mapping[str, Scope]] = {TRACK_HEADER: Scope.ADMIN}
+"""What a call needs beside its method's scope where its metadata have such a key."""
 
 # Load balancers and container runtimes ask for health and hold no tokens; the answer is one word.
 OPEN_TO_ALL: Final = frozenset(f"/grpc.health.v1.Health/{method}" for method in ("Check", "List", "Watch"))

@@ -17,6 +17,7 @@ from client.local_stack import LocalStack, ServiceProcess
 from engine.bundle import Bundle
 from orchestrator.recommendation import Order
 from orchestrator.tracks import place
+from service_kit.tracks import TRACK_HEADER
 from tests.bundles import random_history, write_bundle
 from tests.observed import scrape
 from tests.serving import WINDOW, Client, Link, assert_same_list, new_catalogue, request_of, until
@@ -192,6 +193,23 @@ def test_a_share_of_the_users_is_served_by_the_canary_and_always_the_same(shop: 
         assert seen.value("atspeed_target_passes_count", track=track, mode="strict") == lists
         assert seen.value("atspeed_bundle_served", track=track) == 1
     assert seen.value("atspeed_canary_share") == SHARE
+
+
+@pytest.mark.parametrize("track", ["canary", "stable"])
+def test_who_asks_for_a_track_gets_it(shop: Shop, track: str) -> None:
+    """Alone and in a batch, whoever's it is."""
+    shop.begin_canary()
+    wanted = (shop.new if track == "canary" else shop.old).manifest.version
+    users = shop.users[:6]
+    assert len({shop.expected(user, SHARE) for user in users}) == 2
+    requests, metadata = [request_of(user.history, k=K) for user in users], ((TRACK_HEADER, track),)
+    with Client(shop.stack.address) as client:
+        alone = [client.stub.Recommend(request, metadata=metadata) for request in requests]
+        batch = list(client.stub.RecommendBatch(pb.RecommendBatchRequest(requests=requests), metadata=metadata))
+    for user, reply in [*zip(users, alone, strict=True), *((users[one.index], one.response) for one in batch)]:
+        assert reply.versions.bundle == wanted
+        shop.check(user, reply)
+    assert len(batch) == len(users)
 
 
 def test_a_canary_comes_grows_is_promoted_and_is_rolled_back_under_load(shop: Shop) -> None:

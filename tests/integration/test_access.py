@@ -18,6 +18,7 @@ from client.local_redis import LocalRedis
 from client.local_stack import LocalStack
 from engine.catalogue import Catalogue
 from service_kit.scopes import METHOD_SCOPES
+from service_kit.tracks import TRACK_HEADER
 from tests.bundles import random_history
 from tests.secured import bearer, channel, outcome, path_of, rpcs, secured_stack, write_tokens
 from tests.serving import LIVENESS_SECONDS
@@ -37,6 +38,7 @@ NEEDED = {
 SCOPES = ("read", "write", "admin", "service")
 TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "acme": 'scopes = ["read", "write"]\ntenants = ["acme"]',
+    "operator": 'scopes = ["read", "admin"]',
     "nameless": 'scopes = ["read", "write"]\ntenants = [""]',
     "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
     "removed": 'scopes = ["read", "write", "admin", "service"]',
@@ -165,6 +167,27 @@ def test_a_token_may_name_its_own_tenants_only(
                 channels["RecommendationService"], method, messages[method.name].SerializeToString(), bearer(token)
             )
             assert code is (grpc.StatusCode.OK if allowed else DENIED), method.name
+
+
+@pytest.mark.parametrize(
+    ("token", "track", "code"),
+    [
+        ("read", "stable", DENIED),
+        ("admin", "stable", DENIED),
+        ("operator", "stable", grpc.StatusCode.OK),
+        ("operator", "canary", grpc.StatusCode.FAILED_PRECONDITION),
+        ("operator", "nonsense", grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_who_chooses_a_track_needs_two_scopes(
+    channels: dict[str, grpc.Channel], catalogue: Catalogue, token: str, track: str, code: grpc.StatusCode
+) -> None:
+    """There is no canary here."""
+    method = next(method for method in RECOMMENDATION if method.name == "Recommend")
+    request = pb.RecommendRequest(history=pb.History(item_ids=random_history(catalogue, 3, 1)), k=1)
+    metadata = (*bearer(token), (TRACK_HEADER, track))
+    on = channels["RecommendationService"]
+    assert outcome(on, method, request.SerializeToString(), metadata) is code
 
 
 def test_health_is_open_and_reflection_is_not(channels: dict[str, grpc.Channel]) -> None:

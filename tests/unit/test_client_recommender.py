@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from client.recommender import SERVICE, Mode, RecommenderClient, RecommenderError, recommend_request
+from service_kit.tracks import TRACK_HEADER, Track
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,10 +28,12 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
         self.failures, self.delay = failures, delay
         self.calls: list[Any] = []
         self.time_left: float | None = None
+        self.tracks: list[Any] = []
 
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         await self._maybe_fail(request, context)
         self.time_left = context.time_remaining()
+        self.tracks = [value for key, value in context.invocation_metadata() or () if key == TRACK_HEADER]
         await asyncio.sleep(self.delay)
         if request.user_id == "nobody":
             await context.abort(grpc.StatusCode.NOT_FOUND, "user_id: no history is stored for this user")
@@ -193,3 +196,11 @@ async def test_an_address_that_is_none() -> None:
     """Said at once, not when the first call times out."""
     with pytest.raises(ValueError, match="not HOST:PORT"):
         RecommenderClient("nowhere")
+
+
+@pytest.mark.parametrize(("track", "sent"), [(None, []), (Track.CANARY, ["canary"]), (Track.STABLE, ["stable"])])
+async def test_a_track_is_asked_for_beside_the_request(track: Track | None, sent: list[str]) -> None:
+    service = FakeService()
+    async with connected(service) as client:
+        await client.recommend("alice", track=track)
+    assert service.tracks == sent

@@ -72,7 +72,8 @@ class RecommendationServiceServicer:
     """
 
     def Recommend(self, request, context):
-        """The top K items for one user.
+        """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
+        metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

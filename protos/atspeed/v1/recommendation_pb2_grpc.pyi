@@ -34,7 +34,9 @@ class RecommendationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RecommendationServiceAsyncStub: ...
     Recommend: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecommendRequest, _recommendation_pb2.RecommendResponse]
-    """The top K items for one user."""
+    """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
+    metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+    """
     RecommendBatch: _grpc.UnaryStreamMultiCallable[_recommendation_pb2.RecommendBatchRequest, _recommendation_pb2.RecommendBatchResponse]
     """Many requests on one call; results come back as they are ready, each with its request's index. One that fails does not fail the rest."""
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]
@@ -54,7 +56,9 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Recommend: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecommendRequest, _recommendation_pb2.RecommendResponse]  # type: ignore[assignment]
-    """The top K items for one user."""
+    """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
+    metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+    """
     RecommendBatch: _aio.UnaryStreamMultiCallable[_recommendation_pb2.RecommendBatchRequest, _recommendation_pb2.RecommendBatchResponse]  # type: ignore[assignment]
     """Many requests on one call; results come back as they are ready, each with its request's index. One that fails does not fail the rest."""
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]  # type: ignore[assignment]
@@ -77,7 +81,9 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommendation_pb2.RecommendRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.RecommendResponse, _abc.Awaitable[_recommendation_pb2.RecommendResponse]]:
-        """The top K items for one user."""
+        """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
+        metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+        """
 
     @_abc_1.abstractmethod
     def RecommendBatch(
