@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import service_kit.quiet_grpc  # noqa: F401 - before anything imports grpc
 from orchestrator.server import application
 from orchestrator.settings import OrchestratorSettings
 from service_kit.server import run

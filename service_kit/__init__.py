@@ -17,6 +17,7 @@ metrics.py         metrics declared as data, their HTTP port
 metrics_docs.py    writes docs/metrics.md
 tracing.py         spans, off by default; otel.py makes them with OpenTelemetry
 logs.py            structlog on stderr, JSON or for people
+quiet_grpc.py      gRPC writes no lines of its own between them
 wire.py            protobuf messages to arrays and domain types, and back
 bundle_watch.py    follows the bundle that the settings name, and has another one taken up
 served_models.py   the two model services: the versions of a bundle's model, side by side; model_settings.py their settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import service_kit.quiet_grpc  # noqa: F401 - before anything imports grpc
 from service_kit.server import run
 from target_service.server import application
 from target_service.settings import TargetSettings

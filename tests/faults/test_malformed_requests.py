@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -227,7 +228,7 @@ async def throw(
 
 @pytest.mark.parametrize("seconds", [1.0, pytest.param(60.0, marks=pytest.mark.long)])
 async def test_raw_bytes_are_survived(stack: LocalStack, cases: list[Case], seconds: float) -> None:
-    """On all ports at once, while their health is asked for and found."""
+    """On all ports at once, while their health is asked for and found. None of them gets into a log."""
     kinds = (nothing_of_http2, after_the_preface)
     throwing = [
         asyncio.create_task(throw(service, seconds, random.Random(number), kind))
@@ -244,4 +245,5 @@ async def test_raw_bytes_are_survived(stack: LocalStack, cases: list[Case], seco
     assert_well(stack, cases)
     for service in stack.services:
         assert service.process
+        assert all(json.loads(line) for line in service.log.read_text(encoding="utf-8").splitlines())
         assert len(list(Path(f"/proc/{service.process.pid}/fd").iterdir())) < 500  # noqa: ASYNC240
