@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,8 +121,8 @@ class Manifest(_Part):
             raise ValueError("target.plan_scale: only a draft has one")
         return self
 
-    @property
-    def version(self) -> str:
+    @cached_property
+    def version(self) -> str:  # every reply names it
         """Hash of what the bundle serves; its provenance does not count."""
         served = self.model_dump(mode="json", exclude={"provenance", "name"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]

@@ -54,6 +54,8 @@ class CostCurve:
         """Nanoseconds of passes of these shapes, broadcast: bilinear on the grid, linear beyond the most new tokens, level beyond
         its other ends.
         """
+        if np.ndim(cached_tokens) == 0:  # all that a planner asks, several times for a request
+            return self._at(np.asarray(new_tokens, dtype=np.float64), float(cached_tokens))  # type: ignore[arg-type]
         low, high, share = _between(self.new_tokens, np.asarray(new_tokens, dtype=np.float64))
         left, right, part = _between(self.cached_tokens, np.asarray(cached_tokens, dtype=np.float64))
         part = np.minimum(part, 1.0)
@@ -62,6 +64,24 @@ class CostCurve:
         at_high = grid[high, left] + part * (grid[high, right] - grid[high, left])
         predicted: Float64 = at_low + share * (at_high - at_low)
         return predicted
+
+    def _at(self, new: Float64, cached: float) -> Float64:
+        """Passes over new tokens, broadcast, on the same cached ones."""
+        axis, ns = self.new_tokens, self._column(cached)
+        if len(axis) == 1:
+            return np.full_like(new, ns[0])
+        slope = (ns[-1] - ns[-2]) / (axis[-1] - axis[-2])
+        return np.asarray(np.interp(new, axis, ns) + slope * np.maximum(0.0, new - axis[-1]))
+
+    def _column(self, cached: float) -> Float64:
+        """Passes over each of `new_tokens` on so many cached ones: float64 [n]."""
+        axis = self.cached_tokens
+        right = int(np.searchsorted(axis, cached, side="right"))
+        if right in {0, len(axis)}:
+            return np.asarray(self.forward_ns[:, max(0, right - 1)])
+        share = (cached - axis[right - 1]) / (axis[right] - axis[right - 1])
+        shorter, longer = self.forward_ns[:, right - 1], self.forward_ns[:, right]
+        return np.asarray(shorter + share * (longer - shorter))
 
     def saved(self, found: int, cached: int) -> float:
         """Nanoseconds that a pass on `cached` tokens gains where the keys and values of `found` more need not be computed."""

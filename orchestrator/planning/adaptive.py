@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +23,45 @@ _ROOM = 1.5
 """Nodes asked for, over those that would do on average: requests differ, and what lies deeper is learnt from."""
 _OBSERVATIONS = 16
 """Plans of a kind until they are decided by what was learnt from them."""
+_WORTH = 0.97
+"""A plan is asked for if all is expected to take so much of the time of the target alone: less is within what guesses are off."""
+_LONGEST_LULL = 32
+"""Requests in a row that are not weighed."""
+_OLDEST = 5.0
+"""Requests that one observation stands for at most: what is rarely asked is learnt from the latest 20 at least."""
 _LEAST_PATIENCE_NS = 100e6
 """For a plan, whatever the target alone would take: between two processes of a machine that is busy a moment is lost soon."""
+
+
+@dataclass
+class Lull:
+    """Requests that are not weighed, because none of those before them was worth a plan: 1, then 2, 4 ... between two that are.
+
+    learnt: plans that had been learnt from when one was last weighed: after another one the next is weighed. passes, alone_ns:
+    what was then expected of the target alone.
+    """
+
+    length: int = 0
+    left: int = 0
+    learnt: int = 0
+    passes: float = 0.0
+    alone_ns: float = 0.0
+
+    def covers(self, learnt: int) -> bool:
+        """Whether one more request need not be weighed."""
+        if self.left <= 0 or learnt != self.learnt:
+            return False
+        self.left -= 1
+        return True
+
+    def goes_on(self, learnt: int, passes: float, alone_ns: float) -> None:
+        """One was weighed, and no plan would pay."""
+        self.length = self.left = min(_LONGEST_LULL, max(1, 2 * self.length))
+        self.learnt, self.passes, self.alone_ns = learnt, passes, alone_ns
+
+    def ends(self) -> None:
+        """One was weighed, and a plan is expected to pay."""
+        self.length = self.left = 0
 
 
 class Experience:
@@ -38,21 +75,35 @@ class Experience:
     def __init__(self, costs: ModelCosts, levels: int, max_nodes: int, explored_share: float, patience: float) -> None:
         self.costs, self.coverage, self.patience = costs, Coverage(levels, max_nodes), patience
         self.further: dict[tuple[Kind, int], Decayed] = defaultdict(lambda: Decayed(1.0))
+        self._lulls: dict[tuple[Kind, int, int, int], Lull] = defaultdict(Lull)
+        self._since: Counter[tuple[Kind, int]] = Counter()
         self._explored_share, self._saved_ns, self._asked_ns = (
             explored_share / max(1, levels - 1),
             np.zeros(levels),
             np.ones(levels),
         )
 
-    def save(self, start: int, alone_ns: float) -> bool:
-        """Save up of a search that goes on for so long alone. Whether it may be enough to draft for the experience."""
+    def lull(self, kind: Kind, start: int, beams: int, prompt_tokens: int) -> Lull:
+        """That of requests like this one, which is counted."""
+        self._since[kind, start] += 1
+        return self._lulls[kind, start, beams.bit_length(), prompt_tokens.bit_length()]
+
+    def learn(self, kind: Kind, start: int, requirements: Sequence[Requirement]) -> None:
+        """What each level below a plan's beams turned out to require; of the requests before it that had no plan nobody knows."""
+        self.coverage.learn(kind, start, requirements, min(_OLDEST, self._since.pop((kind, start), 1)))
+
+    def save(self, start: int, alone_ns: float) -> None:
+        """Save up of a search that goes on for so long alone."""
         self._saved_ns[start] += self._explored_share * alone_ns
+
+    def has_saved(self, start: int) -> bool:
+        """Whether it is enough to draft for the experience, by what that was last expected to take."""
         return bool(self._saved_ns[start] >= self._asked_ns[start])
 
     def explores(self, start: int, draft_ns: float) -> bool:
         """Whether so much was saved up, which then is spent."""
-        self._asked_ns[start] = 0.5 * draft_ns
-        if self._saved_ns[start] < draft_ns:
+        self._asked_ns[start] = draft_ns
+        if not self.has_saved(start):
             return False
         self._saved_ns[start] -= draft_ns
         return True
@@ -81,7 +132,8 @@ class Outlook:
 
     def expected(self, nodes: Int64, missed: Float64) -> Float64:
         """All of it [c], for plans of so many nodes [c] that miss each level, or one above it, with probabilities [l, c]."""
-        further = (self.plain * self.further) @ np.diff(missed, axis=0, prepend=0.0)
+        plain = self.plain * self.further
+        further = (plain - np.append(plain[1:], 0.0)) @ missed  # of what is missed first, summed by parts
         if self.prompt:  # without a plan for the root, level 1 is missing as a whole
             further = np.where(nodes == 0, self.plain[0], further)
         return np.asarray(self.first(nodes) + further)
@@ -106,21 +158,34 @@ class AdaptivePlanning(RequestPlanning):
 
     def size(self, below: Beams) -> PlanSize | None:
         """The size at which draft and target together are expected to be done first; None if that is without a plan."""
-        start, beams = self._level(below), len(below)
+        start, beams, experience = self._level(below), len(below), self._experience
         self._known.update(below.node.tolist())
+        lull = experience.lull(self._kind, start, beams, self._task.prompt_tokens)
+        learnt = experience.coverage.observations(self._kind, start)
+        if not lull.covers(learnt) or experience.has_saved(start):
+            return self._weighed(start, beams, lull, learnt)
+        experience.save(start, lull.alone_ns)
+        self._note(start, lull.passes, lull.alone_ns)
+        return None
+
+    def _weighed(self, start: int, beams: int, lull: Lull, learnt: int) -> PlanSize | None:
+        """The same, by what every size is expected to cost."""
+        experience = self._experience
         outlook, nothing = self._outlook(start, beams, None), self._missed(start, np.array([NOTHING]))
         alone = float(outlook.expected(np.array([0]), nothing)[0])
-        self.patience_seconds = max(_LEAST_PATIENCE_NS, self._experience.patience * alone) / 1e9
+        self.patience_seconds = max(_LEAST_PATIENCE_NS, experience.patience * alone) / 1e9
         asked, target = self._candidates(outlook, start, beams)
-        total = self._draft_ns(self._experience.costs, start, beams, asked) + target
+        total = self._draft_ns(experience.costs, start, beams, asked) + target
         best = int(np.argmin(total))
-        if total[best] < alone:
+        if total[best] < _WORTH * alone:
+            lull.ends()
             return self._sized(int(asked[best]))
-        if self._experience.save(start, alone):
-            telling = self._telling(start, beams)
-            if self._experience.explores(start, float(self._draft_ns(self._experience.costs, start, beams, telling))):
-                return self._sized(int(telling))
-        self._note(outlook, 0, nothing[:, 0], alone)
+        lull.goes_on(learnt, outlook.passes(0, nothing[:, 0]), alone)
+        experience.save(start, alone)
+        telling = self._telling(start, beams)
+        if experience.explores(start, float(self._draft_ns(experience.costs, start, beams, telling))):
+            return self._sized(int(telling))
+        self._note(start, lull.passes, alone)
         return None
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:
@@ -128,7 +193,7 @@ class AdaptivePlanning(RequestPlanning):
         if self._records:
             used = self._used(memo)
             for record in self._records:
-                self._experience.coverage.learn(self._kind, record.start, self._required(record, used))
+                self._experience.learn(self._kind, record.start, self._required(record, used))
             if target.clean:
                 self._learn_further(memo, target)
         super().learn(memo, target, draft)
@@ -140,13 +205,13 @@ class AdaptivePlanning(RequestPlanning):
         outlook = self._outlook(start, len(below), found_cached(cost) if start == 0 else None)
         expected = outlook.expected(nodes, missed)
         best = int(np.argmin(expected))
-        self._note(outlook, best, missed[:, best], float(expected[best]))
+        self._note(start, outlook.passes(best, missed[:, best]), float(expected[best]))
         self._experience.coverage.note(self._kind, start, missed, complete=complete)
         return plan.take(np.sort(cuts.order[:best]))
 
-    def _note(self, outlook: Outlook, nodes: int, missed: Float64, expected: float) -> None:
-        if outlook.prompt:
-            self.report.expected_passes, self.report.expected_ns = outlook.passes(nodes, missed), expected
+    def _note(self, start: int, passes: float, nanoseconds: float) -> None:
+        if start == 0:
+            self.report.expected_passes, self.report.expected_ns = passes, nanoseconds
 
     def _missed(self, start: int, depth: Float64) -> Float64:
         return self._experience.coverage.missed(self._kind, start, depth)
@@ -191,15 +256,18 @@ class AdaptivePlanning(RequestPlanning):
 
     def _used(self, memo: Memo) -> list[Int64]:
         """By level, the beams of the search that had to be evaluated."""
-        used = np.array(sorted(node for node in memo.used if not memo.is_certain(node)), dtype=np.int64)
-        depth = self._trie.depth(used)
-        return [used[depth == level] for level in range(self._trie.levels)]
+        used = np.sort(np.fromiter(memo.used, dtype=np.int64, count=len(memo.used)))
+        used = used[~memo.certain(used)]
+        return np.split(used, np.searchsorted(used, self._trie.level_start[1 : self._trie.levels]))
 
     def _required(self, record: PlanRecord, used: Sequence[Int64]) -> list[Requirement]:
         """What each level below a plan's beams would have required of it."""
         cuts = Cuts.of(record.plan, complete=len(record.plan.node) < record.asked)
-        known = np.array(sorted(record.known), dtype=np.int64)
-        return [cuts.required(record.plan, level[~np.isin(level, known)]) for level in used[record.start + 1 :]]
+        below = used[record.start + 1 :]
+        if record.start:  # what was planned before counts as known
+            known = np.fromiter(record.known, dtype=np.int64, count=len(record.known))
+            below = [level[~np.isin(level, known)] for level in below]
+        return [cuts.required(record.plan, level) for level in below]
 
     def _learn_further(self, memo: Memo, target: Usage) -> None:
         """From each pass after a plan that promised to make it needless: what it and all after it cost."""

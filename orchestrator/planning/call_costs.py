@@ -81,11 +81,14 @@ class CallCosts:
         """The time in the model of one call's passes that were made, with what other requests had in them; `observe` it later."""
         return math.exp(self._log_error.value) * self._by_curve(passes, cost)
 
-    def observe(self, passes: Sequence[Pass], cost: PassCost, wait_ns: int) -> None:
-        """One call that went well: its passes, what the service says that they took, and how long the answer took to come."""
+    def observe(self, passes: Sequence[Pass], cost: PassCost, wait_ns: int) -> float:
+        """One call that went well: its passes, what the service says that they took, and how long the answer took to come.
+
+        What `predict` would have said before.
+        """
         self._together.add(max(1, cost.batch_requests))
-        known, outlier = self._log_error.value, math.log(_OUTLIER)
-        error = math.log(max(1, cost.forward_ns) / self._by_curve(passes, cost))
+        by_curve, known, outlier = self._by_curve(passes, cost), self._log_error.value, math.log(_OUTLIER)
+        error = math.log(max(1, cost.forward_ns) / by_curve)
         self._log_error.add(min(max(error, known - outlier), known + outlier))
         queue, opens = (0, True) if passes[0].opens else (cost.queue_ns, False)
         if not opens:
@@ -93,6 +96,7 @@ class CallCosts:
         nodes, besides = sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - queue)
         likely = float(self.besides(nodes, opens=opens))
         self._besides.add(nodes, min(besides, _OUTLIER * likely + _OUTLIER_NS), int(opens))
+        return math.exp(known) * by_curve
 
     def late(self, passes: int, expected_ns: float, waited_ns: float) -> None:
         """A call that was given up: it would have taken so long at least, and what is above the expected counts as queue."""

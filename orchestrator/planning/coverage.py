@@ -17,12 +17,11 @@ import numpy as np
 from engine.beams import Float64
 from engine.plan import Plan
 from engine.trie import Int64
-from orchestrator.planning.decayed import Decayed
 
 NOTHING = -np.inf
 """The depth of the empty cut, and what is required where no planned node is."""
 
-MEMORY = 400.0
+MEMORY = 100.0
 PROFILE_MEMORY = 20  # plans: short, as what they were worth by older beliefs says nothing
 _SURE = -1e6  # the depth of nodes that nothing speaks against, margin +inf
 _STEPS = np.geomspace(2.0**-6, 2.0**6, 97)
@@ -83,22 +82,30 @@ class RequiredDepth:
 
     def __init__(self) -> None:
         self._events, self._censored = np.zeros(len(DEPTHS)), np.zeros(len(DEPTHS))
+        self._survived: Float64 | None = None
 
-    def add(self, requirement: Requirement) -> None:
-        """One observation more."""
+    def add(self, requirement: Requirement, age: float = 1.0) -> None:
+        """One observation more; those before it are so many requests older."""
+        self._survived = None
         for counts in (self._events, self._censored):
-            counts *= 1.0 - 1.0 / MEMORY
+            counts *= (1.0 - 1.0 / MEMORY) ** age
         if not requirement.censored and requirement.depth <= DEPTHS[-1]:
             self._events[np.searchsorted(DEPTHS, requirement.depth)] += 1.0
         else:
             self._censored[_down(np.asarray(requirement.depth))] += 1.0
 
+    @property
+    def survived(self) -> Float64:
+        """P(required depth > d) for every depth d of the grid."""
+        if self._survived is None:
+            events = self._events + PRIOR
+            at_risk = np.cumsum((events + self._censored)[::-1])[::-1]
+            self._survived = np.asarray(np.cumprod(1.0 - events / at_risk), dtype=np.float64)
+        return self._survived
+
     def beyond(self, depth: Float64) -> Float64:
         """P(required depth > d) for depths d [c]."""
-        events = self._events + PRIOR
-        at_risk = np.cumsum((events + self._censored)[::-1])[::-1]
-        survived = np.cumprod(1.0 - events / at_risk)
-        return np.asarray(survived[_down(depth)])
+        return np.asarray(self.survived[_down(depth)])
 
 
 def _down(depth: Float64) -> Int64:
@@ -118,6 +125,19 @@ class Kind:
         return cls(mode, (beam_width - 1).bit_length())
 
 
+class _Profile:
+    """Means over plans that forget, for each level and size of a plan: float64 [l, s]. plans: of each size, up to the memory."""
+
+    def __init__(self, levels: int, sizes: int) -> None:
+        self.missed, self.plans = np.ones((levels, sizes)), np.zeros(sizes)
+
+    def add(self, missed: Float64) -> None:
+        """One plan more, of the first sizes alone [l, f]."""
+        known = missed.shape[1]
+        self.plans[:known] = np.minimum(PROFILE_MEMORY, self.plans[:known] + 1)
+        self.missed[:, :known] += (missed - self.missed[:, :known]) / self.plans[:known]
+
+
 class Coverage:
     """The probability that a plan misses a level, by the kind of the request and the level of the beams that it hangs below.
 
@@ -128,7 +148,7 @@ class Coverage:
         self._levels = levels
         self._sizes = np.unique(np.geomspace(1, max_nodes, 24).round()).astype(np.int64)
         self._required: dict[tuple[Kind, int], list[RequiredDepth]] = {}
-        self._profiles: dict[tuple[Kind, int], list[tuple[Decayed, ...]]] = {}
+        self._profiles: dict[tuple[Kind, int], _Profile] = {}
         self._observations: Counter[tuple[Kind, int]] = Counter()
 
     def observations(self, kind: Kind, start: int) -> int:
@@ -137,34 +157,33 @@ class Coverage:
 
     def missed(self, kind: Kind, start: int, depth: Float64) -> Float64:
         """[l, c]: for each of the l levels below a plan's beams, the probability that cuts at depths [c] miss it or one above."""
-        levels = [level.beyond(depth) for level in self._levels_of(kind, start)]
+        places = _down(depth)
+        levels = [level.survived[places] for level in self._levels_of(kind, start)]
         return np.maximum.accumulate(np.asarray(levels), axis=0)
 
-    def learn(self, kind: Kind, start: int, requirements: Sequence[Requirement]) -> None:
-        """What each level below a plan's beams turned out to require."""
+    def learn(self, kind: Kind, start: int, requirements: Sequence[Requirement], age: float = 1.0) -> None:
+        """What each level below a plan's beams turned out to require. age: requests since the last that was learnt from, this
+        included; what was learnt before fades with each of them.
+        """
         self._observations[kind, start] += 1
         so_far = Requirement(NOTHING)
         for level, requirement in zip(self._levels_of(kind, start), requirements, strict=True):
             so_far |= requirement
-            level.add(so_far)
+            level.add(so_far, age)
 
     def note(self, kind: Kind, start: int, missed: Float64, *, complete: bool) -> None:
         """That of one plan, cuts of 0, 1, ... n nodes miss the levels with probabilities [l, n + 1]."""
-        profile = self._profiles.setdefault((kind, start), [])
         nodes = missed.shape[1] - 1
-        for place, size in enumerate(self._sizes.tolist()):
-            if size > nodes and not complete:
-                break
-            if place == len(profile):
-                profile.append(tuple(Decayed(1.0, PROFILE_MEMORY) for _ in missed))
-            for mean, value in zip(profile[place], missed[:, min(size, nodes)].tolist(), strict=True):
-                mean.add(value)
+        known = len(self._sizes) if complete else int(np.searchsorted(self._sizes, nodes, side="right"))
+        profile = self._profiles.setdefault((kind, start), _Profile(len(missed), len(self._sizes)))
+        profile.add(missed[:, np.minimum(self._sizes[:known], nodes)])
 
     def profile(self, kind: Kind, start: int) -> tuple[Int64, Float64]:
         """Sizes of plans [s], as far as there were such, and on average the probability that one misses each level [l, s]."""
-        means = self._profiles.get((kind, start), [])
-        missed = np.array([[mean.value for mean in size] for size in means])
-        return self._sizes[: len(means)], missed.T
+        if (profile := self._profiles.get((kind, start))) is None:
+            return self._sizes[:0], np.empty((self._levels - 1 - start, 0))
+        known = np.count_nonzero(profile.plans)
+        return self._sizes[:known], profile.missed[:, :known]
 
     def _levels_of(self, kind: Kind, start: int) -> list[RequiredDepth]:
         below = self._levels - 1 - start

@@ -137,8 +137,7 @@ class RequestPlanning:
     def _learn_target(self, costs: ModelCosts, target: Usage) -> None:
         target_passes = self._target_passes(target.costs)
         for one, cost, wait in zip(target_passes, target.costs, target.waits, strict=True):
-            self.report.target_predicted_ns += costs.target.predict([one], cost)
-            costs.target.observe([one], cost, wait)
+            self.report.target_predicted_ns += costs.target.observe([one], cost, wait)
         if target.costs:
             self._learn_share(costs, target.costs[0])
 
@@ -147,8 +146,7 @@ class RequestPlanning:
             costs.draft.not_asked()
         for record, wait in zip(self._records, draft.waits, strict=True):
             passes = record.passes(self._trie.levels, self._task.draft_prompt_tokens)
-            self.report.draft_predicted_ns += costs.draft.predict(passes, record.cost)
-            costs.draft.observe(passes, record.cost, wait)
+            self.report.draft_predicted_ns += costs.draft.observe(passes, record.cost, wait)
             if record.start == 0:
                 costs.draft_share.add(_computed(self._task.draft_prompt_tokens, record.cost))
 

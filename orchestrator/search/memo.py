@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.beams import Beams
 from engine.plan import Plan
@@ -60,6 +61,10 @@ class Memo:
     def is_certain(self, node: int) -> bool:
         """Whether a node never needs one: under rule `trie`, where it has a single child."""
         return self.rule is ScoringRule.TRIE and int(self.trie.child_count[node]) == 1
+
+    def certain(self, nodes: Int64) -> npt.NDArray[np.bool_]:
+        """`is_certain` of nodes [n]."""
+        return np.asarray((self.trie.child_count[nodes] == 1) & (self.rule is ScoringRule.TRIE))
 
     def missing(self, beams: Beams) -> Int64:
         """Rows of the beams that are not evaluated."""

@@ -78,8 +78,27 @@ def test_where_drafting_does_not_pay_there_is_hardly_any(machine: Machine, noise
     planner = adaptive(simulation)
     both(simulation, planner, range(30))
     planned, alone = both(simulation, planner, range(30, 70))
-    assert mean_ms(planned) <= 1.02 * mean_ms(alone)
+    assert mean_ms(planned) <= 1.01 * mean_ms(alone)
     assert np.mean([one.report.nodes_asked > 0 for one in planned]) < 0.2
+
+
+def test_while_nothing_pays_requests_are_seldom_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known to be without a plan costs no thought, at the root as below the beams of every level."""
+    simulation, weighed = Simulation(DEAR, noise=0.0), []
+    weigh = AdaptivePlanning._weighed
+
+    def counting(planning: AdaptivePlanning, start: int, *rest: object) -> PlanSize | None:
+        weighed.append(start)
+        return weigh(planning, start, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AdaptivePlanning, "_weighed", counting)
+    planner = adaptive(simulation)
+    both(simulation, planner, range(70))
+    weighed.clear()
+    planned, _ = both(simulation, planner, range(70, 134))
+    assert 0 < len(weighed) <= 2 * (64 // 32 + 1)
+    assert {one.report.expected_passes for one in planned} == {3.0}
+    assert all(one.report.expected_ns > 0 for one in planned)
 
 
 def test_a_useful_draft_is_used_as_far_as_it_pays() -> None:
@@ -119,8 +138,8 @@ def test_a_draft_that_becomes_useful_is_found_out() -> None:
         planner = adaptive(useless, explored_share=share)
         asked = [useless.serve(planner, user).report.nodes_asked > 0 for user in range(40)]
         assert share or not any(asked[32:])
-        asked = [useful.serve(planner, user).report.nodes_asked > 0 for user in range(160)]
-        assert all(asked[130:]) if found else not any(asked)
+        asked = [useful.serve(planner, user).report.nodes_asked > 0 for user in range(110)]
+        assert all(asked[80:]) if found else not any(asked)
 
 
 def test_a_draft_that_is_waited_for_is_left_out() -> None:
@@ -223,7 +242,7 @@ def test_margins_that_lie_cost_little(machine: Machine, spoil: Callable[[Plan], 
     planner = adaptive(simulation)
     both(simulation, planner, range(30), spoil)
     planned, alone = both(simulation, planner, range(30, 60), spoil)
-    assert mean_ms(planned) <= 1.05 * mean_ms(alone)
+    assert mean_ms(planned) <= 1.02 * mean_ms(alone)
 
 
 def test_predictions_come_true_on_a_machine_that_is_slower_than_it_was() -> None:
@@ -232,7 +251,7 @@ def test_predictions_come_true_on_a_machine_that_is_slower_than_it_was() -> None
     planner = adaptive(simulation)
     planned, _ = both(simulation, planner, range(80))
     for one in planned[40:]:
-        assert one.report.target_predicted_ns == pytest.approx(one.target.cost.forward_ns, rel=0.1)
+        assert one.report.target_predicted_ns == pytest.approx(one.target.cost.forward_ns, rel=0.08)
     passes = [len(one.target.costs) for one in planned[40:]]
     assert np.mean([one.report.expected_passes for one in planned[40:]]) == pytest.approx(np.mean(passes), abs=0.3)
 
