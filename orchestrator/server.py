@@ -28,7 +28,7 @@ from orchestrator.replies import PROTO_MODES, to_reply, to_timestamp, to_version
 from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.shadow import ShadowChecks, ShadowLimits
-from orchestrator.snapshots import Snapshot, Snapshots
+from orchestrator.snapshots import Planners, Snapshot, Snapshots
 from orchestrator.tracks import Lane, Lanes
 from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
@@ -257,7 +257,9 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
     admission = Admission(settings.max_running, settings.max_queued)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(_redis_client(settings))
-        lanes = Lanes({track: _lane(track, settings, redis, admission) for track in Track}, settings.canary_share)
+        planners = Planners(settings.plan_limits)
+        each = {track: _lane(track, settings, redis, admission, planners) for track in Track}
+        lanes = Lanes(each, settings.canary_share)
         stack.push_async_callback(lanes.close)
         await lanes[Track.STABLE].snapshots.take_up(bundle, at_once=True)
         watches = bundle_watches(settings, lanes, bundle.manifest.version)
@@ -267,8 +269,10 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]
 
 
-def _lane(track: Track, settings: OrchestratorSettings, redis: Redis | None, admission: Admission) -> Lane:
+def _lane(
+    track: Track, settings: OrchestratorSettings, redis: Redis | None, admission: Admission, planners: Planners
+) -> Lane:
     draft_switch = DraftSwitch(settings.shadow_mismatches, settings.shadow_window_seconds)
     limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
     shadow = ShadowChecks(limits, admission, draft_switch)
-    return Lane(track, Snapshots(settings, redis, draft_switch), draft_switch, shadow)
+    return Lane(track, Snapshots(settings, redis, draft_switch, planners), draft_switch, shadow)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from orchestrator.planning.planner import PlannerKind
+from orchestrator.planning.planner import PlanLimits, PlannerKind
 from service_kit.channels import Target
 from service_kit.settings import Port, ServiceSettings
 from service_kit.tls import ClientTls, TlsFiles
@@ -157,6 +157,17 @@ class OrchestratorSettings(ServiceSettings):
             self._needs(name, "model_ca", self.model_ca is not None)
         self._needs("canary_share", "canary_bundle", self.canary_bundle is not None)
         return self
+
+    @property
+    def plan_limits(self) -> PlanLimits:
+        """How plans are made, and how large."""
+        return PlanLimits(
+            kind=self.planner,
+            nodes_per_beam=self.draft_nodes_per_beam,
+            max_nodes=self.draft_max_nodes,
+            explored_share=self.draft_explored_share,
+            patience=self.draft_patience,
+        )
 
     def model_tls(self, server_name: str) -> ClientTls | None:
         """How the models are called; None for plain text. server_name: of the certificates, empty for the address's own."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 
-from engine.bundle import Bundle, Manifest
+from engine.bundle import Bundle, Manifest, ModelEntry
 from engine.catalogue import Catalogue
+from engine.trie import Trie
 from orchestrator.draft_switch import DraftSwitch
 from orchestrator.history import HistoryStore
 from orchestrator.model_clients.draft_client import DraftClient
@@ -67,14 +69,31 @@ class Snapshot:
         await self.resources.aclose()
 
 
+class Planners:
+    """The planners of open snapshots, on all tracks: what was learnt of models is known to whatever has them next."""
+
+    def __init__(self, limits: PlanLimits) -> None:
+        self._limits = limits
+        self._models: WeakKeyDictionary[Planner, Mapping[str, ModelEntry]] = WeakKeyDictionary()
+
+    def of(self, manifest: Manifest, trie: Trie) -> Planner:
+        """A planner for a bundle."""
+        alike = [planner for planner, models in self._models.items() if models == manifest.models]
+        planner = alike[-1].over(trie) if alike else Planner(trie, self._limits)
+        self._models[planner] = manifest.models
+        return planner
+
+
 class Snapshots:
     """The snapshot that new requests of a track get, and those before it that requests still hold.
 
     redis: None where there is none. newest: None before the first bundle, and after `let_go`.
     """
 
-    def __init__(self, settings: OrchestratorSettings, redis: Redis | None, draft_switch: DraftSwitch) -> None:
-        self._settings, self._redis, self._draft_switch = settings, redis, draft_switch
+    def __init__(
+        self, settings: OrchestratorSettings, redis: Redis | None, draft_switch: DraftSwitch, planners: Planners
+    ) -> None:
+        self._settings, self._redis, self._draft_switch, self._planners = settings, redis, draft_switch, planners
         self.newest: Snapshot | None = None
         # The event loop itself only keeps weak references to tasks.
         self._closing: set[asyncio.Task[None]] = set()
@@ -89,13 +108,14 @@ class Snapshots:
     @property
     def ready(self) -> bool:
         """Whether there is one, and a target that serves it, as far as is known."""
-        return self.newest is not None and self.newest.channels.reach_targets
+        newest = self.newest  # once: the exporter's thread asks too
+        return newest is not None and newest.channels.reach_targets
 
     @property
     def draft_rests(self) -> bool:
         """Whether its draft is left alone after failures."""
-        draft = self.newest.draft if self.newest else None
-        return draft is not None and draft.resting
+        newest = self.newest
+        return newest is not None and newest.draft is not None and newest.draft.resting
 
     @property
     def open(self) -> int:
@@ -149,27 +169,13 @@ class Snapshots:
             timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
             drafts = await channels.drafts(settings.draft, version)
             draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
-        planner = self._planner(manifest, catalogue)
+        planner = self._planners.of(manifest, catalogue.trie)
         if draft is not None:
             learning = asyncio.create_task(learn_curves(planner, target, draft))
             resources.callback(learning.cancel)
         histories = self._histories(manifest)
         recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._draft_switch)
         return Snapshot(manifest, recommender, planner, target, draft, channels, resources)
-
-    def _planner(self, manifest: Manifest, catalogue: Catalogue) -> Planner:
-        """A new one, or over the same models as before one that knows what was learnt of them."""
-        before, settings = self.newest, self._settings
-        if before is not None and before.manifest.models == manifest.models:
-            return before.planner.over(catalogue.trie)
-        limits = PlanLimits(
-            kind=settings.planner,
-            nodes_per_beam=settings.draft_nodes_per_beam,
-            max_nodes=settings.draft_max_nodes,
-            explored_share=settings.draft_explored_share,
-            patience=settings.draft_patience,
-        )
-        return Planner(catalogue.trie, limits)
 
     def _histories(self, manifest: Manifest) -> HistoryStore | None:
         if self._redis is None:

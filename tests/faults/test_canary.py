@@ -239,6 +239,23 @@ def test_a_canary_comes_grows_is_promoted_and_is_rolled_back_under_load(shop: Sh
     assert not any(info.shadow_checks.different or info.canary.shadow_checks.different for info in shop.infos())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("times", [25])
+def test_bundles_change_places_again_and_again_under_load(shop: Shop, times: int) -> None:
+    """Begun and rolled back, begun and promoted, by turns."""
+    with Load(shop) as load:
+        for turn in range(times):
+            shop.begin_canary()
+            load.round()
+            if turn % 2:
+                shop.make_stable(shop.new)
+            shop.end_canary()
+            expected = shop.new if turn % 2 else shop.old
+            assert {version for _, version in load.round()} == {expected.manifest.version}
+            shop.make_stable(shop.old)
+    assert not any(info.shadow_checks.different or info.canary.shadow_checks.different for info in shop.infos())
+
+
 def test_a_canary_that_no_target_serves_is_nobodys(shop: Shop) -> None:
     """First none has it, then they have, then they lose it again, while the orchestrators hold on to it."""
     until(lambda: all(shop.serves_old_alone(target) for target in shop.stack.targets))

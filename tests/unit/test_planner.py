@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from orchestrator.planning.request_planning import RequestPlanning, Task
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.mode import Mode
 from orchestrator.search.verification import ExactSampling, Policy, Strict
+from orchestrator.snapshots import Planners
+from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.simulation import PROMPT_TOKENS, Machine, Served, SimulatedDraft, Simulation, curve
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
 
@@ -410,3 +413,16 @@ def test_a_draft_that_fails_teaches_nothing_and_changes_nothing() -> None:
     for user in range(5):
         served = simulation.serve(planner, user)
         assert (served.list, served.report.nodes_proposed) == (simulation.serve(None, user).list, 0)
+
+
+def test_models_that_are_known_are_planned_for_with_what_was_learnt(tmp_path: Path) -> None:
+    """Of a canary that becomes stable, and of a catalogue that changes; other models begin anew."""
+    manifest = write_bundle(tmp_path, random_catalogue(20, (4, 4, 4), seed=0)).bundle.manifest
+    trie = random_catalogue(30, (4, 4, 4), seed=1).trie
+    planners, task = Planners(PlanLimits()), Task(beam_width=4, prompt_tokens=8)
+    first = planners.of(manifest, trie)
+    first.measure_by(STEEP.target, STEEP.draft)
+    other = manifest.model_copy(update={"target": manifest.target.model_copy(update={"fingerprint": "other"})})
+    changed = manifest.model_copy(update={"catalogue_version": "changed"})
+    assert isinstance(planners.of(changed, trie).planning(Mode.STRICT, task), AdaptivePlanning)
+    assert not isinstance(planners.of(other, trie).planning(Mode.STRICT, task), AdaptivePlanning)
