@@ -13,35 +13,28 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from client.bench_parts import (
+    Histories,
+    JsonFile,
+    Page,
+    Seed,
+    Tolerance,
+    Users,
+    chosen_histories,
+    save,
+    written,
+)
 from client.cli_parts import BundleFolder, CommandError, err, optional, out
 from engine.bundle import Bundle
 from engine.comparison import Verdict
 from engine.scoring import ScoringRule
-
-if TYPE_CHECKING:
-    from benchmarks.results import Result
-
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
-Histories = Annotated[
-    Path | None, typer.Option("--histories", help="Lines of `user item item ...`; random histories without it.")
-]
-Users = Annotated[int, typer.Option(min=1, help="How many users.")]
-LeastItems = Annotated[
-    int, typer.Option("--min-items", min=2, help="Only users with so many items: one comes after the prefix is kept.")
-]
-MostItems = Annotated[
-    int | None,
-    typer.Option("--max-items", min=2, help="Only users with at most so many: a window that moves on keeps no prefix."),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 _PAGES = {
     "recommenders": "benchmarks.recommender_table",
@@ -121,39 +114,37 @@ class ModeChoice(StrEnum):
     RELAXED_SAMPLING = "relaxed-sampling"
 
 
+DraftBundles = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=BUNDLE", help="Another draft for the same target; GROUP/SEED=BUNDLE for several alike."),
+]
+Widths = Annotated[list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20]")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(help="Nodes of a plan: Nk per level, N/level, N/all.  [default: 2k 40(/level) 120(/all) 240(/all)]"),
+]
+Modes = Annotated[
+    list[ModeChoice] | None, typer.Option("--mode", "--modes", help="How lists are made.  [default: all]")
+]
+
+
 @bench_commands.command("acceptance")
 def bench_acceptance(
     bundle: BundleFolder,
     data: Annotated[Path, typer.Option(help="The data set: a folder with items.jsonl and train/valid/test.txt.")],
     users: Users = 1000,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=BUNDLE", help="Another draft for the same target; GROUP/SEED=BUNDLE for several alike."
-        ),
-    ] = None,
+    draft: DraftBundles = None,
     name: Annotated[str, typer.Option(help="Name of the bundle's own draft in the results.")] = "draft",
-    k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20]")
-    ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Nodes of a plan: Nk per level, N/level, N/all.  [default: 2k 40(/level) 120(/all) 240(/all)]"
-        ),
-    ] = None,
-    mode: Annotated[
-        list[ModeChoice] | None, typer.Option("--mode", "--modes", help="How lists are made.  [default: all]")
-    ] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.1,
+    k: Widths = None,
+    budget: Budgets = None,
+    mode: Modes = None,
+    tolerance: Tolerance = 0.1,
     seed: Seed = 1,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as cores.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a pass, in each process.")] = 1,
     per_user: Annotated[bool, typer.Option("--per-user", help="Keep every user's numbers in the result.")] = False,
     json_file: JsonFile = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a page about it into this folder.", file_okay=False)
-    ] = None,
+    report: Page = None,
 ) -> None:
     """Target passes of each draft, mode, K and budget; exits with 1 when a strict or exact list differs."""
     from benchmarks import acceptance
@@ -211,9 +202,7 @@ def bench_recommenders(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a page about it into this folder.", file_okay=False)
-    ] = None,
+    report: Page = None,
 ) -> None:
     """Recall and NDCG of a run's models, popularity, item-kNN and SASRec on one split, with intervals."""
     recommenders, sasrec = optional("benchmarks.recommenders"), optional("benchmarks.sasrec")
@@ -258,13 +247,6 @@ def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
     return [bundle.manifest.scoring_rule if choice is RuleChoice.BUNDLE else ScoringRule(choice.value)]
 
 
-def chosen_histories(bundle: Bundle, path: Path | None, users: int, seed: int) -> list[tuple[str, ...]]:
-    """Real users' histories from a file, or random ones without it."""
-    from benchmarks.histories import choose_histories
-
-    return choose_histories(bundle.catalogue(), path, users, seed)
-
-
 def _show(benchmark: ModuleType, rows: Any, answer: str) -> None:
     out.print(benchmark.table(rows))
     out.print(f"identical to {benchmark.REFERENCE}: {answer}", highlight=False)
@@ -279,26 +261,3 @@ def _answer(rows: Any) -> str:
     }
     worst = Verdict.worst(verdict for verdict, count in counts.items() if count)
     return f"{worst.answer} ({', '.join(f'{count} {verdict}' for verdict, count in counts.items())})"
-
-
-def save(
-    path: Path | None,
-    bundle: Bundle | None,
-    seed: int,
-    rows: Sequence[Mapping[str, Any]],
-    about: Mapping[str, Any] | None = None,
-) -> Result:
-    """The result with where it comes from, and the file where one is wanted. about: more of the header."""
-    from benchmarks.provenance import provenance
-    from benchmarks.results import Result
-
-    result = Result(provenance(bundle, seed=seed) | dict(about or {}), rows)
-    if path is not None:
-        result.write(path)
-        written(path)
-    return result
-
-
-def written(path: Path) -> None:
-    """Say where something was written to."""
-    err.print(f"written to {path}", highlight=False, soft_wrap=True)

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from client.bench_cli import Histories, JsonFile, Seed, save, written
+from client.bench_parts import Histories, JsonFile, Page, Seed, save, written
 from client.cli_parts import BundleFolder, optional, out
 from engine.bundle import Bundle
 
-Page = Annotated[Path | None, typer.Option("--report", help="Write a page about it into this folder.", file_okay=False)]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of a pass of the target.")]
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from client.bench_cli import Histories, JsonFile, LeastItems, MostItems, Seed, Users, save, written
-from client.bench_load_cli import Page
+from client.bench_parts import Histories, JsonFile, LeastItems, MostItems, Page, Seed, Users, save, written
 from client.cli_parts import BundleFolder, CommandError, optional, out
 from engine.bundle import Bundle
 

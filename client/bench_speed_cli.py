@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.bench_cli import Histories, JsonFile, LeastItems, MostItems, Seed, save, written
+from client.bench_parts import (
+    Histories,
+    JsonFile,
+    LeastItems,
+    MostItems,
+    Page,
+    Seed,
+    Tolerance,
+    Users,
+    save,
+    written,
+)
 from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
 from client.recommender import Mode
@@ -23,7 +34,6 @@ from orchestrator.planning.planner import PlannerKind
 if TYPE_CHECKING:
     from benchmarks.decode import DecodeRow, Peer
 
-Page = Annotated[Path | None, typer.Option("--report", help="Write a page about it into this folder.", file_okay=False)]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of each model and of the peers; all cores by default.")
 ]
@@ -44,37 +54,39 @@ class ProviderChoice(StrEnum):
 
 
 Provider = Annotated[ProviderChoice, typer.Option(help="Where the models run.")]
+Widths = Annotated[
+    list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
+]
+Planner = Annotated[PlannerKind, typer.Option(help="Plans of the size that pays, or of a fixed one.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="What the target was exported from: Hugging Face generate is measured beside it.")
+]
+GenAi = Annotated[
+    bool, typer.Option("--genai", help="Measure onnxruntime-genai too (extra `bench`); needs --checkpoint.")
+]
+PeerUsers = Annotated[
+    int | None, typer.Option("--hf-users", min=0, help="How many of them the other engines answer; all by default.")
+]
 
 
 def bench_decode(
     bundle: BundleFolder,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="What the target was exported from: Hugging Face generate is measured beside it."),
-    ] = None,
-    genai: Annotated[
-        bool, typer.Option("--genai", help="Measure onnxruntime-genai too (extra `bench`); needs --checkpoint.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    genai: GenAi = False,
     histories: Histories = None,
-    users: Annotated[int, typer.Option(min=1, help="How many users.")] = 50,
-    peer_users: Annotated[
-        int | None, typer.Option("--hf-users", min=0, help="How many of them the other engines answer; all by default.")
-    ] = None,
+    users: Users = 50,
+    peer_users: PeerUsers = None,
     least_items: LeastItems = 2,
     most_items: MostItems = None,
-    k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
-    ] = None,
+    k: Widths = None,
     mode: Annotated[list[Mode] | None, typer.Option(help="How lists are made.  [default: all]")] = None,
     prefix: Annotated[list[PrefixChoice] | None, typer.Option(help="[default: both]")] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.1,
+    tolerance: Tolerance = 0.1,
     perfect: Annotated[
         bool, typer.Option("--perfect/--no-perfect", help="Measure plans that are perfect and free: the limit.")
     ] = True,
     settle: Annotated[int, typer.Option(min=1, help="Users before these who do not count: the planner learns.")] = 3,
-    planner: Annotated[
-        PlannerKind, typer.Option(help="Plans of the size that pays, or of a fixed one.")
-    ] = PlannerKind.ADAPTIVE,
+    planner: Planner = PlannerKind.ADAPTIVE,
     threads: Threads = None,
     provider: Provider = ProviderChoice.CPU,
     seed: Seed = 1,
@@ -119,7 +131,7 @@ def bench_decode(
 def bench_overhead(
     bundle: BundleFolder,
     histories: Histories = None,
-    users: Annotated[int, typer.Option(min=1, help="How many users.")] = 50,
+    users: Users = 50,
     least_items: LeastItems = 2,
     most_items: MostItems = None,
     k: Annotated[
@@ -164,9 +176,7 @@ def bench_gpu(
     users: Annotated[int, typer.Option(min=1, help="Users whose lists are timed.")] = 30,
     exact_users: Annotated[int, typer.Option(min=1, help="Users whose lists are compared with the CPU's.")] = 100,
     hf_users: Annotated[int, typer.Option(min=0, help="Of the users, those that Hugging Face answers.")] = 5,
-    k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
-    ] = None,
+    k: Widths = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search behind a long prompt.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that prompt.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Of every pass that is timed by itself.")] = 20,

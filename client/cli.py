@@ -98,6 +98,24 @@ for command in (recommend, record, history, forget, info, inflate, certificates,
     app.command()(command)
 
 
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
+        "command lines are for all to see.",
+        envvar="REDIS_URL",
+    ),
+]
+RedisFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder in which the Redis that is started keeps its data. Without it, recorded histories are in memory "
+        "alone and gone when this ends.",
+        file_okay=False,
+    ),
+]
+
+
 @app.command()
 def up(
     bundle: BundleFolder,
@@ -106,22 +124,8 @@ def up(
         int | None, typer.Option(min=0, help="Draft replicas; by default 1 where the bundle has a draft.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 lets the system choose.")] = 50051,
-    redis_url: Annotated[
-        str | None,
-        typer.Option(
-            help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
-            "command lines are for all to see.",
-            envvar="REDIS_URL",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder in which the Redis that is started keeps its data. Without it, recorded histories are in memory "
-            "alone and gone when this ends.",
-            file_okay=False,
-        ),
-    ] = None,
+    redis_url: RedisUrl = None,
+    data: RedisFolder = None,
     log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.")] = None,
     tls: Annotated[
         bool, typer.Option("--tls", help="Speak TLS, and mutual TLS between the services, with throwaway certificates.")
