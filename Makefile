@@ -4,7 +4,7 @@
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
-#   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; half an hour of two idle cores
+#   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; half an hour or more, two idle cores
 #   make faults          the fault tests with all repetitions and thresholds; up to an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped

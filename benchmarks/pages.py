@@ -32,7 +32,9 @@ def figures(lines: Iterable[Sequence[str]]) -> Iterator[str]:
 def item_range(items: Sequence[int | None]) -> str:
     """How long histories are, from the least and the most items."""
     least, most = items
-    return f"{least} items or more" if most is None else f"{least} to {most} items"
+    if most is None:
+        return f"{least} items or more"
+    return f"{least} to {most} items" if least != most else f"{most} items"
 
 
 def origin(header: Mapping[str, Any], settings: Iterable[tuple[str, str]]) -> Iterator[str]:
