@@ -169,7 +169,9 @@ def test_the_edge_takes_no_replica_away_for_its_answers() -> None:
     assert detection["split_external_local_origin_errors"] is True
     assert detection["enforcing_consecutive_5xx"] == detection["enforcing_success_rate"] == 0
     assert detection["enforcing_consecutive_gateway_failure"] == 0
+    assert detection["enforcing_failure_percentage"] == 0
     assert detection["consecutive_local_origin_failure"] > 0
+    assert detection["enforcing_failure_percentage_local_origin"] == 100
 
 
 def without_tls(part: Any) -> Any:
