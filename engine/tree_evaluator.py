@@ -163,10 +163,12 @@ class TreeEvaluator:
         longest = self.entry.max_positions - self.trie.levels + 1
         everything = Selection(Pruning.none(), limit=1)
         tree = OpenTree(self._empty_tree(prompt[:longest]), [], (), PassCost(), rehearsal=True)
-        await self.evaluate(tree, np.array([ROOT]), everything)
-        if self.trie.levels > 1:
-            await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
-        self.end(tree)
+        try:
+            await self.evaluate(tree, np.array([ROOT]), everything)
+            if self.trie.levels > 1:
+                await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+        finally:
+            self.end(tree)
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure what passes cost, for about so long. Nothing else should run on the model meanwhile."""

@@ -13,6 +13,7 @@ from engine.kv_cache import MemoryKvCache
 from engine.kv_store import RedisKvStore
 from engine.prefix_cache import PrefixCache
 from engine.tree_evaluator import OpenTree, TreeEvaluator
+from service_kit.fitness import Fitness
 from service_kit.metrics import (
     SIZES,
     CounterOf,
@@ -69,6 +70,10 @@ FORGETTING = ReadGauge(
     "Since when this replica has not known that all forgotten users are erased; after 300 it keeps no KV of stored users. "
     "Absent without Redis.",
 )
+UNFIT = ReadGauge(
+    "atspeed_unfit_models",
+    "Versions whose passes fail one after the other; this replica says NOT_SERVING for each until one works again.",
+)
 MODEL = ReadGauge(
     "atspeed_model_info",
     "1, with what is served.",
@@ -76,7 +81,7 @@ MODEL = ReadGauge(
 )
 METRICS = (
     *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PASS_REQUESTS, PROMPT_TOKENS),
-    *(WAITING, TREES, TREE_BYTES, TREE_LIMIT),
+    *(WAITING, UNFIT, TREES, TREE_BYTES, TREE_LIMIT),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
     *(KV_READS, KV_UNWRITTEN),
     *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, FORGETTING, MODEL),
@@ -85,7 +90,7 @@ METRICS = (
 
 # What comes and goes with the versions that are served.
 _BY_VERSION = (
-    *(WAITING, TREE_BYTES, TREE_LIMIT, MODEL),
+    *(WAITING, UNFIT, TREE_BYTES, TREE_LIMIT, MODEL),
     *(KV_LOOKUPS, KV_READS, KV_UNWRITTEN, KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING),
 )
 
@@ -174,11 +179,12 @@ class ModelMetrics:
         """It has gone."""
         self._by_version.remove(reads)
 
-    def watch(self, evaluator: TreeEvaluator) -> Reads:
+    def watch(self, evaluator: TreeEvaluator, fitness: Fitness) -> Reads:
         """What the evaluator counts by itself, added; remove it when the evaluator goes."""
         memory = evaluator.open_kv
         reads: dict[ReadCounter | ReadGauge, Read] = {
             WAITING: lambda: evaluator.waiting_passes,
+            UNFIT: lambda: int(not fitness.fit),
             TREE_BYTES: lambda: memory.used_bytes,
             TREE_LIMIT: lambda: memory.limit_bytes,
         }

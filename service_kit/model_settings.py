@@ -92,6 +92,14 @@ class ModelSettings(ServiceSettings):
         ),
     ] = 5.0
 
+    unfit_after: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="So many passes that fail one after the other, by no fault of their requests, and this replica says "
+            "NOT_SERVING until one works again. 0: never.",
+        ),
+    ] = 5
     keep_version_seconds: Annotated[
         float,
         Field(

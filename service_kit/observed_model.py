@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
 from engine.batcher import BatchLimits
 from engine.bundle import ModelEntry
 from engine.cost import PassCost
@@ -12,6 +15,7 @@ from engine.scoring import Evaluation, ScoringRule
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import Int64, Trie
 from service_kit import tracing
+from service_kit.fitness import Fitness
 from service_kit.model_metrics import ModelMetrics
 
 
@@ -30,10 +34,13 @@ class ObservedEvaluator(TreeEvaluator):
         *,
         limits: BatchLimits,
         open_kv_bytes: int,
+        unfit_after: int,
+        declare_fit: Callable[[bool], Awaitable[None]],
     ) -> None:
         super().__init__(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
         self._metrics = metrics
-        self._reads = metrics.watch(self)
+        self._fitness = Fitness(unfit_after, self.warm_up, declare_fit)
+        self._reads = metrics.watch(self, self._fitness)
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
         """As TreeEvaluator's."""
@@ -49,7 +56,8 @@ class ObservedEvaluator(TreeEvaluator):
         if not self._metrics.knows(tree):
             return await super().evaluate(tree, nodes, selection)
         with tracing.span("pass", nodes=len(nodes)) as span:
-            evaluation, cost = await super().evaluate(tree, nodes, selection)
+            with self._judged():
+                evaluation, cost = await super().evaluate(tree, nodes, selection)
             span.set(
                 tokens=cost.new_tokens,
                 requests=cost.batch_requests,
@@ -61,8 +69,19 @@ class ObservedEvaluator(TreeEvaluator):
 
     async def close(self) -> None:
         """As TreeEvaluator's."""
+        await self._fitness.close()
         await super().close()
         self._metrics.remove(self._reads)
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """A pass whose outcome says whether the model works."""
+        try:
+            yield
+        except Exception as error:
+            self._fitness.failed(error)
+            raise
+        self._fitness.passed()
 
     def end(self, tree: OpenTree) -> None:
         """As TreeEvaluator's."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import structlog
@@ -216,6 +217,8 @@ class ServedModels(Generic[Worker]):
             self.metrics,
             limits=self._settings.batch_limits(weights.key.layout),
             open_kv_bytes=self._settings.kv_open_mb * 2**20,
+            unfit_after=self._settings.unfit_after,
+            declare_fit=partial(self.versions.declare_fit, bundle.manifest.model_version(self._role)),
         )
 
     async def _cost_curve(self, evaluator: TreeEvaluator, weights: Weights) -> CostCurve:

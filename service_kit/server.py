@@ -68,10 +68,13 @@ class Registration:
     metrics: CollectorRegistry | None = None
 
     async def declare_in(self, health: Health) -> None:
-        """Say in grpc.health.v1 that it serves, and which versions, now and later."""
+        """Say in grpc.health.v1 that it serves, and which versions, now and later. One with versions serves while one does."""
+        serving: set[str] = set()
 
         async def declare(version: str, served: bool) -> None:
+            (serving.add if served else serving.discard)(version)
             await health.declare(health_name(self.name, version), served)
+            await health.declare(self.name, bool(serving))
 
         await health.declare(self.name, True)
         await self.versions.follow(declare)

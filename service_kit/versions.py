@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 Listener = Callable[[str, bool], Awaitable[None]]
-"""Hears of a version, and whether it is served from now on."""
+"""Hears of a version, and whether it takes calls from now on."""
 
 
 class Versions:
@@ -13,6 +13,7 @@ class Versions:
 
     def __init__(self, *versions: str) -> None:
         self._served = set(versions)
+        self._unfit: set[str] = set()
         self._listeners: list[Listener] = []
 
     @property
@@ -24,18 +25,27 @@ class Versions:
         """Tell the listener of all that are served, and from now on of every change."""
         self._listeners.append(listener)
         for version in sorted(self._served):
-            await listener(version, True)
+            await listener(version, version not in self._unfit)
 
     async def serve(self, version: str) -> None:
         """Calls of this version are answered from now on."""
         self._served.add(version)
-        await self._tell(version, True)
+        await self._tell(version)
 
     async def withdraw(self, version: str) -> None:
         """Calls of this version should go elsewhere."""
         self._served.discard(version)
-        await self._tell(version, False)
+        await self._tell(version)
 
-    async def _tell(self, version: str, served: bool) -> None:
+    async def declare_fit(self, version: str, fit: bool) -> None:
+        """Whether passes of this version work. While they do not, its calls should go elsewhere; it is served all the same."""
+        if fit:
+            self._unfit.discard(version)
+        else:
+            self._unfit.add(version)
+        await self._tell(version)
+
+    async def _tell(self, version: str) -> None:
+        wanted = version in self._served and version not in self._unfit
         for listener in self._listeners:
-            await listener(version, served)
+            await listener(version, wanted)

@@ -26,7 +26,12 @@ from engine.prefix_cache import PrefixCache
 from engine.redis_client import connect
 from engine.trie import ROOT, Int64
 from orchestrator.owner_tag import owner_tag
+from orchestrator.recommendation import Recommendation
+from orchestrator.server import application
+from orchestrator.settings import OrchestratorSettings
+from orchestrator.shadow import Served, ShadowChecks
 from service_kit import wire
+from service_kit.server import running
 from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until
 
@@ -55,9 +60,9 @@ def client(redis_url: str, replicas: LocalStack) -> Iterator[Client]:
 class Prober:
     """Asks replicas directly how much of a user's prompt they find; what they do not find they compute and keep."""
 
-    def __init__(self, bundle: Path, catalogue: Catalogue, user: str, history: list[str]) -> None:
+    def __init__(self, bundle: Path, catalogue: Catalogue, owner: bytes, history: list[str]) -> None:
         self._manifest: Manifest = Bundle(bundle).manifest
-        self._catalogue, self._owner, self._history = catalogue, owner_tag("", user), history
+        self._catalogue, self._owner, self._history = catalogue, owner, history
 
     def target(self, replica: ServiceProcess) -> int:
         """Cached tokens that a target finds, in memory or Redis."""
@@ -101,7 +106,7 @@ def test_nothing_of_a_forgotten_user_is_found_anywhere(
 ) -> None:
     """Another user with the very same history keeps everything: users share no block."""
     history = random_history(catalogue, WINDOW, seed=4000)
-    probes = {user: Prober(bundle, catalogue, user, list(history)) for user in ("leaver", "stayer")}
+    probes = {user: Prober(bundle, catalogue, owner_tag("", user), list(history)) for user in ("leaver", "stayer")}
     for user, probe in probes.items():
         client.record(user, history)
         client.recommend(user_id=user)
@@ -119,6 +124,83 @@ def test_nothing_of_a_forgotten_user_is_found_anywhere(
         assert min(probes["stayer"].everywhere(replicas)) > 0
         assert store.exists(names["stayer"]) == 1
         assert store.exists(names["leaver"]) == 0, "a replica wrote it again"
+
+
+class Gate:
+    """Shadow checks wait before it until it is opened, from any thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        self.waiting = 0
+        check = ShadowChecks._check
+
+        async def gated(checks: ShadowChecks, made: Recommendation, served: Served) -> None:
+            self.waiting += 1
+            await self._event.wait()
+            await check(checks, made, served)
+
+        monkeypatch.setattr(ShadowChecks, "_check", gated)
+
+    def open(self) -> None:
+        self._loop.call_soon_threadsafe(self._event.set)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
+    heard: bool,
+    replicas: LocalStack,
+    redis_url: str,
+    bundle: Path,
+    catalogue: Catalogue,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shadow check makes a list again after its reply; its user is forgotten between the two.
+
+    heard: whether the replicas know by then, or only Redis does. The models are processes; the orchestrator is in this one.
+    """
+    ours = replicas.orchestrators[0].flags
+    settings = OrchestratorSettings.model_validate(
+        {
+            "bundle": bundle,
+            "port": 0,
+            "redis_url": redis_url,
+            "redis_timeout_seconds": 10,
+            "target": ours["target"],
+            "draft": ours["draft"],
+            "draft_timeout_seconds": 30,
+            "planner": "fixed",
+            "shadow_share": 1,
+            "drain_seconds": 1,
+        }
+    )
+    gate = Gate(monkeypatch)
+    async with application(settings) as registrations, running(settings, registrations) as server:
+        await asyncio.to_thread(live_through, server.address, gate, replicas, redis_url, bundle, catalogue, heard)
+
+
+def live_through(
+    address: str, gate: Gate, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue, heard: bool
+) -> None:
+    """Blocking, beside the orchestrator's event loop."""
+    user = f"leaver-{heard}"
+    history = random_history(catalogue, WINDOW, seed=5000 + heard)
+    probe = Prober(bundle, catalogue, owner_tag("", user), history)
+    with Client(address) as client, redis.Redis.from_url(redis_url) as store:
+        client.record(user, history)
+        client.recommend(user_id=user)
+        until(lambda: gate.waiting == 1)
+        until(lambda: bool(store.exists(group_name(owner_tag("", user)))))
+        client.stub.ForgetUser(pb.ForgetUserRequest(user_id=user), timeout=LIVENESS_SECONDS)
+        if heard:
+            until(lambda: not any(probe.everywhere(replicas)))
+        gate.open()
+        until(lambda: client.info().shadow_checks.identical == 1)
+
+        until(lambda: not any(probe.everywhere(replicas)))
+        # Nothing of anybody: had the replay been made as nobody's, its blocks would stand here under another name.
+        until(lambda: set(store.scan_iter()) == {STREAM.encode()})
+        assert not any(probe.everywhere(replicas))
+        assert set(store.scan_iter()) == {STREAM.encode()}
 
 
 def prompt(owner: bytes = OWNER) -> tuple[list[bytes], list[KvArray]]:

@@ -1,0 +1,120 @@
+"""A target whose passes fail: callers leave it for another replica, and come back when its passes work again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from atspeed.v1 import target_pb2
+from grpc_health.v1 import health_pb2
+
+from engine.bundle import Bundle
+from engine.decoder import Decoder
+from engine.trie import ROOT
+from service_kit import wire
+from service_kit.channels import channel_options, health_name, target_uri
+from service_kit.server import RunningServer, running
+from target_service.server import application
+from target_service.settings import TargetSettings
+from tests.observed import scrape_port
+from tests.serving import SERVING, TARGET, EvaluateStream, check_health, until
+
+UNFIT_AFTER = 3
+NOT_SERVING = int(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+
+@dataclass
+class Decoders:
+    """Those of this process in the order of their first pass, and which of them fail."""
+
+    seen: list[Decoder] = field(default_factory=list)
+    failing: list[Decoder] = field(default_factory=list)
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> Decoders:
+    decoders, works = Decoders(), Decoder.run_batch
+
+    def run_batch(decoder: Decoder, *arguments: Any) -> Any:
+        if decoder not in decoders.seen:
+            decoders.seen.append(decoder)
+        if decoder in decoders.failing:
+            raise MemoryError("no room for 3 GiB")
+        return works(decoder, *arguments)
+
+    monkeypatch.setattr(Decoder, "run_batch", run_batch)
+    return decoders
+
+
+@pytest.fixture
+async def replicas(bundle: Path, decoders: Decoders) -> AsyncIterator[list[RunningServer]]:
+    """Two targets, one loaded after the other."""
+    settings = TargetSettings(
+        bundle=bundle, port=0, metrics_port=0, threads=1, warm_up_seconds=0, unfit_after=UNFIT_AFTER, drain_seconds=1
+    )
+    async with AsyncExitStack() as stack:
+        registrations = [await stack.enter_async_context(application(settings)) for _ in range(2)]
+        yield [await stack.enter_async_context(running(settings, each)) for each in registrations]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Asks for passes of the version that orchestrators ask for."""
+
+    channel: grpc.Channel
+    version: str
+
+    def asks(self) -> grpc.StatusCode:
+        """How one pass ends."""
+        start = target_pb2.EvaluateStart(model_version=self.version, prompt=wire.to_array(np.arange(1, 6)))
+        nodes = wire.to_array(np.array([ROOT], dtype=np.int32))
+        with EvaluateStream(self.channel) as stream:
+            try:
+                stream.ask(target_pb2.EvaluateRequest(start=start, nodes=nodes))
+            except grpc.RpcError as error:
+                return error.code()
+        return grpc.StatusCode.OK
+
+
+async def test_callers_leave_a_target_whose_passes_fail_until_they_work_again(
+    bundle: Path, replicas: list[RunningServer], decoders: Decoders
+) -> None:
+    await asyncio.to_thread(live_through, bundle, replicas, decoders)
+
+
+def live_through(bundle: Path, replicas: list[RunningServer], decoders: Decoders) -> None:
+    """Blocking, beside the servers' event loop."""
+    version = Bundle(bundle).manifest.model_version("target")
+    balanced = channel_options(TARGET, [], -1, version)
+    addresses = ",".join(replica.address for replica in replicas)
+    with (
+        grpc.insecure_channel(replicas[0].address) as direct,
+        grpc.insecure_channel(target_uri(addresses), options=balanced) as channel,
+    ):
+        sick, caller = Caller(direct, version), Caller(channel, version)
+        assert [caller.asks() for _ in range(4)] == [grpc.StatusCode.OK] * 4
+
+        decoders.failing.append(decoders.seen[0])
+        names = {"": SERVING, TARGET: NOT_SERVING, health_name(TARGET, version): NOT_SERVING}
+        assert [sick.asks() for _ in range(UNFIT_AFTER)] == [grpc.StatusCode.INTERNAL] * UNFIT_AFTER
+        until(lambda: {name: check_health(direct, name) for name in names} == names)
+        assert unfit(replicas) == [1, 0]
+        until(lambda: {caller.asks() for _ in range(6)} == {grpc.StatusCode.OK})
+        assert [caller.asks() for _ in range(20)] == [grpc.StatusCode.OK] * 20
+
+        decoders.failing.clear()
+        until(lambda: {check_health(direct, name) for name in names} == {SERVING})
+        assert sick.asks() is grpc.StatusCode.OK
+        assert unfit(replicas) == [0, 0]
+
+
+def unfit(replicas: list[RunningServer]) -> list[float]:
+    """What each says to Prometheus."""
+    return [scrape_port(replica.metrics_port or 0).value("atspeed_unfit_models") for replica in replicas]
