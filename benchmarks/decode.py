@@ -105,11 +105,12 @@ class Answer:
 
 
 class Peer(Protocol):
-    """Another engine with the same weights. about: what it does, for readers of the result."""
+    """Another engine with the same weights. about: what it does, for readers of the result. most_beams: it answers no K above."""
 
     engine: str
     mode: str
     about: str
+    most_beams: float
 
     def answer(self, history: History, k: int) -> Answer:
         """One list, measured."""
@@ -167,7 +168,12 @@ async def run(
     perfect = question.perfect and read_manifest(root).draft is not None
     modes = [*map(str, question.modes), *([PERFECT] if perfect else [])]
     ways = [Way(ENGINE, mode, k, prefix) for prefix in question.prefixes for k in question.widths for mode in modes]
-    others = [(peer, Way(peer.engine, peer.mode, k, Prefix.COLD)) for peer in peers for k in question.widths]
+    others = [
+        (peer, Way(peer.engine, peer.mode, k, Prefix.COLD))
+        for peer in peers
+        for k in question.widths
+        if k <= peer.most_beams
+    ]
     answers: Answers = {way: [] for way in [*ways, *(way for _, way in others)]}
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(running_services(root, running))

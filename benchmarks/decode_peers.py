@@ -8,6 +8,7 @@ at few.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class HuggingFace:
 
     engine = HUGGING_FACE
     mode = "constrained"
+    most_beams = math.inf
 
     def __init__(self, bundle: Bundle, model: PreTrainedModel, *, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -58,6 +60,7 @@ class GenAi:
 
     engine = "onnxruntime-genai"
     mode = "unconstrained"
+    most_beams = 32.0  # it refuses more
 
     def __init__(self, bundle: Bundle, folder: Path, *, threads: int) -> None:
         self._genai, self._catalogue, self._entry = _library(), bundle.catalogue(), bundle.manifest.target
