@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class PassCost:
     """What passes cost. Times in nanoseconds; tokens counted once each.
 
-    queue_ns: waiting for cached KV and for the worker thread. forward_ns: reading the tokens, KV moved in and out included;
-    requests that share a pass each have all of its time. batch_requests: how many shared it; of several passes the most.
-    batch_tokens: what the passes computed for all who shared them, padding included.
+    lookup_ns: waiting for cached KV, of a first pass. queue_ns: waiting for the worker thread. forward_ns: reading the tokens,
+    KV moved in and out included; requests that share a pass each have all of its time. batch_requests: how many shared it; of
+    several passes the most. batch_tokens: what the passes computed for all who shared them, padding included.
     """
 
     queue_ns: int = 0
@@ -22,6 +22,7 @@ class PassCost:
     redis_cached_tokens: int = 0
     batch_requests: int = 0
     batch_tokens: int = 0
+    lookup_ns: int = 0
 
     def __add__(self, other: PassCost) -> PassCost:
         """Both together."""

@@ -127,7 +127,7 @@ class TreeEvaluator:
         # The last prompt token is always computed: its logits are the root's evaluation.
         cached = await self._cache.lookup(keys[: (len(prompt) - 1) // step])
         cost = PassCost(
-            queue_ns=time.perf_counter_ns() - begun,
+            lookup_ns=time.perf_counter_ns() - begun,
             memory_cached_tokens=cached.memory_tokens,
             redis_cached_tokens=cached.redis_tokens,
         )

@@ -28,7 +28,7 @@ from service_kit.metrics import (
 
 PASS_SECONDS = HistogramOf(
     "atspeed_pass_seconds",
-    "Time of a pass by stage: queue (cached KV and the wait for the model), forward, selection.",
+    "Time of a pass by stage: lookup (cached KV, of a tree's first), queue (the wait for the model), forward, selection.",
     ("stage",),
 )
 PASS_NODES = HistogramOf("atspeed_pass_nodes", "Trie nodes that a pass evaluated.", buckets=SIZES)
@@ -211,6 +211,7 @@ class ModelMetrics:
         cached = {"memory": cost.memory_cached_tokens, "redis": cost.redis_cached_tokens}
         for source, tokens in {**cached, "computed": prompt - sum(cached.values())}.items():
             self._prompt.labels(source).inc(tokens)
+        self._seconds.labels("lookup").observe(cost.lookup_ns / 1e9)
 
     def ended(self, tree: OpenTree) -> None:
         """Whoever opened it has let go of it."""

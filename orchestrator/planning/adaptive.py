@@ -12,7 +12,7 @@ from engine.beams import Beams, Float64
 from engine.cost import PassCost
 from engine.plan import Plan, PlanSize
 from engine.trie import Int64, Trie
-from orchestrator.planning.call_costs import CallCosts, ModelCosts
+from orchestrator.planning.call_costs import CallCosts, ModelCosts, Pass
 from orchestrator.planning.coverage import NOTHING, Coverage, Cuts, Kind, Requirement
 from orchestrator.planning.decayed import Decayed
 from orchestrator.planning.request_planning import PlanRecord, RequestPlanning, Task, found_cached
@@ -174,6 +174,9 @@ class AdaptivePlanning(RequestPlanning):
         outlook, nothing = self._outlook(start, beams, None), self._missed(start, np.array([NOTHING]))
         alone = float(outlook.expected(np.array([0]), nothing)[0])
         self.patience_seconds = max(_LEAST_PATIENCE_NS, experience.patience * alone) / 1e9
+        if self._target_is_full():
+            self._note(start, outlook.passes(0, nothing[:, 0]), alone)
+            return None
         asked, target = self._candidates(outlook, start, beams)
         total = self._draft_ns(experience.costs, start, beams, asked) + target
         best = int(np.argmin(total))
@@ -187,6 +190,14 @@ class AdaptivePlanning(RequestPlanning):
             return self._sized(int(telling))
         self._note(start, lull.passes, alone)
         return None
+
+    def _target_is_full(self) -> bool:
+        """Whether what counts is the target's work, of which a plan is more, and not how long this request takes.
+
+        Then nothing is drafted, not even for the experience.
+        """
+        width = self._task.beam_width
+        return self._experience.costs.target.full(Pass(width, self._task.prompt_tokens, width))
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:
         """Learn what was required, what misses led to, and what calls cost."""

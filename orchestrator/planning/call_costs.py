@@ -63,7 +63,7 @@ class CallCosts:
     def besides(self, nodes: npt.ArrayLike, *, opens: bool = False) -> Float64:
         """What a call over so many nodes takes outside its passes and their queue: choosing children, the network, messages.
 
-        Of one that opens a stream, the wait for its pass is in it, as it cannot be told from the look-up of its prompt.
+        Of one that opens a stream, to be let in and the look-up of its prompt are in it.
         """
         return self._besides.at(nodes, int(opens))
 
@@ -74,8 +74,16 @@ class CallCosts:
         longer in order to wait less often would only be to push in.
         """
         forward = self.forward(new, cached)
-        wait = 0.0 if opens else np.minimum(self.queue_ns, forward)
-        return np.asarray(wait + forward + self.besides(nodes, opens=opens))
+        return np.asarray(np.minimum(self.queue_ns, forward) + forward + self.besides(nodes, opens=opens))
+
+    def full(self, plain: Pass) -> bool:
+        """Whether passes wait for longer than this one takes, a request's without a plan.
+
+        A pass that finds one running waits for about as long. Where it waits for longer there are others before it, and how
+        many requests are served is up to the model's work on each. Others in the pass are left out, as planning itself changes
+        how many there are.
+        """
+        return self.queue_ns > self.predict([plain], PassCost())
 
     def predict(self, passes: Sequence[Pass], cost: PassCost) -> float:
         """The time in the model of one call's passes that were made, with what other requests had in them; `observe` it later."""
@@ -90,10 +98,9 @@ class CallCosts:
         by_curve, known, outlier = self._by_curve(passes, cost), self._log_error.value, math.log(_OUTLIER)
         error = math.log(max(1, cost.forward_ns) / by_curve)
         self._log_error.add(min(max(error, known - outlier), known + outlier))
-        queue, opens = (0, True) if passes[0].opens else (cost.queue_ns, False)
-        if not opens:
-            self._queue.add(min(queue, _MOST_QUEUE_NS) / len(passes))
-        nodes, besides = sum(one.nodes for one in passes), max(0, wait_ns - cost.forward_ns - queue)
+        self._queue.add(min(cost.queue_ns, _MOST_QUEUE_NS) / len(passes))
+        nodes, opens = sum(one.nodes for one in passes), passes[0].opens
+        besides = max(0, wait_ns - cost.forward_ns - cost.queue_ns)
         likely = float(self.besides(nodes, opens=opens))
         self._besides.add(nodes, min(besides, _OUTLIER * likely + _OUTLIER_NS), int(opens))
         return math.exp(known) * by_curve

@@ -204,6 +204,7 @@ def test_a_list_is_counted_with_all_it_took(watched: Watched, client: Client, ca
     assert rise(2, "atspeed_pass_seconds_count", stage="forward") == statistics.draft_passes
     # The list's own passes and those of its shadow check, which has the prompt in memory.
     assert rise(1, "atspeed_pass_seconds_count", stage="forward") == statistics.target_passes + LEVELS
+    assert rise(1, "atspeed_pass_seconds_count", stage="lookup") == 2
     assert rise(1, "atspeed_prompt_tokens_total") == 2 * statistics.prompt_tokens
     assert after[1].value("atspeed_open_trees") == 0
     assert 0 < after[1].value("atspeed_kv_memory_bytes") <= after[1].value("atspeed_kv_memory_limit_bytes")

@@ -45,7 +45,7 @@ def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
 class Machine:
     """What passes take: by the curves that the services publish, times what is wrong with these, and a call besides.
 
-    together: requests that share every pass, all of the same size. draft_queue_ms: what each pass of the draft waits.
+    together: requests that share every pass, all of the same size. target_queue_ms, draft_queue_ms: what each pass waits.
     """
 
     target: CostCurve
@@ -54,6 +54,7 @@ class Machine:
     call_ms: float = 0.3
     draft_fails: bool = False
     together: int = 1
+    target_queue_ms: float = 0.0
     draft_queue_ms: float = 0.0
 
     def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassCost:
@@ -128,8 +129,9 @@ class SimulatedTarget:
         """One pass; the first one reads the prompt."""
         new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
         cost = self.machine.cost(self.machine.target, new, self.machine.target_error)
+        cost = replace(cost, queue_ns=int(self.machine.target_queue_ms * MILLISECOND))
         self.usage.costs.append(cost)
-        self.usage.waits.append(cost.forward_ns + int(self.machine.call_ms * MILLISECOND))
+        self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self.machine.call_ms * MILLISECOND))
         return await self.table.evaluate(nodes)
 
 

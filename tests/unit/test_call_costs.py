@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -97,17 +99,31 @@ def test_a_call_that_was_given_up_took_so_long_at_least() -> None:
 
 
 def test_what_opening_a_stream_takes_is_not_taken_for_the_price_of_nodes() -> None:
-    """First passes have most nodes and alone are let in and look up the prompt: 3 ms, whatever they hold."""
+    """First passes have most nodes and alone are let in and look up the prompt: 3 ms, whatever they hold; all wait for 2 ms."""
     costs, rng = CallCosts(CURVE), np.random.default_rng(0)
     for turn in range(1_000):
         opens = turn % 2 == 0
         nodes = int(rng.integers(80, 120)) if opens else int(rng.integers(5, 20))
-        wait = int(1e6) + 1_000 * nodes + (int(3e6) if opens else 0)
-        cost = PassCost(forward_ns=int(1e6), queue_ns=int(2e6) if opens else 0)
+        wait = int(3e6) + 1_000 * nodes + (int(3e6) if opens else 0)
+        cost = PassCost(forward_ns=int(1e6), queue_ns=int(2e6), lookup_ns=int(2.5e6) if opens else 0)
         costs.observe([Pass(1, 0, nodes, opens=opens)], cost, wait)
     assert costs.besides([0, 100]) == pytest.approx([0, 100_000], rel=0.05, abs=3_000)
     assert costs.besides([0, 100], opens=True) == pytest.approx([3e6, 3.1e6], rel=0.01)
-    assert costs.queue_ns == 0
+    assert costs.queue_ns == pytest.approx(2e6)
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_model_is_full_while_passes_wait_for_longer_than_one_takes(opens: bool) -> None:
+    """Of 3 ms, whether requests are done in their opening pass or not, and however many have a part in it."""
+    costs, plain = CallCosts(CURVE), Pass(51, 50, 50)
+    assert not costs.full(plain)
+    for queue_ms, full in ((2.8, False), (3.2, True), (2.8, False)):
+        for _ in range(100):
+            cost = PassCost(
+                forward_ns=int(4.5e6), queue_ns=int(queue_ms * 1e6), new_tokens=51, batch_requests=2, batch_tokens=101
+            )
+            costs.observe([replace(plain, opens=opens)], cost, int(8e6))
+        assert costs.full(plain) is full
 
 
 def test_a_mean_starts_at_a_guess_and_forgets() -> None:

@@ -158,6 +158,24 @@ def test_a_draft_that_is_waited_for_is_left_out() -> None:
     assert all(calm.serve(planner, user).report.nodes_asked for user in range(20))
 
 
+def test_while_the_target_is_full_nothing_is_drafted() -> None:
+    """Passes that are flat, where all is planned: until they wait for longer than they take, and again when that is over."""
+    calm, busy, full = (Simulation(replace(FLAT, target_queue_ms=ms), noise=0.3) for ms in (0.0, 15.0, 40.0))
+    planner = adaptive(calm, explored_share=0.5)
+    for simulation in (calm, busy):
+        both(simulation, planner, range(30))
+        planned, _ = both(simulation, planner, range(30, 40))
+        assert all(one.report.nodes_asked for one in planned)
+    both(full, planner, range(30))
+    planned, alone = both(full, planner, range(30, 80))
+    assert not any(one.draft.waits for one in planned)
+    assert [one.target.costs for one in planned] == [one.target.costs for one in alone]
+    assert {one.report.expected_passes for one in planned} == {3.0}
+    both(calm, planner, range(10))
+    planned, _ = both(calm, planner, range(10, 30))
+    assert all(one.draft.waits for one in planned)
+
+
 def test_a_draft_that_is_always_late_is_left_out() -> None:
     """Of a plan that never came, so much is known: it would have taken longer."""
     simulation = Simulation(replace(FLAT, draft_fails=True, draft_queue_ms=500.0), noise=0.0)

@@ -299,8 +299,9 @@ class PassStatistics(_message.Message):
     REDIS_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     BATCH_REQUESTS_FIELD_NUMBER: _builtins.int
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    LOOKUP_NS_FIELD_NUMBER: _builtins.int
     queue_ns: _builtins.int
-    """Nanoseconds from the arrival of the message to the start of the pass: queue and cache look-ups."""
+    """Nanoseconds that the pass waited for its turn."""
     forward_ns: _builtins.int
     """Nanoseconds in the model, moving cached keys and values in and out included. Requests that share a pass each have all of its time."""
     selection_ns: _builtins.int
@@ -315,6 +316,8 @@ class PassStatistics(_message.Message):
     """Requests that shared the pass, this one included. Of several passes, the most."""
     batch_tokens: _builtins.int
     """Tokens computed for all requests that shared the pass, padding included. Of several passes, the sum."""
+    lookup_ns: _builtins.int
+    """Nanoseconds of looking up the prompt's cached keys and values, before a first pass waits for its turn."""
     def __init__(
         self,
         *,
@@ -326,10 +329,11 @@ class PassStatistics(_message.Message):
         redis_cached_tokens: _builtins.int = ...,
         batch_requests: _builtins.int = ...,
         batch_tokens: _builtins.int = ...,
+        lookup_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "forward_ns", b"forward_ns", "memory_cached_tokens", b"memory_cached_tokens", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "redis_cached_tokens", b"redis_cached_tokens", "selection_ns", b"selection_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "forward_ns", b"forward_ns", "lookup_ns", b"lookup_ns", "memory_cached_tokens", b"memory_cached_tokens", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "redis_cached_tokens", b"redis_cached_tokens", "selection_ns", b"selection_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
