@@ -60,7 +60,7 @@ def test_everything_is_measured_and_written(made: TestBundle, tmp_path: Path, mo
     assert size["bundle"] == "random-inflated-large-draft"
     assert size["inflated_from"]["target"] < size["parameters"]["target"]
     lists = {(row["engine"], row["mode"], row["prefix"]): row for row in rows if row["kind"] == "decode"}
-    assert len(lists) == 2 * 2 + 1
+    assert len(lists) == 3 * 2 + 1  # the perfect plan too, and Hugging Face once
     assert lists["atspeed", "strict", "warm"]["different"] == 0
     assert lists["transformers", "constrained", "cold"]["different"] == 0
     passes = [row for row in rows if row["kind"] == "pass"]
