@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.decode import HUGGING_FACE, Answer
+from benchmarks.decode_rows import HUGGING_FACE, Answer
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.parity import Reference

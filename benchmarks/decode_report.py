@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.decode import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
+from benchmarks.decode_rows import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
 from benchmarks.pages import draw, figures, item_range, origin, table
 from benchmarks.results import Result
 from client.recommender import Mode

@@ -22,8 +22,9 @@ import onnxruntime
 import torch
 
 from benchmarks import decode
-from benchmarks.decode import DecodeRow, Peer, Question
+from benchmarks.decode import Peer, Question
 from benchmarks.decode_peers import HuggingFace
+from benchmarks.decode_rows import DecodeRow
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, bytes_read, probe_beams, probe_passes

@@ -32,7 +32,8 @@ from engine.bundle import Bundle
 from orchestrator.planning.planner import PlannerKind
 
 if TYPE_CHECKING:
-    from benchmarks.decode import DecodeRow, Peer
+    from benchmarks.decode import Peer
+    from benchmarks.decode_rows import DecodeRow
 
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of each model and of the peers; all cores by default.")
@@ -94,7 +95,7 @@ def bench_decode(
     report: Page = None,
 ) -> None:
     """Time of a list by mode, K and prefix, beside Hugging Face generate; exits with 1 when a list differs."""
-    from benchmarks import decode
+    from benchmarks import decode, decode_rows
     from benchmarks.histories import choose_histories
     from benchmarks.services import Running
 
@@ -110,7 +111,7 @@ def bench_decode(
     question = decode.Question(
         widths=k or decode.WIDTHS,
         modes=mode or decode.MODES,
-        prefixes=[decode.Prefix(choice.value) for choice in prefix or PrefixChoice],
+        prefixes=[decode_rows.Prefix(choice.value) for choice in prefix or PrefixChoice],
         tolerance=tolerance,
         peer_users=users if peer_users is None else min(peer_users, users),
         perfect=perfect,
@@ -121,8 +122,8 @@ def bench_decode(
         rows = asyncio.run(decode.run(bundle, chosen, question, peers, running))
         about = decode.header(question, peers, running, users=users, items=(least_items, most_items))
     about["histories"] = histories.name if histories else "random items"
-    out.print(decode.table(rows))
-    result = save(json_file, opened, seed, decode.to_json(rows), about)
+    out.print(decode_rows.table(rows))
+    result = save(json_file, opened, seed, decode_rows.to_json(rows), about)
     if page and report:
         written(page.write(result, report))
     _check(rows)
@@ -188,6 +189,7 @@ def bench_gpu(
 ) -> None:
     """All that a GPU is wanted for: exactness beside the CPU, lists and passes at the size of large models."""
     gpu = optional("benchmarks.gpu")
+    from benchmarks import decode_rows
     from benchmarks.histories import choose_histories
 
     optional("transformers.utils.logging").disable_progress_bar()
@@ -211,7 +213,7 @@ def bench_gpu(
     found = asyncio.run(gpu.run(opened, chosen, setup))
     for one in found.sizes:
         out.print(f"{one.size}, inflated", highlight=False)
-        out.print(gpu.decode.table(one.lists))
+        out.print(decode_rows.table(one.lists))
     about = gpu.header(setup, histories=histories.name if histories else "random items")
     save(out_folder / gpu.file_name(), opened, seed, gpu.to_json(found), about)
     if found.different:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import decode_report
-from benchmarks.decode import (
+from benchmarks.decode_rows import (
     ENGINE,
     HUGGING_FACE,
     NAME,
