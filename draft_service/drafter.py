@@ -58,7 +58,7 @@ class Drafter:
         self._scale = evaluator.entry.plan_scale or (1.0,) * (evaluator.trie.levels - 1)
 
     async def plan(self, order: PlanOrder) -> Drafted:
-        """One draft pass per level from the beams down to depth L-2, over the nodes that are still in the plan.
+        """One draft pass for each level that is planned, over the nodes of the level above that are still in the plan.
 
         Raises PromptError or CapacityError when the prompt or the beams do not fit the model, OverloadedError when it is busy.
         """
@@ -74,7 +74,7 @@ class Drafter:
         cost, passes = PassCost(), 0
         start = int(self._trie.depth(order.below.node[:1])[0])
         asked = np.append(ROOT, self._trie.with_ancestors(order.below.node.tolist())).astype(np.int64)
-        for depth in range(start, self._trie.levels - 1):
+        for depth in range(start, order.size.last_depth(self._trie, start)):
             evaluation, pass_cost = await self._evaluator.evaluate(tree, asked, selection)
             evaluated.update(evaluation.items())
             listed = self._grown(listed, depth, evaluated, order)
@@ -115,7 +115,7 @@ class Drafter:
 
     def _sample(self, candidates: Beams, room: int, size: PlanSize, noise: Perturbation) -> Beams:
         """One level's draws, in order. As a sample cannot be cut to its best, every level has its share."""
-        share = min(size.width, room, max(1, size.max_nodes // (self._trie.levels - 1)))
+        share = min(size.width, room, max(1, size.max_nodes // size.last_depth(self._trie, ROOT)))
         log_q = level_log_distribution(candidates, noise.temperature)
         seed, stream = noise.seed, Stream.PROPOSAL
         drawn = sample_without_replacement(self._trie, candidates.node, log_q, share, seed=seed, stream=stream)

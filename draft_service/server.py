@@ -87,16 +87,17 @@ class _OrderReader:
         )
 
     def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:
-        most = self._most_nodes
-        for name, value, least in (
-            ("beam_width", request.beam_width, 1),
-            ("width", request.width, 1),
-            ("max_nodes", request.max_nodes, 0),
+        nodes = self._most_nodes
+        for name, value, least, most in (
+            ("beam_width", request.beam_width, 1, nodes),
+            ("width", request.width, 1, nodes),
+            ("max_nodes", request.max_nodes, 0, nodes),
+            ("levels", request.levels, 0, self._trie.levels),
         ):
             if not least <= value <= most:
                 raise InvalidArgumentError(name, f"must be between {least} and {most}, got {value}")
-        max_nodes = request.max_nodes or min(most, request.width * self._trie.levels)
-        return PlanSize(beam_width=request.beam_width, width=request.width, max_nodes=max_nodes)
+        max_nodes = request.max_nodes or min(nodes, request.width * self._trie.levels)
+        return PlanSize(request.beam_width, request.width, max_nodes, request.levels or None)
 
     def _beams(self, request: draft_pb2.PlanRequest) -> Beams:
         node = wire.node_ids(request.beams, "beams", self._trie, limit=self._most_nodes)

@@ -28,11 +28,18 @@ class PlanSize:
 
     beam_width: `K` of the search. width: `N`, most nodes per level. max_nodes: most nodes in all. With max_nodes of at
     least width * (L-1) the plan is N per level, as the paper's; with a width of at least max_nodes it is best-first alone.
+    levels: most levels below the beams; all of them where it is None.
     """
 
     beam_width: int
     width: int
     max_nodes: int
+    levels: int | None = None
+
+    def last_depth(self, trie: Trie, start: int) -> int:
+        """The depth of the deepest nodes to plan below beams of depth `start`."""
+        deepest = trie.levels - 1
+        return deepest if self.levels is None else min(start + self.levels, deepest)
 
 
 def free_nodes(trie: Trie, rule: ScoringRule) -> npt.NDArray[np.bool_]:
@@ -134,6 +141,10 @@ class Plan:
     def empty(cls, start: Beams) -> Plan:
         """No plan: the search is then the target's own."""
         return cls(start, np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
+
+    def down_to(self, trie: Trie, depth: int) -> Plan:
+        """Without the nodes that are deeper."""
+        return self.take(np.arange(np.searchsorted(self.node, trie.level_start[depth + 1])))
 
     def take(self, rows: Int64) -> Plan:
         """These nodes alone, rows ascending."""

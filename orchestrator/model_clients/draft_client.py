@@ -165,6 +165,7 @@ class DraftSession:
             beam_width=size.beam_width,
             width=size.width,
             max_nodes=size.max_nodes,
+            levels=size.levels or 0,
             proposal=wire.to_proposal(self._proposal),
             perturbation=wire.to_perturbation(question.noise),
             with_evaluation=self._proposal is Proposal.SAMPLE,
@@ -192,7 +193,8 @@ class DraftSession:
         self.usage.costs.append(cost)
         self.usage.passes += reply.passes
         self.usage.model_version = reply.model_version
-        return plan
+        # A draft of an older release does not know of `levels` and plans them all.
+        return plan.down_to(trie, size.last_depth(trie, int(trie.depth(below.node[:1])[0])))
 
 
 def _requests_own(error: Exception) -> bool:

@@ -78,6 +78,7 @@ class TestDraftRefuses:
         ],
         (INVALID, "scores", put("scores", types_pb2.Array())),
         *[(INVALID, name, put(name, 1_000_000)) for name in ("beam_width", "width", "max_nodes")],
+        (INVALID, "levels", put("levels", LEVELS + 1)),
         *[(INVALID, name, put(name, 0)) for name in ("beam_width", "width")],
         (INVALID, "proposal", put("proposal", draft_pb2.PROPOSAL_UNSPECIFIED)),
         (INVALID, "proposal", put("proposal", 9)),
@@ -167,6 +168,13 @@ class TestDraft:
         nodes = wire.node_ids(reply.nodes, "nodes", catalogue.trie)
         assert len(nodes) == limit
         assert set(catalogue.trie.parent[nodes].tolist()) <= {ROOT, *nodes.tolist()}
+
+    @pytest.mark.parametrize("levels", range(1, LEVELS + 1))
+    def test_levels_are_passes(self, draft: grpc.Channel, version: str, catalogue: Catalogue, levels: int) -> None:
+        """As many as asked for, or as there are."""
+        reply = draft_stub(draft).Plan(plan_request(version, levels=levels), timeout=LIVENESS_SECONDS)
+        nodes = wire.node_ids(reply.nodes, "nodes", catalogue.trie)
+        assert reply.passes == int(catalogue.trie.depth(nodes).max()) == min(levels, LEVELS - 1)
 
     def test_without_a_limit_every_level_has_its_width(
         self, draft: grpc.Channel, version: str, catalogue: Catalogue

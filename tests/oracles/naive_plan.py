@@ -39,7 +39,8 @@ def naive_plan(
     margin = dict.fromkeys(start, math.inf)
     listed, expanded = list(start), [list(start)]
     known, own, deepest = set(start), set(start), set(start)
-    for level in range(depth + 1, trie.levels):
+    most = trie.levels if size.levels is None else size.levels
+    for level in range(depth + 1, min(trie.levels, depth + 1 + most)):
         candidates = sorted(
             (path for path in priority if len(path) == level and path[:-1] in known),
             key=lambda path: (-priority[path], path),

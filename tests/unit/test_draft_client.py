@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -23,29 +24,25 @@ from service_kit.affinity import Routes
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World
 
-TRIE = World.random(NaiveTrie({"a": (0, 1), "b": (1, 0)}, [2, 2]), ScoringRule.VOCAB, 1).trie
+TRIE = World.random(NaiveTrie({"a": (0, 1, 0), "b": (1, 0, 0)}, [2, 2, 1]), ScoringRule.VOCAB, 1).trie
 TIMEOUT = 8.0
 
 
 class Replica:
-    """Answers with an empty plan, or fails; remembers how long it was given."""
+    """Answers with these nodes, or fails; remembers how long it was given, and how many levels it was asked for."""
 
-    def __init__(self, failure: grpc.StatusCode | None = None) -> None:
-        self.failure, self.timeouts = failure, list[float]()
+    def __init__(self, failure: grpc.StatusCode | None = None, nodes: Sequence[int] = ()) -> None:
+        self.failure, self.nodes, self.timeouts, self.levels = failure, nodes, list[float](), list[int]()
 
     async def Plan(self, request: draft_pb2.PlanRequest, *, timeout: float, metadata: object) -> Any:  # noqa: ASYNC109, N802
         """One call."""
         self.timeouts.append(timeout)
+        self.levels.append(request.levels)
         if self.failure is not None:
             raise grpc.aio.AioRpcError(self.failure, grpc.aio.Metadata(), grpc.aio.Metadata())
-        return draft_pb2.PlanResponse(
-            nodes=no_rows("int32"), scores=no_rows("float64"), margins=no_rows("float64"), model_version="v"
-        )
-
-
-def no_rows(kind: str) -> Any:
-    """An empty array as a message."""
-    return wire.to_array(np.empty(0, dtype=kind))
+        zeros = wire.to_array(np.zeros(len(self.nodes)))
+        nodes = wire.to_array(np.array(self.nodes, dtype=np.int32))
+        return draft_pb2.PlanResponse(nodes=nodes, scores=zeros, margins=zeros, model_version="v")
 
 
 def client(in_turn: Replica, own: Replica | None = None) -> DraftClient:
@@ -95,6 +92,15 @@ def test_what_a_request_itself_is_refused_for_is_not_tried_again() -> None:
     for _ in range(5):
         assert asked(draft) == ["draft: INVALID_ARGUMENT"]
     assert (other.timeouts, draft.resting) == ([], False)
+
+
+@pytest.mark.parametrize(("levels", "planned"), [(None, [1, 2, 3, 4]), (1, [1, 2]), (2, [1, 2, 3, 4])])
+def test_levels_that_were_not_asked_for_are_left_out(levels: int | None, planned: list[int]) -> None:
+    """A draft of an older release does not know of the limit and plans all levels."""
+    replica, question = Replica(nodes=[1, 2, 3, 4]), ModelQuestion(np.array([1]), Pruning.none(), Deadline(100.0))
+    session = client(replica).session(question, Proposal.TOP, [])
+    plan = asyncio.run(session.plan(Beams.root(), PlanSize(2, 4, 4, levels), math.inf))
+    assert (plan.node.tolist(), replica.levels) == (planned, [levels or 0])
 
 
 def test_a_plan_gets_the_time_that_it_may_pay_in() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,10 +91,15 @@ class Case:
         paths = (naive.nodes[node] for node in naive.inner() if node != ROOT)
         return [path for path in paths if self.alive(path) and not self.free(path)]
 
+    @property
+    def plannable(self) -> list[Path]:
+        """Those of the levels that are asked for."""
+        return [path for path in self.inner if len(path) <= self.size.last_depth(self.world.trie, 0)]
+
 
 @st.composite
 def cases(draw: st.DrawFn, proposals: Sequence[Proposal] = (Proposal.TOP, Proposal.PERTURBED)) -> Case:
-    """Either rule; coarse logits make ties; budgets from one node to more than there are."""
+    """Either rule; coarse logits make ties; budgets from one node to more than there are, on all levels or the first few."""
     naive = draw(naive_tries(levels=(2, 3, 4), max_items=30))
     world = World.random(
         naive, draw(st.sampled_from(ScoringRule)), draw(st.integers(0, 2**32)), coarse=draw(st.booleans())
@@ -103,7 +108,7 @@ def cases(draw: st.DrawFn, proposals: Sequence[Proposal] = (Proposal.TOP, Propos
     excluded = draw(st.lists(st.sampled_from(items), max_size=min(len(items) - 1, 4), unique=True))
     max_nodes = draw(st.integers(1, 20))
     width = draw(st.sampled_from([1, 2, 5, max_nodes, AMPLE]))
-    size = PlanSize(beam_width=draw(st.integers(1, 8)), width=width, max_nodes=max_nodes)
+    size = PlanSize(draw(st.integers(1, 8)), width, max_nodes, draw(st.none() | st.integers(1, naive.levels)))
     scales = draw(st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=naive.levels - 1, max_size=naive.levels - 1))
     return Case(world, excluded, size, scales, draw(st.sampled_from(list(proposals))))
 
@@ -177,7 +182,7 @@ def test_the_budget_is_spent_to_the_last_node(case: Case) -> None:
     """Where levels have no shares: as many nodes as asked for, or all that there are; and never more than that expanded."""
     best_first = Case(case.world, case.excluded, _without_shares(case.size), case.scales, case.proposal)
     plan, asked = drafted(best_first)
-    assert len(plan.node) == min(case.size.max_nodes, len(case.inner))
+    assert len(plan.node) == min(case.size.max_nodes, len(case.plannable))
     assert sum(map(len, asked)) <= 1 + sum(min(case.size.max_nodes, size) for size in _level_sizes(case))
     assert all(len(nodes) <= case.size.max_nodes for nodes in asked)
 
@@ -185,9 +190,9 @@ def test_the_budget_is_spent_to_the_last_node(case: Case) -> None:
 @given(cases())
 def test_an_ample_budget_lists_every_level_whole(case: Case) -> None:
     """All that is alive and that the target can be asked for."""
-    ample = Case(case.world, case.excluded, PlanSize(case.size.beam_width, AMPLE, AMPLE), case.scales, case.proposal)
+    ample = replace(case, size=replace(case.size, width=AMPLE, max_nodes=AMPLE))
     plan, _ = drafted(ample)
-    assert case.world.paths(plan.node) == case.inner
+    assert case.world.paths(plan.node) == case.plannable
 
 
 @given(cases(proposals=[Proposal.TOP]), st.integers(1, 6), st.integers(0, 6))
@@ -222,7 +227,7 @@ def test_a_sample_keeps_within_its_budget(case: Case) -> None:
     """Level for level an equal share, and no more in all than asked for, however small that is; 2K of a level are expanded."""
     plan, asked = drafted(case)
     assert all(len(nodes) <= 2 * case.size.beam_width for nodes in asked[1:])
-    share = max(1, case.size.max_nodes // (case.world.naive.levels - 1))
+    share = max(1, case.size.max_nodes // case.size.last_depth(case.world.trie, 0))
     assert np.bincount(case.world.trie.depth(plan.node)).max() <= min(share, case.size.width)
 
 
@@ -306,7 +311,7 @@ class TableEvaluatorPerPlan(TableEvaluator):
 
 
 def _without_shares(size: PlanSize) -> PlanSize:
-    return PlanSize(size.beam_width, width=size.max_nodes, max_nodes=size.max_nodes)
+    return replace(size, width=size.max_nodes)
 
 
 def _level_sizes(case: Case) -> list[int]:

@@ -124,6 +124,7 @@ class PlanRequest(_message.Message):
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     width: _builtins.int
@@ -143,6 +144,8 @@ class PlanRequest(_message.Message):
     cached keys and values but those of the template's words before the first item; all that is cached under a tag is erased when
     the user is forgotten.
     """
+    levels: _builtins.int
+    """Most levels to plan below the beams, each of which takes a pass of the draft; 0 means all. The budget is then spent on these levels."""
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
         """int64 [prompt]: the prompt's token ids in the draft's vocabulary."""
@@ -196,10 +199,11 @@ class PlanRequest(_message.Message):
         beam_width: _builtins.int = ...,
         kept: _types_pb2.Array | None = ...,
         owner: _builtins.bytes = ...,
+        levels: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "kept", b"kept", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "kept", b"kept", "max_nodes", b"max_nodes", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "kept", b"kept", "levels", b"levels", "max_nodes", b"max_nodes", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
