@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -18,4 +18,5 @@ class DraftSettings(ModelSettings):
     service: ClassVar[str] = "draft"
 
     port: Port = 50053
-    threads: Annotated[int, Field(ge=1, le=256, description="Threads of one pass, on the CPU.")] = 1
+    threads: int = Field(default=1, ge=1, le=256)
+    """Threads of one pass, on the CPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -20,135 +20,82 @@ class OrchestratorSettings(ServiceSettings):
     service: ClassVar[str] = "orchestrator"
 
     port: Port = 50051
-    max_running: Annotated[
-        int, Field(ge=1, le=100_000, description="Recommendations served at once, alone or in batches.")
-    ] = 32
-    target: Annotated[Target, Field(description="Where the target replicas are: NAME:PORT or IP:PORT,IP:PORT.")]
-    draft: Annotated[
-        Target | None, Field(description="Where the draft replicas are. Not set: target-only beam search.")
-    ] = None
-    model_ca: Annotated[
-        FilePath | None,
-        Field(description="CA of target's and draft's certificates, PEM. Not set: they are called in plain text."),
-    ] = None
-    model_certificate: Annotated[
-        FilePath | None, Field(description="Certificate chain that target and draft are shown (mTLS), PEM.")
-    ] = None
-    model_key: Annotated[FilePath | None, Field(description="Its key.")] = None
-    target_name: Annotated[
-        str,
-        Field(description="Name in the targets' certificates, where it is not the one in their address: several IPs."),
-    ] = ""
-    draft_name: Annotated[str, Field(description="Name in the drafts' certificates, likewise.")] = ""
-    model_token_file: Annotated[
-        FilePath | None, Field(description="File with the bearer token that target and draft are shown.")
-    ] = None
-    max_message_bytes: Annotated[
-        int,
-        Field(ge=65_536, le=1_073_741_824, description="Largest message, received from or sent to a client."),
-    ] = 4_194_304
-    model_message_bytes: Annotated[
-        int,
-        Field(
-            ge=65_536,
-            le=1_073_741_824,
-            description="Largest message to or from target and draft: their max_message_bytes.",
-        ),
-    ] = 33_554_432
-    max_k: Annotated[int, Field(ge=1, le=10_000, description="Largest k of a request.")] = 100
-    max_beam_width: Annotated[int, Field(ge=1, le=4_096, description="Largest beam width of a request.")] = 256
-    max_history_items: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=100_000,
-            description="Most items of a history, in a request or stored; a stored one keeps its newest.",
-        ),
-    ] = 500
-    max_candidate_items: Annotated[
-        int, Field(ge=1, le=10_000_000, description="Most excluded, and most allowed, item ids in a request.")
-    ] = 10_000
-    max_batch: Annotated[int, Field(ge=1, le=100_000, description="Most requests in one RecommendBatch.")] = 256
-    batch_concurrency: Annotated[
-        int, Field(ge=1, le=1024, description="Requests of one batch that are served, or wait for their turn, at once.")
-    ] = 8
-    request_timeout_seconds: Annotated[
-        float, Field(gt=0, le=3600, description="Deadline of a request that brings none.")
-    ] = 10.0
-    draft_timeout_seconds: Annotated[
-        float, Field(gt=0, le=60, description="How long a plan may take before the search goes on without it.")
-    ] = 0.5
-    draft_patience: Annotated[
-        float,
-        Field(
-            ge=1,
-            le=10_000,
-            description="Most time for a plan, in times of what the target alone is expected to take: at least 0.1 s, "
-            "at most draft_timeout_seconds.",
-        ),
-    ] = 4.0
-    draft_backoff_seconds: Annotated[
-        float,
-        Field(ge=0, le=600, description="How long a draft is left alone that failed several requests in a row."),
-    ] = 1.0
-    target_attempts: Annotated[int, Field(ge=1, le=10, description="Replicas tried for a pass before giving up.")] = 3
-    target_pass_seconds: Annotated[
-        float, Field(gt=0, le=3600, description="How long a replica may take for a pass before another one is tried.")
-    ] = 3.0
-    affine_calls: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=1024,
-            description="Calls of one user at once that go to the replicas whose memory holds the user's KV; more go to any."
-            " 0: all go round-robin.",
-        ),
-    ] = 4
-    planner: Annotated[
-        PlannerKind,
-        Field(
-            description="adaptive: plans of the size that is expected to pay, or none. fixed: by draft-nodes-per-beam."
-        ),
-    ] = PlannerKind.ADAPTIVE
-    draft_nodes_per_beam: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=64,
-            description="Nodes of a plan of fixed size for each beam of each level but the last; relaxed sampling has no other.",
-        ),
-    ] = 2.0
-    draft_max_nodes: Annotated[
-        int, Field(ge=16, le=8_192, description="Most nodes of a plan, whatever the beam width.")
-    ] = 240
-    draft_explored_share: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="Of the time of requests that no plan would speed up, what may go into plans, to notice when one would.",
-        ),
-    ] = 0.01
-    canary_share: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="Share of the users that canary_bundle serves, always the same ones: a larger share has all those of a "
-            "smaller one.",
-        ),
-    ] = 0.0
-    bundle_settle_seconds: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=3600,
-            description="How long requests stay on the old bundle after a first target serves the new one, so that more do.",
-        ),
-    ] = 2.0
-    redis_timeout_seconds: Annotated[
-        float, Field(gt=0, le=60, description="How long a request waits for a history from Redis.")
-    ] = 0.5
+    max_running: int = Field(default=32, ge=1, le=100_000)
+    """Recommendations served at once, alone or in batches."""
+    target: Target
+    """Where the target replicas are: NAME:PORT or IP:PORT,IP:PORT."""
+    draft: Target | None = None
+    """Where the draft replicas are. Not set: target-only beam search."""
+    model_ca: FilePath | None = None
+    """CA of target's and draft's certificates, PEM. Not set: they are called in plain text."""
+    model_certificate: FilePath | None = None
+    """Certificate chain that target and draft are shown (mTLS), PEM."""
+    model_key: FilePath | None = None
+    """Its key."""
+    target_name: str = ""
+    """Name in the targets' certificates, where it is not the one in their address: several IPs."""
+    draft_name: str = ""
+    """Name in the drafts' certificates, likewise."""
+    model_token_file: FilePath | None = None
+    """File with the bearer token that target and draft are shown."""
+    max_message_bytes: int = Field(default=4_194_304, ge=65_536, le=1_073_741_824)
+    """Largest message, received from or sent to a client."""
+    model_message_bytes: int = Field(default=33_554_432, ge=65_536, le=1_073_741_824)
+    """Largest message to or from target and draft: their max_message_bytes."""
+    max_k: int = Field(default=100, ge=1, le=10_000)
+    """Largest k of a request."""
+    max_beam_width: int = Field(default=256, ge=1, le=4_096)
+    """Largest beam width of a request."""
+    max_history_items: int = Field(default=500, ge=1, le=100_000)
+    """Most items of a history, in a request or stored; a stored one keeps its newest."""
+    max_candidate_items: int = Field(default=10_000, ge=1, le=10_000_000)
+    """Most excluded, and most allowed, item ids in a request."""
+    max_batch: int = Field(default=256, ge=1, le=100_000)
+    """Most requests in one RecommendBatch."""
+    batch_concurrency: int = Field(default=8, ge=1, le=1024)
+    """Requests of one batch that are served, or wait for their turn, at once."""
+    request_timeout_seconds: float = Field(default=10.0, gt=0, le=3600)
+    """Deadline of a request that brings none."""
+    draft_timeout_seconds: float = Field(default=0.5, gt=0, le=60)
+    """How long a plan may take before the search goes on without it."""
+    draft_patience: float = Field(default=4.0, ge=1, le=10_000)
+    """Most time for a plan, in times of what the target alone is expected to take: at least 0.1 s, at most
+    draft_timeout_seconds.
+    """
+    draft_backoff_seconds: float = Field(default=1.0, ge=0, le=600)
+    """How long a draft is left alone that failed several requests in a row."""
+    target_attempts: int = Field(default=3, ge=1, le=10)
+    """Replicas tried for a pass before giving up."""
+    target_pass_seconds: float = Field(default=3.0, gt=0, le=3600)
+    """How long a replica may take for a pass before another one is tried."""
+    affine_calls: int = Field(default=4, ge=0, le=1024)
+    """Calls of one user at once that go to the replicas whose memory holds the user's KV; more go to any. 0: all go
+    round-robin.
+    """
+    planner: PlannerKind = PlannerKind.ADAPTIVE
+    """adaptive: plans of the size that is expected to pay, or none. fixed: by draft-nodes-per-beam."""
+    draft_nodes_per_beam: float = Field(default=2.0, gt=0, le=64)
+    """Nodes of a plan of fixed size for each beam of each level but the last; relaxed sampling has no other."""
+    draft_max_nodes: int = Field(default=240, ge=16, le=8_192)
+    """Most nodes of a plan, whatever the beam width."""
+    draft_explored_share: float = Field(default=0.01, ge=0, le=1)
+    """Of the time of requests that no plan would speed up, what may go into plans, to notice when one would."""
+    canary_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the users that canary_bundle serves, always the same ones: a larger share has all those of a smaller one."""
+    bundle_settle_seconds: float = Field(default=2.0, ge=0, le=3600)
+    """How long requests stay on the old bundle after a first target serves the new one, so that more do."""
+    redis_timeout_seconds: float = Field(default=0.5, gt=0, le=60)
+    """How long a request waits for a history from Redis."""
+    shadow_share: float = Field(default=0.001, ge=0, le=1)
+    """Share of the strict lists that the target makes again alone, to compare them."""
+    shadow_concurrency: int = Field(default=1, ge=1, le=64)
+    """Lists compared at once; what comes on top of them is not compared."""
+    shadow_mismatches: int = Field(default=3, ge=0, le=10_000)
+    """So many lists that differ within shadow_window_seconds switch the draft off until a restart; 0: never. Near-ties do not
+    count, and float16, which rounds too coarsely for exact lists, only counts.
+    """
+    shadow_window_seconds: float = Field(default=3_600.0, gt=0)
+    """Time within which lists that differ switch the draft off."""
 
     @model_validator(mode="after")
     def _whole_models(self) -> Self:
@@ -174,23 +121,3 @@ class OrchestratorSettings(ServiceSettings):
         if self.model_ca is None:
             return None
         return ClientTls(TlsFiles(self.model_certificate, self.model_key, self.model_ca), server_name)
-
-    shadow_share: Annotated[
-        float,
-        Field(ge=0, le=1, description="Share of the strict lists that the target makes again alone, to compare them."),
-    ] = 0.001
-    shadow_concurrency: Annotated[
-        int, Field(ge=1, le=64, description="Lists compared at once; what comes on top of them is not compared.")
-    ] = 1
-    shadow_mismatches: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=10_000,
-            description="So many lists that differ within shadow_window_seconds switch the draft off until a restart; "
-            "0: never. Near-ties do not count, and float16, which rounds too coarsely for exact lists, only counts.",
-        ),
-    ] = 3
-    shadow_window_seconds: Annotated[
-        float, Field(gt=0, description="Time within which lists that differ switch the draft off.")
-    ] = 3_600.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -14,100 +14,53 @@ from service_kit.settings import ServiceSettings
 class ModelSettings(ServiceSettings):
     """The settings of a service that runs a model."""
 
-    provider: Annotated[
-        Literal["cpu", "cuda"], Field(description="Where the model runs. cuda needs the extra `gpu`.")
-    ] = "cpu"
-    threads: Annotated[int, Field(ge=1, le=256, description="Threads of one pass, on the CPU.")] = 2
-    verify_bundle: Annotated[
-        bool,
-        Field(description="Check every file of the bundle against its hash before serving; cached KV relies on them."),
-    ] = True
-    max_nodes: Annotated[int, Field(ge=1, le=65_536, description="Most trie nodes in one message.")] = 16_384
-    batch_requests: Annotated[
-        int, Field(ge=1, le=256, description="Most requests that share a pass. 1 never batches.")
-    ] = 16
-    batch_tokens: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="Most tokens in a shared pass, padding counted; one request's pass may have more. 32 suits a CPU, where "
-            "larger passes gain little from company; a GPU takes some hundreds.",
-        ),
-    ] = 32
-    batch_delay_ms: Annotated[
-        float, Field(ge=0, le=60_000, description="How long a pass that could start waits for company.")
-    ] = 0.0
-    queue_passes: Annotated[
-        int, Field(ge=1, description="Most passes that wait for their turn; more get RESOURCE_EXHAUSTED.")
-    ] = 256
-    batch_kv_mb: Annotated[
-        int,
-        Field(
-            ge=0,
-            description="Memory for the KV of a shared pass, in MiB, which is copied side by side; passes that would need more "
-            "do not share one. Kept for the next one. Each bundle that is served has as much.",
-        ),
-    ] = 512
-    kv_open_mb: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED. An eighth of it is "
-            "for streams that grow. Each bundle that is served has as much.",
-        ),
-    ] = 4096
-    kv_block_tokens: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            le=1024,
-            description="Prompt tokens in one block of cached KV. Not set: as many as an item has in the bundle's prompts.",
-        ),
-    ] = None
-    kv_memory_mb: Annotated[int, Field(ge=0, description="Memory for the KV of prompts, in MiB. 0 keeps none.")] = 512
-    kv_redis: Annotated[
-        Literal["measured", "always", "never"],
-        Field(
-            description="Whether the KV of prompts is in Redis too, where there is one. measured: where reading it is quicker "
-            "than computing it."
-        ),
-    ] = "measured"
-    kv_ttl_seconds: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="How long Redis keeps a KV block after it was written; a stored user's go together, so long after the "
-            "first of them. Reading and further writes do not prolong it.",
-        ),
-    ] = 86_400
-    redis_timeout_seconds: Annotated[
-        float, Field(gt=0, le=60, description="How long a request waits for KV from Redis.")
-    ] = 0.05
-    warm_up_seconds: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=600,
-            description="How long the costs of passes are measured at start, at most; 0: no longer than must be.",
-        ),
-    ] = 5.0
+    provider: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs. cuda needs the extra `gpu`."""
+    threads: int = Field(default=2, ge=1, le=256)
+    """Threads of one pass, on the CPU."""
+    verify_bundle: bool = True
+    """Check every file of the bundle against its hash before serving; cached KV relies on them."""
+    max_nodes: int = Field(default=16_384, ge=1, le=65_536)
+    """Most trie nodes in one message."""
+    batch_requests: int = Field(default=16, ge=1, le=256)
+    """Most requests that share a pass. 1 never batches."""
+    batch_tokens: int = Field(default=32, ge=1)
+    """Most tokens in a shared pass, padding counted; one request's pass may have more. 32 suits a CPU, where larger passes gain
+    little from company; a GPU takes some hundreds.
+    """
+    batch_delay_ms: float = Field(default=0.0, ge=0, le=60_000)
+    """How long a pass that could start waits for company."""
+    queue_passes: int = Field(default=256, ge=1)
+    """Most passes that wait for their turn; more get RESOURCE_EXHAUSTED."""
+    batch_kv_mb: int = Field(default=512, ge=0)
+    """Memory for the KV of a shared pass, in MiB, which is copied side by side; passes that would need more do not share one.
+    Kept for the next one. Each bundle that is served has as much.
+    """
+    kv_open_mb: int = Field(default=4096, ge=1)
+    """Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED. An eighth of it is for streams that
+    grow. Each bundle that is served has as much.
+    """
+    kv_block_tokens: int | None = Field(default=None, ge=1, le=1024)
+    """Prompt tokens in one block of cached KV. Not set: as many as an item has in the bundle's prompts."""
+    kv_memory_mb: int = Field(default=512, ge=0)
+    """Memory for the KV of prompts, in MiB. 0 keeps none."""
+    kv_redis: Literal["measured", "always", "never"] = "measured"
+    """Whether the KV of prompts is in Redis too, where there is one. measured: where reading it is quicker than computing it."""
+    kv_ttl_seconds: int = Field(default=86_400, ge=1)
+    """How long Redis keeps a KV block after it was written; a stored user's go together, so long after the first of them. Reading
+    and further writes do not prolong it.
+    """
+    redis_timeout_seconds: float = Field(default=0.05, gt=0, le=60)
+    """How long a request waits for KV from Redis."""
+    warm_up_seconds: float = Field(default=5.0, ge=0, le=600)
+    """How long the costs of passes are measured at start, at most; 0: no longer than must be."""
 
-    unfit_after: Annotated[
-        int,
-        Field(
-            ge=0,
-            description="So many passes that fail one after the other, by no fault of their requests, and this replica says "
-            "NOT_SERVING until one works again. 0: never.",
-        ),
-    ] = 5
-    keep_version_seconds: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=86_400,
-            description="How long a model version that the bundle no longer has is still served after its last call.",
-        ),
-    ] = 300.0
+    unfit_after: int = Field(default=5, ge=0)
+    """So many passes that fail one after the other, by no fault of their requests, and this replica says NOT_SERVING until one
+    works again. 0: never.
+    """
+    keep_version_seconds: float = Field(default=300.0, ge=0, le=86_400)
+    """How long a model version that the bundle no longer has is still served after its last call."""
 
     def batch_limits(self, layout: KvLayout) -> BatchLimits:
         """What may share a pass, and how many may wait."""

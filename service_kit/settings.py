@@ -7,7 +7,8 @@ A service declares its own beside the common ones:
         service: ClassVar[str] = "target"
 
         port: Port = 50052
-        workers: Annotated[int, Field(ge=1, le=64, description="Threads per pass.")] = 2
+        workers: int = Field(default=2, ge=1, le=64)
+        "Threads per pass."
 
 and reads it with `TargetSettings.load()`. Flags win over environment variables, and those over defaults. An empty
 variable counts as not set; one with the service's prefix that no setting claims is refused: it is most likely misspelt.
@@ -43,6 +44,7 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(
         frozen=True,
+        use_attribute_docstrings=True,
         env_ignore_empty=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -52,113 +54,65 @@ class ServiceSettings(BaseSettings):
     )
     service: ClassVar[str] = "service"
 
-    bundle: Annotated[
-        DirectoryPath,
-        Field(
-            description="Directory of the bundle to serve, or a symlink to it; another one is taken up as it changes."
-        ),
-    ]
-    canary_bundle: Annotated[
-        Path | None,
-        Field(
-            description="Another bundle, or a symlink to it, to serve beside it: to the orchestrator's canary_share of the users."
-            " It may come and go; while there is none, all are served by `bundle`."
-        ),
-    ] = None
-    bundle_poll_seconds: Annotated[
-        float, Field(gt=0, le=3600, description="How often the service looks whether these are other bundles.")
-    ] = 1.0
-    host: Annotated[str, Field(min_length=1, description="Address to listen on. 0.0.0.0 is every interface.")] = (
-        "127.0.0.1"
-    )
+    bundle: DirectoryPath
+    """Directory of the bundle to serve, or a symlink to it; another one is taken up as it changes."""
+    canary_bundle: Path | None = None
+    """Another bundle, or a symlink to it, to serve beside it: to the orchestrator's canary_share of the users. It may come and
+    go; while there is none, all are served by `bundle`.
+    """
+    bundle_poll_seconds: float = Field(default=1.0, gt=0, le=3600)
+    """How often the service looks whether these are other bundles."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on. 0.0.0.0 is every interface."""
     port: Port = 0
-    redis_url: Annotated[
-        SecretStr,
-        AfterValidator(_redis_url),
-        Field(description="redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded. Empty: work without Redis."),
-    ] = SecretStr("")
-    redis_ca: Annotated[
-        FilePath | None,
-        Field(description="CA of Redis's certificate, PEM; rediss:// only. The system's CAs without it."),
-    ] = None
-    redis_certificate: Annotated[
-        FilePath | None, Field(description="Certificate that Redis is shown, PEM; rediss:// only.")
-    ] = None
-    redis_key: Annotated[FilePath | None, Field(description="Its key.")] = None
-    tls_certificate: Annotated[
-        FilePath | None, Field(description="This server's certificate chain, PEM. Not set: plain text.")
-    ] = None
-    tls_key: Annotated[FilePath | None, Field(description="Its key.")] = None
-    tls_client_ca: Annotated[
-        FilePath | None,
-        Field(description="CA, PEM, of which callers must show a certificate (mTLS). Not set: they need none."),
-    ] = None
-    tokens_file: Annotated[
-        FilePath | None,
-        Field(description="Bearer tokens that may call, TOML, see operations.md. Not set: calls need no token."),
-    ] = None
-    insecure: Annotated[
-        bool,
-        Field(
-            description="Listen beyond loopback with neither tokens_file nor tls_client_ca: whoever gets there may call."
-        ),
-    ] = False
-    log_level: Annotated[LogLevel, Field(description="The least severe level that is logged.")] = "info"
-    log_format: Annotated[LogFormat, Field(description="json: one object a line. console: for people.")] = "json"
-    log_error_texts: Annotated[
-        bool,
-        Field(
-            description="Log what unexpected errors say, beside where they arose. It may quote users' histories: to debug."
-        ),
-    ] = False
-    metrics_port: Annotated[
-        int | None,
-        Field(ge=0, le=65535, description="Port for Prometheus, HTTP; 0 lets the system choose one. Not set: none."),
-    ] = None
-    metrics_host: Annotated[str, Field(min_length=1, description="Address that Prometheus finds that port on.")] = (
-        "127.0.0.1"
-    )
-    tracing: Annotated[
-        bool,
-        Field(
-            description="Send OpenTelemetry spans over OTLP/gRPC to where the OTEL_* variables say, by default "
-            "http://localhost:4317. Needs the extra `otel`."
-        ),
-    ] = False
-    drain_seconds: Annotated[
-        float, Field(ge=0, le=600, description="How long calls that run at SIGTERM or SIGINT may take to end.")
-    ] = 20.0
-    max_message_bytes: Annotated[
-        int, Field(ge=65_536, le=1_073_741_824, description="Largest message, received or sent.")
-    ] = 33_554_432
-    max_running: Annotated[
-        int,
-        Field(
-            ge=1, le=100_000, description="Recommendations (also of batches), plans or target streams served at once."
-        ),
-    ] = 256
-    max_queued: Annotated[
-        int, Field(ge=0, le=100_000, description="Those that wait for that; more get RESOURCE_EXHAUSTED at once.")
-    ] = 64
-    max_concurrent_calls: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=100_000,
-            description="Calls of one method at once, also those whose message is still on its way; health apart.",
-        ),
-    ] = 1024
-    max_connection_seconds: Annotated[
-        float,
-        Field(ge=1, le=86_400, description="Age at which a connection is renewed, so that clients find new replicas."),
-    ] = 300.0
-    max_streams: Annotated[
-        int,
-        Field(ge=1, le=1_000_000, description="Calls under way on one connection; a client's further ones wait there."),
-    ] = 1024
-    max_metadata_bytes: Annotated[
-        int, Field(ge=4_096, le=1_048_576, description="Largest metadata of a call, as HTTP/2 counts it.")
-    ] = 16_384
+    redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = SecretStr("")
+    """redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded. Empty: work without Redis."""
+    redis_ca: FilePath | None = None
+    """CA of Redis's certificate, PEM; rediss:// only. The system's CAs without it."""
+    redis_certificate: FilePath | None = None
+    """Certificate that Redis is shown, PEM; rediss:// only."""
+    redis_key: FilePath | None = None
+    """Its key."""
+    tls_certificate: FilePath | None = None
+    """This server's certificate chain, PEM. Not set: plain text."""
+    tls_key: FilePath | None = None
+    """Its key."""
+    tls_client_ca: FilePath | None = None
+    """CA, PEM, of which callers must show a certificate (mTLS). Not set: they need none."""
+    tokens_file: FilePath | None = None
+    """Bearer tokens that may call, TOML, see operations.md. Not set: calls need no token."""
+    insecure: bool = False
+    """Listen beyond loopback with neither tokens_file nor tls_client_ca: whoever gets there may call."""
+    log_level: LogLevel = "info"
+    """The least severe level that is logged."""
+    log_format: LogFormat = "json"
+    """json: one object a line. console: for people."""
+    log_error_texts: bool = False
+    """Log what unexpected errors say, beside where they arose. It may quote users' histories: to debug."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port for Prometheus, HTTP; 0 lets the system choose one. Not set: none."""
+    metrics_host: str = Field(default="127.0.0.1", min_length=1)
+    """Address that Prometheus finds that port on."""
+    tracing: bool = False
+    """Send OpenTelemetry spans over OTLP/gRPC to where the OTEL_* variables say, by default http://localhost:4317. Needs the
+    extra `otel`.
+    """
+    drain_seconds: float = Field(default=20.0, ge=0, le=600)
+    """How long calls that run at SIGTERM or SIGINT may take to end."""
+    max_message_bytes: int = Field(default=33_554_432, ge=65_536, le=1_073_741_824)
+    """Largest message, received or sent."""
+    max_running: int = Field(default=256, ge=1, le=100_000)
+    """Recommendations (also of batches), plans or target streams served at once."""
+    max_queued: int = Field(default=64, ge=0, le=100_000)
+    """Those that wait for that; more get RESOURCE_EXHAUSTED at once."""
+    max_concurrent_calls: int = Field(default=1024, ge=1, le=100_000)
+    """Calls of one method at once, also those whose message is still on its way; health apart."""
+    max_connection_seconds: float = Field(default=300.0, ge=1, le=86_400)
+    """Age at which a connection is renewed, so that clients find new replicas."""
+    max_streams: int = Field(default=1024, ge=1, le=1_000_000)
+    """Calls under way on one connection; a client's further ones wait there."""
+    max_metadata_bytes: int = Field(default=16_384, ge=4_096, le=1_048_576)
+    """Largest metadata of a call, as HTTP/2 counts it."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

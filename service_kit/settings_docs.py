@@ -48,7 +48,7 @@ def _row(service: type[ServiceSettings], name: str, field: FieldInfo) -> str:
         f"`{variable(service, name)}`",
         _default(field),
         _allowed(service, name),
-        field.description or "",
+        " ".join((field.description or "").split()),
     ]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

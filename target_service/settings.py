@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -18,11 +18,5 @@ class TargetSettings(ModelSettings):
     service: ClassVar[str] = "target"
 
     port: Port = 50052
-    stream_idle_seconds: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=3600,
-            description="How long an open stream may send nothing before it is ended and its memory freed.",
-        ),
-    ] = 60.0
+    stream_idle_seconds: float = Field(default=60.0, gt=0, le=3600)
+    """How long an open stream may send nothing before it is ended and its memory freed."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import grpc
 import pytest
@@ -29,10 +30,16 @@ class ToySettings(ServiceSettings):
     service: ClassVar[str] = "toy"
 
     port: Port = 50052
-    tenths: Annotated[float, Field(gt=0, le=1, description="Part of a whole | so to say.")] = 0.5
-    mode: Annotated[Literal["fast", "safe"], Field(description="How.")] = "safe"
-    limit: Annotated[int | None, Field(ge=1, description="Most; not set means no limit.")] = None
-    warm: Annotated[bool, Field(description="Whether to warm up.")] = True
+    tenths: float = Field(default=0.5, gt=0, le=1)
+    """Part of a whole
+    | so to say.
+    """
+    mode: Literal["fast", "safe"] = "safe"
+    """How."""
+    limit: int | None = Field(default=None, ge=1)
+    """Most; not set means no limit."""
+    warm: bool = True
+    """Whether to warm up."""
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -138,6 +145,13 @@ def test_settings_page_has_a_row_for_every_setting() -> None:
         row.startswith("| `--bundle` | `TEST_TOY_BUNDLE` | required | directory | Directory of the bundle")
         for row in rows
     )
+
+
+@pytest.mark.parametrize("service", settings_docs.SERVICES)
+def test_every_setting_says_what_it_is(service: str) -> None:
+    module, _, name = service.partition(":")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    assert [field for field, declared in fields.items() if not declared.description] == []
 
 
 def test_settings_page_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
