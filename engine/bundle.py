@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -44,32 +42,28 @@ class ModelEntry(_Part):
     The draft needs to share neither vocabulary nor prompt with the target, only the catalogue.
     """
 
-    path: str = Field(
-        pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$", description="The .onnx file: FOLDER/FILE inside the bundle."
-    )
-    architecture: str = Field(description="Hugging Face model type of the checkpoint: llama, qwen2, qwen3.")
+    path: str = Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")
+    """The .onnx file: FOLDER/FILE inside the bundle."""
+    architecture: str
+    """Hugging Face model type of the checkpoint: llama, qwen2, qwen3."""
     precision: Precision
     parameters: PositiveInt
     vocab_size: PositiveInt
     layers: PositiveInt
     kv_heads: PositiveInt
     head_dim: PositiveInt
-    max_positions: PositiveInt = Field(description="Longest sequence, prompt and codes together.")
-    code_tokens: tuple[NonNegativeInt, ...] = Field(
-        min_length=1, description="Token id of each code column, level by level; [C]."
-    )
+    max_positions: PositiveInt
+    """Longest sequence, prompt and codes together."""
+    code_tokens: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    """Token id of each code column, level by level; [C]."""
     prompt: PromptTemplate
-    fingerprint: str = Field(description="Hash of the model's files; keys its KV cache.")
-    plan_scale: tuple[PlanScale, ...] | None = Field(
-        default=None,
-        exclude_if=lambda scale: scale is None,  # so that a bundle without one keeps its version
-        description="Of a draft: per level 1..L-1, the unit that a plan's margins are measured in.",
-    )
-    inflated_from: PositiveInt | None = Field(
-        default=None,
-        exclude_if=lambda parameters: parameters is None,
-        description="Of a model made larger that computes the same (training.inflation): parameters of the trained one.",
-    )
+    fingerprint: str
+    """Hash of the model's files; keys its KV cache."""
+    # Of what follows, None is not written: a bundle without it keeps its version.
+    plan_scale: tuple[PlanScale, ...] | None = Field(default=None, exclude_if=lambda scale: scale is None)
+    """Of a draft: per level 1..L-1, the unit that a plan's margins are measured in."""
+    inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
+    """Of a model made larger that computes the same (training.inflation): parameters of the trained one."""
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:
@@ -97,7 +91,8 @@ class Provenance(_Part):
 
     recipe: str = ""
     data: str = ""
-    terms: str = Field(default="", description="The terms of the training data.")
+    terms: str = ""
+    """The terms of the training data."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
@@ -114,7 +109,8 @@ class Manifest(_Part):
     target: ModelEntry
     draft: ModelEntry | None
     provenance: Provenance = Provenance()
-    files: dict[str, str] = Field(description="SHA-256 of every file, by path relative to the bundle.")
+    files: dict[str, str]
+    """SHA-256 of every file, by path relative to the bundle."""
 
     @model_validator(mode="after")
     def _only_a_draft_plans(self) -> Manifest:
@@ -122,15 +118,9 @@ class Manifest(_Part):
             raise ValueError("target.plan_scale: only a draft has one")
         return self
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy; its version is its own, where pydantic would hand on what was cached."""
-        copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("version", None)
-        return copy
-
-    @cached_property
-    def version(self) -> str:  # every reply names it
-        """Hash of what the bundle serves; its provenance does not count."""
+    @property
+    def version(self) -> str:
+        """Hash of what the bundle serves; its provenance does not count. Made anew each time, about a millisecond."""
         served = self.model_dump(mode="json", exclude={"provenance", "name"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -19,9 +19,12 @@ class PromptTemplate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefix: tuple[NonNegativeInt, ...] = Field(min_length=1, description="Tokens before the history; at least a BOS.")
-    separator: tuple[NonNegativeInt, ...] = Field(default=(), description="Tokens between two items.")
-    suffix: tuple[NonNegativeInt, ...] = Field(default=(), description="Tokens after the history.")
+    prefix: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    """Tokens before the history; at least a BOS."""
+    separator: tuple[NonNegativeInt, ...] = ()
+    """Tokens between two items."""
+    suffix: tuple[NonNegativeInt, ...] = ()
+    """Tokens after the history."""
     max_items: PositiveInt = 20
     drop_block: PositiveInt = 1
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from engine.bundle import Manifest
 from orchestrator.recommendation import Item, Origin, Recommendation
 from orchestrator.requests import MODES
+from orchestrator.snapshots import Snapshot
 from service_kit import wire
 
 PROTO_MODES = {mode: value for value, mode in MODES.items() if value != pb.MODE_UNSPECIFIED}
@@ -18,16 +18,16 @@ _ORIGINS = {
 }
 
 
-def to_reply(recommendation: Recommendation, manifest: Manifest, options: pb.ReplyOptions) -> pb.RecommendResponse:
-    """The reply that carries a recommendation."""
-    order = recommendation.order
+def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.ReplyOptions) -> pb.RecommendResponse:
+    """The reply that carries a recommendation. snapshot: what it was made with."""
+    order, manifest = recommendation.order, snapshot.manifest
     return pb.RecommendResponse(
         items=[_item(rank, item, options) for rank, item in enumerate(recommendation.items, start=1)],
         versions=pb.Versions(
             target_model=recommendation.target.model_version,
             draft_model=recommendation.draft.model_version,
             catalogue=manifest.catalogue_version,
-            bundle=manifest.version,
+            bundle=snapshot.version,
         ),
         scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
         mode=PROTO_MODES[order.mode],
@@ -43,13 +43,14 @@ def to_reply(recommendation: Recommendation, manifest: Manifest, options: pb.Rep
     )
 
 
-def to_versions(manifest: Manifest, *, drafted: bool) -> pb.Versions:
-    """What a bundle's requests are served by. drafted: whether its draft is asked."""
+def to_versions(snapshot: Snapshot) -> pb.Versions:
+    """What a snapshot's requests are served by."""
+    manifest = snapshot.manifest
     return pb.Versions(
         target_model=manifest.model_version("target"),
-        draft_model=manifest.model_version("draft") if drafted else "",
+        draft_model=manifest.model_version("draft") if snapshot.draft is not None else "",
         catalogue=manifest.catalogue_version,
-        bundle=manifest.version,
+        bundle=snapshot.version,
     )
 
 

@@ -111,7 +111,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return pb.GetServiceInfoResponse(
             service_version=version("atspeed-serving"),
             bundle_name=manifest.name,
-            versions=to_versions(manifest, drafted=snapshot.draft is not None),
+            versions=to_versions(snapshot),
             scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
             catalogue_items=catalogue.items,
             levels=catalogue.trie.levels,
@@ -145,7 +145,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             shadow_checks=self._shadow_checks(lane),
         )
         if (snapshot := lane.snapshots.newest) is not None:
-            canary.versions.CopyFrom(to_versions(snapshot.manifest, drafted=snapshot.draft is not None))
+            canary.versions.CopyFrom(to_versions(snapshot))
             canary.since.CopyFrom(to_timestamp(snapshot.since))
         return canary
 
@@ -176,7 +176,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             if tracing.on():
                 span.set(**recommendation.trace_attributes)
         self.metrics.made(lane.track, recommendation)
-        return to_reply(recommendation, snapshot.manifest, request.reply_options)
+        return to_reply(recommendation, snapshot, request.reply_options)
 
     async def _batched(
         self,

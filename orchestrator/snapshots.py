@@ -31,9 +31,14 @@ from orchestrator.settings import OrchestratorSettings
 
 @dataclass(eq=False)
 class Snapshot:
-    """One bundle, ready to recommend with. resources: what closes with it. since: when new requests first got it, Unix time."""
+    """One bundle, ready to recommend with.
+
+    version: the bundle's, which every reply names. resources: what closes with it. since: when new requests first got it, Unix
+    time.
+    """
 
     manifest: Manifest
+    version: str
     recommender: Recommender
     planner: Planner
     target: TargetClient
@@ -175,7 +180,7 @@ class Snapshots:
             resources.callback(learning.cancel)
         histories = self._histories(manifest)
         recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._draft_switch)
-        return Snapshot(manifest, recommender, planner, target, draft, channels, resources)
+        return Snapshot(manifest, manifest.version, recommender, planner, target, draft, channels, resources)
 
     def _histories(self, manifest: Manifest) -> HistoryStore | None:
         if self._redis is None:

@@ -87,10 +87,14 @@ class QuantisedCodes(_Part):
 
     kind: Literal["quantised"]
     levels: Annotated[int, Field(ge=1, le=8)] = 3
-    codebook_bits: Annotated[int, Field(ge=1, le=12, description="Codes per level = 2 to this power.")] = 6
-    text_weight: Annotated[Share, Field(description="1 = text alone, 0 = co-occurrence alone.")] = 0.5
-    neighbours: Annotated[PositiveInt, Field(description="Items this close in a history count as co-occurring.")] = 10
-    factors: Annotated[PositiveInt, Field(description="Dimensions of the co-occurrence embedding.")] = 64
+    codebook_bits: int = Field(default=6, ge=1, le=12)
+    """Codes per level = 2 to this power."""
+    text_weight: Share = 0.5
+    """1 = text alone, 0 = co-occurrence alone."""
+    neighbours: PositiveInt = 10
+    """Items this close in a history count as co-occurring."""
+    factors: PositiveInt = 64
+    """Dimensions of the co-occurrence embedding."""
 
 
 class PromptWindow(_Part):
@@ -118,7 +122,8 @@ class Shape(_GrownPart):
     kv_heads: PositiveInt
     tie_embeddings: bool = True
     attention_dropout: Share = 0.0
-    dropout: Annotated[Share, Field(description="Of embeddings and of what each block adds; in training alone.")] = 0.0
+    dropout: Share = 0.0
+    """Of embeddings and of what each block adds; in training alone."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Shape:
@@ -150,17 +155,21 @@ class Schedule(_GrownPart):
     epochs: PositiveInt
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 1e-3
-    warmup: Annotated[Share, Field(description="Share of the run.")] = 0.05
+    warmup: Share = 0.05
+    """Share of the run."""
     weight_decay: NonNegativeFloat = 0.05
     gradient_clip: PositiveFloat = 1.0
-    patience: Annotated[PositiveInt, Field(description="Stop after so many epochs without a better one.")] = 5
-    item_dropout: Annotated[Share, Field(description="Chance that an item is left out of a training history.")] = 0.0
-    select_by: Annotated[Literal["recall", "loss"], Field(description="Validation measure of the best.")] = "recall"
+    patience: PositiveInt = 5
+    """Stop after so many epochs without a better one."""
+    item_dropout: Share = 0.0
+    """Chance that an item is left out of a training history."""
+    select_by: Literal["recall", "loss"] = "recall"
+    """Validation measure of the best."""
     validation_users: PositiveInt = 1000
-    gradient_accumulation: Annotated[PositiveInt, Field(description="Batches per step, of each process.")] = 1
-    mixed_precision: Annotated[
-        Literal["no", "bf16", "fp16"], Field(description="Of training passes; weights stay float32. fp16 needs a GPU.")
-    ] = "no"
+    gradient_accumulation: PositiveInt = 1
+    """Batches per step, of each process."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of training passes; weights stay float32. fp16 needs a GPU."""
 
 
 class Model(_Part):
@@ -188,19 +197,23 @@ class Alignment(_Part):
     `budget` nodes per level hold the target's beams most often, so its select_by does not either.
     """
 
-    loss: Annotated[AlignmentLoss | None, Field(description="None: cross-entropy alone, on the same prompts.")] = None
+    loss: AlignmentLoss | None = None
+    """None: cross-entropy alone, on the same prompts."""
     weight: Share = 0.7
-    beams: Annotated[PositiveInt, Field(description="The target's beams per prompt; also K of atspeed-s.")] = 20
-    density: Annotated[NonNegativeFloat, Field(description="Weight of the density term of atspeed-s.")] = 1.0
-    renormalise: Annotated[PositiveFloat | None, Field(description="Temperature over the top K of atspeed-s.")] = None
-    temperature: Annotated[
-        PositiveFloat, Field(description="Of both models in atspeed-r, word-, tvd- and level-kd.")
-    ] = 1.0
-    budget: Annotated[PositiveInt, Field(description="The draft's nodes per level, N; at least `beams`.")] = 40
-    margin: Annotated[
-        NonNegativeFloat, Field(description="By how much coverage wants a beam above the rest, nats.")
-    ] = 1.0
-    prompts: Annotated[PositiveInt, Field(description="At most so many training prompts, drawn by the seed.")] = 100_000
+    beams: PositiveInt = 20
+    """The target's beams per prompt; also K of atspeed-s."""
+    density: NonNegativeFloat = 1.0
+    """Weight of the density term of atspeed-s."""
+    renormalise: PositiveFloat | None = None
+    """Temperature over the top K of atspeed-s."""
+    temperature: PositiveFloat = 1.0
+    """Of both models in atspeed-r, word-, tvd- and level-kd."""
+    budget: PositiveInt = 40
+    """The draft's nodes per level, N; at least `beams`."""
+    margin: NonNegativeFloat = 1.0
+    """By how much coverage wants a beam above the rest, nats."""
+    prompts: PositiveInt = 100_000
+    """At most so many training prompts, drawn by the seed."""
 
     @model_validator(mode="after")
     def _budget_holds_the_beams(self) -> Alignment:
@@ -248,7 +261,8 @@ class Recipe(_Part):
     prompt: PromptWindow = PromptWindow()
     target: Model
     draft: Draft | None = None
-    evaluation_users: Annotated[PositiveInt, Field(description="At most so many users in the final evaluation.")] = 5000
+    evaluation_users: PositiveInt = 5000
+    """At most so many users in the final evaluation."""
 
     @property
     def parts(self) -> dict[Role, Model]:
