@@ -43,7 +43,7 @@ from benchmarks.warm_models import TEMPERATURE
 from engine.bundle import Bundle
 from engine.comparison import Verdict
 from engine.errors import BundleError
-from orchestrator.search.mode import Mode
+from service_kit.mode import Mode
 
 NAME = "acceptance"
 REFERENCE = "the target alone"

@@ -36,8 +36,8 @@ from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Pruning
 from orchestrator.planning.planned_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
-from orchestrator.search.mode import Mode
 from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from service_kit.mode import Mode
 
 NO_DRAFT = "none"
 CUTOFFS = (5, 10, 20)

@@ -29,9 +29,10 @@ from benchmarks.decode_rows import ENGINE, NAME, PERFECT, STAGES, Answer, Answer
 from benchmarks.histories import History
 from benchmarks.perfect_plan import PerfectPlans, perfect_plans
 from benchmarks.services import Running, progress_bar, running_services, undisturbed
-from client.recommender import Mode, RecommenderClient, recommend_request
+from client.recommender import RecommenderClient, recommend_request
 from engine.bundle import read_manifest
 from engine.comparison import RankedList
+from service_kit.mode import Mode
 
 WIDTHS = (1, 3, 5, 10, 20, 50)
 MODES = tuple(Mode)

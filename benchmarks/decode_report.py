@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from benchmarks.decode_rows import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
 from benchmarks.pages import draw, figures, item_range, origin, table
 from benchmarks.results import Result
-from client.recommender import Mode
+from service_kit.mode import Mode
 
 PAGE = "decode.md"
 _TIME_PLOT, _SPEEDUP_PLOT = "decode-time.svg", "decode-speedup.svg"

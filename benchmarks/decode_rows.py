@@ -15,8 +15,8 @@ from rich.table import Table
 from benchmarks.errors import BenchmarkError
 from benchmarks.results import Result
 from benchmarks.services import mean
-from client.recommender import Mode
 from engine.comparison import RankedList, Verdict, compare
+from service_kit.mode import Mode
 
 NAME = "decode"
 ENGINE = "atspeed"

@@ -29,11 +29,12 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, bytes_read, probe_beams, probe_passes
 from benchmarks.services import Running, ask, progress_bar, services
-from client.recommender import Mode, recommend_request
+from client.recommender import recommend_request
 from engine.bundle import Bundle, Precision, Role
 from engine.comparison import RankedList, Verdict, compare
 from engine.decoder import Provider, RuntimeOptions, load_decoder
 from engine.errors import BundleError
+from service_kit.mode import Mode
 from training.export import load_checkpoint
 from training.inflated_bundles import Inflation, inflate_bundle
 from training.inflation import SHAPES

@@ -32,8 +32,9 @@ from benchmarks.results import Result
 from benchmarks.services import mean, progress_bar
 from client.local_redis import local_redis
 from client.local_stack import LocalStack, ServiceProcess
-from client.recommender import Mode, RecommenderClient, RecommenderError, recommend_request
+from client.recommender import RecommenderClient, RecommenderError, recommend_request
 from engine.bundle import read_manifest
+from service_kit.mode import Mode
 
 NAME = "load"
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)

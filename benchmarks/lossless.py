@@ -24,11 +24,12 @@ from rich.table import Table
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.services import Running, ask, mean, progress_bar, services
-from client.recommender import Mode, RecommenderClient, recommend_request
+from client.recommender import RecommenderClient, recommend_request
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
 from engine.comparison import RankedList, Verdict, compare
 from engine.scoring import ScoringRule
+from service_kit.mode import Mode
 
 REFERENCE = "target-only"
 _MODES = (Mode.TARGET_ONLY, Mode.STRICT)

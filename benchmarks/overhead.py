@@ -26,7 +26,8 @@ from benchmarks.pages import figures, item_range, origin
 from benchmarks.pages import table as markdown
 from benchmarks.results import Result
 from benchmarks.services import Running, progress_bar, services, undisturbed
-from client.recommender import Mode, RecommenderClient, recommend_request
+from client.recommender import RecommenderClient, recommend_request
+from service_kit.mode import Mode
 
 NAME = "overhead"
 PAGE = "overhead.md"

@@ -26,11 +26,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from benchmarks.errors import BenchmarkError
 from benchmarks.histories import History
 from benchmarks.services import Running, ask, mean, progress_bar, services
-from client.recommender import Mode, recommend_request
+from client.recommender import recommend_request
 from engine.bundle import Bundle, ModelEntry
 from engine.catalogue import Catalogue
 from engine.comparison import RankedList, Verdict, compare, largest_gap
 from engine.scoring import ScoringRule
+from service_kit.mode import Mode
 
 REFERENCE = "Hugging Face generate"
 WIDTHS = (1, 5, 10, 20)

@@ -35,6 +35,7 @@ from client.cli_parts import BundleFolder, CommandError, err, optional, out
 from engine.bundle import Bundle
 from engine.comparison import Verdict
 from engine.scoring import ScoringRule
+from service_kit.mode import Mode
 
 _PAGES = {
     "recommenders": "benchmarks.recommender_table",
@@ -105,13 +106,10 @@ def bench_lossless(
         raise CommandError(f"{failures} lists differ beyond near-ties or paths are invalid")
 
 
-class ModeChoice(StrEnum):
-    """The modes that speculate."""
-
-    STRICT = "strict"
-    TOLERANCE = "tolerance"
-    EXACT_SAMPLING = "exact-sampling"
-    RELAXED_SAMPLING = "relaxed-sampling"
+def _speculative(modes: list[Mode] | None) -> list[Mode] | None:
+    if Mode.TARGET_ONLY in (modes or ()):
+        raise typer.BadParameter("target-only does not speculate: it is what the others are compared with")
+    return modes
 
 
 DraftBundles = Annotated[
@@ -124,7 +122,8 @@ Budgets = Annotated[
     typer.Option(help="Nodes of a plan: Nk per level, N/level, N/all.  [default: 2k 40(/level) 120(/all) 240(/all)]"),
 ]
 Modes = Annotated[
-    list[ModeChoice] | None, typer.Option("--mode", "--modes", help="How lists are made.  [default: all]")
+    list[Mode] | None,
+    typer.Option("--mode", "--modes", callback=_speculative, help="How lists are made.  [default: all that speculate]"),
 ]
 
 
@@ -149,7 +148,6 @@ def bench_acceptance(
     """Target passes of each draft, mode, K and budget; exits with 1 when a strict or exact list differs."""
     from benchmarks import acceptance
     from benchmarks.cases import choose_cases
-    from orchestrator.search.mode import Mode
     from training.data import read_atspeed
 
     page = optional("benchmarks.acceptance_report") if report else None  # what is missing is said before the work
@@ -158,7 +156,7 @@ def bench_acceptance(
     question = acceptance.Question(
         widths=k or acceptance.WIDTHS,
         budgets=[acceptance.parse_budget(label) for label in budget or acceptance.BUDGETS],
-        modes=[Mode(choice.value) for choice in mode or ModeChoice],
+        modes=mode or acceptance.MODES,
         tolerance=tolerance,
         seed=seed,
         workers=workers or os.cpu_count() or 1,

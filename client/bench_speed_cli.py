@@ -27,9 +27,9 @@ from client.bench_parts import (
 )
 from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
-from client.recommender import Mode
 from engine.bundle import Bundle
 from orchestrator.planning.planner import PlannerKind
+from service_kit.mode import Mode
 
 if TYPE_CHECKING:
     from benchmarks.decode import Peer

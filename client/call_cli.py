@@ -13,7 +13,8 @@ from google.protobuf.message import Message
 from client import display
 from client.cli_parts import AsJson, out
 from client.connection import Connection, with_connection
-from client.recommender import Mode, Options, RecommenderClient
+from client.recommender import Options, RecommenderClient
+from service_kit.mode import Mode
 from service_kit.tracks import Track
 
 _Result = TypeVar("_Result")

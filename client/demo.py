@@ -26,10 +26,11 @@ from rich.text import Text
 from client.display import milliseconds, origin
 from client.local_redis import LocalRedisError, local_redis
 from client.local_stack import LocalStack, LocalStackError
-from client.recommender import Mode, Options, RecommenderClient, RecommenderError
+from client.recommender import Options, RecommenderClient, RecommenderError
 from engine.bundle import Bundle
 from engine.comparison import NEAR_TIE, RankedList, Verdict, compare
 from engine.errors import EngineError
+from service_kit.mode import Mode
 from training.data import Case, Dataset, Movie, movielens_titles, movielens_wheel, read_movielens
 from training.errors import DataError
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.bundle import Manifest
+from service_kit import wire
 
 
 def origin(item: pb.RecommendedItem) -> str:
@@ -33,7 +34,7 @@ def recommendation_table(reply: pb.RecommendResponse) -> Table:
 
 def summary(reply: pb.RecommendResponse) -> str:
     """What it took and what is to be said of it, one fact a line."""
-    took, mode = reply.statistics, pb.Mode.Name(reply.mode).removeprefix("MODE_").lower().replace("_", "-")
+    took, mode = reply.statistics, wire.mode(reply.mode, "mode")
     lines = [
         f"{mode}, {'exact' if reply.exactness.exact else 'not exact'}: {took.target_passes} target passes, "
         f"{took.accepted_levels} levels accepted, {milliseconds(reply):.1f} ms",

@@ -14,43 +14,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import Self, TypedDict, TypeVar, Unpack
 
 import grpc
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 
+from service_kit import wire
 from service_kit.channels import open_channel, target_uri
 from service_kit.errors import retry_after_seconds
+from service_kit.mode import Mode
 from service_kit.tls import ClientTls
 from service_kit.tracks import TRACK_HEADER, Track
+
+__all__ = ["SERVICE", "Mode", "Options", "RecommenderClient", "RecommenderError", "recommend_request"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 # Appending twice is not appending once, so RecordEvents is not among them.
 _RETRIED = ("Recommend", "GetHistory", "ForgetUser", "GetServiceInfo")
 _MAX_MESSAGE_BYTES = 33_554_432
 _Reply = TypeVar("_Reply")
-
-
-class Mode(StrEnum):
-    """How a list is made; the proto's `Mode` says what each means."""
-
-    TARGET_ONLY = "target-only"
-    STRICT = "strict"
-    TOLERANCE = "tolerance"
-    RELAXED_SAMPLING = "relaxed-sampling"
-    EXACT_SAMPLING = "exact-sampling"
-
-    @property
-    def proto(self) -> pb.Mode.ValueType:
-        """Its value in the contract."""
-        return pb.Mode.Value(f"MODE_{self.name}")
-
-    @property
-    def samples(self) -> bool:
-        """Whether the mode takes a seed and a temperature."""
-        return self in {Mode.RELAXED_SAMPLING, Mode.EXACT_SAMPLING}
 
 
 class RecommenderError(Exception):
@@ -87,7 +70,7 @@ def recommend_request(user_id: str | None = None, **options: Unpack[Options]) ->
     request = pb.RecommendRequest(
         k=options.get("k", 10),
         beam_width=options.get("beam_width", 0),
-        mode=options.get("mode", Mode.STRICT).proto,
+        mode=wire.to_mode(options.get("mode", Mode.STRICT)),
         tolerance=options.get("tolerance", 0.0),
         temperature=options.get("temperature"),
         seed=options.get("seed"),

@@ -14,7 +14,6 @@ from engine.cost import PassCost
 from orchestrator.deadline import Deadline
 from orchestrator.draft_switch import SWITCHED_OFF
 from orchestrator.recommendation import Recommendation
-from orchestrator.search.mode import Mode
 from orchestrator.tracks import Lanes
 from service_kit.admission import Admission
 from service_kit.admission_metrics import admission_reads
@@ -22,6 +21,7 @@ from service_kit.bundle_metrics import bundle_reads
 from service_kit.bundle_watch import BundleWatch
 from service_kit.errors import ServiceError
 from service_kit.metrics import SIZES, WHOLE, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
+from service_kit.mode import Mode
 from service_kit.tracks import Track
 
 LISTS = CounterOf(

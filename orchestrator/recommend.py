@@ -28,11 +28,11 @@ from orchestrator.planning.request_planning import Task
 from orchestrator.recommendation import Item, Order, Origin, Recommendation, StageTimes, SubjectHistory
 from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
 from orchestrator.search.memo import Memo
-from orchestrator.search.mode import Mode
 from orchestrator.search.traced import TracedDraft, TracedTarget
 from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from service_kit import tracing
 from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
+from service_kit.mode import Mode
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 

@@ -10,10 +10,10 @@ from engine.trie import Int64
 from orchestrator.owner_tag import FIRST_ITEMS, digest, owner_tag
 from orchestrator.planning.request_planning import PlanningReport
 from orchestrator.search.memo import Memo, NodeCounts
-from orchestrator.search.mode import Mode
 from orchestrator.usage import Usage
 from service_kit import tracing
 from service_kit.admission import Priority
+from service_kit.mode import Mode
 
 
 class Origin(StrEnum):

@@ -6,11 +6,9 @@ from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from orchestrator.recommendation import Item, Origin, Recommendation
-from orchestrator.requests import MODES
 from orchestrator.snapshots import Snapshot
 from service_kit import wire
 
-PROTO_MODES = {mode: value for value, mode in MODES.items() if value != pb.MODE_UNSPECIFIED}
 _ORIGINS = {
     Origin.DRAFTED: pb.ORIGIN_DRAFTED,
     Origin.RECOVERED: pb.ORIGIN_RECOVERED,
@@ -30,7 +28,7 @@ def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.Rep
             bundle=snapshot.version,
         ),
         scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
-        mode=PROTO_MODES[order.mode],
+        mode=wire.to_mode(order.mode),
         exactness=pb.Exactness(exact=recommendation.exact, largest_slack=recommendation.memo.largest_slack),
         degraded=bool(recommendation.degraded),
         degraded_reasons=recommendation.degraded,

@@ -9,19 +9,12 @@ from typing import Protocol
 from atspeed.v1 import recommendation_pb2 as pb
 
 from orchestrator.recommendation import Order
-from orchestrator.search.mode import Mode
 from orchestrator.settings import OrchestratorSettings
+from service_kit import wire
 from service_kit.admission import Priority
 from service_kit.errors import InvalidArgumentError
+from service_kit.mode import Mode
 
-MODES = {
-    pb.MODE_UNSPECIFIED: Mode.STRICT,
-    pb.MODE_TARGET_ONLY: Mode.TARGET_ONLY,
-    pb.MODE_STRICT: Mode.STRICT,
-    pb.MODE_TOLERANCE: Mode.TOLERANCE,
-    pb.MODE_RELAXED_SAMPLING: Mode.RELAXED_SAMPLING,
-    pb.MODE_EXACT_SAMPLING: Mode.EXACT_SAMPLING,
-}
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
 MAX_ID_BYTES = 256
 _DEFAULT_BEAM_WIDTH = 20
@@ -34,9 +27,7 @@ def to_order(
 
     usual: the priority of a request that names none.
     """
-    if request.mode not in MODES:
-        raise InvalidArgumentError("mode", f"{request.mode} is not a mode of this service")
-    mode = MODES[request.mode]
+    mode = wire.mode(request.mode, "mode")
     _in_range("k", request.k, 1, limits.max_k)
     beam_width = request.beam_width or max(request.k, _DEFAULT_BEAM_WIDTH)
     _in_range("beam_width", beam_width, request.k, limits.max_beam_width)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
-from atspeed.v1 import recommendation_pb2, recommendation_pb2_grpc
 from atspeed.v1 import recommendation_pb2 as pb
+from atspeed.v1 import recommendation_pb2_grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
@@ -24,7 +24,7 @@ from orchestrator.draft_switch import DraftSwitch
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
 from orchestrator.owner_tag import owner_tag
-from orchestrator.replies import PROTO_MODES, to_reply, to_timestamp, to_versions
+from orchestrator.replies import to_reply, to_timestamp, to_versions
 from orchestrator.requests import check_ids, check_user, to_order
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.shadow import ShadowChecks, ShadowLimits
@@ -34,10 +34,11 @@ from service_kit import tracing, wire
 from service_kit.admission import Admission, Priority
 from service_kit.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
 from service_kit.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
+from service_kit.mode import Mode
 from service_kit.server import Registration
 from service_kit.tracks import Track
 
-SERVICE = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"]
+SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
 # So long the start waits for targets that serve the canary, lest its users meet the stable bundle in between.
 _CANARY_PATIENCE_SECONDS = 10.0
 _Answer = TypeVar("_Answer")
@@ -119,7 +120,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             max_beam_width=settings.max_beam_width,
             history_window=manifest.target.prompt.max_items,
             allows_empty_history=manifest.allow_empty_history,
-            modes=list(PROTO_MODES.values()),
+            modes=[wire.to_mode(mode) for mode in Mode],
             started_at=self._started_at,
             max_history_items=settings.max_history_items,
             max_candidate_items=settings.max_candidate_items,

@@ -20,10 +20,10 @@ from orchestrator.deadline import Deadline
 from orchestrator.draft_switch import DraftSwitch
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Order, Recommendation
-from orchestrator.search.mode import Mode
 from service_kit import tracing
 from service_kit.admission import Admission, Priority
 from service_kit.errors import ResourceExhaustedError, ServiceError
+from service_kit.mode import Mode
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 

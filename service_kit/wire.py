@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from atspeed.v1 import draft_pb2, target_pb2, types_pb2
+from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
@@ -19,6 +19,7 @@ from engine.plan import Proposal
 from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.trie import Int64, Pruning, Trie
 from service_kit.errors import InvalidArgumentError
+from service_kit.mode import Mode
 
 _DTYPES: Final = {
     types_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
@@ -36,6 +37,7 @@ _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
     ScoringRule.VOCAB: types_pb2.SCORING_RULE_VOCAB,
     ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
 }
+_MODES: Final = {recommendation_pb2.Mode.Value(f"MODE_{mode.name}"): mode for mode in Mode}
 
 _CURVE_POINTS = 1024
 _MOST_NS = 2**48  # three days
@@ -152,6 +154,20 @@ def evaluation(message: types_pb2.Evaluation, field: str, trie: Trie) -> Evaluat
 def to_scoring_rule(rule: ScoringRule) -> types_pb2.ScoringRule.ValueType:
     """A scoring rule as its enum value."""
     return _RULES[rule]
+
+
+def to_mode(mode: Mode) -> recommendation_pb2.Mode.ValueType:
+    """How a list is made, as its enum value."""
+    return recommendation_pb2.Mode.Value(f"MODE_{mode.name}")
+
+
+def mode(value: recommendation_pb2.Mode.ValueType, field: str) -> Mode:
+    """How a list is made; strict where that is not said. Raises InvalidArgumentError naming `field`."""
+    if value == recommendation_pb2.MODE_UNSPECIFIED:
+        return Mode.STRICT
+    if value not in _MODES:
+        raise InvalidArgumentError(field, f"{value} is not a mode of this service")
+    return _MODES[value]
 
 
 def to_statistics(cost: PassCost) -> types_pb2.PassStatistics:

@@ -11,7 +11,7 @@ from orchestrator.planning.adaptive import AdaptivePlanning, Experience
 from orchestrator.planning.call_costs import CallCosts, ModelCosts
 from orchestrator.planning.coverage import Kind
 from orchestrator.planning.request_planning import RequestPlanning, Task
-from orchestrator.search.mode import Mode
+from service_kit.mode import Mode
 
 
 class PlannerKind(StrEnum):

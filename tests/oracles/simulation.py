@@ -22,9 +22,9 @@ from orchestrator.planning.planned_draft import PlannedDraft
 from orchestrator.planning.planner import Planner
 from orchestrator.planning.request_planning import PlanningReport, Task
 from orchestrator.search.beam_loop import Draft, beam_search
-from orchestrator.search.mode import Mode
 from orchestrator.search.verification import ExactSampling, Policy, Strict, Tolerance
 from orchestrator.usage import Usage
+from service_kit.mode import Mode
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing

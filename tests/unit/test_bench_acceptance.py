@@ -32,8 +32,8 @@ from engine.tree_evaluator import Selection
 from engine.trie import ROOT, Pruning
 from orchestrator.planning.planned_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
-from orchestrator.search.mode import Mode
 from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from service_kit.mode import Mode
 from tests.bundles import random_catalogue, random_history, write_bundle
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 from training import evaluate

@@ -27,9 +27,9 @@ from benchmarks.decode_rows import (
 from benchmarks.errors import BenchmarkError
 from benchmarks.provenance import provenance
 from benchmarks.results import Result
-from client.recommender import Mode
 from engine.bundle import Bundle
 from engine.comparison import RankedList
+from service_kit.mode import Mode
 from tests.bundles import random_catalogue, write_bundle
 
 STAGES = dict.fromkeys(("history", "draft", "draft_forward", "target", "target_forward", "selection", "total"), 1.0)

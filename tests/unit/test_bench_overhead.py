@@ -14,8 +14,8 @@ from benchmarks.overhead import Added, row
 from benchmarks.provenance import provenance
 from benchmarks.results import Result
 from benchmarks.services import Running
-from client.recommender import Mode
 from engine.bundle import Bundle
+from service_kit.mode import Mode
 from tests.bundles import random_catalogue, write_bundle
 
 

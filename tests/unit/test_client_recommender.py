@@ -187,11 +187,6 @@ def test_a_request_has_one_subject(subject: Any) -> None:
         recommend_request(**subject)
 
 
-def test_every_mode_of_the_contract_has_a_name() -> None:
-    """A new mode in the proto needs one here."""
-    assert {mode.proto for mode in Mode} == set(pb.Mode.values()) - {pb.MODE_UNSPECIFIED}
-
-
 async def test_an_address_that_is_none() -> None:
     """Said at once, not when the first call times out."""
     with pytest.raises(ValueError, match="not HOST:PORT"):

@@ -26,9 +26,9 @@ from orchestrator.planning.planned_draft import PlannedDraft
 from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind
 from orchestrator.planning.request_planning import RequestPlanning, Task
 from orchestrator.search.beam_loop import beam_search
-from orchestrator.search.mode import Mode
 from orchestrator.search.verification import ExactSampling, Policy, Strict
 from orchestrator.snapshots import Planners
+from service_kit.mode import Mode
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.simulation import PROMPT_TOKENS, Machine, Served, SimulatedDraft, Simulation, curve
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing

@@ -26,11 +26,11 @@ from orchestrator.owner_tag import owner_tag
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Order, Recommendation
-from orchestrator.search.mode import Mode
 from orchestrator.shadow import ShadowChecks, ShadowLimits
 from orchestrator.usage import Usage
 from service_kit.admission import Admission, Priority
 from service_kit.errors import UnavailableError
+from service_kit.mode import Mode
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import ScriptedDraft, World, at_random
 

@@ -1,15 +1,18 @@
-"""What passes cost survives the wire, and what a replica of an older version does not say counts as nothing."""
+"""Costs and modes survive the wire; what a replica of an older version does not say counts as nothing."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 
-from atspeed.v1 import types_pb2
+import pytest
+from atspeed.v1 import recommendation_pb2, types_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.cost import PassCost
 from service_kit import wire
+from service_kit.errors import InvalidArgumentError
+from service_kit.mode import Mode
 
 COUNTS = st.integers(0, 2**32 - 1)
 
@@ -23,3 +26,17 @@ def test_costs_survive_the_wire(cost: PassCost) -> None:
 def test_a_replica_that_does_not_tell_its_look_ups_has_none() -> None:
     older = types_pb2.PassStatistics(queue_ns=7, forward_ns=5, new_tokens=3)
     assert wire.pass_cost(older, "statistics") == PassCost(queue_ns=7, forward_ns=5, new_tokens=3, lookup_ns=0)
+
+
+def test_every_mode_of_the_contract_has_a_name() -> None:
+    """A new mode in the proto needs one."""
+    values = {wire.to_mode(mode): mode for mode in Mode}
+    assert values.keys() == set(recommendation_pb2.Mode.values()) - {recommendation_pb2.MODE_UNSPECIFIED}
+    assert {value: wire.mode(value, "mode") for value in values} == values
+
+
+def test_lists_are_strict_where_nothing_is_said_and_no_mode_is_made_up() -> None:
+    assert wire.mode(recommendation_pb2.MODE_UNSPECIFIED, "mode") is Mode.STRICT
+    unknown: recommendation_pb2.Mode.ValueType = max(recommendation_pb2.Mode.values()) + 1  # type: ignore[assignment]
+    with pytest.raises(InvalidArgumentError, match=r"some\.mode: .* is not a mode of this service"):
+        wire.mode(unknown, "some.mode")

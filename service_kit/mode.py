@@ -1,4 +1,4 @@
-"""How a list is made: the public choice of a verification policy, and of whether to draft at all."""
+"""How a list is made: the contract's modes as plain words, for the orchestrator and its callers alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """How a list is made; see the proto's `Mode`."""
+    """How a list is made; the proto's `Mode` says what each means. The values are label values of metrics."""
 
     TARGET_ONLY = "target-only"
     STRICT = "strict"
