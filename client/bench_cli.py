@@ -10,7 +10,6 @@ report         a page about a result, from its JSON
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from enum import StrEnum
@@ -35,6 +34,7 @@ from client.cli_parts import BundleFolder, CommandError, err, optional, out
 from engine.bundle import Bundle
 from engine.comparison import Verdict
 from engine.scoring import ScoringRule
+from service_kit import event_loop
 from service_kit.mode import Mode
 
 _PAGES = {
@@ -64,7 +64,7 @@ def bench_parity(
     optional("transformers.utils.logging").disable_progress_bar()  # its bar for a load that takes a moment
     opened = Bundle(bundle)
     chosen = chosen_histories(opened, histories, users, seed)
-    rows = asyncio.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
+    rows = event_loop.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
     _show(parity, rows, _answer(rows))
     save(json_file, opened, seed, parity.to_json(rows))
     if different := sum(row.different for row in rows):
@@ -99,7 +99,7 @@ def bench_lossless(
     opened = Bundle(bundle)
     chosen = chosen_histories(opened, histories, users, seed)
     question = lossless.Question(k=k, excluded=excluded, seed=seed)
-    rows = asyncio.run(lossless.run(bundle, chosen, question, _rules(opened, rule)))
+    rows = event_loop.run(lossless.run(bundle, chosen, question, _rules(opened, rule)))
     _show(lossless, rows, _answer(rows))
     save(json_file, opened, seed, lossless.to_json(rows))
     if failures := sum(row.different + row.invalid_paths for row in rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from client.bench_parts import Histories, JsonFile, Page, Seed, save, written
 from client.cli_parts import BundleFolder, optional, out
 from engine.bundle import Bundle
+from service_kit import event_loop
 
 Threads = Annotated[int, typer.Option(min=1, help="Threads of a pass of the target.")]
 
@@ -57,7 +57,7 @@ def bench_load(
         threads=threads,
     )
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
-    found = asyncio.run(load.run(bundle, chosen, question))
+    found = event_loop.run(load.run(bundle, chosen, question))
     out.print(load.table(found))
     data = histories.name if histories else "random items"
     result = save(json_file, opened, seed, load.to_json(found.rows), load.header(found, question, data=data))
@@ -90,7 +90,7 @@ def bench_scaling(
     question = scaling.CatalogueQuestion(items or scaling.SIZES, codebook, k, excluded, seed)
     asked = scaling.SearchQuestion(width or scaling.WIDTHS, k, repeats, threads, seed) if opened else None
     catalogues = scaling.measure_catalogues(question)
-    searches = asyncio.run(scaling.measure_searches(opened.root, asked)) if opened and asked else []
+    searches = event_loop.run(scaling.measure_searches(opened.root, asked)) if opened and asked else []
     for shown in scaling.tables(catalogues, searches):
         out.print(shown)
     result = save(json_file, opened, seed, scaling.to_json(catalogues, searches), scaling.header(question, asked))

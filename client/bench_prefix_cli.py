@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from client.bench_parts import Histories, JsonFile, LeastItems, MostItems, Page, Seed, Users, save, written
 from client.cli_parts import BundleFolder, CommandError, optional, out
 from engine.bundle import Bundle
+from service_kit import event_loop
 
 
 def bench_prefix(
@@ -39,7 +39,7 @@ def bench_prefix(
     question = prefix.Question("draft" if draft else "target", nodes, threads, block_tokens, seed)
     catalogue = opened.catalogue()
     chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
-    rows = asyncio.run(prefix.run(opened, chosen, question))
+    rows = event_loop.run(prefix.run(opened, chosen, question))
     out.print(prefix.table(rows))
     named = histories.name if histories else "random items"
     about = prefix.header(question, items=(least_items, most_items), histories=named)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
 from engine.bundle import Bundle
 from orchestrator.planning.planner import PlannerKind
+from service_kit import event_loop
 from service_kit.mode import Mode
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def bench_decode(
         seed=seed,
     )
     with _peers(opened, checkpoint, genai=genai, threads=running.threads or 1, provider=provider) as peers:
-        rows = asyncio.run(decode.run(bundle, chosen, question, peers, running))
+        rows = event_loop.run(decode.run(bundle, chosen, question, peers, running))
         about = decode.header(question, peers, running, users=users, items=(least_items, most_items))
     about["histories"] = histories.name if histories else "random items"
     out.print(decode_rows.table(rows))
@@ -153,7 +153,7 @@ def bench_overhead(
     catalogue = opened.catalogue()
     chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
     running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value)
-    rows = asyncio.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, running))
+    rows = event_loop.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, running))
     out.print(overhead.table(rows))
     named = histories.name if histories else "random items"
     about = overhead.header(running, users=len(chosen), items=(least_items, most_items), histories=named)
@@ -210,7 +210,7 @@ def bench_gpu(
     )
     gpu.check(setup)
     chosen = choose_histories(opened.catalogue(), histories, max(users + 1, exact_users), seed, least_items=2)
-    found = asyncio.run(gpu.run(opened, chosen, setup))
+    found = event_loop.run(gpu.run(opened, chosen, setup))
     for one in found.sizes:
         out.print(f"{one.size}, inflated", highlight=False)
         out.print(decode_rows.table(one.lists))

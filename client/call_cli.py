@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +13,7 @@ from client import display
 from client.cli_parts import AsJson, out
 from client.connection import Connection, with_connection
 from client.recommender import Options, RecommenderClient
+from service_kit import event_loop
 from service_kit.mode import Mode
 from service_kit.tracks import Track
 
@@ -115,7 +115,7 @@ def _call(connection: Connection, call: Callable[[RecommenderClient], Coroutine[
         async with connection.client() as client:
             return await call(client)
 
-    return asyncio.run(connected())
+    return event_loop.run(connected())
 
 
 def _print_json(message: Message) -> None:

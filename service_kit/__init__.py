@@ -7,6 +7,7 @@ interceptor.py     around every call: request id, bound on calls, errors to stat
 admission.py       how much inference runs at once, who waits, who is refused
 health.py          grpc.health.v1, which lets go of its watchers when the server drains
 server.py          builds, runs and drains a grpc.aio server
+event_loop.py      what it runs on
 tls.py             certificates that may be replaced while the process runs
 tokens.py          bearer tokens by their hashes; auth.py asks for them, scopes.py says which method needs what
 rotating_channel.py  a channel that follows its certificates and its token

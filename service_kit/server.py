@@ -34,7 +34,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from engine.errors import EngineError
-from service_kit import logs, tracing
+from service_kit import event_loop, logs, tracing
 from service_kit.auth import AuthInterceptor
 from service_kit.channels import health_name
 from service_kit.errors import StartupError
@@ -118,7 +118,7 @@ def run(
     logs.take_over_uncaught()
     try:
         with tracing.started(settings.service, on=settings.tracing):
-            asyncio.run(serve(settings, application))
+            event_loop.run(serve(settings, application))
     except StartupError as error:
         _log.error("cannot start", reason=" ".join(str(error).split()))
         raise SystemExit(1) from None
