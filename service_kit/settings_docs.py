@@ -80,7 +80,8 @@ def _constraints(schema: dict[str, object]) -> Iterator[str]:
     yield from (f"{sign} {schema[key]}" for key, sign in bounds.items() if key in schema)
 
 
-def _load(reference: str) -> type[ServiceSettings]:
+def load(reference: str) -> type[ServiceSettings]:
+    """The settings that one of SERVICES names."""
     module, _, name = reference.partition(":")
     settings = getattr(importlib.import_module(module), name)
     if not (isinstance(settings, type) and issubclass(settings, ServiceSettings)):
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, path: Path = PAGE, services: Se
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args(arguments).check
-    text = page([_load(service) for service in services])
+    text = page([load(service) for service in services])
     if not check:
         path.write_text(text, encoding="utf-8")
         return 0

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +19,20 @@ from benchmarks.acceptance import AcceptanceRow, Question, parse_budget
 from benchmarks.acceptance_search import NO_DRAFT
 from benchmarks.cases import HeldOutCase, choose_cases, quality
 from benchmarks.errors import BenchmarkError
-from benchmarks.intervals import bootstrap, half_width
-from benchmarks.warm_models import WarmEvaluator, load_decoder_of, prefix_cache, prompt_tokens, warm_evaluator
 from client import cli
-from draft_service.drafter import Drafter, PlanOrder
 from engine.beams import Beams
 from engine.bundle import Bundle, write_manifest
 from engine.catalogue import Catalogue
-from engine.plan import PlanSize, Proposal
+from engine.plan import PlanSize
 from engine.scoring import Perturbation, ScoringRule
-from engine.tree_evaluator import Selection
-from engine.trie import ROOT, Pruning
-from orchestrator.planning.planned_draft import NoDraft
-from orchestrator.search.beam_loop import SearchResult, beam_search
+from engine.trie import ROOT
 from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from service_kit.mode import Mode
-from tests.bundles import random_catalogue, random_history, write_bundle
-from tests.oracles.models import ModelDraft, Models, ModelTarget
-from training import evaluate
-from training.data import Dataset, Item, read_atspeed
+from tests.bundles import random_catalogue, write_bundle
+from tests.datasets import write_dataset
+from tests.oracles.cold_search import cold_search
+from tests.oracles.models import Models
+from training.data import read_atspeed
 
 LEVELS = 4
 USERS = 6
@@ -66,16 +61,7 @@ def other(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def data(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set over the bundle's catalogue in the layout of the AtSpeed paper's."""
-    folder, catalogue = tmp_path_factory.mktemp("data"), models.catalogue
-    ids = [catalogue.id_of(index) for index in range(catalogue.items)]
-    (folder / "items.jsonl").write_text("".join(json.dumps({"id": item}) + "\n" for item in ids))
-    for number, (name, length) in enumerate((("train", 5), ("valid", 1), ("test", 2))):
-        lines = [
-            f"user-{user} {' '.join(random_history(catalogue, length, seed=100 * number + user))}" for user in range(20)
-        ]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_dataset(tmp_path_factory.mktemp("data"), models.catalogue)
 
 
 @pytest.fixture(scope="module")
@@ -92,51 +78,6 @@ def question() -> Question:
 def rows(models: Models, other: Bundle, cases: list[HeldOutCase], question: Question) -> list[AcceptanceRow]:
     drafts = {"group/seed1": models.bundle.bundle, "group/seed2": other}
     return acceptance.run(models.bundle.bundle, drafts, cases, question)
-
-
-@dataclass(frozen=True)
-class Cold:
-    """One search with models that know nothing yet, and what it took."""
-
-    result: SearchResult
-    draft_passes: int
-
-    @property
-    def passes(self) -> int:
-        return self.result.memo.passes
-
-
-async def cold_search(models: Models, case: HeldOutCase, policy: Policy, size: PlanSize | None) -> Cold:
-    """The loop over fresh evaluators, as the tests of the drafter run it."""
-    target, draft = models.evaluator("target"), models.evaluator("draft")
-    bundle, noise = models.bundle.bundle, policy.noise
-    prompt = prompt_tokens(models.catalogue, bundle.manifest.target, case.history)
-    limit = policy.max_children or max(models.catalogue.trie.codebook_sizes)
-    asked = ModelTarget(target, prompt, Selection(Pruning.none(), limit, noise if policy.perturbed else None))
-    trie = models.catalogue.trie
-    if size is None:
-        result = await beam_search(trie, models.rule, policy, asked, NoDraft())
-        passes = 0
-    else:
-        sample = policy.proposal is Proposal.SAMPLE
-        order = PlanOrder(prompt, Beams.root(), size, policy.proposal, Pruning.none(), noise, with_evaluation=sample)
-        drafting = CountingDraft(Drafter(draft), trie, order)
-        result = await beam_search(trie, models.rule, policy, asked, drafting)
-        passes = drafting.passes
-    await target.close()
-    await draft.close()
-    return Cold(result, passes)
-
-
-@dataclass
-class CountingDraft(ModelDraft):
-    """Knows that the draft takes a pass for each level below its beams down to the last that is planned."""
-
-    passes: int = 0
-
-    async def plan(self, below: Beams):  # type: ignore[no-untyped-def]
-        self.passes += LEVELS - 1 - int(self.trie.depth(below.node[:1])[0])
-        return await super().plan(below)
 
 
 def policy_of(mode: Mode, k: int, seed: int) -> Policy:
@@ -310,72 +251,6 @@ def test_drafts_that_do_not_fit(models: Models, other: Bundle, tmp_path: Path) -
     assert list(acceptance.draft_bundles(bundle, "a", [f"b={other.root}"])) == ["a", "b"]
 
 
-def test_cases_and_measures_are_those_of_the_training(models: Models, data: Path) -> None:
-    """The same users by the same seed, and the same Recall and NDCG of the same rankings."""
-    dataset = read_atspeed(data)
-    mine = choose_cases(dataset, models.catalogue, allow_empty=False, users=7, seed=2)
-    asked = evaluate.questions(dataset.cases("test"), models.catalogue, allow_empty=False, limit=7, seed=2)
-    assert [(case.history, case.answers) for case in mine] == [
-        (tuple(question.history.tolist()), question.targets) for question in asked
-    ]
-    assert len({case.seed for case in mine}) == 7
-    rng = np.random.default_rng(1)
-    rankings = [[*rng.permutation(12)[:size].tolist(), *mine[size].answers][:20] for size in range(7)]
-    wanted = evaluate.metrics(rankings, asked)
-    for cutoff in (5, 10, 20):
-        found = [quality(ranking, case.answers, cutoff) for ranking, case in zip(rankings, mine, strict=True)]
-        assert np.mean([each.recall for each in found]) == pytest.approx(wanted[f"recall@{cutoff}"])
-        assert np.mean([each.ndcg for each in found]) == pytest.approx(wanted[f"ndcg@{cutoff}"])
-
-
-def test_cases_that_cannot_be_asked(models: Models) -> None:
-    """No test items; an item that the bundle does not know; an empty history only where the model can answer it."""
-    known = models.catalogue.id_of(0)
-    items = (Item(known), Item("new"))
-    nobody = Dataset("d", "", items, {"u": (known,)}, {}, {})
-    stranger = Dataset("d", "", items, {"u": (known,)}, {}, {"u": ("new",)})
-    fresh = Dataset("d", "", items, {}, {}, {"u": (known,)})
-    for dataset, problem in ((nobody, "no user"), (stranger, "'new'"), (fresh, "no user")):
-        with pytest.raises(BenchmarkError, match=problem):
-            choose_cases(dataset, models.catalogue, allow_empty=False, users=3, seed=1)
-    assert choose_cases(fresh, models.catalogue, allow_empty=True, users=3, seed=1)[0].history == ()
-
-
-def test_intervals() -> None:
-    """Against what they are defined by."""
-    values = np.random.default_rng(0).normal(size=400)
-    assert half_width(list(values)) == pytest.approx(1.96 * values.std(ddof=1) / 20)
-    assert half_width([3.0]) == 0
-    found = bootstrap(list(values), seed=1)
-    assert found == bootstrap(list(values), seed=1)
-    assert found.value == pytest.approx(values.mean())
-    assert (found.high - found.low) / 2 == pytest.approx(half_width(list(values)), rel=0.1)
-
-
-async def test_a_warm_tree_refuses_what_it_cannot_answer(models: Models) -> None:
-    """Another prompt's tree, exclusions, another temperature; and it computes no node twice."""
-    bundle = models.bundle.bundle
-    entry, everything = bundle.manifest.target, Selection(Pruning.none(), 10)
-    decoder = load_decoder_of(bundle, "target", 1)
-    warm: WarmEvaluator = warm_evaluator(decoder, entry, models.catalogue, models.rule, prefix_cache(entry))
-    root = np.array([ROOT])
-    tree = await warm.open(models.prompt(3, seed=1))
-    _, first = await warm.evaluate(tree, root, everything)
-    _, second = await warm.evaluate(tree, root, replace(everything, limit=2))
-    assert (first.new_tokens > 0, second.new_tokens) == (True, 0)
-    assert await warm.open(models.prompt(3, seed=1)) is tree
-    for selection in (
-        replace(everything, pruning=models.catalogue.pruning(excluded=np.arange(40))),
-        replace(everything, perturbation=Perturbation(1, 0.5)),
-    ):
-        with pytest.raises(ValueError, match="warm tree"):
-            await warm.evaluate(tree, root, selection)
-    assert await warm.open(models.prompt(3, seed=2)) is not tree
-    with pytest.raises(ValueError, match="one prompt"):
-        await warm.evaluate(tree, root, everything)
-    await warm.close()
-
-
 # --- the page and the command line
 
 
@@ -482,3 +357,9 @@ def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeyp
     refused = run(*known, "--report", tmp_path)
     assert refused.exit_code == 1
     assert "matplotlib is not installed: pip install 'atspeed-serving[bench]'" in refused.stderr
+
+
+def test_the_command_wants_modes_that_speculate(models: Models, data: Path) -> None:
+    refused = run("acceptance", "--bundle", models.bundle.root, "--data", data, "--mode", "target-only")
+    assert refused.exit_code == 2
+    assert "does not speculate" in refused.stderr

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +10,21 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from client.local_certificates import LocalCertificates
 from service_kit.admission_metrics import QUEUED
 from service_kit.model_metrics import WAITING
-from service_kit.server import Registration, running
-from service_kit.settings import ServiceSettings
-from service_kit.settings_docs import SERVICES
-from service_kit.tls import TlsFiles
-from service_kit.tokens import hash_token
-from tests import fetched
+from tests.kubernetes_manifests import (
+    FOLDER,
+    PORTS,
+    SERVICE_NAMES,
+    Manifest,
+    built,
+    containers,
+    of_kind,
+    pods,
+    settings_of,
+)
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "deploy" / "kubernetes"
-PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
 MODULES = {"draft": "draft_service", "target": "target_service", "orchestrator": "orchestrator"}
-SERVICE_NAMES = {
-    "draft": "atspeed.v1.DraftService",
-    "target": "atspeed.v1.TargetService",
-    "orchestrator": "atspeed.v1.RecommendationService",
-}
-
-Manifest = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def kubectl() -> str:
-    """A kubectl, which has kustomize built in; it is never pointed at a cluster."""
-    return fetched.kubectl()
 
 
 @pytest.fixture(scope="session", params=["cpu", "gpu", "cpu-secure", "gpu-secure"])
@@ -50,50 +33,14 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def manifests(kubectl: str, overlay: str) -> list[Manifest]:
+def manifests(overlay: str) -> list[Manifest]:
     """All that an overlay applies."""
-    return built(kubectl, FOLDER / "overlays" / overlay)
-
-
-def built(kubectl: str, folder: Path) -> list[Manifest]:
-    command = [kubectl, "kustomize", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return list(yaml.safe_load_all(done.stdout))
+    return built(FOLDER / "overlays" / overlay)
 
 
 @pytest.fixture(scope="session")
-def secure(kubectl: str) -> list[Manifest]:
-    return built(kubectl, FOLDER / "overlays" / "cpu-secure")
-
-
-@pytest.fixture(scope="session")
-def plain(kubectl: str) -> list[Manifest]:
-    return built(kubectl, FOLDER / "overlays" / "cpu")
-
-
-def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
-    return {manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] == kind}
-
-
-def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """The pod that each Deployment makes."""
-    return {name: found["spec"]["template"]["spec"] for name, found in of_kind(manifests, "Deployment").items()}
-
-
-def containers(manifests: list[Manifest]) -> dict[str, Manifest]:
-    found = {}
-    for name, pod in pods(manifests).items():
-        (found[name],) = pod["containers"]
-    return found
-
-
-def settings_of(service: str) -> type[ServiceSettings]:
-    for reference in SERVICES:
-        module, _, name = reference.partition(":")
-        settings: type = getattr(importlib.import_module(module), name)
-        if issubclass(settings, ServiceSettings) and settings.service == service:
-            return settings
-    raise AssertionError(service)
+def plain() -> list[Manifest]:
+    return built(FOLDER / "overlays" / "cpu")
 
 
 def test_everything_is_valid_and_in_one_namespace(manifests: list[Manifest]) -> None:
@@ -282,127 +229,17 @@ def test_gpus_are_asked_for_in_their_overlay_alone(manifests: list[Manifest], ov
         assert data.get(f"ATSPEED_{name.upper()}_PROVIDER") == ("cuda" if on_gpu else None)
 
 
-# components/secure
-
-
-@pytest.fixture(scope="module")
-def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the Secrets hold, a folder for each by its name and a file for each of its keys."""
-    root = tmp_path_factory.mktemp("secrets")
-    made = LocalCertificates(root / "made")
-    for name in PORTS:
-        shutil.copytree(made.folder / name, root / f"{name}-tls")
-    for name, keys in {
-        "atspeed-redis": {"ca.crt": made.ca.read_text(), "url": "rediss://redis:6379/0"},
-        "orchestrator-tokens": {"tokens.toml": entry("shop", "read"), "model-token": "orchestrator's"},
-        "model-tokens": {"model-tokens.toml": entry("orchestrator", "service")},
-    }.items():
-        (root / name).mkdir()
-        for key, value in keys.items():
-            (root / name / key).write_text(value)
-    return root
-
-
-def entry(name: str, scope: str) -> str:
-    return f'[{name}]\nsha256 = "{hash_token(name)}"\nscopes = ["{scope}"]\n'
-
-
-def mounted(manifests: list[Manifest], service: str, secrets: Path, folder: Path) -> Path:
-    """A folder as the pod sees its own under /secrets."""
-    pod = pods(manifests)[service]
-    (volume,) = (found["projected"] for found in pod["volumes"] if found["name"] == "secrets")
-    (mount,) = (found for found in pod["containers"][0]["volumeMounts"] if found["name"] == "secrets")
-    assert mount == {"name": "secrets", "mountPath": "/secrets", "readOnly": True}, "a subPath would never be renewed"
-    for source in (found["secret"] for found in volume["sources"]):
-        own = {path.name: path.name for path in (secrets / source["name"]).iterdir()}
-        for key, path in {item["key"]: item["path"] for item in source.get("items", ())}.items() or own.items():
-            shutil.copy(secrets / source["name"] / key, folder / path)
-    return folder
-
-
-def secured(manifests: list[Manifest], service: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ServiceSettings:
-    """The settings that the pod's process gets, with `folder` in place of /secrets."""
-    data = of_kind(manifests, "ConfigMap")[f"atspeed-{service}"]["data"]
-    (url,) = containers(manifests)[service]["env"]
-    assert url["valueFrom"]["secretKeyRef"] == {"name": "atspeed-redis", "key": "url", "optional": False}
-    bundle = folder / "bundle"
-    bundle.mkdir()
-    for name, value in {**data, url["name"]: "rediss://redis:6379/0"}.items():
-        monkeypatch.setenv(name, value.replace("/secrets/", f"{folder}/").replace("/bundle", str(bundle)))
-    return settings_of(service).load([])
-
-
-@pytest.mark.parametrize("service", PORTS)
-async def test_secured_pods_start_and_their_probes_get_in(
-    secure: list[Manifest], service: str, secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server with the settings, certificates and tokens of the pod is asked by the pod's own commands."""
-    folder = mounted(secure, service, secrets, tmp_path)
-    settings = secured(secure, service, folder, monkeypatch)
-    assert settings.server_tls == TlsFiles(
-        folder / "tls.crt", folder / "tls.key", None if service == "orchestrator" else folder / "ca.crt"
-    )
-    assert settings.redis_tls.ca == folder / "redis-ca.crt"
-    assert settings.tokens_file
-    assert not settings.insecure
-    local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": None})
-    async with running(local, [Registration(SERVICE_NAMES[service], lambda server: None)]) as server:
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            asked = containers(secure)[service][probe]
-            assert set(asked).isdisjoint({"grpc", "httpGet", "tcpSocket"})
-            python, *command = (part.replace("/secrets/", f"{folder}/") for part in asked["exec"]["command"])
-            assert python == "python"
-            assert f"127.0.0.1:{PORTS[service]}" in command
-            assert (f"--service={SERVICE_NAMES[service]}" in command) is (probe == "readinessProbe")
-            here = [part.replace(f"127.0.0.1:{PORTS[service]}", server.address) for part in command]
-            done = await asyncio.to_thread(
-                subprocess.run, [sys.executable, *here], cwd=ROOT, capture_output=True, text=True, check=False
-            )
-            assert (done.returncode, done.stdout) == (0, "SERVING\n"), done.stderr
-
-
-def test_secured_pods_are_set_up_as_secured_containers_are(secure: list[Manifest], plain: list[Manifest]) -> None:
-    """The same settings as docker-compose.secure.yml makes; where Redis is a Secret says here, and it has a CA of its own."""
-    composed = yaml.safe_load((ROOT / "deploy" / "docker-compose.secure.yml").read_text())["services"]
-    for name in PORTS:
-        expected = {key: value for key, value in composed[name]["environment"].items() if "REDIS_URL" not in key}
-        expected[f"ATSPEED_{name.upper()}_REDIS_CA"] = "/secrets/redis-ca.crt"
-        data, before = (of_kind(found, "ConfigMap")[f"atspeed-{name}"]["data"] for found in (secure, plain))
-        assert {key: value for key, value in data.items() if before.get(key) != value} == expected
-
-
-def test_nothing_says_that_secured_ports_are_plain(secure: list[Manifest]) -> None:
-    for service in of_kind(secure, "Service").values():
-        assert "appProtocol" not in service["spec"]["ports"][0]
-
-
-def test_cert_manager_issues_what_is_mounted_under_the_names_that_callers_ask_for(
-    kubectl: str, secure: list[Manifest]
-) -> None:
-    """cert-manager's own schemas are not checked."""
-    found = built(kubectl, FOLDER / "cert-manager")
-    (issuer,) = of_kind(found, "Issuer")
-    issued = {name: certificate["spec"] for name, certificate in of_kind(found, "Certificate").items()}
-    assert set(issued) == set(PORTS)
-    for name, certificate in issued.items():
-        assert certificate["issuerRef"] == {"name": issuer, "kind": "Issuer"}
-        assert name in certificate["dnsNames"]
-        assert set(certificate["usages"]) == {"server auth", "client auth"}
-        (volume,) = (one["projected"] for one in pods(secure)[name]["volumes"] if one["name"] == "secrets")
-        assert {"secret": {"name": certificate["secretName"]}} in volume["sources"]
-
-
 # components/canary
 
 
 def test_with_the_canary_component_all_follow_two_links_in_the_volume(
-    manifests: list[Manifest], kubectl: str, overlay: str, tmp_path: Path
+    manifests: list[Manifest], overlay: str, tmp_path: Path
 ) -> None:
     parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / "canary"}
     own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    for name, found in of_kind(built(kubectl, tmp_path), "ConfigMap").items():
+    for name, found in of_kind(built(tmp_path), "ConfigMap").items():
         role = name.removeprefix("atspeed-")
         of, before = f"ATSPEED_{role.upper()}_", of_kind(manifests, "ConfigMap")[name]["data"]
         changed = {key: value for key, value in found["data"].items() if before.get(key) != value}

@@ -1,13 +1,11 @@
-"""docker-compose.yml and the Dockerfile: what runs, who reaches whom, and with which rights."""
+"""docker-compose.yml and what is laid over it: what runs, who reaches whom, and with which rights."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import subprocess
-import sysconfig
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,27 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from service_kit.settings_docs import SERVICES
+from service_kit.settings_docs import SERVICES, load
 from service_kit.tokens import hash_token
+from tests.composed import ROOT, SCRIPTS, SECURE_FILES, Service, compose
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = Path(sysconfig.get_path("scripts"))  # docker-compose and hadolint come as wheels, beside this Python
-VARIANTS = {"cpu": {"draft", "target"}, "gpu": {"draft-gpu", "target-gpu"}}
-ENVOYS = ("envoy.yaml", "envoy.secure.yaml")
-SECURE_FILES = ("-f", "docker-compose.yml", "-f", "deploy/docker-compose.secure.yml")
 PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
-
-Service = dict[str, Any]
-
-
-def compose(*arguments: str, **variables: str) -> dict[str, Any]:
-    """`docker compose config` as it comes out with these arguments and variables."""
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
-    command: list[str | Path] = [SCRIPTS / "docker-compose", *arguments, "config", "--format", "json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    config: dict[str, Any] = json.loads(done.stdout)
-    return config
+VARIANTS = {"cpu": {"draft", "target"}, "gpu": {"draft-gpu", "target-gpu"}}
 
 
 @pytest.fixture(scope="module", params=["cpu", "gpu"])
@@ -120,9 +103,7 @@ def test_gpus_are_reserved_in_the_gpu_profile_alone(ours: dict[str, Service], pr
 
 def assert_starts_on(services: dict[str, Service]) -> None:
     """A service refuses to start on a variable that it does not know; OpenTelemetry reads OTEL_* by itself."""
-    for reference in SERVICES:
-        module, _, name = reference.partition(":")
-        settings = getattr(importlib.import_module(module), name)
+    for settings in map(load, SERVICES):
         prefix = settings.model_config["env_prefix"]
         variables = {name for name in services[settings.service]["environment"] if not name.startswith("OTEL_")}
         fields = {variable.removeprefix(prefix).lower() for variable in variables}
@@ -141,59 +122,6 @@ def test_each_service_listens_where_its_health_check_and_its_peers_look(ours: di
         assert environment[f"ATSPEED_{role.upper()}_HOST"] == "0.0.0.0"  # noqa: S104
         assert environment[f"ATSPEED_{role.upper()}_PORT"] == str(port)
         assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "service_kit.healthcheck", f"127.0.0.1:{port}"]
-
-
-# The edge
-
-
-def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
-    config = compose("--profile", "cpu", "--profile", "edge", PORT="50051-50053")
-    edge, orchestrator = config["services"]["edge"], config["services"]["orchestrator"]
-    assert (edge["ports"][0]["host_ip"], edge["ports"][0]["published"], edge["ports"][0]["target"]) == (
-        "127.0.0.1",
-        "50050",
-        50050,
-    )
-    assert set(edge["networks"]) == set(orchestrator["networks"])
-    assert (edge["read_only"], edge["cap_drop"], edge["user"]) == (True, ["ALL"], "101:101")
-    assert orchestrator["ports"][0]["published"] == "50051-50053"  # one for each replica
-    (mount,) = edge["volumes"]
-    assert (Path(mount["source"]), mount["read_only"]) == (ROOT / "deploy" / "envoy" / "envoy.yaml", True)
-    assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
-
-
-def test_the_edge_takes_no_replica_away_for_its_answers() -> None:
-    """To Envoy, UNIMPLEMENTED and DEADLINE_EXCEEDED are server errors, and a client brings these about alone."""
-    (cluster,) = yaml.safe_load((ROOT / "deploy" / "envoy" / ENVOYS[0]).read_text())["static_resources"]["clusters"]
-    detection = cluster["outlier_detection"]
-    assert detection["split_external_local_origin_errors"] is True
-    assert detection["enforcing_consecutive_5xx"] == detection["enforcing_success_rate"] == 0
-    assert detection["enforcing_consecutive_gateway_failure"] == 0
-    assert detection["enforcing_failure_percentage"] == 0
-    assert detection["consecutive_local_origin_failure"] > 0
-    assert detection["enforcing_failure_percentage_local_origin"] == 100
-
-
-def without_tls(part: Any) -> Any:
-    """A part of Envoy's configuration with its transport sockets taken out."""
-    if isinstance(part, dict):
-        return {name: without_tls(value) for name, value in part.items() if name != "transport_socket"}
-    return [without_tls(value) for value in part] if isinstance(part, list) else part
-
-
-def test_a_secured_edge_is_the_same_with_tls_on_both_sides() -> None:
-    plain, secure = (yaml.safe_load((ROOT / "deploy" / "envoy" / name).read_text()) for name in ENVOYS)
-    assert without_tls(secure) == plain
-    (chain,), (cluster,) = (
-        secure["static_resources"]["listeners"][0]["filter_chains"],
-        secure["static_resources"]["clusters"],
-    )
-    assert chain["transport_socket"]["typed_config"]["@type"].endswith(".DownstreamTlsContext")
-    upstream = cluster["transport_socket"]["typed_config"]["common_tls_context"]["validation_context"]
-    assert upstream["trusted_ca"] == {"filename": "/secrets/ca.crt"}
-    edge = compose(*SECURE_FILES, "--profile", "edge")["services"]["edge"]
-    (mount,) = [mount for mount in edge["volumes"] if mount["target"] == "/etc/envoy/envoy.yaml"]
-    assert Path(mount["source"]) == ROOT / "deploy" / "envoy" / ENVOYS[1]
 
 
 # What watches
@@ -370,56 +298,6 @@ def test_a_secured_redis_has_no_other_port(secured: dict[str, Service], services
         "--tls-key-file",
     }
     assert {name: value for name, value in chosen.items() if "tls" not in name} == usual | {"--requirepass": "p"}
-
-
-# The image
-
-
-def test_the_dockerfile_is_clean() -> None:
-    command: list[str | Path] = [SCRIPTS / "hadolint", "--failure-threshold", "style", ROOT / "deploy" / "Dockerfile"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_the_last_stage_builds_nothing_and_runs_as_nobody() -> None:
-    last = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2]
-    assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
-    assert "pip uninstall --yes" in last
-    assert not re.search(r"\binstall\b|apt-get|gcc|COPY (?!--from=build)", last.replace("uninstall", ""))
-
-
-def test_the_image_can_run_every_service() -> None:
-    """`python -m NAME` for the three commands of docker-compose.yml."""
-    commands = {service["command"][0] for name, service in compose()["services"].items() if name != "redis"}
-    assert commands == {"draft_service", "target_service", "orchestrator"}
-    for command in commands:
-        assert (ROOT / command / "__main__.py").is_file()
-
-
-def test_the_build_context_holds_every_package() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    kept = {
-        line.lstrip("!").split("/")[0] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    }
-    folders = {name.split(".")[0] for name in packages} - {"atspeed"} | {"protos"}
-    assert folders <= kept
-
-
-@pytest.mark.parametrize("name", ["constraints.txt", "deploy/constraints-gpu.txt"])
-def test_pins_are_exact_and_free_of_any_machine(name: str) -> None:
-    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.!]+", line)] == []
-    names = [line.partition("==")[0].lower() for line in lines]
-    assert len(set(names)) == len(names)
-
-
-def test_packages_of_npm_are_pinned_by_their_hashes_and_free_of_any_registry() -> None:
-    lock = json.loads((ROOT / "tests" / "npm" / "package-lock.json").read_text(encoding="utf-8"))
-    packages = {name: package for name, package in lock["packages"].items() if name}
-    assert packages
-    for package in packages.values():
-        assert package["integrity"].startswith("sha512-")
-        assert "resolved" not in package
 
 
 # docker-compose.canary.yml

@@ -1,0 +1,62 @@
+"""A search as `bench acceptance` counts it, made by itself: models that know nothing yet, and the service's own drafter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.cases import HeldOutCase
+from benchmarks.warm_models import prompt_tokens
+from draft_service.drafter import Drafter, PlanOrder
+from engine.beams import Beams
+from engine.plan import PlanSize, Proposal
+from engine.tree_evaluator import Selection
+from engine.trie import Pruning
+from orchestrator.planning.planned_draft import NoDraft
+from orchestrator.search.beam_loop import SearchResult, beam_search
+from orchestrator.search.verification import Policy
+from tests.oracles.models import ModelDraft, Models, ModelTarget
+
+
+@dataclass(frozen=True)
+class Cold:
+    """One search with models that know nothing yet, and what it took."""
+
+    result: SearchResult
+    draft_passes: int
+
+    @property
+    def passes(self) -> int:
+        return self.result.memo.passes
+
+
+async def cold_search(models: Models, case: HeldOutCase, policy: Policy, size: PlanSize | None) -> Cold:
+    """The loop over fresh evaluators, as the tests of the drafter run it."""
+    target, draft = models.evaluator("target"), models.evaluator("draft")
+    bundle, noise = models.bundle.bundle, policy.noise
+    prompt = prompt_tokens(models.catalogue, bundle.manifest.target, case.history)
+    limit = policy.max_children or max(models.catalogue.trie.codebook_sizes)
+    asked = ModelTarget(target, prompt, Selection(Pruning.none(), limit, noise if policy.perturbed else None))
+    trie = models.catalogue.trie
+    if size is None:
+        result = await beam_search(trie, models.rule, policy, asked, NoDraft())
+        passes = 0
+    else:
+        sample = policy.proposal is Proposal.SAMPLE
+        order = PlanOrder(prompt, Beams.root(), size, policy.proposal, Pruning.none(), noise, with_evaluation=sample)
+        drafting = CountingDraft(Drafter(draft), trie, order)
+        result = await beam_search(trie, models.rule, policy, asked, drafting)
+        passes = drafting.passes
+    await target.close()
+    await draft.close()
+    return Cold(result, passes)
+
+
+@dataclass
+class CountingDraft(ModelDraft):
+    """Knows that the draft takes a pass for each level below its beams down to the last that is planned."""
+
+    passes: int = 0
+
+    async def plan(self, below: Beams):  # type: ignore[no-untyped-def]
+        self.passes += self.trie.levels - 1 - int(self.trie.depth(below.node[:1])[0])
+        return await super().plan(below)

@@ -1,0 +1,62 @@
+"""The Envoy before the orchestrators, as it is configured and composed; tests/integration/test_envoy.py runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.composed import ROOT, SECURE_FILES, compose
+
+ENVOYS = ("envoy.yaml", "envoy.secure.yaml")
+
+
+def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
+    config = compose("--profile", "cpu", "--profile", "edge", PORT="50051-50053")
+    edge, orchestrator = config["services"]["edge"], config["services"]["orchestrator"]
+    assert (edge["ports"][0]["host_ip"], edge["ports"][0]["published"], edge["ports"][0]["target"]) == (
+        "127.0.0.1",
+        "50050",
+        50050,
+    )
+    assert set(edge["networks"]) == set(orchestrator["networks"])
+    assert (edge["read_only"], edge["cap_drop"], edge["user"]) == (True, ["ALL"], "101:101")
+    assert orchestrator["ports"][0]["published"] == "50051-50053"  # one for each replica
+    (mount,) = edge["volumes"]
+    assert (Path(mount["source"]), mount["read_only"]) == (ROOT / "deploy" / "envoy" / "envoy.yaml", True)
+    assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
+
+
+def test_the_edge_takes_no_replica_away_for_its_answers() -> None:
+    """To Envoy, UNIMPLEMENTED and DEADLINE_EXCEEDED are server errors, and a client brings these about alone."""
+    (cluster,) = yaml.safe_load((ROOT / "deploy" / "envoy" / ENVOYS[0]).read_text())["static_resources"]["clusters"]
+    detection = cluster["outlier_detection"]
+    assert detection["split_external_local_origin_errors"] is True
+    assert detection["enforcing_consecutive_5xx"] == detection["enforcing_success_rate"] == 0
+    assert detection["enforcing_consecutive_gateway_failure"] == 0
+    assert detection["enforcing_failure_percentage"] == 0
+    assert detection["consecutive_local_origin_failure"] > 0
+    assert detection["enforcing_failure_percentage_local_origin"] == 100
+
+
+def without_tls(part: Any) -> Any:
+    """A part of Envoy's configuration with its transport sockets taken out."""
+    if isinstance(part, dict):
+        return {name: without_tls(value) for name, value in part.items() if name != "transport_socket"}
+    return [without_tls(value) for value in part] if isinstance(part, list) else part
+
+
+def test_a_secured_edge_is_the_same_with_tls_on_both_sides() -> None:
+    plain, secure = (yaml.safe_load((ROOT / "deploy" / "envoy" / name).read_text()) for name in ENVOYS)
+    assert without_tls(secure) == plain
+    (chain,), (cluster,) = (
+        secure["static_resources"]["listeners"][0]["filter_chains"],
+        secure["static_resources"]["clusters"],
+    )
+    assert chain["transport_socket"]["typed_config"]["@type"].endswith(".DownstreamTlsContext")
+    upstream = cluster["transport_socket"]["typed_config"]["common_tls_context"]["validation_context"]
+    assert upstream["trusted_ca"] == {"filename": "/secrets/ca.crt"}
+    edge = compose(*SECURE_FILES, "--profile", "edge")["services"]["edge"]
+    (mount,) = [mount for mount in edge["volumes"] if mount["target"] == "/etc/envoy/envoy.yaml"]
+    assert Path(mount["source"]) == ROOT / "deploy" / "envoy" / ENVOYS[1]
