@@ -26,6 +26,7 @@ from orchestrator.planning.planned_draft import NoDraft, PlannedDraft
 from orchestrator.planning.planner import Planner
 from orchestrator.planning.request_planning import Task
 from orchestrator.recommendation import Item, Order, Origin, Recommendation, StageTimes, SubjectHistory
+from orchestrator.search.ahead import DraftWhereNeeded
 from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
 from orchestrator.search.memo import Memo
 from orchestrator.search.traced import TracedDraft, TracedTarget
@@ -83,14 +84,15 @@ class Recommender:
         policy = _policy(order, noise)
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
-        target = self._target.session(question, max_children=policy.max_children)
+        target = self._target.session(question, max_children=policy.max_children, beam_width=policy.beam_width)
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = Task(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
         planning = self._planner.planning(order.mode, task)
         draft = PlannedDraft(drafting, planning) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:
-            result = await self._search(policy, TracedTarget(target), TracedDraft(draft), candidates.pruning)
+            where_needed = DraftWhereNeeded(TracedDraft(draft), target)
+            result = await self._search(policy, TracedTarget(target), where_needed, candidates.pruning)
         finally:
             target.close()
         planning.learn(result.memo, target.usage, draft.usage)

@@ -12,6 +12,8 @@ import grpc
 import numpy as np
 from atspeed.v1 import target_pb2, target_pb2_grpc
 
+from engine.descent import Descent
+from engine.scoring import Evaluation
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import Trie
 from service_kit import wire
@@ -45,7 +47,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def Evaluate(
         self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest], context: Context
     ) -> AsyncIterator[target_pb2.EvaluateResponse]:
-        """One pass per message. From `start` to end a stream has a place: for so long what it evaluated stays in memory."""
+        """A pass for each message, and after the first those of a beam search where the start wants it.
+
+        From `start` to end a stream has a place: for so long what it evaluated stays in memory.
+        """
         requests = _talking(request_iterator, self._idle_seconds)
         first = await anext(requests, None)
         if first is None:
@@ -69,7 +74,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
         opened = await self._open(model, first.start)
         try:
-            yield await opened.evaluate(first)
+            yield await opened.evaluate(first, first.start.beam_width)
             async for request in later:
                 if request.HasField("start"):
                     raise InvalidArgumentError("start", _WHERE_START)
@@ -81,6 +86,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         selection = self._selection(start, model.evaluator.trie)
         prompt = wire.vector(start.prompt, "start.prompt", "int64").astype(np.int64)
         owner = wire.owner(start.owner, "start.owner")
+        if start.beam_width > model.info.max_nodes:
+            raise InvalidArgumentError("start.beam_width", f"must be at most {model.info.max_nodes}")
         return _Opened(model, await model.evaluator.open(prompt, tenant=start.tenant, owner=owner), selection)
 
     def _selection(self, start: target_pb2.EvaluateStart, trie: Trie) -> Selection:
@@ -99,16 +106,32 @@ class _Opened:
     tree: OpenTree
     selection: Selection
 
-    async def evaluate(self, request: target_pb2.EvaluateRequest) -> target_pb2.EvaluateResponse:
-        """One pass."""
+    async def evaluate(self, request: target_pb2.EvaluateRequest, beam_width: int = 0) -> target_pb2.EvaluateResponse:
+        """One pass and, where `beam_width` is above 0, those of a beam search that goes on from it."""
         evaluator, info = self.model.evaluator, self.model.info
         nodes = wire.node_ids(request.nodes, "nodes", evaluator.trie, limit=info.max_nodes)
         evaluation, cost = await evaluator.evaluate(self.tree, nodes, self.selection)
+        further = await self._go_on(evaluation, beam_width) if beam_width else ()
         return target_pb2.EvaluateResponse(
             evaluation=wire.to_evaluation(evaluation),
             statistics=wire.to_statistics(cost),
             model_version=info.model_version,
+            further=further,
         )
+
+    async def _go_on(self, evaluation: Evaluation, beam_width: int) -> list[target_pb2.FurtherPass]:
+        """Each pass waits for its turn like any other, so that a search which goes on by itself is no more than others' equal."""
+        evaluator = self.model.evaluator
+        descent = Descent(evaluator.trie, evaluator.rule, beam_width, self.selection.perturbation)
+        passes: list[target_pb2.FurtherPass] = []
+        descent.add(evaluation)
+        while len(nodes := descent.next_nodes()):
+            evaluation, cost = await evaluator.evaluate(self.tree, nodes, self.selection)
+            descent.add(evaluation)
+            passes.append(
+                target_pb2.FurtherPass(evaluation=wire.to_evaluation(evaluation), statistics=wire.to_statistics(cost))
+            )
+        return passes
 
 
 async def _talking(

@@ -3,20 +3,25 @@
 Every reply is checked: it is one that an honest replica could have given to this request. Whether its numbers are the model's own
 is for shadow checks to say.
 The memo keeps what was evaluated, so a new stream only has to see the ancestors of what is still missing.
+
+Where nothing was planned for the root, the target is left to go on by itself: it makes the passes that the loop is about to ask
+for, and the loop's questions are answered from what came of them, without a message each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import grpc
 import numpy as np
 import structlog
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 
+from engine.cost import PassCost
 from engine.cost_curve import CostCurve
 from engine.scoring import Evaluation
 from engine.trie import ROOT, Int64, Trie
@@ -90,16 +95,29 @@ class TargetClient:
         """Wait for the streams that are being ended."""
         await asyncio.gather(*self._ending)
 
-    def session(self, question: ModelQuestion, *, max_children: int) -> TargetSession:
-        """The target for one request. Close it to free the state that the replica holds."""
-        return TargetSession(self, question, max_children)
+    def session(self, question: ModelQuestion, *, max_children: int, beam_width: int = 0) -> TargetSession:
+        """The target for one request. Close it to free the state that the replica holds.
+
+        beam_width: of the beam search that the target may go on with by itself, where it is asked for the root alone; 0: none.
+        """
+        return TargetSession(self, question, max_children, beam_width)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One pass."""
+
+    evaluation: Evaluation
+    cost: PassCost
 
 
 class TargetSession:
     """The target for one request: one stream, replaced by one to another replica when it breaks; see `beam_loop.Target`."""
 
-    def __init__(self, client: TargetClient, question: ModelQuestion, max_children: int) -> None:
+    def __init__(self, client: TargetClient, question: ModelQuestion, max_children: int, beam_width: int = 0) -> None:
         self._client, self._question, self._max_children = client, question, max_children
+        self._beam_width = beam_width
+        self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
         self._on_stream: set[int] = set()
@@ -107,8 +125,15 @@ class TargetSession:
         self._refusals = 0
         self.usage = Usage()
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the next pass has been made."""
+        return bool(self._ahead)
+
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
+        if self._ahead and self._ahead[0].evaluation.node.tolist() == nodes.tolist():
+            return self._next_ahead()
         begun = time.perf_counter_ns()
         try:
             return await self._evaluate_somewhere(nodes)
@@ -124,11 +149,20 @@ class TargetSession:
                 self._stream.cancel()
             self._stream = None
         self._route.close()
+        self._ahead.clear()
+
+    def _next_ahead(self) -> Evaluation:
+        """A pass that the target made by itself. The time that it took counts as its own, not as the first call's."""
+        answer = self._ahead.popleft()
+        took = answer.cost.queue_ns + answer.cost.forward_ns + answer.cost.selection_ns
+        self.usage.waits[0] -= took
+        self.usage.waits.append(took)
+        return self._note(answer)
 
     async def _evaluate_somewhere(self, nodes: Int64) -> Evaluation:
         for attempt in range(1, self._client.attempts + 1):
             try:
-                async with asyncio.timeout(self._client.pass_seconds):
+                async with asyncio.timeout(self._client.pass_seconds * self._most_passes(nodes)):
                     return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
                 failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
@@ -158,17 +192,21 @@ class TargetSession:
         self._refusals += 1
         return self._refusals < _MOST_REFUSALS
 
+    def _goes_on(self, nodes: Int64) -> bool:
+        """Whether the target may go on by itself from a pass over these nodes: nothing was planned, and nothing went wrong."""
+        return self._beam_width > 0 and nodes.tolist() == [ROOT] and not self.usage.retries
+
+    def _most_passes(self, nodes: Int64) -> int:
+        return self._client.trie.levels if self._goes_on(nodes) else 1
+
     async def _evaluate_on_stream(self, nodes: Int64) -> Evaluation:
+        if self._ahead:
+            raise BadReplyError("further: not the passes of a beam search")
         request = target_pb2.EvaluateRequest()
         self._answered = False
         if self._stream is None:
-            left = self._question.deadline.left()
-            # Tried again, it goes elsewhere: in turn, since its key would lead to where it has just failed.
-            affinity = "" if self.usage.retries else self._question.affinity
-            route = self._route.enter_context(self._client.routes.route(affinity))
-            self._stream = route.stub.Evaluate(timeout=left, metadata=(*self._question.metadata, *route.metadata))
-            self._on_stream = set()
-            request.start.CopyFrom(self._start())
+            self._stream = self._open()
+            request.start.CopyFrom(self._start(self._beam_width if self._goes_on(nodes) else 0))
         asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._on_stream]
         if request.HasField("start"):
             asked.insert(0, ROOT)
@@ -177,12 +215,21 @@ class TargetSession:
         reply = await self._stream.read()
         if not isinstance(reply, target_pb2.EvaluateResponse):
             raise BadReplyError("the stream ended before its answer")
-        evaluation = self._read(reply, asked)
-        self._on_stream.update(asked)
+        answer, *ahead = self._read(reply, asked)
+        self._ahead.extend(ahead)
+        self._on_stream.update(asked, *(one.evaluation.node.tolist() for one in ahead))
         self._answered = True
-        return evaluation
+        return self._note(answer)
 
-    def _start(self) -> target_pb2.EvaluateStart:
+    def _open(self) -> Stream:
+        # Tried again, it goes elsewhere: in turn, since its key would lead to where it has just failed.
+        affinity = "" if self.usage.retries else self._question.affinity
+        route = self._route.enter_context(self._client.routes.route(affinity))
+        metadata = (*self._question.metadata, *route.metadata)
+        self._on_stream = set()
+        return route.stub.Evaluate(timeout=self._question.deadline.left(), metadata=metadata)
+
+    def _start(self, beam_width: int) -> target_pb2.EvaluateStart:
         question = self._question
         return target_pb2.EvaluateStart(
             model_version=self._client.model_version,
@@ -193,29 +240,41 @@ class TargetSession:
             perturbation=wire.to_perturbation(question.noise),
             tenant=question.tenant,
             owner=question.owner,
+            beam_width=beam_width,
         )
 
-    def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> Evaluation:
-        """The reply's evaluation. Raises BadReplyError when it is not one of the nodes asked for."""
-        try:
-            evaluation = wire.evaluation(reply.evaluation, "evaluation", self._client.trie)
-            cost = wire.pass_cost(reply.statistics, "statistics")
-        except InvalidArgumentError as error:
-            raise BadReplyError(str(error)) from error
-        if evaluation.node.tolist() != asked:
-            raise BadReplyError("evaluation.node: not the nodes asked for")
-        if not self._question.pruning.live(evaluation.child).all():
-            raise BadReplyError("evaluation.child: a child that this request has pruned")
+    def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> list[_Answer]:
+        """The reply's passes. Raises BadReplyError when the first is not one over the nodes asked for."""
         if reply.model_version != self._client.model_version:
             raise BadReplyError(
                 "model_version: not the one asked for"
             )  # scores of two models must not meet in one list
+        self.usage.model_version = reply.model_version
+        answers = [self._answer(reply.evaluation, reply.statistics)]
+        answers.extend(self._answer(further.evaluation, further.statistics) for further in reply.further)
+        if answers[0].evaluation.node.tolist() != asked:
+            raise BadReplyError("evaluation.node: not the nodes asked for")
+        return answers
+
+    def _answer(self, evaluation: types_pb2.Evaluation, statistics: types_pb2.PassStatistics) -> _Answer:
+        """One pass of a reply. Raises BadReplyError when it could not be one of this request's."""
+        try:
+            read = wire.evaluation(evaluation, "evaluation", self._client.trie)
+            cost = wire.pass_cost(statistics, "statistics")
+        except InvalidArgumentError as error:
+            raise BadReplyError(str(error)) from error
+        if not self._question.pruning.live(read.child).all():
+            raise BadReplyError("evaluation.child: a child that this request has pruned")
+        return _Answer(read, cost)
+
+    def _note(self, answer: _Answer) -> Evaluation:
+        """Count a pass that the search has come to; its evaluation."""
+        cost = answer.cost
         if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
             cost = replace(cost, memory_cached_tokens=0, redis_cached_tokens=0)
-        self.usage.model_version = reply.model_version
         self.usage.costs.append(cost)
         self.usage.passes += 1
-        return evaluation
+        return answer.evaluation
 
 
 async def _finish(stream: Stream) -> None:

@@ -35,6 +35,7 @@ class Policy(Protocol):
     proposal: how the draft is to choose. noise: seed and temperature of the sampling policies.
     max_children: children per node that the target has to return, 0 for all.
     perturbed: whether the target's choice of children follows the noise.
+    beam_width: of the plain beam search that the policy comes to where nothing is drafted; 0 where it is none.
     """
 
     @property
@@ -45,6 +46,8 @@ class Policy(Protocol):
     def max_children(self) -> int: ...  # noqa: D102
     @property
     def perturbed(self) -> bool: ...  # noqa: D102
+    @property
+    def beam_width(self) -> int: ...  # noqa: D102
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """Rows of the beams that have to be evaluated before the next level can be chosen."""
@@ -72,6 +75,11 @@ class Strict:
     @property
     def max_children(self) -> int:
         """No node can have more than `width` of its children among the best `width`."""
+        return self.width
+
+    @property
+    def beam_width(self) -> int:
+        """The width."""
         return self.width
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
@@ -105,6 +113,11 @@ class Tolerance(Strict):
         """Stand-ins are looked for among the runners-up too."""
         return 2 * self.width
 
+    @property
+    def beam_width(self) -> int:
+        """None: what needs no pass may stand in for a beam that does."""
+        return 0
+
     def select(self, beams: Beams, memo: Memo) -> Beams:
         """The strict choice, its unforeseen nodes exchanged for the best foreseen runners-up within the tolerance."""
         if self.tolerance == 0:
@@ -136,6 +149,11 @@ class ExactSampling:
     @property
     def max_children(self) -> int:
         """As in the strict rule: siblings are ordered by the noise alone, whatever their parent's score."""
+        return self.width
+
+    @property
+    def beam_width(self) -> int:
+        """The width."""
         return self.width
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
@@ -173,6 +191,7 @@ class RelaxedSampling:
     proposal = Proposal.SAMPLE
     perturbed = False
     max_children = 0
+    beam_width = 0
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """All that are not evaluated: p is one distribution over the whole level."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 from engine.beams import Beams
 from engine.plan import PlanSize, Proposal
 from engine.scoring import ScoringRule
-from engine.trie import ROOT, Pruning
+from engine.trie import ROOT, Int64, Pruning
 from orchestrator.deadline import Deadline
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.question import ModelQuestion
@@ -33,12 +33,16 @@ NOTHING = Pruning.none()
 
 @dataclass
 class Table(target_pb2_grpc.TargetServiceServicer):
-    """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls: how many came."""
+    """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls, messages: how
+    many came. goes_on: the nodes of the pass that it makes by itself where it may.
+    """
 
     full: bool = False
+    goes_on: Sequence[int] = ()
     heeds: Callable[[Pruning], Pruning] = lambda pruning: pruning
     forward_ns: int = 1
     calls: int = 0
+    messages: int = 0
 
     async def GetModelInfo(  # noqa: N802
         self, request: Any, context: Any
@@ -56,12 +60,19 @@ class Table(target_pb2_grpc.TargetServiceServicer):
         async for request in requests:
             if request.HasField("start"):
                 pruning = self.heeds(wire.pruning(request.start, "start.", WORLD.trie))
+            self.messages += 1
             nodes = wire.node_ids(request.nodes, "nodes", WORLD.trie)
+            further = [self._pass(np.array(self.goes_on), pruning)] if self.goes_on and request.start.beam_width else []
+            own = self._pass(nodes, pruning)
             yield target_pb2.EvaluateResponse(
-                evaluation=wire.to_evaluation(WORLD.evaluate(nodes, pruning, 100)),
-                statistics=types_pb2.PassStatistics(forward_ns=self.forward_ns),
-                model_version=VERSION,
+                evaluation=own.evaluation, statistics=own.statistics, model_version=VERSION, further=further
             )
+
+    def _pass(self, nodes: Int64, pruning: Pruning) -> target_pb2.FurtherPass:
+        evaluation = wire.to_evaluation(WORLD.evaluate(nodes, pruning, 100))
+        return target_pb2.FurtherPass(
+            evaluation=evaluation, statistics=types_pb2.PassStatistics(forward_ns=self.forward_ns)
+        )
 
 
 @asynccontextmanager
@@ -74,7 +85,7 @@ async def asking(table: Table, pruning: Pruning = NOTHING) -> AsyncIterator[Targ
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
         client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
-        session = client.session(question(pruning), max_children=100)
+        session = client.session(question(pruning), max_children=100, beam_width=100)
         yield session
         session.close()
     await server.stop(None)
@@ -108,6 +119,37 @@ async def test_children_that_the_request_has_pruned_are_no_answer(what: str) -> 
             else:
                 evaluation = await session.evaluate(np.array([ROOT]))
                 assert pruning.live(evaluation.child).all()
+
+
+async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
+    """It counts as the passes that the search would have asked for, whose time is no longer the call's."""
+    table = Table(goes_on=[1, 2], forward_ns=1000)
+    async with asking(table) as session:
+        await session.evaluate(np.array([ROOT]))
+        ahead, waited = [session.ahead], session.usage.wait_ns
+        evaluation = await session.evaluate(np.array([1, 2]))
+        assert [*ahead, session.ahead] == [True, False]
+        assert evaluation.node.tolist() == [1, 2]
+        assert (session.usage.passes, session.usage.wait_ns, session.usage.waits[1]) == (2, waited, 1000)
+        await session.evaluate(np.array([3]))
+    assert (table.calls, table.messages, session.usage.passes, session.usage.clean) == (1, 2, 3, True)
+
+
+async def test_a_target_that_goes_another_way_is_not_believed() -> None:
+    """The search asks for other beams than it came to: another replica is asked, and not to go on."""
+    table = Table(goes_on=[1])
+    async with asking(table) as session:
+        await session.evaluate(np.array([ROOT]))
+        evaluation = await session.evaluate(np.array([2, 3]))
+    assert evaluation.node.tolist() == [ROOT, 2, 3]
+    assert (table.calls, session.usage.retries) == (2, 1)
+
+
+async def test_where_something_was_planned_the_target_does_not_go_on() -> None:
+    table = Table(goes_on=[2])
+    async with asking(table) as session:
+        await session.evaluate(np.array([ROOT, 1]))
+        assert not session.ahead
 
 
 async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:

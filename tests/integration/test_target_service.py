@@ -55,6 +55,7 @@ class TestTargetRefuses:
         (INVALID, "start.pruned", put("start.pruned", array([3, 2], "int32"))),
         (INVALID, "start.pruned", put("start.pruned", array([10**6], "int32"))),
         (INVALID, "start.kept", put("start.kept", array([3, 2], "int32"))),
+        (INVALID, "start.beam_width", put("start.beam_width", 2**31)),
         *[
             (
                 INVALID,
@@ -210,6 +211,38 @@ class TestTarget:
                 assert children.node.tolist() == expected[node].node.tolist()
                 assert children.logp == pytest.approx(expected[node].logp, abs=1e-4)
         assert {reply.model_version for reply in apart} == {together.model_version}
+
+    @pytest.mark.parametrize("noise", [None, types_pb2.Perturbation(seed=7, temperature=1.5)])
+    def test_a_search_that_it_goes_on_with_is_the_one_that_is_asked_for_pass_by_pass(
+        self, target: grpc.Channel, version: str, catalogue: Catalogue, noise: types_pb2.Perturbation | None
+    ) -> None:
+        """That its nodes are the loop's is for tests of `engine.descent`; that it was the same model, for this one."""
+        width, trie = 3, catalogue.trie
+        alone, asked = first_message(version), first_message(version)
+        for request in (alone, asked):
+            request.start.max_children = width
+            if noise:
+                request.start.perturbation.CopyFrom(noise)
+        alone.start.beam_width = width
+        with EvaluateStream(target) as stream:
+            reply = stream.ask(alone)
+        assert len(reply.further) == LEVELS - 1
+        assert [further.statistics.new_tokens for further in reply.further] == [width] * (LEVELS - 1)
+        with EvaluateStream(target) as stream:
+            replies = [stream.ask(asked)]
+            for further in reply.further:
+                nodes = wire.evaluation(further.evaluation, "evaluation", trie).node
+                assert set(trie.parent[nodes].tolist()) <= set(
+                    wire.evaluation(replies[-1].evaluation, "evaluation", trie).node.tolist()
+                )
+                replies.append(stream.ask(next_message(nodes.tolist())))
+        made = [reply.evaluation, *(further.evaluation for further in reply.further)]
+        for own, wanted in zip(made, replies, strict=True):
+            found = wire.evaluation(own, "evaluation", trie)
+            expected = wire.evaluation(wanted.evaluation, "evaluation", trie)
+            assert found.node.tolist() == expected.node.tolist()
+            assert found.child.tolist() == expected.child.tolist()
+            assert found.logp == pytest.approx(expected.logp, abs=1e-5)
 
     def test_pruning_removes_children_and_changes_no_score(
         self, target: grpc.Channel, version: str, catalogue: Catalogue

@@ -49,7 +49,9 @@ class Table:
     usage: Usage = field(default_factory=Usage)
     asked: list[ModelQuestion] = field(default_factory=list)
 
-    def session(self, question: ModelQuestion, *, max_children: int) -> Table:
+    ahead = False
+
+    def session(self, question: ModelQuestion, *, max_children: int, beam_width: int) -> Table:
         self.question, self.limit = question, max_children or 1_000_000
         self.asked.append(question)
         return self

@@ -87,6 +87,7 @@ class EvaluateStart(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that scores and node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     max_children: _builtins.int
@@ -97,6 +98,11 @@ class EvaluateStart(_message.Message):
     """Tag of the stored user whose prompt this is, 8 bytes; empty for a history that came with its request. Users with tags share no
     cached keys and values but those of the template's words before the first item; all that is cached under a tag is erased when
     the user is forgotten.
+    """
+    beam_width: _builtins.int
+    """Where above 0, the target goes on by itself after the first pass, as plain beam search of this width does: it chooses the next
+    beams, evaluates them, and so on down to the last inner level, without a message between two passes. With a perturbation,
+    beams are chosen by perturbed score.
     """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
@@ -127,10 +133,11 @@ class EvaluateStart(_message.Message):
         tenant: _builtins.str = ...,
         kept: _types_pb2.Array | None = ...,
         owner: _builtins.bytes = ...,
+        beam_width: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,6 +184,7 @@ class EvaluateResponse(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     STATISTICS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    FURTHER_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Version of the model that computed it."""
     @_builtins.property
@@ -187,17 +195,52 @@ class EvaluateResponse(_message.Message):
     def statistics(self) -> _types_pb2.PassStatistics:
         """What the pass cost."""
 
+    @_builtins.property
+    def further(self) -> _containers.RepeatedCompositeFieldContainer[Global___FurtherPass]:
+        """The passes that the target made by itself after this one, in order."""
+
     def __init__(
         self,
         *,
         evaluation: _types_pb2.Evaluation | None = ...,
         statistics: _types_pb2.PassStatistics | None = ...,
         model_version: _builtins.str = ...,
+        further: _abc.Iterable[Global___FurtherPass] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "model_version", b"model_version", "statistics", b"statistics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "further", b"further", "model_version", b"model_version", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvaluateResponse: _TypeAlias = EvaluateResponse  # noqa: Y015
+
+@_typing.final
+class FurtherPass(_message.Message):
+    """A pass that no message asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def evaluation(self) -> _types_pb2.Evaluation:
+        """Its nodes, the beams that plain beam search comes to, with their best live children."""
+
+    @_builtins.property
+    def statistics(self) -> _types_pb2.PassStatistics:
+        """What it cost."""
+
+    def __init__(
+        self,
+        *,
+        evaluation: _types_pb2.Evaluation | None = ...,
+        statistics: _types_pb2.PassStatistics | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "statistics", b"statistics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FurtherPass: _TypeAlias = FurtherPass  # noqa: Y015

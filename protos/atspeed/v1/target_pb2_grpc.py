@@ -61,6 +61,7 @@ class TargetServiceServicer:
     def Evaluate(self, request_iterator, context):
         """One stream per request. The first message carries the prompt; every message names the trie nodes to evaluate in one pass and
         gets one reply. The keys and values of evaluated nodes stay until the stream ends, so a later message may name their descendants.
+        Where the start says so, the first message is answered by the passes of a whole beam search.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

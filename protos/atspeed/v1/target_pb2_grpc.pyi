@@ -38,6 +38,7 @@ class TargetServiceStub:
     Evaluate: _grpc.StreamStreamMultiCallable[_target_pb2.EvaluateRequest, _target_pb2.EvaluateResponse]
     """One stream per request. The first message carries the prompt; every message names the trie nodes to evaluate in one pass and
     gets one reply. The keys and values of evaluated nodes stay until the stream ends, so a later message may name their descendants.
+    Where the start says so, the first message is answered by the passes of a whole beam search.
     """
 
 @_typing.type_check_only
@@ -50,6 +51,7 @@ class TargetServiceAsyncStub(TargetServiceStub):
     Evaluate: _aio.StreamStreamMultiCallable[_target_pb2.EvaluateRequest, _target_pb2.EvaluateResponse]  # type: ignore[assignment]
     """One stream per request. The first message carries the prompt; every message names the trie nodes to evaluate in one pass and
     gets one reply. The keys and values of evaluated nodes stay until the stream ends, so a later message may name their descendants.
+    Where the start says so, the first message is answered by the passes of a whole beam search.
     """
 
 class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,6 +73,7 @@ class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_target_pb2.EvaluateResponse], _abc.AsyncIterator[_target_pb2.EvaluateResponse]]:
         """One stream per request. The first message carries the prompt; every message names the trie nodes to evaluate in one pass and
         gets one reply. The keys and values of evaluated nodes stay until the stream ends, so a later message may name their descendants.
+        Where the start says so, the first message is answered by the passes of a whole beam search.
         """
 
 def add_TargetServiceServicer_to_server(servicer: TargetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
