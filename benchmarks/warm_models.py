@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from engine.kv_cache import NO_OWNER, KvLayout, MemoryKvCache
 from engine.plan import Plan
 from engine.prefix_cache import PrefixCache
 from engine.scoring import Children, Evaluation, ScoringRule
-from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.tree_evaluator import Found, OpenTree, Selection, Steps, TreeEvaluator
 from engine.trie import ROOT, Int64, Pruning, Trie
 
 TEMPERATURE = 1.0
@@ -50,21 +51,29 @@ class WarmEvaluator(TreeEvaluator):
     def end(self, tree: OpenTree) -> None:
         """Keep it: the next search may be for the same prompt."""
 
-    async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
-        """The children of `nodes`; the root, ancestors and nodes that are not known yet are computed in one pass."""
+    async def follow(self, tree: OpenTree, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
+        """As TreeEvaluator's, but a pass computes only what is not known yet, with the ancestors and the root."""
         if tree is not self._tree or not selection.pruning.is_none:
             raise ValueError("a warm tree serves one prompt at a time, and nothing excluded")
         if selection.perturbation and selection.perturbation.temperature != TEMPERATURE:
             raise ValueError(f"a warm tree knows probabilities at temperature {TEMPERATURE} only")
-        closed = [ROOT, *self.trie.with_ancestors(nodes.tolist()).tolist()]
-        new = np.array([node for node in closed if node not in self._known], dtype=np.int64)
-        cost = PassCost()
-        if len(new):
-            everything = Selection(Pruning.none(), limit=max(self.trie.codebook_sizes))
-            evaluation, cost = await super().evaluate(tree, new, everything)
-            self._known.update(evaluation.items())
+        everything = Selection(Pruning.none(), limit=max(self.trie.codebook_sizes))
         limit = None if selection.perturbation else selection.limit
-        return Evaluation.of({node: _first(self._known[node], limit) for node in nodes.tolist()}), cost
+        return await super().follow(tree, self._steps_of_unknown(steps, limit), everything)
+
+    def _steps_of_unknown(self, steps: Steps[Found], limit: int | None) -> Steps[Found]:
+        """The same steps, which get at most `limit` children of a node; what is known already is not asked for."""
+        try:
+            nodes = next(steps)
+            while True:
+                closed = [ROOT, *self.trie.with_ancestors(nodes.tolist()).tolist()]
+                new = np.array([node for node in closed if node not in self._known], dtype=np.int64)
+                if len(new):
+                    self._known.update((yield new).items())
+                wanted = {node: _first(self._known[node], limit) for node in nodes.tolist()}
+                nodes = steps.send(Evaluation.of(wanted))
+        except StopIteration as end:
+            return cast("Found", end.value)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.beams import (
     Beams,
@@ -18,8 +19,8 @@ from engine.kv_cache import NO_OWNER
 from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.sampling import Stream
 from engine.scoring import Children, Perturbation, ScoringRule
-from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
-from engine.trie import ROOT, Int64, Pruning
+from engine.tree_evaluator import Selection, Steps, TreeEvaluator
+from engine.trie import ROOT, Int64, Pruning, Trie
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,13 @@ class Drafter:
 
         Raises PromptError or CapacityError when the prompt or the beams do not fit the model, OverloadedError when it is busy.
         """
+        growth = _Growth(order, self._trie, self._free, self._scale)
         tree = await self._evaluator.open(order.prompt, tenant=order.tenant, owner=order.owner)
         try:
-            return await self._plan_on(tree, order)
+            plan, cost = await self._evaluator.follow(tree, growth.steps(), self._selection(order))
         finally:
             self._evaluator.end(tree)
-
-    async def _plan_on(self, tree: OpenTree, order: PlanOrder) -> Drafted:
-        selection, listed = self._selection(order), Shortlist.of(order.below)
-        evaluated: dict[int, Children] = {}
-        cost, passes = PassCost(), 0
-        start = int(self._trie.depth(order.below.node[:1])[0])
-        asked = np.append(ROOT, self._trie.with_ancestors(order.below.node.tolist())).astype(np.int64)
-        for depth in range(start, order.size.last_depth(self._trie, start)):
-            evaluation, pass_cost = await self._evaluator.evaluate(tree, asked, selection)
-            evaluated.update(evaluation.items())
-            listed = self._grown(listed, depth, evaluated, order)
-            asked, cost, passes = self._frontier(listed, depth + 1, order).node, cost + pass_cost, passes + 1
-            if not len(asked):
-                break
-        rows = np.flatnonzero(self._trie.depth(listed.beams.node) > start)
-        planned, shown = listed.beams.take(rows), evaluated if order.with_evaluation else {}
-        return Drafted(Plan(order.below, planned.node, planned.score, listed.margin[rows], shown), cost, passes)
+        return Drafted(plan, cost, growth.passes)
 
     def _selection(self, order: PlanOrder) -> Selection:
         limit = max(order.size.width, order.size.beam_width)
@@ -92,29 +78,60 @@ class Drafter:
             limit = max(self._trie.codebook_sizes)
         return Selection(order.pruning, limit, order.noise if order.proposal is Proposal.PERTURBED else None)
 
-    def _grown(self, listed: Shortlist, depth: int, evaluated: dict[int, Children], order: PlanOrder) -> Shortlist:
+
+class _Growth:
+    """A plan as it grows. free, scale: of the draft, see `Shortlist.grown`. passes: those that it took so far."""
+
+    def __init__(self, order: PlanOrder, trie: Trie, free: npt.NDArray[np.bool_], scale: tuple[float, ...]) -> None:
+        self._order, self._trie, self._free, self._scale = order, trie, free, scale
+        self._listed, self._evaluated = Shortlist.of(order.below), dict[int, Children]()
+        self.passes = 0
+
+    def steps(self) -> Steps[Plan]:
+        """Level by level, from the beams down."""
+        trie, order = self._trie, self._order
+        start = int(trie.depth(order.below.node[:1])[0])
+        asked = np.append(ROOT, trie.with_ancestors(order.below.node.tolist())).astype(np.int64)
+        for depth in range(start, order.size.last_depth(trie, start)):
+            evaluation = yield asked
+            self.passes += 1
+            self._evaluated.update(evaluation.items())
+            self._listed = self._grown(depth)
+            asked = self._frontier(depth + 1).node
+            if not len(asked):
+                break
+        return self._plan(start)
+
+    def _plan(self, start: int) -> Plan:
+        listed = self._listed
+        rows = np.flatnonzero(self._trie.depth(listed.beams.node) > start)
+        planned, shown = listed.beams.take(rows), self._evaluated if self._order.with_evaluation else {}
+        return Plan(self._order.below, planned.node, planned.score, listed.margin[rows], shown)
+
+    def _grown(self, depth: int) -> Shortlist:
         """The list with what is wanted of the level below `depth`, without what no longer fits."""
-        frontier, noise = self._frontier(listed, depth, order), order.noise
+        listed, order, frontier, noise = self._listed, self._order, self._frontier(depth), self._order.noise
         most = order.size.max_nodes + len(order.below)
         if noise is None or order.proposal is Proposal.TOP:
-            children = children_by_score(frontier, evaluated)
+            children = children_by_score(frontier, self._evaluated)
         elif order.proposal is Proposal.PERTURBED:
-            children = children_by_gumbel(self._trie, frontier, evaluated, noise)
+            children = children_by_gumbel(self._trie, frontier, self._evaluated, noise)
         else:
-            drawn = self._sample(children_by_score(frontier, evaluated), most - len(listed.beams), order.size, noise)
+            drawn = self._sample(children_by_score(frontier, self._evaluated), most - len(listed.beams), noise)
             # Of the accepted the first K drawn survive, so these are nearly all among the first 2K.
             return replace(listed.with_level(self._trie, drawn), deepest=drawn.node[: 2 * order.size.beam_width])
         return listed.grown(self._trie, children, order.size, self._scale[depth], self._free).cut(self._trie, most)
 
-    def _frontier(self, listed: Shortlist, depth: int, order: PlanOrder) -> Beams:
+    def _frontier(self, depth: int) -> Beams:
         """The nodes of a depth that are expanded: all that are listed; of a sample those that may well survive."""
-        level = listed.level(self._trie, depth)
-        if order.proposal is not Proposal.SAMPLE:
+        level = self._listed.level(self._trie, depth)
+        if self._order.proposal is not Proposal.SAMPLE:
             return level
-        return level.take(np.flatnonzero(np.isin(level.node, listed.deepest)))
+        return level.take(np.flatnonzero(np.isin(level.node, self._listed.deepest)))
 
-    def _sample(self, candidates: Beams, room: int, size: PlanSize, noise: Perturbation) -> Beams:
+    def _sample(self, candidates: Beams, room: int, noise: Perturbation) -> Beams:
         """One level's draws, in order. As a sample cannot be cut to its best, every level has its share."""
+        size = self._order.size
         share = min(size.width, room, max(1, size.max_nodes // size.last_depth(self._trie, ROOT)))
         log_q = level_log_distribution(candidates, noise.temperature)
         seed, stream = noise.seed, Stream.PROPOSAL

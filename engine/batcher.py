@@ -71,16 +71,25 @@ def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
     return chosen
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Again:
+    """In place of an outcome: the work is not done yet, and has to have another pass, of this size."""
+
+    size: PassSize
+
+
+@dataclass(eq=False)
 class Ticket(Generic[Work, Outcome]):
-    """A place in the queue. until: when it stops waiting for company. done: resolves when it has left the queue, or its work is
-    done.
+    """A place in the queue. size: of its next pass. delay_seconds: how long each of its passes waits for company; until: when
+    the next one stops. done: resolves when it has left the queue, or its work is done. given_up: there is to be no next pass.
     """
 
     work: Work
     size: PassSize
-    until: float
+    delay_seconds: float
     done: asyncio.Future[Outcome | Exception]
+    until: float = 0.0
+    given_up: bool = False
 
 
 class Batcher(Generic[Work, Outcome]):
@@ -89,11 +98,15 @@ class Batcher(Generic[Work, Outcome]):
     run: computes one batch, in the thread: an outcome or an exception for each piece of work, in order, each delivered as soon as
     it is there. If it raises, those who have no outcome yet are run one by one, so that nobody fails for the company: it must
     have done nothing to their work that a second run would not bear. What it raises for a single one is its outcome.
+    Work that is to go on, `Again`, goes to the end of the queue without leaving the thread: where nobody else waits, its next
+    pass begins at once; else the others' come first, or along with it. However full the queue is, it is not refused then.
     Batches are formed when the thread is free, so a piece of work that finds it free never waits, unless limits.delay_seconds
     says so. All methods are for the event loop.
     """
 
-    def __init__(self, run: Callable[[Sequence[Work]], Iterable[Outcome | Exception]], limits: BatchLimits) -> None:
+    def __init__(
+        self, run: Callable[[Sequence[Work]], Iterable[Outcome | Again | Exception]], limits: BatchLimits
+    ) -> None:
         self.limits = limits
         self._run = run
         self._waiting: list[Ticket[Work, Outcome]] = []
@@ -109,17 +122,19 @@ class Batcher(Generic[Work, Outcome]):
 
     def put(self, work: Work, size: PassSize, *, patient: bool = True) -> Ticket[Work, Outcome]:
         """Queue up; who is not patient waits for no company. Raises OverloadedError when the queue is full."""
-        until = time.monotonic() + (self.limits.delay_seconds if patient else 0.0)
-        ticket = Ticket[Work, Outcome](work, size, until, asyncio.get_running_loop().create_future())
+        delay_seconds = self.limits.delay_seconds if patient else 0.0
+        ticket = Ticket[Work, Outcome](work, size, delay_seconds, asyncio.get_running_loop().create_future())
         with self._changed:
             if len(self._waiting) >= self.limits.waiting:
                 raise OverloadedError(f"queue_passes: {len(self._waiting)} passes wait already")
-            self._waiting.append(ticket)
+            self._append(ticket)
             self._changed.notify()
         return ticket
 
     async def outcome(self, ticket: Ticket[Work, Outcome]) -> Outcome:
-        """Wait for it. Whoever is cancelled here leaves the queue; a batch that runs already goes on without a listener."""
+        """Wait for it. Whoever is cancelled here leaves the queue; a batch that runs already goes on without a listener, and is
+        its last.
+        """
         try:
             await asyncio.wait((ticket.done,))
         except asyncio.CancelledError:
@@ -139,10 +154,23 @@ class Batcher(Generic[Work, Outcome]):
 
     def _leave(self, ticket: Ticket[Work, Outcome]) -> None:
         with self._changed:
+            ticket.given_up = True
             if ticket not in self._waiting:
                 return
             self._waiting.remove(ticket)
         ticket.done.cancel()
+
+    def _append(self, ticket: Ticket[Work, Outcome]) -> None:
+        ticket.until = time.monotonic() + ticket.delay_seconds
+        self._waiting.append(ticket)
+
+    def _queue_again(self, ticket: Ticket[Work, Outcome], size: PassSize) -> None:
+        with self._changed:
+            ticket.size = size
+            if not ticket.given_up:
+                self._append(ticket)
+                return
+        ticket.done.get_loop().call_soon_threadsafe(ticket.done.cancel)
 
     def _work(self) -> None:
         while batch := self._take():
@@ -152,7 +180,10 @@ class Batcher(Generic[Work, Outcome]):
         answered = 0
         try:
             for ticket, outcome in zip(batch, self._run([ticket.work for ticket in batch]), strict=True):
-                _deliver(ticket, outcome)
+                if isinstance(outcome, Again):
+                    self._queue_again(ticket, outcome.size)
+                else:
+                    _deliver(ticket, outcome)
                 answered += 1
         except Exception as error:
             if len(batch) == 1:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import add
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from engine.batch_decoder import BatchDecoder, TreeInput, TreeOutput
-from engine.batcher import Batcher, BatchLimits, PassSize, Ticket
+from engine.batcher import Again, Batcher, BatchLimits, PassSize, Ticket
 from engine.bundle import ModelEntry
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve, measure
@@ -28,6 +29,10 @@ from engine.trie import ROOT, Int64, Pruning, Trie
 _NODE_ROOM = 128
 _OPEN_KV_BYTES = 4 * 2**30
 Part = TypeVar("Part")
+Found = TypeVar("Found")
+
+# Passes of which each depends on what came of the last: yields the nodes of one, is sent their evaluation, returns what it found.
+Steps = Generator[Int64, Evaluation, Found]
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,25 @@ class Selection:
     perturbation: Perturbation | None = None
 
 
+@dataclass(frozen=True)
+class PassRecord:
+    """A pass that was made, over so many nodes. From when it queued up until it was done, by `time.perf_counter_ns`."""
+
+    nodes: int
+    cost: PassCost
+    queued_ns: int
+    done_ns: int
+
+
 @dataclass
 class OpenTree:
     """A request's token tree in a model service. Until its first pass it has no memory of its own.
 
-    keys: of the prompt's whole blocks. cached: the blocks that were found, until the first pass has read them.
+    keys: of the prompt's whole blocks. cached: the blocks that were found, until the first pass has read them. computed: those
+    that no cache had, from the first pass until the cache has them. cost_of_opening: until a pass has it in its own.
     rehearsal: whether nobody waits for it, so that its passes wait for nobody. capacity: tokens that are reserved for it.
-    newest: its newest pass.
+    passes: those that were made. newest: the work that was queued last. While that is not done, the worker thread alone
+    touches the tree.
     """
 
     tokens: TokenTree
@@ -54,26 +71,20 @@ class OpenTree:
     cost_of_opening: PassCost
     rehearsal: bool = False
     capacity: int = 0
-    newest: Ticket[TreeWork, PassResult] | None = None
+    computed: list[KvArray] = field(default_factory=list)
+    passes: list[PassRecord] = field(default_factory=list)
+    newest: Ticket[TreeWork, object] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class TreeWork:
-    """One pass over one tree, as it waits for its turn. queued_ns: since when."""
+    """Passes over one tree. nodes: of the next one; queued_ns: since when it waits for its turn."""
 
     tree: OpenTree
-    nodes: Int64
+    steps: Steps[Any]
     selection: Selection
+    nodes: Int64
     queued_ns: int
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What came of it. computed: the prompt's blocks that no cache had."""
-
-    evaluation: Evaluation
-    computed: list[KvArray]
-    cost: PassCost
 
 
 class TreeEvaluator:
@@ -81,9 +92,9 @@ class TreeEvaluator:
     wait together run together, as far as the limits allow.
 
     All methods are for the event loop, and none moves keys and values on it: a prompt's may be hundreds of megabytes, so
-    the worker thread allocates them, copies them in and copies them out. Cancelling `evaluate` gives up waiting: a pass
-    that has not begun never does; one that runs ends by itself and its result is dropped, so of a cancelled tree nothing
-    may be asked any more. `end` it all the same.
+    the worker thread allocates them, copies them in and copies them out. Cancelling `evaluate` or `follow` gives up waiting:
+    a pass that has not begun never does; one that runs ends by itself and its result is dropped, so of a cancelled tree
+    nothing may be asked any more. `end` it all the same.
 
     open_kv: the memory of open trees, for at most `open_kv_bytes`.
     """
@@ -139,16 +150,27 @@ class TreeEvaluator:
         Parents are evaluated before or among `nodes`; the root is in the first pass, or the prompt is computed without it.
         Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full.
         """
-        self._check_nodes(tree.tokens, nodes)
-        size = self._size(tree, nodes)
-        self._reserve(tree, size)
-        work = TreeWork(tree, nodes, selection, time.perf_counter_ns())
+        return await self.follow(tree, _one_pass(nodes), selection)
+
+    async def follow(self, tree: OpenTree, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
+        """Pass after pass, as for `evaluate` each, and what they found in the end.
+
+        The steps are taken in the worker thread: from one pass to the next nothing waits for the event loop, and where no other
+        request waits, the next begins at once. Raises what they raise.
+        """
+        made = len(tree.passes)
+        try:
+            nodes = next(steps)
+        except StopIteration as end:
+            return cast("Found", end.value), PassCost()
+        size = self._admitted(tree, nodes)
+        work = TreeWork(tree, steps, selection, nodes, time.perf_counter_ns())
         tree.newest = self._batcher.put(work, size, patient=not tree.rehearsal)
-        result = await self._batcher.outcome(tree.newest)
-        if result.computed:
-            self._cache.remember(tree.keys, result.computed)
-        opening, tree.cost_of_opening = tree.cost_of_opening, PassCost()
-        return result.evaluation, result.cost + opening
+        try:
+            found = await self._batcher.outcome(tree.newest)
+        finally:
+            self._remember(tree)
+        return cast("Found", found), reduce(add, [record.cost for record in tree.passes[made:]])
 
     def end(self, tree: OpenTree) -> None:
         """Let go of a tree and its memory: at once, or when the pass that still writes to it has ended."""
@@ -198,6 +220,19 @@ class TreeEvaluator:
     def _empty_tree(self, prompt: Int64) -> TokenTree:
         return TokenTree(prompt, self.decoder.empty_kv(0))
 
+    def _remember(self, tree: OpenTree) -> None:
+        """Give the cache what a first pass computed for it, whatever became of the later ones."""
+        computed, tree.computed = tree.computed, []
+        if computed:
+            self._cache.remember(tree.keys, computed)
+
+    def _admitted(self, tree: OpenTree, nodes: Int64) -> PassSize:
+        """A pass that may wait for its turn. Raises CapacityError, OverloadedError; see `evaluate`."""
+        self._check_nodes(tree.tokens, nodes)
+        size = self._size(tree, nodes)
+        self._reserve(tree, size)
+        return size
+
     def _size(self, tree: OpenTree, nodes: Int64) -> PassSize:
         """What a pass will compute and read, the cached blocks included that the tree still has to be filled with."""
         cached = tree.tokens.length or len(tree.cached) * self._layout.block_tokens
@@ -226,7 +261,7 @@ class TreeEvaluator:
             self.open_kv.give_back(held)
         tree.capacity, tree.cached = 0, ()
 
-    def _run(self, works: Sequence[TreeWork]) -> Iterator[PassResult | Exception]:
+    def _run(self, works: Sequence[TreeWork]) -> Iterator[object]:
         """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it.
 
         Where the model itself fails nothing has been committed, and each may be run again.
@@ -259,12 +294,14 @@ class TreeEvaluator:
             tree.tokens.fill_prefix(tree.cached)
         return tree.tokens.plan_pass(self.trie, work.nodes, self._code_tokens)
 
-    def _finish(self, work: TreeWork, step: TreePass, output: TreeOutput, begun: int, forward: PassCost) -> PassResult:
+    def _finish(self, work: TreeWork, step: TreePass, output: TreeOutput, begun: int, forward: PassCost) -> object:
+        """What the pass says of the tree's nodes, and what follows from it: another pass, or what was looked for."""
         tree, selection = work.tree, work.selection
         copying = time.perf_counter_ns()
         first = tree.tokens.length < len(tree.tokens.prompt)
         tree.tokens.commit(step, work.nodes)
-        computed = self._computed_blocks(tree) if first else []
+        if first:
+            tree.computed = self._computed_blocks(tree)
         selecting = time.perf_counter_ns()
         evaluation = best_children(
             self.trie,
@@ -276,13 +313,28 @@ class TreeEvaluator:
             limit=selection.limit,
             perturbation=selection.perturbation,
         )
-        own = PassCost(
+        done = time.perf_counter_ns()
+        cost = replace(
+            tree.cost_of_opening,
             queue_ns=begun - work.queued_ns,
-            forward_ns=selecting - copying,
-            selection_ns=time.perf_counter_ns() - selecting,
+            forward_ns=forward.forward_ns + selecting - copying,
+            selection_ns=done - selecting,
             new_tokens=len(step.tokens),
+            batch_requests=forward.batch_requests,
+            batch_tokens=forward.batch_tokens,
         )
-        return PassResult(evaluation, computed, forward + own)
+        tree.cost_of_opening = PassCost()
+        tree.passes.append(PassRecord(len(work.nodes), cost, work.queued_ns, done))
+        return self._next(work, evaluation)
+
+    def _next(self, work: TreeWork, evaluation: Evaluation) -> object:
+        """The work's next pass, or what it has found."""
+        try:
+            work.nodes = work.steps.send(evaluation)
+        except StopIteration as end:
+            return end.value
+        size, work.queued_ns = self._admitted(work.tree, work.nodes), time.perf_counter_ns()
+        return Again(size)
 
     def _computed_blocks(self, tree: OpenTree) -> list[KvArray]:
         """Copies of the prompt's blocks that no cache had; the tree lets go of those that one had."""
@@ -311,6 +363,10 @@ class TreeEvaluator:
             raise CapacityError("nodes: the root belongs to the first pass of a tree, and only to it")
         if any(node in tree.slots for node in nodes.tolist()):
             raise CapacityError("nodes: a node was evaluated before on this tree")
+
+
+def _one_pass(nodes: Int64) -> Steps[Evaluation]:
+    return (yield nodes)
 
 
 def _input(tree: TokenTree, step: TreePass) -> TreeInput:

@@ -11,8 +11,8 @@ from engine.cost import PassCost
 from engine.decoder import Decoder
 from engine.kv_cache import NO_OWNER, KvLayout
 from engine.prefix_cache import PrefixCache
-from engine.scoring import Evaluation, ScoringRule
-from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.scoring import ScoringRule
+from engine.tree_evaluator import Found, OpenTree, PassRecord, Selection, Steps, TreeEvaluator
 from engine.trie import Int64, Trie
 from service_kit import tracing
 from service_kit.fitness import Fitness
@@ -51,21 +51,12 @@ class ObservedEvaluator(TreeEvaluator):
         self._metrics.opened(tree)
         return tree
 
-    async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
+    async def follow(self, tree: OpenTree, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
         """As TreeEvaluator's."""
         if not self._metrics.knows(tree):
-            return await super().evaluate(tree, nodes, selection)
-        with tracing.span("pass", nodes=len(nodes)) as span:
-            with self._judged():
-                evaluation, cost = await super().evaluate(tree, nodes, selection)
-            span.set(
-                tokens=cost.new_tokens,
-                requests=cost.batch_requests,
-                queue_ms=cost.queue_ns / 1e6,
-                forward_ms=cost.forward_ns / 1e6,
-            )
-        self._metrics.passed(len(nodes), cost)
-        return evaluation, cost
+            return await super().follow(tree, steps, selection)
+        with self._judged(), self._reported(tree):
+            return await super().follow(tree, steps, selection)
 
     async def close(self) -> None:
         """As TreeEvaluator's."""
@@ -75,13 +66,37 @@ class ObservedEvaluator(TreeEvaluator):
 
     @contextmanager
     def _judged(self) -> Iterator[None]:
-        """A pass whose outcome says whether the model works."""
+        """Passes of which the last says whether the model works."""
         try:
             yield
         except Exception as error:
             self._fitness.failed(error)
             raise
+
+    @contextmanager
+    def _reported(self, tree: OpenTree) -> Iterator[None]:
+        """Passes over a tree, each of which is told of in the end, also where another one fails or nobody waits for it."""
+        before = len(tree.passes)
+        try:
+            yield
+        finally:
+            for made in tree.passes[before:]:
+                self._report(made)
+
+    def _report(self, made: PassRecord) -> None:
+        cost = made.cost
         self._fitness.passed()
+        self._metrics.passed(made.nodes, cost)
+        tracing.past_span(
+            "pass",
+            made.queued_ns,
+            made.done_ns,
+            nodes=made.nodes,
+            tokens=cost.new_tokens,
+            requests=cost.batch_requests,
+            queue_ms=cost.queue_ns / 1e6,
+            forward_ms=cost.forward_ns / 1e6,
+        )
 
     def end(self, tree: OpenTree) -> None:
         """As TreeEvaluator's."""

@@ -29,6 +29,9 @@ class Backend(Protocol):
     def span(self, name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[Span]:
         """A span inside the running one."""
 
+    def past_span(self, name: str, begun_ns: int, ended_ns: int, attributes: Mapping[str, Value]) -> None:
+        """A span inside the running one that has ended, by `time.perf_counter_ns`."""
+
     def call(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> AbstractContextManager[Span]:
         """The span of a call that is served, inside the caller's, whom its metadata name."""
 
@@ -80,6 +83,12 @@ def on() -> bool:
 def span(name: str, **attributes: Value) -> AbstractContextManager[Span]:
     """A span inside the running one. In an async generator no `yield` may stand in its block: the context would leak."""
     return _Process.backend.span(name, attributes) if _Process.backend else _NO_SPAN
+
+
+def past_span(name: str, begun_ns: int, ended_ns: int, **attributes: Value) -> None:
+    """A span inside the running one for what is over already, as it was timed by `time.perf_counter_ns`."""
+    if _Process.backend:
+        _Process.backend.past_span(name, begun_ns, ended_ns, attributes)
 
 
 def call(method: str, metadata: Sequence[tuple[str, str | bytes]]) -> AbstractContextManager[Span]:

@@ -94,6 +94,8 @@ class ReceivedSpan:
     trace_id: str
     span_id: str
     parent_id: str
+    begun_ns: int
+    ended_ns: int
     attributes: Mapping[str, Any]
 
 
@@ -141,6 +143,8 @@ def _spans(request: otlp.ExportTraceServiceRequest) -> Iterator[ReceivedSpan]:
                     trace_id=span.trace_id.hex(),
                     span_id=span.span_id.hex(),
                     parent_id=span.parent_span_id.hex(),
+                    begun_ns=span.start_time_unix_nano,
+                    ended_ns=span.end_time_unix_nano,
                     attributes=_plain(span.attributes),
                 )
 

@@ -6,6 +6,8 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,7 @@ from engine.cost import PassCost
 from engine.cost_curve import CostCurve
 from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Evaluation, Perturbation, ScoringRule
-from engine.tree_evaluator import Selection
+from engine.tree_evaluator import Found, Selection, Steps
 from engine.trie import Int64, Pruning
 from orchestrator.planning.planned_draft import PlannedDraft
 from orchestrator.planning.planner import Planner
@@ -27,7 +29,7 @@ from orchestrator.usage import Usage
 from service_kit.mode import Mode
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, follow, nothing
 
 MILLISECOND = 1_000_000
 PROMPT_TOKENS = 8
@@ -110,11 +112,16 @@ class SimulatedDraft:
     def end(self, tree: None) -> None:
         """As a TreeEvaluator; nothing is held."""
 
-    async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
-        """As a TreeEvaluator: one pass."""
-        new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
-        cost = self._machine.cost(self._machine.draft, new)
-        return self._world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation), cost
+    async def follow(self, tree: None, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
+        """As a TreeEvaluator: pass after pass."""
+        costs = [PassCost()]
+
+        def evaluate(nodes: Int64) -> Evaluation:
+            new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
+            costs.append(self._machine.cost(self._machine.draft, new))
+            return self._world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation)
+
+        return follow(steps, evaluate), reduce(add, costs)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from engine.beams import Beams
 from engine.catalogue import Catalogue
 from engine.plan import Plan
 from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
+from engine.tree_evaluator import Found, Steps
 from engine.trie import Int64, Pruning, Trie
 from tests.oracles.naive_search import NaiveModel
 from tests.oracles.naive_trie import NaiveTrie, Path
@@ -23,6 +25,16 @@ Choice = Callable[[Int64], npt.NDArray[np.bool_]]
 
 # Anything that UTF-8 can spell, but for NUL, which the catalogue refuses at the end of an id.
 item_ids = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
+
+
+def follow(steps: Steps[Found], evaluate: Callable[[Int64], Evaluation]) -> Found:
+    """Where a TreeEvaluator's steps lead, with every pass looked up."""
+    try:
+        nodes = next(steps)
+        while True:
+            nodes = steps.send(evaluate(nodes))
+    except StopIteration as end:
+        return cast("Found", end.value)
 
 
 @st.composite

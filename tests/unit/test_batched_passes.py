@@ -20,7 +20,7 @@ from engine.batcher import BatchLimits, PassSize
 from engine.cost import PassCost
 from engine.errors import CapacityError, OverloadedError
 from engine.scoring import Children, Perturbation, ScoringRule
-from engine.tree_evaluator import PassResult, Selection, TreeEvaluator, TreeWork
+from engine.tree_evaluator import Selection, TreeEvaluator, TreeWork
 from engine.trie import ROOT, Int64, Pruning
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import DictStore, Models
@@ -308,7 +308,7 @@ async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alon
                 raise MemoryError
             return run(inputs)
 
-        def finish_but_second(work: TreeWork, *arguments: Any, **named: Any) -> PassResult:
+        def finish_but_second(work: TreeWork, *arguments: Any, **named: Any) -> object:
             if work.tree is trees[1]:
                 raise MemoryError
             return finish(work, *arguments, **named)

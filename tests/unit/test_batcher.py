@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batcher import Batcher, BatchLimits, PassSize, next_batch
+from engine.batcher import Again, Batcher, BatchLimits, PassSize, next_batch
 from engine.errors import CapacityError, OverloadedError
 
 sizes = st.builds(PassSize, new_tokens=st.integers(1, 60), cached_tokens=st.integers(0, 200))
@@ -56,20 +56,27 @@ def test_none_waits_for_more_batches_than_it_found_passes(
 
 
 class Gate:
-    """Work that waits for its release. batches: what ran together."""
+    """Work that waits for its release. batches: what ran together. more: passes that a work has after its first one."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: int) -> None:
         self.batches: list[list[str]] = []
+        self.more = more
         self.entered = threading.Semaphore(0)
         self.release = threading.Semaphore(0)
 
-    def __call__(self, works: Sequence[str]) -> list[str | Exception]:
+    def __call__(self, works: Sequence[str]) -> list[str | Again | Exception]:
         self.batches.append(list(works))
         self.entered.release()
         self.release.acquire()
         if "crash" in works:
             raise RuntimeError("no memory")
-        return [CapacityError(work) if work == "refused" else work.upper() for work in works]
+        return [self._outcome(work) for work in works]
+
+    def _outcome(self, work: str) -> str | Again | Exception:
+        if self.more.get(work):
+            self.more[work] -= 1
+            return Again(SMALL)
+        return CapacityError(work) if work == "refused" else work.upper()
 
     async def entrance(self) -> None:
         """Return when a batch has begun."""
@@ -117,6 +124,64 @@ async def test_who_gives_up_leaves_the_queue_at_once_and_is_never_run() -> None:
     gate.release.release(2)
     assert [await stays, await after] == ["STAYS", "AFTER"]
     assert gate.batches == [["running"], ["stays", "after"]]
+    await batcher.close()
+
+
+async def test_work_that_goes_on_does_not_leave_the_thread() -> None:
+    """The event loop stands still from the first pass to the last; and a closed batcher still runs all of them."""
+    for more in (0, 3):
+        gate = Gate(a=more)
+        gate.release.release(1 + more)
+        batcher = Batcher(gate, BatchLimits())
+        ticket = batcher.put("a", SMALL)
+        for _ in range(1 + more):
+            gate.entered.acquire()
+        assert await batcher.outcome(ticket) == "A"
+        assert gate.batches == [["a"]] * (1 + more)
+        last = batcher.put("last", SMALL)
+        gate.more, gate.release = {"last": more}, threading.Semaphore(1 + more)
+        await batcher.close()
+        assert await last.done == "LAST"
+
+
+async def test_work_that_goes_on_waits_behind_the_others_or_runs_with_them_and_is_never_refused() -> None:
+    gate = Gate(a=2, b=1)
+    batcher = Batcher(gate, BatchLimits(requests=2, waiting=3))
+    [first] = start(batcher, "a")
+    await gate.entrance()
+    others = start(batcher, "b", "c", "d")
+    await asyncio.sleep(0)
+    gate.release.release()
+    await gate.entrance()
+    assert batcher.waiting == 2
+    gate.release.release(10)
+    assert await asyncio.gather(first, *others) == ["A", "B", "C", "D"]
+    assert gate.batches == [["a"], ["b", "c"], ["d", "a"], ["b", "a"]]
+    await batcher.close()
+
+
+async def test_who_gives_up_in_the_middle_has_no_next_pass() -> None:
+    """Neither while a pass of its own runs nor while it waits for the next; its ticket is done when nothing runs for it."""
+    gate = Gate(runs=1, waits=1)
+    batcher = Batcher(gate, BatchLimits(requests=1))
+    runs, waits, holder = (batcher.put(work, SMALL) for work in ("runs", "waits", "holder"))
+    asking = [asyncio.create_task(batcher.outcome(ticket)) for ticket in (runs, waits, holder)]
+    await gate.entrance()
+    asking[0].cancel()
+    await asyncio.wait(asking[:1])
+    assert not runs.done.done()
+    gate.release.release()
+    await gate.entrance()
+    await asyncio.wait([runs.done])
+    gate.release.release()
+    await gate.entrance()
+    assert batcher.waiting == 1
+    asking[1].cancel()
+    await asyncio.wait(asking[1:2])
+    assert (batcher.waiting, runs.done.cancelled(), waits.done.cancelled()) == (0, True, True)
+    gate.release.release()
+    assert await asking[2] == "HOLDER"
+    assert gate.batches == [["runs"], ["waits"], ["holder"]]
     await batcher.close()
 
 

@@ -17,7 +17,7 @@ from engine.beams import Beams, children_by_gumbel, children_by_score
 from engine.cost import PassCost
 from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.scoring import Evaluation, Perturbation, ScoringRule
-from engine.tree_evaluator import Selection
+from engine.tree_evaluator import Found, Selection, Steps
 from engine.trie import ROOT, Int64, Pruning
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.verification import ExactSampling, Policy, Strict
@@ -25,7 +25,7 @@ from tests.oracles.models import ModelDraft
 from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, follow, naive_tries, nothing
 
 AMPLE = 1_000
 NOISE = Perturbation(seed=5, temperature=0.8)
@@ -49,14 +49,18 @@ class TableEvaluator:
     def end(self, tree: None) -> None:
         """Or closed."""
 
-    async def evaluate(self, tree: None, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassCost]:
+    async def follow(self, tree: None, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
+        """Pass after pass."""
+        return follow(steps, lambda nodes: self._evaluate(nodes, selection)), PassCost()
+
+    def _evaluate(self, nodes: Int64, selection: Selection) -> Evaluation:
         """One pass, over nodes that none has seen and whose parents one has."""
         seen = {node for asked in self.asked for node in asked}
         assert nodes.tolist() == sorted(set(nodes.tolist()) - seen)
         assert len(nodes)
         assert {int(self.trie.parent[node]) for node in nodes.tolist() if node != ROOT} <= seen | set(nodes.tolist())
         self.asked.append(nodes.tolist())
-        return self.world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation), PassCost()
+        return self.world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation)
 
 
 @dataclass(frozen=True)

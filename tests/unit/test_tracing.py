@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from opentelemetry.trace import StatusCode
 from service_kit import tracing
 from service_kit.errors import StartupError
 from tests.observed import Collector
+from tests.serving import LIVENESS_SECONDS
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -32,6 +34,7 @@ def test_without_tracing_every_span_is_the_same_nothing() -> None:
         assert tracing.call("/atspeed.v1.TargetService/Evaluate", (("traceparent", CALLER),)) is tracing.span("plan")
         with tracing.span("pass") as span:
             span.set(tokens=1)
+        tracing.past_span("pass", 0, 1, nodes=3)
         assert tracing.outgoing() == ()
         assert tracing.ids() == {}
 
@@ -69,6 +72,16 @@ def test_a_span_hangs_below_the_call_that_it_serves_and_that_below_its_caller(co
     assert inner.trace_id == outer.trace_id == CALLER.split("-")[1]
     assert outgoing == {"traceparent": f"00-{inner.trace_id}-{inner.span_id}-01"}
     assert b"alice" not in collector.raw
+
+
+def test_a_span_may_be_made_when_it_is_over(collector: Collector) -> None:
+    with tracing.started("target", on=True), tracing.call("/a.B/C", ()):
+        begun_ns = time.perf_counter_ns()
+        tracing.past_span("pass", begun_ns, begun_ns + 5_000_000, nodes=3)
+    inner, outer = sorted(collector.spans, key=lambda span: span.name != "pass")
+    assert (inner.name, inner.parent_id, inner.attributes) == ("pass", outer.span_id, {"atspeed.nodes": 3})
+    assert inner.ended_ns - inner.begun_ns == 5_000_000
+    assert abs(inner.begun_ns - outer.begun_ns) < 1e9 * LIVENESS_SECONDS
 
 
 def test_an_exception_leaves_its_type_and_not_its_text(collector: Collector) -> None:
