@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from engine.bundle import Bundle, Manifest, ModelEntry, fingerprint, hash_files, write_manifest
+from engine.bundle import Bundle, Manifest, ModelEntry, Precision, fingerprint, hash_files, write_manifest
 from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
@@ -93,10 +95,15 @@ def write_bundle(
     allow_empty_history: bool = False,
     max_items: int = 8,
     drop_block: int = 1,
+    target_shape: Mapping[str, object] = MappingProxyType({}),
+    precision: Precision = "float32",
 ) -> TestBundle:
-    """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1."""
+    """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1.
+
+    target_shape: what of the target's config is not as usual; its draft then stays tiny and knows nothing of it.
+    """
     vocab = SPECIALS + catalogue.trie.columns
-    target = random_model(architecture, vocab, seed)
+    target = random_model(architecture, vocab, seed, **target_shape)
     draft = random_model(architecture, vocab, seed)
     torch.manual_seed(seed + 1)
     with torch.no_grad():
@@ -106,7 +113,8 @@ def write_bundle(
     code_tokens = list(range(SPECIALS, vocab))
     prompt = PromptTemplate(prefix=(BOS,), suffix=(EOH,), max_items=max_items, drop_block=drop_block)
     entries = {
-        role: _export(model, root, role, code_tokens, prompt) for role, model in (("target", target), ("draft", draft))
+        role: _export(model, root, role, code_tokens, prompt, precision)
+        for role, model in (("target", target), ("draft", draft))
     }
     manifest = Manifest(
         name="random",
@@ -135,9 +143,14 @@ def write_run(root: Path, catalogue: Catalogue, *, seed: int = 0) -> TestBundle:
 
 
 def _export(
-    model: PreTrainedModel, root: Path, role: str, code_tokens: list[int], prompt: PromptTemplate
+    model: PreTrainedModel,
+    root: Path,
+    role: str,
+    code_tokens: list[int],
+    prompt: PromptTemplate,
+    precision: Precision,
 ) -> ModelEntry:
-    report = export_decoder(model, root / role, code_tokens=code_tokens)
+    report = export_decoder(model, root / role, code_tokens=code_tokens, precision=precision)
     return ModelEntry(
         path=f"{role}/model.onnx",
         architecture=report.architecture,

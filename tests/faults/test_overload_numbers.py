@@ -1,4 +1,7 @@
-"""Five times as many requests as a replica can serve: it serves as many as ever, and says no to the rest at once."""
+"""Five times as many requests as a replica can serve: it serves as many as ever, and says no to the rest at once.
+
+Times are the callers': from the call to its answer or refusal, as a process of their own sees it.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,45 @@ import pytest
 
 from client.local_stack import LocalStack
 from engine.bundle import Bundle
-from tests.bundles import random_history
+from tests.bundles import random_catalogue, random_history, write_bundle
 from tests.faults.offered import Caller, Outcome
 from tests.serving import RECOMMENDATION, SERVING, check_health, request_of
 
 pytestmark = pytest.mark.long
 
 SECONDS = 10.0
-BUNDLE = Path(__file__).parents[2] / "bundles" / "movielens-100k"
 PLACES, QUEUE = 4, 4
+# 32 million parameters: tens of milliseconds for a list, as targets that are worth a service of their own take.
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "initializer_range": 0.05,
+}
+
+
+@pytest.fixture(scope="module")
+def large_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    catalogue = random_catalogue(4000, (64, 64, 64, 64), seed=3)
+    folder = tmp_path_factory.mktemp("large")
+    return write_bundle(folder, catalogue, max_items=20, target_shape=SHAPE).bundle
 
 
 @pytest.fixture
-def small_stack(log_folder: Path) -> Iterator[LocalStack]:
-    """One of each service, whose orchestrator serves four requests at once and lets four wait.
-
-    Of the bundle that the project ships, asked for long lists: with cheaper ones, what a call itself costs would be the limit,
-    and gRPC's core drops calls by itself when a thousand have come that Python has not looked at.
+def small_stack(large_bundle: Bundle, log_folder: Path) -> Iterator[LocalStack]:
+    """One of each service, whose orchestrator serves four requests at once and lets four wait. The target has one thread: where
+    there are two cores, the services have the other.
     """
     folder = log_folder / "overload"
     folder.mkdir()
     flags: dict[str, dict[str, object]] = {
+        "draft": {"threads": 1},
         "target": {"threads": 1},
         "orchestrator": {"max-running": PLACES, "max-queued": QUEUE},
     }
-    with LocalStack(BUNDLE, log_folder=folder, flags=flags) as stack:
+    with LocalStack(large_bundle.root, log_folder=folder, flags=flags) as stack:
         yield stack
 
 
@@ -70,9 +87,16 @@ def refusals_ms(stack: LocalStack, after: int) -> list[float]:
     return [call["duration_ms"] for call in calls if call.get("code") == "RESOURCE_EXHAUSTED"]
 
 
-def test_five_times_the_limit(small_stack: LocalStack) -> None:
-    catalogue = Bundle(BUNDLE).catalogue()
-    requests = [request_of(random_history(catalogue, 1 + seed % 20, seed), k=100) for seed in range(200)]
+def told(seconds: list[float]) -> str:
+    """The distribution of some times."""
+    milliseconds = np.array(seconds) * 1000
+    p50, p99 = np.quantile(milliseconds, [0.5, 0.99])
+    return f"p50 {p50:.1f}, p99 {p99:.1f}, max {milliseconds.max():.1f} ms"
+
+
+def test_five_times_the_limit(large_bundle: Bundle, small_stack: LocalStack) -> None:
+    catalogue = large_bundle.catalogue()
+    requests = [request_of(random_history(catalogue, 1 + seed % 20, seed), k=20) for seed in range(200)]
     with Caller(small_stack.address, requests) as caller:
         caller.at_once(PLACES, SECONDS / 2).result()  # warm
         peak = caller.at_once(PLACES, SECONDS).result()
@@ -83,19 +107,17 @@ def test_five_times_the_limit(small_stack: LocalStack) -> None:
         flood = running.result()
         grown = memory(small_stack) - before
         after = caller.at_once(PLACES, SECONDS / 2).result()
-    refusals = refusals_ms(small_stack, logged)
-    seen_ms = np.array(flood.seconds["RESOURCE_EXHAUSTED"]) * 1000
+    refused = flood.seconds["RESOURCE_EXHAUSTED"]
+    decided = refusals_ms(small_stack, logged)
     print(  # noqa: T201 - numbers for whoever runs `make faults`
-        f"peak {peak.goodput:.1f}/s, offered {5 * peak.goodput:.0f}/s: goodput {flood.goodput:.1f}/s, "
-        f"{len(refusals)} refusals, of the server's time p50 {np.median(refusals):.1f}, p99 {np.quantile(refusals, 0.99):.1f}, "
-        f"max {max(refusals):.1f} ms, of the caller's p50 {np.median(seen_ms):.1f}, p99 {np.quantile(seen_ms, 0.99):.1f} ms; "
-        f"health p99 {np.quantile(probes, 0.99) * 1000:.0f}, max {max(probes) * 1000:.0f} ms of {len(probes)}; "
-        f"memory {grown:+.1f} MiB; afterwards {after.goodput:.1f}/s"
+        f"peak {peak.goodput:.1f}/s, offered {5 * peak.goodput:.0f}/s: goodput {flood.goodput:.1f}/s; {len(refused)} refusals: "
+        f"{told(refused)}, of which the server's {told([ms / 1000 for ms in decided])}; answers: {told(flood.seconds['OK'])}; "
+        f"{len(probes)} probes: {told(probes)}; memory {grown:+.1f} MiB; afterwards {after.goodput:.1f}/s"
     )
     assert set(flood.codes) == {"OK", "RESOURCE_EXHAUSTED"}, flood.details
     assert flood.goodput >= 0.9 * peak.goodput
-    assert len(refusals) == flood.codes["RESOURCE_EXHAUSTED"]
-    assert max(refusals) <= 50
+    assert len(decided) == len(refused)
+    assert np.quantile(refused, 0.99) <= 0.05
     assert max(probes) <= 0.2
     assert grown <= 20
     assert set(after.codes) == {"OK"}
