@@ -1,4 +1,4 @@
-"""What an exception says reaches nobody: neither a status nor a trailer, neither standard output nor the log."""
+"""What an exception says reaches nobody: no status and no trailer, neither standard output nor the log, no span and no metric."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from atspeed.v1 import draft_pb2, target_pb2
 from atspeed.v1 import recommendation_pb2 as pb
 
 from tests.faults.leaking import SECRET
+from tests.observed import Collector, scrape_port
 from tests.secured import path_of, rpcs
 from tests.serving import LIVENESS_SECONDS, until
 
@@ -32,7 +33,7 @@ MESSAGES: Mapping[str, Any] = {
 @contextmanager
 def leaking(service: str, bundle: Path, folder: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """The service, its outputs in files of `folder`."""
-    flags = ["--port=0", f"--bundle={bundle}", "--log-format=json"]
+    flags = ["--port=0", "--metrics-port=0", "--tracing", f"--bundle={bundle}", "--log-format=json"]
     if service == "orchestrator":
         flags += ["--target=127.0.0.1:1", "--draft=127.0.0.1:1"]
     command = [sys.executable, "-m", "tests.faults.leaking", *flags]
@@ -45,10 +46,11 @@ def leaking(service: str, bundle: Path, folder: Path, **variables: str) -> Itera
         process.wait(LIVENESS_SECONDS)
 
 
-def port(process: subprocess.Popen[bytes], folder: Path) -> int:
-    """Where it listens, once it does."""
+def ports(process: subprocess.Popen[bytes], folder: Path) -> Mapping[str, int]:
+    """Where it listens, `port` and `metrics_port`, once it does."""
     until(lambda: process.poll() is not None or (folder / "stdout").read_bytes().endswith(b"\n"))
-    return int(json.loads((folder / "stdout").read_text())["port"])
+    announced: Mapping[str, int] = json.loads((folder / "stdout").read_text())
+    return announced
 
 
 def failure(address: str, service: str) -> grpc.Call:
@@ -65,9 +67,16 @@ def failure(address: str, service: str) -> grpc.Call:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_failure_says_where_and_not_what(service: str, bundle: Path, tmp_path: Path) -> None:
-    with leaking(service, bundle, tmp_path) as process:
-        status = failure(f"127.0.0.1:{port(process, tmp_path)}", service)
+    with Collector() as collector:
+        endpoint = f"http://127.0.0.1:{collector.port}"
+        with leaking(service, bundle, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as process:
+            open_ports = ports(process, tmp_path)
+            status = failure(f"127.0.0.1:{open_ports['port']}", service)
+            metrics = scrape_port(open_ports["metrics_port"])
     assert status.code() is grpc.StatusCode.INTERNAL
+    assert metrics.total("atspeed_calls_total", method=FAILING[service], code="INTERNAL") == 1
+    assert FAILING[service] in {span.name for span in collector.spans}
+    assert SECRET not in metrics.text + collector.raw.decode("utf-8", "replace")
     details, log = status.details() or "", (tmp_path / "stderr").read_text()
     assert SECRET not in f"{details}{status.initial_metadata()}{status.trailing_metadata()}"
     assert SECRET not in (tmp_path / "stdout").read_text() + log

@@ -81,10 +81,11 @@ def client(watched: Watched, redis_url: str) -> Iterator[Client]:
         yield client
 
 
-def traced(client: Client, **fields: Any) -> tuple[str, pb.RecommendResponse]:
+def traced(client: Client, request_id: str = "", **fields: Any) -> tuple[str, pb.RecommendResponse]:
     """A list that the caller asks for inside a trace of its own, and the trace's id."""
     trace_id = secrets.token_hex(16)
-    metadata = (("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-01"),)
+    parent = f"00-{trace_id}-{secrets.token_hex(8)}-01"
+    metadata = (("traceparent", parent), ("x-request-id", request_id or trace_id))
     request = pb.RecommendRequest(**{"k": 5, **fields})
     return trace_id, client.stub.Recommend(request, timeout=LIVENESS_SECONDS, wait_for_ready=True, metadata=metadata)
 
@@ -131,16 +132,27 @@ def test_one_request_is_one_trace_through_three_services_and_redis(
 def test_every_log_line_of_a_request_carries_its_trace_and_its_request_id(
     watched: Watched, client: Client, catalogue: Catalogue
 ) -> None:
-    trace_id, _ = traced(client, history=pb.History(item_ids=random_history(catalogue, 6, seed=5)))
+    """In all three services, whichever of the two one looks for; and each names the span that it belongs to."""
+    client.record(USER, random_history(catalogue, 20, seed=5))
+    request_id = secrets.token_hex(8)
+    trace_id, _ = traced(client, request_id, user_id=USER)
+    ids = {"trace_id": trace_id, "request_id": request_id}
 
     def lines() -> dict[str, list[dict[str, Any]]]:
         found = {name: watched.logged(name) for name in ("orchestrator", "draft", "target")}
-        return {name: [line for line in logged if line.get("trace_id") == trace_id] for name, logged in found.items()}
+        return {name: [line for line in logged if ids.items() & line.items()] for name, logged in found.items()}
 
-    until(lambda: all(lines().values()))
-    calls = [line for logged in lines().values() for line in logged if line["event"] == "call"]
-    assert len({line["request_id"] for line in calls}) == 1
-    assert {len(line["span_id"]) for line in calls} == {16}
+    until(lambda: all(lines().values()) and whole(watched.collector.of(trace_id)))
+    found = [line for logged in lines().values() for line in logged]
+    assert all(ids.items() <= line.items() for line in found)
+    assert {line["method"].rpartition("/")[2] for line in found if line["event"] == "call"} == {
+        "Recommend",
+        "Plan",
+        "Evaluate",
+    }
+    spans = {span.span_id: span.service.removeprefix("atspeed-") for span in watched.collector.of(trace_id)}
+    for name, logged in lines().items():
+        assert {spans[line["span_id"]] for line in logged} == {name}
 
 
 def test_neither_traces_nor_metrics_nor_logs_name_a_user_or_an_item(
