@@ -72,9 +72,10 @@ def test_a_failure_says_where_and_not_what(service: str, bundle: Path, tmp_path:
         with leaking(service, bundle, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as process:
             open_ports = ports(process, tmp_path)
             status = failure(f"127.0.0.1:{open_ports['port']}", service)
+            failed = {"method": FAILING[service], "code": "INTERNAL"}  # which is sent before it is counted
+            until(lambda: scrape_port(open_ports["metrics_port"]).total("atspeed_calls_total", **failed) == 1)
             metrics = scrape_port(open_ports["metrics_port"])
     assert status.code() is grpc.StatusCode.INTERNAL
-    assert metrics.total("atspeed_calls_total", method=FAILING[service], code="INTERNAL") == 1
     assert FAILING[service] in {span.name for span in collector.spans}
     assert SECRET not in metrics.text + collector.raw.decode("utf-8", "replace")
     details, log = status.details() or "", (tmp_path / "stderr").read_text()
