@@ -11,19 +11,16 @@ import pytest
 from typer.testing import CliRunner
 
 from client.cli import app
+from tests.recipes import short_recipe
 
 ROOT = Path(__file__).parents[2]
-TINY = (ROOT / "runs" / "tiny.toml").read_text()
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """runs/tiny.toml on fewer users and epochs."""
-    text = TINY
-    for old, new in {"users = 200": "users = 40", "epochs = 8": "epochs = 2", "epochs = 6": "epochs = 2"}.items():
-        text = text.replace(old, new)
     path = tmp_path / "tiny.toml"
-    path.write_text(text)
+    path.write_text(short_recipe())
     return path
 
 

@@ -18,11 +18,11 @@ from benchmarks.recommenders import Method, TrainedRun
 from benchmarks.results import Result
 from benchmarks.sasrec import SasRec, Settings
 from client import cli
+from tests.recipes import TINY, with_epochs
 from training import evaluate
 from training.data import Dataset
 from training.evaluate import Question
 from training.pipeline import train
-from training.recipe import Model, read_recipe
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -30,18 +30,13 @@ SEED = 3
 SMALL = Settings(dim=16, blocks=1, batch_size=64, negatives=32, learning_rate=1e-2, epochs=8, validation_users=50)
 
 
-def with_epochs(part: Model, epochs: int) -> Model:
-    return part.model_copy(update={"schedule": part.schedule.model_copy(update={"epochs": epochs})})
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of runs/tiny.toml with one epoch for each model."""
-    recipe = read_recipe(Path(__file__).parents[2] / "runs" / "tiny.toml")
-    assert recipe.draft is not None
-    models = {"target": with_epochs(recipe.target, 1), "draft": with_epochs(recipe.draft, 1)}
+    assert TINY.draft is not None
+    models = {"target": with_epochs(TINY.target, 1), "draft": with_epochs(TINY.draft, 1)}
     path = tmp_path_factory.mktemp("run")
-    train(recipe.model_copy(update=models), path, threads=1)
+    train(TINY.model_copy(update=models), path, threads=1)
     return path
 
 

@@ -9,27 +9,21 @@ from typing import Any, get_args
 import pytest
 
 from engine.bundle import Bundle
+from tests.recipes import RUNS, TINY, fitted_titles, short_recipe
 from training import pipeline
 from training.errors import RecipeError
 from training.pipeline import Folders, load_dataset, train
 from training.recipe import AlignmentLoss, Recipe, read_recipe
 from training.semantic_ids import build_catalogue
 from training.teacher import Teacher, TeacherShard, TrainingPrompts, write_teacher_data
-from training.trainer import FitState, Trainer
 
-RUNS = Path(__file__).parents[2] / "runs"
-TINY = (RUNS / "tiny.toml").read_text()
 LOSSES: tuple[AlignmentLoss, ...] = get_args(AlignmentLoss)
 
 
 def recipe(folder: Path, section: str) -> Recipe:
     """runs/tiny.toml on fewer users and epochs, with a section added."""
     path = folder / "tiny.toml"
-    short = TINY
-    changes = {"users = 200": "users = 40", "epochs = 8": "epochs = 2", "epochs = 6": "epochs = 2"}
-    for old, new in changes.items():
-        short = short.replace(old, new)
-    path.write_text(f"evaluation_users = 20\n{short}\n{section}")
+    path.write_text(short_recipe(section))
     return read_recipe(path)
 
 
@@ -53,24 +47,11 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of every training from now on."""
-    fitted: list[str] = []
-    fit = Trainer.fit
-
-    def noted(trainer: Trainer[Any]) -> FitState:
-        fitted.append(trainer.title)
-        return fit(trainer)
-
-    monkeypatch.setattr(Trainer, "fit", noted)
-    return fitted
-
-
 @pytest.mark.parametrize("loss", [*LOSSES, None])
 def test_every_loss_trains_a_draft_and_reports_its_agreement(
     copied: Path, tmp_path: Path, loss: AlignmentLoss | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fitted = titles(monkeypatch)
+    fitted = fitted_titles(monkeypatch)
     asked = aligned(tmp_path, **({"loss": loss} if loss else {}))
     bundle = Bundle(train(asked, copied, threads=1))
     bundle.verify()
@@ -85,7 +66,7 @@ def test_every_loss_trains_a_draft_and_reports_its_agreement(
 def test_one_teacher_serves_all_losses(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(aligned(tmp_path, loss="word-kd"), copied, threads=1)
     monkeypatch.setattr(Teacher, "shard", lambda *_: pytest.fail("asked again"))
-    fitted = titles(monkeypatch)
+    fitted = fitted_titles(monkeypatch)
     train(aligned(tmp_path, loss="word-kd"), copied, threads=1)
     train(aligned(tmp_path, loss="tvd-kd", weight=0.5), copied, threads=1)
     assert fitted == ["draft"]
@@ -127,13 +108,12 @@ def test_recipes_without_alignment_keep_their_keys() -> None:
 
     Whoever changes runs/tiny.toml itself writes down the new keys here.
     """
-    tiny = read_recipe(RUNS / "tiny.toml")
-    dataset = load_dataset(tiny, None)
-    run = pipeline.Run(tiny, Folders.one(Path("unused")), None, dataset)
-    catalogue = build_catalogue(dataset, tiny.codes, data=None, seed=tiny.seed)
-    assert tiny.draft is not None
-    assert run._model_key(tiny.target, catalogue) == "57b8e5da7c51e664"
-    assert run._model_key(tiny.draft, catalogue) == "a35c0ae364bd022f"
+    dataset = load_dataset(TINY, None)
+    run = pipeline.Run(TINY, Folders.one(Path("unused")), None, dataset)
+    catalogue = build_catalogue(dataset, TINY.codes, data=None, seed=TINY.seed)
+    assert TINY.draft is not None
+    assert run._model_key(TINY.target, catalogue) == "57b8e5da7c51e664"
+    assert run._model_key(TINY.draft, catalogue) == "a35c0ae364bd022f"
     for path in (RUNS / f"{name}.toml" for name in ("tiny", "movielens-100k")):
         if (draft := read_recipe(path).draft) is not None and draft.alignment is None:
             assert list(draft.model_dump(mode="json")) == ["shape", "base", "schedule", "precision"]

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 from benchmarks.acceptance import draft_bundles
 from client.cli import app
 from engine.bundle import Bundle
+from tests.recipes import RUNS, fitted_titles, short_recipe
 from training.checkpoints import Checkpoints
 from training.comparison import read_comparison, train_drafts
 from training.errors import Paused, RecipeError
 from training.pipeline import train
 from training.teacher import Teacher
-from training.trainer import FitState, Trainer
+from training.trainer import Trainer
 
-RUNS = Path(__file__).parents[2] / "runs"
 NAMES = ("none/seed1", "none/seed2", "word-kd/seed1", "word-kd/seed2")
 ALIGNED = """
 [draft.pretraining]
@@ -49,26 +49,10 @@ alignment = { loss = "word-kd", weight = 0.5 }
 
 def write(folder: Path, comparison: str = COMPARISON, aligned: str = ALIGNED) -> Path:
     """A comparison, and its base beside it: runs/tiny.toml on few users and epochs."""
-    text = (RUNS / "tiny.toml").read_text()
-    for old, new in {"users = 200": "users = 40", "epochs = 8": "epochs = 1", "epochs = 6": "epochs = 2"}.items():
-        text = text.replace(old, new)
-    (folder / "tiny.toml").write_text(f"evaluation_users = 20\n{text}\n{aligned}")
+    (folder / "tiny.toml").write_text(short_recipe(aligned, target_epochs=1))
     path = folder / "losses.toml"
     path.write_text(comparison)
     return path
-
-
-def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of every training from now on."""
-    fitted: list[str] = []
-    fit = Trainer.fit
-
-    def noted(trainer: Trainer[Any]) -> FitState:
-        fitted.append(trainer.title)
-        return fit(trainer)
-
-    monkeypatch.setattr(Trainer, "fit", noted)
-    return fitted
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     path = write(folder)
     with pytest.MonkeyPatch.context() as patch:
-        fitted = titles(patch)
+        fitted = fitted_titles(patch)
         train(read_comparison(path).base, folder / "run", threads=1)
         patch.setattr(Teacher, "shard", lambda *_: pytest.fail("asked again"))
         found = train_drafts(read_comparison(path), folder / "run")
@@ -158,7 +142,7 @@ def test_one_that_was_killed_goes_on_and_the_others_stay(
         with pytest.raises(KeyboardInterrupt):
             train_drafts(comparison, copied)
     assert (copied / "drafts" / "word-kd-seed1" / "draft-training").exists()
-    fitted = titles(monkeypatch)
+    fitted = fitted_titles(monkeypatch)
     monkeypatch.setattr(Trainer, "_pass", lambda *_: pytest.fail("the epoch was done"))
     train_drafts(comparison, copied)
     assert fitted == ["word-kd-seed1 draft"]

@@ -11,18 +11,17 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from engine.bundle import Bundle
 from engine.catalogue import Catalogue
+from tests.recipes import TINY, with_epochs
 from training import bundles
 from training.checkpoints import Checkpoints
 from training.errors import Paused, RecipeError
 from training.export import export_decoder
 from training.models import SpelledModel, build_model, code_names
 from training.pipeline import load_dataset, train
-from training.recipe import Alignment, AtspeedData, Base, Model, PromptWindow, Recipe, Schedule, read_recipe
+from training.recipe import Alignment, AtspeedData, Base, Model, PromptWindow, Recipe, Schedule
 from training.semantic_ids import build_catalogue
 from training.sequences import Batch
 from training.trainer import FitState, Trainer
-
-TINY = read_recipe(Path(__file__).parents[2] / "runs" / "tiny.toml")
 
 
 def shorter(recipe: Recipe) -> Recipe:
@@ -30,10 +29,6 @@ def shorter(recipe: Recipe) -> Recipe:
     assert recipe.draft is not None
     models = {"target": with_epochs(recipe.target, 2), "draft": with_epochs(recipe.draft, 2)}
     return recipe.model_copy(update=models | {"data": recipe.data.model_copy(update={"users": 50})})
-
-
-def with_epochs(part: Model, epochs: int) -> Model:
-    return part.model_copy(update={"schedule": part.schedule.model_copy(update={"epochs": epochs})})
 
 
 @pytest.fixture(scope="module")
