@@ -27,6 +27,7 @@ from orchestrator.planning.curve_refresh import learn_curves
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.recommend import Recommender
 from orchestrator.settings import OrchestratorSettings
+from service_kit.beside import beside
 
 
 @dataclass(eq=False)
@@ -176,8 +177,7 @@ class Snapshots:
             draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
         planner = self._planners.of(manifest, catalogue.trie)
         if draft is not None:
-            learning = asyncio.create_task(learn_curves(planner, target, draft))
-            resources.callback(learning.cancel)
+            await resources.enter_async_context(beside(learn_curves(planner, target, draft), "learn-curves"))
         histories = self._histories(manifest)
         recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._draft_switch)
         return Snapshot(manifest, manifest.version, recommender, planner, target, draft, channels, resources)

@@ -18,6 +18,7 @@ import structlog
 
 from engine.bundle import MANIFEST, Bundle
 from engine.errors import BundleError, EngineError
+from service_kit.beside import beside
 from service_kit.settings import ServiceSettings
 from service_kit.tracks import Track
 
@@ -138,7 +139,7 @@ class BundleWatch:
         try:
             root = self._path.resolve()
             stat = (root / MANIFEST).stat()
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: links that lead in a circle
             return None
         return str(root), stat.st_ino, stat.st_mtime_ns, stat.st_size
 
@@ -162,13 +163,9 @@ async def following(
     hurry = asyncio.Event()
     try:
         await _first_look(watches, patience_seconds)
-        task = asyncio.get_running_loop().create_task(_follow(watches, poll_seconds, hurry), name="bundle-watch")
-        try:
+        async with beside(_follow(watches, poll_seconds, hurry), "bundle-watch"):
             with _heard_by(watches, hurry):
                 yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
     finally:
         for watch in watches:
             await watch.give_up()

@@ -21,6 +21,7 @@ from engine.decoder import Decoder, RuntimeOptions, check_decoder
 from engine.tree_evaluator import TreeEvaluator
 from engine.trie import Trie
 from service_kit import wire
+from service_kit.beside import beside
 from service_kit.bundle_metrics import bundle_reads
 from service_kit.bundle_watch import bundle_watches, following, open_bundle
 from service_kit.errors import FailedPreconditionError
@@ -126,12 +127,8 @@ class ServedModels(Generic[Worker]):
     @asynccontextmanager
     async def housekeeping(self) -> AsyncIterator[None]:
         """For as long as the block lasts, versions that nobody needs any more are let go of."""
-        task = asyncio.get_running_loop().create_task(self._let_go_of_old(), name="old-versions")
-        try:
+        async with beside(self._let_go_of_old(), "old-versions"):
             yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     async def close(self) -> None:
         """Let go of everything."""

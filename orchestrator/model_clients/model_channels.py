@@ -14,6 +14,7 @@ from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 from orchestrator.settings import OrchestratorSettings
 from service_kit.affinity import Routes
+from service_kit.beside import beside
 from service_kit.channels import open_channel
 from service_kit.tokens import TokenFile
 
@@ -42,8 +43,8 @@ class ModelChannels:
         settings = self.settings
         tls = settings.model_tls(settings.target_name)
         self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
-        following = asyncio.create_task(self._follow_targets(self.target_in_turn, version), name="targets-reached")
-        self.resources.callback(following.cancel)
+        following = self._follow_targets(self.target_in_turn, version)
+        await self.resources.enter_async_context(beside(following, "targets-reached"))
         stub = target_pb2_grpc.TargetServiceStub
         return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affine_calls)
 

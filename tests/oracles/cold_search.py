@@ -8,7 +8,7 @@ from benchmarks.cases import HeldOutCase
 from benchmarks.warm_models import prompt_tokens
 from draft_service.drafter import Drafter, PlanOrder
 from engine.beams import Beams
-from engine.plan import PlanSize, Proposal
+from engine.plan import Plan, PlanSize, Proposal
 from engine.tree_evaluator import Selection
 from engine.trie import Pruning
 from orchestrator.planning.planned_draft import NoDraft
@@ -57,6 +57,6 @@ class CountingDraft(ModelDraft):
 
     passes: int = 0
 
-    async def plan(self, below: Beams):  # type: ignore[no-untyped-def]
+    async def plan(self, below: Beams) -> Plan:
         self.passes += self.trie.levels - 1 - int(self.trie.depth(below.node[:1])[0])
         return await super().plan(below)

@@ -127,6 +127,18 @@ async def test_a_path_that_is_gone_for_a_moment_is_nothing(link: Path) -> None:
     assert services.taken == ["second"]
 
 
+async def test_links_in_a_circle_name_nothing_and_may_be_mended(link: Path) -> None:
+    """They once ended the watch, and nobody was told."""
+    services = Services(link)
+    services.move_to(link.name)
+    for _ in range(3):
+        await services.look()
+    assert services.watch.refused == 1
+    await services.point_to("second")
+    await services.look()
+    assert services.taken == ["second"]
+
+
 async def test_a_canary_comes_goes_and_comes_back(link: Path) -> None:
     services = Services(link, Track.CANARY)
     await services.look()
