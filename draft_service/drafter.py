@@ -18,9 +18,9 @@ from engine.cost import PassCost
 from engine.kv_cache import NO_OWNER
 from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from engine.sampling import Stream
-from engine.scoring import Children, Perturbation, ScoringRule
+from engine.scoring import Children, Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Selection, Steps, TreeEvaluator
-from engine.trie import ROOT, Int64, Pruning, Trie
+from engine.trie import ROOT, Int64, Pruning, Trie, among
 
 
 @dataclass(frozen=True)
@@ -91,35 +91,39 @@ class _Growth:
         """Level by level, from the beams down."""
         trie, order = self._trie, self._order
         start = int(trie.depth(order.below.node[:1])[0])
-        asked = np.append(ROOT, trie.with_ancestors(order.below.node.tolist())).astype(np.int64)
+        frontier = self._listed.beams
+        asked = np.append(ROOT, trie.with_ancestors(frontier.node)).astype(np.int64) if start else frontier.node
         for depth in range(start, order.size.last_depth(trie, start)):
             evaluation = yield asked
             self.passes += 1
-            self._evaluated.update(evaluation.items())
-            self._listed = self._grown(depth)
-            asked = self._frontier(depth + 1).node
+            if order.with_evaluation:
+                self._evaluated.update(evaluation.items())
+            self._listed = self._grown(frontier, evaluation.last(len(frontier)), depth)
+            frontier = self._frontier(depth + 1)
+            asked = frontier.node
             if not len(asked):
                 break
         return self._plan(start)
 
     def _plan(self, start: int) -> Plan:
         listed = self._listed
-        rows = np.flatnonzero(self._trie.depth(listed.beams.node) > start)
-        planned, shown = listed.beams.take(rows), self._evaluated if self._order.with_evaluation else {}
-        return Plan(self._order.below, planned.node, planned.score, listed.margin[rows], shown)
+        planned = slice(np.searchsorted(listed.beams.node, self._trie.level_start[start + 1]), None)
+        node, score = listed.beams.node[planned], listed.beams.score[planned]
+        return Plan(self._order.below, node, score, listed.margin[planned], self._evaluated)
 
-    def _grown(self, depth: int) -> Shortlist:
-        """The list with what is wanted of the level below `depth`, without what no longer fits."""
-        listed, order, frontier, noise = self._listed, self._order, self._frontier(depth), self._order.noise
+    def _grown(self, frontier: Beams, evaluation: Evaluation, depth: int) -> Shortlist:
+        """The list with what is wanted of the level below the frontier, which is at `depth`, without what no longer fits."""
+        listed, order, noise = self._listed, self._order, self._order.noise
         most = order.size.max_nodes + len(order.below)
         if noise is None or order.proposal is Proposal.TOP:
-            children = children_by_score(frontier, self._evaluated)
+            children = children_by_score(frontier, evaluation)
         elif order.proposal is Proposal.PERTURBED:
-            children = children_by_gumbel(self._trie, frontier, self._evaluated, noise)
+            children = children_by_gumbel(self._trie, frontier, evaluation, noise)
         else:
-            drawn = self._sample(children_by_score(frontier, self._evaluated), most - len(listed.beams), noise)
+            drawn = self._sample(children_by_score(frontier, evaluation), most - len(listed.beams), noise)
             # Of the accepted the first K drawn survive, so these are nearly all among the first 2K.
-            return replace(listed.with_level(self._trie, drawn), deepest=drawn.node[: 2 * order.size.beam_width])
+            likely = np.sort(drawn.node[: 2 * order.size.beam_width])
+            return replace(listed.with_level(self._trie, drawn), deepest=likely)
         return listed.grown(self._trie, children, order.size, self._scale[depth], self._free).cut(self._trie, most)
 
     def _frontier(self, depth: int) -> Beams:
@@ -127,7 +131,7 @@ class _Growth:
         level = self._listed.level(self._trie, depth)
         if self._order.proposal is not Proposal.SAMPLE:
             return level
-        return level.take(np.flatnonzero(np.isin(level.node, self._listed.deepest)))
+        return level.take(np.flatnonzero(among(self._listed.deepest, level.node)))
 
     def _sample(self, candidates: Beams, room: int, noise: Perturbation) -> Beams:
         """One level's draws, in order. As a sample cannot be cut to its best, every level has its share."""

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.sampling import Stream, gumbel
-from engine.scoring import Children, Perturbation
+from engine.scoring import Children, Evaluation, Perturbation
 from engine.trie import ROOT, Int64, Trie
 
 Float64 = npt.NDArray[np.float64]
+# What is known of nodes: of any, or of just the beams that are asked about, in their order.
+Evaluated = Mapping[int, Children] | Evaluation
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,24 @@ class Beams:
         """Number of beams."""
         return len(self.node)
 
-    def take(self, rows: npt.NDArray[np.integer]) -> Beams:
+    def take(self, rows: npt.NDArray[np.integer] | slice) -> Beams:
         """These rows, in this order."""
         return Beams(self.node[rows], self.score[rows], self.weight[rows], self.priority[rows])
 
-    def best(self, width: int, *, first: Int64 | None = None) -> Beams:
-        """The `width` of the highest priority, in the declared order; those among the nodes `first` before all others."""
-        if first is None:
-            return self.take(np.lexsort((self.node, -self.priority))[:width])
-        return self.take(np.lexsort((self.node, -self.priority, ~np.isin(self.node, first)))[:width])
+    def best(self, width: int) -> Beams:
+        """The `width` of the highest priority, in the declared order."""
+        return self.take(np.lexsort((self.node, -self.priority))[:width])
+
+    def best_among(self, rows: Int64, width: int) -> Int64:
+        """Those of some rows that `best` would take of them, in any order. Only what decides a tie is sorted."""
+        if len(rows) <= width:
+            return rows
+        priority, rest = self.priority[rows], len(rows) - width
+        least = np.partition(priority, rest)[rest] if width else np.inf
+        better, ties = rows[priority > least], rows[priority == least]
+        if len(better) + len(ties) > width:
+            ties = ties[np.argsort(self.node[ties])[: width - len(better)]]
+        return np.concatenate([better, ties])
 
     def threshold(self, width: int) -> float:
         """The lowest priority among the best `width`; -inf where there are fewer, and none has to be left out."""
@@ -77,29 +88,47 @@ class Beams:
         return self.take(np.lexsort((self.node, -self.score)))
 
 
-def children_by_score(beams: Beams, evaluated: Mapping[int, Children]) -> Beams:
+@dataclass(frozen=True)
+class _Known:
+    """The children of some beams [b]. count: int64 [b]; node: int64 [m]; logp: float32 [m]; log_mass: float64 [b]."""
+
+    count: Int64
+    node: Int64
+    logp: npt.NDArray[np.floating]
+    log_mass: Float64
+
+    @classmethod
+    def of(cls, beams: Beams, evaluated: Evaluated) -> _Known:
+        """What is known of them, in their order."""
+        if isinstance(evaluated, Evaluation):
+            count, log_mass = np.diff(evaluated.child_start), evaluated.log_mass.astype(np.float64)
+            return cls(count, evaluated.child.astype(np.int64), evaluated.logp, log_mass)
+        children = [evaluated[node] for node in beams.node.tolist()]
+        return cls(
+            np.array([len(c.node) for c in children], dtype=np.int64),
+            np.concatenate([c.node for c in children]) if children else np.empty(0, dtype=np.int64),
+            np.concatenate([c.logp for c in children]) if children else np.empty(0),
+            np.array([c.log_mass for c in children]),
+        )
+
+
+def children_by_score(beams: Beams, evaluated: Evaluated) -> Beams:
     """All known children of the beams [m], each with its cumulative log-probability as priority."""
-    children = [evaluated[node] for node in beams.node.tolist()]
-    row = np.repeat(np.arange(len(beams)), [len(c.node) for c in children])
-    node = np.concatenate([c.node for c in children]) if children else np.empty(0, dtype=np.int64)
-    logp = np.concatenate([c.logp for c in children]) if children else np.empty(0)
-    score = beams.score[row] + logp
-    return Beams(node, score, score, score)
+    known = _Known.of(beams, evaluated)
+    score = np.repeat(beams.score, known.count) + known.logp
+    return Beams(known.node, score, score, score)
 
 
-def children_by_gumbel(trie: Trie, beams: Beams, evaluated: Mapping[int, Children], noise: Perturbation) -> Beams:
+def children_by_gumbel(trie: Trie, beams: Beams, evaluated: Evaluated, noise: Perturbation) -> Beams:
     """All known children of the beams [m], with perturbed scores as priority: stochastic beam search, arXiv 1903.06059.
 
     The step's law is p at the temperature, over the live children. The perturbed scores of a node's children are
     conditioned on their maximum being the node's own (section 4.1 and appendix B.3, the numerically stable form), so the
     best-priority nodes of every level are a sample without replacement, the same whoever computes them.
     """
-    children = [evaluated[node] for node in beams.node.tolist()]
-    row = np.repeat(np.arange(len(beams)), [len(c.node) for c in children])
-    node = np.concatenate([c.node for c in children]) if children else np.empty(0, dtype=np.int64)
-    logp = np.concatenate([c.logp for c in children]).astype(np.float64) if children else np.empty(0)
-    log_mass = np.array([c.log_mass for c in children])
-    weight = beams.weight[row] + logp / noise.temperature - log_mass[row]
+    known = _Known.of(beams, evaluated)
+    row, node, logp = np.repeat(np.arange(len(beams)), known.count), known.node, known.logp.astype(np.float64)
+    weight = beams.weight[row] + logp / noise.temperature - known.log_mass[row]
     unconditioned = weight + gumbel(noise.seed, Stream.GUMBEL, trie.path_hash(node))
     peak = np.full(len(beams), -np.inf)
     np.maximum.at(peak, row, unconditioned)

@@ -16,6 +16,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -73,6 +74,7 @@ class KvLayout:
         return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
 
 
+@lru_cache(maxsize=256)
 def namespace(fingerprint: str, layout: KvLayout, tenant: str) -> bytes:
     """What separates chains that must never share a block: format version, weights, layout with its dtype, tenant.
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from engine.beams import Beams, Float64, children_by_score, level_log_distribution
 from engine.scoring import Children, ScoringRule
-from engine.trie import Int64, Trie
+from engine.trie import Int64, Trie, among
 
 
 class Proposal(StrEnum):
@@ -68,7 +68,7 @@ class Shortlist:
 
     beams: ascending, of several depths, the start beams included. margin: float64 [b], +inf for the start beams.
     own: int64, the start beams and the draft's own K beams of every level so far. deepest: the latter at the deepest level; of a
-    sample, the first 2K draws there.
+    sample, the first 2K draws there. Both ascending.
     free: nodes of the deepest level that compete for places among its K best, but are never evaluated: see `free_nodes`.
     """
 
@@ -81,11 +81,13 @@ class Shortlist:
     @classmethod
     def of(cls, start: Beams) -> Shortlist:
         """The start beams alone."""
-        return cls(start.by_node(), np.full(len(start), np.inf), start.node, start.node, start.take(np.arange(0)))
+        start = start.by_node()
+        return cls(start, np.full(len(start), np.inf), start.node, start.node, start.take(slice(0)))
 
     def level(self, trie: Trie, depth: int) -> Beams:
         """The nodes of a depth, ascending."""
-        return self.beams.take(np.flatnonzero(trie.depth(self.beams.node) == depth))
+        begin, end = np.searchsorted(self.beams.node, trie.level_start[depth : depth + 2])
+        return self.beams.take(slice(begin, end))
 
     def with_level(self, trie: Trie, level: Beams, threshold: float = -np.inf, scale: float = 1.0) -> Shortlist:
         """With nodes of the next level; their parents are in the list. Without a threshold each is as sure as its parent."""
@@ -102,23 +104,50 @@ class Shortlist:
 
         scale: the unit of the margins at the children's level, nats.
         """
-        forced = Beams(trie.child_start[self.free.node], self.free.score, self.free.weight, self.free.priority)
-        candidates = Beams.joined([children, forced])
-        below_own = candidates.take(np.flatnonzero(np.isin(trie.parent[candidates.node], self.deepest)))
-        beam = below_own.best(size.beam_width)
-        costs_nothing = free[candidates.node]
-        level = candidates.take(np.flatnonzero(~costs_nothing)).best(size.width, first=beam.node)
-        grown = self.with_level(trie, level, below_own.threshold(size.beam_width), scale)
+        candidates = children
+        if len(self.free):
+            forced = Beams(trie.child_start[self.free.node], self.free.score, self.free.weight, self.free.priority)
+            candidates = Beams.joined([children, forced])
+        below_own = np.flatnonzero(among(self.deepest, trie.parent[candidates.node]))
+        beam = candidates.best_among(below_own, size.beam_width)
+        threshold = candidates.priority[beam].min() if len(below_own) >= size.beam_width else -np.inf
+        own, costs_nothing = np.zeros(len(candidates), dtype=bool), free[candidates.node]
+        own[beam] = True
+        level = _best_own_first(candidates, ~costs_nothing, own, size.width)
         # Below the best K of the free ones lie all of them that can be among the K best of a deeper level.
-        paid = candidates.take(np.flatnonzero(costs_nothing)).best(size.beam_width, first=beam.node)
-        return replace(grown, own=np.append(self.own, beam.node), deepest=beam.node, free=paid)
+        unpaid = _best_own_first(candidates, costs_nothing, own, size.beam_width)
+        deepest = np.sort(candidates.node[beam])
+        grown = self.with_level(trie, candidates.take(level), float(threshold), scale)
+        return replace(grown, own=np.append(self.own, deepest), deepest=deepest, free=candidates.take(unpaid))
 
     def cut(self, trie: Trie, count: int) -> Shortlist:
         """The first `count`: own beams, then by margin, then depth, then the declared order, as siblings often share a margin."""
-        depth, other = trie.depth(self.beams.node), ~np.isin(self.beams.node, self.own)
-        order = np.lexsort((self.beams.node, -self.beams.priority, depth, -self.margin, other))
-        kept = np.sort(order[:count])
+        if len(self.beams) <= count:
+            return self
+        own = among(self.own, self.beams.node)
+        first, others = np.flatnonzero(own), np.flatnonzero(~own)
+        if len(first) >= count:
+            kept = self._surest(trie, first, count)
+        else:
+            kept = np.concatenate([first, self._surest(trie, others, count - len(first))])
+        kept.sort()
         return replace(self, beams=self.beams.take(kept), margin=self.margin[kept])
+
+    def _surest(self, trie: Trie, rows: Int64, count: int) -> Int64:
+        """The first `count` of these rows by margin, then depth, then the declared order. Only what decides a tie is sorted."""
+        margin, rest = self.margin[rows], len(rows) - count
+        least = np.partition(margin, rest)[rest]
+        surer, ties = rows[margin > least], rows[margin == least]
+        node, priority = self.beams.node[ties], self.beams.priority[ties]
+        order = np.lexsort((node, -priority, trie.depth(node)))
+        return np.concatenate([surer, ties[order[: count - len(surer)]]])
+
+
+def _best_own_first(candidates: Beams, wanted: npt.NDArray[np.bool_], own: npt.NDArray[np.bool_], width: int) -> Int64:
+    """Rows of the `width` best that are wanted, in any order: the best of one's own, and others where there is room."""
+    first = candidates.best_among(np.flatnonzero(wanted & own), width)
+    others = candidates.best_among(np.flatnonzero(wanted & ~own), width - len(first))
+    return np.concatenate([first, others])
 
 
 @dataclass(frozen=True)
@@ -160,15 +189,16 @@ class Plan:
             return
         if (np.diff(self.node) <= 0).any() or self.node[0] <= 0 or self.node[-1] >= trie.level_start[trie.levels]:
             raise ValueError("plan.nodes: not ascending inner nodes")
-        if not np.isin(trie.parent[self.node], np.concatenate([self.start.node, self.node])).all():
+        parent = trie.parent[self.node]
+        above = np.minimum(np.searchsorted(self.node, parent), len(self.node) - 1)
+        inside = self.node[above] == parent
+        if not among(np.sort(self.start.node), parent[~inside]).all():
             raise ValueError("plan.nodes: not closed under ancestors down to the beams")
         if not np.isfinite(self.score).all():
             raise ValueError("plan.scores: not finite")
         if np.isnan(self.margin).any():
             raise ValueError("plan.margins: not a number")
-        parent = trie.parent[self.node]
-        above = np.minimum(np.searchsorted(self.node, parent), len(self.node) - 1)
-        if not ((self.margin <= self.margin[above]) | (self.node[above] != parent)).all():
+        if not (self.margin <= self.margin[above])[inside].all():
             raise ValueError("plan.margins: a node has more than its parent")
 
     def level(self, trie: Trie, depth: int) -> Beams:

@@ -79,6 +79,15 @@ class Evaluation:
             span = slice(start[row], start[row + 1])
             yield node, Children(child[span], self.logp[span], log_mass)
 
+    def last(self, count: int) -> Evaluation:
+        """Of the last so many nodes alone."""
+        if count == len(self.node):
+            return self
+        first = len(self.node) - count
+        child = int(self.child_start[first])
+        starts = self.child_start[first:] - child
+        return Evaluation(self.node[first:], starts, self.child[child:], self.logp[child:], self.log_mass[first:])
+
     def validate(self, trie: Trie) -> None:
         """Raise ValueError unless this could have come from an honest model over `trie`. Cheap enough for every reply."""
         n, m = len(self.node), len(self.child)
@@ -131,10 +140,8 @@ def best_children(
         live = pruning.live(child)
         row, child, rounded = row[live], child[live], rounded[live]
     counts = np.bincount(row, minlength=len(nodes))
-    temperature = perturbation.temperature if perturbation else 1.0
-    log_mass = _segment_logsumexp(rounded.astype(np.float64) / temperature, counts)
-
-    order_by = rounded.astype(np.float64) / temperature
+    order_by = rounded.astype(np.float64) / (perturbation.temperature if perturbation else 1.0)
+    log_mass = _segment_logsumexp(order_by, counts)
     if perturbation:
         order_by = order_by + gumbel(perturbation.seed, Stream.GUMBEL, trie.path_hash(child))
     kept = _first_of_rows(order_by, counts, limit)
@@ -152,19 +159,21 @@ def _first_of_rows(values: Float64, counts: npt.NDArray[np.integer], limit: int)
     """Places of the `limit` highest values of each row, highest first, ties in order. values: [m], rows of lengths `counts` [n].
 
     What is below a long row's own threshold is dropped before anything is sorted: a level of 256 codes has far more children
-    than anybody wants.
+    than anybody wants. To find it the rows are padded to the longest, which is no more than the logits that they come from.
     """
-    ends = np.cumsum(counts)
-    least = np.full(len(counts), -np.inf)
-    for row in np.flatnonzero(counts > limit).tolist():
-        rest = int(counts[row]) - limit
-        least[row] = np.partition(values[ends[row] - counts[row] : ends[row]], rest)[rest]
-    row_of = np.repeat(np.arange(len(counts)), counts)
-    candidates = np.flatnonzero(values >= least[row_of])
-    best = candidates[np.lexsort((-values[candidates], row_of[candidates]))]
-    found = np.bincount(row_of[best], minlength=len(counts))
-    rank = np.arange(len(best)) - np.repeat(np.cumsum(found) - found, found)
-    return best[rank < limit]
+    longest, candidates = int(counts.max(initial=0)), np.arange(len(values))
+    if longest > limit:
+        padded = np.full((len(counts), longest), -np.inf)
+        padded[np.arange(longest) < counts[:, None]] = values
+        least = np.partition(padded, longest - limit, axis=1)[:, longest - limit]
+        candidates = np.flatnonzero(values >= np.repeat(least, counts))
+    # Of a small type, as numpy sorts 8 and 16 bits by radix.
+    row = np.repeat(np.arange(len(counts), dtype=np.min_scalar_type(len(counts))), counts)[candidates]
+    by_value = np.argsort(-values[candidates], kind="stable")
+    by_row = by_value[np.argsort(row[by_value], kind="stable")]
+    found = np.bincount(row, minlength=len(counts))
+    rank = np.arange(len(by_row)) - np.repeat(np.cumsum(found) - found, found)
+    return candidates[by_row[rank < limit]]
 
 
 def _segment_logsumexp(values: Float64, counts: npt.NDArray[np.integer]) -> Float64:

@@ -236,7 +236,7 @@ class TreeEvaluator:
     def _size(self, tree: OpenTree, nodes: Int64) -> PassSize:
         """What a pass will compute and read, the cached blocks included that the tree still has to be filled with."""
         cached = tree.tokens.length or len(tree.cached) * self._layout.block_tokens
-        return PassSize(max(0, len(tree.tokens.prompt) - cached) + int((nodes != ROOT).sum()), cached)
+        return PassSize(max(0, len(tree.tokens.prompt) - cached) + len(nodes) - int(nodes[0] == ROOT), cached)
 
     def _reserve(self, tree: OpenTree, size: PassSize) -> None:
         """Room for what the tree will hold after the pass; a first time some more, then half as much again."""
@@ -361,7 +361,7 @@ class TreeEvaluator:
         started = tree.length >= len(tree.prompt)
         if started != (nodes[0] != ROOT):
             raise CapacityError("nodes: the root belongs to the first pass of a tree, and only to it")
-        if any(node in tree.slots for node in nodes.tolist()):
+        if not tree.slots.keys().isdisjoint(nodes.tolist()):
             raise CapacityError("nodes: a node was evaluated before on this tree")
 
 

@@ -237,11 +237,11 @@ class Pruning:
     def live(self, nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
         """Which of these nodes are left, [n]. Their parents are taken to be."""
         if self.kept is not None:
-            return _among(self.kept, nodes)
-        return ~_among(self.cut, nodes)
+            return among(self.kept, nodes)
+        return ~among(self.cut, nodes)
 
 
-def _among(some: Int32, nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+def among(some: npt.NDArray[np.integer], nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     """Which of these nodes [n] are among some, which ascend."""
     if not len(some):
         return np.zeros(len(nodes), dtype=bool)

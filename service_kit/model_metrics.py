@@ -159,6 +159,7 @@ class ModelMetrics:
     def __init__(self, memory: MemoryKvCache) -> None:
         self.registry = CollectorRegistry()
         self._seconds = PASS_SECONDS.build(self.registry)
+        self._stages = [self._seconds.labels(stage) for stage in ("queue", "forward", "selection")]
         self._nodes = PASS_NODES.build(self.registry)
         self._tokens = PASS_TOKENS.build(self.registry)
         self._requests = PASS_REQUESTS.build(self.registry)
@@ -226,9 +227,5 @@ class ModelMetrics:
         self._nodes.observe(nodes)
         self._tokens.observe(cost.new_tokens)
         self._requests.observe(cost.batch_requests)
-        for stage, nanoseconds in (
-            ("queue", cost.queue_ns),
-            ("forward", cost.forward_ns),
-            ("selection", cost.selection_ns),
-        ):
-            self._seconds.labels(stage).observe(nanoseconds / 1e9)
+        for stage, nanoseconds in zip(self._stages, (cost.queue_ns, cost.forward_ns, cost.selection_ns), strict=True):
+            stage.observe(nanoseconds / 1e9)
