@@ -20,10 +20,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from engine.bundle import Bundle, Manifest, ModelEntry, Precision, fingerprint, hash_files, write_manifest
+from engine.bundle import Bundle, Manifest, Precision, Role, hash_files, write_manifest
 from engine.catalogue import Catalogue
 from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
+from training.bundles import entry_of
 from training.export import export_decoder
 from training.models import SpelledModel
 from training.sequences import Spelling
@@ -110,12 +111,18 @@ def write_bundle(
         for weight in draft.parameters():
             weight.add_(torch.randn_like(weight) * draft_noise)
     catalogue.save(root / "catalogue")
-    code_tokens = list(range(SPECIALS, vocab))
     prompt = PromptTemplate(prefix=(BOS,), suffix=(EOH,), max_items=max_items, drop_block=drop_block)
-    entries = {
-        role: _export(model, root, role, code_tokens, prompt, precision)
-        for role, model in (("target", target), ("draft", draft))
+    spelling = Spelling(code_tokens=tuple(range(SPECIALS, vocab)), prompt=prompt, pad_token=0, vocab_size=vocab)
+    models: dict[Role, SpelledModel] = {
+        "target": SpelledModel(target, spelling),
+        "draft": SpelledModel(draft, spelling),
     }
+    reports = {
+        role: export_decoder(spelled.model, root / role, code_tokens=spelling.code_tokens, precision=precision)
+        for role, spelled in models.items()
+    }
+    files = hash_files(root)
+    entries = {role: entry_of(role, models[role], report, files) for role, report in reports.items()}
     manifest = Manifest(
         name="random",
         scoring_rule=rule,
@@ -123,7 +130,7 @@ def write_bundle(
         catalogue_version=catalogue.version,
         target=entries["target"],
         draft=entries["draft"],
-        files=hash_files(root),
+        files=files,
     )
     write_manifest(root, manifest)
     return TestBundle(Bundle(root), target, draft)
@@ -140,31 +147,6 @@ def write_run(root: Path, catalogue: Catalogue, *, seed: int = 0) -> TestBundle:
         (root / f"{role}-checkpoint").mkdir()
         SpelledModel(model, spelling).save(root / f"{role}-checkpoint")
     return made
-
-
-def _export(
-    model: PreTrainedModel,
-    root: Path,
-    role: str,
-    code_tokens: list[int],
-    prompt: PromptTemplate,
-    precision: Precision,
-) -> ModelEntry:
-    report = export_decoder(model, root / role, code_tokens=code_tokens, precision=precision)
-    return ModelEntry(
-        path=f"{role}/model.onnx",
-        architecture=report.architecture,
-        precision=report.precision,
-        parameters=report.parameters,
-        vocab_size=report.vocab_size,
-        layers=report.layers,
-        kv_heads=report.kv_heads,
-        head_dim=report.head_dim,
-        max_positions=report.max_positions,
-        code_tokens=tuple(code_tokens),
-        prompt=prompt,
-        fingerprint=fingerprint(hash_files(root), role),
-    )
 
 
 def random_history(catalogue: Catalogue, length: int, seed: int) -> list[str]:
