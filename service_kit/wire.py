@@ -27,6 +27,7 @@ _DTYPES: Final = {
     types_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     types_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
 }
+_BY_NAME: Final = {dtype.name: dtype for dtype in _DTYPES.values()}
 _DATA_TYPES: Final = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 _PROPOSALS: Final[dict[Proposal, draft_pb2.Proposal.ValueType]] = {
     Proposal.TOP: draft_pb2.PROPOSAL_TOP,
@@ -54,18 +55,19 @@ def vector(message: types_pb2.Array, field: str, dtype: str, *, limit: int | Non
 
     Raises InvalidArgumentError naming `field`. Nothing is allocated: the array is a read-only view of the message's bytes.
     """
-    wanted = np.dtype(dtype).newbyteorder("<")
+    wanted = _BY_NAME[dtype]
     if not message.shape and not message.data and not message.dtype:
         return np.empty(0, dtype=wanted)
     if _DTYPES.get(message.dtype) != wanted:
         raise InvalidArgumentError(field, f"must be of dtype {dtype}")
-    if len(message.shape) != 1 or message.shape[0] < 0:
-        raise InvalidArgumentError(field, f"must have one axis, got shape {list(message.shape)[:8]}")
-    if math.prod(message.shape) * wanted.itemsize != len(message.data):
-        raise InvalidArgumentError(field, f"has {len(message.data)} bytes for shape {list(message.shape)} of {dtype}")
-    if limit is not None and message.shape[0] > limit:
-        raise InvalidArgumentError(field, f"has {message.shape[0]} elements, at most {limit} are allowed")
-    return np.frombuffer(message.data, dtype=wanted)
+    shape, data = message.shape, message.data
+    if len(shape) != 1 or shape[0] < 0:
+        raise InvalidArgumentError(field, f"must have one axis, got shape {list(shape)[:8]}")
+    if shape[0] * wanted.itemsize != len(data):
+        raise InvalidArgumentError(field, f"has {len(data)} bytes for shape {list(shape)} of {dtype}")
+    if limit is not None and shape[0] > limit:
+        raise InvalidArgumentError(field, f"has {shape[0]} elements, at most {limit} are allowed")
+    return np.frombuffer(data, dtype=wanted)
 
 
 def node_ids(message: types_pb2.Array, field: str, trie: Trie, *, limit: int | None = None) -> Int64:
@@ -138,11 +140,11 @@ def to_evaluation(evaluation: Evaluation) -> types_pb2.Evaluation:
 def evaluation(message: types_pb2.Evaluation, field: str, trie: Trie) -> Evaluation:
     """An evaluation that could have come from an honest model. Raises InvalidArgumentError naming `field` otherwise."""
     result = Evaluation(
-        node=vector(message.node, f"{field}.node", "int32").astype(np.int32),
-        child_start=vector(message.child_start, f"{field}.child_start", "int64").astype(np.int64),
-        child=vector(message.child, f"{field}.child", "int32").astype(np.int32),
-        logp=vector(message.logp, f"{field}.logp", "float32").astype(np.float32),
-        log_mass=vector(message.log_mass, f"{field}.log_mass", "float32").astype(np.float32),
+        node=vector(message.node, f"{field}.node", "int32").astype(np.int32, copy=False),
+        child_start=vector(message.child_start, f"{field}.child_start", "int64").astype(np.int64, copy=False),
+        child=vector(message.child, f"{field}.child", "int32").astype(np.int32, copy=False),
+        logp=vector(message.logp, f"{field}.logp", "float32").astype(np.float32, copy=False),
+        log_mass=vector(message.log_mass, f"{field}.log_mass", "float32").astype(np.float32, copy=False),
     )
     try:
         result.validate(trie)
