@@ -85,8 +85,7 @@ class CostCurve:
 
     def saved(self, found: int, cached: int) -> float:
         """Nanoseconds that a pass on `cached` tokens gains where the keys and values of `found` more need not be computed."""
-        longer, shorter = self.predict([1 + found, 1], [cached, cached + found]).tolist()
-        return float(longer - shorter)
+        return float(self.predict(1 + found, cached) - self.predict(1, cached + found))
 
 
 def _between(axis: Int64, at: Float64) -> tuple[Int64, Int64, Float64]:

@@ -11,8 +11,8 @@ import asyncio
 import inspect
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -68,10 +68,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else grpc.stream_unary_rpc_method_handler
         )
 
-        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
-            async with self._around(method, context):
+        quiet = method.startswith(_INFRASTRUCTURE)
+
+        async def serve(requests: AsyncIterator[Any], context: Context) -> Any:
+            self._take(method, quiet)
+            try:
                 request = _valid_stream(requests) if handler.request_streaming else await _only(requests)
                 return await respond(behaviour(request, context), context)
+            finally:
+                self._calls[method] -= 1
+
+        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+            request_id = bind_request_id(_offered_id(context))
+            context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+            with _Logged(method, quiet) as logged:
+                try:
+                    return await serve(requests, context)
+                except (grpc.aio.AbortError, grpc.aio.InternalError):
+                    logged.code = "ABORTED BY HANDLER"
+                    raise  # gRPC has the status already, or the connection is gone
+                except Exception as error:  # noqa: BLE001 - call_status logs what it does not know
+                    status = call_status(error)
+                    logged.code = status.code.name
+                    context.set_code(status.code)  # which the interceptors around this one cannot see in an abort
+                    trailers = ((REQUEST_ID_HEADER, request_id), *status.trailers)
+                    await context.abort(status.code, status.details, trailers)
 
         return build(
             call,
@@ -79,26 +100,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    @asynccontextmanager
-    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
-        quiet = method.startswith(_INFRASTRUCTURE)
-        request_id = bind_request_id(_offered_id(context))
-        context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
-        with _Logged(method, quiet) as logged:
-            try:
-                with self._held(method, quiet):
-                    yield
-            except (grpc.aio.AbortError, grpc.aio.InternalError):
-                logged.code = "ABORTED BY HANDLER"
-                raise  # gRPC has the status already, or the connection is gone
-            except Exception as error:  # noqa: BLE001 - call_status logs what it does not know
-                status = call_status(error)
-                logged.code = status.code.name
-                context.set_code(status.code)  # which the interceptors around this one cannot see in an abort
-                await context.abort(status.code, status.details, ((REQUEST_ID_HEADER, request_id), *status.trailers))
-
-    @contextmanager
-    def _held(self, method: str, quiet: bool) -> Iterator[None]:
+    def _take(self, method: str, quiet: bool) -> None:
         """Each method has a bound of its own, so a flood of one leaves the others, and the server's memory, alone."""
         if self._calls[method] >= self._max_calls and not quiet:
             raise ResourceExhaustedError(
@@ -106,10 +108,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 retry_after_seconds=_RETRY_AFTER_SECONDS,
             )
         self._calls[method] += 1
-        try:
-            yield
-        finally:
-            self._calls[method] -= 1
 
 
 class _Logged:

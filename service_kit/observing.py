@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
@@ -45,11 +44,22 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         kind = next(kind for kind in _KINDS if getattr(handler, kind))
-        behaviour = getattr(handler, kind)
+        behaviour, name = getattr(handler, kind), method.rpartition("/")[2]
+        in_flight, seconds = self._metrics.in_flight.labels(name), self._metrics.seconds.labels(name)
 
         async def observed(request: Any, context: Context) -> Any:
-            with self._around(method, context):
-                return await behaviour(request, context)
+            begun, code = time.perf_counter(), "OK"
+            in_flight.inc()
+            try:
+                with tracing.call(method, tuple(context.invocation_metadata() or ())):
+                    return await behaviour(request, context)
+            except BaseException as error:
+                code = _status(error, context, time.perf_counter() - begun)
+                raise
+            finally:
+                in_flight.dec()
+                self._metrics.calls.labels(name, code).inc()
+                seconds.observe(time.perf_counter() - begun)
 
         build: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
         return build(
@@ -57,21 +67,6 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
-
-    @contextmanager
-    def _around(self, method: str, context: Context) -> Iterator[None]:
-        name, begun, code = method.rpartition("/")[2], time.perf_counter(), "OK"
-        self._metrics.in_flight.labels(name).inc()
-        try:
-            with tracing.call(method, tuple(context.invocation_metadata() or ())):
-                yield
-        except BaseException as error:
-            code = _status(error, context, time.perf_counter() - begun)
-            raise
-        finally:
-            self._metrics.in_flight.labels(name).dec()
-            self._metrics.calls.labels(name, code).inc()
-            self._metrics.seconds.labels(name).observe(time.perf_counter() - begun)
 
 
 def _status(error: BaseException, context: Context, took: float) -> str:

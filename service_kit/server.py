@@ -230,8 +230,8 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
-        # Calls that have arrived and that Python has not come to: beyond the first number (1,000 by default) gRPC drops some, beyond
-        # the second all, and their callers see CANCELLED. These are beyond what our own limits refuse, with a hint and a reason.
+        # Calls that have arrived and that Python has not come to: beyond the first number (1,000 by default) gRPC drops some,
+        # beyond the second all, and their callers see CANCELLED. Our own limits are to refuse them, with a hint and a reason.
         ("grpc.server.max_pending_requests", 10_000),
         ("grpc.server.max_pending_requests_hard_limit", 20_000),
         ("grpc.max_metadata_size", settings.max_metadata_bytes),  # below this all calls pass, above the other none

@@ -6,7 +6,7 @@ Everything here takes bytes from outside, so every field is checked before it is
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,13 @@ from engine.trie import Int64, Pruning, Trie
 from service_kit.errors import InvalidArgumentError
 from service_kit.mode import Mode
 
-_DTYPES: Final = {
+_DTYPES: Final[dict[types_pb2.DataType.ValueType, np.dtype[Any]]] = {
     types_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
     types_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
     types_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     types_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
 }
-_BY_NAME: Final = {dtype.name: dtype for dtype in _DTYPES.values()}
+_BY_NAME: Final[dict[str, np.dtype[Any]]] = {dtype.name: dtype for dtype in _DTYPES.values()}
 _DATA_TYPES: Final = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 _PROPOSALS: Final[dict[Proposal, draft_pb2.Proposal.ValueType]] = {
     Proposal.TOP: draft_pb2.PROPOSAL_TOP,
