@@ -92,9 +92,8 @@ def check_ids(field: str, values: Sequence[str], limit: int) -> None:
     if len(values) > limit:
         raise InvalidArgumentError(field, f"has {len(values)} items, at most {limit} are allowed")
     for index, value in enumerate(values):
-        if (
-            not 0 < len(value.encode()) <= MAX_ID_BYTES
-        ):  # a name for each of ten thousand would cost more than the check
+        # Here first: a name for each of ten thousand would cost more than the check.
+        if not 0 < len(value.encode()) <= MAX_ID_BYTES:
             check_id(f"{field}[{index}]", value)
 
 

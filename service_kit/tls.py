@@ -135,9 +135,8 @@ def _read(files: TlsFiles) -> Pems:
         pems = Pems(*(path.read_bytes() if path else None for path in (files.certificate, files.key, files.ca)))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if files.certificate:
-            context.load_cert_chain(
-                files.certificate, files.key, password=""
-            )  # an encrypted key must not ask the terminal
+            # With a password, so that an encrypted key does not ask the terminal.
+            context.load_cert_chain(files.certificate, files.key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise TlsError(f"{_names(files.certificate, files.key)}: {_reason(error)}") from None
     try:

@@ -168,10 +168,7 @@ class TargetSession:
                 failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
             except TimeoutError:
                 failure, again = UnavailableError("no target replica answered in time"), True
-            except (
-                asyncio.InvalidStateError,
-                grpc.aio.BaseError,
-            ):  # stream or channel had ended before the request was written
+            except (asyncio.InvalidStateError, grpc.aio.BaseError):  # it had ended before the request was written
                 failure, again = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:
                 _log.warning("target answered nonsense", problem=str(error))
@@ -246,9 +243,8 @@ class TargetSession:
     def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> list[_Answer]:
         """The reply's passes. Raises BadReplyError when the first is not one over the nodes asked for."""
         if reply.model_version != self._client.model_version:
-            raise BadReplyError(
-                "model_version: not the one asked for"
-            )  # scores of two models must not meet in one list
+            # Scores of two models must not meet in one list.
+            raise BadReplyError("model_version: not the one asked for")
         self.usage.model_version = reply.model_version
         answers = [self._answer(reply.evaluation, reply.statistics)]
         answers.extend(self._answer(further.evaluation, further.statistics) for further in reply.further)
@@ -283,7 +279,7 @@ async def _finish(stream: Stream) -> None:
         async with asyncio.timeout(_GOODBYE_SECONDS):
             await stream.done_writing()
             await stream.read()
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+    except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError):
         stream.cancel()
 
 

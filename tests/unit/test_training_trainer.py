@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,16 +18,9 @@ from training.recipe import Schedule
 from training.sequences import Batch, Example
 from training.trainer import STATE, Loss, Trainer, cross_entropy
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SCHEDULE = Schedule(epochs=4, batch_size=4, learning_rate=1e-2, warmup=0.2, patience=9, select_by="loss")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several threads on matrices this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Killed(BaseException):
