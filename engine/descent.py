@@ -6,6 +6,7 @@ import numpy as np
 
 from engine.beams import Beams, children_by_gumbel, children_by_score
 from engine.scoring import Children, Evaluation, Perturbation, ScoringRule
+from engine.tree_evaluator import Steps
 from engine.trie import Int64, Trie
 
 
@@ -21,11 +22,17 @@ class Descent:
         self._beams, self._level = Beams.root(), 0
         self._evaluated: dict[int, Children] = {}
 
-    def add(self, evaluation: Evaluation) -> None:
-        """Take a pass's result."""
-        self._evaluated.update(evaluation.items())
+    def steps(self, nodes: Int64) -> Steps[list[Evaluation]]:
+        """From a first pass over these nodes on, the root among them, down to the last inner level: what every pass says."""
+        passes: list[Evaluation] = []
+        while len(nodes):
+            evaluation = yield nodes
+            passes.append(evaluation)
+            self._evaluated.update(evaluation.items())
+            nodes = self._next_nodes()
+        return passes
 
-    def next_nodes(self) -> Int64:
+    def _next_nodes(self) -> Int64:
         """The ascending nodes [n] of the next pass; none once what is left to choose are leaves."""
         while self._level < self._trie.levels:
             known = np.array([self._knows(node) for node in self._beams.node.tolist()], dtype=bool)

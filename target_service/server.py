@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 from atspeed.v1 import target_pb2, target_pb2_grpc
 
+from engine.cost import PassCost
 from engine.descent import Descent
 from engine.scoring import Evaluation
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
@@ -110,28 +111,22 @@ class _Opened:
         """One pass and, where `beam_width` is above 0, those of a beam search that goes on from it."""
         evaluator, info = self.model.evaluator, self.model.info
         nodes = wire.node_ids(request.nodes, "nodes", evaluator.trie, limit=info.max_nodes)
-        evaluation, cost = await evaluator.evaluate(self.tree, nodes, self.selection)
-        further = await self._go_on(evaluation, beam_width) if beam_width else ()
+        if not beam_width:
+            return self._response(*await evaluator.evaluate(self.tree, nodes, self.selection))
+        descent = Descent(evaluator.trie, evaluator.rule, beam_width, self.selection.perturbation)
+        evaluations, _ = await evaluator.follow(self.tree, descent.steps(nodes), self.selection)
+        costs = [record.cost for record in self.tree.passes]
+        response = self._response(evaluations[0], costs[0])
+        for evaluation, cost in zip(evaluations[1:], costs[1:], strict=True):
+            response.further.add(evaluation=wire.to_evaluation(evaluation), statistics=wire.to_statistics(cost))
+        return response
+
+    def _response(self, evaluation: Evaluation, cost: PassCost) -> target_pb2.EvaluateResponse:
         return target_pb2.EvaluateResponse(
             evaluation=wire.to_evaluation(evaluation),
             statistics=wire.to_statistics(cost),
-            model_version=info.model_version,
-            further=further,
+            model_version=self.model.info.model_version,
         )
-
-    async def _go_on(self, evaluation: Evaluation, beam_width: int) -> list[target_pb2.FurtherPass]:
-        """Each pass waits for its turn like any other, so that a search which goes on by itself is no more than others' equal."""
-        evaluator = self.model.evaluator
-        descent = Descent(evaluator.trie, evaluator.rule, beam_width, self.selection.perturbation)
-        passes: list[target_pb2.FurtherPass] = []
-        descent.add(evaluation)
-        while len(nodes := descent.next_nodes()):
-            evaluation, cost = await evaluator.evaluate(self.tree, nodes, self.selection)
-            descent.add(evaluation)
-            passes.append(
-                target_pb2.FurtherPass(evaluation=wire.to_evaluation(evaluation), statistics=wire.to_statistics(cost))
-            )
-        return passes
 
 
 async def _talking(

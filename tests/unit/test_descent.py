@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Generator
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.descent import Descent
-from engine.scoring import Perturbation, ScoringRule
-from engine.trie import ROOT, Pruning
+from engine.scoring import Evaluation, Perturbation, ScoringRule
+from engine.trie import ROOT, Int64, Pruning
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.verification import ExactSampling, Policy, Strict
 from tests.oracles.naive_trie import NaiveTrie
@@ -25,10 +26,26 @@ def asked_by_the_loop(target: TableTarget, policy: Policy) -> list[list[int]]:
 
 def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     world = target.world
-    descent = Descent(world.trie, world.rule, policy.beam_width, target.noise)
-    while len(nodes := descent.next_nodes()):
-        descent.add(asyncio.run(target.evaluate(nodes)))
+    found: list[Evaluation] = []
+
+    def search() -> Generator[Int64, Evaluation, None]:
+        descent = Descent(world.trie, world.rule, policy.beam_width, target.noise)
+        found.extend((yield from descent.steps(np.array([ROOT]))))
+
+    passes = search()
+    nodes: Int64 | None = next(passes)
+    while nodes is not None:
+        nodes = sent(passes, asyncio.run(target.evaluate(nodes)))
+    assert [evaluation.node.tolist() for evaluation in found] == target.asked
     return target.asked
+
+
+def sent(passes: Generator[Int64, Evaluation, None], evaluation: Evaluation) -> Int64 | None:
+    """The nodes of the next pass, if there is one."""
+    try:
+        return passes.send(evaluation)
+    except StopIteration:
+        return None
 
 
 @given(naive_tries(), st.sampled_from(ScoringRule), st.integers(1, 6), st.integers(0, 2**32), st.data())
@@ -42,14 +59,13 @@ def test_its_passes_are_the_loops(
     for policy in (Strict(width), ExactSampling(width, Perturbation(seed, 0.7))):
         noise = policy.noise if policy.perturbed else None
         one, other = (TableTarget(world, world.pruning(excluded), width, noise) for _ in range(2))
-        assert made_alone(one, policy) == asked_by_the_loop(other, policy)
+        asked = asked_by_the_loop(other, policy)
+        if asked[:1] == [[ROOT]]:  # else, under rule `trie`, the root has a single child and needs no pass
+            assert made_alone(one, policy) == asked
 
 
 def test_below_a_root_without_children_there_is_nothing_to_do() -> None:
     naive = NaiveTrie({"a": (0, 0), "b": (1, 1)}, (2, 2))
     world = World.random(naive, ScoringRule.VOCAB, seed=1)
     target = TableTarget(world, Pruning(world.trie.children(ROOT).astype(np.int32)), 2)
-    descent = Descent(world.trie, world.rule, 2)
-    assert descent.next_nodes().tolist() == [ROOT]
-    descent.add(asyncio.run(target.evaluate(np.array([ROOT]))))
-    assert descent.next_nodes().tolist() == []
+    assert made_alone(target, Strict(2)) == [[ROOT]]
