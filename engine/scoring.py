@@ -133,8 +133,8 @@ def best_children(
     Best = highest log-probability, or highest perturbed one; ties go to the lower code. Pruning never changes a score.
     """
     row, child = trie.children_of(nodes)
-    column = trie.codebook_offset[trie.depth(nodes)][row] + trie.code[child]
-    value = logits[row, column].astype(np.float64)
+    first_column = trie.codebook_offset[trie.depth(nodes)] + np.arange(0, logits.size, logits.shape[1])
+    value = logits.take(first_column[row] + trie.code[child]).astype(np.float64)
     if rule is ScoringRule.VOCAB:
         logp = value - log_normalizer[row]
     else:

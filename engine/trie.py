@@ -126,8 +126,7 @@ class Trie:
         """All children of `nodes` [n]: (row [m], child [m]); `row` indexes `nodes`, children in order within a row."""
         start, count = self.child_start[nodes], self.child_count[nodes].astype(np.int64)
         row = np.repeat(np.arange(len(nodes)), count)
-        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-        return row, start[row] + within
+        return row, np.arange(len(row)) + (start - (np.cumsum(count) - count))[row]
 
     def path(self, node: int) -> tuple[int, ...]:
         """The codes from the root to a node."""

@@ -144,6 +144,16 @@ def by_definition(case: Case, start: Beams) -> NaivePlan:
     return naive_plan(case.world.naive, case.world.paths(start.node), priority, case.size, case.scales, case.free)
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.data())
+def test_the_best_of_some_rows_are_those_that_sorting_would_take(scores: list[int], data: st.DataObject) -> None:
+    """Ties included, which the node's id decides."""
+    count, priority = len(scores), np.array(scores, dtype=np.float64)
+    node = np.array(data.draw(st.permutations(range(count))))
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, count - 1)))), dtype=np.int64)
+    width, some = data.draw(st.integers(0, count + 1)), Beams(node, priority, priority, priority)
+    assert sorted(node[some.best_among(rows, width)]) == sorted(some.take(rows).best(width).node)
+
+
 @settings(max_examples=400)
 @given(cases())
 def test_a_plan_is_what_its_definition_says(case: Case) -> None:
