@@ -6,12 +6,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmarks.decode_rows import Prefix
 from client.bench_parts import (
     Histories,
     JsonFile,
@@ -27,6 +27,7 @@ from client.bench_parts import (
 from client.cli_parts import BundleFolder, CommandError, optional, out
 from client.inflate_cli import InflatedPrecision
 from engine.bundle import Bundle
+from engine.decoder import Provider
 from orchestrator.planning.planner import PlannerKind
 from service_kit import event_loop
 from service_kit.mode import Mode
@@ -40,21 +41,7 @@ Threads = Annotated[
 ]
 
 
-class PrefixChoice(StrEnum):
-    """What the services know of a prompt."""
-
-    COLD = "cold"
-    WARM = "warm"
-
-
-class ProviderChoice(StrEnum):
-    """Where the models run."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-Provider = Annotated[ProviderChoice, typer.Option(help="Where the models run.")]
+RunsOn = Annotated[Provider, typer.Option("--provider", help="Where the models run.")]
 Widths = Annotated[
     list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
 ]
@@ -81,7 +68,7 @@ def bench_decode(
     most_items: MostItems = None,
     k: Widths = None,
     mode: Annotated[list[Mode] | None, typer.Option(help="How lists are made.  [default: all]")] = None,
-    prefix: Annotated[list[PrefixChoice] | None, typer.Option(help="[default: both]")] = None,
+    prefix: Annotated[list[Prefix] | None, typer.Option(help="[default: both]")] = None,
     tolerance: Tolerance = 0.1,
     perfect: Annotated[
         bool, typer.Option("--perfect/--no-perfect", help="Measure plans that are perfect and free: the limit.")
@@ -89,7 +76,7 @@ def bench_decode(
     settle: Annotated[int, typer.Option(min=1, help="Users before these who do not count: the planner learns.")] = 3,
     planner: Planner = PlannerKind.ADAPTIVE,
     threads: Threads = None,
-    provider: Provider = ProviderChoice.CPU,
+    provider: RunsOn = "cpu",
     seed: Seed = 1,
     json_file: JsonFile = None,
     report: Page = None,
@@ -107,11 +94,11 @@ def bench_decode(
     chosen = choose_histories(catalogue, histories, wanted, seed, least_items=least_items, most_items=most_items)
     if (users := len(chosen) - settle) < 1:
         raise CommandError(f"--settle {settle}: there are only {len(chosen)} users with so many items")
-    running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value, planner=planner.value)
+    running = Running(threads=threads or os.cpu_count() or 1, provider=provider, planner=planner.value)
     question = decode.Question(
         widths=k or decode.WIDTHS,
         modes=mode or decode.MODES,
-        prefixes=[decode_rows.Prefix(choice.value) for choice in prefix or PrefixChoice],
+        prefixes=prefix or list(Prefix),
         tolerance=tolerance,
         peer_users=users if peer_users is None else min(peer_users, users),
         perfect=perfect,
@@ -139,7 +126,7 @@ def bench_overhead(
         list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 5 10 20]")
     ] = None,
     threads: Threads = None,
-    provider: Provider = ProviderChoice.CPU,
+    provider: RunsOn = "cpu",
     seed: Seed = 1,
     json_file: JsonFile = None,
     report: Page = None,
@@ -152,7 +139,7 @@ def bench_overhead(
     opened = Bundle(bundle)
     catalogue = opened.catalogue()
     chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
-    running = Running(threads=threads or os.cpu_count() or 1, provider=provider.value)
+    running = Running(threads=threads or os.cpu_count() or 1, provider=provider)
     rows = event_loop.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, running))
     out.print(overhead.table(rows))
     named = histories.name if histories else "random items"
@@ -172,8 +159,8 @@ def bench_gpu(
         list[str] | None,
         typer.Option(metavar="TARGET+DRAFT", help="Shapes of `atspeed inflate`.  [default: 1.7b+68m 7b+68m]"),
     ] = None,
-    precision: Annotated[InflatedPrecision, typer.Option(help="Of inflated weights.")] = InflatedPrecision.FLOAT16,
-    provider: Provider = ProviderChoice.CUDA,
+    precision: Annotated[InflatedPrecision, typer.Option(help="Of inflated weights.")] = "float16",
+    provider: RunsOn = "cuda",
     users: Annotated[int, typer.Option(min=1, help="Users whose lists are timed.")] = 30,
     exact_users: Annotated[int, typer.Option(min=1, help="Users whose lists are compared with the CPU's.")] = 100,
     hf_users: Annotated[int, typer.Option(min=0, help="Of the users, those that Hugging Face answers.")] = 5,
@@ -195,8 +182,8 @@ def bench_gpu(
     optional("transformers.utils.logging").disable_progress_bar()
     opened = Bundle(bundle)
     setup = gpu.Setup(
-        provider=provider.value,
-        precision=precision.value,
+        provider=provider,
+        precision=precision,
         work=work,
         sizes=size or gpu.SIZES,
         widths=k or gpu.decode.WIDTHS,
@@ -217,12 +204,12 @@ def bench_gpu(
     about = gpu.header(setup, histories=histories.name if histories else "random items")
     save(out_folder / gpu.file_name(), opened, seed, gpu.to_json(found), about)
     if found.different:
-        raise CommandError(f"{found.different} lists on {provider.value} differ from the CPU's beyond near-ties")
+        raise CommandError(f"{found.different} lists on {provider} differ from the CPU's beyond near-ties")
 
 
 @contextmanager
 def _peers(
-    bundle: Bundle, checkpoint: Path | None, *, genai: bool, threads: int, provider: ProviderChoice
+    bundle: Bundle, checkpoint: Path | None, *, genai: bool, threads: int, provider: Provider
 ) -> Iterator[Sequence[Peer]]:
     """The other engines, loaded."""
     if checkpoint is None:
@@ -231,7 +218,7 @@ def _peers(
     others, exporter = optional("benchmarks.decode_peers"), optional("training.export")
     optional("transformers.utils.logging").disable_progress_bar()
     with ExitStack() as stack:
-        model = exporter.load_checkpoint(checkpoint).to(provider.value)
+        model = exporter.load_checkpoint(checkpoint).to(provider)
         peers: list[Peer] = [others.HuggingFace(bundle, model, threads=threads)]
         if genai:
             optional("onnxruntime_genai")

