@@ -64,7 +64,8 @@ class OrchestratorSettings(ServiceSettings):
     """
     draft_backoff_seconds: float = Field(default=1.0, ge=0, le=600)
     """How long a draft is left alone that failed several requests in a row."""
-    target_attempts: int = Field(default=3, ge=1, le=10)
+    # One more than target_pass_seconds fit between a replica's hang and the pings that find it: in turn, all may meet that one.
+    target_attempts: int = Field(default=4, ge=1, le=10)
     """Replicas tried for a pass before giving up."""
     target_pass_seconds: float = Field(default=3.0, gt=0, le=3600)
     """How long a replica may take for a pass before another one is tried."""

@@ -221,7 +221,7 @@ def _auth(settings: ServiceSettings) -> list[grpc.aio.ServerInterceptor]:
 def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
     """Channel arguments of a server.
 
-    A client may ping every 5 s; one that pings more often is sent away with ENHANCE_YOUR_CALM. (The key that is often
+    A client may ping every 2 s; one that pings more often is sent away with ENHANCE_YOUR_CALM. (The key that is often
     seen, min_recv_ping_interval_without_data_ms, has no effect.) Connections are renewed at a certain age: clients then
     resolve names again and find replicas that were added. Calls that run go on over the old one, for an hour at most.
     """
@@ -239,8 +239,9 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed after that
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
         ("grpc.max_connection_age_ms", int(settings.max_connection_seconds * 1000)),
         ("grpc.max_connection_age_grace_ms", 3_600_000),
     ]

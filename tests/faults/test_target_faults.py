@@ -75,6 +75,17 @@ class TestOneOfTwo:
         replies = storm(calls, {10: replaced(one), 20: replaced(other), 30: replaced(one), 40: replaced(other)})
         assert_all_right(replies, cases * 6)
 
+    def test_hanging(self, stack: LocalStack, client: Client, cases: list[Case]) -> None:
+        """Its connections stay, and nothing comes over them: the other one takes its streams up, and soon none goes there."""
+        all_reached(client, stack.targets, cases)
+        suspend(stack.targets[0])
+        replies = storm(asking(client, cases), {}, concurrency=len(cases))
+        assert_all_right(replies, cases)
+        assert sum(reply.statistics.target_retries for reply in replies) > 0
+        until(lambda: not any(call().statistics.target_retries for call in asking(client, cases)))
+        resume(stack.targets[0])
+        all_reached(client, stack.targets, cases)
+
     @pytest.mark.parametrize("mode", [pb.MODE_RELAXED_SAMPLING, pb.MODE_EXACT_SAMPLING])
     def test_a_sample_survives_its_replica(
         self, stack: LocalStack, client: Client, cases: list[Case], mode: pb.Mode.ValueType
