@@ -218,12 +218,15 @@ class TestNonsense:
         assert_all_right(replies, cases[:2])
         assert [list(reply.degraded_reasons) for reply in replies] == [[f"draft: {code.name}"]] * 2
 
-    def test_a_draft_that_fails_half_way(self, misled: Client, fake_draft: FakeDraft, cases: list[Case]) -> None:
-        """Its first plan is of no use, and when it is asked again it fails."""
+    def test_a_draft_that_fails_half_way(
+        self, misled: Client, fake_draft: FakeDraft, catalogue: Catalogue, cases: list[Case]
+    ) -> None:
+        """Its first plan is of little use, and when it is asked again it fails."""
+        little = plan([int(catalogue.trie.level_start[1])])
 
         def answer(request: draft_pb2.PlanRequest, context: grpc.ServicerContext) -> bytes:
             nodes = np.frombuffer(request.beams.data, dtype="<i4")
-            return empty_plan(request, context) if nodes.tolist() == [0] else saying(b"\xff")(request, context)
+            return saying(little if nodes.tolist() == [0] else b"\xff")(request, context)
 
         fake_draft.answer = answer
         replies = storm(asking(misled, cases), {})
