@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -221,6 +223,14 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     temporary = root / f"{MANIFEST}.partial"
     temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
     temporary.replace(root / MANIFEST)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """The same file at another path: a hard link, or a copy where the file system can have none."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copy2(source, path)
 
 
 def hash_files(root: Path) -> dict[str, str]:

@@ -5,13 +5,12 @@ Codebooks stay, so both models read the new items as they are; how well they rec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from engine.bundle import Bundle, hash_files, write_manifest
+from engine.bundle import Bundle, hash_files, link_or_copy, write_manifest
 from engine.catalogue import Catalogue
 from engine.errors import CatalogueError
 
@@ -35,7 +34,7 @@ def restocked(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]], remove
 
 
 def restock(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Bundle:
-    """Write the bundle with the other catalogue to `out`, which must not exist. The models' files are hard links to the old ones.
+    """Write the bundle with the other catalogue to `out`, which must not exist. The models' files are linked or copied.
 
     Raises CatalogueError as `restocked`, FileExistsError.
     """
@@ -44,7 +43,7 @@ def restock(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, ...]], rem
     for name in bundle.manifest.files:
         if not name.startswith("catalogue/"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(bundle.root / name, out / name)
+            link_or_copy(bundle.root / name, out / name)
     catalogue.save(out / "catalogue")
     changed = {name: digest for name, digest in hash_files(out).items() if name.startswith("catalogue/")}
     kept = {name: digest for name, digest in bundle.manifest.files.items() if not name.startswith("catalogue/")}

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.bundle import Manifest, ModelEntry, Provenance, Role, fingerprint, hash_files, read_manifest, write_manifest
+from engine.bundle import (
+    Manifest,
+    ModelEntry,
+    Provenance,
+    Role,
+    fingerprint,
+    hash_files,
+    link_or_copy,
+    read_manifest,
+    write_manifest,
+)
 from engine.catalogue import Catalogue
 from training.data import Dataset
 from training.export import MODEL_FILE, ExportReport, export_decoder
@@ -86,13 +94,10 @@ def versions() -> dict[str, str]:
 
 
 def share_files(source: Path, folder: Path) -> None:
-    """The same files in another folder: hard links, or copies where the file system has none."""
+    """The same files in another folder, see `link_or_copy`."""
     folder.mkdir(parents=True)
     for path in source.iterdir():
-        try:
-            os.link(path, folder / path.name)
-        except OSError:
-            shutil.copy2(path, folder / path.name)
+        link_or_copy(path, folder / path.name)
 
 
 def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> ExportReport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +64,18 @@ def test_a_restocked_bundle_is_whole_and_shares_its_models(tmp_path: Path) -> No
     assert new.model_path("target").samefile(old.model_path("target"))
     assert new.manifest.target == old.manifest.target
     assert new.manifest.model_version("target") != old.manifest.model_version("target")
+
+
+def test_where_the_file_system_has_no_hard_links_files_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from one disk to another."""
+    old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
+
+    def refuse(source: Path, _path: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+    monkeypatch.setattr(os, "link", refuse)
+    new = restock(old, tmp_path / "new", {"new": (1, 2)}, [])
+    new.verify()
+    assert not new.model_path("target").samefile(old.model_path("target"))
