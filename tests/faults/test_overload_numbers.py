@@ -98,7 +98,7 @@ def test_five_times_the_limit(large_bundle: Bundle, small_stack: LocalStack) -> 
     catalogue = large_bundle.catalogue()
     requests = [request_of(random_history(catalogue, 1 + seed % 20, seed), k=20) for seed in range(200)]
     with Caller(small_stack.address, requests) as caller:
-        caller.at_once(PLACES + QUEUE, SECONDS / 2).result()  # warm
+        caller.at_once(PLACES + QUEUE, SECONDS).result()  # warm, and the planner knows what pays
         peak = caller.at_once(PLACES + QUEUE, SECONDS).result()  # as many as it takes without a refusal
         assert set(peak.codes) == {"OK"}
         before, logged = memory(small_stack), small_stack.orchestrators[0].log.stat().st_size
@@ -106,7 +106,7 @@ def test_five_times_the_limit(large_bundle: Bundle, small_stack: LocalStack) -> 
         probes = probe(small_stack, running)
         flood = running.result()
         grown = memory(small_stack) - before
-        after = caller.at_once(PLACES + QUEUE, SECONDS / 2).result()
+        after = caller.at_once(PLACES + QUEUE, SECONDS).result()
     refused = flood.seconds["RESOURCE_EXHAUSTED"]
     decided = refusals_ms(small_stack, logged)
     print(  # noqa: T201 - numbers for whoever runs `make faults`
@@ -115,7 +115,7 @@ def test_five_times_the_limit(large_bundle: Bundle, small_stack: LocalStack) -> 
         f"{len(probes)} probes: {told(probes)}; memory {grown:+.1f} MiB; afterwards {after.goodput:.1f}/s"
     )
     assert set(flood.codes) == {"OK", "RESOURCE_EXHAUSTED"}, flood.details
-    assert flood.goodput >= 0.9 * peak.goodput
+    assert flood.goodput >= 0.9 * max(peak.goodput, after.goodput)
     assert len(decided) == len(refused)
     assert np.quantile(refused, 0.99) <= 0.05
     assert max(probes) <= 0.2
