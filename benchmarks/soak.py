@@ -35,7 +35,6 @@ from client.recommender import RecommenderClient, RecommenderError
 from engine.bundle import Bundle
 
 SAMPLE_SECONDS = 2.0
-CRASH_SECONDS = 3.0
 _FLAGS = {"target": {"kv-memory-mb": 16, "threads": 1}, "draft": {"kv-memory-mb": 16}, "orchestrator": {}}
 
 
@@ -61,12 +60,15 @@ class Sample:
 
 @dataclass
 class Run:
-    """What was seen. samples: by process. latencies: (seconds since the start, seconds) of every answered request."""
+    """What was seen. samples: by process. latencies: (seconds since the start, seconds) of every answered list.
+
+    crashes: when clients were killed, in seconds since the start.
+    """
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     latencies: list[tuple[float, float]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    crashes: int = 0
+    crashes: list[float] = field(default_factory=list)
     left_behind: int = 0
 
 
@@ -122,14 +124,34 @@ def findings(run: Run, warm_up: float, end: float, bounds: Bounds) -> list[Findi
     return found
 
 
-async def soak(stack: LocalStack, histories: Sequence[History], seconds: float, rate: float, seed: int) -> Run:
+def growths(run: Run, warm_up: float) -> list[str]:
+    """What each process's memory grew by, from the warm-up to the end, over the lists and over the crashed clients of that time.
+
+    One number says nothing of which of the two it was; two runs of other rates do.
+    """
+    lists = sum(at >= warm_up for at, _ in run.latencies)
+    crashed = sum(at >= warm_up for at in run.crashes)
+    found = []
+    for name, samples in run.samples.items():
+        after = [one.memory for one in samples if one.at >= warm_up]
+        grown = (after[-1] - after[0]) / 1024 if after else 0.0
+        found.append(
+            f"{name}: {grown / max(1, lists):.2f} KB of memory for each of {lists} lists, "
+            f"or {grown / max(1, crashed):.1f} for each of {crashed} crashed clients"
+        )
+    return found
+
+
+async def soak(
+    stack: LocalStack, histories: Sequence[History], seconds: float, rate: float, seed: int, crash_seconds: float
+) -> Run:
     """Load, crashes and samples for so long."""
     run, begun = Run(), time.monotonic()
     names = {f"{service.module}-{number}": service for number, service in enumerate(stack.services)}
     async with RecommenderClient(stack.address) as client:
         async with background(
             load(run, client, histories, rate, random.Random(seed), begun),  # noqa: S311 - no secret
-            crashes(run, stack.address, histories[0], random.Random(seed)),  # noqa: S311 - no secret
+            crashes(run, stack.address, histories[0], random.Random(seed), begun, crash_seconds),  # noqa: S311 - no secret
         ):
             while (at := time.monotonic() - begun) < seconds:
                 for name, service in names.items():
@@ -173,7 +195,7 @@ async def load(
             await asyncio.sleep(rng.expovariate(rate))
 
 
-async def crashes(run: Run, address: str, history: History, rng: random.Random) -> None:
+async def crashes(run: Run, address: str, history: History, rng: random.Random, begun: float, pause: float) -> None:
     """Clients that are killed while their calls are under way, one after the other."""
     while True:
         client = await asyncio.create_subprocess_exec(
@@ -184,12 +206,12 @@ async def crashes(run: Run, address: str, history: History, rng: random.Random) 
             assert client.stdout is not None  # noqa: S101 - it was asked for
             await client.stdout.readline()
             await asyncio.sleep(rng.random() * 0.3)
-            run.crashes += 1
+            run.crashes.append(time.monotonic() - begun)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 client.send_signal(signal.SIGKILL)
             await client.wait()
-        await asyncio.sleep(CRASH_SECONDS)
+        await asyncio.sleep(pause)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--rate", type=float, default=5.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
+    parser.add_argument("--crash-seconds", type=float, default=3.0, help="from one crashed client to the next")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
@@ -209,15 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         local = stack.enter_context(
             LocalStack(chosen.bundle, redis_url=redis_url, drafts=drafts, targets=2, flags=_FLAGS)
         )
-        run = asyncio.run(soak(local, histories, seconds, chosen.rate, chosen.seed))
+        run = asyncio.run(soak(local, histories, seconds, chosen.rate, chosen.seed, chosen.crash_seconds))
     found = findings(run, warm_up=seconds / 5, end=seconds, bounds=bounds)
     for finding in found:
         sys.stdout.write(
             f"{'ok ' if finding.level else 'BAD'} {finding.what}: {finding.value} (at most {finding.most})\n"
         )
-    sys.stdout.write(f"{len(run.latencies)} lists, {run.crashes} crashed clients\n")
+    sys.stdout.writelines(f"{line}\n" for line in growths(run, warm_up=seconds / 5))
+    sys.stdout.write(f"{len(run.latencies)} lists, {len(run.crashes)} crashed clients\n")
     if chosen.json:
-        header = provenance(bundle, seed=chosen.seed) | {"bounds": asdict(bounds), "crashes": run.crashes}
+        header = provenance(bundle, seed=chosen.seed) | {"bounds": asdict(bounds), "crashes": len(run.crashes)}
         rows = [asdict(finding) | {"level": finding.level} for finding in found]
         series = [{"process": name, **asdict(one)} for name, samples in run.samples.items() for one in samples]
         Result(header | {"failures": run.failures[:20]}, [*rows, *series]).write(chosen.json)

@@ -34,7 +34,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from engine.errors import EngineError
-from service_kit import event_loop, logs, tracing
+from service_kit import event_loop, grpc_batches, logs, tracing
 from service_kit.auth import AuthInterceptor
 from service_kit.channels import health_name
 from service_kit.errors import StartupError
@@ -116,6 +116,7 @@ def run(
     settings = settings_type.load(arguments)
     logs.configure(settings.service, settings.log_level, settings.log_format, error_texts=settings.log_error_texts)
     logs.take_over_uncaught()
+    grpc_batches.install()
     try:
         with tracing.started(settings.service, on=settings.tracing):
             event_loop.run(serve(settings, application))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.soak import Bounds, Run, Sample, findings
+from benchmarks.soak import Bounds, Run, Sample, findings, growths
 
 END, WARM_UP = 1000, 200
 MB = 2**20
@@ -47,3 +47,10 @@ def test_what_grows_later_is_not(run: Run, found: str) -> None:
 
 def test_a_little_growth_is_allowed() -> None:
     assert not_level(run_of(memory_per_second=0.02 * MB, threads_at_end=10, slowdown=0.05)) == []
+
+
+def test_growth_is_told_for_each_list_and_each_crashed_client() -> None:
+    run = run_of(memory_per_second=2048.0)  # of two lists each
+    run.crashes = [10.0, *(float(at) for at in range(WARM_UP, END, 4))]
+    (line,) = growths(run, WARM_UP)
+    assert line == "target-0: 1.00 KB of memory for each of 1600 lists, or 8.0 for each of 200 crashed clients"
