@@ -104,16 +104,13 @@ def findings(run: Run, warm_up: float, end: float, bounds: Bounds) -> list[Findi
     """The first fifth after the warm-up against the last fifth; of latencies the halves, for there are few beyond p99."""
     found = []
     for name, samples in run.samples.items():
-        after = [one for one in samples if one.at >= warm_up]
-        fifth = max(1, len(after) // 5)
-        first, last = after[:fifth], after[-fifth:]
         for unit, attribute, scale, most in (
             ("MB of memory", "memory", 2**20, bounds.memory_mb),
             ("descriptors", "descriptors", 1, bounds.descriptors),
             ("threads", "threads", 1, bounds.threads),
         ):
-            level = [statistics.median(getattr(one, attribute) for one in part) for part in (first, last)]
-            found.append(Finding(f"{name}: more {unit}", round((level[1] - level[0]) / scale, 2), most))
+            first, last = _levels(samples, warm_up, attribute)
+            found.append(Finding(f"{name}: more {unit}", round((last - first) / scale, 2), most))
     middle = (warm_up + end) / 2
     before = [seconds for at, seconds in run.latencies if warm_up <= at < middle]
     later = [seconds for at, seconds in run.latencies if at >= middle]
@@ -124,22 +121,31 @@ def findings(run: Run, warm_up: float, end: float, bounds: Bounds) -> list[Findi
     return found
 
 
-def growths(run: Run, warm_up: float) -> list[str]:
-    """What each process's memory grew by, from the warm-up to the end, over the lists and over the crashed clients of that time.
+def growths(run: Run, warm_up: float, end: float) -> list[str]:
+    """What each process's memory grew by from the first fifth after the warm-up to the last, for each list and each crashed
+    client between the middles of these.
 
     One number says nothing of which of the two it was; two runs of other rates do.
     """
-    lists = sum(at >= warm_up for at, _ in run.latencies)
-    crashed = sum(at >= warm_up for at in run.crashes)
+    edge = (end - warm_up) / 10
+    lists = sum(warm_up + edge <= at < end - edge for at, _ in run.latencies)
+    crashed = sum(warm_up + edge <= at < end - edge for at in run.crashes)
     found = []
     for name, samples in run.samples.items():
-        after = [one.memory for one in samples if one.at >= warm_up]
-        grown = (after[-1] - after[0]) / 1024 if after else 0.0
+        first, last = _levels(samples, warm_up, "memory")
+        grown = (last - first) / 1024
         found.append(
             f"{name}: {grown / max(1, lists):.2f} KB of memory for each of {lists} lists, "
             f"or {grown / max(1, crashed):.1f} for each of {crashed} crashed clients"
         )
     return found
+
+
+def _levels(samples: Sequence[Sample], warm_up: float, attribute: str) -> tuple[float, float]:
+    """The medians of the first and of the last fifth after the warm-up."""
+    after = [getattr(one, attribute) for one in samples if one.at >= warm_up]
+    fifth = max(1, len(after) // 5)
+    return statistics.median(after[:fifth]), statistics.median(after[-fifth:])
 
 
 async def soak(
@@ -238,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(
             f"{'ok ' if finding.level else 'BAD'} {finding.what}: {finding.value} (at most {finding.most})\n"
         )
-    sys.stdout.writelines(f"{line}\n" for line in growths(run, warm_up=seconds / 5))
+    sys.stdout.writelines(f"{line}\n" for line in growths(run, warm_up=seconds / 5, end=seconds))
     sys.stdout.write(f"{len(run.latencies)} lists, {len(run.crashes)} crashed clients\n")
     if chosen.json:
         header = provenance(bundle, seed=chosen.seed) | {"bounds": asdict(bounds), "crashes": len(run.crashes)}

@@ -52,5 +52,5 @@ def test_a_little_growth_is_allowed() -> None:
 def test_growth_is_told_for_each_list_and_each_crashed_client() -> None:
     run = run_of(memory_per_second=2048.0)  # of two lists each
     run.crashes = [10.0, *(float(at) for at in range(WARM_UP, END, 4))]
-    (line,) = growths(run, WARM_UP)
-    assert line == "target-0: 1.00 KB of memory for each of 1600 lists, or 8.0 for each of 200 crashed clients"
+    (line,) = growths(run, WARM_UP, END)
+    assert line == "target-0: 1.00 KB of memory for each of 1280 lists, or 8.0 for each of 160 crashed clients"
