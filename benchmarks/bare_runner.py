@@ -118,7 +118,7 @@ async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIt
     settings = TargetSettings(bundle=root, threads=threads, verify_bundle=False, warm_up_seconds=0)
     async with AsyncExitStack() as stack:
         models = [
-            await stack.enter_async_context(served_models(settings, "target", lambda evaluator: evaluator))
+            await stack.enter_async_context(served_models(settings, "target", lambda evaluator, _: evaluator))
             for _ in range(replicas)
         ]
         yield BareRunner(bundle, bundle.catalogue(), [replica.stable.evaluator for replica in models])

@@ -118,7 +118,7 @@ class _OrderReader:
 @asynccontextmanager
 async def application(settings: DraftSettings) -> AsyncIterator[list[Registration]]:
     """The draft model of the settings' bundle, ready to serve."""
-    async with served_models(settings, "draft", Drafter) as models:
+    async with served_models(settings, "draft", lambda evaluator, _: Drafter(evaluator)) as models:
         admission = Admission(settings.max_running, settings.max_queued)
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
         metrics = models.metrics.registry

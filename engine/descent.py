@@ -3,45 +3,82 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.beams import Beams, children_by_gumbel, children_by_score
+from engine.foresight.lookahead import SearchAhead
 from engine.scoring import Children, Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Steps
-from engine.trie import Int64, Trie
+from engine.trie import ROOT, Int64, Trie
 
 
 class Descent:
     """A beam search from the root to the leaves that asks for each of its passes.
 
     It evaluates, pass by pass, what the orchestrator's loop asks for where nothing is drafted: no node that under rule `trie` is
-    its parent's word for certain, and no beam below which nothing can be chosen. noise: of exact sampling.
+    its parent's word for certain, and no beam below which nothing can be chosen. noise: of exact sampling. ahead: adds to a pass
+    what the next ones are likely to need.
     """
 
-    def __init__(self, trie: Trie, rule: ScoringRule, width: int, noise: Perturbation | None = None) -> None:
-        self._trie, self._rule, self._width, self._noise = trie, rule, width, noise
+    def __init__(
+        self,
+        trie: Trie,
+        rule: ScoringRule,
+        width: int,
+        noise: Perturbation | None = None,
+        ahead: SearchAhead | None = None,
+    ) -> None:
+        self._trie, self._rule, self._width, self._noise, self._ahead = trie, rule, width, noise, ahead
         self._beams, self._level = Beams.root(), 0
+        self._used: list[Int64] = []
+        self._computed: set[int] = set()
         self._evaluated: dict[int, Children] = {}
+
+    @property
+    def beams(self) -> Beams:
+        """Those of the level that the search has come to; in the end, its list."""
+        return self._beams
 
     def steps(self, nodes: Int64) -> Steps[list[Evaluation]]:
         """From a first pass over these nodes on, the root among them, down to the last inner level: what every pass says."""
         passes: list[Evaluation] = []
-        while len(nodes):
+        while len(nodes := self._closed(nodes)):
             evaluation = yield nodes
             passes.append(evaluation)
             self._evaluated.update(evaluation.items())
             nodes = self._next_nodes()
         return passes
 
+    def _closed(self, nodes: Int64) -> Int64:
+        """With those ancestors that no pass has evaluated, since they are certain: what is below them stands on their keys."""
+        if self._rule is ScoringRule.VOCAB or not len(nodes):
+            return nodes
+        closed = self._trie.with_ancestors(nodes).astype(np.int64)
+        if not self._computed:  # the first pass
+            closed = np.append(ROOT, closed)
+        new = np.array([node for node in closed.tolist() if node not in self._computed], dtype=np.int64)
+        self._computed.update(new.tolist())
+        return new
+
     def _next_nodes(self) -> Int64:
         """The ascending nodes [n] of the next pass; none once what is left to choose are leaves."""
         while self._level < self._trie.levels:
             known = np.array([self._knows(node) for node in self._beams.node.tolist()], dtype=bool)
-            children = self._children(self._beams.take(np.flatnonzero(known)))
+            through = self._beams.take(np.flatnonzero(known))
+            children = self._children(through)
             missing = ~known & (self._beams.priority >= children.threshold(self._width))
             if missing.any():
-                return np.sort(self._beams.node[missing])
+                return self._nodes(
+                    self._beams.take(np.flatnonzero(known | missing)), np.sort(self._beams.node[missing])
+                )
+            self._used.append(np.sort(through.node[~self._certain(through.node)]))
             self._beams, self._level = children.best(self._width), self._level + 1
+        if self._ahead is not None:
+            self._ahead.learn(self._used, self._evaluated)
         return np.empty(0, dtype=np.int64)
+
+    def _nodes(self, beams: Beams, missing: Int64) -> Int64:
+        return missing if self._ahead is None else self._ahead.nodes(beams, missing, self._evaluated)
 
     def _knows(self, node: int) -> bool:
         if node in self._evaluated:
@@ -50,6 +87,9 @@ class Descent:
             self._evaluated[node] = Children(self._trie.children(node), np.zeros(1, dtype=np.float32), 0.0)
             return True
         return False
+
+    def _certain(self, nodes: Int64) -> npt.NDArray[np.bool_]:
+        return np.asarray((self._trie.child_count[nodes] == 1) & (self._rule is ScoringRule.TRIE))
 
     def _children(self, beams: Beams) -> Beams:
         if self._noise is None:

@@ -39,8 +39,9 @@ PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("trac
 ACCEPTED = HistogramOf("atspeed_accepted_levels", "Levels of a list that needed no target pass.", ("mode",), WHOLE)
 NODES = CounterOf(
     "atspeed_nodes_total",
-    "Nodes by what became of them: drafted (evaluated because a plan held them), used (of these, beams), recovered "
-    "(beams that no plan held), forced (beams that were their parent's only child).",
+    "Nodes by what became of them: drafted (evaluated because a plan held them), used (of these, beams), foreseen (evaluated "
+    "by the target before it was asked), foreseen_used (of these, beams), recovered (beams that no plan held and nobody "
+    "foresaw), forced (beams that were their parent's only child).",
     ("mode", "kind"),
 )
 ASKED = HistogramOf(

@@ -62,10 +62,12 @@ class Recommender:
         planner: Planner,
         histories: HistoryStore | None,
         draft_switch: DraftSwitch,
+        *,
+        lookahead: bool = True,
     ) -> None:
         self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
         self._target, self._draft, self._planner = target, draft, planner
-        self._draft_switch = draft_switch
+        self._draft_switch, self._lookahead = draft_switch, lookahead
 
     async def recommend(self, order: Order, deadline: Deadline) -> Recommendation:
         """The list for one order.
@@ -84,7 +86,13 @@ class Recommender:
         policy = _policy(order, noise)
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
-        target = self._target.session(question, max_children=policy.max_children, beam_width=policy.beam_width)
+        speculates = order.mode is not Mode.TARGET_ONLY and self._draft_switch.on
+        target = self._target.session(
+            question,
+            max_children=policy.max_children,
+            beam_width=policy.beam_width,
+            looks_ahead=speculates and self._lookahead,
+        )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = Task(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
         planning = self._planner.planning(order.mode, task)

@@ -149,6 +149,7 @@ class Recommendation:
             "accepted_levels": self.accepted_levels,
             "nodes_drafted": self.nodes.drafted,
             "nodes_recovered": self.nodes.recovered,
+            "nodes_foreseen": self.nodes.foreseen,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
             "degraded": bool(self.degraded),

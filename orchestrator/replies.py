@@ -86,6 +86,8 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         nodes_forced=nodes.forced,
         nodes_recovered=nodes.recovered,
         nodes_spared=memo.spared,
+        nodes_foreseen=nodes.foreseen,
+        nodes_foreseen_used=nodes.foreseen_used,
         prompt_tokens=recommendation.prompt_tokens,
         memory_cached_tokens=target.cost.memory_cached_tokens,
         redis_cached_tokens=target.cost.redis_cached_tokens,

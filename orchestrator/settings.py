@@ -79,6 +79,10 @@ class OrchestratorSettings(ServiceSettings):
     """Nodes of a plan of fixed size for each beam of each level but the last; relaxed sampling has no other."""
     draft_max_nodes: int = Field(default=240, ge=16, le=8_192)
     """Most nodes of a plan, whatever the beam width."""
+    lookahead: bool = True
+    """Whether the target may evaluate what it expects a search to come to, by what it said to others, in the passes that it makes
+    by itself: a level that was foreseen needs no pass of its own. Target-only requests never do.
+    """
     draft_explored_share: float = Field(default=0.01, ge=0, le=1)
     """Of the time of requests that no plan would speed up, what may go into plans, to notice when one would."""
     canary_share: float = Field(default=0.0, ge=0, le=1)

@@ -75,8 +75,8 @@ class ShadowChecks:
         self.largest_gap = 0.0
 
     def offer(self, made: Recommendation, served: Served) -> None:
-        """A list that was just made; every so many of the strict ones that the draft had a part in are checked."""
-        if made.order.mode is not Mode.STRICT or not made.memo.drafted:
+        """A list that was just made; every so many of the strict ones are checked that draft or lookahead had a part in."""
+        if made.order.mode is not Mode.STRICT or not (made.memo.drafted or made.memo.foreseen):
             return
         self._due += self._limits.share
         if self._due < 1:

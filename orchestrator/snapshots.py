@@ -179,7 +179,9 @@ class Snapshots:
         if draft is not None:
             await resources.enter_async_context(beside(learn_curves(planner, target, draft), "learn-curves"))
         histories = self._histories(manifest)
-        recommender = Recommender(manifest, catalogue, target, draft, planner, histories, self._draft_switch)
+        recommender = Recommender(
+            manifest, catalogue, target, draft, planner, histories, self._draft_switch, lookahead=settings.lookahead
+        )
         return Snapshot(manifest, manifest.version, recommender, planner, target, draft, channels, resources)
 
     def _histories(self, manifest: Manifest) -> HistoryStore | None:

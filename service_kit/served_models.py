@@ -37,6 +37,7 @@ from service_kit.weights import KvTiers, Weights, WeightsKey, weights_key
 _LONGEST_PAUSE_SECONDS = 1.0
 
 Worker = TypeVar("Worker")
+MakeWorker = Callable[[TreeEvaluator, CostCurve], Worker]
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -79,11 +80,12 @@ class ServedModel(Generic[Worker]):
 class ServedModels(Generic[Worker]):
     """Serves one role's model of the bundle on each track and, after `take_up` of another one, both for a while.
 
-    make_worker: runs in a worker thread. metrics: of all versions together. versions: those that health knows.
+    make_worker: of an evaluator and what its passes cost; runs in a worker thread. metrics: of all versions together. versions:
+    those that health knows.
     Everything but loading is for the event loop.
     """
 
-    def __init__(self, settings: ModelSettings, role: Role, make_worker: Callable[[TreeEvaluator], Worker]) -> None:
+    def __init__(self, settings: ModelSettings, role: Role, make_worker: MakeWorker[Worker]) -> None:
         self._settings, self._role, self._make_worker = settings, role, make_worker
         self._tiers = KvTiers(settings)
         self.metrics = ModelMetrics(self._tiers.memory)
@@ -173,9 +175,9 @@ class ServedModels(Generic[Worker]):
             undo.push_async_callback(weights.release, self.metrics)
             evaluator = self._evaluator(bundle, trie, weights)
             undo.push_async_callback(evaluator.close)
-            worker = await asyncio.to_thread(self._make_worker, evaluator)
             await evaluator.warm_up()
             curve = await self._cost_curve(evaluator, weights)
+            worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
             info = self._info(bundle, curve)
             undo.pop_all()
         reads = served_reads(info)
@@ -245,7 +247,7 @@ class ServedModels(Generic[Worker]):
 
 @asynccontextmanager
 async def served_models(
-    settings: ModelSettings, role: Role, make_worker: Callable[[TreeEvaluator], Worker]
+    settings: ModelSettings, role: Role, make_worker: MakeWorker[Worker]
 ) -> AsyncIterator[ServedModels[Worker]]:
     """The stable bundle's model of a role, warmed up, and from then on those of the bundles that the settings' paths name.
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -13,9 +14,8 @@ import numpy as np
 from atspeed.v1 import target_pb2, target_pb2_grpc
 
 from engine.cost import PassCost
-from engine.descent import Descent
 from engine.scoring import Evaluation
-from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.tree_evaluator import OpenTree, Selection
 from engine.trie import Trie
 from service_kit import wire
 from service_kit.admission import Admission, Priority
@@ -24,6 +24,7 @@ from service_kit.errors import DeadlineExceededError, InvalidArgumentError
 from service_kit.metrics import Readings
 from service_kit.served_models import ServedModel, ServedModels, served_models
 from service_kit.server import Registration
+from target_service.searcher import Search, Searcher
 from target_service.settings import TargetSettings
 
 SERVICE = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
@@ -34,7 +35,7 @@ _WHERE_START = "must be set in the first message of a stream, and only there"
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
 
-    def __init__(self, models: ServedModels[TreeEvaluator], admission: Admission, idle_seconds: float) -> None:
+    def __init__(self, models: ServedModels[Searcher], admission: Admission, idle_seconds: float) -> None:
         self._models, self._admission, self._idle_seconds = models, admission, idle_seconds
 
     async def GetModelInfo(
@@ -48,7 +49,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def Evaluate(
         self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest], context: Context
     ) -> AsyncIterator[target_pb2.EvaluateResponse]:
-        """A pass for each message, and after the first those of a beam search where the start wants it.
+        """A pass for each message, and after it those of a beam search where the start wants that.
 
         From `start` to end a stream has a place: for so long what it evaluated stays in memory.
         """
@@ -69,13 +70,13 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     async def _passes(
         self,
-        model: ServedModel[TreeEvaluator],
+        model: ServedModel[Searcher],
         first: target_pb2.EvaluateRequest,
         later: AsyncIterator[target_pb2.EvaluateRequest],
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
         opened = await self._open(model, first.start)
         try:
-            yield await opened.evaluate(first, first.start.beam_width)
+            yield await opened.evaluate(first, _search(first.start))
             async for request in later:
                 if request.HasField("start"):
                     raise InvalidArgumentError("start", _WHERE_START)
@@ -83,7 +84,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         finally:
             model.evaluator.end(opened.tree)
 
-    async def _open(self, model: ServedModel[TreeEvaluator], start: target_pb2.EvaluateStart) -> _Opened:
+    async def _open(self, model: ServedModel[Searcher], start: target_pb2.EvaluateStart) -> _Opened:
         selection = self._selection(start, model.evaluator.trie)
         prompt = wire.vector(start.prompt, "start.prompt", "int64").astype(np.int64)
         owner = wire.owner(start.owner, "start.owner")
@@ -103,22 +104,22 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 class _Opened:
     """A stream's token tree, with the model that it will stay with."""
 
-    model: ServedModel[TreeEvaluator]
+    model: ServedModel[Searcher]
     tree: OpenTree
     selection: Selection
 
-    async def evaluate(self, request: target_pb2.EvaluateRequest, beam_width: int = 0) -> target_pb2.EvaluateResponse:
-        """One pass and, where `beam_width` is above 0, those of a beam search that goes on from it."""
+    async def evaluate(
+        self, request: target_pb2.EvaluateRequest, search: Search | None = None
+    ) -> target_pb2.EvaluateResponse:
+        """One pass and, where there is one, those of a beam search that goes on from it."""
         evaluator, info = self.model.evaluator, self.model.info
         nodes = wire.node_ids(request.nodes, "nodes", evaluator.trie, limit=info.max_nodes)
-        if not beam_width:
+        if search is None:
             return self._response(*await evaluator.evaluate(self.tree, nodes, self.selection))
-        descent = Descent(evaluator.trie, evaluator.rule, beam_width, self.selection.perturbation)
-        evaluations, _ = await evaluator.follow(self.tree, descent.steps(nodes), self.selection)
-        costs = [record.cost for record in self.tree.passes]
-        response = self._response(evaluations[0], costs[0])
-        for evaluation, cost in zip(evaluations[1:], costs[1:], strict=True):
-            response.further.add(evaluation=wire.to_evaluation(evaluation), statistics=wire.to_statistics(cost))
+        first, *further = await self.model.worker.search(self.tree, nodes, self.selection, search)
+        response = self._response(first.evaluation, first.cost)
+        for one in further:
+            response.further.add(evaluation=wire.to_evaluation(one.evaluation), statistics=wire.to_statistics(one.cost))
         return response
 
     def _response(self, evaluation: Evaluation, cost: PassCost) -> target_pb2.EvaluateResponse:
@@ -127,6 +128,10 @@ class _Opened:
             statistics=wire.to_statistics(cost),
             model_version=self.model.info.model_version,
         )
+
+
+def _search(start: target_pb2.EvaluateStart) -> Search | None:
+    return Search(start.beam_width, start.looks_ahead) if start.beam_width else None
 
 
 async def _talking(
@@ -147,7 +152,7 @@ async def _talking(
 @asynccontextmanager
 async def application(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
     """The target model of the settings' bundle, ready to serve."""
-    async with served_models(settings, "target", lambda evaluator: evaluator) as models:
+    async with served_models(settings, "target", partial(Searcher, max_nodes=settings.max_nodes)) as models:
         admission = Admission(settings.max_running, settings.max_queued)
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
         metrics = models.metrics.registry

@@ -4,8 +4,8 @@ Every reply is checked: it is one that an honest replica could have given to thi
 is for shadow checks to say.
 The memo keeps what was evaluated, so a new stream only has to see the ancestors of what is still missing.
 
-Where nothing was planned for the root, the target is left to go on by itself: it makes the passes that the loop is about to ask
-for, and the loop's questions are answered from what came of them, without a message each.
+From a request's first pass the target is left to go on by itself: it makes the passes that the loop is about to ask for, and the
+loop's questions are answered from what came of them, without a message each.
 """
 
 from __future__ import annotations
@@ -95,12 +95,15 @@ class TargetClient:
         """Wait for the streams that are being ended."""
         await asyncio.gather(*self._ending)
 
-    def session(self, question: ModelQuestion, *, max_children: int, beam_width: int = 0) -> TargetSession:
+    def session(
+        self, question: ModelQuestion, *, max_children: int, beam_width: int = 0, looks_ahead: bool = False
+    ) -> TargetSession:
         """The target for one request. Close it to free the state that the replica holds.
 
-        beam_width: of the beam search that the target may go on with by itself, where it is asked for the root alone; 0: none.
+        beam_width: of the beam search that the target may go on with by itself; 0: none. looks_ahead: whether it may evaluate
+        what it expects that search to ask for.
         """
-        return TargetSession(self, question, max_children, beam_width)
+        return TargetSession(self, question, max_children, beam_width, looks_ahead=looks_ahead)
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,17 @@ class _Answer:
 class TargetSession:
     """The target for one request: one stream, replaced by one to another replica when it breaks; see `beam_loop.Target`."""
 
-    def __init__(self, client: TargetClient, question: ModelQuestion, max_children: int, beam_width: int = 0) -> None:
+    def __init__(
+        self,
+        client: TargetClient,
+        question: ModelQuestion,
+        max_children: int,
+        beam_width: int = 0,
+        *,
+        looks_ahead: bool = False,
+    ) -> None:
         self._client, self._question, self._max_children = client, question, max_children
-        self._beam_width = beam_width
+        self._beam_width, self._looks_ahead = beam_width, looks_ahead
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
@@ -132,7 +143,7 @@ class TargetSession:
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
-        if self._ahead and self._ahead[0].evaluation.node.tolist() == nodes.tolist():
+        if self._ahead and np.isin(nodes, self._ahead[0].evaluation.node).all():
             return self._next_ahead()
         begun = time.perf_counter_ns()
         try:
@@ -190,8 +201,8 @@ class TargetSession:
         return self._refusals < _MOST_REFUSALS
 
     def _goes_on(self, nodes: Int64) -> bool:
-        """Whether the target may go on by itself from a pass over these nodes: nothing was planned, and nothing went wrong."""
-        return self._beam_width > 0 and nodes.tolist() == [ROOT] and not self.usage.retries
+        """Whether the target may go on by itself from a pass over these nodes: the first, and nothing went wrong."""
+        return self._beam_width > 0 and int(nodes[0]) == ROOT and not self.usage.retries
 
     def _most_passes(self, nodes: Int64) -> int:
         return self._client.trie.levels if self._goes_on(nodes) else 1
@@ -238,6 +249,7 @@ class TargetSession:
             tenant=question.tenant,
             owner=question.owner,
             beam_width=beam_width,
+            looks_ahead=beam_width > 0 and self._looks_ahead,
         )
 
     def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> list[_Answer]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from engine.beams import Float64
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
-from orchestrator.planning.decayed import Decayed, DecayedLines
+from engine.foresight.decayed import Decayed, DecayedLines
 
 _TRUST = 3
 """Calls that a curve counts for: the first ones, on connections that are not open yet, do not decide alone."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.cost_curve import CostCurve
+from engine.foresight.coverage import Kind
 from engine.trie import Trie
-from orchestrator.planning.adaptive import AdaptivePlanning, Experience
+from orchestrator.planning.adaptive import AdaptivePlanning
 from orchestrator.planning.call_costs import CallCosts, ModelCosts
-from orchestrator.planning.coverage import Kind
+from orchestrator.planning.experience import Experience
 from orchestrator.planning.request_planning import RequestPlanning, Task
 from service_kit.mode import Mode
 

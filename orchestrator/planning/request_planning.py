@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,22 +30,24 @@ class Task:
 
 @dataclass
 class PlanRecord:
-    """A plan as the draft made it. start: the level of the beams that it hangs below, `beams` of them.
+    """A plan before it was cut. start: the level of the beams that it hangs below, `beams` of them.
 
-    known: the nodes that were evaluated or about to be when it was asked for. kept: how many of its own the target gets.
+    asked, levels: most nodes that it could have, and the levels below the beams. known: the nodes that were evaluated or about
+    to be when it was asked for. kept: how many of its own the target gets. cost: the draft's.
     """
 
     start: int
     beams: int
     asked: int
+    levels: int
     known: frozenset[int]
     plan: Plan
     kept: int
-    cost: PassCost
+    cost: PassCost = field(default_factory=PassCost)
 
-    def passes(self, levels: int, prompt_tokens: int) -> list[Pass]:
+    def passes(self, prompt_tokens: int) -> list[Pass]:
         """The draft's passes: the first reads what is left of the prompt and the beams, the others a level each."""
-        expanded, total = levels - 1 - self.start, self.cost.new_tokens
+        expanded, total = self.levels, self.cost.new_tokens
         cached = self.cost.memory_cached_tokens + self.cost.redis_cached_tokens
         first = min(total, max(0, prompt_tokens - cached) + self.beams * self.start)
         later = (total - first) // max(1, expanded - 1)
@@ -100,9 +102,9 @@ class RequestPlanning:
         """No plan came below these beams; so long was waited for it."""
         if self._costs is None:
             return
-        start = self._level(below)
-        expected = float(self._draft_ns(self._costs, start, len(below), np.array(asked.max_nodes)))
-        self._costs.draft.late(self._trie.levels - 1 - start, expected, waited_ns)
+        start, levels = self._level(below), self._levels(below, asked)
+        expected = float(self._draft_ns(self._costs, start, len(below), np.array(asked.max_nodes), levels))
+        self._costs.draft.late(levels, expected, waited_ns)
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:  # noqa: ARG002
         """Learn from a request that is done."""
@@ -113,26 +115,31 @@ class RequestPlanning:
         if draft.clean:
             self._learn_draft(self._costs, draft)
 
-    def _sized(self, nodes: int) -> PlanSize:
+    def _sized(self, nodes: int, levels: int | None = None) -> PlanSize:
         self.report.nodes_asked += nodes
-        return PlanSize(beam_width=self._task.beam_width, width=nodes, max_nodes=nodes)
+        return PlanSize(beam_width=self._task.beam_width, width=nodes, max_nodes=nodes, levels=levels)
 
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:  # noqa: ARG002
         return plan
 
     def _record(self, below: Beams, asked: PlanSize, plan: Plan, kept: int, cost: PassCost) -> PlanRecord:
-        known = frozenset(self._known)
-        return PlanRecord(self._level(below), len(below), asked.max_nodes, known, plan, kept, cost)
+        known, levels = frozenset(self._known), self._levels(below, asked)
+        return PlanRecord(self._level(below), len(below), asked.max_nodes, levels, known, plan, kept, cost)
 
     def _level(self, below: Beams) -> int:
         return int(self._trie.depth(below.node[:1])[0])
 
-    def _draft_ns(self, costs: ModelCosts, start: int, beams: int, nodes: Int64) -> Float64:
-        """The draft's time for plans of so many nodes [c]."""
-        prompt, expanded = self._task.draft_prompt_tokens, self._trie.levels - 1 - start
+    def _levels(self, below: Beams, asked: PlanSize) -> int:
+        """Levels below these beams that a plan of this size covers."""
+        start = self._level(below)
+        return asked.last_depth(self._trie, start) - start
+
+    def _draft_ns(self, costs: ModelCosts, start: int, beams: int, nodes: Int64, levels: int) -> Float64:
+        """The draft's time for plans of so many nodes [c] of so many levels."""
+        prompt = self._task.draft_prompt_tokens
         first = max(1.0, costs.draft_share.value * prompt) if start == 0 else _PROMPT_REST + beams * start
-        levels = (expanded - 1) * costs.draft.forward(nodes / expanded, prompt) + expanded * costs.draft.queue_ns
-        return np.asarray(costs.draft.forward(first, max(0.0, prompt - first)) + levels + costs.draft.besides(nodes))
+        later = (levels - 1) * costs.draft.forward(nodes / levels, prompt) + levels * costs.draft.queue_ns
+        return np.asarray(costs.draft.forward(first, max(0.0, prompt - first)) + later + costs.draft.besides(nodes))
 
     def _learn_target(self, costs: ModelCosts, target: Usage) -> None:
         target_passes = self._target_passes(target.costs)
@@ -145,7 +152,7 @@ class RequestPlanning:
         if not draft.waits:
             costs.draft.not_asked()
         for record, wait in zip(self._records, draft.waits, strict=True):
-            passes = record.passes(self._trie.levels, self._task.draft_prompt_tokens)
+            passes = record.passes(self._task.draft_prompt_tokens)
             self.report.draft_predicted_ns += costs.draft.observe(passes, record.cost, wait)
             if record.start == 0:
                 costs.draft_share.add(_computed(self._task.draft_prompt_tokens, record.cost))

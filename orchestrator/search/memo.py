@@ -16,13 +16,16 @@ from engine.trie import ROOT, Int64, Trie
 @dataclass(frozen=True)
 class NodeCounts:
     """How many nodes: drafted, evaluated because a plan held them; used, those of them that became beams; recovered, beams
-    that no plan held; forced, beams that were their parent's only child.
+    that no plan held; forced, beams that were their parent's only child; foreseen, evaluated by the target before it was asked;
+    foreseen_used, those of them that became beams.
     """
 
     drafted: int
     used: int
     recovered: int
     forced: int
+    foreseen: int
+    foreseen_used: int
 
 
 class Memo:
@@ -31,6 +34,7 @@ class Memo:
     evaluated: node -> its best live children. plan: the newest plan, which relaxed sampling takes q from.
     pass_levels: the level of the beams that each target pass was made for.
     levels: the beams of every level that the search has come to, root first.
+    foreseen: nodes that the target evaluated unasked, as it expected them to be asked for.
     spared: beams that were never evaluated, because nothing below them could be chosen.
     substitutions, largest_slack: how often the tolerance policy stood one node in for another, and the largest score gap.
     """
@@ -41,9 +45,11 @@ class Memo:
         self.plan = Plan.empty(Beams.root())
         self.drafted: set[int] = set()
         self.recovered: set[int] = set()
+        self.foreseen: set[int] = set()
         self.used: set[int] = set()
         self.passes = 0
         self.pass_levels: list[int] = []
+        self._asked = np.empty(0, dtype=np.int64)
         self.levels: list[Beams] = []
         self.spared = 0
         self.substitutions = 0
@@ -81,11 +87,15 @@ class Memo:
         planned = [node for node in plan.node.tolist() if not self.knows(node)]
         self.recovered.update(node for node in missing.node.tolist() if node != ROOT)
         self.drafted.update(node for node in planned if node not in self.recovered)
-        return np.unique(np.concatenate([missing.node, np.asarray(planned, dtype=np.int64)]))
+        self._asked = np.unique(np.concatenate([missing.node, np.asarray(planned, dtype=np.int64)]))
+        return self._asked
 
     def add(self, evaluation: Evaluation) -> None:
         """Take a target pass's result. What was known stays as it was, so that a request sees one value per node."""
         self.passes += 1
+        unasked = evaluation.node[~np.isin(evaluation.node, self._asked)].astype(np.int64)
+        # A pass also holds ancestors that are certain, and on a second stream those that were evaluated on the first.
+        self.foreseen.update(set(unasked[~self.certain(unasked)].tolist()) - self.evaluated.keys())
         for node, children in evaluation.items():
             self.evaluated.setdefault(node, children)
 
@@ -105,7 +115,14 @@ class Memo:
     def counts(self) -> NodeCounts:
         """What became of the nodes so far."""
         forced = sum(self.is_forced(node) for node in self.used)
-        return NodeCounts(len(self.drafted), len(self.used & self.drafted), len(self.recovered), forced)
+        return NodeCounts(
+            drafted=len(self.drafted),
+            used=len(self.used & self.drafted),
+            recovered=len(self.recovered),
+            forced=forced,
+            foreseen=len(self.foreseen),
+            foreseen_used=len(self.used & self.foreseen),
+        )
 
     def is_forced(self, node: int) -> bool:
         """Whether a node is the only continuation of its parent in the catalogue."""

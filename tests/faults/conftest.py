@@ -88,8 +88,13 @@ def fake_draft() -> Iterator[FakeDraft]:
 
 @pytest.fixture(scope="session")
 def misled_address(fake_draft: FakeDraft, shared_stack: LocalStack, log_folder: Path) -> Iterator[str]:
-    """An orchestrator before the same targets that asks the fake draft, every time and with patience."""
-    patience = {"draft": fake_draft.address, "draft-timeout-seconds": 30, "draft-backoff-seconds": 0}
+    """An orchestrator before the same targets that asks the fake draft, every time and with patience, and nobody else."""
+    patience = {
+        "draft": fake_draft.address,
+        "draft-timeout-seconds": 30,
+        "draft-backoff-seconds": 0,
+        "lookahead": False,
+    }
     service = ServiceProcess("orchestrator", shared_stack.orchestrators[0].flags | patience, log_folder / "misled.log")
     service.start()
     yield service.address

@@ -145,11 +145,14 @@ async def test_a_target_that_goes_another_way_is_not_believed() -> None:
     assert (table.calls, session.usage.retries) == (2, 1)
 
 
-async def test_where_something_was_planned_the_target_does_not_go_on() -> None:
-    table = Table(goes_on=[2])
+async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> None:
+    """A pass of its own may hold more than the search asks for."""
+    table = Table(goes_on=[2, 3])
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT, 1]))
-        assert not session.ahead
+        evaluation = await session.evaluate(np.array([2]))
+        assert evaluation.node.tolist() == [2, 3]
+        assert (table.messages, session.usage.passes, session.ahead) == (1, 2, False)
 
 
 async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:

@@ -142,7 +142,11 @@ def test_every_log_line_of_a_request_carries_its_trace_and_its_request_id(
         found = {name: watched.logged(name) for name in ("orchestrator", "draft", "target")}
         return {name: [line for line in logged if ids.items() & line.items()] for name, logged in found.items()}
 
+    def spans() -> dict[str, str]:
+        return {span.span_id: span.service.removeprefix("atspeed-") for span in watched.collector.of(trace_id)}
+
     until(lambda: all(lines().values()) and whole(watched.collector.of(trace_id)))
+    until(lambda: all(line["span_id"] in spans() for logged in lines().values() for line in logged))
     found = [line for logged in lines().values() for line in logged]
     assert all(ids.items() <= line.items() for line in found)
     assert {line["method"].rpartition("/")[2] for line in found if line["event"] == "call"} == {
@@ -150,9 +154,8 @@ def test_every_log_line_of_a_request_carries_its_trace_and_its_request_id(
         "Plan",
         "Evaluate",
     }
-    spans = {span.span_id: span.service.removeprefix("atspeed-") for span in watched.collector.of(trace_id)}
     for name, logged in lines().items():
-        assert {spans[line["span_id"]] for line in logged} == {name}
+        assert {spans()[line["span_id"]] for line in logged} == {name}
 
 
 def test_neither_traces_nor_metrics_nor_logs_name_a_user_or_an_item(

@@ -244,6 +244,26 @@ class TestTarget:
             assert found.child.tolist() == expected.child.tolist()
             assert found.logp == pytest.approx(expected.logp, abs=1e-5)
 
+    def test_looking_ahead_it_makes_fewer_passes_of_the_same_search(
+        self, target: grpc.Channel, version: str, catalogue: Catalogue
+    ) -> None:
+        """What was said to one request is foreseen for the next; no number depends on it."""
+        request = first_message(version)
+        request.start.max_children = request.start.beam_width = 3
+        with EvaluateStream(target) as stream:
+            plain = _said(stream.ask(request), catalogue)
+        request.start.looks_ahead = True
+        fewest = LEVELS
+        for _ in range(100):
+            with EvaluateStream(target) as stream:
+                reply = stream.ask(request)
+            fewest, said = min(fewest, 1 + len(reply.further)), _said(reply, catalogue)
+            assert plain.keys() <= said.keys()
+            for node, (child, logp) in plain.items():
+                assert said[node][0] == child
+                assert said[node][1] == pytest.approx(logp, abs=1e-5)
+        assert fewest < LEVELS
+
     def test_pruning_removes_children_and_changes_no_score(
         self, target: grpc.Channel, version: str, catalogue: Catalogue
     ) -> None:
@@ -294,3 +314,11 @@ class TestTarget:
             reply = stream.ask(first)
         assert reply.statistics.new_tokens == longest + LEVELS - 1
         wire.evaluation(reply.evaluation, "evaluation", trie)
+
+
+def _said(reply: target_pb2.EvaluateResponse, catalogue: Catalogue) -> dict[int, tuple[list[int], list[float]]]:
+    """The children of every node that was evaluated, with their log-probabilities."""
+    passes = [reply.evaluation, *(further.evaluation for further in reply.further)]
+    evaluations = [wire.evaluation(one, "evaluation", catalogue.trie) for one in passes]
+    items = [item for evaluation in evaluations for item in evaluation.items()]
+    return {node: (children.node.tolist(), children.logp.tolist()) for node, children in items}

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.beams import Beams
-from engine.plan import Plan
-from orchestrator.planning.coverage import (
+from engine.foresight.coverage import (
     DEPTHS,
     MEMORY,
     NOTHING,
@@ -23,6 +22,7 @@ from orchestrator.planning.coverage import (
     RequiredDepth,
     Requirement,
 )
+from engine.plan import Plan
 
 KIND = Kind("strict", 4)
 depths = st.sampled_from([float(depth) for depth in DEPTHS[::6]]) | st.floats(-3, 70)
@@ -132,10 +132,10 @@ def test_a_level_below_a_missed_one_counts_as_missed(seen: list[list[Requirement
 
 def test_the_profile_is_the_mean_over_plans_that_were_so_large() -> None:
     coverage = Coverage(levels=3, max_nodes=8)
-    assert coverage.profile(KIND, 0)[0].tolist() == []
+    assert coverage.profile(KIND, 0, 2)[0].tolist() == []
     coverage.note(KIND, 0, np.linspace(1, 0.5, 5) * np.ones((2, 1)), complete=False)
     coverage.note(KIND, 0, np.linspace(1, 0.1, 3) * np.ones((2, 1)), complete=True)
-    sizes, missed = coverage.profile(KIND, 0)
+    sizes, missed = coverage.profile(KIND, 0, 2)
     assert sizes.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert missed[0].tolist() == pytest.approx([(0.875 + 0.55) / 2, (0.75 + 0.1) / 2, 0.3625, 0.3, 0.1, 0.1, 0.1, 0.1])
 

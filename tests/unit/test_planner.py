@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from engine.beams import Beams
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
+from engine.foresight.coverage import Cuts, Kind, Requirement
 from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Perturbation, ScoringRule
 from engine.trie import Pruning
 from orchestrator.planning import curve_refresh
-from orchestrator.planning.adaptive import AdaptivePlanning, Experience
+from orchestrator.planning.adaptive import AdaptivePlanning
 from orchestrator.planning.call_costs import CallCosts, ModelCosts
-from orchestrator.planning.coverage import Cuts, Kind, Requirement
+from orchestrator.planning.experience import Experience
 from orchestrator.planning.planned_draft import PlannedDraft
 from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind
 from orchestrator.planning.request_planning import RequestPlanning, Task
@@ -135,14 +136,19 @@ def test_a_draft_that_becomes_useful_is_found_out() -> None:
 
     It takes as many plans as it took to learn that the draft is useless, and a good part of more, before these do not outweigh.
     """
-    machine = Machine(curve(20, 64, 0.3), curve(12, 64, 0.05))
+    machine = Machine(curve(20, 24, 0.6), curve(10, 64, 0.05))
     for share, found in ((0.5, True), (0.0, False)):
-        useless, useful = Simulation(machine, noise=USELESS), Simulation(machine, noise=0.0)
+        useless, useful = (_with_a_wide_first_level(machine, noise=noise) for noise in (USELESS, 0.0))
         planner = adaptive(useless, explored_share=share)
         asked = [useless.serve(planner, user).report.nodes_asked > 0 for user in range(40)]
         assert share or not any(asked[32:])
         asked = [useful.serve(planner, user).report.nodes_asked > 0 for user in range(110)]
         assert all(asked[80:]) if found else not any(asked)
+
+
+def _with_a_wide_first_level(machine: Machine, noise: float) -> Simulation:
+    """To list most of the level, which does not need a draft that knows something, is no way out."""
+    return Simulation(machine, noise=noise, items=1000, codes=(100, 12, 10))
 
 
 def test_a_draft_that_is_waited_for_is_left_out() -> None:
@@ -263,7 +269,7 @@ def test_margins_that_lie_cost_little(machine: Machine, spoil: Callable[[Plan], 
     planner = adaptive(simulation)
     both(simulation, planner, range(30), spoil)
     planned, alone = both(simulation, planner, range(30, 60), spoil)
-    assert mean_ms(planned) <= 1.02 * mean_ms(alone)
+    assert mean_ms(planned) <= 1.03 * mean_ms(alone)
 
 
 def test_predictions_come_true_on_a_machine_that_is_slower_than_it_was() -> None:
@@ -328,7 +334,9 @@ def test_no_decision_changes_a_list(naive, rule, width: int, seed: int, sampled:
 @settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0.0, 2.0))
 def test_the_cut_is_the_cheapest_of_all(seed: int, width: int, ms_per_token: float) -> None:
-    """Against every cut one by one, each costed from the definition: the pass, and for each level, to miss it first."""
+    """Against every cut one by one, of the first levels alone and of all, each costed from the definition: the pass, and for each
+    level, to miss it first.
+    """
     rng, simulation = np.random.default_rng(seed), SIMULATION
     experience, kind = _experience(rng, curve(10, 8, ms_per_token), width)
     task = Task(width, PROMPT_TOKENS, PROMPT_TOKENS)
@@ -338,9 +346,16 @@ def test_the_cut_is_the_cheapest_of_all(seed: int, width: int, ms_per_token: flo
     planning = AdaptivePlanning(simulation.catalogue.trie, task, 40, 240, kind, experience)
     kept = planning.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
     kept.check(simulation.catalogue.trie, limit=len(plan.node))
-    order = np.argsort(-plan.margin, kind="stable")
-    costs = [_cost(experience, kind, task, plan.take(np.sort(order[:n])), plan, asked) for n in range(len(order) + 1)]
-    assert _cost(experience, kind, task, kept, plan, asked) == pytest.approx(min(costs), rel=1e-9)
+    depth, costs, of_kept = simulation.catalogue.trie.depth(plan.node), [], []
+    for levels in range(1, simulation.catalogue.trie.levels):
+        part = plan.take(np.flatnonzero(depth <= levels))
+        order = np.argsort(-part.margin, kind="stable")
+        for n in range(len(order) + 1):
+            cut = part.take(np.sort(order[:n]))
+            costs.append(_cost(experience, kind, task, cut, part, levels, complete=len(plan.node) < asked.max_nodes))
+            if cut.node.tolist() == kept.node.tolist():
+                of_kept.append(costs[-1])
+    assert min(of_kept) == pytest.approx(min(costs), rel=1e-9)
 
 
 SIMULATION = Simulation(STEEP, noise=0.7)
@@ -356,35 +371,39 @@ def _experience(rng: np.random.Generator, target: object, width: int) -> tuple[E
         ]
         experience.coverage.learn(kind, 0, seen)
     for level in range(1, trie.levels):
-        experience.further[kind, level].add(float(rng.uniform(0.2, 1.2)))
+        for whole in (False, True):
+            experience.further.add(kind, level, float(rng.uniform(0.2, 1.2)), whole=whole)
     return experience, kind
 
 
-def _cost(experience: Experience, kind: Kind, task: Task, kept: Plan, plan: Plan, asked: PlanSize) -> float:
-    """Nanoseconds expected of the target with a part of a plan."""
+def _cost(
+    experience: Experience, kind: Kind, task: Task, kept: Plan, plan: Plan, levels: int, *, complete: bool
+) -> float:
+    """Nanoseconds expected of the target with a part of a plan of so many levels. complete: the draft had room for more."""
     trie, target = SIMULATION.catalogue.trie, experience.costs.target
     sizes = [min(task.beam_width, int(np.diff(trie.level_start)[level])) for level in range(trie.levels)]
     without = [
         sum(float(target.call(size, PROMPT_TOKENS, size)) for size in sizes[level:]) for level in range(trie.levels)
     ]
+
+    def share(level: int, *, whole: bool) -> float:
+        further, levels = experience.further, range(level, level + 1)
+        return float((further.wholly if whole else further.partly)(kind, levels)[0]) * without[level]
+
     total = float(target.forward(PROMPT_TOKENS + len(kept.node), 0))
-    if not len(kept.node):
-        return total + without[1]
-    left_out = sorted({float(margin) for margin in plan.margin} - {float(margin) for margin in kept.margin})
-    whole = {
+    whole_margins = {
         margin
         for margin in kept.margin.tolist()
-        if (kept.margin == margin).sum() == (plan.margin == margin).sum()
-        and (margin != plan.margin.min() or len(plan.node) < asked.max_nodes)
+        if (kept.margin == margin).sum() == (plan.margin == margin).sum() and (margin != plan.margin.min() or complete)
     }
-    assert all(margin < kept.margin.min() for margin in left_out)
-    depth = -min(whole) if whole else -np.inf
-    missed = experience.coverage.missed(kind, 0, np.array([max(depth, -1e6) if whole else -np.inf]))[:, 0]
-    above = 0.0
-    for level, probability in enumerate(missed.tolist(), start=1):
-        total += (probability - above) * experience.further[kind, level].value * without[level]
+    depth = -min(whole_margins) if whole_margins else -np.inf
+    missed = experience.coverage.missed(kind, 0, np.array([max(depth, -1e6) if whole_margins else -np.inf]))[:, 0]
+    above, planned = 0.0, trie.depth(kept.node)
+    for level, probability in enumerate(missed.tolist()[:levels], start=1):
+        few = 2 * int((planned == level).sum()) < sizes[level]
+        total += (probability - above) * share(level, whole=few)
         above = probability
-    return total
+    return total + ((1.0 - above) * share(levels + 1, whole=True) if levels + 1 < trie.levels else 0.0)
 
 
 def test_further_plans_have_a_share_of_the_budget() -> None:

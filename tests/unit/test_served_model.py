@@ -52,7 +52,9 @@ def claim(root: Path, **fields: Any) -> None:
 @asynccontextmanager
 async def served(**settings: Any) -> AsyncIterator[ServedModels[TreeEvaluator]]:
     """The target of a bundle."""
-    async with served_models(ModelSettings(verify_bundle=False, **settings), "target", lambda model: model) as models:
+    async with served_models(
+        ModelSettings(verify_bundle=False, **settings), "target", lambda model, _: model
+    ) as models:
         yield models
 
 

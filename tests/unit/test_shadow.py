@@ -49,9 +49,10 @@ class Table:
     usage: Usage = field(default_factory=Usage)
     asked: list[ModelQuestion] = field(default_factory=list)
 
-    ahead = False
+    ahead = looks_ahead = False
 
-    def session(self, question: ModelQuestion, *, max_children: int, beam_width: int) -> Table:
+    def session(self, question: ModelQuestion, *, max_children: int, beam_width: int, looks_ahead: bool) -> Table:
+        self.looks_ahead = looks_ahead
         self.question, self.limit = question, max_children or 1_000_000
         self.asked.append(question)
         return self
@@ -227,6 +228,27 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     await service.shadow.settle()
     assert {name for name, count in service.shadow.outcomes.items() if count} == {outcome}
     assert service.draft_switch.on is (outcome == "near-tie")
+
+
+async def test_only_who_speculates_looks_ahead() -> None:
+    """Not the reference, and nobody any more once speculation was switched off."""
+    service = Service()
+    for mode in (Mode.STRICT, Mode.TARGET_ONLY):
+        await service.ask(0, mode)
+        assert service.target.looks_ahead is (mode is Mode.STRICT)
+    for _ in range(100):
+        service.draft_switch.mismatch()
+    await service.ask(0, Mode.STRICT)
+    assert not service.target.looks_ahead
+
+
+async def test_a_list_that_the_target_foresaw_is_checked_too() -> None:
+    service = Service()
+    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made.memo.foreseen, made.memo.drafted = made.memo.drafted, set()
+    service.shadow.offer(made, service)
+    await service.shadow.settle()
+    assert service.shadow.outcomes["identical"] == 1
 
 
 async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> None:

@@ -96,7 +96,7 @@ class _OriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Origin.ValueTy
     ORIGIN_UNSPECIFIED: _Origin.ValueType  # 0
     """Not set."""
     ORIGIN_DRAFTED: _Origin.ValueType  # 1
-    """All of its prefixes were in the draft's plan."""
+    """All of its prefixes were in the draft's plan, or foreseen by the target."""
     ORIGIN_RECOVERED: _Origin.ValueType  # 2
     """A prefix was not in the plan; a further target pass evaluated it."""
     ORIGIN_FORCED: _Origin.ValueType  # 3
@@ -108,7 +108,7 @@ class Origin(_Origin, metaclass=_OriginEnumTypeWrapper):
 ORIGIN_UNSPECIFIED: Origin.ValueType  # 0
 """Not set."""
 ORIGIN_DRAFTED: Origin.ValueType  # 1
-"""All of its prefixes were in the draft's plan."""
+"""All of its prefixes were in the draft's plan, or foreseen by the target."""
 ORIGIN_RECOVERED: Origin.ValueType  # 2
 """A prefix was not in the plan; a further target pass evaluated it."""
 ORIGIN_FORCED: Origin.ValueType  # 3
@@ -479,6 +479,8 @@ class Statistics(_message.Message):
     TARGET_PREDICTED_NS_FIELD_NUMBER: _builtins.int
     DRAFT_PREDICTED_NS_FIELD_NUMBER: _builtins.int
     NODES_SPARED_FIELD_NUMBER: _builtins.int
+    NODES_FORESEEN_FIELD_NUMBER: _builtins.int
+    NODES_FORESEEN_USED_FIELD_NUMBER: _builtins.int
     target_passes: _builtins.int
     """Passes of the target."""
     accepted_levels: _builtins.int
@@ -492,7 +494,7 @@ class Statistics(_message.Message):
     nodes_forced: _builtins.int
     """Of the used beams, those that were the only continuation of their parent."""
     nodes_recovered: _builtins.int
-    """Nodes that the search asked for and no plan held."""
+    """Nodes that the search asked for, which no plan held and nobody foresaw."""
     prompt_tokens: _builtins.int
     """Prompt tokens of the target."""
     memory_cached_tokens: _builtins.int
@@ -517,6 +519,10 @@ class Statistics(_message.Message):
     """The same of the draft's model, to be compared with stage_times.draft_forward_ns."""
     nodes_spared: _builtins.int
     """Beams that no pass evaluated, because nothing below them could be chosen."""
+    nodes_foreseen: _builtins.int
+    """Nodes that the target evaluated before the search asked for them, as others' searches had gone through them."""
+    nodes_foreseen_used: _builtins.int
+    """Of these, nodes that the search used as beams."""
     @_builtins.property
     def stage_times(self) -> Global___StageTimes:
         """Where the time went."""
@@ -543,10 +549,12 @@ class Statistics(_message.Message):
         target_predicted_ns: _builtins.float = ...,
         draft_predicted_ns: _builtins.float = ...,
         nodes_spared: _builtins.int = ...,
+        nodes_foreseen: _builtins.int = ...,
+        nodes_foreseen_used: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stage_times", b"stage_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "draft_predicted_ns", b"draft_predicted_ns", "expected_ns", b"expected_ns", "expected_passes", b"expected_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_asked", b"nodes_asked", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_proposed", b"nodes_proposed", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_predicted_ns", b"target_predicted_ns", "target_retries", b"target_retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "draft_predicted_ns", b"draft_predicted_ns", "expected_ns", b"expected_ns", "expected_passes", b"expected_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_asked", b"nodes_asked", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_foreseen", b"nodes_foreseen", "nodes_foreseen_used", b"nodes_foreseen_used", "nodes_proposed", b"nodes_proposed", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_predicted_ns", b"target_predicted_ns", "target_retries", b"target_retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

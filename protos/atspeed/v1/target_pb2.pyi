@@ -88,6 +88,7 @@ class EvaluateStart(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    LOOKS_AHEAD_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that scores and node ids refer to. FAILED_PRECONDITION when this replica serves another."""
     max_children: _builtins.int
@@ -101,8 +102,12 @@ class EvaluateStart(_message.Message):
     """
     beam_width: _builtins.int
     """Where above 0, the target goes on by itself after the first pass, as plain beam search of this width does: it chooses the next
-    beams, evaluates them, and so on down to the last inner level, without a message between two passes. With a perturbation,
-    beams are chosen by perturbed score.
+    beams, evaluates those of them that are not evaluated yet, and so on down to the last inner level, without a message between two
+    passes. With a perturbation, beams are chosen by perturbed score.
+    """
+    looks_ahead: _builtins.bool
+    """Whether the passes that it makes by itself may hold nodes that the search did not come to yet, where others' searches say that
+    it is likely to. A level of which all beams were foreseen needs no pass of its own. Without a perturbation only.
     """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:
@@ -134,10 +139,11 @@ class EvaluateStart(_message.Message):
         kept: _types_pb2.Array | None = ...,
         owner: _builtins.bytes = ...,
         beam_width: _builtins.int = ...,
+        looks_ahead: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "kept", b"kept", "looks_ahead", b"looks_ahead", "max_children", b"max_children", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,7 +231,7 @@ class FurtherPass(_message.Message):
     STATISTICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def evaluation(self) -> _types_pb2.Evaluation:
-        """Its nodes, the beams that plain beam search comes to, with their best live children."""
+        """Its nodes, beams that plain beam search comes to and what was foreseen below them, with their best live children."""
 
     @_builtins.property
     def statistics(self) -> _types_pb2.PassStatistics:

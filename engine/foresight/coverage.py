@@ -148,7 +148,7 @@ class Coverage:
         self._levels = levels
         self._sizes = np.unique(np.geomspace(1, max_nodes, 24).round()).astype(np.int64)
         self._required: dict[tuple[Kind, int], list[RequiredDepth]] = {}
-        self._profiles: dict[tuple[Kind, int], _Profile] = {}
+        self._profiles: dict[tuple[Kind, int, int], _Profile] = {}
         self._observations: Counter[tuple[Kind, int]] = Counter()
 
     def observations(self, kind: Kind, start: int) -> int:
@@ -162,26 +162,28 @@ class Coverage:
         return np.maximum.accumulate(np.asarray(levels), axis=0)
 
     def learn(self, kind: Kind, start: int, requirements: Sequence[Requirement], age: float = 1.0) -> None:
-        """What each level below a plan's beams turned out to require. age: requests since the last that was learnt from, this
-        included; what was learnt before fades with each of them.
+        """What the levels below a plan's beams turned out to require, those that it was to cover. age: requests since the last
+        that was learnt from, this included; what was learnt before fades with each of them.
         """
         self._observations[kind, start] += 1
         so_far = Requirement(NOTHING)
-        for level, requirement in zip(self._levels_of(kind, start), requirements, strict=True):
+        for level, requirement in zip(self._levels_of(kind, start), requirements, strict=False):
             so_far |= requirement
             level.add(so_far, age)
 
     def note(self, kind: Kind, start: int, missed: Float64, *, complete: bool) -> None:
-        """That of one plan, cuts of 0, 1, ... n nodes miss the levels with probabilities [l, n + 1]."""
+        """That of one plan of d levels, cuts of 0, 1, ... n nodes miss these with probabilities [d, n + 1]."""
         nodes = missed.shape[1] - 1
         known = len(self._sizes) if complete else int(np.searchsorted(self._sizes, nodes, side="right"))
-        profile = self._profiles.setdefault((kind, start), _Profile(len(missed), len(self._sizes)))
+        profile = self._profiles.setdefault((kind, start, len(missed)), _Profile(len(missed), len(self._sizes)))
         profile.add(missed[:, np.minimum(self._sizes[:known], nodes)])
 
-    def profile(self, kind: Kind, start: int) -> tuple[Int64, Float64]:
-        """Sizes of plans [s], as far as there were such, and on average the probability that one misses each level [l, s]."""
-        if (profile := self._profiles.get((kind, start))) is None:
-            return self._sizes[:0], np.empty((self._levels - 1 - start, 0))
+    def profile(self, kind: Kind, start: int, levels: int) -> tuple[Int64, Float64]:
+        """Sizes of plans of so many levels [s], as far as there were such, and on average the probability that one misses each of
+        these [levels, s].
+        """
+        if (profile := self._profiles.get((kind, start, levels))) is None:
+            return self._sizes[:0], np.empty((levels, 0))
         known = np.count_nonzero(profile.plans)
         return self._sizes[:known], profile.missed[:, :known]
 

@@ -1,0 +1,66 @@
+"""A model that goes on with a beam search by itself, from a pass that the orchestrator asked for to the last inner level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.beams import Float64
+from engine.cost import PassCost
+from engine.cost_curve import CostCurve
+from engine.descent import Descent
+from engine.foresight.decayed import Decayed
+from engine.foresight.lookahead import Lookahead
+from engine.scoring import Evaluation
+from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from engine.trie import Int64
+
+
+@dataclass(frozen=True)
+class Search:
+    """A plain beam search. looks_ahead: whether a pass may hold what the next ones are likely to need."""
+
+    width: int
+    looks_ahead: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pass of a search."""
+
+    evaluation: Evaluation
+    cost: PassCost
+
+
+class Searcher:
+    """Makes whole searches on one evaluator. What they teach of the next ones is touched by its worker thread alone.
+
+    curve: what passes cost. max_nodes: most nodes of a pass.
+    """
+
+    def __init__(self, evaluator: TreeEvaluator, curve: CostCurve, max_nodes: int) -> None:
+        self._evaluator, self._curve = evaluator, curve
+        self._together, self._besides = Decayed(1.0), Decayed(0.0)
+        self._lookahead = Lookahead(evaluator.trie, evaluator.rule, self._pass_ns, max_nodes)
+
+    async def search(self, tree: OpenTree, nodes: Int64, selection: Selection, search: Search) -> list[Found]:
+        """A pass over these nodes and those that plain beam search makes from there on; raises as `TreeEvaluator.follow`."""
+        trie, noise, made = self._evaluator.trie, selection.perturbation, len(tree.passes)
+        ahead = None
+        if search.looks_ahead and noise is None:  # a sample's next beams follow its noise
+            ahead = self._lookahead.of_search(search.width, selection.pruning, len(tree.tokens.prompt))
+        descent = Descent(trie, self._evaluator.rule, search.width, noise, ahead)
+        evaluations, _ = await self._evaluator.follow(tree, descent.steps(nodes), selection)
+        passes = tree.passes[made:]
+        for one in passes:
+            self._together.add(max(1, one.cost.batch_requests))
+            took = one.done_ns - one.queued_ns
+            # Of a queue no more counts than the pass itself: where it is longer, what all wait for is each other's passes.
+            self._besides.add(min(took - one.cost.forward_ns, 2 * one.cost.forward_ns))
+        return [Found(evaluation, one.cost) for evaluation, one in zip(evaluations, passes, strict=True)]
+
+    def _pass_ns(self, new_tokens: npt.ArrayLike, cached_tokens: float) -> Float64:
+        tokens = self._together.value * np.asarray(new_tokens, dtype=np.float64)
+        return np.asarray(self._curve.predict(tokens, cached_tokens) + self._besides.value)
