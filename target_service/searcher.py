@@ -49,8 +49,9 @@ class Searcher:
         """A pass over these nodes and those that plain beam search makes from there on; raises as `TreeEvaluator.follow`."""
         trie, noise, made = self._evaluator.trie, selection.perturbation, len(tree.passes)
         ahead = None
-        if search.looks_ahead and noise is None:  # a sample's next beams follow its noise
-            ahead = self._lookahead.of_search(search.width, selection.pruning, len(tree.tokens.prompt))
+        if noise is None:  # a sample's next beams follow its noise, and so do the children that are chosen for it
+            prompt_tokens, foresees = len(tree.tokens.prompt), search.looks_ahead
+            ahead = self._lookahead.of_search(search.width, selection.pruning, prompt_tokens, foresees=foresees)
         descent = Descent(trie, self._evaluator.rule, search.width, noise, ahead)
         evaluations, _ = await self._evaluator.follow(tree, descent.steps(nodes), selection)
         passes = tree.passes[made:]

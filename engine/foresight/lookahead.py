@@ -39,9 +39,9 @@ class Lookahead:
         self.coverage = Coverage(trie.levels, max_nodes)
         self.shares = Shares()
 
-    def of_search(self, width: int, pruning: Pruning, prompt_tokens: int) -> SearchAhead:
-        """For one search of so many beams on a prompt of so many tokens."""
-        return SearchAhead(self, width, pruning, prompt_tokens)
+    def of_search(self, width: int, pruning: Pruning, prompt_tokens: int, *, foresees: bool = True) -> SearchAhead:
+        """For one search of so many beams on a prompt of so many tokens; one that foresees nothing teaches all the same."""
+        return SearchAhead(self, width, pruning, prompt_tokens, foresees)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class SearchAhead:
     width: int
     pruning: Pruning
     prompt_tokens: int
+    foresees: bool
     passes: list[tuple[int, int, int]] = field(default_factory=list)
     _foreseen: list[_Foreseen] = field(default_factory=list)
 
@@ -75,6 +76,8 @@ class SearchAhead:
 
         beams: of the level, all that are evaluated or missing.
         """
+        if not self.foresees:
+            return missing
         level = int(self.lookahead.trie.depth(missing[:1])[0])
         ahead = self._ahead(level, beams, missing, evaluated)
         nodes = np.sort(np.append(missing, ahead))
@@ -119,6 +122,8 @@ class SearchAhead:
     def learn(self, used: Sequence[Int64], evaluated: Mapping[int, Children]) -> None:
         """From a search that has ended. used: by level, the nodes that it went through and had to have evaluated, ascending."""
         self.lookahead.recollection.learn(evaluated, self.pruning)
+        if not self.foresees:
+            return
         for one in self._foreseen:
             self.lookahead.coverage.learn(self._kind, one.level, self._required(one, used))
         to_come, plain = 0.0, self._plain

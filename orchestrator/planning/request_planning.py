@@ -82,7 +82,6 @@ class RequestPlanning:
         self._trie, self._task, self._nodes, self._costs = trie, task, nodes, costs
         self._records: list[PlanRecord] = []
         self._known: set[int] = set()
-        self._late = False
         self.patience_seconds = math.inf
         self.report = PlanningReport()
 

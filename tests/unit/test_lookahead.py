@@ -31,9 +31,11 @@ def costing(floor: float, per_token: float) -> PassNs:
 FLAT, STEEP = costing(10.0, 0.0), costing(0.0, 1.0)
 
 
-def searched(world: World, width: int, pruning: Pruning, lookahead: Lookahead | None) -> tuple[Beams, list[Int64]]:
+def searched(
+    world: World, width: int, pruning: Pruning, lookahead: Lookahead | None, *, foresees: bool = True
+) -> tuple[Beams, list[Int64]]:
     """A search's list, and the nodes of each pass."""
-    ahead = lookahead.of_search(width, pruning, prompt_tokens=0) if lookahead else None
+    ahead = lookahead.of_search(width, pruning, prompt_tokens=0, foresees=foresees) if lookahead else None
     descent, passes = Descent(world.trie, world.rule, width, ahead=ahead), list[Int64]()
     steps = descent.steps(np.array([ROOT]))
     nodes = next(steps)
@@ -170,3 +172,10 @@ def test_beams_of_which_nobody_has_heard_foresee_nothing() -> None:
     _, first = searched(naive[0], 6, Pruning.none(), lookahead)
     _, again = searched(naive[0], 6, Pruning.none(), lookahead)
     assert (len(first), len(again) < 4) == (4, True)
+
+
+def test_a_search_that_foresees_nothing_teaches_all_the_same() -> None:
+    world = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)[0]
+    lookahead = Lookahead(world.trie, ScoringRule.VOCAB, FLAT, max_nodes=100)
+    made = [searched(world, 6, Pruning.none(), lookahead, foresees=foresees)[1] for foresees in (False, False, True)]
+    assert [len(made[0]), len(made[1]), len(made[2]) < 4] == [4, 4, True]
