@@ -17,6 +17,9 @@ from engine.scoring import Evaluation
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import Int64
 
+_LOAD_MEMORY = 20
+"""Passes that the mean number of requests in one remembers: load changes soon."""
+
 
 @dataclass(frozen=True)
 class Search:
@@ -42,7 +45,7 @@ class Searcher:
 
     def __init__(self, evaluator: TreeEvaluator, curve: CostCurve, max_nodes: int) -> None:
         self._evaluator, self._curve = evaluator, curve
-        self._together, self._besides = Decayed(1.0), Decayed(0.0)
+        self._together, self._besides = Decayed(1.0, _LOAD_MEMORY), Decayed(0.0)
         self._lookahead = Lookahead(evaluator.trie, evaluator.rule, self._pass_ns, max_nodes)
 
     async def search(self, tree: OpenTree, nodes: Int64, selection: Selection, search: Search) -> list[Found]:
@@ -57,9 +60,9 @@ class Searcher:
         passes = tree.passes[made:]
         for one in passes:
             self._together.add(max(1, one.cost.batch_requests))
-            took = one.done_ns - one.queued_ns
-            # Of a queue no more counts than the pass itself: where it is longer, what all wait for is each other's passes.
-            self._besides.add(min(took - one.cost.forward_ns, 2 * one.cost.forward_ns))
+            # Without the queue: what all wait for are each other's passes, and longer ones would be no cure.
+            self._besides.add(one.done_ns - one.queued_ns - one.cost.queue_ns - one.cost.forward_ns)
+        self._lookahead.together = self._together.value
         return [Found(evaluation, one.cost) for evaluation, one in zip(evaluations, passes, strict=True)]
 
     def _pass_ns(self, new_tokens: npt.ArrayLike, cached_tokens: float) -> Float64:

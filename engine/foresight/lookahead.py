@@ -31,13 +31,18 @@ PassNs = Callable[[npt.ArrayLike, float], Float64]
 
 
 class Lookahead:
-    """What searches teach, for those to come. One for a model and a catalogue; not safe for several threads at a time."""
+    """What searches teach, for those to come. One for a model and a catalogue; not safe for several threads at a time.
+
+    pass_ns: of passes in which this search has so many tokens, and all that share them as many. together: how many share one,
+    lately. Where several do, each waits for what is foreseen for one, while the pass that is saved would have served them all:
+    it counts for one's share.
+    """
 
     def __init__(self, trie: Trie, rule: ScoringRule, pass_ns: PassNs, max_nodes: int) -> None:
         self.trie, self.pass_ns, self.max_nodes = trie, pass_ns, max_nodes
         self.recollection = Recollection(trie, rule)
         self.coverage = Coverage(trie.levels, max_nodes)
-        self.shares = Shares()
+        self.shares, self.together = Shares(), 1.0
 
     def of_search(self, width: int, pruning: Pruning, prompt_tokens: int, *, foresees: bool = True) -> SearchAhead:
         """For one search of so many beams on a prompt of so many tokens; one that foresees nothing teaches all the same."""
@@ -111,7 +116,7 @@ class SearchAhead:
     @cached_property
     def _plain(self) -> Float64:
         """What it takes, a pass for each level, from level 1, 2, ... L-1 on."""
-        return np.cumsum(self._pass_ns(self._widths)[::-1])[::-1]
+        return np.cumsum(self._pass_ns(self._widths)[::-1])[::-1] / self.lookahead.together
 
     def _pass_ns(self, tokens: Int64) -> Float64:
         return self.lookahead.pass_ns(tokens, self.prompt_tokens)
@@ -129,7 +134,7 @@ class SearchAhead:
         to_come, plain = 0.0, self._plain
         for level, missing, tokens in reversed(self.passes):
             if level:
-                to_come += float(self._pass_ns(np.array(tokens)))
+                to_come += float(self._pass_ns(np.array(tokens))) / self.lookahead.together
                 whole = self._is_whole(level, missing)
                 self.lookahead.shares.add(self._kind, level, to_come / plain[level - 1], whole=whole)
 

@@ -115,7 +115,7 @@ class _Level:
         """The most promising, with their margins: by how much they clear the last of the K best below the K best above them."""
         own = self.score[self.own]
         threshold = (
-            np.partition(own, len(own) - beam_width)[len(own) - beam_width] if len(own) > beam_width else -np.inf
+            np.partition(own, len(own) - beam_width)[len(own) - beam_width] if len(own) >= beam_width else -np.inf
         )
         margin = np.minimum(self.margin, self.score - threshold)
         rows = np.flatnonzero(self.score > -np.inf)

@@ -179,3 +179,17 @@ def test_a_search_that_foresees_nothing_teaches_all_the_same() -> None:
     lookahead = Lookahead(world.trie, ScoringRule.VOCAB, FLAT, max_nodes=100)
     made = [searched(world, 6, Pruning.none(), lookahead, foresees=foresees)[1] for foresees in (False, False, True)]
     assert [len(made[0]), len(made[1]), len(made[2]) < 4] == [4, 4, True]
+
+
+def test_where_several_share_a_pass_less_is_foreseen() -> None:
+    """Each of them would wait for what is foreseen for one."""
+    width, tokens = 6, []
+    for together in (1.0, 4.0):
+        worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=100, noise=0.1)
+        costs = costing(10.0, 0.5 * together)
+        lookahead = Lookahead(worlds[0].trie, ScoringRule.VOCAB, costs, max_nodes=100)
+        lookahead.together = together
+        made = [searched(world, width, Pruning.none(), lookahead)[1] for world in worlds]
+        tokens.append(float(np.mean([sum(len(nodes) for nodes in passes) for passes in made[60:]])))
+        plain = sum(len(nodes) for nodes in searched(worlds[0], width, Pruning.none(), None)[1])
+    assert tokens[1] <= plain + 1 < tokens[0]
