@@ -17,6 +17,8 @@ from engine.scoring import Evaluation
 from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from engine.trie import Int64
 
+_BUSY = 2
+"""Passes that wait: then a search that begins foresees nothing."""
 _LOAD_MEMORY = 20
 """Passes that the mean number of requests in one remembers: load changes soon."""
 
@@ -53,7 +55,9 @@ class Searcher:
         trie, noise, made = self._evaluator.trie, selection.perturbation, len(tree.passes)
         ahead = None
         if noise is None:  # a sample's next beams follow its noise, and so do the children that are chosen for it
-            prompt_tokens, foresees = len(tree.tokens.prompt), search.looks_ahead
+            prompt_tokens = len(tree.tokens.prompt)
+            # Where passes wait for each other what counts is the work, and what is foreseen in vain is more of it.
+            foresees = search.looks_ahead and self._evaluator.waiting_passes < _BUSY
             ahead = self._lookahead.of_search(search.width, selection.pruning, prompt_tokens, foresees=foresees)
         descent = Descent(trie, self._evaluator.rule, search.width, noise, ahead)
         evaluations, _ = await self._evaluator.follow(tree, descent.steps(nodes), selection)

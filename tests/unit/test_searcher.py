@@ -1,0 +1,78 @@
+"""A search that a model goes on with: what it takes from the load, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from engine.cost import PassCost
+from engine.cost_curve import CostCurve
+from engine.scoring import Evaluation, ScoringRule
+from engine.tree_evaluator import PassRecord, Selection, Steps
+from engine.trie import ROOT, Int64, Pruning
+from target_service.searcher import Search, Searcher
+from tests.bundles import random_catalogue
+from tests.oracles.naive_trie import NaiveTrie
+from tests.oracles.worlds import World, follow
+
+WIDTH = 5
+
+
+@dataclass
+class TableEvaluator:
+    """A TreeEvaluator over a table. waiting_passes: of others."""
+
+    world: World
+    waiting_passes: int = 0
+    asked: list[Int64] = field(default_factory=list)
+
+    @property
+    def trie(self) -> Any:
+        """The world's."""
+        return self.world.trie
+
+    @property
+    def rule(self) -> ScoringRule:
+        """The world's."""
+        return self.world.rule
+
+    async def follow(self, tree: Any, steps: Steps[Any], selection: Selection) -> tuple[Any, PassCost]:
+        """Pass after pass, each of a microsecond."""
+
+        def evaluate(nodes: Int64) -> Evaluation:
+            tree.passes.append(PassRecord(len(nodes), PassCost(forward_ns=1000, batch_requests=1), 0, 2000))
+            return self.world.evaluate(nodes, selection.pruning, selection.limit)
+
+        return follow(steps, evaluate), PassCost()
+
+
+def world() -> World:
+    catalogue = random_catalogue(300, (10, 8, 8, 6), seed=1)
+    items = {catalogue.id_of(item): tuple(catalogue.codes[item].tolist()) for item in range(catalogue.items)}
+    return World.random(NaiveTrie(items, (10, 8, 8, 6)), ScoringRule.VOCAB, seed=2)
+
+
+async def passes(searcher: Searcher, *, looks_ahead: bool = True) -> int:
+    tree = SimpleNamespace(passes=[], tokens=SimpleNamespace(prompt=np.zeros(4)))
+    selection = Selection(Pruning.none(), WIDTH)
+    search = Search(WIDTH, looks_ahead)
+    found = await searcher.search(cast("Any", tree), np.array([ROOT]), selection, search)
+    assert [len(one.evaluation.node) for one in found] == [record.nodes for record in tree.passes]
+    return len(found)
+
+
+async def test_while_passes_wait_nothing_is_foreseen() -> None:
+    evaluator = TableEvaluator(world())
+    curve = CostCurve.smoothed([1, 256], [0], np.array([[1000.0], [1000.0]]))
+    searcher = Searcher(cast("Any", evaluator), curve, max_nodes=100)
+    for _ in range(20):
+        await passes(searcher)
+    assert await passes(searcher) < 4
+    evaluator.waiting_passes = 5
+    assert await passes(searcher) == 4
+    evaluator.waiting_passes = 0
+    assert await passes(searcher) < 4
+    assert await passes(searcher, looks_ahead=False) == 4
