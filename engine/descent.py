@@ -9,7 +9,7 @@ from engine.beams import Beams, children_by_gumbel, children_by_score
 from engine.foresight.lookahead import SearchAhead
 from engine.scoring import Children, Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Steps
-from engine.trie import ROOT, Int64, Trie
+from engine.trie import Int64, Trie
 
 
 class Descent:
@@ -42,23 +42,20 @@ class Descent:
     def steps(self, nodes: Int64) -> Steps[list[Evaluation]]:
         """From a first pass over these nodes on, the root among them, down to the last inner level: what every pass says."""
         passes: list[Evaluation] = []
-        while len(nodes := self._closed(nodes)):
+        while len(nodes) or not passes:  # of the first, whether they can be evaluated is for who does it to say
             evaluation = yield nodes
             passes.append(evaluation)
+            self._computed.update(evaluation.node.tolist())
             self._evaluated.update(evaluation.items())
-            nodes = self._next_nodes()
+            nodes = self._closed(self._next_nodes())
         return passes
 
     def _closed(self, nodes: Int64) -> Int64:
         """With those ancestors that no pass has evaluated, since they are certain: what is below them stands on their keys."""
         if self._rule is ScoringRule.VOCAB or not len(nodes):
             return nodes
-        closed = self._trie.with_ancestors(nodes).astype(np.int64)
-        if not self._computed:  # the first pass
-            closed = np.append(ROOT, closed)
-        new = np.array([node for node in closed.tolist() if node not in self._computed], dtype=np.int64)
-        self._computed.update(new.tolist())
-        return new
+        closed = self._trie.with_ancestors(nodes).tolist()
+        return np.array([node for node in closed if node not in self._computed], dtype=np.int64)
 
     def _next_nodes(self) -> Int64:
         """The ascending nodes [n] of the next pass; none once what is left to choose are leaves."""

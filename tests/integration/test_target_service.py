@@ -81,6 +81,7 @@ class TestTargetRefuses:
         *malformed("nodes", "int32", "float32"),
     )
 
+    @pytest.mark.parametrize("beam_width", [0, 3])
     @pytest.mark.parametrize(("code", "field", "change"), START)
     def test_a_bad_first_message(
         self,
@@ -90,8 +91,11 @@ class TestTargetRefuses:
         code: grpc.StatusCode,
         field: str,
         change: Change,
+        beam_width: int,
     ) -> None:
+        """Whether the target is to go on from it or not."""
         bad = first_message(version)
+        bad.start.beam_width = beam_width
         change(bad)
         with refused(code, field), EvaluateStream(target) as stream:
             stream.ask(bad)
