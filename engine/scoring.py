@@ -153,12 +153,14 @@ def best_children(
         order_by = order_by + gumbel(perturbation.seed, Stream.GUMBEL, trie.path_hash(child))
     kept = _first_of_rows(order_by, counts, limit)
     child_start = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
+    with np.errstate(over="ignore"):  # at a temperature next to 0 it is beyond float32
+        mass = log_mass.astype(np.float32)
     return Evaluation(
         node=nodes.astype(np.int32),
         child_start=child_start,
         child=child[kept].astype(np.int32),
         logp=rounded[kept],
-        log_mass=log_mass.astype(np.float32),
+        log_mass=mass,
     )
 
 

@@ -45,6 +45,7 @@ def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: b
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(shared, style, error_texts=error_texts))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.captureWarnings(capture=True)  # which Python would print as they are
 
 
 def take_over_uncaught() -> None:
