@@ -64,7 +64,6 @@ class ForgetListener:
         self._failing = False
         self._heard_at = -float("inf")
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
 
     @property
     def silent_seconds(self) -> float:
@@ -79,14 +78,13 @@ class ForgetListener:
 
     async def close(self) -> None:
         """Stop."""
-        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _follow(self) -> None:
-        # A cancellation that meets the end of a call to Redis may come to nothing: its client's own timeout can swallow it.
-        while not self._closed:
+        # A cancellation that meets the end of a call to Redis raises nothing, as its client's own timeout can swallow it.
+        while (task := asyncio.current_task()) and not task.cancelling():
             await asyncio.sleep(self._poll_seconds)
             await self._attempt()
 

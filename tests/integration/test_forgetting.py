@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,41 @@ class Counting(PrefixCache):
         await super().forget(owners)
 
 
+class Swallowing(PrefixCache):
+    """What is cancelled in it fails instead, as in a client of Redis whose timeout ends at that moment."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked = asyncio.Event()
+
+    async def forget(self, owners: Collection[bytes]) -> None:
+        self.asked.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise RedisConnectionError from None
+
+
 class TestListener:
+    @pytest.fixture
+    async def redis_client(self, redis_url: str) -> AsyncIterator[Redis]:
+        """Of a database that the replicas do not follow: they would erase what these tests write."""
+        async with connect(redis_url.removesuffix("/0") + "/1", timeout_seconds=5.0) as client:
+            yield client
+
+    async def test_a_cancellation_that_fails_something_ends_it(self, redis_client: Redis) -> None:
+        """Also without `close`: an event loop that ends cancels its tasks once and waits."""
+        cache = Swallowing(LAYOUT, MemoryKvCache(10**6))
+        listener = ForgetListener(redis_client, cache, poll_seconds=0.01)
+        await listener.start()
+        await announce(redis_client, OWNER)
+        await cache.asked.wait()
+        (following,) = [task for task in asyncio.all_tasks() if task.get_name() == "forgetting"]
+        following.cancel()
+        async with asyncio.timeout(LIVENESS_SECONDS):
+            await asyncio.wait([following])
+        await listener.close()
+
     async def test_it_hears_of_users_forgotten_before_it_came(self, redis_client: Redis) -> None:
         """A replica that starts while a pass for the user is still under way must not keep what that brings."""
         await announce(redis_client, OWNER)
