@@ -215,6 +215,7 @@ async def test_draining_tells_watchers_and_lets_running_calls_end(echo: Echo, tm
         watching = asyncio.create_task(watch(channel, states))
         waiting = asyncio.create_task(call(channel, "UnaryStream", "wait"))
         await asyncio.wait_for(echo.entered.wait(), 5)
+        await until(lambda: bool(states))  # the watcher came later than the call, now and then
         leaving = leave(manager)
         assert await asyncio.wait_for(watching, 5) is grpc.StatusCode.UNAVAILABLE
         assert states == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
