@@ -6,13 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.beams import Beams, children_by_gumbel, children_by_score
-from engine.foresight.lookahead import SearchAhead
+from engine.foresight.lookahead import SearchLookahead
 from engine.scoring import Children, Evaluation, Perturbation, ScoringRule
 from engine.tree_evaluator import Steps
 from engine.trie import Int64, Trie
 
 
-class Descent:
+class PlainBeamSearch:
     """A beam search from the root to the leaves that asks for each of its passes.
 
     It evaluates, pass by pass, what the orchestrator's loop asks for where nothing is drafted: no node that under rule `trie` is
@@ -26,7 +26,7 @@ class Descent:
         rule: ScoringRule,
         width: int,
         noise: Perturbation | None = None,
-        ahead: SearchAhead | None = None,
+        ahead: SearchLookahead | None = None,
     ) -> None:
         self._trie, self._rule, self._width, self._noise, self._ahead = trie, rule, width, noise, ahead
         self._beams, self._level = Beams.root(), 0

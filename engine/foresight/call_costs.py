@@ -51,6 +51,11 @@ class CallCosts:
         self._together, self._queue = Decayed(1.0), Decayed(0.0, _QUEUE_MEMORY)
 
     @property
+    def together(self) -> float:
+        """How many requests share a pass."""
+        return self._together.value
+
+    @property
     def queue_ns(self) -> float:
         """How long a pass waits until it begins."""
         return self._queue.value
@@ -118,16 +123,3 @@ class CallCosts:
         """Of the passes as they were, with the other requests' tokens and padding."""
         others = max(1.0, cost.batch_tokens / max(1, cost.new_tokens))
         return sum(float(self.curve.predict(others * one.new, one.cached)) for one in passes)
-
-
-class ModelCosts:
-    """What calls of both models cost, learnt from every request.
-
-    share: of the target's prompt, how much is computed, by whether the draft had found some of its own cached (None: it was not
-    asked yet). draft_share: the same of the draft's.
-    """
-
-    def __init__(self, target: CallCosts, draft: CallCosts) -> None:
-        self.target, self.draft = target, draft
-        self.share: dict[bool | None, Decayed] = {key: Decayed(1.0) for key in (None, False, True)}
-        self.draft_share = Decayed(1.0)

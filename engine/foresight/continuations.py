@@ -1,4 +1,4 @@
-"""What the target said of prefixes to others: plans without a draft, where little depends on who asks (method, section 7)."""
+"""What the target said of prefixes, to anyone: plans without a draft, where little depends on who asks (method, section 7)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MEMORY = 100
 """Requests that the mean of a node remembers at most; below 256, the most that is counted."""
 
 
-class Recollection:
+class ContinuationTable:
     """For every planned node the decaying mean of its probability below its parent, over all requests that had it computed.
 
     What follows the first codes of an item is hardly a question of the user any more, so this foresees the last levels of a

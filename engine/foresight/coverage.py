@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.beams import Float64
 from engine.plan import Plan
-from engine.trie import Int64
+from engine.trie import Int64, among
 
 NOTHING = -np.inf
 """The depth of the empty cut, and what is required where no planned node is."""
@@ -57,6 +57,31 @@ class Cuts:
         if (rows >= len(plan.node)).any() or (plan.node[rows] != needed).any():
             return Requirement(float(self.depth[-1]), censored=True)
         return Requirement(float(np.maximum(-plan.margin[rows], _SURE).max()))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan before it was cut. start: the level of the beams that it hangs below. most, levels: nodes, and levels below these
+    beams, that it could have at most. known: the nodes that were evaluated or about to be when it was made.
+    """
+
+    start: int
+    plan: Plan
+    most: int
+    levels: int
+    known: frozenset[int]
+
+    def cuts(self) -> Cuts:
+        """All its cuts."""
+        return Cuts.of(self.plan, complete=len(self.plan.node) < self.most)
+
+    def required(self, used: Sequence[Int64]) -> list[Requirement]:
+        """What each of its levels would have required, by the nodes that the search went through and had to have evaluated: by
+        level, each ascending. What was known before is not required.
+        """
+        cuts, known = self.cuts(), np.array(sorted(self.known), dtype=np.int64)
+        below = used[self.start + 1 :][: self.levels]
+        return [cuts.required(self.plan, level[~among(known, level)]) for level in below]
 
 
 @dataclass(frozen=True)

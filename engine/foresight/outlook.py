@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,38 @@ import numpy as np
 from engine.beams import Float64
 from engine.foresight.coverage import Kind
 from engine.foresight.decayed import Decayed
-from engine.trie import Int64
+from engine.trie import Int64, Trie
+
+
+@dataclass(frozen=True)
+class MadePass:
+    """A pass of a search, but its first. level: of the beams that it was made for; missing: how many of these. ns: what it took,
+    and what was done for it.
+    """
+
+    level: int
+    missing: int
+    ns: float
+
+
+@dataclass(frozen=True)
+class PlainPasses:
+    """The passes that the target alone makes for a search, one for each level 1, 2, ... L-1. widths: int64 [L-1], beams of the
+    levels. left: float64 [L-1], nanoseconds from each level on.
+    """
+
+    widths: Int64
+    left: Float64
+
+    @classmethod
+    def of(cls, trie: Trie, beam_width: int, pass_ns: Callable[[Int64], Float64]) -> PlainPasses:
+        """Of a search. pass_ns: what passes over so many beams take."""
+        widths = np.minimum(np.diff(trie.level_start)[1 : trie.levels], beam_width)
+        return cls(widths, np.cumsum(pass_ns(widths)[::-1])[::-1])
+
+    def are_most(self, level: int, missing: int) -> bool:
+        """Whether so many beams are rather all of a level than a few that a plan has left out."""
+        return level == 0 or 2 * missing > int(self.widths[level - 1])
 
 
 class Shares:
@@ -23,16 +54,24 @@ class Shares:
         self._wholly: dict[tuple[Kind, int], Decayed] = {}
         self._partly: dict[tuple[Kind, int], Decayed] = {}
 
-    def add(self, kind: Kind, level: int, share: float, *, whole: bool) -> None:
+    def learn(self, kind: Kind, passes: Sequence[MadePass], plain: PlainPasses) -> None:
         """One search more."""
+        to_come = 0.0
+        for one in reversed(passes):
+            to_come += one.ns
+            share = to_come / float(plain.left[one.level - 1])
+            self.add(kind, one.level, share, whole=plain.are_most(one.level, one.missing))
+
+    def add(self, kind: Kind, level: int, share: float, *, whole: bool) -> None:
+        """One level more of which most beams were missing, or some."""
         (self._wholly if whole else self._partly).setdefault((kind, level), Decayed(1.0)).add(share)
 
     def wholly(self, kind: Kind, levels: range) -> Float64:
-        """[l]."""
+        """Of levels of which most beams are missing, [l]."""
         return np.array([self._wholly[kind, level].value if (kind, level) in self._wholly else 1.0 for level in levels])
 
     def partly(self, kind: Kind, levels: range) -> Float64:
-        """[l]."""
+        """Of levels of which some are, [l]."""
         known = self._partly
         return np.array(
             [
@@ -82,6 +121,21 @@ class Outlook:
     partly: Float64
     wholly: Float64
     bare: bool
+
+    @classmethod
+    def below(
+        cls, start: int, missing: int, plain: PlainPasses, shares: Shares, kind: Kind, first: Callable[[Int64], Float64]
+    ) -> Outlook:
+        """Of a search that has come to beams of level `start`, of which so many are missing."""
+        levels = range(start + 1, len(plain.widths) + 1)
+        return cls(
+            first=first,
+            widths=plain.widths[start:],
+            plain=plain.left[start:],
+            partly=shares.partly(kind, levels),
+            wholly=shares.wholly(kind, levels),
+            bare=plain.are_most(start, missing),
+        )
 
     @property
     def levels(self) -> int:

@@ -10,13 +10,13 @@ import numpy as np
 
 from engine.beams import Beams, Float64
 from engine.cost import PassCost
-from engine.foresight.coverage import NOTHING, Cuts, Kind, Requirement
-from engine.foresight.outlook import Cover, Outlook
+from engine.foresight.call_costs import Pass
+from engine.foresight.coverage import NOTHING, Cuts, Kind
+from engine.foresight.outlook import Cover, MadePass, Outlook, PlainPasses
 from engine.plan import Plan, PlanSize
 from engine.trie import Int64, Trie
-from orchestrator.planning.call_costs import Pass
 from orchestrator.planning.experience import Experience, Lull
-from orchestrator.planning.request_planning import PlanRecord, RequestPlanning, Task, found_cached
+from orchestrator.planning.request_planning import RequestPlanning, Task, found_cached
 from orchestrator.search.memo import Memo
 from orchestrator.usage import Usage
 
@@ -57,7 +57,6 @@ class AdaptivePlanning(RequestPlanning):
     def __init__(self, trie: Trie, task: Task, nodes: int, max_nodes: int, kind: Kind, experience: Experience) -> None:
         super().__init__(trie, task, nodes, experience.costs)
         self._experience, self._kind, self._max_nodes = experience, kind, max_nodes
-        self._widths = np.minimum(np.diff(trie.level_start)[1 : trie.levels], task.beam_width)
 
     def size(self, below: Beams) -> PlanSize | None:
         """The size at which draft and target together are expected to be done first; None if that is without a plan."""
@@ -76,7 +75,7 @@ class AdaptivePlanning(RequestPlanning):
         if self._records:
             used = self._used(memo)
             for record in self._records:
-                self._experience.learn(self._kind, record.start, self._required(record, used))
+                self._experience.learn(self._kind, record.planned.start, record.planned.required(used))
         if target.clean:
             self._learn_further(memo, target)
         super().learn(memo, target, draft)
@@ -202,31 +201,17 @@ class AdaptivePlanning(RequestPlanning):
         costs, prompt = self._experience.costs, self._task.prompt_tokens
         computed = max(1.0, costs.share[draft_cached].value * prompt) if start == 0 else 0.0
         cached = prompt - computed if start == 0 else prompt + len(self._known)
-        levels, further = range(start + 1, self._trie.levels), self._experience.further
         target, evaluated = costs.target, beams if start else 0
 
         def first(nodes: Int64) -> Float64:
             return target.call(computed + evaluated + nodes, cached, evaluated + nodes, opens=computed > 0)
 
-        return Outlook(
-            first=first,
-            widths=self._widths[start:],
-            plain=self._plain[start:],
-            partly=further.partly(self._kind, levels),
-            wholly=further.wholly(self._kind, levels),
-            bare=self._is_whole(start, beams),
-        )
+        return Outlook.below(start, beams, self._plain, self._experience.further, self._kind, first)
 
     @cached_property
-    def _plain(self) -> Float64:
-        """What the target alone takes, in nanoseconds, from level 1, 2, ... L-1 on."""
-        width = self._widths
-        passes = self._experience.costs.target.call(width, self._task.prompt_tokens, width)
-        return np.cumsum(passes[::-1])[::-1]
-
-    def _is_whole(self, level: int, beams: int) -> bool:
-        """Whether so many beams are rather all of the level than a few that a plan has left out."""
-        return level == 0 or 2 * beams > int(self._widths[level - 1])
+    def _plain(self) -> PlainPasses:
+        target, prompt = self._experience.costs.target, self._task.prompt_tokens
+        return PlainPasses.of(self._trie, self._task.beam_width, lambda beams: target.call(beams, prompt, beams))
 
     def _used(self, memo: Memo) -> list[Int64]:
         """By level, the beams of the search that had to be evaluated."""
@@ -234,26 +219,16 @@ class AdaptivePlanning(RequestPlanning):
         used = used[~memo.certain(used)]
         return np.split(used, np.searchsorted(used, self._trie.level_start[1 : self._trie.levels]))
 
-    def _required(self, record: PlanRecord, used: Sequence[Int64]) -> list[Requirement]:
-        """What each level of a plan would have required of it."""
-        cuts = Cuts.of(record.plan, complete=len(record.plan.node) < record.asked)
-        below = used[record.start + 1 :][: record.levels]
-        if record.start:  # what was planned before counts as known
-            known = np.fromiter(record.known, dtype=np.int64, count=len(record.known))
-            below = [level[~np.isin(level, known)] for level in below]
-        return [cuts.required(record.plan, level) for level in below]
-
     def _learn_further(self, memo: Memo, target: Usage) -> None:
         """From each pass but the first: what it and all after it cost."""
         if len(memo.pass_levels) != len(target.costs) or len(memo.pass_levels) < 2:
             return
-        costs, to_come, plain = self._experience.costs, 0.0, self._plain
         missing = np.bincount(self._trie.depth(np.array(sorted(memo.recovered))), minlength=self._trie.levels)
-        drafts = {record.start: record for record in self._records}
-        passes = self._target_passes(target.costs)
-        for level, one in reversed(list(zip(memo.pass_levels[1:], passes[1:], strict=True))):
-            to_come += float(costs.target.call(one.new, one.cached, one.nodes))
+        drafts = {record.planned.start: record for record in self._records}
+        made = []
+        for level, one in zip(memo.pass_levels[1:], self._target_passes(target.costs)[1:], strict=True):
+            took = float(self._experience.costs.target.call(one.new, one.cached, one.nodes))
             if (record := drafts.get(level)) is not None:
-                to_come += self._draft_takes(level, record.beams, record.asked, record.levels)
-            whole = self._is_whole(level, int(missing[level]))
-            self._experience.further.add(self._kind, level, to_come / plain[level - 1], whole=whole)
+                took += self._draft_takes(level, record.beams, record.planned.most, record.planned.levels)
+            made.append(MadePass(level, int(missing[level]), took))
+        self._experience.further.learn(self._kind, made, self._plain)

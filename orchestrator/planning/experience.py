@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.foresight.coverage import Coverage, Kind, Requirement
 from engine.foresight.outlook import Shares
-from orchestrator.planning.call_costs import ModelCosts
+from orchestrator.planning.model_costs import ModelCosts
 
 _LONGEST_LULL = 32
 """Requests in a row that are not weighed."""

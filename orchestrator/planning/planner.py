@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.cost_curve import CostCurve
+from engine.foresight.call_costs import CallCosts
 from engine.foresight.coverage import Kind
 from engine.trie import Trie
 from orchestrator.planning.adaptive import AdaptivePlanning
-from orchestrator.planning.call_costs import CallCosts, ModelCosts
 from orchestrator.planning.experience import Experience
+from orchestrator.planning.model_costs import ModelCosts
 from orchestrator.planning.request_planning import RequestPlanning, Task
 from service_kit.mode import Mode
 

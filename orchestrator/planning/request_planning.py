@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from engine.beams import Beams, Float64
 from engine.cost import PassCost
+from engine.foresight.call_costs import Pass
+from engine.foresight.coverage import Planned
 from engine.plan import Plan, PlanSize
 from engine.trie import Int64, Trie
-from orchestrator.planning.call_costs import ModelCosts, Pass
+from orchestrator.planning.model_costs import ModelCosts
 from orchestrator.search.memo import Memo
 from orchestrator.usage import Usage
 
@@ -28,30 +30,21 @@ class Task:
     draft_prompt_tokens: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlanRecord:
-    """A plan before it was cut. start: the level of the beams that it hangs below, `beams` of them.
+    """A plan of the draft. beams: how many it hangs below. cost: the draft's."""
 
-    asked, levels: most nodes that it could have, and the levels below the beams. known: the nodes that were evaluated or about
-    to be when it was asked for. kept: how many of its own the target gets. cost: the draft's.
-    """
-
-    start: int
+    planned: Planned
     beams: int
-    asked: int
-    levels: int
-    known: frozenset[int]
-    plan: Plan
-    kept: int
-    cost: PassCost = field(default_factory=PassCost)
+    cost: PassCost
 
     def passes(self, prompt_tokens: int) -> list[Pass]:
         """The draft's passes: the first reads what is left of the prompt and the beams, the others a level each."""
-        expanded, total = self.levels, self.cost.new_tokens
+        expanded, total = self.planned.levels, self.cost.new_tokens
         cached = self.cost.memory_cached_tokens + self.cost.redis_cached_tokens
-        first = min(total, max(0, prompt_tokens - cached) + self.beams * self.start)
+        first = min(total, max(0, prompt_tokens - cached) + self.beams * self.planned.start)
         later = (total - first) // max(1, expanded - 1)
-        nodes = len(self.plan.node)
+        nodes = len(self.planned.plan.node)
         return [Pass(first, cached, nodes), *(Pass(later, cached + first, 0) for _ in range(expanded - 1))]
 
 
@@ -92,7 +85,9 @@ class RequestPlanning:
     def cut(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:
         """What the target gets of a plan that came below these beams."""
         kept = self._keep(below, asked, plan, cost)
-        self._records.append(self._record(below, asked, plan, len(kept.node), cost))
+        levels, known = self._levels(below, asked), frozenset(self._known)
+        planned = Planned(self._level(below), plan, asked.max_nodes, levels, known)
+        self._records.append(PlanRecord(planned, len(below), cost))
         self._known.update(kept.node.tolist())
         self.report.nodes_proposed += len(plan.node)
         return kept
@@ -120,10 +115,6 @@ class RequestPlanning:
 
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassCost) -> Plan:  # noqa: ARG002
         return plan
-
-    def _record(self, below: Beams, asked: PlanSize, plan: Plan, kept: int, cost: PassCost) -> PlanRecord:
-        known, levels = frozenset(self._known), self._levels(below, asked)
-        return PlanRecord(self._level(below), len(below), asked.max_nodes, levels, known, plan, kept, cost)
 
     def _level(self, below: Beams) -> int:
         return int(self._trie.depth(below.node[:1])[0])
@@ -153,13 +144,13 @@ class RequestPlanning:
         for record, wait in zip(self._records, draft.waits, strict=True):
             passes = record.passes(self._task.draft_prompt_tokens)
             self.report.draft_predicted_ns += costs.draft.observe(passes, record.cost, wait)
-            if record.start == 0:
+            if record.planned.start == 0:
                 costs.draft_share.add(_computed(self._task.draft_prompt_tokens, record.cost))
 
     def _learn_share(self, costs: ModelCosts, first: PassCost) -> None:
         computed = _computed(self._task.prompt_tokens, first)
         costs.share[None].add(computed)
-        if self._records and self._records[0].start == 0:
+        if self._records and self._records[0].planned.start == 0:
             costs.share[found_cached(self._records[0].cost)].add(computed)
 
     def _target_passes(self, costs: Sequence[PassCost]) -> list[Pass]:

@@ -9,8 +9,8 @@ import pytest
 
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
+from engine.foresight.call_costs import CallCosts, Pass
 from engine.foresight.decayed import Decayed, DecayedLines
-from orchestrator.planning.call_costs import CallCosts, Pass
 
 CURVE = CostCurve.smoothed([1, 101], [0, 100], np.array([[1e6, 2e6], [3e6, 6e6]]))
 

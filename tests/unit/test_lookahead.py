@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.beams import Beams, Float64
-from engine.descent import Descent
+from engine.beams import Beams
+from engine.cost import PassCost
+from engine.cost_curve import CostCurve
+from engine.foresight.call_costs import CallCosts, Pass
+from engine.foresight.continuations import ContinuationTable
 from engine.foresight.lookahead import Lookahead
-from engine.foresight.recollection import Recollection
+from engine.plain_beam_search import PlainBeamSearch
 from engine.scoring import ScoringRule
 from engine.trie import ROOT, Int64, Pruning
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World, naive_tries
 
-PassNs = Callable[[npt.ArrayLike, float], Float64]
+
+def costing(floor_ms: float, ms_per_token: float, *, together: int = 1) -> CallCosts:
+    """Of passes that take so long. together: requests that shared each of the latest, all of the same size."""
+    curve = CostCurve.smoothed([1, 1001], [0], 1e6 * (floor_ms + ms_per_token * np.array([[1.0], [1001.0]])))
+    costs = CallCosts(curve)
+    for _ in range(200):
+        forward = int(curve.predict(10 * together))
+        cost = PassCost(forward_ns=forward, new_tokens=10, batch_requests=together, batch_tokens=10 * together)
+        costs.observe([Pass(10, 0, 10)], cost, forward)
+    return costs
 
 
-def costing(floor: float, per_token: float) -> PassNs:
-    return lambda tokens, _: floor + per_token * np.asarray(tokens, dtype=np.float64)
+def milliseconds(costs: CallCosts, passes: Sequence[Int64]) -> float:
+    return sum(float(costs.curve.predict(len(nodes))) for nodes in passes) / 1e6
 
 
-FLAT, STEEP = costing(10.0, 0.0), costing(0.0, 1.0)
+FLAT, STEEP = (10.0, 0.0), (0.01, 1.0)
 
 
 def searched(
@@ -36,7 +47,7 @@ def searched(
 ) -> tuple[Beams, list[Int64]]:
     """A search's list, and the nodes of each pass."""
     ahead = lookahead.of_search(width, pruning, prompt_tokens=0, foresees=foresees) if lookahead else None
-    descent, passes = Descent(world.trie, world.rule, width, ahead=ahead), list[Int64]()
+    descent, passes = PlainBeamSearch(world.trie, world.rule, width, ahead=ahead), list[Int64]()
     steps = descent.steps(np.array([ROOT]))
     nodes = next(steps)
     while True:
@@ -65,16 +76,16 @@ def users(naive: NaiveTrie, rule: ScoringRule, count: int, noise: float) -> list
     naive_tries(levels=(1, 2, 3, 4), max_items=30),
     st.sampled_from(ScoringRule),
     st.integers(1, 6),
-    st.sampled_from([FLAT, STEEP, costing(3.0, 1.0)]),
+    st.sampled_from([FLAT, STEEP, (3.0, 1.0)]),
     st.data(),
 )
 def test_no_list_depends_on_what_is_foreseen(
-    naive: NaiveTrie, rule: ScoringRule, width: int, pass_ns: PassNs, data: st.DataObject
+    naive: NaiveTrie, rule: ScoringRule, width: int, machine: tuple[float, float], data: st.DataObject
 ) -> None:
     """Nor does a pass hold a node twice, or one whose parent is not evaluated."""
     items, lookahead = sorted(naive.items), None
     for world in users(naive, rule, count=12, noise=data.draw(st.sampled_from([0.0, 0.5, 3.0]))):
-        lookahead = lookahead or Lookahead(world.trie, rule, pass_ns, max_nodes=data.draw(st.integers(1, 40)))
+        lookahead = lookahead or Lookahead(world.trie, rule, costing(*machine), max_nodes=data.draw(st.integers(1, 40)))
         pruning = world.pruning(data.draw(st.lists(st.sampled_from(items), max_size=len(items) - 1, unique=True)))
         expected, _ = searched(world, width, pruning, None)
         found, passes = searched(world, width, pruning, lookahead)
@@ -96,42 +107,41 @@ def naive_catalogue() -> NaiveTrie:
     return NaiveTrie(items, (12, 10, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("pass_ns", "noise"), [(FLAT, 0.1), (costing(10.0, 0.3), 0.1), (STEEP, 0.1), (costing(10.0, 2.0), 3.0)]
-)
-def test_a_level_that_was_foreseen_needs_no_pass(pass_ns: PassNs, noise: float) -> None:
+@pytest.mark.parametrize(("machine", "noise"), [(FLAT, 0.1), ((10.0, 0.3), 0.1), (STEEP, 0.1), ((10.0, 2.0), 3.0)])
+def test_a_level_that_was_foreseen_needs_no_pass(machine: tuple[float, float], noise: float) -> None:
     """Where passes cost as much as their tokens, or where nobody is like the others, that costs nothing either."""
-    width, lookahead, took, alone, made = 6, None, list[float](), list[float](), list[int]()
-    for number, world in enumerate(users(naive_catalogue(), ScoringRule.VOCAB, count=120, noise=noise)):
-        lookahead = lookahead or Lookahead(world.trie, world.rule, pass_ns, max_nodes=100)
+    width, costs, took, alone, made = 6, costing(*machine), list[float](), list[float](), list[int]()
+    worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=120, noise=noise)
+    lookahead = Lookahead(worlds[0].trie, ScoringRule.VOCAB, costs, max_nodes=100)
+    for number, world in enumerate(worlds):
         _, plain = searched(world, width, Pruning.none(), None)
         _, passes = searched(world, width, Pruning.none(), lookahead)
         if number >= 80:
             made.append(len(passes))
-            alone.append(sum(float(pass_ns(len(nodes), 0)) for nodes in plain))
-            took.append(sum(float(pass_ns(len(nodes), 0)) for nodes in passes))
-    if pass_ns is STEEP or noise > 1:
+            alone.append(milliseconds(costs, plain))
+            took.append(milliseconds(costs, passes))
+    if machine is STEEP or noise > 1:
         assert np.mean(took) <= 1.02 * np.mean(alone)
     else:
         assert np.mean(made) < 3.2
         assert np.mean(took) < 0.9 * np.mean(alone)
 
 
-def test_what_is_recollected_is_the_mean_of_what_was_said() -> None:
+def test_the_table_holds_the_mean_of_what_was_said() -> None:
     """And, as if one more had said so, the share of the items that lie below."""
     naive, width = naive_catalogue(), 5
     worlds = users(naive, ScoringRule.VOCAB, count=9, noise=1.0)
-    trie, recollection = worlds[0].trie, Recollection(worlds[0].trie, ScoringRule.VOCAB)
+    trie, table = worlds[0].trie, ContinuationTable(worlds[0].trie, ScoringRule.VOCAB)
     heard: dict[int, list[dict[int, float]]] = {}
     for world in worlds:
         parents = trie.children(ROOT)[:4].astype(np.int64)
         evaluated = dict(world.evaluate(parents, Pruning.none(), limit=width).items())
-        recollection.learn(evaluated, Pruning.none())
+        table.learn(evaluated, Pruning.none())
         for node, children in evaluated.items():
             said = dict(zip(children.node.tolist(), np.exp(children.logp).tolist(), strict=True))
             heard.setdefault(node, []).append(said)
     beams = Beams(parents[:1], np.array([-1.5]), np.array([-1.5]), np.array([-1.5]))
-    plan = recollection.plan(beams, {}, width, 1000, Pruning.none())
+    plan = table.plan(beams, {}, width, 1000, Pruning.none())
     plan.check(trie, limit=1000)
     parent = int(parents[0])
     for child in trie.children(parent).tolist():
@@ -151,7 +161,7 @@ def test_of_what_a_request_leaves_out_nothing_is_learnt(way: str) -> None:
     naive = naive_catalogue()
     world = users(naive, ScoringRule.VOCAB, count=1, noise=0.0)[0]
     trie, parents = world.trie, world.trie.children(ROOT).astype(np.int64)
-    everything, rest = Recollection(trie, world.rule), Recollection(trie, world.rule)
+    everything, rest = ContinuationTable(trie, world.rule), ContinuationTable(trie, world.rule)
     some = np.arange(0, world.catalogue.items, 2)
     pruning = world.catalogue.pruning(**{"excluded": np.empty(0, dtype=np.int64), way: some})
     for _ in range(300):
@@ -168,7 +178,7 @@ def test_of_what_a_request_leaves_out_nothing_is_learnt(way: str) -> None:
 
 def test_beams_of_which_nobody_has_heard_foresee_nothing() -> None:
     naive: Sequence[World] = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)
-    lookahead = Lookahead(naive[0].trie, ScoringRule.VOCAB, FLAT, max_nodes=100)
+    lookahead = Lookahead(naive[0].trie, ScoringRule.VOCAB, costing(*FLAT), max_nodes=100)
     _, first = searched(naive[0], 6, Pruning.none(), lookahead)
     _, again = searched(naive[0], 6, Pruning.none(), lookahead)
     assert (len(first), len(again) < 4) == (4, True)
@@ -176,7 +186,7 @@ def test_beams_of_which_nobody_has_heard_foresee_nothing() -> None:
 
 def test_a_search_that_foresees_nothing_teaches_all_the_same() -> None:
     world = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)[0]
-    lookahead = Lookahead(world.trie, ScoringRule.VOCAB, FLAT, max_nodes=100)
+    lookahead = Lookahead(world.trie, ScoringRule.VOCAB, costing(*FLAT), max_nodes=100)
     made = [searched(world, 6, Pruning.none(), lookahead, foresees=foresees)[1] for foresees in (False, False, True)]
     assert [len(made[0]), len(made[1]), len(made[2]) < 4] == [4, 4, True]
 
@@ -184,11 +194,10 @@ def test_a_search_that_foresees_nothing_teaches_all_the_same() -> None:
 def test_where_several_share_a_pass_less_is_foreseen() -> None:
     """Each of them would wait for what is foreseen for one."""
     width, tokens = 6, []
-    for together in (1.0, 4.0):
+    for together in (1, 4):
         worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=100, noise=0.1)
-        costs = costing(10.0, 0.5 * together)
+        costs = costing(10.0, 0.5, together=together)
         lookahead = Lookahead(worlds[0].trie, ScoringRule.VOCAB, costs, max_nodes=100)
-        lookahead.together = together
         made = [searched(world, width, Pruning.none(), lookahead)[1] for world in worlds]
         tokens.append(float(np.mean([sum(len(nodes) for nodes in passes) for passes in made[60:]])))
         plain = sum(len(nodes) for nodes in searched(worlds[0], width, Pruning.none(), None)[1])

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.descent import Descent
+from engine.plain_beam_search import PlainBeamSearch
 from engine.scoring import Evaluation, Perturbation, ScoringRule
 from engine.trie import ROOT, Int64, Pruning
 from orchestrator.search.beam_loop import beam_search
@@ -29,7 +29,7 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     found: list[Evaluation] = []
 
     def search() -> Generator[Int64, Evaluation, None]:
-        descent = Descent(world.trie, world.rule, policy.beam_width, target.noise)
+        descent = PlainBeamSearch(world.trie, world.rule, policy.beam_width, target.noise)
         found.extend((yield from descent.steps(np.array([ROOT]))))
 
     passes = search()

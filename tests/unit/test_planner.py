@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from engine.beams import Beams
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
+from engine.foresight.call_costs import CallCosts
 from engine.foresight.coverage import Cuts, Kind, Requirement
 from engine.plan import Plan, PlanSize, Proposal
 from engine.scoring import Perturbation, ScoringRule
 from engine.trie import Pruning
 from orchestrator.planning import curve_refresh
 from orchestrator.planning.adaptive import AdaptivePlanning
-from orchestrator.planning.call_costs import CallCosts, ModelCosts
 from orchestrator.planning.experience import Experience
+from orchestrator.planning.model_costs import ModelCosts
 from orchestrator.planning.planned_draft import PlannedDraft
 from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind
 from orchestrator.planning.request_planning import RequestPlanning, Task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,11 +23,10 @@ WIDTH = 5
 
 @dataclass
 class TableEvaluator:
-    """A TreeEvaluator over a table. waiting_passes: of others."""
+    """A TreeEvaluator over a table. queue_ns: for so long each pass waits for others."""
 
     world: World
-    waiting_passes: int = 0
-    asked: list[Int64] = field(default_factory=list)
+    queue_ns: int = 0
 
     @property
     def trie(self) -> Any:
@@ -43,7 +42,8 @@ class TableEvaluator:
         """Pass after pass, each of a microsecond."""
 
         def evaluate(nodes: Int64) -> Evaluation:
-            tree.passes.append(PassRecord(len(nodes), PassCost(forward_ns=1000, batch_requests=1), 0, 2000))
+            cost = PassCost(self.queue_ns, 1000, new_tokens=len(nodes), batch_requests=1, batch_tokens=len(nodes))
+            tree.passes.append(PassRecord(len(nodes), cost, 0, self.queue_ns + 2000))
             return self.world.evaluate(nodes, selection.pruning, selection.limit)
 
         return follow(steps, evaluate), PassCost()
@@ -71,8 +71,10 @@ async def test_while_passes_wait_nothing_is_foreseen() -> None:
     for _ in range(20):
         await passes(searcher)
     assert await passes(searcher) < 4
-    evaluator.waiting_passes = 5
-    assert await passes(searcher) == 4
-    evaluator.waiting_passes = 0
-    assert await passes(searcher) < 4
+    evaluator.queue_ns = 5000
+    made = [await passes(searcher) for _ in range(30)]
+    assert set(made[10:]) == {4}
+    evaluator.queue_ns = 0
+    made = [await passes(searcher) for _ in range(30)]
+    assert max(made[20:]) < 4
     assert await passes(searcher, looks_ahead=False) == 4

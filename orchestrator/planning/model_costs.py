@@ -1,0 +1,19 @@
+"""What calls of both models cost, learnt from every request."""
+
+from __future__ import annotations
+
+from engine.foresight.call_costs import CallCosts
+from engine.foresight.decayed import Decayed
+
+
+class ModelCosts:
+    """The costs of each, and of the prompts what they find cached.
+
+    share: of the target's prompt, how much is computed, by whether the draft had found some of its own cached (None: it was not
+    asked yet). draft_share: the same of the draft's.
+    """
+
+    def __init__(self, target: CallCosts, draft: CallCosts) -> None:
+        self.target, self.draft = target, draft
+        self.share: dict[bool | None, Decayed] = {key: Decayed(1.0) for key in (None, False, True)}
+        self.draft_share = Decayed(1.0)
