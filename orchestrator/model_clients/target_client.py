@@ -24,7 +24,7 @@ from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 from engine.cost import PassCost
 from engine.cost_curve import CostCurve
 from engine.scoring import Evaluation
-from engine.trie import ROOT, Int64, Trie
+from engine.trie import ROOT, Int64, Trie, among
 from orchestrator.model_clients.question import PROBE_SECONDS, BadReplyError, ModelQuestion
 from orchestrator.usage import Usage
 from service_kit import wire
@@ -143,7 +143,7 @@ class TargetSession:
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
-        if self._ahead and np.isin(nodes, self._ahead[0].evaluation.node).all():
+        if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
             return self._next_ahead()
         begun = time.perf_counter_ns()
         try:
@@ -214,7 +214,7 @@ class TargetSession:
         self._answered = False
         if self._stream is None:
             self._stream = self._open()
-            request.start.CopyFrom(self._start(self._beam_width if self._goes_on(nodes) else 0))
+            request.start.CopyFrom(self._start(goes_on=self._goes_on(nodes)))
         asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._on_stream]
         if request.HasField("start"):
             asked.insert(0, ROOT)
@@ -223,7 +223,7 @@ class TargetSession:
         reply = await self._stream.read()
         if not isinstance(reply, target_pb2.EvaluateResponse):
             raise BadReplyError("the stream ended before its answer")
-        answer, *ahead = self._read(reply, asked)
+        answer, *ahead = self._read(reply, asked, most=self._most_passes(nodes))
         self._ahead.extend(ahead)
         self._on_stream.update(asked, *(one.evaluation.node.tolist() for one in ahead))
         self._answered = True
@@ -237,7 +237,7 @@ class TargetSession:
         self._on_stream = set()
         return route.stub.Evaluate(timeout=self._question.deadline.left(), metadata=metadata)
 
-    def _start(self, beam_width: int) -> target_pb2.EvaluateStart:
+    def _start(self, *, goes_on: bool) -> target_pb2.EvaluateStart:
         question = self._question
         return target_pb2.EvaluateStart(
             model_version=self._client.model_version,
@@ -248,15 +248,17 @@ class TargetSession:
             perturbation=wire.to_perturbation(question.noise),
             tenant=question.tenant,
             owner=question.owner,
-            beam_width=beam_width,
-            looks_ahead=beam_width > 0 and self._looks_ahead,
+            beam_width=self._beam_width if goes_on else 0,
+            looks_ahead=goes_on and self._looks_ahead,
         )
 
-    def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int]) -> list[_Answer]:
-        """The reply's passes. Raises BadReplyError when the first is not one over the nodes asked for."""
+    def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int], most: int) -> list[_Answer]:
+        """The reply's passes. Raises BadReplyError when the first is not over the nodes asked for, or more than `most` came."""
         if reply.model_version != self._client.model_version:
             # Scores of two models must not meet in one list.
             raise BadReplyError("model_version: not the one asked for")
+        if 1 + len(reply.further) > most:
+            raise BadReplyError("further: more passes than the search can have")
         self.usage.model_version = reply.model_version
         answers = [self._answer(reply.evaluation, reply.statistics)]
         answers.extend(self._answer(further.evaluation, further.statistics) for further in reply.further)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from engine.beams import Beams
 from engine.plan import Plan
 from engine.scoring import Children, Evaluation, ScoringRule
-from engine.trie import ROOT, Int64, Trie
+from engine.trie import ROOT, Int64, Trie, among
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ class Memo:
     def add(self, evaluation: Evaluation) -> None:
         """Take a target pass's result. What was known stays as it was, so that a request sees one value per node."""
         self.passes += 1
-        unasked = evaluation.node[~np.isin(evaluation.node, self._asked)].astype(np.int64)
-        # A pass also holds ancestors that are certain, and on a second stream those that were evaluated on the first.
-        self.foreseen.update(set(unasked[~self.certain(unasked)].tolist()) - self.evaluated.keys())
+        if len(evaluation.node) > len(self._asked):
+            unasked = evaluation.node[~among(self._asked, evaluation.node)].astype(np.int64)
+            # A pass also holds ancestors that are certain, and on a second stream those that were evaluated on the first.
+            self.foreseen.update(set(unasked[~self.certain(unasked)].tolist()) - self.evaluated.keys())
         for node, children in evaluation.items():
             self.evaluated.setdefault(node, children)
 

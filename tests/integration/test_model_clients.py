@@ -34,11 +34,13 @@ NOTHING = Pruning.none()
 @dataclass
 class Table(target_pb2_grpc.TargetServiceServicer):
     """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls, messages: how
-    many came. goes_on: the nodes of the pass that it makes by itself where it may.
+    many came. goes_on: the nodes of the pass that it makes by itself where it may, or always; repeats: how many such.
     """
 
     full: bool = False
     goes_on: Sequence[int] = ()
+    always: bool = False
+    repeats: int = 1
     heeds: Callable[[Pruning], Pruning] = lambda pruning: pruning
     forward_ns: int = 1
     calls: int = 0
@@ -62,7 +64,8 @@ class Table(target_pb2_grpc.TargetServiceServicer):
                 pruning = self.heeds(wire.pruning(request.start, "start.", WORLD.trie))
             self.messages += 1
             nodes = wire.node_ids(request.nodes, "nodes", WORLD.trie)
-            further = [self._pass(np.array(self.goes_on), pruning)] if self.goes_on and request.start.beam_width else []
+            goes_on = self.goes_on and (self.always or request.start.beam_width)
+            further = [self._pass(np.array(self.goes_on), pruning)] * self.repeats if goes_on else []
             own = self._pass(nodes, pruning)
             yield target_pb2.EvaluateResponse(
                 evaluation=own.evaluation, statistics=own.statistics, model_version=VERSION, further=further
@@ -76,7 +79,7 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 
 @asynccontextmanager
-async def asking(table: Table, pruning: Pruning = NOTHING) -> AsyncIterator[TargetSession]:
+async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int = 100) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
     target_pb2_grpc.add_TargetServiceServicer_to_server(table, server)
@@ -85,7 +88,7 @@ async def asking(table: Table, pruning: Pruning = NOTHING) -> AsyncIterator[Targ
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
         client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
-        session = client.session(question(pruning), max_children=100, beam_width=100)
+        session = client.session(question(pruning), max_children=100, beam_width=beam_width)
         yield session
         session.close()
     await server.stop(None)
@@ -133,6 +136,21 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
         assert (session.usage.passes, session.usage.wait_ns, session.usage.waits[1]) == (2, waited, 1000)
         await session.evaluate(np.array([3]))
     assert (table.calls, table.messages, session.usage.passes, session.usage.clean) == (1, 2, 3, True)
+
+
+async def test_passes_that_nobody_asked_for_are_no_answer() -> None:
+    async with asking(Table(goes_on=[1, 2], always=True), beam_width=0) as session:
+        with pytest.raises(UnavailableError, match="invalid answer"):
+            await session.evaluate(np.array([ROOT]))
+    assert session.usage.costs == []
+
+
+async def test_more_passes_than_there_are_levels_are_no_answer() -> None:
+    """Another replica is asked, and not to go on."""
+    table = Table(goes_on=[1, 2], repeats=2)
+    async with asking(table) as session:
+        await session.evaluate(np.array([ROOT]))
+        assert (session.ahead, session.usage.retries, table.calls) == (False, 1, 2)
 
 
 async def test_a_target_that_goes_another_way_is_not_believed() -> None:
