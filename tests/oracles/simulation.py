@@ -66,6 +66,12 @@ class Machine:
         return PassCost(forward_ns=forward, new_tokens=new, batch_requests=self.together, batch_tokens=tokens)
 
 
+# A pass costs the same whatever it holds; it costs as much as its tokens; and the draft is as dear as the target.
+FLAT = Machine(curve(20, 1000, 0.0), curve(0.5, 1000, 0.0))
+STEEP = Machine(curve(10, 8, 1.0), curve(1, 8, 0.1))
+DEAR = Machine(curve(10, 8, 1.0), curve(10, 8, 1.0))
+
+
 @dataclass(frozen=True)
 class Served:
     """One request: its list as (leaf, score), and what it took. target, draft: the calls' costs and waits."""
