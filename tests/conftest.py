@@ -24,20 +24,24 @@ settings.load_profile("atspeed")
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[LocalRedis]:
-    """The server itself, for tests that stop, kill or pause it. `redis_url` mends it for the next test."""
+    """The server itself, for tests that stop, kill or pause it. `mended` is what the next test takes of it."""
     with LocalRedis(max_memory=MAX_MEMORY) as server:
         yield server
 
 
-@pytest.fixture
-def redis_url(redis_server: LocalRedis) -> str:
+def mended(server: LocalRedis) -> str:
     """The URL of a server that runs, is empty and has its usual settings, whatever the test before did to it."""
-    redis_server.resume()
-    redis_server.start()
-    with redis.Redis.from_url(redis_server.url) as client:
+    server.resume()
+    server.start()
+    with redis.Redis.from_url(server.url) as client:
         client.flushall()
         client.config_set("maxmemory", MAX_MEMORY)
-    return redis_server.url
+    return server.url
+
+
+@pytest.fixture
+def redis_url(redis_server: LocalRedis) -> str:
+    return mended(redis_server)
 
 
 @pytest.fixture

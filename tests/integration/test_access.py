@@ -20,6 +20,7 @@ from engine.catalogue import Catalogue
 from service_kit.scopes import METHOD_SCOPES
 from service_kit.tracks import TRACK_HEADER
 from tests.bundles import random_history
+from tests.conftest import mended
 from tests.secured import bearer, channel, outcome, path_of, rpcs, secured_stack, write_tokens
 from tests.serving import LIVENESS_SECONDS
 
@@ -57,10 +58,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> LocalCertificates:
 def secured(
     bundle: Path, certificates: LocalCertificates, redis_server: LocalRedis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalStack]:
-    redis_server.start()
+    url = mended(redis_server)
     folder = tmp_path_factory.mktemp("secured")
     write_tokens(folder / "public.toml", TOKENS)
-    with secured_stack(bundle, certificates, folder, redis_url=redis_server.url) as stack:
+    with secured_stack(bundle, certificates, folder, redis_url=url) as stack:
         yield stack
 
 

@@ -23,6 +23,7 @@ from client.local_redis import LocalRedis
 from client.local_stack import LocalStack
 from engine.bundle import Bundle
 from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.conftest import mended
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,8 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
 
 @pytest.fixture(scope="module")
 def address(made: TestBundle, redis_server: LocalRedis) -> Iterator[str]:
-    redis_server.start()
-    with LocalStack(made.root, redis_url=redis_server.url) as stack:
+    with LocalStack(made.root, redis_url=mended(redis_server)) as stack:
         yield stack.address
 
 
@@ -269,9 +269,8 @@ def test_a_password_is_on_no_command_line(
     made: TestBundle, redis_server: LocalRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every service gets the URL, also that of another Redis than its own variable names, and none shows it."""
-    redis_server.start()
     monkeypatch.setenv("ATSPEED_TARGET_REDIS_URL", "redis://elsewhere:1/0")
-    url = redis_server.url.replace("redis://", "redis://default:hidden@")
+    url = mended(redis_server).replace("redis://", "redis://default:hidden@")
     with redis.Redis.from_url(redis_server.url) as server:
         server.config_set("requirepass", "hidden")
     try:
