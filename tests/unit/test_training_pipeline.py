@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from engine.bundle import Bundle
 from engine.catalogue import Catalogue
-from tests.recipes import TINY, with_epochs
+from tests.recipes import TINY, fitted_titles, with_epochs
 from training import bundles
 from training.checkpoints import Checkpoints
 from training.errors import Paused, RecipeError
@@ -76,14 +76,7 @@ def test_what_is_done_is_skipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_changed_draft_keeps_the_target(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    trained: list[str] = []
-    fit = Trainer.fit
-
-    def noted(trainer: Trainer[Batch]) -> FitState:
-        trained.append(trainer.title)
-        return fit(trainer)
-
-    monkeypatch.setattr(Trainer, "fit", noted)
+    trained = fitted_titles(monkeypatch)
     assert TINY.draft is not None
     train(TINY.model_copy(update={"draft": with_epochs(TINY.draft, 1)}), folder, threads=1)
     assert trained == ["draft"]
