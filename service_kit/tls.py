@@ -28,6 +28,10 @@ class TlsError(ValueError):
     """Files that TLS cannot work with. The text names them and quotes nothing of what is in them."""
 
 
+class _BeingWrittenError(TlsError):
+    """Files that changed while they were read: the next look may find them whole."""
+
+
 @dataclass(frozen=True)
 class TlsFiles:
     """One end's PEM files. certificate: its chain, leaf first; key: of the leaf; ca: whom it trusts at the other end."""
@@ -97,6 +101,8 @@ class WatchedPems:
                 return False
             try:
                 fresh = _read(self._files)
+            except _BeingWrittenError:
+                return False
             except TlsError as error:
                 if signature == self._signature():  # else they are just being written
                     self._seen = signature
@@ -130,9 +136,13 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 def _read(files: TlsFiles) -> Pems:
-    """The files' content. It is checked by reading them a second time: Python checks certificates by path only."""
+    """The files' content. Raises TlsError, _BeingWrittenError.
+
+    Python checks certificates by path only, so they are read once more after that: a file that is just being written has no
+    byte for a moment, and gRPC ends the process for an empty key.
+    """
     try:
-        pems = Pems(*(path.read_bytes() if path else None for path in (files.certificate, files.key, files.ca)))
+        pems = _bytes(files)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if files.certificate:
             # With a password, so that an encrypted key does not ask the terminal.
@@ -144,7 +154,17 @@ def _read(files: TlsFiles) -> Pems:
             context.load_verify_locations(cadata=pems.ca.decode("ascii"))
     except (OSError, ValueError) as error:
         raise TlsError(f"{files.ca}: {_reason(error)}") from None
+    try:
+        settled = pems == _bytes(files)
+    except OSError:
+        settled = False
+    if not settled:
+        raise _BeingWrittenError(f"{_names(*files.paths)}: being written")
     return pems
+
+
+def _bytes(files: TlsFiles) -> Pems:
+    return Pems(*(path.read_bytes() if path else None for path in (files.certificate, files.key, files.ca)))
 
 
 def _names(*paths: Path | None) -> str:
