@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import threading
 import time
@@ -49,10 +50,10 @@ class PassSize:
 
 
 def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
-    """Which of the passes that wait, [n] in the order of their arrival, run next: ascending indices.
+    """Which of the passes that wait, [n] in the order of the queue, run next: ascending indices.
 
-    The first always does, and others join it in order, as far as the limits allow and padding is worth it. So a pass that
-    arrived behind n others runs at the latest in the (n+1)-th batch from then on, whatever arrives after it.
+    The first always does, and others join it in order, as far as the limits allow and padding is worth it. So the pass behind
+    n others runs at the latest in the (n+1)-th batch from then on, whatever queues up behind it.
     """
     chosen: list[int] = []
     new = cached = longest = deepest = 0
@@ -80,12 +81,14 @@ class Again:
 
 @dataclass(eq=False)
 class Ticket(Generic[Work, Outcome]):
-    """A place in the queue. size: of its next pass. delay_seconds: how long each of its passes waits for company; until: when
-    the next one stops. done: resolves when it has left the queue, or its work is done. given_up: there is to be no next pass.
+    """A place in the queue. size: of its next pass. since: when its request began, by `time.monotonic`. delay_seconds: how long
+    each of its passes waits for company; until: when the next one stops. done: resolves when it has left the queue, or its work
+    is done. given_up: there is to be no next pass.
     """
 
     work: Work
     size: PassSize
+    since: float
     delay_seconds: float
     done: asyncio.Future[Outcome | Exception]
     until: float = 0.0
@@ -98,8 +101,9 @@ class Batcher(Generic[Work, Outcome]):
     run: computes one batch, in the thread: an outcome or an exception for each piece of work, in order, each delivered as soon as
     it is there. If it raises, those who have no outcome yet are run one by one, so that nobody fails for the company: it must
     have done nothing to their work that a second run would not bear. What it raises for a single one is its outcome.
-    Work that is to go on, `Again`, goes to the end of the queue without leaving the thread: where nobody else waits, its next
-    pass begins at once; else the others' come first, or along with it. However full the queue is, it is not refused then.
+    The queue is in the order in which requests began, whatever pass they are at: what is begun is finished before more is. Taking
+    turns would have all of them done late, where as many are done in the same time. Work that is to go on, `Again`, keeps its
+    place: its next pass begins at once, unless an older request waits. However full the queue is, it is not refused then.
     Batches are formed when the thread is free, so a piece of work that finds it free never waits, unless limits.delay_seconds
     says so. All methods are for the event loop.
     """
@@ -120,14 +124,20 @@ class Batcher(Generic[Work, Outcome]):
         """How many wait for the thread."""
         return len(self._waiting)
 
-    def put(self, work: Work, size: PassSize, *, patient: bool = True) -> Ticket[Work, Outcome]:
-        """Queue up; who is not patient waits for no company. Raises OverloadedError when the queue is full."""
+    def put(
+        self, work: Work, size: PassSize, *, since: float | None = None, patient: bool = True
+    ) -> Ticket[Work, Outcome]:
+        """Queue up, for a request that began then, or now; who is not patient waits for no company.
+
+        Raises OverloadedError when the queue is full.
+        """
+        began = time.monotonic() if since is None else since
         delay_seconds = self.limits.delay_seconds if patient else 0.0
-        ticket = Ticket[Work, Outcome](work, size, delay_seconds, asyncio.get_running_loop().create_future())
+        ticket = Ticket[Work, Outcome](work, size, began, delay_seconds, asyncio.get_running_loop().create_future())
         with self._changed:
             if len(self._waiting) >= self.limits.waiting:
                 raise OverloadedError(f"queue_passes: {len(self._waiting)} passes wait already")
-            self._append(ticket)
+            self._queue(ticket)
             self._changed.notify()
         return ticket
 
@@ -160,15 +170,15 @@ class Batcher(Generic[Work, Outcome]):
             self._waiting.remove(ticket)
         ticket.done.cancel()
 
-    def _append(self, ticket: Ticket[Work, Outcome]) -> None:
+    def _queue(self, ticket: Ticket[Work, Outcome]) -> None:
         ticket.until = time.monotonic() + ticket.delay_seconds
-        self._waiting.append(ticket)
+        bisect.insort(self._waiting, ticket, key=lambda waiting: waiting.since)
 
     def _queue_again(self, ticket: Ticket[Work, Outcome], size: PassSize) -> None:
         with self._changed:
             ticket.size = size
             if not ticket.given_up:
-                self._append(ticket)
+                self._queue(ticket)
                 return
         ticket.done.get_loop().call_soon_threadsafe(ticket.done.cancel)
 

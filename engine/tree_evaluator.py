@@ -60,7 +60,8 @@ class OpenTree:
 
     keys: of the prompt's whole blocks. cached: the blocks that were found, until the first pass has read them. computed: those
     that no cache had, from the first pass until the cache has them. cost_of_opening: until a pass has it in its own.
-    rehearsal: whether nobody waits for it, so that its passes wait for nobody. capacity: tokens that are reserved for it.
+    since: when it was opened, by `time.monotonic`; its passes come before those of younger trees. rehearsal: whether nobody waits
+    for it, so that its passes wait for nobody. capacity: tokens that are reserved for it.
     passes: those that were made. newest: the work that was queued last. While that is not done, the worker thread alone
     touches the tree.
     """
@@ -69,6 +70,7 @@ class OpenTree:
     keys: list[bytes]
     cached: tuple[KvArray, ...]
     cost_of_opening: PassCost
+    since: float = field(default_factory=time.monotonic)
     rehearsal: bool = False
     capacity: int = 0
     computed: list[KvArray] = field(default_factory=list)
@@ -155,7 +157,7 @@ class TreeEvaluator:
     async def follow(self, tree: OpenTree, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
         """Pass after pass, as for `evaluate` each, and what they found in the end.
 
-        The steps are taken in the worker thread: from one pass to the next nothing waits for the event loop, and where no other
+        The steps are taken in the worker thread: from one pass to the next nothing waits for the event loop, and where no older
         request waits, the next begins at once. Raises what they raise.
         """
         made = len(tree.passes)
@@ -165,7 +167,7 @@ class TreeEvaluator:
             return cast("Found", end.value), PassCost()
         size = self._admitted(tree, nodes)
         work = TreeWork(tree, steps, selection, nodes, time.perf_counter_ns())
-        tree.newest = self._batcher.put(work, size, patient=not tree.rehearsal)
+        tree.newest = self._batcher.put(work, size, since=tree.since, patient=not tree.rehearsal)
         try:
             found = await self._batcher.outcome(tree.newest)
         finally:

@@ -144,7 +144,7 @@ async def test_work_that_goes_on_does_not_leave_the_thread() -> None:
         assert await last.done == "LAST"
 
 
-async def test_work_that_goes_on_waits_behind_the_others_or_runs_with_them_and_is_never_refused() -> None:
+async def test_work_that_goes_on_comes_before_younger_work_or_runs_with_it_and_is_never_refused() -> None:
     gate = Gate(a=2, b=1)
     batcher = Batcher(gate, BatchLimits(requests=2, waiting=3))
     [first] = start(batcher, "a")
@@ -156,7 +156,20 @@ async def test_work_that_goes_on_waits_behind_the_others_or_runs_with_them_and_i
     assert batcher.waiting == 2
     gate.release.release(10)
     assert await asyncio.gather(first, *others) == ["A", "B", "C", "D"]
-    assert gate.batches == [["a"], ["b", "c"], ["d", "a"], ["b", "a"]]
+    assert gate.batches == [["a"], ["a", "b"], ["a", "b"], ["c", "d"]]
+    await batcher.close()
+
+
+async def test_what_an_older_request_still_has_to_do_comes_first() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, BatchLimits(requests=1))
+    tickets = start(batcher, "runs")
+    await gate.entrance()
+    for name, since in (("third", 3.0), ("first", 1.0), ("third again", 3.0), ("second", 2.0)):
+        tickets.append(asyncio.ensure_future(batcher.outcome(batcher.put(name, SMALL, since=since))))
+    gate.release.release(10)
+    await asyncio.gather(*tickets)
+    assert [name for [name] in gate.batches] == ["runs", "first", "second", "third", "third again"]
     await batcher.close()
 
 
@@ -164,8 +177,8 @@ async def test_who_gives_up_in_the_middle_has_no_next_pass() -> None:
     """Neither while a pass of its own runs nor while it waits for the next; its ticket is done when nothing runs for it."""
     gate = Gate(runs=1, waits=1)
     batcher = Batcher(gate, BatchLimits(requests=1))
-    runs, waits, holder = (batcher.put(work, SMALL) for work in ("runs", "waits", "holder"))
-    asking = [asyncio.create_task(batcher.outcome(ticket)) for ticket in (runs, waits, holder)]
+    runs, waits = (batcher.put(work, SMALL) for work in ("runs", "waits"))
+    asking = [asyncio.create_task(batcher.outcome(ticket)) for ticket in (runs, waits)]
     await gate.entrance()
     asking[0].cancel()
     await asyncio.wait(asking[:1])
@@ -173,6 +186,7 @@ async def test_who_gives_up_in_the_middle_has_no_next_pass() -> None:
     gate.release.release()
     await gate.entrance()
     await asyncio.wait([runs.done])
+    asking.append(asyncio.create_task(batcher.outcome(batcher.put("holder", SMALL, since=0.0))))
     gate.release.release()
     await gate.entrance()
     assert batcher.waiting == 1
