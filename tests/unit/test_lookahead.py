@@ -47,15 +47,15 @@ def searched(
 ) -> tuple[Beams, list[Int64]]:
     """A search's list, and the nodes of each pass."""
     ahead = lookahead.of_search(width, pruning, prompt_tokens=0, foresees=foresees) if lookahead else None
-    descent, passes = PlainBeamSearch(world.trie, world.rule, width, ahead=ahead), list[Int64]()
-    steps = descent.steps(np.array([ROOT]))
+    search, passes = PlainBeamSearch(world.trie, world.rule, width, ahead=ahead), list[Int64]()
+    steps = search.steps(np.array([ROOT]))
     nodes = next(steps)
     while True:
         passes.append(nodes)
         try:
             nodes = steps.send(world.evaluate(nodes, pruning, limit=width))
         except StopIteration:
-            return descent.beams, passes
+            return search.beams, passes
 
 
 def users(naive: NaiveTrie, rule: ScoringRule, count: int, noise: float) -> list[World]:

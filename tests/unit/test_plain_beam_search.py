@@ -29,8 +29,8 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     found: list[Evaluation] = []
 
     def search() -> Generator[Int64, Evaluation, None]:
-        descent = PlainBeamSearch(world.trie, world.rule, policy.beam_width, target.noise)
-        found.extend((yield from descent.steps(np.array([ROOT]))))
+        search = PlainBeamSearch(world.trie, world.rule, policy.beam_width, target.noise)
+        found.extend((yield from search.steps(np.array([ROOT]))))
 
     passes = search()
     nodes: Int64 | None = next(passes)
