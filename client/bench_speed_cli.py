@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,7 +25,6 @@ from client.bench_parts import (
     written,
 )
 from client.cli_parts import BundleFolder, CommandError, optional, out
-from client.inflate_cli import InflatedPrecision
 from engine.bundle import Bundle
 from engine.decoder import Provider
 from orchestrator.planning.planner import PlannerKind
@@ -41,6 +40,7 @@ Threads = Annotated[
 ]
 
 
+GpuPrecision = Literal["float32", "float16"]
 RunsOn = Annotated[Provider, typer.Option("--provider", help="Where the models run.")]
 Widths = Annotated[
     list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
@@ -159,7 +159,7 @@ def bench_gpu(
         list[str] | None,
         typer.Option(metavar="TARGET+DRAFT", help="Shapes of `atspeed inflate`.  [default: 1.7b+68m 7b+68m]"),
     ] = None,
-    precision: Annotated[InflatedPrecision, typer.Option(help="Of inflated weights.")] = "float16",
+    precision: Annotated[GpuPrecision, typer.Option(help="Of inflated weights.")] = "float16",
     provider: RunsOn = "cuda",
     users: Annotated[int, typer.Option(min=1, help="Users whose lists are timed.")] = 30,
     exact_users: Annotated[int, typer.Option(min=1, help="Users whose lists are compared with the CPU's.")] = 100,

@@ -8,12 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from client.cli_parts import optional
-from engine.bundle import Bundle
+from engine.bundle import Bundle, Precision
 
-# Sizes are those of `training.inflation.SHAPES`; precisions are those that a checkpoint can have too.
+# Sizes are those of `training.inflation.SHAPES`.
 TargetShape = Literal["85m", "0.5b", "1.7b", "7b"]
 DraftShape = Literal["keep", "8m", "68m"]
-InflatedPrecision = Literal["float32", "float16"]
 
 
 def inflate(
@@ -31,7 +30,7 @@ def inflate(
     draft_checkpoint: Annotated[
         Path | None, typer.Option(help="Where the draft was exported from.  [default: draft-checkpoint beside BUNDLE]")
     ] = None,
-    precision: Annotated[InflatedPrecision, typer.Option(help="Number format of weights.")] = "float32",
+    precision: Annotated[Precision, typer.Option(help="Number format of weights.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights that change nothing.")] = 1,
 ) -> None:
     """The same lists at the cost of a larger model: OUT/bundle and the checkpoints it is exported from, labelled as inflated."""

@@ -28,7 +28,7 @@ from engine.prompt import PromptTemplate
 from engine.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
-Precision = Literal["float32", "float16", "int8-weights"]
+Precision = Literal["float32", "float16", "int8"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
 PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -75,7 +75,7 @@ class ModelEntry(_Part):
     @property
     def plan_invariant(self) -> bool:
         """Whether a score depends on what else is in its pass by less than 1e-5: in float16 it is up to 1e-2 (log.md)."""
-        return self.precision in {"float32", "int8-weights"}
+        return self.precision in {"float32", "int8"}
 
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:

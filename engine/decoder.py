@@ -196,7 +196,13 @@ class Decoder:
 
 
 def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions) -> Decoder:
-    """A bundle's decoder. Raises BundleError, naming the field, also when the graph is not what the manifest says of it."""
+    """A bundle's decoder. Raises BundleError, naming the field, also when the graph is not what the manifest says of it, and
+    when the provider cannot multiply in 8 bits: onnxruntime would go on with the CPU there, node by node.
+    """
+    if bundle.model(role).precision == "int8" and options.provider != "cpu":
+        raise BundleError(
+            f"{bundle.root}/{MANIFEST}: {role}.precision: int8 is for provider cpu, this is {options.provider}"
+        )
     decoder = Decoder(bundle.model_path(role), options)
     check_decoder(bundle, role, decoder)
     return decoder

@@ -17,7 +17,7 @@ from atspeed.v1 import types_pb2
 
 from engine.bundle import Bundle, ModelEntry, Role
 from engine.cost_curve import CostCurve
-from engine.decoder import Decoder, RuntimeOptions, check_decoder
+from engine.decoder import Decoder, RuntimeOptions, check_decoder, load_decoder
 from engine.tree_evaluator import TreeEvaluator
 from engine.trie import Trie
 from service_kit import wire
@@ -191,9 +191,10 @@ class ServedModels(Generic[Worker]):
         trie = bundle.catalogue().trie  # a model needs no item: those are let go of
         key = weights_key(settings, bundle.model(role), trie.levels)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
-        decoder = decoders[key] if key in decoders else Decoder(bundle.model_path(role), options)
-        check_decoder(bundle, role, decoder)
-        return trie, key, decoder
+        if key not in decoders:
+            return trie, key, load_decoder(bundle, role, options)
+        check_decoder(bundle, role, decoders[key])
+        return trie, key, decoders[key]
 
     async def _weights(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int) -> Weights:
         """Those that are here, with one user more, or new ones."""

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from engine.bundle import Bundle, ModelEntry, Precision, Role, hash_files, write_manifest
-from engine.decoder import Decoder, RuntimeOptions
 from training.bundles import entry_of, share_files
-from training.export import MODEL_FILE, TOLERANCE, ExportReport, export_decoder
+from training.export import TOLERANCE, ExportError, ExportReport, check_parity, export_decoder
 from training.inflation import InflationError, ModelShape, write_inflated
 from training.models import SpelledModel
-from training.parity import compare
+from training.parity import compare_checkpoints
 from training.stages import remove
 
 
@@ -43,7 +42,7 @@ def inflate_bundle(
     for role, inflation in inflations.items():
         checkpoint = out / f"{role}-checkpoint"
         remove(checkpoint)
-        dtype = torch.float16 if precision == "float16" else torch.float32
+        dtype = getattr(torch, _kept_as(precision))
         write_inflated(trained[role].model, trained[role].spelling, inflation.shape, checkpoint, dtype=dtype, seed=seed)
         exported[role] = _export(trained[role], checkpoint, partial / role, precision)
     files = hash_files(partial)
@@ -66,26 +65,32 @@ def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
     model = SpelledModel.load(checkpoint)
     if (model.spelling.code_tokens, model.parameters) != (entry.code_tokens, entry.parameters):
         raise InflationError(f"{checkpoint}: not what the {role} of {bundle.root} was exported from")
-    _check_same(model, bundle.model_path(role), entry.precision, str(checkpoint))
+    try:
+        check_parity(model.model, bundle.model_path(role), entry.code_tokens, entry.precision)
+    except ExportError as error:
+        raise InflationError(
+            f"{checkpoint}: not what the {role} of {bundle.root} was exported from: {error}"
+        ) from error
     return model
 
 
 def _export(
     trained: SpelledModel, checkpoint: Path, folder: Path, precision: Precision
 ) -> tuple[SpelledModel, ExportReport]:
-    """The inflated model, exported and compared with what was trained."""
+    """The inflated model, compared with what was trained, and exported."""
     inflated = SpelledModel.load(checkpoint)
+    worst, largest = compare_checkpoints(trained.model, inflated.model, trained.spelling.code_tokens)
+    if not worst <= TOLERANCE[_kept_as(precision)] * max(1.0, largest):  # negated, so that NaN fails too
+        raise InflationError(
+            f"{checkpoint}: differs from what was trained by {worst:.2g} in a logit (the largest is {largest:.2g})"
+        )
     report = export_decoder(inflated.model, folder, code_tokens=inflated.spelling.code_tokens, precision=precision)
-    _check_same(trained, folder / MODEL_FILE, precision, str(checkpoint))
     return inflated, report
 
 
-def _check_same(model: SpelledModel, exported: Path, precision: Precision, name: str) -> None:
-    worst, largest = compare(model.model, Decoder(exported, RuntimeOptions()), model.spelling.code_tokens)
-    if not worst <= TOLERANCE[precision] * max(1.0, largest):  # negated, so that NaN fails too
-        raise InflationError(
-            f"{name}: differs from {exported} by {worst:.2g} in a logit (the largest is {largest:.2g})"
-        )
+def _kept_as(precision: Precision) -> Precision:
+    """The number format of an inflated checkpoint."""
+    return "float16" if precision == "float16" else "float32"
 
 
 def _kept(trained: ModelEntry) -> dict[str, object]:

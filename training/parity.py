@@ -44,11 +44,25 @@ def compare(
     model: PreTrainedModel, decoder: Decoder, code_tokens: Sequence[int], *, trees: int = 3
 ) -> tuple[float, float]:
     """(largest absolute difference, largest absolute value) of the code logits and log-normalizers; NaN where one is NaN."""
-    expected, found = [], []
-    for seed in range(trees):
-        tree = RandomTree.grow(np.random.default_rng(seed), model.config.vocab_size)
-        expected.append(checkpoint_outputs(model, tree, code_tokens))
-        found.append(decoder_outputs(decoder, tree))
+    grown = [_tree_of(model, seed) for seed in range(trees)]
+    expected = [checkpoint_outputs(model, tree, code_tokens) for tree in grown]
+    return _difference(expected, [decoder_outputs(decoder, tree) for tree in grown])
+
+
+def compare_checkpoints(
+    model: PreTrainedModel, other: PreTrainedModel, code_tokens: Sequence[int], *, trees: int = 3
+) -> tuple[float, float]:
+    """The same of two checkpoints."""
+    grown = [_tree_of(model, seed) for seed in range(trees)]
+    outputs = ([checkpoint_outputs(each, tree, code_tokens) for tree in grown] for each in (model, other))
+    return _difference(*outputs)
+
+
+def _tree_of(model: PreTrainedModel, seed: int) -> RandomTree:
+    return RandomTree.grow(np.random.default_rng(seed), model.config.vocab_size)
+
+
+def _difference(expected: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[float, float]:
     reference = np.concatenate(expected)
     return float(np.abs(np.concatenate(found) - reference).max()), float(np.abs(reference).max())
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from engine.batch_decoder import TreeInput, TreeOutput
 from engine.batcher import BatchLimits, PassSize
+from engine.bundle import Precision
 from engine.cost import PassCost
 from engine.errors import CapacityError, OverloadedError
 from engine.scoring import Children, Perturbation, ScoringRule
@@ -28,17 +29,22 @@ from tests.oracles.models import DictStore, Models
 EVERYTHING = Selection(Pruning.none(), limit=100)
 HOUR = 3600.0
 # float32 sums in another order, on weights so wide that logits go up to 30: a trained model's move by a tenth of this. A
-# wrong mask or position would show as 0.1 and more.
-TOLERANCE = 5e-5
+# wrong mask or position would show as 0.1 and more. What int8 sums has no order.
+TOLERANCE: dict[Precision, float] = {"float32": 5e-5, "int8": 0}
 FIRST_BUFFER = 192  # tokens: a short prompt, its nodes and room for 128 more
 
 
-@pytest.fixture(scope="module", params=ScoringRule)
+@pytest.fixture(
+    scope="module",
+    params=[(ScoringRule.VOCAB, "float32"), (ScoringRule.TRIE, "float32"), (ScoringRule.VOCAB, "int8")],
+    ids=lambda param: "-".join(param),
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    rule, precision = request.param
     catalogue = random_catalogue(40, (6, 5, 4), seed=2)
-    architecture = {ScoringRule.VOCAB: "llama", ScoringRule.TRIE: "qwen3"}[request.param]
+    architecture = {ScoringRule.VOCAB: "llama", ScoringRule.TRIE: "qwen3"}[rule]
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=request.param, architecture=architecture))
+    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, precision=precision))
 
 
 @asynccontextmanager
@@ -76,11 +82,12 @@ def plans(draw: st.DrawFn, models: Models, waves: int) -> Plan:
     return Plan(draw(st.integers(1, 8)), draw(st.integers(0, 5)), passes)
 
 
-def assert_same(found: dict[int, Children], expected: dict[int, Children]) -> None:
+def assert_same(models: Models, found: dict[int, Children], expected: dict[int, Children]) -> None:
+    tolerance = TOLERANCE[models.bundle.bundle.manifest.target.precision]
     for node, children in found.items():
         assert children.node.tolist() == expected[node].node.tolist()
-        np.testing.assert_allclose(children.logp, expected[node].logp, rtol=TOLERANCE, atol=TOLERANCE)
-        assert children.log_mass == pytest.approx(expected[node].log_mass, rel=TOLERANCE, abs=TOLERANCE)
+        np.testing.assert_allclose(children.logp, expected[node].logp, rtol=tolerance, atol=tolerance)
+        assert children.log_mass == pytest.approx(expected[node].log_mass, rel=tolerance, abs=tolerance)
 
 
 @dataclass
@@ -122,7 +129,7 @@ def test_company_changes_nothing(models: Models, alone: Alone, data: st.DataObje
     found = asyncio.run(run_together(models, requests, sorted(warm), waves))
     for request, children in zip(requests, found, strict=True):
         assert children.keys() == set().union(*request.passes)
-        assert_same(children, asyncio.run(alone(request.items, request.seed)))
+        assert_same(models, children, asyncio.run(alone(request.items, request.seed)))
 
 
 async def run_together(
@@ -176,7 +183,7 @@ async def test_requests_that_meet_by_chance_share_passes_and_lists(models: Model
 
         answers = await asyncio.gather(*(ask(items, seed) for items, seed in prompts))
     for (children, _), truth in zip(answers, expected, strict=True):
-        assert_same(children, truth)
+        assert_same(models, children, truth)
     assert max(cost.batch_requests for _, cost in answers) > 1
     assert all(cost.batch_tokens >= cost.new_tokens for _, cost in answers)
 
@@ -194,7 +201,7 @@ async def test_a_perturbed_request_and_a_pruned_one_keep_their_own_selection(mod
             for tree in trees:
                 evaluator.end(tree)
     for together, by_itself in zip(*answers, strict=True):
-        assert_same(together, by_itself)
+        assert_same(models, together, by_itself)
 
 
 async def test_an_orphan_is_refused_and_its_company_is_not(models: Models, alone: Alone) -> None:
@@ -212,7 +219,7 @@ async def test_an_orphan_is_refused_and_its_company_is_not(models: Models, alone
     for answer, items in ((first, 4), (third, 6)):
         assert not isinstance(answer, BaseException)
         assert answer[1].batch_requests == 2
-        assert_same(dict(answer[0].items()), await alone(items, 1))
+        assert_same(models, dict(answer[0].items()), await alone(items, 1))
 
 
 async def test_a_cancelled_pass_leaves_the_queue_and_its_memory_is_free_at_the_end(models: Models) -> None:
@@ -290,7 +297,7 @@ async def test_a_stream_grows_while_new_ones_are_refused(models: Models, alone: 
                 await first_pass(evaluator, models.prompt(3, seed=14))
             evaluator._reserve(trees[0], PassSize(FIRST_BUFFER + 1, 0))
             evaluation, _ = await evaluator.evaluate(trees[0], np.array(models.naive.inner()), EVERYTHING)
-            assert_same(dict(evaluation.items()), await alone(3, 0))
+            assert_same(models, dict(evaluation.items()), await alone(3, 0))
             for tree in trees:
                 evaluator.end(tree)
 
@@ -328,7 +335,7 @@ async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alon
             assert isinstance(answer, MemoryError)
             continue
         assert not isinstance(answer, BaseException)
-        assert_same(dict(answer[0].items()), await alone(items, 1))
+        assert_same(models, dict(answer[0].items()), await alone(items, 1))
 
 
 async def test_a_used_buffer_goes_to_the_next_stream(models: Models, alone: Alone) -> None:
@@ -337,7 +344,7 @@ async def test_a_used_buffer_goes_to_the_next_stream(models: Models, alone: Alon
         for items in (5, 8, 2):
             tree = await evaluator.open(models.prompt(items, seed=1))
             evaluation, _ = await evaluator.evaluate(tree, np.array(models.naive.inner()), EVERYTHING)
-            assert_same(dict(evaluation.items()), await alone(items, 1))
+            assert_same(models, dict(evaluation.items()), await alone(items, 1))
             tree.tokens.kv[:] = np.nan
             evaluator.end(tree)
         assert evaluator.open_kv.idle_bytes == FIRST_BUFFER * models.token_bytes

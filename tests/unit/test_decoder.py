@@ -184,7 +184,7 @@ def test_spinning_does_not_change_results(decoder: Decoder, model_path: Path, sp
     np.testing.assert_allclose(chain(other, 9).on(other)[0], chain(decoder, 9).on(decoder)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8-weights"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_other_precisions_run_on_the_cpu(decoder: Decoder, tmp_path: Path, dtype: Any) -> None:
     export_decoder(
         random_model("llama", VOCAB, seed=1, initializer_range=0.1),

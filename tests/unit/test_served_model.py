@@ -106,6 +106,13 @@ async def test_a_manifest_that_says_something_else_of_a_model_is_refused(
             pass
 
 
+async def test_8_bits_are_refused_where_they_would_run_on_the_cpu_in_secret(root: Path) -> None:
+    claim(root, precision="int8")
+    with pytest.raises(BundleError, match=r"manifest\.json: target\.precision: int8 is for provider cpu, this is cuda"):
+        async with served(bundle=root, provider="cuda"):
+            pass
+
+
 async def test_a_model_of_another_catalogue_is_refused(root: Path) -> None:
     """Catalogue and manifest agree on nine code columns, the graph has eight."""
     other = Catalogue.build(["a"], random_catalogue(1, (4, 5), seed=0).codes, (4, 5))

@@ -335,7 +335,7 @@ async def test_closing_gives_up_what_runs() -> None:
     assert service.shadow.outcomes.total() == 0
 
 
-@pytest.mark.parametrize(("precision", "exact"), [("float32", True), ("int8-weights", True), ("float16", False)])
+@pytest.mark.parametrize(("precision", "exact"), [("float32", True), ("int8", True), ("float16", False)])
 async def test_a_list_is_exact_only_where_rounding_does_not_depend_on_the_plan(
     precision: Precision, exact: bool
 ) -> None:
