@@ -4,7 +4,7 @@
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
-#   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; half an hour or more, two idle cores
+#   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make faults          the fault tests with all repetitions and thresholds; up to an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
@@ -81,11 +81,13 @@ beauty-bundle: beauty-data $(DEV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) -m client.cli \
 	    train runs/beauty-small.toml --run-folder $(BEAUTY) --data "$(DATA)" --threads 1
 
-# Times: decode, overhead, prefix, load, scaling, each to its page in SPEED_OUT and the .json beside it. The trained pair with its
-# target inflated to 85M; draft and lists stay as they are. Where one fails, the others are measured all the same. `make speed-...`
-# measures one again with the inflated pair that is there. Users have as many items as the prompt may hold, or a few less: one more
-# would move the window, and no prefix would be warm. SPEED_USERS, SPEED_SETTLE, SPEED_SECONDS and SPEED_ITEMS make it shorter.
-SPEED := decode overhead prefix load scaling
+# Times: precision, decode, overhead, prefix, load, scaling, each to its page in SPEED_OUT and the .json beside it; decode, overhead
+# and load once more with an int8 target, to SPEED_OUT/int8. The trained pair with its target inflated to 85M; draft and lists stay
+# as they are. Where one fails, the others are measured all the same. `make speed-...` measures one again with the inflated pair that
+# is there. Users have as many items as the prompt may hold, or a few less: one more would move the window, and no prefix would be
+# warm. SPEED_USERS, SPEED_SETTLE, SPEED_SECONDS and SPEED_ITEMS make it shorter.
+SPEED := precision decode overhead prefix load scaling
+INT8 := decode overhead load
 INFLATED := var/inflated/85m
 SPEED_OUT := docs/benchmarks
 SPEED_USERS ?= 50
@@ -98,14 +100,23 @@ THREADS ?= 2
 
 .PHONY: speed
 speed: beauty-bundle
-	rm -rf $(INFLATED)
+	rm -rf $(INFLATED) $(INFLATED)-int8
 	$(BIN)/atspeed inflate $(BEAUTY)/bundle $(INFLATED) --shape 85m
-	+$(MAKE) --keep-going --jobs 1 $(SPEED:%=speed-%)
+	$(BIN)/atspeed inflate $(BEAUTY)/bundle $(INFLATED)-int8 --shape 85m --precision int8
+	+$(MAKE) --keep-going --jobs 1 $(SPEED:%=speed-%) $(INT8:%=speed-int8-%)
 
 bench = $(BIN)/atspeed bench $(@:speed-%=%) --json $(SPEED_OUT)/$(@:speed-%=%).json --report $(SPEED_OUT)
 bench_users = $(bench) --bundle $(INFLATED)/bundle --histories "$(DATA)/train.txt"
 
+.PHONY: $(INT8:%=speed-int8-%)
+$(INT8:%=speed-int8-%): speed-int8-%:
+	+$(MAKE) speed-$* INFLATED=$(INFLATED)-int8 SPEED_OUT=$(SPEED_OUT)/int8
+
 .PHONY: $(SPEED:%=speed-%)
+speed-precision:
+	$(bench) --run-folder $(BEAUTY) --data "$(DATA)" --timed $(INFLATED)/target-checkpoint --users 4000 \
+	    --threads $(THREADS)
+
 speed-decode:
 	$(bench_users) --users $(SPEED_USERS) --settle $(SPEED_SETTLE) --min-items 16 --max-items 20 $(SPEED_K:%=--k %) \
 	    --mode target-only --mode strict --mode tolerance --mode relaxed-sampling --threads $(THREADS) \

@@ -5,7 +5,7 @@ lossless       strict beside target-only, with exclusions                recomme
 load           latency and goodput at rising rates               scaling        what grows with catalogue, K, prompt
 decode         what a list takes, beside other engines           overhead       what the services add to the models' time
 prefix         first passes, cold and cached                     gpu            all that a GPU is wanted for
-report         a page about a result, from its JSON
+precision      number formats: time, lists, Recall                       report         a page about a result, from its JSON
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _PAGES = {
     "decode": "benchmarks.decode_report",
     "load": "benchmarks.load_report",
     "overhead": "benchmarks.overhead",
+    "precision": "benchmarks.precision_report",
     "prefix": "benchmarks.prefix_report",
     "scaling": "benchmarks.scaling_report",
 }

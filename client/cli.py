@@ -28,6 +28,7 @@ from benchmarks.errors import BenchmarkError
 from client import display
 from client.bench_cli import bench_commands
 from client.bench_load_cli import bench_load, bench_scaling
+from client.bench_precision_cli import bench_precision
 from client.bench_prefix_cli import bench_prefix
 from client.bench_speed_cli import bench_decode, bench_gpu, bench_overhead
 from client.call_cli import forget, history, info, recommend, record
@@ -91,6 +92,7 @@ bench_commands.command("overhead")(bench_overhead)
 bench_commands.command("gpu")(bench_gpu)
 bench_commands.command("load")(bench_load)
 bench_commands.command("prefix")(bench_prefix)
+bench_commands.command("precision")(bench_precision)
 bench_commands.command("scaling")(bench_scaling)
 app.add_typer(bench_commands, name="bench")
 for command in (recommend, record, history, forget, info, inflate, certificates, token):
