@@ -57,6 +57,35 @@ def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: 
     assert (tmp_path / "decode.md").exists()
 
 
+def test_lists_of_an_int8_target_are_compared_with_its_own_alone(tmp_path: Path) -> None:
+    """Its checkpoint is another model; what is identical to target-only is so in every bit."""
+    made = write_bundle(tmp_path / "bundle", random_catalogue(200, (12, 10, 8), seed=3), precision="int8")
+    made.target.save_pretrained(tmp_path / "checkpoint")
+    peer = [
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--users",
+        "3",
+        "--settle",
+        "1",
+        "--min-items",
+        "8",
+        "-k",
+        "6",
+    ]
+    modes = ["--mode", "target-only", "--mode", "strict", "--threads", "1", "--planner", "fixed"]
+    files = ["--json", str(tmp_path / "decode.json")]
+    result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), *peer, *modes, *files])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    own = [
+        row for row in rows if row["engine"] == "atspeed" and (row["mode"], row["prefix"]) != ("target-only", "cold")
+    ]
+    assert {row["identical"] for row in own} == {3}
+    assert [row["identical"] for row in rows if row["engine"] == "transformers"] == [None]
+    assert all(row["speedup_vs_hf"] > 0 for row in rows)
+
+
 def test_genai_needs_a_checkpoint(made: TestBundle) -> None:
     result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), "--genai"])
     assert result.exit_code == 2
