@@ -1,7 +1,7 @@
 """What a cached prefix is worth: the first pass of a request, by which tier has the keys and values of its prompt.
 
-For each user the same pass, the prompt's last token and the first nodes of the trie, is made in five states: cold; all of the
-prompt in memory; all of it in Redis, read always or only where the measured costs say so; and the prompt of before the last
+For each user the same pass, the prompt's last token and so many of the trie's first nodes, is made in five states: cold; all of
+the prompt in memory; all of it in Redis, read always or only where the measured costs say so; and the prompt of before the last
 item in memory, a user who comes back with one new item. One model, one process, a real Redis; states take turns user by
 user, so that what disturbs the machine disturbs all of them. Every state must give the same evaluation.
 """
@@ -58,10 +58,12 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured. nodes: evaluated in the pass, besides the root. block_tokens: an item's where it is None."""
+    """What is measured. nodes: evaluated in a pass, besides the root; each number by itself. block_tokens: an item's where it is
+    None.
+    """
 
     role: Role = "target"
-    nodes: int = 120
+    nodes: tuple[int, ...] = (0, 120)
     threads: int = 1
     block_tokens: int | None = None
     seed: int = 1
@@ -82,9 +84,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One state over all users. Tokens are means. redis_users: those for whom it was read. speedup: cold over this, by user."""
+    """One state over all users. nodes: in the pass, besides the root. Tokens are means. redis_users: those for whom it was read.
+    speedup: cold over this, by user.
+    """
 
     role: str
+    nodes: int
     state: str
     users: int
     p50_ms: float
@@ -105,7 +110,7 @@ class Row:
 class Bench:
     """One model, and a prefix cache for each state."""
 
-    def __init__(self, bundle: Bundle, question: Question, redis: Redis) -> None:
+    def __init__(self, bundle: Bundle, question: Question, nodes: int, redis: Redis) -> None:
         self._question = question
         self._entry, self._catalogue = bundle.model(question.role), bundle.catalogue()
         self._decoder = load_decoder(bundle, question.role, RuntimeOptions(intra_op_threads=question.threads))
@@ -116,7 +121,7 @@ class Bench:
         self._store = RedisKvStore(redis, self._layout, 3600, patience, write_timeout_seconds=patience)
         self.fetching = FetchPolicy(self._layout.bytes_per_token)
         inner = int(self._catalogue.trie.level_start[self._catalogue.trie.levels])
-        self._nodes: Int64 = np.arange(min(1 + question.nodes, inner))
+        self._nodes: Int64 = np.arange(min(1 + nodes, inner))
 
     async def warm_up(self) -> CostCurve:
         """Run what the first request would pay for, and measure what passes cost."""
@@ -171,23 +176,27 @@ class Bench:
 
 
 async def run(bundle: Bundle, histories: Sequence[Sequence[str]], question: Question) -> list[Row]:
-    """A row for each state. Users with a single item are left out."""
+    """A row for each number of nodes and each state. Users with a single item are left out."""
     catalogue = bundle.catalogue()
     users = [catalogue.find(items) for items in histories if len(items) > 1]
     async with AsyncExitStack() as stack:
         redis = connect(stack.enter_context(local_redis()), timeout_seconds=_PATIENCE_SECONDS)
         stack.push_async_callback(redis.aclose)
-        bench = Bench(bundle, question, redis)
-        await bench.warm_up()
-        samples = [await bench.user(history) for history in users]
-    return [_row(state, samples, question) for state in State]
+        rows = []
+        for nodes in question.nodes:
+            bench = Bench(bundle, question, nodes, redis)
+            await bench.warm_up()
+            samples = [await bench.user(history) for history in users]
+            rows += [_row(nodes, state, samples, question) for state in State]
+    return rows
 
 
-def _row(state: State, samples: Sequence[Mapping[State, Sample]], question: Question) -> Row:
+def _row(nodes: int, state: State, samples: Sequence[Mapping[State, Sample]], question: Question) -> Row:
     own = [sample[state] for sample in samples]
     ratios = [sample[State.COLD].ns / sample[state].ns for sample in samples]
     return Row(
         role=question.role,
+        nodes=nodes,
         state=state,
         users=len(own),
         p50_ms=round(median(sample.ns for sample in own) / 1e6, 3),
@@ -214,10 +223,13 @@ def _mean(values: Sequence[float]) -> float:
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows for people."""
-    shown = Table("prefix", "p50 ms", "prompt tokens computed", "from memory", "from Redis", "faster than cold")
+    shown = Table(
+        "nodes", "prefix", "p50 ms", "prompt tokens computed", "from memory", "from Redis", "faster than cold"
+    )
     for row in rows:
         speedup = row.speedup_vs_cold
         shown.add_row(
+            str(row.nodes),
             row.state,
             f"{row.p50_ms:.2f}",
             f"{row.computed_tokens:.1f} of {row.prompt_tokens:.1f}",

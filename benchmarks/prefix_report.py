@@ -26,32 +26,45 @@ def _page(header: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     asked, users = header["question"], rows[0].users
     yield from ("# What a cached prefix is worth", "")
     yield (
-        f"A request's first pass of the {asked['role']} in one process, the prompt's last token and {asked['nodes']} nodes of "
-        f"the trie, by what is kept of the prompt and where. {users} users with {item_range(header['items'])}, of "
-        f"{header['histories']}; every user in every state before the next user."
+        f"A request's first pass of the {asked['role']} in one process, the prompt's last token and some nodes of the trie "
+        "besides the root (0: as plain beam search begins), by what is kept of the prompt and where. "
+        f"{users} users with {item_range(header['items'])}, of {header['histories']}; every user in every state before the next."
     )
     yield ""
     yield from origin(header, [("threads", str(asked["threads"]))])
-    yield from figures(_figures({row.state: row for row in rows}))
-    yield from table(
-        ("prefix", "p50 ms", "prompt tokens", "computed", "from memory", "from Redis", "users", "over cold", "95 %"),
-        [_cells(row) for row in rows],
-    )
+    by_nodes = {nodes: {row.state: row for row in rows if row.nodes == nodes} for nodes in asked["nodes"]}
+    yield from figures(figure for nodes, states in by_nodes.items() for figure in _figures(nodes, states))
+    for nodes, states in by_nodes.items():
+        yield from (f"## {nodes} nodes besides the root", "")
+        yield from table(
+            (
+                "prefix",
+                "p50 ms",
+                "prompt tokens",
+                "computed",
+                "from memory",
+                "from Redis",
+                "users",
+                "over cold",
+                "95 %",
+            ),
+            [_cells(row) for row in states.values()],
+        )
     largest = max(row.largest_difference for row in rows)
     yield f"Largest difference of a log-probability from the cold pass's: {largest:.1e}."
 
 
-def _figures(rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
+def _figures(nodes: int, rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
     """Mean over users of cold over each."""
-    always, measured = rows[State.REDIS], rows[State.MEASURED]
-    yield "returning user with one new item against a cold prefix", _times(rows[State.NEW_ITEM])
-    yield "all of the prompt in memory against a cold prefix", _times(rows[State.MEMORY])
-    yield "all of the prompt in Redis, always read, against a cold prefix", _times(always)
+    always, measured, how = rows[State.REDIS], rows[State.MEASURED], f", {nodes} nodes"
+    yield f"returning user with one new item against a cold prefix{how}", _times(rows[State.NEW_ITEM])
+    yield f"all of the prompt in memory against a cold prefix{how}", _times(rows[State.MEMORY])
+    yield f"all of the prompt in Redis, always read, against a cold prefix{how}", _times(always)
     yield (
-        "of these users, for how many Redis is read where measured costs decide",
+        f"of these users, for how many Redis is read where measured costs decide{how}",
         f"{measured.redis_users} of {measured.users}",
     )
-    yield "their prefix, so decided, against a cold one", _times(measured)
+    yield f"their prefix, so decided, against a cold one{how}", _times(measured)
 
 
 def _times(row: Row) -> str:

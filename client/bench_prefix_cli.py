@@ -19,7 +19,12 @@ def bench_prefix(
     least_items: LeastItems = 2,
     most_items: MostItems = None,
     draft: Annotated[bool, typer.Option("--draft", help="Measure the draft instead of the target.")] = False,
-    nodes: Annotated[int, typer.Option(min=0, help="Trie nodes in the pass, besides the root.")] = 120,
+    nodes: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, help="Trie nodes in a pass, besides the root; several are measured one by one.  [default: 0 120]"
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a pass.")] = 1,
     block_tokens: Annotated[
         int | None, typer.Option(min=1, help="Prompt tokens in one block; an item's without it.")
@@ -36,7 +41,7 @@ def bench_prefix(
     opened = Bundle(bundle)
     if draft and opened.manifest.draft is None:
         raise CommandError("--draft: the bundle has no draft")
-    question = prefix.Question("draft" if draft else "target", nodes, threads, block_tokens, seed)
+    question = prefix.Question("draft" if draft else "target", tuple(nodes or (0, 120)), threads, block_tokens, seed)
     catalogue = opened.catalogue()
     chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
     rows = event_loop.run(prefix.run(opened, chosen, question))

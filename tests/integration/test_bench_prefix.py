@@ -25,12 +25,15 @@ def histories(catalogue: Catalogue) -> list[list[str]]:
 
 
 async def rows_of(bundle: Path, histories: list[list[str]], question: Question) -> dict[str, Row]:
-    return {row.state: row for row in await prefix.run(Bundle(bundle), histories, question)}
+    """Of the last number of nodes."""
+    rows = await prefix.run(Bundle(bundle), histories, question)
+    assert [row.nodes for row in rows] == [nodes for nodes in question.nodes for _ in State]
+    return {row.state: row for row in rows}
 
 
 async def test_each_state_computes_what_its_tier_lacks(bundle: Path, histories: list[list[str]]) -> None:
     """Prompts of 2, 5 and 8 items of four codes, a token before and one after: blocks end one token after an item's end."""
-    rows = await rows_of(bundle, [*histories, ["item-1"]], Question(nodes=20))
+    rows = await rows_of(bundle, [*histories, ["item-1"]], Question(nodes=(0, 20)))
     lengths = [2 + LEVELS * items for items in (2, 5, WINDOW)]
     mean = sum(lengths) / 3
     assert {row.users for row in rows.values()} == {3}
@@ -42,7 +45,7 @@ async def test_each_state_computes_what_its_tier_lacks(bundle: Path, histories: 
 
 
 async def test_the_draft_and_other_blocks_can_be_measured(bundle: Path, histories: list[list[str]]) -> None:
-    rows = await rows_of(bundle, histories[-1:], Question(role="draft", nodes=0, block_tokens=16))
+    rows = await rows_of(bundle, histories[-1:], Question(role="draft", nodes=(0,), block_tokens=16))
     assert (rows[State.MEMORY].role, rows[State.MEMORY].memory_tokens) == ("draft", 32)
 
 
@@ -51,11 +54,11 @@ def test_the_command_writes_a_result_and_refuses_what_it_cannot_measure(
 ) -> None:
     lines = tmp_path / "histories.txt"
     lines.write_text(f"u1 {' '.join(random_history(catalogue, 3, seed=1))}\nu2 item-1\n")
-    bench_prefix(bundle, histories=lines, nodes=4, json_file=tmp_path / "result.json", report=tmp_path)
+    bench_prefix(bundle, histories=lines, nodes=[4], json_file=tmp_path / "result.json", report=tmp_path)
     result = Result.read(tmp_path / "result.json")
     page = (tmp_path / "prefix.md").read_text()
     assert "1 users with 2 items or more, of histories.txt" in page
-    assert f"against a cold prefix | {prefix.from_json(result)[-1].speedup_vs_cold.value:.2f}x |" in page
+    assert f"against a cold prefix, 4 nodes | {prefix.from_json(result)[-1].speedup_vs_cold.value:.2f}x |" in page
     assert result.header["benchmark"] == "prefix"
     assert [row["state"] for row in result.rows] == [state.value for state in State]
     assert {row["users"] for row in result.rows} == {1}
@@ -67,7 +70,7 @@ def test_the_command_writes_a_result_and_refuses_what_it_cannot_measure(
 def test_a_difference_beyond_rounding_is_seen() -> None:
     def row(difference: float) -> Row:
         interval = Interval(1.0, 1.0, 1.0)
-        return Row("target", State.COLD, 1, 1.0, 1.0, 1.0, 0.0, 0.0, 0, interval, difference)
+        return Row("target", 0, State.COLD, 1, 1.0, 1.0, 1.0, 0.0, 0.0, 0, interval, difference)
 
     assert row(prefix.TOLERANCE / 2).same
     assert not row(2 * prefix.TOLERANCE).same
