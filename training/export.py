@@ -2,7 +2,8 @@
 
 Plan-invariance: what a token gets depends on its ancestors only, never on what else is in the pass, but for rounding (a
 pass of another size adds in another order): below 1e-5 with float32, below 1e-2 with float16, not at all with int8
-(training/int8_graph.py), which is a model of its own: near the checkpoint, and twice as fast or more on a CPU.
+(training/int8_graph.py), which is a model of its own: near the checkpoint and, on a CPU, twice as fast where products are most
+of a pass.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 # Largest error of a logit in the parity check, relative to the largest logit (or to 1, if that is larger). Rounding stays
 # several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with what
-# its checkpoint computes from the same codes.
-TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2}
+# its checkpoint computes from the same codes: as a rule to 1e-6, but where float32 tips a step in the one and not in the other,
+# it was up to 0.03 in random models with logits of 10 and more.
+TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
 
 
 class ExportError(TrainingError):
