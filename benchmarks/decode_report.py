@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks import pages
 from benchmarks.decode_rows import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
 from benchmarks.pages import draw, figures, item_range, origin, table
 from benchmarks.results import Result
@@ -28,9 +29,7 @@ def write(result: Result, folder: Path) -> Path:
             partial(panel, _beside(rows, prefix), prefix) for prefix in _prefixes(rows)
         ]
         draw(folder / name, panels)
-    page = folder / PAGE
-    page.write_text("\n".join(_page(result.header, rows)) + "\n", encoding="utf-8")
-    return page
+    return pages.write(folder / PAGE, _page(result.header, rows))
 
 
 def _prefixes(rows: Sequence[DecodeRow]) -> list[str]:

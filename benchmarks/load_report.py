@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from benchmarks import pages
 from benchmarks.load import LIMIT_FACTOR, MODES, LoadRow, errors, from_json, ms, sustained
 from benchmarks.pages import draw, figures, origin, table
 from benchmarks.results import Result
@@ -27,9 +28,7 @@ def write(result: Result, folder: Path) -> Path:
             partial(_tail, some),
         ]
         draw(folder / _plot(replicas), panels)
-    page = folder / PAGE
-    page.write_text("\n".join(_page(result.header, rows)) + "\n", encoding="utf-8")
-    return page
+    return pages.write(folder / PAGE, _page(result.header, rows))
 
 
 def _replicas(rows: Sequence[LoadRow]) -> list[int]:

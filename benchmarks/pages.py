@@ -15,6 +15,13 @@ from matplotlib.figure import Figure
 _NOT_IN_FILE = {"Date": None, "Creator": None}
 
 
+def write(page: Path, lines: Iterable[str]) -> Path:
+    """Write a page, and its folder where there is none; its path."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return page
+
+
 def table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
     """A Markdown table, and an empty line."""
     yield f"| {' | '.join(names)} |"

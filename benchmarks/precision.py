@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.cases import HeldOutCase, quality
 from benchmarks.errors import BenchmarkError
@@ -34,7 +33,7 @@ from orchestrator.search.verification import Strict
 from training.decoder_graph import DATA_FILE
 from training.export import MODEL_FILE, export_decoder
 from training.models import SpelledModel
-from training.parity import RandomTree, decoder_outputs
+from training.parity import RandomTree, decoder_outputs, log_probabilities
 
 NAME = "precision"
 REFERENCE: Precision = "float32"
@@ -49,9 +48,8 @@ _TREES, _PROMPT, _NODES = 8, 48, 20
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured. vocab_size: of random tokens. k: beams. cached: tokens that a timed pass finds."""
+    """What is measured. k: beams. cached: tokens that a timed pass finds."""
 
-    vocab_size: int
     k: int = 20
     cached: int = 70
     threads: int = 1
@@ -92,12 +90,14 @@ def run(opened: TrainedTarget, timed: SpelledModel, cases: Sequence[HeldOutCase]
     """A row for each format. timed: the model whose passes are timed."""
     with TemporaryDirectory(prefix="atspeed-precision-") as work:
         exports = [_Exported.of(opened.model, timed, Path(work), each, question) for each in PRECISIONS]
-    times = _times([export.timed for export in exports], question)
+    times = _times([export.timed for export in exports], timed.spelling.vocab_size, question)
     lists = [asyncio.run(_lists(opened, export, cases, question.k)) for export in exports]
     expected = lists[PRECISIONS.index(REFERENCE)]
+    vocab_size, seed = opened.model.spelling.vocab_size, question.seed
+    moved = [_moved_by_company(export.target, vocab_size, seed) for export in exports]
     return [
-        _row(export, pass_ms, found, expected, cases, question)
-        for export, pass_ms, found in zip(exports, times, lists, strict=True)
+        _row(export, pass_ms, changed, found, expected, cases, seed)
+        for export, pass_ms, changed, found in zip(exports, times, moved, lists, strict=True)
     ]
 
 
@@ -140,11 +140,11 @@ class _Exported:
         return cls(precision, **decoders, megabytes=(folder / "timed" / DATA_FILE).stat().st_size / 1e6)
 
 
-def _times(decoders: Sequence[Decoder], question: Question) -> list[dict[str, float]]:
+def _times(decoders: Sequence[Decoder], vocab_size: int, question: Question) -> list[dict[str, float]]:
     """Milliseconds of a pass by new tokens, the median, for each model."""
     random, took = np.random.default_rng(question.seed), [{str(new): list[float]() for new in TOKENS} for _ in decoders]
     for new in TOKENS:
-        tokens = random.integers(0, question.vocab_size, new)
+        tokens = random.integers(0, vocab_size, new)
         positions, rows = np.full(new, question.cached), np.arange(new)
         visible = np.concatenate([np.ones((new, question.cached), dtype=bool), np.eye(new, dtype=bool)], axis=1)
         for _ in range(_PASSES):
@@ -172,33 +172,28 @@ async def _lists(opened: TrainedTarget, export: _Exported, cases: Sequence[HeldO
     return found
 
 
-def _moved_by_company(decoder: Decoder, question: Question) -> float:
+def _moved_by_company(decoder: Decoder, vocab_size: int, seed: int) -> float:
     """The largest change over random trees behind random prompts."""
     moved = 0.0
-    for seed in range(_TREES):
-        random = np.random.default_rng((question.seed, seed))
-        tree = RandomTree.grow(random, question.vocab_size, prefix=_PROMPT, nodes=_NODES)
-        together = _log_probabilities(decoder, tree)
+    for number in range(_TREES):
+        random = np.random.default_rng((seed, number))
+        tree = RandomTree.grow(random, vocab_size, prefix=_PROMPT, nodes=_NODES)
+        together = log_probabilities(decoder_outputs(decoder, tree))
         for node in range(tree.prefix, len(tree.tokens)):
-            path = np.flatnonzero(tree.visible[node])
-            alone = RandomTree(tree.prefix, tree.tokens[path], tree.positions[path], tree.visible[np.ix_(path, path)])
-            change = _log_probabilities(decoder, alone)[-1] - together[node - tree.prefix + 1]
+            alone = log_probabilities(decoder_outputs(decoder, tree.alone(node)))[-1]
+            change = alone - together[node - tree.prefix + 1]
             moved = max(moved, float(np.abs(change).max()))
     return moved
-
-
-def _log_probabilities(decoder: Decoder, tree: RandomTree) -> npt.NDArray[np.float32]:
-    outputs = decoder_outputs(decoder, tree)
-    return np.asarray(outputs[:, :-1] - outputs[:, -1:])
 
 
 def _row(
     export: _Exported,
     pass_ms: Mapping[str, float],
+    moved: float,
     found: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
     cases: Sequence[HeldOutCase],
-    question: Question,
+    seed: int,
 ) -> Row:
     own, reference = (
         [quality(items, case.answers, CUTOFF) for items, case in zip(lists, cases, strict=True)]
@@ -211,11 +206,11 @@ def _row(
         users=len(cases),
         megabytes=round(export.megabytes, 1),
         pass_ms=pass_ms,
-        moved_by_company=_moved_by_company(export.target, question),
+        moved_by_company=moved,
         identical=sum(ours == theirs for ours, theirs in tops),
         overlap=round(float(np.mean([len({*ours} & {*theirs}) / len(theirs) for ours, theirs in tops])), 4),
         recall=float(np.mean([each.recall for each in own])),
         ndcg=float(np.mean([each.ndcg for each in own])),
-        recall_less=bootstrap([ours.recall - theirs.recall for ours, theirs in pairs], seed=question.seed),
-        ndcg_less=bootstrap([ours.ndcg - theirs.ndcg for ours, theirs in pairs], seed=question.seed),
+        recall_less=bootstrap([ours.recall - theirs.recall for ours, theirs in pairs], seed=seed),
+        ndcg_less=bootstrap([ours.ndcg - theirs.ndcg for ours, theirs in pairs], seed=seed),
     )

@@ -19,11 +19,7 @@ PAGE = "precision.md"
 
 def write(result: Result, folder: Path) -> Path:
     """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
-    rows = from_json(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / PAGE
-    page.write_text("\n".join(_page(result.header, rows)) + "\n", encoding="utf-8")
-    return page
+    return pages.write(folder / PAGE, _page(result.header, from_json(result)))
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -110,7 +110,7 @@ class Row:
 class Bench:
     """One model, and a prefix cache for each state."""
 
-    def __init__(self, bundle: Bundle, question: Question, nodes: int, redis: Redis) -> None:
+    def __init__(self, bundle: Bundle, question: Question, redis: Redis) -> None:
         self._question = question
         self._entry, self._catalogue = bundle.model(question.role), bundle.catalogue()
         self._decoder = load_decoder(bundle, question.role, RuntimeOptions(intra_op_threads=question.threads))
@@ -120,8 +120,7 @@ class Bench:
         patience = _PATIENCE_SECONDS
         self._store = RedisKvStore(redis, self._layout, 3600, patience, write_timeout_seconds=patience)
         self.fetching = FetchPolicy(self._layout.bytes_per_token)
-        inner = int(self._catalogue.trie.level_start[self._catalogue.trie.levels])
-        self._nodes: Int64 = np.arange(min(1 + nodes, inner))
+        self._inner = int(self._catalogue.trie.level_start[self._catalogue.trie.levels])
 
     async def warm_up(self) -> CostCurve:
         """Run what the first request would pay for, and measure what passes cost."""
@@ -131,17 +130,18 @@ class Bench:
         self.fetching.recompute_ns = curve.saved
         return curve
 
-    async def user(self, history: Int64) -> dict[State, Sample]:
-        """One user's pass in every state; the user has two items at least."""
+    async def user(self, history: Int64, nodes: int) -> dict[State, Sample]:
+        """One user's pass over so many nodes in every state; the user has two items at least."""
+        asked = np.arange(min(1 + nodes, self._inner))
         prompt, before = (
             prompt_tokens(self._catalogue, self._entry, items.tolist()) for items in (history, history[:-1])
         )
-        cold, expected = await self._pass(self._cache(0), prompt, None)
+        cold, expected = await self._pass(self._cache(0), prompt, asked, None)
         warm = self._cache(_MEMORY_BYTES, store=True)
-        await self._pass(warm, prompt, expected)
+        await self._pass(warm, prompt, asked, expected)
         await warm.close()  # what it writes to Redis is there then
         returning = self._cache(_MEMORY_BYTES)
-        await self._pass(returning, before, None)
+        await self._pass(returning, before, asked, None)
         caches = {
             State.MEMORY: warm,
             State.REDIS: self._cache(0, store=True),
@@ -150,16 +150,18 @@ class Bench:
         }
         samples = {State.COLD: cold}
         for state, cache in caches.items():
-            samples[state], _ = await self._pass(cache, prompt, expected)
+            samples[state], _ = await self._pass(cache, prompt, asked, expected)
         return samples
 
-    async def _pass(self, cache: PrefixCache, prompt: Int64, expected: Evaluation | None) -> tuple[Sample, Evaluation]:
+    async def _pass(
+        self, cache: PrefixCache, prompt: Int64, nodes: Int64, expected: Evaluation | None
+    ) -> tuple[Sample, Evaluation]:
         async with self._evaluator(cache) as evaluator:
             begun = perf_counter_ns()
             tree = await evaluator.open(prompt)
-            evaluation, cost = await evaluator.evaluate(tree, self._nodes, Selection(Pruning.none(), limit=20))
+            evaluation, cost = await evaluator.evaluate(tree, nodes, Selection(Pruning.none(), limit=20))
             taken = perf_counter_ns() - begun
-        computed = cost.new_tokens - (len(self._nodes) - 1)
+        computed = cost.new_tokens - (len(nodes) - 1)
         difference = _difference(evaluation, expected or evaluation)
         return Sample(taken, len(prompt), computed, cost, difference), evaluation
 
@@ -182,11 +184,10 @@ async def run(bundle: Bundle, histories: Sequence[Sequence[str]], question: Ques
     async with AsyncExitStack() as stack:
         redis = connect(stack.enter_context(local_redis()), timeout_seconds=_PATIENCE_SECONDS)
         stack.push_async_callback(redis.aclose)
-        rows = []
+        bench, rows = Bench(bundle, question, redis), []
+        await bench.warm_up()
         for nodes in question.nodes:
-            bench = Bench(bundle, question, nodes, redis)
-            await bench.warm_up()
-            samples = [await bench.user(history) for history in users]
+            samples = [await bench.user(history, nodes) for history in users]
             rows += [_row(nodes, state, samples, question) for state in State]
     return rows
 

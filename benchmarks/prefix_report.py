@@ -6,20 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.pages import figures, item_range, origin, table
 from benchmarks.prefix import Row, State, from_json
 from benchmarks.results import Result
 
 PAGE = "prefix.md"
+_TOKENS = ("prompt tokens", "computed", "from memory", "from Redis")
+_COLUMNS = ("prefix", "p50 ms", *_TOKENS, "users", "over cold", "95 %")
 
 
 def write(result: Result, folder: Path) -> Path:
     """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
-    rows = from_json(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / PAGE
-    page.write_text("\n".join(_page(result.header, rows)) + "\n", encoding="utf-8")
-    return page
+    return pages.write(folder / PAGE, _page(result.header, from_json(result)))
 
 
 def _page(header: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
@@ -36,20 +35,7 @@ def _page(header: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     yield from figures(figure for nodes, states in by_nodes.items() for figure in _figures(nodes, states))
     for nodes, states in by_nodes.items():
         yield from (f"## {nodes} nodes besides the root", "")
-        yield from table(
-            (
-                "prefix",
-                "p50 ms",
-                "prompt tokens",
-                "computed",
-                "from memory",
-                "from Redis",
-                "users",
-                "over cold",
-                "95 %",
-            ),
-            [_cells(row) for row in states.values()],
-        )
+        yield from table(_COLUMNS, [_cells(row) for row in states.values()])
     largest = max(row.largest_difference for row in rows)
     yield f"Largest difference of a log-probability from the cold pass's: {largest:.1e}."
 

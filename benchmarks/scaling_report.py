@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from benchmarks import pages
 from benchmarks.pages import draw, figures, origin, table
 from benchmarks.results import Result
 from benchmarks.scaling import (
@@ -30,9 +31,7 @@ def write(result: Result, folder: Path) -> Path:
     catalogues, searches = from_json(result)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / _PLOT, [partial(_times, catalogues), partial(_memory, catalogues)])
-    page = folder / PAGE
-    page.write_text("\n".join(_page(result.header, catalogues, searches)) + "\n", encoding="utf-8")
-    return page
+    return pages.write(folder / PAGE, _page(result.header, catalogues, searches))
 
 
 def _page(

@@ -35,8 +35,7 @@ def bench_precision(
     )
     model = models.SpelledModel.load(run_folder / "target-checkpoint")
     measured = models.SpelledModel.load(timed) if timed else model
-    vocab_size = min(model.spelling.vocab_size, measured.spelling.vocab_size)
-    question = precisions.Question(vocab_size, k, threads=threads, seed=seed)
+    question = precisions.Question(k, threads=threads, seed=seed)
     target = precisions.TrainedTarget(run.bundle, run.catalogue, model)
     rows = precisions.run(target, measured, asked, question)
     out.print(pages.table(rows))

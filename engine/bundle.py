@@ -74,7 +74,7 @@ class ModelEntry(_Part):
 
     @property
     def plan_invariant(self) -> bool:
-        """Whether a score depends on what else is in its pass by less than 1e-5: in int8 not at all, in float16 by up to 1e-2."""
+        """Whether what else is in a pass moves a score by last bits at most, 1e-5 or so: in int8 by none, in float16 by 1e-2."""
         return self.precision in {"float32", "int8"}
 
     @model_validator(mode="after")

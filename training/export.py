@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint -> an ONNX token-tree decoder (training/decoder_graph.py), checked against the checkpoint.
 
 Plan-invariance: what a token gets depends on its ancestors only, never on what else is in the pass, but for rounding (a
-pass of another size adds in another order): below 1e-5 with float32, below 1e-2 with float16, not at all with int8
+pass of another size adds in another order): 1e-5 or so with float32, up to 1e-2 with float16, not at all with int8
 (training/int8_graph.py), which is a model of its own: near the checkpoint and, on a CPU, twice as fast where products are most
 of a pass.
 """

@@ -39,6 +39,11 @@ class RandomTree:
             visible[token] |= visible[parent]
         return cls(prefix, random.integers(0, vocab_size, total), visible.sum(axis=1) - 1, visible)
 
+    def alone(self, node: int) -> RandomTree:
+        """A node, by its place among the tokens, with nothing but the prefix and its ancestors."""
+        path = np.flatnonzero(self.visible[node])
+        return RandomTree(self.prefix, self.tokens[path], self.positions[path], self.visible[np.ix_(path, path)])
+
 
 def compare(
     model: PreTrainedModel, decoder: Decoder, code_tokens: Sequence[int], *, trees: int = 3
@@ -65,6 +70,12 @@ def _tree_of(model: PreTrainedModel, seed: int) -> RandomTree:
 def _difference(expected: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[float, float]:
     reference = np.concatenate(expected)
     return float(np.abs(np.concatenate(found) - reference).max()), float(np.abs(reference).max())
+
+
+def log_probabilities(outputs: Outputs) -> Outputs:
+    """Of the code columns, [nodes + 1, C]."""
+    result: Outputs = outputs[:, :-1] - outputs[:, -1:]
+    return result
 
 
 def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Sequence[int]) -> Outputs:

@@ -32,7 +32,7 @@ def rows(made: TestBundle) -> list[Row]:
     spelling = Spelling(code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size)
     model = SpelledModel(made.target, spelling)
     cases = [HeldOutCase((user, user + 1, user + 2), (user + 3,), seed=user) for user in range(USERS)]
-    question = Question(entry.vocab_size, k=12, cached=9)
+    question = Question(k=12, cached=9)
     return precision.run(TrainedTarget(made.bundle, catalogue, model), model, cases, question)
 
 
@@ -58,7 +58,7 @@ def test_int8_rounds_and_its_file_is_small(rows: list[Row]) -> None:
 
 
 def test_the_page_is_written_from_the_file_alone(made: TestBundle, rows: list[Row], tmp_path: Path) -> None:
-    about = precision.header(Question(10), timed="a target of 9 parameters")
+    about = precision.header(Question(), timed="a target of 9 parameters")
     result = Result(provenance(made.bundle, seed=1) | about, precision.to_json(rows))
     result.write(tmp_path / "precision.json")
     read = Result.read(tmp_path / "precision.json")

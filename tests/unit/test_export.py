@@ -21,7 +21,7 @@ from training import export
 from training.decoder_graph import DATA_FILE
 from training.export import MODEL_FILE, ExportError, check_parity, export_decoder, load_checkpoint
 from training.int8_graph import quantise_rows, quantise_rows_finely
-from training.parity import Outputs, RandomTree, checkpoint_outputs, decoder_outputs
+from training.parity import Outputs, RandomTree, checkpoint_outputs, decoder_outputs, log_probabilities
 
 VOCAB = 97
 CODES = tuple(range(40, 90))
@@ -86,11 +86,6 @@ def checkpoint(name: str = "llama", **overrides: object) -> PreTrainedModel:
 def exported(model: PreTrainedModel, folder: Path, precision: Precision = "float32") -> Decoder:
     export_decoder(model, folder, code_tokens=CODES, precision=precision)
     return Decoder(folder / MODEL_FILE, RuntimeOptions())
-
-
-def log_probabilities(outputs: Outputs) -> Outputs:
-    result: Outputs = outputs[:, :-1] - outputs[:, -1:]
-    return result
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -160,9 +155,7 @@ def test_a_node_does_not_notice_its_company(name: str, precision: Precision, tol
         tree = RandomTree.grow(np.random.default_rng(seed), VOCAB, prefix=20, nodes=40)
         together = log_probabilities(decoder_outputs(decoder, tree))
         for node in range(tree.prefix, len(tree.tokens)):
-            path = np.flatnonzero(tree.visible[node])
-            alone = RandomTree(tree.prefix, tree.tokens[path], tree.positions[path], tree.visible[np.ix_(path, path)])
-            result = log_probabilities(decoder_outputs(decoder, alone))[-1]
+            result = log_probabilities(decoder_outputs(decoder, tree.alone(node)))[-1]
             np.testing.assert_allclose(result, together[node - tree.prefix + 1], atol=tolerance, rtol=0)
 
 
