@@ -35,7 +35,7 @@ help:
 
 .PHONY: demo
 demo: $(DEMO)/.installed
-	@$(DEMO)/bin/python -m client.demo
+	@$(DEMO)/bin/python -m atspeed.cli.demo
 
 .PHONY: test
 test: lint pytest
@@ -53,7 +53,7 @@ MINUTES ?= 30
 .PHONY: soak
 soak: $(DEV)/.installed
 	@mkdir -p var
-	$(BIN)/python -m benchmarks.soak --bundle bundles/movielens-100k --minutes $(MINUTES) --json var/soak.json
+	$(BIN)/python -m atspeed.benchmarks.soak --bundle bundles/movielens-100k --minutes $(MINUTES) --json var/soak.json
 
 BEAUTY := var/runs/beauty-small
 PROCESSES ?= 2
@@ -78,7 +78,7 @@ beauty-losses: beauty-bundle
 .PHONY: beauty-bundle
 beauty-bundle: beauty-data $(DEV)/.installed
 	@mkdir -p docs/benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) -m client.cli \
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) -m atspeed.cli.main \
 	    train runs/beauty-small.toml --run-folder $(BEAUTY) --data "$(DATA)" --threads 1
 
 # Times: precision, decode, overhead, prefix, load, scaling, each to its page in SPEED_OUT and the .json beside it; decode, overhead
@@ -168,8 +168,8 @@ lint: $(DEV)/.installed
 	$(BIN)/buf lint
 	$(BIN)/hadolint deploy/Dockerfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
-	$(BIN)/python -m service_kit.settings_docs --check
-	$(BIN)/python -m service_kit.metrics_docs --check
+	$(BIN)/python -m atspeed.configuration.settings_docs --check
+	$(BIN)/python -m atspeed.observability.metrics_docs --check
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
 
@@ -183,11 +183,11 @@ tree: $(DEV)/.installed
 
 .PHONY: settings-docs
 settings-docs: $(DEV)/.installed
-	$(BIN)/python -m service_kit.settings_docs
+	$(BIN)/python -m atspeed.configuration.settings_docs
 
 .PHONY: metrics-docs
 metrics-docs: $(DEV)/.installed
-	$(BIN)/python -m service_kit.metrics_docs
+	$(BIN)/python -m atspeed.observability.metrics_docs
 
 .PHONY: dashboard
 dashboard: $(DEV)/.installed

@@ -7,24 +7,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from engine.beams import (
+from atspeed.engine.kv.memory_cache import NO_OWNER
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.tree_evaluator import PassProgram, Selection, TreeEvaluator
+from atspeed.engine.search.beams import (
     Beams,
     children_by_gumbel,
     children_by_score,
     level_log_distribution,
     sample_without_replacement,
 )
-from engine.cost import PassCost
-from engine.kv_cache import NO_OWNER
-from engine.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
-from engine.sampling import Stream
-from engine.scoring import Children, Evaluation, Perturbation, ScoringRule
-from engine.tree_evaluator import Selection, Steps, TreeEvaluator
-from engine.trie import ROOT, Int64, Pruning, Trie, among
+from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
+from atspeed.engine.search.sampling import Stream
+from atspeed.engine.search.scoring import Children, Evaluation, Perturbation, ScoringRule
+from atspeed.engine.search.trie import ROOT, Int64, Pruning, Trie, among
 
 
 @dataclass(frozen=True)
-class PlanOrder:
+class DraftRequest:
     """What is asked of the draft. prompt: int64 [prompt], in the draft's vocabulary. below: beams of one depth.
 
     noise: seed and temperature; needed by the proposals PERTURBED and SAMPLE.
@@ -46,7 +46,7 @@ class Drafted:
     """A plan and what it took."""
 
     plan: Plan
-    cost: PassCost
+    cost: PassStats
     passes: int
 
 
@@ -58,7 +58,7 @@ class Drafter:
         self._free = free_nodes(evaluator.trie, evaluator.rule)
         self._scale = evaluator.entry.plan_scale or (1.0,) * (evaluator.trie.levels - 1)
 
-    async def plan(self, order: PlanOrder) -> Drafted:
+    async def plan(self, order: DraftRequest) -> Drafted:
         """One draft pass for each level that is planned, over the nodes of the level above that are still in the plan.
 
         Raises PromptError or CapacityError when the prompt or the beams do not fit the model, OverloadedError when it is busy.
@@ -66,12 +66,12 @@ class Drafter:
         growth = _Growth(order, self._trie, self._free, self._scale)
         tree = await self._evaluator.open(order.prompt, tenant=order.tenant, owner=order.owner)
         try:
-            plan, cost = await self._evaluator.follow(tree, growth.steps(), self._selection(order))
+            plan, cost = await self._evaluator.run_steps(tree, growth.steps(), self._selection(order))
         finally:
             self._evaluator.end(tree)
         return Drafted(plan, cost, growth.passes)
 
-    def _selection(self, order: PlanOrder) -> Selection:
+    def _selection(self, order: DraftRequest) -> Selection:
         limit = max(order.size.width, order.size.beam_width)
         # Under rule `trie` any number of a node's children may be free and better than the first that is planned.
         if order.with_evaluation or self._evaluator.rule is ScoringRule.TRIE:
@@ -82,12 +82,12 @@ class Drafter:
 class _Growth:
     """A plan as it grows. free, scale: of the draft, see `Shortlist.grown`. passes: those that it took so far."""
 
-    def __init__(self, order: PlanOrder, trie: Trie, free: npt.NDArray[np.bool_], scale: tuple[float, ...]) -> None:
+    def __init__(self, order: DraftRequest, trie: Trie, free: npt.NDArray[np.bool_], scale: tuple[float, ...]) -> None:
         self._order, self._trie, self._free, self._scale = order, trie, free, scale
         self._listed, self._evaluated = Shortlist.of(order.below), dict[int, Children]()
         self.passes = 0
 
-    def steps(self) -> Steps[Plan]:
+    def steps(self) -> PassProgram[Plan]:
         """Level by level, from the beams down."""
         trie, order = self._trie, self._order
         start = int(trie.depth(order.below.node[:1])[0])

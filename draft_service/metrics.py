@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from draft_service.drafter import Drafted, PlanOrder
-from service_kit.metrics import SIZES, WHOLE, HistogramOf
+from atspeed.observability.metrics import SIZES, WHOLE, HistogramOf
+from draft_service.drafter import Drafted, DraftRequest
 
 PLAN_NODES = HistogramOf(
     "atspeed_plan_nodes", "Nodes of a plan, by how they were chosen: top, perturbed or sample.", ("proposal",), SIZES
@@ -20,7 +20,7 @@ class PlanMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._nodes, self._passes = PLAN_NODES.build(registry), PLAN_PASSES.build(registry)
 
-    def planned(self, order: PlanOrder, drafted: Drafted) -> None:
+    def planned(self, order: DraftRequest, drafted: Drafted) -> None:
         """A plan is made."""
         proposal = order.proposal.name.lower()
         self._nodes.labels(proposal).observe(len(drafted.plan.node))

@@ -8,21 +8,21 @@ from typing import Any
 
 import grpc
 import numpy as np
-from atspeed.v1 import draft_pb2, draft_pb2_grpc
 
-from draft_service.drafter import Drafter, PlanOrder
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import PlanSize, Proposal
+from atspeed.engine.search.scoring import Evaluation
+from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
+from atspeed.observability.admission_metrics import admission_reads
+from atspeed.observability.metrics import Readings
+from atspeed.rpc import wire
+from atspeed.rpc.admission import Admission, Priority
+from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.rpc.server import Registration
+from atspeed.v1 import draft_pb2, draft_pb2_grpc
+from draft_service.drafter import Drafter, DraftRequest
 from draft_service.metrics import PlanMetrics
 from draft_service.settings import DraftSettings
-from engine.beams import Beams
-from engine.plan import PlanSize, Proposal
-from engine.scoring import Evaluation
-from service_kit import wire
-from service_kit.admission import Admission, Priority
-from service_kit.admission_metrics import admission_reads
-from service_kit.errors import InvalidArgumentError
-from service_kit.metrics import Readings
-from service_kit.served_models import ServedModel, ServedModels, served_models
-from service_kit.server import Registration
 
 SERVICE = draft_pb2.DESCRIPTOR.services_by_name["DraftService"]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -31,7 +31,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """Plans for requests."""
 
-    def __init__(self, models: ServedModels[Drafter], admission: Admission) -> None:
+    def __init__(self, models: HostedModels[Drafter], admission: Admission) -> None:
         self._models, self._admission = models, admission
         self._metrics = PlanMetrics(models.metrics.registry)
 
@@ -65,16 +65,16 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 class _OrderReader:
     """Reads requests of one model version."""
 
-    def __init__(self, model: ServedModel[Drafter]) -> None:
+    def __init__(self, model: HostedModel[Drafter]) -> None:
         self._trie, self._most_nodes = model.evaluator.trie, model.info.max_nodes
 
-    def read(self, request: draft_pb2.PlanRequest) -> PlanOrder:
+    def read(self, request: draft_pb2.PlanRequest) -> DraftRequest:
         """The order. Raises InvalidArgumentError."""
         proposal = wire.proposal(request.proposal, "proposal")
         noise = wire.optional_perturbation(request, "perturbation")
         if proposal is not Proposal.TOP and noise is None:
             raise InvalidArgumentError("perturbation", "must be set for a sampling proposal")
-        return PlanOrder(
+        return DraftRequest(
             prompt=wire.vector(request.prompt, "prompt", "int64").astype(np.int64),
             below=self._beams(request),
             size=self._size(request),

@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from service_kit.model_settings import ModelSettings
-from service_kit.settings import Port
+from atspeed.configuration.settings import Port
+from atspeed.model_host.settings import ModelSettings
 
 
 class DraftSettings(ModelSettings):

@@ -16,8 +16,8 @@ from urllib.parse import quote
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from engine.forgetting import announce
-from orchestrator.owner_tag import owner_tag
+from atspeed.engine.kv.erasure import publish_erasure
+from orchestrator.user_key import user_cache_key
 
 _Answer = TypeVar("_Answer")
 
@@ -47,7 +47,7 @@ class HistoryStore:
     multiple of `trim_step` events. With a prompt's `drop_block` for a step, its window starts at multiples of that too,
     and moves once in `drop_block` events however long the history; with a step of 1 it would move at every event.
 
-    `client` stays its caller's to close. It should be one that does not retry (`engine.redis_client.connect`): an append
+    `client` stays its caller's to close. It should be one that does not retry (`atspeed.engine.kv.redis_client.connect`): an append
     that is sent twice is a history with an item too many. User and item ids are taken as they are; check them before.
     Users of different tenants are different users.
     """
@@ -79,12 +79,12 @@ class HistoryStore:
         return [_text(item) for item in items] or None
 
     async def forget(self, user_id: str, *, tenant: str = "") -> bool:
-        """Erase a user's history, and the keys and values of the user's prompts in every tier (`engine.forgetting`).
+        """Erase a user's history, and the keys and values of the user's prompts in every tier (`atspeed.engine.kv.erasure`).
 
         Returns whether there was a history. Raises HistoryUnavailable; it should then be called again.
         """
         existed = await self._ask(lambda: self._client.delete(_key(tenant, user_id)))
-        await self._ask(lambda: announce(self._client, owner_tag(tenant, user_id)))
+        await self._ask(lambda: publish_erasure(self._client, user_cache_key(tenant, user_id)))
         return bool(existed)
 
     async def reachable(self) -> bool:

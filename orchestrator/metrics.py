@@ -10,19 +10,19 @@ from itertools import product
 
 from prometheus_client import CollectorRegistry
 
-from engine.cost import PassCost
-from orchestrator.deadline import Deadline
-from orchestrator.draft_switch import SWITCHED_OFF
+from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.observability.admission_metrics import admission_reads
+from atspeed.observability.bundle_metrics import bundle_reads
+from atspeed.observability.metrics import SIZES, WHOLE, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
+from atspeed.rollout.bundle_watch import BundleWatch
+from atspeed.rollout.release_track import Track
+from atspeed.rpc.admission import Admission
+from atspeed.rpc.errors import ServiceError
+from atspeed.rpc.mode import Mode
 from orchestrator.recommendation import Recommendation
-from orchestrator.tracks import Lanes
-from service_kit.admission import Admission
-from service_kit.admission_metrics import admission_reads
-from service_kit.bundle_metrics import bundle_reads
-from service_kit.bundle_watch import BundleWatch
-from service_kit.errors import ServiceError
-from service_kit.metrics import SIZES, WHOLE, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
-from service_kit.mode import Mode
-from service_kit.tracks import Track
+from orchestrator.serving.track_router import TrackRouter
+from orchestrator.speculation_breaker import SWITCHED_OFF
 
 LISTS = CounterOf(
     "atspeed_recommendations_total",
@@ -40,12 +40,12 @@ ACCEPTED = HistogramOf("atspeed_accepted_levels", "Levels of a list that needed 
 NODES = CounterOf(
     "atspeed_nodes_total",
     "Nodes by what became of them: drafted (evaluated because a plan held them), used (of these, beams), foreseen (evaluated "
-    "by the target before it was asked), foreseen_used (of these, beams), recovered (beams that no plan held and nobody "
+    "by the target before it was asked), prefetched_used (of these, beams), recovered (beams that no plan held and nobody "
     "foresaw), forced (beams that were their parent's only child).",
     ("mode", "kind"),
 )
 ASKED = HistogramOf(
-    "atspeed_nodes_asked",
+    "atspeed_plan_nodes_requested",
     "Nodes that the planner asked the draft for; 0 where no plan would pay.",
     ("mode",),
     (0, *SIZES),
@@ -71,9 +71,9 @@ SHADOW_GAP = ReadGauge(
     "atspeed_shadow_largest_gap", "Largest difference of two scores at one place in a shadow check.", ("track",)
 )
 SPECULATION = ReadGauge(
-    "atspeed_speculation_on", "1 while the draft is asked, 0 after shadow checks switched it off.", ("track",)
+    "atspeed_speculation_enabled", "1 while the draft is asked, 0 after shadow checks switched it off.", ("track",)
 )
-RESTING = ReadGauge("atspeed_draft_resting", "1 while the draft is left alone after a failure.", ("track",))
+RESTING = ReadGauge("atspeed_draft_circuit_open", "1 while the draft is left alone after a failure.", ("track",))
 CANARY_SHARE = ReadGauge(
     "atspeed_canary_share", "Share of the users that the canary serves now; 0 while there is none that a target serves."
 )
@@ -98,7 +98,7 @@ _NARROWED = "beam_width"
 class OrchestratorMetrics:
     """The metrics of one orchestrator process."""
 
-    def __init__(self, admission: Admission, lanes: Lanes, watches: Sequence[BundleWatch]) -> None:
+    def __init__(self, admission: Admission, lanes: TrackRouter, watches: Sequence[BundleWatch]) -> None:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
@@ -146,12 +146,12 @@ class OrchestratorMetrics:
         for reason in recommendation.degraded:
             self._degraded.labels(track, _reason(reason)).inc()
 
-    def _predicted(self, model: str, cost: PassCost, predicted_ns: float) -> None:
+    def _predicted(self, model: str, cost: PassStats, predicted_ns: float) -> None:
         if predicted_ns > 0:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 
 
-def _lane_reads(lanes: Lanes) -> dict[ReadCounter | ReadGauge, Read]:
+def _lane_reads(lanes: TrackRouter) -> dict[ReadCounter | ReadGauge, Read]:
     """What belongs to each track."""
     each = {track: lanes[track] for track in Track}
     return {
@@ -159,7 +159,7 @@ def _lane_reads(lanes: Lanes) -> dict[ReadCounter | ReadGauge, Read]:
             (track, name): lane.shadow.outcomes[name] for track, lane in each.items() for name in lane.shadow.OUTCOMES
         },
         SHADOW_GAP: lambda: {(track,): lane.shadow.largest_gap for track, lane in each.items()},
-        SPECULATION: lambda: {(track,): lane.draft_switch.on for track, lane in each.items()},
+        SPECULATION: lambda: {(track,): lane.speculation_breaker.on for track, lane in each.items()},
         RESTING: lambda: {(track,): lane.snapshots.draft_rests for track, lane in each.items()},
         CANARY_SHARE: lambda: lanes.share,
     }

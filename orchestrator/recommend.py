@@ -10,30 +10,30 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
-from engine.beams import Beams
-from engine.bundle import Manifest, ModelEntry
-from engine.catalogue import Catalogue
-from engine.scoring import Perturbation
-from engine.trie import Int64, Pruning
-from orchestrator.deadline import Deadline
-from orchestrator.draft_switch import SWITCHED_OFF, DraftSwitch
+from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Manifest, ModelEntry
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.scoring import Perturbation
+from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.observability import tracing
+from atspeed.rpc.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
+from atspeed.rpc.mode import Mode
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
-from orchestrator.model_clients.question import ModelQuestion
+from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.model_clients.target_client import TargetClient
-from orchestrator.owner_tag import FIRST_ITEMS, digest
-from orchestrator.planning.planned_draft import NoDraft, PlannedDraft
+from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.request_planning import Task
-from orchestrator.recommendation import Item, Order, Origin, Recommendation, StageTimes, SubjectHistory
+from orchestrator.planning.sized_draft import NoDraft, PlannedDraft
+from orchestrator.recommendation import Item, Origin, Recommendation, RecommendParams, StageTimes, SubjectHistory
 from orchestrator.search.ahead import DraftWhereNeeded
 from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
 from orchestrator.search.memo import Memo
+from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from orchestrator.search.traced import TracedDraft, TracedTarget
-from orchestrator.search.verification import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from service_kit import tracing
-from service_kit.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
-from service_kit.mode import Mode
+from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
+from orchestrator.user_key import FIRST_ITEMS, digest
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -61,15 +61,15 @@ class Recommender:
         draft: DraftClient | None,
         planner: Planner,
         histories: HistoryStore | None,
-        draft_switch: DraftSwitch,
+        speculation_breaker: SpeculationBreaker,
         *,
         lookahead: bool = True,
     ) -> None:
         self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
         self._target, self._draft, self._planner = target, draft, planner
-        self._draft_switch, self._lookahead = draft_switch, lookahead
+        self._draft_switch, self._lookahead = speculation_breaker, lookahead
 
-    async def recommend(self, order: Order, deadline: Deadline) -> Recommendation:
+    async def recommend(self, order: RecommendParams, deadline: Deadline) -> Recommendation:
         """The list for one order.
 
         Raises NotFoundError for an unknown user, InvalidArgumentError for a history without a known item (unless the
@@ -91,10 +91,10 @@ class Recommender:
             question,
             max_children=policy.max_children,
             beam_width=policy.beam_width,
-            looks_ahead=speculates and self._lookahead,
+            prefetches=speculates and self._lookahead,
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
-        task = Task(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
+        task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
         planning = self._planner.planning(order.mode, task)
         draft = PlannedDraft(drafting, planning) if drafting else NoDraft()
         searching = time.perf_counter_ns()
@@ -133,7 +133,7 @@ class Recommender:
             return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule))
         return await beam_search(trie, rule, policy, target, draft)
 
-    async def _history(self, order: Order) -> SubjectHistory:
+    async def _history(self, order: RecommendParams) -> SubjectHistory:
         item_ids = order.history if order.history is not None else await self._stored(order.user_id or "", order.tenant)
         index = self.catalogue.find(item_ids)
         known = index[index >= 0]
@@ -160,7 +160,7 @@ class Recommender:
             raise NotFoundError("user_id", "no history is stored for this user")
         return stored or ()
 
-    def _candidates(self, order: Order, history: SubjectHistory) -> Candidates:
+    def _candidates(self, order: RecommendParams, history: SubjectHistory) -> Candidates:
         excluded = self._indices(order.excluded)
         if order.exclude_seen:
             excluded = np.union1d(excluded, history.known)
@@ -176,7 +176,7 @@ class Recommender:
         return index[index >= 0]
 
     def _draft_session(
-        self, order: Order, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
+        self, order: RecommendParams, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
     ) -> DraftSession | None:
         if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
             return None
@@ -204,18 +204,18 @@ class _Asker:
     history: SubjectHistory
     pruning: Pruning
     deadline: Deadline
-    order: Order
+    order: RecommendParams
 
     def window(self, model: ModelEntry) -> Int64:
         """The history items that a model's prompt holds."""
         return self.history.known[model.prompt.window_start(len(self.history.known)) :]
 
-    def question(self, model: ModelEntry, noise: Perturbation | None) -> ModelQuestion:
+    def question(self, model: ModelEntry, noise: Perturbation | None) -> ModelRequest:
         """The request as one model gets it."""
         columns = self.catalogue.codes[self.window(model)] + self.catalogue.trie.codebook_offset
         tokens = np.asarray(model.code_tokens, dtype=np.int64)[columns]
         owner = self.order.owner
-        return ModelQuestion(
+        return ModelRequest(
             prompt=model.prompt.tokens(list(tokens)),
             pruning=self.pruning,
             deadline=self.deadline,
@@ -231,13 +231,13 @@ class _Asker:
         return digest(self.order.tenant, *map(str, self.window(model)[:FIRST_ITEMS].tolist()))
 
 
-def _noise(order: Order) -> Perturbation | None:
+def _noise(order: RecommendParams) -> Perturbation | None:
     if not order.mode.samples:
         return None
     return Perturbation(order.seed if order.seed is not None else secrets.randbits(63), order.temperature)
 
 
-def _policy(order: Order, noise: Perturbation | None) -> Policy:
+def _policy(order: RecommendParams, noise: Perturbation | None) -> Policy:
     if noise is None:
         strict = order.mode is not Mode.TOLERANCE
         return Strict(order.beam_width) if strict else Tolerance(order.beam_width, order.tolerance)

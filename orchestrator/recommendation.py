@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from engine.trie import Int64
-from orchestrator.owner_tag import FIRST_ITEMS, digest, owner_tag
-from orchestrator.planning.request_planning import PlanningReport
+from atspeed.engine.search.trie import Int64
+from atspeed.observability import tracing
+from atspeed.rpc.admission import Priority
+from atspeed.rpc.mode import Mode
+from orchestrator.planning.plan_sizer import PlanningReport
+from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo, NodeCounts
-from orchestrator.usage import Usage
-from service_kit import tracing
-from service_kit.admission import Priority
-from service_kit.mode import Mode
+from orchestrator.user_key import FIRST_ITEMS, digest, user_cache_key
 
 
 class Origin(StrEnum):
@@ -25,7 +25,7 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True)
-class Order:
+class RecommendParams:
     """A checked request: beam_width >= k >= 1, and user_id or history is set. With both, history is what was read of the user's:
     what is kept of the request's prompt is still the user's, to be erased with the rest.
 
@@ -48,7 +48,7 @@ class Order:
     least_beam_width: int = 0
     asked_beam_width: int = 0
 
-    def narrowed(self) -> Order:
+    def narrowed(self) -> RecommendParams:
         """The order with as few beams as it allows; itself where it allows no fewer."""
         if not 0 < self.least_beam_width < self.beam_width:
             return self
@@ -57,7 +57,7 @@ class Order:
     @property
     def owner(self) -> bytes:
         """The stored user's tag; empty for a history that came with its request."""
-        return b"" if self.user_id is None else owner_tag(self.tenant, self.user_id)
+        return b"" if self.user_id is None else user_cache_key(self.tenant, self.user_id)
 
     @property
     def subject(self) -> bytes:
@@ -105,7 +105,7 @@ class Recommendation:
     """
 
     items: Sequence[Item]
-    order: Order
+    order: RecommendParams
     seed: int | None
     history: SubjectHistory
     history_items_used: int
@@ -149,7 +149,7 @@ class Recommendation:
             "accepted_levels": self.accepted_levels,
             "nodes_drafted": self.nodes.drafted,
             "nodes_recovered": self.nodes.recovered,
-            "nodes_foreseen": self.nodes.foreseen,
+            "nodes_prefetched": self.nodes.foreseen,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
             "degraded": bool(self.degraded),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from atspeed.rpc import wire
+from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import Item, Origin, Recommendation
-from orchestrator.snapshots import Snapshot
-from service_kit import wire
+from orchestrator.serving.snapshots import Snapshot
 
 _ORIGINS = {
     Origin.DRAFTED: pb.ORIGIN_DRAFTED,
@@ -86,8 +86,8 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         nodes_forced=nodes.forced,
         nodes_recovered=nodes.recovered,
         nodes_spared=memo.spared,
-        nodes_foreseen=nodes.foreseen,
-        nodes_foreseen_used=nodes.foreseen_used,
+        nodes_prefetched=nodes.foreseen,
+        nodes_prefetched_used=nodes.prefetched_used,
         prompt_tokens=recommendation.prompt_tokens,
         memory_cached_tokens=target.cost.memory_cached_tokens,
         redis_cached_tokens=target.cost.redis_cached_tokens,

@@ -6,23 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from atspeed.rpc import wire
+from atspeed.rpc.admission import Priority
+from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
-
-from orchestrator.recommendation import Order
+from orchestrator.recommendation import RecommendParams
 from orchestrator.settings import OrchestratorSettings
-from service_kit import wire
-from service_kit.admission import Priority
-from service_kit.errors import InvalidArgumentError
-from service_kit.mode import Mode
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
 MAX_ID_BYTES = 256
 _DEFAULT_BEAM_WIDTH = 20
 
 
-def to_order(
+def parse_request(
     request: pb.RecommendRequest, limits: OrchestratorSettings, usual: Priority = Priority.INTERACTIVE
-) -> Order:
+) -> RecommendParams:
     """The order that a request stands for. Raises InvalidArgumentError naming the first field at fault.
 
     usual: the priority of a request that names none.
@@ -46,7 +45,7 @@ def to_order(
         check_ids("history", request.history.item_ids, limits.max_history_items)
     else:
         check_id("user_id", request.user_id)
-    return Order(
+    return RecommendParams(
         k=request.k,
         beam_width=beam_width,
         mode=mode,

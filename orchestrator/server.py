@@ -11,32 +11,33 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
-from atspeed.v1 import recommendation_pb2 as pb
-from atspeed.v1 import recommendation_pb2_grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
-from engine.comparison import Verdict
-from engine.redis_client import connect
-from orchestrator.as_ready import as_ready
-from orchestrator.deadline import Deadline
-from orchestrator.draft_switch import DraftSwitch
+from atspeed.concurrency.bounded_as_completed import bounded_as_completed
+from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.kv.redis_client import connect
+from atspeed.engine.search.list_comparison import Verdict
+from atspeed.observability import tracing
+from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
+from atspeed.rollout.release_track import Track
+from atspeed.rpc import wire
+from atspeed.rpc.admission import Admission, Priority
+from atspeed.rpc.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
+from atspeed.rpc.mode import Mode
+from atspeed.rpc.server import Registration
+from atspeed.v1 import recommendation_pb2 as pb
+from atspeed.v1 import recommendation_pb2_grpc
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.owner_tag import owner_tag
 from orchestrator.replies import to_reply, to_timestamp, to_versions
-from orchestrator.requests import check_ids, check_user, to_order
+from orchestrator.requests import check_ids, check_user, parse_request
+from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
+from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
+from orchestrator.serving.track_router import TrackRouter, TrackState
 from orchestrator.settings import OrchestratorSettings
-from orchestrator.shadow import ShadowChecks, ShadowLimits
-from orchestrator.snapshots import Planners, Snapshot, Snapshots
-from orchestrator.tracks import Lane, Lanes
-from service_kit import tracing, wire
-from service_kit.admission import Admission, Priority
-from service_kit.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
-from service_kit.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
-from service_kit.mode import Mode
-from service_kit.server import Registration
-from service_kit.tracks import Track
+from orchestrator.speculation_breaker import SpeculationBreaker
+from orchestrator.user_key import user_cache_key
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
 # So long the start waits for targets that serve the canary, lest its users meet the stable bundle in between.
@@ -51,7 +52,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     """The public service."""
 
     def __init__(
-        self, settings: OrchestratorSettings, lanes: Lanes, watches: Sequence[BundleWatch], admission: Admission
+        self, settings: OrchestratorSettings, lanes: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
     ) -> None:
         self._settings, self._lanes, self._admission = settings, lanes, admission
         self._watches = {watch.track: watch for watch in watches}
@@ -75,7 +76,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         whole = self._time_left(context)
         usual, asked = Priority.of(context, Priority.BATCH), Track.asked_by(context)
         answers = (self._batched(index, one, whole, usual, asked) for index, one in enumerate(request.requests))
-        async with aclosing(as_ready(answers, self._settings.batch_concurrency)) as ready:
+        async with aclosing(bounded_as_completed(answers, self._settings.batch_concurrency)) as ready:
             async for answer in ready:
                 yield answer
 
@@ -87,7 +88,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         if not item_ids:
             raise InvalidArgumentError("events", "must not be empty")
         length = await self._stored(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
-        lane = self._lanes.of(owner_tag(request.tenant, request.user_id))
+        lane = self._lanes.of(user_cache_key(request.tenant, request.user_id))
         index = lane.snapshots.current.catalogue.find(item_ids).tolist()
         unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
         return pb.RecordEventsResponse(history_length=length, unknown_item_ids=unknown)
@@ -150,20 +151,20 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             canary.since.CopyFrom(to_timestamp(snapshot.since))
         return canary
 
-    def _shadow_checks(self, lane: Lane) -> pb.ShadowChecks:
+    def _shadow_checks(self, lane: TrackState) -> pb.ShadowChecks:
         outcomes = lane.shadow.outcomes
         return pb.ShadowChecks(
             share=self._settings.shadow_share,
             identical=outcomes[Verdict.IDENTICAL],
             near_ties=outcomes[Verdict.NEAR_TIE],
             different=outcomes[Verdict.DIFFERENT],
-            speculation_off=not lane.draft_switch.on,
+            speculation_off=not lane.speculation_breaker.on,
         )
 
     async def _recommend(
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
-        order = to_order(request, self._settings, usual)
+        order = parse_request(request, self._settings, usual)
         lane = self._lanes.of(order.subject, asked)
         with (
             lane.snapshots.current.in_use() as snapshot,
@@ -260,9 +261,9 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         redis = await stack.enter_async_context(_redis_client(settings))
         planners = Planners(settings.plan_limits)
         each = {track: _lane(track, settings, redis, admission, planners) for track in Track}
-        lanes = Lanes(each, settings.canary_share)
+        lanes = TrackRouter(each, settings.canary_share)
         stack.push_async_callback(lanes.close)
-        await lanes[Track.STABLE].snapshots.take_up(bundle, at_once=True)
+        await lanes[Track.STABLE].snapshots.activate(bundle, at_once=True)
         watches = bundle_watches(settings, lanes, bundle.manifest.version)
         await stack.enter_async_context(following(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
         servicer = RecommendationServicer(settings, lanes, watches, admission)
@@ -272,8 +273,8 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
 
 def _lane(
     track: Track, settings: OrchestratorSettings, redis: Redis | None, admission: Admission, planners: Planners
-) -> Lane:
-    draft_switch = DraftSwitch(settings.shadow_mismatches, settings.shadow_window_seconds)
+) -> TrackState:
+    speculation_breaker = SpeculationBreaker(settings.shadow_mismatches, settings.shadow_window_seconds)
     limits = ShadowLimits(settings.shadow_share, settings.shadow_concurrency, settings.request_timeout_seconds)
-    shadow = ShadowChecks(limits, admission, draft_switch)
-    return Lane(track, Snapshots(settings, redis, draft_switch, planners), draft_switch, shadow)
+    shadow = ShadowChecks(limits, admission, speculation_breaker)
+    return TrackState(track, Snapshots(settings, redis, speculation_breaker, planners), speculation_breaker, shadow)

@@ -7,10 +7,10 @@ from typing import ClassVar, Self
 from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from atspeed.configuration.settings import Port, ServiceSettings
+from atspeed.rpc.channels import Target
+from atspeed.security.tls import ClientTls, TlsFiles
 from orchestrator.planning.planner import PlanLimits, PlannerKind
-from service_kit.channels import Target
-from service_kit.settings import Port, ServiceSettings
-from service_kit.tls import ClientTls, TlsFiles
 
 
 class OrchestratorSettings(ServiceSettings):
@@ -58,7 +58,7 @@ class OrchestratorSettings(ServiceSettings):
     """Deadline of a request that brings none."""
     draft_timeout_seconds: float = Field(default=0.5, gt=0, le=60)
     """How long a plan may take before the search goes on without it."""
-    draft_patience: float = Field(default=4.0, ge=1, le=10_000)
+    draft_timeout_factor: float = Field(default=4.0, ge=1, le=10_000)
     """Most time for a plan, in times of what the target alone is expected to take: at least 0.1 s, at most
     draft_timeout_seconds.
     """
@@ -69,7 +69,7 @@ class OrchestratorSettings(ServiceSettings):
     """Replicas tried for a pass before giving up."""
     target_pass_seconds: float = Field(default=3.0, gt=0, le=3600)
     """How long a replica may take for a pass before another one is tried."""
-    affine_calls: int = Field(default=4, ge=0, le=1024)
+    affinity_max_calls: int = Field(default=4, ge=0, le=1024)
     """Calls of one user at once that go to the replicas whose memory holds the user's KV; more go to any. 0: all go
     round-robin.
     """
@@ -83,7 +83,7 @@ class OrchestratorSettings(ServiceSettings):
     """Whether the target may evaluate what it expects a search to come to, by what it said to others, in the passes that it makes
     by itself: a level that was foreseen needs no pass of its own. Target-only requests never do.
     """
-    draft_explored_share: float = Field(default=0.01, ge=0, le=1)
+    draft_exploration_share: float = Field(default=0.01, ge=0, le=1)
     """Of the time of requests that no plan would speed up, what may go into plans, to notice when one would."""
     canary_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the users that canary_bundle serves, always the same ones: a larger share has all those of a smaller one."""
@@ -117,8 +117,8 @@ class OrchestratorSettings(ServiceSettings):
             kind=self.planner,
             nodes_per_beam=self.draft_nodes_per_beam,
             max_nodes=self.draft_max_nodes,
-            explored_share=self.draft_explored_share,
-            patience=self.draft_patience,
+            explored_share=self.draft_exploration_share,
+            patience=self.draft_timeout_factor,
         )
 
     def model_tls(self, server_name: str) -> ClientTls | None:

@@ -1,4 +1,4 @@
-"""Generate the Python stubs beside their .proto files. `--check` fails when the committed ones are stale."""
+"""Generate the Python stubs of the .proto files, in `atspeed/v1`. `--check` fails when the committed ones are stale."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
+PACKAGES = ROOT.parent  # the stubs are modules of the package `atspeed`
 
 
 def generate(target: Path) -> list[Path]:
@@ -29,13 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     if not parser.parse_args().check:
-        generate(ROOT)
+        generate(PACKAGES)
         return
     with tempfile.TemporaryDirectory() as folder:
         stale = [
             path.as_posix()
             for path in generate(Path(folder))
-            if not (ROOT / path).exists() or (ROOT / path).read_bytes() != (Path(folder) / path).read_bytes()
+            if not (PACKAGES / path).exists() or (PACKAGES / path).read_bytes() != (Path(folder) / path).read_bytes()
         ]
     if stale:
         sys.exit(f"stale stubs, run `make protos`: {', '.join(stale)}")

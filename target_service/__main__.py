@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import service_kit.quiet_grpc  # noqa: F401 - before anything imports grpc
-from service_kit.server import run
+import atspeed.rpc.quiet_grpc  # noqa: F401 - before anything imports grpc
+from atspeed.rpc.server import run
 from target_service.server import application
 from target_service.settings import TargetSettings
 

@@ -11,20 +11,20 @@ from typing import Any
 
 import grpc
 import numpy as np
-from atspeed.v1 import target_pb2, target_pb2_grpc
 
-from engine.cost import PassCost
-from engine.scoring import Evaluation
-from engine.tree_evaluator import OpenTree, Selection
-from engine.trie import Trie
-from service_kit import wire
-from service_kit.admission import Admission, Priority
-from service_kit.admission_metrics import admission_reads
-from service_kit.errors import DeadlineExceededError, InvalidArgumentError
-from service_kit.metrics import Readings
-from service_kit.served_models import ServedModel, ServedModels, served_models
-from service_kit.server import Registration
-from target_service.searcher import Search, Searcher
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.tree_evaluator import OpenTree, Selection
+from atspeed.engine.search.scoring import Evaluation
+from atspeed.engine.search.trie import Trie
+from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
+from atspeed.observability.admission_metrics import admission_reads
+from atspeed.observability.metrics import Readings
+from atspeed.rpc import wire
+from atspeed.rpc.admission import Admission, Priority
+from atspeed.rpc.errors import DeadlineExceededError, InvalidArgumentError
+from atspeed.rpc.server import Registration
+from atspeed.v1 import target_pb2, target_pb2_grpc
+from target_service.search_runner import Search, Searcher
 from target_service.settings import TargetSettings
 
 SERVICE = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
@@ -35,7 +35,7 @@ _WHERE_START = "must be set in the first message of a stream, and only there"
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
 
-    def __init__(self, models: ServedModels[Searcher], admission: Admission, idle_seconds: float) -> None:
+    def __init__(self, models: HostedModels[Searcher], admission: Admission, idle_seconds: float) -> None:
         self._models, self._admission, self._idle_seconds = models, admission, idle_seconds
 
     async def GetModelInfo(
@@ -70,7 +70,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     async def _passes(
         self,
-        model: ServedModel[Searcher],
+        model: HostedModel[Searcher],
         first: target_pb2.EvaluateRequest,
         later: AsyncIterator[target_pb2.EvaluateRequest],
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
@@ -84,7 +84,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         finally:
             model.evaluator.end(opened.tree)
 
-    async def _open(self, model: ServedModel[Searcher], start: target_pb2.EvaluateStart) -> _Opened:
+    async def _open(self, model: HostedModel[Searcher], start: target_pb2.EvaluateStart) -> _Opened:
         selection = self._selection(start, model.evaluator.trie)
         prompt = wire.vector(start.prompt, "start.prompt", "int64").astype(np.int64)
         owner = wire.owner(start.owner, "start.owner")
@@ -104,7 +104,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 class _Opened:
     """A stream's token tree, with the model that it will stay with."""
 
-    model: ServedModel[Searcher]
+    model: HostedModel[Searcher]
     tree: OpenTree
     selection: Selection
 
@@ -122,7 +122,7 @@ class _Opened:
             response.further.add(evaluation=wire.to_evaluation(one.evaluation), statistics=wire.to_statistics(one.cost))
         return response
 
-    def _response(self, evaluation: Evaluation, cost: PassCost) -> target_pb2.EvaluateResponse:
+    def _response(self, evaluation: Evaluation, cost: PassStats) -> target_pb2.EvaluateResponse:
         return target_pb2.EvaluateResponse(
             evaluation=wire.to_evaluation(evaluation),
             statistics=wire.to_statistics(cost),
@@ -131,7 +131,7 @@ class _Opened:
 
 
 def _search(start: target_pb2.EvaluateStart) -> Search | None:
-    return Search(start.beam_width, start.looks_ahead) if start.beam_width else None
+    return Search(start.beam_width, start.prefetches) if start.beam_width else None
 
 
 async def _talking(

@@ -20,14 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from engine.bundle import Bundle, Manifest, Precision, Role, hash_files, write_manifest
-from engine.catalogue import Catalogue
-from engine.prompt import PromptTemplate
-from engine.scoring import ScoringRule
-from training.bundles import entry_of
-from training.export import export_decoder
-from training.models import SpelledModel
-from training.sequences import Spelling
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle, Manifest, Precision, Role, hash_files, write_manifest
+from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.training.bundles import entry_of
+from atspeed.training.export import export_decoder
+from atspeed.training.models import SpelledModel
+from atspeed.training.sequences import Spelling
 
 SPECIALS = 3  # pad, bos, end of history
 BOS, EOH = 1, 2

@@ -12,8 +12,8 @@ import redis
 from hypothesis import settings
 from redis.asyncio import Redis
 
-from client.local_redis import LocalRedis
-from engine.redis_client import connect
+from atspeed.engine.kv.redis_client import connect
+from atspeed.local.redis_server import LocalRedis
 
 MAX_MEMORY = "256mb"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
 from tests.bundles import random_history
 
 _USERS = 20

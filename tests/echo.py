@@ -15,11 +15,11 @@ from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2
 from pydantic_settings import SettingsConfigDict
 
-from engine.errors import BundleError, CapacityError, PromptError
-from service_kit.errors import InvalidArgumentError, NotFoundError
-from service_kit.logs import REQUEST_ID_HEADER, request_metadata
-from service_kit.server import Registration, RunningServer
-from service_kit.settings import ServiceSettings
+from atspeed.configuration.settings import ServiceSettings
+from atspeed.engine.errors import BundleError, CapacityError, PromptError
+from atspeed.observability.logs import REQUEST_ID_HEADER, request_metadata
+from atspeed.rpc.errors import InvalidArgumentError, NotFoundError
+from atspeed.rpc.server import Registration, RunningServer
 
 SERVICE = "test.Echo"
 SECRET = "/srv/secret.onnx"

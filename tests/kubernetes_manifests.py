@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from service_kit.settings import ServiceSettings
-from service_kit.settings_docs import SERVICES, load
+from atspeed.configuration.settings import ServiceSettings
+from atspeed.configuration.settings_docs import SERVICES, load
 from tests import fetched
 
 ROOT = Path(__file__).parents[1]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from atspeed.v1 import target_pb2, types_pb2
 
-from engine.trie import ROOT
-from service_kit import wire
+from atspeed.engine.search.trie import ROOT
+from atspeed.rpc import wire
+from atspeed.v1 import target_pb2, types_pb2
 
 Change = Callable[[Any], object]
 

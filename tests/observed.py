@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from client.local_stack import ServiceProcess
+from atspeed.local.stack import ServiceProcess
 from tests.serving import LIVENESS_SECONDS
 
 DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "atspeed.json"

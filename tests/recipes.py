@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from training.recipe import Model, read_recipe
-from training.trainer import FitState, Trainer
+from atspeed.training.recipe import Model, read_recipe
+from atspeed.training.trainer import FitState, Trainer
 
 RUNS = Path(__file__).parents[1] / "runs"
 TINY = read_recipe(RUNS / "tiny.toml")

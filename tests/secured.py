@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import grpc
-from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2
 from google.protobuf.descriptor import MethodDescriptor
 
-from client.local_certificates import LocalCertificates
-from client.local_stack import LocalStack
-from service_kit.tls import ClientTls, WatchedPems
-from service_kit.tokens import hash_token
+from atspeed.local.certificates import LocalCertificates
+from atspeed.local.stack import LocalStack
+from atspeed.security.tls import ClientTls, WatchedPems
+from atspeed.security.tokens import hash_token
+from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2
 from tests.serving import LIVENESS_SECONDS
 
 CONTRACT = (recommendation_pb2.DESCRIPTOR, draft_pb2.DESCRIPTOR, target_pb2.DESCRIPTOR)

@@ -18,6 +18,12 @@ from typing import Any, Self, TypeVar, cast
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.local.stack import ServiceProcess
+from atspeed.rpc.channels import channel_options, target_uri
 from atspeed.v1 import (
     draft_pb2,
     draft_pb2_grpc,
@@ -27,12 +33,6 @@ from atspeed.v1 import (
     target_pb2_grpc,
 )
 from atspeed.v1 import recommendation_pb2 as pb
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from client.local_stack import ServiceProcess
-from engine.bundle import Bundle
-from engine.catalogue import Catalogue
-from service_kit.channels import channel_options, target_uri
 from tests.bundles import random_catalogue, write_bundle
 
 # For what must end at all, on however slow a machine.

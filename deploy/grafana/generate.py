@@ -87,8 +87,8 @@ ROWS: Mapping[str, Sequence[Panel]] = {
         Panel(
             "Speculation is on, the draft rests",
             {
-                "on {{track}} {{instance}}": "atspeed_speculation_on",
-                "rests {{track}} {{instance}}": "atspeed_draft_resting",
+                "on {{track}} {{instance}}": "atspeed_speculation_enabled",
+                "rests {{track}} {{instance}}": "atspeed_draft_circuit_open",
             },
         ),
     ],
@@ -112,10 +112,14 @@ ROWS: Mapping[str, Sequence[Panel]] = {
     "Load": [
         Panel(
             "Served at once",
-            {"{{job}} {{instance}}": "atspeed_running / atspeed_places"},
+            {"{{job}} {{instance}}": "atspeed_admission_running / atspeed_admission_slots"},
             "percentunit",
         ),
-        Panel("Waiting", {"{{job}} {{instance}}": "atspeed_queued / atspeed_queue_places"}, "percentunit"),
+        Panel(
+            "Waiting",
+            {"{{job}} {{instance}}": "atspeed_admission_queued / atspeed_admission_queue_limit"},
+            "percentunit",
+        ),
         Panel("Calls in flight", {"{{method}}": "sum by (method) (atspeed_calls_in_flight)"}),
         Panel("Calls by status", rate("atspeed_calls_total", "method, code"), "reqps"),
         Panel("Time of a call", quantiles("atspeed_call_seconds", "method"), "s"),
@@ -129,7 +133,7 @@ ROWS: Mapping[str, Sequence[Panel]] = {
         Panel("Requests that share a pass", quantiles("atspeed_pass_requests", "job")),
         Panel("Passes that wait", level("atspeed_waiting_passes")),
         Panel("Time of passes over prediction", quantiles("atspeed_pass_prediction_ratio", "model")),
-        Panel("Nodes asked for", quantiles("atspeed_nodes_asked", "mode")),
+        Panel("Nodes asked for", quantiles("atspeed_plan_nodes_requested", "mode")),
         Panel("Nodes of a plan", quantiles("atspeed_plan_nodes", "proposal")),
         Panel("Draft passes of a plan, mean", mean("atspeed_plan_passes", "proposal")),
     ],
@@ -154,7 +158,7 @@ ROWS: Mapping[str, Sequence[Panel]] = {
             "ops",
         ),
         Panel("What memory lacked", rate("atspeed_kv_redis_reads_total", "decision"), "ops"),
-        Panel("Prompts not worth a write", rate("atspeed_kv_writes_not_worth_total", "job"), "ops"),
+        Panel("Prompts not worth a write", rate("atspeed_kv_redis_writes_skipped_total", "job"), "ops"),
         Panel("Open requests", level("atspeed_open_trees")),
         Panel("Writes under way", level("atspeed_kv_writes_pending")),
         Panel("Versions", {"{{job}} {{model_version}}": "count by (job, model_version) (atspeed_model_info)"}),

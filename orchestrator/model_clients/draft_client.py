@@ -8,17 +8,17 @@ import time
 import grpc
 import numpy as np
 import structlog
-from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
 
-from engine.beams import Beams
-from engine.cost_curve import CostCurve
-from engine.plan import Plan, PlanSize, Proposal
-from engine.trie import Trie
-from orchestrator.model_clients.question import PROBE_SECONDS, BadReplyError, ModelQuestion
-from orchestrator.usage import Usage
-from service_kit import wire
-from service_kit.affinity import Route, Routes
-from service_kit.errors import InvalidArgumentError, retry_after_seconds
+from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan, PlanSize, Proposal
+from atspeed.engine.search.trie import Trie
+from atspeed.rpc import wire
+from atspeed.rpc.affinity import Route, Routes
+from atspeed.rpc.errors import InvalidArgumentError, retry_after_seconds
+from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
+from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
+from orchestrator.planning.usage import Usage
 
 _REQUESTS_OWN = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
 _CLOSED = (grpc.aio.BaseError, asyncio.InvalidStateError)  # the channel closed, or the call ended, under it
@@ -71,7 +71,7 @@ class DraftClient:
             return
         self._ask_again_at = time.monotonic() + min(self._backoff, self._backoff if wished is None else wished)
 
-    def session(self, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> DraftSession:
+    def session(self, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> DraftSession:
         """The draft for one request. Why it could not help is added to `degraded`."""
         return DraftSession(self, question, proposal, degraded)
 
@@ -79,7 +79,7 @@ class DraftClient:
 class DraftSession:
     """The draft for one request; see `planned_draft.SizedDraft`."""
 
-    def __init__(self, client: DraftClient, question: ModelQuestion, proposal: Proposal, degraded: list[str]) -> None:
+    def __init__(self, client: DraftClient, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> None:
         self._client, self._question, self._proposal = client, question, proposal
         self._degraded, self._failed = degraded, False
         self.prompt_tokens, self.usage = len(question.prompt), Usage()
@@ -181,7 +181,7 @@ class DraftSession:
         if reply.passes > trie.levels or len(reply.model_version) > _LONGEST_VERSION:
             raise BadReplyError("passes or model_version: beyond all bounds")  # they could not be passed on
         try:
-            cost = wire.pass_cost(reply.statistics, "statistics")
+            cost = wire.pass_stats(reply.statistics, "statistics")
             evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
             node = wire.node_ids(reply.nodes, "nodes", trie)
             score = wire.vector(reply.scores, "scores", "float64").astype(np.float64)

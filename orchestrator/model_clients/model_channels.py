@@ -10,13 +10,13 @@ from typing import Any
 
 import grpc
 import structlog
-from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
+from atspeed.concurrency.background_task import background_task
+from atspeed.rpc.affinity import Routes
+from atspeed.rpc.channels import open_channel
+from atspeed.security.tokens import TokenFile
+from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from orchestrator.settings import OrchestratorSettings
-from service_kit.affinity import Routes
-from service_kit.beside import beside
-from service_kit.channels import open_channel
-from service_kit.tokens import TokenFile
 
 _TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 _DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
@@ -44,9 +44,9 @@ class ModelChannels:
         tls = settings.model_tls(settings.target_name)
         self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
         following = self._follow_targets(self.target_in_turn, version)
-        await self.resources.enter_async_context(beside(following, "targets-reached"))
+        await self.resources.enter_async_context(background_task(following, "targets-reached"))
         stub = target_pb2_grpc.TargetServiceStub
-        return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affine_calls)
+        return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affinity_max_calls)
 
     async def drafts(self, address: str, version: str) -> Routes[draft_pb2_grpc.DraftServiceAsyncStub]:
         """To the drafts that serve a version."""
@@ -54,7 +54,7 @@ class ModelChannels:
         tls = settings.model_tls(settings.draft_name)
         self.draft_in_turn, by_key = await self._pair(address, _DRAFT, version=version, retried=["Plan"], tls=tls)
         stub = draft_pb2_grpc.DraftServiceStub
-        return Routes(stub(self.draft_in_turn), stub(by_key), most_at_once=settings.affine_calls)
+        return Routes(stub(self.draft_in_turn), stub(by_key), most_at_once=settings.affinity_max_calls)
 
     async def served(self) -> None:
         """Return when a target serves the version, and a draft does or has had its time."""

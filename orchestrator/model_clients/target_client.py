@@ -19,17 +19,14 @@ from dataclasses import dataclass, replace
 import grpc
 import numpy as np
 import structlog
-from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 
-from engine.cost import PassCost
-from engine.cost_curve import CostCurve
-from engine.scoring import Evaluation
-from engine.trie import ROOT, Int64, Trie, among
-from orchestrator.model_clients.question import PROBE_SECONDS, BadReplyError, ModelQuestion
-from orchestrator.usage import Usage
-from service_kit import wire
-from service_kit.affinity import Routes
-from service_kit.errors import (
+from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.scoring import Evaluation
+from atspeed.engine.search.trie import ROOT, Int64, Trie, among
+from atspeed.rpc import wire
+from atspeed.rpc.affinity import Routes
+from atspeed.rpc.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
@@ -37,6 +34,9 @@ from service_kit.errors import (
     UnavailableError,
     retry_after_seconds,
 )
+from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
+from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
+from orchestrator.planning.usage import Usage
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
 
@@ -96,14 +96,14 @@ class TargetClient:
         await asyncio.gather(*self._ending)
 
     def session(
-        self, question: ModelQuestion, *, max_children: int, beam_width: int = 0, looks_ahead: bool = False
+        self, question: ModelRequest, *, max_children: int, beam_width: int = 0, prefetches: bool = False
     ) -> TargetSession:
         """The target for one request. Close it to free the state that the replica holds.
 
-        beam_width: of the beam search that the target may go on with by itself; 0: none. looks_ahead: whether it may evaluate
+        beam_width: of the beam search that the target may go on with by itself; 0: none. prefetches: whether it may evaluate
         what it expects that search to ask for.
         """
-        return TargetSession(self, question, max_children, beam_width, looks_ahead=looks_ahead)
+        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Answer:
     """One pass."""
 
     evaluation: Evaluation
-    cost: PassCost
+    cost: PassStats
 
 
 class TargetSession:
@@ -120,14 +120,14 @@ class TargetSession:
     def __init__(
         self,
         client: TargetClient,
-        question: ModelQuestion,
+        question: ModelRequest,
         max_children: int,
         beam_width: int = 0,
         *,
-        looks_ahead: bool = False,
+        prefetches: bool = False,
     ) -> None:
         self._client, self._question, self._max_children = client, question, max_children
-        self._beam_width, self._looks_ahead = beam_width, looks_ahead
+        self._beam_width, self._looks_ahead = beam_width, prefetches
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
@@ -249,7 +249,7 @@ class TargetSession:
             tenant=question.tenant,
             owner=question.owner,
             beam_width=self._beam_width if goes_on else 0,
-            looks_ahead=goes_on and self._looks_ahead,
+            prefetches=goes_on and self._looks_ahead,
         )
 
     def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int], most: int) -> list[_Answer]:
@@ -270,7 +270,7 @@ class TargetSession:
         """One pass of a reply. Raises BadReplyError when it could not be one of this request's."""
         try:
             read = wire.evaluation(evaluation, "evaluation", self._client.trie)
-            cost = wire.pass_cost(statistics, "statistics")
+            cost = wire.pass_stats(statistics, "statistics")
         except InvalidArgumentError as error:
             raise BadReplyError(str(error)) from error
         if not self._question.pruning.live(read.child).all():

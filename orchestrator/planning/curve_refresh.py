@@ -8,9 +8,9 @@ from typing import Protocol
 import grpc
 import structlog
 
-from engine.cost_curve import CostCurve
+from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.rpc.errors import InvalidArgumentError
 from orchestrator.planning.planner import Planner
-from service_kit.errors import InvalidArgumentError
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 30.0

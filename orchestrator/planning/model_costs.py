@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.foresight.call_costs import CallCosts
-from engine.foresight.decayed import Decayed
+from atspeed.engine.speculation.ewma import Ewma
+from atspeed.engine.speculation.latency_model import LatencyModel
 
 
 class ModelCosts:
@@ -13,7 +13,7 @@ class ModelCosts:
     asked yet). draft_share: the same of the draft's.
     """
 
-    def __init__(self, target: CallCosts, draft: CallCosts) -> None:
+    def __init__(self, target: LatencyModel, draft: LatencyModel) -> None:
         self.target, self.draft = target, draft
-        self.share: dict[bool | None, Decayed] = {key: Decayed(1.0) for key in (None, False, True)}
-        self.draft_share = Decayed(1.0)
+        self.share: dict[bool | None, Ewma] = {key: Ewma(1.0) for key in (None, False, True)}
+        self.draft_share = Ewma(1.0)

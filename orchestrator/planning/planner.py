@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from engine.cost_curve import CostCurve
-from engine.foresight.call_costs import CallCosts
-from engine.foresight.coverage import Kind
-from engine.trie import Trie
-from orchestrator.planning.adaptive import AdaptivePlanning
-from orchestrator.planning.experience import Experience
+from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.search.trie import Trie
+from atspeed.engine.speculation.acceptance_model import WorkloadKey
+from atspeed.engine.speculation.latency_model import LatencyModel
+from atspeed.rpc.mode import Mode
+from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
 from orchestrator.planning.model_costs import ModelCosts
-from orchestrator.planning.request_planning import RequestPlanning, Task
-from service_kit.mode import Mode
+from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
+from orchestrator.planning.planner_state import PlannerState
 
 
 class PlannerKind(StrEnum):
@@ -44,7 +44,7 @@ class Planner:
 
     def __init__(self, trie: Trie, limits: PlanLimits) -> None:
         self._trie, self._limits = trie, limits
-        self._experience: Experience | None = None
+        self._experience: PlannerState | None = None
 
     def measure_by(self, target: CostCurve, draft: CostCurve) -> None:
         """What passes of the two models cost. Asked again, the curves are replaced, and all that was learnt is kept."""
@@ -52,9 +52,9 @@ class Planner:
             costs = self._experience.costs
             costs.target.curve, costs.draft.curve = target, draft
             return
-        costs, limits = ModelCosts(CallCosts(target), CallCosts(draft)), self._limits
+        costs, limits = ModelCosts(LatencyModel(target), LatencyModel(draft)), self._limits
         levels = self._trie.levels
-        self._experience = Experience(costs, levels, limits.max_nodes, limits.explored_share, limits.patience)
+        self._experience = PlannerState(costs, levels, limits.max_nodes, limits.explored_share, limits.patience)
 
     def over(self, trie: Trie) -> Planner:
         """A planner for another catalogue under the same models, with the same experience."""
@@ -68,11 +68,11 @@ class Planner:
         nodes = round(self._limits.nodes_per_beam * beam_width * (self._trie.levels - 1))
         return min(self._limits.max_nodes, max(1, nodes))
 
-    def planning(self, mode: Mode, task: Task) -> RequestPlanning:
+    def planning(self, mode: Mode, task: PlanContext) -> FixedPlanSizer:
         """The planning of one request. A sample cannot be cut to its best, so its size is always the fixed one."""
         nodes, experience = self.fixed_nodes(task.beam_width), self._experience
         fixed = self._limits.kind is PlannerKind.FIXED or mode in {Mode.TARGET_ONLY, Mode.RELAXED_SAMPLING}
         if experience is None or fixed or self._trie.levels == 1:
-            return RequestPlanning(self._trie, task, nodes, experience.costs if experience else None)
-        kind, most = Kind.of(mode, task.beam_width), self._limits.max_nodes
-        return AdaptivePlanning(self._trie, task, nodes, most, kind, experience)
+            return FixedPlanSizer(self._trie, task, nodes, experience.costs if experience else None)
+        kind, most = WorkloadKey.of(mode, task.beam_width), self._limits.max_nodes
+        return AdaptivePlanSizer(self._trie, task, nodes, most, kind, experience)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.beams import Beams
-from engine.plan import Plan
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan
 from orchestrator.search.beam_loop import Draft
 
 

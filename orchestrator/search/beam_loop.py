@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.beams import Beams
-from engine.plan import Plan
-from engine.scoring import Evaluation, ScoringRule
-from engine.trie import Int64, Trie
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan
+from atspeed.engine.search.scoring import Evaluation, ScoringRule
+from atspeed.engine.search.trie import Int64, Trie
+from atspeed.observability import tracing
 from orchestrator.search.memo import Memo
-from orchestrator.search.verification import Policy
-from service_kit import tracing
+from orchestrator.search.policies import Policy
 
 
 class Draft(Protocol):

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.beams import Beams
-from engine.plan import Plan
-from engine.scoring import Children, Evaluation, ScoringRule
-from engine.trie import ROOT, Int64, Trie, among
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan
+from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
+from atspeed.engine.search.trie import ROOT, Int64, Trie, among
 
 
 @dataclass(frozen=True)
 class NodeCounts:
     """How many nodes: drafted, evaluated because a plan held them; used, those of them that became beams; recovered, beams
     that no plan held; forced, beams that were their parent's only child; foreseen, evaluated by the target before it was asked;
-    foreseen_used, those of them that became beams.
+    prefetched_used, those of them that became beams.
     """
 
     drafted: int
@@ -25,7 +25,7 @@ class NodeCounts:
     recovered: int
     forced: int
     foreseen: int
-    foreseen_used: int
+    prefetched_used: int
 
 
 class Memo:
@@ -122,7 +122,7 @@ class Memo:
             recovered=len(self.recovered),
             forced=forced,
             foreseen=len(self.foreseen),
-            foreseen_used=len(self.used & self.foreseen),
+            prefetched_used=len(self.used & self.foreseen),
         )
 
     def is_forced(self, node: int) -> bool:

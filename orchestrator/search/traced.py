@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.beams import Beams
-from engine.plan import Plan
-from engine.scoring import Evaluation
-from engine.trie import Int64
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan
+from atspeed.engine.search.scoring import Evaluation
+from atspeed.engine.search.trie import Int64
+from atspeed.observability import tracing
 from orchestrator.search.beam_loop import Draft, Target
-from service_kit import tracing
 
 
 @dataclass(frozen=True)

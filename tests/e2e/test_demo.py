@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client import demo
-from client.demo import BUNDLE, ROOT, Checks, choose_users, main
-from engine.comparison import Verdict
-from training.data import Dataset, leave_last_out
+from atspeed.cli import demo
+from atspeed.cli.demo import BUNDLE, ROOT, Checks, choose_users, main
+from atspeed.engine.search.list_comparison import Verdict
+from atspeed.training.data import Dataset, leave_last_out
+from atspeed.v1 import recommendation_pb2 as pb
 
 
 @pytest.mark.skipif(not BUNDLE.is_dir(), reason="the shipped bundle is not trained yet")
 def test_the_demo_holds_on_the_shipped_bundle() -> None:
     """Real data, real processes: every check holds, and it says what it shows."""
     done = subprocess.run(
-        [sys.executable, "-m", "client.demo"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "atspeed.cli.demo"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Harper and Konstan 2015" in done.stdout.replace("\n", " ")

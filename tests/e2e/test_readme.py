@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
 
 ROOT = Path(__file__).parents[2]
 SHOWN_ADDRESS = "127.0.0.1:50051"

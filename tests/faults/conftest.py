@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack, ServiceProcess
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.serving import Client, FakeDraft, assert_same_list, new_bundle, new_catalogue, resume
 

@@ -17,9 +17,9 @@ from typing import Any
 
 SECRET = "hush-" + "13579"  # in two parts, so that no traceback's source line holds it
 STEPS = {
-    "draft_service": ("draft_service.server", "ServedModels.find"),
-    "target_service": ("target_service.server", "ServedModels.find"),
-    "orchestrator": ("orchestrator.server", "to_order"),
+    "draft_service": ("draft_service.server", "HostedModels.find"),
+    "target_service": ("target_service.server", "HostedModels.find"),
+    "orchestrator": ("orchestrator.server", "parse_request"),
 }
 _POOL = ThreadPoolExecutor(1)
 

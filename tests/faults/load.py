@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from atspeed.v1 import recommendation_pb2 as pb
-
 from tests.faults.conftest import Case, assert_all_right
 from tests.serving import Client, until
 

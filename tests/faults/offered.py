@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import grpc
+
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 

@@ -10,18 +10,18 @@ from typing import cast
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import target_pb2, target_pb2_grpc
 
-from client.local_stack import ServiceProcess
-from engine.bundle import read_manifest
-from service_kit import wire
+from atspeed.engine.bundle.manifest import read_manifest
+from atspeed.local.stack import ServiceProcess
+from atspeed.rpc import wire
+from atspeed.v1 import target_pb2, target_pb2_grpc
 from tests.observed import scrape
 from tests.serving import LIVENESS_SECONDS, EvaluateStream, models, until
 
 SHORT, LONG, PLACES = 8, 60, 11
 # A short pass waits a minute for company, and never has enough: so many rows are less than a full batch. A long one fills
 # a batch by itself.
-PATIENT = {"batch-delay-ms": 60_000, "batch-tokens": 100, "batch-requests": 64, "queue-passes": PLACES}
+PATIENT = {"batch-delay-ms": 60_000, "batch-tokens": 100, "batch-requests": 64, "max-queued-passes": PLACES}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_flood_that_is_cancelled_leaves_nothing_behind(
     status = cast("grpc.Call", refusal.value)
     assert (status.code(), status.details()) == (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
-        f"queue_passes: {PLACES} passes wait already",
+        f"max_queued_passes: {PLACES} passes wait already",
     )
     calls[0].cancel()
     until(lambda: waiting(target) == PLACES - 1)

@@ -11,13 +11,13 @@ from threading import Event
 from typing import Self
 
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.bundle import Bundle
-from orchestrator.recommendation import Order
-from orchestrator.tracks import place
-from service_kit.tracks import TRACK_HEADER
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.rollout.release_track import TRACK_HEADER
+from atspeed.v1 import recommendation_pb2 as pb
+from orchestrator.recommendation import RecommendParams
+from orchestrator.serving.track_router import bucket
 from tests.bundles import random_history, write_bundle
 from tests.observed import scrape
 from tests.serving import WINDOW, Client, Link, assert_same_list, new_catalogue, request_of, until
@@ -152,7 +152,7 @@ def shop(log_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with LocalStack(links[0].path, targets=2, orchestrators=2, log_folder=logs, flags=flags) as stack:
         shop = Shop(stack, bundles, links)
         histories = [random_history(bundles[0].catalogue(), 6, seed) for seed in range(USERS)]
-        places = [place(Order(k=K, beam_width=K, history=history).subject) for history in histories]
+        places = [bucket(RecommendParams(k=K, beam_width=K, history=history).subject) for history in histories]
         shop.users = [User(history, at, {}) for history, at in zip(histories, places, strict=True)]
         with Client(stack.address) as client:
             for bundle in reversed(bundles):

@@ -19,16 +19,16 @@ import numpy.typing as npt
 import pytest
 import redis
 import torch
-from atspeed.v1 import target_pb2
 from transformers import PreTrainedModel
 
-from client.local_redis import LocalRedis
-from client.local_stack import ServiceProcess
-from engine.bundle import Bundle, read_manifest, write_manifest
-from engine.catalogue import Catalogue
-from engine.restock import restock
-from engine.trie import ROOT
-from service_kit import wire
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue_update import update_catalogue
+from atspeed.engine.bundle.manifest import Bundle, read_manifest, write_manifest
+from atspeed.engine.search.trie import ROOT
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import ServiceProcess
+from atspeed.rpc import wire
+from atspeed.v1 import target_pb2
 from tests.bundles import SPECIALS, TestBundle, random_history, write_bundle
 from tests.serving import LEVELS, WINDOW, EvaluateStream, models, until
 
@@ -96,7 +96,7 @@ def asked(world: World, replica: grpc.Channel, prompt: npt.NDArray[np.int64], ow
 
 def other_tokenizer(made: TestBundle, root: Path) -> Bundle:
     """The same models, files and all, that read the codes as other tokens."""
-    copy = restock(made.bundle, root, {}, []).root
+    copy = update_catalogue(made.bundle, root, {}, []).root
     manifest = read_manifest(copy)
     tokens = tuple(reversed(manifest.target.code_tokens))
     write_manifest(
@@ -111,7 +111,7 @@ def other_catalogue(made: TestBundle, root: Path) -> Bundle:
     moved = [catalogue.id_of(item) for item in range(0, catalogue.items, 3)]
     sizes = catalogue.trie.codebook_sizes
     paths = {item: tuple(int(rng.integers(size)) for size in sizes) for item in moved}
-    return restock(made.bundle, root, paths, moved)
+    return update_catalogue(made.bundle, root, paths, moved)
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +126,14 @@ def worlds(
     retrained = write_bundle(folder / "retrained", catalogue, max_items=WINDOW, seed=1)
     halved = write_bundle(folder / "halved", catalogue, max_items=WINDOW, precision="float16")
     respelled = other_tokenizer(plain, folder / "respelled")
-    restocked = other_catalogue(plain, folder / "restocked")
+    updated_catalogue = other_catalogue(plain, folder / "updated_catalogue")
     alone: dict[str, object] = {"kv-memory-mb": 0}
     served: dict[str, dict[str, object]] = {
         "plain": {"bundle": plain.root, **alone},
         "both": {"bundle": plain.root, "canary-bundle": retrained.root},
         "halved": {"bundle": halved.root, **alone},
         "respelled": {"bundle": respelled.root, **alone},
-        "restocked": {"bundle": restocked.root, **alone},
+        "updated_catalogue": {"bundle": updated_catalogue.root, **alone},
     }
     common = {
         "redis-url": redis_server.url,
@@ -157,7 +157,7 @@ def worlds(
             "weights": World(retrained.bundle, retrained.target, [channels["both"]]),
             "dtype": World(halved.bundle, plain.target, [channels["halved"]]),
             "tokenizer": World(respelled, plain.target, [channels["respelled"]]),
-            "catalogue": World(restocked, plain.target, [channels["restocked"]]),
+            "catalogue": World(updated_catalogue, plain.target, [channels["updated_catalogue"]]),
         }
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import draft_pb2, types_pb2
-from atspeed.v1 import recommendation_pb2 as pb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.local_stack import LocalStack
-from engine.catalogue import Catalogue
-from engine.trie import Trie
-from service_kit import wire
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.search.trie import Trie
+from atspeed.local.stack import LocalStack
+from atspeed.rpc import wire
+from atspeed.v1 import draft_pb2, types_pb2
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.faults.conftest import Case, asking, assert_all_right
 from tests.serving import (
     LEVELS,

@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_stack import LocalStack, ServiceProcess
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.faults.conftest import Case, asking
 from tests.observed import scrape
 from tests.serving import LIVENESS_SECONDS, Client, request_of, resume, storm, suspend, until
@@ -28,7 +28,12 @@ def observed_stack(bundle: Path, log_folder: Path) -> Iterator[LocalStack]:
     """One of each, which tell what they hold, and an orchestrator that waits for its draft."""
     folder = log_folder / "given-up"
     folder.mkdir()
-    patient = {"draft-timeout-seconds": 60, "draft-patience": 10_000, "planner": "fixed", "target-pass-seconds": 60}
+    patient = {
+        "draft-timeout-seconds": 60,
+        "draft-timeout-factor": 10_000,
+        "planner": "fixed",
+        "target-pass-seconds": 60,
+    }
     flags: dict[str, dict[str, object]] = {
         "draft": {"metrics-port": 0},
         "target": {"metrics-port": 0, "threads": 1},
@@ -50,7 +55,11 @@ def passes(service: ServiceProcess) -> float:
 
 def at_rest(stack: LocalStack) -> bool:
     """Whether no service holds anything for anybody."""
-    held = [gauge(service, name) for service in stack.services for name in ("atspeed_running", "atspeed_queued")]
+    held = [
+        gauge(service, name)
+        for service in stack.services
+        for name in ("atspeed_admission_running", "atspeed_admission_queued")
+    ]
     trees = [gauge(service, name) for service in (*stack.targets, *stack.drafts) for name in TREES]
     return not any(held) and not any(trees)
 
@@ -86,9 +95,9 @@ def test_nothing_is_left_of_them(
         requests = [request_of(case.history, k=20, mode=MODES[kind]) for case in cases[:CALLERS]]
         calls = [client.stub.Recommend.future(request, timeout=seconds) for request in requests]
         orchestrator = observed_stack.orchestrators[0]
-        until(lambda: gauge(orchestrator, "atspeed_running") == CALLERS or all(call.done() for call in calls))
+        until(lambda: gauge(orchestrator, "atspeed_admission_running") == CALLERS or all(call.done() for call in calls))
         give_up(calls)
-        until(lambda: gauge(orchestrator, "atspeed_running") == 0)
+        until(lambda: gauge(orchestrator, "atspeed_admission_running") == 0)
         resume(service)
         begun = time.monotonic()
         until(lambda: at_rest(observed_stack))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from client.local_stack import LocalStack
+from atspeed.local.stack import LocalStack
 from tests.integration.test_reflection_clients import node_modules
 from tests.serving import LIVENESS_SECONDS
 

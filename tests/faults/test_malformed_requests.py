@@ -14,13 +14,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import draft_pb2, target_pb2
-from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
-from client.local_stack import LocalStack, ServiceProcess
-from service_kit import healthcheck, wire
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.rpc import healthcheck, wire
+from atspeed.v1 import draft_pb2, target_pb2
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.faults.conftest import Case
 from tests.faults.mutations import mutated
 from tests.secured import path_of, rpcs

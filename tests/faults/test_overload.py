@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 from google.rpc import error_details_pb2, status_pb2
 
-from client.local_stack import LocalStack, ServiceProcess
-from service_kit.admission import PRIORITY_HEADER
-from service_kit.errors import PUSHBACK_HEADER, STATUS_HEADER
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.rpc.admission import PRIORITY_HEADER
+from atspeed.rpc.errors import PUSHBACK_HEADER, STATUS_HEADER
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.faults.conftest import Case
 from tests.serving import (
     LIVENESS_SECONDS,

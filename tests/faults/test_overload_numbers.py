@@ -16,8 +16,8 @@ import grpc
 import numpy as np
 import pytest
 
-from client.local_stack import LocalStack
-from engine.bundle import Bundle
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.local.stack import LocalStack
 from tests.bundles import random_catalogue, random_history, write_bundle
 from tests.faults.offered import Caller, Outcome
 from tests.serving import RECOMMENDATION, SERVING, check_health, request_of

@@ -10,11 +10,11 @@ from pathlib import Path
 import grpc
 import pytest
 import redis
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.faults.conftest import Case, asking, assert_all_right
 from tests.serving import LEVELS, WINDOW, Client, assert_same_list, refused, request_of, storm, until

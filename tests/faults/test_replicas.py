@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack, ServiceProcess
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack, ServiceProcess
 from tests.faults.conftest import Case
 from tests.faults.load import Load
 from tests.serving import Client, resume, suspend
@@ -16,7 +16,7 @@ from tests.serving import Client, resume, suspend
 PATIENT = {
     "planner": "fixed",
     "draft-timeout-seconds": 60,
-    "draft-patience": 10_000,
+    "draft-timeout-factor": 10_000,
 }  # a draft is late on a busy machine
 TIMES = [1, pytest.param(30, marks=pytest.mark.long)]
 

@@ -14,12 +14,12 @@ from threading import Event
 
 import numpy as np
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.bundle import Bundle
-from engine.catalogue import Catalogue
-from engine.restock import restock
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue_update import update_catalogue
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.observed import scrape
 from tests.serving import Client, Link, assert_same_list, ids, new_bundle, new_catalogue, until
@@ -86,7 +86,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Bundle]:
     rng = np.random.default_rng(0)
     paths = [tuple(int(rng.integers(size)) for size in catalogue.trie.codebook_sizes) for _ in removed]
     added = {f"new-{number}": path for number, path in enumerate(paths)}
-    return [old, restock(old, folder / "new", added, removed)]
+    return [old, update_catalogue(old, folder / "new", added, removed)]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_bundle_that_is_broken_changes_nothing(shop: Shop, client: Client, tmp
     """A model file that is cut short: the model services say so, and the orchestrator waits for them until the link is back."""
     whole = shop.bundles[1]
     broken = Bundle(
-        restock(whole, tmp_path / "broken", {}, [sorted(shop.items[whole.manifest.catalogue_version])[0]]).root
+        update_catalogue(whole, tmp_path / "broken", {}, [sorted(shop.items[whole.manifest.catalogue_version])[0]]).root
     )
     model = broken.model_path("target")
     data = model.read_bytes()

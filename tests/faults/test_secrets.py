@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import grpc
 import pytest
+
 from atspeed.v1 import draft_pb2, target_pb2
 from atspeed.v1 import recommendation_pb2 as pb
-
 from tests.faults.leaking import SECRET
 from tests.observed import Collector, scrape_port
 from tests.secured import path_of, rpcs

@@ -11,17 +11,17 @@ from typing import Self
 import grpc
 import numpy as np
 import pytest
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.search.scoring import ScoringRule, best_children
+from atspeed.engine.search.trie import ROOT, Trie
+from atspeed.local.stack import ServiceProcess
+from atspeed.rpc import wire
 from atspeed.v1 import draft_pb2, target_pb2
 from atspeed.v1 import recommendation_pb2 as pb
-
-from client.local_stack import ServiceProcess
-from engine.bundle import Bundle, write_manifest
-from engine.catalogue import Catalogue
-from engine.scoring import ScoringRule, best_children
-from engine.trie import ROOT, Trie
-from orchestrator.recommendation import Order
-from orchestrator.tracks import place
-from service_kit import wire
+from orchestrator.recommendation import RecommendParams
+from orchestrator.serving.track_router import bucket
 from tests.bundles import random_history
 from tests.observed import scrape
 from tests.serving import LEVELS, TARGET, Client, FakeDraft, assert_same_list, ids, until
@@ -144,7 +144,7 @@ def test_wrong_lists_are_found_and_stopped(orchestrator: ServiceProcess, catalog
             assert reply.degraded_reasons == ["speculation: switched off, lists differed from the target's own"]
             assert reply.statistics.target_passes == LEVELS
     seen = scrape(orchestrator)
-    assert seen.value("atspeed_speculation_on", track="stable") == 0
+    assert seen.value("atspeed_speculation_enabled", track="stable") == 0
     assert seen.value("atspeed_shadow_checks_total", track="stable", outcome="different") == MISMATCHES
     assert seen.value("atspeed_degraded_total", track="stable", reason="speculation_off") == MISMATCHES
     lines = orchestrator.log.read_text(encoding="utf-8").splitlines()
@@ -173,7 +173,7 @@ def test_wrong_lists_of_a_canary_are_held_against_the_canary_alone(
     orchestrator.flags["canary-share"] = 0.5
     orchestrator.start()
     histories = [random_history(catalogue, 4, seed) for seed in range(40)]
-    places = [place(Order(k=1, beam_width=1, history=history).subject) for history in histories]
+    places = [bucket(RecommendParams(k=1, beam_width=1, history=history).subject) for history in histories]
     of_canary, of_stable = (
         [history for history, at in zip(histories, places, strict=True) if (at < 0.5) is wanted]
         for wanted in (True, False)
@@ -189,5 +189,5 @@ def test_wrong_lists_of_a_canary_are_held_against_the_canary_alone(
     assert not info.shadow_checks.speculation_off
     assert info.canary.shadow_checks.different == MISMATCHES
     seen = scrape(orchestrator)
-    assert [seen.value("atspeed_speculation_on", track=track) for track in ("stable", "canary")] == [1, 0]
+    assert [seen.value("atspeed_speculation_enabled", track=track) for track in ("stable", "canary")] == [1, 0]
     assert seen.value("atspeed_degraded_total", track="canary", reason="speculation_off") == 1

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.bundle import Manifest, read_manifest, write_manifest
-from engine.scoring import ScoringRule
+from atspeed.engine.bundle.manifest import Manifest, read_manifest, write_manifest
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.faults.conftest import Case, asking, assert_all_right
 from tests.serving import Client, ids, new_bundle, new_catalogue, recovered, resume, storm, suspend, until
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from client.local_certificates import SERVICES, LocalCertificates
-from client.local_stack import LocalStack
-from client.recommender import RecommenderClient
-from service_kit import healthcheck
-from service_kit.server import running
-from service_kit.settings import ServiceSettings
-from service_kit.tls import ClientTls, TlsFiles
+from atspeed.client.recommender import RecommenderClient
+from atspeed.configuration.settings import ServiceSettings
+from atspeed.local.certificates import SERVICES, LocalCertificates
+from atspeed.local.stack import LocalStack
+from atspeed.rpc import healthcheck
+from atspeed.rpc.server import running
+from atspeed.security.tls import ClientTls, TlsFiles
 from tests.faults.conftest import Case
 from tests.secured import secured_stack, write_tokens
 from tests.serving import LIVENESS_SECONDS, ids

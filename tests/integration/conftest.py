@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
 from tests.bundles import random_history
 from tests.serving import WINDOW, Client, new_bundle, new_catalogue
 

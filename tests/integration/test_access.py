@@ -8,17 +8,17 @@ from typing import Any
 
 import grpc
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from client.local_certificates import LocalCertificates
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack
-from engine.catalogue import Catalogue
-from service_kit.scopes import METHOD_SCOPES
-from service_kit.tracks import TRACK_HEADER
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.certificates import LocalCertificates
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
+from atspeed.rollout.release_track import TRACK_HEADER
+from atspeed.security.scopes import METHOD_SCOPES
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.conftest import mended
 from tests.secured import bearer, channel, outcome, path_of, rpcs, secured_stack, write_tokens
@@ -85,7 +85,7 @@ def ended(channels: dict[str, grpc.Channel], method: MethodDescriptor, token: st
 
 
 def test_every_rpc_stands_in_the_table_of_scopes() -> None:
-    """A new one must be entered, in `service_kit/scopes.py` and above."""
+    """A new one must be entered, in `atspeed/security/scopes.py` and above."""
     ours = {path: scope for path, scope in METHOD_SCOPES.items() if path.startswith("/atspeed.")}
     assert ours == {path_of(method): NEEDED[method.name] for method in rpcs()}
 

@@ -14,12 +14,12 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 from pydantic_settings import SettingsConfigDict
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.catalogue import Catalogue
-from service_kit.affinity import Routes
-from service_kit.channels import KEY_HEADER, open_channel, target_uri
-from service_kit.server import Registration, RunningServer, running
-from service_kit.settings import ServiceSettings
+from atspeed.configuration.settings import ServiceSettings
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.rpc.affinity import Routes
+from atspeed.rpc.channels import KEY_HEADER, open_channel, target_uri
+from atspeed.rpc.server import Registration, RunningServer, running
 from tests.bundles import random_history
 from tests.serving import LEVELS, Client, until
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import prefix
-from benchmarks.errors import BenchmarkError
-from benchmarks.intervals import Interval
-from benchmarks.prefix import Question, Row, State
-from benchmarks.results import Result
-from client.bench_prefix_cli import bench_prefix
-from engine.bundle import Bundle
-from engine.catalogue import Catalogue
+from atspeed.benchmarks import prefix
+from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.intervals import Interval
+from atspeed.benchmarks.prefix import Question, Row, State
+from atspeed.benchmarks.results import Result
+from atspeed.cli.bench.prefix import bench_prefix
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle
 from tests.bundles import random_history
 from tests.serving import LEVELS, WINDOW
 

@@ -13,10 +13,10 @@ import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 
-from service_kit import healthcheck
-from service_kit.channels import open_channel, target_uri
-from service_kit.errors import ResourceExhaustedError, UnavailableError
-from service_kit.server import RunningServer, running
+from atspeed.rpc import healthcheck
+from atspeed.rpc.channels import open_channel, target_uri
+from atspeed.rpc.errors import ResourceExhaustedError, UnavailableError
+from atspeed.rpc.server import RunningServer, running
 from tests.echo import SERVICE, Echo, call, failure, leave, settings
 
 

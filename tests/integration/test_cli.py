@@ -18,10 +18,10 @@ import pytest
 import redis
 from typer.testing import CliRunner, Result
 
-from client import cli
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack
-from engine.bundle import Bundle
+from atspeed.cli import main
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
 from tests.bundles import TestBundle, random_catalogue, write_bundle
 from tests.conftest import mended
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 def one_line(result: Result) -> str:
@@ -194,7 +194,7 @@ def test_train_names_the_recipe_at_fault(tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An installation for serving alone has no torch."""
-    for name in [name for name in sys.modules if name.startswith("training.pipeline")]:
+    for name in [name for name in sys.modules if name.startswith("atspeed.training.pipeline")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     recipe = ROOT / "runs" / "tiny.toml"
@@ -316,7 +316,7 @@ class started:  # noqa: N801 - reads as a verb
     """`atspeed up` as a process that does not outlive the block."""
 
     def __init__(self, *arguments: object) -> None:
-        self.command = [sys.executable, "-m", "client.cli", "up", *map(str, arguments)]
+        self.command = [sys.executable, "-m", "atspeed.cli.main", "up", *map(str, arguments)]
 
     def __enter__(self) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
@@ -358,7 +358,7 @@ def test_serving_commands_import_without_the_training_extra() -> None:
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnx', 'faiss', 'safetensors', 'scipy', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
-        "import client.cli, client.demo, benchmarks.lossless, benchmarks.provenance\n"
-        "import benchmarks.acceptance, benchmarks.cases\n"
+        "import atspeed.cli.main, atspeed.cli.demo, atspeed.benchmarks.lossless, atspeed.benchmarks.provenance\n"
+        "import atspeed.benchmarks.acceptance, atspeed.benchmarks.eval_examples\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

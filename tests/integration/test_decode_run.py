@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from client.cli import app
+from atspeed.cli.main import app
 from tests.bundles import TestBundle, random_catalogue, write_bundle
 
 

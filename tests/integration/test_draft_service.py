@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import draft_pb2, types_pb2
 
-from client.local_stack import LocalStack
-from engine.bundle import Bundle
-from engine.catalogue import Catalogue
-from engine.trie import ROOT
-from service_kit import wire
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.search.trie import ROOT
+from atspeed.local.stack import LocalStack
+from atspeed.rpc import wire
+from atspeed.v1 import draft_pb2, types_pb2
 from tests.messages import Change, array, malformed, put
 from tests.serving import LEVELS, LIVENESS_SECONDS, draft_stub, models, refused
 

@@ -19,9 +19,9 @@ import grpc
 import pytest
 import yaml
 
-from client.local_certificates import LocalCertificates
-from client.local_stack import LocalStack, ServiceProcess
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.certificates import LocalCertificates
+from atspeed.local.stack import LocalStack, ServiceProcess
 from tests.bundles import random_history
 from tests.faults.conftest import Case
 from tests.faults.load import Load

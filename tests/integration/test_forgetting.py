@@ -10,40 +10,40 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from atspeed.v1 import draft_pb2, target_pb2, types_pb2
-from atspeed.v1 import recommendation_pb2 as pb
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack, ServiceProcess
-from engine.bundle import Bundle, Manifest
-from engine.catalogue import Catalogue
-from engine.forgetting import STREAM, ForgetListener, announce
-from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, block_keys
-from engine.kv_store import RedisKvStore, group_name
-from engine.prefix_cache import PrefixCache
-from engine.redis_client import connect
-from engine.trie import ROOT, Int64
-from orchestrator.owner_tag import owner_tag
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle, Manifest
+from atspeed.engine.kv.erasure import STREAM, ErasureSubscriber, publish_erasure
+from atspeed.engine.kv.memory_cache import KvArray, KvLayout, MemoryKvCache, block_keys
+from atspeed.engine.kv.prefix_cache import PrefixCache
+from atspeed.engine.kv.redis_client import connect
+from atspeed.engine.kv.redis_store import RedisKvStore, group_name
+from atspeed.engine.search.trie import ROOT, Int64
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.rpc import wire
+from atspeed.rpc.server import running
+from atspeed.v1 import draft_pb2, target_pb2, types_pb2
+from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import Recommendation
 from orchestrator.server import application
+from orchestrator.serving.shadow import Served, ShadowChecks
 from orchestrator.settings import OrchestratorSettings
-from orchestrator.shadow import Served, ShadowChecks
-from service_kit import wire
-from service_kit.server import running
+from orchestrator.user_key import user_cache_key
 from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until
 
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)
-OWNER = owner_tag("", "listener")
+OWNER = user_cache_key("", "listener")
 
 
 @pytest.fixture(scope="module")
 def replicas(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
     """Two drafts and two targets, asked in turn, so that all of them come to know a user."""
     kept: dict[str, object] = {"kv-redis": "always", "redis-timeout-seconds": 10, "threads": 1, "warm-up-seconds": 0}
-    patient: dict[str, object] = {"redis-timeout-seconds": 10, "draft-timeout-seconds": 30, "affine-calls": 0}
+    patient: dict[str, object] = {"redis-timeout-seconds": 10, "draft-timeout-seconds": 30, "affinity-max-calls": 0}
     folder = log_folder / "forgetting"
     folder.mkdir()
     flags = {"draft": kept, "target": kept, "orchestrator": patient}
@@ -106,13 +106,13 @@ def test_nothing_of_a_forgotten_user_is_found_anywhere(
 ) -> None:
     """Another user with the very same history keeps everything: users share no block."""
     history = random_history(catalogue, WINDOW, seed=4000)
-    probes = {user: Prober(bundle, catalogue, owner_tag("", user), list(history)) for user in ("leaver", "stayer")}
+    probes = {user: Prober(bundle, catalogue, user_cache_key("", user), list(history)) for user in ("leaver", "stayer")}
     for user, probe in probes.items():
         client.record(user, history)
         client.recommend(user_id=user)
         until(lambda probe=probe: min(probe.everywhere(replicas)) > 0)  # type: ignore[misc]
     with redis.Redis.from_url(redis_url) as store:
-        names = {user: group_name(owner_tag("", user)) for user in probes}
+        names = {user: group_name(user_cache_key("", user)) for user in probes}
         until(lambda: all(store.exists(name) for name in names.values()))
 
         client.stub.ForgetUser(pb.ForgetUserRequest(user_id="leaver"), timeout=LIVENESS_SECONDS)
@@ -184,12 +184,12 @@ def live_through(
     """Blocking, beside the orchestrator's event loop."""
     user = f"leaver-{heard}"
     history = random_history(catalogue, WINDOW, seed=5000 + heard)
-    probe = Prober(bundle, catalogue, owner_tag("", user), history)
+    probe = Prober(bundle, catalogue, user_cache_key("", user), history)
     with Client(address) as client, redis.Redis.from_url(redis_url) as store:
         client.record(user, history)
         client.recommend(user_id=user)
         until(lambda: gate.waiting == 1)
-        until(lambda: bool(store.exists(group_name(owner_tag("", user)))))
+        until(lambda: bool(store.exists(group_name(user_cache_key("", user)))))
         client.stub.ForgetUser(pb.ForgetUserRequest(user_id=user), timeout=LIVENESS_SECONDS)
         if heard:
             until(lambda: not any(probe.everywhere(replicas)))
@@ -263,9 +263,9 @@ class TestListener:
     async def test_a_cancellation_that_fails_something_ends_it(self, redis_client: Redis) -> None:
         """Also without `close`: an event loop that ends cancels its tasks once and waits."""
         cache = Swallowing(LAYOUT, MemoryKvCache(10**6))
-        listener = ForgetListener(redis_client, cache, poll_seconds=0.01)
+        listener = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
         await listener.start()
-        await announce(redis_client, OWNER)
+        await publish_erasure(redis_client, OWNER)
         await cache.asked.wait()
         (following,) = [task for task in asyncio.all_tasks() if task.get_name() == "forgetting"]
         following.cancel()
@@ -275,13 +275,13 @@ class TestListener:
 
     async def test_it_hears_of_users_forgotten_before_it_came(self, redis_client: Redis) -> None:
         """A replica that starts while a pass for the user is still under way must not keep what that brings."""
-        await announce(redis_client, OWNER)
+        await publish_erasure(redis_client, OWNER)
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ForgetListener(redis_client, cache)
+        listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
         cache.remember(*prompt())
         assert len(tier) == 0
-        cache.remember(*prompt(owner_tag("", "another")))
+        cache.remember(*prompt(user_cache_key("", "another")))
         assert len(tier) == 2
         await listener.close()
 
@@ -289,10 +289,10 @@ class TestListener:
         """It reached Redis after the orchestrator had erased the user there."""
         store = RedisKvStore(redis_client, LAYOUT, 60, 5.0)
         cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), store)
-        await announce(redis_client, OWNER)
+        await publish_erasure(redis_client, OWNER)
         await store.put(dict(zip(*prompt(), strict=True)))
         assert await redis_client.exists(group_name(OWNER)) == 1
-        listener = ForgetListener(redis_client, cache)
+        listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
         assert await redis_client.exists(group_name(OWNER)) == 0
         await listener.close()
@@ -303,19 +303,19 @@ class TestListener:
         """And keeps none until it hears again; histories that came with their requests are nobody's and stay."""
         async with connect(redis_url, timeout_seconds=1.0) as client:
             cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-            listener = ForgetListener(client, cache, deaf_seconds=1.0, poll_seconds=0.02)
+            listener = ErasureSubscriber(client, cache, max_lag_seconds=1.0, poll_seconds=0.02)
             await listener.start()
-            nobodys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
+            is_shared_prefix_key = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
             cache.remember(*prompt())
-            cache.remember(nobodys, prompt()[1])
+            cache.remember(is_shared_prefix_key, prompt()[1])
             assert len(tier) == 4
             await asyncio.to_thread(redis_server.kill)
-            await becomes(lambda: not cache.keeps_owned)
-            assert [key in tier for key in (*prompt()[0], *nobodys)] == [False, False, True, True]
+            await becomes(lambda: not cache.accepts_user_blocks)
+            assert [key in tier for key in (*prompt()[0], *is_shared_prefix_key)] == [False, False, True, True]
             cache.remember(*prompt())
             assert len(tier) == 2
             await asyncio.to_thread(redis_server.start)
-            await becomes(lambda: cache.keeps_owned)
+            await becomes(lambda: cache.accepts_user_blocks)
             cache.remember(*prompt())
             assert len(tier) == 4
             await listener.close()
@@ -326,7 +326,7 @@ class TestListener:
         redis_server.kill()
         async with connect(redis_url, timeout_seconds=1.0) as client:
             cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-            listener = ForgetListener(client, cache)
+            listener = ErasureSubscriber(client, cache)
             await listener.start()
             cache.remember(*prompt())
             assert len(tier) == 0
@@ -336,14 +336,14 @@ class TestListener:
         """What a pass wrote after the user was gone stayed for a day where Redis failed the replica's own erasure once."""
         store = Failing(redis_client, LAYOUT, 60, 5.0)
         cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), store)
-        await announce(redis_client, OWNER)
+        await publish_erasure(redis_client, OWNER)
         await store.put(dict(zip(*prompt(), strict=True)))
-        listener = ForgetListener(redis_client, cache, poll_seconds=0.01)
+        listener = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
         await listener.start()
         assert await redis_client.exists(group_name(OWNER)) == 1
-        assert not cache.keeps_owned
+        assert not cache.accepts_user_blocks
         store.failing = False
-        await becomes(lambda: cache.keeps_owned)
+        await becomes(lambda: cache.accepts_user_blocks)
         assert await redis_client.exists(group_name(OWNER)) == 0
         await listener.close()
 
@@ -351,26 +351,26 @@ class TestListener:
         self, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ForgetListener(redis_client, cache, deaf_seconds=1.0, poll_seconds=0.01)
+        listener = ErasureSubscriber(redis_client, cache, max_lag_seconds=1.0, poll_seconds=0.01)
         await listener.start()
         cache.remember(*prompt())
         assert len(tier) == 2
         with monkeypatch.context() as patched:
             patched.setattr(redis_client, "xrange", None)
-            await becomes(lambda: not cache.keeps_owned)
+            await becomes(lambda: not cache.accepts_user_blocks)
             assert len(tier) == 0
-            assert listener.silent_seconds > 1.0
-        await becomes(lambda: cache.keeps_owned)
+            assert listener.lag_seconds > 1.0
+        await becomes(lambda: cache.accepts_user_blocks)
         assert any(record.exc_info for record in caplog.records), "a bug without a trace"
         await listener.close()
 
     async def test_many_are_heard_in_steps(self, redis_client: Redis) -> None:
         """As one answer they would be too long for a replica's timeout, which would then never hear again."""
-        owners = [owner_tag("", f"user {number}") for number in range(600)]
+        owners = [user_cache_key("", f"user {number}") for number in range(600)]
         for owner in owners:
-            await announce(redis_client, owner)
+            await publish_erasure(redis_client, owner)
         cache = Counting(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ForgetListener(redis_client, cache)
+        listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
         assert cache.steps == [256, 256, 88]
         for owner in owners:
@@ -381,9 +381,9 @@ class TestListener:
     async def test_what_is_not_a_tag_is_passed_over(self, redis_client: Redis) -> None:
         await redis_client.xadd(STREAM, {"owner": b"short"})
         await redis_client.xadd(STREAM, {"something": b"else"})
-        await announce(redis_client, OWNER)
+        await publish_erasure(redis_client, OWNER)
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ForgetListener(redis_client, cache)
+        listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
         cache.remember(*prompt())
         assert len(tier) == 0
@@ -392,5 +392,5 @@ class TestListener:
     async def test_the_stream_forgets_too(self, redis_client: Redis) -> None:
         """Tags older than an hour go when a new one comes."""
         await redis_client.xadd(STREAM, {"owner": OWNER}, id="5-0")
-        await announce(redis_client, OWNER)
+        await publish_erasure(redis_client, OWNER)
         assert await redis_client.xlen(STREAM) == 1

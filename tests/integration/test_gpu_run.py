@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import gpu
-from benchmarks.model_probe import bytes_per_second, bytes_read, probe_beams, probe_passes
-from client.cli import app
-from engine.decoder import Decoder, RuntimeOptions
+from atspeed.benchmarks import gpu
+from atspeed.benchmarks.model_probe import bytes_per_second, bytes_read, probe_beams, probe_passes
+from atspeed.cli.main import app
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.training.inflation import SHAPES, ModelShape
 from tests.bundles import TestBundle, random_catalogue, random_model, write_run
-from training.inflation import SHAPES, ModelShape
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from service_kit import grpc_batches
-from service_kit.grpc_batches import cygrpc
-from service_kit.server import running
+from atspeed.rpc import grpc_batches
+from atspeed.rpc.grpc_batches import cygrpc
+from atspeed.rpc.server import running
 from tests.echo import SERVICE, Echo, call, settings, until
 
 CALLS = 5

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
-from service_kit.server import RunningServer, running
+from atspeed.rpc.server import RunningServer, running
 from tests.echo import SERVICE, Echo, call, leave, settings, until, watch
 
 _DATA, _HEADERS, _SETTINGS = 0, 1, 4

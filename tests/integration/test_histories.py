@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.integration.conftest import LIMITS
 from tests.serving import LIVENESS_SECONDS, Client, assert_same_list, refused, storm

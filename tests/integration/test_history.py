@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from client.local_redis import LocalRedis
-from engine.prompt import PromptTemplate
-from engine.redis_client import connect
+from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.kv.redis_client import connect
+from atspeed.local.redis_server import LocalRedis
 from orchestrator.history import HistoryStore, HistoryUnavailable
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errors import BenchmarkError
-from benchmarks.histories import choose_histories
-from benchmarks.parity import MODES, WIDTHS, Reference, run
-from engine.scoring import ScoringRule
+from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
+from atspeed.engine.search.scoring import ScoringRule
 from tests.bundles import random_catalogue, write_bundle
 
 USERS = 12

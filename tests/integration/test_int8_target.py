@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.histories import choose_histories
-from benchmarks.services import Running, ask, progress_bar, services
-from client.recommender import recommend_request
-from engine.scoring import ScoringRule
-from service_kit.mode import Mode
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.services import Running, ask, progress_bar, services
+from atspeed.client.recommender import recommend_request
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.rpc.mode import Mode
 from tests.bundles import random_catalogue, write_bundle
 
 USERS = 24

@@ -10,11 +10,11 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from client.local_redis import LocalRedis
-from engine.kv_cache import KvLayout, MemoryKvCache, block_keys, encode_block
-from engine.kv_store import RedisKvStore, group_name
-from engine.prefix_cache import PrefixCache
-from engine.redis_client import connect
+from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys, encode_block
+from atspeed.engine.kv.prefix_cache import PrefixCache
+from atspeed.engine.kv.redis_client import connect
+from atspeed.engine.kv.redis_store import RedisKvStore, group_name
+from atspeed.local.redis_server import LocalRedis
 from tests.kv_chains import LAYOUT, LIVENESS_SECONDS, Clock, assert_run, block_of, chain, content, store_of
 
 

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from redis.asyncio import Redis
 
-from client.local_redis import LocalRedis
-from engine.kv_store import RedisKvStore
-from engine.redis_client import connect
+from atspeed.engine.kv.redis_client import connect
+from atspeed.engine.kv.redis_store import RedisKvStore
+from atspeed.local.redis_server import LocalRedis
 from orchestrator.history import HistoryStore
 from tests.kv_chains import LAYOUT, LIVENESS_SECONDS, Clock, assert_run, chain, content, store_of
 

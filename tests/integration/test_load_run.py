@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import load
-from benchmarks.arrivals import Kind, Mix
-from benchmarks.histories import choose_histories
-from engine.bundle import Bundle
+from atspeed.benchmarks import load
+from atspeed.benchmarks.arrivals import Kind, Mix
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.engine.bundle.manifest import Bundle
 
 
 async def test_both_modes_are_loaded_at_the_same_rate(bundle: Path) -> None:

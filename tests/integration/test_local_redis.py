@@ -15,8 +15,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-import client.local_redis
-from client.local_redis import LocalRedis, LocalRedisError, local_redis, server_binary
+import atspeed.local.redis_server
+from atspeed.local.redis_server import LocalRedis, LocalRedisError, local_redis, server_binary
 
 LIVENESS_SECONDS = 30.0
 
@@ -132,9 +132,9 @@ def test_another_server_on_the_port_is_not_taken_for_ours(redis_server: LocalRed
 
 def test_a_free_port_that_someone_else_takes_first_is_replaced(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = int(redis_url.rsplit(":", 1)[1].split("/")[0])
-    free = client.local_redis._free_port
+    free = atspeed.local.redis_server._free_port
     ports = iter([taken, taken, free(), free(), free()])
-    monkeypatch.setattr(client.local_redis, "_free_port", lambda: next(ports))
+    monkeypatch.setattr(atspeed.local.redis_server, "_free_port", lambda: next(ports))
     with LocalRedis() as server:
         assert server.url != redis_url
 
@@ -155,7 +155,7 @@ def test_falls_back_to_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_ends_with_the_process_that_started_it(ending: signal.Signals) -> None:
     program = (
-        "import time; from client.local_redis import LocalRedis\n"
+        "import time; from atspeed.local.redis_server import LocalRedis\n"
         "server = LocalRedis(); server.start(); print(server.url, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:

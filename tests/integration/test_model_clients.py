@@ -10,19 +10,19 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 
-from engine.beams import Beams
-from engine.plan import PlanSize, Proposal
-from engine.scoring import ScoringRule
-from engine.trie import ROOT, Int64, Pruning
-from orchestrator.deadline import Deadline
+from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import PlanSize, Proposal
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.rpc import wire
+from atspeed.rpc.affinity import Routes
+from atspeed.rpc.errors import PUSHBACK_HEADER, ResourceExhaustedError, UnavailableError
+from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 from orchestrator.model_clients.draft_client import DraftClient
-from orchestrator.model_clients.question import ModelQuestion
+from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.model_clients.target_client import TargetClient, TargetSession
-from service_kit import wire
-from service_kit.affinity import Routes
-from service_kit.errors import PUSHBACK_HEADER, ResourceExhaustedError, UnavailableError
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World
 
@@ -94,8 +94,8 @@ async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int = 100
     await server.stop(None)
 
 
-def question(pruning: Pruning = NOTHING) -> ModelQuestion:
-    return ModelQuestion(np.array([1]), pruning, Deadline(SECONDS))
+def question(pruning: Pruning = NOTHING) -> ModelRequest:
+    return ModelRequest(np.array([1]), pruning, Deadline(SECONDS))
 
 
 async def test_a_service_that_is_full_is_asked_once_more_and_not_again() -> None:

@@ -18,14 +18,14 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
+from atspeed.observability.metrics_docs import declared
+from atspeed.rpc import wire
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import target_pb2
-
-from client.local_redis import LocalRedis
-from client.local_stack import LocalStack
-from engine.catalogue import Catalogue
-from service_kit import wire
-from service_kit.metrics_docs import declared
 from tests.bundles import random_history
 from tests.observed import Collector, ReceivedSpan, panels, scrape
 from tests.serving import (
@@ -298,7 +298,7 @@ def test_hundreds_of_random_lists_are_never_suspected(watched: Watched, client: 
     assert checked() > lists // 2
     assert checks.different == 0
     assert not checks.speculation_off
-    assert scrape(orchestrator).value("atspeed_speculation_on", track="stable") == 1
+    assert scrape(orchestrator).value("atspeed_speculation_enabled", track="stable") == 1
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from client.local_certificates import LocalCertificates
-from engine.redis_client import RedisTls, connect
+from atspeed.engine.kv.redis_client import RedisTls, connect
+from atspeed.local.certificates import LocalCertificates
 
 
 class TlsProxy:

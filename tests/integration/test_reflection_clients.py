@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
 from tests import fetched
 from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, Client, ids

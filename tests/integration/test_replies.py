@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.local.stack import LocalStack
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import types_pb2
-
-from client.local_stack import LocalStack
-from engine.catalogue import Catalogue
 from tests.bundles import random_history
 from tests.integration.conftest import LIMITS
 from tests.serving import LEVELS, MODES, PLAIN, SAMPLING, WINDOW, Client, assert_same_list, ids, recovered

@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 import pytest
-from atspeed.v1 import recommendation_pb2 as pb
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.bundle import read_manifest, write_manifest
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import read_manifest, write_manifest
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.integration.conftest import LIMITS
 from tests.serving import (

@@ -12,10 +12,10 @@ import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 
-from client.local_certificates import LocalCertificates
-from service_kit.channels import KEY_HEADER, open_channel, target_uri
-from service_kit.server import RunningServer, running
-from service_kit.tls import ClientTls, TlsFiles
+from atspeed.local.certificates import LocalCertificates
+from atspeed.rpc.channels import KEY_HEADER, open_channel, target_uri
+from atspeed.rpc.server import RunningServer, running
+from atspeed.security.tls import ClientTls, TlsFiles
 from tests.echo import SERVICE, Echo, call, settings
 from tests.serving import LIVENESS_SECONDS
 

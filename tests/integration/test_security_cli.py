@@ -11,17 +11,17 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from typer.testing import CliRunner, Result
 
-from client import cli
-from client.local_certificates import SERVICES
-from service_kit.scopes import Scope
-from service_kit.server import running
-from service_kit.settings import ServiceSettings
-from service_kit.tls import ClientTls, TlsFiles, WatchedPems
-from service_kit.tokens import Grant, Tokens, hash_token
+from atspeed.cli import main
+from atspeed.configuration.settings import ServiceSettings
+from atspeed.local.certificates import SERVICES
+from atspeed.rpc.server import running
+from atspeed.security.scopes import Scope
+from atspeed.security.tls import ClientTls, TlsFiles, WatchedPems
+from atspeed.security.tokens import Grant, Tokens, hash_token
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 def refusal(result: Result) -> str:

@@ -15,10 +15,10 @@ from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from service_kit import healthcheck
-from service_kit.errors import PUSHBACK_HEADER
-from service_kit.logs import REQUEST_ID_HEADER
-from service_kit.server import Registration, RunningServer, running
+from atspeed.observability.logs import REQUEST_ID_HEADER
+from atspeed.rpc import healthcheck
+from atspeed.rpc.errors import PUSHBACK_HEADER
+from atspeed.rpc.server import Registration, RunningServer, running
 from tests.echo import SECRET, SERVICE, Echo, call, failure, leave, settings, until, watch
 
 KINDS = ["UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream"]

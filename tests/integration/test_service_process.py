@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from service_kit.server import running
+from atspeed.rpc.server import running
 from tests.echo import Echo, call, settings
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +24,8 @@ import asyncio
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from engine.errors import BundleError
-from service_kit.server import run
+from atspeed.engine.errors import BundleError
+from atspeed.rpc.server import run
 from tests.echo import Echo, EchoSettings
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 from grpc_health.v1 import health_pb2
 
-from client.local_stack import LocalStack, ServiceProcess
-from engine.bundle import Bundle
-from engine.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 from tests.bundles import random_history
 from tests.messages import array, first_message, next_message
 from tests.serving import (

@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import target_pb2, types_pb2
 
-from client.local_stack import LocalStack
-from engine.bundle import Bundle, ModelEntry
-from engine.catalogue import Catalogue
-from engine.trie import ROOT
-from service_kit import wire
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle, ModelEntry
+from atspeed.engine.search.trie import ROOT
+from atspeed.local.stack import LocalStack
+from atspeed.rpc import wire
+from atspeed.v1 import target_pb2, types_pb2
 from tests.messages import Change, array, first_message, malformed, next_message, put
 from tests.serving import LEVELS, LIVENESS_SECONDS, TARGET, EvaluateStream, models, refused
 
@@ -220,7 +220,7 @@ class TestTarget:
     def test_a_search_that_it_goes_on_with_is_the_one_that_is_asked_for_pass_by_pass(
         self, target: grpc.Channel, version: str, catalogue: Catalogue, noise: types_pb2.Perturbation | None
     ) -> None:
-        """That its nodes are the loop's is for tests of `engine.plain_beam_search`; that it was the same model, for this one."""
+        """That its nodes are the loop's is for tests of `atspeed.engine.speculation.autonomous_search`; that it was the same model, for this one."""
         width, trie = 3, catalogue.trie
         alone, asked = first_message(version), first_message(version)
         for request in (alone, asked):
@@ -256,7 +256,7 @@ class TestTarget:
         request.start.max_children = request.start.beam_width = 3
         with EvaluateStream(target) as stream:
             plain = _said(stream.ask(request), catalogue)
-        request.start.looks_ahead = True
+        request.start.prefetches = True
         fewest = LEVELS
         for _ in range(100):
             with EvaluateStream(target) as stream:

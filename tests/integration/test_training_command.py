@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from client.cli import app
+from atspeed.cli.main import app
 from tests.recipes import short_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def launched(recipe: Path, folder: Path, *options: str) -> subprocess.CompletedP
         "--nproc_per_node",
         "2",
         "-m",
-        "client.cli",
+        "atspeed.cli.main",
     ]
     return subprocess.run(
         [*launch, "train", str(recipe), "--run-folder", str(folder), "--threads", "1", *options],

@@ -12,21 +12,21 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from atspeed.v1 import target_pb2
 from grpc_health.v1 import health_pb2
 
-from engine.bundle import Bundle
-from engine.decoder import Decoder
-from engine.trie import ROOT
-from service_kit import wire
-from service_kit.channels import channel_options, health_name, target_uri
-from service_kit.server import RunningServer, running
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.search.trie import ROOT
+from atspeed.rpc import wire
+from atspeed.rpc.channels import channel_options, health_name, target_uri
+from atspeed.rpc.server import RunningServer, running
+from atspeed.v1 import target_pb2
 from target_service.server import application
 from target_service.settings import TargetSettings
 from tests.observed import scrape_port
 from tests.serving import SERVING, TARGET, EvaluateStream, check_health, until
 
-UNFIT_AFTER = 3
+UNHEALTHY_AFTER = 3
 NOT_SERVING = int(health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
@@ -57,7 +57,13 @@ def decoders(monkeypatch: pytest.MonkeyPatch) -> Decoders:
 async def replicas(bundle: Path, decoders: Decoders) -> AsyncIterator[list[RunningServer]]:
     """Two targets, one loaded after the other."""
     settings = TargetSettings(
-        bundle=bundle, port=0, metrics_port=0, threads=1, warm_up_seconds=0, unfit_after=UNFIT_AFTER, drain_seconds=1
+        bundle=bundle,
+        port=0,
+        metrics_port=0,
+        threads=1,
+        warm_up_seconds=0,
+        unhealthy_after=UNHEALTHY_AFTER,
+        drain_seconds=1,
     )
     async with AsyncExitStack() as stack:
         registrations = [await stack.enter_async_context(application(settings)) for _ in range(2)]
@@ -103,7 +109,7 @@ def live_through(bundle: Path, replicas: list[RunningServer], decoders: Decoders
 
         decoders.failing.append(decoders.seen[0])
         names = {"": SERVING, TARGET: NOT_SERVING, health_name(TARGET, version): NOT_SERVING}
-        assert [sick.asks() for _ in range(UNFIT_AFTER)] == [grpc.StatusCode.INTERNAL] * UNFIT_AFTER
+        assert [sick.asks() for _ in range(UNHEALTHY_AFTER)] == [grpc.StatusCode.INTERNAL] * UNHEALTHY_AFTER
         until(lambda: {name: check_health(direct, name) for name in names} == names)
         assert unfit(replicas) == [1, 0]
         until(lambda: {caller.asks() for _ in range(6)} == {grpc.StatusCode.OK})
@@ -117,4 +123,4 @@ def live_through(bundle: Path, replicas: list[RunningServer], decoders: Decoders
 
 def unfit(replicas: list[RunningServer]) -> list[float]:
     """What each says to Prometheus."""
-    return [scrape_port(replica.metrics_port or 0).value("atspeed_unfit_models") for replica in replicas]
+    return [scrape_port(replica.metrics_port or 0).value("atspeed_unhealthy_models") for replica in replicas]

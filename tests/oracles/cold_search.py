@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.cases import HeldOutCase
-from benchmarks.warm_models import prompt_tokens
-from draft_service.drafter import Drafter, PlanOrder
-from engine.beams import Beams
-from engine.plan import Plan, PlanSize, Proposal
-from engine.tree_evaluator import Selection
-from engine.trie import Pruning
-from orchestrator.planning.planned_draft import NoDraft
+from atspeed.benchmarks.eval_examples import HeldOutCase
+from atspeed.benchmarks.shared_tree_models import prompt_tokens
+from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan, PlanSize, Proposal
+from atspeed.engine.search.trie import Pruning
+from draft_service.drafter import Drafter, DraftRequest
+from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
-from orchestrator.search.verification import Policy
+from orchestrator.search.policies import Policy
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
 
@@ -42,7 +42,7 @@ async def cold_search(models: Models, case: HeldOutCase, policy: Policy, size: P
         passes = 0
     else:
         sample = policy.proposal is Proposal.SAMPLE
-        order = PlanOrder(prompt, Beams.root(), size, policy.proposal, Pruning.none(), noise, with_evaluation=sample)
+        order = DraftRequest(prompt, Beams.root(), size, policy.proposal, Pruning.none(), noise, with_evaluation=sample)
         drafting = CountingDraft(Drafter(draft), trie, order)
         result = await beam_search(trie, models.rule, policy, asked, drafting)
         passes = drafting.passes

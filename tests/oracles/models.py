@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from draft_service.drafter import Drafter, PlanOrder
-from engine.batcher import BatchLimits
-from engine.beams import Beams
-from engine.catalogue import Catalogue
-from engine.decoder import Decoder, RuntimeOptions
-from engine.kv_cache import KvArray, KvLayout, MemoryKvCache, owner_of
-from engine.kv_store import KvStore
-from engine.plan import Plan
-from engine.prefix_cache import PrefixCache
-from engine.scoring import Evaluation, ScoringRule
-from engine.tree_evaluator import OpenTree, Selection, TreeEvaluator
-from engine.trie import ROOT, Int64, Trie
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.kv.memory_cache import KvArray, KvLayout, MemoryKvCache, owner_of
+from atspeed.engine.kv.prefix_cache import PrefixCache
+from atspeed.engine.kv.redis_store import KvStore
+from atspeed.engine.model.batcher import BatchLimits
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan
+from atspeed.engine.search.scoring import Evaluation, ScoringRule
+from atspeed.engine.search.trie import ROOT, Int64, Trie
+from draft_service.drafter import Drafter, DraftRequest
 from tests.bundles import TestBundle
 from tests.oracles.naive_trie import NaiveTrie
 
@@ -135,13 +135,13 @@ class ModelDraft:
 
     drafter: Drafter
     trie: Trie
-    order: PlanOrder
+    order: DraftRequest
     plans: list[Plan] = field(default_factory=list)
 
     async def plan(self, below: Beams) -> Plan:
         """A plan below these beams, given in the order of their ids, as the orchestrator sends them."""
         beams = below.take(np.argsort(below.node))
-        order = PlanOrder(**{**vars(self.order), "below": beams})
+        order = DraftRequest(**{**vars(self.order), "below": beams})
         plan = (await self.drafter.plan(order)).plan
         plan.check(self.trie, min(order.size.max_nodes, order.size.width * self.trie.levels))
         self.plans.append(plan)

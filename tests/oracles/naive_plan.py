@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.plan import PlanSize
+from atspeed.engine.search.plan import PlanSize
 from tests.oracles.naive_trie import NaiveTrie, Path
 
 

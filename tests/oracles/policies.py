@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.trie import Pruning
+from atspeed.engine.search.trie import Pruning
 from orchestrator.search.beam_loop import Draft, SearchResult, beam_search
-from orchestrator.search.verification import Policy
+from orchestrator.search.policies import Policy
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import TableTarget, World
 

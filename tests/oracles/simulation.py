@@ -12,24 +12,24 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from draft_service.drafter import Drafter, PlanOrder
-from engine.beams import Beams
-from engine.cost import PassCost
-from engine.cost_curve import CostCurve
-from engine.plan import Plan, PlanSize, Proposal
-from engine.scoring import Evaluation, Perturbation, ScoringRule
-from engine.tree_evaluator import Found, Selection, Steps
-from engine.trie import Int64, Pruning
-from orchestrator.planning.planned_draft import PlannedDraft
+from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.tree_evaluator import Found, PassProgram, Selection
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan, PlanSize, Proposal
+from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
+from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.rpc.mode import Mode
+from draft_service.drafter import Drafter, DraftRequest
+from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.request_planning import PlanningReport, Task
+from orchestrator.planning.sized_draft import PlannedDraft
+from orchestrator.planning.usage import Usage
 from orchestrator.search.beam_loop import Draft, beam_search
-from orchestrator.search.verification import ExactSampling, Policy, Strict, Tolerance
-from orchestrator.usage import Usage
-from service_kit.mode import Mode
+from orchestrator.search.policies import ExactSampling, Policy, Strict, Tolerance
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, follow, nothing
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run_steps
 
 MILLISECOND = 1_000_000
 PROMPT_TOKENS = 8
@@ -59,11 +59,11 @@ class Machine:
     target_queue_ms: float = 0.0
     draft_queue_ms: float = 0.0
 
-    def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassCost:
+    def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassStats:
         """One pass in which a request has so many tokens."""
         tokens = self.together * new
         forward = int(float(of.predict(tokens)) * error)
-        return PassCost(forward_ns=forward, new_tokens=new, batch_requests=self.together, batch_tokens=tokens)
+        return PassStats(forward_ns=forward, new_tokens=new, batch_requests=self.together, batch_tokens=tokens)
 
 
 # A pass costs the same whatever it holds; it costs as much as its tokens; and the draft is as dear as the target.
@@ -101,7 +101,7 @@ class SimulatedDraft:
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         """One call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
-        asked = PlanOrder(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
+        asked = DraftRequest(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
         drafted = await Drafter(self).plan(asked)  # type: ignore[arg-type]
         cost = replace(drafted.cost, queue_ns=int(drafted.passes * self._machine.draft_queue_ms * MILLISECOND))
         self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self._machine.call_ms * MILLISECOND))
@@ -118,16 +118,16 @@ class SimulatedDraft:
     def end(self, tree: None) -> None:
         """As a TreeEvaluator; nothing is held."""
 
-    async def follow(self, tree: None, steps: Steps[Found], selection: Selection) -> tuple[Found, PassCost]:
+    async def run_steps(self, tree: None, steps: PassProgram[Found], selection: Selection) -> tuple[Found, PassStats]:
         """As a TreeEvaluator: pass after pass."""
-        costs = [PassCost()]
+        costs = [PassStats()]
 
         def evaluate(nodes: Int64) -> Evaluation:
             new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
             costs.append(self._machine.cost(self._machine.draft, new))
             return self._world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation)
 
-        return follow(steps, evaluate), reduce(add, costs)
+        return run_steps(steps, evaluate), reduce(add, costs)
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Simulation:
         target = SimulatedTarget(table, self.machine)
         draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, spoil)
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
-        planning = planner.planning(mode, Task(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
+        planning = planner.planning(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
         behind = PlannedDraft(draft, planning) if planning else alone
         result = asyncio.run(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
         if planning:

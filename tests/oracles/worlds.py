@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from engine.beams import Beams
-from engine.catalogue import Catalogue
-from engine.plan import Plan
-from engine.scoring import Evaluation, Perturbation, ScoringRule, best_children
-from engine.tree_evaluator import Found, Steps
-from engine.trie import Int64, Pruning, Trie
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.model.tree_evaluator import Found, PassProgram
+from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.plan import Plan
+from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
+from atspeed.engine.search.trie import Int64, Pruning, Trie
 from tests.oracles.naive_search import NaiveModel
 from tests.oracles.naive_trie import NaiveTrie, Path
 
@@ -27,7 +27,7 @@ Choice = Callable[[Int64], npt.NDArray[np.bool_]]
 item_ids = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
 
 
-def follow(steps: Steps[Found], evaluate: Callable[[Int64], Evaluation]) -> Found:
+def run_steps(steps: PassProgram[Found], evaluate: Callable[[Int64], Evaluation]) -> Found:
     """Where a TreeEvaluator's steps lead, with every pass looked up."""
     try:
         nodes = next(steps)

@@ -1,0 +1,1 @@
+"""Speculative beam decoding for generative recommendation: everything but the three services."""

@@ -1,0 +1,43 @@
+"""A client that opens calls and waits to be killed: `python -m atspeed.benchmarks.crashing_client ADDRESS ITEM...`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
+
+CALLS = 4
+
+
+async def call_on(address: str, history: Sequence[str]) -> None:
+    """Recommendations and batches without an end; one line on stdout when the first have been sent."""
+    async with RecommenderClient(address) as client, asyncio.TaskGroup() as group:
+        for _ in range(CALLS):
+            group.create_task(recommend_on(client, history))
+            group.create_task(batch_on(client, history))
+        await client.info()
+        sys.stdout.write("calling\n")
+        sys.stdout.flush()
+
+
+async def recommend_on(client: RecommenderClient, history: Sequence[str]) -> None:
+    """One list after the other."""
+    while True:
+        with contextlib.suppress(RecommenderError):
+            await client.recommend(history=history, k=20)
+
+
+async def batch_on(client: RecommenderClient, history: Sequence[str]) -> None:
+    """One batch after the other."""
+    requests = [recommend_request(history=history, k=10) for _ in range(8)]
+    while True:
+        with contextlib.suppress(RecommenderError):
+            async for _ in client.recommend_batch(requests):
+                pass
+
+
+if __name__ == "__main__":
+    asyncio.run(call_on(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,130 @@
+"""The bare model runner: the target's own searches in this process, without gRPC, orchestrator or Redis.
+
+What a closed loop of these can do on the same cores is the upper bound of what the services can do without speculation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from atspeed.benchmarks.shared_tree_models import prompt_tokens
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from atspeed.engine.search.scoring import Evaluation
+from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.model_host.hosted_models import served_models
+from orchestrator.planning.sized_draft import NoDraft
+from orchestrator.search.beam_loop import beam_search
+from orchestrator.search.policies import Strict
+from target_service.settings import TargetSettings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a search starts from. tokens: int64 [prompt]. tenant: keeps the caches of equal prompts apart."""
+
+    tokens: Int64
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A closed loop of `concurrency` searches at once."""
+
+    concurrency: int
+    searches: int
+    searches_per_second: float
+
+
+@dataclass
+class LocalTarget:
+    """The target of one search, see `beam_loop.Target`. cost: of its passes so far."""
+
+    evaluator: TreeEvaluator
+    prompt: Prompt
+    limit: int
+    passes: int = 0
+    cost: PassStats = field(default_factory=PassStats)
+    _tree: OpenTree | None = None
+
+    async def evaluate(self, nodes: Int64) -> Evaluation:
+        """One pass."""
+        if self._tree is None:
+            self._tree = await self.evaluator.open(self.prompt.tokens, tenant=self.prompt.tenant)
+        evaluation, cost = await self.evaluator.evaluate(self._tree, nodes, Selection(Pruning.none(), self.limit))
+        self.passes, self.cost = self.passes + 1, self.cost + cost
+        return evaluation
+
+    def close(self) -> None:
+        """The search is over: its memory goes to the next one."""
+        if self._tree is not None:
+            self.evaluator.end(self._tree)
+
+
+class BareRunner:
+    """Target-only searches over one or more copies of a bundle's target, in turn."""
+
+    def __init__(self, bundle: Bundle, catalogue: Catalogue, evaluators: Sequence[TreeEvaluator]) -> None:
+        self.catalogue, self._evaluators = catalogue, evaluators
+        self._entry, self._rule = bundle.model("target"), bundle.manifest.scoring_rule
+        self._searches = 0
+
+    @property
+    def longest_history(self) -> int:
+        """Most items of a prompt."""
+        return self._entry.prompt.max_items
+
+    def prompt(self, history: Iterable[str], tenant: str = "") -> Prompt:
+        """The target's prompt for a history."""
+        return Prompt(prompt_tokens(self.catalogue, self._entry, self.catalogue.find(history).tolist()), tenant)
+
+    async def search(self, prompt: Prompt, k: int) -> LocalTarget:
+        """One search with K beams; what it took."""
+        evaluator = self._evaluators[self._searches % len(self._evaluators)]
+        self._searches += 1
+        target = LocalTarget(evaluator, prompt, limit=k)
+        try:
+            await beam_search(self.catalogue.trie, self._rule, Strict(k), target, NoDraft())
+        finally:
+            target.close()
+        return target
+
+    async def closed_loop(self, prompts: Sequence[Prompt], k: int, concurrency: int) -> Throughput:
+        """All prompts, `concurrency` at once: whoever is done takes the next."""
+        waiting = iter(prompts)
+
+        async def take_turns() -> None:
+            for prompt in waiting:
+                await self.search(prompt, k)
+
+        begun = time.perf_counter()
+        await asyncio.gather(*(take_turns() for _ in range(concurrency)))
+        return Throughput(concurrency, len(prompts), len(prompts) / (time.perf_counter() - begun))
+
+
+@asynccontextmanager
+async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIterator[BareRunner]:
+    """A runner with `replicas` copies of the bundle's target, each with so many threads."""
+    bundle = Bundle(root)
+    settings = TargetSettings(bundle=root, threads=threads, verify_bundle=False, warm_up_seconds=0)
+    async with AsyncExitStack() as stack:
+        models = [
+            await stack.enter_async_context(served_models(settings, "target", lambda evaluator, _: evaluator))
+            for _ in range(replicas)
+        ]
+        yield BareRunner(bundle, bundle.catalogue(), [replica.stable.evaluator for replica in models])
+
+
+def median_ms(nanoseconds: Iterable[float]) -> float:
+    """Median, in milliseconds to the microsecond; 0 of nothing."""
+    values = list(nanoseconds)
+    return round(float(np.median(values)) / 1e6, 3) if values else 0.0

@@ -1,0 +1,223 @@
+"""Our lists, through the real services, beside those of Hugging Face `generate` on the same checkpoint and prompts.
+
+`generate` is the beam search that everyone knows: num_beams = num_return_sequences = K, children restricted by
+`prefix_allowed_tokens_fn`, log-softmax over the whole vocabulary. That is the scoring rule `vocab`; there is no `generate` for
+the rule `trie`, so bundles that declare it are refused. All paths have L codes, so a length penalty has nothing to do.
+
+Where fewer than K paths exist, `generate` fills its beams up with masked ones, whose score is below -1e8; they are left out.
+Users are batched by prompt length, so that no prompt needs padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.progress import Progress
+from rich.table import Table
+from transformers import GenerationConfig, PreTrainedModel
+
+from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.services import Running, ask, mean, progress_bar, services
+from atspeed.client.recommender import recommend_request
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle, ModelEntry
+from atspeed.engine.search.list_comparison import RankedList, Verdict, compare, largest_gap
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.rpc.mode import Mode
+from atspeed.v1 import recommendation_pb2 as pb
+
+REFERENCE = "Hugging Face generate"
+WIDTHS = (1, 5, 10, 20)
+MODES = (Mode.TARGET_ONLY, Mode.STRICT)
+_MASKED = -1e8
+_BEAMS_AT_ONCE = 320
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One K in one mode. largest_score_gap: between the scores at the same place of the two lists, over all users."""
+
+    k: int
+    mode: str
+    users: int
+    identical: int
+    near_ties: int
+    different: int
+    largest_score_gap: float
+    target_passes_mean: float
+    accepted_levels_mean: float
+
+
+async def run(
+    root: Path, model: PreTrainedModel, histories: Sequence[History], widths: Sequence[int] = WIDTHS
+) -> list[ParityRow]:
+    """Compare every K in both modes. Raises BenchmarkError when the bundle and the checkpoint cannot be compared."""
+    bundle = Bundle(root)
+    reference = Reference(bundle, model)
+    rows = []
+    with progress_bar() as progress:
+        async with services(root, Running(planner="fixed")) as client:
+            for k in widths:
+                expected = reference.lists(histories, k, progress)
+                for mode in MODES:
+                    requests = [recommend_request(history=h, k=k, beam_width=k, mode=mode) for h in histories]
+                    replies = await ask(client, requests, progress=progress, title=f"services, K = {k}, {mode}")
+                    rows.append(_row(k, mode, replies, expected))
+    return rows
+
+
+def table(rows: Sequence[ParityRow]) -> Table:
+    """The rows, for people."""
+    users = max((row.users for row in rows), default=0)
+    shown = Table(
+        title=f"Lists beside Hugging Face generate, {users} users", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for name in ("K", "mode", "same", "near\nties", "differ", "score\ngap", "target\npasses", "levels\naccepted"):
+        shown.add_column(name, justify="left" if name == "mode" else "right")
+    for row in rows:
+        counts = (row.identical, row.near_ties, row.different)
+        passes = (f"{row.target_passes_mean:.2f}", f"{row.accepted_levels_mean:.2f}")
+        shown.add_row(str(row.k), row.mode, *map(str, counts), f"{row.largest_score_gap:.0e}", *passes)
+    return shown
+
+
+def to_json(rows: Sequence[ParityRow]) -> list[dict[str, Any]]:
+    """The rows, for a result file."""
+    return [asdict(row) for row in rows]
+
+
+def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> ParityRow:
+    lists = [RankedList.of(reply.items) for reply in replies]
+    verdicts = [compare(actual, wanted) for actual, wanted in zip(lists, expected, strict=True)]
+    return ParityRow(
+        k=k,
+        mode=str(mode),
+        users=len(verdicts),
+        identical=verdicts.count(Verdict.IDENTICAL),
+        near_ties=verdicts.count(Verdict.NEAR_TIE),
+        different=verdicts.count(Verdict.DIFFERENT),
+        largest_score_gap=max(map(largest_gap, lists, expected), default=0.0),
+        target_passes_mean=mean([reply.statistics.target_passes for reply in replies]),
+        accepted_levels_mean=mean([reply.statistics.accepted_levels for reply in replies]),
+    )
+
+
+class Reference:
+    """Hugging Face `generate` over a bundle's catalogue. Raises BenchmarkError when the bundle is not the checkpoint's."""
+
+    def __init__(self, bundle: Bundle, model: PreTrainedModel) -> None:
+        entry, rule = bundle.manifest.target, bundle.manifest.scoring_rule
+        if rule is not ScoringRule.VOCAB:
+            raise BenchmarkError(f"the bundle's scoring rule is {rule}; Hugging Face generate computes vocab only")
+        if (model.config.vocab_size, model.config.num_hidden_layers) != (entry.vocab_size, entry.layers):
+            raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
+        self._model: Any = model  # transformers' type of `generate` has lost its self
+        self._model.generation_config.eos_token_id = None  # code tokens alone end nothing
+        self._entry, self._catalogue = entry, bundle.catalogue()
+        self._children = _children(self._catalogue, entry)
+
+    def lists(self, histories: Sequence[History], k: int, progress: Progress) -> list[RankedList]:
+        """The K best paths of each history, as items."""
+        prompts = [self.prompt(history) for history in histories]
+        task = progress.add_task(f"Hugging Face generate, K = {k}", total=len(prompts))
+        lists: dict[int, RankedList] = {}
+        for batch in _batches([len(prompt) for prompt in prompts], max(1, _BEAMS_AT_ONCE // k)):
+            paths = self.generate(torch.tensor([prompts[index] for index in batch]), k)
+            lists.update(zip(batch, (self.items(user, k) for user in paths), strict=True))
+            progress.advance(task, len(batch))
+        progress.remove_task(task)
+        return [lists[index] for index in range(len(prompts))]
+
+    def prompt(self, history: History) -> list[int]:
+        """The prompt's tokens, as serving builds them."""
+        known = self._catalogue.find(history)
+        template = self._entry.prompt
+        window = known[template.window_start(len(known)) :]
+        tokens = np.asarray(self._entry.code_tokens)[
+            self._catalogue.codes[window] + self._catalogue.trie.codebook_offset
+        ]
+        built: list[int] = template.tokens(list(tokens)).tolist()
+        return built
+
+    def generate(self, prompts: torch.Tensor, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
+        """Each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
+        prompts, length = prompts.to(self._model.device), prompts.shape[1]
+        levels = self._catalogue.trie.levels
+        nowhere = [self._entry.code_tokens[0]]  # below a masked beam: generate asks for some token, whatever it is
+        with torch.inference_mode():
+            output = self._model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_config=_settings(k, levels),
+                prefix_allowed_tokens_fn=lambda _, row: self._children.get(tuple(row[length:].tolist()), nowhere),
+            )
+        paths = [tuple(row) for row in output.sequences[:, length:].tolist()]
+        scores = (
+            output.sequences_scores.tolist() if k > 1 else _greedy_scores(output.logits, output.sequences[:, length:])
+        )
+        ranked = list(zip(paths, scores, strict=True))
+        return [ranked[start : start + k] for start in range(0, len(ranked), k)]
+
+    def items(self, ranked: Sequence[tuple[tuple[int, ...], float]], k: int) -> RankedList:
+        """Paths to items: those that share a path stand together, in id order, as the contract says."""
+        trie = self._catalogue.trie
+        column = {token: index for index, token in enumerate(self._entry.code_tokens)}
+        found: list[tuple[str, float]] = []
+        for path, score in ranked:
+            if score < _MASKED:
+                continue
+            codes = [column[token] - int(offset) for token, offset in zip(path, trie.codebook_offset, strict=True)]
+            items = np.flatnonzero((self._catalogue.codes == codes).all(axis=1))
+            found += [(self._catalogue.id_of(int(item)), score) for item in items]
+        return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
+
+
+def _settings(k: int, levels: int) -> GenerationConfig:
+    """Beam search of width k, or greedy search for a width of 1, which knows no beam settings."""
+    beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0, "early_stopping": False} if k > 1 else {}
+    return GenerationConfig(  # type: ignore[no-untyped-call] # transformers'
+        max_new_tokens=levels,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=k == 1,  # greedy search reports no scores
+        **beams,
+    )
+
+
+def _greedy_scores(logits: Sequence[torch.Tensor], tokens: torch.Tensor) -> list[float]:
+    """Each chosen path's log-probability over the whole vocabulary; greedy search reports none.
+
+    logits: L times float [users, V], before any mask. tokens: int64 [users, L].
+    """
+    chosen = [
+        torch.log_softmax(level.float(), dim=-1).gather(1, tokens[:, index : index + 1])[:, 0]
+        for index, level in enumerate(logits)
+    ]
+    sums: list[float] = torch.stack(chosen).sum(dim=0).tolist()
+    return sums
+
+
+def _children(catalogue: Catalogue, entry: ModelEntry) -> dict[tuple[int, ...], list[int]]:
+    """The tokens that may follow each prefix of code tokens; built from the item table, not from the engine's trie."""
+    tokens = np.asarray(entry.code_tokens)[catalogue.codes + catalogue.trie.codebook_offset]
+    following: dict[tuple[int, ...], set[int]] = {}
+    for path in tokens.tolist():
+        for level, token in enumerate(path):
+            following.setdefault(tuple(path[:level]), set()).add(token)
+    return {prefix: sorted(allowed) for prefix, allowed in following.items()}
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of equal length, at most `size` together."""
+    for length in sorted(set(lengths)):
+        group = [index for index, other in enumerate(lengths) if other == length]
+        yield from (group[start : start + size] for start in range(0, len(group), size))

@@ -1,0 +1,55 @@
+"""How many requests shared the passes of some targets, from what these tell Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from atspeed.local.stack import ServiceProcess
+
+_METRIC = "atspeed_pass_requests"
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class SharedPasses:
+    """A histogram's sum and count: one entry for every pass of every request, of how many shared it."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def __sub__(self, before: SharedPasses) -> SharedPasses:
+        """What came since."""
+        return SharedPasses(self.total - before.total, self.count - before.count)
+
+    @property
+    def mean(self) -> float | None:
+        """Requests in a pass, as each of them sees it; None of none."""
+        return round(self.total / self.count, 3) if self.count else None
+
+    @classmethod
+    def of(cls, pages: Iterable[str]) -> SharedPasses:
+        """From the text of some services' metrics."""
+        found = {"sum": 0.0, "count": 0.0}
+        for page in pages:
+            for family in text_string_to_metric_families(page):
+                for sample in family.samples if family.name == _METRIC else ():
+                    suffix = sample.name.removeprefix(f"{_METRIC}_")
+                    if suffix in found:
+                        found[suffix] += sample.value
+        return cls(found["sum"], found["count"])
+
+
+def shared_passes(targets: Sequence[ServiceProcess]) -> SharedPasses:
+    """Of these targets, since they started."""
+    ports = [target.metrics_port for target in targets if target.metrics_port]
+    return SharedPasses.of(map(_page, ports))
+
+
+def _page(port: int) -> str:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=_SECONDS) as reply:
+        text: str = reply.read().decode()
+        return text

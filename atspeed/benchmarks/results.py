@@ -1,0 +1,33 @@
+"""Result files: `header` says where the `rows` come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atspeed.benchmarks.errors import BenchmarkError
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark found, as JSON values."""
+
+    header: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+    def write(self, path: Path) -> None:
+        """Write the file, and its folder where there is none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Read what `write` wrote. Raises BenchmarkError naming the file."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["header"], content["rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BenchmarkError(f"{path}: not a result file: {error!r}") from error

@@ -1,0 +1,1 @@
+"""The `atspeed bench` commands."""

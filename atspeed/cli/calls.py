@@ -1,0 +1,126 @@
+"""`atspeed recommend`, `record`, `history`, `forget`, `info`: calls of a service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+import typer
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
+
+from atspeed.cli import display
+from atspeed.cli.connection import Connection, with_connection
+from atspeed.cli.options import AsJson, out
+from atspeed.client.recommender import Options, RecommenderClient
+from atspeed.rollout.release_track import Track
+from atspeed.rpc import event_loop
+from atspeed.rpc.mode import Mode
+
+_Result = TypeVar("_Result")
+
+UserId = Annotated[str, typer.Argument(help="The user.")]
+Tenant = Annotated[str, typer.Option(help="Whose user; tenants share neither histories nor cached states.")]
+
+
+@with_connection
+def recommend(
+    user: Annotated[str | None, typer.Argument(help="A user with a stored history.")] = None,
+    history: Annotated[
+        str | None, typer.Option(help="Item ids, oldest first, with commas between; nothing is stored.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 10,
+    beam_width: Annotated[int, typer.Option(min=0, help="Beams searched; 0 means max(k, 20).")] = 0,
+    mode: Annotated[Mode, typer.Option(help="How the list is made.")] = Mode.STRICT,
+    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="Sampling modes: temperature.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Sampling modes: seed.")] = None,
+    exclude: Annotated[str, typer.Option(help="Item ids never to recommend, with commas between.")] = "",
+    only: Annotated[str, typer.Option(help="Item ids to choose from, with commas between.")] = "",
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave the history's items out.")] = False,
+    tenant: Tenant = "",
+    track: Annotated[
+        Track | None, typer.Option(help="Of which bundle, where a canary is served; by default the user decides.")
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    connection: Connection,
+) -> None:
+    """The top items for a user, or for a history."""
+    if (user is None) == (history is None):
+        raise typer.BadParameter("give either a user or --history")
+    options: Options = {
+        "k": k,
+        "beam_width": beam_width,
+        "mode": mode,
+        "tolerance": tolerance,
+        "temperature": temperature,
+        "seed": seed,
+        "excluded": _ids(exclude),
+        "allowed": _ids(only),
+        "exclude_seen": exclude_seen,
+        "tenant": tenant,
+    }
+    if history is not None:
+        options["history"] = _ids(history)
+    reply = _call(connection, lambda client: client.recommend(user, track=track, **options))
+    if as_json:
+        return _print_json(reply)
+    out.print(display.recommendation_table(reply))
+    out.print(display.summary(reply), highlight=False, markup=False)
+    return None
+
+
+@with_connection
+def record(
+    user: UserId,
+    items: Annotated[list[str], typer.Argument(help="Items, oldest first.")],
+    tenant: Tenant = "",
+    as_json: AsJson = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Append items to a user's history."""
+    reply = _call(connection, lambda client: client.record(user, items, tenant=tenant))
+    if as_json:
+        return _print_json(reply)
+    out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
+    if reply.unknown_item_ids:
+        out.print(f"not in the catalogue: {', '.join(reply.unknown_item_ids)}", highlight=False, markup=False)
+    return None
+
+
+@with_connection
+def history(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
+    """A user's stored items, oldest first, one a line."""
+    for item in _call(connection, lambda client: client.history(user, tenant=tenant)):
+        print(item)
+
+
+@with_connection
+def forget(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
+    """Erase a user's history."""
+    existed = _call(connection, lambda client: client.forget(user, tenant=tenant))
+    print("forgotten" if existed else "nothing was stored")
+
+
+@with_connection
+def info(*, connection: Connection) -> None:
+    """Versions, limits and the state of the services, as JSON."""
+    _print_json(_call(connection, lambda client: client.info()))
+
+
+def _call(connection: Connection, call: Callable[[RecommenderClient], Coroutine[Any, Any, _Result]]) -> _Result:
+    async def connected() -> _Result:
+        async with connection.client() as client:
+            return await call(client)
+
+    return event_loop.run(connected())
+
+
+def _print_json(message: Message) -> None:
+    print(MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+
+
+def _ids(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]

@@ -1,0 +1,82 @@
+"""How a command reaches a service: its address, deadline, certificates and token, declared once for all commands."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from atspeed.client.recommender import RecommenderClient
+from atspeed.rpc.channels import target_uri
+from atspeed.security.tls import ClientTls, TlsFiles
+
+LOCAL = "127.0.0.1:50051"
+
+
+def _address(value: str) -> str:
+    try:
+        target_uri(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The options of every command that calls a service."""
+
+    address: Annotated[str, typer.Option(help="Where the service is.", envvar="ATSPEED_ADDRESS", callback=_address)] = (
+        LOCAL
+    )
+    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the call, in seconds.")] = 10.0
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Speak TLS to a server with a public certificate.", envvar="ATSPEED_TLS")
+    ] = False
+    ca: Annotated[
+        Path | None, typer.Option(help="Speak TLS; CA of the server's certificate, PEM.", envvar="ATSPEED_CA")
+    ] = None
+    certificate: Annotated[
+        Path | None, typer.Option(help="Certificate to show, PEM (mTLS).", envvar="ATSPEED_CERTIFICATE")
+    ] = None
+    key: Annotated[Path | None, typer.Option(help="Its key.", envvar="ATSPEED_KEY")] = None
+    server_name: Annotated[
+        str,
+        typer.Option(help="Name in the server's certificate, if not the address's.", envvar="ATSPEED_SERVER_NAME"),
+    ] = ""
+    token: Annotated[
+        str,
+        typer.Option(
+            help="Bearer token. Best given by the variable: command lines are for all to see.",
+            envvar="ATSPEED_TOKEN",
+            show_envvar=True,
+        ),
+    ] = ""
+
+    def client(self) -> RecommenderClient:
+        """A client of that service. Raises TlsError."""
+        encrypted = self.tls or self.ca or self.certificate
+        tls = ClientTls(TlsFiles(self.certificate, self.key, self.ca), self.server_name) if encrypted else None
+        return RecommenderClient(self.address, timeout_seconds=self.timeout, tls=tls, token=self.token or None)
+
+
+def with_connection(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with its argument `connection` spelt out as the options of `Connection`."""
+    options = inspect.signature(Connection, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def spelt_out(**given: Any) -> Any:
+        connection = Connection(**{name: given.pop(name) for name in options})
+        return command(connection=connection, **given)
+
+    parameters = {name: parameter for name, parameter in own.items() if name != "connection"} | dict(options)
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.default is not parameter.empty)
+    spelt_out.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(Connection, include_extras=True)
+    spelt_out.__annotations__ = {name: hints[name] for name in parameters}
+    return spelt_out

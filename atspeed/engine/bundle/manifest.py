@@ -1,0 +1,250 @@
+"""A bundle: the one directory that training writes and serving reads.
+
+    bundle/
+        manifest.json           this module's `Manifest`
+        catalogue/*.npy         `atspeed.engine.bundle.catalogue.Catalogue`
+        target/model.onnx(.data)
+        draft/model.onnx(.data)
+
+Every file's SHA-256 stands in the manifest; the bundle's version is the hash of those, so two bundles with the same
+version serve the same lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.errors import BundleError
+from atspeed.engine.search.scoring import ScoringRule
+
+MANIFEST = "manifest.json"
+Precision = Literal["float32", "float16", "int8"]
+Role = Literal["target", "draft"]
+ROLES: tuple[Role, ...] = ("target", "draft")
+PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelEntry(_Part):
+    """One exported decoder: its files, its shape, and how it spells prompts and codes.
+
+    The draft needs to share neither vocabulary nor prompt with the target, only the catalogue.
+    """
+
+    path: str = Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")
+    """The .onnx file: FOLDER/FILE inside the bundle."""
+    architecture: str
+    """Hugging Face model type of the checkpoint: llama, qwen2, qwen3."""
+    precision: Precision
+    parameters: PositiveInt
+    vocab_size: PositiveInt
+    layers: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    max_positions: PositiveInt
+    """Longest sequence, prompt and codes together."""
+    code_tokens: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    """Token id of each code column, level by level; [C]."""
+    prompt: PromptTemplate
+    fingerprint: str
+    """Hash of the model's files; keys its KV cache."""
+    # Of what follows, None is not written: a bundle without it keeps its version.
+    plan_scale: tuple[PlanScale, ...] | None = Field(default=None, exclude_if=lambda scale: scale is None)
+    """Of a draft: per level 1..L-1, the unit that a plan's margins are measured in."""
+    inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
+    """Of a model made larger that computes the same (atspeed.training.inflation): parameters of the trained one."""
+
+    @property
+    def kv_dtype(self) -> Literal["float32", "float16"]:
+        """Number format of the model's keys and values."""
+        return "float16" if self.precision == "float16" else "float32"
+
+    @property
+    def plan_invariant(self) -> bool:
+        """Whether what else is in a pass moves a score by last bits at most, 1e-5 or so: in int8 by none, in float16 by 1e-2."""
+        return self.precision in {"float32", "int8"}
+
+    @model_validator(mode="after")
+    def _tokens_are_the_models(self) -> ModelEntry:
+        if len(set(self.code_tokens)) < len(self.code_tokens):
+            raise ValueError("code_tokens: a token stands for two codes")
+        around = self.prompt.prefix + self.prompt.separator + self.prompt.suffix
+        for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around)):
+            if max(tokens) >= self.vocab_size:
+                raise ValueError(f"{name}: a token id is outside the vocabulary of {self.vocab_size}")
+        return self
+
+
+class Provenance(_Part):
+    """Where a bundle comes from, for people."""
+
+    recipe: str = ""
+    data: str = ""
+    terms: str = ""
+    """The terms of the training data."""
+    created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
+    versions: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class Manifest(_Part):
+    """manifest.json."""
+
+    format_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    scoring_rule: ScoringRule
+    allow_empty_history: bool = False
+    catalogue_version: str
+    target: ModelEntry
+    draft: ModelEntry | None
+    provenance: Provenance = Provenance()
+    files: dict[str, str]
+    """SHA-256 of every file, by path relative to the bundle."""
+
+    @model_validator(mode="after")
+    def _only_a_draft_plans(self) -> Manifest:
+        if self.target.plan_scale is not None:
+            raise ValueError("target.plan_scale: only a draft has one")
+        return self
+
+    @property
+    def version(self) -> str:
+        """Hash of what the bundle serves; its provenance does not count. Made anew each time, about a millisecond."""
+        served = self.model_dump(mode="json", exclude={"provenance", "name"})
+        return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
+
+    def model_version(self, role: Role) -> str:
+        """Hash of all that a role's scores and node ids depend on; empty where the bundle has no such model."""
+        if role not in self.models:
+            return ""
+        served = {"rule": self.scoring_rule, "catalogue": self.catalogue_version}
+        # A draft's scales choose what is planned and change no score.
+        served["model"] = self.models[role].model_dump_json(exclude={"plan_scale"})
+        return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def models(self) -> dict[str, ModelEntry]:
+        """The models by role, `target` and, where there is one, `draft`."""
+        return {"target": self.target} | ({"draft": self.draft} if self.draft else {})
+
+
+class Bundle:
+    """An opened bundle directory.
+
+    Raises BundleError, naming the file and the field, when it is not one this version can serve.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = read_manifest(root)
+
+    def catalogue(self) -> Catalogue:
+        """Load the catalogue and check that it is the one the manifest names, and that the models can read its items."""
+        catalogue = Catalogue.load(self.root / "catalogue")
+        if catalogue.version != self.manifest.catalogue_version:
+            expected = self.manifest.catalogue_version
+            raise BundleError(f"{self.root}/catalogue: version {catalogue.version}, the manifest says {expected}")
+        for role, model in self.manifest.models.items():
+            self._check_reads(role, model, catalogue)
+        return catalogue
+
+    def model_path(self, role: Role) -> Path:
+        """The ONNX file of a role. Raises BundleError when the bundle has no such model."""
+        return self.root / self.model(role).path
+
+    def model(self, role: Role) -> ModelEntry:
+        """The manifest's entry of a role. Raises BundleError when the bundle has no such model."""
+        entry = self.manifest.models.get(role)
+        if entry is None:
+            raise BundleError(f"{self.root}/{MANIFEST}: the bundle has no {role} model")
+        return entry
+
+    def _check_reads(self, role: str, model: ModelEntry, catalogue: Catalogue) -> None:
+        """Raise BundleError unless a model has a token for every code, and positions for every prompt and path,
+        and scales, if any, for every planned level.
+        """
+        manifest, trie = self.root / MANIFEST, catalogue.trie
+        if len(model.code_tokens) != trie.columns:
+            count = len(model.code_tokens)
+            raise BundleError(f"{manifest}: {role}.code_tokens: {count} tokens for {trie.columns} code columns")
+        if model.plan_scale is not None and len(model.plan_scale) != trie.levels - 1:
+            count, levels = len(model.plan_scale), trie.levels
+            raise BundleError(
+                f"{manifest}: {role}.plan_scale: {count} scales for the {levels - 1} levels that are planned"
+            )
+        longest = model.prompt.max_tokens(trie.levels) + trie.levels - 1
+        if longest > model.max_positions:
+            raise BundleError(
+                f"{manifest}: {role}.max_positions: {model.max_positions}, but prompt and codes take up to {longest}"
+            )
+
+    def verify(self) -> None:
+        """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs."""
+        actual = hash_files(self.root)
+        for name, expected in self.manifest.files.items():
+            if name not in actual:
+                raise BundleError(f"{self.root}/{name}: missing")
+            if actual[name] != expected:
+                raise BundleError(f"{self.root}/{name}: its SHA-256 is not the manifest's")
+        for name in sorted(actual.keys() - self.manifest.files.keys()):
+            raise BundleError(f"{self.root}/{name}: not in the manifest")
+        for role, model in self.manifest.models.items():
+            if model.fingerprint != fingerprint(actual, model.path.partition("/")[0]):
+                raise BundleError(f"{self.root}/{MANIFEST}: {role}.fingerprint: not that of the model's files")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Parse and validate a bundle's manifest. Raises BundleError naming the field at fault."""
+    path = root / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write manifest.json last and in one step, so that a half-written bundle is never readable."""
+    temporary = root / f"{MANIFEST}.partial"
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+    temporary.replace(root / MANIFEST)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """The same file at another path: a hard link, or a copy where the file system can have none."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copy2(source, path)
+
+
+def hash_files(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below a bundle but its manifest, by relative path."""
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
+    return {path.relative_to(root).as_posix(): _sha256(path) for path in files}
+
+
+def fingerprint(files: dict[str, str], folder: str) -> str:
+    """One hash for the files below `folder`, from `hash_files`: a model's fingerprint."""
+    inside = sorted((name, digest) for name, digest in files.items() if name.startswith(f"{folder}/"))
+    return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

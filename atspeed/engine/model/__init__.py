@@ -1,0 +1,1 @@
+"""A decoder in ONNX Runtime: token trees, passes, dynamic batching."""

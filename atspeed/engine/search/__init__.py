@@ -1,0 +1,1 @@
+"""Beam search on the trie: nodes, beams, plans, scores."""

@@ -1,0 +1,1 @@
+"""Estimates that decide how much to draft, and nodes proposed without a draft."""

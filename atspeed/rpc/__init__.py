@@ -1,0 +1,1 @@
+"""gRPC servers and clients: admission, errors, health, channels, arrays on the wire."""

@@ -1,0 +1,310 @@
+"""Builds, runs and drains a grpc.aio server. A service's `__main__.py` is its application and one call:
+
+    @asynccontextmanager
+    async def target(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
+        async with Evaluator.open(settings.bundle) as evaluator:
+            yield [Registration.of(SERVICE, add_TargetServiceServicer_to_server, TargetServicer(evaluator))]
+
+    run(TargetSettings, target)
+
+The life of a server: settings, application (models are loaded), listen, health SERVING and one JSON line on stdout
+with the address; at SIGTERM or SIGINT health NOT_SERVING, no new calls, running ones end or are cancelled after
+`drain_seconds`, the application is left. A signal before that ends the start. A second signal ends the process at once, as
+the first process of a container too. Exit codes: 0 after a signal, 128 + its number after a second one, 1 cannot start, 2 bad
+settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Self, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from atspeed.configuration.settings import ServiceSettings, address, spelling
+from atspeed.engine.errors import EngineError
+from atspeed.observability import logs, tracing
+from atspeed.observability.metrics import ServerMetrics, exposed
+from atspeed.observability.telemetry_interceptor import TelemetryInterceptor
+from atspeed.rpc import event_loop, grpc_batches
+from atspeed.rpc.call_interceptor import CallInterceptor
+from atspeed.rpc.channels import health_name
+from atspeed.rpc.errors import StartupError
+from atspeed.rpc.health import Health
+from atspeed.rpc.versions import Versions
+from atspeed.security.auth import AuthInterceptor
+from atspeed.security.tls import TlsError, server_credentials
+from atspeed.security.tokens import TokenError, Tokens
+
+Servicer = TypeVar("Servicer")
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A service to offer: its full name and what adds it to a server.
+
+    versions: of what it serves, where that matters to its clients. Its health then stands under each `<name>/<version>` too, by
+    which clients of that version balance their calls: they never meet another one's replica.
+    metrics: what it measures of itself.
+    """
+
+    name: str
+    add: Callable[[grpc.aio.Server], None]
+    versions: Versions = field(default_factory=Versions)
+    metrics: CollectorRegistry | None = None
+
+    async def declare_in(self, health: Health) -> None:
+        """Say in grpc.health.v1 that it serves, and which versions, now and later. One with versions serves while one does."""
+        serving: set[str] = set()
+
+        async def declare(version: str, served: bool) -> None:
+            (serving.add if served else serving.discard)(version)
+            await health.declare(health_name(self.name, version), served)
+            await health.declare(self.name, bool(serving))
+
+        await health.declare(self.name, True)
+        await self.versions.follow(declare)
+
+    @classmethod
+    def of(
+        cls,
+        service: ServiceDescriptor,
+        add: Callable[[Servicer, grpc.aio.Server], None],
+        servicer: Servicer,
+        versions: Versions | None = None,
+        metrics: CollectorRegistry | None = None,
+    ) -> Self:
+        """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
+        return cls(service.full_name, lambda server: add(servicer, server), versions or Versions(), metrics)
+
+
+Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registration]]]
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that takes calls. metrics_port: where Prometheus finds it, if it may."""
+
+    host: str
+    port: int
+    metrics_port: int | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the port that it got."""
+        return address(self.host, self.port)
+
+
+def run(
+    settings_type: type[Settings], application: Application[Settings], arguments: Sequence[str] | None = None
+) -> None:
+    """Run a service until a signal ends it. Exits with code 1 when it cannot start, 2 when a setting is bad."""
+    settings = settings_type.load(arguments)
+    logs.configure(settings.service, settings.log_level, settings.log_format, error_texts=settings.log_error_texts)
+    logs.take_over_uncaught()
+    grpc_batches.install()
+    try:
+        with tracing.started(settings.service, on=settings.tracing):
+            event_loop.run(serve(settings, application))
+    except StartupError as error:
+        _log.error("cannot start", reason=" ".join(str(error).split()))
+        raise SystemExit(1) from None
+
+
+async def serve(settings: Settings, application: Application[Settings]) -> None:
+    """Open the application, serve it until SIGTERM or SIGINT, drain."""
+    asyncio.get_running_loop().set_exception_handler(logs.log_loop_failure)
+    with _Signals() as signals:
+        async with AsyncExitStack() as stack:
+            try:
+                async with signals.ending_it():
+                    registrations = await stack.enter_async_context(_opened(settings, application))
+                    server = await stack.enter_async_context(running(settings, registrations))
+            except TimeoutError:
+                if not signals.received.is_set():
+                    raise
+                _log.info("stopped before it served")
+                return
+            _announce(settings, server)
+            await signals.received.wait()
+            _log.info("draining", drain_seconds=settings.drain_seconds)
+
+
+@asynccontextmanager
+async def running(settings: ServiceSettings, registrations: Sequence[Registration]) -> AsyncIterator[RunningServer]:
+    """A server on the settings' address for as long as the block lasts; the end of the block drains it."""
+    state = Health()
+    metrics = ServerMetrics(settings.service, [part.metrics for part in registrations if part.metrics])
+    server = _build(settings, registrations, state, metrics)
+    port = _listen(settings, server)
+    with _exposed(settings, metrics) as metrics_port:
+        await server.start()
+        await state.declare("", True)
+        for registration in registrations:
+            await registration.declare_in(state)
+        try:
+            yield RunningServer(settings.host, port, metrics_port)
+        finally:
+            await state.leave()
+            await server.stop(settings.drain_seconds)
+
+
+@contextmanager
+def _exposed(settings: ServiceSettings, metrics: ServerMetrics) -> Iterator[int | None]:
+    """The metrics on their port, if there is one."""
+    if settings.metrics_port is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            port = stack.enter_context(exposed(metrics.registry, settings.metrics_host, settings.metrics_port))
+        except OSError as error:
+            names = f"{spelling(type(settings), 'metrics_host')}, {spelling(type(settings), 'metrics_port')}"
+            where = address(settings.metrics_host, settings.metrics_port)
+            raise StartupError(f"cannot listen on {where}, see {names}") from error
+        yield port
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, application: Application[Settings]) -> AsyncIterator[Sequence[Registration]]:
+    """The application; a bundle, certificate or token that is refused on the way in is a reason not to start."""
+    async with AsyncExitStack() as stack:
+        try:
+            registrations = await stack.enter_async_context(application(settings))
+        except (EngineError, TlsError, TokenError) as error:
+            raise StartupError(str(error)) from error
+        yield registrations
+
+
+def _build(
+    settings: ServiceSettings, registrations: Sequence[Registration], state: Health, metrics: ServerMetrics
+) -> grpc.aio.Server:
+    interceptors = [
+        TelemetryInterceptor(metrics),
+        CallInterceptor(settings.max_concurrent_calls),
+        *_auth(settings),
+    ]
+    server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
+    for registration in registrations:
+        registration.add(server)
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    names = [registration.name for registration in registrations]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return server
+
+
+def _auth(settings: ServiceSettings) -> list[grpc.aio.ServerInterceptor]:
+    if settings.tokens_file is None:
+        return []
+    try:
+        tokens = Tokens(settings.tokens_file)
+    except TokenError as error:
+        raise StartupError(f"{spelling(type(settings), 'tokens_file')}: {error}") from None
+    if settings.server_tls is None and not settings.loopback:
+        _log.warning("tokens arrive in plain text", see=spelling(type(settings), "tls_certificate"))
+    return [AuthInterceptor(tokens)]
+
+
+def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    """Channel arguments of a server.
+
+    A client may ping every 2 s; one that pings more often is sent away with ENHANCE_YOUR_CALM. (The key that is often
+    seen, min_recv_ping_interval_without_data_ms, has no effect.) Connections are renewed at a certain age: clients then
+    resolve names again and find replicas that were added. Calls that run go on over the old one, for an hour at most.
+    """
+    return [
+        ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        # Calls that have arrived and that Python has not come to: beyond the first number (1,000 by default) gRPC drops some,
+        # beyond the second all, and their callers see CANCELLED. Our own limits are to refuse them, with a hint and a reason.
+        ("grpc.server.max_pending_requests", 10_000),
+        ("grpc.server.max_pending_requests_hard_limit", 20_000),
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),  # below this all calls pass, above the other none
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed after that
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+        ("grpc.max_connection_age_ms", int(settings.max_connection_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", 3_600_000),
+    ]
+
+
+def _listen(settings: ServiceSettings, server: grpc.aio.Server) -> int:
+    try:
+        if settings.server_tls is None:
+            return server.add_insecure_port(settings.address)
+        return server.add_secure_port(settings.address, server_credentials(settings.server_tls))
+    except TlsError as error:
+        raise StartupError(f"{spelling(type(settings), 'tls_certificate')}: {error}") from None
+    except RuntimeError as error:
+        names = f"{spelling(type(settings), 'host')}, {spelling(type(settings), 'port')}"
+        raise StartupError(f"cannot listen on {settings.address}, see {names}") from error
+
+
+def _announce(settings: ServiceSettings, server: RunningServer) -> None:
+    """The one line on stdout: whoever started this process learns the address from it."""
+    line = {"service": settings.service, "address": server.address, "port": server.port, "pid": os.getpid()}
+    if server.metrics_port is not None:
+        line["metrics_port"] = server.metrics_port
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+    _log.info("listening", address=server.address, settings=settings.model_dump(mode="json"))
+
+
+class _Signals:
+    """SIGTERM and SIGINT. They are taken from before anything is loaded on: the first process of a container has no default."""
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._ending: asyncio.Timeout | None = None
+        self._seen = False
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._note) for number in self._NUMBERS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self._NUMBERS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    @asynccontextmanager
+    async def ending_it(self) -> AsyncIterator[None]:
+        """The block ends with TimeoutError when a signal comes."""
+        async with asyncio.timeout(None) as self._ending:
+            yield
+        self._ending = None
+
+    def _note(self, number: int, _frame: object) -> None:
+        """Between any two instructions, so that it works while a model is loaded."""
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        self._loop.call_soon_threadsafe(self._act)
+
+    def _act(self) -> None:
+        self.received.set()
+        if self._ending is not None:
+            self._ending.reschedule(self._loop.time())

@@ -1,0 +1,212 @@
+"""Between protobuf messages and numpy: the one place that both sides of every call share.
+
+Everything here takes bytes from outside, so every field is checked before it is used; errors name the field.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from atspeed.engine.kv.memory_cache import NO_OWNER, OWNER_BYTES
+from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.plan import Proposal
+from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
+from atspeed.engine.search.trie import Int64, Pruning, Trie
+from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.rpc.mode import Mode
+from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
+
+_DTYPES: Final[dict[types_pb2.DataType.ValueType, np.dtype[Any]]] = {
+    types_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
+    types_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+    types_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    types_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+}
+_BY_NAME: Final[dict[str, np.dtype[Any]]] = {dtype.name: dtype for dtype in _DTYPES.values()}
+_DATA_TYPES: Final = {dtype: data_type for data_type, dtype in _DTYPES.items()}
+_PROPOSALS: Final[dict[Proposal, draft_pb2.Proposal.ValueType]] = {
+    Proposal.TOP: draft_pb2.PROPOSAL_TOP,
+    Proposal.PERTURBED: draft_pb2.PROPOSAL_PERTURBED,
+    Proposal.SAMPLE: draft_pb2.PROPOSAL_SAMPLE,
+}
+_RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
+    ScoringRule.VOCAB: types_pb2.SCORING_RULE_VOCAB,
+    ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
+}
+_MODES: Final = {recommendation_pb2.Mode.Value(f"MODE_{mode.name}"): mode for mode in Mode}
+
+_CURVE_POINTS = 1024
+_MOST_NS = 2**48  # three days
+
+
+def to_array(values: npt.NDArray[np.generic]) -> types_pb2.Array:
+    """An int32, int64, float32 or float64 array as a message."""
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return types_pb2.Array(dtype=_DATA_TYPES[little.dtype], shape=little.shape, data=little.tobytes())
+
+
+def vector(message: types_pb2.Array, field: str, dtype: str, *, limit: int | None = None) -> npt.NDArray[np.generic]:
+    """A one-dimensional array of `dtype` ("int32" ...), at most `limit` long; one that is not set is empty.
+
+    Raises InvalidArgumentError naming `field`. Nothing is allocated: the array is a read-only view of the message's bytes.
+    """
+    wanted = _BY_NAME[dtype]
+    if not message.shape and not message.data and not message.dtype:
+        return np.empty(0, dtype=wanted)
+    if _DTYPES.get(message.dtype) != wanted:
+        raise InvalidArgumentError(field, f"must be of dtype {dtype}")
+    shape, data = message.shape, message.data
+    if len(shape) != 1 or shape[0] < 0:
+        raise InvalidArgumentError(field, f"must have one axis, got shape {list(shape)[:8]}")
+    if shape[0] * wanted.itemsize != len(data):
+        raise InvalidArgumentError(field, f"has {len(data)} bytes for shape {list(shape)} of {dtype}")
+    if limit is not None and shape[0] > limit:
+        raise InvalidArgumentError(field, f"has {shape[0]} elements, at most {limit} are allowed")
+    return np.frombuffer(data, dtype=wanted)
+
+
+def node_ids(message: types_pb2.Array, field: str, trie: Trie, *, limit: int | None = None) -> Int64:
+    """Ascending trie nodes [n]. Raises InvalidArgumentError naming `field`."""
+    nodes = vector(message, field, "int32", limit=limit).astype(np.int64)
+    if len(nodes) and (nodes[0] < 0 or nodes[-1] >= trie.nodes or (np.diff(nodes) <= 0).any()):
+        raise InvalidArgumentError(field, f"must be ascending node ids between 0 and {trie.nodes - 1}")
+    return nodes
+
+
+def to_kept(pruning: Pruning) -> types_pb2.Array | None:
+    """The field `kept` of a pruning, None where it says what is gone."""
+    return None if pruning.kept is None else to_array(pruning.kept)
+
+
+def pruning(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, prefix: str, trie: Trie) -> Pruning:
+    """A request's pruning, out of `pruned` and `kept`. Raises InvalidArgumentError naming the field, after `prefix`."""
+    cut = node_ids(message.pruned, f"{prefix}pruned", trie).astype(np.int32)
+    if not message.HasField("kept"):
+        return Pruning(cut)
+    if len(cut):
+        raise InvalidArgumentError(f"{prefix}kept", "must not be set beside pruned")
+    return Pruning(cut, node_ids(message.kept, f"{prefix}kept", trie).astype(np.int32))
+
+
+def to_perturbation(perturbation: Perturbation | None) -> types_pb2.Perturbation | None:
+    """A perturbation as a message, or None."""
+    if perturbation is None:
+        return None
+    return types_pb2.Perturbation(seed=perturbation.seed, temperature=perturbation.temperature)
+
+
+def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, field: str) -> Perturbation | None:
+    """The perturbation of a message, None when it is not set.
+
+    Raises InvalidArgumentError naming `field` when its temperature is not above 0.
+    """
+    if not message.HasField("perturbation"):
+        return None
+    noise = message.perturbation
+    if not 0 < noise.temperature < math.inf:
+        raise InvalidArgumentError(f"{field}.temperature", f"must be above 0 and finite, got {noise.temperature}")
+    return Perturbation(noise.seed, noise.temperature)
+
+
+def to_proposal(proposal: Proposal) -> draft_pb2.Proposal.ValueType:
+    """How the draft is to choose, as its enum value."""
+    return _PROPOSALS[proposal]
+
+
+def proposal(value: draft_pb2.Proposal.ValueType, field: str) -> Proposal:
+    """How the draft is to choose. Raises InvalidArgumentError naming `field`."""
+    for known, number in _PROPOSALS.items():
+        if number == value:
+            return known
+    raise InvalidArgumentError(field, "must be one of the proposals of DraftService")
+
+
+def to_evaluation(evaluation: Evaluation) -> types_pb2.Evaluation:
+    """An evaluation as a message."""
+    return types_pb2.Evaluation(
+        node=to_array(evaluation.node),
+        child_start=to_array(evaluation.child_start),
+        child=to_array(evaluation.child),
+        logp=to_array(evaluation.logp),
+        log_mass=to_array(evaluation.log_mass),
+    )
+
+
+def evaluation(message: types_pb2.Evaluation, field: str, trie: Trie) -> Evaluation:
+    """An evaluation that could have come from an honest model. Raises InvalidArgumentError naming `field` otherwise."""
+    result = Evaluation(
+        node=vector(message.node, f"{field}.node", "int32").astype(np.int32, copy=False),
+        child_start=vector(message.child_start, f"{field}.child_start", "int64").astype(np.int64, copy=False),
+        child=vector(message.child, f"{field}.child", "int32").astype(np.int32, copy=False),
+        logp=vector(message.logp, f"{field}.logp", "float32").astype(np.float32, copy=False),
+        log_mass=vector(message.log_mass, f"{field}.log_mass", "float32").astype(np.float32, copy=False),
+    )
+    try:
+        result.validate(trie)
+    except ValueError as error:
+        raise InvalidArgumentError(field, str(error)) from error
+    return result
+
+
+def to_scoring_rule(rule: ScoringRule) -> types_pb2.ScoringRule.ValueType:
+    """A scoring rule as its enum value."""
+    return _RULES[rule]
+
+
+def to_mode(mode: Mode) -> recommendation_pb2.Mode.ValueType:
+    """How a list is made, as its enum value."""
+    return recommendation_pb2.Mode.Value(f"MODE_{mode.name}")
+
+
+def mode(value: recommendation_pb2.Mode.ValueType, field: str) -> Mode:
+    """How a list is made; strict where that is not said. Raises InvalidArgumentError naming `field`."""
+    if value == recommendation_pb2.MODE_UNSPECIFIED:
+        return Mode.STRICT
+    if value not in _MODES:
+        raise InvalidArgumentError(field, f"{value} is not a mode of this service")
+    return _MODES[value]
+
+
+def to_statistics(cost: PassStats) -> types_pb2.PassStatistics:
+    """What passes cost, as a message."""
+    return types_pb2.PassStatistics(**{name: getattr(cost, name) for name in cost.__dataclass_fields__})
+
+
+def pass_stats(message: types_pb2.PassStatistics, field: str) -> PassStats:
+    """What passes cost. Raises InvalidArgumentError naming `field` for numbers whose sums might not fit into a message."""
+    cost = PassStats(**{name: getattr(message, name) for name in PassStats.__dataclass_fields__})
+    if max(vars(cost).values()) > _MOST_NS:
+        raise InvalidArgumentError(field, "beyond all bounds")
+    return cost
+
+
+def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
+    """A cost curve as a message."""
+    return types_pb2.CostCurve(
+        new_tokens=to_array(curve.new_tokens),
+        cached_tokens=to_array(curve.cached_tokens),
+        forward_ns=to_array(curve.forward_ns.ravel()),
+    )
+
+
+def owner(tag: bytes, field: str) -> bytes:
+    """The owner of a prompt's cached KV. Raises InvalidArgumentError naming `field`."""
+    if len(tag) not in (0, OWNER_BYTES):
+        raise InvalidArgumentError(field, f"must have {OWNER_BYTES} bytes or none, got {len(tag)}")
+    return tag or NO_OWNER
+
+
+def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:
+    """A cost curve. Raises InvalidArgumentError naming `field` when it is not one."""
+    new = vector(message.new_tokens, f"{field}.new_tokens", "int64", limit=_CURVE_POINTS).astype(np.int64)
+    cached = vector(message.cached_tokens, f"{field}.cached_tokens", "int64", limit=_CURVE_POINTS).astype(np.int64)
+    forward = vector(message.forward_ns, f"{field}.forward_ns", "float64").astype(np.float64)
+    try:
+        return CostCurve(new, cached, forward.reshape(len(new), len(cached)))
+    except ValueError as error:
+        raise InvalidArgumentError(field, str(error)) from error

@@ -1,0 +1,135 @@
+"""Bearer tokens: a TOML file of names, hashes, scopes and tenants, read again when it changes.
+
+    [shop]
+    sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    scopes = ["read", "write"]
+    tenants = ["acme"]                   # may name no other; without the line, any
+    expires = 2027-01-31T00:00:00Z       # without the line, never
+
+The hash is that of the whole token. A plain SHA-256 is enough: `new_token` has 256 random bits, which nobody guesses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import tomllib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+import structlog
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from atspeed.security.file_watch import Stamp, file_signature
+from atspeed.security.scopes import Scope
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class TokenError(ValueError):
+    """A file of tokens that cannot be used. The text names it and what is wrong, and quotes no value."""
+
+
+class Grant(BaseModel):
+    """What the holder of a token may do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", repr=False)]
+    scopes: Annotated[frozenset[Scope], Field(min_length=1)]
+    tenants: frozenset[str] | None = None
+    expires: AwareDatetime | None = None
+
+    def expired(self, now: datetime) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and self.expires <= now
+
+
+TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_Grants = TypeAdapter(dict[Annotated[str, Field(pattern=f"^{TOKEN_NAME.pattern}$")], Grant])
+
+
+class Tokens:
+    """The tokens of a file. Looks at the file again before each use. Raises TokenError when it is not right at first.
+
+    A file that is not right later is left alone, with an error in the log, and the tokens from before it stay.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = file_signature(path)
+        self._grants = read_tokens(path)
+
+    def holder(self, token: str) -> tuple[str, Grant] | None:
+        """Whose token this is; None when it is nobody's or has expired.
+
+        Every hash is compared, each in constant time, so the time that it takes says nothing of the tokens.
+        """
+        self._refresh()
+        digest, found = hash_token(token), None
+        for name, grant in self._grants.items():
+            if hmac.compare_digest(digest, grant.sha256) and not grant.expired(datetime.now(UTC)):
+                found = name, grant
+        return found
+
+    def _refresh(self) -> None:
+        if (found := file_signature(self._path)) == self._seen:
+            return
+        self._seen = found
+        try:
+            self._grants = read_tokens(self._path)
+        except TokenError as error:
+            _log.error("tokens are not read again", reason=str(error))
+        else:
+            _log.info("tokens are read again", names=sorted(self._grants))
+
+
+class TokenFile:
+    """A token to show, alone in a file, read again when that changes; the last that could be read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._token = path, ""
+        self._seen: Stamp | None = None
+        if not self():
+            raise TokenError(f"{path}: holds no token")
+
+    def __call__(self) -> str:
+        """The token."""
+        try:
+            if (found := file_signature(self._path)) is None or found != self._seen:
+                self._token, self._seen = self._path.read_text(encoding="ascii").strip() or self._token, found
+        except (OSError, ValueError) as error:
+            if not self._token:
+                raise TokenError(f"{self._path}: {type(error).__name__}") from None
+        return self._token
+
+
+def read_tokens(path: Path) -> Mapping[str, Grant]:
+    """A file's tokens by name. Raises TokenError."""
+    try:
+        grants = _Grants.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        where = (".".join(str(part) for part in problem["loc"] if part != "[key]") for problem in problems)
+        raise TokenError(f"{path}: not right: {', '.join(where)}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise TokenError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise TokenError(f"{path}: {type(error).__name__}") from None
+    if not grants:
+        raise TokenError(f"{path}: holds no tokens")
+    return grants
+
+
+def hash_token(token: str) -> str:
+    """SHA-256 in hex, as it stands in the file."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def new_token() -> str:
+    """A token that nobody had before."""
+    return f"atspeed_{secrets.token_urlsafe(32)}"

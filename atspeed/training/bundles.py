@@ -1,0 +1,123 @@
+"""Writes a bundle: both models exported and checked, the catalogue, the manifest. It appears in one step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import (
+    Manifest,
+    ModelEntry,
+    Provenance,
+    Role,
+    fingerprint,
+    hash_files,
+    link_or_copy,
+    read_manifest,
+    write_manifest,
+)
+from atspeed.training.data import Dataset
+from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder
+from atspeed.training.models import SpelledModel
+from atspeed.training.recipe import Recipe
+from atspeed.training.stages import Measures, remove
+
+
+def write_bundle(
+    folder: Path,
+    recipe: Recipe,
+    catalogue: Catalogue,
+    models: Mapping[Role, SpelledModel],
+    *,
+    scales: tuple[float, ...] | None,
+    provenance: Provenance,
+    target_from: Path | None = None,
+) -> None:
+    """Write a recipe's bundle. scales: the draft's plan scales.
+
+    target_from: a bundle of the same catalogue and target under the same recipe; its files become this one's too.
+    """
+    partial = folder.with_suffix(".partial")
+    remove(partial)
+    if target_from is None:
+        catalogue.save(partial / "catalogue")
+    else:
+        for part in ("catalogue", "target"):
+            share_files(target_from / part, partial / part)
+    exported = {role: model for role, model in models.items() if role != "target" or target_from is None}
+    reports = {role: _export(role, model, recipe, partial) for role, model in exported.items()}
+    files = hash_files(partial)
+    entries = {role: entry_of(role, models[role], report, files) for role, report in reports.items()}
+    if target_from is not None:
+        entries["target"] = read_manifest(target_from).target
+    if scales is not None:
+        entries["draft"] = entries["draft"].model_copy(update={"plan_scale": scales})
+    manifest = Manifest(
+        name=recipe.name,
+        scoring_rule=recipe.scoring_rule,
+        allow_empty_history=recipe.allow_empty_history,
+        catalogue_version=catalogue.version,
+        target=entries["target"],
+        draft=entries.get("draft"),
+        provenance=provenance,
+        files=files,
+    )
+    write_manifest(partial, manifest)
+    remove(folder)
+    partial.rename(folder)
+
+
+def provenance_of(recipe: Recipe, dataset: Dataset, measures: Measures) -> Provenance:
+    """Where a bundle comes from. measures: of its evaluation, if there was one."""
+    return Provenance(
+        recipe=recipe.model_dump_json(),
+        data=f"{dataset.name} ({dataset.digest})",
+        terms=dataset.terms,
+        versions=versions(),
+        metrics={name: round(value, 6) for name, value in measures.items()},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what trained the bundle."""
+    names = ("atspeed-serving", "faiss-cpu", "numpy", "onnx", "torch", "transformers")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def share_files(source: Path, folder: Path) -> None:
+    """The same files in another folder, see `link_or_copy`."""
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        link_or_copy(path, folder / path.name)
+
+
+def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> ExportReport:
+    part = recipe.parts[role]
+    return export_decoder(model.model, bundle / role, code_tokens=model.spelling.code_tokens, precision=part.precision)
+
+
+def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
+    """The manifest's entry of an exported model. files: the bundle's hashes."""
+    return ModelEntry(
+        path=f"{role}/{MODEL_FILE}",
+        architecture=report.architecture,
+        precision=report.precision,
+        parameters=report.parameters,
+        vocab_size=report.vocab_size,
+        layers=report.layers,
+        kv_heads=report.kv_heads,
+        head_dim=report.head_dim,
+        max_positions=report.max_positions,
+        code_tokens=model.spelling.code_tokens,
+        prompt=model.spelling.prompt,
+        fingerprint=fingerprint(dict(files), role),
+    )

@@ -1,0 +1,213 @@
+"""Drafts by several losses and seeds, alike in all else: one target, one teacher, one pretrained draft per seed, equal steps.
+
+run/                            that of the base recipe: catalogue/, target-checkpoint/, teacher/, made there if they are not yet
+    drafts/
+        target/bundle/          the target alone, exported once
+        seed1/                  the pretrained draft, which all losses of a seed begin with
+        level-kd-seed1/         draft-checkpoint/, draft-log.json, bundle/: its target is a hard link to that of target/bundle/
+        bundles.txt             level-kd/seed1=PATH, ...: what `atspeed bench acceptance --draft` takes
+
+    base = "beauty-small.toml"                              a recipe with a draft, beside this file
+    seeds = [1, 2, 3]
+    prompts = 20_000                                        optional, instead of the base's
+    schedule = { epochs = 2 }                               optional, over the base's [draft.schedule]; so is `pretraining`
+
+    [[losses]]
+    name = "level-kd"
+    alignment = { loss = "level-kd", weight = 1.0 }         over the base's [draft.alignment]; loss = "none": cross-entropy alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+
+from atspeed.training.checkpoints import Checkpoints
+from atspeed.training.data import Dataset
+from atspeed.training.errors import RecipeError
+from atspeed.training.pipeline import Folders, Run, load_dataset
+from atspeed.training.processes import is_main
+from atspeed.training.recipe import Alignment, Draft, Recipe, problems, read_recipe, read_toml
+from atspeed.training.workers import bundle_all
+
+_OF_THE_TEACHER = {"beams", "prompts"}  # the same for all losses
+_Place = tuple[int | str, ...]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Loss(_Part):
+    """alignment: what differs from the base's."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    alignment: dict[str, Any]
+
+    @field_validator("alignment")
+    @classmethod
+    def _loss_alone(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if "loss" not in values:
+            raise ValueError('there is no `loss`; "none" is cross-entropy alone')
+        if shared := sorted(_OF_THE_TEACHER & values.keys()):
+            raise ValueError(f"{shared[0]}: belongs to the teacher's data, which is the same for all losses")
+        return values
+
+
+class _Plan(_Part):
+    """The file; see the module."""
+
+    base: Path
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    prompts: PositiveInt | None = None
+    schedule: dict[str, Any] = {}
+    pretraining: dict[str, Any] = {}
+    losses: Annotated[list[_Loss], Field(min_length=1)]
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is there twice")
+        return seeds
+
+    @field_validator("losses")
+    @classmethod
+    def _distinct_names(cls, losses: list[_Loss]) -> list[_Loss]:
+        if len({loss.name for loss in losses}) < len(losses):
+            raise ValueError("a name is there twice")
+        return losses
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One draft: the base recipe with another alignment and seed."""
+
+    loss: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its lines of progress."""
+        return f"{self.loss}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """variants: all losses and seeds, a loss's seeds one after the other."""
+
+    base: Recipe
+    variants: Sequence[Variant]
+
+    @property
+    def same_teacher(self) -> bool:
+        """Whether the base recipe's own draft asks the teacher the same."""
+        return _asked(self.base) in {None, _asked(self.variants[0].recipe)}
+
+
+def _asked(recipe: Recipe) -> tuple[int, int] | None:
+    """What the teacher is asked for a recipe: beams and prompts."""
+    alignment = recipe.draft.alignment if recipe.draft else None
+    return None if alignment is None else (alignment.beams, alignment.prompts)
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Parse and validate a comparison and its base. Raises RecipeError naming the file and the key at fault."""
+    plan = read_toml(_Plan, path)
+    base = read_recipe(path.parent / plan.base)
+    if base.draft is None:
+        raise RecipeError(f"{path}: base: {plan.base} has no draft")
+    return Comparison(base, tuple(_variants(path, plan, base, base.draft)))
+
+
+def _variants(path: Path, plan: _Plan, base: Recipe, draft: Draft) -> Iterator[Variant]:
+    if plan.pretraining and draft.pretraining is None:
+        raise RecipeError(f"{path}: pretraining: the draft of {plan.base} has none")
+    for (index, loss), seed in product(enumerate(plan.losses), plan.seeds):
+        try:
+            changed = Draft.model_validate(_draft(plan, loss, seed, draft))
+        except ValidationError as error:
+            raise RecipeError(f"{path}: {problems(error, partial(_in_file, index))}") from error
+        name = f"{base.name}-{loss.name}-seed{seed}"
+        yield Variant(loss.name, seed, base.model_copy(update={"name": name, "draft": changed}))
+
+
+def _in_file(loss: int, place: _Place) -> _Place:
+    """Where a draft's key stands: those of its alignment in a loss's entry, the others at the top."""
+    return ("losses", loss, *place) if place[:1] == ("alignment",) else place
+
+
+def _draft(plan: _Plan, loss: _Loss, seed: int, base: Draft) -> dict[str, Any]:
+    """The draft of a variant, not validated."""
+    values = base.model_dump() | {"seed": seed}
+    for name, changes in (("schedule", plan.schedule), ("pretraining", plan.pretraining)):
+        if changes:
+            values[name] = values[name] | changes
+    alignment = (base.alignment or Alignment()).model_dump() | loss.alignment
+    if alignment["loss"] == "none":
+        alignment["loss"] = None
+    if plan.prompts is not None:
+        alignment["prompts"] = plan.prompts
+    return values | {"alignment": alignment}
+
+
+def train_drafts(
+    comparison: Comparison,
+    run_folder: Path,
+    data: Path | None = None,
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> dict[str, Path]:
+    """Train every draft that is not done yet; the bundles by LOSS/seedN. Raises Paused when the checkpoints say so.
+
+    run_folder: that of the base recipe, which may be done already or not begun. workers: processes; each trains whole drafts
+    on one thread, so their number changes no result. threads: of the target and the teacher, all cores by default.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dataset = load_dataset(comparison.base, data)
+    checkpoints = checkpoints or Checkpoints()
+    target, runs = _runs(comparison, run_folder, data, dataset, checkpoints)
+    target.bundle()
+    replace(runs[0], title="").teacher()
+    bundle_all(runs, workers)
+    found = {
+        f"{variant.loss}/seed{variant.seed}": run.folders.run / "bundle"
+        for variant, run in zip(comparison.variants, runs, strict=True)
+    }
+    if is_main():
+        lines = [f"{name}={bundle}\n" for name, bundle in found.items()]
+        (run_folder / "drafts" / "bundles.txt").write_text("".join(lines))
+    return found
+
+
+def _runs(
+    comparison: Comparison, run_folder: Path, data: Path | None, dataset: Dataset, checkpoints: Checkpoints
+) -> tuple[Run, list[Run]]:
+    """The target's alone, and one for each variant."""
+    drafts = run_folder / "drafts"
+    alone = comparison.base.model_copy(update={"draft": None})
+    folders = Folders(run=drafts / "target", shared=run_folder, teacher=run_folder, pretrained=drafts / "target")
+    target = Run(alone, folders, data, dataset, checkpoints, evaluated=False, last=False)
+    teacher = run_folder if comparison.same_teacher else drafts
+    runs = [
+        replace(
+            target,
+            recipe=variant.recipe,
+            folders=Folders(drafts / variant.name, run_folder, teacher, drafts / f"seed{variant.seed}"),
+            title=variant.name,
+            target_from=drafts / "target" / "bundle",
+        )
+        for variant in comparison.variants
+    ]
+    return target, [*runs[:-1], replace(runs[-1], last=True)]

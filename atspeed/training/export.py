@@ -1,0 +1,162 @@
+"""A Hugging Face checkpoint -> an ONNX token-tree decoder (atspeed/training/decoder_graph.py), checked against the checkpoint.
+
+Plan-invariance: what a token gets depends on its ancestors only, never on what else is in the pass, but for rounding (a
+pass of another size adds in another order): 1e-5 or so with float32, up to 1e-2 with float16, not at all with int8
+(atspeed/training/int8_graph.py), which is a model of its own: near the checkpoint and, on a CPU, twice as fast where products are most
+of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.errors import BundleError
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape
+from atspeed.training.errors import TrainingError
+from atspeed.training.int8_graph import Int8DecoderGraph, rounded
+from atspeed.training.parity import compare
+
+MODEL_FILE = "model.onnx"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+# Largest error of a logit in the parity check, relative to the largest logit (or to 1, if that is larger). Rounding stays
+# several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with what
+# its checkpoint computes from the same codes: as a rule to 1e-6, but where float32 tips a step in the one and not in the other,
+# it was up to 0.03 in random models with logits of 10 and more.
+TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
+
+
+class ExportError(TrainingError):
+    """A checkpoint that cannot be exported, or an export that does not compute what its checkpoint computes."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported. max_logit_error: the largest absolute difference seen in the parity check."""
+
+    architecture: str
+    precision: Precision
+    parameters: int
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    max_logit_error: float
+
+
+def load_checkpoint(path: Path) -> PreTrainedModel:
+    """A causal language model from a local directory, in float32 and eval mode. Raises ExportError; never downloads."""
+    if not (path / "config.json").is_file():
+        raise ExportError(f"{path}: no config.json: not a Hugging Face checkpoint")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{path}: transformers cannot load it: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    # transformers fills missing weights with random numbers and only logs it.
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
+    return model
+
+
+def export_decoder(
+    model: PreTrainedModel, folder: Path, *, code_tokens: Sequence[int], precision: Precision = "float32"
+) -> ExportReport:
+    """Write folder/model.onnx and folder/model.onnx.data, and check them against the model.
+
+    model: float32, eval mode. code_tokens: the token id of each code column, [C].
+    Raises ExportError, naming the config field, when the model has something that the graph does not, and when the
+    parity check fails; no model file is left behind then.
+    """
+    check_supported(model)
+    shape = DecoderShape.of(model)
+    if not code_tokens or len(set(code_tokens)) < len(code_tokens):
+        raise ExportError("code_tokens: must be distinct, and at least one")
+    if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
+        raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_graph(model, folder, code_tokens, precision)
+        error = check_parity(model, folder / MODEL_FILE, code_tokens, precision)
+    except ExportError:
+        (folder / MODEL_FILE).unlink(missing_ok=True)
+        (folder / DATA_FILE).unlink(missing_ok=True)
+        raise
+    return ExportReport(
+        architecture=model.config.model_type,
+        precision=precision,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocab_size=shape.vocab_size,
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_positions=model.config.max_position_embeddings,
+        max_logit_error=error,
+    )
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
+    config = model.config
+    if config.model_type not in ARCHITECTURES:
+        raise ExportError(f"config.model_type: {config.model_type!r}, supported are {', '.join(ARCHITECTURES)}")
+    if config.hidden_act != "silu":
+        raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is 'silu'")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in STATIC_ROPE:
+        raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
+    if 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim:
+        raise ExportError("config.rope_parameters: rotates a part of each head only")
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # Llama has no such field
+    if slides and config.sliding_window < config.max_position_embeddings:
+        raise ExportError(f"config.sliding_window: {config.sliding_window}, attention must see the whole sequence")
+    if model.dtype != torch.float32 or model.training:
+        raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
+
+
+def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision) -> None:
+    """Write the two files. The weights are converted and written one at a time."""
+    with (folder / DATA_FILE).open("wb") as data:
+        graph = _graph(model, precision, data)
+        graph.write(code_tokens)
+    (folder / MODEL_FILE).write_bytes(graph.to_model(len(code_tokens)).SerializeToString())
+    onnx.checker.check_model(str(folder / MODEL_FILE))
+
+
+def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
+    if precision == "int8":
+        return Int8DecoderGraph(model, data)
+    return DecoderGraph(model, data, torch.float16 if precision == "float16" else torch.float32)
+
+
+def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision) -> float:
+    """The largest absolute error of a code logit or log-normalizer of an exported file, on random token trees.
+
+    Raises ExportError when it is above TOLERANCE, or when the file cannot be loaded.
+    """
+    try:
+        decoder = Decoder(path, RuntimeOptions())
+    except BundleError as error:
+        raise ExportError(str(error)) from error
+    with rounded(model) if precision == "int8" else nullcontext():
+        worst, largest = compare(model, decoder, code_tokens)
+    if not worst <= TOLERANCE[precision] * max(1.0, largest):  # negated, so that NaN fails too
+        raise ExportError(
+            f"{path}: differs from its checkpoint by {worst:.2g} in a logit (the largest is {largest:.2g})"
+        )
+    return worst

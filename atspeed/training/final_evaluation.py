@@ -1,0 +1,73 @@
+"""What a run measures on the test split, beside popularity and item-kNN, before its bundle is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Role
+from atspeed.training import evaluate
+from atspeed.training.data import Dataset
+from atspeed.training.evaluate import Recommender
+from atspeed.training.models import SpelledModel
+from atspeed.training.recipe import Recipe
+from atspeed.training.sequences import Sequencer
+from atspeed.training.stages import Measures
+
+_DRAFT_WIDTH = 40  # N of the agreement measure, the AtSpeed paper's
+_TARGET_BEAMS = 10  # K of the agreement measure
+
+
+def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> Recommender:
+    """A model as it is asked under a recipe."""
+    sequencer = Sequencer(model.spelling, model.spelling.item_tokens(catalogue), recipe.allow_empty_history)
+    return Recommender(model.model, sequencer, catalogue, recipe.scoring_rule)
+
+
+def evaluate_models(
+    recipe: Recipe, dataset: Dataset, catalogue: Catalogue, models: Mapping[Role, SpelledModel]
+) -> dict[str, dict[str, Measures]]:
+    """Measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`.
+
+    All methods learn from the train split; `item-knn-refitted` counts the validation split too, as one that is made anew daily.
+    """
+    asked = evaluate.questions(
+        dataset.cases("test"),
+        catalogue,
+        allow_empty=recipe.allow_empty_history,
+        limit=recipe.evaluation_users,
+        seed=recipe.seed,
+    )
+    asking = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
+    baselines = {
+        "popularity": evaluate.popularity(dataset, catalogue),
+        "item-knn": evaluate.item_knn(dataset, catalogue, recent=recipe.prompt.max_items),
+        "item-knn-refitted": evaluate.item_knn(dataset, catalogue, recent=recipe.prompt.max_items, before="test"),
+    }
+    report: dict[str, dict[str, Measures]] = {}
+    for protocol, exclude_seen in (("test", False), ("test-unseen", True)):
+        found: dict[str, list[evaluate.Ranking]] = {}
+        for role, asked_model in asking.items():
+            found[role] = asked_model.rank(asked, exclude_seen=exclude_seen)
+        for name, scorer in baselines.items():
+            found[name] = evaluate.rank_by(scorer, asked, exclude_seen=exclude_seen)
+        report[protocol] = {name: evaluate.metrics(rankings, asked) for name, rankings in found.items()}
+    if "draft" in asking:
+        beams = asking["target"].beams(asked, beams=_TARGET_BEAMS), asking["draft"].beams(asked, beams=_DRAFT_WIDTH)
+        report["agreement"] = {"draft": evaluate.agreement(*beams)}
+    return report
+
+
+def flat(report: Mapping[str, Mapping[str, Measures]]) -> Measures:
+    """What a manifest keeps of a report, under flat names: `row.column` -> value."""
+    rows = dict(report["test"]) | {"agreement": report.get("agreement", {}).get("draft", {})}
+    return {f"{row}.{name}": value for row, measured in rows.items() for name, value in measured.items()}
+
+
+def show(report: Mapping[str, Mapping[str, Measures]]) -> None:
+    """Print an evaluation, one table per protocol."""
+    console = Console()
+    for title, rows in report.items():
+        console.print(evaluate.table(title, rows))

@@ -1,0 +1,98 @@
+"""Inflates a bundle: its models by way of their checkpoints, through the ordinary export, into a bundle of the same lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, write_manifest
+from atspeed.training.bundles import entry_of, share_files
+from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_parity, export_decoder
+from atspeed.training.inflation import InflationError, ModelShape, write_inflated
+from atspeed.training.models import SpelledModel
+from atspeed.training.parity import compare_checkpoints
+from atspeed.training.stages import remove
+
+
+@dataclass(frozen=True)
+class Inflation:
+    """What becomes of a model. checkpoint: the Hugging Face checkpoint that the bundle's model was exported from."""
+
+    checkpoint: Path
+    shape: ModelShape
+
+
+def inflate_bundle(
+    bundle: Bundle, out: Path, inflations: Mapping[Role, Inflation], *, label: str, precision: Precision, seed: int
+) -> Path:
+    """Write out/bundle, and out/ROLE-checkpoint for every inflated model; the bundle's path. Other models are kept as they are.
+
+    label: added to the bundle's name. Raises InflationError when a checkpoint is not the bundle's or does not fit its shape.
+    """
+    manifest = bundle.manifest
+    trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
+    partial, folder = out / "bundle.partial", out / "bundle"
+    remove(partial)
+    for part in {"catalogue", *manifest.models} - inflations.keys():
+        share_files(bundle.root / part, partial / part)
+    exported = {}
+    for role, inflation in inflations.items():
+        checkpoint = out / f"{role}-checkpoint"
+        remove(checkpoint)
+        dtype = getattr(torch, _kept_as(precision))
+        write_inflated(trained[role].model, trained[role].spelling, inflation.shape, checkpoint, dtype=dtype, seed=seed)
+        exported[role] = _export(trained[role], checkpoint, partial / role, precision)
+    files = hash_files(partial)
+    entries: dict[str, ModelEntry] = {
+        role: entry_of(role, model, report, files).model_copy(update=_kept(bundle.model(role)))
+        for role, (model, report) in exported.items()
+    }
+    name = f"{manifest.name}-inflated-{label}"
+    write_manifest(partial, manifest.model_copy(update={"name": name, "files": files, **entries}))
+    remove(folder)
+    partial.rename(folder)
+    return folder
+
+
+def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
+    """The checkpoint of a bundle's model. Raises InflationError when it computes something else."""
+    entry = bundle.model(role)
+    if entry.inflated_from is not None:
+        raise InflationError(f"{bundle.root}: its {role} is inflated already")
+    model = SpelledModel.load(checkpoint)
+    if (model.spelling.code_tokens, model.parameters) != (entry.code_tokens, entry.parameters):
+        raise InflationError(f"{checkpoint}: not what the {role} of {bundle.root} was exported from")
+    try:
+        check_parity(model.model, bundle.model_path(role), entry.code_tokens, entry.precision)
+    except ExportError as error:
+        raise InflationError(
+            f"{checkpoint}: not what the {role} of {bundle.root} was exported from: {error}"
+        ) from error
+    return model
+
+
+def _export(
+    trained: SpelledModel, checkpoint: Path, folder: Path, precision: Precision
+) -> tuple[SpelledModel, ExportReport]:
+    """The inflated model, compared with what was trained, and exported."""
+    inflated = SpelledModel.load(checkpoint)
+    worst, largest = compare_checkpoints(trained.model, inflated.model, trained.spelling.code_tokens)
+    if not worst <= TOLERANCE[_kept_as(precision)] * max(1.0, largest):  # negated, so that NaN fails too
+        raise InflationError(
+            f"{checkpoint}: differs from what was trained by {worst:.2g} in a logit (the largest is {largest:.2g})"
+        )
+    report = export_decoder(inflated.model, folder, code_tokens=inflated.spelling.code_tokens, precision=precision)
+    return inflated, report
+
+
+def _kept_as(precision: Precision) -> Precision:
+    """The number format of an inflated checkpoint."""
+    return "float16" if precision == "float16" else "float32"
+
+
+def _kept(trained: ModelEntry) -> dict[str, object]:
+    """What an inflated model has from the trained one; a draft's scales fit it as they did, for its scores are the same."""
+    return {"plan_scale": trained.plan_scale, "inflated_from": trained.parameters}

@@ -1,0 +1,203 @@
+"""The models of a run, a small Llama over the code vocabulary or a pretrained base with code tokens; their training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.training.checkpoints import Checkpoints
+from atspeed.training.data import Dataset
+from atspeed.training.errors import RecipeError
+from atspeed.training.evaluate import Validation
+from atspeed.training.export import load_checkpoint
+from atspeed.training.recipe import Base, Model, PromptWindow, Recipe, Shape
+from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
+from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL_TOKENS = 3  # the code tokens of a model from scratch begin here, in the order of their columns
+
+
+@dataclass(frozen=True)
+class SpelledModel:
+    """A model and how it spells prompts and codes."""
+
+    model: PreTrainedModel
+    spelling: Spelling
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def save(self, checkpoint: Path) -> None:
+        """Write a Hugging Face checkpoint with the spelling beside it."""
+        self.model.save_pretrained(checkpoint)
+        self.spelling.save(checkpoint)
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> SpelledModel:
+        """Read what `save` wrote."""
+        return cls(load_checkpoint(checkpoint), Spelling.load(checkpoint))
+
+
+def build_model(part: Model, catalogue: Catalogue, window: PromptWindow, seed: int) -> SpelledModel:
+    """The untrained model of a recipe's part, reproducible by its seed."""
+    torch.manual_seed(seed)
+    if part.shape is not None:
+        return _from_scratch(part.shape, catalogue, window)
+    assert part.base is not None  # noqa: S101 - the recipe holds exactly one of the two
+    return _from_base(part.base, catalogue, window)
+
+
+def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
+    """A Llama whose vocabulary is pad, bos, eos and the code columns; its prompt is a BOS and the items' codes."""
+    columns = catalogue.trie.columns
+    prompt = PromptTemplate(prefix=(BOS,), max_items=window.max_items, drop_block=window.drop_block)
+    spelling = Spelling(
+        code_tokens=tuple(range(SPECIAL_TOKENS, SPECIAL_TOKENS + columns)),
+        prompt=prompt,
+        pad_token=PAD,
+        vocab_size=SPECIAL_TOKENS + columns,
+    )
+    config = LlamaConfig(
+        vocab_size=spelling.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=_longest_sequence(prompt, catalogue),
+        tie_word_embeddings=shape.tie_embeddings,
+        attention_dropout=shape.attention_dropout,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    model = LlamaForCausalLM(config)
+    if shape.dropout:
+        _drop_out(model, shape.dropout)
+    return SpelledModel(model, spelling)
+
+
+def _drop_out(model: LlamaForCausalLM, share: float) -> None:
+    """Dropout of the embeddings and of what each block adds to the residual stream, which Hugging Face's Llama lacks.
+
+    Hooks on this object, in training mode only: neither a checkpoint nor an export knows of them.
+    """
+
+    def drop(module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(output, share, module.training)
+
+    model.model.embed_tokens.register_forward_hook(drop)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
+
+
+def _from_base(base: Base, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
+    """A pretrained model with one new token per code column, and a prompt in words around the history."""
+    if not base.folder.is_dir():
+        raise RecipeError(f"base.folder: {base.folder} is not a folder")
+    tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    names = [name for level, size in enumerate(catalogue.trie.codebook_sizes) for name in code_names(level, size)]
+    if tokenizer.add_tokens(names, special_tokens=True) != len(names):
+        raise RecipeError(f"base.folder: the tokenizer of {base.folder} already has tokens such as {names[0]}")
+    # Some bases have more rows than their tokenizer has tokens; never shrink them.
+    model.resize_token_embeddings(max(len(tokenizer), _vocab_size(model)))
+
+    def words(text: str, *, special: bool = False) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=special))
+
+    prompt = PromptTemplate(
+        prefix=words(base.prefix, special=True),
+        separator=words(base.separator),
+        suffix=words(base.suffix),
+        max_items=window.max_items,
+        drop_block=window.drop_block,
+    )
+    if _longest_sequence(prompt, catalogue) > model.config.max_position_embeddings:
+        raise RecipeError(f"prompt.max_items: {window.max_items} items do not fit the positions of {base.folder}")
+    vocabulary = tokenizer.get_vocab()
+    spelling = Spelling(
+        code_tokens=tuple(map(vocabulary.__getitem__, names)),
+        prompt=prompt,
+        pad_token=next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None),
+        vocab_size=_vocab_size(model),
+    )
+    return SpelledModel(model, spelling)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)  # noqa: S101 - for the type checker
+    return embeddings.shape[0]
+
+
+def code_names(level: int, size: int) -> list[str]:
+    """The tokens of a level's codes as LC-Rec writes them: <a_0>, <a_1>, ... for level 0."""
+    return [f"<{chr(ord('a') + level)}_{code}>" for code in range(size)]
+
+
+def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
+    """Prompt and codes together."""
+    return prompt.max_tokens(catalogue.trie.levels) + catalogue.trie.levels
+
+
+def train_model(
+    part: Model,
+    recipe: Recipe,
+    dataset: Dataset,
+    catalogue: Catalogue,
+    folder: Path,
+    *,
+    title: str,
+    checkpoints: Checkpoints,
+    loss: Loss[Any] = cross_entropy,
+    batches: Callable[[Sequencer], Callable[[int], Sequence[Any]]] | None = None,
+    validate: Callable[[Validation], Validate] = lambda validation: validation,
+    start: SpelledModel | None = None,
+    seed: int | None = None,
+) -> tuple[SpelledModel, FitState]:
+    """Train the target or the draft of a recipe on the train histories; resumes from `folder`. Raises Paused.
+
+    loss and batches belong together: where given, `batches` makes each epoch's from the model's way to build sequences.
+    validate: what to choose the best epoch by instead. start: the same model with weights to begin from. seed: the recipe's
+    by default.
+    """
+    seed = recipe.seed if seed is None else seed
+    spelled = build_model(part, catalogue, recipe.prompt, seed)
+    if start is not None:
+        spelled.model.load_state_dict(start.model.state_dict())
+    sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), recipe.allow_empty_history)
+    windows = WindowBatches(
+        sequencer,
+        index_histories(catalogue, dataset.train),
+        part.schedule.batch_size,
+        part.schedule.item_dropout,
+        seed,
+        run=batches_per_step(part.schedule),
+    )
+    validation = Validation.of(dataset, catalogue, sequencer, recipe, part.schedule)
+    trainer: Trainer[Any] = Trainer(
+        model=spelled.model,
+        batches=batches(sequencer) if batches else windows,
+        loss=loss,
+        validate=validate(validation),
+        schedule=part.schedule,
+        folder=folder,
+        seed=seed,
+        title=title,
+        checkpoints=checkpoints,
+    )
+    state = trainer.fit()
+    return SpelledModel(spelled.model.train(mode=False), spelled.spelling), state

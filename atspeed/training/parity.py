@@ -1,0 +1,111 @@
+"""Does an exported decoder compute what its checkpoint computes? Asked on random token trees that hang on a cached prefix.
+
+The checkpoint reads prefix and tree at once, with an explicit mask and explicit positions. The file reads the prefix in one
+pass and the tree in another, on the keys and values that the first one left: so the cache is in the comparison too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from atspeed.engine.model.decoder import Decoder
+
+Outputs = npt.NDArray[np.float32]
+"""[nodes + 1, C + 1]: code logits and log-normalizer of the prefix's last token and of every node of the tree."""
+
+
+@dataclass(frozen=True)
+class RandomTree:
+    """A random token tree below a chain of `prefix` tokens. tokens, positions: int64 [n]; visible: bool [n, n]."""
+
+    prefix: int
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    visible: npt.NDArray[np.bool_]
+
+    @classmethod
+    def grow(cls, random: np.random.Generator, vocab_size: int, *, prefix: int = 12, nodes: int = 12) -> RandomTree:
+        """A tree of random shape and random tokens; `prefix` is at least 1."""
+        total = prefix + nodes
+        visible = np.eye(total, dtype=bool)
+        for token in range(1, total):
+            parent = token - 1 if token < prefix else random.integers(prefix - 1, token)
+            visible[token] |= visible[parent]
+        return cls(prefix, random.integers(0, vocab_size, total), visible.sum(axis=1) - 1, visible)
+
+    def alone(self, node: int) -> RandomTree:
+        """A node, by its place among the tokens, with nothing but the prefix and its ancestors."""
+        path = np.flatnonzero(self.visible[node])
+        return RandomTree(self.prefix, self.tokens[path], self.positions[path], self.visible[np.ix_(path, path)])
+
+
+def compare(
+    model: PreTrainedModel, decoder: Decoder, code_tokens: Sequence[int], *, trees: int = 3
+) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute value) of the code logits and log-normalizers; NaN where one is NaN."""
+    grown = [_tree_of(model, seed) for seed in range(trees)]
+    expected = [checkpoint_outputs(model, tree, code_tokens) for tree in grown]
+    return _difference(expected, [decoder_outputs(decoder, tree) for tree in grown])
+
+
+def compare_checkpoints(
+    model: PreTrainedModel, other: PreTrainedModel, code_tokens: Sequence[int], *, trees: int = 3
+) -> tuple[float, float]:
+    """The same of two checkpoints."""
+    grown = [_tree_of(model, seed) for seed in range(trees)]
+    outputs = ([checkpoint_outputs(each, tree, code_tokens) for tree in grown] for each in (model, other))
+    return _difference(*outputs)
+
+
+def _tree_of(model: PreTrainedModel, seed: int) -> RandomTree:
+    return RandomTree.grow(np.random.default_rng(seed), model.config.vocab_size)
+
+
+def _difference(expected: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[float, float]:
+    reference = np.concatenate(expected)
+    return float(np.abs(np.concatenate(found) - reference).max()), float(np.abs(reference).max())
+
+
+def log_probabilities(outputs: Outputs) -> Outputs:
+    """Of the code columns, [nodes + 1, C]."""
+    result: Outputs = outputs[:, :-1] - outputs[:, -1:]
+    return result
+
+
+def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Sequence[int]) -> Outputs:
+    """The checkpoint's outputs, from one pass over prefix and tree."""
+    bias = torch.where(torch.from_numpy(tree.visible), 0.0, torch.finfo(model.dtype).min)
+    tokens, positions = torch.from_numpy(tree.tokens), torch.from_numpy(tree.positions)
+    with torch.inference_mode():
+        result = model(
+            input_ids=tokens[None].to(model.device),
+            position_ids=positions[None].to(model.device),
+            attention_mask=bias[None, None].to(model.device),
+            use_cache=False,
+        )
+    logits = result.logits[0, tree.prefix - 1 :].cpu()
+    outputs: Outputs = torch.cat([logits[:, list(code_tokens)], logits.logsumexp(1, keepdim=True)], dim=1).numpy()
+    return outputs
+
+
+def decoder_outputs(decoder: Decoder, tree: RandomTree) -> Outputs:
+    """The exported file's outputs, from a pass over the prefix and one over the tree."""
+    kv = decoder.empty_kv(len(tree.tokens))
+    parts = []
+    for start, end in ((0, tree.prefix), (tree.prefix, len(tree.tokens))):
+        logits, log_normalizer = decoder.run(
+            tree.tokens[start:end],
+            tree.positions[start:end],
+            tree.visible[start:end, :end],
+            kv[:, :, :start],
+            np.arange(end - start) if start else np.array([end - 1]),
+            kv[:, :, start:end],
+        )
+        parts.append(np.column_stack([logits, log_normalizer]))
+    return np.concatenate(parts)

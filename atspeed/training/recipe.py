@@ -1,0 +1,295 @@
+"""A recipe: everything a training run may vary, read from TOML. Unknown keys are refused, bad values name their key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from atspeed.engine.bundle.manifest import Precision, Role
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.training.errors import RecipeError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+_CODEBOOK_MAXIMUM = 65536
+_Read = TypeVar("_Read", bound=BaseModel)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _GrownPart(_Part):
+    """A part that got options since runs were made by it.
+
+    One at its default is not written: a recipe that does without is what it was, and so are the keys of its stages.
+    """
+
+    _later: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = serialise(self)
+        for name in self._later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                written.pop(name, None)
+        return written
+
+
+class MovielensData(_Part):
+    """MovieLens-100K; `data` of the run is the recbole wheel or a folder to keep it in, and may be left out."""
+
+    source: Literal["movielens-100k"]
+
+
+class AtspeedData(_Part):
+    """A folder with items.jsonl and train/valid/test.txt, given to the run as `data`."""
+
+    source: Literal["atspeed"]
+
+
+class SyntheticData(_Part):
+    """Made up from a seed; see atspeed/training/synthetic.py."""
+
+    source: Literal["synthetic"]
+    items: Annotated[int, Field(ge=10)] = 120
+    users: Annotated[int, Field(ge=10)] = 300
+    levels: PositiveInt = 3
+    codebook_size: PositiveInt = 8
+    seed: NonNegativeInt = 1
+
+
+class GivenCodes(_Part):
+    """Code paths that the data brings along: of its items, or of an LC-Rec index file in the data folder."""
+
+    kind: Literal["given"]
+    codebook_size: Annotated[int, Field(ge=1, le=_CODEBOOK_MAXIMUM)] = 256
+    index_file: str | None = None
+
+
+class QuantisedCodes(_Part):
+    """Code paths by residual quantisation of item embeddings: text blended with co-occurrence in train histories."""
+
+    kind: Literal["quantised"]
+    levels: Annotated[int, Field(ge=1, le=8)] = 3
+    codebook_bits: int = Field(default=6, ge=1, le=12)
+    """Codes per level = 2 to this power."""
+    text_weight: Share = 0.5
+    """1 = text alone, 0 = co-occurrence alone."""
+    neighbours: PositiveInt = 10
+    """Items this close in a history count as co-occurring."""
+    factors: PositiveInt = 64
+    """Dimensions of the co-occurrence embedding."""
+
+
+class PromptWindow(_Part):
+    """How much history a prompt holds; see atspeed.engine.bundle.prompt.PromptTemplate."""
+
+    max_items: PositiveInt = 20
+    drop_block: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _block_within_window(self) -> PromptWindow:
+        if self.drop_block > self.max_items:
+            raise ValueError(f"drop_block: {self.drop_block} is larger than max_items, {self.max_items}")
+        return self
+
+
+class Shape(_GrownPart):
+    """A small Llama over the code vocabulary, from scratch."""
+
+    _later: ClassVar = frozenset({"dropout"})
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    tie_embeddings: bool = True
+    attention_dropout: Share = 0.0
+    dropout: Share = 0.0
+    """Of embeddings and of what each block adds; in training alone."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Shape:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size: {self.hidden_size} is not a multiple of heads, {self.heads}")
+        if (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"hidden_size: {self.hidden_size} / {self.heads} heads is odd, rotary embeddings need pairs"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads: {self.heads} is not a multiple of kv_heads, {self.kv_heads}")
+        return self
+
+
+class Base(_Part):
+    """A pretrained Hugging Face model to fine-tune: a local folder with its tokenizer; the words around the history."""
+
+    folder: Path
+    prefix: str = "The user has interacted with the following items in order: "
+    separator: str = ", "
+    suffix: str = ". The next item is: "
+
+
+class Schedule(_GrownPart):
+    """AdamW with a linear warm-up and a cosine decay to a twentieth, over `epochs`; the best epoch is kept."""
+
+    _later: ClassVar = frozenset({"gradient_accumulation", "mixed_precision"})
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-3
+    warmup: Share = 0.05
+    """Share of the run."""
+    weight_decay: NonNegativeFloat = 0.05
+    gradient_clip: PositiveFloat = 1.0
+    patience: PositiveInt = 5
+    """Stop after so many epochs without a better one."""
+    item_dropout: Share = 0.0
+    """Chance that an item is left out of a training history."""
+    select_by: Literal["recall", "loss"] = "recall"
+    """Validation measure of the best."""
+    validation_users: PositiveInt = 1000
+    gradient_accumulation: PositiveInt = 1
+    """Batches per step, of each process."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of training passes; weights stay float32. fp16 needs a GPU."""
+
+
+class Model(_Part):
+    """Target or draft: a `shape` from scratch or a `base` to fine-tune, its schedule, its export's precision."""
+
+    shape: Shape | None = None
+    base: Base | None = None
+    schedule: Schedule
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.shape is None) == (self.base is None):
+            raise ValueError("give either `shape` or `base`")
+        return self
+
+
+AlignmentLoss = Literal["atspeed-s", "atspeed-r", "word-kd", "tvd-kd", "seq-kd", "level-kd", "coverage"]
+
+
+class Alignment(_Part):
+    """The draft learns from the target: (1 - weight) * cross-entropy of the gold item + weight * loss (atspeed/training/losses.py).
+
+    Each prompt is read as the target read it, so the schedule's item_dropout does not apply. The best epoch is the one whose
+    `budget` nodes per level hold the target's beams most often, so its select_by does not either.
+    """
+
+    loss: AlignmentLoss | None = None
+    """None: cross-entropy alone, on the same prompts."""
+    weight: Share = 0.7
+    beams: PositiveInt = 20
+    """The target's beams per prompt; also K of atspeed-s."""
+    density: NonNegativeFloat = 1.0
+    """Weight of the density term of atspeed-s."""
+    renormalise: PositiveFloat | None = None
+    """Temperature over the top K of atspeed-s."""
+    temperature: PositiveFloat = 1.0
+    """Of both models in atspeed-r, word-, tvd- and level-kd."""
+    budget: PositiveInt = 40
+    """The draft's nodes per level, N; at least `beams`."""
+    margin: NonNegativeFloat = 1.0
+    """By how much coverage wants a beam above the rest, nats."""
+    prompts: PositiveInt = 100_000
+    """At most so many training prompts, drawn by the seed."""
+
+    @model_validator(mode="after")
+    def _budget_holds_the_beams(self) -> Alignment:
+        if self.budget < self.beams:
+            raise ValueError(f"budget: {self.budget} nodes cannot hold {self.beams} beams")
+        return self
+
+
+class Draft(Model):
+    """The draft; without `alignment` it is trained as the target is.
+
+    With it, `pretraining` is a schedule to train it as the target is first, which costs little and tells it what the codes are.
+    seed: of its weights and batches, the recipe's by default; another one gives another draft of the same target.
+    """
+
+    alignment: Alignment | None = None
+    pretraining: Schedule | None = None
+    seed: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _pretraining_comes_before_something(self) -> Draft:
+        if self.pretraining is not None and self.alignment is None:
+            raise ValueError("pretraining: there is no `alignment` after it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_parts(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without these is written as before there were any, so that its runs keep their stages' keys."""
+        written: dict[str, Any] = serialise(self)
+        for name in ("alignment", "pretraining", "seed"):
+            if getattr(self, name) is None:
+                written.pop(name, None)
+        return written
+
+
+class Recipe(_Part):
+    """A training run: data -> semantic IDs -> target -> draft -> bundle."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    seed: NonNegativeInt = 1
+    scoring_rule: ScoringRule = ScoringRule.VOCAB
+    allow_empty_history: bool = False
+    data: Annotated[MovielensData | AtspeedData | SyntheticData, Field(discriminator="source")]
+    codes: Annotated[GivenCodes | QuantisedCodes, Field(discriminator="kind")]
+    prompt: PromptWindow = PromptWindow()
+    target: Model
+    draft: Draft | None = None
+    evaluation_users: PositiveInt = 5000
+    """At most so many users in the final evaluation."""
+
+    @property
+    def parts(self) -> dict[Role, Model]:
+        """The models by role, `target` and, where there is one, `draft`."""
+        parts: dict[Role, Model] = {"target": self.target}
+        if self.draft is not None:
+            parts["draft"] = self.draft
+        return parts
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse and validate a recipe. Raises RecipeError naming the file and the key at fault."""
+    return read_toml(Recipe, path)
+
+
+def read_toml(kind: type[_Read], path: Path) -> _Read:
+    """Parse and validate a file. Raises RecipeError naming it and the key at fault."""
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {problems(error)}") from error
+
+
+def problems(error: ValidationError, renamed: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple) -> str:
+    """What is wrong, by key. renamed: from the place of a value in the model to its place in the file."""
+    return "; ".join(f"{'.'.join(map(str, renamed(p['loc'])))}: {p['msg']}" for p in error.errors())

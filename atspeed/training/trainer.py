@@ -1,0 +1,289 @@
+"""The one training loop, for target and draft: a model, batches per epoch, and a loss on logits that can be swapped.
+
+Everything random depends on (seed, epoch, place in the epoch) only and the state is saved after every epoch and every few
+minutes inside one, so a run that was killed or stopped goes on to the identical result.
+
+On several GPUs or machines each process takes its share of every step's batches and DistributedDataParallel averages the
+gradients: a step then learns from `batch_size` x `gradient_accumulation` x processes sequences. The main process validates
+and writes. Nothing here starts processes; `accelerate launch` and torchrun do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from atspeed.training.checkpoints import Checkpoints
+from atspeed.training.errors import Paused, RecipeError
+from atspeed.training.processes import device, from_main, is_main, mean_and_any, processes, wait_for_all
+from atspeed.training.recipe import Schedule
+from atspeed.training.sequences import IGNORED, Batch
+
+
+class Trainable(Protocol):
+    """What one step is made on. inputs: arguments of a Hugging Face model that computes in a dtype."""
+
+    def inputs(self, _dtype: torch.dtype, /) -> dict[str, Any]: ...  # noqa: D102 - see the class
+
+    def to(self, device: torch.device) -> Self: ...  # noqa: D102 - see the class
+
+
+B = TypeVar("B", bound=Trainable)
+Loss = Callable[[Tensor, B], Tensor]  # (the logits that the batch's inputs give, the batch) -> a scalar
+Validate = Callable[[PreTrainedModel], Mapping[str, float]]  # larger `score` is better
+STATE = "state.pt"
+BEST = "best"
+_FLOOR = 0.05  # the learning rate decays to this share of its peak
+_COMPUTE = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the labelled tokens, each predicted from the position before it.
+
+    logits: float [b, s, V], softmax over the whole vocabulary.
+    """
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
+
+
+def batches_per_step(schedule: Schedule) -> int:
+    """How many batches one step learns from, of all processes together."""
+    together: int = processes().num_processes
+    return together * schedule.gradient_accumulation
+
+
+@dataclass
+class FitState:
+    """Where a run stands. log: one dict of measures per finished epoch.
+
+    batch: how many of this epoch's batches are done, by all processes together; loss: the sum of theirs.
+    """
+
+    epoch: int = 0
+    best_epoch: int = -1
+    best_score: float = -math.inf
+    log: list[dict[str, float]] = field(default_factory=list)
+    batch: int = 0
+    loss: float = 0.0
+
+    def finished(self, schedule: Schedule) -> bool:
+        """Whether all epochs are done or the best one is too long ago."""
+        return self.epoch >= schedule.epochs or self.epoch - 1 - self.best_epoch >= schedule.patience
+
+
+class _Logits(torch.nn.Module):
+    """What accelerate wraps: the model's forward pass. The model itself stays as it is, to be validated and saved."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model under training. forward: the inputs of a batch -> float32 logits, in the schedule's precision."""
+
+    accelerator: Accelerator
+    forward: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass
+class Trainer(Generic[B]):
+    """Trains `model` in place. folder: keeps the state of the run, and the best epoch's checkpoint in folder/best.
+
+    batches: epoch -> its batches. validate: measures of the model as it stands; that with the largest `score` is kept.
+    """
+
+    model: PreTrainedModel
+    batches: Callable[[int], Sequence[B]]
+    loss: Loss[B]
+    validate: Validate
+    schedule: Schedule
+    folder: Path
+    seed: int
+    title: str = "model"
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+
+    def fit(self) -> FitState:
+        """Train until done, from the saved state if there is one; the model ends up with the best epoch's weights.
+
+        Raises Paused, with the state saved, when the checkpoints say so.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        prepared = self._prepare()
+        state = self._resume(prepared)
+        with self._progress() as progress:
+            while not state.finished(self.schedule):
+                self._epoch(state, prepared, progress)
+        wait_for_all()
+        best = type(self.model).from_pretrained(self.folder / BEST)
+        self.model.load_state_dict(best.state_dict())
+        return state
+
+    def _epoch(self, state: FitState, prepared: _Prepared, progress: Progress) -> None:
+        """One epoch, its validation, its state on disk; the best checkpoint first, so a kill between loses nothing."""
+        measures = {"train_loss": self._pass(state, prepared, progress)} | self._validated()
+        if is_main():
+            progress.console.print(f"{self.title} epoch {state.epoch + 1}: {_in_words(measures)}", highlight=False)
+        if measures["score"] > state.best_score:
+            state.best_score, state.best_epoch = measures["score"], state.epoch
+            self._save_best()
+        state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
+        state.log.append(measures)
+        self._save_state(state, prepared)
+        if not state.finished(self.schedule):
+            self.checkpoints.pause_if_stopping(f"{self.title}: {state.epoch} of {self.schedule.epochs} epochs")
+
+    def _validated(self) -> dict[str, float]:
+        """The main process's measures, since other GPUs may round differently; in the model's own precision."""
+        self.model.train(mode=False)
+        with torch.inference_mode():
+            return from_main(dict(self.validate(self.model)) if is_main() else {})
+
+    def _pass(self, state: FitState, prepared: _Prepared, progress: Progress) -> float:
+        """The batches of an epoch that are still to be done; the mean loss of all."""
+        self.model.train()
+        batches = self.batches(state.epoch)
+        title = f"{self.title} epoch {state.epoch + 1}/{self.schedule.epochs}"
+        task = progress.add_task(title, total=len(batches), completed=state.batch)
+        first, started = state.batch, time.monotonic()
+        while state.batch < len(batches):
+            stopping = self._step(batches, state, prepared)
+            progress.update(task, completed=state.batch)
+            if stopping or self.checkpoints.due:
+                self._save_state(state, prepared)
+            if stopping:
+                wait_for_all()
+                rate = (state.batch - first) / (time.monotonic() - started)
+                raise Paused(f"{title}, batch {state.batch} of {len(batches)}, {rate:.3g} batches/s")
+        progress.remove_task(task)
+        return state.loss / len(batches)
+
+    def _step(self, batches: Sequence[B], state: FitState, prepared: _Prepared) -> bool:
+        """One step of the optimizer, on the next batches of the epoch; whether the run is to stop after it."""
+        done = (state.epoch + state.batch / len(batches)) / self.schedule.epochs
+        for group in prepared.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate * _rate(done, self.schedule.warmup)
+        together = processes().num_processes
+        end = min(state.batch + batches_per_step(self.schedule), len(batches))
+        firsts = range(state.batch, end, together)
+        self._seed(state)
+        total = 0.0
+        for first in firsts:
+            # Where batches run out, a process takes one of the epoch's first once more: a step is made by all of them.
+            batch = batches[(first + processes().process_index) % len(batches)].to(device())
+            last = first == firsts[-1]
+            with nullcontext() if last else prepared.accelerator.no_sync(prepared.forward):
+                loss = self.loss(prepared.forward(**batch.inputs(self._compute)), batch) / len(firsts)
+                prepared.accelerator.backward(loss)
+            total += loss.item()
+        prepared.accelerator.clip_grad_norm_(self.model.parameters(), self.schedule.gradient_clip)
+        prepared.optimizer.step()
+        prepared.optimizer.zero_grad()
+        mean, stopping = mean_and_any(total, self.checkpoints.stopping)
+        state.loss += mean * (end - state.batch)
+        state.batch = end
+        return stopping
+
+    def _seed(self, state: FitState) -> None:
+        """Dropout is a function of the place in the run, and differs between processes."""
+        entropy = [self.seed, state.epoch, state.batch, processes().process_index]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    @property
+    def _compute(self) -> torch.dtype:
+        """What attention is computed in."""
+        precision = self.schedule.mixed_precision
+        return self.model.dtype if precision == "no" else _COMPUTE[precision]
+
+    def _prepare(self) -> _Prepared:
+        if self.schedule.mixed_precision == "fp16" and device().type == "cpu":
+            raise RecipeError("schedule.mixed_precision: fp16 needs a GPU; bf16 does not")
+        # accelerate keeps the first precision asked of a process; a run trains two models, each in its own.
+        AcceleratorState._reset_state()
+        processes()  # before accelerate makes its own
+        accelerator = Accelerator(mixed_precision=self.schedule.mixed_precision)
+        self.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
+        return _Prepared(accelerator, *accelerator.prepare(_Logits(self.model), self._optimizer()))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; vectors (norms, biases) are not decayed."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.schedule.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.schedule.learning_rate, betas=(0.9, 0.98), fused=True)
+
+    def _resume(self, prepared: _Prepared) -> FitState:
+        path = self.folder / STATE
+        if not path.exists():
+            return FitState()
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        prepared.optimizer.load_state_dict(saved["optimizer"])
+        if prepared.accelerator.scaler is not None:
+            prepared.accelerator.scaler.load_state_dict(saved["scaler"])
+        return FitState(**json.loads(saved["fit"]))
+
+    def _save_state(self, state: FitState, prepared: _Prepared) -> None:
+        self.checkpoints.saved()
+        if not is_main():
+            return
+        scaler = prepared.accelerator.scaler
+        saved = {
+            "model": self.model.state_dict(),
+            "optimizer": prepared.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "fit": json.dumps(asdict(state)),
+        }
+        temporary = self.folder / f"{STATE}.partial"
+        torch.save(saved, temporary)
+        temporary.replace(self.folder / STATE)
+
+    def _save_best(self) -> None:
+        if not is_main():
+            return
+        temporary = self.folder / f"{BEST}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        shutil.rmtree(self.folder / BEST, ignore_errors=True)
+        temporary.rename(self.folder / BEST)
+
+    def _progress(self) -> Progress:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        return Progress(*columns, transient=True, disable=not is_main())
+
+
+def _rate(progress: float, warmup: float) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1) of the run."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    decay = (progress - warmup) / (1 - warmup)
+    return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * decay))
+
+
+def _in_words(measures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in measures.items() if name != "score")

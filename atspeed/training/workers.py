@@ -1,0 +1,131 @@
+"""Several runs at once, each in a process of one thread: small models gain more from that than from several threads."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from atspeed.training.errors import Paused, TrainingError
+from atspeed.training.pipeline import Run
+from atspeed.training.processes import processes
+
+_PAUSED, _FAILED = 75, 1  # codes that a worker exits with
+_STOPPED = {_PAUSED, -signal.SIGTERM}  # the latter before it could heed the signal
+_LOOK_SECONDS = 0.2
+
+
+def bundle_all(runs: Sequence[Run], workers: int) -> None:
+    """The bundles of runs that share everything up to the teacher, which is done. Raises Paused, and TrainingError.
+
+    A worker takes the next run that nobody has taken; in one process the runs follow each other. Results are the same.
+    """
+    if workers == 1:
+        _in_turn(runs)
+        return
+    if processes().num_processes > 1:
+        raise TrainingError(
+            "--workers: several of them are for a run that no launcher has started in several processes"
+        )
+    # Not forked: the threads of torch would not come along.
+    spawned = multiprocessing.get_context("spawn")
+    taken: Synchronized[int] = spawned.Value("i", 0)
+    started = [spawned.Process(target=_work, args=(runs, taken)) for _ in range(min(workers, len(runs)))]
+    try:
+        for process in started:
+            process.start()
+        _watch(started, runs)
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+    codes = [process.exitcode for process in started]
+    if failed := [code for code in codes if code not in {0, *_STOPPED}]:
+        raise TrainingError(f"{len(failed)} of {len(codes)} workers failed; what they said stands above")
+    if _STOPPED.intersection(codes):
+        done = sum((run.folders.run / "bundle").exists() for run in runs)
+        raise Paused(f"{done} of {len(runs)} drafts are there")
+
+
+def _in_turn(runs: Sequence[Run]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for run in runs:
+            run.bundle()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _watch(started: Sequence[SpawnProcess], runs: Sequence[Run]) -> None:
+    """Until all have ended. They know the time limit, on a clock that is the machine's; a signal is passed on, once."""
+    checkpoints, told = runs[0].checkpoints, False
+    while alive := [process.sentinel for process in started if process.is_alive()]:
+        wait(alive, timeout=_LOOK_SECONDS)
+        if checkpoints.signalled and not told:
+            told = True
+            for process in started:
+                process.terminate()
+
+
+def _work(runs: Sequence[Run], taken: Synchronized[int]) -> None:
+    """A worker's life. The runs share their checkpoints in here too: they came in one piece."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TTY_INTERACTIVE"] = "0"  # lines, but no bars: several processes would draw them over each other
+    torch.set_num_threads(1)
+    disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    checkpoints = runs[0].checkpoints
+    with checkpoints.heeding_signals():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches everyone; the parent passes it on
+        for run in _taken(runs, taken):
+            try:
+                with _alone(run.folders.pretrained):
+                    run.pretrain()
+                run.bundle()
+            except Paused as paused:
+                console.print(f"paused: {paused}", markup=False)
+                sys.exit(_PAUSED)
+            except TrainingError as error:
+                console.print(f"{run.title}: {error}", style="red", markup=False)
+                sys.exit(_FAILED)
+
+
+def _taken(runs: Sequence[Run], taken: Synchronized[int]) -> Iterator[Run]:
+    """The runs that nobody else has taken."""
+    while True:
+        with taken.get_lock():
+            index = taken.value
+            taken.value += 1
+        if index >= len(runs):
+            return
+        yield runs[index]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock of a process that died is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot say so: its workers must not go on in folders that the next command takes over."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(_FAILED)

@@ -1,1 +1,0 @@
-"""Generated from protos/atspeed/**.proto by protos/generate.py."""

@@ -1,0 +1,66 @@
+"""What benchmarks ask and how they judge: whose next items, how good a list is, and how far a mean can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.eval_examples import choose_cases, quality
+from atspeed.benchmarks.intervals import bootstrap, half_width
+from atspeed.training import evaluate
+from atspeed.training.data import Dataset, Item, read_atspeed
+from tests.bundles import random_catalogue
+from tests.datasets import write_dataset
+
+CATALOGUE = random_catalogue(80, (6, 5, 4, 4), seed=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), CATALOGUE)
+
+
+def test_cases_and_measures_are_those_of_the_training(data: Path) -> None:
+    """The same users by the same seed, and the same Recall and NDCG of the same rankings."""
+    dataset = read_atspeed(data)
+    mine = choose_cases(dataset, CATALOGUE, allow_empty=False, users=7, seed=2)
+    asked = evaluate.questions(dataset.cases("test"), CATALOGUE, allow_empty=False, limit=7, seed=2)
+    assert [(case.history, case.answers) for case in mine] == [
+        (tuple(question.history.tolist()), question.targets) for question in asked
+    ]
+    assert len({case.seed for case in mine}) == 7
+    rng = np.random.default_rng(1)
+    rankings = [[*rng.permutation(12)[:size].tolist(), *mine[size].answers][:20] for size in range(7)]
+    wanted = evaluate.metrics(rankings, asked)
+    for cutoff in (5, 10, 20):
+        found = [quality(ranking, case.answers, cutoff) for ranking, case in zip(rankings, mine, strict=True)]
+        assert np.mean([each.recall for each in found]) == pytest.approx(wanted[f"recall@{cutoff}"])
+        assert np.mean([each.ndcg for each in found]) == pytest.approx(wanted[f"ndcg@{cutoff}"])
+
+
+def test_cases_that_cannot_be_asked() -> None:
+    """No test items; an item that the bundle does not know; an empty history only where the model can answer it."""
+    known = CATALOGUE.id_of(0)
+    items = (Item(known), Item("new"))
+    nobody = Dataset("d", "", items, {"u": (known,)}, {}, {})
+    stranger = Dataset("d", "", items, {"u": (known,)}, {}, {"u": ("new",)})
+    fresh = Dataset("d", "", items, {}, {}, {"u": (known,)})
+    for dataset, problem in ((nobody, "no user"), (stranger, "'new'"), (fresh, "no user")):
+        with pytest.raises(BenchmarkError, match=problem):
+            choose_cases(dataset, CATALOGUE, allow_empty=False, users=3, seed=1)
+    assert choose_cases(fresh, CATALOGUE, allow_empty=True, users=3, seed=1)[0].history == ()
+
+
+def test_intervals() -> None:
+    """Against what they are defined by, and SciPy's bootstrap."""
+    values = np.random.default_rng(0).normal(size=400)
+    assert half_width(list(values)) == pytest.approx(1.96 * values.std(ddof=1) / 20)
+    assert half_width([3.0]) == 0
+    found = bootstrap(list(values), seed=1)
+    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=1).confidence_interval
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), theirs.low, theirs.high))
+    assert (found.high - found.low) / 2 == pytest.approx(half_width(list(values)), rel=0.1)

@@ -1,0 +1,60 @@
+"""Documents lead somewhere: their links, and the files that they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings can be linked by."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def named(text: str) -> set[str]:
+    """Paths of files in code spans; `folder/{a,b}.py` is two."""
+    paths = set()
+    for before, choices, after in re.findall(
+        r"`([\w./-]+/)(?:\{([\w,]+)\})?([\w.-]*\.(?:json|md|proto|py|sh|toml|ya?ml))`", text
+    ):
+        paths |= {f"{before}{choice}{after}" for choice in choices.split(",")}
+    return paths
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_resolve(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+# Results of measurements name their commands, whose files need not be there; the log is history.
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "log.md" and "benchmarks" not in page.parts],
+    ids=lambda page: page.name,
+)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    paths = named(page.read_text(encoding="utf-8"))
+    assert [path for path in sorted(paths) if not (ROOT / path).exists() and not (page.parent / path).exists()] == []
+
+
+def test_paths_are_found_in_code_spans() -> None:
+    text = "`atspeed/engine/search/plan.py`, `service_kit/{wire,tls}.py` and `deploy/envoy/envoy.yaml`, not `plan.py` or engine/x.py"
+    assert named(text) == {
+        "atspeed/engine/search/plan.py",
+        "atspeed/rpc/wire.py",
+        "atspeed/security/tls.py",
+        "deploy/envoy/envoy.yaml",
+    }

@@ -1,0 +1,201 @@
+# ruff: noqa: N802 - gRPC names the methods of a servicer
+"""The Python client against a server in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from atspeed.client.recommender import SERVICE, Mode, RecommenderClient, RecommenderError, recommend_request
+from atspeed.rollout.release_track import TRACK_HEADER, Track
+from atspeed.v1 import recommendation_pb2 as pb
+from atspeed.v1 import recommendation_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
+    """Answers from memory. failures: how many calls end UNAVAILABLE first. delay: seconds before a list."""
+
+    def __init__(self, *, failures: int = 0, delay: float = 0.0) -> None:
+        self.failures, self.delay = failures, delay
+        self.calls: list[Any] = []
+        self.time_left: float | None = None
+        self.tracks: list[Any] = []
+
+    async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
+        await self._maybe_fail(request, context)
+        self.time_left = context.time_remaining()
+        self.tracks = [value for key, value in context.invocation_metadata() or () if key == TRACK_HEADER]
+        await asyncio.sleep(self.delay)
+        if request.user_id == "nobody":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "user_id: no history is stored for this user")
+        return pb.RecommendResponse(items=[pb.RecommendedItem(rank=1, item_id="i")], mode=request.mode)
+
+    async def RecommendBatch(
+        self, request: pb.RecommendBatchRequest, context: Context
+    ) -> AsyncIterator[pb.RecommendBatchResponse]:
+        yield pb.RecommendBatchResponse(index=1, error=pb.RequestError(code=3, message="k: too large"))
+        yield pb.RecommendBatchResponse(index=0, response=pb.RecommendResponse(mode=request.requests[0].mode))
+
+    async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
+        await self._maybe_fail(request, context)
+        return pb.RecordEventsResponse(history_length=len(request.events))
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
+        self.calls.append(request)
+        return pb.GetHistoryResponse(events=[pb.Event(item_id=item_id) for item_id in ("a", "b")])
+
+    async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
+        self.calls.append(request)
+        return pb.ForgetUserResponse(existed=request.user_id == "alice")
+
+    async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
+        return pb.GetServiceInfoResponse(bundle_name="fake")
+
+    async def _maybe_fail(self, request: Any, context: Context) -> None:
+        self.calls.append(request)
+        if self.failures:
+            self.failures -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+
+
+@asynccontextmanager
+async def connected(service: FakeService, timeout_seconds: float = 10.0) -> AsyncIterator[RecommenderClient]:
+    server = grpc.aio.server()
+    recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(service, server)
+    health = HealthServicer()
+    await health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with RecommenderClient(f"127.0.0.1:{port}", timeout_seconds=timeout_seconds) as client:
+            yield client
+    finally:
+        await server.stop(None)
+
+
+async def test_calls() -> None:
+    """Every call, with its result."""
+    async with connected(FakeService()) as client:
+        reply = await client.recommend("alice", k=3, mode=Mode.TARGET_ONLY)
+        assert [item.item_id for item in reply.items] == ["i"]
+        assert reply.mode == pb.MODE_TARGET_ONLY
+        assert (await client.record("alice", ["a", "b"])).history_length == 2
+        assert await client.history("alice") == ["a", "b"]
+        assert await client.forget("alice")
+        assert not await client.forget("bob")
+        assert (await client.info()).bundle_name == "fake"
+
+
+async def test_a_tenants_users_are_its_own() -> None:
+    """Every call about a stored history says whose user it is; without a tenant, nobody's."""
+    service = FakeService()
+    async with connected(service) as client:
+        for tenant in ("shop", ""):
+            await client.record("alice", ["a", "b"], tenant=tenant)
+            await client.history("alice", tenant=tenant)
+            await client.forget("alice", tenant=tenant)
+            await client.recommend("alice", tenant=tenant)
+    assert [call.tenant for call in service.calls] == ["shop"] * 4 + [""] * 4
+    assert service.calls[0] == pb.RecordEventsRequest(
+        user_id="alice", events=[pb.Event(item_id="a"), pb.Event(item_id="b")], tenant="shop"
+    )
+
+
+async def test_batch_gives_lists_and_errors_by_index() -> None:
+    """One that fails is a value, so that it does not end the rest."""
+    requests = [recommend_request("alice"), recommend_request("bob", k=10_000)]
+    async with connected(FakeService()) as client:
+        results = {index: result async for index, result in client.recommend_batch(requests)}
+    assert isinstance(results[0], pb.RecommendResponse)
+    failed = results[1]
+    assert isinstance(failed, RecommenderError)
+    assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failed.message == "k: too large"
+
+
+async def test_an_error_carries_status_and_message() -> None:
+    """One exception type, whatever went wrong."""
+    async with connected(FakeService()) as client:
+        with pytest.raises(RecommenderError, match=r"^NOT_FOUND: user_id: no history") as caught:
+            await client.recommend("nobody")
+    assert caught.value.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_unavailable_is_retried_but_not_for_records() -> None:
+    """A list may be asked for again; events recorded twice would be two events."""
+    service = FakeService(failures=2)
+    async with connected(service) as client:
+        await client.recommend("alice")
+        assert len(service.calls) == 3
+        service.failures = 1
+        with pytest.raises(RecommenderError, match="UNAVAILABLE"):
+            await client.record("alice", ["a"])
+    assert len(service.calls) == 4
+
+
+async def test_the_deadline_travels_and_ends_the_call() -> None:
+    """The service sees how long it has, and the caller never waits longer."""
+    service = FakeService(delay=5.0)
+    async with connected(service, timeout_seconds=0.3) as client:
+        with pytest.raises(RecommenderError, match="DEADLINE_EXCEEDED"):
+            await client.recommend("alice")
+    assert service.time_left is not None
+    assert service.time_left <= 0.3
+
+
+async def test_nobody_there() -> None:
+    """A refused connection is UNAVAILABLE like any other."""
+    async with RecommenderClient("127.0.0.1:1", timeout_seconds=5.0) as client:
+        with pytest.raises(RecommenderError) as caught:
+            await client.info()
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_requests() -> None:
+    """Names of options are those of the contract or shorter; a mode that is not set is strict."""
+    request = recommend_request(
+        history=["a"], k=5, beam_width=9, mode=Mode.EXACT_SAMPLING, seed=0, excluded=["b"], allowed=["c"], tenant="t"
+    )
+    assert request == pb.RecommendRequest(
+        history=pb.History(item_ids=["a"]),
+        k=5,
+        beam_width=9,
+        mode=pb.MODE_EXACT_SAMPLING,
+        seed=0,
+        excluded_item_ids=["b"],
+        allowed_item_ids=["c"],
+        tenant="t",
+    )
+    assert recommend_request("u") == pb.RecommendRequest(user_id="u", k=10, mode=pb.MODE_STRICT)
+    assert recommend_request(history=[]).WhichOneof("subject") == "history"
+
+
+@pytest.mark.parametrize("subject", [{}, {"user_id": "u", "history": ["a"]}])
+def test_a_request_has_one_subject(subject: Any) -> None:
+    """Neither or both would be refused by the service; it is a mistake in the calling program."""
+    with pytest.raises(ValueError, match="either user_id or history"):
+        recommend_request(**subject)
+
+
+async def test_an_address_that_is_none() -> None:
+    """Said at once, not when the first call times out."""
+    with pytest.raises(ValueError, match="not HOST:PORT"):
+        RecommenderClient("nowhere")
+
+
+@pytest.mark.parametrize(("track", "sent"), [(None, []), (Track.CANARY, ["canary"]), (Track.STABLE, ["stable"])])
+async def test_a_track_is_asked_for_beside_the_request(track: Track | None, sent: list[str]) -> None:
+    service = FakeService()
+    async with connected(service) as client:
+        await client.recommend("alice", track=track)
+    assert service.tracks == sent

@@ -1,0 +1,81 @@
+"""A updated_catalogue bundle: what a plain dictionary of items says, on the same model files."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue_update import update_catalogue, updated_catalogue
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.errors import CatalogueError
+from tests.bundles import random_catalogue, write_bundle
+
+SIZES = (3, 4)
+PATHS = st.tuples(*(st.integers(0, size - 1) for size in SIZES))
+ITEMS = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), PATHS, min_size=2)
+
+
+def items(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
+    return {catalogue.id_of(item): tuple(catalogue.codes[item].tolist()) for item in range(catalogue.items)}
+
+
+def built(of: dict[str, tuple[int, ...]]) -> Catalogue:
+    return Catalogue.build(list(of), np.array(list(of.values()), dtype=np.int32), SIZES)
+
+
+@given(before=ITEMS, after=ITEMS)
+def test_any_catalogue_becomes_any_other_and_its_version_says_which(
+    before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]
+) -> None:
+    removed = [item for item, path in before.items() if after.get(item) != path]
+    added = {item: path for item, path in after.items() if before.get(item) != path}
+    changed = updated_catalogue(built(before), added, removed)
+    assert items(changed) == after
+    assert changed.codes.tolist() == built(after).codes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("added", "removed", "problem"),
+    [
+        ({}, ["nobody"], "remove: 'nobody' is not in the catalogue"),
+        ({"item-1": (0, 0)}, [], "'item-1' occurs more than once"),
+        ({"new": (0, 9)}, [], r"add: 'new': \[0, 9\] is not a code path of the codebooks \[4, 4\]"),
+        ({"new": (0,)}, [], "add: 'new'"),
+    ],
+)
+def test_what_does_not_fit_is_named(added: dict[str, tuple[int, ...]], removed: list[str], problem: str) -> None:
+    with pytest.raises(CatalogueError, match=problem):
+        updated_catalogue(random_catalogue(20, (4, 4), seed=0), added, removed)
+
+
+def test_a_restocked_bundle_is_whole_and_shares_its_models(tmp_path: Path) -> None:
+    old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
+    new = update_catalogue(old, tmp_path / "new", {"new": (1, 2)}, ["item-3"])
+    Bundle(new.root).verify()
+    expected = {item: path for item, path in items(old.catalogue()).items() if item != "item-3"} | {"new": (1, 2)}
+    assert items(new.catalogue()) == expected
+    assert new.model_path("target").samefile(old.model_path("target"))
+    assert new.manifest.target == old.manifest.target
+    assert new.manifest.model_version("target") != old.manifest.model_version("target")
+
+
+def test_where_the_file_system_has_no_hard_links_files_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from one disk to another."""
+    old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
+
+    def refuse(source: Path, _path: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+    monkeypatch.setattr(os, "link", refuse)
+    new = update_catalogue(old, tmp_path / "new", {"new": (1, 2)}, [])
+    new.verify()
+    assert not new.model_path("target").samefile(old.model_path("target"))

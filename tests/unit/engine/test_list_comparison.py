@@ -1,0 +1,103 @@
+"""Which lists count as the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from atspeed.engine.search.list_comparison import NEAR_TIE, RankedList, Verdict, compare, compare_searches, largest_gap
+
+A = RankedList(("x", "y", "z"), (-1.0, -2.0, -3.0))
+LITTLE, MUCH = NEAR_TIE / 10, NEAR_TIE * 10
+
+
+@pytest.mark.parametrize(
+    ("other", "verdict"),
+    [
+        (A, Verdict.IDENTICAL),
+        (RankedList(("x", "y", "z"), (-1.0, -2.5, -3.0)), Verdict.IDENTICAL),
+        (RankedList(("x", "z", "y"), (-1.0, -2.0, -3.0)), Verdict.DIFFERENT),
+        (RankedList(("x", "y"), (-1.0, -2.0)), Verdict.DIFFERENT),
+        (RankedList(("x", "y", "w"), (-1.0, -2.0, -3.0 - LITTLE)), Verdict.NEAR_TIE),
+        (RankedList(("x", "y", "w"), (-1.0, -2.0, -3.0 - MUCH)), Verdict.DIFFERENT),
+        (RankedList(("x", "w", "z"), (-1.0, -2.0, -3.0)), Verdict.DIFFERENT),
+        (RankedList((), ()), Verdict.DIFFERENT),
+    ],
+)
+def test_verdicts(other: RankedList, verdict: Verdict) -> None:
+    """A swap needs scores as close as rounding; an item in one list alone must lie at the other's end."""
+    assert compare(other, A) is verdict
+    assert compare(A, other) is verdict
+
+
+def test_swapped_neighbours() -> None:
+    """Two items a rounding apart may stand either way round; further apart they may not."""
+    for gap, verdict in ((LITTLE, Verdict.NEAR_TIE), (MUCH, Verdict.DIFFERENT)):
+        one = RankedList(("x", "y"), (-1.0, -1.0 - gap))
+        other = RankedList(("y", "x"), (-1.0, -1.0 - gap))
+        assert compare(one, other) is verdict
+
+
+@pytest.mark.parametrize(
+    ("gap", "rounding", "verdict"),
+    [
+        (LITTLE, LITTLE, Verdict.NEAR_TIE),
+        (MUCH, LITTLE, Verdict.DIFFERENT),
+        (LITTLE, MUCH, Verdict.DIFFERENT),
+    ],
+)
+def test_searches_are_judged_where_they_part(gap: float, rounding: float, verdict: Verdict) -> None:
+    """Beams that swapped over the end of an inner level may lead to any list; a level in another order leads to the same one."""
+    root = RankedList(("0",), (0.0,))
+    first, again = RankedList(("1", "2"), (-1.0, -2.0)), RankedList(("2", "1"), (-1.0, -2.0))
+    one, other = RankedList(("7", "8"), (-3.0, -4.0)), RankedList(("7", "9"), (-3.0 - rounding, -4.0 - gap))
+    assert (
+        compare_searches([root, first, one, A], [root, again, other, RankedList(("q", "r"), (-9.0, -9.5))]) is verdict
+    )
+    assert compare_searches([root, first, one, A], [root, again, other, A]) is Verdict.IDENTICAL
+
+
+def test_searches_that_part_at_the_end_alone_are_judged_by_their_lists() -> None:
+    root, other = RankedList(("0",), (0.0,)), RankedList(("x", "y", "w"), (-1.0, -2.0, -3.0 - MUCH))
+    assert compare_searches([root, A], [root, other]) is compare(A, other) is Verdict.DIFFERENT
+    assert compare_searches([A], [root, other]) is Verdict.DIFFERENT
+
+
+def test_largest_gap() -> None:
+    """By place, not by item; empty lists have none."""
+    assert largest_gap(A, RankedList(("q", "r"), (-1.0, -2.25))) == 0.25
+    assert largest_gap(RankedList((), ()), A) == 0.0
+
+
+@pytest.mark.parametrize(("rounding", "gap"), [(0.9, 1.1), (1.1, 0.9), (3.0, 3.0), (3.0, 0.0)])
+def test_neither_gap_nor_rounding_may_reach_the_limit(rounding: float, gap: float) -> None:
+    """Two computations that disagree on one item may not swap another two that are further apart for it."""
+    rounding, gap = rounding * NEAR_TIE, gap * NEAR_TIE
+    one = RankedList(("a", "x", "y"), (-1.0, -2.0, -2.0 - gap))
+    other = RankedList(("a", "y", "x"), (-1.0 - rounding, -2.0, -2.0 - gap))
+    assert compare(one, other) is Verdict.DIFFERENT
+
+
+def test_gap_and_rounding_below_the_limit() -> None:
+    """Both at once, each under its own limit."""
+    one = RankedList(("a", "x", "y"), (-1.0, -2.0, -2.0 - 0.9 * NEAR_TIE))
+    other = RankedList(("a", "y", "x"), (-1.0 - 0.9 * NEAR_TIE, -2.0, -2.0 - 0.9 * NEAR_TIE))
+    assert compare(one, other) is Verdict.NEAR_TIE
+
+
+def test_the_limit_is_the_contracts() -> None:
+    """Score gap < 0.0001, as README and demo say."""
+    assert NEAR_TIE == 1e-4
+
+
+def test_answers() -> None:
+    """A near-tie is neither yes nor NO, and many lists are as good as the worst of them."""
+    identical, near, different = Verdict.IDENTICAL, Verdict.NEAR_TIE, Verdict.DIFFERENT
+    assert [verdict.answer for verdict in (identical, near, different)] == ["yes", "near-tie", "NO"]
+    assert Verdict.worst([identical, near, identical]) is near
+    assert Verdict.worst([near, different, identical]) is different
+    assert Verdict.worst([]) is identical
+
+
+def test_an_item_lost_from_the_middle_is_no_tie() -> None:
+    """One that has the same score as its replacement, while a worse one stays, was not swapped over the list's end."""
+    assert compare(RankedList(("x", "w", "z"), A.scores), A) is Verdict.DIFFERENT

@@ -1,0 +1,109 @@
+"""The layout of a pass: every token sees its prompt and its own prefix, at the position where a sequence has it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atspeed.engine.errors import CapacityError
+from atspeed.engine.model.token_tree import TokenTree
+from atspeed.engine.search.trie import ROOT
+from tests.oracles.naive_trie import NaiveTrie
+from tests.oracles.worlds import build, naive_tries
+
+PROMPT = [50, 51, 52, 53, 54]
+
+
+def empty_tree(prompt: list[int]) -> TokenTree:
+    """A tree as the evaluator opens it, without room for anything."""
+    return TokenTree(np.array(prompt), np.zeros((1, 2, 0, 1, 1), dtype=np.float32))
+
+
+def make_room(tree: TokenTree, tokens: int) -> None:
+    """For so many more tokens."""
+    tree.move_to(np.zeros((1, 2, tree.length + tokens, 1, 1), dtype=np.float32))
+
+
+def closed(naive: NaiveTrie, nodes: list[int]) -> list[int]:
+    """Inner nodes with all their ancestors, the root too, ascending."""
+    paths = [naive.nodes[node] for node in nodes]
+    return sorted({naive.id_of[path[:end]] for path in paths for end in range(len(path) + 1)} | {ROOT})
+
+
+@given(naive_tries(levels=(2, 3, 4)), st.integers(0, len(PROMPT) - 1), st.data())
+def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached: int, data: st.DataObject) -> None:
+    """What a row sees, ordered by position, is prompt and path as one sequence: from scratch, on a cache, in two passes."""
+    trie, inner = build(naive).trie, naive.inner()
+    column_tokens = np.arange(trie.columns) + 1000
+    tree = empty_tree(PROMPT)
+    make_room(tree, cached)
+    tree.length = cached
+    everything = closed(naive, data.draw(st.lists(st.sampled_from(inner))))
+    later = data.draw(st.integers(1, naive.levels))
+    waves = [
+        [n for n in everything if len(naive.nodes[n]) < later],
+        [n for n in everything if len(naive.nodes[n]) >= later],
+    ]
+
+    tokens, positions = PROMPT[:cached], list(range(cached))
+    for nodes in filter(None, waves):
+        step = tree.plan_pass(trie, np.array(nodes), column_tokens)
+        assert step.visible.shape == (len(step.tokens), len(tokens) + len(step.tokens))
+        tokens, positions = tokens + step.tokens.tolist(), positions + step.positions.tolist()
+        read = []
+        for row in step.rows.tolist():
+            seen = sorted(np.flatnonzero(step.visible[row]).tolist(), key=positions.__getitem__)
+            assert [positions[slot] for slot in seen] == list(range(len(seen)))
+            read.append([tokens[slot] for slot in seen])
+        assert read == [PROMPT + _path_tokens(naive, node) for node in nodes]
+        make_room(tree, len(step.tokens))
+        tree.commit(step, np.array(nodes))
+        assert tree.length == len(tokens)
+    assert sorted(tree.slots) == [node for node in everything if node != ROOT]
+
+
+def _path_tokens(naive: NaiveTrie, node: int) -> list[int]:
+    offsets = np.concatenate([[0], np.cumsum(naive.codebook_sizes)]).tolist()
+    return [1000 + offsets[level] + code for level, code in enumerate(naive.nodes[node])]
+
+
+def test_prompt_tokens_are_causal_and_blind_to_the_nodes() -> None:
+    naive = NaiveTrie({"a": (0, 0), "b": (1, 0)}, (2, 1))
+    tree = empty_tree(PROMPT)
+    tree.length = 2
+    step = tree.plan_pass(build(naive).trie, np.array([0, 1, 2]), np.arange(3))
+    expected = [[column <= row + 2 for column in range(7)] for row in range(3)]
+    assert step.visible[:3].tolist() == expected
+
+
+def test_a_node_without_its_parent_is_refused_and_changes_nothing() -> None:
+    naive = NaiveTrie({"a": (0, 0, 0), "b": (1, 0, 0)}, (2, 1, 1))
+    trie, tree = build(naive).trie, empty_tree(PROMPT)
+    orphan = naive.id_of[0, 0]
+    with pytest.raises(CapacityError, match="ancestor"):
+        tree.plan_pass(trie, np.array([ROOT, orphan]), np.arange(4))
+    assert (tree.length, tree.slots) == (0, {})
+    tree.plan_pass(trie, np.array([ROOT, naive.id_of[0,], orphan]), np.arange(4))
+
+
+@given(st.lists(st.integers(1, 30), max_size=6))
+def test_a_tree_grows_without_losing_what_it_holds(steps: list[int]) -> None:
+    tree = empty_tree([1])
+    written = 0
+    for tokens in steps:
+        before = tree.kv
+        assert tree.move_to(np.full((1, 2, tree.length + tokens, 1, 1), np.nan, dtype=np.float32)) is before
+        tree.kv[:, :, tree.length : tree.length + tokens] = np.arange(written, written + tokens)[:, None, None]
+        tree.length, written = tree.length + tokens, written + tokens
+    assert tree.kv[0, 1, : tree.length, 0, 0].tolist() == list(range(written))
+
+
+def test_cached_blocks_become_the_beginning() -> None:
+    tree = empty_tree(PROMPT)
+    blocks = [np.full((1, 2, 2, 1, 1), value, dtype=np.float32) for value in (7, 8)]
+    make_room(tree, 4)
+    tree.fill_prefix(blocks)
+    assert tree.length == 4
+    assert tree.kv[0, 0, :4, 0, 0].tolist() == [7, 7, 8, 8]

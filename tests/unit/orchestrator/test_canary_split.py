@@ -1,0 +1,68 @@
+"""Whom the canary serves: always the same users, about as many as its share says, and with a larger share these and others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.recommendation import RecommendParams
+from orchestrator.serving.track_router import bucket
+from orchestrator.user_key import user_cache_key
+
+SHARES = st.floats(0, 1)
+TENANTS, USERS = st.text(max_size=8), st.text(min_size=1, max_size=8)
+ITEMS = st.lists(st.text(min_size=1, max_size=4), max_size=8)
+
+
+def order(**subject: object) -> RecommendParams:
+    return RecommendParams(k=1, beam_width=1, **subject)  # type: ignore[arg-type]
+
+
+@given(st.binary(), SHARES, SHARES)
+def test_a_larger_share_takes_nobody_away_from_the_canary(subject: bytes, one: float, other: float) -> None:
+    small, large = sorted((one, other))
+    assert (bucket(subject) < small) <= (bucket(subject) < large)
+
+
+@given(st.binary())
+def test_no_share_is_nobody_and_the_whole_is_everybody(subject: bytes) -> None:
+    assert 0 <= bucket(subject) < 1
+
+
+def test_a_user_stands_at_the_same_place_in_every_process() -> None:
+    """Another place would move users in the middle of a rollout, whenever an orchestrator is renewed."""
+    assert bucket(user_cache_key("", "alice")) == 0.3754419207513989
+    assert bucket(user_cache_key("acme", "alice")) == 0.20807210028291723
+    assert bucket(order(history=["50", "172", "181"]).subject) == 0.9956373362698945
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+def test_a_share_is_that_of_the_users(share: float) -> None:
+    """Within six standard deviations of a binomial."""
+    users = 4000
+    served = sum(bucket(user_cache_key("acme", f"user-{number}")) < share for number in range(users))
+    assert abs(served - users * share) <= 6 * math.sqrt(users * share * (1 - share))
+
+
+@given(TENANTS, USERS, ITEMS)
+def test_a_stored_user_is_the_same_subject_with_any_history(tenant: str, user: str, items: list[str]) -> None:
+    """As in shadow checks, which make a stored user's list again with the history that it was made from."""
+    stored = order(tenant=tenant, user_id=user).subject
+    assert stored == order(tenant=tenant, user_id=user, history=items).subject
+    assert stored != order(tenant=tenant, history=[user, *items]).subject
+
+
+@given(TENANTS, st.lists(st.text(min_size=1, max_size=4), min_size=4, max_size=4), ITEMS, ITEMS)
+def test_a_history_stays_the_same_subject_as_it_grows(
+    tenant: str, first: list[str], one: list[str], other: list[str]
+) -> None:
+    assert order(tenant=tenant, history=first + one).subject == order(tenant=tenant, history=first + other).subject
+
+
+@given(TENANTS, TENANTS, ITEMS)
+def test_tenants_do_not_share_subjects(one: str, other: str, items: list[str]) -> None:
+    same = order(tenant=one, history=items).subject == order(tenant=other, history=items).subject
+    assert same is (one == other)

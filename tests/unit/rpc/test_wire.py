@@ -1,0 +1,42 @@
+"""Costs and modes survive the wire; what a replica of an older version does not say counts as nothing."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atspeed.engine.model.pass_stats import PassStats
+from atspeed.rpc import wire
+from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.rpc.mode import Mode
+from atspeed.v1 import recommendation_pb2, types_pb2
+
+COUNTS = st.integers(0, 2**32 - 1)
+
+
+@given(st.builds(PassStats, **dict.fromkeys((field.name for field in fields(PassStats)), COUNTS)))
+def test_costs_survive_the_wire(cost: PassStats) -> None:
+    sent = wire.to_statistics(cost).SerializeToString()
+    assert wire.pass_stats(types_pb2.PassStatistics.FromString(sent), "statistics") == cost
+
+
+def test_a_replica_that_does_not_tell_its_look_ups_has_none() -> None:
+    older = types_pb2.PassStatistics(queue_ns=7, forward_ns=5, new_tokens=3)
+    assert wire.pass_stats(older, "statistics") == PassStats(queue_ns=7, forward_ns=5, new_tokens=3, lookup_ns=0)
+
+
+def test_every_mode_of_the_contract_has_a_name() -> None:
+    """A new mode in the proto needs one."""
+    values = {wire.to_mode(mode): mode for mode in Mode}
+    assert values.keys() == set(recommendation_pb2.Mode.values()) - {recommendation_pb2.MODE_UNSPECIFIED}
+    assert {value: wire.mode(value, "mode") for value in values} == values
+
+
+def test_lists_are_strict_where_nothing_is_said_and_no_mode_is_made_up() -> None:
+    assert wire.mode(recommendation_pb2.MODE_UNSPECIFIED, "mode") is Mode.STRICT
+    unknown: recommendation_pb2.Mode.ValueType = max(recommendation_pb2.Mode.values()) + 1  # type: ignore[assignment]
+    with pytest.raises(InvalidArgumentError, match=r"some\.mode: .* is not a mode of this service"):
+        wire.mode(unknown, "some.mode")
