@@ -35,11 +35,11 @@ def test_the_image_can_run_every_service() -> None:
 
 
 def test_the_build_context_holds_every_package() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     kept = {
         line.lstrip("!").split("/")[0] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     }
-    folders = {name.split(".")[0] for name in packages} - {"atspeed"} | {"protos"}
+    folders = {pattern.rstrip("*") for pattern in setuptools["packages"]["find"]["include"]}
     assert folders <= kept
 
 
