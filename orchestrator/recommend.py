@@ -63,11 +63,12 @@ class Recommender:
         histories: HistoryStore | None,
         speculation_breaker: SpeculationBreaker,
         *,
-        lookahead: bool = True,
+        target_prefetch: bool = True,
     ) -> None:
         self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
         self._target, self._draft, self._planner = target, draft, planner
-        self._draft_switch, self._lookahead = speculation_breaker, lookahead
+        self._speculation_breaker = speculation_breaker
+        self._target_prefetch = target_prefetch
 
     async def recommend(self, order: RecommendParams, deadline: Deadline) -> Recommendation:
         """The list for one order.
@@ -86,12 +87,12 @@ class Recommender:
         policy = _policy(order, noise)
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
-        speculates = order.mode is not Mode.TARGET_ONLY and self._draft_switch.on
+        speculates = order.mode is not Mode.TARGET_ONLY and self._speculation_breaker.on
         target = self._target.session(
             question,
             max_children=policy.max_children,
             beam_width=policy.beam_width,
-            prefetches=speculates and self._lookahead,
+            prefetches=speculates and self._target_prefetch,
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
@@ -180,7 +181,7 @@ class Recommender:
     ) -> DraftSession | None:
         if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
             return None
-        if not self._draft_switch.on:
+        if not self._speculation_breaker.on:
             degraded.append(SWITCHED_OFF)
             return None
         return self._draft.session(ask.question(self.manifest.draft, noise), policy.proposal, degraded)

@@ -79,7 +79,7 @@ class OrchestratorSettings(ServiceSettings):
     """Nodes of a plan of fixed size for each beam of each level but the last; relaxed sampling has no other."""
     draft_max_nodes: int = Field(default=240, ge=16, le=8_192)
     """Most nodes of a plan, whatever the beam width."""
-    lookahead: bool = True
+    target_prefetch: bool = True
     """Whether the target may evaluate what it expects a search to come to, by what it said to others, in the passes that it makes
     by itself: a level that was foreseen needs no pass of its own. Target-only requests never do.
     """

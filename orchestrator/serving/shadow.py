@@ -75,7 +75,7 @@ class ShadowChecks:
         self.largest_gap = 0.0
 
     def offer(self, made: Recommendation, served: Served) -> None:
-        """A list that was just made; every so many of the strict ones are checked that draft or lookahead had a part in."""
+        """A list that was just made; every so many of the strict ones are checked in which the draft or target prefetch had a part."""
         if made.order.mode is not Mode.STRICT or not (made.memo.drafted or made.memo.foreseen):
             return
         self._due += self._limits.share

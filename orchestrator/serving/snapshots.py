@@ -103,7 +103,12 @@ class Snapshots:
         speculation_breaker: SpeculationBreaker,
         planners: Planners,
     ) -> None:
-        self._settings, self._redis, self._draft_switch, self._planners = settings, redis, speculation_breaker, planners
+        self._settings, self._redis, self._speculation_breaker, self._planners = (
+            settings,
+            redis,
+            speculation_breaker,
+            planners,
+        )
         self.newest: Snapshot | None = None
         # The event loop itself only keeps weak references to tasks.
         self._closing: set[asyncio.Task[None]] = set()
@@ -184,7 +189,14 @@ class Snapshots:
             await resources.enter_async_context(background_task(learn_curves(planner, target, draft), "learn-curves"))
         histories = self._histories(manifest)
         recommender = Recommender(
-            manifest, catalogue, target, draft, planner, histories, self._draft_switch, lookahead=settings.lookahead
+            manifest,
+            catalogue,
+            target,
+            draft,
+            planner,
+            histories,
+            self._speculation_breaker,
+            target_prefetch=settings.target_prefetch,
         )
         return Snapshot(manifest, manifest.version, recommender, planner, target, draft, channels, resources)
 
