@@ -79,7 +79,7 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 
 @asynccontextmanager
-async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int = 100) -> AsyncIterator[TargetSession]:
+async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
     target_pb2_grpc.add_TargetServiceServicer_to_server(table, server)
@@ -139,7 +139,7 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
 
 
 async def test_passes_that_nobody_asked_for_are_no_answer() -> None:
-    async with asking(Table(goes_on=[1, 2], always=True), beam_width=0) as session:
+    async with asking(Table(goes_on=[1, 2], always=True), beam_width=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []
