@@ -18,20 +18,17 @@ from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import Int64, Pruning
 from atspeed.observability import tracing
 from atspeed.rpc.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
-from atspeed.rpc.mode import Mode
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
 from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.model_clients.target_client import TargetClient
 from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.sized_draft import NoDraft, PlannedDraft
+from orchestrator.planning.sized_draft import NoDraft, SizedDraft
 from orchestrator.recommendation import Item, Origin, Recommendation, RecommendParams, StageTimes, SubjectHistory
-from orchestrator.search.ahead import DraftWhereNeeded
 from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
 from orchestrator.search.memo import Memo
-from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from orchestrator.search.traced import TracedDraft, TracedTarget
+from orchestrator.search.policies import POLICIES, Policy
 from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
 from orchestrator.user_key import FIRST_ITEMS, digest
 
@@ -84,10 +81,10 @@ class Recommender:
             span.set(known=len(history.known), stored=order.history is None)
         candidates = self._candidates(order, history)
         noise = _noise(order)
-        policy = _policy(order, noise)
+        policy = POLICIES[order.mode](order.beam_width, order.tolerance, noise)
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
-        speculates = order.mode is not Mode.TARGET_ONLY and self._speculation_breaker.on
+        speculates = order.mode.properties.speculates and self._speculation_breaker.on
         target = self._target.session(
             question,
             max_children=policy.max_children,
@@ -97,11 +94,10 @@ class Recommender:
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
         planning = self._planner.planning(order.mode, task)
-        draft = PlannedDraft(drafting, planning) if drafting else NoDraft()
+        draft = SizedDraft(drafting, planning, target) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:
-            where_needed = DraftWhereNeeded(TracedDraft(draft), target)
-            result = await self._search(policy, TracedTarget(target), where_needed, candidates.pruning)
+            result = await self._search(policy, target, draft, candidates.pruning)
         finally:
             target.close()
         planning.learn(result.memo, target.usage, draft.usage)
@@ -179,7 +175,7 @@ class Recommender:
     def _draft_session(
         self, order: RecommendParams, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
     ) -> DraftSession | None:
-        if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
+        if not order.mode.properties.speculates or self._draft is None or self.manifest.draft is None:
             return None
         if not self._speculation_breaker.on:
             degraded.append(SWITCHED_OFF)
@@ -236,14 +232,6 @@ def _noise(order: RecommendParams) -> Perturbation | None:
     if not order.mode.samples:
         return None
     return Perturbation(order.seed if order.seed is not None else secrets.randbits(63), order.temperature)
-
-
-def _policy(order: RecommendParams, noise: Perturbation | None) -> Policy:
-    if noise is None:
-        strict = order.mode is not Mode.TOLERANCE
-        return Strict(order.beam_width) if strict else Tolerance(order.beam_width, order.tolerance)
-    sampling = ExactSampling if order.mode is Mode.EXACT_SAMPLING else RelaxedSampling
-    return sampling(order.beam_width, noise)
 
 
 def _origin(memo: Memo, leaf: int) -> Origin:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from atspeed.engine.search.mode import Guarantee, Mode
 from atspeed.engine.search.trie import Int64
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Priority
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.plan_sizer import PlanningReport
 from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo, NodeCounts
@@ -121,9 +121,9 @@ class Recommendation:
 
     @property
     def exact(self) -> bool:
-        """Whether the list is what the target alone would give, in whatever passes it was asked."""
-        lossless = self.order.mode is not Mode.RELAXED_SAMPLING and self.memo.substitutions == 0
-        return lossless and self.plan_invariant
+        """Return whether the list is the one that the target alone returns, whatever shared its passes."""
+        exact = self.order.mode.properties.guarantee is not Guarantee.NONE and self.memo.substitutions == 0
+        return exact and self.plan_invariant
 
     @property
     def accepted_levels(self) -> int:
@@ -149,7 +149,7 @@ class Recommendation:
             "accepted_levels": self.accepted_levels,
             "nodes_drafted": self.nodes.drafted,
             "nodes_recovered": self.nodes.recovered,
-            "nodes_prefetched": self.nodes.foreseen,
+            "nodes_prefetched": self.nodes.prefetched,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
             "degraded": bool(self.degraded),

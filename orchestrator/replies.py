@@ -86,7 +86,7 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         nodes_forced=nodes.forced,
         nodes_recovered=nodes.recovered,
         nodes_spared=memo.spared,
-        nodes_prefetched=nodes.foreseen,
+        nodes_prefetched=nodes.prefetched,
         nodes_prefetched_used=nodes.prefetched_used,
         prompt_tokens=recommendation.prompt_tokens,
         memory_cached_tokens=target.cost.memory_cached_tokens,

@@ -43,7 +43,7 @@ from atspeed.benchmarks.shared_tree_models import TEMPERATURE
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import BundleError
 from atspeed.engine.search.list_comparison import Verdict
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Guarantee, Mode
 
 NAME = "acceptance"
 REFERENCE = "the target alone"
@@ -108,7 +108,7 @@ class AcceptanceRow:
     @property
     def promises_identity(self) -> bool:
         """Whether the mode's lists are the reference's by construction."""
-        return self.mode in {Mode.TARGET_ONLY, Mode.STRICT, Mode.EXACT_SAMPLING}
+        return Mode(self.mode).properties.guarantee is Guarantee.EXACT
 
 
 def parse_budget(label: str) -> Budget:

@@ -14,7 +14,7 @@ from atspeed.benchmarks import markdown
 from atspeed.benchmarks.decode_rows import ENGINE, PERFECT, REFERENCE, DecodeRow, from_json
 from atspeed.benchmarks.markdown import draw, figures, item_range, origin, table
 from atspeed.benchmarks.results import Result
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 
 PAGE = "decode.md"
 _TIME_PLOT, _SPEEDUP_PLOT = "decode-time.svg", "decode-speedup.svg"

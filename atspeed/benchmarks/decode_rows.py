@@ -16,7 +16,7 @@ from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.results import Result
 from atspeed.benchmarks.services import mean
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 
 NAME = "decode"
 ENGINE = "atspeed"

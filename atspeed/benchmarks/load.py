@@ -31,9 +31,9 @@ from atspeed.benchmarks.results import Result
 from atspeed.benchmarks.services import mean, progress_bar
 from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
 from atspeed.engine.bundle.manifest import read_manifest
+from atspeed.engine.search.mode import Mode
 from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
-from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 NAME = "load"

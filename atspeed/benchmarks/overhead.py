@@ -26,7 +26,7 @@ from atspeed.benchmarks.markdown import table as markdown
 from atspeed.benchmarks.results import Result
 from atspeed.benchmarks.services import Running, progress_bar, services, undisturbed
 from atspeed.client.recommender import RecommenderClient, recommend_request
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 NAME = "overhead"

@@ -29,8 +29,8 @@ from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare, largest_gap
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 REFERENCE = "Hugging Face generate"

@@ -13,9 +13,9 @@ from atspeed.cli import display
 from atspeed.cli.connection import Connection, with_connection
 from atspeed.cli.options import AsJson, out
 from atspeed.client.recommender import Options, RecommenderClient
+from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import event_loop
-from atspeed.rpc.mode import Mode
 
 _Result = TypeVar("_Result")
 

@@ -18,11 +18,11 @@ from typing import Self, TypedDict, TypeVar, Unpack
 
 import grpc
 
+from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import TRACK_HEADER, Track
 from atspeed.rpc import wire
 from atspeed.rpc.channels import open_channel, target_uri
 from atspeed.rpc.errors import retry_after_seconds
-from atspeed.rpc.mode import Mode
 from atspeed.security.tls import ClientTls
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc

@@ -24,6 +24,7 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Int64, Trie, among
+from atspeed.observability import tracing
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.errors import (
@@ -96,12 +97,20 @@ class TargetClient:
         await asyncio.gather(*self._ending)
 
     def session(
-        self, question: ModelRequest, *, max_children: int, beam_width: int = 0, prefetches: bool = False
+        self,
+        question: ModelRequest,
+        *,
+        max_children: int | None,
+        beam_width: int | None = None,
+        prefetches: bool = False,
     ) -> TargetSession:
-        """The target for one request. Close it to free the state that the replica holds.
+        """Open the target for one request. Close it to free the state that the replica holds.
 
-        beam_width: of the beam search that the target may go on with by itself; 0: none. prefetches: whether it may evaluate
-        what it expects that search to ask for.
+        Args:
+            question: the prompt and everything else that the model needs.
+            max_children: number of children per node that the target returns; None for all.
+            beam_width: beam width of the target's autonomous search; None for no such search.
+            prefetches: whether the target may evaluate nodes in advance.
         """
         return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
 
@@ -121,35 +130,41 @@ class TargetSession:
         self,
         client: TargetClient,
         question: ModelRequest,
-        max_children: int,
-        beam_width: int = 0,
+        max_children: int | None,
+        beam_width: int | None = None,
         *,
         prefetches: bool = False,
     ) -> None:
-        self._client, self._question, self._max_children = client, question, max_children
-        self._beam_width, self._looks_ahead = beam_width, prefetches
+        self._client = client
+        self._question = question
+        self._max_children = max_children
+        self._beam_width = beam_width
+        self._prefetches = prefetches
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
         self._on_stream: set[int] = set()
         self._answered = False
         self._refusals = 0
+        self._questions = 0
         self.usage = Usage()
 
     @property
-    def ahead(self) -> bool:
-        """Whether the next pass has been made."""
+    def has_next_pass(self) -> bool:
+        """Return whether the target has made the next pass already."""
         return bool(self._ahead)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
-        if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
-            return self._next_ahead()
-        begun = time.perf_counter_ns()
-        try:
-            return await self._evaluate_somewhere(nodes)
-        finally:
-            self.usage.waits.append(time.perf_counter_ns() - begun)
+        """Make one pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
+        self._questions += 1
+        with tracing.span("evaluate", number=self._questions, nodes=len(nodes)):
+            if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
+                return self._next_ahead()
+            begun = time.perf_counter_ns()
+            try:
+                return await self._evaluate_somewhere(nodes)
+            finally:
+                self.usage.waits.append(time.perf_counter_ns() - begun)
 
     def close(self) -> None:
         """End the stream, so that the replica frees its state; at once, when an answer is still on its way."""
@@ -202,7 +217,7 @@ class TargetSession:
 
     def _goes_on(self, nodes: Int64) -> bool:
         """Whether the target may go on by itself from a pass over these nodes: the first, and nothing went wrong."""
-        return self._beam_width > 0 and int(nodes[0]) == ROOT and not self.usage.retries
+        return self._beam_width is not None and int(nodes[0]) == ROOT and not self.usage.retries
 
     def _most_passes(self, nodes: Int64) -> int:
         return self._client.trie.levels if self._goes_on(nodes) else 1
@@ -244,12 +259,12 @@ class TargetSession:
             prompt=wire.to_array(question.prompt),
             pruned=wire.to_array(question.pruning.cut),
             kept=wire.to_kept(question.pruning),
-            max_children=self._max_children,
+            max_children=self._max_children or 0,
             perturbation=wire.to_perturbation(question.noise),
             tenant=question.tenant,
             owner=question.owner,
-            beam_width=self._beam_width if goes_on else 0,
-            prefetches=goes_on and self._looks_ahead,
+            beam_width=(self._beam_width or 0) if goes_on else 0,
+            prefetches=goes_on and self._prefetches,
         )
 
     def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int], most: int) -> list[_Answer]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import WorkloadKey
 from atspeed.engine.speculation.latency_model import LatencyModel
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
 from orchestrator.planning.model_costs import ModelCosts
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
@@ -71,7 +71,7 @@ class Planner:
     def planning(self, mode: Mode, task: PlanContext) -> FixedPlanSizer:
         """The planning of one request. A sample cannot be cut to its best, so its size is always the fixed one."""
         nodes, experience = self.fixed_nodes(task.beam_width), self._experience
-        fixed = self._limits.kind is PlannerKind.FIXED or mode in {Mode.TARGET_ONLY, Mode.RELAXED_SAMPLING}
+        fixed = self._limits.kind is PlannerKind.FIXED or not mode.properties.sized
         if experience is None or fixed or self._trie.levels == 1:
             return FixedPlanSizer(self._trie, task, nodes, experience.costs if experience else None)
         kind, most = WorkloadKey.of(mode, task.beam_width), self._limits.max_nodes

@@ -17,10 +17,10 @@ import structlog
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare_searches, largest_gap
+from atspeed.engine.search.mode import Mode
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.errors import ResourceExhaustedError, ServiceError
-from atspeed.rpc.mode import Mode
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -75,8 +75,8 @@ class ShadowChecks:
         self.largest_gap = 0.0
 
     def offer(self, made: Recommendation, served: Served) -> None:
-        """A list that was just made; every so many of the strict ones are checked in which the draft or target prefetch had a part."""
-        if made.order.mode is not Mode.STRICT or not (made.memo.drafted or made.memo.foreseen):
+        """Offer a list for a check. A share of the strict lists is checked, if a plan or target prefetch had a part in them."""
+        if not made.order.mode.properties.shadow_checked or not (made.memo.drafted or made.memo.prefetched):
             return
         self._due += self._limits.share
         if self._due < 1:

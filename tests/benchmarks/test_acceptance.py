@@ -23,10 +23,10 @@ from atspeed.cli import main
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT
-from atspeed.rpc.mode import Mode
 from atspeed.training.data import read_atspeed
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from tests.bundles import random_catalogue, write_bundle

@@ -79,7 +79,7 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 
 @asynccontextmanager
-async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int = 100) -> AsyncIterator[TargetSession]:
+async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
     target_pb2_grpc.add_TargetServiceServicer_to_server(table, server)
@@ -129,9 +129,9 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
     table = Table(goes_on=[1, 2], forward_ns=1000)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
-        ahead, waited = [session.ahead], session.usage.wait_ns
+        ahead, waited = [session.has_next_pass], session.usage.wait_ns
         evaluation = await session.evaluate(np.array([1, 2]))
-        assert [*ahead, session.ahead] == [True, False]
+        assert [*ahead, session.has_next_pass] == [True, False]
         assert evaluation.node.tolist() == [1, 2]
         assert (session.usage.passes, session.usage.wait_ns, session.usage.waits[1]) == (2, waited, 1000)
         await session.evaluate(np.array([3]))
@@ -139,7 +139,7 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
 
 
 async def test_passes_that_nobody_asked_for_are_no_answer() -> None:
-    async with asking(Table(goes_on=[1, 2], always=True), beam_width=0) as session:
+    async with asking(Table(goes_on=[1, 2], always=True), beam_width=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []
@@ -150,7 +150,7 @@ async def test_more_passes_than_there_are_levels_are_no_answer() -> None:
     table = Table(goes_on=[1, 2], repeats=2)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
-        assert (session.ahead, session.usage.retries, table.calls) == (False, 1, 2)
+        assert (session.has_next_pass, session.usage.retries, table.calls) == (False, 1, 2)
 
 
 async def test_a_target_that_goes_another_way_is_not_believed() -> None:
@@ -170,7 +170,7 @@ async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> 
         await session.evaluate(np.array([ROOT, 1]))
         evaluation = await session.evaluate(np.array([2]))
         assert evaluation.node.tolist() == [2, 3]
-        assert (table.messages, session.usage.passes, session.ahead) == (1, 2, False)
+        assert (table.messages, session.usage.passes, session.has_next_pass) == (1, 2, False)
 
 
 async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:

@@ -16,14 +16,14 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import Found, PassProgram, Selection
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import Int64, Pruning
-from atspeed.rpc.mode import Mode
 from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.sized_draft import PlannedDraft
+from orchestrator.planning.sized_draft import SizedDraft
 from orchestrator.planning.usage import Usage
 from orchestrator.search.beam_loop import Draft, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict, Tolerance
@@ -176,7 +176,7 @@ class Simulation:
         draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, spoil)
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
         planning = planner.planning(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
-        behind = PlannedDraft(draft, planning) if planning else alone
+        behind = SizedDraft(draft, planning, table) if planning else alone
         result = asyncio.run(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
         if planning:
             planning.learn(result.memo, target.usage, draft.usage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -108,13 +108,14 @@ class World:
 
 @dataclass
 class TableTarget:
-    """The target of one request. asked: the nodes of every pass. max_children: 0 for all."""
+    """The target of one request. asked: the nodes of every pass. max_children: None for all."""
 
     world: World
     pruning: Pruning
-    max_children: int
+    max_children: int | None
     noise: Perturbation | None = None
     asked: list[list[int]] = field(default_factory=list)
+    has_next_pass: ClassVar[bool] = False
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass."""

@@ -33,9 +33,9 @@ from atspeed.cli.bench.options import (
 from atspeed.cli.options import BundleFolder, CommandError, err, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import Verdict
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
-from atspeed.rpc.mode import Mode
 
 _PAGES = {
     "recommenders": "atspeed.benchmarks.recommender_table",

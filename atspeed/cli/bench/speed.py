@@ -27,8 +27,8 @@ from atspeed.cli.bench.options import (
 from atspeed.cli.options import BundleFolder, CommandError, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.decoder import Provider
+from atspeed.engine.search.mode import Mode
 from atspeed.rpc import event_loop
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.planner import PlannerKind
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     found: list[Evaluation] = []
 
     def search() -> Generator[Int64, Evaluation, None]:
-        search = AutonomousSearch(world.trie, world.rule, policy.beam_width, target.noise)
+        search = AutonomousSearch(world.trie, world.rule, policy.beam_width or 0, target.noise)
         found.extend((yield from search.steps(np.array([ROOT]))))
 
     passes = search()

@@ -47,7 +47,7 @@ def searched(
 ) -> tuple[Beams, list[Int64]]:
     """A search's list, and the nodes of each pass."""
     ahead = lookahead.of_search(width, pruning, prompt_tokens=0, foresees=foresees) if lookahead else None
-    search, passes = AutonomousSearch(world.trie, world.rule, width, ahead=ahead), list[Int64]()
+    search, passes = AutonomousSearch(world.trie, world.rule, width, prefetcher=ahead), list[Int64]()
     steps = search.steps(np.array([ROOT]))
     nodes = next(steps)
     while True:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize
 from atspeed.engine.search.scoring import Perturbation
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
 from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
 from atspeed.engine.speculation.acceptance_model import PlanPrefixes, Requirement, WorkloadKey
 from atspeed.engine.speculation.latency_model import LatencyModel
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
 from orchestrator.planning.model_costs import ModelCosts
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
 from orchestrator.planning.planner_state import PlannerState
-from orchestrator.planning.sized_draft import PlannedDraft
+from orchestrator.planning.sized_draft import SizedDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.simulation import (
@@ -73,7 +73,7 @@ def test_no_decision_changes_a_list(naive, rule, width: int, seed: int, sampled:
         return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
 
     drafting = SimulatedDraft(guess, FLAT, policy.proposal, policy.noise, lambda plan: plan)
-    planned = search(PlannedDraft(drafting, AnyPlanning(truth, width, seed)))
+    planned = search(SizedDraft(drafting, AnyPlanning(truth, width, seed), TableTarget(truth, Pruning.none(), None)))
     assert planned == search(ScriptedDraft(truth.trie, nothing))
 
 
