@@ -12,12 +12,12 @@ import numpy as np
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation
+from atspeed.errors import InvalidArgumentError
 from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
 from atspeed.observability.admission_metrics import admission_reads
 from atspeed.observability.metrics import Readings
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import InvalidArgumentError
 from atspeed.rpc.server import Registration
 from atspeed.v1 import draft_pb2, draft_pb2_grpc
 from draft_service.drafter import Drafter, DraftRequest

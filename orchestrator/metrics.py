@@ -13,13 +13,13 @@ from prometheus_client import CollectorRegistry
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.mode import Mode
+from atspeed.errors import ServiceError
 from atspeed.observability.admission_metrics import admission_reads
 from atspeed.observability.bundle_metrics import bundle_reads
 from atspeed.observability.metrics import SIZES, WHOLE, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
 from atspeed.rollout.bundle_watch import BundleWatch
 from atspeed.rollout.release_track import Track
 from atspeed.rpc.admission import Admission
-from atspeed.rpc.errors import ServiceError
 from orchestrator.recommendation import Recommendation
 from orchestrator.serving.track_router import TrackRouter
 from orchestrator.speculation_breaker import SWITCHED_OFF
@@ -118,7 +118,7 @@ class OrchestratorMetrics:
         try:
             yield
         except ServiceError as error:
-            code = error.code.name
+            code = error.code
             raise
         except asyncio.CancelledError:
             code = "DEADLINE_EXCEEDED" if deadline.passed else "CANCELLED"

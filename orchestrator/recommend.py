@@ -16,8 +16,8 @@ from atspeed.engine.bundle.manifest import Manifest, ModelEntry
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
-from atspeed.rpc.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
 from orchestrator.model_clients.model_request import ModelRequest

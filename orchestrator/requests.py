@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from atspeed.engine.search.mode import Mode
+from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Priority
-from atspeed.rpc.errors import InvalidArgumentError
 from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import RecommendParams
 from orchestrator.settings import OrchestratorSettings

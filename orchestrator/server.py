@@ -19,12 +19,13 @@ from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.search.list_comparison import Verdict
 from atspeed.engine.search.mode import Mode
+from atspeed.errors import InvalidArgumentError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
+from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.server import Registration
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc

@@ -22,7 +22,7 @@ from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import TRACK_HEADER, Track
 from atspeed.rpc import wire
 from atspeed.rpc.channels import open_channel, target_uri
-from atspeed.rpc.errors import retry_after_seconds
+from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.security.tls import ClientTls
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc

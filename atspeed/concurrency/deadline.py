@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from atspeed.rpc.errors import DeadlineExceededError, is_over
+from atspeed.errors import DeadlineExceededError
 
 
 class Deadline:
@@ -24,3 +24,12 @@ class Deadline:
         if left <= 0:
             raise DeadlineExceededError("the request's deadline has passed")
         return left
+
+
+def is_over(left: float, seconds: float) -> bool:
+    """Whether a cancellation with `left` seconds left of a deadline of `seconds` was that deadline.
+
+    gRPC rounds the time that it sends up, by 1 % at most, and the caller may give up some milliseconds before the server's clock
+    says so.
+    """
+    return left <= 0.02 + 0.01 * seconds

@@ -20,6 +20,7 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_decoder, load_decoder
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.trie import Trie
+from atspeed.errors import FailedPreconditionError
 from atspeed.model_host.instrumented_evaluator import InstrumentedEvaluator
 from atspeed.model_host.loaded_model import KvTiers, LoadedModel, WeightsKey, weights_key
 from atspeed.model_host.model_metrics import ModelMetrics, served_reads
@@ -29,7 +30,6 @@ from atspeed.observability.metrics import Readings, Reads
 from atspeed.rollout.bundle_watch import bundle_watches, following, open_bundle
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
-from atspeed.rpc.errors import FailedPreconditionError
 from atspeed.rpc.health import NOTICE_SECONDS
 from atspeed.rpc.versions import Versions
 from atspeed.v1 import types_pb2

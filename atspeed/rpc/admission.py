@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from atspeed.rpc.errors import DeadlineExceededError, ResourceExhaustedError
+from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 
 PRIORITY_HEADER = "x-atspeed-priority"
 _SHORTEST_HINT, _LONGEST_HINT = 0.05, 10.0

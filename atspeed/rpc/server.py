@@ -35,13 +35,13 @@ from prometheus_client import CollectorRegistry
 
 from atspeed.configuration.settings import ServiceSettings, address, spelling
 from atspeed.engine.errors import EngineError
+from atspeed.errors import StartupError
 from atspeed.observability import logs, tracing
 from atspeed.observability.metrics import ServerMetrics, exposed
 from atspeed.observability.telemetry_interceptor import TelemetryInterceptor
 from atspeed.rpc import event_loop, grpc_batches
 from atspeed.rpc.call_interceptor import CallInterceptor
 from atspeed.rpc.channels import health_name
-from atspeed.rpc.errors import StartupError
 from atspeed.rpc.health import Health
 from atspeed.rpc.versions import Versions
 from atspeed.security.auth import AuthInterceptor

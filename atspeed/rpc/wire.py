@@ -18,7 +18,7 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import Int64, Pruning, Trie
-from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.errors import InvalidArgumentError
 from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 
 _DTYPES: Final[dict[types_pb2.DataType.ValueType, np.dtype[Any]]] = {

@@ -13,9 +13,10 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.trie import Trie
+from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Route, Routes
-from atspeed.rpc.errors import InvalidArgumentError, retry_after_seconds
+from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
 from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
 from orchestrator.planning.usage import Usage

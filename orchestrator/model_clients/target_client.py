@@ -24,17 +24,17 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Int64, Trie, among
-from atspeed.observability import tracing
-from atspeed.rpc import wire
-from atspeed.rpc.affinity import Routes
-from atspeed.rpc.errors import (
+from atspeed.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
-    retry_after_seconds,
 )
+from atspeed.observability import tracing
+from atspeed.rpc import wire
+from atspeed.rpc.affinity import Routes
+from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
 from orchestrator.planning.usage import Usage

@@ -9,7 +9,7 @@ import grpc
 import structlog
 
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.errors import InvalidArgumentError
 from orchestrator.planning.planner import Planner
 
 _FIRST_PAUSE_SECONDS = 0.25

@@ -18,9 +18,9 @@ from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare_searches, largest_gap
 from atspeed.engine.search.mode import Mode
+from atspeed.errors import ResourceExhaustedError, ServiceError
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import ResourceExhaustedError, ServiceError
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -111,7 +111,7 @@ class ShadowChecks:
             outcome = "dropped"
         except ServiceError as error:
             outcome = "failed"
-            _log.warning("shadow check failed", code=error.code.name)
+            _log.warning("shadow check failed", code=error.code)
         except Exception as error:  # noqa: BLE001 - nobody waits for this task
             outcome = "failed"
             _log.error("shadow check failed", exc_info=error)

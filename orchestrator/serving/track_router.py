@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.errors import FailedPreconditionError
 from atspeed.rollout.release_track import TRACK_HEADER, Track
-from atspeed.rpc.errors import FailedPreconditionError
 from orchestrator.serving.shadow import ShadowChecks
 from orchestrator.serving.snapshots import Snapshots
 from orchestrator.speculation_breaker import SpeculationBreaker

@@ -16,9 +16,10 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.errors import ResourceExhaustedError, UnavailableError
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
-from atspeed.rpc.errors import PUSHBACK_HEADER, ResourceExhaustedError, UnavailableError
+from atspeed.rpc.grpc_status import PUSHBACK_HEADER
 from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.model_request import ModelRequest
@@ -79,7 +80,9 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 
 @asynccontextmanager
-async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100) -> AsyncIterator[TargetSession]:
+async def asking(
+    table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100
+) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
     target_pb2_grpc.add_TargetServiceServicer_to_server(table, server)

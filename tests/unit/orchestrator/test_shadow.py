@@ -21,8 +21,8 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import Int64
+from atspeed.errors import UnavailableError
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import UnavailableError
 from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.planning.usage import Usage

@@ -16,13 +16,15 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
+from atspeed import errors
 from atspeed.configuration import settings_docs
 from atspeed.configuration.settings import Port, ServiceSettings, address
 from atspeed.engine import errors as engine_errors
+from atspeed.errors import InvalidArgumentError, ServiceError
 from atspeed.observability import logs
-from atspeed.rpc import errors
+from atspeed.rpc import grpc_status
 from atspeed.rpc.channels import KEY_HEADER, channel_options, service_config, target_uri
-from atspeed.rpc.errors import MAX_DETAILS, InvalidArgumentError, ServiceError, call_status
+from atspeed.rpc.grpc_status import MAX_DETAILS, call_status
 from atspeed.rpc.server import server_options
 
 
@@ -199,9 +201,9 @@ def test_every_leaf_has_a_status_of_its_own() -> None:
 def test_engine_errors_have_a_status(kind: type[Exception]) -> None:
     status = call_status(kind("private"))
     if kind in (engine_errors.PromptError, engine_errors.CapacityError):
-        assert status == errors.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private")
+        assert status == grpc_status.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private")
     elif kind is engine_errors.OverloadedError:
-        assert status == errors.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private")
+        assert status == grpc_status.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private")
     else:
         assert status.code is grpc.StatusCode.INTERNAL
         assert re.fullmatch("internal error [0-9a-f]{12}", status.details)

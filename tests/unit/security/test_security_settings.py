@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from atspeed.configuration.settings import ServiceSettings
+from atspeed.errors import StartupError
 from atspeed.local.certificates import LocalCertificates
-from atspeed.rpc.errors import StartupError
 from atspeed.rpc.server import running
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsError, TlsFiles, WatchedPems
