@@ -18,6 +18,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from atspeed.benchmarks import markdown
 from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.in_process_baseline import BareRunner, bare_runner
@@ -185,12 +186,7 @@ def write(result: Result, folder: Path) -> Path:
     """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
     if result.header.get("benchmark") != NAME:
         raise BenchmarkError("the result is not one of bench overhead")
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / PAGE
-    page.write_text(
-        "\n".join(_page(result.header, [OverheadRow(**one) for one in result.rows])) + "\n", encoding="utf-8"
-    )
-    return page
+    return markdown.write(folder / PAGE, _page(result.header, [OverheadRow(**one) for one in result.rows]))
 
 
 def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[str]:
