@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from atspeed.engine.bundle.item_ids import MAX_ID_BYTES
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
@@ -15,7 +16,6 @@ from orchestrator.recommendation import RecommendParams
 from orchestrator.settings import OrchestratorSettings
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
-MAX_ID_BYTES = 256
 _DEFAULT_BEAM_WIDTH = 20
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from atspeed.benchmarks import markdown
 from atspeed.benchmarks.acceptance import NDCG_AT, AcceptanceRow, from_json
 from atspeed.benchmarks.acceptance_search import NO_DRAFT
 from atspeed.benchmarks.markdown import origin, plotting, save, table
@@ -72,9 +73,7 @@ def write(result: Result, folder: Path) -> Path:
     for sweep in sweeps:
         for plot in _PLOTS:
             _draw(sweep, plot, folder / _file(sweep, plot))
-    page = folder / PAGE
-    page.write_text("\n".join(_page(result.header, rows, sweeps)) + "\n", encoding="utf-8")
-    return page
+    return markdown.write(folder / PAGE, _page(result.header, rows, sweeps))
 
 
 def _modes(rows: Iterable[AcceptanceRow]) -> list[str]:

@@ -8,6 +8,8 @@ import numpy as np
 
 from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.errors import LineError
+from atspeed.engine.files.lines import read_lines, words
 
 History = tuple[str, ...]
 _LONGEST_RANDOM = 30
@@ -42,12 +44,12 @@ def choose_histories(
 def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
     """Lines of `user item item ...`; users without items are left out. Raises BenchmarkError naming file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path}: {error}") from error
+        lines = list(read_lines(path))
+    except LineError as error:
+        raise BenchmarkError(str(error)) from error
     histories = []
-    for number, line in enumerate(lines, start=1):
-        _, *items = line.split() or [""]
+    for number, line in lines:
+        _, *items = words(line)
         unknown = next((item for item, index in zip(items, catalogue.find(items), strict=True) if index < 0), None)
         if unknown is not None:
             raise BenchmarkError(f"{path}:{number}: item {unknown!r} is not in the bundle's catalogue")

@@ -12,13 +12,14 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from atspeed.engine.files.atomic_write import replace_text
+
 _NOT_IN_FILE = {"Date": None, "Creator": None}
 
 
 def write(page: Path, lines: Iterable[str]) -> Path:
     """Write a page, and its folder where there is none; its path."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(page, "\n".join(lines) + "\n")
     return page
 
 

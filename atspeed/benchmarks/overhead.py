@@ -18,11 +18,12 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from atspeed.benchmarks import markdown
 from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.in_process_baseline import BareRunner, bare_runner
 from atspeed.benchmarks.markdown import figures, item_range, origin
-from atspeed.benchmarks.markdown import table as markdown
+from atspeed.benchmarks.markdown import table as markdown_table
 from atspeed.benchmarks.results import Result
 from atspeed.benchmarks.services import Running, progress_bar, services, undisturbed
 from atspeed.client.recommender import RecommenderClient, recommend_request
@@ -185,12 +186,7 @@ def write(result: Result, folder: Path) -> Path:
     """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
     if result.header.get("benchmark") != NAME:
         raise BenchmarkError("the result is not one of bench overhead")
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / PAGE
-    page.write_text(
-        "\n".join(_page(result.header, [OverheadRow(**one) for one in result.rows])) + "\n", encoding="utf-8"
-    )
-    return page
+    return markdown.write(folder / PAGE, _page(result.header, [OverheadRow(**one) for one in result.rows]))
 
 
 def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[str]:
@@ -205,13 +201,13 @@ def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[st
     yield from origin(header, [("threads", f"{header['threads']} for each model"), ("provider", header["provider"])])
     yield from figures(_figures(rows))
     names = ("mode", "K", "caller", "models", "added", "added, p99", "share", "in process", "over")
-    yield from markdown(names, map(_cells, rows))
+    yield from markdown_table(names, map(_cells, rows))
     yield from (
         "Where it is added: transport, queue and the choice of children for target and draft; the loop; the caller's gRPC.",
         "",
     )
     parts = list(rows[0].parts_ms)
-    yield from markdown(
+    yield from markdown_table(
         ("mode", "K", *parts),
         [(one.mode, str(one.k), *(f"{one.parts_ms[part]:.1f}" for part in parts)) for one in rows],
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.intervals import Interval
 from atspeed.benchmarks.results import Result
+from atspeed.engine.files.atomic_write import replace_text
 
 NAME = "recommenders"
 PAGE = "recommenders.md"
@@ -93,9 +94,8 @@ def _shown(title: str, rows: Sequence[RecommenderRow]) -> Table:
 def write(result: Result, folder: Path) -> Path:
     """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
     rows = from_json(result)
-    folder.mkdir(parents=True, exist_ok=True)
     page = folder / PAGE
-    page.write_text("\n".join(["# Recommenders", "", *section(result.header, rows)]) + "\n", encoding="utf-8")
+    replace_text(page, "\n".join(["# Recommenders", "", *section(result.header, rows)]) + "\n")
     return page
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.engine.files.atomic_write import replace_text
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,7 @@ class Result:
 
     def write(self, path: Path) -> None:
         """Write the file, and its folder where there is none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Result:

@@ -3,6 +3,7 @@
 EngineError
 +-- BundleError      a bundle that cannot be read or does not fit together
 +-- CatalogueError   a catalogue that cannot be built or read
++-- LineError        a file of lines that cannot be read
 +-- PromptError      a history that cannot be turned into a prompt
 +-- CapacityError    more tokens than the model or the buffers take
 +-- OverloadedError  a limit on what is served at once; later, or elsewhere, there may be room
@@ -19,6 +20,10 @@ class BundleError(EngineError):
 
 class CatalogueError(EngineError):
     """A catalogue that cannot be built or read."""
+
+
+class LineError(EngineError):
+    """A file of lines that cannot be read."""
 
 
 class PromptError(EngineError):

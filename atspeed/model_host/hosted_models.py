@@ -187,12 +187,14 @@ class HostedModels(Generic[Worker]):
     def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, Decoder]) -> tuple[Trie, WeightsKey, Decoder]:
         settings, role = self._settings, self._role
         if settings.verify_bundle:
-            bundle.verify()
+            bundle.verify(but=role)
         trie = bundle.catalogue().trie  # a model needs no item: those are let go of
         key = weights_key(settings, bundle.model(role), trie.levels)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
         if key not in decoders:
-            return trie, key, load_decoder(bundle, role, options)
+            return trie, key, load_decoder(bundle, role, options, verified=settings.verify_bundle)
+        if settings.verify_bundle:
+            bundle.verify_model(role)
         check_decoder(bundle, role, decoders[key])
         return trie, key, decoders[key]
 

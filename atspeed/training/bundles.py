@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from atspeed.engine.bundle.bundle_files import link_or_copy
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
     Manifest,
@@ -15,7 +16,6 @@ from atspeed.engine.bundle.manifest import (
     Role,
     fingerprint,
     hash_files,
-    link_or_copy,
     read_manifest,
     write_manifest,
 )

@@ -29,6 +29,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
 from atspeed.training.errors import RecipeError
@@ -187,7 +188,7 @@ def train_drafts(
     }
     if is_main():
         lines = [f"{name}={bundle}\n" for name, bundle in found.items()]
-        (run_folder / "drafts" / "bundles.txt").write_text("".join(lines))
+        replace_text(run_folder / "drafts" / "bundles.txt", "".join(lines))
     return found
 
 

@@ -41,7 +41,7 @@ DATA_FILE = "model.onnx.data"
 
 _OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 _IR_VERSION = 11
-_PAGE = 4096  # onnxruntime maps the data file; tensors start on pages
+_PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ of a pass.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def export_decoder(
 
     model: float32, eval mode. code_tokens: the token id of each code column, [C].
     Raises ExportError, naming the config field, when the model has something that the graph does not, and when the
-    parity check fails; no model file is left behind then.
+    parity check fails. The files take the place of what is there once they are checked; otherwise nothing changes.
     """
     check_supported(model)
     shape = DecoderShape.of(model)
@@ -89,14 +90,7 @@ def export_decoder(
         raise ExportError("code_tokens: must be distinct, and at least one")
     if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
         raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        write_graph(model, folder, code_tokens, precision)
-        error = check_parity(model, folder / MODEL_FILE, code_tokens, precision)
-    except ExportError:
-        (folder / MODEL_FILE).unlink(missing_ok=True)
-        (folder / DATA_FILE).unlink(missing_ok=True)
-        raise
+    error = _write_checked(model, folder, code_tokens, precision)
     return ExportReport(
         architecture=model.config.model_type,
         precision=precision,
@@ -108,6 +102,25 @@ def export_decoder(
         max_positions=model.config.max_position_embeddings,
         max_logit_error=error,
     )
+
+
+def _write_checked(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision) -> float:
+    """Write the files beside where they belong, check them, and move them there; the largest error."""
+    partial = folder / ".export.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        write_graph(model, partial, code_tokens, precision)
+        error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
+        for name in (DATA_FILE, MODEL_FILE):
+            (partial / name).replace(folder / name)
+    except ExportError as failure:
+        raise ExportError(str(failure).replace(str(partial), str(folder))) from failure
+    except OSError as failure:
+        raise ExportError(f"{folder}: not written: {failure.strerror or failure}") from failure
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return error
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, write_manifest
-from atspeed.training.bundles import entry_of, share_files
+from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, link_files, write_manifest
+from atspeed.training.bundles import entry_of
 from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_parity, export_decoder
 from atspeed.training.inflation import InflationError, ModelShape, write_inflated
 from atspeed.training.models import SpelledModel
@@ -36,8 +36,7 @@ def inflate_bundle(
     trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
     partial, folder = out / "bundle.partial", out / "bundle"
     remove(partial)
-    for part in {"catalogue", *manifest.models} - inflations.keys():
-        share_files(bundle.root / part, partial / part)
+    link_files(bundle.root, [name for name in manifest.files if name.partition("/")[0] not in inflations], partial)
     exported = {}
     for role, inflation in inflations.items():
         checkpoint = out / f"{role}-checkpoint"
@@ -52,9 +51,17 @@ def inflate_bundle(
     }
     name = f"{manifest.name}-inflated-{label}"
     write_manifest(partial, manifest.model_copy(update={"name": name, "files": files, **entries}))
+    _read_back(partial)
     remove(folder)
     partial.rename(folder)
     return folder
+
+
+def _read_back(root: Path) -> None:
+    """Raise BundleError or CatalogueError unless a service could serve what was written."""
+    made = Bundle(root)
+    made.verify()
+    made.catalogue()
 
 
 def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:

@@ -281,7 +281,7 @@ def read_recipe(path: Path) -> Recipe:
 def read_toml(kind: type[_Read], path: Path) -> _Read:
     """Parse and validate a file. Raises RecipeError naming it and the key at fault."""
     try:
-        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.data import Histories
 
 Int64 = npt.NDArray[np.int64]
@@ -45,7 +46,7 @@ class Spelling(BaseModel):
 
     def save(self, checkpoint: Path) -> None:
         """Write it beside the model's weights."""
-        (checkpoint / SPELLING).write_text(self.model_dump_json() + "\n")
+        replace_text(checkpoint / SPELLING, self.model_dump_json() + "\n")
 
     @classmethod
     def load(cls, checkpoint: Path) -> Spelling:

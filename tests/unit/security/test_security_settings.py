@@ -222,3 +222,12 @@ def test_new_tokens_are_long_and_differ() -> None:
     made = {new_token() for _ in range(100)}
     assert len(made) == 100
     assert all(len(token) >= 43 and token.isascii() for token in made)
+
+
+def test_files_of_tokens_with_a_byte_order_mark_are_read(tokens: Path, tmp_path: Path) -> None:
+    """Some editors write one; it was the beginning of the first name, or no ASCII."""
+    plain = read_tokens(tokens)
+    tokens.write_bytes(b"\xef\xbb\xbf" + tokens.read_bytes())
+    assert read_tokens(tokens) == plain
+    (tmp_path / "shown").write_bytes(b"\xef\xbb\xbfsecret\r\n")
+    assert TokenFile(tmp_path / "shown")() == "secret"
