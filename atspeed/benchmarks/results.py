@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.engine.files.json_file import with_nulls, write_json
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,8 @@ class Result:
     rows: Sequence[Mapping[str, Any]]
 
     def write(self, path: Path) -> None:
-        """Write the file, and its folder where there is none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        """Write the file, and its folder where there is none. What is no number becomes null, so that the rest is kept."""
+        write_json(path, with_nulls({"header": self.header, "rows": self.rows}))
 
     @classmethod
     def read(cls, path: Path) -> Result:

@@ -20,10 +20,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
+from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape
 from atspeed.training.errors import TrainingError
+from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.int8_graph import Int8DecoderGraph, rounded
 from atspeed.training.parity import compare
 
@@ -68,6 +71,7 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{path}: transformers cannot load it: {error}") from error
     model: PreTrainedModel = loaded[0]
+    drop_generation_defaults(model, str(path))
     # transformers fills missing weights with random numbers and only logs it.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
@@ -75,13 +79,18 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
 
 
 def export_decoder(
-    model: PreTrainedModel, folder: Path, *, code_tokens: Sequence[int], precision: Precision = "float32"
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    code_tokens: Sequence[int],
+    precision: Precision = "float32",
+    prompt: PromptTemplate | None = None,
 ) -> ExportReport:
     """Write folder/model.onnx and folder/model.onnx.data, and check them against the model.
 
-    model: float32, eval mode. code_tokens: the token id of each code column, [C].
-    Raises ExportError, naming the config field, when the model has something that the graph does not, and when the
-    parity check fails; no model file is left behind then.
+    model: float32, eval mode. code_tokens: the token id of each code column, [C]. prompt: whose tokens are tried as well.
+    Raises ExportError, naming the config field, when the model has something that the graph does not, naming the token, when
+    a pass over it is not finite, and when the parity check fails; no model file is left behind then.
     """
     check_supported(model)
     shape = DecoderShape.of(model)
@@ -92,6 +101,7 @@ def export_decoder(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_graph(model, folder, code_tokens, precision)
+        _check_finite(folder / MODEL_FILE, code_tokens, prompt)
         error = check_parity(model, folder / MODEL_FILE, code_tokens, precision)
     except ExportError:
         (folder / MODEL_FILE).unlink(missing_ok=True)
@@ -142,6 +152,14 @@ def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> Deco
     if precision == "int8":
         return Int8DecoderGraph(model, data)
     return DecoderGraph(model, data, torch.float16 if precision == "float16" else torch.float32)
+
+
+def _check_finite(path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None) -> None:
+    """Raise ExportError when a pass over a token is not finite: the parity check asks a few random ones only."""
+    try:
+        check_finite(Decoder(path, RuntimeOptions(intra_op_threads=torch.get_num_threads())), code_tokens, prompt)
+    except BundleError as error:
+        raise ExportError(str(error)) from error
 
 
 def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision) -> float:

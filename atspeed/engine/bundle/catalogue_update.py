@@ -49,4 +49,6 @@ def update_catalogue(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, .
     kept = {name: digest for name, digest in bundle.manifest.files.items() if not name.startswith("catalogue/")}
     update = {"catalogue_version": catalogue.version, "files": kept | changed}
     write_manifest(out, bundle.manifest.model_copy(update=update))
-    return Bundle(out)
+    made = Bundle(out)
+    made.catalogue()  # as services will read it
+    return made

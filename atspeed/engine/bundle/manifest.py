@@ -20,7 +20,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
@@ -97,7 +106,7 @@ class Provenance(_Part):
     """The terms of the training data."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Manifest(_Part):
@@ -210,18 +219,29 @@ def read_manifest(root: Path) -> Manifest:
     """Parse and validate a bundle's manifest. Raises BundleError naming the field at fault."""
     path = root / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
+    return _parsed(path, content)
+
+
+def _parsed(path: Path, content: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write manifest.json last and in one step, so that a half-written bundle is never readable."""
+    """Write manifest.json last and in one step, so that a half-written bundle is never readable.
+
+    Raises BundleError, naming the field, when `read_manifest` would refuse it; nothing is written then.
+    """
+    text = manifest.model_dump_json(indent=1) + "\n"
+    _parsed(root / MANIFEST, text.encode())
     temporary = root / f"{MANIFEST}.partial"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(root / MANIFEST)
 
 
