@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--excluded", type=int, default=10_000)
     asked = parser.parse_args()
-    print(json.dumps(asdict(probe(asked.folder, k=asked.k, excluded=asked.excluded))))  # noqa: T201 - its answer
+    print(json.dumps(asdict(probe(asked.folder, k=asked.k, excluded=asked.excluded)), allow_nan=False))  # noqa: T201 - its answer
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from atspeed.engine.bundle.manifest import Bundle, ModelEntry
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare, largest_gap
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
+from atspeed.training.generation import drop_generation_defaults
 from atspeed.v1 import recommendation_pb2 as pb
 
 REFERENCE = "Hugging Face generate"
@@ -119,7 +120,7 @@ class Reference:
         if (model.config.vocab_size, model.config.num_hidden_layers) != (entry.vocab_size, entry.layers):
             raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
         self._model: Any = model  # transformers' type of `generate` has lost its self
-        self._model.generation_config.eos_token_id = None  # code tokens alone end nothing
+        drop_generation_defaults(model, "Hugging Face generate")
         self._entry, self._catalogue = entry, bundle.catalogue()
         self._children = _children(self._catalogue, entry)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.engine.files.atomic_write import replace_text
+from atspeed.engine.files.json_file import with_nulls, write_json
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Result:
     rows: Sequence[Mapping[str, Any]]
 
     def write(self, path: Path) -> None:
-        """Write the file, and its folder where there is none."""
-        replace_text(path, json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n")
+        """Write the file, and its folder where there is none. What is no number becomes null, so that the rest is kept."""
+        write_json(path, with_nulls({"header": self.header, "rows": self.rows}))
 
     @classmethod
     def read(cls, path: Path) -> Result:

@@ -38,6 +38,8 @@ class Calibration:
     def scales(self, target: Recommender, draft: Recommender, asked: Sequence[Question]) -> tuple[float, ...]:
         """The best scales of levels 1 to L - 1; all 1 where no others are better."""
         levels = draft.catalogue.trie.levels - 1
+        if not levels:
+            return ()
         free = free_nodes(draft.catalogue.trie, draft.rule)
         lists = draft.search(asked, beams=self.width)[:levels]
         wanted = {size.beam_width: target.beams(asked, beams=size.beam_width)[:levels] for size in self.sizes}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, link_files, write_manifest
+from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import entry_of
 from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_parity, export_decoder
 from atspeed.training.inflation import InflationError, ModelShape, write_inflated
@@ -51,17 +52,10 @@ def inflate_bundle(
     }
     name = f"{manifest.name}-inflated-{label}"
     write_manifest(partial, manifest.model_copy(update={"name": name, "files": files, **entries}))
-    _read_back(partial)
+    verify_bundle(partial, passes=False)  # each export has tried its tokens
     remove(folder)
     partial.rename(folder)
     return folder
-
-
-def _read_back(root: Path) -> None:
-    """Raise BundleError or CatalogueError unless a service could serve what was written."""
-    made = Bundle(root)
-    made.verify()
-    made.catalogue()
 
 
 def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
@@ -91,7 +85,10 @@ def _export(
         raise InflationError(
             f"{checkpoint}: differs from what was trained by {worst:.2g} in a logit (the largest is {largest:.2g})"
         )
-    report = export_decoder(inflated.model, folder, code_tokens=inflated.spelling.code_tokens, precision=precision)
+    spelling = inflated.spelling
+    report = export_decoder(
+        inflated.model, folder, code_tokens=spelling.code_tokens, precision=precision, prompt=spelling.prompt
+    )
     return inflated, report
 
 

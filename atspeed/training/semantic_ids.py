@@ -147,6 +147,9 @@ def residual_codes(embeddings: Float32, *, levels: int, bits: int, seed: int) ->
 
     if len(embeddings) < 1 << bits:
         raise RecipeError(f"codes.codebook_bits: {1 << bits} codes per level for only {len(embeddings)} items")
+    if len(embeddings) < embeddings.shape[1]:  # faiss refuses more dimensions than points; distances stay as they are
+        left, lengths, _ = np.linalg.svd(embeddings, full_matrices=False)
+        embeddings = np.ascontiguousarray(left * lengths, dtype=np.float32)
     quantiser = faiss.ResidualQuantizer(embeddings.shape[1], levels, bits)
     quantiser.cp.seed = seed + 1  # faiss takes 0 for "not set"
     quantiser.cp.min_points_per_centroid = 1

@@ -24,6 +24,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -118,7 +119,7 @@ class Provenance(_Part):
     """The terms of the training data."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Manifest(_Part):
@@ -251,18 +252,29 @@ def read_manifest(root: Path) -> Manifest:
     """Parse and validate a bundle's manifest. Raises BundleError naming the field at fault."""
     path = root / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
+    return _parsed(path, content)
+
+
+def _parsed(path: Path, content: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write manifest.json last and in one step, so that a half-written bundle is never readable."""
+    """Write manifest.json last and in one step, so that a half-written bundle is never readable.
+
+    Raises BundleError, naming the field, when `read_manifest` would refuse it; nothing is written then.
+    """
+    content = f"{manifest.model_dump_json(indent=1)}\n".encode()
+    _parsed(root / MANIFEST, content)
     with replacing(root / MANIFEST) as file:
-        file.write(f"{manifest.model_dump_json(indent=1)}\n".encode())
+        file.write(content)
 
 
 def link_files(root: Path, names: Iterable[str], out: Path) -> None:
