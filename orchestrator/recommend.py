@@ -37,11 +37,16 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a request may recommend. excluded, allowed: item indices; allowed is None where everything is."""
+    """What a request may recommend. excluded, allowed: item indices; allowed is None where everything is.
+
+    unknown_excluded, unknown_allowed: how many of the request's ids the catalogue does not know.
+    """
 
     excluded: frozenset[int]
     allowed: frozenset[int] | None
     pruning: Pruning
+    unknown_excluded: int
+    unknown_allowed: int
 
     def __contains__(self, item: int) -> bool:
         return item not in self.excluded and (self.allowed is None or item in self.allowed)
@@ -122,6 +127,8 @@ class Recommender:
                 selection_ns=ended - searching - target.usage.wait_ns - draft.usage.wait_ns,
                 total_ns=ended - begun,
             ),
+            unknown_excluded=candidates.unknown_excluded,
+            unknown_allowed=candidates.unknown_allowed,
         )
 
     async def _search(self, policy: Policy, target: Target, draft: Draft, pruning: Pruning) -> SearchResult:
@@ -159,6 +166,7 @@ class Recommender:
 
     def _candidates(self, order: RecommendParams, history: SubjectHistory) -> Candidates:
         excluded = self._indices(order.excluded)
+        unknown_excluded = len(order.excluded) - len(excluded)
         if order.exclude_seen:
             excluded = np.union1d(excluded, history.known)
         allowed = self._indices(order.allowed) if order.allowed else None
@@ -166,6 +174,8 @@ class Recommender:
             excluded=frozenset(excluded.tolist()),
             allowed=None if allowed is None else frozenset(allowed.tolist()),
             pruning=self.catalogue.pruning(excluded=excluded, allowed=allowed),
+            unknown_excluded=unknown_excluded,
+            unknown_allowed=len(order.allowed) - (0 if allowed is None else len(allowed)),
         )
 
     def _indices(self, item_ids: Sequence[str]) -> Int64:

@@ -24,6 +24,14 @@ class Origin(StrEnum):
     FORCED = "forced"
 
 
+class ColdStart(StrEnum):
+    """Why a list was made without any history item; see the proto's `ColdStart`."""
+
+    NO_STORED_HISTORY = "no-stored-history"
+    EMPTY_HISTORY = "empty-history"
+    UNKNOWN_ITEMS = "unknown-items"
+
+
 @dataclass(frozen=True)
 class RecommendParams:
     """A checked request: beam_width >= k >= 1, and user_id or history is set. With both, history is what was read of the user's:
@@ -102,6 +110,7 @@ class Recommendation:
     """A list and all that is to be said of it. degraded: what failed on the way, one line each.
 
     plan_invariant: whether the target's scores are the same whatever else is in a pass; see `ModelEntry`.
+    unknown_excluded, unknown_allowed: how many of these ids the catalogue does not know.
     """
 
     items: Sequence[Item]
@@ -118,6 +127,17 @@ class Recommendation:
     draft: Usage
     planning: PlanningReport
     times: StageTimes
+    unknown_excluded: int = 0
+    unknown_allowed: int = 0
+
+    @property
+    def cold_start(self) -> ColdStart | None:
+        """Why no history item is in the prompt; None where there is one."""
+        if len(self.history.known):
+            return None
+        if self.history.unknown:
+            return ColdStart.UNKNOWN_ITEMS
+        return ColdStart.EMPTY_HISTORY if self.order.user_id is None else ColdStart.NO_STORED_HISTORY
 
     @property
     def exact(self) -> bool:

@@ -115,9 +115,9 @@ def parse_budget(label: str) -> Budget:
     """`2k`: 2K nodes per level. `40/level`: 40 per level. `240/all`: 240 in all. `40`, `120` and `240` are short for three."""
     known = {"40": "40/level", "120": "120/all", "240": "240/all"}
     units = {"k": BudgetUnit.BEAM_WIDTHS, "/level": BudgetUnit.PER_LEVEL, "/all": BudgetUnit.IN_ALL}
-    match = re.fullmatch(r"([1-9]\d*)(k|/level|/all)", known.get(label, label))
+    match = re.fullmatch(r"([1-9][0-9]{0,5})(k|/level|/all)", known.get(label, label))
     if match is None:
-        raise BenchmarkError(f"--budget {label}: must be 40, 120, 240, Nk, N/level or N/all")
+        raise BenchmarkError(f"--budget {label}: must be 40, 120, 240, Nk, N/level or N/all, with N from 1 to 999999")
     return Budget(label, int(match[1]), units[match[2]])
 
 

@@ -25,6 +25,8 @@ def choose_histories(
     most_items: int | None = None,
 ) -> list[History]:
     """`users` histories of so many items out of a file (all, where it has fewer), or as many random ones without one."""
+    if most_items is not None and most_items < least_items:
+        raise BenchmarkError(f"--max-items {most_items} is less than --min-items {least_items}")
     rng = np.random.default_rng(seed)
     if path is None:
         longest = most_items or max(least_items, _LONGEST_RANDOM)

@@ -28,6 +28,6 @@ class Result:
         """Read what `write` wrote. Raises BenchmarkError naming the file."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["header"], content["rows"])
+            return cls(dict(content["header"]), [dict(row) for row in content["rows"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BenchmarkError(f"{path}: not a result file: {error!r}") from error

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from atspeed.cli.errors import Commands
 from atspeed.cli.options import CommandError
 from atspeed.engine.bundle.catalogue_update import update_catalogue
 from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.files.lines import parse_json, read_lines
 
-catalogue_commands = typer.Typer(no_args_is_help=True, help="Change what a bundle recommends.")
+catalogue_commands = Commands(help="Change what a bundle recommends.")
 
 
 def _item_id(item: str) -> str:
@@ -35,15 +36,22 @@ class NewItem(BaseModel):
 
 @catalogue_commands.command("update")
 def catalogue_update(
-    bundle: Annotated[Path, typer.Argument(help="The bundle to start from.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle to start from.", exists=True, file_okay=False)],
     out: Annotated[
-        Path, typer.Argument(help="Folder of the new bundle, not there yet, on the same disk: models are hard links.")
+        Path,
+        typer.Argument(
+            help="Folder of the new bundle, not there yet, on the same disk: models are hard links.", file_okay=False
+        ),
     ],
     add: Annotated[
         Path | None,
-        typer.Option(help='New items: lines of JSON, {"item_id": "a", "codes": [3, 0, 7]}.', exists=True),
+        typer.Option(
+            help='New items: lines of JSON, {"item_id": "a", "codes": [3, 0, 7]}.', exists=True, dir_okay=False
+        ),
     ] = None,
-    remove: Annotated[Path | None, typer.Option(help="Items to take out: an id a line.", exists=True)] = None,
+    remove: Annotated[
+        Path | None, typer.Option(help="Items to take out: an id a line.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Add items, with code paths of the bundle's codebooks, and take others out. An item in both files gets its new codes."""
     if os.path.lexists(out):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -29,6 +30,7 @@ KEY_HEADER = "x-atspeed-key"
 """Metadata that every call on a channel `by_key` has: calls of equal values go to the same replica."""
 
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 # gRPC's C core reads `requestHashHeader` only where this is set (grpcio 1.85); without it, calls on a ring fail.
 _RING_HASH_SWITCH = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
 
@@ -36,6 +38,7 @@ _RING_HASH_SWITCH = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
 def target_uri(address: str) -> str:
     """The gRPC target of an address (module docstring). ValueError says what is wrong with it."""
     if address.startswith(_SCHEMES):
+        _check_uri(address)
         return address
     endpoints = [_endpoint(part.strip()) for part in address.split(",")]
     if len(endpoints) == 1 and _ip_version(endpoints[0][0]) is None:
@@ -147,10 +150,27 @@ _THROTTLING = {"maxTokens": 100, "tokenRatio": 0.1}
 
 def _endpoint(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65_536):
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    named = _HOST_NAME.fullmatch(host) or _ip_version(host) is not None
+    if not (colon and named and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65_536):
         raise ValueError(f"{text!r} is not HOST:PORT")
     return host, int(port)
+
+
+def _check_uri(uri: str) -> None:
+    """Raise ValueError for what gRPC would take and never connect to."""
+    scheme, _, rest = uri.partition(":")
+    # After `//` comes an authority, up to the next slash: for dns the server to ask.
+    place = rest.partition("//")[2].partition("/")[2] if rest.startswith("//") and scheme != "unix" else rest
+    if not place or not uri.isprintable():
+        raise ValueError(f"{uri!r} names no address")
+    if scheme == "dns" and ":" in place:
+        _endpoint(place)
+    if scheme in {"ipv4", "ipv6"} and any(
+        _ip_version(_endpoint(part)[0]) != int(scheme[-1]) for part in place.split(",")
+    ):
+        raise ValueError(f"{uri!r} must hold IP:PORT, IP:PORT, all of IP version {scheme[-1]}")
 
 
 def _ip_version(host: str) -> int | None:

@@ -143,6 +143,9 @@ def _read(files: TlsFiles) -> Pems:
     """
     try:
         pems = _bytes(files)
+    except OSError as error:
+        raise TlsError(f"{error.filename}: {_reason(error)}") from None
+    try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if files.certificate:
             # With a password, so that an encrypted key does not ask the terminal.

@@ -346,7 +346,6 @@ def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeyp
         ([*known, "--draft", f"b={tmp_path}"], "--draft b="),
         ([*known, "--budget", "80"], "--budget 80"),
         ([*known[:3], "--data", tmp_path], "items.jsonl"),
-        (["report", tmp_path / "none.json", "--out", tmp_path], "none.json"),
     ):
         refused = run(*arguments)
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output

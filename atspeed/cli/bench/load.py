@@ -8,30 +8,46 @@ from typing import Annotated
 import typer
 
 from atspeed.cli.bench.options import Histories, JsonFile, Page, Seed, save, written
-from atspeed.cli.options import BundleFolder, optional, out
+from atspeed.cli.options import (
+    MAX_EXCLUDED,
+    MAX_REPLICAS,
+    MAX_THREADS,
+    MAX_USERS,
+    MAX_WIDTH,
+    BundleFolder,
+    optional,
+    out,
+)
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.rpc import event_loop
 
-Threads = Annotated[int, typer.Option(min=1, help="Threads of a pass of the target.")]
+Threads = Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass of the target.")]
 
 
 def bench_load(
     bundle: BundleFolder,
     histories: Histories = None,
-    users: Annotated[int, typer.Option(min=1, help="How many users' histories.")] = 2000,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Beams and items.")] = 10,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="How many users' histories.")] = 2000,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 10,
     rate: Annotated[
         list[float] | None,
-        typer.Option(min=0.1, help="Requests per second.  [default: shares of the bare runner's throughput]"),
+        typer.Option(
+            min=0.1, max=1_000_000, help="Requests per second.  [default: shares of the bare runner's throughput]"
+        ),
     ] = None,
     replicas: Annotated[
-        list[int] | None, typer.Option(min=1, help="Target replicas, measured one after the other.  [default: 1 2]")
+        list[int] | None,
+        typer.Option(min=1, max=MAX_REPLICAS, help="Target replicas, measured one after the other.  [default: 1 2]"),
     ] = None,
     mix: Annotated[str, typer.Option(help="Shares of users.")] = "new=0.2,returning=0.5,refreshing=0.3",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each rate.")] = 15.0,
-    settle: Annotated[float, typer.Option(min=0, help="Seconds before these that do not count.")] = 5.0,
-    unloaded: Annotated[int, typer.Option(min=1, help="Requests one after the other, for the unloaded latency.")] = 60,
-    bare: Annotated[int, typer.Option(min=1, help="Searches of each closed loop of the bare runner.")] = 120,
+    seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds of each rate.")] = 15.0,
+    settle: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds before these that do not count.")] = 5.0,
+    unloaded: Annotated[
+        int, typer.Option(min=1, max=MAX_USERS, help="Requests one after the other, for the unloaded latency.")
+    ] = 60,
+    bare: Annotated[
+        int, typer.Option(min=1, max=MAX_USERS, help="Searches of each closed loop of the bare runner.")
+    ] = 120,
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,
@@ -67,16 +83,19 @@ def bench_load(
 
 def bench_scaling(
     items: Annotated[
-        list[int] | None, typer.Option(min=2, help="Items of a catalogue.  [default: 10^4 10^5 10^6 10^7]")
+        list[int] | None,
+        typer.Option(min=2, max=100_000_000, help="Items of a catalogue.  [default: 10^4 10^5 10^6 10^7]"),
     ] = None,
-    codebook: Annotated[int, typer.Option(min=2, help="Codes of each of its four levels.")] = 256,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Beams.")] = 20,
-    excluded: Annotated[int, typer.Option(min=1, help="Items that a request excludes.")] = 10_000,
-    bundle: Annotated[Path | None, typer.Option(help="Measure searches of this bundle's target too.")] = None,
+    codebook: Annotated[int, typer.Option(min=2, max=65_536, help="Codes of each of its four levels.")] = 256,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams.")] = 20,
+    excluded: Annotated[int, typer.Option(min=1, max=MAX_EXCLUDED, help="Items that a request excludes.")] = 10_000,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Measure searches of this bundle's target too.", exists=True, file_okay=False)
+    ] = None,
     width: Annotated[
-        list[int] | None, typer.Option(min=1, help="Beams of its searches.  [default: 1 5 10 20 50]")
+        list[int] | None, typer.Option(min=1, max=MAX_WIDTH, help="Beams of its searches.  [default: 1 5 10 20 50]")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Users of each of its measurements.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users of each of its measurements.")] = 15,
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,

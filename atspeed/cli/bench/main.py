@@ -30,7 +30,18 @@ from atspeed.cli.bench.options import (
     save,
     written,
 )
-from atspeed.cli.options import BundleFolder, CommandError, err, optional, out
+from atspeed.cli.errors import Commands
+from atspeed.cli.options import (
+    MAX_EXCLUDED,
+    MAX_THREADS,
+    MAX_USERS,
+    MAX_WIDTH,
+    BundleFolder,
+    CommandError,
+    err,
+    optional,
+    out,
+)
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import Verdict
 from atspeed.engine.search.mode import Mode
@@ -48,13 +59,18 @@ _PAGES = {
 }
 """The module that writes a result's page, by the `benchmark` of its header."""
 
-bench_commands = typer.Typer(no_args_is_help=True, help="Measure and check.")
+bench_commands = Commands(help="Measure and check.")
 
 
 @bench_commands.command("parity")
 def bench_parity(
     bundle: BundleFolder,
-    checkpoint: Annotated[Path, typer.Option(help="The Hugging Face checkpoint that the target was exported from.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="The Hugging Face checkpoint that the target was exported from.", exists=True, file_okay=False
+        ),
+    ],
     users: Users = 200,
     histories: Histories = None,
     seed: Seed = 1,
@@ -79,8 +95,8 @@ RuleChoice = Literal["bundle", "vocab", "trie", "both"]
 def bench_lossless(
     bundle: BundleFolder,
     users: Users = 500,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 20,
-    excluded: Annotated[int, typer.Option(min=0, help="Items excluded per user.")] = 50,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Items wanted.")] = 20,
+    excluded: Annotated[int, typer.Option(min=0, max=MAX_EXCLUDED, help="Items excluded per user.")] = 50,
     rule: Annotated[RuleChoice, typer.Option(help="Scoring rules; another than the bundle's on a copy.")] = "bundle",
     histories: Histories = None,
     seed: Seed = 1,
@@ -109,7 +125,9 @@ DraftBundles = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=BUNDLE", help="Another draft for the same target; GROUP/SEED=BUNDLE for several alike."),
 ]
-Widths = Annotated[list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20]")]
+Widths = Annotated[
+    list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20]")
+]
 Budgets = Annotated[
     list[str] | None,
     typer.Option(help="Nodes of a plan: Nk per level, N/level, N/all.  [default: 2k 40(/level) 120(/all) 240(/all)]"),
@@ -123,7 +141,12 @@ Modes = Annotated[
 @bench_commands.command("acceptance")
 def bench_acceptance(
     bundle: BundleFolder,
-    data: Annotated[Path, typer.Option(help="The data set: a folder with items.jsonl and train/valid/test.txt.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="The data set: a folder with items.jsonl and train/valid/test.txt.", exists=True, file_okay=False
+        ),
+    ],
     users: Users = 1000,
     draft: DraftBundles = None,
     name: Annotated[str, typer.Option(help="Name of the bundle's own draft in the results.")] = "draft",
@@ -132,8 +155,10 @@ def bench_acceptance(
     mode: Modes = None,
     tolerance: Tolerance = 0.1,
     seed: Seed = 1,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as cores.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a pass, in each process.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="Processes; by default as many as cores.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass, in each process.")] = 1,
     per_user: Annotated[bool, typer.Option("--per-user", help="Keep every user's numbers in the result.")] = False,
     json_file: JsonFile = None,
     report: Page = None,
@@ -185,14 +210,20 @@ class LibraryMethod(StrEnum):
 
 @bench_commands.command("recommenders")
 def bench_recommenders(
-    run_folder: Annotated[Path, typer.Option(help="A finished run of `atspeed train`.")],
+    run_folder: Annotated[Path, typer.Option(help="A finished run of `atspeed train`.", exists=True, file_okay=False)],
     data: Annotated[Path | None, typer.Option(help="The data that the run's recipe reads.")] = None,
-    users: Annotated[int | None, typer.Option(min=1, help="How many test users; all without it.")] = None,
+    users: Annotated[
+        int | None, typer.Option(min=1, max=MAX_USERS, help="How many test users; all without it.")
+    ] = None,
     trained: Annotated[
         list[LibraryMethod] | None, typer.Option("--with", help="Train this one too (extra `bench`).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of SASRec, the best of which is kept.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Epochs of SASRec, the best of which is kept.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default.")
+    ] = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
     report: Page = None,
@@ -223,7 +254,7 @@ def bench_recommenders(
 
 @bench_commands.command("report")
 def bench_report(
-    result: Annotated[Path, typer.Argument(help="What a benchmark wrote as --json.")],
+    result: Annotated[Path, typer.Argument(help="What a benchmark wrote as --json.", exists=True, dir_okay=False)],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
 ) -> None:
     """A page about a measurement, from its JSON alone."""
@@ -231,7 +262,11 @@ def bench_report(
 
     read = Result.read(result)
     page = _PAGES.get(read.header.get("benchmark", ""), "atspeed.benchmarks.acceptance_report")
-    written(optional(page).write(read, folder))
+    writer = optional(page)
+    try:
+        written(writer.write(read, folder))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{result}: not a result that {page} can show: {error!r}") from error
 
 
 def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:

@@ -8,18 +8,23 @@ from typing import Annotated
 import typer
 
 from atspeed.cli.bench.options import JsonFile, Page, Seed, save, written
-from atspeed.cli.options import optional, out
+from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, optional, out
 
 
 def bench_precision(
-    run_folder: Annotated[Path, typer.Option(help="A finished run of `atspeed train`.")],
+    run_folder: Annotated[Path, typer.Option(help="A finished run of `atspeed train`.", exists=True, file_okay=False)],
     data: Annotated[Path | None, typer.Option(help="The data that the run's recipe reads.")] = None,
-    users: Annotated[int, typer.Option(min=1, help="How many test users.")] = 1000,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="How many test users.")] = 1000,
     timed: Annotated[
-        Path | None, typer.Option(help="A checkpoint to time passes of, say an inflated one; the run's without it.")
+        Path | None,
+        typer.Option(
+            help="A checkpoint to time passes of, say an inflated one; the run's without it.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Beams.")] = 20,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a pass.")] = 1,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.")] = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,
     report: Page = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from atspeed.cli.bench.options import Histories, JsonFile, LeastItems, MostItems, Page, Seed, Users, save, written
-from atspeed.cli.options import BundleFolder, CommandError, optional, out
+from atspeed.cli.options import MAX_THREADS, BundleFolder, CommandError, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.rpc import event_loop
 
@@ -22,12 +22,14 @@ def bench_prefix(
     nodes: Annotated[
         list[int] | None,
         typer.Option(
-            min=0, help="Trie nodes in a pass, besides the root; several are measured one by one.  [default: 0 120]"
+            min=0,
+            max=8_192,
+            help="Trie nodes in a pass, besides the root; several are measured one by one.  [default: 0 120]",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a pass.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.")] = 1,
     block_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens in one block; an item's without it.")
+        int | None, typer.Option(min=1, max=65_536, help="Prompt tokens in one block; an item's without it.")
     ] = None,
     seed: Seed = 1,
     json_file: JsonFile = None,

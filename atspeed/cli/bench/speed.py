@@ -24,7 +24,7 @@ from atspeed.cli.bench.options import (
     save,
     written,
 )
-from atspeed.cli.options import BundleFolder, CommandError, optional, out
+from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.decoder import Provider
 from atspeed.engine.search.mode import Mode
@@ -36,24 +36,32 @@ if TYPE_CHECKING:
     from atspeed.benchmarks.decode_rows import DecodeRow
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of each model and of the peers; all cores by default.")
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="Threads of each model and of the peers; all cores by default."),
 ]
 
 
 GpuPrecision = Literal["float32", "float16"]
 RunsOn = Annotated[Provider, typer.Option("--provider", help="Where the models run.")]
 Widths = Annotated[
-    list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
+    list[int] | None,
+    typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20 50]"),
 ]
 Planner = Annotated[PlannerKind, typer.Option(help="Plans of the size that pays, or of a fixed one.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="What the target was exported from: Hugging Face generate is measured beside it.")
+    Path | None,
+    typer.Option(
+        help="What the target was exported from: Hugging Face generate is measured beside it.",
+        exists=True,
+        file_okay=False,
+    ),
 ]
 GenAi = Annotated[
     bool, typer.Option("--genai", help="Measure onnxruntime-genai too (extra `bench`); needs --checkpoint.")
 ]
 PeerUsers = Annotated[
-    int | None, typer.Option("--hf-users", min=0, help="How many of them the other engines answer; all by default.")
+    int | None,
+    typer.Option("--hf-users", min=0, max=MAX_USERS, help="How many of them the other engines answer; all by default."),
 ]
 
 
@@ -73,7 +81,9 @@ def bench_decode(
     perfect: Annotated[
         bool, typer.Option("--perfect/--no-perfect", help="Measure plans that are perfect and free: the limit.")
     ] = True,
-    settle: Annotated[int, typer.Option(min=1, help="Users before these who do not count: the planner learns.")] = 3,
+    settle: Annotated[
+        int, typer.Option(min=1, max=MAX_USERS, help="Users before these who do not count: the planner learns.")
+    ] = 3,
     planner: Planner = PlannerKind.ADAPTIVE,
     threads: Threads = None,
     provider: RunsOn = "cpu",
@@ -123,7 +133,7 @@ def bench_overhead(
     least_items: LeastItems = 2,
     most_items: MostItems = None,
     k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 5 10 20]")
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 5 10 20]")
     ] = None,
     threads: Threads = None,
     provider: RunsOn = "cpu",
@@ -151,7 +161,13 @@ def bench_overhead(
 
 def bench_gpu(
     bundle: Annotated[
-        Path, typer.Option("--bundle", help="A bundle that `atspeed train` wrote, beside its checkpoints.")
+        Path,
+        typer.Option(
+            "--bundle",
+            help="A bundle that `atspeed train` wrote, beside its checkpoints.",
+            exists=True,
+            file_okay=False,
+        ),
     ],
     work: Annotated[Path, typer.Option(help="Folder for inflated bundles, which are kept; 40 GB.", file_okay=False)],
     histories: Histories = None,
@@ -161,13 +177,17 @@ def bench_gpu(
     ] = None,
     precision: Annotated[GpuPrecision, typer.Option(help="Of inflated weights.")] = "float16",
     provider: RunsOn = "cuda",
-    users: Annotated[int, typer.Option(min=1, help="Users whose lists are timed.")] = 30,
-    exact_users: Annotated[int, typer.Option(min=1, help="Users whose lists are compared with the CPU's.")] = 100,
-    hf_users: Annotated[int, typer.Option(min=0, help="Of the users, those that Hugging Face answers.")] = 5,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are timed.")] = 30,
+    exact_users: Annotated[
+        int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are compared with the CPU's.")
+    ] = 100,
+    hf_users: Annotated[
+        int, typer.Option(min=0, max=MAX_USERS, help="Of the users, those that Hugging Face answers.")
+    ] = 5,
     k: Widths = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search behind a long prompt.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that prompt.")] = 1000,
-    repeats: Annotated[int, typer.Option(min=1, help="Of every pass that is timed by itself.")] = 20,
+    beams: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="Beams of the search behind a long prompt.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of that prompt.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of every pass that is timed by itself.")] = 20,
     threads: Threads = None,
     seed: Seed = 1,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for gpu-DATE.json.", file_okay=False)] = Path(

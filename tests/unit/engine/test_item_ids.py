@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from atspeed.errors import InvalidArgumentError
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES, id_problem
 from atspeed.engine.errors import CatalogueError
+from atspeed.errors import InvalidArgumentError
 from atspeed.training.data import Dataset, Item, read_atspeed
 from atspeed.training.errors import DataError
 from atspeed.training.recipe import GivenCodes

@@ -222,6 +222,11 @@ def test_details_stay_small_enough_for_a_trailer() -> None:
         ("localhost:50051", "dns:///localhost:50051"),
         ("target:50052", "dns:///target:50052"),
         ("dns:///target:50052", "dns:///target:50052"),
+        ("dns:target:50052", "dns:target:50052"),
+        ("dns://10.0.0.1:53/target:50052", "dns://10.0.0.1:53/target:50052"),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", "ipv4:127.0.0.1:1,127.0.0.1:2"),
+        ("ipv6:[::1]:1", "ipv6:[::1]:1"),
+        ("my_service-1.local:1", "dns:///my_service-1.local:1"),
         ("unix:/run/target.sock", "unix:/run/target.sock"),
         ("127.0.0.1:50052", "ipv4:127.0.0.1:50052"),
         ("127.0.0.1:5001, 127.0.0.1:5002", "ipv4:127.0.0.1:5001,127.0.0.1:5002"),
@@ -234,10 +239,15 @@ def test_addresses(given: str, target: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["", "target", "target:", ":50052", "target:0", "target:65536", "a:1,b:2", "127.0.0.1:1,", "127.0.0.1:1,[::1]:2"],
+    [
+        *("", "target", "target:", ":50052", "target:0", "target:65536", "target:１２", f"target:{'9' * 5000}"),
+        *("a:1,b:2", "127.0.0.1:1,", "127.0.0.1:1,[::1]:2", "[::1:1", "a b:1", "a\n:1", "a\0b:1", "http://a:1", "-a:1"),
+        *("dns:", "dns:///", "dns:///a:99999", "dns:///a b:1", "ipv4:", "ipv4:a:1", "ipv4:[::1]:1", "ipv6:127.0.0.1:1"),
+        *("ipv4:127.0.0.1:1,zz", "unix:", "unix:a\nb"),
+    ],
 )
 def test_bad_addresses(given: str) -> None:
-    with pytest.raises(ValueError, match=r"HOST:PORT|IP:PORT|mixed"):
+    with pytest.raises(ValueError, match=r"HOST:PORT|IP:PORT|mixed|names no address"):
         target_uri(given)
 
 
