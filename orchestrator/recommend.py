@@ -21,19 +21,22 @@ from atspeed.rpc.errors import InvalidArgumentError, NotFoundError, UnavailableE
 from atspeed.rpc.mode import Mode
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
-from orchestrator.model_clients.model_request import ModelRequest
-from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
+from orchestrator.model_clients.target_client import TargetClient, TargetSession
 from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
 from orchestrator.planning.sized_draft import NoDraft, PlannedDraft
 from orchestrator.recommendation import Item, Origin, Recommendation, RecommendParams, StageTimes, SubjectHistory
 from orchestrator.search.ahead import DraftWhereNeeded
-from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
+from orchestrator.search.beam_loop import Draft, SearchResult, beam_search
 from orchestrator.search.memo import Memo
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from orchestrator.search.traced import TracedDraft, TracedTarget
 from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
 from orchestrator.user_key import FIRST_ITEMS, digest
+
+UNANSWERED = "speculation: the target had no answer to what was planned, it was asked without"
+"""What a list says of it that was begun anew for this reason."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -92,6 +95,7 @@ class Recommender:
             max_children=policy.max_children,
             beam_width=policy.beam_width,
             prefetches=speculates and self._lookahead,
+            speculates=speculates,
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
@@ -99,8 +103,7 @@ class Recommender:
         draft = PlannedDraft(drafting, planning) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:
-            where_needed = DraftWhereNeeded(TracedDraft(draft), target)
-            result = await self._search(policy, TracedTarget(target), where_needed, candidates.pruning)
+            result = await self._list(policy, target, draft, candidates.pruning, degraded)
         finally:
             target.close()
         planning.learn(result.memo, target.usage, draft.usage)
@@ -127,11 +130,24 @@ class Recommender:
             ),
         )
 
-    async def _search(self, policy: Policy, target: Target, draft: Draft, pruning: Pruning) -> SearchResult:
+    async def _list(
+        self, policy: Policy, target: TargetSession, draft: Draft, pruning: Pruning, degraded: list[str]
+    ) -> SearchResult:
+        """With a plan, and where the target has no answer to that, from the root on without one: no plan decides whether there is
+        a list.
+        """
+        try:
+            return await self._search(policy, target, draft, pruning)
+        except PlanUnansweredError:
+            degraded.append(UNANSWERED)
+            return await self._search(policy, target, NoDraft(), pruning)
+
+    async def _search(self, policy: Policy, target: TargetSession, draft: Draft, pruning: Pruning) -> SearchResult:
         trie, rule = self.catalogue.trie, self.manifest.scoring_rule
         if pruning.empties_catalogue:
             return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule))
-        return await beam_search(trie, rule, policy, target, draft)
+        where_needed = DraftWhereNeeded(TracedDraft(draft), target)
+        return await beam_search(trie, rule, policy, TracedTarget(target), where_needed)
 
     async def _history(self, order: RecommendParams) -> SubjectHistory:
         item_ids = order.history if order.history is not None else await self._stored(order.user_id or "", order.tenant)

@@ -35,7 +35,7 @@ from atspeed.rpc.errors import (
     retry_after_seconds,
 )
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
-from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
+from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest, PlanUnansweredError
 from orchestrator.planning.usage import Usage
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
@@ -50,6 +50,8 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
 }
+# What a plan may be the reason for: a node whose pass fails or gives no numbers, more nodes than the replica takes.
+_OF_THE_QUESTION = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT}
 _NOT_ALLOWED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 _MOST_REFUSALS = 2
 _RETRY_PAUSE_SECONDS = 0.05
@@ -96,14 +98,21 @@ class TargetClient:
         await asyncio.gather(*self._ending)
 
     def session(
-        self, question: ModelRequest, *, max_children: int, beam_width: int = 0, prefetches: bool = False
+        self,
+        question: ModelRequest,
+        *,
+        max_children: int,
+        beam_width: int = 0,
+        prefetches: bool = False,
+        speculates: bool = False,
     ) -> TargetSession:
         """The target for one request. Close it to free the state that the replica holds.
 
         beam_width: of the beam search that the target may go on with by itself; 0: none. prefetches: whether it may evaluate
-        what it expects that search to ask for.
+        what it expects that search to ask for. speculates: whether more may be asked for than the search needs; what the
+        target cannot answer is then for the caller to ask for without that.
         """
-        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
+        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches, speculates=speculates)
 
 
 @dataclass(frozen=True)
@@ -125,9 +134,10 @@ class TargetSession:
         beam_width: int = 0,
         *,
         prefetches: bool = False,
+        speculates: bool = False,
     ) -> None:
         self._client, self._question, self._max_children = client, question, max_children
-        self._beam_width, self._looks_ahead = beam_width, prefetches
+        self._beam_width, self._looks_ahead, self._speculates = beam_width, prefetches, speculates
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
@@ -142,7 +152,11 @@ class TargetSession:
         return bool(self._ahead)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
+        """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up.
+
+        Raises PlanUnansweredError, once, where the session speculates and a replica has no valid answer. From then on it is one
+        that does not, on another stream: the caller begins its search anew, without a plan.
+        """
         if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
             return self._next_ahead()
         begun = time.perf_counter_ns()
@@ -176,6 +190,8 @@ class TargetSession:
                 async with asyncio.timeout(self._client.pass_seconds * self._most_passes(nodes)):
                     return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
+                if error.code() in _OF_THE_QUESTION:
+                    self._blame_the_plan(error.code().name)
                 failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
             except TimeoutError:
                 failure, again = UnavailableError("no target replica answered in time"), True
@@ -183,6 +199,7 @@ class TargetSession:
                 failure, again = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:
                 _log.warning("target answered nonsense", problem=str(error))
+                self._blame_the_plan("nonsense")
                 failure, again = UnavailableError("the target gave an invalid answer"), True
             self.close()
             if not again or attempt == self._client.attempts:
@@ -190,6 +207,16 @@ class TargetSession:
             self.usage.retries += 1
             await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._question.deadline.left()))
         raise AssertionError("unreachable: attempts is at least 1")
+
+    def _blame_the_plan(self, answer: str) -> None:
+        """Raise PlanUnansweredError where there may be a plan."""
+        if not self._speculates:
+            return
+        _log.warning("target_has_no_answer_to_a_plan", answer=answer)
+        self.close()
+        self._speculates = False
+        self.usage.retries += 1
+        raise PlanUnansweredError
 
     def _may_be_better_elsewhere(self, code: grpc.StatusCode) -> bool:
         """Whether to ask another replica. Where one is full one other is asked, no more: a service that is short of replicas must
