@@ -20,6 +20,7 @@ from atspeed.observability.metrics import SIZES, WHOLE, CounterOf, HistogramOf, 
 from atspeed.rollout.bundle_watch import BundleWatch
 from atspeed.rollout.release_track import Track
 from atspeed.rpc.admission import Admission
+from orchestrator.recommend import UNANSWERED
 from orchestrator.recommendation import Recommendation
 from orchestrator.serving.track_router import TrackRouter
 from orchestrator.speculation_breaker import SWITCHED_OFF
@@ -84,12 +85,14 @@ METRICS = (
 
 _REASONS = {
     SWITCHED_OFF: "speculation_off",
+    UNANSWERED: "plan_unanswered",
     "draft: left alone after a recent failure": "draft_resting",
     "draft: invalid answer": "draft_invalid",
     "draft: UNAVAILABLE": "draft_unavailable",
     "draft: DEADLINE_EXCEEDED": "draft_late",
     "draft: RESOURCE_EXHAUSTED": "draft_busy",
     "draft: FAILED_PRECONDITION": "draft_version",
+    "draft: INTERNAL": "draft_failed",
 }
 _NARROWED = "beam_width"
 """Label values of what `degraded` says; all else is `other`, so that no text can make a series."""

@@ -20,17 +20,20 @@ from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from atspeed.observability import tracing
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
-from orchestrator.model_clients.model_request import ModelRequest
-from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
+from orchestrator.model_clients.target_client import TargetClient, TargetSession
 from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
 from orchestrator.planning.sized_draft import NoDraft, SizedDraft
 from orchestrator.recommendation import Item, Origin, Recommendation, RecommendParams, StageTimes, SubjectHistory
-from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
+from orchestrator.search.beam_loop import Draft, SearchResult, beam_search
 from orchestrator.search.memo import Memo
 from orchestrator.search.policies import POLICIES, Policy
 from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
 from orchestrator.user_key import FIRST_ITEMS, digest
+
+UNANSWERED = "speculation: the target had no answer to what was planned, it was asked without"
+"""What a list says of it that was begun anew for this reason."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -95,6 +98,7 @@ class Recommender:
             max_children=policy.max_children,
             beam_width=policy.beam_width,
             prefetches=speculates and self._target_prefetch,
+            speculates=speculates,
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
@@ -102,7 +106,7 @@ class Recommender:
         draft = SizedDraft(drafting, planning, target) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:
-            result = await self._search(policy, target, draft, candidates.pruning)
+            result = await self._list(policy, target, draft, candidates.pruning, degraded)
         finally:
             target.close()
         planning.learn(result.memo, target.usage, draft.usage)
@@ -131,7 +135,19 @@ class Recommender:
             unknown_allowed=candidates.unknown_allowed,
         )
 
-    async def _search(self, policy: Policy, target: Target, draft: Draft, pruning: Pruning) -> SearchResult:
+    async def _list(
+        self, policy: Policy, target: TargetSession, draft: Draft, pruning: Pruning, degraded: list[str]
+    ) -> SearchResult:
+        """With a plan, and where the target has no answer to that, from the root on without one: no plan decides whether there is
+        a list.
+        """
+        try:
+            return await self._search(policy, target, draft, pruning)
+        except PlanUnansweredError:
+            degraded.append(UNANSWERED)
+            return await self._search(policy, target, NoDraft(), pruning)
+
+    async def _search(self, policy: Policy, target: TargetSession, draft: Draft, pruning: Pruning) -> SearchResult:
         trie, rule = self.catalogue.trie, self.manifest.scoring_rule
         if pruning.empties_catalogue:
             return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule))

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from atspeed.cli.display import milliseconds, origin
 from atspeed.client.recommender import Options, RecommenderClient, RecommenderError
+from atspeed.concurrency.early_signals import unwind_at_sigterm
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import EngineError
 from atspeed.engine.search.list_comparison import NEAR_TIE, RankedList, Verdict, compare
@@ -333,4 +334,5 @@ def main(bundle: Path = BUNDLE, scale: Scale | None = None) -> int:
 
 
 if __name__ == "__main__":
+    unwind_at_sigterm()
     sys.exit(main())

@@ -6,6 +6,7 @@ EngineError
 +-- LineError        a file of lines that cannot be read
 +-- PromptError      a history that cannot be turned into a prompt
 +-- CapacityError    more tokens than the model or the buffers take
++-- NoNumbersError   a pass after which the model's scores are NaN or infinite
 +-- OverloadedError  a limit on what is served at once; later, or elsewhere, there may be room
 """
 
@@ -32,6 +33,10 @@ class PromptError(EngineError):
 
 class CapacityError(EngineError):
     """More tokens than the model's positions or the buffers take."""
+
+
+class NoNumbersError(EngineError):
+    """A pass after which the model's scores are NaN or infinite: of the weights, or of a token that the pass reads."""
 
 
 class OverloadedError(EngineError):

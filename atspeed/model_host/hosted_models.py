@@ -179,6 +179,7 @@ class HostedModels(Generic[Worker]):
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
             info = self._info(bundle, curve)
+            await evaluator.examine()
             undo.pop_all()
         reads = served_reads(info)
         self.metrics.add(reads)

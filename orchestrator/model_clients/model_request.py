@@ -36,5 +36,9 @@ class ModelRequest:
         return (*request_metadata(), *self.priority.metadata)
 
 
+class PlanUnansweredError(Exception):
+    """The target has no answer to what was planned or foreseen. It may have one to the search alone."""
+
+
 class BadReplyError(Exception):
     """A service answered something that no honest one could."""

@@ -36,7 +36,7 @@ from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
-from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
+from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest, PlanUnansweredError
 from orchestrator.planning.usage import Usage
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
@@ -51,6 +51,8 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
 }
+# What a plan may be the reason for: a node whose pass fails or gives no numbers, more nodes than the replica takes.
+_OF_THE_QUESTION = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT}
 _NOT_ALLOWED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 _MOST_REFUSALS = 2
 _RETRY_PAUSE_SECONDS = 0.05
@@ -103,6 +105,7 @@ class TargetClient:
         max_children: int | None,
         beam_width: int | None = None,
         prefetches: bool = False,
+        speculates: bool = False,
     ) -> TargetSession:
         """Open the target for one request. Close it to free the state that the replica holds.
 
@@ -111,8 +114,10 @@ class TargetClient:
             max_children: number of children per node that the target returns; None for all.
             beam_width: beam width of the target's autonomous search; None for no such search.
             prefetches: whether the target may evaluate nodes in advance.
+            speculates: whether the caller may ask for more nodes than the search needs. If the target has no valid answer to
+                those, the caller asks again without them.
         """
-        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
+        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches, speculates=speculates)
 
 
 @dataclass(frozen=True)
@@ -134,12 +139,14 @@ class TargetSession:
         beam_width: int | None = None,
         *,
         prefetches: bool = False,
+        speculates: bool = False,
     ) -> None:
         self._client = client
         self._question = question
         self._max_children = max_children
         self._beam_width = beam_width
         self._prefetches = prefetches
+        self._speculates = speculates
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
@@ -155,7 +162,11 @@ class TargetSession:
         return bool(self._ahead)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """Make one pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
+        """Make one pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up.
+
+        Raises PlanUnansweredError, once, when the session speculates and a replica has no valid answer. From then on the
+        session does not speculate and uses another stream: the caller starts its search again, without a plan.
+        """
         self._questions += 1
         with tracing.span("evaluate", number=self._questions, nodes=len(nodes)):
             if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
@@ -191,6 +202,8 @@ class TargetSession:
                 async with asyncio.timeout(self._client.pass_seconds * self._most_passes(nodes)):
                     return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
+                if error.code() in _OF_THE_QUESTION:
+                    self._blame_the_plan(error.code().name)
                 failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
             except TimeoutError:
                 failure, again = UnavailableError("no target replica answered in time"), True
@@ -198,6 +211,7 @@ class TargetSession:
                 failure, again = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:
                 _log.warning("target answered nonsense", problem=str(error))
+                self._blame_the_plan("nonsense")
                 failure, again = UnavailableError("the target gave an invalid answer"), True
             self.close()
             if not again or attempt == self._client.attempts:
@@ -205,6 +219,16 @@ class TargetSession:
             self.usage.retries += 1
             await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._question.deadline.left()))
         raise AssertionError("unreachable: attempts is at least 1")
+
+    def _blame_the_plan(self, answer: str) -> None:
+        """Raise PlanUnansweredError where there may be a plan."""
+        if not self._speculates:
+            return
+        _log.warning("target_has_no_answer_to_a_plan", answer=answer)
+        self.close()
+        self._speculates = False
+        self.usage.retries += 1
+        raise PlanUnansweredError
 
     def _may_be_better_elsewhere(self, code: grpc.StatusCode) -> bool:
         """Whether to ask another replica. Where one is full one other is asked, no more: a service that is short of replicas must

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -207,7 +208,7 @@ class started:  # noqa: N801 - reads as a verb
     """`atspeed up` as a process that does not outlive the block."""
 
     def __init__(self, *arguments: object) -> None:
-        self.command = [sys.executable, "-m", "atspeed.cli.main", "up", *map(str, arguments)]
+        self.command = [sys.executable, "-m", "client", "up", *map(str, arguments)]
 
     def __enter__(self) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
@@ -219,7 +220,10 @@ class started:  # noqa: N801 - reads as a verb
     def __exit__(self, *exception: object) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.communicate(timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.communicate(timeout=60)
+            self.process.kill()
+            self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()

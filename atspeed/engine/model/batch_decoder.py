@@ -85,10 +85,14 @@ def _gather(trees: Sequence[TreeInput], past: KV) -> None:
 
 
 def _padded(rows: Sequence[Int64], count: int) -> Int64:
-    """Rows of different lengths as one array [B, count], with zeros behind them."""
-    array = np.zeros((len(rows), count), dtype=np.int64)
+    """Rows of different lengths as one array [B, count], each padded with its first value.
+
+    Any other token might be one whose keys and values are not finite, and what is masked counts 0 times those.
+    """
+    array = np.empty((len(rows), count), dtype=np.int64)
     for row, values in enumerate(rows):
         array[row, : len(values)] = values
+        array[row, len(values) :] = values[0]
     return array
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -12,7 +13,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from atspeed.engine.bundle.manifest import ModelEntry
-from atspeed.engine.errors import CapacityError, PromptError
+from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
 from atspeed.engine.kv.memory_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
 from atspeed.engine.kv.prefix_cache import PrefixCache
@@ -46,12 +47,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A pass that was made, over so many nodes. From when it queued up until it was done, by `time.perf_counter_ns`."""
+    """A pass that was made, over so many nodes. From when it queued up until it was done, by `time.perf_counter_ns`.
+
+    valid: whether its scores are numbers.
+    """
 
     nodes: int
     cost: PassStats
     queued_ns: int
     done_ns: int
+    valid: bool = True
 
 
 @dataclass
@@ -150,7 +155,8 @@ class TreeEvaluator:
         """One pass: the best children of `nodes` [n], ascending inner nodes, not evaluated before on this tree.
 
         Parents are evaluated before or among `nodes`; the root is in the first pass, or the prompt is computed without it.
-        Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full.
+        Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full, and
+        NoNumbersError, after which the tree is of no use: it holds keys and values that are no numbers either.
         """
         return await self.run_steps(tree, _one_pass(nodes), selection)
 
@@ -186,15 +192,19 @@ class TreeEvaluator:
     async def warm_up(self) -> None:
         """Run one pass of each kind, so that the first request does not pay for allocations."""
         prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
-        longest = self.entry.max_positions - self.trie.levels + 1
         everything = Selection(Pruning.none(), limit=1)
-        tree = OpenTree(self._empty_tree(prompt[:longest]), [], (), PassStats(), rehearsal=True)
+        tree = self.rehearsal(prompt[: self.entry.max_positions - self.trie.levels + 1])
         try:
-            await self.evaluate(tree, np.array([ROOT]), everything)
-            if self.trie.levels > 1:
-                await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+            with suppress(NoNumbersError):  # it is for `plain_passes` to say whether that matters
+                await self.evaluate(tree, np.array([ROOT]), everything)
+                if self.trie.levels > 1:
+                    await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
         finally:
             self.end(tree)
+
+    def rehearsal(self, prompt: Int64, cached: tuple[KvArray, ...] = ()) -> OpenTree:
+        """A tree that nobody waits for, on blocks that are made up; no cache keeps anything of it. End it with `end`."""
+        return OpenTree(self._empty_tree(prompt), [], cached, PassStats(), rehearsal=True)
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure what passes cost, for about so long. Nothing else should run on the model meanwhile."""
@@ -209,13 +219,13 @@ class TreeEvaluator:
         nodes = np.arange(min(new, int(self.trie.level_start[self.trie.levels])))
         prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
-        blocks = (block,) * (cached // self._layout.block_tokens)
-        tree = OpenTree(self._empty_tree(prompt), [], blocks, PassStats(), rehearsal=True)
+        tree = self.rehearsal(prompt, (block,) * (cached // self._layout.block_tokens))
         try:
-            _, cost = await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
+            with suppress(NoNumbersError):
+                await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
         finally:
             self.end(tree)
-        return cost
+        return tree.passes[-1].cost
 
     async def close(self) -> None:
         """Wait for the passes that are queued, and stop. The cache stays the caller's to close."""
@@ -266,9 +276,8 @@ class TreeEvaluator:
         tree.capacity, tree.cached = 0, ()
 
     def _run(self, works: Sequence[TreeWork]) -> Iterator[object]:
-        """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it.
-
-        Where the model itself fails nothing has been committed, and each may be run again.
+        """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it. Where
+        the model itself fails nothing has been committed, and each may be run again.
         """
         begun = time.perf_counter_ns()
         steps = [_attempt(self._prepare, work) for work in works]
@@ -300,36 +309,43 @@ class TreeEvaluator:
 
     def _finish(self, work: TreeWork, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
         """What the pass says of the tree's nodes, and what follows from it: another pass, or what was looked for."""
-        tree, selection = work.tree, work.selection
-        copying = time.perf_counter_ns()
+        tree = work.tree
         first = tree.tokens.length < len(tree.tokens.prompt)
         tree.tokens.commit(step, work.nodes)
-        if first:
-            tree.computed = self._computed_blocks(tree)
         selecting = time.perf_counter_ns()
-        evaluation = best_children(
-            self.trie,
-            work.nodes,
-            output.code_logits,
-            output.log_normalizer,
-            rule=self.rule,
-            pruning=selection.pruning,
-            limit=selection.limit,
-            perturbation=selection.perturbation,
-        )
+        evaluation = self._evaluation(work, output)
+        valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()
+        if first and valid:  # a node that spoils a pass spoils the prompt's keys and values in it too
+            tree.computed = self._computed_blocks(tree)
         done = time.perf_counter_ns()
         cost = replace(
             tree.cost_of_opening,
             queue_ns=begun - work.queued_ns,
-            forward_ns=forward.forward_ns + selecting - copying,
-            selection_ns=done - selecting,
+            forward_ns=forward.forward_ns + done - copying,
+            selection_ns=copying - selecting,
             new_tokens=len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
         )
         tree.cost_of_opening = PassStats()
-        tree.passes.append(PassRecord(len(work.nodes), cost, work.queued_ns, done))
-        return self._next(work, evaluation)
+        tree.passes.append(PassRecord(len(work.nodes), cost, work.queued_ns, done, valid))
+        return self._next(work, evaluation) if isinstance(evaluation, Evaluation) else evaluation
+
+    def _evaluation(self, work: TreeWork, output: TreeOutput) -> Evaluation | NoNumbersError:
+        selection = work.selection
+        try:
+            return best_children(
+                self.trie,
+                work.nodes,
+                output.code_logits,
+                output.log_normalizer,
+                rule=self.rule,
+                pruning=selection.pruning,
+                limit=selection.limit,
+                perturbation=selection.perturbation,
+            )
+        except NoNumbersError as error:
+            return error
 
     def _next(self, work: TreeWork, evaluation: Evaluation) -> object:
         """The work's next pass, or what it has found."""
