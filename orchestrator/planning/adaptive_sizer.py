@@ -1,9 +1,10 @@
 """Plan sizer that minimises the expected latency of a list (docs/planner.md).
 
 A worked example: K = 10 on a catalogue of four levels, and a warm prompt of which 5 tokens must be computed. The target's cost
-curve is T(n) = 8 + 0.31 n ms; overhead and queues are left out and all ratios of remaining work are 1. Plain beam search takes
-T(10) = 11.1 ms for each of levels 1 to 3, so R = 33.3, 22.2 and 11.1 ms from these levels on. The draft has returned 120 nodes.
-The acceptance model gives S, the probability that a prefix down to a margin misses a level or one above it:
+curve is T(n) = 8 + 0.31 n ms. Overhead and queues are left out, and all ratios of remaining work are 1. Plain beam search takes
+T(10) = 11.1 ms for each of levels 1 to 3. From these levels on it takes R = 33.3, 22.2 and 11.1 ms. The draft has returned 120
+nodes. Each prefix of the plan holds the nodes down to a margin. The acceptance model gives S_l, the probability that a prefix
+misses level l or one above it:
 
     margin   nodes    S_1    S_2    S_3    first pass   after it   expected latency
       +inf       0   1.00   1.00   1.00       9.55 ms    33.3 ms    42.9 ms (the target alone)

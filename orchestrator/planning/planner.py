@@ -1,4 +1,4 @@
-"""Planner of a bundle: makes the plan sizer of each request and keeps the cost curves fresh."""
+"""Planner of a bundle: the plan sizer of each request, and fresh cost curves."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ class ModelLatencies:
     Attributes:
         target: the target's latency.
         draft: the draft's latency.
-        target_computed_share: mean share for the target, by the draft's reply: True if part of the draft's prompt was cached,
-            False if not, None over all requests.
+        target_computed_share: mean share for the target. True: requests that found part of the draft's prompt cached.
+            False: requests that did not. None: all requests.
         draft_computed_share: mean share for the draft.
     """
 
@@ -98,10 +98,10 @@ class PlannerState:
         self.patience = patience
         self._backoffs: dict[tuple[WorkloadKey, int, int, int], SkipBackoff] = defaultdict(SkipBackoff)
         self._requests_since_plan: Counter[tuple[WorkloadKey, int]] = Counter()
-        # Each start level has an equal share of the budget. float64 [levels]: saved so far, and the latest plan's price, which
-        # is 1 ns before the first so that any saving allows a look at it.
+        # Each start level has an equal share of the exploration budget.
         self._explored_share = explored_share / max(1, levels - 1)
-        self._budget_ns = np.zeros(levels)
+        self._budget_ns = np.zeros(levels)  # saved so far
+        # Draft time of the latest exploration plan. 1 ns before the first: any budget lets the sizer compute the real one.
         self._price_ns = np.ones(levels)
 
     def backoff(self, workload: WorkloadKey, start: int, beams: int, prompt_tokens: int) -> SkipBackoff:

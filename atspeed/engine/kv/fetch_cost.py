@@ -23,7 +23,7 @@ _PRIOR_WEIGHT = 0.1
 _MEMORY = 20
 _DECAY = 1 - 1 / _MEMORY
 # Largest ratio of a read's time to the expected one that is learned from: a read that the machine held up says little of the
-# next. Eight still lets the estimate follow a server that became slow within a few reads.
+# next. Chosen, not measured: eight still lets the estimate follow a slower server within a few reads.
 _MAX_SLOWDOWN = 8.0
 # One look-up in so many that do not pay is made all the same (6 %), so that a Redis that recovers is noticed.
 _EXPLORATION_INTERVAL = 16

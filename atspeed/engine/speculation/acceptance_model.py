@@ -1,9 +1,9 @@
 """Estimate of how large a plan must be to cover the beams of each level.
 
-The margins of a plan order its nodes, so every smaller plan is a prefix: all nodes down to a depth, where depth = -margin. After
-a search its nodes are known, and with them the *required depth* of each level: the depth of the smallest prefix that holds all
-beams of the level. If the plan lacks one of them, the required depth only has a lower bound: the observation is censored. The
-share of requests that require more than a depth is the estimate of Kaplan and Meier (1958).
+The margins of a plan order its nodes. Every smaller plan is a prefix: all nodes down to a depth, where depth = -margin. A search
+that has ended shows the *required depth* of each level, the depth of the smallest prefix that holds all its beams. If the plan
+lacks one of them, the observation is censored: the required depth only has a lower bound. The share of requests that require
+more than a depth is the estimate of Kaplan and Meier (1958).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ EMPTY_DEPTH = -np.inf
 """Depth of the empty prefix; required depth of a level that needs no planned node."""
 # Depth of nodes whose margin is +inf. Any number below the grid's other depths would do.
 _CERTAIN_DEPTH = -1e6
-# Depths from 1/64 to 64 nats, 8 for each power of two: rounding moves a depth by at most 9 % (2^(1/8)). Margins below 1/64 are
-# noise beside the scores' differences, and a node 64 nats below the threshold is never a beam.
+# Depths from 1/64 to 64 units of margin, 8 for each power of two: rounding moves a depth by at most 9 % (2^(1/8)). In nats, 1/64
+# changes a probability by 1.6 %, and a node that is e^64 times less likely than the last beam is never a beam.
 _POSITIVE_DEPTHS = np.geomspace(2.0**-6, 2.0**6, 97)
 # float64 [197], ascending: the grid of depths.
 DEPTHS = np.concatenate([[EMPTY_DEPTH, _CERTAIN_DEPTH], -_POSITIVE_DEPTHS[::-1], [0.0], _POSITIVE_DEPTHS])
@@ -93,7 +93,7 @@ class PlanPrefixes:
 
 @dataclass(frozen=True)
 class ProposedPlan:
-    """A plan before it was cut.
+    """Plan before it was cut.
 
     Attributes:
         start: level of the beams that it hangs below.

@@ -15,7 +15,7 @@ from atspeed.engine.speculation.acceptance_model import PlanPrefixes, WorkloadKe
 
 @dataclass(frozen=True)
 class ObservedPass:
-    """A pass of a search after its first one.
+    """Pass of a search after its first one.
 
     Attributes:
         level: level of the beams that needed it.
@@ -123,10 +123,8 @@ class PlanCoverage:
 class ExpectedLatency:
     """Expected time of the rest of a search, by its plan; l is the number of levels below the beams.
 
-    With S_i the probability to miss level i or one above it, rho_i the ratio of remaining work and R_i the time of plain beam
-    search from level i on (docs/planner.md):
-
-        first pass + sum_i (S_i - S_{i-1}) * rho_i * R_i
+    It is first pass + sum_i (S_i - S_{i-1}) * rho_i * R_i (docs/planner.md). S_i is the probability to miss level i or one above
+    it. R_i is the time of plain beam search from level i on, and rho_i the ratio of remaining work.
 
     Attributes:
         first_pass_ns: time of the next pass with so many planned nodes [c] in it.

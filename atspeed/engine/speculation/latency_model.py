@@ -26,8 +26,8 @@ _MAX_QUEUE_NS = 60_000_000_000
 # Largest ratio of a measured time to the expected one that is learned from. A pause of the machine says little of the next
 # call, and a lasting change shows in many calls. Chosen, not measured.
 _OUTLIER_RATIO = 4.0
-# Overhead that is never cut off, since the expected one is 0 at first: four times the 0.12 ms that a message takes there and
-# back between two processes (docs/log.md).
+# Overhead that is never cut off, since the expected one is 0 at first: about four times the 0.12 ms that a message takes there
+# and back between two processes (docs/log.md).
 _OUTLIER_FLOOR_NS = 500_000
 
 

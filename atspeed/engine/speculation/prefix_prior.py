@@ -1,4 +1,4 @@
-"""Prior over prefixes: plans without a draft, from the target's past probabilities."""
+"""Prior over prefixes: plans without a draft, from past target probabilities."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from atspeed.engine.search.trie import Int64, Pruning, Trie
 class PrefixPrior:
     """Decayed mean of each node's probability below its parent, over all requests that evaluated the parent.
 
-    It works like an n-gram drafter. The codes after an item's first ones hardly depend on the user, so for the last levels of a
-    search it plans as well as a draft, without a pass. It holds means over requests alone, and no data of a single one.
+    It works like an n-gram drafter. The codes after an item's first ones hardly depend on the user. For the last levels of a
+    search it therefore plans as well as a draft, without a pass. It holds means over requests, and no data of a single one.
     """
 
     def __init__(self, trie: Trie, rule: ScoringRule) -> None:

@@ -1,8 +1,8 @@
-"""Target prefetch: nodes that a target pass evaluates before the search asks for them.
+"""Target prefetch: nodes that are evaluated before the search asks for them.
 
 In an autonomous search the target makes one pass for every level. If a pass also holds the nodes that the prior over prefixes
 expects on the levels below, those levels may need no pass. The number of nodes is chosen like the size of a plan
-(docs/planner.md): by the cost of a pass and by the nodes that earlier searches needed.
+(docs/planner.md). It depends on the cost of a pass and on the nodes that earlier searches needed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class TargetPrefetcher:
     def for_search(self, width: int, pruning: Pruning, prompt_tokens: int, *, enabled: bool) -> SearchPrefetcher:
         """Return the prefetcher of one search of beam width `width`.
 
-        If not `enabled` it only learns. The same holds while the target is saturated: throughput then depends on the work of each
-        request, and an unused node is more of it.
+        If not `enabled` it only learns. The same holds while the target is saturated. Throughput then depends on the work of each
+        request, and an unused node adds work.
         """
         saturated = self.latency.is_saturated(Pass(width, prompt_tokens, width))
         return SearchPrefetcher(self, width, pruning, prompt_tokens, enabled=enabled and not saturated)

@@ -1,4 +1,4 @@
-"""The required depth of a search, and the estimate of its distribution from censored observations."""
+"""Required depths, and the estimate of their distribution when some are censored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decision to read Redis: measured reads against recomputing, and how the estimate recovers."""
+"""Decision to read Redis: measured reads against recomputing."""
 
 from __future__ import annotations
 

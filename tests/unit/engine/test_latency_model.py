@@ -1,4 +1,4 @@
-"""Predicted latency of calls: the cost curve, corrected by measured calls of known latency."""
+"""Predicted latency of calls, checked on calls of known latency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Target prefetch: the same lists, fewer passes for similar searches, nothing where passes pay by the token."""
+"""Target prefetch: the same lists, and fewer passes where that saves time."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def naive_catalogue() -> NaiveTrie:
 
 @pytest.mark.parametrize(("machine", "noise"), [(FLAT, 0.1), ((10.0, 0.3), 0.1), (STEEP, 0.1), ((10.0, 2.0), 3.0)])
 def test_prefetched_levels_need_no_pass(machine: tuple[float, float], noise: float) -> None:
-    """If passes pay by the token, or users differ, prefetch latency nothing."""
+    """If passes pay by the token, or users differ, prefetch costs nothing."""
     width, latency, took, alone, made = 6, latency_of(*machine), list[float](), list[float](), list[int]()
     worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=120, noise=noise)
     prefetcher = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, latency, max_nodes=100)

@@ -1,4 +1,4 @@
-"""Plan sizes on simulated machines, where the best size is known; and always the same list."""
+"""Plan sizes on simulated machines, where the best size is known."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_planner_with_a_saturated_target_drafts_nothing() -> None:
 
 
 def test_planner_skips_a_draft_that_is_always_late() -> None:
-    """A plan that was given up counts as a wait of at least that length."""
+    """Timeouts: a plan that was given up counts as a wait of at least that length."""
     simulation = Simulation(replace(FLAT, draft_fails=True, draft_queue_ms=500.0), noise=0.0)
     planner = adaptive(simulation)
     asked = [simulation.serve(planner, user).report.nodes_asked > 0 for user in range(60)]

@@ -1,4 +1,4 @@
-"""Cut of a plan: the one with the least expected latency by definition, and always the same list."""
+"""Cuts of a plan: the least expected latency by definition, and the same list."""
 
 from __future__ import annotations
 
