@@ -149,8 +149,8 @@ class OrchestratorMetrics:
         for reason in recommendation.degraded:
             self._degraded.labels(track, _reason(reason)).inc()
 
-    def _predicted(self, model: str, cost: PassStats, predicted_ns: float) -> None:
-        if predicted_ns > 0:
+    def _predicted(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
+        if predicted_ns:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 
 

@@ -102,7 +102,7 @@ class Recommender:
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
-        planning = self._planner.planning(order.mode, task)
+        planning = self._planner.sizer(order.mode, task)
         draft = SizedDraft(drafting, planning, target) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:

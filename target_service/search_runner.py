@@ -47,8 +47,8 @@ class Searcher:
         ahead = None
         if noise is None:  # a sample's next beams follow its noise, and so do the children that are chosen for it
             prompt_tokens = len(tree.tokens.prompt)
-            ahead = self._lookahead.of_search(
-                search.width, selection.pruning, prompt_tokens, foresees=search.prefetches
+            ahead = self._lookahead.for_search(
+                search.width, selection.pruning, prompt_tokens, enabled=search.prefetches
             )
         steps = AutonomousSearch(trie, rule, search.width, noise, ahead).steps(nodes)
         evaluations, _ = await self._evaluator.run_steps(tree, steps, selection)

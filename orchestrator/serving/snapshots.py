@@ -23,8 +23,7 @@ from orchestrator.history import HistoryStore
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.model_channels import ModelChannels
 from orchestrator.model_clients.target_client import TargetClient
-from orchestrator.planning.curve_refresh import learn_curves
-from orchestrator.planning.planner import PlanLimits, Planner
+from orchestrator.planning.planner import PlanLimits, Planner, refresh_curves
 from orchestrator.recommend import Recommender
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -85,7 +84,7 @@ class Planners:
     def of(self, manifest: Manifest, trie: Trie) -> Planner:
         """A planner for a bundle."""
         alike = [planner for planner, models in self._models.items() if models == manifest.models]
-        planner = alike[-1].over(trie) if alike else Planner(trie, self._limits)
+        planner = alike[-1].for_catalogue(trie) if alike else Planner(trie, self._limits)
         self._models[planner] = manifest.models
         return planner
 
@@ -186,7 +185,7 @@ class Snapshots:
             draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
         planner = self._planners.of(manifest, catalogue.trie)
         if draft is not None:
-            await resources.enter_async_context(background_task(learn_curves(planner, target, draft), "learn-curves"))
+            await resources.enter_async_context(background_task(refresh_curves(planner, target, draft), "learn-curves"))
         histories = self._histories(manifest)
         recommender = Recommender(
             manifest,

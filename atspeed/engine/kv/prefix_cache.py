@@ -86,7 +86,7 @@ class PrefixCache:
     async def _fetch(self, missing: Sequence[bytes], known: int) -> list[KvArray]:
         """What the store has of the blocks after the first `known`, where reading it is worth while."""
         step = self._layout.block_tokens
-        if self._store is None or not missing or not self.fetching.wants_read(len(missing) * step, known * step):
+        if self._store is None or not missing or not self.fetching.should_read(len(missing) * step, known * step):
             return []
         begun, failures = time.perf_counter_ns(), self._store.failures
         fetched = await self._store.get_chain(missing)
@@ -108,7 +108,7 @@ class PrefixCache:
         known = [key in self._memory for key in last]
         kept = self._memory.put_chain(keys, new)
         unknown = {key: block for key, block, was_known in zip(last, kept, known, strict=True) if not was_known}
-        if unknown and self._store and self.fetching.wants_write(len(keys) * self._layout.block_tokens):
+        if unknown and self._store and self.fetching.should_write(len(keys) * self._layout.block_tokens):
             self._write(unknown)
 
     @property

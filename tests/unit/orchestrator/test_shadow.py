@@ -52,7 +52,13 @@ class Table:
     has_next_pass = prefetches = False
 
     def session(
-        self, question: ModelRequest, *, max_children: int | None, beam_width: int | None, prefetches: bool
+        self,
+        question: ModelRequest,
+        *,
+        max_children: int | None,
+        beam_width: int | None,
+        prefetches: bool,
+        speculates: bool,
     ) -> Table:
         self.prefetches = prefetches
         self.question, self.limit = question, max_children or 1_000_000
