@@ -39,6 +39,7 @@ from atspeed.cli.security import certificates, token
 from atspeed.client.recommender import RecommenderError
 from atspeed.engine.bundle.manifest import ROLES, Bundle, Precision, read_manifest
 from atspeed.engine.errors import EngineError
+from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
 from atspeed.local.redis_server import LocalRedis, LocalRedisError
 from atspeed.local.stack import LocalStack, LocalStackError
@@ -99,12 +100,20 @@ for command in (recommend, record, history, forget, info, inflate, certificates,
     app.command()(command)
 
 
+def _redis_url(value: str | None) -> str | None:
+    try:
+        return check_redis_url(value) if value else value
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 RedisUrl = Annotated[
     str | None,
     typer.Option(
         help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
         "command lines are for all to see.",
         envvar="REDIS_URL",
+        callback=_redis_url,
     ),
 ]
 RedisFolder = Annotated[
