@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
@@ -137,6 +137,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             canary=self._canary(),
         )
 
+    async def state_history_limit(self) -> None:
+        """Tell other deployments over the same Redis how long histories must be; a Redis that is away hears it later."""
+        if (histories := self._stable_histories) is not None:
+            with suppress(HistoryUnavailable):
+                await histories.state_limit()
+
     def _canary(self) -> pb.Canary | None:
         if (watch := self._watches.get(Track.CANARY)) is None:
             return None
@@ -208,9 +214,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return None if left is None else Deadline(left)
 
     @property
+    def _stable_histories(self) -> HistoryStore | None:
+        return self._lanes[Track.STABLE].snapshots.current.recommender.histories
+
+    @property
     def _histories(self) -> HistoryStore:
-        histories = self._lanes[Track.STABLE].snapshots.current.recommender.histories
-        if histories is None:
+        if (histories := self._stable_histories) is None:
             raise UnimplementedError("this service keeps no histories: it runs without Redis")
         return histories
 
@@ -268,6 +277,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         watches = bundle_watches(settings, lanes, bundle.manifest.version)
         await stack.enter_async_context(following(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
         servicer = RecommendationServicer(settings, lanes, watches, admission)
+        await servicer.state_history_limit()
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]
 

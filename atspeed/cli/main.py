@@ -48,6 +48,7 @@ from atspeed.cli.options import (
 )
 from atspeed.cli.security import certificates, token
 from atspeed.engine.bundle.manifest import Bundle, Precision, read_manifest
+from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
@@ -71,12 +72,20 @@ for command in (recommend, record, history, forget, info, inflate, certificates,
     app.command()(command)
 
 
+def _redis_url(value: str | None) -> str | None:
+    try:
+        return check_redis_url(value) if value else value
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 RedisUrl = Annotated[
     str | None,
     typer.Option(
         help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
         "command lines are for all to see.",
         envvar="REDIS_URL",
+        callback=_redis_url,
     ),
 ]
 RedisFolder = Annotated[

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.local.child_process import Child
 
 _HOST = "127.0.0.1"
@@ -166,9 +167,13 @@ class LocalRedis:
 def local_redis(*, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> Iterator[str]:
     """The URL of a Redis: the variable REDIS_URL where it is set, else a server's that lives as long as the context.
 
-    Raises LocalRedisError when there is no server to start, or it does not start.
+    Raises LocalRedisError when there is no server to start, or it does not start, or the variable holds no URL of a Redis.
     """
     if url := os.environ.get("REDIS_URL"):
+        try:
+            check_redis_url(url)
+        except ValueError as error:
+            raise LocalRedisError(f"REDIS_URL: {error}") from None
         yield url
         return
     with LocalRedis(folder=folder, max_memory=max_memory, port=port) as server:

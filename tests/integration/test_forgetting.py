@@ -27,6 +27,7 @@ from atspeed.rpc import wire
 from atspeed.rpc.server import running
 from atspeed.v1 import draft_pb2, target_pb2, types_pb2
 from atspeed.v1 import recommendation_pb2 as pb
+from orchestrator.history import LIMIT_KEY
 from orchestrator.recommendation import Recommendation
 from orchestrator.server import application
 from orchestrator.serving.shadow import Served, ShadowChecks
@@ -198,9 +199,9 @@ def live_through(
 
         until(lambda: not any(probe.everywhere(replicas)))
         # Nothing of anybody: had the replay been made as nobody's, its blocks would stand here under another name.
-        until(lambda: set(store.scan_iter()) == {STREAM.encode()})
+        until(lambda: set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()})
         assert not any(probe.everywhere(replicas))
-        assert set(store.scan_iter()) == {STREAM.encode()}
+        assert set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()}
 
 
 def prompt(owner: bytes = OWNER) -> tuple[list[bytes], list[KvArray]]:

@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 
 from atspeed.engine.kv.memory_cache import OWNER_BYTES
 from atspeed.engine.kv.prefix_cache import PrefixCache
+from atspeed.engine.kv.redis_pool import change_nothing
 from atspeed.engine.kv.redis_store import group_name
 
 STREAM = "forgotten-users"
@@ -93,6 +94,8 @@ class ErasureSubscriber:
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._deaf_seconds):
+                # A replica that has lost its master answers reads as ever, and would never show what is announced since.
+                await change_nothing(self._client)
                 while await self._hear():
                     pass
         except Exception as error:  # noqa: BLE001 - it must go on, and a bug is as bad as a Redis that is away
