@@ -74,8 +74,10 @@ class HistoryStore:
             raise ValueError(f"max_items: {max_items} is less than 1")
         if not 1 <= trim_step <= max_items:
             raise ValueError(f"trim_step: {trim_step} is not between 1 and max_items, {max_items}")
-        self._client, self._timeout_seconds = client, timeout_seconds
-        self._max_items, self._trim_step = max_items, trim_step
+        self._client = client
+        self._timeout_seconds = timeout_seconds
+        self._max_items = max_items
+        self._trim_step = trim_step
         self._warned = False
 
     async def state_limit(self) -> None:

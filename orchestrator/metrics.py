@@ -105,10 +105,14 @@ class OrchestratorMetrics:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
-        self._passes, self._accepted = PASSES.build(self.registry), ACCEPTED.build(self.registry)
-        self._asked, self._prediction = ASKED.build(self.registry), PREDICTION.build(self.registry)
-        self._nodes, self._retries = NODES.build(self.registry), RETRIES.build(self.registry)
-        self._degraded, self._short = DEGRADED.build(self.registry), SHORT.build(self.registry)
+        self._passes = PASSES.build(self.registry)
+        self._accepted = ACCEPTED.build(self.registry)
+        self._asked = ASKED.build(self.registry)
+        self._prediction = PREDICTION.build(self.registry)
+        self._nodes = NODES.build(self.registry)
+        self._retries = RETRIES.build(self.registry)
+        self._degraded = DEGRADED.build(self.registry)
+        self._short = SHORT.build(self.registry)
         for track, reason in product(Track, (*_REASONS.values(), _NARROWED, "other")):
             self._degraded.labels(track, reason)  # a series that begins with its first 1 shows no increase
         for reads in (admission_reads(admission), bundle_reads(watches), _lane_reads(lanes)):

@@ -11,11 +11,12 @@ import numpy as np
 import structlog
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Manifest, ModelEntry
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Perturbation
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from orchestrator.history import HistoryStore, HistoryUnavailable
@@ -70,8 +71,12 @@ class Recommender:
         *,
         target_prefetch: bool = True,
     ) -> None:
-        self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
-        self._target, self._draft, self._planner = target, draft, planner
+        self.manifest = manifest
+        self.catalogue = catalogue
+        self.histories = histories
+        self._target = target
+        self._draft = draft
+        self._planner = planner
         self._speculation_breaker = speculation_breaker
         self._target_prefetch = target_prefetch
 

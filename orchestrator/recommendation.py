@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.mode import Guarantee, Mode
-from atspeed.engine.search.trie import Int64
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Priority
 from orchestrator.planning.plan_sizer import PlanningReport

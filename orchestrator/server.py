@@ -55,7 +55,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def __init__(
         self, settings: OrchestratorSettings, lanes: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
     ) -> None:
-        self._settings, self._lanes, self._admission = settings, lanes, admission
+        self._settings = settings
+        self._lanes = lanes
+        self._admission = admission
         self._watches = {watch.track: watch for watch in watches}
         self.metrics = OrchestratorMetrics(admission, lanes, watches)
         self._started_at = Timestamp()

@@ -36,7 +36,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
 
     def __init__(self, models: HostedModels[Searcher], admission: Admission, idle_seconds: float) -> None:
-        self._models, self._admission, self._idle_seconds = models, admission, idle_seconds
+        self._models = models
+        self._admission = admission
+        self._idle_seconds = idle_seconds
 
     async def GetModelInfo(
         self, request: target_pb2.TargetServiceGetModelInfoRequest, context: Context

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import (
     MANIFEST,
     Bundle,
@@ -20,7 +21,7 @@ from atspeed.engine.bundle.manifest import (
 )
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_history
 from tests.oracles.models import Models
 from tests.serving import WINDOW

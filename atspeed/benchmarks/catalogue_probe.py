@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import Strict

@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from atspeed.engine.model.decoder import KV, Decoder, Provider
+from atspeed.engine.arrays import KvArray
+from atspeed.engine.model.decoder import Decoder, Provider
 from atspeed.training.inflation import ModelShape
 
 _COPIED_BYTES = 2**28
@@ -124,7 +125,7 @@ class _Tree:
         self._positions = self._visible.sum(axis=1) - 1
         # A prompt's logits are wanted at its end alone, those of beams at every one.
         self._first_row = prompt - 1
-        self._kv: KV = decoder.empty_kv(len(parents))
+        self._kv: KvArray = decoder.empty_kv(len(parents))
         self._kv[:] = random.standard_normal(self._kv.shape[1:]) * 0.1
 
     def run(self, start: int, end: int) -> None:

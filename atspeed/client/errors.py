@@ -44,8 +44,11 @@ class RecommenderError(Exception):
         request_id: str = "",
     ) -> None:
         super().__init__(message)
-        self.code, self.message, self.retry_after_seconds = code, message, retry_after_seconds
-        self.field, self.request_id = field, request_id
+        self.code = code
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+        self.field = field
+        self.request_id = request_id
 
     def __str__(self) -> str:
         return f"{self.code.name}: {self.message}"

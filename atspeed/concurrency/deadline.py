@@ -11,7 +11,8 @@ class Deadline:
     """When a request must be done, on the monotonic clock. The time left travels with every call."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._at = seconds, time.monotonic() + seconds
+        self._seconds = seconds
+        self._at = time.monotonic() + seconds
 
     @property
     def passed(self) -> bool:

@@ -26,7 +26,8 @@ class LocalCertificates:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._ca = folder, trustme.CA(key_type=trustme.KeyType.ECDSA)
+        self.folder = folder
+        self._ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
         for name in SERVICES:
             (folder / name).mkdir(parents=True, exist_ok=True)
             self.issue(name)

@@ -41,7 +41,9 @@ class LocalRedis:
 
     def __init__(self, *, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> None:
         self._binary = server_binary()
-        self._folder, self._max_memory, self._port = folder, max_memory, port
+        self._folder = folder
+        self._max_memory = max_memory
+        self._port = port
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._server = Child()
 

@@ -56,7 +56,9 @@ class ServiceProcess:
     """
 
     def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
-        self.module, self.flags, self.log = module, dict(flags), log
+        self.module = module
+        self.flags = dict(flags)
+        self.log = log
         self._child = Child()
         self.port = 0
         self.metrics_port: int | None = None
@@ -104,7 +106,8 @@ class ServiceProcess:
             undo.callback(self.kill)
             announced = self._announced(time.monotonic() + _START_SECONDS)
             try:
-                self.port, self.metrics_port = int(announced["port"]), announced.get("metrics_port")
+                self.port = int(announced["port"])
+                self.metrics_port = announced.get("metrics_port")
             except (KeyError, TypeError, ValueError):
                 raise LocalStackError(f"{self.module}: did not start: it does not say where it listens") from None
             undo.pop_all()
@@ -184,7 +187,8 @@ class LocalStack:
         """`flags`: more settings by service (`draft`, `target`, `orchestrator`); `port`: the orchestrator's, 0 for any."""
         self._cleanup = ExitStack()
         self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
-        self._redis_url, self._flags = redis_url, flags or {}
+        self._redis_url = redis_url
+        self._flags = flags or {}
         self._bundle = bundle.absolute()  # a link stays one: the services follow it
         # Models that share cores slow each other down when together they have more threads than there are cores.
         self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))

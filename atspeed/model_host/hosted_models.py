@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_decoder, load_decoder
@@ -86,7 +86,9 @@ class HostedModels(Generic[Worker]):
     """
 
     def __init__(self, settings: ModelSettings, role: Role, make_worker: MakeWorker[Worker]) -> None:
-        self._settings, self._role, self._make_worker = settings, role, make_worker
+        self._settings = settings
+        self._role = role
+        self._make_worker = make_worker
         self._tiers = KvTiers(settings)
         self.metrics = ModelMetrics(self._tiers.memory)
         self.versions = Versions()

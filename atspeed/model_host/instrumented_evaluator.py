@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
@@ -15,7 +16,7 @@ from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.plain_passes import check_plain_passes
 from atspeed.engine.model.tree_evaluator import Found, OpenTree, PassProgram, PassRecord, Selection, TreeEvaluator
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.model_host.model_health import ModelHealth
 from atspeed.model_host.model_metrics import ModelMetrics
 from atspeed.observability import tracing

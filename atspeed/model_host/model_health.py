@@ -33,7 +33,9 @@ class ModelHealth:
         *,
         first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
     ) -> None:
-        self._unhealthy_after, self._rehearse, self._declare = unhealthy_after, rehearse, declare
+        self._unhealthy_after = unhealthy_after
+        self._rehearse = rehearse
+        self._declare = declare
         self._first_pause_seconds = first_pause_seconds
         self._failures = 0
         self._judging: asyncio.Task[None] | None = None
@@ -76,7 +78,8 @@ class ModelHealth:
     async def _doubt(self) -> None:
         """Whether plain passes work, or those that failed had something of their own."""
         if await self._works(while_full=True):
-            self._failures, self._judging = 0, None
+            self._failures = 0
+            self._judging = None
             _log.warning("passes gave no numbers, plain ones do")
         else:
             self._give_up()
@@ -89,7 +92,9 @@ class ModelHealth:
             if await self._works():
                 break
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        self._failures, self._judging, self.fit = 0, None, True
+        self._failures = 0
+        self._judging = None
+        self.fit = True
         _log.info("passes work again")
         await self._declare(True)
 

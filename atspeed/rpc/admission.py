@@ -61,7 +61,8 @@ class Admission:
     """
 
     def __init__(self, places: int, queue: int) -> None:
-        self.places, self.queue = places, queue
+        self.places = places
+        self.queue = queue
         self.running = 0
         self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
         self._seconds = 0.0

@@ -84,7 +84,8 @@ class WatchedPems:
     """PEM files as they were when they last fitted together. Thread-safe. Raises TlsError when they do not at first."""
 
     def __init__(self, files: TlsFiles) -> None:
-        self._files, self._lock = files, threading.Lock()
+        self._files = files
+        self._lock = threading.Lock()
         self._seen = self._signature()
         self._pems = _read(files)
 

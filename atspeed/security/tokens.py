@@ -93,7 +93,8 @@ class TokenFile:
     """A token to show, alone in a file, read again when that changes; the last that could be read."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._token = path, ""
+        self._path = path
+        self._token = ""
         self._seen: Stamp | None = None
         if not self():
             raise TokenError(f"{path}: holds no token")

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
+from atspeed.engine.arrays import Bools, Int64
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Shortlist, free_nodes
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.training.evaluate import Question, Recommender, SearchedLevel
 
-Bools = npt.NDArray[np.bool_]
 _FACTORS = (0.7, 1.0, 1.4)  # from level to level; the scale of level 1 is the unit
 
 

@@ -124,7 +124,9 @@ class DecoderGraph(GraphBuilder):
 
     def __init__(self, model: PreTrainedModel, data: BinaryIO, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(data)
-        self.model, self.shape, self.dtype = model, DecoderShape.of(model), dtype
+        self.model = model
+        self.shape = DecoderShape.of(model)
+        self.dtype = dtype
         self.onnx_dtype = TensorProto.FLOAT16 if dtype == torch.float16 else TensorProto.FLOAT
         self._tables: dict[int, str] = {}
         self._axes: dict[tuple[int, ...], str] = {}

@@ -17,6 +17,7 @@ import scipy.sparse
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.beams import BeamSearch, batches_of_equal_length
@@ -25,7 +26,6 @@ from atspeed.training.recipe import Recipe, Schedule
 from atspeed.training.sequences import Batch, Sequencer
 from atspeed.training.trainer import cross_entropy
 
-Int64 = npt.NDArray[np.int64]
 Ranking = Sequence[int]  # item indices, best first
 Scorer = Callable[["Question"], npt.NDArray[np.float64]]  # a score for every item, [items]
 CUTOFFS = (5, 10, 20)

@@ -16,6 +16,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 import torch
 
+from atspeed.engine.arrays import Float32, Int32
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.training.data import Dataset, Histories, read_index
 from atspeed.training.errors import DataError, RecipeError
@@ -23,9 +24,6 @@ from atspeed.training.recipe import GivenCodes, QuantisedCodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
 
 
 def build_catalogue(dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, data: Path | None, seed: int) -> Catalogue:

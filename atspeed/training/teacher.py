@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
 
+from atspeed.engine.arrays import Int32, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Trie
@@ -27,10 +28,8 @@ from atspeed.training.beams import BeamSearch, batches_of_equal_length
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.errors import DataError, Paused
 from atspeed.training.processes import processes, wait_for_all
-from atspeed.training.prompt_trees import Int64
 from atspeed.training.sequences import Sequencer
 
-Int32 = npt.NDArray[np.int32]
 SHARD = 2048  # prompts
 _BATCH = 64
 

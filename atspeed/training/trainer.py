@@ -157,7 +157,8 @@ class Trainer(Generic[B]):
         if not math.isfinite(score):
             raise TrainingError(f"{self._place(state)}: its validation gives {score}, which no epoch can be chosen by")
         if score > state.best_score:
-            state.best_score, state.best_epoch = score, state.epoch
+            state.best_score = score
+            state.best_epoch = state.epoch
             self._save_best()
         state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
         state.log.append(measures)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.scoring import Perturbation
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from atspeed.observability.logs import request_metadata
 from atspeed.rpc.admission import Priority
 

@@ -20,10 +20,11 @@ import grpc
 import numpy as np
 import structlog
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import ROOT, Int64, Trie, among
+from atspeed.engine.search.trie import ROOT, Trie, among
 from atspeed.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -74,8 +75,10 @@ class TargetClient:
         pass_seconds: float,
     ) -> None:
         self.routes = routes
-        self.trie, self.model_version = trie, model_version
-        self.attempts, self.pass_seconds = attempts, pass_seconds
+        self.trie = trie
+        self.model_version = model_version
+        self.attempts = attempts
+        self.pass_seconds = pass_seconds
         # The event loop itself only keeps weak references to tasks.
         self._ending: set[asyncio.Task[None]] = set()
 

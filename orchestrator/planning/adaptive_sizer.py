@@ -26,10 +26,11 @@ from functools import cached_property
 
 import numpy as np
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import EMPTY_DEPTH, PlanPrefixes, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import BaselinePasses, ExpectedLatency, ObservedPass, PlanCoverage
 from atspeed.engine.speculation.latency_model import Pass

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import ProposedPlan
 from atspeed.engine.speculation.latency_model import Pass
 from orchestrator.planning.planner_state import ModelLatencies

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.search_rules import EvaluatedNodes
-from atspeed.engine.search.trie import ROOT, Int64, Trie, among
+from atspeed.engine.search.trie import ROOT, Trie, among
 
 
 @dataclass(frozen=True)

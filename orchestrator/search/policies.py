@@ -14,19 +14,14 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from atspeed.engine.search.beams import (
-    Beams,
-    Float64,
-    children_by_score,
-    level_log_distribution,
-    sample_without_replacement,
-)
+from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beams import Beams, children_by_score, level_log_distribution, sample_without_replacement
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
 from atspeed.engine.search.sampling import Stream, uniform
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.search_rules import TopChildren
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from orchestrator.search.memo import Memo
 
 

@@ -67,7 +67,9 @@ class ShadowChecks:
         admission: Admission,
         speculation_breaker: SpeculationBreaker,
     ) -> None:
-        self._limits, self._admission, self._draft_switch = limits, admission, speculation_breaker
+        self._limits = limits
+        self._admission = admission
+        self._draft_switch = speculation_breaker
         self._due = 0.0
         # The event loop itself only keeps weak references to tasks.
         self._running: set[asyncio.Task[None]] = set()

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
 from atspeed.engine.search.trie import Trie
@@ -102,12 +102,10 @@ class Snapshots:
         speculation_breaker: SpeculationBreaker,
         planners: Planners,
     ) -> None:
-        self._settings, self._redis, self._speculation_breaker, self._planners = (
-            settings,
-            redis,
-            speculation_breaker,
-            planners,
-        )
+        self._settings = settings
+        self._redis = redis
+        self._speculation_breaker = speculation_breaker
+        self._planners = planners
         self.newest: Snapshot | None = None
         # The event loop itself only keeps weak references to tasks.
         self._closing: set[asyncio.Task[None]] = set()

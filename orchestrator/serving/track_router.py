@@ -28,7 +28,8 @@ class TrackRouter:
     """One for each track, and the choice between them. share: of the users, whom the canary serves while there is one."""
 
     def __init__(self, lanes: Mapping[Track, TrackState], share: float) -> None:
-        self._lanes, self._share = lanes, share
+        self._lanes = lanes
+        self._share = share
 
     def __getitem__(self, track: Track) -> TrackState:
         return self._lanes[track]

@@ -13,14 +13,15 @@ import redis
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest
 from atspeed.engine.kv.erasure import STREAM, ErasureSubscriber, publish_erasure
-from atspeed.engine.kv.memory_cache import KvArray, KvLayout, MemoryKvCache, block_keys
+from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_store import RedisKvStore, group_name
-from atspeed.engine.search.trie import ROOT, Int64
+from atspeed.engine.search.trie import ROOT
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rpc import wire

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.errors import ResourceExhaustedError, UnavailableError
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes

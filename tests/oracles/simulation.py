@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import Found, PassProgram, Selection
@@ -19,7 +20,7 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner

@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.model.tree_evaluator import Found, PassProgram
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
-from atspeed.engine.search.trie import Int64, Pruning, Trie
+from atspeed.engine.search.trie import Pruning, Trie
 from tests.oracles.naive_search import NaiveModel
 from tests.oracles.naive_trie import NaiveTrie, Path
 
-Float32 = npt.NDArray[np.float32]
 Choice = Callable[[Int64], npt.NDArray[np.bool_]]
 """Which of some inner nodes a fake draft plans."""
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Int32, Int64
 from atspeed.engine.bundle.id_index import IdIndex, Ids
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES, id_problem, shown
 from atspeed.engine.errors import CatalogueError
 from atspeed.engine.files.atomic_write import replacing
-from atspeed.engine.search.trie import Int32, Int64, Pruning, Trie
+from atspeed.engine.search.trie import Pruning, Trie
 
 Codes = npt.NDArray[np.int32]
 

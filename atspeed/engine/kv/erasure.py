@@ -59,8 +59,10 @@ class ErasureSubscriber:
         max_lag_seconds: float = DEAF_SECONDS,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
-        self._client, self._cache = client, cache
-        self._deaf_seconds, self._poll_seconds = max_lag_seconds, poll_seconds
+        self._client = client
+        self._cache = cache
+        self._deaf_seconds = max_lag_seconds
+        self._poll_seconds = poll_seconds
         self._position = ""
         self._failing = False
         self._heard_at = -float("inf")
@@ -101,7 +103,8 @@ class ErasureSubscriber:
         except Exception as error:  # noqa: BLE001 - it must go on, and a bug is as bad as a Redis that is away
             self._failed(error)
             return
-        self._failing, self._heard_at = False, begun
+        self._failing = False
+        self._heard_at = begun
         self._cache.accepts_user_blocks = True
 
     def _failed(self, error: Exception) -> None:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.kv.fetch_cost import FetchPolicy
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvArray, KvLayout, MemoryKvCache, is_shared_prefix_key, owner_of
+from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, MemoryKvCache, is_shared_prefix_key, owner_of
 from atspeed.engine.kv.redis_store import KvStore
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ class PrefixCache:
         max_pending_writes: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._layout, self._memory, self._store = layout, memory, store
+        self._layout = layout
+        self._memory = memory
+        self._store = store
         self.fetching = fetching or FetchPolicy(layout.bytes_per_token)
         self._max_pending_writes = max_pending_writes
         self._clock = clock

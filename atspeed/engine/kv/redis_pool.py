@@ -67,7 +67,8 @@ class _Asked(AbstractConnection):
 
     def __init__(self, *, doubts: _Doubts, ask_seconds: float, **options: Any) -> None:
         super().__init__(**options)
-        self._doubts, self._ask_seconds = doubts, ask_seconds
+        self._doubts = doubts
+        self._ask_seconds = ask_seconds
         self._opened_at = self._heard_at = self._asked_at = -float("inf")
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:

@@ -14,10 +14,11 @@ from typing import NoReturn
 
 import numpy as np
 
+from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.bundle.manifest import ROLES, Bundle
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, Float32, Int64, RuntimeOptions, load_decoder
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions, load_decoder
 
 _TOGETHER = 64  # tokens of a pass: more would be no faster, and a large vocabulary has a logit of each for each
 

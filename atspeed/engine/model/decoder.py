@@ -14,14 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Role
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
-
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
-KV = npt.NDArray[Any]  # float32 or float16, as the model computes
 
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
@@ -128,12 +124,12 @@ class Decoder:
         # By visibility. The lowest finite number, not -inf: a masked score never turns a row into NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
-    def empty_kv(self, tokens: int) -> KV:
+    def empty_kv(self, tokens: int) -> KvArray:
         """Uninitialised keys and values of so many tokens, [layers, 2, tokens, kv_heads, head_dim] in the model's dtype."""
         return np.empty((self.layers, 2, tokens, self.kv_heads, self.head_dim), dtype=self.dtype)
 
     def run(
-        self, tokens: Int64, positions: Int64, visible: Bool, past: KV, rows: Int64, new_kv: KV
+        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
     ) -> tuple[Float32, Float32]:
         """One pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
 
@@ -150,7 +146,7 @@ class Decoder:
         return self.run_batch(tokens[None], positions[None], visible[None], past[:, :, None], rows, new_kv[:, :, None])
 
     def run_batch(
-        self, tokens: Int64, positions: Int64, visible: Bool, past: KV, rows: Int64, new_kv: KV
+        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
     ) -> tuple[Float32, Float32]:
         """`run` over several trees, padded to the same lengths: everything but `rows` has a batch axis B.
 
@@ -189,11 +185,11 @@ class Decoder:
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    def _by_layer(self, prefix: Literal["past", "new"], kv: KV) -> dict[str, KV]:
+    def _by_layer(self, prefix: Literal["past", "new"], kv: KvArray) -> dict[str, KvArray]:
         names = kv_names(prefix, self.layers)
         return {name: kv[layer, j] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
 
-    def _check_kv(self, name: str, kv: KV, tokens: tuple[int, int]) -> None:
+    def _check_kv(self, name: str, kv: KvArray, tokens: tuple[int, int]) -> None:
         expected = (self.layers, 2, *tokens, self.kv_heads, self.head_dim)
         if kv.shape != expected or kv.dtype != self.dtype:
             raise ValueError(f"{name}: {kv.dtype}{list(kv.shape)}, the model takes {self.dtype}{list(expected)}")

@@ -12,10 +12,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
+from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, block_keys, copy_blocks, namespace
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule, Ticket
@@ -24,7 +25,7 @@ from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
-from atspeed.engine.search.trie import ROOT, Int64, Pruning, Trie
+from atspeed.engine.search.trie import ROOT, Pruning, Trie
 
 # Nodes that fit beside a prompt and its first pass before the buffer has to grow.
 _NODE_ROOM = 128
@@ -118,9 +119,13 @@ class TreeEvaluator:
         limits: BatchLimits | None = None,
         open_kv_bytes: int = _OPEN_KV_BYTES,
     ) -> None:
-        self.decoder, self.entry, self.trie, self.rule = decoder, entry, trie, rule
+        self.decoder = decoder
+        self.entry = entry
+        self.trie = trie
+        self.rule = rule
         self.open_kv = BufferPool(decoder.empty_kv, open_kv_bytes)
-        self._layout, self._cache = layout, cache
+        self._layout = layout
+        self._cache = cache
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         self._batch_decoder = BatchDecoder(decoder)
         self._batcher = Batcher(self._run, limits or BatchLimits())
@@ -273,7 +278,8 @@ class TreeEvaluator:
         held, tree.tokens.kv = tree.tokens.kv, self.decoder.empty_kv(0)
         if held.size:
             self.open_kv.give_back(held)
-        tree.capacity, tree.cached = 0, ()
+        tree.capacity = 0
+        tree.cached = ()
 
     def _run(self, works: Sequence[TreeWork]) -> Iterator[object]:
         """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it. Where
@@ -353,7 +359,8 @@ class TreeEvaluator:
             work.nodes = work.steps.send(evaluation)
         except StopIteration as end:
             return end.value
-        size, work.queued_ns = self._admitted(work.tree, work.nodes), time.perf_counter_ns()
+        size = self._admitted(work.tree, work.nodes)
+        work.queued_ns = time.perf_counter_ns()
         return Reschedule(size)
 
     def _computed_blocks(self, tree: OpenTree) -> list[KvArray]:

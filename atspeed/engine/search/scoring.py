@@ -9,12 +9,10 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float32, Float64, Int64
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.search.sampling import Stream, gumbel
-from atspeed.engine.search.trie import Int64, Pruning, Trie
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
+from atspeed.engine.search.trie import Pruning, Trie
 
 
 class ScoringRule(StrEnum):

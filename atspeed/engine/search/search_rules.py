@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.beams import Beams, Evaluated, children_by_gumbel, children_by_score
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 
 
 class EvaluatedNodes:

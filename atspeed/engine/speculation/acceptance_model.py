@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.ewma import MEMORY
-from atspeed.engine.search.beams import Float64
 from atspeed.engine.search.plan import Plan
-from atspeed.engine.search.trie import Int64, among
+from atspeed.engine.search.trie import among
 
 EMPTY_DEPTH = -np.inf
 """Depth of the empty prefix; required depth of a level that needs no planned node."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.ewma import Ewma
-from atspeed.engine.search.beams import Float64
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import PlanPrefixes, WorkloadKey
 
 

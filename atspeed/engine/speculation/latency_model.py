@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float64
 from atspeed.engine.ewma import Ewma, EwmaRegression
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.beams import Float64
 
 # Calls that the curve counts for. The first calls use connections that are still opening: one that is `_OUTLIER_RATIO` times
 # too slow then corrects the curve by 4^(1/4) = 1.41.

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.ewma import MEMORY
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, free_nodes
 from atspeed.engine.search.scoring import Children, ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning, Trie
+from atspeed.engine.search.trie import Pruning, Trie
 
 
 class PrefixPrior:

@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Children, ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning, Trie
+from atspeed.engine.search.trie import Pruning, Trie
 from atspeed.engine.speculation.acceptance_model import AcceptanceModel, ProposedPlan, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import (
     BaselinePasses,

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Float64
 from atspeed.engine.ewma import MEMORY
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.speculation.acceptance_model import (
     DEPTHS,

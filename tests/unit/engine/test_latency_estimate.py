@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from atspeed.engine.search.beams import Float64
-from atspeed.engine.search.trie import Int64
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.speculation.acceptance_model import WorkloadKey
 from atspeed.engine.speculation.latency_estimate import (
     BaselinePasses,

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
 from atspeed.engine.speculation.prefix_prior import PrefixPrior

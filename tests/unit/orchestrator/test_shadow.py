@@ -14,13 +14,13 @@ import pytest
 import structlog
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Manifest, ModelEntry, Precision
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
-from atspeed.engine.search.trie import Int64
 from atspeed.errors import UnavailableError
 from atspeed.rpc.admission import Admission, Priority
 from orchestrator.model_clients.model_request import ModelRequest

@@ -10,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.plain_passes import check_plain_passes
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import BOS, EOH, random_catalogue, write_bundle
 from tests.oracles.models import DictStore, Models
 from tests.oracles.naive_trie import NaiveTrie

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search import search_rules
 from atspeed.engine.search.beams import (
     Beams,
@@ -29,7 +30,6 @@ from atspeed.engine.search.beams import (
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.sampling import Stream
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
-from atspeed.engine.search.trie import Int64
 from orchestrator.search.beam_loop import Draft
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict
 from tests.oracles.naive_search import (
