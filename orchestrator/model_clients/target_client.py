@@ -98,21 +98,14 @@ class TargetClient:
         await asyncio.gather(*self._ending)
 
     def session(
-        self,
-        question: ModelRequest,
-        *,
-        max_children: int,
-        beam_width: int = 0,
-        prefetches: bool = False,
-        speculates: bool = False,
+        self, question: ModelRequest, *, max_children: int, beam_width: int = 0, prefetches: bool = False
     ) -> TargetSession:
         """The target for one request. Close it to free the state that the replica holds.
 
         beam_width: of the beam search that the target may go on with by itself; 0: none. prefetches: whether it may evaluate
-        what it expects that search to ask for. speculates: whether more may be asked for than the search needs; what the
-        target cannot answer is then for the caller to ask for without that.
+        what it expects that search to ask for.
         """
-        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches, speculates=speculates)
+        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
 
 
 @dataclass(frozen=True)
@@ -134,10 +127,9 @@ class TargetSession:
         beam_width: int = 0,
         *,
         prefetches: bool = False,
-        speculates: bool = False,
     ) -> None:
         self._client, self._question, self._max_children = client, question, max_children
-        self._beam_width, self._looks_ahead, self._speculates = beam_width, prefetches, speculates
+        self._beam_width, self._looks_ahead, self._speculates = beam_width, prefetches, question.speculates
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
