@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import structlog
@@ -96,14 +96,14 @@ class Recommender:
         noise = _noise(order)
         policy = POLICIES[order.mode](order.beam_width, order.tolerance, noise)
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
-        question = ask.question(self.manifest.target, noise if policy.perturbed else None)
         speculates = order.mode.properties.speculates and self._speculation_breaker.on
+        question = ask.question(self.manifest.target, noise if policy.perturbed else None)
+        question = replace(question, speculates=speculates and (self._target_prefetch or self._draft is not None))
         target = self._target.session(
             question,
             max_children=policy.max_children,
             beam_width=policy.beam_width,
             prefetches=speculates and self._target_prefetch,
-            speculates=speculates,
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)

@@ -20,6 +20,7 @@ class ModelRequest:
     """What both models are told of a request. prompt: int64 [prompt], in the vocabulary of the model asked.
 
     affinity: requests of one affinity should meet the same replicas; empty for any. owner: the stored user's tag, if it is one's.
+    speculates: whether the target may be asked for more than the search needs, and a failure may be that part's.
     """
 
     prompt: Int64
@@ -30,6 +31,7 @@ class ModelRequest:
     affinity: str = ""
     owner: bytes = b""
     priority: Priority = Priority.INTERACTIVE
+    speculates: bool = False
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -108,7 +108,6 @@ class TargetClient:
         max_children: int | None,
         beam_width: int | None = None,
         prefetches: bool = False,
-        speculates: bool = False,
     ) -> TargetSession:
         """Open the target for one request. Close it to free the state that the replica holds.
 
@@ -117,10 +116,8 @@ class TargetClient:
             max_children: number of children per node that the target returns; None for all.
             beam_width: beam width of the target's autonomous search; None for no such search.
             prefetches: whether the target may evaluate nodes in advance.
-            speculates: whether the caller may ask for more nodes than the search needs. If the target has no valid answer to
-                those, the caller asks again without them.
         """
-        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches, speculates=speculates)
+        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
 
 
 @dataclass(frozen=True)
@@ -142,14 +139,13 @@ class TargetSession:
         beam_width: int | None = None,
         *,
         prefetches: bool = False,
-        speculates: bool = False,
     ) -> None:
         self._client = client
         self._question = question
         self._max_children = max_children
         self._beam_width = beam_width
         self._prefetches = prefetches
-        self._speculates = speculates
+        self._speculates = question.speculates
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()

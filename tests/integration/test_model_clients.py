@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -97,7 +97,10 @@ async def asking(
         routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
         client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
         session = client.session(
-            question(pruning), max_children=100, beam_width=beam_width, prefetches=speculates, speculates=speculates
+            replace(question(pruning), speculates=speculates),
+            max_children=100,
+            beam_width=beam_width,
+            prefetches=speculates,
         )
         yield session
         session.close()

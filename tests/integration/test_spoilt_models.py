@@ -26,6 +26,7 @@ from tests.serving import (
     TARGET,
     WINDOW,
     Client,
+    Link,
     assert_same_list,
     check_health,
     ids,
@@ -210,3 +211,35 @@ def test_a_plan_that_is_larger_than_the_target_takes_costs_no_list(
             reply = client.recommend(history, k=K, beam_width=K)
             assert_same_list(reply, expected)
             assert reply.degraded_reasons == [UNANSWERED]
+
+
+def test_a_bundle_whose_target_gives_no_numbers_is_never_swapped_to(
+    whole: Models, spoilt: Spoilt, tmp_path: Path
+) -> None:
+    """The orchestrator waits for a target that serves it, and none says so."""
+    link = Link(tmp_path / "link", whole.bundle.bundle)
+    broken = Bundle(copy(whole, tmp_path / "broken", "target", [EOH]))
+    following: dict[str, object] = {"bundle-poll-seconds": 0.1}
+    flags: dict[str, dict[str, object]] = {
+        "target": {**following, "threads": 1, "warm-up-seconds": 0},
+        "orchestrator": {**following, "bundle-settle-seconds": 0},
+    }
+    unfit = health_name(TARGET, broken.manifest.model_version("target"))
+    with LocalStack(link.path, drafts=0, log_folder=tmp_path, flags=flags) as stack, Client(stack.address) as client:
+        before = client.recommend(spoilt.histories[0])
+        link.point_to(broken)
+        with models(stack.targets[0].address) as channel:
+            until(lambda: known(channel, unfit))
+            assert check_health(channel, unfit) == NOT_SERVING
+            assert check_health(channel, TARGET) == SERVING
+        until(lambda: client.info().pending_bundle == broken.manifest.version)
+        for history in spoilt.histories:
+            assert client.recommend(history).versions == before.versions
+
+
+def known(channel: grpc.Channel, service: str) -> bool:
+    try:
+        check_health(channel, service)
+    except grpc.RpcError:
+        return False
+    return True

@@ -58,7 +58,6 @@ class Table:
         max_children: int | None,
         beam_width: int | None,
         prefetches: bool,
-        speculates: bool,
     ) -> Table:
         self.prefetches = prefetches
         self.question, self.limit = question, max_children or 1_000_000
