@@ -158,7 +158,7 @@ def _endpoint(text: str) -> tuple[str, int]:
         host = host[1:-1] if ip_version(host[1:-1]) == 6 else ""
     elif ":" in host:
         host = ""  # an IPv6 address without brackets, or what is meant for another scheme
-    if not (is_host(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 65_536):
+    if not (is_host(host) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65_536):
         raise ValueError(f"{text!r} is not HOST:PORT (IPv6 in brackets)")
     return host, int(port)
 
@@ -189,7 +189,12 @@ def _check_ips(version: int, rest: str) -> None:
 
 def _check_socket(rest: str) -> None:
     path = rest.removeprefix("//")
-    if not path or (path != rest and not path.startswith("/")) or len(path.encode()) > _LONGEST_SOCKET_PATH:
+    if (
+        not path
+        or not path.isprintable()
+        or (path != rest and not path.startswith("/"))
+        or len(path.encode()) > _LONGEST_SOCKET_PATH
+    ):
         raise ValueError(f"a socket is unix:PATH or unix:///PATH, {_LONGEST_SOCKET_PATH} bytes at most")
 
 

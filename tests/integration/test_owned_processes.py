@@ -76,7 +76,7 @@ def nothing_left() -> Iterator[None]:
     yield
     gc.collect()
     assert children() == processes
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files  # a file of an earlier test may be closed meanwhile
 
 
 @pytest.fixture(autouse=True)
