@@ -65,7 +65,7 @@ class Tokens:
         self._seen = file_signature(path)
         self._grants = read_tokens(path)
 
-    def holder(self, token: str) -> tuple[str, Grant] | None:
+    def authenticate(self, token: str) -> tuple[str, Grant] | None:
         """Whose token this is; None when it is nobody's or has expired.
 
         Every hash is compared, each in constant time, so the time that it takes says nothing of the tokens.

@@ -189,10 +189,10 @@ def test_tokens_that_are_not_right_are_refused_and_not_quoted(tokens: Path, text
 
 def test_a_token_is_known_by_its_hash(tokens: Path) -> None:
     known = Tokens(tokens)
-    name, grant = known.holder("t") or pytest.fail("it is there")
+    name, grant = known.authenticate("t") or pytest.fail("it is there")
     assert (name, grant.scopes, grant.tenants) == ("a", frozenset({Scope.READ}), None)
     for other in ("", "T", "t ", hash_token("t"), "é", "\udcff"):
-        assert known.holder(other) is None
+        assert known.authenticate(other) is None
     assert "sha256" not in repr(grant)
 
 
