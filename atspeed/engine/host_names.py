@@ -13,7 +13,7 @@ def is_host(text: str) -> bool:
         encoded = text.encode("idna")
     except UnicodeError:
         return False
-    return bool(encoded) and all(letter.isalnum() or letter in ".-_" for letter in text)
+    return bool(encoded) and not text.startswith("-") and all(letter.isalnum() or letter in ".-_" for letter in text)
 
 
 def ip_version(text: str) -> int | None:

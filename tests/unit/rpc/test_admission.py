@@ -32,7 +32,7 @@ class Visitor:
 
     async def _visit(self, admission: Admission) -> None:
         try:
-            async with admission.place(self.priority):
+            async with admission.slot(self.priority):
                 self._journal.append(self)
                 self.inside.set()
                 await self.leave.wait()
@@ -67,14 +67,14 @@ async def arrive(admission: Admission, *priorities: Priority) -> tuple[list[Visi
 
 
 async def test_what_fits_runs_what_can_waits_and_the_rest_is_refused_at_once() -> None:
-    visitors, _ = await arrive(Admission(places=2, queue=1), *[INTERACTIVE] * 4)
+    visitors, _ = await arrive(Admission(slots=2, queue_limit=1), *[INTERACTIVE] * 4)
     assert [visitor.inside.is_set() for visitor in visitors] == [True, True, False, False]
     assert [visitor.refused for visitor in visitors] == [False, False, False, True]
     await end(visitors)
 
 
 async def test_without_a_queue_nothing_waits() -> None:
-    visitors, _ = await arrive(Admission(places=1, queue=0), INTERACTIVE, INTERACTIVE)
+    visitors, _ = await arrive(Admission(slots=1, queue_limit=0), INTERACTIVE, INTERACTIVE)
     assert visitors[1].refused
     await end(visitors)
 
@@ -98,9 +98,9 @@ async def test_a_full_queue_refuses_its_newest_batch_request_for_an_interactive_
 
 async def test_a_refusal_says_when_to_come_back_both_ways() -> None:
     admission = Admission(1, 0)
-    async with admission.place(INTERACTIVE):
+    async with admission.slot(INTERACTIVE):
         with pytest.raises(ResourceExhaustedError) as refusal:
-            async with admission.place(INTERACTIVE):
+            async with admission.slot(INTERACTIVE):
                 pass
     status = call_status(refusal.value)
     trailers = dict(status.trailers)
@@ -114,14 +114,14 @@ async def test_a_refusal_says_when_to_come_back_both_ways() -> None:
 async def test_what_cannot_be_done_by_its_deadline_is_refused_on_arrival() -> None:
     """As soon as the durations of late are known; a request that has time waits."""
     admission = Admission(1, 10)
-    async with admission.place(INTERACTIVE, 0.001):
+    async with admission.slot(INTERACTIVE, 0.001):
         pass  # a free place is given to everybody: what it takes is known only by trying
-    admission._seconds = 2.0  # as after work that took two seconds
+    admission._mean_seconds = 2.0  # as after work that took two seconds
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(admission.place(INTERACTIVE))
+        await stack.enter_async_context(admission.slot(INTERACTIVE))
         with pytest.raises(ResourceExhaustedError, match="deadline"):
-            await stack.enter_async_context(admission.place(INTERACTIVE, seconds_left=3.9))
-        patient = asyncio.create_task(stack.enter_async_context(admission.place(INTERACTIVE, seconds_left=60)))
+            await stack.enter_async_context(admission.slot(INTERACTIVE, seconds_left=3.9))
+        patient = asyncio.create_task(stack.enter_async_context(admission.slot(INTERACTIVE, seconds_left=60)))
         await settle()
         assert (admission.running, admission.queued) == (1, 1)
         patient.cancel()
@@ -137,24 +137,24 @@ async def test_work_that_was_cut_off_took_at_least_so_long(
 
     async def work(seconds: float, ending: BaseException | None = None) -> None:
         with contextlib.suppress(asyncio.CancelledError, DeadlineExceededError):
-            async with admission.place(INTERACTIVE):
+            async with admission.slot(INTERACTIVE):
                 clock[0] += seconds
                 if ending:
                     raise ending
 
     await work(1.0)
     await work(0.1, end())  # says nothing: it may have been cut off early
-    assert admission._seconds == 1.0
+    assert admission.expected_seconds == 1.0
     for _ in range(50):
         await work(5.0, end())
-    assert admission._seconds == pytest.approx(5.0, rel=0.02)
+    assert admission.expected_seconds == pytest.approx(5.0, rel=0.02)
 
 
 async def test_a_deadline_ends_the_wait() -> None:
     admission = Admission(1, 1)
-    async with admission.place(INTERACTIVE):
+    async with admission.slot(INTERACTIVE):
         with pytest.raises(ResourceExhaustedError, match="deadline"):
-            async with admission.place(INTERACTIVE, seconds_left=0.01):
+            async with admission.slot(INTERACTIVE, seconds_left=0.01):
                 pass
     assert (admission.running, admission.queued) == (0, 0)
 
@@ -197,9 +197,9 @@ async def hold(admission: Admission, steps: list[tuple[str, int, bool]]) -> None
             running = [visitor for visitor in visitors if visitor.inside.is_set() and not visitor.task.done()]
             waiting = [visitor for visitor in visitors if visitor.waiting]
             assert (admission.running, admission.queued) == (len(running), len(waiting))
-            assert admission.running <= admission.places
-            assert admission.queued <= admission.queue
-            assert not waiting or admission.running == admission.places
+            assert admission.running <= admission.slots
+            assert admission.queued <= admission.queue_limit
+            assert not waiting or admission.running == admission.slots
     for visitor in visitors:
         visitor.leave.set()
     await asyncio.gather(*(visitor.task for visitor in visitors), return_exceptions=True)

@@ -1,0 +1,196 @@
+"""Bundle watches: every changed version is activated once, and a bad bundle is rejected once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.errors import BundleError
+from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
+from atspeed.rollout.release_track import Track
+from tests.bundles import random_catalogue, write_bundle
+from tests.serving import LIVENESS_SECONDS
+
+
+class Host:
+    """Activates the bundles of a watch. It rejects the bundle `bad`, and waits for `go` with the bundle `slow`."""
+
+    def __init__(self, link: Path, track: Track = Track.STABLE) -> None:
+        self.link, self.activated, self.go = link, list[str](), asyncio.Event()
+        served = open_bundle(link).manifest.version if track is Track.STABLE else None
+        self.watch = BundleWatch(link, track, self, served)
+
+    async def activate(self, bundle: Bundle, track: Track) -> None:
+        if bundle.root.name == "slow":
+            await self.go.wait()
+        if bundle.root.name == "bad":
+            raise BundleError("bad")
+        assert track is self.watch.track
+        self.activated.append(bundle.root.name)
+
+    def deactivate(self, track: Track) -> None:
+        assert track is self.watch.track
+        self.activated.append("none")
+
+    async def point_to(self, name: str) -> None:
+        """Move the link, and let the watch look."""
+        self.move_to(name)
+        await self.watch.check()
+
+    def move_to(self, name: str) -> None:
+        """Move the link alone."""
+        self.link.unlink(missing_ok=True)
+        self.link.symlink_to(self.link.parent / name)
+
+    def lose(self) -> None:
+        """The path names nothing."""
+        self.link.unlink()
+
+    async def check(self) -> None:
+        await self.watch.check()
+        await self.watch.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifests of several versions."""
+    root = tmp_path_factory.mktemp("bundles")
+    first = write_bundle(root / "first", random_catalogue(20, (4, 4), seed=0)).bundle
+    for name in ("second", "bad", "slow"):
+        (root / name).mkdir()
+        write_manifest(root / name, first.manifest.model_copy(update={"catalogue_version": name}))
+    (root / "same").mkdir()
+    write_manifest(root / "same", first.manifest)
+    return root
+
+
+@pytest.fixture
+def link(folder: Path) -> Path:
+    path = folder / "current"
+    path.unlink(missing_ok=True)
+    path.symlink_to(folder / "first")
+    return path
+
+
+async def test_another_version_is_taken_up_once_and_back(link: Path) -> None:
+    host = Host(link)
+    for name in ("first", "same", "second", "second", "same", "first"):
+        await host.point_to(name)
+        await host.check()
+    assert host.activated == ["second", "same"]
+    assert (host.watch.activated, host.watch.rejected, host.watch.pending) == (2, 0, None)
+
+
+async def test_what_is_refused_is_not_tried_again_until_somebody_asks(link: Path) -> None:
+    host = Host(link)
+    await host.point_to("bad")
+    for _ in range(3):
+        await host.check()
+    assert (host.activated, host.watch.rejected) == ([], 1)
+    host.watch.reset()
+    await host.check()
+    assert host.watch.rejected == 2
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_what_is_being_taken_up_gives_way_to_what_comes_after(link: Path) -> None:
+    host = Host(link)
+    await host.point_to("slow")
+    assert host.watch.pending
+    await host.point_to("first")
+    assert not host.watch.pending
+    await host.point_to("slow")
+    await host.point_to("second")
+    await host.check()
+    host.go.set()
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_a_path_that_is_gone_for_a_moment_is_nothing(link: Path) -> None:
+    host = Host(link)
+    host.lose()
+    await host.check()
+    assert host.watch.rejected == 0
+    await host.check()
+    await host.check()
+    assert host.watch.rejected == 1
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_links_in_a_circle_name_nothing_and_may_be_mended(link: Path) -> None:
+    """They once ended the watch, and nobody was told."""
+    host = Host(link)
+    host.move_to(link.name)
+    for _ in range(3):
+        await host.check()
+    assert host.watch.rejected == 1
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_a_canary_comes_goes_and_comes_back(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    await host.check()
+    host.lose()
+    for _ in range(4):
+        await host.check()
+    assert not host.watch.served
+    for name in ("bad", "first", "second"):
+        await host.point_to(name)
+        await host.check()
+    assert host.activated == ["first", "none", "first", "second"]
+    assert (host.watch.activated, host.watch.rejected) == (3, 1)
+
+
+async def test_a_canary_that_goes_while_it_is_taken_up_never_comes(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    await host.point_to("slow")
+    host.lose()
+    await host.watch.check()
+    assert host.watch.pending
+    await host.watch.check()
+    assert not host.watch.pending
+    host.go.set()
+    await host.check()
+    assert host.activated == []
+
+
+async def test_what_the_paths_name_is_taken_up_before_the_block_begins(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    async with watch_bundles([host.watch], poll_seconds=3600):
+        assert host.activated == ["first"]
+
+
+async def test_what_takes_too_long_goes_on_beside_the_block_and_not_beyond_it(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    host.move_to("slow")
+    async with watch_bundles([host.watch], poll_seconds=3600, max_wait_seconds=0.01):
+        assert host.watch.pending
+        host.go.set()
+        await host.watch.join()
+        assert host.activated == ["slow"]
+    host.go.clear()
+    other = Host(link, Track.CANARY)
+    async with watch_bundles([other.watch], poll_seconds=3600, max_wait_seconds=0.01):
+        assert other.watch.pending
+    assert (other.watch.pending, other.activated) == (None, [])
+
+
+async def test_a_hangup_has_a_path_looked_at_at_once(link: Path) -> None:
+    host = Host(link)
+    async with watch_bundles([host.watch], poll_seconds=3600), asyncio.timeout(LIVENESS_SECONDS):
+        host.move_to("second")
+        os.kill(os.getpid(), signal.SIGHUP)
+        while host.activated != ["second"]:  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.01)
