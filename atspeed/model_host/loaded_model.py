@@ -1,4 +1,4 @@
-"""A loaded model and its prefix cache, shared by the versions with the same weights.
+"""A loaded model and its prefix cache, shared by versions with the same weights.
 
 Versions of a model that differ only in their catalogue have the same weights. These are loaded once, and their cached KV stays
 valid. The keys of blocks include the weights, so one memory serves all models of a process.

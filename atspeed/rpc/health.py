@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 # Time between NOT_SERVING and the close of the listening socket. Watchers then send new calls elsewhere. A call that has arrived
 # but not been accepted by then is lost, so this must exceed the delay of the event loop on a busy machine.
 NOTICE_SECONDS = 1.0
-# Without watchers there is nobody to notify; this covers calls that are just being accepted.
+# Without watchers this only covers calls that are just being accepted.
 _UNWATCHED_NOTICE_SECONDS = 0.1
 _SHUTTING_DOWN = "the server is shutting down"
 

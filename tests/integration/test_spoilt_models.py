@@ -97,7 +97,7 @@ def alone(spoilt_stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) ->
     """An orchestrator before the same target that has nothing to plan with, and that keeps to itself what it caches."""
     flags = {name: value for name, value in spoilt_stack.orchestrators[0].flags.items() if name != "draft"}
     log = tmp_path_factory.mktemp("alone") / "log"
-    service = ServiceProcess("orchestrator", {**flags, "lookahead": False, "shadow-share": 0}, log)
+    service = ServiceProcess("orchestrator", {**flags, "target-prefetch": False, "shadow-share": 0}, log)
     with service, Client(service.address) as client:
         yield client
 
@@ -136,7 +136,7 @@ def assert_unharmed(reply: pb.RecommendResponse, expected: pb.RecommendResponse,
     assert set(reply.degraded_reasons) <= {UNANSWERED, "draft: INTERNAL"}
 
 
-def test_what_went_wrong_is_told_in_replies_and_nothing_is_switched_off(
+def test_replies_name_the_failure_and_speculation_stays_on(
     role: Role, spoilt_stack: LocalStack, speculating: Client, spoilt: Spoilt
 ) -> None:
     replies = [speculating.recommend(history, k=K, beam_width=K) for history in spoilt.histories]

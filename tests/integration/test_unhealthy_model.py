@@ -89,7 +89,7 @@ class Caller:
         return grpc.StatusCode.OK
 
 
-async def test_callers_leave_a_target_whose_passes_fail_until_they_work_again(
+async def test_callers_leave_an_unhealthy_target_until_it_recovers(
     bundle: Path, replicas: list[RunningServer], decoders: Decoders
 ) -> None:
     await asyncio.to_thread(live_through, bundle, replicas, decoders)

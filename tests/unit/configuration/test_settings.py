@@ -162,7 +162,9 @@ def test_help_and_page_list_essential_settings_first(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         ToySettings.load(["--help"])
     text = capsys.readouterr().out
-    order = [text.index(part) for part in ("essential settings:", "--bundle ", "advanced settings:", "--tenths ")]
+    order = [
+        text.index(part) for part in ("essential settings:", "\n  --bundle ", "advanced settings:", "\n  --tenths ")
+    ]
     assert order == sorted(order)
     page = settings_docs.page([ToySettings])
     order = [page.index(part) for part in ("## Essential", "`--bundle`", "## Advanced", "`--tenths`")]

@@ -77,7 +77,7 @@ def link(folder: Path) -> Path:
     return path
 
 
-async def test_another_version_is_taken_up_once_and_back(link: Path) -> None:
+async def test_changed_bundle_is_activated_once(link: Path) -> None:
     host = Host(link)
     for name in ("first", "same", "second", "second", "same", "first"):
         await host.point_to(name)
@@ -86,7 +86,7 @@ async def test_another_version_is_taken_up_once_and_back(link: Path) -> None:
     assert (host.watch.activated, host.watch.rejected, host.watch.pending) == (2, 0, None)
 
 
-async def test_what_is_refused_is_not_tried_again_until_somebody_asks(link: Path) -> None:
+async def test_rejected_bundle_is_not_tried_again_until_reset(link: Path) -> None:
     host = Host(link)
     await host.point_to("bad")
     for _ in range(3):
@@ -100,7 +100,7 @@ async def test_what_is_refused_is_not_tried_again_until_somebody_asks(link: Path
     assert host.activated == ["second"]
 
 
-async def test_what_is_being_taken_up_gives_way_to_what_comes_after(link: Path) -> None:
+async def test_running_activation_is_cancelled_by_another_change(link: Path) -> None:
     host = Host(link)
     await host.point_to("slow")
     assert host.watch.pending
@@ -114,7 +114,7 @@ async def test_what_is_being_taken_up_gives_way_to_what_comes_after(link: Path) 
     assert host.activated == ["second"]
 
 
-async def test_a_path_that_is_gone_for_a_moment_is_nothing(link: Path) -> None:
+async def test_path_missing_once_is_ignored(link: Path) -> None:
     host = Host(link)
     host.lose()
     await host.check()
@@ -127,7 +127,7 @@ async def test_a_path_that_is_gone_for_a_moment_is_nothing(link: Path) -> None:
     assert host.activated == ["second"]
 
 
-async def test_links_in_a_circle_name_nothing_and_may_be_mended(link: Path) -> None:
+async def test_circle_of_links_is_rejected_until_repaired(link: Path) -> None:
     """They once ended the watch, and nobody was told."""
     host = Host(link)
     host.move_to(link.name)
@@ -139,7 +139,7 @@ async def test_links_in_a_circle_name_nothing_and_may_be_mended(link: Path) -> N
     assert host.activated == ["second"]
 
 
-async def test_a_canary_comes_goes_and_comes_back(link: Path) -> None:
+async def test_canary_is_activated_deactivated_and_activated_again(link: Path) -> None:
     host = Host(link, Track.CANARY)
     await host.check()
     host.lose()
@@ -153,7 +153,7 @@ async def test_a_canary_comes_goes_and_comes_back(link: Path) -> None:
     assert (host.watch.activated, host.watch.rejected) == (3, 1)
 
 
-async def test_a_canary_that_goes_while_it_is_taken_up_never_comes(link: Path) -> None:
+async def test_canary_that_disappears_during_activation_is_not_served(link: Path) -> None:
     host = Host(link, Track.CANARY)
     await host.point_to("slow")
     host.lose()
@@ -166,13 +166,13 @@ async def test_a_canary_that_goes_while_it_is_taken_up_never_comes(link: Path) -
     assert host.activated == []
 
 
-async def test_what_the_paths_name_is_taken_up_before_the_block_begins(link: Path) -> None:
+async def test_bundles_are_activated_before_the_block_begins(link: Path) -> None:
     host = Host(link, Track.CANARY)
     async with watch_bundles([host.watch], poll_seconds=3600):
         assert host.activated == ["first"]
 
 
-async def test_what_takes_too_long_goes_on_beside_the_block_and_not_beyond_it(link: Path) -> None:
+async def test_slow_activation_continues_during_the_block_and_ends_with_it(link: Path) -> None:
     host = Host(link, Track.CANARY)
     host.move_to("slow")
     async with watch_bundles([host.watch], poll_seconds=3600, max_wait_seconds=0.01):
@@ -187,7 +187,7 @@ async def test_what_takes_too_long_goes_on_beside_the_block_and_not_beyond_it(li
     assert (other.watch.pending, other.activated) == (None, [])
 
 
-async def test_a_hangup_has_a_path_looked_at_at_once(link: Path) -> None:
+async def test_sighup_checks_at_once(link: Path) -> None:
     host = Host(link)
     async with watch_bundles([host.watch], poll_seconds=3600), asyncio.timeout(LIVENESS_SECONDS):
         host.move_to("second")
