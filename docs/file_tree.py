@@ -6,12 +6,13 @@ is the first sentence of its docstring. The purposes of other files and folders 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from atspeed.configuration.generated_page import write_or_check
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -86,20 +87,12 @@ def _purpose(module: Path) -> str:
     return sentence
 
 
-def main() -> None:
-    """Write the tree, or compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    text = PAGE.read_text()
-    head, _, rest = text.partition(BEGIN)
+def main() -> int:
+    """Write the tree, or check it."""
+    head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    fresh = f"{head}{BEGIN}{tree()}{END}{tail}"
-    if parser.parse_args().check:
-        if fresh != text:
-            sys.exit("docs/architecture.md: stale file tree, run `make tree`")
-        return
-    PAGE.write_text(fresh)
+    return write_or_check(PAGE, f"{head}{BEGIN}{tree()}{END}{tail}", "make tree")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

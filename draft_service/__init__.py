@@ -1,1 +1,1 @@
-"""The draft service: grows plans with the draft model q."""
+"""The draft service: makes plans with the draft model q."""

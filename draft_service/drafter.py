@@ -1,4 +1,4 @@
-"""Grows a plan: beam search with the draft model, level by level, inside one call."""
+"""Makes a plan: beam search with the draft model, all levels in one call."""
 
 from __future__ import annotations
 
@@ -26,9 +26,18 @@ from atspeed.engine.search.trie import ROOT, Pruning, Trie, among
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """What is asked of the draft. prompt: int64 [prompt], in the draft's vocabulary. below: beams of one depth.
+    """The request for a plan.
 
-    noise: seed and temperature; needed by the proposals PERTURBED and SAMPLE.
+    Attributes:
+        prompt: int64 [prompt], in the draft's vocabulary.
+        below: beams of one depth, under which nodes are proposed.
+        size: size of the plan.
+        proposal: rule by which nodes are chosen.
+        pruning: nodes that must not be proposed.
+        noise: seed and temperature, for the proposals PERTURBED and SAMPLE.
+        with_evaluation: True to return the draft's log-probabilities too.
+        tenant: tenant of the cached KV.
+        owner: user key of the cached KV.
     """
 
     prompt: Int64
@@ -44,7 +53,13 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class Drafted:
-    """A plan and what it took."""
+    """A plan and its cost.
+
+    Attributes:
+        plan: the plan.
+        cost: pass stats of the draft, summed.
+        passes: number of draft passes.
+    """
 
     plan: Plan
     cost: PassStats
@@ -52,7 +67,7 @@ class Drafted:
 
 
 class Drafter:
-    """Proposes the nodes that the target's search will ask for."""
+    """Proposes the nodes that the target's search will probably need."""
 
     def __init__(self, evaluator: TreeEvaluator) -> None:
         self._evaluator = evaluator
@@ -60,51 +75,61 @@ class Drafter:
         self._free = free_nodes(evaluator.trie, evaluator.rule)
         self._scale = evaluator.entry.plan_scale or (1.0,) * (evaluator.trie.levels - 1)
 
-    async def plan(self, order: DraftRequest) -> Drafted:
-        """One draft pass for each level that is planned, over the nodes of the level above that are still in the plan.
+    async def plan(self, request: DraftRequest) -> Drafted:
+        """Make a plan, by one draft pass for each planned level. A pass evaluates the plan's nodes of the level above.
 
-        Raises PromptError or CapacityError when the prompt or the beams do not fit the model, OverloadedError when it is busy.
+        Raises PromptError or CapacityError for a prompt or beams that do not fit the model, OverloadedError when it is busy.
         """
-        growth = _Growth(order, self._trie, self._free, self._scale)
-        tree = await self._evaluator.open(order.prompt, tenant=order.tenant, owner=order.owner)
+        growth = _PlanGrowth(request, self._trie, self._free, self._scale)
+        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, owner=request.owner)
         try:
-            plan, cost = await self._evaluator.run_steps(tree, growth.steps(), self._selection(order))
+            plan, cost = await self._evaluator.run_steps(tree, growth.steps(), self._selection(request))
         finally:
             self._evaluator.end(tree)
         return Drafted(plan, cost, growth.passes)
 
-    def _selection(self, order: DraftRequest) -> Selection:
-        limit = max(order.size.width, order.size.beam_width)
-        # Under rule `trie` any number of a node's children may be free and better than the first that is planned.
-        if order.with_evaluation or self._evaluator.rule is ScoringRule.TRIE:
+    def _selection(self, request: DraftRequest) -> Selection:
+        limit = max(request.size.width, request.size.beam_width)
+        # Under the rule `trie` any number of a node's children may be forced and better than the first planned one.
+        if request.with_evaluation or self._evaluator.rule is ScoringRule.TRIE:
             limit = max(self._trie.codebook_sizes)
-        return Selection(order.pruning, limit, order.noise if order.proposal is Proposal.PERTURBED else None)
+        return Selection(request.pruning, limit, request.noise if request.proposal is Proposal.PERTURBED else None)
 
 
-class _Growth:
-    """A plan as it grows. free, scale: of the draft, see `Shortlist.grown`. passes: those that it took so far."""
+class _PlanGrowth:
+    """A plan that grows level by level.
 
-    def __init__(self, order: DraftRequest, trie: Trie, free: npt.NDArray[np.bool_], scale: tuple[float, ...]) -> None:
-        self._order = order
+    Args:
+        free: bool [nodes], the forced nodes.
+        scale: plan scale of each level, see `Shortlist.grown`.
+
+    Attributes:
+        passes: number of passes so far.
+    """
+
+    def __init__(
+        self, request: DraftRequest, trie: Trie, free: npt.NDArray[np.bool_], scale: tuple[float, ...]
+    ) -> None:
+        self._request = request
         self._trie = trie
         self._free = free
         self._scale = scale
-        self._listed = Shortlist.of(order.below)
+        self._shortlist = Shortlist.of(request.below)
         self._evaluated = dict[int, Children]()
         self.passes = 0
 
     def steps(self) -> PassProgram[Plan]:
-        """Level by level, from the beams down."""
-        trie, order = self._trie, self._order
-        start = int(trie.depth(order.below.node[:1])[0])
-        frontier = self._listed.beams
+        """Yield the nodes of each pass, from the beams downwards. Returns the plan."""
+        trie, request = self._trie, self._request
+        start = int(trie.depth(request.below.node[:1])[0])
+        frontier = self._shortlist.beams
         asked = np.append(ROOT, trie.with_ancestors(frontier.node)).astype(np.int64) if start else frontier.node
-        for depth in range(start, order.size.last_depth(trie, start)):
+        for depth in range(start, request.size.last_depth(trie, start)):
             evaluation = yield asked
             self.passes += 1
-            if order.with_evaluation:
+            if request.with_evaluation:
                 self._evaluated.update(evaluation.items())
-            self._listed = self._grown(frontier, evaluation.last(len(frontier)), depth)
+            self._shortlist = self._grown(frontier, evaluation.last(len(frontier)), depth)
             frontier = self._frontier(depth + 1)
             asked = frontier.node
             if not len(asked):
@@ -112,36 +137,36 @@ class _Growth:
         return self._plan(start)
 
     def _plan(self, start: int) -> Plan:
-        listed = self._listed
-        planned = slice(np.searchsorted(listed.beams.node, self._trie.level_start[start + 1]), None)
-        node, score = listed.beams.node[planned], listed.beams.score[planned]
-        return Plan(self._order.below, node, score, listed.margin[planned], self._evaluated)
+        shortlist = self._shortlist
+        planned = slice(np.searchsorted(shortlist.beams.node, self._trie.level_start[start + 1]), None)
+        node, score = shortlist.beams.node[planned], shortlist.beams.score[planned]
+        return Plan(self._request.below, node, score, shortlist.margin[planned], self._evaluated)
 
     def _grown(self, frontier: Beams, evaluation: Evaluation, depth: int) -> Shortlist:
-        """The list with what is wanted of the level below the frontier, which is at `depth`, without what no longer fits."""
-        listed, order, noise = self._listed, self._order, self._order.noise
-        most = order.size.max_nodes + len(order.below)
-        if noise is None or order.proposal is Proposal.TOP:
+        """Return the shortlist with the nodes of the next level, cut to the plan's size. The frontier is at `depth`."""
+        shortlist, request, noise = self._shortlist, self._request, self._request.noise
+        most = request.size.max_nodes + len(request.below)
+        if noise is None or request.proposal is Proposal.TOP:
             children = children_by_score(frontier, evaluation)
-        elif order.proposal is Proposal.PERTURBED:
+        elif request.proposal is Proposal.PERTURBED:
             children = children_by_gumbel(self._trie, frontier, evaluation, noise)
         else:
-            drawn = self._sample(children_by_score(frontier, evaluation), most - len(listed.beams), noise)
-            # Of the accepted the first K drawn survive, so these are nearly all among the first 2K.
-            likely = np.sort(drawn.node[: 2 * order.size.beam_width])
-            return replace(listed.with_level(self._trie, drawn), deepest=likely)
-        return listed.grown(self._trie, children, order.size, self._scale[depth], self._free).cut(self._trie, most)
+            drawn = self._sample(children_by_score(frontier, evaluation), most - len(shortlist.beams), noise)
+            # The first K accepted draws survive, and nearly all of them are among the first 2K draws.
+            likely = np.sort(drawn.node[: 2 * request.size.beam_width])
+            return replace(shortlist.with_level(self._trie, drawn), deepest=likely)
+        return shortlist.grown(self._trie, children, request.size, self._scale[depth], self._free).cut(self._trie, most)
 
     def _frontier(self, depth: int) -> Beams:
-        """The nodes of a depth that are expanded: all that are listed; of a sample those that may well survive."""
-        level = self._listed.level(self._trie, depth)
-        if self._order.proposal is not Proposal.SAMPLE:
+        """Return the nodes of a depth to expand: all listed ones, or for a sample those that probably survive."""
+        level = self._shortlist.level(self._trie, depth)
+        if self._request.proposal is not Proposal.SAMPLE:
             return level
-        return level.take(np.flatnonzero(among(self._listed.deepest, level.node)))
+        return level.take(np.flatnonzero(among(self._shortlist.deepest, level.node)))
 
     def _sample(self, candidates: Beams, room: int, noise: Perturbation) -> Beams:
-        """One level's draws, in order. As a sample cannot be cut to its best, every level has its share."""
-        size = self._order.size
+        """Draw the sample of one level. A sample cannot be cut to its best nodes, so every level has a fixed share."""
+        size = self._request.size
         share = min(size.width, room, max(1, size.max_nodes // size.last_depth(self._trie, ROOT)))
         log_q = level_log_distribution(candidates, noise.temperature)
         seed, stream = noise.seed, Stream.PROPOSAL

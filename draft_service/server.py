@@ -1,4 +1,4 @@
-"""The draft's gRPC servicer: protobuf to arrays, the drafter, and back."""
+"""The draft's gRPC servicer: decodes requests, calls the drafter, encodes plans."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
-    """Plans for requests."""
+    """Makes plans."""
 
     def __init__(self, models: HostedModels[Drafter], admission: Admission) -> None:
         self._models = models
@@ -39,39 +39,39 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     async def GetModelInfo(
         self, request: draft_pb2.DraftServiceGetModelInfoRequest, context: Context
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
-        """What this replica serves."""
+        """Return the served model."""
         version, served = request.model_version, sorted(self._models.versions.served)
         model = self._models.find(version, "model_version") if version else self._models.stable
         return draft_pb2.DraftServiceGetModelInfoResponse(model=model.info, model_versions=served)
 
     async def Plan(self, request: draft_pb2.PlanRequest, context: Context) -> draft_pb2.PlanResponse:
-        """A plan below the request's beams."""
+        """Return a plan below the request's beams."""
         with self._models.find(request.model_version, "model_version").in_use() as model:
-            order = _OrderReader(model).read(request)
-            async with self._admission.place(Priority.of(context), context.time_remaining()):
-                drafted = await model.worker.plan(order)
-        self._metrics.planned(order, drafted)
+            draft_request = _RequestParser(model).parse(request)
+            async with self._admission.slot(Priority.of(context), context.time_remaining()):
+                drafted = await model.worker.plan(draft_request)
+        self._metrics.planned(draft_request, drafted)
         plan = drafted.plan
         return draft_pb2.PlanResponse(
             nodes=wire.to_array(plan.node.astype(np.int32)),
             scores=wire.to_array(plan.score),
             margins=wire.to_array(plan.margin),
-            evaluation=wire.to_evaluation(Evaluation.of(plan.evaluated)) if order.with_evaluation else None,
+            evaluation=wire.to_evaluation(Evaluation.of(plan.evaluated)) if draft_request.with_evaluation else None,
             statistics=wire.to_statistics(drafted.cost),
             passes=drafted.passes,
             model_version=model.version,
         )
 
 
-class _OrderReader:
-    """Reads requests of one model version."""
+class _RequestParser:
+    """Parses requests of one model version."""
 
     def __init__(self, model: HostedModel[Drafter]) -> None:
         self._trie = model.evaluator.trie
-        self._most_nodes = model.info.max_nodes
+        self._max_nodes = model.info.max_nodes
 
-    def read(self, request: draft_pb2.PlanRequest) -> DraftRequest:
-        """The order. Raises InvalidArgumentError."""
+    def parse(self, request: draft_pb2.PlanRequest) -> DraftRequest:
+        """Parse a request. Raises InvalidArgumentError."""
         proposal = wire.proposal(request.proposal, "proposal")
         noise = wire.optional_perturbation(request, "perturbation")
         if proposal is not Proposal.TOP and noise is None:
@@ -89,7 +89,7 @@ class _OrderReader:
         )
 
     def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:
-        nodes = self._most_nodes
+        nodes = self._max_nodes
         for name, value, least, most in (
             ("beam_width", request.beam_width, 1, nodes),
             ("width", request.width, 1, nodes),
@@ -102,14 +102,14 @@ class _OrderReader:
         return PlanSize(request.beam_width, request.width, max_nodes, request.levels or None)
 
     def _beams(self, request: draft_pb2.PlanRequest) -> Beams:
-        node = wire.node_ids(request.beams, "beams", self._trie, limit=self._most_nodes)
+        node = wire.node_ids(request.beams, "beams", self._trie, limit=self._max_nodes)
         depths = self._trie.depth(node)
         if not len(node) or depths[0] != depths[-1] or depths[0] >= self._trie.levels:
             raise InvalidArgumentError("beams", "must be one or more inner nodes of one depth")
         parts = {
             name: wire.vector(getattr(request, name), name, "float64") for name in ("scores", "weights", "priorities")
         }
-        if request.proposal != draft_pb2.PROPOSAL_PERTURBED:  # the other proposals know scores alone
+        if request.proposal != draft_pb2.PROPOSAL_PERTURBED:  # the other proposals have scores only
             parts |= {name: parts["scores"] for name in ("weights", "priorities") if not len(parts[name])}
         for name, values in parts.items():
             if len(values) != len(node) or not np.isfinite(values.astype(np.float64)).all():
@@ -119,7 +119,7 @@ class _OrderReader:
 
 @asynccontextmanager
 async def application(settings: DraftSettings) -> AsyncIterator[list[Registration]]:
-    """The draft model of the settings' bundle, ready to serve."""
+    """Load the draft model of the settings' bundle and yield its service."""
     async with served_models(settings, "draft", lambda evaluator, _: Drafter(evaluator)) as models:
         admission = Admission(settings.max_running, settings.max_queued)
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server

@@ -1,4 +1,4 @@
-"""The draft service's settings."""
+"""Settings of the draft service."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from atspeed.model_host.settings import ModelSettings
 
 
 class DraftSettings(ModelSettings):
-    """A draft replica."""
+    """Settings of a draft replica."""
 
     model_config = SettingsConfigDict(env_prefix="ATSPEED_DRAFT_")
     service: ClassVar[str] = "draft"
 
     port: Port = 50053
     threads: int = Field(default=1, ge=1, le=256)
-    """Threads of one pass, on the CPU."""
+    """CPU threads of one pass."""

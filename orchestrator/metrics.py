@@ -29,14 +29,16 @@ LISTS = CounterOf(
     "atspeed_recommendations_total",
     "Lists that were asked for, alone or in a batch, by mode and gRPC status.",
     ("track", "mode", "code"),
+    essential=True,
 )
 STAGE_SECONDS = HistogramOf(
     "atspeed_stage_seconds",
     "Time of a list by stage: history, draft and target (the waits for these), selection, total; draft_forward and "
     "target_forward are what the models themselves took.",
     ("track", "mode", "stage"),
+    essential=True,
 )
-PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("track", "mode"), WHOLE)
+PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("track", "mode"), WHOLE, essential=True)
 ACCEPTED = HistogramOf("atspeed_accepted_levels", "Levels of a list that needed no target pass.", ("mode",), WHOLE)
 NODES = CounterOf(
     "atspeed_nodes_total",
@@ -59,7 +61,7 @@ PREDICTION = HistogramOf(
 )
 RETRIES = CounterOf("atspeed_target_retries_total", "Streams that broke and were taken up on another replica.")
 DEGRADED = CounterOf(
-    "atspeed_degraded_total", "Lists that did without something, by what and why.", ("track", "reason")
+    "atspeed_degraded_total", "Lists that did without something, by what and why.", ("track", "reason"), essential=True
 )
 SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer items than asked for.")
 SHADOW = ReadCounter(
@@ -67,16 +69,22 @@ SHADOW = ReadCounter(
     "Strict lists that came up for a shadow check: identical, near-tie or different; failed, where the target gave no "
     "second list; dropped, where another check was running.",
     ("track", "outcome"),
+    essential=True,
 )
 SHADOW_GAP = ReadGauge(
     "atspeed_shadow_largest_gap", "Largest difference of two scores at one place in a shadow check.", ("track",)
 )
 SPECULATION = ReadGauge(
-    "atspeed_speculation_enabled", "1 while the draft is asked, 0 after shadow checks switched it off.", ("track",)
+    "atspeed_speculation_enabled",
+    "1 while the draft is asked, 0 after shadow checks switched it off.",
+    ("track",),
+    essential=True,
 )
 RESTING = ReadGauge("atspeed_draft_circuit_open", "1 while the draft is left alone after a failure.", ("track",))
 CANARY_SHARE = ReadGauge(
-    "atspeed_canary_share", "Share of the users that the canary serves now; 0 while there is none that a target serves."
+    "atspeed_canary_share",
+    "Share of the users that the canary serves now; 0 while there is none that a target serves.",
+    essential=True,
 )
 METRICS = (
     *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, ASKED, PREDICTION, RETRIES, DEGRADED, SHORT),

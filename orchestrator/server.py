@@ -21,7 +21,7 @@ from atspeed.engine.search.list_comparison import Verdict
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
-from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
+from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
@@ -132,7 +132,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             running_recommendations=self._admission.running,
             waiting_recommendations=self._admission.queued,
             bundle_since=to_timestamp(snapshot.since),
-            pending_bundle=self._watches[Track.STABLE].pending,
+            pending_bundle=self._watches[Track.STABLE].pending or "",
             open_bundles=lane.snapshots.open,
             backends=await self._backends(snapshot),
             shadow_checks=self._shadow_checks(lane),
@@ -152,7 +152,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         canary = pb.Canary(
             share=self._settings.canary_share,
             share_now=self._lanes.share,
-            pending_bundle=watch.pending,
+            pending_bundle=watch.pending or "",
             shadow_checks=self._shadow_checks(lane),
         )
         if (snapshot := lane.snapshots.newest) is not None:
@@ -180,7 +180,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             self.metrics.asked(lane.track, order.mode, deadline),
             tracing.span("recommend", k=order.k, mode=order.mode, track=lane.track) as span,
         ):
-            async with self._admission.place(order.priority, deadline.left()) as admitted:
+            async with self._admission.slot(order.priority, deadline.left()) as admitted:
                 order = order.narrowed() if admitted.waited else order
                 recommendation = await snapshot.recommender.recommend(order, deadline)
                 lane.shadow.offer(recommendation, snapshot)
@@ -277,7 +277,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         stack.push_async_callback(lanes.close)
         await lanes[Track.STABLE].snapshots.activate(bundle, at_once=True)
         watches = bundle_watches(settings, lanes, bundle.manifest.version)
-        await stack.enter_async_context(following(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
+        await stack.enter_async_context(watch_bundles(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
         servicer = RecommendationServicer(settings, lanes, watches, admission)
         await servicer.state_history_limit()
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server

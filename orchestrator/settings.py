@@ -18,6 +18,9 @@ class OrchestratorSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix="ATSPEED_ORCHESTRATOR_")
     service: ClassVar[str] = "orchestrator"
+    essential: ClassVar[frozenset[str]] = ServiceSettings.essential | frozenset(
+        ("target", "draft", "planner", "shadow_share", "canary_share")
+    )
 
     port: Port = 50051
     max_running: int = Field(default=32, ge=1, le=100_000)

@@ -1,4 +1,4 @@
-"""A model that goes on with a beam search by itself, from a pass that the orchestrator asked for to the last inner level."""
+"""Runs autonomous searches: the remaining passes of a beam search on the target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from atspeed.engine.speculation.target_prefetch import TargetPrefetcher
 
 @dataclass(frozen=True)
 class Search:
-    """A plain beam search. prefetches: whether a pass may hold what the next ones are likely to need."""
+    """A plain beam search.
+
+    Attributes:
+        width: beam width.
+        prefetches: True if a pass may contain prefetched nodes.
+    """
 
     width: int
     prefetches: bool
@@ -24,44 +29,54 @@ class Search:
 
 @dataclass(frozen=True)
 class SearchPass:
-    """A pass of a search."""
+    """One pass of a search.
+
+    Attributes:
+        evaluation: the evaluated nodes.
+        cost: pass stats.
+    """
 
     evaluation: Evaluation
     cost: PassStats
 
 
-class Searcher:
-    """Makes whole searches on one evaluator. What they teach of the next ones is touched by its worker thread alone; what passes
-    cost is noted here, and read there.
+class SearchRunner:
+    """Runs searches on one evaluator.
 
-    curve: what passes cost. max_nodes: most nodes of a pass.
+    Only the evaluator's worker thread uses the prefetcher's statistics. The event loop updates the latency model, and the worker
+    thread reads it.
+
+    Args:
+        curve: cost curve of the model.
+        max_nodes: maximum number of nodes in a pass.
     """
 
     def __init__(self, evaluator: TreeEvaluator, curve: CostCurve, max_nodes: int) -> None:
         self._evaluator = evaluator
-        self._costs = LatencyModel(curve)
-        self._lookahead = TargetPrefetcher(evaluator.trie, evaluator.rule, self._costs, max_nodes)
+        self._latency = LatencyModel(curve)
+        self._prefetcher = TargetPrefetcher(evaluator.trie, evaluator.rule, self._latency, max_nodes)
 
     async def search(self, tree: OpenTree, nodes: Int64, selection: Selection, search: Search) -> list[SearchPass]:
-        """A pass over these nodes and those that plain beam search makes from there on; raises as `TreeEvaluator.follow`."""
+        """Evaluate the nodes, then the remaining passes of plain beam search. Raises as `TreeEvaluator.run_steps`."""
         trie, rule, noise, made = self._evaluator.trie, self._evaluator.rule, selection.perturbation, len(tree.passes)
-        ahead = None
-        if noise is None:  # a sample's next beams follow its noise, and so do the children that are chosen for it
+        prefetch = None
+        if noise is None:  # the next beams of a sample depend on its noise, so the prior cannot predict them
             prompt_tokens = len(tree.tokens.prompt)
-            ahead = self._lookahead.for_search(
+            prefetch = self._prefetcher.for_search(
                 search.width, selection.pruning, prompt_tokens, enabled=search.prefetches
             )
-        steps = AutonomousSearch(trie, rule, search.width, noise, ahead).steps(nodes)
+        steps = AutonomousSearch(trie, rule, search.width, noise, prefetch).steps(nodes)
         evaluations, _ = await self._evaluator.run_steps(tree, steps, selection)
         passes = tree.passes[made:]
-        self._note(passes)
+        self._observe(passes)
         return [SearchPass(evaluation, one.cost) for evaluation, one in zip(evaluations, passes, strict=True)]
 
-    def _note(self, passes: list[PassRecord]) -> None:
+    def _observe(self, passes: list[PassRecord]) -> None:
+        """Update the latency model with the passes of one search. Each pass finds the tokens of earlier ones cached."""
         cached = 0
         for one in passes:
             cost = one.cost
             cached += cost.memory_cached_tokens + cost.redis_cached_tokens
             made = Pass(cost.new_tokens, cached, one.nodes)
-            self._costs.observe([made], cost, one.done_ns - one.queued_ns)
+            self._latency.observe([made], cost, one.done_ns - one.queued_ns)
             cached += cost.new_tokens

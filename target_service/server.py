@@ -1,4 +1,4 @@
-"""The target's gRPC servicer: protobuf to arrays, the evaluator, and back."""
+"""The target's gRPC servicer: decodes requests, evaluates, encodes replies."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.server import Registration
 from atspeed.v1 import target_pb2, target_pb2_grpc
-from target_service.search_runner import Search, Searcher
+from target_service.search_runner import Search, SearchRunner
 from target_service.settings import TargetSettings
 
 SERVICE = target_pb2.DESCRIPTOR.services_by_name["TargetService"]
 Context = grpc.aio.ServicerContext[Any, Any]
-_WHERE_START = "must be set in the first message of a stream, and only there"
+_START_RULE = "must be set in the first message of a stream, and only there"
 
 
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
-    """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
+    """Evaluates token trees. A stream is one request, and its state lives as long as the stream."""
 
-    def __init__(self, models: HostedModels[Searcher], admission: Admission, idle_seconds: float) -> None:
+    def __init__(self, models: HostedModels[SearchRunner], admission: Admission, idle_seconds: float) -> None:
         self._models = models
         self._admission = admission
         self._idle_seconds = idle_seconds
@@ -43,7 +43,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def GetModelInfo(
         self, request: target_pb2.TargetServiceGetModelInfoRequest, context: Context
     ) -> target_pb2.TargetServiceGetModelInfoResponse:
-        """What this replica serves."""
+        """Return the served model."""
         version, served = request.model_version, sorted(self._models.versions.served)
         model = self._models.find(version, "model_version") if version else self._models.stable
         return target_pb2.TargetServiceGetModelInfoResponse(model=model.info, model_versions=served)
@@ -51,20 +51,20 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def Evaluate(
         self, request_iterator: AsyncIterator[target_pb2.EvaluateRequest], context: Context
     ) -> AsyncIterator[target_pb2.EvaluateResponse]:
-        """A pass for each message, and after it those of a beam search where the start wants that.
+        """Make a pass for each message, and after the first one an autonomous search if the start asks for it.
 
-        From `start` to end a stream has a place: for so long what it evaluated stays in memory.
+        A stream holds an admission slot from `start` to its end, since its KV stays in memory.
         """
-        requests = _talking(request_iterator, self._idle_seconds)
+        requests = _with_idle_timeout(request_iterator, self._idle_seconds)
         first = await anext(requests, None)
         if first is None:
             return
         if not first.HasField("start"):
-            raise InvalidArgumentError("start", _WHERE_START)
+            raise InvalidArgumentError("start", _START_RULE)
         model = self._models.find(first.start.model_version, "start.model_version")
         with model.in_use():
             async with (
-                self._admission.place(Priority.of(context), context.time_remaining()),
+                self._admission.slot(Priority.of(context), context.time_remaining()),
                 aclosing(self._passes(model, first, requests)) as passes,
             ):
                 async for response in passes:
@@ -72,7 +72,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     async def _passes(
         self,
-        model: HostedModel[Searcher],
+        model: HostedModel[SearchRunner],
         first: target_pb2.EvaluateRequest,
         later: AsyncIterator[target_pb2.EvaluateRequest],
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
@@ -81,12 +81,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             yield await opened.evaluate(first, _search(first.start))
             async for request in later:
                 if request.HasField("start"):
-                    raise InvalidArgumentError("start", _WHERE_START)
+                    raise InvalidArgumentError("start", _START_RULE)
                 yield await opened.evaluate(request)
         finally:
             model.evaluator.end(opened.tree)
 
-    async def _open(self, model: HostedModel[Searcher], start: target_pb2.EvaluateStart) -> _Opened:
+    async def _open(self, model: HostedModel[SearchRunner], start: target_pb2.EvaluateStart) -> _Opened:
         selection = self._selection(start, model.evaluator.trie)
         prompt = wire.vector(start.prompt, "start.prompt", "int64").astype(np.int64)
         owner = wire.owner(start.owner, "start.owner")
@@ -104,16 +104,22 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
 @dataclass(frozen=True)
 class _Opened:
-    """A stream's token tree, with the model that it will stay with."""
+    """An open stream.
 
-    model: HostedModel[Searcher]
+    Attributes:
+        model: the model that serves the stream to its end.
+        tree: the token tree.
+        selection: the children that an evaluation returns.
+    """
+
+    model: HostedModel[SearchRunner]
     tree: OpenTree
     selection: Selection
 
     async def evaluate(
         self, request: target_pb2.EvaluateRequest, search: Search | None = None
     ) -> target_pb2.EvaluateResponse:
-        """One pass and, where there is one, those of a beam search that goes on from it."""
+        """Make one pass, and then the passes of `search` if it is given."""
         evaluator, info = self.model.evaluator, self.model.info
         nodes = wire.node_ids(request.nodes, "nodes", evaluator.trie, limit=info.max_nodes)
         if search is None:
@@ -136,10 +142,10 @@ def _search(start: target_pb2.EvaluateStart) -> Search | None:
     return Search(start.beam_width, start.prefetches) if start.beam_width else None
 
 
-async def _talking(
+async def _with_idle_timeout(
     requests: AsyncIterator[target_pb2.EvaluateRequest], idle_seconds: float
 ) -> AsyncGenerator[target_pb2.EvaluateRequest, None]:
-    """The messages of a stream, as long as none takes too long to come: one that is silent would keep its memory for ever."""
+    """Yield the messages of a stream. A stream that is silent for too long is ended, as it would keep its memory."""
     while True:
         try:
             async with asyncio.timeout(idle_seconds):
@@ -153,8 +159,8 @@ async def _talking(
 
 @asynccontextmanager
 async def application(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
-    """The target model of the settings' bundle, ready to serve."""
-    async with served_models(settings, "target", partial(Searcher, max_nodes=settings.max_nodes)) as models:
+    """Load the target model of the settings' bundle and yield its service."""
+    async with served_models(settings, "target", partial(SearchRunner, max_nodes=settings.max_nodes)) as models:
         admission = Admission(settings.max_running, settings.max_queued)
         add = target_pb2_grpc.add_TargetServiceServicer_to_server
         metrics = models.metrics.registry

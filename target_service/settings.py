@@ -1,4 +1,4 @@
-"""The target service's settings."""
+"""Settings of the target service."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from atspeed.model_host.settings import ModelSettings
 
 
 class TargetSettings(ModelSettings):
-    """A target replica."""
+    """Settings of a target replica."""
 
     model_config = SettingsConfigDict(env_prefix="ATSPEED_TARGET_")
     service: ClassVar[str] = "target"
 
     port: Port = 50052
     stream_idle_seconds: float = Field(default=60.0, gt=0, le=3600)
-    """How long an open stream may send nothing before it is ended and its memory freed."""
+    """Time without a message after which an open stream is ended and its memory is freed."""

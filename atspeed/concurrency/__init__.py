@@ -1,1 +1,1 @@
-"""Tasks and deadlines on the event loop."""
+"""Tasks, deadlines, signals, circuit breakers and reference counts."""

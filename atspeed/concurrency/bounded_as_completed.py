@@ -1,4 +1,4 @@
-"""A bounded number of coroutines at once, their results as they are ready."""
+"""Runs a bounded number of coroutines and yields results as they complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 async def bounded_as_completed(
     work: Iterator[Coroutine[Any, Any, Result]], at_once: int
 ) -> AsyncGenerator[Result, None]:
-    """The results of `work`. What has not begun is not even taken from it, and closing this cancels what has."""
+    """Yield the results of `work`, which is consumed lazily. Closing this generator cancels the running coroutines."""
     running: set[asyncio.Task[Result]] = set()
     try:
         while True:

@@ -1,4 +1,4 @@
-"""When a request must be done."""
+"""The deadline of a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from atspeed.errors import DeadlineExceededError
 
 
 class Deadline:
-    """When a request must be done, on the monotonic clock. The time left travels with every call."""
+    """The deadline of a request, on the monotonic clock. Every call carries the remaining time."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -16,11 +16,11 @@ class Deadline:
 
     @property
     def passed(self) -> bool:
-        """Whether it has passed, as far as the two ends' clocks and gRPC's rounding can tell."""
+        """Return whether it has passed, within the tolerance of `is_over`."""
         return is_over(self._at - time.monotonic(), self._seconds)
 
     def left(self) -> float:
-        """Seconds left. Raises DeadlineExceededError when there are none."""
+        """Return the remaining seconds. Raises DeadlineExceededError if there are none."""
         left = self._at - time.monotonic()
         if left <= 0:
             raise DeadlineExceededError("the request's deadline has passed")
@@ -28,9 +28,10 @@ class Deadline:
 
 
 def is_over(left: float, seconds: float) -> bool:
-    """Whether a cancellation with `left` seconds left of a deadline of `seconds` was that deadline.
+    """Return whether a cancellation with `left` seconds left of `seconds` was the deadline.
 
-    gRPC rounds the time that it sends up, by 1 % at most, and the caller may give up some milliseconds before the server's clock
-    says so.
+    gRPC rounds the time that it sends up, by 1 % at most. The caller may cancel some milliseconds before the deadline on the
+    server's clock.
     """
+    # 20 ms cover these milliseconds on a busy machine.
     return left <= 0.02 + 0.01 * seconds

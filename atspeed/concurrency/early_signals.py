@@ -1,7 +1,7 @@
-"""Signals from a process's first moment on: a `__main__.py` calls this before its other imports, which take a second.
+"""Handles signals from a process's first moment on.
 
-The first process of a container has no default for SIGTERM: one that comes before there is a handler is lost, and the process
-then starts and serves.
+A `__main__.py` calls this before its other imports, which take a second. PID 1 of a container has no default handler for SIGTERM.
+A signal before the first handler would be lost, and the process would start and serve.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def leave_at_signals() -> None:
-    """SIGTERM and SIGINT end the process at once, with exit code 0, until other handlers take their place.
+    """Let SIGTERM and SIGINT end the process at once, with exit code 0, until other handlers replace these.
 
-    For a process that has nothing to let go of yet.
+    For a process that has nothing to clean up yet.
     """
     for number in SIGNALS:
         signal.signal(number, _leave)
 
 
 def unwind_at_sigterm() -> None:
-    """SIGTERM ends the process as Ctrl-C does: what it has started is stopped. Exit code 143, as the shell has it."""
+    """Let SIGTERM unwind the process as Ctrl-C does, so that it stops its children. The exit code is 143, as in a shell."""
     signal.signal(signal.SIGTERM, _unwind)
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """Not by an exception: half of an import may catch it."""
+    """End the process. An exception could be caught by an import that is under way."""
     os._exit(0)
 
 
 def _unwind(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one does not cut the stopping short
+    signal.signal(number, signal.SIG_IGN)  # a second signal does not interrupt the cleanup
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Background tasks: one for the length of a block, or a set of short ones."""
+"""Background tasks: one for the length of a block, or a set of short tasks."""
 
 from __future__ import annotations
 

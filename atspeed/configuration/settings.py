@@ -1,17 +1,18 @@
-"""One declaration per setting: command-line flag, environment variable, --help and docs/settings.md all come from it.
+"""Declares the settings of a service, each of them once.
 
-A service declares its own beside the common ones:
+Command-line flag, environment variable, --help and docs/settings.md come from the declaration. A service adds its own settings:
 
     class TargetSettings(ServiceSettings):
         model_config = SettingsConfigDict(env_prefix="ATSPEED_TARGET_")
         service: ClassVar[str] = "target"
+        essential: ClassVar[frozenset[str]] = ServiceSettings.essential | {"workers"}
 
         port: Port = 50052
         workers: int = Field(default=2, ge=1, le=64)
         "Threads per pass."
 
-and reads it with `TargetSettings.load()`. Flags win over environment variables, and those over defaults. An empty
-variable counts as not set; one with the service's prefix that no setting claims is refused: it is most likely misspelt.
+and reads them with `TargetSettings.load()`. Flags win over environment variables, and those over defaults. An empty variable
+counts as not set. An unknown variable with the service's prefix is refused, as it is probably misspelt.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from atspeed.engine.kv.redis_client import RedisTls
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.observability.logs import LogFormat, LogLevel
 from atspeed.security.tls import TlsError, TlsFiles, WatchedPems
 
-Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")]
+Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on. 0: the system chooses one.")]
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
@@ -41,7 +42,7 @@ def _redis_url(url: SecretStr) -> SecretStr:
 
 
 class ServiceSettings(BaseSettings):
-    """The settings that every service has."""
+    """Settings of every service."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -54,70 +55,77 @@ class ServiceSettings(BaseSettings):
         cli_exit_on_error=False,
     )
     service: ClassVar[str] = "service"
+    essential: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("bundle", "canary_bundle", "host", "port", "redis_url", "tls_certificate", "tls_key", "tls_client_ca"),
+            *("tokens_file", "log_level", "metrics_port", "max_running", "max_queued"),
+        )
+    )
+    """The settings that operators change. --help and docs/settings.md list them before the advanced ones."""
 
     bundle: DirectoryPath
-    """Directory of the bundle to serve, or a symlink to it; another one is taken up as it changes."""
+    """Directory of the bundle to serve, or a symlink to it. A changed bundle is loaded and served (hot reload)."""
     canary_bundle: Path | None = None
-    """Another bundle, or a symlink to it, to serve beside it: to the orchestrator's canary_share of the users. It may come and
-    go; while there is none, all are served by `bundle`.
+    """Directory of the canary bundle, or a symlink to it. It serves the orchestrator's canary_share of the users. It may appear
+    and disappear; without it, `bundle` serves all users.
     """
     bundle_poll_seconds: float = Field(default=1.0, gt=0, le=3600)
-    """How often the service looks whether these are other bundles."""
+    """Interval at which the bundle paths are checked for changes."""
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address to listen on. 0.0.0.0 is every interface."""
+    """Address to listen on. 0.0.0.0: all interfaces."""
     port: Port = 0
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = SecretStr("")
-    """redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded; rediss:// over TLS, unix:///PATH. Empty: work without Redis."""
+    """redis://[:PASSWORD@]HOST:PORT/DB with a percent-encoded password, rediss:// for TLS, or unix:///PATH. Empty: no Redis."""
     redis_ca: FilePath | None = None
-    """CA of Redis's certificate, PEM; rediss:// only. The system's CAs without it."""
+    """CA of Redis's certificate, PEM; rediss:// only. The default is the system's CAs."""
     redis_certificate: FilePath | None = None
-    """Certificate that Redis is shown, PEM; rediss:// only."""
+    """Client certificate for Redis, PEM; rediss:// only."""
     redis_key: FilePath | None = None
-    """Its key."""
+    """Key of redis_certificate, PEM."""
     tls_certificate: FilePath | None = None
-    """This server's certificate chain, PEM. Not set: plain text."""
+    """The server's certificate chain, PEM. Not set: no TLS."""
     tls_key: FilePath | None = None
-    """Its key."""
+    """Key of tls_certificate, PEM."""
     tls_client_ca: FilePath | None = None
-    """CA, PEM, of which callers must show a certificate (mTLS). Not set: they need none."""
+    """CA of the certificates that clients must present (mTLS), PEM. Not set: no client certificates."""
     tokens_file: FilePath | None = None
-    """Bearer tokens that may call, TOML, see operations.md. Not set: calls need no token."""
+    """Bearer tokens of the callers, TOML (see operations.md). Not set: no authentication by tokens."""
     insecure: bool = False
-    """Listen beyond loopback with neither tokens_file nor tls_client_ca: whoever gets there may call."""
+    """Allow a host beyond loopback without tokens_file and tls_client_ca. Everyone with network access may then call."""
     log_level: LogLevel = "info"
-    """The least severe level that is logged."""
+    """Lowest level that is logged."""
     log_format: LogFormat = "json"
-    """json: one object a line. console: for people."""
+    """json: one object per line. console: text for people."""
     log_error_texts: bool = False
-    """Log what unexpected errors say, beside where they arose. It may quote users' histories: to debug."""
+    """Log the texts of unexpected errors too. They may quote users' histories, so this is for debugging."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port for Prometheus, HTTP; 0 lets the system choose one. Not set: none."""
+    """HTTP port of the Prometheus exporter. 0: the system chooses one. Not set: no exporter."""
     metrics_host: str = Field(default="127.0.0.1", min_length=1)
-    """Address that Prometheus finds that port on."""
+    """Address of the Prometheus exporter."""
     tracing: bool = False
-    """Send OpenTelemetry spans over OTLP/gRPC to where the OTEL_* variables say, by default http://localhost:4317. Needs the
-    extra `otel`.
+    """Send OpenTelemetry spans over OTLP/gRPC. The OTEL_* variables name the collector, by default http://localhost:4317. Needs
+    the extra `otel`.
     """
     drain_seconds: float = Field(default=20.0, ge=0, le=600)
-    """How long calls that run at SIGTERM or SIGINT may take to end."""
+    """Time that running calls get to end after SIGTERM or SIGINT (graceful drain)."""
     max_message_bytes: int = Field(default=33_554_432, ge=65_536, le=1_073_741_824)
-    """Largest message, received or sent."""
+    """Maximum size of a message, received or sent."""
     max_running: int = Field(default=256, ge=1, le=100_000)
-    """Recommendations (also of batches), plans or target streams served at once."""
+    """Maximum number of recommendations (also of batches), plans or target streams that run at once."""
     max_queued: int = Field(default=64, ge=0, le=100_000)
-    """Those that wait for that; more get RESOURCE_EXHAUSTED at once."""
+    """Maximum number of calls that wait for one of max_running. Further ones get RESOURCE_EXHAUSTED at once."""
     max_concurrent_calls: int = Field(default=1024, ge=1, le=100_000)
-    """Calls of one method at once, also those whose message is still on its way; health apart."""
+    """Maximum number of open calls of one method, with those whose message has not arrived yet. Health has no limit."""
     max_connection_seconds: float = Field(default=300.0, ge=1, le=86_400)
-    """Age at which a connection is renewed, so that clients find new replicas."""
+    """Maximum age of a connection. Clients then reconnect and find new replicas."""
     max_streams: int = Field(default=1024, ge=1, le=1_000_000)
-    """Calls under way on one connection; a client's further ones wait there."""
+    """Maximum number of open calls on one connection. Further ones wait in the client."""
     max_metadata_bytes: int = Field(default=16_384, ge=4_096, le=1_048_576)
-    """Largest metadata of a call, as HTTP/2 counts it."""
+    """Maximum size of a call's metadata, as HTTP/2 counts it."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        """Half a security setting is refused: it would be taken for a whole one."""
+        """Refuse half a security setting, which looks like a complete one."""
         self._go_together("tls_certificate", "tls_key")
         self._go_together("redis_certificate", "redis_key")
         self._needs("tls_client_ca", "tls_certificate", bool(self.tls_certificate))
@@ -130,7 +138,7 @@ class ServiceSettings(BaseSettings):
 
     def _go_together(self, *names: str) -> None:
         if len({getattr(self, name) is None for name in names}) > 1:
-            raise ValueError(" and ".join(spelling(type(self), name) for name in names) + " go together")
+            raise ValueError(" and ".join(spelling(type(self), name) for name in names) + " must be set together")
 
     def _needs(self, name: str, other: str, there: bool, value: str = "") -> None:
         if getattr(self, name) and not there:
@@ -140,7 +148,7 @@ class ServiceSettings(BaseSettings):
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
+        """Return whether the server listens on loopback only."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -148,14 +156,14 @@ class ServiceSettings(BaseSettings):
 
     @property
     def server_tls(self) -> TlsFiles | None:
-        """What the server speaks TLS with; None for plain text."""
+        """Return the files of the server's TLS; None without TLS."""
         if self.tls_certificate is None:
             return None
         return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
 
     @property
     def redis_tls(self) -> RedisTls:
-        """What Redis is spoken to with, where its URL is rediss://. Raises TlsError for files that are of no use for that."""
+        """Return the TLS of a rediss:// URL. Raises TlsError for files that cannot be used."""
         try:
             WatchedPems(TlsFiles(self.redis_certificate, self.redis_key, self.redis_ca))
         except TlsError as error:
@@ -170,7 +178,7 @@ class ServiceSettings(BaseSettings):
         build: Callable[..., Self] = cls
         try:
             _refuse_unknown_variables(cls)
-            return build(_cli_parse_args=flags, _cli_prog_name=cls.service)
+            return build(_cli_settings_source=_cli_source(cls)(args=flags))
         except ValidationError as error:
             problem = "; ".join(_problems(cls, error))
         except SettingsError as error:
@@ -180,28 +188,43 @@ class ServiceSettings(BaseSettings):
 
     @property
     def address(self) -> str:
-        """`host:port` as gRPC spells it."""
+        """Return `host:port` as gRPC spells it."""
         return address(self.host, self.port)
 
 
 def address(host: str, port: int) -> str:
-    """`host:port`, with brackets around an IPv6 host."""
+    """Return `host:port`, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def flag(field: str) -> str:
-    """The command-line flag of a setting."""
+    """Return the command-line flag of a setting."""
     return f"--{field.replace('_', '-')}"
 
 
 def variable(settings: type[ServiceSettings], field: str) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return f"{settings.model_config['env_prefix']}{field}".upper()
 
 
 def spelling(settings: type[ServiceSettings], field: str) -> str:
-    """Both names of a setting, for messages."""
+    """Return both names of a setting, for messages."""
     return f"{flag(field)} ({variable(settings, field)})"
+
+
+def _cli_source(settings: type[ServiceSettings]) -> CliSettingsSource[ServiceSettings]:
+    """Return the parser of the flags. Its --help lists the essential settings first, and then the advanced ones."""
+    groups: dict[bool, Any] = {}
+
+    def add_argument(parser: Any, *names: str, **options: Any) -> Any:
+        if not groups:
+            groups[True] = parser.add_argument_group("essential settings")
+            groups[False] = parser.add_argument_group("advanced settings")
+        field = names[-1].removeprefix("--").replace("-", "_")
+        group = groups[field in settings.essential] if field in settings.model_fields else parser
+        return group.add_argument(*names, **options)
+
+    return CliSettingsSource(settings, cli_prog_name=settings.service, add_argument_method=add_argument)
 
 
 def _refuse_unknown_variables(settings: type[ServiceSettings]) -> None:
@@ -215,7 +238,7 @@ def _refuse_unknown_variables(settings: type[ServiceSettings]) -> None:
 
 
 def _problems(settings: type[ServiceSettings], error: ValidationError) -> Iterator[str]:
-    """One line per bad value. Values themselves are left out: they may be secret."""
+    """Yield one line per bad value, without the value, which may be secret."""
     for entry in error.errors(include_url=False, include_input=False):
         names = [str(part) for part in entry["loc"]]
         where = f"{spelling(settings, names[0])}: " if names else ""

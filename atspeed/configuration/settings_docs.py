@@ -1,8 +1,7 @@
-"""Write docs/settings.md from the services' settings; `--check` exits 1 when the file is not what they give."""
+"""Writes docs/settings.md from the services' settings. `--check` compares."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from atspeed.configuration.generated_page import write_or_check
 from atspeed.configuration.settings import ServiceSettings, flag, variable
 
-# By name: this package knows no service.
+# Names instead of imports: this package must not import a service.
 SERVICES = (
     "orchestrator.settings:OrchestratorSettings",
     "target_service.settings:TargetSettings",
@@ -24,22 +24,28 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 INTRODUCTION = """\
 # Settings
 
-Written by `make settings-docs` from each service's `settings.py`; do not edit. Every setting is a command-line flag
-and an environment variable. Flags win over variables, and those over defaults; an empty variable counts as not set.
-A bad value, an unknown flag or an unknown variable with the service's prefix ends the start with exit code 2 and one
-line that names it.
+`make settings-docs` writes this page from each service's `settings.py`; do not edit it.
+Every setting is a command-line flag and an environment variable.
+Flags win over variables, and those over defaults. An empty variable counts as not set.
+A bad value, an unknown flag or an unknown variable with the service's prefix ends the start with exit code 2 and one line
+that names it.
+The essential settings are those that operators change. The advanced ones rarely need a change.
 """
 
 
 def page(services: Sequence[type[ServiceSettings]]) -> str:
-    """The whole page."""
-    return "\n".join([INTRODUCTION, *(_section(service) for service in services)])
+    """Return the whole page."""
+    parts = [INTRODUCTION]
+    for title, essential in (("Essential settings", True), ("Advanced settings", False)):
+        parts += [f"## {title}\n", *(_section(service, essential=essential) for service in services)]
+    return "\n".join(parts)
 
 
-def _section(service: type[ServiceSettings]) -> str:
-    rows = [_row(service, name, field) for name, field in sorted(service.model_fields.items())]
+def _section(service: type[ServiceSettings], *, essential: bool) -> str:
+    fields = sorted(service.model_fields.items())
+    rows = [_row(service, name, field) for name, field in fields if (name in service.essential) is essential]
     head = ["| flag | environment variable | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([f"## {service.service}", "", *head, *rows, ""])
+    return "\n".join([f"### {service.service}", "", *head, *rows, ""])
 
 
 def _row(service: type[ServiceSettings], name: str, field: FieldInfo) -> str:
@@ -62,7 +68,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _allowed(service: type[ServiceSettings], name: str) -> str:
-    """From the JSON schema, which knows choices and bounds however they are declared."""
+    """Return the allowed values, from the JSON schema, which has all choices and bounds."""
     schema = service.model_json_schema()["properties"][name]
     options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
     return ", ".join(text for option in options for text in _constraints(option))
@@ -81,7 +87,7 @@ def _constraints(schema: dict[str, object]) -> Iterator[str]:
 
 
 def load(reference: str) -> type[ServiceSettings]:
-    """The settings that one of SERVICES names."""
+    """Import one of SERVICES."""
     module, _, name = reference.partition(":")
     settings = getattr(importlib.import_module(module), name)
     if not (isinstance(settings, type) and issubclass(settings, ServiceSettings)):
@@ -90,18 +96,9 @@ def load(reference: str) -> type[ServiceSettings]:
 
 
 def main(arguments: Sequence[str] | None = None, path: Path = PAGE, services: Sequence[str] = SERVICES) -> int:
-    """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args(arguments).check
+    """Write the page, or check it."""
     text = page([load(service) for service in services])
-    if not check:
-        path.write_text(text, encoding="utf-8")
-        return 0
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write(f"{path.name} is stale, run `make settings-docs`\n")
-    return 1
+    return write_or_check(path, text, "make settings-docs", arguments)
 
 
 if __name__ == "__main__":

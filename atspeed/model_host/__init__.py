@@ -1,1 +1,1 @@
-"""A model in a service: loading, passes, health, settings."""
+"""Hosts a model in a service: loading, passes, health, settings."""

@@ -1,11 +1,11 @@
-"""The versions of one model that a process serves, side by side: those of the bundles on its tracks, and those that these no
-longer have until nobody has asked for them for a while.
+"""Serves several versions of one model in a process.
+
+These are the versions of the bundles on the release tracks, and replaced versions until they have been unused for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import structlog
 
+from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
@@ -27,14 +28,15 @@ from atspeed.model_host.model_metrics import ModelMetrics, served_reads
 from atspeed.model_host.settings import ModelSettings
 from atspeed.observability.bundle_metrics import bundle_reads
 from atspeed.observability.metrics import Readings, Reads
-from atspeed.rollout.bundle_watch import bundle_watches, following, open_bundle
+from atspeed.rollout.bundle_watch import bundle_watches, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.health import NOTICE_SECONDS
 from atspeed.rpc.versions import Versions
 from atspeed.v1 import types_pb2
 
-_LONGEST_PAUSE_SECONDS = 1.0
+# Pause between two searches for unused versions. Releasing memory a second late is harmless.
+_MAX_PAUSE_SECONDS = 1.0
 
 Worker = TypeVar("Worker")
 MakeWorker = Callable[[TreeEvaluator, CostCurve], Worker]
@@ -43,9 +45,16 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass(eq=False)
 class HostedModel(Generic[Worker]):
-    """A model that is ready to serve. worker: what answers calls with it. info: what GetModelInfo answers.
+    """A model that is ready to serve.
 
-    calls: how many use it now. used_at: when the last one ended.
+    Attributes:
+        entry: the model's entry in the bundle's manifest.
+        weights: its weights, shared with other versions.
+        evaluator: evaluates its token trees.
+        worker: answers the service's calls.
+        info: the answer of GetModelInfo.
+        reads: readings for metrics.
+        refcount: the running calls.
     """
 
     entry: ModelEntry
@@ -54,35 +63,31 @@ class HostedModel(Generic[Worker]):
     worker: Worker
     info: types_pb2.ModelInfo
     reads: Reads
-    calls: int = 0
-    used_at: float = field(default_factory=time.monotonic)
+    refcount: RefCount = field(default_factory=RefCount)
 
     @property
     def version(self) -> str:
-        """Its model version."""
+        """Return the model version."""
         return self.info.model_version
 
     @contextmanager
     def in_use(self) -> Iterator[HostedModel[Worker]]:
-        """For the time of a call: it is not let go of."""
-        self.calls += 1
-        try:
+        """Keep the model loaded for the length of a call."""
+        with self.refcount.held():
             yield self
-        finally:
-            self.calls -= 1
-            self.used_at = time.monotonic()
-
-    def idle_for(self, seconds: float) -> bool:
-        """Whether nobody has used it for so long."""
-        return not self.calls and time.monotonic() - self.used_at >= seconds
 
 
 class HostedModels(Generic[Worker]):
-    """Serves one role's model of the bundle on each track and, after `activate` of another one, both for a while.
+    """Serves one role's model of the bundle on each track, and a replaced version for a while.
 
-    make_worker: of an evaluator and what its passes cost; runs in a worker thread. metrics: of all versions together. versions:
-    those that health knows.
-    Everything but loading is for the event loop.
+    Files are read in a worker thread. All else is for the event loop.
+
+    Args:
+        make_worker: makes a worker from an evaluator and its cost curve, in a worker thread.
+
+    Attributes:
+        metrics: metrics over all versions.
+        versions: versions that health publishes.
     """
 
     def __init__(self, settings: ModelSettings, role: Role, make_worker: MakeWorker[Worker]) -> None:
@@ -98,11 +103,11 @@ class HostedModels(Generic[Worker]):
 
     @property
     def stable(self) -> HostedModel[Worker]:
-        """The stable bundle's model."""
+        """Return the stable bundle's model."""
         return self._on_track[Track.STABLE]
 
     def find(self, version: str, field: str) -> HostedModel[Worker]:
-        """The model of a version. Raises FailedPreconditionError, naming the request's field, when there is none."""
+        """Return the model of a version. Raises FailedPreconditionError naming the request's field."""
         for model in reversed(self._models):
             if model.version == version:
                 return model
@@ -110,12 +115,12 @@ class HostedModels(Generic[Worker]):
         raise FailedPreconditionError(f"{field}: this replica serves {served}")
 
     async def activate(self, bundle: Bundle, track: Track = Track.STABLE) -> None:
-        """Serve a bundle's model on a track, from the return on. What is loaded already is not loaded again.
+        """Serve a bundle's model on a track. A loaded model is not loaded again.
 
-        Raises BundleError or CatalogueError when the bundle's parts do not fit together.
+        Raises BundleError or CatalogueError for a bundle whose parts do not match.
         """
         version, entry = bundle.manifest.model_version(self._role), bundle.model(self._role)
-        async with self._loading:  # one at a time: both tracks may come to the same bundle
+        async with self._loading:  # one at a time, as both tracks may name the same bundle
             known = [model for model in self._models if model.version == version and model.entry == entry]
             model = known[0] if known else await self._load(bundle)
             if not known:
@@ -125,38 +130,41 @@ class HostedModels(Generic[Worker]):
                 self._on_track[track] = model
 
     def deactivate(self, track: Track) -> None:
-        """Serve none on a track: its version is let go of when nobody has asked for it for a while."""
+        """Stop serving a track. Its version is released after it has been unused for a while."""
         del self._on_track[track]
 
     @asynccontextmanager
     async def housekeeping(self) -> AsyncIterator[None]:
-        """For as long as the block lasts, versions that nobody needs any more are let go of."""
-        async with background_task(self._let_go_of_old(), "old-versions"):
+        """Release unused versions for the length of the block."""
+        async with background_task(self._release_unused(), "release-versions"):
             yield
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Release all versions."""
         for model in list(self._models):
             await self._close(model)
         await self._tiers.close()
 
-    async def _let_go_of_old(self) -> None:
+    async def _release_unused(self) -> None:
         keep = self._settings.keep_version_seconds
         while True:
-            await asyncio.sleep(min(_LONGEST_PAUSE_SECONDS, max(keep, 0.01)))
-            for model in [old for old in self._models if not self._is_current(old) and old.idle_for(keep)]:
+            await asyncio.sleep(min(_MAX_PAUSE_SECONDS, max(keep, 0.01)))
+            for model in [old for old in self._models if not self._is_current(old) and old.refcount.unused_for(keep)]:
                 await self._retire(model)
 
     async def _retire(self, model: HostedModel[Worker]) -> None:
-        """Callers hear of it first; one that calls all the same keeps it. Of a version that another model has, nobody hears."""
+        """Release a model after callers have been notified. A call in the meantime keeps it.
+
+        Callers are not notified if another model has the same version.
+        """
         if not any(other.version == model.version for other in self._models if other is not model):
             await self.versions.withdraw(model.version)
             await asyncio.sleep(NOTICE_SECONDS)
         if self._is_current(model):
             await self.versions.serve(model.version)
-        elif model.idle_for(min(NOTICE_SECONDS, self._settings.keep_version_seconds)):
+        elif model.refcount.unused_for(min(NOTICE_SECONDS, self._settings.keep_version_seconds)):
             await self._close(model)
-            _log.info("a version is no longer served", model_version=model.version)
+            _log.info("model_version_released", model_version=model.version)
 
     def _is_current(self, model: HostedModel[Worker]) -> bool:
         return any(current is model for current in self._on_track.values())
@@ -168,9 +176,9 @@ class HostedModels(Generic[Worker]):
         await model.weights.release(self.metrics)
 
     async def _load(self, bundle: Bundle) -> HostedModel[Worker]:
-        """Beside what is served: files are read in a worker thread, and weights that are here already are shared."""
-        here = {model.weights.key: model.weights for model in self._models}
-        trie, key, decoder = await asyncio.to_thread(self._read, bundle, {key: here[key].decoder for key in here})
+        """Load a model while others are served. Weights that are loaded already are shared."""
+        decoders = {model.weights.key: model.weights.decoder for model in self._models}
+        trie, key, decoder = await asyncio.to_thread(self._read, bundle, decoders)
         async with AsyncExitStack() as undo:
             prompt_tokens = bundle.model(self._role).prompt.max_tokens(trie.levels)
             weights = await self._weights(key, decoder, prompt_tokens)
@@ -181,7 +189,7 @@ class HostedModels(Generic[Worker]):
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
             info = self._info(bundle, curve)
-            await evaluator.examine()
+            await evaluator.probe_at_start()
             undo.pop_all()
         reads = served_reads(info)
         self.metrics.add(reads)
@@ -191,7 +199,7 @@ class HostedModels(Generic[Worker]):
         settings, role = self._settings, self._role
         if settings.verify_bundle:
             bundle.verify(but=role)
-        trie = bundle.catalogue().trie  # a model needs no item: those are let go of
+        trie = bundle.catalogue().trie  # a model needs no items, so the catalogue itself is freed
         key = weights_key(settings, bundle.model(role), trie.levels)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
         if key not in decoders:
@@ -202,13 +210,13 @@ class HostedModels(Generic[Worker]):
         return trie, key, decoders[key]
 
     async def _weights(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int) -> LoadedModel:
-        """Those that are here, with one user more, or new ones."""
+        """Return the loaded weights with one more reference, or new ones."""
         for model in self._models:
             if model.weights.key == key:
-                model.weights.users += 1
+                model.weights.refcount.acquire()
                 return model.weights
-        weights = await self._tiers.weights(key, decoder, prompt_tokens, self.metrics)
-        weights.users = 1
+        weights = await self._tiers.host(key, decoder, prompt_tokens, self.metrics)
+        weights.refcount.acquire()
         return weights
 
     def _evaluator(self, bundle: Bundle, trie: Trie, weights: LoadedModel) -> InstrumentedEvaluator:
@@ -222,12 +230,12 @@ class HostedModels(Generic[Worker]):
             self.metrics,
             limits=self._settings.batch_limits(weights.key.layout),
             open_kv_bytes=self._settings.kv_open_mb * 2**20,
-            unhealthy_after=self._settings.unhealthy_after,
-            declare_fit=partial(self.versions.declare_fit, bundle.manifest.model_version(self._role)),
+            unhealthy_after=self._settings.unhealthy_after or None,
+            on_health_change=partial(self.versions.set_healthy, bundle.manifest.model_version(self._role)),
         )
 
     async def _cost_curve(self, evaluator: TreeEvaluator, weights: LoadedModel) -> CostCurve:
-        """What a pass costs. It is the weights' own, so versions that share them measure it once."""
+        """Return the cost curve of the weights. Versions that share them measure it once."""
         if weights.cost_curve is None:
             weights.cost_curve = await evaluator.cost_curve(self._settings.warm_up_seconds)
             if self._settings.kv_redis == "measured":
@@ -255,9 +263,9 @@ class HostedModels(Generic[Worker]):
 async def served_models(
     settings: ModelSettings, role: Role, make_worker: MakeWorker[Worker]
 ) -> AsyncIterator[HostedModels[Worker]]:
-    """The stable bundle's model of a role, warmed up, and from then on those of the bundles that the settings' paths name.
+    """Serve a role's model of the settings' bundles, with hot reload. The stable one is warmed up when the block begins.
 
-    Raises BundleError or CatalogueError when the parts of the first do not fit together.
+    Raises BundleError or CatalogueError for a stable bundle whose parts do not match.
     """
     bundle = open_bundle(settings.bundle)
     models = HostedModels(settings, role, make_worker)
@@ -265,7 +273,7 @@ async def served_models(
     models.metrics.registry.register(Readings(bundle_reads(watches)))
     try:
         await models.activate(bundle)
-        async with models.housekeeping(), following(watches, settings.bundle_poll_seconds):
+        async with models.housekeeping(), watch_bundles(watches, settings.bundle_poll_seconds):
             yield models
     finally:
         await models.close()

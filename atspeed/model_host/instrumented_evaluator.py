@@ -1,4 +1,4 @@
-"""An evaluator whose cache lookups and passes are measured and traced."""
+"""A tree evaluator with metrics, traces and model health."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from atspeed.observability import tracing
 
 
 class InstrumentedEvaluator(TreeEvaluator):
-    """A TreeEvaluator that says what it does."""
+    """A TreeEvaluator whose cache lookups and passes are measured and traced."""
 
     def __init__(
         self,
@@ -37,54 +37,54 @@ class InstrumentedEvaluator(TreeEvaluator):
         *,
         limits: BatchLimits,
         open_kv_bytes: int,
-        unhealthy_after: int,
-        declare_fit: Callable[[bool], Awaitable[None]],
+        unhealthy_after: int | None,
+        on_health_change: Callable[[bool], Awaitable[None]],
     ) -> None:
         super().__init__(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
         self._metrics = metrics
-        self._fitness = ModelHealth(unhealthy_after, partial(check_plain_passes, self), declare_fit)
-        self._reads = metrics.watch(self, self._fitness)
+        self._health = ModelHealth(unhealthy_after, partial(check_plain_passes, self), on_health_change)
+        self._reads = metrics.add_evaluator(self, self._health)
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
-        """As TreeEvaluator's."""
+        """Open a tree, with a span and metrics of the cache lookup."""
         with tracing.span("cache lookup", prompt_tokens=len(prompt)) as span:
             tree = await super().open(prompt, tenant=tenant, owner=owner)
             cost = tree.cost_of_opening
             span.set(memory_tokens=cost.memory_cached_tokens, redis_tokens=cost.redis_cached_tokens)
-        self._metrics.opened(tree)
+        self._metrics.tree_opened(tree)
         return tree
 
     async def run_steps(
         self, tree: OpenTree, steps: PassProgram[Found], selection: Selection
     ) -> tuple[Found, PassStats]:
-        """As TreeEvaluator's."""
-        if not self._metrics.knows(tree):
+        """Run a pass program, with spans and metrics of its passes. The trees of the warm-up are not measured."""
+        if not self._metrics.is_open(tree):
             return await super().run_steps(tree, steps, selection)
-        with self._judged(), self._reported(tree):
+        with self._failures_counted(), self._passes_reported(tree):
             return await super().run_steps(tree, steps, selection)
 
-    async def examine(self) -> None:
-        """Say that it is unfit where its plain passes do not work, before anybody asks for one."""
-        await self._fitness.examine()
+    async def probe_at_start(self) -> None:
+        """Probe the model before its first request."""
+        await self._health.probe_at_start()
 
     async def close(self) -> None:
-        """As TreeEvaluator's."""
-        await self._fitness.close()
+        """Close the evaluator and remove its metrics."""
+        await self._health.close()
         await super().close()
         self._metrics.remove(self._reads)
 
     @contextmanager
-    def _judged(self) -> Iterator[None]:
-        """Passes of which the last says whether the model works."""
+    def _failures_counted(self) -> Iterator[None]:
+        """Count an exception of the block as a failure of the model."""
         try:
             yield
         except Exception as error:
-            self._fitness.failed(error)
+            self._health.record_failure(error)
             raise
 
     @contextmanager
-    def _reported(self, tree: OpenTree) -> Iterator[None]:
-        """Passes over a tree, each of which is told of in the end, also where another one fails or nobody waits for it."""
+    def _passes_reported(self, tree: OpenTree) -> Iterator[None]:
+        """Report each pass over a tree at the end, also after a failure or a cancellation."""
         before = len(tree.passes)
         try:
             yield
@@ -95,8 +95,8 @@ class InstrumentedEvaluator(TreeEvaluator):
     def _report(self, made: PassRecord) -> None:
         cost = made.cost
         if made.valid:
-            self._fitness.passed()
-        self._metrics.passed(made.nodes, cost)
+            self._health.record_success()
+        self._metrics.pass_done(made.nodes, cost)
         tracing.past_span(
             "pass",
             made.queued_ns,
@@ -109,6 +109,6 @@ class InstrumentedEvaluator(TreeEvaluator):
         )
 
     def end(self, tree: OpenTree) -> None:
-        """As TreeEvaluator's."""
+        """Free a tree."""
         super().end(tree)
-        self._metrics.ended(tree)
+        self._metrics.tree_ended(tree)

@@ -1,15 +1,16 @@
-"""LoadedModel in memory, with the keys and values that were made with them.
+"""A loaded model and its prefix cache, shared by versions with the same weights.
 
-Versions of a model that differ in their catalogue alone have the same weights: these are loaded once, and what is cached of
-prompts stays good. Keys name their weights, so one memory serves all of a process.
+Versions of a model that differ only in their catalogue have the same weights. These are loaded once, and their cached KV stays
+valid. The keys of blocks include the weights, so one memory serves all models of a process.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
+from atspeed.concurrency.refcount import RefCount
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.kv.erasure import ErasureSubscriber
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
@@ -22,20 +23,25 @@ from atspeed.model_host.model_metrics import ModelMetrics, prefix_cache_reads
 from atspeed.model_host.settings import ModelSettings
 from atspeed.observability.metrics import Reads
 
-# Of a stored user Redis holds about so many of the longest prompts, all models' together.
+# Longest prompts of one stored user that Redis holds, for all models together. Chosen: some versions of a history for each model.
 _USER_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class WeightsKey:
-    """What two models must have in common to share weights and caches."""
+    """The properties that two models must share to use the same weights and caches.
+
+    Attributes:
+        fingerprint: hash of the weights.
+        layout: layout of the KV.
+    """
 
     fingerprint: str
     layout: KvLayout
 
 
 def weights_key(settings: ModelSettings, entry: ModelEntry, levels: int) -> WeightsKey:
-    """The key of a bundle's model. Blocks of an item each: a user who comes back with one more item pays for that one."""
+    """Return the key of a bundle's model. By default a block holds one item, so a new item costs one block."""
     block_tokens = settings.kv_block_tokens or entry.prompt.item_stride(levels)
     layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=block_tokens)
     return WeightsKey(entry.fingerprint, layout)
@@ -43,32 +49,39 @@ def weights_key(settings: ModelSettings, entry: ModelEntry, levels: int) -> Weig
 
 @dataclass(eq=False)
 class LoadedModel:
-    """One model's weights. cost_curve: what a pass costs with them, once that is measured.
+    """One model's weights, in memory.
 
-    users: the models that have them."""
+    Attributes:
+        key: identity of the weights.
+        decoder: the model.
+        cache: prefix cache of the weights.
+        subscriber: applies erasures to the cache; None without Redis.
+        reads: readings of the cache.
+        cost_curve: cost curve of the weights; None until it is measured.
+        refcount: the hosted models with these weights.
+    """
 
     key: WeightsKey
     decoder: Decoder
     cache: PrefixCache
-    listener: ErasureSubscriber | None
+    subscriber: ErasureSubscriber | None
     reads: Reads
     cost_curve: CostCurve | None = None
-    users: int = 0
+    refcount: RefCount = field(default_factory=RefCount)
 
     async def release(self, metrics: ModelMetrics) -> None:
-        """One user less. After the last one, what is pending is written, and that was it."""
-        self.users -= 1
-        if self.users:
+        """Remove a reference. The last one writes what is pending, and closes the cache."""
+        if not self.refcount.release():
             return
-        if self.listener:
-            await self.listener.close()
-            metrics.leave(self.listener)
+        if self.subscriber:
+            await self.subscriber.close()
+            metrics.remove_subscriber(self.subscriber)
         await self.cache.close()
         metrics.remove(self.reads)
 
 
 class KvTiers:
-    """Where a process keeps keys and values: one memory, and one Redis or none, for all weights."""
+    """The KV tiers of a process: one memory, and one Redis or none, for all weights."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self._settings = settings
@@ -79,26 +92,24 @@ class KvTiers:
         if url:
             self._client = connect(url, timeout_seconds=self._timeout, tls=settings.redis_tls)
 
-    async def weights(
-        self, key: WeightsKey, decoder: Decoder, prompt_tokens: int, metrics: ModelMetrics
-    ) -> LoadedModel:
-        """Caches for weights that are loaded, without a user yet. prompt_tokens: of the longest prompt."""
+    async def host(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int, metrics: ModelMetrics) -> LoadedModel:
+        """Return loaded weights with a prefix cache, without a reference. prompt_tokens: length of the longest prompt."""
         settings, client = self._settings, self._client
         store = None
         if client and settings.kv_redis != "never":
             blocks = _USER_PROMPTS * (prompt_tokens // key.layout.block_tokens)
             store = RedisKvStore(client, key.layout, settings.kv_ttl_seconds, self._timeout, owner_blocks=blocks)
         cache = PrefixCache(key.layout, self.memory, store)
-        cache.accepts_user_blocks = client is not None  # without Redis nobody says when to forget a user
-        listener = ErasureSubscriber(client, cache) if client else None
-        if listener:
-            await listener.start()
-            metrics.follow(listener)
+        cache.accepts_user_blocks = client is not None  # without Redis no erasure would arrive
+        subscriber = ErasureSubscriber(client, cache) if client else None
+        if subscriber:
+            await subscriber.start()
+            metrics.add_subscriber(subscriber)
         reads = prefix_cache_reads(cache, store)
         metrics.add(reads)
-        return LoadedModel(key, decoder, cache, listener, reads)
+        return LoadedModel(key, decoder, cache, subscriber, reads)
 
     async def close(self) -> None:
-        """Let go of Redis."""
+        """Close the connections to Redis."""
         if self._client:
             await self._client.aclose()

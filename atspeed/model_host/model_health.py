@@ -1,4 +1,4 @@
-"""Whether a model's passes work: a replica whose passes fail one after the other says so, until one works again."""
+"""Model health: a circuit breaker over a model's passes, with a probe."""
 
 from __future__ import annotations
 
@@ -9,102 +9,111 @@ import structlog
 
 from atspeed.engine.errors import EngineError, NoNumbersError, OverloadedError
 
+# Pauses between probes. The first is short, as many failures pass by themselves; the last bounds the load of a broken model.
 _FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 30.0
+_MAX_PAUSE_SECONDS = 30.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class ModelHealth:
-    """Counts the outcomes of one model's passes. For the event loop only.
+    """Counts the failures of one model's passes. For one event loop.
 
-    unhealthy_after: so many that fail in a row make it unfit; 0: it never is. What the engine refuses is the request's own fault, or
-    a limit, and does not count. Passes that give no numbers do, but one node may spoil a pass that was planned, and so may one
-    user's history: before they make it unfit a pass is rehearsed, and if that works the count begins anew.
-    rehearse: plain passes that nobody waits for. They are tried a second after it became unfit, then with pauses that grow to
-    half a minute, and make it fit again when they work. declare: hears of both.
+    - Errors of the engine do not count: the request is wrong, or a limit is reached. `NoNumbersError` does count.
+    - After `unhealthy_after` failures in a row the model is unhealthy. A probe then runs with growing pauses, and its first
+      success makes the model healthy again.
+    - A single node or one user's history can cause `NoNumbersError`. So before such a failure makes the model unhealthy, a probe
+      runs, and its success resets the count.
+
+    Args:
+        unhealthy_after: failures in a row that make the model unhealthy; None for never.
+        probe: runs plain passes that no request waits for.
+        on_change: receives False when the model becomes unhealthy, and True when it recovers.
+
+    Attributes:
+        healthy: the state.
     """
 
     def __init__(
         self,
-        unhealthy_after: int,
-        rehearse: Callable[[], Awaitable[None]],
-        declare: Callable[[bool], Awaitable[None]],
+        unhealthy_after: int | None,
+        probe: Callable[[], Awaitable[None]],
+        on_change: Callable[[bool], Awaitable[None]],
         *,
         first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
     ) -> None:
         self._unhealthy_after = unhealthy_after
-        self._rehearse = rehearse
-        self._declare = declare
+        self._probe = probe
+        self._on_change = on_change
         self._first_pause_seconds = first_pause_seconds
         self._failures = 0
-        self._judging: asyncio.Task[None] | None = None
-        self.fit = True
+        self._probing: asyncio.Task[None] | None = None
+        self.healthy = True
 
-    async def examine(self) -> None:
-        """Rehearse before the first call comes; where that fails it is unfit from the start."""
-        if self._unhealthy_after and not await self._works():
-            self._give_up()
-            await self._declare(False)
+    async def probe_at_start(self) -> None:
+        """Probe before the first call. A failure makes the model unhealthy, and on_change has returned by then."""
+        if self._unhealthy_after is not None and not await self._probe_succeeds():
+            self._become_unhealthy()
+            await self._on_change(False)
 
-    def passed(self) -> None:
-        """A pass has worked."""
+    def record_success(self) -> None:
+        """Count a pass that worked."""
         self._failures = 0
 
-    def failed(self, error: Exception) -> None:
-        """A pass has not."""
+    def record_failure(self, error: Exception) -> None:
+        """Count a failed pass."""
         if isinstance(error, EngineError) and not isinstance(error, NoNumbersError):
             return
         self._failures += 1
-        if self._failures != self._unhealthy_after or self._judging is not None:
+        if self._failures != self._unhealthy_after or self._probing is not None:
             return
         if isinstance(error, NoNumbersError):
-            self._judging = asyncio.get_running_loop().create_task(self._doubt(), name="doubted-model")
+            self._probing = asyncio.get_running_loop().create_task(self._confirm(), name="confirm-unhealthy")
         else:
-            self._give_up(type(error).__name__)
+            self._become_unhealthy(type(error).__name__)
 
     async def close(self) -> None:
-        """Try no more."""
-        if self._judging is not None:
-            self._judging.cancel()
-            await asyncio.gather(self._judging, return_exceptions=True)
-            await self._declare(True)  # for the next model of that name
+        """Stop probing. The next model of this version starts healthy."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+            await self._on_change(True)
 
-    def _give_up(self, error_type: str = NoNumbersError.__name__) -> None:
-        _log.error("passes fail one after the other, calls should go elsewhere", error_type=error_type)
-        self.fit = False
-        self._judging = asyncio.get_running_loop().create_task(self._recover(), name="unfit-model")
+    def _become_unhealthy(self, error_type: str = NoNumbersError.__name__) -> None:
+        _log.error("model_unhealthy", consecutive_failures=self._failures, error_type=error_type)
+        self.healthy = False
+        self._probing = asyncio.get_running_loop().create_task(self._recover(), name="recover-model")
 
-    async def _doubt(self) -> None:
-        """Whether plain passes work, or those that failed had something of their own."""
-        if await self._works(while_full=True):
+    async def _confirm(self) -> None:
+        """Probe after passes without numbers. The probe decides whether the model or its requests caused them."""
+        if await self._probe_succeeds(if_overloaded=True):
+            _log.warning("model_probe_succeeded", failures_without_numbers=self._failures)
             self._failures = 0
-            self._judging = None
-            _log.warning("passes gave no numbers, plain ones do")
+            self._probing = None
         else:
-            self._give_up()
+            self._become_unhealthy()
 
     async def _recover(self) -> None:
-        await self._declare(False)
+        await self._on_change(False)
         pause = self._first_pause_seconds
         while True:
             await asyncio.sleep(pause)
-            if await self._works():
+            if await self._probe_succeeds():
                 break
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         self._failures = 0
-        self._judging = None
-        self.fit = True
-        _log.info("passes work again")
-        await self._declare(True)
+        self._probing = None
+        self.healthy = True
+        _log.info("model_recovered")
+        await self._on_change(True)
 
-    async def _works(self, *, while_full: bool = False) -> bool:
-        """Whether a rehearsal does. while_full: what is to be said where there is no room for one."""
+    async def _probe_succeeds(self, *, if_overloaded: bool = False) -> bool:
+        """Run a probe. if_overloaded: the result if the model is too busy for a probe."""
         try:
-            await self._rehearse()
+            await self._probe()
         except OverloadedError:
-            return while_full
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-            _log.warning("a rehearsed pass failed", error_type=type(error).__name__)
+            return if_overloaded
+        except Exception as error:  # noqa: BLE001 - any failure is tried again
+            _log.warning("model_probe_failed", error_type=type(error).__name__)
             return False
         return True

@@ -1,4 +1,4 @@
-"""What the two model services measure of their model: passes, prompt tokens by where they came from, both cache tiers."""
+"""Metrics of a hosted model: passes, prompt tokens, prefix cache, health."""
 
 from __future__ import annotations
 
@@ -28,75 +28,84 @@ from atspeed.v1 import types_pb2
 
 PASS_SECONDS = HistogramOf(
     "atspeed_pass_seconds",
-    "Time of a pass by stage: lookup (cached KV, of a tree's first), queue (the wait for the model), forward, selection.",
+    "Time of a pass by stage: lookup (cached KV, for the first pass), queue (wait for the model), forward, selection.",
     ("stage",),
+    essential=True,
 )
 PASS_NODES = HistogramOf("atspeed_pass_nodes", "Trie nodes that a pass evaluated.", buckets=SIZES)
 PASS_TOKENS = HistogramOf(
-    "atspeed_pass_tokens", "Tokens that a pass read: what was new of the prompt, and nodes.", buckets=SIZES
+    "atspeed_pass_tokens", "New tokens of a pass: prompt tokens without cached KV, and nodes.", buckets=SIZES
 )
 PROMPT_TOKENS = CounterOf(
-    "atspeed_prompt_tokens_total", "Prompt tokens by where their KV came from: memory, redis, or computed.", ("source",)
+    "atspeed_prompt_tokens_total",
+    "Prompt tokens by the source of their KV: memory, redis, or computed.",
+    ("source",),
+    essential=True,
 )
 PASS_REQUESTS = HistogramOf(
-    "atspeed_pass_requests", "Requests that shared a pass, seen by each of them.", buckets=SIZES
+    "atspeed_pass_requests", "Co-batched requests of a pass, counted once per request.", buckets=SIZES
 )
 WAITING = ReadGauge("atspeed_waiting_passes", "Passes that wait for the model.")
-TREES = ReadGauge("atspeed_open_trees", "Token trees that requests hold; in the target one for each open stream.")
-TREE_BYTES = ReadGauge("atspeed_open_tree_kv_bytes", "Bytes of KV that these trees hold or have reserved.")
-TREE_LIMIT = ReadGauge("atspeed_open_tree_kv_limit_bytes", "Most bytes of KV in these trees.")
-KV_BYTES = ReadGauge("atspeed_kv_memory_bytes", "Bytes of prefix KV in memory.")
-KV_LIMIT = ReadGauge("atspeed_kv_memory_limit_bytes", "Most bytes of prefix KV in memory.")
+TREES = ReadGauge("atspeed_open_trees", "Token trees of requests; the target has one per open stream.")
+TREE_BYTES = ReadGauge("atspeed_open_tree_kv_bytes", "Bytes of KV that open token trees use or have reserved.")
+TREE_LIMIT = ReadGauge("atspeed_open_tree_kv_limit_bytes", "Limit of atspeed_open_tree_kv_bytes.")
+KV_BYTES = ReadGauge("atspeed_kv_memory_bytes", "Bytes of the prefix cache in memory.")
+KV_LIMIT = ReadGauge("atspeed_kv_memory_limit_bytes", "Limit of atspeed_kv_memory_bytes.")
 KV_LOOKUPS = ReadCounter(
-    "atspeed_kv_block_lookups_total", "Blocks of KV asked for, by tier and whether it had them.", ("tier", "result")
+    "atspeed_kv_block_lookups_total", "Lookups of KV blocks, by tier and result: hit or miss.", ("tier", "result")
 )
-KV_EVICTIONS = ReadCounter("atspeed_kv_evictions_total", "Blocks that memory let go of for others.")
-KV_INVALID = ReadCounter("atspeed_kv_redis_invalid_total", "Blocks in Redis that were damaged or foreign.")
-KV_FAILURES = ReadCounter("atspeed_kv_redis_failures_total", "Calls of the KV tier that Redis failed.")
-KV_SKIPPED = ReadCounter("atspeed_kv_redis_skipped_total", "Calls not made because Redis had just failed.")
+KV_EVICTIONS = ReadCounter("atspeed_kv_evictions_total", "Blocks that memory evicted.")
+KV_INVALID = ReadCounter("atspeed_kv_redis_invalid_total", "Blocks in Redis that were damaged or of another format.")
+KV_FAILURES = ReadCounter("atspeed_kv_redis_failures_total", "Failed calls to Redis of the KV tier.")
+KV_SKIPPED = ReadCounter("atspeed_kv_redis_skipped_total", "Calls to Redis that the open circuit breaker stopped.")
 KV_READS = ReadCounter(
     "atspeed_kv_redis_reads_total",
-    "Look-ups that memory could not answer whole, by what was done: asked Redis, or not_worth it; those asked that found "
-    "something: found, that did not seem worth it: explored.",
+    "Lookups with a miss in memory, by decision: asked (Redis was asked) or not_worth (Redis is slower than the model). "
+    "Subsets of asked: found (a hit) and explored (asked although it looked slower).",
     ("decision",),
 )
 KV_UNWRITTEN = ReadCounter(
-    "atspeed_kv_redis_writes_skipped_total", "Prompts whose KV was not written to Redis as reading it would never pay."
+    "atspeed_kv_redis_writes_skipped_total",
+    "Prompts whose KV was not written to Redis, because reading it would not pay.",
 )
-KV_DROPPED = ReadCounter("atspeed_kv_writes_dropped_total", "Writes of KV to Redis given up as too many were pending.")
-KV_PENDING = ReadGauge("atspeed_kv_writes_pending", "Writes of KV to Redis that are under way.")
-FORGETTING = ReadGauge(
+KV_DROPPED = ReadCounter(
+    "atspeed_kv_writes_dropped_total", "Writes of KV to Redis that were dropped, because too many were pending."
+)
+KV_PENDING = ReadGauge("atspeed_kv_writes_pending", "Pending writes of KV to Redis.")
+ERASURE_LAG = ReadGauge(
     "atspeed_erasure_lag_seconds",
-    "Since when this replica has not known that all forgotten users are erased; after 300 it keeps no KV of stored users. "
+    "Time since this replica last knew that all erasures had reached it. Above 300 it keeps no KV of stored users. "
     "Absent without Redis.",
+    essential=True,
 )
-UNFIT = ReadGauge(
+UNHEALTHY = ReadGauge(
     "atspeed_unhealthy_models",
-    "Versions whose passes fail one after the other; this replica says NOT_SERVING for each until one works again.",
+    "Unhealthy model versions: their passes failed in a row. Each is NOT_SERVING until a probe succeeds.",
+    essential=True,
 )
 MODEL = ReadGauge(
     "atspeed_model_info",
-    "1, with what is served.",
+    "1, with the served model as labels.",
     ("bundle_name", "model_version", "catalogue_version", "architecture", "precision", "provider"),
 )
 METRICS = (
     *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PASS_REQUESTS, PROMPT_TOKENS),
-    *(WAITING, UNFIT, TREES, TREE_BYTES, TREE_LIMIT),
+    *(WAITING, UNHEALTHY, TREES, TREE_BYTES, TREE_LIMIT),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
     *(KV_READS, KV_UNWRITTEN),
-    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, FORGETTING, MODEL),
+    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, ERASURE_LAG, MODEL),
 )
 
 
-# What comes and goes with the versions that are served.
+# Metrics of one version. They are summed over the versions that are served.
 _BY_VERSION = (
-    *(WAITING, UNFIT, TREE_BYTES, TREE_LIMIT, MODEL),
+    *(WAITING, UNHEALTHY, TREE_BYTES, TREE_LIMIT, MODEL),
     *(KV_LOOKUPS, KV_READS, KV_UNWRITTEN, KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING),
 )
 
 
 def memory_reads(memory: MemoryKvCache) -> Reads:
-    """What memory counts of prefix KV, of all versions."""
+    """Return the readings of the memory tier, over all versions."""
     return {
         KV_BYTES: lambda: memory.used_bytes,
         KV_LIMIT: lambda: memory.limit_bytes,
@@ -105,7 +114,7 @@ def memory_reads(memory: MemoryKvCache) -> Reads:
 
 
 def prefix_cache_reads(cache: PrefixCache, store: RedisKvStore | None) -> Reads:
-    """What the cache of one model's weights counts. store: None without Redis."""
+    """Return the readings of one model's prefix cache. store: None without Redis."""
     return {
         KV_DROPPED: lambda: cache.dropped_writes,
         KV_PENDING: lambda: cache.pending_writes,
@@ -119,24 +128,24 @@ def prefix_cache_reads(cache: PrefixCache, store: RedisKvStore | None) -> Reads:
 
 
 def served_reads(info: types_pb2.ModelInfo) -> Reads:
-    """That a version is served."""
+    """Return the readings of a served version."""
     served = tuple(str(getattr(info, label)) for label in MODEL.labels)
     return {MODEL: lambda: {served: 1}}
 
 
-class _Looked(Protocol):
-    """What a tier counts."""
+class _LookupCounts(Protocol):
+    """The lookup counts of a tier."""
 
     @property
     def hits(self) -> int:
-        """Blocks that it had."""
+        """Return the number of blocks found."""
 
     @property
     def misses(self) -> int:
-        """Blocks that it had not."""
+        """Return the number of blocks not found."""
 
 
-def _lookups(tier: str, counted: _Looked | None) -> dict[tuple[str, ...], float]:
+def _lookups(tier: str, counted: _LookupCounts | None) -> dict[tuple[str, ...], float]:
     return {
         (tier, "hit"): counted.hits if counted else 0,
         (tier, "miss"): counted.misses if counted else 0,
@@ -166,47 +175,47 @@ class ModelMetrics:
         self._prompt = PROMPT_TOKENS.build(self.registry)
         self._trees: set[int] = set()
         self.registry.register(Readings({TREES: lambda: len(self._trees), **memory_reads(memory)}))
-        self._listeners: tuple[ErasureSubscriber, ...] = ()
-        self.registry.register(Readings({FORGETTING: self._silence}))
+        self._subscribers: tuple[ErasureSubscriber, ...] = ()
+        self.registry.register(Readings({ERASURE_LAG: self._max_lag}))
         self._by_version = SummedReadings(_BY_VERSION)
         self._by_version.add({KV_LOOKUPS: lambda: _lookups("memory", memory.statistics)})
         self.registry.register(self._by_version)
 
     def add(self, reads: Reads) -> None:
-        """What something counts that comes with a version."""
+        """Add the readings of a version."""
         self._by_version.add(reads)
 
     def remove(self, reads: Reads) -> None:
-        """It has gone."""
+        """Remove the readings of a version."""
         self._by_version.remove(reads)
 
-    def watch(self, evaluator: TreeEvaluator, fitness: ModelHealth) -> Reads:
-        """What the evaluator counts by itself, added; remove it when the evaluator goes."""
+    def add_evaluator(self, evaluator: TreeEvaluator, health: ModelHealth) -> Reads:
+        """Add the readings of an evaluator. Its close removes them."""
         memory = evaluator.open_kv
         reads: dict[ReadCounter | ReadGauge, Read] = {
             WAITING: lambda: evaluator.waiting_passes,
-            UNFIT: lambda: int(not fitness.fit),
+            UNHEALTHY: lambda: int(not health.healthy),
             TREE_BYTES: lambda: memory.used_bytes,
             TREE_LIMIT: lambda: memory.limit_bytes,
         }
         self.add(reads)
         return reads
 
-    def follow(self, listener: ErasureSubscriber) -> None:
-        """How the erasure of users goes."""
-        self._listeners = (*self._listeners, listener)
+    def add_subscriber(self, subscriber: ErasureSubscriber) -> None:
+        """Include the erasure lag of a subscriber."""
+        self._subscribers = (*self._subscribers, subscriber)
 
-    def leave(self, listener: ErasureSubscriber) -> None:
-        """It has ended."""
-        self._listeners = tuple(other for other in self._listeners if other is not listener)
+    def remove_subscriber(self, subscriber: ErasureSubscriber) -> None:
+        """Exclude the erasure lag of a subscriber."""
+        self._subscribers = tuple(other for other in self._subscribers if other is not subscriber)
 
-    def _silence(self) -> dict[tuple[str, ...], float]:
-        """Of the listener that has heard nothing for longest."""
-        listeners = self._listeners
-        return {(): max(listener.lag_seconds for listener in listeners)} if listeners else {}
+    def _max_lag(self) -> dict[tuple[str, ...], float]:
+        """Return the longest erasure lag of the subscribers."""
+        subscribers = self._subscribers
+        return {(): max(subscriber.lag_seconds for subscriber in subscribers)} if subscribers else {}
 
-    def opened(self, tree: OpenTree) -> None:
-        """A request has opened a tree; it counts until it has ended."""
+    def tree_opened(self, tree: OpenTree) -> None:
+        """Count the tree of a request, until `tree_ended`."""
         self._trees.add(id(tree))
         cost, prompt = tree.cost_of_opening, len(tree.tokens.prompt)
         cached = {"memory": cost.memory_cached_tokens, "redis": cost.redis_cached_tokens}
@@ -214,16 +223,16 @@ class ModelMetrics:
             self._prompt.labels(source).inc(tokens)
         self._seconds.labels("lookup").observe(cost.lookup_ns / 1e9)
 
-    def ended(self, tree: OpenTree) -> None:
-        """Whoever opened it has let go of it."""
+    def tree_ended(self, tree: OpenTree) -> None:
+        """Stop counting a tree."""
         self._trees.discard(id(tree))
 
-    def knows(self, tree: OpenTree) -> bool:
-        """Whether a request opened it; the warm-up's trees are nobody's."""
+    def is_open(self, tree: OpenTree) -> bool:
+        """Return whether the tree belongs to a request. The warm-up's trees do not."""
         return id(tree) in self._trees
 
-    def passed(self, nodes: int, cost: PassStats) -> None:
-        """A pass has ended."""
+    def pass_done(self, nodes: int, cost: PassStats) -> None:
+        """Count a finished pass."""
         self._nodes.observe(nodes)
         self._tokens.observe(cost.new_tokens)
         self._requests.observe(cost.batch_requests)

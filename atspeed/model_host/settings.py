@@ -1,8 +1,8 @@
-"""The settings of a service that runs a model."""
+"""Settings of a service that runs a model."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,58 +12,65 @@ from atspeed.engine.model.batcher import BatchLimits
 
 
 class ModelSettings(ServiceSettings):
-    """The settings of a service that runs a model."""
+    """Settings of a service that runs a model."""
+
+    essential: ClassVar[frozenset[str]] = ServiceSettings.essential | {
+        "provider",
+        "threads",
+        "kv_memory_mb",
+        "kv_redis",
+    }
 
     provider: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs. cuda needs the extra `gpu`."""
+    """Device of the model. cuda needs the extra `gpu`."""
     threads: int = Field(default=2, ge=1, le=256)
-    """Threads of one pass, on the CPU."""
+    """CPU threads of one pass."""
     verify_bundle: bool = True
-    """Check every file of the bundle against its hash before serving; cached KV relies on them."""
+    """Check every file of the bundle against its hash before it is served. Cached KV relies on these hashes."""
     max_nodes: int = Field(default=16_384, ge=1, le=65_536)
-    """Most trie nodes in one message."""
+    """Maximum number of trie nodes in one message."""
     batch_requests: int = Field(default=16, ge=1, le=256)
-    """Most requests that share a pass. 1 never batches."""
+    """Maximum number of co-batched requests. 1 turns batching off."""
     batch_tokens: int = Field(default=32, ge=1)
-    """Most tokens in a shared pass, padding counted; one request's pass may have more. 32 suits a CPU, where larger passes gain
-    little from company; a GPU takes some hundreds.
+    """Maximum number of tokens in a shared pass, with padding. A pass of one request may have more. 32 suits a CPU, where larger
+    batches gain little; a GPU takes some hundreds.
     """
     batch_delay_ms: float = Field(default=0.0, ge=0, le=60_000)
-    """How long a pass that could start waits for company."""
+    """Time that a pass waits for others to share it."""
     max_queued_passes: int = Field(default=256, ge=1)
-    """Most passes that wait for their turn; more get RESOURCE_EXHAUSTED."""
+    """Maximum number of waiting passes. Further ones get RESOURCE_EXHAUSTED."""
     batch_kv_mb: int = Field(default=512, ge=0)
-    """Memory for the KV of a shared pass, in MiB, which is copied side by side; passes that would need more do not share one.
-    Kept for the next one. Each bundle that is served has as much.
+    """Memory for the KV of one shared pass, in MiB. Passes that need more together do not share one. It is reserved once for each
+    served bundle.
     """
     kv_open_mb: int = Field(default=4096, ge=1)
-    """Memory for the KV of open streams, in MiB; streams beyond it get RESOURCE_EXHAUSTED. An eighth of it is for streams that
-    grow. Each bundle that is served has as much.
+    """Memory for the KV of open streams, in MiB. Further streams get RESOURCE_EXHAUSTED. An eighth is kept for open streams that
+    grow. Each served bundle has as much.
     """
     kv_block_tokens: int | None = Field(default=None, ge=1, le=1024)
-    """Prompt tokens in one block of cached KV. Not set: as many as an item has in the bundle's prompts."""
+    """Prompt tokens in one block of cached KV. The default is the length of an item in the bundle's prompts."""
     kv_memory_mb: int = Field(default=512, ge=0)
-    """Memory for the KV of prompts, in MiB. 0 keeps none."""
+    """Memory for the prefix cache, in MiB. 0 turns the memory tier off."""
     kv_redis: Literal["measured", "always", "never"] = "measured"
-    """Whether the KV of prompts is in Redis too, where there is one. measured: where reading it is quicker than computing it."""
+    """Use of Redis as a tier of the prefix cache. measured: only where reading KV is faster than computing it."""
     kv_ttl_seconds: int = Field(default=86_400, ge=1)
-    """How long Redis keeps a KV block after it was written; a stored user's go together, so long after the first of them. Reading
-    and further writes do not prolong it.
+    """Lifetime of a KV block in Redis after it was written. All blocks of a stored user expire together, counted from the first
+    one. Reads and further writes do not extend it.
     """
     redis_timeout_seconds: float = Field(default=0.05, gt=0, le=60)
-    """How long a request waits for KV from Redis."""
+    """Maximum time that a request waits for KV from Redis."""
     warm_up_seconds: float = Field(default=5.0, ge=0, le=600)
-    """How long the costs of passes are measured at start, at most; 0: no longer than must be."""
+    """Maximum time of the cost curve's measurement at the start. 0: the shortest possible one."""
 
     unhealthy_after: int = Field(default=5, ge=0)
-    """So many passes that fail one after the other, by no fault of their requests, and this replica says NOT_SERVING until one
-    works again. 0: never.
+    """Failed passes in a row after which a model is unhealthy and NOT_SERVING until a probe succeeds. Failures that a request
+    causes itself do not count. 0: never.
     """
     keep_version_seconds: float = Field(default=300.0, ge=0, le=86_400)
-    """How long a model version that the bundle no longer has is still served after its last call."""
+    """Time after its last call for which a replaced model version is still served."""
 
     def batch_limits(self, layout: KvLayout) -> BatchLimits:
-        """What may share a pass, and how many may wait."""
+        """Return the limits of batching."""
         return BatchLimits(
             requests=self.batch_requests,
             tokens=self.batch_tokens,

@@ -1,7 +1,8 @@
-"""Logs: structlog on stderr, one line per event, JSON or for people. The standard library's records go the same way.
+"""Logs with structlog on stderr: one line per event, as JSON or for the console.
 
-Of an exception they show its types and where it arose, never its text or variables: libraries quote values in the former, and
-values may be users' histories or a password. `log_error_texts` shows the texts, to debug.
+Records of the standard library's logging take the same way. A log line shows the types and the traceback of an exception, never
+its text or variables: libraries quote values in texts, and a value may be a user's history or a password. The setting
+`log_error_texts` adds the texts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: bool = False) -> None:
-    """Send every log line of this process to stderr, with the service's name."""
+    """Configure the logs of this process. error_texts: log the texts of exceptions too."""
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -45,41 +46,41 @@ def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: b
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(shared, style, error_texts=error_texts))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    logging.captureWarnings(capture=True)  # which Python would print as they are
+    logging.captureWarnings(capture=True)  # Python would print them unformatted
 
 
-def take_over_uncaught() -> None:
-    """Log exceptions that nobody catches, in any thread; Python would print them with their texts."""
-    sys.excepthook = lambda kind, error, traceback: _log_uncaught("uncaught", (kind, error, traceback))
+def log_uncaught_exceptions() -> None:
+    """Log uncaught exceptions of all threads. Python would print them with their texts."""
+    sys.excepthook = lambda kind, error, traceback: _log_uncaught("uncaught_exception", (kind, error, traceback))
     threading.excepthook = lambda caught: _log_uncaught(
-        "uncaught in a thread", (caught.exc_type, caught.exc_value, caught.exc_traceback)
+        "uncaught_exception_in_thread", (caught.exc_type, caught.exc_value, caught.exc_traceback)
     )
     sys.unraisablehook = lambda caught: _log_uncaught(
-        "uncaught in a finalizer", (caught.exc_type, caught.exc_value, caught.exc_traceback)
+        "uncaught_exception_in_finalizer", (caught.exc_type, caught.exc_value, caught.exc_traceback)
     )
 
 
 def log_loop_failure(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler. asyncio's own prints the task, and with it the exception's text."""
+    """Handle an exception of an event loop. asyncio's own handler prints the task with the exception's text."""
     error = context.get("exception")
-    _log.error("failure in the event loop", exc_info=error if isinstance(error, BaseException) else None)
+    _log.error("event_loop_failure", exc_info=error if isinstance(error, BaseException) else None)
 
 
 def bind_request_id(offered: str | None) -> str:
-    """Give the running call an id, the client's where that is short and plain; it stands on each of its log lines."""
+    """Give the running call an id for its log lines. A short, plain id of the client is kept."""
     request_id = offered if offered and _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
     structlog.contextvars.bind_contextvars(request_id=request_id)
     return request_id
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
-    """Metadata that carries the running call's id and trace on to the next service; empty outside a call."""
+    """Return metadata with the running call's id and trace for the next service; empty outside a call."""
     request_id = structlog.contextvars.get_contextvars().get("request_id")
     return (((REQUEST_ID_HEADER, request_id),) if request_id else ()) + tracing.outgoing()
 
 
 def traceback_without_texts(exc_info: Any) -> str:
-    """Where an exception and those that led to it arose, innermost last, and their types."""
+    """Return the tracebacks and types of an exception and its causes, in the order in which they arose."""
     lines: list[str] = []
     error: BaseException | None = exc_info[1]
     seen: set[int] = set()
@@ -113,7 +114,7 @@ def _traced(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict
 
 
 def _formatter(shared: list[Processor], style: LogFormat, *, error_texts: bool) -> logging.Formatter:
-    # Plain tracebacks: the renderers' own ones print local variables, and with them histories and passwords.
+    # Plain tracebacks, since the renderers' own ones print local variables with histories and passwords.
     render: list[Processor] = [
         structlog.processors.format_exc_info
         if error_texts

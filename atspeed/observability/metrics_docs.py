@@ -1,16 +1,16 @@
-"""Write docs/metrics.md from what the services declare to measure; `--check` exits 1 when the file is not what they give."""
+"""Writes docs/metrics.md from the declared metrics. `--check` compares."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from atspeed.configuration.generated_page import write_or_check
 from atspeed.observability.metrics import Declared, HistogramOf
 
-# By name: this package knows no service.
+# Names instead of imports: this package must not import a service.
 SECTIONS = {
     "every service": (
         "atspeed.observability.metrics",
@@ -26,14 +26,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 INTRODUCTION = """\
 # Metrics
 
-Written by `make metrics-docs` from each service's `metrics.py`; do not edit. A service exposes them for Prometheus on
-`--metrics-port`. Label values come from closed sets: no user, no item, no text of a client or a model.
+`make metrics-docs` writes this page from each service's `metrics.py`; do not edit it.
+A service exposes its metrics for Prometheus on `--metrics-port`.
+Label values come from closed sets, without users, items, or texts of a client or a model.
 Counters count from the start of a process.
+The essential metrics are those that operators watch. The advanced ones explain them.
 """
 
 
+_HEAD = ("| metric | kind | labels | meaning |", "| --- | --- | --- | --- |")
+
+
 def declared() -> dict[str, Sequence[Declared]]:
-    """What is measured, by the title of its section."""
+    """Return the declared metrics by section."""
     return {
         title: [metric for module in modules for metric in importlib.import_module(module).METRICS]
         for title, modules in SECTIONS.items()
@@ -41,13 +46,14 @@ def declared() -> dict[str, Sequence[Declared]]:
 
 
 def page(sections: Mapping[str, Sequence[Declared]]) -> str:
-    """The whole page."""
-    return "\n".join([INTRODUCTION, *(_section(title, metrics) for title, metrics in sections.items())])
-
-
-def _section(title: str, metrics: Sequence[Declared]) -> str:
-    head = ["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
-    return "\n".join([f"## {title}", "", *head, *map(_row, metrics), ""])
+    """Return the whole page."""
+    parts = [INTRODUCTION]
+    for title, essential in (("Essential metrics", True), ("Advanced metrics", False)):
+        parts.append(f"## {title}\n")
+        for section, metrics in sections.items():
+            if rows := [_row(metric) for metric in metrics if metric.essential is essential]:
+                parts.append("\n".join([f"### {section}", "", *_HEAD, *rows, ""]))
+    return "\n".join(parts)
 
 
 def _row(metric: Declared) -> str:
@@ -59,17 +65,8 @@ def _row(metric: Declared) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, path: Path = PAGE) -> int:
-    """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    check, text = parser.parse_args(arguments).check, page(declared())
-    if not check:
-        path.write_text(text, encoding="utf-8")
-        return 0
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write(f"{path.name} is stale, run `make metrics-docs`\n")
-    return 1
+    """Write the page, or check it."""
+    return write_or_check(path, page(declared()), "make metrics-docs", arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Spans by OpenTelemetry, sent over OTLP/gRPC to where the standard OTEL_* variables say. Needs the extra `otel`.
+"""Sends OpenTelemetry spans over OTLP/gRPC. Needs the extra `otel`.
 
-The spans of calls are our own: opentelemetry-instrumentation-grpc takes every method that answers a stream for an async
-generator, and leaks its context when such a generator is closed. Redis is instrumented by its package, which sends the
-names of commands without their arguments. The trace travels as W3C `traceparent`; baggage, which may hold anything, does not.
+The standard OTEL_* variables name the collector. The spans of calls are our own: opentelemetry-instrumentation-grpc takes every
+method with a response stream for an async generator, and leaks its context when such a generator is closed. The Redis package is
+used; it sends the names of commands without arguments. The trace travels as W3C `traceparent`. Baggage does not travel, as it may
+hold anything.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from atspeed.observability.otlp_variables import check_otlp_variables
 from atspeed.observability.tracing import Metadata, Value
 
-# A collector that does not answer must not hold up the end of a process for longer.
-_LAST_WORDS_SECONDS = 3.0
+# Chosen: a collector that does not answer must not delay the end of a process for longer.
+_SHUTDOWN_SECONDS = 3.0
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class OpenTelemetry:
-    """The spans of this process; see `tracing.Backend`."""
+    """Makes the spans of this process; see `tracing.Backend`."""
 
     def __init__(self, service: str) -> None:
         name = os.environ.get("OTEL_SERVICE_NAME") or f"atspeed-{service}"
@@ -49,13 +50,13 @@ class OpenTelemetry:
 
     @contextmanager
     def span(self, name: str, attributes: Mapping[str, Value]) -> Iterator[_Active]:
-        """A span inside the running one."""
+        """Start a span inside the current one."""
         with self._recorded(name, SpanKind.INTERNAL, None) as active:
             active.set(**attributes)
             yield active
 
     def past_span(self, name: str, begun_ns: int, ended_ns: int, attributes: Mapping[str, Value]) -> None:
-        """A span inside the running one that has ended, by `time.perf_counter_ns`."""
+        """Record a finished span inside the current one. Times are those of `time.perf_counter_ns`."""
         epoch_ns = time.time_ns() - time.perf_counter_ns()
         span = self._tracer.start_span(name, kind=SpanKind.INTERNAL, start_time=epoch_ns + begun_ns)
         _Active(span).set(**attributes)
@@ -63,7 +64,7 @@ class OpenTelemetry:
 
     @contextmanager
     def call(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> Iterator[_Active]:
-        """The span of a call that is served."""
+        """Start the span of a served call."""
         carrier = {key: value for key, value in metadata if isinstance(value, str)}
         service, _, name = method.strip("/").rpartition("/")
         with self._recorded(name, SpanKind.SERVER, _PROPAGATOR.extract(carrier, context=Context())) as active:
@@ -71,28 +72,28 @@ class OpenTelemetry:
             yield active
 
     def metadata(self) -> Metadata:
-        """`traceparent`, and `tracestate` where there is one."""
+        """Return `traceparent`, and `tracestate` if there is one."""
         carrier: dict[str, str] = {}
         _PROPAGATOR.inject(carrier)
         return tuple(carrier.items())
 
     def ids(self) -> Mapping[str, str]:
-        """Of the running span."""
+        """Return trace_id and span_id of the current span."""
         context = trace.get_current_span().get_span_context()
         if not context.is_valid:
             return {}
         return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
 
     def stop(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._redis.uninstrument()
-        last_words = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
-        last_words.start()
-        last_words.join(_LAST_WORDS_SECONDS)
+        shutdown = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        shutdown.start()
+        shutdown.join(_SHUTDOWN_SECONDS)
 
     @contextmanager
     def _recorded(self, name: str, kind: SpanKind, context: Context | None) -> Iterator[_Active]:
-        """A span that names the type of an exception that passes through it."""
+        """Start a span that records the type of an exception."""
         with self._tracer.start_as_current_span(
             name, context, kind, record_exception=False, set_status_on_exception=False
         ) as started:
@@ -109,26 +110,26 @@ class _Active:
         self.span = span
 
     def set(self, **attributes: Value) -> None:
-        """Add attributes, as `atspeed.<name>`."""
+        """Add attributes named `atspeed.<name>`."""
         self.span.set_attributes({f"atspeed.{name}": value for name, value in attributes.items()})
 
 
 class _WithoutTexts(SpanExporter):
-    """Exports spans without the texts of exceptions: no events, which is where they are recorded, and a status that is a code."""
+    """Exports spans without the texts of exceptions: without events, and with a status code only."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """As the exporter's, of what is left of the spans."""
+        """Export the spans without texts."""
         return self._exporter.export([_without_texts(span) for span in spans])
 
     def shutdown(self) -> None:
-        """As the exporter's."""
+        """Shut down the exporter."""
         self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """As the exporter's."""
+        """Flush the exporter."""
         return self._exporter.force_flush(timeout_millis)
 
 

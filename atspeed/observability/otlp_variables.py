@@ -1,6 +1,6 @@
-"""The standard OTEL_EXPORTER_OTLP_* variables, checked at start.
+"""Checks the standard OTEL_EXPORTER_OTLP_* variables at the start.
 
-The exporter itself would send spans nowhere for some values, and end the process with a traceback for others.
+The exporter itself loses all spans for some bad values, and ends the process with a traceback for others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from atspeed.rpc.channels import target_uri
 
 
 def check_otlp_variables() -> None:
-    """Raises StartupError, which names the variable and quotes nothing of it, where one is not usable."""
+    """Check the variables. Raises StartupError, which names the variable and does not quote its value."""
     for name, (usable, rule) in _RULES.items():
         for variable in (f"OTEL_EXPORTER_OTLP_{name}", f"OTEL_EXPORTER_OTLP_TRACES_{name}"):
             if variable in os.environ and not usable(os.environ[variable]):

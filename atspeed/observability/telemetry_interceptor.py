@@ -1,76 +1,59 @@
-"""The outermost interceptor: of every call but those of health and reflection a span, and what Prometheus counts of calls."""
+"""Traces and counts every call, except those of health and reflection.
+
+It is the outermost interceptor.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
 from atspeed.concurrency.deadline import is_over
 from atspeed.observability import tracing
 from atspeed.observability.metrics import ServerMetrics
-
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-_INFRASTRUCTURE = "/grpc."
-_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+from atspeed.rpc.handlers import INFRASTRUCTURE_PREFIX, Behaviour, Context, Handler, WrappingInterceptor, wrap_handler
 
 
-class TelemetryInterceptor(grpc.aio.ServerInterceptor):
-    """Goes around handlers that are coroutines, also where they serve streams, as `CallInterceptor` makes them."""
+class TelemetryInterceptor(WrappingInterceptor):
+    """Wraps handlers that are coroutines. `CallInterceptor` makes such handlers, for streams too."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
+        super().__init__()
         self._metrics = metrics
-        self._wrapped: dict[tuple[str, Handler], Handler] = {}  # one that refuses is another handler
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The method's handler, observed; there is none for a method that nobody has."""
-        method = handler_call_details.method
-        handler = await continuation(handler_call_details)
-        if handler is None or method.startswith(_INFRASTRUCTURE):
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """Return the handler with a span and metrics around each call."""
+        if method.startswith(INFRASTRUCTURE_PREFIX):
             return handler
-        key = (method, handler)
-        if key not in self._wrapped:
-            self._wrapped[key] = self._wrap(*key)
-        return self._wrapped[key]
+        name = method.rpartition("/")[2]
+        in_flight = self._metrics.in_flight.labels(name)
+        seconds = self._metrics.seconds.labels(name)
 
-    def _wrap(self, method: str, handler: Handler) -> Handler:
-        kind = next(kind for kind in _KINDS if getattr(handler, kind))
-        behaviour, name = getattr(handler, kind), method.rpartition("/")[2]
-        in_flight, seconds = self._metrics.in_flight.labels(name), self._metrics.seconds.labels(name)
+        def around(behaviour: Behaviour) -> Behaviour:
+            async def observed(request: Any, context: Context) -> Any:
+                begun, code = time.perf_counter(), "OK"
+                in_flight.inc()
+                try:
+                    with tracing.call(method, tuple(context.invocation_metadata() or ())):
+                        return await behaviour(request, context)
+                except BaseException as error:
+                    code = _status(error, context, time.perf_counter() - begun)
+                    raise
+                finally:
+                    in_flight.dec()
+                    self._metrics.calls.labels(name, code).inc()
+                    seconds.observe(time.perf_counter() - begun)
 
-        async def observed(request: Any, context: Context) -> Any:
-            begun, code = time.perf_counter(), "OK"
-            in_flight.inc()
-            try:
-                with tracing.call(method, tuple(context.invocation_metadata() or ())):
-                    return await behaviour(request, context)
-            except BaseException as error:
-                code = _status(error, context, time.perf_counter() - begun)
-                raise
-            finally:
-                in_flight.dec()
-                self._metrics.calls.labels(name, code).inc()
-                seconds.observe(time.perf_counter() - begun)
+            return observed
 
-        build: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
-        return build(
-            observed,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return wrap_handler(handler, around)
 
 
 def _status(error: BaseException, context: Context, took: float) -> str:
-    """The status of a call that ended with an exception; by then an abort has left its code in the context."""
+    """Return the status of a call that raised `error`. An abort has left its code in the context by then."""
     if isinstance(error, asyncio.CancelledError):
         left: float | None = context.time_remaining()
         return "DEADLINE_EXCEEDED" if left is not None and is_over(left, left + took) else "CANCELLED"

@@ -1,6 +1,6 @@
-"""Traces through all services: spans around calls and their parts, the trace on outgoing calls, its id for log lines.
+"""Distributed traces: spans, metadata of outgoing calls, ids for log lines.
 
-Off by default, and then a span costs a comparison. Spans carry sizes and counts; never a user, an item or a token.
+Tracing is off by default, and a span then costs one comparison. Spans carry sizes and counts, never a user, an item or a token.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class Span(Protocol):
-    """A span that lasts."""
+    """A running span."""
 
     def set(self, **attributes: Value) -> None:
         """Add attributes."""
 
 
 class Backend(Protocol):
-    """What makes the spans: `atspeed.observability.otel`."""
+    """The maker of spans. `atspeed.observability.otel` implements it."""
 
     def span(self, name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[Span]:
-        """A span inside the running one."""
+        """Start a span inside the current one."""
 
     def past_span(self, name: str, begun_ns: int, ended_ns: int, attributes: Mapping[str, Value]) -> None:
-        """A span inside the running one that has ended, by `time.perf_counter_ns`."""
+        """Record a finished span inside the current one. Times are those of `time.perf_counter_ns`."""
 
     def call(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> AbstractContextManager[Span]:
-        """The span of a call that is served, inside the caller's, whom its metadata name."""
+        """Start the span of a served call, inside the caller's span from the metadata."""
 
     def metadata(self) -> Metadata:
-        """What a call to another service has to carry."""
+        """Return the metadata of a call to another service."""
 
     def ids(self) -> Mapping[str, str]:
-        """trace_id and span_id of the running span; empty outside of one."""
+        """Return trace_id and span_id of the current span; empty without one."""
 
     def stop(self) -> None:
-        """Send what is not sent yet. Blocks for some seconds at most."""
+        """Send the remaining spans. Blocks for some seconds at most."""
 
 
 class _NoSpan:
     def set(self, **attributes: Value) -> None:
-        """Nothing to add to."""
+        """Ignore the attributes."""
 
 
 class _Process:
@@ -59,7 +59,7 @@ _NO_SPAN: AbstractContextManager[Span] = nullcontext(_NoSpan())
 
 @contextmanager
 def started(service: str, *, on: bool) -> Iterator[None]:
-    """Trace this process while the block lasts, if `on`. Raises StartupError without the extra `otel`."""
+    """Trace this process for the length of the block, if `on`. Raises StartupError without the extra `otel`."""
     if not on:
         yield
         return
@@ -76,31 +76,31 @@ def started(service: str, *, on: bool) -> Iterator[None]:
 
 
 def on() -> bool:
-    """Whether spans go anywhere: for what would be worked out for a span alone."""
+    """Return whether spans are recorded, for work that only a span needs."""
     return _Process.backend is not None
 
 
 def span(name: str, **attributes: Value) -> AbstractContextManager[Span]:
-    """A span inside the running one. In an async generator no `yield` may stand in its block: the context would leak."""
+    """Start a span inside the current one. Its block must not contain a `yield` of an async generator: context leaks."""
     return _Process.backend.span(name, attributes) if _Process.backend else _NO_SPAN
 
 
 def past_span(name: str, begun_ns: int, ended_ns: int, **attributes: Value) -> None:
-    """A span inside the running one for what is over already, as it was timed by `time.perf_counter_ns`."""
+    """Record a finished span inside the current one. Times are those of `time.perf_counter_ns`."""
     if _Process.backend:
         _Process.backend.past_span(name, begun_ns, ended_ns, attributes)
 
 
 def call(method: str, metadata: Sequence[tuple[str, str | bytes]]) -> AbstractContextManager[Span]:
-    """The span of a call that is served, inside the caller's."""
+    """Start the span of a served call, inside the caller's span."""
     return _Process.backend.call(method, metadata) if _Process.backend else _NO_SPAN
 
 
 def outgoing() -> Metadata:
-    """Metadata by which the next service's spans join the running trace."""
+    """Return the metadata that connect the next service's spans to the current trace."""
     return _Process.backend.metadata() if _Process.backend else ()
 
 
 def ids() -> Mapping[str, str]:
-    """trace_id and span_id for a log line; empty without a trace."""
+    """Return trace_id and span_id for a log line; empty without a trace."""
     return _Process.backend.ids() if _Process.backend else {}

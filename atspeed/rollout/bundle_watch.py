@@ -1,7 +1,8 @@
-"""Follows the bundles that a service's settings name, each a directory or a symlink, and has others taken up when they change.
+"""Watches the bundle paths of a service, and activates a bundle when it changes.
 
-A bundle is another one when its manifest's version is. One that cannot be served is refused, once, and what is served goes on;
-SIGHUP has it looked at again. The stable bundle is always there; a canary is let go of when its path names nothing any more.
+A path is a directory or a symlink. A bundle has changed when the version in its manifest has. A bundle that cannot be served is
+rejected once, and the earlier one stays; SIGHUP makes the service try it again. The stable bundle is always there. A canary is
+deactivated when its path no longer exists.
 """
 
 from __future__ import annotations
@@ -21,191 +22,200 @@ from atspeed.configuration.settings import ServiceSettings
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle
 from atspeed.engine.errors import BundleError, EngineError
 from atspeed.rollout.release_track import Track
+from atspeed.security.file_watch import FileSignature, file_signature
 
 
-class Holder(Protocol):
+class BundleHost(Protocol):
     """Serves a bundle on each track."""
 
     async def activate(self, bundle: Bundle, track: Track) -> None:
-        """Serves a bundle from its return on. Raises EngineError where that cannot be. Cancelled when there is another one."""
+        """Serve a bundle on a track. Raises EngineError for a bad bundle. It is cancelled when the path changes again."""
 
     def deactivate(self, track: Track) -> None:
-        """Serves none on this track any more."""
+        """Stop serving a track."""
 
 
-_MISSES = 2
+# Checks in a row without a manifest after which a bundle counts as missing. The first may meet one directory's swap for another.
+_MAX_MISSES = 2
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 def open_bundle(path: Path) -> Bundle:
-    """The bundle that a path names now, by the directory itself: a link that moves meanwhile does not mix two."""
+    """Open the bundle that a path names now. The link is resolved once, so a link that moves cannot mix two bundles."""
     return Bundle(path.resolve())
 
 
 class BundleWatch:
-    """Looks at a track's path. served: the version of the bundle that is served, empty when none is.
+    """Watches the path of one track.
 
-    taken, refused: how many others there were. pending: the version that is being taken up, empty when none is.
+    Attributes:
+        track: the release track.
+        served: version of the served bundle; None without one.
+        pending: version of the bundle that is being activated; None without one.
+        activated: number of bundles that were activated.
+        rejected: number of bundles that were rejected.
     """
 
-    def __init__(self, path: Path, track: Track, holder: Holder, served: str = "") -> None:
+    def __init__(self, path: Path, track: Track, host: BundleHost, served: str | None = None) -> None:
         self._path = path
         self.track = track
-        self._holder = holder
+        self._host = host
         self.served = served
-        self.pending = ""
-        self.taken = self.refused = 0
-        self._seen: tuple[str, int, int, int] | None = None
+        self.pending: str | None = None
+        self.activated = 0
+        self.rejected = 0
+        self._seen: tuple[str, FileSignature] | None = None
         self._misses = 0
-        self._taking: asyncio.Task[None] | None = None
+        self._activation: asyncio.Task[None] | None = None
         self._log = _log.bind(track=track.value)
 
-    def forget(self) -> None:
-        """Look afresh the next time, also at a bundle that was refused."""
+    def reset(self) -> None:
+        """Forget the last check, so that the next one tries a rejected bundle again."""
         self._seen = None
 
-    async def look(self) -> None:
-        """Compare what the path names with what is served, and start to take it up where it is another one."""
-        stamp = self._stamp()
-        if stamp is None:
+    async def check(self) -> None:
+        """Compare the path with the served bundle, and start to activate a different one."""
+        signature = self._signature()
+        if signature is None:
             await self._miss()
             return
         self._misses = 0
-        if stamp == self._seen:
+        if signature == self._seen:
             return
-        self._seen = stamp
+        self._seen = signature
         try:
             bundle = open_bundle(self._path)
         except BundleError as error:
-            await self.give_up()
-            self._refuse(error)
+            await self.cancel()
+            self._reject(error)
             return
         version = bundle.manifest.version
         if version == (self.pending or self.served):
             return
-        await self.give_up()
+        await self.cancel()
         if version == self.served:
-            self._log.info("the bundle is again the one that is served", version=version)
+            self._log.info("bundle_change_reverted", serving=version)
             return
         self.pending = version
-        self._taking = asyncio.get_running_loop().create_task(self._take(bundle), name="bundle-take-up")
+        self._activation = asyncio.get_running_loop().create_task(self._activate(bundle), name="activate-bundle")
 
-    async def settle(self) -> None:
-        """Wait until what is being taken up is, or is refused."""
-        if self._taking is not None:
-            await asyncio.wait((self._taking,))
+    async def join(self) -> None:
+        """Wait for the end of a running activation."""
+        if self._activation is not None:
+            await asyncio.wait((self._activation,))
 
-    async def give_up(self) -> None:
-        """Let go of what is being taken up."""
-        if self._taking is not None:
-            self._taking.cancel()
-            await asyncio.gather(self._taking, return_exceptions=True)
-        self._taking = None
-        self.pending = ""
+    async def cancel(self) -> None:
+        """Cancel a running activation."""
+        if self._activation is not None:
+            self._activation.cancel()
+            await asyncio.gather(self._activation, return_exceptions=True)
+        self._activation = None
+        self.pending = None
 
-    async def _take(self, bundle: Bundle) -> None:
+    async def _activate(self, bundle: Bundle) -> None:
         version = bundle.manifest.version
-        self._log.info("another bundle", root=str(bundle.root), version=version, name=bundle.manifest.name)
+        self._log.info("bundle_activating", root=str(bundle.root), version=version, name=bundle.manifest.name)
         try:
-            await self._holder.activate(bundle, self.track)
+            await self._host.activate(bundle, self.track)
         except EngineError as error:
-            self._refuse(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, what is served goes on
-            self.refused += 1
-            self._log.error("the bundle is refused, what was served goes on", root=str(bundle.root), exc_info=error)
+            self._reject(error)
+        except Exception as error:  # noqa: BLE001 - after any failure the served bundle stays
+            self.rejected += 1
+            self._log.error("bundle_rejected", serving=self.served, root=str(bundle.root), exc_info=error)
         else:
-            self.taken += 1
+            self.activated += 1
             self.served = version
-            self._log.info("the bundle is served", root=str(bundle.root), version=version)
-        self.pending = ""
+            self._log.info("bundle_activated", root=str(bundle.root), version=version)
+        self.pending = None
 
-    def _refuse(self, error: EngineError) -> None:
-        self.refused += 1
-        self._log.error("the bundle is refused, what was served goes on", reason=" ".join(str(error).split()))
+    def _reject(self, error: EngineError) -> None:
+        self.rejected += 1
+        self._log.error("bundle_rejected", serving=self.served, reason=" ".join(str(error).split()))
 
     async def _miss(self) -> None:
-        """Nothing is there: for a moment while one directory takes another's place, so only the second look in a row counts."""
-        self._misses, self._seen = self._misses + 1, None
-        if self._misses != _MISSES:
+        """Handle a check without a manifest."""
+        self._misses += 1
+        self._seen = None
+        if self._misses != _MAX_MISSES:
             return
         if self.track is Track.STABLE:
-            self._refuse(BundleError(f"{self._path}/{MANIFEST}: is not there"))
+            self._reject(BundleError(f"{self._path}/{MANIFEST}: is not there"))
             return
-        await self.give_up()
-        if self.served:
-            self._holder.deactivate(self.track)
-            self._log.info("the bundle is no longer served", version=self.served)
-            self.served = ""
+        await self.cancel()
+        if self.served is not None:
+            self._host.deactivate(self.track)
+            self._log.info("bundle_deactivated", version=self.served)
+            self.served = None
 
-    def _stamp(self) -> tuple[str, int, int, int] | None:
-        """What changes whenever the path names another manifest; None where there is none."""
+    def _signature(self) -> tuple[str, FileSignature] | None:
+        """Return a value that changes with the manifest; None without one."""
         try:
             root = self._path.resolve()
-            stat = (root / MANIFEST).stat()
-        except (OSError, RuntimeError):  # RuntimeError: links that lead in a circle
+        except (OSError, RuntimeError):  # RuntimeError: a circle of links
             return None
-        return str(root), stat.st_ino, stat.st_mtime_ns, stat.st_size
+        signature = file_signature(root / MANIFEST)
+        return None if signature is None else (str(root), signature)
 
 
-def bundle_watches(settings: ServiceSettings, holder: Holder, served: str) -> Sequence[BundleWatch]:
-    """One for each path that the settings name. served: the version of the stable bundle, which the holder has already."""
-    stable = BundleWatch(settings.bundle, Track.STABLE, holder, served)
+def bundle_watches(settings: ServiceSettings, host: BundleHost, served: str) -> Sequence[BundleWatch]:
+    """Return a watch for each path in the settings. served: version of the stable bundle, which the host serves already."""
+    stable = BundleWatch(settings.bundle, Track.STABLE, host, served)
     if settings.canary_bundle is None:
         return [stable]
-    return [stable, BundleWatch(settings.canary_bundle, Track.CANARY, holder)]
+    return [stable, BundleWatch(settings.canary_bundle, Track.CANARY, host)]
 
 
 @asynccontextmanager
-async def following(
-    watches: Sequence[BundleWatch], poll_seconds: float, patience_seconds: float | None = None
+async def watch_bundles(
+    watches: Sequence[BundleWatch], poll_seconds: float, max_wait_seconds: float | None = None
 ) -> AsyncIterator[None]:
-    """Follow the paths for as long as the block lasts. It begins when all that they name now has been taken up or refused.
+    """Watch the paths for the length of the block. It begins after the bundles that they name now were activated or rejected.
 
-    patience_seconds: how long that may take at most; what takes longer goes on beside the block.
+    max_wait_seconds: longest wait for these activations. They then continue during the block.
     """
-    hurry = asyncio.Event()
+    wake = asyncio.Event()
     try:
-        await _first_look(watches, patience_seconds)
-        async with background_task(_follow(watches, poll_seconds, hurry), "bundle-watch"):
-            with _heard_by(watches, hurry):
+        await _first_check(watches, max_wait_seconds)
+        async with background_task(_poll(watches, poll_seconds, wake), "bundle-watch"):
+            with _recheck_at_sighup(watches, wake):
                 yield
     finally:
         for watch in watches:
-            await watch.give_up()
+            await watch.cancel()
 
 
-async def _first_look(watches: Sequence[BundleWatch], patience_seconds: float | None) -> None:
+async def _first_check(watches: Sequence[BundleWatch], max_wait_seconds: float | None) -> None:
     for watch in watches:
-        await watch.look()
+        await watch.check()
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(patience_seconds):
+        async with asyncio.timeout(max_wait_seconds):
             for watch in watches:
-                await watch.settle()
+                await watch.join()
 
 
-async def _follow(watches: Sequence[BundleWatch], poll_seconds: float, hurry: asyncio.Event) -> None:
+async def _poll(watches: Sequence[BundleWatch], poll_seconds: float, wake: asyncio.Event) -> None:
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(poll_seconds):
-                await hurry.wait()
-        hurry.clear()
+                await wake.wait()
+        wake.clear()
         for watch in watches:
-            await watch.look()
+            await watch.check()
 
 
 @contextmanager
-def _heard_by(watches: Sequence[BundleWatch], hurry: asyncio.Event) -> Iterator[None]:
-    """SIGHUP has all of them look again, at once."""
+def _recheck_at_sighup(watches: Sequence[BundleWatch], wake: asyncio.Event) -> Iterator[None]:
+    """Check all paths afresh at SIGHUP."""
     loop = asyncio.get_running_loop()
 
-    def look_again() -> None:
+    def recheck() -> None:
         for watch in watches:
-            watch.forget()
-        hurry.set()
+            watch.reset()
+        wake.set()
 
-    with contextlib.suppress(ValueError, RuntimeError):  # only a main thread hears signals
-        loop.add_signal_handler(signal.SIGHUP, look_again)
+    with contextlib.suppress(ValueError, RuntimeError):  # only the main thread can handle signals
+        loop.add_signal_handler(signal.SIGHUP, recheck)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The bundles that a service serves side by side: the stable one, and a canary that a share of the users meets first."""
+"""Release tracks: a stable bundle, and a canary for a share of the users."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import grpc
 from atspeed.errors import InvalidArgumentError
 
 TRACK_HEADER = "x-atspeed-track"
-"""Metadata by which a call asks for a track, whoever's it is."""
+"""Metadata key that selects a track for one call, whatever the user's share."""
 
 
 class Track(StrEnum):
-    """Which of the two. The values are label values of metrics."""
+    """Release track. The values are label values of metrics."""
 
     STABLE = "stable"
     CANARY = "canary"
 
     @classmethod
     def asked_by(cls, context: grpc.aio.ServicerContext[Any, Any]) -> Track | None:
-        """The track that a call's metadata ask for, if they do. Raises InvalidArgumentError where there is no such track."""
+        """Return the track in a call's metadata, or None. Raises InvalidArgumentError for an unknown track."""
         named = [str(value) for key, value in context.invocation_metadata() or () if key == TRACK_HEADER]
         if not named:
             return None

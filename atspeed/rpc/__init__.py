@@ -1,1 +1,1 @@
-"""gRPC servers and clients: admission, errors, health, channels, arrays on the wire."""
+"""gRPC servers and clients: admission, statuses, health, channels, messages."""

@@ -1,7 +1,7 @@
-"""Admission: how much inference runs at once, who waits for it, and who is told to come back later.
+"""Admission control (load shedding): limits the calls that run and wait.
 
-Under overload a server must do as much as at its best and say no to the rest at once. So work is bounded, the queue before
-it is short, and whoever cannot be served in time is refused on arrival instead of after a long wait.
+An overloaded server must keep its best throughput and refuse the rest at once. So the work is bounded, its queue is short, and a
+call that cannot be served in time is refused on arrival instead of after a long wait.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ import grpc
 from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 
 PRIORITY_HEADER = "x-atspeed-priority"
-_SHORTEST_HINT, _LONGEST_HINT = 0.05, 10.0
-_NEWEST = 0.1  # weight of the newest duration in the running mean
+# Bounds of the retry hint in seconds. A shorter hint makes clients spin, and a longer one wastes a replica that recovers.
+_MIN_HINT_SECONDS = 0.05
+_MAX_HINT_SECONDS = 10.0
+# Weight of the newest duration in the EWMA, so about the last ten calls decide.
+_EWMA_WEIGHT = 0.1
 
 
 class Priority(IntEnum):
-    """Who is served first, and refused last."""
+    """Priority of a call. A higher value is served first and refused last."""
 
     BATCH = 0
     INTERACTIVE = 1
 
     @classmethod
     def of(cls, context: grpc.aio.ServicerContext[Any, Any], default: Priority | None = None) -> Priority:
-        """What a call's metadata ask for; the default, INTERACTIVE, where they name no priority."""
+        """Return the priority in a call's metadata, else the default, else INTERACTIVE."""
         named = {str(value).upper() for key, value in context.invocation_metadata() or () if key == PRIORITY_HEADER}
         return next(
             (priority for priority in cls if priority.name in named), cls.INTERACTIVE if default is None else default
@@ -41,63 +44,82 @@ class Priority(IntEnum):
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata that carry it on to the next service."""
+        """Return the metadata that carry the priority to the next service."""
         return ((PRIORITY_HEADER, self.name.lower()),)
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A place among what runs. waited: whether there was none on arrival."""
+    """An admitted call.
+
+    Attributes:
+        waited: True if no slot was free on arrival.
+    """
 
     waited: bool
 
 
 class Admission:
-    """Places for one kind of work, and a short queue before them: interactive before batch, then first come, first served.
+    """Slots for one kind of work, with a short queue. For one event loop.
 
-    Refused at once, with RESOURCE_EXHAUSTED and a hint when to come back: what finds places and queue taken (but a waiting
-    batch request makes room for an interactive one), and what would not be done by its deadline, as far as the durations
-    of late can tell. For one event loop.
+    The queue serves interactive calls before batch calls, and else first come, first served. A call is refused at once, with
+    RESOURCE_EXHAUSTED and a retry hint, in two cases:
+
+    - All slots and the queue are full. A waiting batch call is displaced by an interactive one.
+    - Recent durations predict that the call would miss its deadline.
+
+    Attributes:
+        slots: number of calls that may run at once.
+        queue_limit: number of calls that may wait.
+        running: number of calls that run.
     """
 
-    def __init__(self, places: int, queue: int) -> None:
-        self.places = places
-        self.queue = queue
+    def __init__(self, slots: int, queue_limit: int) -> None:
+        self.slots = slots
+        self.queue_limit = queue_limit
         self.running = 0
         self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
-        self._seconds = 0.0
+        self._mean_seconds: float | None = None
 
     @property
     def queued(self) -> int:
-        """How many wait."""
+        """Return the number of calls that wait."""
         return sum(len(waiting) for waiting in self._waiting.values())
 
     @asynccontextmanager
-    async def place(self, priority: Priority, seconds_left: float | None = None) -> AsyncIterator[Admitted]:
-        """A place for as long as the block lasts. Raises ResourceExhaustedError. seconds_left: until the deadline."""
+    async def slot(self, priority: Priority, seconds_left: float | None = None) -> AsyncIterator[Admitted]:
+        """Hold a slot for the length of the block. Raises ResourceExhaustedError. seconds_left: until the deadline."""
         waited = await self._enter(priority, seconds_left)
         begun = time.monotonic()
         try:
             yield Admitted(waited)
         except (asyncio.CancelledError, GeneratorExit, DeadlineExceededError):
-            self._learn(max(time.monotonic() - begun, self._seconds))  # it would have taken at least that
+            self._observe(max(time.monotonic() - begun, self.expected_seconds))  # a cut call lasts at least that long
             raise
-        else:  # how long another failure took says nothing of how long work takes
-            self._learn(time.monotonic() - begun)
+        else:  # the duration of another failure says nothing about the duration of work
+            self._observe(time.monotonic() - begun)
         finally:
             self._leave()
 
-    def _learn(self, took: float) -> None:
-        self._seconds = took if not self._seconds else self._seconds + _NEWEST * (took - self._seconds)
+    @property
+    def expected_seconds(self) -> float:
+        """Return the EWMA of durations; 0 before the first one."""
+        return self._mean_seconds or 0.0
+
+    def _observe(self, seconds: float) -> None:
+        if not self._mean_seconds:
+            self._mean_seconds = seconds
+        else:
+            self._mean_seconds += _EWMA_WEIGHT * (seconds - self._mean_seconds)
 
     async def _enter(self, priority: Priority, seconds_left: float | None) -> bool:
-        """Take a place, after waiting for one if need be; whether there was need."""
-        if self.running < self.places:
+        """Take a slot, and wait for one if none is free. Returns True if the call waited."""
+        if self.running < self.slots:
             self.running += 1
             return False
-        if seconds_left is not None and self._wait_seconds(priority) + self._seconds > seconds_left:
+        if seconds_left is not None and self._wait_seconds(priority) + self.expected_seconds > seconds_left:
             raise self._refusal("cannot serve this request before its deadline")
-        if self.queued >= self.queue and not self._displaced(priority):
+        if self.queued >= self.queue_limit and not self._displaced(priority):
             raise self._refusal("serves as many requests as it may")
         try:
             async with asyncio.timeout(seconds_left):
@@ -112,7 +134,7 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled() and not turn.exception():  # its turn came together with the cancellation
+            if not turn.cancelled() and not turn.exception():  # the slot came together with the cancellation
                 self._leave()
             raise
         finally:
@@ -120,7 +142,7 @@ class Admission:
                 self._waiting[priority].remove(turn)
 
     def _leave(self) -> None:
-        """Hand the place to the next in the queue, or free it."""
+        """Pass the slot to the next call in the queue, or free it."""
         for priority in sorted(Priority, reverse=True):
             while self._waiting[priority]:
                 turn = self._waiting[priority].popleft()
@@ -130,7 +152,7 @@ class Admission:
         self.running -= 1
 
     def _displaced(self, priority: Priority) -> bool:
-        """Refuse the newest waiting request of a lower priority, if there is one."""
+        """Refuse the newest waiting call of a lower priority. Returns False if there is none."""
         for lower in sorted(Priority):
             if lower < priority and self._waiting[lower]:
                 turn = self._waiting[lower].pop()
@@ -140,13 +162,13 @@ class Admission:
         return False
 
     def _wait_seconds(self, priority: Priority) -> float:
-        """How long a request that came now would wait for its turn."""
+        """Return the predicted wait of a call that arrives now."""
         ahead = sum(len(waiting) for other, waiting in self._waiting.items() if other >= priority)
-        return (ahead + 1) * self._seconds / self.places
+        return (ahead + 1) * self.expected_seconds / self.slots
 
     def _refusal(self, problem: str) -> ResourceExhaustedError:
-        hint = min(max(self._wait_seconds(Priority.BATCH), _SHORTEST_HINT), _LONGEST_HINT)
-        # Clients that were refused together must not come back together.
+        hint = min(max(self._wait_seconds(Priority.BATCH), _MIN_HINT_SECONDS), _MAX_HINT_SECONDS)
+        # Jitter: clients that were refused together must not come back together.
         spread = random.uniform(1.0, 1.5)  # noqa: S311 - no secret
         return ResourceExhaustedError(
             f"this replica {problem}; try another or later", retry_after_seconds=hint * spread

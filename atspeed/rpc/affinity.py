@@ -1,6 +1,6 @@
-"""User affinity: a user's calls go to the replica whose memory holds the user's keys and values, as long as that is fair.
+"""User affinity: a user's calls go to the replica that holds the user's KV.
 
-Where a call goes never changes its answer, only what has to be computed for it.
+The replica never changes the answer of a call, only the work that is needed for it.
 """
 
 from __future__ import annotations
@@ -17,53 +17,58 @@ Stub = TypeVar("Stub")
 
 
 class Affinity:
-    """Decides call by call whether a key counts: at most `most_at_once` calls with one key are under way by it.
+    """Limits the calls that follow one key at the same time.
 
-    So a user who asks for everything at once keeps no replica from the others: what is beyond goes to replicas in turn.
+    One user with many calls at once could otherwise fill a replica. The calls beyond the limit go round-robin.
     """
 
-    def __init__(self, most_at_once: int) -> None:
-        self._most_at_once = most_at_once
-        self._under_way: Counter[str] = Counter()
+    def __init__(self, max_calls: int) -> None:
+        self._max_calls = max_calls
+        self._running: Counter[str] = Counter()
 
     @contextmanager
     def hold(self, key: str) -> Iterator[str]:
-        """For the time of a call: `key` where the call goes by it, else the empty string."""
-        if not key or self._under_way[key] >= self._most_at_once:
+        """Yield `key` if the call may follow it, else the empty string. The block lasts as long as the call."""
+        if not key or self._running[key] >= self._max_calls:
             yield ""
             return
-        self._under_way[key] += 1
+        self._running[key] += 1
         try:
             yield key
         finally:
-            self._under_way[key] -= 1
-            if not self._under_way[key]:
-                del self._under_way[key]
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
 
     def __len__(self) -> int:
-        """Keys with calls under way."""
-        return len(self._under_way)
+        """Return the number of keys with running calls."""
+        return len(self._running)
 
 
 @dataclass(frozen=True)
 class Route(Generic[Stub]):
-    """One call's way: the stub to call, and metadata that belongs to the call."""
+    """The route of one call.
+
+    Attributes:
+        stub: stub to call.
+        metadata: metadata of the call.
+    """
 
     stub: Stub
     metadata: tuple[tuple[str, str], ...] = ()
 
 
 class Routes(Generic[Stub]):
-    """The ways to a service's replicas: in turn and, where there is a stub on such a channel, by key."""
+    """The routes to a service's replicas: round-robin, and by key if there is a stub on a channel `by_key`."""
 
-    def __init__(self, in_turn: Stub, by_key: Stub | None = None, *, most_at_once: int = 0) -> None:
+    def __init__(self, in_turn: Stub, by_key: Stub | None = None, *, max_calls: int = 0) -> None:
         self.in_turn = in_turn
         self._by_key = by_key
-        self._affinity = Affinity(most_at_once if by_key is not None else 0)
+        self._affinity = Affinity(max_calls if by_key is not None else 0)
 
     @contextmanager
     def route(self, key: str) -> Iterator[Route[Stub]]:
-        """The way of a call, for as long as it lasts. A call that is tried again should not go by its key again."""
+        """Yield the route of a call for its duration. A retry should use `in_turn`, not the key."""
         with self._affinity.hold(key) as held:
             if held and self._by_key is not None:
                 yield Route(self._by_key, ((KEY_HEADER, held),))

@@ -1,8 +1,8 @@
-"""Around every call: a request id, the bound on how many are held, exceptions to statuses, one log line.
+"""Gives every call a request id, a concurrency limit, a status and a log line.
 
-Handlers are coroutines or async generators that take their requests from the argument (not from `context.read()`). A
-request that is not valid protobuf becomes INVALID_ARGUMENT; gRPC alone would answer UNKNOWN with protobuf's own text.
-An async generator is closed before its call ends, also when the client goes away, so its `finally` frees state at once.
+Handlers are coroutines or async generators that take their requests from the argument, not from `context.read()`.
+A request that is not valid protobuf becomes INVALID_ARGUMENT; gRPC alone would answer UNKNOWN with protobuf's own text.
+An async generator is closed before its call ends, even when the client is gone, so its `finally` frees state at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import structlog
@@ -21,89 +21,65 @@ import structlog
 from atspeed.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
 from atspeed.observability.logs import REQUEST_ID_HEADER, bind_request_id
 from atspeed.rpc.grpc_status import call_status
+from atspeed.rpc.handlers import INFRASTRUCTURE_PREFIX, Behaviour, Context, Handler, WrappingInterceptor, wrap_handler
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Behaviour = Callable[[Any, Context], Any]
-
-# Health and reflection stay reachable on a busy server, and out of its log.
-_INFRASTRUCTURE = "/grpc."
+# Chosen: several lists end in this time, and an interactive client can still afford it.
 _RETRY_AFTER_SECONDS = 0.5
-# A call holds its place while its message arrives.
+# A call counts against the limit while its message arrives. 30 s let a 32 MiB message pass at 10 Mbit/s.
 _MESSAGE_SECONDS = 30.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of a server, of all four kinds."""
+class CallInterceptor(WrappingInterceptor):
+    """Wraps every method of a server. Health and reflection have no limit, and their log lines have level debug."""
 
     def __init__(self, max_concurrent_calls: int) -> None:
+        super().__init__()
         self._max_calls = max_concurrent_calls
         self._calls: Counter[str] = Counter()
-        self._wrapped: dict[tuple[str, Handler], Handler] = {}  # an interceptor below may refuse by another handler
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The method's handler, wrapped; gRPC's own answer where there is no such method."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        key = (handler_call_details.method, handler)
-        if key not in self._wrapped:
-            self._wrapped[key] = self._wrap(*key)
-        return self._wrapped[key]
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """Return the wrapped handler, which takes a stream of requests.
 
-    def _wrap(self, method: str, handler: Handler) -> Handler:
-        """grpc.aio calls what takes one message only when all of it is there, so every method is served as one that takes many:
-        it is counted, or refused, before its message is received.
+        grpc.aio calls a method of one request only after it has received that request. A method of many requests is called at
+        once, so a call is counted, or refused, before its message is received.
         """
-        behaviour = _behaviour(handler)
-        respond = _stream if handler.response_streaming else _one
-        build = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
+        infrastructure = method.startswith(INFRASTRUCTURE_PREFIX)
+        respond = _send_stream if handler.response_streaming else _reply
 
-        quiet = method.startswith(_INFRASTRUCTURE)
-
-        async def serve(requests: AsyncIterator[Any], context: Context) -> Any:
-            self._take(method, quiet)
-            try:
-                request = _valid_stream(requests) if handler.request_streaming else await _only(requests)
-                return await respond(behaviour(request, context), context)
-            finally:
-                self._calls[method] -= 1
-
-        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
-            request_id = bind_request_id(_offered_id(context))
-            context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
-            with _Logged(method, quiet) as logged:
+        def around(behaviour: Behaviour) -> Behaviour:
+            async def serve(requests: AsyncIterator[Any], context: Context) -> Any:
+                self._count(method, limited=not infrastructure)
                 try:
-                    return await serve(requests, context)
-                except (grpc.aio.AbortError, grpc.aio.InternalError):
-                    logged.code = "ABORTED BY HANDLER"
-                    raise  # gRPC has the status already, or the connection is gone
-                except Exception as error:  # noqa: BLE001 - call_status logs what it does not know
-                    status = call_status(error)
-                    logged.code = status.code.name
-                    context.set_code(status.code)  # which the interceptors around this one cannot see in an abort
-                    trailers = ((REQUEST_ID_HEADER, request_id), *status.trailers)
-                    await context.abort(status.code, status.details, trailers)
+                    request = _valid_stream(requests) if handler.request_streaming else await _only(requests)
+                    return await respond(behaviour(request, context), context)
+                finally:
+                    self._calls[method] -= 1
 
-        return build(
-            call,
-            request_deserializer=_tolerant(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
-        )
+            async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+                request_id = bind_request_id(_offered_id(context))
+                context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+                with _CallLog(method, quiet=infrastructure) as log:
+                    try:
+                        return await serve(requests, context)
+                    except (grpc.aio.AbortError, grpc.aio.InternalError):
+                        log.code = "ABORTED BY HANDLER"
+                        raise  # gRPC has the status already, or the connection is gone
+                    except Exception as error:  # noqa: BLE001 - call_status logs unknown errors
+                        status = call_status(error)
+                        log.code = status.code.name
+                        context.set_code(status.code)  # for outer interceptors, which cannot read it from an abort
+                        trailers = ((REQUEST_ID_HEADER, request_id), *status.trailers)
+                        await context.abort(status.code, status.details, trailers)
 
-    def _take(self, method: str, quiet: bool) -> None:
-        """Each method has a bound of its own, so a flood of one leaves the others, and the server's memory, alone."""
-        if self._calls[method] >= self._max_calls and not quiet:
+            return call
+
+        return wrap_handler(handler, around, as_stream=True, deserialize=_tolerant(handler.request_deserializer))
+
+    def _count(self, method: str, *, limited: bool) -> None:
+        """Count a call. Each method has its own limit, so a flood of one method leaves the others alone."""
+        if limited and self._calls[method] >= self._max_calls:
             raise ResourceExhaustedError(
                 "this replica holds as many calls of this method as it may; try another or later",
                 retry_after_seconds=_RETRY_AFTER_SECONDS,
@@ -111,16 +87,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._calls[method] += 1
 
 
-class _Logged:
-    """One log line at the end of a call."""
+class _CallLog:
+    """Writes one log line at the end of a call."""
 
-    def __init__(self, method: str, quiet: bool) -> None:
+    def __init__(self, method: str, *, quiet: bool) -> None:
         self._method = method
         self._write = _log.debug if quiet else _log.info
         self._start = time.perf_counter_ns()
         self.code = "OK"
 
-    def __enter__(self) -> _Logged:
+    def __enter__(self) -> _CallLog:
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
@@ -137,7 +113,7 @@ _MALFORMED = _Malformed()
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Like `deserialize`, but gives `_MALFORMED` where that fails: its exception would reach the client as it is."""
+    """Return `deserialize` with `_MALFORMED` in place of an exception, whose text would reach the client."""
 
     def tolerant(data: bytes) -> Any:
         try:
@@ -155,7 +131,7 @@ def _valid(request: Any) -> Any:
 
 
 async def _only(requests: AsyncIterator[Any]) -> Any:
-    """The message of a method that takes one."""
+    """Receive the only message of a method that takes one."""
     try:
         async with asyncio.timeout(_MESSAGE_SECONDS):
             return _valid(await anext(requests))
@@ -170,30 +146,18 @@ async def _valid_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _valid(request)
 
 
-async def _one(answer: Awaitable[Any], _context: Context) -> Any:
+async def _reply(answer: Awaitable[Any], _context: Context) -> Any:
     return await answer
 
 
-async def _stream(answer: Any, context: Context) -> None:
-    """Send what an async generator yields, or let a coroutine send by itself."""
+async def _send_stream(answer: Any, context: Context) -> None:
+    """Send the messages of an async generator. A coroutine sends its messages itself."""
     if not inspect.isasyncgen(answer):
         await answer
         return
     async with aclosing(answer):
         async for message in answer:
             await context.write(message)
-
-
-def _behaviour(handler: Handler) -> Behaviour:
-    """The method itself."""
-    kinds: dict[tuple[bool, bool], Any] = {
-        (False, False): handler.unary_unary,
-        (False, True): handler.unary_stream,
-        (True, False): handler.stream_unary,
-        (True, True): handler.stream_stream,
-    }
-    behaviour: Behaviour = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-    return behaviour
 
 
 def _offered_id(context: Context) -> str | None:

@@ -1,4 +1,4 @@
-"""The event loop that the services and the command line run on: libuv's, which spends less on each message than asyncio's own."""
+"""Runs coroutines on uvloop, which costs less per message than asyncio's loop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ _Result = TypeVar("_Result")
 
 
 def run(main: Coroutine[Any, Any, _Result]) -> _Result:
-    """`asyncio.run`, on that loop."""
+    """Run a coroutine as `asyncio.run` does, on uvloop."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)

@@ -1,8 +1,8 @@
-"""The gRPC status of each exception.
+"""Maps exceptions to gRPC statuses.
 
-`atspeed.engine.errors.PromptError` and `CapacityError` are the client's to correct and become INVALID_ARGUMENT; `OverloadedError`
-becomes RESOURCE_EXHAUSTED. Every other exception is a defect of the service: INTERNAL with an error id, under which the log has
-the traceback.
+`PromptError` and `CapacityError` of the engine are mistakes of the client and become INVALID_ARGUMENT.
+`OverloadedError` becomes RESOURCE_EXHAUSTED. Every other exception is a defect of the service and becomes INTERNAL with an error
+id. The log has the traceback under this id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from atspeed.engine.errors import CapacityError, OverloadedError, PromptError
 from atspeed.errors import ServiceError
 
-# HTTP/2 peers limit all of a call's trailers to 8 KiB, and a status beyond that breaks the call itself.
+# Characters. HTTP/2 peers limit the trailers of a call to 8 KiB, and a longer status breaks the call itself.
 MAX_DETAILS = 1000
 PUSHBACK_HEADER = "grpc-retry-pushback-ms"
 STATUS_HEADER = "grpc-status-details-bin"
@@ -28,7 +28,13 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class CallStatus:
-    """How a call ends: the gRPC status code, the text that goes with it, and when another try may succeed, if known."""
+    """The status of a failed call.
+
+    Attributes:
+        code: gRPC status code.
+        details: text for the client.
+        retry_after_seconds: time until a retry may succeed; None if unknown.
+    """
 
     code: grpc.StatusCode
     details: str
@@ -36,7 +42,7 @@ class CallStatus:
 
     @property
     def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
-        """The hint as gRPC's own retries obey it, and as google.rpc.RetryInfo for those who read it."""
+        """Return the retry hint twice: as gRPC's own retries obey it, and as google.rpc.RetryInfo."""
         if self.retry_after_seconds is None:
             return ()
         milliseconds = math.ceil(self.retry_after_seconds * 1000)
@@ -48,7 +54,7 @@ class CallStatus:
 
 
 def call_status(error: Exception) -> CallStatus:
-    """The status that `error` ends a call with. One that is ours is logged, under the id in the status."""
+    """Return the status of a call that raised `error`. An unknown error is logged under the id in the status."""
     if isinstance(error, ServiceError):
         return CallStatus(
             grpc.StatusCode[error.code], _shortened(str(error)), getattr(error, "retry_after_seconds", None)
@@ -58,12 +64,12 @@ def call_status(error: Exception) -> CallStatus:
     if isinstance(error, OverloadedError):
         return CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, _shortened(str(error)))
     error_id = secrets.token_hex(6)
-    _log.error("internal error", error_id=error_id, exc_info=error)
+    _log.error("internal_error", error_id=error_id, exc_info=error)
     return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
 
 
 def retry_after_seconds(error: grpc.aio.AioRpcError) -> float | None:
-    """When a service that refused a call thinks that another try may succeed; None where it does not say."""
+    """Return the retry hint of a refused call; None without a hint."""
     for key, value in error.trailing_metadata() or ():
         if key == PUSHBACK_HEADER and isinstance(value, str) and value.isdecimal():
             return int(value) / 1000

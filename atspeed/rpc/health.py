@@ -1,7 +1,7 @@
-"""grpc.health.v1 for a server that drains.
+"""Serves grpc.health.v1, also while the server drains.
 
-The library's servicer holds a lock while it writes to a watcher, so one that reads nothing would silence all the others
-and the shutdown, and keeps `Watch` streams open until the grace period ends. Here nobody waits for a watcher.
+The servicer of grpcio-health-checking holds a lock while it writes to a watcher. A watcher that reads nothing would block all
+the others and the shutdown, and its `Watch` streams stay open until the grace period ends. This one waits for no watcher.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-# Time for NOT_SERVING to reach the watchers, who then send new calls elsewhere, before the listening socket closes. A call that
-# has arrived and that the event loop has not come to by then is lost, so on a busy machine this must be longer than its delay.
+# Time between NOT_SERVING and the close of the listening socket. Watchers then send new calls elsewhere. A call that has arrived
+# but not been accepted by then is lost, so this must exceed the delay of the event loop on a busy machine.
 NOTICE_SECONDS = 1.0
+# Without watchers this only covers calls that are just being accepted.
 _UNWATCHED_NOTICE_SECONDS = 0.1
-_LEAVING = "the server is shutting down"
+_SHUTTING_DOWN = "the server is shutting down"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -30,48 +31,49 @@ class Health(health_pb2_grpc.HealthServicer):
     def __init__(self) -> None:
         self._states: dict[str, Any] = {"": _NOT_SERVING}
         self._changed = asyncio.Event()  # replaced by a new one at each change
-        self._leaving = self._left = False
+        self._draining = False
+        self._closed = False
         self._watchers = 0
 
     async def Check(  # noqa: N802 - gRPC's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
-        """A service's state now."""
+        """Return a service's state."""
         if (state := self._states.get(request.service)) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
         return health_pb2.HealthCheckResponse(status=state)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802 - gRPC's name
-        """Stream a service's state until the server leaves. One who reads slowly misses states, never the last one."""
-        told = None
+        """Stream a service's state until the server closes. A slow reader misses states, but never the last one."""
+        sent = None
         self._watchers += 1
         try:
-            while not self._left:
+            while not self._closed:
                 changed, state = self._changed, self._states.get(request.service, _UNKNOWN)
-                if state == told:
+                if state == sent:
                     await changed.wait()
                 else:
                     await context.write(health_pb2.HealthCheckResponse(status=state))
-                    told = state
+                    sent = state
         finally:
             self._watchers -= 1
-        await context.abort(grpc.StatusCode.UNAVAILABLE, _LEAVING)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN)
 
-    async def declare(self, name: str, serving: bool) -> None:
-        """SERVING or NOT_SERVING, under one name; the server's own is "". Once the server leaves it stays NOT_SERVING."""
-        if not self._leaving:
+    async def set_serving(self, name: str, serving: bool) -> None:
+        """Set the state of a name; the server's own name is "". A draining server stays NOT_SERVING."""
+        if not self._draining:
             self._states[name] = _SERVING if serving else _NOT_SERVING
-            self._tell()
+            self._notify()
 
-    async def leave(self) -> None:
-        """Tell every watcher NOT_SERVING, then end their streams. Takes no longer for one that does not read."""
-        self._leaving = True
+    async def drain(self) -> None:
+        """Send NOT_SERVING to every watcher, then end their streams. A watcher that does not read causes no delay."""
+        self._draining = True
         self._states = dict.fromkeys(self._states, _NOT_SERVING)
-        self._tell()
+        self._notify()
         await asyncio.sleep(NOTICE_SECONDS if self._watchers else _UNWATCHED_NOTICE_SECONDS)
-        self._left = True
-        self._tell()
+        self._closed = True
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()

@@ -1,6 +1,8 @@
-"""Ask a server's health: `python -m atspeed.rpc.healthcheck HOST:PORT [--service NAME]`. Exits 0 if SERVING, else 1.
+"""Asks a server for its health.
 
-A server that speaks TLS is asked with --ca, and one that wants client certificates with --certificate and --key too.
+    python -m atspeed.rpc.healthcheck HOST:PORT [--service NAME]
+
+The exit code is 0 for SERVING, else 1. A server with TLS needs --ca, and one with mTLS also --certificate and --key.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from atspeed.security.tls import ClientTls, TlsError, TlsFiles, WatchedPems
 
 
 def state(address: str, service: str = "", timeout_seconds: float = 3.0, tls: ClientTls | None = None) -> str:
-    """The state that the server gives, or the gRPC status that stands for no answer. Raises TlsError."""
+    """Return the server's state, or the gRPC status of a failed call. Raises TlsError."""
     with _channel(address, tls) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
@@ -46,14 +48,14 @@ def _check(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the state; 0 when it is SERVING."""
+    """Print the state. Returns 0 for SERVING."""
     parser = argparse.ArgumentParser(prog="healthcheck", description=__doc__)
     parser.add_argument("address", help="HOST:PORT of the server")
-    parser.add_argument("--service", default="", help="full name of a service on it; empty asks for the whole server")
+    parser.add_argument("--service", default="", help="full name of a service; the default is the whole server")
     parser.add_argument("--timeout-seconds", type=float, default=3.0)
     parser.add_argument("--ca", type=Path, help="CA of the server's certificate, PEM; plain text without it")
-    parser.add_argument("--certificate", type=Path, help="certificate to show, PEM")
-    parser.add_argument("--key", type=Path, help="its key")
+    parser.add_argument("--certificate", type=Path, help="client certificate for mTLS, PEM")
+    parser.add_argument("--key", type=Path, help="key of the client certificate, PEM")
     parser.add_argument("--server-name", default="", help="name in the server's certificate, if not the address's")
     options = parser.parse_args(arguments)
     if options.ca is None and (options.certificate or options.key or options.server_name):

@@ -1,8 +1,8 @@
 """A channel whose certificate and bearer token may change while it is used.
 
-gRPC's Python channels keep the certificates that they were made with. This one looks before each call whether the files have
-changed and, if so, opens a new channel beside the old one. Calls stay on the old one until the new one is connected, unless the
-old one no longer is; it closes when its last call has ended. Every call carries the token.
+gRPC's Python channels keep the certificates that they were made with. This channel checks the files before each call. After a
+change it opens a new channel beside the old one. Calls stay on the old channel until the new one is connected, unless the old one
+is disconnected. The old channel closes after its last call. Every call carries the token.
 """
 
 from __future__ import annotations
@@ -22,24 +22,32 @@ AUTHORIZATION = "authorization"
 
 @dataclass(eq=False)
 class _Generation:
-    """A channel, and how many of its calls have not ended."""
+    """A channel made with one set of certificates.
+
+    Attributes:
+        channel: the gRPC channel.
+        calls: number of running calls.
+        retired: True once no new call may use it.
+        closing: the task that closes it.
+        probe: the health check that makes it connect.
+    """
 
     channel: grpc.aio.Channel
     calls: int = 0
     retired: bool = False
     closing: asyncio.Task[None] | None = field(default=None, repr=False)
-    knock: Any = field(default=None, repr=False)
+    probe: Any = field(default=None, repr=False)
 
     @property
     def connected(self) -> bool:
-        """Whether a replica that serves is at its other end."""
+        """Return whether it is connected to a serving replica."""
         return self.channel.get_state() is grpc.ChannelConnectivity.READY
 
     def connect(self) -> None:
-        """Begin to. A channel whose calls go by their key does so for calls alone; this one's answer is of no interest."""
-        if self.knock is None or self.knock.done():
+        """Start to connect, by a health check. A ring-hash channel connects for calls only; the answer is ignored."""
+        if self.probe is None or self.probe.done():
             check: Any = self.channel.unary_unary("/grpc.health.v1.Health/Check")
-            self.knock = check(b"", wait_for_ready=True)
+            self.probe = check(b"", wait_for_ready=True)
 
     def call(self, kind: str, method: str, coding: dict[str, Any], arguments: tuple[Any, ...], options: Any) -> Any:
         started = getattr(self.channel, kind)(method, **coding)(*arguments, **options)
@@ -61,7 +69,13 @@ class _Generation:
 
 
 class RotatingChannel(grpc.aio.Channel):
-    """See the module. open_with: makes the channel; pems: None for plain text; token: gives that of the next call."""
+    """A channel that follows changes of its files (see the module).
+
+    Args:
+        open_with: opens a channel with given credentials.
+        pems: the watched certificate files; None for plain text.
+        token: returns the bearer token of the next call.
+    """
 
     def __init__(self, open_with: Opener, pems: WatchedPems | None, token: Callable[[], str] | None) -> None:
         self._open_with = open_with
@@ -69,15 +83,15 @@ class RotatingChannel(grpc.aio.Channel):
         self._token = token
         self._old: set[_Generation] = set()
         self._now = self._opened()
-        self._next: _Generation | None = None  # of newer certificates, until it is connected
+        self._next: _Generation | None = None  # a channel with newer certificates, until it is connected
 
     @property
     def current(self) -> grpc.aio.Channel:
-        """The channel that the next call will be made on."""
+        """Return the channel of the next call."""
         return self._chosen().channel
 
     def _chosen(self) -> _Generation:
-        """The newest generation that is connected; the newest of all where none is."""
+        """Return the newest connected generation, or the newest one if none is connected."""
         if self._pems and self._pems.changed():
             if self._next:
                 self._retire(self._next)
@@ -88,7 +102,8 @@ class RotatingChannel(grpc.aio.Channel):
             self._next.connect()
             return self._now if self._now.connected else self._next
         self._retire(self._now)
-        self._now, self._next = self._next, None
+        self._now = self._next
+        self._next = None
         return self._now
 
     def _retire(self, generation: _Generation) -> None:
@@ -96,31 +111,31 @@ class RotatingChannel(grpc.aio.Channel):
         self._old = {old for old in self._old | {generation} if not (old.closing and old.closing.done())}
 
     def unary_unary(self, method: str, *serializers: Any, **options: Any) -> Any:
-        """A method of one request and one reply."""
+        """Return the callable of a method with one request and one reply."""
         return self._method("unary_unary", method, serializers, options)
 
     def unary_stream(self, method: str, *serializers: Any, **options: Any) -> Any:
-        """A method of one request and many replies."""
+        """Return the callable of a method with one request and many replies."""
         return self._method("unary_stream", method, serializers, options)
 
     def stream_unary(self, method: str, *serializers: Any, **options: Any) -> Any:
-        """A method of many requests and one reply."""
+        """Return the callable of a method with many requests and one reply."""
         return self._method("stream_unary", method, serializers, options)
 
     def stream_stream(self, method: str, *serializers: Any, **options: Any) -> Any:
-        """A method of many requests and many replies."""
+        """Return the callable of a method with many requests and many replies."""
         return self._method("stream_stream", method, serializers, options)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        """The current channel's."""
+        """Return the state of the current channel."""
         return self.current.get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        """The current channel's."""
+        """Wait until the current channel leaves a state."""
         await self.current.wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        """The current channel's."""
+        """Wait until the current channel is connected."""
         await self.current.channel_ready()
 
     async def close(self, grace: float | None = None) -> None:

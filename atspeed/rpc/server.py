@@ -1,4 +1,6 @@
-"""Builds, runs and drains a grpc.aio server. A service's `__main__.py` is its application and one call:
+"""Builds, runs and drains a grpc.aio server.
+
+A service's `__main__.py` is its application and one call:
 
     @asynccontextmanager
     async def target(settings: TargetSettings) -> AsyncIterator[list[Registration]]:
@@ -7,11 +9,16 @@
 
     run(TargetSettings, target)
 
-The life of a server: settings, application (models are loaded), listen, health SERVING and one JSON line on stdout
-with the address; at SIGTERM or SIGINT health NOT_SERVING, no new calls, running ones end or are cancelled after
-`drain_seconds`, the application is left. A signal before that ends the start; before `run` is called, see `early_signals`. A
-second signal ends the process at once, as the first process of a container too. Exit codes: 0 after a signal, 128 + its number
-after a second one, 1 cannot start, 2 bad settings.
+The life of a server:
+
+1. It reads the settings.
+2. It enters the application, which loads models.
+3. It listens, sets health to SERVING and writes one JSON line with the address to stdout.
+4. SIGTERM or SIGINT starts the graceful drain: health becomes NOT_SERVING and no new call is accepted. Running calls end, or are
+   cancelled after `drain_seconds`. Then the server leaves the application.
+
+A signal during the start ends the start. Before `run`, `early_signals` handles signals. A second signal ends the process at once.
+Exit codes: 0 after a signal, 128 + the number of a second signal, 1 for a failed start, 2 for bad settings.
 """
 
 from __future__ import annotations
@@ -40,7 +47,7 @@ from atspeed.errors import StartupError
 from atspeed.observability import logs, tracing
 from atspeed.observability.metrics import ServerMetrics, exposed
 from atspeed.observability.telemetry_interceptor import TelemetryInterceptor
-from atspeed.rpc import event_loop, grpc_batches
+from atspeed.rpc import event_loop, grpc_workarounds
 from atspeed.rpc.call_interceptor import CallInterceptor
 from atspeed.rpc.channels import health_name
 from atspeed.rpc.health import Health
@@ -57,11 +64,14 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Registration:
-    """A service to offer: its full name and what adds it to a server.
+    """A service of a server.
 
-    versions: of what it serves, where that matters to its clients. Its health then stands under each `<name>/<version>` too, by
-    which clients of that version balance their calls: they never meet another one's replica.
-    metrics: what it measures of itself.
+    Attributes:
+        name: full name of the service.
+        add: adds the servicer to a server.
+        versions: model versions that the service serves. Health is also published as `<name>/<version>`, by which clients
+            balance the calls of one version over the replicas that serve it.
+        metrics: registry with the service's metrics.
     """
 
     name: str
@@ -69,17 +79,17 @@ class Registration:
     versions: Versions = field(default_factory=Versions)
     metrics: CollectorRegistry | None = None
 
-    async def declare_in(self, health: Health) -> None:
-        """Say in grpc.health.v1 that it serves, and which versions, now and later. One with versions serves while one does."""
+    async def publish_health(self, health: Health) -> None:
+        """Publish the service and its versions, now and after changes. A service with versions serves while one of them does."""
         serving: set[str] = set()
 
-        async def declare(version: str, served: bool) -> None:
+        async def publish(version: str, served: bool) -> None:
             (serving.add if served else serving.discard)(version)
-            await health.declare(health_name(self.name, version), served)
-            await health.declare(self.name, bool(serving))
+            await health.set_serving(health_name(self.name, version), served)
+            await health.set_serving(self.name, bool(serving))
 
-        await health.declare(self.name, True)
-        await self.versions.follow(declare)
+        await health.set_serving(self.name, True)
+        await self.versions.subscribe(publish)
 
     @classmethod
     def of(
@@ -90,7 +100,7 @@ class Registration:
         versions: Versions | None = None,
         metrics: CollectorRegistry | None = None,
     ) -> Self:
-        """From the generated descriptor, the generated `add_..._to_server` and the servicer."""
+        """Return the registration of a servicer. service and add: generated descriptor and `add_..._to_server`."""
         return cls(service.full_name, lambda server: add(servicer, server), versions or Versions(), metrics)
 
 
@@ -99,7 +109,13 @@ Application = Callable[[Settings], AbstractAsyncContextManager[Sequence[Registra
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that takes calls. metrics_port: where Prometheus finds it, if it may."""
+    """A server that accepts calls.
+
+    Attributes:
+        host: host that it listens on.
+        port: port that it listens on.
+        metrics_port: port of the Prometheus exporter; None without one.
+    """
 
     host: str
     port: int
@@ -107,39 +123,39 @@ class RunningServer:
 
     @property
     def address(self) -> str:
-        """Where it listens, with the port that it got."""
+        """Return `host:port` with the actual port."""
         return address(self.host, self.port)
 
 
 def run(
     settings_type: type[Settings], application: Application[Settings], arguments: Sequence[str] | None = None
 ) -> None:
-    """Run a service until a signal ends it. Exits with code 1 when it cannot start, 2 when a setting is bad."""
+    """Run a service until a signal ends it. Exits with code 1 after a failed start, 2 for a bad setting."""
     settings = settings_type.load(arguments)
     logs.configure(settings.service, settings.log_level, settings.log_format, error_texts=settings.log_error_texts)
-    logs.take_over_uncaught()
-    grpc_batches.install()
+    logs.log_uncaught_exceptions()
+    grpc_workarounds.free_ended_batches()
     try:
         with tracing.started(settings.service, on=settings.tracing):
             event_loop.run(serve(settings, application))
     except StartupError as error:
-        _log.error("cannot start", reason=" ".join(str(error).split()))
+        _log.error("start_failed", reason=" ".join(str(error).split()))
         raise SystemExit(1) from None
 
 
 async def serve(settings: Settings, application: Application[Settings]) -> None:
-    """Open the application, serve it until SIGTERM or SIGINT, drain."""
+    """Open the application, serve it until SIGTERM or SIGINT, and drain."""
     asyncio.get_running_loop().set_exception_handler(logs.log_loop_failure)
     with _Signals() as signals:
         async with AsyncExitStack() as stack:
             try:
-                async with signals.ending_it():
+                async with signals.interrupt():
                     registrations = await stack.enter_async_context(_opened(settings, application))
                     server = await stack.enter_async_context(running(settings, registrations))
             except TimeoutError:
                 if not signals.received.is_set():
                     raise
-                _log.info("stopped before it served")
+                _log.info("stopped_during_start")
                 return
             _announce(settings, server)
             await signals.received.wait()
@@ -148,26 +164,26 @@ async def serve(settings: Settings, application: Application[Settings]) -> None:
 
 @asynccontextmanager
 async def running(settings: ServiceSettings, registrations: Sequence[Registration]) -> AsyncIterator[RunningServer]:
-    """A server on the settings' address for as long as the block lasts; the end of the block drains it."""
+    """Run a server on the settings' address for the length of the block. The end of the block drains it."""
     state = Health()
     metrics = ServerMetrics(settings.service, [part.metrics for part in registrations if part.metrics])
     server = _build(settings, registrations, state, metrics)
     port = _listen(settings, server)
     with _exposed(settings, metrics) as metrics_port:
         await server.start()
-        await state.declare("", True)
+        await state.set_serving("", True)
         for registration in registrations:
-            await registration.declare_in(state)
+            await registration.publish_health(state)
         try:
             yield RunningServer(settings.host, port, metrics_port)
         finally:
-            await state.leave()
+            await state.drain()
             await server.stop(settings.drain_seconds)
 
 
 @contextmanager
 def _exposed(settings: ServiceSettings, metrics: ServerMetrics) -> Iterator[int | None]:
-    """The metrics on their port, if there is one."""
+    """Expose the metrics for the length of the block. Yields the port, or None without a metrics port."""
     if settings.metrics_port is None:
         yield None
         return
@@ -177,13 +193,13 @@ def _exposed(settings: ServiceSettings, metrics: ServerMetrics) -> Iterator[int 
         except OSError as error:
             names = f"{spelling(type(settings), 'metrics_host')}, {spelling(type(settings), 'metrics_port')}"
             where = address(settings.metrics_host, settings.metrics_port)
-            raise StartupError(f"cannot listen on {where}, see {names}") from error
+            raise StartupError(f"cannot listen on {where}; see {names}") from error
         yield port
 
 
 @asynccontextmanager
 async def _opened(settings: Settings, application: Application[Settings]) -> AsyncIterator[Sequence[Registration]]:
-    """The application; a bundle, certificate or token that is refused on the way in is a reason not to start."""
+    """Open the application. A bundle, certificate or token file that cannot be used raises StartupError."""
     async with AsyncExitStack() as stack:
         try:
             registrations = await stack.enter_async_context(application(settings))
@@ -217,29 +233,29 @@ def _auth(settings: ServiceSettings) -> list[grpc.aio.ServerInterceptor]:
     except TokenError as error:
         raise StartupError(f"{spelling(type(settings), 'tokens_file')}: {error}") from None
     if settings.server_tls is None and not settings.loopback:
-        _log.warning("tokens arrive in plain text", see=spelling(type(settings), "tls_certificate"))
+        _log.warning("tokens_without_tls", setting=spelling(type(settings), "tls_certificate"))
     return [AuthInterceptor(tokens)]
 
 
 def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:
-    """Channel arguments of a server.
+    """Return a server's channel arguments.
 
-    A client may ping every 2 s; one that pings more often is sent away with ENHANCE_YOUR_CALM. (The key that is often
-    seen, min_recv_ping_interval_without_data_ms, has no effect.) Connections are renewed at a certain age: clients then
-    resolve names again and find replicas that were added. Calls that run go on over the old one, for an hour at most.
+    A client may ping every 2 s. A client that pings more often is disconnected with ENHANCE_YOUR_CALM. (The often quoted key
+    min_recv_ping_interval_without_data_ms has no effect.) Connections have a maximum age: clients then resolve names again and
+    find new replicas. Running calls continue on the old connection for an hour at most.
     """
     return [
         ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
-        # Calls that have arrived and that Python has not come to: beyond the first number (1,000 by default) gRPC drops some,
-        # beyond the second all, and their callers see CANCELLED. Our own limits are to refuse them, with a hint and a reason.
+        # Calls that have arrived and that Python has not accepted yet. gRPC drops some beyond the first limit (1,000 by
+        # default) and all beyond the second; their callers see CANCELLED. Our limits refuse calls with a hint and a reason.
         ("grpc.server.max_pending_requests", 10_000),
         ("grpc.server.max_pending_requests_hard_limit", 20_000),
-        ("grpc.max_metadata_size", settings.max_metadata_bytes),  # below this all calls pass, above the other none
-        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
-        ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed after that
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),  # soft limit: no call below it is refused
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),  # hard limit
+        ("grpc.server_handshake_timeout_ms", 10_000),  # closes a connection without a handshake
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.ping_timeout_ms", 10_000),
@@ -259,11 +275,11 @@ def _listen(settings: ServiceSettings, server: grpc.aio.Server) -> int:
         raise StartupError(f"{spelling(type(settings), 'tls_certificate')}: {error}") from None
     except RuntimeError as error:
         names = f"{spelling(type(settings), 'host')}, {spelling(type(settings), 'port')}"
-        raise StartupError(f"cannot listen on {settings.address}, see {names}") from error
+        raise StartupError(f"cannot listen on {settings.address}; see {names}") from error
 
 
 def _announce(settings: ServiceSettings, server: RunningServer) -> None:
-    """The one line on stdout: whoever started this process learns the address from it."""
+    """Write the address to stdout, in one JSON line for the parent process."""
     line = {"service": settings.service, "address": server.address, "port": server.port, "pid": os.getpid()}
     if server.metrics_port is not None:
         line["metrics_port"] = server.metrics_port
@@ -273,12 +289,12 @@ def _announce(settings: ServiceSettings, server: RunningServer) -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGINT. They are taken from before anything is loaded on: the first process of a container has no default."""
+    """Handles SIGTERM and SIGINT. It starts before models are loaded: PID 1 of a container has no default handler."""
 
     def __init__(self) -> None:
         self.received = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._ending: asyncio.Timeout | None = None
+        self._interrupted: asyncio.Timeout | None = None
         self._seen = False
 
     def __enter__(self) -> Self:
@@ -286,20 +302,20 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._seen:  # what is left of the process still ends at a second one
+        if self._seen:  # the handlers stay, so that a second signal still ends the process
             return
         for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
 
     @asynccontextmanager
-    async def ending_it(self) -> AsyncIterator[None]:
-        """The block ends with TimeoutError when a signal comes."""
-        async with asyncio.timeout(None) as self._ending:
+    async def interrupt(self) -> AsyncIterator[None]:
+        """End the block with TimeoutError at a signal."""
+        async with asyncio.timeout(None) as self._interrupted:
             yield
-        self._ending = None
+        self._interrupted = None
 
     def _note(self, number: int, _frame: object) -> None:
-        """Between any two instructions, so that it works while a model is loaded."""
+        """Handle a signal between two instructions, so that it works while a model is loaded."""
         if self._seen:
             os._exit(128 + number)
         self._seen = True
@@ -307,5 +323,5 @@ class _Signals:
 
     def _act(self) -> None:
         self.received.set()
-        if self._ending is not None:
-            self._ending.reschedule(self._loop.time())
+        if self._interrupted is not None:
+            self._interrupted.reschedule(self._loop.time())

@@ -1,51 +1,51 @@
-"""The versions of a service that a server has now, of which some come and go while it runs."""
+"""The model versions that a server serves; they change while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
 Listener = Callable[[str, bool], Awaitable[None]]
-"""Hears of a version, and whether it takes calls from now on."""
+"""Receives a version, and True if it takes calls from now on."""
 
 
 class Versions:
-    """Set by the application, followed by its server, which says so under each version's name in grpc.health.v1."""
+    """Versions of one service. The application sets them, and the server publishes them in grpc.health.v1."""
 
     def __init__(self, *versions: str) -> None:
         self._served = set(versions)
-        self._unfit: set[str] = set()
+        self._unhealthy: set[str] = set()
         self._listeners: list[Listener] = []
 
     @property
     def served(self) -> frozenset[str]:
-        """Those that are served now."""
+        """Return the versions that are served."""
         return frozenset(self._served)
 
-    async def follow(self, listener: Listener) -> None:
-        """Tell the listener of all that are served, and from now on of every change."""
+    async def subscribe(self, listener: Listener) -> None:
+        """Call the listener for each served version now, and after every change."""
         self._listeners.append(listener)
         for version in sorted(self._served):
-            await listener(version, version not in self._unfit)
+            await listener(version, version not in self._unhealthy)
 
     async def serve(self, version: str) -> None:
-        """Calls of this version are answered from now on."""
+        """Start to serve a version."""
         self._served.add(version)
-        await self._tell(version)
+        await self._notify(version)
 
     async def withdraw(self, version: str) -> None:
-        """Calls of this version should go elsewhere."""
+        """Stop serving a version. Its calls should go elsewhere."""
         self._served.discard(version)
-        await self._tell(version)
+        await self._notify(version)
 
-    async def declare_fit(self, version: str, fit: bool) -> None:
-        """Whether passes of this version work. While they do not, its calls should go elsewhere; it is served all the same."""
-        if fit:
-            self._unfit.discard(version)
+    async def set_healthy(self, version: str, healthy: bool) -> None:
+        """Set a version's health. An unhealthy version is NOT_SERVING, and calls that arrive anyway are served."""
+        if healthy:
+            self._unhealthy.discard(version)
         else:
-            self._unfit.add(version)
-        await self._tell(version)
+            self._unhealthy.add(version)
+        await self._notify(version)
 
-    async def _tell(self, version: str) -> None:
-        wanted = version in self._served and version not in self._unfit
+    async def _notify(self, version: str) -> None:
+        serving = version in self._served and version not in self._unhealthy
         for listener in self._listeners:
-            await listener(version, wanted)
+            await listener(version, serving)

@@ -1,6 +1,6 @@
-"""Between protobuf messages and numpy: the one place that both sides of every call share.
+"""Converts between protobuf messages and numpy arrays, for both sides of a call.
 
-Everything here takes bytes from outside, so every field is checked before it is used; errors name the field.
+The bytes come from outside, so every field is checked before it is used. Errors name the field.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
 }
 _MODES: Final = {recommendation_pb2.Mode.Value(f"MODE_{mode.name}"): mode for mode in Mode}
 
-_CURVE_POINTS = 1024
-_MOST_NS = 2**48  # three days
+# Points per axis of a cost curve. A measured curve has some tens, so this only bounds the memory of a bad message.
+_MAX_CURVE_POINTS = 1024
+_MAX_NS = 2**48  # three days; sums of some thousand such values still fit into int64
 
 
 def to_array(values: npt.NDArray[np.generic]) -> types_pb2.Array:
-    """An int32, int64, float32 or float64 array as a message."""
+    """Encode an int32, int64, float32 or float64 array."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return types_pb2.Array(dtype=_DATA_TYPES[little.dtype], shape=little.shape, data=little.tobytes())
 
 
 def vector(message: types_pb2.Array, field: str, dtype: str, *, limit: int | None = None) -> npt.NDArray[np.generic]:
-    """A one-dimensional array of `dtype` ("int32" ...), at most `limit` long; one that is not set is empty.
+    """Decode a one-dimensional array of `dtype` ("int32" ...), at most `limit` long. An unset field is an empty array.
 
-    Raises InvalidArgumentError naming `field`. Nothing is allocated: the array is a read-only view of the message's bytes.
+    The array is a read-only view of the message's bytes. Raises InvalidArgumentError naming `field`.
     """
     wanted = _BY_NAME[dtype]
     if not message.shape and not message.data and not message.dtype:
@@ -72,7 +73,7 @@ def vector(message: types_pb2.Array, field: str, dtype: str, *, limit: int | Non
 
 
 def node_ids(message: types_pb2.Array, field: str, trie: Trie, *, limit: int | None = None) -> Int64:
-    """Ascending trie nodes [n]. Raises InvalidArgumentError naming `field`."""
+    """Decode ascending trie nodes, int64 [n]. Raises InvalidArgumentError naming `field`."""
     nodes = vector(message, field, "int32", limit=limit).astype(np.int64)
     if len(nodes) and (nodes[0] < 0 or nodes[-1] >= trie.nodes or (np.diff(nodes) <= 0).any()):
         raise InvalidArgumentError(field, f"must be ascending node ids between 0 and {trie.nodes - 1}")
@@ -80,12 +81,12 @@ def node_ids(message: types_pb2.Array, field: str, trie: Trie, *, limit: int | N
 
 
 def to_kept(pruning: Pruning) -> types_pb2.Array | None:
-    """The field `kept` of a pruning, None where it says what is gone."""
+    """Encode the field `kept` of a pruning; None for a pruning by `pruned`."""
     return None if pruning.kept is None else to_array(pruning.kept)
 
 
 def pruning(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, prefix: str, trie: Trie) -> Pruning:
-    """A request's pruning, out of `pruned` and `kept`. Raises InvalidArgumentError naming the field, after `prefix`."""
+    """Decode a request's pruning from `pruned` and `kept`. Raises InvalidArgumentError naming `prefix` and the field."""
     cut = node_ids(message.pruned, f"{prefix}pruned", trie).astype(np.int32)
     if not message.HasField("kept"):
         return Pruning(cut)
@@ -95,14 +96,14 @@ def pruning(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, prefix: s
 
 
 def to_perturbation(perturbation: Perturbation | None) -> types_pb2.Perturbation | None:
-    """A perturbation as a message, or None."""
+    """Encode a perturbation, or None."""
     if perturbation is None:
         return None
     return types_pb2.Perturbation(seed=perturbation.seed, temperature=perturbation.temperature)
 
 
 def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, field: str) -> Perturbation | None:
-    """The perturbation of a message, None when it is not set.
+    """Decode the perturbation of a message; None if it is not set.
 
     Raises InvalidArgumentError naming `field` when its temperature is not above 0.
     """
@@ -115,12 +116,12 @@ def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateSt
 
 
 def to_proposal(proposal: Proposal) -> draft_pb2.Proposal.ValueType:
-    """How the draft is to choose, as its enum value."""
+    """Encode the draft's proposal."""
     return _PROPOSALS[proposal]
 
 
 def proposal(value: draft_pb2.Proposal.ValueType, field: str) -> Proposal:
-    """How the draft is to choose. Raises InvalidArgumentError naming `field`."""
+    """Decode the draft's proposal. Raises InvalidArgumentError naming `field`."""
     for known, number in _PROPOSALS.items():
         if number == value:
             return known
@@ -128,7 +129,7 @@ def proposal(value: draft_pb2.Proposal.ValueType, field: str) -> Proposal:
 
 
 def to_evaluation(evaluation: Evaluation) -> types_pb2.Evaluation:
-    """An evaluation as a message."""
+    """Encode an evaluation."""
     return types_pb2.Evaluation(
         node=to_array(evaluation.node),
         child_start=to_array(evaluation.child_start),
@@ -139,7 +140,7 @@ def to_evaluation(evaluation: Evaluation) -> types_pb2.Evaluation:
 
 
 def evaluation(message: types_pb2.Evaluation, field: str, trie: Trie) -> Evaluation:
-    """An evaluation that could have come from an honest model. Raises InvalidArgumentError naming `field` otherwise."""
+    """Decode and validate an evaluation. Raises InvalidArgumentError naming `field`."""
     result = Evaluation(
         node=vector(message.node, f"{field}.node", "int32").astype(np.int32, copy=False),
         child_start=vector(message.child_start, f"{field}.child_start", "int64").astype(np.int64, copy=False),
@@ -155,17 +156,17 @@ def evaluation(message: types_pb2.Evaluation, field: str, trie: Trie) -> Evaluat
 
 
 def to_scoring_rule(rule: ScoringRule) -> types_pb2.ScoringRule.ValueType:
-    """A scoring rule as its enum value."""
+    """Encode a scoring rule."""
     return _RULES[rule]
 
 
 def to_mode(mode: Mode) -> recommendation_pb2.Mode.ValueType:
-    """How a list is made, as its enum value."""
+    """Encode a mode."""
     return recommendation_pb2.Mode.Value(f"MODE_{mode.name}")
 
 
 def mode(value: recommendation_pb2.Mode.ValueType, field: str) -> Mode:
-    """How a list is made; strict where that is not said. Raises InvalidArgumentError naming `field`."""
+    """Decode a mode; the default is strict. Raises InvalidArgumentError naming `field`."""
     if value == recommendation_pb2.MODE_UNSPECIFIED:
         return Mode.STRICT
     if value not in _MODES:
@@ -174,20 +175,20 @@ def mode(value: recommendation_pb2.Mode.ValueType, field: str) -> Mode:
 
 
 def to_statistics(cost: PassStats) -> types_pb2.PassStatistics:
-    """What passes cost, as a message."""
+    """Encode pass stats."""
     return types_pb2.PassStatistics(**{name: getattr(cost, name) for name in cost.__dataclass_fields__})
 
 
 def pass_stats(message: types_pb2.PassStatistics, field: str) -> PassStats:
-    """What passes cost. Raises InvalidArgumentError naming `field` for numbers whose sums might not fit into a message."""
+    """Decode pass stats. Raises InvalidArgumentError naming `field` for numbers whose sums could overflow."""
     cost = PassStats(**{name: getattr(message, name) for name in PassStats.__dataclass_fields__})
-    if max(vars(cost).values()) > _MOST_NS:
-        raise InvalidArgumentError(field, "beyond all bounds")
+    if max(vars(cost).values()) > _MAX_NS:
+        raise InvalidArgumentError(field, f"must hold numbers of at most {_MAX_NS}")
     return cost
 
 
 def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
-    """A cost curve as a message."""
+    """Encode a cost curve."""
     return types_pb2.CostCurve(
         new_tokens=to_array(curve.new_tokens),
         cached_tokens=to_array(curve.cached_tokens),
@@ -196,16 +197,16 @@ def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
 
 
 def owner(tag: bytes, field: str) -> bytes:
-    """The owner of a prompt's cached KV. Raises InvalidArgumentError naming `field`."""
+    """Decode the user key of a prompt's cached KV. Raises InvalidArgumentError naming `field`."""
     if len(tag) not in (0, OWNER_BYTES):
         raise InvalidArgumentError(field, f"must have {OWNER_BYTES} bytes or none, got {len(tag)}")
     return tag or NO_OWNER
 
 
 def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:
-    """A cost curve. Raises InvalidArgumentError naming `field` when it is not one."""
-    new = vector(message.new_tokens, f"{field}.new_tokens", "int64", limit=_CURVE_POINTS).astype(np.int64)
-    cached = vector(message.cached_tokens, f"{field}.cached_tokens", "int64", limit=_CURVE_POINTS).astype(np.int64)
+    """Decode a cost curve. Raises InvalidArgumentError naming `field`."""
+    new = vector(message.new_tokens, f"{field}.new_tokens", "int64", limit=_MAX_CURVE_POINTS).astype(np.int64)
+    cached = vector(message.cached_tokens, f"{field}.cached_tokens", "int64", limit=_MAX_CURVE_POINTS).astype(np.int64)
     forward = vector(message.forward_ns, f"{field}.forward_ns", "float64").astype(np.float64)
     try:
         return CostCurve(new, cached, forward.reshape(len(new), len(cached)))

@@ -1,7 +1,8 @@
-"""Who may call what: bearer tokens against the table of scopes, before a message is even parsed. Deny by default.
+"""Checks bearer tokens and scopes before a message is received; denies by default.
 
-A call brings `authorization: Bearer TOKEN`. Without a valid token it ends UNAUTHENTICATED; with one whose scopes do not include
-the method's, or that is bound to other tenants than a message names, PERMISSION_DENIED. Health is open to all.
+A call carries `authorization: Bearer TOKEN`. A call without a valid token ends with UNAUTHENTICATED.
+A token without the method's scope, or one bound to other tenants than a message names, gets PERMISSION_DENIED.
+Health needs no token.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import structlog
@@ -18,11 +19,11 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from atspeed.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
+from atspeed.rpc.handlers import Behaviour, Context, Handler, wrap_handler
 from atspeed.rpc.rotating_channel import AUTHORIZATION
 from atspeed.security.scopes import METADATA_SCOPES, METHOD_SCOPES, OPEN_TO_ALL
 from atspeed.security.tokens import Grant, Tokens
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
 _SCHEME = "bearer"
 _NO_TOKEN = "this service wants `authorization: Bearer TOKEN`"  # noqa: S105 - the text of an error
 _BAD_TOKEN = "the token is not valid here"  # noqa: S105 - the text of an error
@@ -31,7 +32,12 @@ _TENANT = "tenant"
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes the running call."""
+    """The caller of the running call.
+
+    Attributes:
+        name: the token's name in the token file.
+        grant: the token's scopes and tenants.
+    """
 
     name: str
     grant: Grant
@@ -41,7 +47,7 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Inside `CallInterceptor`, which turns refusals into statuses and log lines with the caller's name."""
+    """Authorizes calls. It runs inside `CallInterceptor`, which turns its errors into statuses and log lines."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
@@ -53,7 +59,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """The method's handler, one that refuses, or gRPC's own answer where there is no such method."""
+        """Return the method's handler, a handler that refuses, or None for an unknown method."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
         if handler is None or method in OPEN_TO_ALL:
@@ -75,12 +81,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         scheme, _, token = str(shown[0]).partition(" ") if len(shown) == 1 else ("", "", "")
         if scheme.lower() != _SCHEME:
             raise UnauthenticatedError(_NO_TOKEN)
-        if (found := self._tokens.holder(token.strip())) is None:
+        if (found := self._tokens.authenticate(token.strip())) is None:
             raise UnauthenticatedError(_BAD_TOKEN)
         return Caller(*found)
 
     def _refusal(self, method: str, handler: Handler, error: ServiceError) -> Handler:
-        """A handler that raises `error`, made once for each method and text: whoever wraps handlers may remember them."""
+        """Return a handler that raises `error`. It is made once per method and text, since other interceptors cache it."""
         key = (method, str(error))
         if key not in self._refusing:
             self._refusing[key] = _refusing(handler, error)
@@ -106,7 +112,7 @@ def _check_tenants(message: Any) -> Any:
 
 
 def tenants(message: Message) -> Iterator[str]:
-    """Every tenant that a message names, in the message or in those within. An empty one is a tenant too."""
+    """Yield every tenant that a message or a nested message names. The empty name is a tenant too."""
     for name in _leading_to_tenants(message.DESCRIPTOR):
         field = message.DESCRIPTOR.fields_by_name[name]
         value = getattr(message, name)
@@ -121,7 +127,7 @@ def tenants(message: Message) -> Iterator[str]:
 
 @lru_cache
 def _leading_to_tenants(kind: Descriptor) -> tuple[str, ...]:
-    """The fields of a message type that are a tenant or hold messages that name one. Our messages do not nest in themselves."""
+    """Return the fields that are a tenant or hold messages with one. No message type contains itself."""
     return tuple(
         field.name
         for field in kind.fields
@@ -131,10 +137,14 @@ def _leading_to_tenants(kind: Descriptor) -> tuple[str, ...]:
 
 
 def _guard(handler: Handler) -> Handler:
-    """The handler, with the tenants of each message checked first."""
-    if handler.request_streaming:
-        return _rebuilt(handler, lambda requests, context, inner: inner(_each_checked(requests), context))
-    return _rebuilt(handler, lambda request, context, inner: inner(_check_tenants(request), context))
+    """Return the handler with a check of each message's tenants."""
+
+    def around(behaviour: Behaviour) -> Behaviour:
+        if handler.request_streaming:
+            return lambda requests, context: behaviour(_each_checked(requests), context)
+        return lambda request, context: behaviour(_check_tenants(request), context)
+
+    return wrap_handler(handler, around)
 
 
 async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -143,31 +153,11 @@ async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 def _refusing(handler: Handler, error: ServiceError) -> Handler:
-    """A handler that raises a copy of `error`. It takes a stream, so that no message is received first."""
-    kind, text = type(error), str(error)
-    build = (
-        grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-    )
+    """Return a handler that raises a copy of `error`. It takes a stream, so no message is received first."""
+    kind = type(error)
+    text = str(error)
 
-    async def refuse(_requests: Any, _context: Any) -> Any:
+    async def refuse(_requests: Any, _context: Context) -> Any:
         raise kind(text)
 
-    behaviour: Any = refuse
-    return build(behaviour, response_serializer=handler.response_serializer)
-
-
-def _rebuilt(handler: Handler, around: Callable[[Any, Any, Any], Any]) -> Handler:
-    """A handler of the same kind whose behaviour is `around(request or requests, context, the old behaviour)`."""
-    builders = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
-    }
-    build, inner = builders[bool(handler.request_streaming), bool(handler.response_streaming)]
-    behaviour: Any = lambda request, context: around(request, context, inner)  # noqa: E731
-    return build(
-        behaviour,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+    return wrap_handler(handler, lambda _behaviour: refuse, as_stream=True)

@@ -1,7 +1,7 @@
-"""How a file that may be replaced is known to be another.
+"""Detects that a file was replaced.
 
-Replace one by renaming a new one over it: a file that is written in place may be read half, and twice within a tick of the
-file system's clock it may look the same.
+Replace a file by renaming a new one over it. A file that is written in place may be read half. Two writes within one tick of the
+file system's clock may look the same.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias
 
-Stamp: TypeAlias = tuple[int, int, int]
+FileSignature: TypeAlias = tuple[int, int, int]
 
 
-def file_signature(path: Path) -> Stamp | None:
-    """Time of change, inode and size; None where there is no file to see."""
+def file_signature(path: Path) -> FileSignature | None:
+    """Return modification time in ns, inode and size; None without a readable file."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,7 @@
-"""What each method of every service needs of its caller. A method that is not here is refused wherever tokens are asked for."""
+"""Scopes that each method needs. A method that is not listed is refused.
+
+The table counts only where a token file is configured.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from atspeed.rollout.release_track import TRACK_HEADER
 
 
 class Scope(StrEnum):
-    """What a token allows. No scope includes another."""
+    """A permission of a token. No scope includes another."""
 
     READ = "read"
     """Recommendations, histories, versions, and the schema by reflection."""
     WRITE = "write"
     """Changes of histories."""
     ADMIN = "admin"
-    """What is served to whom: a track of one's choice."""
+    """The choice of a release track."""
     SERVICE = "service"
-    """The models, as an orchestrator asks them: past every limit on users' requests."""
+    """Calls of an orchestrator to the models, beyond every limit on users' requests."""
 
 
 _RECOMMENDATION, _DRAFT, _TARGET = (f"/atspeed.v1.{name}Service" for name in ("Recommendation", "Draft", "Target"))
@@ -39,7 +42,7 @@ METHOD_SCOPES: Final[Mapping[str, Scope]] = {
 }
 
 METADATA_SCOPES: Final[Mapping[str, Scope]] = {TRACK_HEADER: Scope.ADMIN}
-"""What a call needs beside its method's scope where its metadata have such a key."""
+"""Scopes that a call with such a metadata key needs besides its method's scope."""
 
-# Load balancers and container runtimes ask for health and hold no tokens; the answer is one word.
+# Load balancers and container runtimes check health without tokens. The answer is one word.
 OPEN_TO_ALL: Final = frozenset(f"/grpc.health.v1.Health/{method}" for method in ("Check", "List", "Watch"))

@@ -1,11 +1,11 @@
 """TLS from PEM files that may be replaced while the process runs.
 
-A new certificate is used from the next handshake on: a server fetches its credentials for each one, a client opens a new channel
-and calls on it as soon as it is connected (rotating_channel.py). Files that do not fit together, such as a new certificate beside
-the old key, are left alone until they do; what was read before stays in use.
+A new certificate is used from the next handshake on. A server fetches its credentials for each handshake. A client opens a new
+channel and uses it once it is connected (rotating_channel.py). Files that do not match, such as a new certificate with the old
+key, are ignored until they do; the earlier ones stay in use.
 
     ValueError
-    +-- TlsError   files that are no certificate, key or CA, or do not belong together; the text names them
+    +-- TlsError   files that are no certificate, key or CA, or that do not match; the text names them
 """
 
 from __future__ import annotations
@@ -19,22 +19,28 @@ from typing import Any
 import grpc
 import structlog
 
-from atspeed.security.file_watch import Stamp, file_signature
+from atspeed.security.file_watch import FileSignature, file_signature
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class TlsError(ValueError):
-    """Files that TLS cannot work with. The text names them and quotes nothing of what is in them."""
+    """Files that TLS cannot use. The text names the files and quotes no content."""
 
 
 class _BeingWrittenError(TlsError):
-    """Files that changed while they were read: the next look may find them whole."""
+    """Files that changed while they were read. The next check may find them complete."""
 
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """One end's PEM files. certificate: its chain, leaf first; key: of the leaf; ca: whom it trusts at the other end."""
+    """PEM files of one end of a connection.
+
+    Attributes:
+        certificate: certificate chain, leaf first.
+        key: key of the leaf certificate.
+        ca: CA that the other end's certificate must come from.
+    """
 
     certificate: Path | None = None
     key: Path | None = None
@@ -42,16 +48,17 @@ class TlsFiles:
 
     @property
     def paths(self) -> list[Path]:
-        """Those that there are."""
+        """Return the files that are set."""
         return [path for path in (self.certificate, self.key, self.ca) if path]
 
 
 @dataclass(frozen=True)
 class ClientTls:
-    """How a client speaks TLS.
+    """TLS of a client.
 
-    files.ca: by which servers are checked, gRPC's own roots without one. files.certificate and key: for mTLS. server_name: the
-    name that the server's certificate must have, where that is not the one in the address.
+    Attributes:
+        files: `ca` verifies servers, by default gRPC's own roots. `certificate` and `key` are for mTLS.
+        server_name: name that the server's certificate must have, if it is not the name in the address.
     """
 
     files: TlsFiles = TlsFiles()
@@ -59,29 +66,35 @@ class ClientTls:
 
     @property
     def options(self) -> list[tuple[str, str | int]]:
-        """Channel arguments."""
+        """Return the channel arguments."""
         return [("grpc.default_authority", self.server_name)] if self.server_name else []
 
 
 @dataclass(frozen=True)
 class Pems:
-    """What the files held; None for one that is not there."""
+    """Contents of PEM files; None for a file that is not set.
+
+    Attributes:
+        certificate: certificate chain.
+        key: key of the certificate.
+        ca: CA certificates.
+    """
 
     certificate: bytes | None
     key: bytes | None
     ca: bytes | None
 
     def server_configuration(self) -> grpc.ServerCertificateConfiguration:
-        """For a server's next handshakes."""
+        """Return the configuration of a server's next handshakes."""
         return grpc.ssl_server_certificate_configuration([(self.key or b"", self.certificate or b"")], self.ca)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For a new channel."""
+        """Return the credentials of a new channel."""
         return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
 
 
 class WatchedPems:
-    """PEM files as they were when they last fitted together. Thread-safe. Raises TlsError when they do not at first."""
+    """The last matching contents of PEM files. Thread-safe. Raises TlsError if the files do not match at first."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
@@ -91,11 +104,11 @@ class WatchedPems:
 
     @property
     def current(self) -> Pems:
-        """What was last read."""
+        """Return the contents in use."""
         return self._pems
 
     def changed(self) -> bool:
-        """Look at the files again; whether `current` is another than before. Costs a `stat` for each file."""
+        """Check the files again, by one `stat` each. Returns True if `current` has changed."""
         with self._lock:
             signature = self._signature()
             if signature == self._seen:
@@ -105,29 +118,29 @@ class WatchedPems:
             except _BeingWrittenError:
                 return False
             except TlsError as error:
-                if signature == self._signature():  # else they are just being written
+                if signature == self._signature():  # else they are still being written
                     self._seen = signature
-                    _log.error("TLS files are not used", reason=str(error))
+                    _log.error("tls_files_rejected", reason=str(error))
                 return False
             self._seen = signature
             if fresh == self._pems:
                 return False
             self._pems = fresh
-        _log.info("TLS files are read again", files=[str(path) for path in self._files.paths])
+        _log.info("tls_files_reloaded", files=[str(path) for path in self._files.paths])
         return True
 
-    def _signature(self) -> tuple[Stamp | None, ...]:
+    def _signature(self) -> tuple[FileSignature | None, ...]:
         return tuple(file_signature(path) for path in self._files.paths)
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """A server's credentials, read again when the files change. With a `ca`, clients must show a certificate of that CA.
+    """Return a server's credentials, which follow changes of the files. Raises TlsError.
 
-    Raises TlsError.
+    With a `ca`, clients must present a certificate of that CA.
     """
     watched = WatchedPems(files)
 
-    def fetch() -> Any:  # None keeps what there is; the stubs do not know that
+    def fetch() -> Any:  # None keeps the current ones, which the stubs do not know
         return watched.current.server_configuration() if watched.changed() else None
 
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
@@ -137,10 +150,10 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 def _read(files: TlsFiles) -> Pems:
-    """The files' content. Raises TlsError, _BeingWrittenError.
+    """Read and check the files. Raises TlsError, _BeingWrittenError.
 
-    Python checks certificates by path only, so they are read once more after that: a file that is just being written has no
-    byte for a moment, and gRPC ends the process for an empty key.
+    Python checks certificates by path only, so the files are read once more after the check. A file that is being written is
+    empty for a moment, and gRPC ends the process for an empty key.
     """
     try:
         pems = _bytes(files)

@@ -1,12 +1,12 @@
-"""Bearer tokens: a TOML file of names, hashes, scopes and tenants, read again when it changes.
+"""Reads bearer tokens from a TOML file, and again when the file changes.
 
     [shop]
     sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     scopes = ["read", "write"]
-    tenants = ["acme"]                   # may name no other; without the line, any
-    expires = 2027-01-31T00:00:00Z       # without the line, never
+    tenants = ["acme"]                   # the only tenants that calls may name; default: all
+    expires = 2027-01-31T00:00:00Z       # default: never
 
-The hash is that of the whole token. A plain SHA-256 is enough: `new_token` has 256 random bits, which nobody guesses.
+The hash covers the whole token. A plain SHA-256 is enough, as `new_token` has 256 random bits.
 """
 
 from __future__ import annotations
@@ -25,18 +25,25 @@ from typing import Annotated, Final
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from atspeed.security.file_watch import Stamp, file_signature
+from atspeed.security.file_watch import FileSignature, file_signature
 from atspeed.security.scopes import Scope
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class TokenError(ValueError):
-    """A file of tokens that cannot be used. The text names it and what is wrong, and quotes no value."""
+    """A token file that cannot be used. The text names the file and the mistake, and quotes no value."""
 
 
 class Grant(BaseModel):
-    """What the holder of a token may do."""
+    """The permissions of a token.
+
+    Attributes:
+        sha256: hash of the token, in hex.
+        scopes: scopes of the token.
+        tenants: tenants that calls may name; None for all.
+        expires: end of the token's validity; None for never.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +53,7 @@ class Grant(BaseModel):
     expires: AwareDatetime | None = None
 
     def expired(self, now: datetime) -> bool:
-        """Whether its time is over."""
+        """Return whether the token has expired."""
         return self.expires is not None and self.expires <= now
 
 
@@ -55,9 +62,9 @@ _Grants = TypeAdapter(dict[Annotated[str, Field(pattern=f"^{TOKEN_NAME.pattern}$
 
 
 class Tokens:
-    """The tokens of a file. Looks at the file again before each use. Raises TokenError when it is not right at first.
+    """The tokens of a file, which is checked for changes before each use. Raises TokenError for a bad file at first.
 
-    A file that is not right later is left alone, with an error in the log, and the tokens from before it stay.
+    A bad file later is logged and ignored, and the earlier tokens stay valid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,10 +72,10 @@ class Tokens:
         self._seen = file_signature(path)
         self._grants = read_tokens(path)
 
-    def holder(self, token: str) -> tuple[str, Grant] | None:
-        """Whose token this is; None when it is nobody's or has expired.
+    def authenticate(self, token: str) -> tuple[str, Grant] | None:
+        """Return the name and the grant of a token; None if it is unknown or expired.
 
-        Every hash is compared, each in constant time, so the time that it takes says nothing of the tokens.
+        Every hash is compared, each in constant time, so the duration reveals nothing about the tokens.
         """
         self._refresh()
         digest, found = hash_token(token), None
@@ -84,27 +91,28 @@ class Tokens:
         try:
             self._grants = read_tokens(self._path)
         except TokenError as error:
-            _log.error("tokens are not read again", reason=str(error))
+            _log.error("tokens_rejected", reason=str(error))
         else:
-            _log.info("tokens are read again", names=sorted(self._grants))
+            _log.info("tokens_reloaded", names=sorted(self._grants))
 
 
 class TokenFile:
-    """A token to show, alone in a file, read again when that changes; the last that could be read."""
+    """A client's token, alone in a file. It is read again after changes; the last readable one counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._token = ""
-        self._seen: Stamp | None = None
+        self._seen: FileSignature | None = None
         if not self():
             raise TokenError(f"{path}: holds no token")
 
     def __call__(self) -> str:
-        """The token."""
+        """Return the token."""
         try:
             if (found := file_signature(self._path)) is None or found != self._seen:
                 text = self._path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("ascii")
-                self._token, self._seen = text.strip() or self._token, found
+                self._token = text.strip() or self._token
+                self._seen = found
         except (OSError, ValueError) as error:
             if not self._token:
                 raise TokenError(f"{self._path}: {type(error).__name__}") from None
@@ -112,13 +120,13 @@ class TokenFile:
 
 
 def read_tokens(path: Path) -> Mapping[str, Grant]:
-    """A file's tokens by name. Raises TokenError."""
+    """Read a file's tokens by name. Raises TokenError."""
     try:
         grants = _Grants.validate_python(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         where = (".".join(str(part) for part in problem["loc"] if part != "[key]") for problem in problems)
-        raise TokenError(f"{path}: not right: {', '.join(where)}") from None
+        raise TokenError(f"{path}: invalid: {', '.join(where)}") from None
     except tomllib.TOMLDecodeError as error:
         raise TokenError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
@@ -129,10 +137,10 @@ def read_tokens(path: Path) -> Mapping[str, Grant]:
 
 
 def hash_token(token: str) -> str:
-    """SHA-256 in hex, as it stands in the file."""
+    """Return the SHA-256 of a token in hex, as in the token file."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def new_token() -> str:
-    """A token that nobody had before."""
+    """Return a new random token."""
     return f"atspeed_{secrets.token_urlsafe(32)}"

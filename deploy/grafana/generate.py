@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from atspeed.configuration.generated_page import write_or_check
 
 FILE = Path(__file__).parent / "dashboards" / "atspeed.json"
 SOURCE = {"type": "prometheus", "uid": "prometheus"}
@@ -215,17 +216,8 @@ def _graph(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    check, text = parser.parse_args(arguments).check, json.dumps(dashboard(), indent=1) + "\n"
-    if not check:
-        FILE.write_text(text, encoding="utf-8")
-        return 0
-    if FILE.exists() and FILE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write(f"{FILE.name} is stale, run `make dashboard`\n")
-    return 1
+    """Write the file, or check it."""
+    return write_or_check(FILE, json.dumps(dashboard(), indent=1) + "\n", "make dashboard", arguments)
 
 
 if __name__ == "__main__":

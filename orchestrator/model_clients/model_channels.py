@@ -46,7 +46,7 @@ class ModelChannels:
         following = self._follow_targets(self.target_in_turn, version)
         await self.resources.enter_async_context(background_task(following, "targets-reached"))
         stub = target_pb2_grpc.TargetServiceStub
-        return Routes(stub(self.target_in_turn), stub(by_key), most_at_once=settings.affinity_max_calls)
+        return Routes(stub(self.target_in_turn), stub(by_key), max_calls=settings.affinity_max_calls)
 
     async def drafts(self, address: str, version: str) -> Routes[draft_pb2_grpc.DraftServiceAsyncStub]:
         """To the drafts that serve a version."""
@@ -54,7 +54,7 @@ class ModelChannels:
         tls = settings.model_tls(settings.draft_name)
         self.draft_in_turn, by_key = await self._pair(address, _DRAFT, version=version, retried=["Plan"], tls=tls)
         stub = draft_pb2_grpc.DraftServiceStub
-        return Routes(stub(self.draft_in_turn), stub(by_key), most_at_once=settings.affinity_max_calls)
+        return Routes(stub(self.draft_in_turn), stub(by_key), max_calls=settings.affinity_max_calls)
 
     async def served(self) -> None:
         """Return when a target serves the version, and a draft does or has had its time."""

@@ -84,7 +84,7 @@ class ShadowChecks:
         if self._due < 1:
             return
         self._due -= 1
-        if len(self._running) >= self._limits.concurrency or self._admission.running >= self._admission.places:
+        if len(self._running) >= self._limits.concurrency or self._admission.running >= self._admission.slots:
             self.outcomes["dropped"] += 1
             return
         task = asyncio.get_running_loop().create_task(self._check(made, served), name="shadow-check")
@@ -104,7 +104,7 @@ class ShadowChecks:
     async def _check(self, made: Recommendation, served: Served) -> None:
         try:
             with served.in_use(), tracing.span("shadow check", k=made.order.k) as span:
-                async with self._admission.place(Priority.BATCH):
+                async with self._admission.slot(Priority.BATCH):
                     again = _again(made, served.recommender.catalogue)
                     alone = await served.recommender.recommend(again, Deadline(self._limits.seconds))
                 outcome = self._judge(made, alone, served.recommender)

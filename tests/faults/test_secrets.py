@@ -86,11 +86,16 @@ def test_a_failure_says_where_and_not_what(service: str, bundle: Path, tmp_path:
     assert SECRET not in (tmp_path / "stdout").read_text() + log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     events = {line["event"]: line for line in lines}
-    assert {"uncaught in a thread", "uncaught in a finalizer", "failure in the event loop"} <= set(events)
-    internal = events["internal error"]
+    assert {"uncaught_exception_in_thread", "uncaught_exception_in_finalizer", "event_loop_failure"} <= set(events)
+    internal = events["internal_error"]
     assert internal["error_id"] == details.removeprefix("internal error ")
     assert internal["exception"].endswith("ValueError")
-    for event in ("internal error", "uncaught in a thread", "uncaught in a finalizer", "failure in the event loop"):
+    for event in (
+        "internal_error",
+        "uncaught_exception_in_thread",
+        "uncaught_exception_in_finalizer",
+        "event_loop_failure",
+    ):
         assert ", in fail" in events[event]["exception"]
 
 
@@ -100,4 +105,4 @@ def test_a_start_that_fails_keeps_quiet_too(service: str, bundle: Path, tmp_path
         assert process.wait(LIVENESS_SECONDS) == 1
     log = (tmp_path / "stderr").read_text()
     assert SECRET not in log + (tmp_path / "stdout").read_text()
-    assert '"event": "uncaught"' in log
+    assert '"event": "uncaught_exception"' in log

@@ -118,7 +118,7 @@ class TestRoutes:
     """Which of two stubs a call gets; here the stubs are words."""
 
     def test_a_key_counts_for_as_many_calls_at_once_as_may_be(self) -> None:
-        routes = Routes("in turn", "by key", most_at_once=2)
+        routes = Routes("in turn", "by key", max_calls=2)
         with routes.route("u") as first, routes.route("u") as second, routes.route("u") as third:
             assert [first.stub, second.stub, third.stub] == ["by key", "by key", "in turn"]
             assert (first.metadata, third.metadata) == (((KEY_HEADER, "u"),), ())
@@ -129,13 +129,13 @@ class TestRoutes:
         with routes.route("u") as again, routes.route("u") as twice:
             assert (again.stub, twice.stub) == ("by key", "by key")
 
-    @pytest.mark.parametrize("routes", [Routes("in turn"), Routes("in turn", "by key", most_at_once=0)])
+    @pytest.mark.parametrize("routes", [Routes("in turn"), Routes("in turn", "by key", max_calls=0)])
     def test_without_affinity_all_calls_go_in_turn(self, routes: Routes[str]) -> None:
         with routes.route("u") as route:
             assert (route.stub, route.metadata) == ("in turn", ())
 
     def test_no_key_no_affinity(self) -> None:
-        with Routes("in turn", "by key", most_at_once=2).route("") as route:
+        with Routes("in turn", "by key", max_calls=2).route("") as route:
             assert (route.stub, route.metadata) == ("in turn", ())
 
 

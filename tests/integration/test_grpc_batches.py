@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from atspeed.rpc import grpc_batches
-from atspeed.rpc.grpc_batches import cygrpc
+from atspeed.rpc import grpc_workarounds
 from atspeed.rpc.server import running
 from tests.echo import SERVICE, Echo, call, settings, until
 
 CALLS = 5
+cygrpc: Any = importlib.import_module("grpc._cython.cygrpc")
 
 
 class Batches:
-    """gRPC's own way of a batch, counted. With `grpc_batches` it is called for each; where it is cut short, it does not end."""
+    """Counts gRPC's own executions of batches. An execution that is cancelled does not end."""
 
     def __init__(self) -> None:
         self.begun = self.ended = 0
-        assert grpc_batches._execute is not None
-        self._execute = grpc_batches._execute
+        current = cygrpc.execute_batch
+        self._execute = current.execute if isinstance(current, grpc_workarounds.FreeingExecutor) else current
 
     async def execute(self, call: Any, operations: tuple[Any, ...], loop: Any) -> None:
         self.begun += 1
@@ -34,9 +35,8 @@ class Batches:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
     counted = Batches()
-    monkeypatch.setattr(grpc_batches, "_execute", counted.execute)
-    monkeypatch.setattr(cygrpc, "execute_batch", cygrpc.execute_batch)  # to be put back
-    grpc_batches.install()
+    monkeypatch.setattr(cygrpc, "execute_batch", counted.execute)
+    grpc_workarounds.free_ended_batches()
     return counted
 
 

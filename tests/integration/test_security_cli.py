@@ -86,7 +86,7 @@ def test_entries_of_several_tokens_make_a_file(tmp_path: Path) -> None:
             scopes=frozenset(map(Scope, scopes)),
             tenants=None if tenants is None else frozenset(tenants),
         )
-        assert found.holder(tokens[name]) == (name, held)
+        assert found.authenticate(tokens[name]) == (name, held)
         assert tokens[name] not in path.read_text(), "the file is no secret"
     assert len(set(tokens.values())) == len(tokens)
 

@@ -103,7 +103,7 @@ async def test_a_signal_ends_the_start(tmp_path: Path) -> None:
         child.send_signal(signal.SIGTERM)
         _, stderr = await asyncio.wait_for(child.communicate(), 10)
     assert child.returncode == 0
-    assert [json.loads(entry)["event"] for entry in stderr.decode().splitlines()] == ["stopped before it served"]
+    assert [json.loads(entry)["event"] for entry in stderr.decode().splitlines()] == ["stopped_during_start"]
 
 
 async def test_a_second_signal_ends_the_process_whatever_it_does(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def role(request: pytest.FixtureRequest) -> Role:
 def spoilt_stack(
     role: Role, whole: Models, spoilt: Spoilt, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalStack]:
-    """One replica of each, which is asked once, and which one bad pass would make unfit."""
+    """One replica of each, which is asked once, and which one bad pass would make unhealthy."""
     bundle = copy(whole, tmp_path_factory.mktemp("spoilt") / "bundle", role, [spoilt.token])
     flags: dict[str, dict[str, object]] = {
         "target": {"threads": 1, "unhealthy-after": 1},
@@ -137,7 +137,7 @@ def assert_unharmed(reply: pb.RecommendResponse, expected: pb.RecommendResponse,
     assert set(reply.degraded_reasons) <= {UNANSWERED, "draft: INTERNAL"}
 
 
-def test_what_went_wrong_is_told_in_replies_and_nothing_is_switched_off(
+def test_replies_name_the_failure_and_speculation_stays_on(
     role: Role, spoilt_stack: LocalStack, speculating: Client, spoilt: Spoilt
 ) -> None:
     replies = [speculating.recommend(history, k=K, beam_width=K) for history in spoilt.histories]
@@ -168,7 +168,7 @@ def every_code(whole: Models, level: int) -> list[int]:
 
 
 @pytest.mark.parametrize("what", ["prompt", 0, 1, 2], ids=str)
-def test_a_target_whose_plain_passes_give_no_numbers_is_unfit_from_the_start(
+def test_a_target_whose_plain_passes_give_no_numbers_is_unhealthy_from_the_start(
     whole: Models, tmp_path: Path, what: str | int
 ) -> None:
     """A token of every prompt, or all codes of a level: nobody's list can be made. The service runs, and says so."""

@@ -64,13 +64,13 @@ def measured(model: HostedModel[TreeEvaluator]) -> CostCurve:
     return model.weights.cost_curve
 
 
-async def test_a_bundle_that_fits_together_is_served(root: Path) -> None:
+async def test_matching_bundle_is_served(root: Path) -> None:
     async with served(bundle=root) as models:
         model = models.stable
         assert (model.info.precision, model.info.max_positions) == ("float32", 256)
 
 
-async def test_what_a_pass_costs_is_measured_and_published(root: Path) -> None:
+async def test_cost_curve_is_measured_and_published(root: Path) -> None:
     """Prompts of this bundle have up to 17 tokens or so, its cached blocks as many as an item."""
     async with served(bundle=root, warm_up_seconds=0) as models:
         model = models.stable
@@ -97,7 +97,7 @@ async def test_no_pass_of_the_measurement_is_longer_than_the_model(root: Path) -
         ("code_tokens", (3, 4, 5), "3 tokens for 8 code columns"),
     ],
 )
-async def test_a_manifest_that_says_something_else_of_a_model_is_refused(
+async def test_manifest_that_contradicts_a_model_is_refused(
     root: Path, field: str, value: object, problem: str
 ) -> None:
     claim(root, **{field: value})
@@ -106,7 +106,7 @@ async def test_a_manifest_that_says_something_else_of_a_model_is_refused(
             pass
 
 
-async def test_8_bits_are_refused_where_they_would_run_on_the_cpu_in_secret(root: Path) -> None:
+async def test_int8_model_is_refused_on_cuda(root: Path) -> None:
     claim(root, precision="int8")
     with pytest.raises(BundleError, match=r"manifest\.json: target\.precision: int8 is for provider cpu, this is cuda"):
         async with served(bundle=root, provider="cuda"):
@@ -149,9 +149,7 @@ async def evaluated(model: HostedModel[TreeEvaluator]) -> PassStats:
     return cost
 
 
-async def test_another_catalogue_comes_beside_with_the_same_weights_and_what_was_cached(
-    bundle: Bundle, root: Path, tmp_path: Path
-) -> None:
+async def test_new_catalogue_shares_weights_and_prefix_cache(bundle: Bundle, root: Path, tmp_path: Path) -> None:
     """Nothing is loaded twice; who asks for the old version is still served, until nobody has for a while."""
     other = update_catalogue(bundle, tmp_path / "other", {"new": (1, 2)}, ["item-3"])
     async with served(bundle=root, keep_version_seconds=0.2) as models:
@@ -172,7 +170,7 @@ async def test_another_catalogue_comes_beside_with_the_same_weights_and_what_was
         await evaluated(models.stable)
 
 
-async def test_other_weights_are_loaded_and_come_back_without_being_loaded_again(root: Path, tmp_path: Path) -> None:
+async def test_previous_weights_are_not_loaded_again(root: Path, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "other", random_catalogue(20, (4, 4), seed=0), seed=3).bundle
     async with served(bundle=root) as models:
         old = models.stable
@@ -182,7 +180,7 @@ async def test_other_weights_are_loaded_and_come_back_without_being_loaded_again
         assert models.stable is old
 
 
-async def test_a_bundle_that_cannot_be_loaded_changes_nothing(bundle: Bundle, root: Path, tmp_path: Path) -> None:
+async def test_bad_bundle_changes_nothing(bundle: Bundle, root: Path, tmp_path: Path) -> None:
     other = update_catalogue(bundle, tmp_path / "other", {"new": (1, 2)}, [])
     claim(other.root, layers=3)
     async with served(bundle=root) as models:
@@ -194,9 +192,7 @@ async def test_a_bundle_that_cannot_be_loaded_changes_nothing(bundle: Bundle, ro
         await evaluated(old)
 
 
-async def test_a_canary_is_served_beside_the_stable_bundle_until_it_goes(
-    bundle: Bundle, root: Path, tmp_path: Path
-) -> None:
+async def test_canary_is_served_until_it_is_deactivated(bundle: Bundle, root: Path, tmp_path: Path) -> None:
     """For much longer than a version is kept that no track has: one that came after it has gone by then."""
     link = tmp_path / "canary-link"
     link.symlink_to(update_catalogue(bundle, tmp_path / "other", {"new": (1, 2)}, []).root)
@@ -217,9 +213,7 @@ async def test_a_canary_is_served_beside_the_stable_bundle_until_it_goes(
         assert models.versions.served == {models.stable.version}
 
 
-async def test_a_canary_that_is_promoted_is_not_loaded_again_and_outlives_its_track(
-    bundle: Bundle, root: Path, tmp_path: Path
-) -> None:
+async def test_promoted_canary_is_not_loaded_again(bundle: Bundle, root: Path, tmp_path: Path) -> None:
     other = update_catalogue(bundle, tmp_path / "other", {"new": (1, 2)}, [])
     async with served(bundle=root, keep_version_seconds=0.05) as models, asyncio.timeout(LIVENESS_SECONDS):
         old = models.stable.version
@@ -232,7 +226,7 @@ async def test_a_canary_that_is_promoted_is_not_loaded_again_and_outlives_its_tr
         await evaluated(models.stable)
 
 
-async def test_a_canary_that_cannot_be_loaded_does_not_keep_a_service_from_starting(root: Path, tmp_path: Path) -> None:
+async def test_bad_canary_does_not_stop_the_start(root: Path, tmp_path: Path) -> None:
     broken = write_bundle(tmp_path / "broken", random_catalogue(20, (4, 4), seed=0), seed=3).bundle
     claim(broken.root, layers=3)
     async with served(bundle=root, canary_bundle=broken.root) as models:

@@ -1,4 +1,4 @@
-"""When a model counts as unfit, and how it comes back."""
+"""Model health: failures that make a model unhealthy, and probes that make it healthy again."""
 
 from __future__ import annotations
 
@@ -12,129 +12,129 @@ from atspeed.model_host.model_health import ModelHealth
 
 
 class Model:
-    """One that fails its rehearsals until it is told otherwise, and what is declared of it."""
+    """A model that fails its probes until `works` is set, with the changes of its health."""
 
-    def __init__(self, unhealthy_after: int = 3) -> None:
-        self.fitness = ModelHealth(unhealthy_after, self.rehearse, self.declare, first_pause_seconds=0)
-        self.declared: asyncio.Queue[bool] = asyncio.Queue()
-        self.rehearsed = asyncio.Semaphore(0)
+    def __init__(self, unhealthy_after: int | None = 3) -> None:
+        self.health = ModelHealth(unhealthy_after, self.probe, self.on_change, first_pause_seconds=0)
+        self.changes: asyncio.Queue[bool] = asyncio.Queue()
+        self.probed = asyncio.Semaphore(0)
         self.works = False
         self.problem: Exception = MemoryError()
 
-    async def rehearse(self) -> None:
-        self.rehearsed.release()
+    async def probe(self) -> None:
+        self.probed.release()
         if not self.works:
             raise self.problem
 
-    async def declare(self, fit: bool) -> None:
-        self.declared.put_nowait(fit)
+    async def on_change(self, healthy: bool) -> None:
+        self.changes.put_nowait(healthy)
 
 
 @pytest.fixture
 async def model() -> AsyncIterator[Model]:
     model = Model()
     yield model
-    await model.fitness.close()
+    await model.health.close()
 
 
-async def test_failures_in_a_row_make_it_unfit_until_a_rehearsal_works(model: Model) -> None:
+async def test_failures_in_a_row_make_it_unhealthy_until_a_probe_succeeds(model: Model) -> None:
     for _ in range(2):
         for _ in range(3):
-            assert model.declared.empty()
-            model.fitness.failed(RuntimeError())
-        assert not model.fitness.fit
-        assert await model.declared.get() is False
-        model.fitness.failed(RuntimeError())  # of a call that came before callers knew
+            assert model.changes.empty()
+            model.health.record_failure(RuntimeError())
+        assert not model.health.healthy
+        assert await model.changes.get() is False
+        model.health.record_failure(RuntimeError())  # of a call that came before callers knew
         for _ in range(3):
-            await model.rehearsed.acquire()
-        assert model.declared.empty()
+            await model.probed.acquire()
+        assert model.changes.empty()
         model.works = True
-        assert await model.declared.get() is True
+        assert await model.changes.get() is True
         model.works = False
-    assert model.declared.empty()
+    assert model.changes.empty()
 
 
 @pytest.mark.parametrize("error", [PromptError(""), CapacityError(""), OverloadedError("")])
-async def test_what_is_the_requests_own_fault_or_a_limit_does_not_count(model: Model, error: Exception) -> None:
+async def test_errors_of_requests_and_limits_do_not_count(model: Model, error: Exception) -> None:
     for _ in range(10):
-        model.fitness.failed(error)
-    assert model.fitness.fit
+        model.health.record_failure(error)
+    assert model.health.healthy
 
 
-async def test_one_that_works_between_them_starts_the_count_anew(model: Model) -> None:
+async def test_success_resets_the_count(model: Model) -> None:
     """One request that fails wherever it goes takes no replica away that serves others."""
     for _ in range(10):
-        model.fitness.failed(RuntimeError())
-        model.fitness.failed(RuntimeError())
-        model.fitness.passed()
-    assert model.fitness.fit
+        model.health.record_failure(RuntimeError())
+        model.health.record_failure(RuntimeError())
+        model.health.record_success()
+    assert model.health.healthy
 
 
-async def test_it_can_be_told_not_to_judge() -> None:
-    model = Model(unhealthy_after=0)
+async def test_without_a_threshold_it_stays_healthy() -> None:
+    model = Model(unhealthy_after=None)
     for _ in range(10):
-        model.fitness.failed(RuntimeError())
-    assert model.fitness.fit
+        model.health.record_failure(RuntimeError())
+    assert model.health.healthy
 
 
-async def test_the_end_leaves_nothing_behind(model: Model) -> None:
-    """A version that was unfit when it went is judged anew when it comes again."""
+async def test_close_makes_the_version_healthy(model: Model) -> None:
+    """A version that was unhealthy when it was released starts healthy when it is loaded again."""
     for _ in range(3):
-        model.fitness.failed(RuntimeError())
-    assert await model.declared.get() is False
-    await model.fitness.close()
-    assert await model.declared.get() is True
+        model.health.record_failure(RuntimeError())
+    assert await model.changes.get() is False
+    await model.health.close()
+    assert await model.changes.get() is True
 
 
-async def test_passes_without_numbers_make_it_unfit_only_where_plain_ones_have_none_either(model: Model) -> None:
+async def test_passes_without_numbers_make_it_unhealthy_only_if_the_probe_fails(model: Model) -> None:
     """One node may spoil every pass that is planned, and plain passes go on serving all."""
     model.works = True
-    for rehearsed in range(1, 4):
+    for attempt in range(1, 4):
         for _ in range(3):
-            model.fitness.failed(NoNumbersError())
-        await model.rehearsed.acquire()
+            model.health.record_failure(NoNumbersError())
+        await model.probed.acquire()
         await asyncio.sleep(0)
-        assert (model.fitness.fit, model.declared.empty()) == (True, True), rehearsed
+        assert (model.health.healthy, model.changes.empty()) == (True, True), attempt
     model.works = False
     for _ in range(3):
-        model.fitness.failed(NoNumbersError())
-    assert await model.declared.get() is False
-    assert not model.fitness.fit
+        model.health.record_failure(NoNumbersError())
+    assert await model.changes.get() is False
+    assert not model.health.healthy
     model.works = True
-    assert await model.declared.get() is True
+    assert await model.changes.get() is True
 
 
 @pytest.mark.parametrize("failures", [0, 2])
 async def test_passes_without_numbers_count_with_those_that_fail(model: Model, failures: int) -> None:
     for _ in range(failures):
-        model.fitness.failed(RuntimeError())
+        model.health.record_failure(RuntimeError())
     for _ in range(3 - failures):
-        model.fitness.failed(NoNumbersError())
-    assert await model.declared.get() is False
+        model.health.record_failure(NoNumbersError())
+    assert await model.changes.get() is False
 
 
-async def test_a_rehearsal_that_finds_no_room_says_nothing_of_the_model(model: Model) -> None:
+async def test_overloaded_probe_does_not_count(model: Model) -> None:
     """A busy replica must not be taken away because it is busy."""
     model.problem = OverloadedError("")
     for _ in range(3):
-        model.fitness.failed(NoNumbersError())
-    await model.rehearsed.acquire()
+        model.health.record_failure(NoNumbersError())
+    await model.probed.acquire()
     await asyncio.sleep(0)
-    assert (model.fitness.fit, model.declared.empty()) == (True, True)
+    assert (model.health.healthy, model.changes.empty()) == (True, True)
 
 
 @pytest.mark.parametrize("works", [True, False])
-async def test_one_whose_rehearsal_fails_is_unfit_before_it_is_asked(model: Model, works: bool) -> None:
-    """The caller of `examine` serves it when that has returned: by then everyone has to know."""
+async def test_failed_probe_at_start_makes_it_unhealthy(model: Model, works: bool) -> None:
+    """The caller serves the model after `probe_at_start` has returned. By then the change must be published."""
     model.works = works
-    await model.fitness.examine()
-    assert model.fitness.fit is works
-    assert works == model.declared.empty()
+    await model.health.probe_at_start()
+    assert model.health.healthy is works
+    assert works == model.changes.empty()
     if not works:
-        assert model.declared.get_nowait() is False
+        assert model.changes.get_nowait() is False
 
 
-async def test_what_is_not_to_be_judged_is_not_examined() -> None:
-    model = Model(unhealthy_after=0)
-    await model.fitness.examine()
-    assert (model.fitness.fit, model.declared.empty()) == (True, True)
+async def test_without_a_threshold_nothing_is_probed_at_start() -> None:
+    model = Model(unhealthy_after=None)
+    await model.health.probe_at_start()
+    assert (model.health.healthy, model.changes.empty()) == (True, True)

@@ -46,7 +46,7 @@ class Replica:
 
 
 def client(in_turn: Replica, own: Replica | None = None) -> DraftClient:
-    routes: Routes[Any] = Routes(in_turn, own, most_at_once=4)
+    routes: Routes[Any] = Routes(in_turn, own, max_calls=4)
     return DraftClient(routes, TRIE, "v", timeout=TIMEOUT, backoff_seconds=60.0)
 
 

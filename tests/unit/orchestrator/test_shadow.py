@@ -293,8 +293,8 @@ async def test_nothing_is_checked_while_all_places_are_taken() -> None:
     service = Service()
     made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
     async with AsyncExitStack() as places:
-        for _ in range(service.admission.places):
-            await places.enter_async_context(service.admission.place(Priority.INTERACTIVE))
+        for _ in range(service.admission.slots):
+            await places.enter_async_context(service.admission.slot(Priority.INTERACTIVE))
         service.shadow.offer(made, service)
         await service.shadow.settle()
     assert service.shadow.outcomes["dropped"] == service.shadow.outcomes.total() == 1

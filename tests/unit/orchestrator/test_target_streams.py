@@ -22,9 +22,9 @@ async def messages(*sent: target_pb2.EvaluateRequest) -> AsyncIterator[target_pb
 
 async def first_answer(idle_seconds: float, *sent: target_pb2.EvaluateRequest) -> object:
     """Where the only place is taken and nobody may wait for it."""
-    admission = Admission(places=1, queue=0)
+    admission = Admission(slots=1, queue_limit=0)
     servicer = TargetServicer(cast("Any", None), admission, idle_seconds)  # no model: it is not asked for one
-    async with admission.place(Priority.INTERACTIVE):
+    async with admission.slot(Priority.INTERACTIVE):
         return await anext(aiter(servicer.Evaluate(messages(*sent), cast("Any", None))))
 
 

@@ -1,4 +1,4 @@
-"""Admission: who runs, who waits and who is refused, whatever comes and goes."""
+"""Admission control: calls that run, wait, are displaced and are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH, INTERACTIVE = Priority.BATCH, Priority.INTERACTIVE
 
 
 class Visitor:
-    """A task that takes a place, holds it until it is let go, and notes how that went."""
+    """A task that takes a slot, holds it until `leave` is set, and records the outcome."""
 
     def __init__(self, admission: Admission, priority: Priority, journal: list[Visitor]) -> None:
         self.priority, self._journal = priority, journal
@@ -32,7 +32,7 @@ class Visitor:
 
     async def _visit(self, admission: Admission) -> None:
         try:
-            async with admission.place(self.priority):
+            async with admission.slot(self.priority):
                 self._journal.append(self)
                 self.inside.set()
                 await self.leave.wait()
@@ -45,7 +45,7 @@ class Visitor:
 
 
 async def settle() -> None:
-    """Until every task has done what it can."""
+    """Run every task until it waits."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -57,7 +57,7 @@ async def end(visitors: list[Visitor]) -> None:
 
 
 async def arrive(admission: Admission, *priorities: Priority) -> tuple[list[Visitor], list[Visitor]]:
-    """Visitors, one after the other, and the journal of those who got a place."""
+    """Return visitors that arrive in turn, and the journal of those that got a slot."""
     journal: list[Visitor] = []
     visitors = []
     for priority in priorities:
@@ -66,20 +66,20 @@ async def arrive(admission: Admission, *priorities: Priority) -> tuple[list[Visi
     return visitors, journal
 
 
-async def test_what_fits_runs_what_can_waits_and_the_rest_is_refused_at_once() -> None:
-    visitors, _ = await arrive(Admission(places=2, queue=1), *[INTERACTIVE] * 4)
+async def test_admission_refuses_when_slots_and_queue_are_full() -> None:
+    visitors, _ = await arrive(Admission(slots=2, queue_limit=1), *[INTERACTIVE] * 4)
     assert [visitor.inside.is_set() for visitor in visitors] == [True, True, False, False]
     assert [visitor.refused for visitor in visitors] == [False, False, False, True]
     await end(visitors)
 
 
-async def test_without_a_queue_nothing_waits() -> None:
-    visitors, _ = await arrive(Admission(places=1, queue=0), INTERACTIVE, INTERACTIVE)
+async def test_admission_without_a_queue_refuses_when_slots_are_full() -> None:
+    visitors, _ = await arrive(Admission(slots=1, queue_limit=0), INTERACTIVE, INTERACTIVE)
     assert visitors[1].refused
     await end(visitors)
 
 
-async def test_interactive_requests_overtake_batch_requests() -> None:
+async def test_interactive_calls_are_served_before_batch_calls() -> None:
     visitors, journal = await arrive(Admission(1, 3), INTERACTIVE, BATCH, INTERACTIVE, INTERACTIVE)
     for visitor in (visitors[0], visitors[2], visitors[3], visitors[1]):
         assert journal[-1] is visitor
@@ -88,19 +88,19 @@ async def test_interactive_requests_overtake_batch_requests() -> None:
     assert all(visitor.task.done() and not visitor.refused for visitor in visitors)
 
 
-async def test_a_full_queue_refuses_its_newest_batch_request_for_an_interactive_one() -> None:
+async def test_full_queue_displaces_its_newest_batch_call_for_an_interactive_one() -> None:
     visitors, _ = await arrive(Admission(1, 2), INTERACTIVE, BATCH, BATCH, INTERACTIVE, BATCH)
     assert [visitor.refused for visitor in visitors] == [False, False, True, False, True]
     more, _ = await arrive(Admission(1, 1), INTERACTIVE, INTERACTIVE, INTERACTIVE)
-    assert more[2].refused  # its equals keep their places
+    assert more[2].refused  # calls of equal priority keep their slots
     await end([*visitors, *more])
 
 
-async def test_a_refusal_says_when_to_come_back_both_ways() -> None:
+async def test_refusal_has_both_retry_hints() -> None:
     admission = Admission(1, 0)
-    async with admission.place(INTERACTIVE):
+    async with admission.slot(INTERACTIVE):
         with pytest.raises(ResourceExhaustedError) as refusal:
-            async with admission.place(INTERACTIVE):
+            async with admission.slot(INTERACTIVE):
                 pass
     status = call_status(refusal.value)
     trailers = dict(status.trailers)
@@ -111,24 +111,24 @@ async def test_a_refusal_says_when_to_come_back_both_ways() -> None:
     assert info.retry_delay.ToMilliseconds() == int(str(trailers[PUSHBACK_HEADER])) > 0
 
 
-async def test_what_cannot_be_done_by_its_deadline_is_refused_on_arrival() -> None:
+async def test_call_that_would_miss_its_deadline_is_refused_on_arrival() -> None:
     """As soon as the durations of late are known; a request that has time waits."""
     admission = Admission(1, 10)
-    async with admission.place(INTERACTIVE, 0.001):
+    async with admission.slot(INTERACTIVE, 0.001):
         pass  # a free place is given to everybody: what it takes is known only by trying
-    admission._seconds = 2.0  # as after work that took two seconds
+    admission._mean_seconds = 2.0  # as after work that took two seconds
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(admission.place(INTERACTIVE))
+        await stack.enter_async_context(admission.slot(INTERACTIVE))
         with pytest.raises(ResourceExhaustedError, match="deadline"):
-            await stack.enter_async_context(admission.place(INTERACTIVE, seconds_left=3.9))
-        patient = asyncio.create_task(stack.enter_async_context(admission.place(INTERACTIVE, seconds_left=60)))
+            await stack.enter_async_context(admission.slot(INTERACTIVE, seconds_left=3.9))
+        patient = asyncio.create_task(stack.enter_async_context(admission.slot(INTERACTIVE, seconds_left=60)))
         await settle()
         assert (admission.running, admission.queued) == (1, 1)
         patient.cancel()
 
 
 @pytest.mark.parametrize("end", [asyncio.CancelledError, lambda: DeadlineExceededError("late")])
-async def test_work_that_was_cut_off_took_at_least_so_long(
+async def test_cancelled_call_counts_at_least_the_expected_duration(
     monkeypatch: pytest.MonkeyPatch, end: Callable[[], BaseException]
 ) -> None:
     """While targets hang nothing ends well, and the estimate from before let in what could not be done in time."""
@@ -137,29 +137,29 @@ async def test_work_that_was_cut_off_took_at_least_so_long(
 
     async def work(seconds: float, ending: BaseException | None = None) -> None:
         with contextlib.suppress(asyncio.CancelledError, DeadlineExceededError):
-            async with admission.place(INTERACTIVE):
+            async with admission.slot(INTERACTIVE):
                 clock[0] += seconds
                 if ending:
                     raise ending
 
     await work(1.0)
     await work(0.1, end())  # says nothing: it may have been cut off early
-    assert admission._seconds == 1.0
+    assert admission.expected_seconds == 1.0
     for _ in range(50):
         await work(5.0, end())
-    assert admission._seconds == pytest.approx(5.0, rel=0.02)
+    assert admission.expected_seconds == pytest.approx(5.0, rel=0.02)
 
 
-async def test_a_deadline_ends_the_wait() -> None:
+async def test_deadline_ends_the_wait() -> None:
     admission = Admission(1, 1)
-    async with admission.place(INTERACTIVE):
+    async with admission.slot(INTERACTIVE):
         with pytest.raises(ResourceExhaustedError, match="deadline"):
-            async with admission.place(INTERACTIVE, seconds_left=0.01):
+            async with admission.slot(INTERACTIVE, seconds_left=0.01):
                 pass
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_a_place_that_comes_with_the_cancellation_is_handed_on() -> None:
+async def test_slot_that_comes_with_a_cancellation_is_passed_on() -> None:
     visitors, _ = await arrive(Admission(1, 2), INTERACTIVE, INTERACTIVE, INTERACTIVE)
     visitors[0].leave.set()
     await asyncio.sleep(0)  # the first leaves: the second has its turn, and has not run yet
@@ -170,13 +170,13 @@ async def test_a_place_that_comes_with_the_cancellation_is_handed_on() -> None:
 
 
 @given(
-    places=st.integers(1, 3),
+    slots=st.integers(1, 3),
     queue=st.integers(0, 3),
     steps=st.lists(st.tuples(st.sampled_from(["arrive", "leave", "cancel"]), st.integers(0, 9), st.booleans())),
 )
-def test_invariants(places: int, queue: int, steps: list[tuple[str, int, bool]]) -> None:
+def test_invariants(slots: int, queue: int, steps: list[tuple[str, int, bool]]) -> None:
     """No place too many is given and none is lost, nobody waits beside a free place, no batch request overtakes."""
-    asyncio.run(hold(Admission(places, queue), steps))
+    asyncio.run(hold(Admission(slots, queue), steps))
 
 
 async def hold(admission: Admission, steps: list[tuple[str, int, bool]]) -> None:
@@ -197,9 +197,9 @@ async def hold(admission: Admission, steps: list[tuple[str, int, bool]]) -> None
             running = [visitor for visitor in visitors if visitor.inside.is_set() and not visitor.task.done()]
             waiting = [visitor for visitor in visitors if visitor.waiting]
             assert (admission.running, admission.queued) == (len(running), len(waiting))
-            assert admission.running <= admission.places
-            assert admission.queued <= admission.queue
-            assert not waiting or admission.running == admission.places
+            assert admission.running <= admission.slots
+            assert admission.queued <= admission.queue_limit
+            assert not waiting or admission.running == admission.slots
     for visitor in visitors:
         visitor.leave.set()
     await asyncio.gather(*(visitor.task for visitor in visitors), return_exceptions=True)

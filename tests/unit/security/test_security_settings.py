@@ -39,7 +39,7 @@ CERTIFICATE, KEY, CA = "target/tls.crt", "target/tls.key", "ca.crt"
     ("given", "named"),
     [
         ({"tls-certificate": CERTIFICATE}, "--tls-certificate (ATSPEED_TARGET_TLS_CERTIFICATE) and --tls-key"),
-        ({"tls-key": KEY}, "go together"),
+        ({"tls-key": KEY}, "must be set together"),
         ({"tls-client-ca": CA}, "--tls-client-ca (ATSPEED_TARGET_TLS_CLIENT_CA) needs --tls-certificate"),
         ({"redis-ca": CA, "redis-url": "redis://r"}, "needs --redis-url (ATSPEED_TARGET_REDIS_URL) rediss://"),
         ({"redis-certificate": CERTIFICATE, "redis-url": "rediss://r"}, "--redis-key"),
@@ -108,7 +108,7 @@ async def test_a_server_does_not_start_on_what_is_no_certificate(
 async def test_a_server_does_not_start_on_tokens_that_it_cannot_read(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text("[a]\nscopes = 1\n")
-    with pytest.raises(StartupError, match=r"--tokens-file .*: .*tokens.toml: not right: a.sha256, a.scopes"):
+    with pytest.raises(StartupError, match=r"--tokens-file .*: .*tokens.toml: invalid: a.sha256, a.scopes"):
         async with running(ServiceSettings(bundle=tmp_path, tokens_file=tokens), []):
             pass
 
@@ -189,10 +189,10 @@ def test_tokens_that_are_not_right_are_refused_and_not_quoted(tokens: Path, text
 
 def test_a_token_is_known_by_its_hash(tokens: Path) -> None:
     known = Tokens(tokens)
-    name, grant = known.holder("t") or pytest.fail("it is there")
+    name, grant = known.authenticate("t") or pytest.fail("it is there")
     assert (name, grant.scopes, grant.tenants) == ("a", frozenset({Scope.READ}), None)
     for other in ("", "T", "t ", hash_token("t"), "é", "\udcff"):
-        assert known.holder(other) is None
+        assert known.authenticate(other) is None
     assert "sha256" not in repr(grant)
 
 

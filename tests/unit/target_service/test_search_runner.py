@@ -1,4 +1,4 @@
-"""A search that a model goes on with: what it takes from the load, and what it gives back."""
+"""Autonomous searches: fewer passes by prefetching, and none under load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import PassProgram, PassRecord, Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from target_service.search_runner import Search, Searcher
+from target_service.search_runner import Search, SearchRunner
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World, run_steps
@@ -24,7 +24,7 @@ WIDTH = 5
 
 @dataclass
 class TableEvaluator:
-    """A TreeEvaluator over a table. queue_ns: for so long each pass waits for others."""
+    """A TreeEvaluator over a table. queue_ns: wait of each pass in the queue."""
 
     world: World
     queue_ns: int = 0
@@ -56,26 +56,26 @@ def world() -> World:
     return World.random(NaiveTrie(items, (10, 8, 8, 6)), ScoringRule.VOCAB, seed=2)
 
 
-async def passes(searcher: Searcher, *, prefetches: bool = True) -> int:
+async def passes(runner: SearchRunner, *, prefetches: bool = True) -> int:
     tree = SimpleNamespace(passes=[], tokens=SimpleNamespace(prompt=np.zeros(4)))
     selection = Selection(Pruning.none(), WIDTH)
     search = Search(WIDTH, prefetches)
-    found = await searcher.search(cast("Any", tree), np.array([ROOT]), selection, search)
+    found = await runner.search(cast("Any", tree), np.array([ROOT]), selection, search)
     assert [len(one.evaluation.node) for one in found] == [record.nodes for record in tree.passes]
     return len(found)
 
 
-async def test_while_passes_wait_nothing_is_foreseen() -> None:
+async def test_nothing_is_prefetched_while_passes_wait() -> None:
     evaluator = TableEvaluator(world())
     curve = CostCurve.smoothed([1, 256], [0], np.array([[1000.0], [1000.0]]))
-    searcher = Searcher(cast("Any", evaluator), curve, max_nodes=100)
+    runner = SearchRunner(cast("Any", evaluator), curve, max_nodes=100)
     for _ in range(20):
-        await passes(searcher)
-    assert await passes(searcher) < 4
+        await passes(runner)
+    assert await passes(runner) < 4
     evaluator.queue_ns = 5000
-    made = [await passes(searcher) for _ in range(30)]
+    made = [await passes(runner) for _ in range(30)]
     assert set(made[10:]) == {4}
     evaluator.queue_ns = 0
-    made = [await passes(searcher) for _ in range(30)]
+    made = [await passes(runner) for _ in range(30)]
     assert max(made[20:]) < 4
-    assert await passes(searcher, prefetches=False) == 4
+    assert await passes(runner, prefetches=False) == 4

@@ -1,4 +1,4 @@
-"""A target whose passes fail: callers leave it for another replica, and come back when its passes work again."""
+"""An unhealthy target: callers leave it for another replica, and return when a probe succeeds."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Caller:
         return grpc.StatusCode.OK
 
 
-async def test_callers_leave_a_target_whose_passes_fail_until_they_work_again(
+async def test_callers_leave_an_unhealthy_target_until_it_recovers(
     bundle: Path, replicas: list[RunningServer], decoders: Decoders
 ) -> None:
     await asyncio.to_thread(live_through, bundle, replicas, decoders)
@@ -111,16 +111,16 @@ def live_through(bundle: Path, replicas: list[RunningServer], decoders: Decoders
         names = {"": SERVING, TARGET: NOT_SERVING, health_name(TARGET, version): NOT_SERVING}
         assert [sick.asks() for _ in range(UNHEALTHY_AFTER)] == [grpc.StatusCode.INTERNAL] * UNHEALTHY_AFTER
         until(lambda: {name: check_health(direct, name) for name in names} == names)
-        assert unfit(replicas) == [1, 0]
+        assert unhealthy_models(replicas) == [1, 0]
         until(lambda: {caller.asks() for _ in range(6)} == {grpc.StatusCode.OK})
         assert [caller.asks() for _ in range(20)] == [grpc.StatusCode.OK] * 20
 
         decoders.failing.clear()
         until(lambda: {check_health(direct, name) for name in names} == {SERVING})
         assert sick.asks() is grpc.StatusCode.OK
-        assert unfit(replicas) == [0, 0]
+        assert unhealthy_models(replicas) == [0, 0]
 
 
-def unfit(replicas: list[RunningServer]) -> list[float]:
-    """What each says to Prometheus."""
+def unhealthy_models(replicas: list[RunningServer]) -> list[float]:
+    """Return the metric of each replica."""
     return [scrape_port(replica.metrics_port or 0).value("atspeed_unhealthy_models") for replica in replicas]

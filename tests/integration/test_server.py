@@ -1,4 +1,4 @@
-"""Real servers and real channels: what a client meets, whatever a handler does."""
+"""Real servers and channels: statuses, limits, drain and health for every kind of handler."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_the_clients_mistakes_name_the_field(
 async def test_our_mistakes_stay_in_our_log(channel: grpc.aio.Channel, kind: str, message: str) -> None:
     with structlog.testing.capture_logs() as logs:
         error = await failure(channel, kind, message)
-    (entry,) = [log for log in logs if log["event"] == "internal error"]
+    (entry,) = [log for log in logs if log["event"] == "internal_error"]
     assert error.code() is grpc.StatusCode.INTERNAL
     assert error.details() == f"internal error {entry['error_id']}"
     assert SECRET in str(entry["exc_info"])

@@ -1,0 +1,196 @@
+"""Bundle watches: every changed version is activated once, and a bad bundle is rejected once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.errors import BundleError
+from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
+from atspeed.rollout.release_track import Track
+from tests.bundles import random_catalogue, write_bundle
+from tests.serving import LIVENESS_SECONDS
+
+
+class Host:
+    """Activates the bundles of a watch. It rejects the bundle `bad`, and waits for `go` with the bundle `slow`."""
+
+    def __init__(self, link: Path, track: Track = Track.STABLE) -> None:
+        self.link, self.activated, self.go = link, list[str](), asyncio.Event()
+        served = open_bundle(link).manifest.version if track is Track.STABLE else None
+        self.watch = BundleWatch(link, track, self, served)
+
+    async def activate(self, bundle: Bundle, track: Track) -> None:
+        if bundle.root.name == "slow":
+            await self.go.wait()
+        if bundle.root.name == "bad":
+            raise BundleError("bad")
+        assert track is self.watch.track
+        self.activated.append(bundle.root.name)
+
+    def deactivate(self, track: Track) -> None:
+        assert track is self.watch.track
+        self.activated.append("none")
+
+    async def point_to(self, name: str) -> None:
+        """Move the link, and let the watch look."""
+        self.move_to(name)
+        await self.watch.check()
+
+    def move_to(self, name: str) -> None:
+        """Move the link alone."""
+        self.link.unlink(missing_ok=True)
+        self.link.symlink_to(self.link.parent / name)
+
+    def lose(self) -> None:
+        """The path names nothing."""
+        self.link.unlink()
+
+    async def check(self) -> None:
+        await self.watch.check()
+        await self.watch.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifests of several versions."""
+    root = tmp_path_factory.mktemp("bundles")
+    first = write_bundle(root / "first", random_catalogue(20, (4, 4), seed=0)).bundle
+    for name in ("second", "bad", "slow"):
+        (root / name).mkdir()
+        write_manifest(root / name, first.manifest.model_copy(update={"catalogue_version": name}))
+    (root / "same").mkdir()
+    write_manifest(root / "same", first.manifest)
+    return root
+
+
+@pytest.fixture
+def link(folder: Path) -> Path:
+    path = folder / "current"
+    path.unlink(missing_ok=True)
+    path.symlink_to(folder / "first")
+    return path
+
+
+async def test_changed_bundle_is_activated_once(link: Path) -> None:
+    host = Host(link)
+    for name in ("first", "same", "second", "second", "same", "first"):
+        await host.point_to(name)
+        await host.check()
+    assert host.activated == ["second", "same"]
+    assert (host.watch.activated, host.watch.rejected, host.watch.pending) == (2, 0, None)
+
+
+async def test_rejected_bundle_is_not_tried_again_until_reset(link: Path) -> None:
+    host = Host(link)
+    await host.point_to("bad")
+    for _ in range(3):
+        await host.check()
+    assert (host.activated, host.watch.rejected) == ([], 1)
+    host.watch.reset()
+    await host.check()
+    assert host.watch.rejected == 2
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_running_activation_is_cancelled_by_another_change(link: Path) -> None:
+    host = Host(link)
+    await host.point_to("slow")
+    assert host.watch.pending
+    await host.point_to("first")
+    assert not host.watch.pending
+    await host.point_to("slow")
+    await host.point_to("second")
+    await host.check()
+    host.go.set()
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_path_missing_once_is_ignored(link: Path) -> None:
+    host = Host(link)
+    host.lose()
+    await host.check()
+    assert host.watch.rejected == 0
+    await host.check()
+    await host.check()
+    assert host.watch.rejected == 1
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_circle_of_links_is_rejected_until_repaired(link: Path) -> None:
+    """They once ended the watch, and nobody was told."""
+    host = Host(link)
+    host.move_to(link.name)
+    for _ in range(3):
+        await host.check()
+    assert host.watch.rejected == 1
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_canary_is_activated_deactivated_and_activated_again(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    await host.check()
+    host.lose()
+    for _ in range(4):
+        await host.check()
+    assert not host.watch.served
+    for name in ("bad", "first", "second"):
+        await host.point_to(name)
+        await host.check()
+    assert host.activated == ["first", "none", "first", "second"]
+    assert (host.watch.activated, host.watch.rejected) == (3, 1)
+
+
+async def test_canary_that_disappears_during_activation_is_not_served(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    await host.point_to("slow")
+    host.lose()
+    await host.watch.check()
+    assert host.watch.pending
+    await host.watch.check()
+    assert not host.watch.pending
+    host.go.set()
+    await host.check()
+    assert host.activated == []
+
+
+async def test_bundles_are_activated_before_the_block_begins(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    async with watch_bundles([host.watch], poll_seconds=3600):
+        assert host.activated == ["first"]
+
+
+async def test_slow_activation_continues_during_the_block_and_ends_with_it(link: Path) -> None:
+    host = Host(link, Track.CANARY)
+    host.move_to("slow")
+    async with watch_bundles([host.watch], poll_seconds=3600, max_wait_seconds=0.01):
+        assert host.watch.pending
+        host.go.set()
+        await host.watch.join()
+        assert host.activated == ["slow"]
+    host.go.clear()
+    other = Host(link, Track.CANARY)
+    async with watch_bundles([other.watch], poll_seconds=3600, max_wait_seconds=0.01):
+        assert other.watch.pending
+    assert (bool(other.watch.pending), other.activated) == (False, [])
+
+
+async def test_sighup_checks_at_once(link: Path) -> None:
+    host = Host(link)
+    async with watch_bundles([host.watch], poll_seconds=3600), asyncio.timeout(LIVENESS_SECONDS):
+        host.move_to("second")
+        os.kill(os.getpid(), signal.SIGHUP)
+        while host.activated != ["second"]:  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.01)
