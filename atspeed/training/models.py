@@ -19,7 +19,7 @@ from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import Validation
 from atspeed.training.export import load_checkpoint
 from atspeed.training.generation import drop_generation_defaults
-from atspeed.training.recipe import Base, Model, PromptWindow, Recipe, Shape
+from atspeed.training.recipe import ModelRecipe, PretrainedBase, PromptWindow, Recipe, Shape
 from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
 
@@ -50,7 +50,7 @@ class SpelledModel:
         return cls(load_checkpoint(checkpoint), Spelling.load(checkpoint))
 
 
-def build_model(part: Model, catalogue: Catalogue, window: PromptWindow, seed: int) -> SpelledModel:
+def build_model(part: ModelRecipe, catalogue: Catalogue, window: PromptWindow, seed: int) -> SpelledModel:
     """The untrained model of a recipe's part, reproducible by its seed."""
     torch.manual_seed(seed)
     if part.shape is not None:
@@ -104,7 +104,7 @@ def _drop_out(model: LlamaForCausalLM, share: float) -> None:
         layer.mlp.down_proj.register_forward_hook(drop)
 
 
-def _from_base(base: Base, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
+def _from_base(base: PretrainedBase, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
     """A pretrained model with one new token per code column, and a prompt in words around the history."""
     if not base.folder.is_dir():
         raise RecipeError(f"base.folder: {base.folder} is not a folder")
@@ -156,7 +156,7 @@ def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
 
 
 def train_model(
-    part: Model,
+    part: ModelRecipe,
     recipe: Recipe,
     dataset: Dataset,
     catalogue: Catalogue,

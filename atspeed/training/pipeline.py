@@ -38,16 +38,16 @@ from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from atspeed.training.data_check import check_data, say_what_is_left_undone
 from atspeed.training.errors import RecipeError
-from atspeed.training.evaluate import AgreementValidation, Recommender, Validation
+from atspeed.training.evaluate import AgreementValidation, ModelRecommender, Validation
 from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
 from atspeed.training.models import SpelledModel, train_model
 from atspeed.training.processes import device, is_main
 from atspeed.training.recipe import (
     Alignment,
     AtspeedData,
-    Draft,
+    DraftRecipe,
     GivenCodes,
-    Model,
+    ModelRecipe,
     MovielensData,
     Recipe,
     SyntheticData,
@@ -79,7 +79,7 @@ def train(
     dataset = load_dataset(recipe, data)
     check_data(recipe, dataset, data)
     say_what_is_left_undone(recipe, dataset)
-    return Run(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
+    return TrainingRun(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
 
 
 def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
@@ -115,7 +115,7 @@ class Folders:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A recipe's stages.
 
     title: what its lines of progress begin with. evaluated: whether it measures the test split before the bundle.
@@ -194,13 +194,13 @@ class Run:
         self._stage("catalogue", key, self.folders.shared, "catalogue", read=read).run(work)
         return read()
 
-    def _model_key(self, part: Model, catalogue: Catalogue) -> str:
+    def _model_key(self, part: ModelRecipe, catalogue: Catalogue) -> str:
         included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
         shared = self.recipe.model_dump(mode="json", include=included)
         key = key_of(
             self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"})
         )
-        if isinstance(part, Draft) and part.alignment is not None:
+        if isinstance(part, DraftRecipe) and part.alignment is not None:
             return key_of(key, self._teacher_key(part.alignment, catalogue))
         return key
 
@@ -214,7 +214,7 @@ class Run:
     def _target(self, catalogue: Catalogue) -> SpelledModel:
         return self._model("target", self.folders.shared, self.recipe.target, catalogue)
 
-    def _draft(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
+    def _draft(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
         """Train the draft, after its teacher data where it is aligned."""
         if part.alignment is None:
             return self._model("draft", self.folders.run, part, catalogue)
@@ -241,22 +241,22 @@ class Run:
             validate=validate,
         )
 
-    def _pretrained(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
+    def _pretrained(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
         """The draft before its alignment, trained as the target is. Any alignment of it begins here."""
         plain = part.model_copy(update={"schedule": part.pretraining, "alignment": None, "pretraining": None})
         return self._model("pretrained-draft", self.folders.pretrained, plain, catalogue, seed=part.seed)
 
-    def _asked_target(self, catalogue: Catalogue) -> Recommender:
+    def _asked_target(self, catalogue: Catalogue) -> ModelRecommender:
         """The trained target, on the device."""
         return self._asked("target", catalogue)
 
-    def _asked(self, role: Role, catalogue: Catalogue) -> Recommender:
+    def _asked(self, role: Role, catalogue: Catalogue) -> ModelRecommender:
         folder = self.folders.shared if role == "target" else self.folders.run
         asked = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
         asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
         return asked
 
-    def _plan_scale(self, part: Draft, catalogue: Catalogue) -> tuple[float, ...]:
+    def _plan_scale(self, part: DraftRecipe, catalogue: Catalogue) -> tuple[float, ...]:
         """What the draft's plans are cut by, tried out on the validation's users."""
 
         def work() -> Measures:
@@ -293,7 +293,9 @@ class Run:
         stage.run(work, together=True)
         return prompts
 
-    def _model(self, name: str, folder: Path, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
+    def _model(
+        self, name: str, folder: Path, part: ModelRecipe, catalogue: Catalogue, **objective: Any
+    ) -> SpelledModel:
         """Train a model; keep its checkpoint and its log. objective: what `train_model` is given beyond its own."""
         training, checkpoint = folder / f"{name}-training", folder / f"{name}-checkpoint"
         title = f"{self.title} {name}".lstrip()

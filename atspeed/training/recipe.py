@@ -138,7 +138,7 @@ class Shape(_GrownPart):
         return self
 
 
-class Base(_Part):
+class PretrainedBase(_Part):
     """A pretrained Hugging Face model to fine-tune: a local folder with its tokenizer; the words around the history."""
 
     folder: Path
@@ -172,16 +172,16 @@ class Schedule(_GrownPart):
     """Of training passes; weights stay float32. fp16 needs a GPU."""
 
 
-class Model(_Part):
+class ModelRecipe(_Part):
     """Target or draft: a `shape` from scratch or a `base` to fine-tune, its schedule, its export's precision."""
 
     shape: Shape | None = None
-    base: Base | None = None
+    base: PretrainedBase | None = None
     schedule: Schedule
     precision: Precision = "float32"
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Model:
+    def _one_origin(self) -> ModelRecipe:
         if (self.shape is None) == (self.base is None):
             raise ValueError("give either `shape` or `base`")
         return self
@@ -222,7 +222,7 @@ class Alignment(_Part):
         return self
 
 
-class Draft(Model):
+class DraftRecipe(ModelRecipe):
     """The draft; without `alignment` it is trained as the target is.
 
     With it, `pretraining` is a schedule to train it as the target is first, which costs little and tells it what the codes are.
@@ -234,7 +234,7 @@ class Draft(Model):
     seed: NonNegativeInt | None = None
 
     @model_validator(mode="after")
-    def _pretraining_comes_before_something(self) -> Draft:
+    def _pretraining_comes_before_something(self) -> DraftRecipe:
         if self.pretraining is not None and self.alignment is None:
             raise ValueError("pretraining: there is no `alignment` after it")
         return self
@@ -259,15 +259,15 @@ class Recipe(_Part):
     data: Annotated[MovielensData | AtspeedData | SyntheticData, Field(discriminator="source")]
     codes: Annotated[GivenCodes | QuantisedCodes, Field(discriminator="kind")]
     prompt: PromptWindow = PromptWindow()
-    target: Model
-    draft: Draft | None = None
+    target: ModelRecipe
+    draft: DraftRecipe | None = None
     evaluation_users: PositiveInt = 5000
     """At most so many users in the final evaluation."""
 
     @property
-    def parts(self) -> dict[Role, Model]:
+    def parts(self) -> dict[Role, ModelRecipe]:
         """The models by role, `target` and, where there is one, `draft`."""
-        parts: dict[Role, Model] = {"target": self.target}
+        parts: dict[Role, ModelRecipe] = {"target": self.target}
         if self.draft is not None:
             parts["draft"] = self.draft
         return parts

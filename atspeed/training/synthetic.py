@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atspeed.training.data import Dataset, Item, leave_last_out
+from atspeed.training.data import CatalogueItem, Dataset, leave_last_out
 
 _TERMS = "Made up; no terms."
 
@@ -20,7 +20,8 @@ def synthetic(*, items: int, users: int, levels: int, codebook_size: int, seed: 
     successors = rng.integers(items, size=(items, 2))
     histories = {str(user): _walk(rng, successors) for user in range(users)}
     catalogue = tuple(
-        Item(f"item-{index}", f"item number {index}", tuple(map(int, path))) for index, path in enumerate(codes)
+        CatalogueItem(f"item-{index}", f"item number {index}", tuple(map(int, path)))
+        for index, path in enumerate(codes)
     )
     named = {user: tuple(catalogue[index].id for index in walk) for user, walk in histories.items()}
     return leave_last_out("synthetic", _TERMS, catalogue, named)

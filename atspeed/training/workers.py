@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from atspeed.training.errors import Paused, TrainingError
-from atspeed.training.pipeline import Run
+from atspeed.training.pipeline import TrainingRun
 from atspeed.training.processes import processes
 
 _PAUSED, _FAILED = 75, 1  # codes that a worker exits with
@@ -28,7 +28,7 @@ _STOPPED = {_PAUSED, -signal.SIGTERM}  # the latter before it could heed the sig
 _LOOK_SECONDS = 0.2
 
 
-def bundle_all(runs: Sequence[Run], workers: int) -> None:
+def bundle_all(runs: Sequence[TrainingRun], workers: int) -> None:
     """The bundles of runs that share everything up to the teacher, which is done. Raises Paused, and TrainingError.
 
     A worker takes the next run that nobody has taken; in one process the runs follow each other. Results are the same.
@@ -60,7 +60,7 @@ def bundle_all(runs: Sequence[Run], workers: int) -> None:
         raise Paused(f"{done} of {len(runs)} drafts are there")
 
 
-def _in_turn(runs: Sequence[Run]) -> None:
+def _in_turn(runs: Sequence[TrainingRun]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -70,7 +70,7 @@ def _in_turn(runs: Sequence[Run]) -> None:
         torch.set_num_threads(threads)
 
 
-def _watch(started: Sequence[SpawnProcess], runs: Sequence[Run]) -> None:
+def _watch(started: Sequence[SpawnProcess], runs: Sequence[TrainingRun]) -> None:
     """Until all have ended. They know the time limit, on a clock that is the machine's; a signal is passed on, once."""
     checkpoints, told = runs[0].checkpoints, False
     while alive := [process.sentinel for process in started if process.is_alive()]:
@@ -81,7 +81,7 @@ def _watch(started: Sequence[SpawnProcess], runs: Sequence[Run]) -> None:
                 process.terminate()
 
 
-def _work(runs: Sequence[Run], taken: Synchronized[int]) -> None:
+def _work(runs: Sequence[TrainingRun], taken: Synchronized[int]) -> None:
     """A worker's life. The runs share their checkpoints in here too: they came in one piece."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TTY_INTERACTIVE"] = "0"  # lines, but no bars: several processes would draw them over each other
@@ -104,7 +104,7 @@ def _work(runs: Sequence[Run], taken: Synchronized[int]) -> None:
                 sys.exit(_FAILED)
 
 
-def _taken(runs: Sequence[Run], taken: Synchronized[int]) -> Iterator[Run]:
+def _taken(runs: Sequence[TrainingRun], taken: Synchronized[int]) -> Iterator[TrainingRun]:
     """The runs that nobody else has taken."""
     while True:
         with taken.get_lock():

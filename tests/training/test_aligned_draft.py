@@ -109,7 +109,7 @@ def test_recipes_without_alignment_keep_their_keys() -> None:
     Whoever changes runs/tiny.toml itself writes down the new keys here.
     """
     dataset = load_dataset(TINY, None)
-    run = pipeline.Run(TINY, Folders.one(Path("unused")), None, dataset)
+    run = pipeline.TrainingRun(TINY, Folders.one(Path("unused")), None, dataset)
     catalogue = build_catalogue(dataset, TINY.codes, data=None, seed=TINY.seed)
     assert TINY.draft is not None
     assert run._model_key(TINY.target, catalogue) == "57b8e5da7c51e664"

@@ -17,7 +17,7 @@ from atspeed.training.errors import Paused, RecipeError
 from atspeed.training.export import export_decoder
 from atspeed.training.models import SpelledModel, build_model, code_names
 from atspeed.training.pipeline import load_dataset, train
-from atspeed.training.recipe import Alignment, AtspeedData, Base, Model, PromptWindow, Recipe, Schedule
+from atspeed.training.recipe import Alignment, AtspeedData, ModelRecipe, PretrainedBase, PromptWindow, Recipe, Schedule
 from atspeed.training.semantic_ids import build_catalogue
 from atspeed.training.sequences import Batch
 from atspeed.training.trainer import FitState, Trainer
@@ -182,9 +182,9 @@ def catalogue() -> Catalogue:
     return build_catalogue(load_dataset(TINY, None), TINY.codes, data=None, seed=1)
 
 
-def part_of(base: Path) -> Model:
-    words = Base(folder=base, prefix="items :", separator=",", suffix="next :")
-    return Model(base=words, schedule=Schedule(epochs=1))
+def part_of(base: Path) -> ModelRecipe:
+    words = PretrainedBase(folder=base, prefix="items :", separator=",", suffix="next :")
+    return ModelRecipe(base=words, schedule=Schedule(epochs=1))
 
 
 def test_a_pretrained_base_gets_code_tokens_and_a_prompt_in_words(base: Path, catalogue: Catalogue) -> None:
@@ -231,7 +231,7 @@ def test_a_window_that_does_not_fit_the_base(base: Path, catalogue: Catalogue) -
         build_model(part_of(base), catalogue, PromptWindow(max_items=2000), seed=1)
 
 
-def dropping(share: float) -> Model:
+def dropping(share: float) -> ModelRecipe:
     assert TINY.target.shape is not None
     shape = TINY.target.shape.model_copy(update={"dropout": share})
     return TINY.target.model_copy(update={"shape": shape})
