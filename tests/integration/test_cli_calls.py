@@ -123,9 +123,9 @@ def lenient(made: TestBundle, redis_server: LocalRedis, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("arguments", "reason", "said"),
     [
-        (["nobody"], "COLD_START_NO_STORED_HISTORY", "nothing is stored for this user"),
+        (["nobody"], "COLD_START_NO_STORED_HISTORY", "no history is stored for this user"),
         (["--history", ""], "COLD_START_EMPTY_HISTORY", "the history is empty"),
-        (["--history", "unheard-of"], "COLD_START_UNKNOWN_ITEMS", "the catalogue knows no item of the history"),
+        (["--history", "unheard-of"], "COLD_START_UNKNOWN_ITEMS", "no item of the history is in the catalogue"),
     ],
 )
 def test_a_list_made_without_history_says_so(arguments: list[str], reason: str, said: str, lenient: str) -> None:

@@ -70,7 +70,7 @@ def test_remembers_with_a_folder(tmp_path: Path) -> None:
 def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
     """Two would write the same files. It is free again with the server's end, also with a crash."""
     with LocalRedis(folder=tmp_path) as first:
-        with pytest.raises(LocalRedisError, match="another server keeps its data there"):
+        with pytest.raises(LocalRedisError, match="another server uses this data folder"):
             LocalRedis(folder=tmp_path).start()
         with ask(first.url) as connection:
             connection.set("a", 1)
@@ -84,7 +84,7 @@ def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LocalRedisError, match=r"file/data: no folder for data: Not a directory"):
+    with pytest.raises(LocalRedisError, match=r"file/data: cannot be used as a data folder: Not a directory"):
         LocalRedis(folder=tmp_path / "file" / "data").start()
 
 

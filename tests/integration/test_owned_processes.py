@@ -16,7 +16,7 @@ import pytest
 import atspeed.local.child_process
 import atspeed.local.redis_server
 import atspeed.local.stack
-from atspeed.local.parent_watch import Watcher
+from atspeed.local.child_process import ParentWatch
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, LocalStackError, ServiceProcess
 from tests.serving import until
@@ -162,7 +162,7 @@ def test_a_stack_whose_start_is_interrupted_is_gone(
 def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
     service: ServiceProcess, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    class Interrupted(Watcher):
+    class Interrupted(ParentWatch):
         def __init__(self, pid: int) -> None:
             if when == "before":
                 signal.raise_signal(signal.SIGINT)
@@ -170,7 +170,7 @@ def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
             if when == "after":
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(atspeed.local.child_process, "Watcher", Interrupted)
+    monkeypatch.setattr(atspeed.local.child_process, "ParentWatch", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         service.start()
     assert service.running
@@ -179,10 +179,10 @@ def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
 
 
 def test_a_process_that_cannot_be_watched_is_not_kept(service: ServiceProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_pid: int) -> Watcher:
+    def full(_pid: int) -> ParentWatch:
         raise BlockingIOError("no more processes")
 
-    monkeypatch.setattr(atspeed.local.child_process, "Watcher", full)
+    monkeypatch.setattr(atspeed.local.child_process, "ParentWatch", full)
     with pytest.raises(BlockingIOError):
         service.start()
     assert service.process is None
@@ -207,7 +207,7 @@ def test_a_service_that_died_by_itself_is_replaced(service: ServiceProcess, aske
 def test_a_service_that_runs_is_not_started_twice(service: ServiceProcess) -> None:
     service.start()
     process = service.process
-    with pytest.raises(LocalStackError, match="target_service: runs already"):
+    with pytest.raises(LocalStackError, match="target_service: is running already"):
         service.start()
     assert service.process is process
     assert service.running

@@ -30,7 +30,7 @@ def test_a_time_limit_ends_with_code_75_and_the_same_command_goes_on(recipe: Pat
         result = CliRunner().invoke(app, [*command, "--minutes", "0"])
         assert result.exit_code == 75
         assert f"atspeed: paused: {stopped}" in result.stderr
-        assert "the same command goes on" in result.stderr
+        assert "run the same command again to continue" in result.stderr
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0
     assert result.stdout.rstrip().endswith("bundle")

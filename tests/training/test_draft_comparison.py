@@ -155,7 +155,7 @@ def test_two_workers_stop_in_time_and_give_the_same_bundles(
     for name in ("seed1", "seed2", "none-seed1", "none-seed2"):
         shutil.rmtree(copied / "drafts" / name)
     comparison = read_comparison(run.parent / "losses.toml")
-    with pytest.raises(Paused, match="2 of 4 drafts are there"):
+    with pytest.raises(Paused, match="2 of 4 drafts are finished"):
         train_drafts(comparison, copied, workers=2, checkpoints=Checkpoints(deadline=0))
     said = capfd.readouterr().err
     assert len(re.findall(r"paused: none-seed[12] pretrained-draft epoch 1/1, batch 1 of ", said)) == 2
@@ -191,13 +191,13 @@ def test_other_prompts_are_another_teachers(tmp_path: Path) -> None:
     [
         ('base = "tiny.toml"', 'base = "none.toml"', r"none\.toml: No such file"),
         ("seeds = [1, 2]", "seeds = []", r"losses\.toml: seeds: List should have at least 1 item"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds: Value error, a seed is there twice"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds: Value error, a seed occurs twice"),
         ("seeds = [1, 2]", "seed = [1, 2]", r"seed: Extra inputs are not permitted"),
         ("epochs = 1", "epochs = 0", r"losses\.toml: schedule\.epochs: Input should be greater than 0"),
         ("epochs = 1", "epoch = 1", r"losses\.toml: schedule\.epoch: Extra inputs are not permitted"),
-        ('name = "none"', 'name = "word-kd"', r"losses: Value error, a name is there twice"),
+        ('name = "none"', 'name = "word-kd"', r"losses: Value error, a name occurs twice"),
         ('name = "none"', 'name = "../x"', r"losses\.0\.name: String should match pattern"),
-        ('loss = "none"', "weight = 0.5", r"losses\.0\.alignment: Value error, there is no `loss`"),
+        ('loss = "none"', "weight = 0.5", r"losses\.0\.alignment: Value error, `loss` is missing"),
         ('loss = "word-kd"', 'loss = "magic"', r"losses\.1\.alignment\.loss: Input should be 'atspeed-s'"),
         ("weight = 0.5", "weight = 2", r"losses\.1\.alignment\.weight: Input should be less than"),
         ("weight = 0.5", "beams = 3", r"losses\.1\.alignment: Value error, beams: belongs to the teacher's data"),

@@ -219,7 +219,7 @@ def test_the_draft_is_kept_unless_a_shape_is_given(run: TestBundle, tmp_path: Pa
     assert bundle.manifest.draft == run.bundle.manifest.draft
     assert bundle.manifest.target.precision == "float16"
     assert json.loads((tmp_path / "target-checkpoint" / "config.json").read_text())["dtype"] == "float16"
-    with pytest.raises(InflationError, match="inflated already"):
+    with pytest.raises(InflationError, match="already inflated"):
         inflate_bundle(bundle, tmp_path, inflations, label="x", precision="float32", seed=1)
 
 

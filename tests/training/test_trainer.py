@@ -204,7 +204,7 @@ def test_a_signal_stops_at_the_next_step(tmp_path: Path, number: signal.Signals)
         os.kill(os.getpid(), number)
         return cross_entropy(logits, batch)
 
-    with checkpoints.heeding_signals(), pytest.raises(Paused, match="batch 1 of 3"):
+    with checkpoints.stop_at_signals(), pytest.raises(Paused, match="batch 1 of 3"):
         replace(trainer(tmp_path, loss=signalled), checkpoints=checkpoints).fit()
     assert signal.getsignal(number) is before
 
