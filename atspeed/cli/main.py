@@ -275,11 +275,11 @@ def train_drafts(
     """
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
     compared = optional("atspeed.training.comparison")
-    asked = compared.read_comparison(comparison)
+    plan = compared.read_comparison(comparison)
     run_folder.mkdir(parents=True, exist_ok=True)
     with checkpoints.stop_at_signals():
         bundles = compared.train_drafts(
-            asked, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
+            plan, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
         )
     if optional("atspeed.training.processes").is_main():
         print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))

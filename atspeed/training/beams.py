@@ -101,7 +101,7 @@ class BeamSearch:
         score = torch.zeros((count, 1), device=tokens.device)
         sees = torch.ones((count, 1, prompt_length), dtype=torch.bool, device=tokens.device)
         for level in range(self.trie.levels):
-            asked = node.shape[1]
+            prefixes = node.shape[1]
             # Sort the prefixes by path, so that a stable sort leaves ties in the declared order.
             by_path = node.argsort(dim=1)
             node, score = node.gather(1, by_path), score.gather(1, by_path)
@@ -118,7 +118,7 @@ class BeamSearch:
                 # The extra path takes no beam's place, since its score is -inf. Its parent is the last prefix, at first the root.
                 path = torch.from_numpy(along[:, level, None]).to(node.device)
                 node, score = torch.cat([node, path], 1), torch.cat([score, torch.full_like(score[:, :1], -inf)], 1)
-                parent = torch.cat([parent, torch.full_like(path, asked - 1)], 1)
+                parent = torch.cat([parent, torch.full_like(path, prefixes - 1)], 1)
             # The pass over the new beams.
             sees = _seen_by_children(sees, parent)
             logits = self._logits_of(level, node, sees, prompt_length, cache)

@@ -21,6 +21,9 @@ from atspeed.training.evaluate import EvalExample, ModelRecommender, SearchedLev
 
 # Ratios that are tried between one level's scale and the next, a factor of about sqrt(2) apart. Level 1 has scale 1.
 _FACTORS = (0.7, 1.0, 1.4)
+_BEAM_WIDTHS = (10, 20)  # usual requests
+_PLAN_SIZES = (120, 240)  # half and all of the nodes that such requests usually get
+_LIST_LENGTH = 160  # nodes of the draft per level; two levels fill the larger plan
 
 
 @dataclass(frozen=True)
@@ -38,30 +41,30 @@ class Calibration:
     @classmethod
     def usual(cls) -> Calibration:
         """Return lists of 10 and 20 items, with the usual number of planned nodes and with half as many."""
-        sizes = (PlanSize(beam_width=k, width=most, max_nodes=most) for k, most in product((10, 20), (120, 240)))
-        return cls(tuple(sizes), width=160)
+        sizes = (PlanSize(beam_width=k, width=n, max_nodes=n) for k, n in product(_BEAM_WIDTHS, _PLAN_SIZES))
+        return cls(tuple(sizes), width=_LIST_LENGTH)
 
     def scales(
-        self, target: ModelRecommender, draft: ModelRecommender, asked: Sequence[EvalExample]
+        self, target: ModelRecommender, draft: ModelRecommender, examples: Sequence[EvalExample]
     ) -> tuple[float, ...]:
         """Return the best scales of levels 1 to L - 1; 1 on all levels if no others are better."""
         levels = draft.catalogue.trie.levels - 1
         if not levels:
             return ()
         free = free_nodes(draft.catalogue.trie, draft.rule)
-        lists = draft.search(asked, beams=self.width)[:levels]
-        wanted = {size.beam_width: target.beams(asked, beams=size.beam_width)[:levels] for size in self.sizes}
+        lists = draft.search(examples, beams=self.width)[:levels]
+        wanted = {size.beam_width: target.beams(examples, beams=size.beam_width)[:levels] for size in self.sizes}
         # Try every combination of ratios; the first best one stays.
         best = (1.0,) * levels
-        most = self._whole(draft, lists, wanted, best, free)
+        most = self._single_pass_requests(draft, lists, wanted, best, free)
         for factors in product(_FACTORS, repeat=levels - 1):
             tried = tuple(float(scale) for scale in np.cumprod((1.0, *factors)))
-            found = self._whole(draft, lists, wanted, tried, free)
+            found = self._single_pass_requests(draft, lists, wanted, tried, free)
             if found > most:
                 best, most = tried, found
         return best
 
-    def _whole(
+    def _single_pass_requests(
         self,
         draft: ModelRecommender,
         lists: Sequence[SearchedLevel],

@@ -124,10 +124,10 @@ class Comparison:
     @property
     def same_teacher(self) -> bool:
         """True if the base recipe's own draft can use the same teacher data."""
-        return _asked(self.base) in {None, _asked(self.variants[0].recipe)}
+        return _teacher_settings(self.base) in {None, _teacher_settings(self.variants[0].recipe)}
 
 
-def _asked(recipe: Recipe) -> tuple[int, int] | None:
+def _teacher_settings(recipe: Recipe) -> tuple[int, int] | None:
     """Return the beams and prompts of a recipe's teacher data, or None without alignment."""
     alignment = recipe.draft.alignment if recipe.draft else None
     return None if alignment is None else (alignment.beams, alignment.prompts)

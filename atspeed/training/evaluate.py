@@ -63,21 +63,21 @@ def eval_examples(
     ]
 
 
-def metrics(rankings: Sequence[Ranking], asked: Sequence[EvalExample]) -> dict[str, float]:
+def metrics(rankings: Sequence[Ranking], examples: Sequence[EvalExample]) -> dict[str, float]:
     """Return mean recall@k and ndcg@k over the examples; empty without examples.
 
     recall@k = targets among the first k / targets. ndcg@k = DCG / DCG of a list that begins with the targets.
     """
     discount = 1 / np.log2(np.arange(2, max(CUTOFFS) + 2))
     sums = {f"{name}@{k}": 0.0 for name in ("recall", "ndcg") for k in CUTOFFS}
-    for ranking, question in zip(rankings, asked, strict=True):
+    for ranking, example in zip(rankings, examples, strict=True):
         # One entry per rank: 1 where a target stands.
         hits = np.zeros(max(CUTOFFS))
-        hits[: len(ranking)] = [item in question.targets for item in ranking[: max(CUTOFFS)]]
+        hits[: len(ranking)] = [item in example.targets for item in ranking[: max(CUTOFFS)]]
         for k in CUTOFFS:
-            sums[f"recall@{k}"] += hits[:k].sum() / len(question.targets)
-            sums[f"ndcg@{k}"] += (hits[:k] @ discount[:k]) / discount[: min(k, len(question.targets))].sum()
-    return {name: float(total / len(asked)) for name, total in sums.items() if asked}
+            sums[f"recall@{k}"] += hits[:k].sum() / len(example.targets)
+            sums[f"ndcg@{k}"] += (hits[:k] @ discount[:k]) / discount[: min(k, len(example.targets))].sum()
+    return {name: float(total / len(examples)) for name, total in sums.items() if examples}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class SearchedLevel:
     score: npt.NDArray[np.float64]
 
     @classmethod
-    def empty(cls, questions: int, beams: int) -> Self:
+    def empty(cls, examples: int, beams: int) -> Self:
         """Return a level without beams."""
-        return cls(np.full((questions, beams), -1, dtype=np.int64), np.full((questions, beams), -np.inf))
+        return cls(np.full((examples, beams), -1, dtype=np.int64), np.full((examples, beams), -np.inf))
 
 
 @dataclass(frozen=True)
@@ -114,27 +114,29 @@ class ModelRecommender:
     catalogue: Catalogue
     rule: ScoringRule
 
-    def rank(self, asked: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Ranking]:
+    def rank(self, examples: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Ranking]:
         """Return the best items of each example, at most `beams`; items of one path in id order."""
-        leaves = self.beams(asked, exclude_seen=exclude_seen, beams=beams)[-1]
+        leaves = self.beams(examples, exclude_seen=exclude_seen, beams=beams)[-1]
         return [
-            self._items(row, question if exclude_seen else None, beams)
-            for row, question in zip(leaves, asked, strict=True)
+            self._items(row, example if exclude_seen else None, beams)
+            for row, example in zip(leaves, examples, strict=True)
         ]
 
-    def beams(self, asked: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
+    def beams(self, examples: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
         """Return the nodes of every level, best first: [examples, beams] per level, -1 where there are fewer."""
-        return [level.node for level in self.search(asked, exclude_seen=exclude_seen, beams=beams)]
+        return [level.node for level in self.search(examples, exclude_seen=exclude_seen, beams=beams)]
 
     def search(
-        self, asked: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS
+        self, examples: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS
     ) -> list[SearchedLevel]:
         """Return the beams of every level with their scores."""
-        prompts = [self.sequencer.prompt(question.history) for question in asked]
+        prompts = [self.sequencer.prompt(example.history) for example in examples]
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, beams)
-        found = [SearchedLevel.empty(len(asked), beams) for _ in range(self.catalogue.trie.levels)]
+        found = [SearchedLevel.empty(len(examples), beams) for _ in range(self.catalogue.trie.levels)]
         for group in batches_of_equal_length(prompts, _BATCH):
-            seen = [self.catalogue.pruning(excluded=asked[index].history) for index in group] if exclude_seen else None
+            seen = (
+                [self.catalogue.pruning(excluded=examples[index].history) for index in group] if exclude_seen else None
+            )
             levels = search.levels(np.stack([prompts[index] for index in group]), seen)
             for level, step in zip(found, levels, strict=True):
                 level.node[group, : step.node.shape[1]] = step.node.cpu().numpy()
@@ -152,7 +154,7 @@ class Validation:
     """The measures after each epoch: loss of the item that followed the prompt, and recall and NDCG at 10.
 
     Attributes:
-        asked: the examples.
+        examples: the examples.
         batches: the examples as batches, for the loss.
         sequencer: builds the prompts.
         catalogue: the catalogue.
@@ -160,7 +162,7 @@ class Validation:
         by_loss: True if the loss chooses the best epoch, else recall@10.
     """
 
-    asked: list[EvalExample]
+    examples: list[EvalExample]
     batches: list[Batch]
     sequencer: Sequencer
     catalogue: Catalogue
@@ -172,27 +174,29 @@ class Validation:
         cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, recipe: Recipe, schedule: Schedule
     ) -> Validation:
         """Build it from the validation split, with at most `schedule.validation_users` users."""
-        asked = eval_examples(
+        examples = eval_examples(
             dataset.cases("valid"),
             catalogue,
             allow_empty=recipe.allow_empty_history,
             limit=schedule.validation_users,
             seed=recipe.seed,
         )
-        examples = [sequencer.last_of(question.history, question.targets[0]) for question in asked]
-        examples.sort(key=lambda example: len(example.tokens))
+        sequences = [sequencer.last_of(example.history, example.targets[0]) for example in examples]
+        sequences.sort(key=lambda sequence: len(sequence.tokens))
         pad = sequencer.spelling.pad_token
-        batches = [Batch.of(examples[start : start + _BATCH], pad) for start in range(0, len(examples), _BATCH)]
-        return cls(asked, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
+        batches = [Batch.of(sequences[start : start + _BATCH], pad) for start in range(0, len(sequences), _BATCH)]
+        return cls(examples, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Measure the model; empty without examples. The epoch with the largest `score` is the best."""
-        if not self.asked:
+        if not self.examples:
             return {}
         losses = [self._loss(model, batch.to(model.device)) for batch in self.batches]
         sizes = [len(batch.tokens) for batch in self.batches]
         loss = float(np.average(losses, weights=sizes))
-        found = metrics(ModelRecommender(model, self.sequencer, self.catalogue, self.rule).rank(self.asked), self.asked)
+        found = metrics(
+            ModelRecommender(model, self.sequencer, self.catalogue, self.rule).rank(self.examples), self.examples
+        )
         score = -loss if self.by_loss else found["recall@10"]
         return {"loss": loss, "recall@10": found["recall@10"], "ndcg@10": found["ndcg@10"], "score": score}
 
@@ -218,21 +222,21 @@ class AgreementValidation:
     @classmethod
     def of(cls, validation: Validation, target: ModelRecommender, *, beams: int, width: int) -> Self:
         """Compute the target's beams, once."""
-        return cls(validation, target.beams(validation.asked, beams=beams), width)
+        return cls(validation, target.beams(validation.examples, beams=beams), width)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the validation's measures and the agreement. `score` is `accepted`; the share covered breaks ties.
 
         With a catalogue of one level nothing is planned, and the score is the validation's.
         """
-        asking = self.validation
-        if not asking.asked or asking.catalogue.trie.levels == 1:
-            return asking(model)
-        draft = ModelRecommender(model, asking.sequencer, asking.catalogue, asking.rule)
-        found = agreement(self.target, draft.beams(asking.asked, beams=self.width))
+        validation = self.validation
+        if not validation.examples or validation.catalogue.trie.levels == 1:
+            return validation(model)
+        draft = ModelRecommender(model, validation.sequencer, validation.catalogue, validation.rule)
+        found = agreement(self.target, draft.beams(validation.examples, beams=self.width))
         covered = float(np.mean([value for name, value in found.items() if name.endswith(".covered")]))
         measures = {"accepted": found["accepted"], "covered": covered}
-        return asking(model) | measures | {"score": found["accepted"] + covered / _TIE_BREAK}
+        return validation(model) | measures | {"score": found["accepted"] + covered / _TIE_BREAK}
 
 
 def popularity(dataset: Dataset, catalogue: Catalogue, *, before: SplitName = "valid") -> Scorer:
@@ -259,17 +263,17 @@ def item_knn(dataset: Dataset, catalogue: Catalogue, *, recent: int, before: Spl
     # Similarity of items x items; an item is not similar to itself.
     similarity = (cosine.T @ cosine).tocsr()
     similarity.setdiag(0)
-    return lambda question: np.asarray(similarity[question.history[-recent:]].sum(axis=0)).ravel()
+    return lambda example: np.asarray(similarity[example.history[-recent:]].sum(axis=0)).ravel()
 
 
-def rank_by(scorer: Scorer, asked: Sequence[EvalExample], *, exclude_seen: bool) -> list[Ranking]:
+def rank_by(scorer: Scorer, examples: Sequence[EvalExample], *, exclude_seen: bool) -> list[Ranking]:
     """Return the scorer's best 20 items of each example, ties in the order of item indices."""
     rankings: list[Ranking] = []
-    for question in asked:
-        scores = scorer(question).astype(np.float64)
+    for example in examples:
+        scores = scorer(example).astype(np.float64)
         if exclude_seen:
             scores = scores.copy()
-            scores[question.history] = -np.inf
+            scores[example.history] = -np.inf
         best = np.argsort(-scores, kind="stable")[: max(CUTOFFS)]
         rankings.append(best.tolist())
     return rankings

@@ -34,16 +34,16 @@ def evaluate_models(
     All methods learn from the train split. `item-knn-refitted` also counts the validation split, like a baseline that is
     rebuilt daily. The report is empty if the split has no case.
     """
-    asked = evaluate.eval_examples(
+    examples = evaluate.eval_examples(
         dataset.cases("test"),
         catalogue,
         allow_empty=recipe.allow_empty_history,
         limit=recipe.evaluation_users,
         seed=recipe.seed,
     )
-    if not asked:
+    if not examples:
         return {}
-    asking = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
+    recommenders = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
     baselines = {
         "popularity": evaluate.popularity(dataset, catalogue),
         "item-knn": evaluate.item_knn(dataset, catalogue, recent=recipe.prompt.max_items),
@@ -52,13 +52,16 @@ def evaluate_models(
     report: dict[str, dict[str, Measures]] = {}
     for protocol, exclude_seen in (("test", False), ("test-unseen", True)):
         found: dict[str, list[evaluate.Ranking]] = {}
-        for role, asked_model in asking.items():
-            found[role] = asked_model.rank(asked, exclude_seen=exclude_seen)
+        for role, model_recommender in recommenders.items():
+            found[role] = model_recommender.rank(examples, exclude_seen=exclude_seen)
         for name, scorer in baselines.items():
-            found[name] = evaluate.rank_by(scorer, asked, exclude_seen=exclude_seen)
-        report[protocol] = {name: evaluate.metrics(rankings, asked) for name, rankings in found.items()}
-    if "draft" in asking:
-        beams = asking["target"].beams(asked, beams=_TARGET_BEAMS), asking["draft"].beams(asked, beams=_DRAFT_WIDTH)
+            found[name] = evaluate.rank_by(scorer, examples, exclude_seen=exclude_seen)
+        report[protocol] = {name: evaluate.metrics(rankings, examples) for name, rankings in found.items()}
+    if "draft" in recommenders:
+        beams = (
+            recommenders["target"].beams(examples, beams=_TARGET_BEAMS),
+            recommenders["draft"].beams(examples, beams=_DRAFT_WIDTH),
+        )
         report["agreement"] = {"draft": evaluate.agreement(*beams)}
     return report
 

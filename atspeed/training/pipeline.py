@@ -33,7 +33,8 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Role
 from atspeed.engine.files.json_file import finite, write_json
 from atspeed.engine.model.bundle_check import verify_bundle
-from atspeed.training.alignment import AlignmentBatches, AlignmentObjective
+from atspeed.training.alignment import AlignmentObjective
+from atspeed.training.alignment_batches import AlignmentBatches
 from atspeed.training.bundles import provenance_of, write_bundle
 from atspeed.training.calibration import Calibration
 from atspeed.training.checkpoints import Checkpoints
@@ -272,17 +273,17 @@ class TrainingRun:
 
     def _load(self, role: Role, catalogue: Catalogue) -> ModelRecommender:
         folder = self.folders.shared if role == "target" else self.folders.run
-        asked = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
-        asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
-        return asked
+        loaded = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
+        loaded.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
+        return loaded
 
     def _plan_scale(self, part: DraftRecipe, catalogue: Catalogue) -> tuple[float, ...]:
         """Choose the plan scales on the validation's users."""
 
         def work() -> Measures:
             target, draft = self._load("target", catalogue), self._load("draft", catalogue)
-            asked = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).asked
-            scales = Calibration.usual().scales(target, draft, asked)
+            examples = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).examples
+            scales = Calibration.usual().scales(target, draft, examples)
             return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
 
         key = key_of(*self._model_keys(catalogue), part.schedule.validation_users)
@@ -302,8 +303,8 @@ class TrainingRun:
         )
 
         def work() -> Measures:
-            asked = self._load_target(catalogue)
-            teacher = Teacher(asked.model, asked.sequencer, catalogue, asked.rule, alignment.beams)
+            target = self._load_target(catalogue)
+            teacher = Teacher(target.model, target.sequencer, catalogue, target.rule, alignment.beams)
             write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.checkpoints)
             return {"prompts": len(prompts)}
 

@@ -139,9 +139,9 @@ class Teacher:
 
     def shard(self, prompts: TrainingPrompts, first: int, count: int) -> TeacherShard:
         """Compute beams and log-probabilities of `count` prompts from `first` on."""
-        asked = range(first, first + count)
-        tokens = [self.sequencer.prompt(prompts.history(index)) for index in asked]
-        gold = self.catalogue.leaf_of(np.array([prompts.gold(index) for index in asked]))
+        indices = range(first, first + count)
+        tokens = [self.sequencer.prompt(prompts.history(index)) for index in indices]
+        gold = self.catalogue.leaf_of(np.array([prompts.gold(index) for index in indices]))
         beams = np.full((count, self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
         logp: dict[int, npt.NDArray[np.float16]] = {}
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)

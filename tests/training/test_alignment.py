@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.alignment import AlignmentBatch, AlignmentBatches, AlignmentObjective, _Group, level_rows
+from atspeed.training.alignment import AlignmentObjective, level_rows
+from atspeed.training.alignment_batches import AlignmentBatch, AlignmentBatches, _Group
 from atspeed.training.recipe import Alignment, AlignmentLoss
 from atspeed.training.sequences import Batch, Sequencer, Spelling
 from atspeed.training.teacher import Teacher, TeacherShard, TrainingPrompts, tree_nodes, write_teacher_data
