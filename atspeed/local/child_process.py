@@ -46,7 +46,7 @@ def held_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         for number in pending:
-            signal.raise_signal(number)
+            signal.raise_signal(late)
 
 
 class ParentWatch:

@@ -43,7 +43,7 @@ def test_bundle_inspect_and_verify(made: TestBundle, tmp_path: Path) -> None:
     assert "manifest.json" in one_line(run("bundle", "inspect", tmp_path))
 
 
-def test_catalogue_update_and_what_it_refuses(made: TestBundle, tmp_path: Path) -> None:
+def test_catalogue_update_changes_items_and_refuses_mistakes(made: TestBundle, tmp_path: Path) -> None:
     new, add, remove = tmp_path / "new", tmp_path / "add.jsonl", tmp_path / "remove.txt"
     codes = [0] * made.bundle.catalogue().trie.levels
     add.write_text(json.dumps({"item_id": "new", "codes": codes}) + "\n")
@@ -144,7 +144,7 @@ def test_up_serves_until_interrupted(made: TestBundle) -> None:
     assert "UNAVAILABLE" in one_line(run("info", "--address", served[1]))
 
 
-def test_up_keeps_histories_where_told(made: TestBundle, tmp_path: Path) -> None:
+def test_up_keeps_histories_in_the_data_folder(made: TestBundle, tmp_path: Path) -> None:
     """They are there after Ctrl-C and another start."""
     data = tmp_path / "data"
     for expected in ("", "item-1\n"):
@@ -157,7 +157,7 @@ def test_up_keeps_histories_where_told(made: TestBundle, tmp_path: Path) -> None
         assert f"histories are kept in {data}" in errors
 
 
-def test_a_password_is_on_no_command_line(
+def test_password_is_on_no_command_line(
     made: TestBundle, redis_server: LocalRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every service gets the URL, also that of another Redis than its own variable names, and none shows it."""
@@ -194,7 +194,7 @@ def test_up_ends_with_a_service_that_ends(made: TestBundle) -> None:
     assert "ended unexpectedly" in errors
 
 
-def test_up_refuses_what_cannot_start(made: TestBundle, tmp_path: Path) -> None:
+def test_up_refuses_settings_that_cannot_start(made: TestBundle, tmp_path: Path) -> None:
     """No bundle; a port that is taken."""
     assert "manifest.json" in one_line(run("up", "--bundle", tmp_path))
     with socket.socket() as taken:

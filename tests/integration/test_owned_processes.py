@@ -140,14 +140,16 @@ class TestAStartThatFails:
         assert [service.process for service in stack.services] == [None] * 4
 
 
-def test_a_service_that_dies_says_why(service: ServiceProcess, does: Callable[[str, str], None]) -> None:
+def test_service_that_fails_to_start_reports_its_reason(
+    service: ServiceProcess, does: Callable[[str, str], None]
+) -> None:
     does("target_service", "dies")
     with pytest.raises(LocalStackError, match="out of memory"):
         service.start()
 
 
 @pytest.mark.parametrize("name", ["draft_service", "target_service", "orchestrator"])
-def test_a_stack_whose_start_is_interrupted_is_gone(
+def test_interrupted_start_of_a_stack_leaves_no_process(
     tmp_path: Path, does: Callable[[str, str], None], name: str
 ) -> None:
     """Ctrl-C while it waits for one of them: all of them are gone when the caller hears of it."""
@@ -159,7 +161,7 @@ def test_a_stack_whose_start_is_interrupted_is_gone(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
+def test_signal_between_a_process_and_its_watch_finds_both_owned(
     service: ServiceProcess, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     class Interrupted(ParentWatch):
@@ -189,7 +191,7 @@ def test_a_process_that_cannot_be_watched_is_not_kept(service: ServiceProcess, m
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_service_that_died_by_itself_is_replaced(service: ServiceProcess, asked: bool) -> None:
+def test_service_that_crashed_is_replaced(service: ServiceProcess, asked: bool) -> None:
     """Its watcher and its pipe go with it, whether or not anybody has asked in between if it runs."""
     for _ in range(3):
         service.start()
@@ -214,7 +216,7 @@ def test_a_service_that_runs_is_not_started_twice(service: ServiceProcess) -> No
 
 
 @pytest.mark.parametrize("ending", [ServiceProcess.stop, ServiceProcess.kill, ServiceProcess.wait_stopped])
-def test_an_end_meets_a_process_that_has_just_died(
+def test_stop_of_a_process_that_has_just_died_has_no_effect(
     service: ServiceProcess, ending: Callable[[ServiceProcess], None]
 ) -> None:
     service.start()
@@ -237,7 +239,7 @@ def test_a_service_that_does_not_end_in_time_is_killed(
 
 
 @pytest.mark.parametrize("name", ["draft_service", "target_service", "orchestrator"])
-def test_a_stop_that_is_interrupted_leaves_nothing(tmp_path: Path, does: Callable[[str, str], None], name: str) -> None:
+def test_interrupted_stop_leaves_no_process(tmp_path: Path, does: Callable[[str, str], None], name: str) -> None:
     """Ctrl-C while it waits for one that drains: nobody waits any more, and all are gone."""
     does(name, "interrupts when it is to end")
     stack = new_stack(tmp_path)

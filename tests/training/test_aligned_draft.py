@@ -72,7 +72,7 @@ def test_one_teacher_serves_all_losses(copied: Path, tmp_path: Path, monkeypatch
     assert fitted == ["draft"]
 
 
-def test_another_question_is_asked_anew(copied: Path, tmp_path: Path) -> None:
+def test_changed_teacher_settings_make_the_teacher_data_again(copied: Path, tmp_path: Path) -> None:
     train(aligned(tmp_path, loss="word-kd", prompts=50), copied, threads=1)
     assert sum(len(TeacherShard.load(path)) for path in (copied / "teacher").iterdir()) == 50
     train(aligned(tmp_path, loss="word-kd", prompts=40), copied, threads=1)

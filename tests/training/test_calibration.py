@@ -57,7 +57,7 @@ def planned(models: Models, question: EvalExample, size: PlanSize, scales: tuple
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_plan_that_is_tried_is_the_one_that_is_served(models: Models, size: PlanSize) -> None:
+def test_tried_plan_equals_the_served_plan(models: Models, size: PlanSize) -> None:
     draft = recommender(models, "draft")
     lists = draft.search(ASKED, beams=60)[:3]
     for row, question in enumerate(ASKED[:8]):
@@ -70,7 +70,7 @@ def test_a_plan_that_is_tried_is_the_one_that_is_served(models: Models, size: Pl
         assert all(models.catalogue.trie.child_count[node] <= 1 for node in free)
 
 
-def test_no_other_scales_cover_more_requests(models: Models) -> None:
+def test_chosen_scales_cover_the_most_requests(models: Models) -> None:
     """Counted from the drafter's plans; equally good ones may exist."""
     if models.rule is ScoringRule.TRIE:
         pytest.skip("free nodes are not in the drafter's plans; the rule is covered above")
@@ -88,6 +88,6 @@ def test_no_other_scales_cover_more_requests(models: Models) -> None:
     assert 0 < whole(found) < len(ASKED)
 
 
-def test_a_draft_that_is_the_target_needs_no_scales(models: Models) -> None:
+def test_draft_equal_to_the_target_gets_scales_of_one(models: Models) -> None:
     target = recommender(models, "target")
     assert Calibration(SIZES[:2], width=60).scales(target, target, ASKED) == (1.0, 1.0, 1.0)

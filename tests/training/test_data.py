@@ -129,13 +129,13 @@ def test_movielens_wheel_with_other_content_is_refused(wheel: Path, monkeypatch:
         read_movielens(wheel)
 
 
-def test_movielens_wheel_that_is_no_wheel_is_refused(tmp_path: Path) -> None:
+def test_movielens_file_that_is_not_a_wheel_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_text("no zip")
     with pytest.raises(DataError, match="cannot read"):
         read_movielens(tmp_path / "x.whl")
 
 
-def test_a_wheel_that_is_there_is_not_downloaded(wheel: Path) -> None:
+def test_existing_wheel_is_not_downloaded(wheel: Path) -> None:
     assert movielens_wheel(wheel.parent) == wheel
 
 

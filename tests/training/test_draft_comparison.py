@@ -113,7 +113,7 @@ def test_the_target_is_exported_once(run: Path) -> None:
         assert bundle.model_path("target").samefile(alone.model_path("target"))
 
 
-def test_the_benchmark_takes_them(run: Path) -> None:
+def test_trained_drafts_are_accepted_by_the_benchmark(run: Path) -> None:
     options = (run / "drafts" / "bundles.txt").read_text().splitlines()
     assert tuple(draft_bundles(Bundle(run / "drafts" / "target" / "bundle"), "draft", options)) == NAMES
 
@@ -127,7 +127,7 @@ def test_the_drafts_of_a_seed_begin_alike_and_take_equal_steps(run: Path) -> Non
         assert recipe["draft"]["alignment"]["weight"] == (0.5 if name.startswith("word-kd") else 0.7)
 
 
-def test_one_that_was_killed_goes_on_and_the_others_stay(
+def test_killed_draft_is_resumed_and_finished_ones_stay(
     run: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(copied / "drafts" / "word-kd-seed1")
@@ -179,7 +179,7 @@ def test_the_shipped_comparison(tmp_path: Path) -> None:
     assert len({variant.recipe.name for variant in comparison.variants}) == 24
 
 
-def test_other_prompts_are_another_teachers(tmp_path: Path) -> None:
+def test_other_prompts_need_another_teacher(tmp_path: Path) -> None:
     """The base recipe's own answers stay where they are, or the two would make each other ask anew."""
     assert not read_comparison(write(tmp_path, f"prompts = 20\n{COMPARISON}")).same_teacher
     assert read_comparison(write(tmp_path, f"prompts = 60\n{COMPARISON}")).same_teacher
@@ -211,7 +211,7 @@ def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, problem: s
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_base_without_what_is_varied(tmp_path: Path) -> None:
+def test_base_without_the_varied_part_is_refused(tmp_path: Path) -> None:
     pretrained = f"pretraining = {{ epochs = 2 }}\n{COMPARISON}"
     with pytest.raises(RecipeError, match=r"losses\.toml: pretraining: the draft of tiny\.toml has none"):
         read_comparison(write(tmp_path, pretrained, aligned=""))

@@ -93,7 +93,7 @@ def test_popularity_counts_everything_before_a_split(before: SplitName, order: s
     assert [CATALOGUE.id_of(item) for item in best] == list(order)
 
 
-def test_item_knn_recommends_what_goes_along() -> None:
+def test_item_knn_recommends_cooccurring_items() -> None:
     """d stands beside a in two histories, b in one; only the newest item of the question counts."""
     scorer = item_knn(dataset({"1": "ad", "2": "ad", "3": "ab", "4": "ef"}), CATALOGUE, recent=1)
     best = rank_by(scorer, [question("fa", "d")], exclude_seen=True)[0]
@@ -101,14 +101,14 @@ def test_item_knn_recommends_what_goes_along() -> None:
 
 
 @pytest.mark.parametrize(("before", "next_item"), [("valid", "b"), ("test", "d")])
-def test_item_knn_learns_from_the_validation_only_where_it_is_told_to(before: SplitName, next_item: str) -> None:
+def test_item_knn_uses_the_validation_split_only_on_request(before: SplitName, next_item: str) -> None:
     """The validation's users, one of them unknown before, put d beside a three times."""
     learnt = dataset({"1": "ab", "2": "a"}, {"2": "d", "3": "ad", "4": "da"})
     best = rank_by(item_knn(learnt, CATALOGUE, recent=1, before=before), [question("a", "b")], exclude_seen=True)[0]
     assert CATALOGUE.id_of(best[0]) == next_item
 
 
-def test_questions_without_a_history_need_permission() -> None:
+def test_examples_without_a_history_need_allow_empty() -> None:
     cases = [Case("1", (), ("a",)), Case("2", ("a",), ("b",)), Case("3", ("b",), ("c",))]
     assert len(eval_examples(cases, CATALOGUE, allow_empty=True, limit=9, seed=1)) == 3
     assert [q.targets for q in eval_examples(cases, CATALOGUE, allow_empty=False, limit=9, seed=1)] == [(1,), (2,)]
