@@ -45,7 +45,7 @@ def held_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in pending:
+        for late in pending:
             signal.raise_signal(late)
 
 

@@ -23,9 +23,9 @@ Weights are in a file beside the graph, whatever their size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import onnx
@@ -117,35 +117,107 @@ class GraphBuilder:
         return name
 
 
+class Arithmetic(Protocol):
+    """The products of a graph in one precision. Implementations: `FloatArithmetic`, `int8_graph.Int8Arithmetic`.
+
+    Attributes:
+        dtype: T, the type of hidden states and of the cache.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102 - see the class
+
+    def embed(self, embedding: Module, tokens: str) -> str:
+        """Look up the tokens' rows of the embedding, T [tokens, hidden]."""
+
+    def product(self, hidden: str, weight: Tensor) -> str:
+        """Write x W^T, T [tokens, out]. weight: [out, in]."""
+
+    def attend(self, query: str, key: str, value: str) -> str:
+        """Write attention itself. The result has any shape of [batch, new, heads * head_dim].
+
+        Args:
+            query: [batch, new, heads * head_dim].
+            key: [batch, past+new, kv_heads, head_dim].
+            value: [batch, past+new, kv_heads, head_dim].
+        """
+
+    def logits(self, head: Module, normed: str) -> str:
+        """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
+
+
+class FloatArithmetic:
+    """Products in float32 or float16."""
+
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self._graph = graph
+        self._shape = shape
+        self._tables: dict[int, str] = {}
+
+    def embed(self, embedding: Module, tokens: str) -> str:
+        """Look up the tokens' rows of the table."""
+        return self._graph.op("Gather", self._table(embedding), tokens)
+
+    def product(self, hidden: str, weight: Tensor) -> str:
+        """Write x W^T, [tokens, out]. weight: [out, in]."""
+        return self._graph.op("MatMul", hidden, self._weight(weight.T))
+
+    def attend(self, query: str, key: str, value: str) -> str:
+        """Write attention by the operator of that name."""
+        heads, kv_heads = self._shape.heads, self._shape.kv_heads
+        key, value = (self._merge_heads(part) for part in (key, value))
+        return self._graph.op("Attention", query, key, value, "attn_bias", q_num_heads=heads, kv_num_heads=kv_heads)
+
+    def logits(self, head: Module, normed: str) -> str:
+        """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
+        logits = self._graph.op("Gemm", normed, self._table(head), transB=1)
+        return self._graph.op("Cast", logits, to=TensorProto.FLOAT)
+
+    def _merge_heads(self, split: str) -> str:
+        """Reshape [batch, tokens, kv_heads, head_dim] -> [batch, tokens, kv_heads * head_dim]."""
+        merged = self._graph.integers(0, 0, self._shape.kv_heads * self._shape.head_dim)
+        return self._graph.op("Reshape", split, merged)
+
+    def _table(self, layer: Module) -> str:
+        """Add a [vocab, hidden] weight; tied embedding and head are written once."""
+        key = layer.weight.data_ptr()
+        if key not in self._tables:
+            self._tables[key] = self._weight(layer.weight)
+        return self._tables[key]
+
+    def _weight(self, weight: Tensor) -> str:
+        return self._graph.tensor(weight.detach().to(self.dtype))
+
+
 class DecoderGraph(GraphBuilder):
     """The decoder's blocks, each a method from tensor names to tensor names.
 
-    Hidden states are T [tokens, hidden], with the trees' tokens one after the other; only attention separates the trees.
+    A model family changes the blocks. A precision changes the `arithmetic`, which multiplies. Hidden states are
+    T [tokens, hidden], with the trees' tokens one after the other; only attention separates the trees.
     """
 
-    def __init__(self, model: PreTrainedModel, data: BinaryIO, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: PreTrainedModel, data: BinaryIO, arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic]
+    ) -> None:
         super().__init__(data)
         self.model = model
         self.shape = DecoderShape.of(model)
-        self.dtype = dtype
-        self.onnx_dtype = TensorProto.FLOAT16 if dtype == torch.float16 else TensorProto.FLOAT
-        self._tables: dict[int, str] = {}
+        self.arithmetic = arithmetic(self, self.shape)
+        self.dtype = self.arithmetic.dtype
+        self.onnx_dtype = TensorProto.FLOAT16 if self.dtype == torch.float16 else TensorProto.FLOAT
         self._axes: dict[tuple[int, ...], str] = {}
 
     def write(self, code_tokens: Sequence[int]) -> None:
         """Write the whole forward pass."""
         decoder = self.model.model
-        hidden = self.embed(decoder.embed_tokens, self.op("Reshape", "input_ids", self.integers(-1)))
+        hidden = self.arithmetic.embed(decoder.embed_tokens, self.op("Reshape", "input_ids", self.integers(-1)))
         rotation = self.rotation(decoder.rotary_emb)
         past, new = kv_names("past", self.shape.layers), kv_names("new", self.shape.layers)
         for layer, past_kv, new_kv in zip(decoder.layers, past, new, strict=True):
             hidden = self.op("Add", hidden, self.attention(layer, hidden, rotation, past_kv, new_kv))
             hidden = self.op("Add", hidden, self.mlp(layer, hidden))
         self.head(hidden, code_tokens)
-
-    def embed(self, embedding: Module, tokens: str) -> str:
-        """Look up the tokens' rows of the table."""
-        return self.op("Gather", self.table(embedding), tokens)
 
     def rotation(self, rotary: Module) -> tuple[str, str]:
         """Compute cosine and sine of every new token's position, T [batch, new, head_dim / 2]; angles are float32."""
@@ -173,22 +245,8 @@ class DecoderGraph(GraphBuilder):
             self.op("Concat", past, self.of_trees(part, shape.kv_heads, shape.head_dim, name=new), axis=1)
             for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
         )
-        mixed = self.attend(query, key, value)
+        mixed = self.arithmetic.attend(query, key, value)
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
-
-    def attend(self, query: str, key: str, value: str) -> str:
-        """Write attention itself. The result has any shape of [batch, new, heads * head_dim].
-
-        Args:
-            query: [batch, new, heads * head_dim].
-            key: [batch, past+new, kv_heads, head_dim].
-            value: [batch, past+new, kv_heads, head_dim].
-        """
-        shape = self.shape
-        key, value = (self.merge_heads(part, shape.kv_heads) for part in (key, value))
-        return self.op(
-            "Attention", query, key, value, "attn_bias", q_num_heads=shape.heads, kv_num_heads=shape.kv_heads
-        )
 
     def mlp(self, layer: Module, hidden: str) -> str:
         """Write down(silu(gate(x)) * up(x))."""
@@ -199,7 +257,8 @@ class DecoderGraph(GraphBuilder):
 
     def head(self, hidden: str, code_tokens: Sequence[int]) -> None:
         """Write code logits and log-normalizer of the requested rows, float32."""
-        logits = self.logits(self.norm(self.model.model.norm, self.op("Gather", hidden, "out_index")))
+        normed = self.norm(self.model.model.norm, self.op("Gather", hidden, "out_index"))
+        logits = self.arithmetic.logits(self.model.lm_head, normed)
         self.op("ReduceLogSumExp", logits, self.integers(1), name="log_normalizer", keepdims=0)
         first, last = code_tokens[0], code_tokens[-1]
         if list(code_tokens) == list(range(first, last + 1)):
@@ -207,11 +266,6 @@ class DecoderGraph(GraphBuilder):
             self.op("Slice", logits, *span, name="code_logits")
         else:
             self.op("Gather", logits, self.integers(*code_tokens), name="code_logits", axis=1)
-
-    def logits(self, normed: str) -> str:
-        """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
-        logits = self.op("Gemm", normed, self.table(self.model.lm_head), transB=1)
-        return self.op("Cast", logits, to=TensorProto.FLOAT)
 
     def norm(self, norm: Module, hidden: str) -> str:
         """Write RMS norm over the last axis, computed in float32."""
@@ -230,31 +284,16 @@ class DecoderGraph(GraphBuilder):
 
         All layers share one product, which is faster for passes of few tokens.
         """
-        result = self.product(hidden, torch.cat([layer.weight.detach() for layer in layers]))
+        result = self.arithmetic.product(hidden, torch.cat([layer.weight.detach() for layer in layers]))
         if layers[0].bias is not None:
             result = self.op("Add", result, self.cast_weight(torch.cat([layer.bias.detach() for layer in layers])))
         return self.split(result, [len(layer.weight) for layer in layers])
-
-    def product(self, hidden: str, weight: Tensor) -> str:
-        """Write x W^T, [tokens, out]. weight: [out, in]."""
-        return self.op("MatMul", hidden, self.cast_weight(weight.T))
 
     def of_trees(self, flat: str, *sizes: int, name: str = "") -> str:
         """Reshape [tokens, ...] -> [batch, new, *sizes]."""
         if sizes not in self._axes:
             self._axes[sizes] = self.op("Concat", self.op("Shape", "input_ids"), self.integers(*sizes), axis=0)
         return self.op("Reshape", flat, self._axes[sizes], name=name)
-
-    def merge_heads(self, split: str, heads: int) -> str:
-        """Reshape [batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
-        return self.op("Reshape", split, self.integers(0, 0, heads * self.shape.head_dim))
-
-    def table(self, layer: Module) -> str:
-        """Add a [vocab, hidden] weight in T; tied embedding and head are written once."""
-        key = layer.weight.data_ptr()
-        if key not in self._tables:
-            self._tables[key] = self.cast_weight(layer.weight)
-        return self._tables[key]
 
     def cast_weight(self, weight: Tensor) -> str:
         """Add a weight in T."""

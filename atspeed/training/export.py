@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,10 +26,10 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape
+from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
-from atspeed.training.int8_graph import Int8DecoderGraph, rounded
+from atspeed.training.int8_graph import Int8Arithmetic, rounded
 from atspeed.training.parity import compare
 
 MODEL_FILE = "model.onnx"
@@ -182,8 +183,9 @@ def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int]
 
 def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
     if precision == "int8":
-        return Int8DecoderGraph(model, data)
-    return DecoderGraph(model, data, torch.float16 if precision == "float16" else torch.float32)
+        return DecoderGraph(model, data, Int8Arithmetic)
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
 
 
 def _check_finite(path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None) -> None:

@@ -1,4 +1,4 @@
-"""Writes an 8-bit decoder, whose results do not depend on co-batched tokens.
+"""The 8-bit arithmetic of a decoder, independent of co-batched tokens.
 
 In a pass of other tokens sums are taken in another order, so float results differ in their last bits. Where activations are
 rounded to 8 bits, such a bit sometimes moves an activation by a whole step, and a log-probability by 1e-2. So no sum of this
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -27,69 +27,75 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.training.decoder_graph import DecoderGraph, Module
+from atspeed.training.decoder_graph import DecoderShape, GraphBuilder, Module
 
 _CONTRIB = "com.microsoft"
 _ACTIVATION_MAX, _ACTIVATION_ZERO = 127, 128  # activations are uint8, as the kernels take them
 _WEIGHT_MAX = 63  # 7 bits; see the module
 
 
-class Int8DecoderGraph(DecoderGraph):
-    """The blocks of the decoder; products with weights use integers, those of attention float64."""
+class Int8Arithmetic:
+    """Products with weights in integers, those of attention in float64; hidden states are float32."""
 
-    def __init__(self, model: PreTrainedModel, data: BinaryIO) -> None:
-        super().__init__(model, data)
-        self._one = self.tensor(torch.tensor(1.0))
-        self._step = self.tensor(torch.tensor([1 / _ACTIVATION_MAX]))
-        self._fine_step = self.tensor(torch.tensor([1 / (2 * _ACTIVATION_MAX)]))
-        self._zero = self.tensor(torch.tensor(_ACTIVATION_ZERO, dtype=torch.uint8))
-        self._of_tokens = self._zeros(self.op("Reshape", self.op("Size", "input_ids"), self.integers(1)))
-        self._of_rows = self._zeros(self.op("Shape", "out_index"))
-        self._bias = self.op("Unsqueeze", "attn_bias", self.integers(1))
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape) -> None:
+        self.dtype = torch.float32
+        self._graph = graph
+        self._shape = shape
+        self._one = self._graph.tensor(torch.tensor(1.0))
+        self._step = self._graph.tensor(torch.tensor([1 / _ACTIVATION_MAX]))
+        self._fine_step = self._graph.tensor(torch.tensor([1 / (2 * _ACTIVATION_MAX)]))
+        self._zero = self._graph.tensor(torch.tensor(_ACTIVATION_ZERO, dtype=torch.uint8))
+        self._of_tokens = self._zeros(
+            self._graph.op("Reshape", self._graph.op("Size", "input_ids"), self._graph.integers(1))
+        )
+        self._of_rows = self._zeros(self._graph.op("Shape", "out_index"))
+        self._bias = self._graph.op("Unsqueeze", "attn_bias", self._graph.integers(1))
         self._coded: dict[int, tuple[str, str]] = {}
 
     def embed(self, embedding: Module, tokens: str) -> str:
         """Look up the tokens' rows of the table, in float32."""
         codes, scale = self._table(embedding)
-        fine = self.op("Add", tokens, self.integers(self.shape.vocab_size))
-        return self.op("Add", *(self._rows(codes, scale, which) for which in (tokens, fine)))
+        fine = self._graph.op("Add", tokens, self._graph.integers(self._shape.vocab_size))
+        return self._graph.op("Add", *(self._rows(codes, scale, which) for which in (tokens, fine)))
 
-    def logits(self, normed: str) -> str:
+    def logits(self, head: Module, normed: str) -> str:
         """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
-        codes, scale = self._table(self.model.lm_head)
-        parts = self._fine_product(normed, self._of_rows, self.op("Transpose", codes, perm=[1, 0]), scale)
-        return self.op("Add", *self.split(parts, [self.shape.vocab_size] * 2))
+        codes, scale = self._table(head)
+        parts = self._fine_product(normed, self._of_rows, self._graph.op("Transpose", codes, perm=[1, 0]), scale)
+        return self._graph.op("Add", *self._graph.split(parts, [self._shape.vocab_size] * 2))
 
     def product(self, hidden: str, weight: Tensor) -> str:
         """Write x W^T, [tokens, out]. weight: [out, in]."""
         codes, scale = quantise_rows(weight)
-        return self._integer_product(hidden, self._of_tokens, self.tensor(codes.T), self.tensor(scale))
+        return self._integer_product(hidden, self._of_tokens, self._graph.tensor(codes.T), self._graph.tensor(scale))
 
     def attend(self, query: str, key: str, value: str) -> str:
         """Write softmax attention with all sums in float64."""
-        shape = self.shape
+        shape = self._shape
         groups = shape.heads // shape.kv_heads
         wide_query, wide_key, wide_value = (
-            self.op("Cast", self._heads_first(part, heads), to=TensorProto.DOUBLE)
+            self._graph.op("Cast", self._heads_first(part, heads), to=TensorProto.DOUBLE)
             for part, heads in ((query, groups), (key, 1), (value, 1))
         )
         # Scaled scores in float64, masked in float32, which are then functions of one query and one key each.
         scores = self._contrib("FusedMatMul", wide_query, wide_key, alpha=shape.head_dim**-0.5, transB=1)
-        scores = self.op("Add", self.op("Cast", scores, to=TensorProto.FLOAT), self._bias)
+        scores = self._graph.op("Add", self._graph.op("Cast", scores, to=TensorProto.FLOAT), self._bias)
         # Softmax: subtract the maximum, exponentiate in float32, sum and divide in float64.
-        above = self.op("Sub", scores, self.op("ReduceMax", scores, self.integers(-1), keepdims=1))
-        shares = self.op("Cast", self.op("Exp", above), to=TensorProto.DOUBLE)
-        total = self.op("ReduceSum", shares, self.integers(-1), keepdims=1)
-        mixed = self.op("Div", self.op("MatMul", shares, wide_value), total)
-        return self.op("Transpose", self.op("Cast", mixed, to=TensorProto.FLOAT), perm=[0, 3, 1, 2, 4])
+        above = self._graph.op("Sub", scores, self._graph.op("ReduceMax", scores, self._graph.integers(-1), keepdims=1))
+        shares = self._graph.op("Cast", self._graph.op("Exp", above), to=TensorProto.DOUBLE)
+        total = self._graph.op("ReduceSum", shares, self._graph.integers(-1), keepdims=1)
+        mixed = self._graph.op("Div", self._graph.op("MatMul", shares, wide_value), total)
+        return self._graph.op("Transpose", self._graph.op("Cast", mixed, to=TensorProto.FLOAT), perm=[0, 3, 1, 2, 4])
 
     def _heads_first(self, tokens: str, group: int) -> str:
         """Transpose [batch, tokens, ...] -> [batch, kv_heads, group, tokens, head_dim].
 
         group: query heads per key head for a query, 1 for a key or value.
         """
-        split = self.op("Reshape", tokens, self.integers(0, 0, self.shape.kv_heads, group, self.shape.head_dim))
-        return self.op("Transpose", split, perm=[0, 2, 3, 1, 4])
+        split = self._graph.op(
+            "Reshape", tokens, self._graph.integers(0, 0, self._shape.kv_heads, group, self._shape.head_dim)
+        )
+        return self._graph.op("Transpose", split, perm=[0, 2, 3, 1, 4])
 
     def _integer_product(self, hidden: str, zeros: str, codes: str, scale: str) -> str:
         """Multiply [n, in] by int8 codes [in, out] of scales [out], in 8 bits. zeros: the n zero points."""
@@ -99,45 +105,45 @@ class Int8DecoderGraph(DecoderGraph):
     def _fine_product(self, hidden: str, zeros: str, codes: str, scale: str) -> str:
         """Multiply in 16 bits: the remainder of the first 8 bits, in 254ths of their steps, is multiplied too."""
         rounded, steps = self._rounded(hidden, zeros)
-        over = self.op("Sub", hidden, self.op("DequantizeLinear", rounded, steps, zeros, axis=0))
-        fine_steps = self.op("Mul", steps, self._fine_step)
-        fine = self.op("QuantizeLinear", over, fine_steps, zeros, axis=0)
+        over = self._graph.op("Sub", hidden, self._graph.op("DequantizeLinear", rounded, steps, zeros, axis=0))
+        fine_steps = self._graph.op("Mul", steps, self._fine_step)
+        fine = self._graph.op("QuantizeLinear", over, fine_steps, zeros, axis=0)
         parts = (self._scaled_product(*part, codes, scale) for part in ((rounded, steps), (fine, fine_steps)))
-        return self.op("Add", *parts)
+        return self._graph.op("Add", *parts)
 
     def _rounded(self, hidden: str, zeros: str) -> tuple[str, str]:
         """Round to uint8 [n, in] and steps [n]. A row of zeros has step 0, which makes its products 0."""
-        largest = self.op("ReduceMax", self.op("Abs", hidden), self.integers(1), keepdims=0)
-        steps = self.op("Mul", largest, self._step)
-        return self.op("QuantizeLinear", hidden, steps, zeros, axis=0), steps
+        largest = self._graph.op("ReduceMax", self._graph.op("Abs", hidden), self._graph.integers(1), keepdims=0)
+        steps = self._graph.op("Mul", largest, self._step)
+        return self._graph.op("QuantizeLinear", hidden, steps, zeros, axis=0), steps
 
     def _scaled_product(self, rounded: str, steps: str, codes: str, scale: str) -> str:
         product = self._contrib("MatMulIntegerToFloat", rounded, codes, self._one, scale, self._zero)
-        return self.op("Mul", product, self._column(steps))
+        return self._graph.op("Mul", product, self._column(steps))
 
     def _rows(self, codes: str, scale: str, which: str) -> str:
         """Look up rows of codes and scale them, float32."""
-        rows = self.op("Cast", self.op("Gather", codes, which), to=TensorProto.FLOAT)
-        return self.op("Mul", rows, self._column(self.op("Gather", scale, which)))
+        rows = self._graph.op("Cast", self._graph.op("Gather", codes, which), to=TensorProto.FLOAT)
+        return self._graph.op("Mul", rows, self._column(self._graph.op("Gather", scale, which)))
 
     def _table(self, layer: Module) -> tuple[str, str]:
         """Return codes [2 vocab, hidden] and scales [2 vocab], remainders last; tied ones are written once."""
         key = layer.weight.data_ptr()
         if key not in self._coded:
             codes, scale = quantise_rows_finely(layer.weight)
-            self._coded[key] = self.tensor(codes), self.tensor(scale)
+            self._coded[key] = self._graph.tensor(codes), self._graph.tensor(scale)
         return self._coded[key]
 
     def _zeros(self, count: str) -> str:
         """Repeat the zero point `count` times."""
-        return self.op("Expand", self._zero, count)
+        return self._graph.op("Expand", self._zero, count)
 
     def _column(self, values: str) -> str:
         """Reshape [n] -> [n, 1]."""
-        return self.op("Unsqueeze", values, self.integers(1))
+        return self._graph.op("Unsqueeze", values, self._graph.integers(1))
 
     def _contrib(self, op_type: str, *inputs: str, **attributes: Any) -> str:
-        return self.op(op_type, *inputs, domain=_CONTRIB, **attributes)
+        return self._graph.op(op_type, *inputs, domain=_CONTRIB, **attributes)
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def test_one_pass_over_prompts_of_all_lengths_is_one_pass_per_path(model: PreTra
 
 def test_a_node_needs_its_parent() -> None:
     orphan = np.array([[0, int(TRIE.level_start[2])]])
-    with pytest.raises(ValueError, match="not among them"):
+    with pytest.raises(ValueError, match="a node or its parent is missing"):
         PromptTrees.of([np.array([1])], orphan, TRIE, SPELLING)
 
 
