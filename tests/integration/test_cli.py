@@ -208,7 +208,7 @@ class started:  # noqa: N801 - reads as a verb
     """`atspeed up` as a process that does not outlive the block."""
 
     def __init__(self, *arguments: object) -> None:
-        self.command = [sys.executable, "-m", "client", "up", *map(str, arguments)]
+        self.command = [sys.executable, "-m", "atspeed.cli", "up", *map(str, arguments)]
 
     def __enter__(self) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}

@@ -93,12 +93,12 @@ def first_process(*arguments: str) -> Iterator[First]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("module", [*SERVICES, "client"])
+@pytest.mark.parametrize("module", [*SERVICES, "atspeed.cli"])
 def test_a_first_process_ends_at_a_signal_before_anything_heavy_is_loaded(
     bundle: Path, module: str, number: signal.Signals
 ) -> None:
     """Its handler is there before the imports, which take a second; it prints nothing, as it never served."""
-    command = ["up"] if module == "client" else []
+    command = ["up"] if module == "atspeed.cli" else []
     with first_process("-m", module, *command, "--bundle", str(bundle)) as process:
         until(lambda: process.handles_sigterm, pause=0.001)
         assert not process.has_loaded_grpc
@@ -129,7 +129,7 @@ def test_a_first_process_that_runs_services_stops_them_at_sigterm() -> None:
 
 
 def test_a_command_that_is_still_loading_says_that_a_signal_ended_it() -> None:
-    with first_process("-m", "client", "bench", "lossless") as process:
+    with first_process("-m", "atspeed.cli", "bench", "lossless") as process:
         until(lambda: process.handles_sigterm, pause=0.001)
         os.kill(process.number, signal.SIGTERM)
         assert process.ended() == (128 + signal.SIGTERM, "")

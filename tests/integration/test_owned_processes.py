@@ -95,7 +95,7 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atspeed.local.stack, "_START_SECONDS", 1.0)
-    monkeypatch.setattr(atspeed.local.stack, "_LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr(atspeed.local.stack, "_LOG_SECONDS", 0.2)
 
 
 @pytest.fixture

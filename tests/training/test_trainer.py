@@ -88,7 +88,7 @@ def test_a_state_of_an_older_version_is_resumed(tmp_path: Path) -> None:
 def test_validation_score_that_is_not_finite_ends_the_run(score: float, tmp_path: Path) -> None:
     """No epoch would ever be the best, and the best one's checkpoint not there."""
     made = replace(trainer(tmp_path), validate=lambda _: {"score": score})
-    with pytest.raises(TrainingError, match=r"model epoch 1/4: its validation gives"):
+    with pytest.raises(TrainingError, match=r"model epoch 1/4: the validation score is"):
         made.fit()
 
 
