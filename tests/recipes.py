@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from atspeed.training.recipe import Model, read_recipe
+from atspeed.training.recipe import ModelRecipe, read_recipe
 from atspeed.training.trainer import FitState, Trainer
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -23,7 +23,7 @@ def short_recipe(more: str = "", *, users: int = 40, target_epochs: int = 2, dra
     return f"evaluation_users = 20\n{text}\n{more}"
 
 
-def with_epochs(part: Model, epochs: int) -> Model:
+def with_epochs(part: ModelRecipe, epochs: int) -> ModelRecipe:
     """A model that is trained so long."""
     return part.model_copy(update={"schedule": part.schedule.model_copy(update={"epochs": epochs})})
 

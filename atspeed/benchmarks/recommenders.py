@@ -30,7 +30,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
-from atspeed.training.evaluate import Question, Ranking, Recommender, Scorer
+from atspeed.training.evaluate import EvalExample, ModelRecommender, Ranking, Scorer
 from atspeed.training.final_evaluation import recommender
 from atspeed.training.models import SpelledModel
 from atspeed.training.pipeline import load_dataset
@@ -38,7 +38,7 @@ from atspeed.training.recipe import Recipe
 
 _TABLES = {"all": False, "unseen": True}  # whether the items of the history are excluded
 _Qualities = list[dict[int, Quality]]
-_Rank = Callable[[Sequence[Question], bool], list[Ranking]]
+_Rank = Callable[[Sequence[EvalExample], bool], list[Ranking]]
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class TrainedRun:
             raise BenchmarkError(f"--data: item {unknown!r} is not in the run's catalogue")
         return cls(recipe, folder, dataset, bundle, catalogue)
 
-    def questions(self, users: int | None, seed: int) -> list[Question]:
+    def questions(self, users: int | None, seed: int) -> list[EvalExample]:
         """The test split's, or those of `users` drawn by the seed. Raises BenchmarkError when there are none."""
         cases = self.dataset.cases("test")
-        asked = evaluate.questions(
+        asked = evaluate.eval_examples(
             cases,
             self.catalogue,
             allow_empty=self.recipe.allow_empty_history,
@@ -115,7 +115,7 @@ def sasrec(opened: TrainedRun, settings: Settings, *, seed: int) -> Method:
     return Method("sasrec", _of_scorer(model.score), time.process_time() - begun, asdict(settings))
 
 
-def run(asked: Sequence[Question], methods: Sequence[Method], *, seed: int) -> list[RecommenderRow]:
+def run(asked: Sequence[EvalExample], methods: Sequence[Method], *, seed: int) -> list[RecommenderRow]:
     """A row for each table and method; item-kNN must be one of them. seed: of the bootstrap."""
     rows = []
     for table, exclude_seen in _TABLES.items():
@@ -135,7 +135,7 @@ def header(opened: TrainedRun, methods: Sequence[Method], *, users: int) -> dict
     }
 
 
-def _of_model(model: Recommender) -> _Rank:
+def _of_model(model: ModelRecommender) -> _Rank:
     return lambda asked, exclude_seen: model.rank(asked, exclude_seen=exclude_seen)
 
 
@@ -149,7 +149,7 @@ def _counted(name: str, count: Callable[[], Scorer]) -> Method:
     return Method(name, _of_scorer(scorer), time.process_time() - begun)
 
 
-def _qualities(rankings: Sequence[Ranking], asked: Sequence[Question]) -> _Qualities:
+def _qualities(rankings: Sequence[Ranking], asked: Sequence[EvalExample]) -> _Qualities:
     """Of each user's list, by cutoff."""
     return [
         {cutoff: quality(ranking, question.targets, cutoff) for cutoff in CUTOFFS}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.training.data import Dataset
-from atspeed.training.evaluate import Question, questions
+from atspeed.training.evaluate import EvalExample, eval_examples
 
 _Session = tuple[int, int, int]  # user, item, place in the session: the library's SIT format
 
@@ -88,7 +88,7 @@ class SasRec:
         model.fit(training, validation)
         return cls(model, np.fromiter(known, np.int64), catalogue.items)
 
-    def score(self, question: Question) -> npt.NDArray[np.float64]:
+    def score(self, question: EvalExample) -> npt.NDArray[np.float64]:
         """A score for every item of the catalogue, [items]; -inf for those that the train split does not have."""
         number = {item: index for index, item in enumerate(self.items.tolist())}
         history = [number[item] for item in question.history.tolist() if item in number]
@@ -101,7 +101,9 @@ def _validation(
     dataset: Dataset, catalogue: Catalogue, known: Mapping[int, int], settings: Settings, seed: int
 ) -> Iterable[Sequence[int]]:
     """Histories that end with the first item of the validation split, where training knows what they hold."""
-    asked = questions(dataset.cases("valid"), catalogue, allow_empty=False, limit=settings.validation_users, seed=seed)
+    asked = eval_examples(
+        dataset.cases("valid"), catalogue, allow_empty=False, limit=settings.validation_users, seed=seed
+    )
     for question in asked:
         if question.targets[0] in known:
             yield [*question.history.tolist(), question.targets[0]]

@@ -1,1 +1,1 @@
-"""The `atspeed` command."""
+"""The `atspeed` command line."""

@@ -1,4 +1,7 @@
-"""`python -m client` is the `atspeed` command line: signals count before its commands are loaded, which takes a second."""
+"""Starts the `atspeed` command: `python -m atspeed.cli`.
+
+Signals are handled before the commands are loaded, which takes a second.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from atspeed.concurrency.early_signals import leave_at_signals, unwind_at_sigter
 
 
 def main() -> None:
-    """Run the command. `up` ends at a signal with exit code 0, as the services do, also before it has started anything."""
+    """Run the command. A signal ends `up` with exit code 0, as it ends a service, even before anything was started."""
     if sys.argv[1:2] == ["up"]:
         leave_at_signals()
     else:

@@ -29,31 +29,32 @@ def _named(user: str | None) -> str | None:
 
 
 UserId = Annotated[str, typer.Argument(help="The user.", callback=_named)]
-Tenant = Annotated[str, typer.Option(help="Whose user; tenants share neither histories nor cached states.")]
+Tenant = Annotated[str, typer.Option(help="Tenant of the user. Tenants share neither histories nor cached states.")]
 
 
 @with_connection
 def recommend(
     user: Annotated[str | None, typer.Argument(help="A user with a stored history.", callback=_named)] = None,
     history: History = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_UINT32, help="Items wanted.")] = 10,
-    beam_width: Annotated[int, typer.Option(min=0, max=MAX_UINT32, help="Beams searched; 0 means max(k, 20).")] = 0,
-    mode: Annotated[Mode, typer.Option(help="How the list is made.")] = Mode.STRICT,
-    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.0,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_UINT32, help="Number of items.")] = 10,
+    beam_width: Annotated[int, typer.Option(min=0, max=MAX_UINT32, help="Beam width; 0 means max(k, 20).")] = 0,
+    mode: Annotated[Mode, typer.Option(help="Verification policy.")] = Mode.STRICT,
+    tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest accepted score gap.")] = 0.0,
     temperature: Annotated[float | None, typer.Option(min=0.01, max=100, help="Sampling modes: temperature.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_UINT64, help="Sampling modes: seed.")] = None,
     exclude: Excluded = None,
     only: Allowed = None,
-    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave the history's items out.")] = False,
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the history.")] = False,
     tenant: Tenant = "",
     track: Annotated[
-        Track | None, typer.Option(help="Of which bundle, where a canary is served; by default the user decides.")
+        Track | None,
+        typer.Option(help="Release track to ask, if a canary is served. By default it depends on the user."),
     ] = None,
     as_json: AsJson = False,
     *,
     connection: Connection,
 ) -> None:
-    """The top items for a user, or for a history."""
+    """Recommend items to a user, or for a history."""
     if (user is None) == (history is None):
         raise typer.BadParameter("give either a user or --history")
     options: Options = {
@@ -88,7 +89,7 @@ def record(
     *,
     connection: Connection,
 ) -> None:
-    """Append items to a user's history. Ids that the catalogue does not know are stored too: a later one may know them."""
+    """Append items to a user's history. Ids that the catalogue does not know are stored too."""
     reply = _call(connection, lambda client: client.record(user, split(items) or [], tenant=tenant))
     if as_json:
         return _print_json(reply)
@@ -100,7 +101,7 @@ def record(
 
 @with_connection
 def history(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
-    """A user's stored items, oldest first, one a line."""
+    """Print a user's stored items, oldest first, one per line."""
     items = _call(connection, lambda client: client.history(user, tenant=tenant))
     for item in items:
         print(item)
@@ -117,7 +118,7 @@ def forget(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None
 
 @with_connection
 def info(*, connection: Connection) -> None:
-    """Versions, limits and the state of the services, as JSON."""
+    """Print versions, limits and the state of the services as JSON."""
     _print_json(_call(connection, lambda client: client.info()))
 
 

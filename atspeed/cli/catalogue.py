@@ -1,4 +1,7 @@
-"""`atspeed catalogue update`: a bundle with other items on the same models, for services that run to take up."""
+"""`atspeed catalogue update`: a bundle with other items on the same models.
+
+Running services can load it (hot reload).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.files.lines import parse_json, read_lines
 
-catalogue_commands = Commands(help="Change what a bundle recommends.")
+catalogue_commands = Commands(help="Change the items of a bundle.")
 
 
 def _item_id(item: str) -> str:
@@ -40,22 +43,25 @@ def catalogue_update(
     out: Annotated[
         Path,
         typer.Argument(
-            help="Folder of the new bundle, not there yet, on the same disk: models are hard links.", file_okay=False
+            help="Folder of the new bundle. It must not exist, and be on the same disk, since models are hard links.",
+            file_okay=False,
         ),
     ],
     add: Annotated[
         Path | None,
         typer.Option(
-            help='New items: lines of JSON, {"item_id": "a", "codes": [3, 0, 7]}.', exists=True, dir_okay=False
+            help='File of new items: one JSON object per line, {"item_id": "a", "codes": [3, 0, 7]}.',
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
     remove: Annotated[
-        Path | None, typer.Option(help="Items to take out: an id a line.", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="File of items to remove: one id per line.", exists=True, dir_okay=False)
     ] = None,
 ) -> None:
-    """Add items, with code paths of the bundle's codebooks, and take others out. An item in both files gets its new codes."""
+    """Add items with code paths of the bundle's codebooks, and remove others. An item in both files gets its new codes."""
     if os.path.lexists(out):
-        raise CommandError(f"{out}: is there already")
+        raise CommandError(f"{out}: exists already")
     added = _new_items(add) if add else {}
     removed = [item for _, item in read_lines(remove)] if remove else []
     try:
@@ -66,7 +72,7 @@ def catalogue_update(
 
 
 def _new_items(path: Path) -> dict[str, tuple[int, ...]]:
-    """Code paths by id."""
+    """Read code paths by id."""
     items: dict[str, tuple[int, ...]] = {}
     lines: dict[str, int] = {}
     for number, line in read_lines(path):
@@ -82,7 +88,7 @@ def _new_items(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _new_item(path: Path, number: int, line: str) -> NewItem:
     try:
-        parse_json(line)  # for keys that occur twice, which pydantic takes
+        parse_json(line)  # refuses keys that occur twice, which pydantic accepts
         return NewItem.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]

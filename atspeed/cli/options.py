@@ -1,4 +1,4 @@
-"""What all commands of the command line have: their options, their failure, their consoles, and modules of an extra."""
+"""Options, errors and consoles that all commands share, and modules of extras."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 
 MAX_SEED = 2**31 - 1
-"""Largest seed that every library of training and benchmarks takes."""
-MAX_USERS = 10_000_000
+"""Largest seed that all libraries of training and benchmarks accept."""
+MAX_USERS = 10_000_000  # more than any data set has; catches typing errors
 MAX_WIDTH = 4_096
-"""Largest beam width that a service may be set to allow."""
-MAX_EXCLUDED = 10_000_000
-MAX_REPLICAS = 64
-MAX_THREADS = 256
+"""Largest beam width that the services' settings allow."""
+MAX_EXCLUDED = 10_000_000  # likewise, for catalogues
+MAX_REPLICAS = 64  # on one machine; catches typing errors
+MAX_THREADS = 256  # likewise
 MAX_MINUTES = 525_600  # a year
 
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Directory of the bundle.", exists=True, file_okay=False)]
@@ -24,22 +24,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")
 
 out, err = Console(), Console(stderr=True)
 
-# Which extra brings a package that a command may lack.
+# The extra that installs a package; all other packages belong to `train`.
 _EXTRAS = {"gguf": "base-models", "matplotlib": "bench", "onnxruntime_genai": "bench", "trustme": "local"}
 _OURS = {"atspeed", "draft_service", "orchestrator", "research", "target_service"}
 
 
 def warn(text: str) -> None:
-    """Say on standard error what a user should know of an answer."""
+    """Print a warning about an answer on standard error."""
     err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class CommandError(Exception):
-    """A command that cannot do what it was asked. The text is one line."""
+    """A command that cannot be carried out. The text is one line."""
 
 
 def optional(module: str) -> Any:
-    """A module that needs what an extra installs. Raises CommandError naming the extra when it is not there."""
+    """Import a module of an extra. Raises CommandError naming the extra if a package is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

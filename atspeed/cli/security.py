@@ -1,4 +1,4 @@
-"""`atspeed certificates` and `atspeed token`: what a secured service is set up with."""
+"""`atspeed certificates` and `atspeed token`: credentials for secured services."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from atspeed.security.scopes import Scope
 from atspeed.security.tokens import TOKEN_NAME, hash_token, new_token
 
 
-def certificates(folder: Annotated[Path, typer.Argument(help="Where to write them.", file_okay=False)]) -> None:
-    """Throwaway certificates of a throwaway CA, a folder for each service, to try TLS with. Not for production."""
+def certificates(folder: Annotated[Path, typer.Argument(help="Folder to write them to.", file_okay=False)]) -> None:
+    """Write throwaway certificates of a throwaway CA, one folder per service, to try TLS. Not for production."""
     if folder.exists() and any(folder.iterdir()):
-        raise CommandError(f"{folder}: is not empty; certificates of another CA would not fit what is there")
+        raise CommandError(f"{folder}: is not empty; certificates of another CA would not fit its files")
     made = optional("atspeed.local.certificates").LocalCertificates(folder)
     for path in sorted(path for path in made.folder.rglob("*") if path.is_file()):
         print(path)
 
 
 def token(
-    name: Annotated[str, typer.Argument(help="Whose it will be: letters, digits, `.`, `_`, `-`.")],
-    scope: Annotated[list[Scope], typer.Option(help="What it allows; several times for several.")],
+    name: Annotated[str, typer.Argument(help="Name of the caller: letters, digits, `.`, `_`, `-`.")],
+    scope: Annotated[list[Scope], typer.Option(help="Permission of the token; repeat for several.")],
     tenant: Annotated[
         list[str] | None,
-        typer.Option(help="The only tenants that it may name; without, any. '' is the one without a name."),
+        typer.Option(
+            help="Tenant that the token may name; repeat for several. Without it, any. '' is the unnamed tenant."
+        ),
     ] = None,
 ) -> None:
-    """A new token: on standard output, this once; on standard error, its entry for the service's tokens file."""
+    """Make a token. Prints it on standard output, once, and its entry for the service's tokens file on standard error."""
     if not TOKEN_NAME.fullmatch(name):
         raise CommandError(f"{name!r}: a name is 1 to 64 letters, digits, `.`, `_` and `-`")
     made = new_token()

@@ -1,4 +1,4 @@
-"""Checks of the client's arguments: what cannot be meant is refused before anything is sent.
+"""Checks of the client's arguments, before anything is sent.
 
 Each check returns the value as the request holds it, and raises ArgumentTypeError or ArgumentValueError naming the argument.
 """
@@ -24,7 +24,7 @@ _Message = TypeVar("_Message")
 
 
 def text(field: str, value: Any, *, required: bool = True) -> str:
-    """Text that a message can carry."""
+    """Check text that a message can carry."""
     if not isinstance(value, str):
         raise ArgumentTypeError(field, f"must be text (str), got {_kind(value)}")
     if required and not value:
@@ -35,31 +35,31 @@ def text(field: str, value: Any, *, required: bool = True) -> str:
 
 
 def item_ids(field: str, values: Any, *, ordered: bool = True, required: bool = False) -> list[str]:
-    """Item ids of any iterable, in its order. required: at least one."""
+    """Check item ids of any iterable and keep their order. required: at least one."""
     listed = _listed(field, values, "item ids", ordered=ordered)
     if required and not listed:
         raise ArgumentValueError(field, "must hold at least one item id")
-    # All at once first: a name for each of ten thousand would cost more than the check.
+    # A quick check of all ids first: building a name for each of ten thousand would cost more than the check.
     if not all(type(value) is str and value and value.isascii() for value in listed):
         return [text(f"{field}[{place}]", value) for place, value in enumerate(listed)]
     return listed
 
 
 def messages(field: str, values: Any, kind: type[_Message]) -> list[_Message]:
-    """Messages of one kind, of any iterable."""
+    """Check messages of one kind, of any iterable."""
     listed = _listed(field, values, f"{kind.__name__} messages", ordered=True)
     return [message(f"{field}[{place}]", value, kind) for place, value in enumerate(listed)]
 
 
 def message(field: str, value: Any, kind: type[_Message]) -> _Message:
-    """A message of one kind."""
+    """Check a message of one kind."""
     if not isinstance(value, kind):
         raise ArgumentTypeError(field, f"must be a {kind.__name__}, got {_kind(value)}")
     return value
 
 
 def whole(field: str, value: Any, low: int, high: int) -> int:
-    """A whole number between low and high, of Python or numpy."""
+    """Check a whole number between low and high, of Python or numpy."""
     if isinstance(value, (bool, np.bool_)):
         raise ArgumentTypeError(field, "must be a whole number (int), got bool")
     try:
@@ -74,7 +74,7 @@ def whole(field: str, value: Any, low: int, high: int) -> int:
 def number(
     field: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> float:
-    """A finite number, of Python or numpy."""
+    """Check a finite number, of Python or numpy."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise ArgumentTypeError(field, f"must be a number, got {_kind(value)}")
     try:
@@ -89,14 +89,14 @@ def number(
 
 
 def flag(field: str, value: Any) -> bool:
-    """Yes or no."""
+    """Check a truth value."""
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentTypeError(field, f"must be True or False, got {_kind(value)}")
     return bool(value)
 
 
 def choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
-    """A member of an enum, or its value as text."""
+    """Check a member of an enum, or its value as text."""
     if not isinstance(value, str):
         raise ArgumentTypeError(field, f"must be a {choices.__name__} or its name, got {_kind(value)}")
     if value not in set(choices):
@@ -105,7 +105,7 @@ def choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
 
 
 def token(field: str, value: Any) -> str:
-    """A bearer token that metadata can carry. No message quotes it."""
+    """Check a bearer token that metadata can carry. No message quotes it."""
     if not isinstance(value, str):
         raise ArgumentTypeError(field, f"must be text (str), got {_kind(value)}")
     if not (value and value.isascii() and value.isprintable() and " " not in value):
@@ -140,7 +140,7 @@ def _is_utf8(value: str) -> bool:
 
 
 def _shown(number: int) -> str:
-    """A number short enough for a message: Python refuses to write one of more than 4300 digits."""
+    """Shorten a number for a message: Python refuses to write one of more than 4300 digits."""
     return str(number) if number.bit_length() <= 128 else f"a number of {number.bit_length()} bits"
 
 

@@ -5,7 +5,7 @@ RecommenderError              everything that the client raises
 +-- UsageError                a mistake in the calling program; nothing was sent
     +-- ArgumentTypeError     a TypeError too: an argument of the wrong type, or one that does not exist
     +-- ArgumentValueError    a ValueError too: an argument that no service accepts
-    |   +-- CertificateError  a TlsError too: files that TLS cannot work with
+    |   +-- CertificateError  a TlsError too: files that TLS cannot use
     +-- ClientStateError      a RuntimeError too: a client that is closed, or used outside of its event loop
 """
 
@@ -25,13 +25,14 @@ _FIELD = re.compile(r"([a-z][a-z0-9_-]*(?:\[\d+\])?(?:\.[a-z][a-z0-9_]*(?:\[\d+\
 
 
 class RecommenderError(Exception):
-    """Anything that the client raises.
+    """The base of all errors that the client raises.
 
-    code: the gRPC status of the call; of a mistake that the client found, the one that the service would have answered.
-    message: the problem in words.
-    field: the argument or the request's field at fault; empty where none is named.
-    retry_after_seconds: when another try may succeed, where a busy service said so.
-    request_id: the id of the call in the service's logs; empty where no service answered.
+    Attributes:
+        code: the gRPC status of the call. For a mistake that the client found, the status that the service would return.
+        message: the problem in words.
+        field: the argument or the request's field at fault; empty if none is named.
+        retry_after_seconds: the retry hint of a busy service; None without one.
+        request_id: the id of the call in the service's logs; empty if no service answered.
     """
 
     def __init__(
@@ -77,18 +78,18 @@ class ArgumentValueError(UsageError, ValueError):
 
 
 class CertificateError(ArgumentValueError, TlsError):
-    """Files that TLS cannot work with."""
+    """Files that TLS cannot use."""
 
 
 class ClientStateError(UsageError, RuntimeError):
-    """A client that is closed, or used outside of the event loop that it was made in."""
+    """A client that is closed, or used outside of the event loop that created it."""
 
     def __init__(self, problem: str) -> None:
         super().__init__("", problem, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 def call_error(error: grpc.aio.AioRpcError) -> CallError:
-    """The failure of a call, with all that its trailers say."""
+    """Build the error of a failed call, with the information of its trailers."""
     message = error.details() or ""
     trailers = [value for key, value in error.trailing_metadata() or () if key == REQUEST_ID_HEADER]
     return CallError(
@@ -101,6 +102,6 @@ def call_error(error: grpc.aio.AioRpcError) -> CallError:
 
 
 def field_at_fault(code: grpc.StatusCode, message: str) -> str:
-    """The field that a service's message names; empty where it names none."""
+    """Return the field that a service's message names; empty if it names none."""
     named = _FIELD.match(message) if code in _NAMING_A_FIELD else None
     return named[1] if named else ""

@@ -5,9 +5,8 @@
         reply = await client.recommend("alice", k=10)
         print([item.item_id for item in reply.items])
 
-Replies are the protobuf messages themselves: frozen dataclasses beside them would be a second copy of the contract, and the
-generated stubs already give every field a type. Requests are keyword arguments. From code that is not
-async, one `asyncio.run` around such a block is all it takes.
+Replies are the protobuf messages themselves: the generated stubs give every field a type, and dataclasses would be a second
+copy of the contract. Requests are keyword arguments. Code that is not async needs one `asyncio.run` around such a block.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ from atspeed.v1 import recommendation_pb2_grpc
 __all__ = ["SERVICE", "CallError", "Mode", "Options", "RecommenderClient", "RecommenderError", "recommend_request"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
-# Appending twice is not appending once, so RecordEvents is not among them.
+# RecordEvents is not retried, since a repeated call would append twice.
 _RETRIED = ("Recommend", "GetHistory", "ForgetUser", "GetServiceInfo")
-_MAX_MESSAGE_BYTES = 33_554_432
-_MAX_TIMEOUT_SECONDS = 86_400.0  # gRPC takes what is too large for its clock for a deadline that is over
+_MAX_MESSAGE_BYTES = 33_554_432  # 32 MiB, more than any list or history needs
+_MAX_TIMEOUT_SECONDS = 86_400.0  # gRPC treats a value too large for its clock as an expired deadline
 _NULLABLE = {"history", "temperature", "seed", "excluded", "allowed"}
 _Reply = TypeVar("_Reply")
 
 
 class Options(TypedDict, total=False):
-    """Options of a recommendation; the contract's `RecommendRequest` says what each field means.
+    """Options of a recommendation; the contract's `RecommendRequest` describes each field.
 
-    Modes may be text. Items may be any iterable of ids; None is no list, and `allowed` without any id is refused.
+    Modes may be text. Items may be any iterable of ids. None is no list, and `allowed` without any id is refused.
     """
 
     history: Iterable[str] | None
@@ -74,7 +73,7 @@ class Options(TypedDict, total=False):
 
 
 def recommend_request(user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendRequest:
-    """A request for a stored user's list or, with `history`, for that of the items given; 10 items by default.
+    """Build a request for a stored user or, with `history`, for the items given; 10 items by default.
 
     Raises ArgumentTypeError or ArgumentValueError, which name the option at fault.
     """
@@ -110,16 +109,17 @@ def recommend_request(user_id: str | None = None, **options: Unpack[Options]) ->
 
 
 class RecommenderClient:
-    """Calls a recommendation service. An async context manager; made and used inside one event loop.
+    """Calls a recommendation service. An async context manager, created and used inside one event loop.
 
-    address: NAME:PORT, or IP:PORT,IP:PORT for several replicas.
-    timeout_seconds: the deadline of every call, which travels with it; at most a day.
-    tls: how to speak TLS, `ClientTls()` for a server with a public certificate; plain text without it.
-    token: a bearer token, or a function that returns the one to show now.
+    Calls that can be repeated without a change are retried while the service is UNAVAILABLE, up to three times in all and
+    within their deadline. A call raises CallError when it fails, and UsageError, before anything is sent, for a mistaken
+    argument. Both are a RecommenderError (atspeed/client/errors.py). Errors of a `token` function are passed on.
 
-    Calls that change nothing when repeated are retried while the service is UNAVAILABLE, up to three times in all and
-    within their deadline. A call raises CallError when it fails, and UsageError, before anything is sent, where an argument
-    cannot be meant; both are a RecommenderError (atspeed/client/errors.py). What a function for `token` raises is passed on.
+    Args:
+        address: NAME:PORT, or IP:PORT,IP:PORT for several replicas.
+        timeout_seconds: the deadline of every call, at most a day.
+        tls: the TLS settings, `ClientTls()` for a server with a public certificate; plain text without it.
+        token: a bearer token, or a function that returns the current one.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class RecommenderClient:
     async def recommend(
         self, user_id: str | None = None, *, track: Track | str | None = None, **options: Unpack[Options]
     ) -> pb.RecommendResponse:
-        """The list for a stored user or, with `history=[...]`, for the items given. track: see `send`."""
+        """Return the list of a stored user or, with `history=[...]`, of the items given. track: see `send`."""
         return await self.send(recommend_request(user_id, **options), track)
 
     async def send(self, request: pb.RecommendRequest, track: Track | str | None = None) -> pb.RecommendResponse:
-        """The list for a request made by `recommend_request`, or by hand.
+        """Return the list of a request made by `recommend_request`, or by hand.
 
-        track: of which bundle, where it is not the user's who decides; that needs the scope admin.
+        track: the release track to ask instead of the user's own; that needs the scope admin.
         """
         asked = arguments.message("request", request, pb.RecommendRequest)
         metadata = () if track is None else ((TRACK_HEADER, arguments.choice("track", track, Track).value),)
@@ -156,7 +156,7 @@ class RecommenderClient:
     async def recommend_batch(
         self, requests: Iterable[pb.RecommendRequest]
     ) -> AsyncIterator[tuple[int, pb.RecommendResponse | CallError]]:
-        """Each request's index with its list or its error, as they are ready. See `recommend_request`."""
+        """Yield each request's index with its list or its error, in the order of completion. See `recommend_request`."""
         asked = pb.RecommendBatchRequest(requests=arguments.messages("requests", requests, pb.RecommendRequest))
         self._check_usable()
         with self._translated():
@@ -176,21 +176,21 @@ class RecommenderClient:
         return await self._call(self._stub.RecordEvents, request)
 
     async def history(self, user_id: str, tenant: str = "") -> list[str]:
-        """Ids of a user's stored items, oldest first; empty when there are none."""
+        """Return the ids of a user's stored items, oldest first; empty without any."""
         reply = await self._call(self._stub.GetHistory, pb.GetHistoryRequest(**_user(user_id, tenant)))
         return [event.item_id for event in reply.events]
 
     async def forget(self, user_id: str, tenant: str = "") -> bool:
-        """Erase a user's history; whether there was one."""
+        """Erase a user's history. Returns True if there was one."""
         reply = await self._call(self._stub.ForgetUser, pb.ForgetUserRequest(**_user(user_id, tenant)))
         return reply.existed
 
     async def info(self) -> pb.GetServiceInfoResponse:
-        """Versions, limits, and the state of the services behind this one."""
+        """Return versions, limits, and the state of the services behind this one."""
         return await self._call(self._stub.GetServiceInfo, pb.GetServiceInfoRequest())
 
     async def close(self) -> None:
-        """Close the connection; calls under way end with CallError, CANCELLED. Closing again does nothing."""
+        """Close the connection; running calls end with CallError, CANCELLED. A second call has no effect."""
         if not self._closed:
             self._check_usable()
             self._closed = True
@@ -215,9 +215,9 @@ class RecommenderClient:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise ClientStateError("the client is closed; make another one")
+            raise ClientStateError("the client is closed; create another one")
         if _running_loop() is not self._loop:
-            raise ClientStateError("the client belongs to another event loop; make one in each loop that needs one")
+            raise ClientStateError("the client belongs to another event loop; create one in each loop that needs one")
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -229,7 +229,7 @@ class RecommenderClient:
             task = asyncio.current_task()
             if not self._closed or (task and task.cancelling()):
                 raise
-            # gRPC cancels a closed channel's calls, which their tasks cannot tell from being cancelled themselves.
+            # gRPC cancels the calls of a closed channel, and their tasks see this as their own cancellation.
             raise CallError(grpc.StatusCode.CANCELLED, "the client was closed during the call") from None
 
 
@@ -237,7 +237,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
-        raise ClientStateError("make and use the client inside an event loop, as in asyncio.run(main())") from None
+        raise ClientStateError("create and use the client inside an event loop, as in asyncio.run(main())") from None
 
 
 def _channel(target: str, tls: ClientTls | None, token: Callable[[], str] | None) -> grpc.aio.Channel:
@@ -272,7 +272,7 @@ def _tls(tls: ClientTls | None) -> ClientTls | None:
 
 
 def _shown(token: str | Callable[[], str] | None) -> Callable[[], str] | None:
-    """The function that gives each call its token; None without one."""
+    """Return the function that gives each call its token; None without one."""
     if token is None:
         return None
     if callable(token):
@@ -292,7 +292,7 @@ def _refuse_unknown(options: Iterable[str]) -> None:
     known = list(Options.__annotations__)
     for name in options:
         if name not in known:
-            raise ArgumentTypeError(name, f"is no option of a recommendation; these are: {', '.join(known)}")
+            raise ArgumentTypeError(name, f"is not an option of a recommendation; the options are: {', '.join(known)}")
 
 
 def _batch_result(one: pb.RecommendBatchResponse) -> pb.RecommendResponse | CallError:

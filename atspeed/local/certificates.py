@@ -1,6 +1,7 @@
-"""Throwaway certificates for this machine (extra `local`): `atspeed up --tls`, `atspeed certificates`, tests.
+"""Throwaway certificates for this machine (extra `local`).
 
-Not for production: the key of the CA is made in memory and never written, so no certificate can be added or renewed.
+`atspeed up --tls`, `atspeed certificates` and tests use them. They are not for production: the CA's key is made in memory
+and never written, so no certificate can be added or renewed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 class LocalCertificates:
     """A CA in a folder: ca.crt, and for each service a folder NAME with its own tls.crt and tls.key, and ca.crt again.
 
-    Each certificate is valid for its name and for this machine. The names are those of a TLS Secret in Kubernetes.
+    Each certificate is valid for its name and for this machine. The file names are those of a TLS Secret in Kubernetes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,11 +36,11 @@ class LocalCertificates:
 
     @property
     def ca(self) -> Path:
-        """The CA's certificate."""
+        """The path of the CA's certificate."""
         return self.folder / "ca.crt"
 
     def issue(self, name: str, *, not_after: datetime | None = None) -> TlsFiles:
-        """A new certificate for `name`, over the one that it had. The key is readable by its owner alone."""
+        """Issue a new certificate for `name` and replace the old one. Only the owner can read the key."""
         made = self._ca.issue_cert(name, *LOCAL_NAMES, common_name=name, not_after=not_after)
         with replacing(self._key(name), mode=0o600) as file:
             file.write(made.private_key_pem.bytes())
@@ -49,23 +50,27 @@ class LocalCertificates:
 
     @contextmanager
     def new_authority(self) -> Iterator[None]:
-        """Another CA, trusted beside the old one within the block, in which certificates can be issued, and alone after it."""
-        before, self._ca = self._ca, trustme.CA(key_type=trustme.KeyType.ECDSA)
+        """Replace the CA.
+
+        Within the block both CAs are trusted and the new one issues certificates; after it only the new one is trusted.
+        """
+        before = self._ca
+        self._ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
         self._trust(before.cert_pem.bytes() + self._ca.cert_pem.bytes())
         yield
         self._trust(self._ca.cert_pem.bytes())
 
     def files(self, name: str) -> TlsFiles:
-        """A service's files; they trust this CA."""
+        """Return a service's files, which trust this CA."""
         return TlsFiles(self._certificate(name), self._key(name), self.ca)
 
     def client(self, name: str = "client", server_name: str = "") -> ClientTls:
-        """How a client shows itself as `name`."""
+        """Return the TLS settings of a client with the certificate of `name`."""
         return ClientTls(self.files(name), server_name)
 
     @property
     def flags(self) -> Mapping[str, Mapping[str, object]]:
-        """Settings by service: mutual TLS inside, and a public port that asks for no certificate."""
+        """Settings by service: mutual TLS inside, and a public port that needs no client certificate."""
         return {"draft": self._model("draft"), "target": self._model("target"), "orchestrator": self._orchestrator()}
 
     def _model(self, name: str) -> Mapping[str, object]:

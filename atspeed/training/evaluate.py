@@ -1,7 +1,7 @@
-"""Recall and NDCG of models by beam search through the trie, beside popularity and item-kNN; and a draft's agreement.
+"""Recall and NDCG of models, popularity and item-kNN, and a draft's agreement.
 
-Protocol of the AtSpeed paper: the answer is the set of a user's items of the split, beams 20, nothing excluded.
-`exclude_seen` leaves out what the history holds, in the models and the baselines alike.
+Protocol of the AtSpeed paper: the answer is the set of a user's items of the split, with 20 beams and nothing excluded.
+With `exclude_seen`, models and baselines leave out the items of the history.
 """
 
 from __future__ import annotations
@@ -27,99 +27,123 @@ from atspeed.training.sequences import Batch, Sequencer
 from atspeed.training.trainer import cross_entropy
 
 Ranking = Sequence[int]  # item indices, best first
-Scorer = Callable[["Question"], npt.NDArray[np.float64]]  # a score for every item, [items]
-CUTOFFS = (5, 10, 20)
-BEAMS = 20
-_BATCH = 64
+Scorer = Callable[["EvalExample"], npt.NDArray[np.float64]]  # a score for every item, [items]
+CUTOFFS = (5, 10, 20)  # recall and NDCG are reported at these
+BEAMS = 20  # the AtSpeed paper's beam width
+_TIE_BREAK = 1000  # divides the share covered, so that it decides only between equal acceptance
+_BATCH = 64  # prompts per pass; affects speed and memory only
 
 
 @dataclass(frozen=True)
-class Question:
-    """A case in item indices: history int64 [h], oldest first; targets in time order."""
+class EvalExample:
+    """An evaluation case in item indices.
+
+    Attributes:
+        history: int64 [h], oldest first.
+        targets: the answer, in time order.
+    """
 
     history: Int64
     targets: tuple[int, ...]
 
 
-def questions(
+def eval_examples(
     cases: Sequence[Case], catalogue: Catalogue, *, allow_empty: bool, limit: int, seed: int
-) -> list[Question]:
-    """At most `limit` of the cases that have targets, drawn by the seed; those without a history only where the model can answer
-    them.
+) -> list[EvalExample]:
+    """Return at most `limit` of the cases that have targets, drawn by the seed.
+
+    Cases without a history are left out unless `allow_empty`.
     """
     answerable = [case for case in cases if case.targets and (case.history or allow_empty)]
     if len(answerable) > limit:
         chosen = np.sort(np.random.default_rng(seed).choice(len(answerable), size=limit, replace=False))
         answerable = [answerable[index] for index in chosen]
-    return [Question(catalogue.find(case.history), tuple(catalogue.find(case.targets).tolist())) for case in answerable]
+    return [
+        EvalExample(catalogue.find(case.history), tuple(catalogue.find(case.targets).tolist())) for case in answerable
+    ]
 
 
-def metrics(rankings: Sequence[Ranking], asked: Sequence[Question]) -> dict[str, float]:
-    """Mean recall@k and ndcg@k over the questions; nothing where there are none.
+def metrics(rankings: Sequence[Ranking], examples: Sequence[EvalExample]) -> dict[str, float]:
+    """Return mean recall@k and ndcg@k over the examples; empty without examples.
 
-    recall@k = found targets among the first k / targets. ndcg@k = DCG over that of a list that begins with the targets.
+    recall@k = targets among the first k / targets. ndcg@k = DCG / DCG of a list that begins with the targets.
     """
     discount = 1 / np.log2(np.arange(2, max(CUTOFFS) + 2))
     sums = {f"{name}@{k}": 0.0 for name in ("recall", "ndcg") for k in CUTOFFS}
-    for ranking, question in zip(rankings, asked, strict=True):
+    for ranking, example in zip(rankings, examples, strict=True):
+        # One entry per rank: 1 where a target stands.
         hits = np.zeros(max(CUTOFFS))
-        hits[: len(ranking)] = [item in question.targets for item in ranking[: max(CUTOFFS)]]
+        hits[: len(ranking)] = [item in example.targets for item in ranking[: max(CUTOFFS)]]
         for k in CUTOFFS:
-            sums[f"recall@{k}"] += hits[:k].sum() / len(question.targets)
-            sums[f"ndcg@{k}"] += (hits[:k] @ discount[:k]) / discount[: min(k, len(question.targets))].sum()
-    return {name: float(total / len(asked)) for name, total in sums.items() if asked}
+            sums[f"recall@{k}"] += hits[:k].sum() / len(example.targets)
+            sums[f"ndcg@{k}"] += (hits[:k] @ discount[:k]) / discount[: min(k, len(example.targets))].sum()
+    return {name: float(total / len(examples)) for name, total in sums.items() if examples}
 
 
 @dataclass(frozen=True)
 class SearchedLevel:
-    """The beams of one level, best first. node: int64 [questions, beams], -1 where there are fewer; score: float64 alike."""
+    """The beams of one level for many examples, best first.
+
+    Attributes:
+        node: int64 [examples, beams]. Trie nodes, -1 where there are fewer.
+        score: float64 [examples, beams]. Cumulative log-probabilities.
+    """
 
     node: Int64
     score: npt.NDArray[np.float64]
 
     @classmethod
-    def empty(cls, questions: int, beams: int) -> Self:
-        """No beams yet."""
-        return cls(np.full((questions, beams), -1, dtype=np.int64), np.full((questions, beams), -np.inf))
+    def empty(cls, examples: int, beams: int) -> Self:
+        """Return a level without beams."""
+        return cls(np.full((examples, beams), -1, dtype=np.int64), np.full((examples, beams), -np.inf))
 
 
 @dataclass(frozen=True)
-class Recommender:
-    """A model with what it takes to ask it for items."""
+class ModelRecommender:
+    """A model that recommends items to evaluation examples.
+
+    Attributes:
+        model: the model.
+        sequencer: builds its prompts.
+        catalogue: the catalogue.
+        rule: the scoring rule.
+    """
 
     model: PreTrainedModel
     sequencer: Sequencer
     catalogue: Catalogue
     rule: ScoringRule
 
-    def rank(self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Ranking]:
-        """The best items of each question, at most `beams`; items of one path in id order."""
-        leaves = self.beams(asked, exclude_seen=exclude_seen, beams=beams)[-1]
+    def rank(self, examples: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Ranking]:
+        """Return the best items of each example, at most `beams`; items of one path in id order."""
+        leaves = self.beams(examples, exclude_seen=exclude_seen, beams=beams)[-1]
         return [
-            self._items(row, question if exclude_seen else None, beams)
-            for row, question in zip(leaves, asked, strict=True)
+            self._items(row, example if exclude_seen else None, beams)
+            for row, example in zip(leaves, examples, strict=True)
         ]
 
-    def beams(self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
-        """The beams of every level, best first: trie nodes [questions, beams] per level, -1 where there are fewer."""
-        return [level.node for level in self.search(asked, exclude_seen=exclude_seen, beams=beams)]
+    def beams(self, examples: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS) -> list[Int64]:
+        """Return the nodes of every level, best first: [examples, beams] per level, -1 where there are fewer."""
+        return [level.node for level in self.search(examples, exclude_seen=exclude_seen, beams=beams)]
 
     def search(
-        self, asked: Sequence[Question], *, exclude_seen: bool = False, beams: int = BEAMS
+        self, examples: Sequence[EvalExample], *, exclude_seen: bool = False, beams: int = BEAMS
     ) -> list[SearchedLevel]:
-        """The beams of every level with their scores."""
-        prompts = [self.sequencer.prompt(question.history) for question in asked]
+        """Return the beams of every level with their scores."""
+        prompts = [self.sequencer.prompt(example.history) for example in examples]
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, beams)
-        found = [SearchedLevel.empty(len(asked), beams) for _ in range(self.catalogue.trie.levels)]
+        found = [SearchedLevel.empty(len(examples), beams) for _ in range(self.catalogue.trie.levels)]
         for group in batches_of_equal_length(prompts, _BATCH):
-            seen = [self.catalogue.pruning(excluded=asked[index].history) for index in group] if exclude_seen else None
+            seen = (
+                [self.catalogue.pruning(excluded=examples[index].history) for index in group] if exclude_seen else None
+            )
             levels = search.levels(np.stack([prompts[index] for index in group]), seen)
             for level, step in zip(found, levels, strict=True):
                 level.node[group, : step.node.shape[1]] = step.node.cpu().numpy()
                 level.score[group, : step.node.shape[1]] = step.score.cpu().numpy()
         return found
 
-    def _items(self, leaves: Int64, excluding: Question | None, count: int) -> Ranking:
+    def _items(self, leaves: Int64, excluding: EvalExample | None, count: int) -> Ranking:
         seen = set(excluding.history.tolist()) if excluding else set()
         items = (item for leaf in leaves[leaves >= 0].tolist() for item in self.catalogue.items_of(leaf))
         return list(islice((item for item in items if item not in seen), count))
@@ -127,9 +151,18 @@ class Recommender:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the trainer measures after each epoch: loss of the next item after the prompt, recall and ndcg at 10."""
+    """The measures after each epoch: loss of the item that followed the prompt, and recall and NDCG at 10.
 
-    asked: list[Question]
+    Attributes:
+        examples: the examples.
+        batches: the examples as batches, for the loss.
+        sequencer: builds the prompts.
+        catalogue: the catalogue.
+        rule: the scoring rule.
+        by_loss: True if the loss chooses the best epoch, else recall@10.
+    """
+
+    examples: list[EvalExample]
     batches: list[Batch]
     sequencer: Sequencer
     catalogue: Catalogue
@@ -140,28 +173,30 @@ class Validation:
     def of(
         cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, recipe: Recipe, schedule: Schedule
     ) -> Validation:
-        """From the validation split, at most `schedule.validation_users` of it."""
-        asked = questions(
+        """Build it from the validation split, with at most `schedule.validation_users` users."""
+        examples = eval_examples(
             dataset.cases("valid"),
             catalogue,
             allow_empty=recipe.allow_empty_history,
             limit=schedule.validation_users,
             seed=recipe.seed,
         )
-        examples = [sequencer.last_of(question.history, question.targets[0]) for question in asked]
-        examples.sort(key=lambda example: len(example.tokens))
+        sequences = [sequencer.last_of(example.history, example.targets[0]) for example in examples]
+        sequences.sort(key=lambda sequence: len(sequence.tokens))
         pad = sequencer.spelling.pad_token
-        batches = [Batch.of(examples[start : start + _BATCH], pad) for start in range(0, len(examples), _BATCH)]
-        return cls(asked, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
+        batches = [Batch.of(sequences[start : start + _BATCH], pad) for start in range(0, len(sequences), _BATCH)]
+        return cls(examples, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Measures of the model, none where nobody is asked; `score` is what the best epoch is chosen by, larger is better."""
-        if not self.asked:
+        """Measure the model; empty without examples. The epoch with the largest `score` is the best."""
+        if not self.examples:
             return {}
         losses = [self._loss(model, batch.to(model.device)) for batch in self.batches]
         sizes = [len(batch.tokens) for batch in self.batches]
         loss = float(np.average(losses, weights=sizes))
-        found = metrics(Recommender(model, self.sequencer, self.catalogue, self.rule).rank(self.asked), self.asked)
+        found = metrics(
+            ModelRecommender(model, self.sequencer, self.catalogue, self.rule).rank(self.examples), self.examples
+        )
         score = -loss if self.by_loss else found["recall@10"]
         return {"loss": loss, "recall@10": found["recall@10"], "ndcg@10": found["ndcg@10"], "score": score}
 
@@ -172,9 +207,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class AgreementValidation:
-    """A validation that chooses the draft that covers the target's beams best, whatever it recommends itself.
+    """A validation that chooses the draft that covers the target's beams best.
 
-    target: the target's beams on the validation's questions, per level, nodes [questions, K]. width: N, the draft's.
+    Attributes:
+        validation: the measures of the draft's own lists.
+        target: int64 [examples, K] per level. The target's beams.
+        width: N, the number of the draft's beams.
     """
 
     validation: Validation
@@ -182,27 +220,27 @@ class AgreementValidation:
     width: int
 
     @classmethod
-    def of(cls, validation: Validation, target: Recommender, *, beams: int, width: int) -> Self:
-        """Ask the target, once."""
-        return cls(validation, target.beams(validation.asked, beams=beams), width)
+    def of(cls, validation: Validation, target: ModelRecommender, *, beams: int, width: int) -> Self:
+        """Compute the target's beams, once."""
+        return cls(validation, target.beams(validation.examples, beams=beams), width)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """The validation's measures and the agreement; `score` is `accepted`, ties go to the larger share covered.
+        """Return the validation's measures and the agreement. `score` is `accepted`; the share covered breaks ties.
 
-        Over a catalogue of one level nothing is planned: the score is the validation's.
+        With a catalogue of one level nothing is planned, and the score is the validation's.
         """
-        asking = self.validation
-        if not asking.asked or asking.catalogue.trie.levels == 1:
-            return asking(model)
-        draft = Recommender(model, asking.sequencer, asking.catalogue, asking.rule)
-        found = agreement(self.target, draft.beams(asking.asked, beams=self.width))
+        validation = self.validation
+        if not validation.examples or validation.catalogue.trie.levels == 1:
+            return validation(model)
+        draft = ModelRecommender(model, validation.sequencer, validation.catalogue, validation.rule)
+        found = agreement(self.target, draft.beams(validation.examples, beams=self.width))
         covered = float(np.mean([value for name, value in found.items() if name.endswith(".covered")]))
         measures = {"accepted": found["accepted"], "covered": covered}
-        return asking(model) | measures | {"score": found["accepted"] + covered / 1000}
+        return validation(model) | measures | {"score": found["accepted"] + covered / _TIE_BREAK}
 
 
 def popularity(dataset: Dataset, catalogue: Catalogue, *, before: SplitName = "valid") -> Scorer:
-    """Each item's count in all histories before a split; before validation there is what models are trained on."""
+    """Score each item by its count in all histories before a split; `valid` leaves the train split."""
     counts = np.zeros(catalogue.items)
     for items in dataset.histories(before).values():
         np.add.at(counts, catalogue.find(items), 1)
@@ -210,41 +248,47 @@ def popularity(dataset: Dataset, catalogue: Catalogue, *, before: SplitName = "v
 
 
 def item_knn(dataset: Dataset, catalogue: Catalogue, *, recent: int, before: SplitName = "valid") -> Scorer:
-    """Summed cosine similarity, of the sets of users, to the `recent` newest items (Sarwar et al. 2001).
+    """Score by summed cosine similarity, of the sets of users, to the `recent` newest items (Sarwar et al. 2001).
 
-    before: the split before which all histories are counted. A question's own history is whatever it is.
+    before: the split before which histories are counted. An example's own history is used in full.
     """
     users = [catalogue.find(items) for items in dataset.histories(before).values()]
+    # A binary matrix of users x items, and its columns scaled to unit length.
     rows = np.repeat(np.arange(len(users)), [len(items) for items in users])
     shape = (len(users), catalogue.items)
     seen = scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, np.concatenate(users))), shape=shape)
     seen.data[:] = 1.0
     length = np.sqrt(np.asarray(seen.sum(axis=0)).ravel())
     cosine = seen.multiply(1 / np.maximum(length, 1)).tocsr()
+    # Similarity of items x items; an item is not similar to itself.
     similarity = (cosine.T @ cosine).tocsr()
     similarity.setdiag(0)
-    return lambda question: np.asarray(similarity[question.history[-recent:]].sum(axis=0)).ravel()
+    return lambda example: np.asarray(similarity[example.history[-recent:]].sum(axis=0)).ravel()
 
 
-def rank_by(scorer: Scorer, asked: Sequence[Question], *, exclude_seen: bool) -> list[Ranking]:
-    """The best 20 items of each question by a scorer; ties in the order of item indices."""
+def rank_by(scorer: Scorer, examples: Sequence[EvalExample], *, exclude_seen: bool) -> list[Ranking]:
+    """Return the scorer's best 20 items of each example, ties in the order of item indices."""
     rankings: list[Ranking] = []
-    for question in asked:
-        scores = scorer(question).astype(np.float64)
+    for example in examples:
+        scores = scorer(example).astype(np.float64)
         if exclude_seen:
             scores = scores.copy()
-            scores[question.history] = -np.inf
+            scores[example.history] = -np.inf
         best = np.argsort(-scores, kind="stable")[: max(CUTOFFS)]
         rankings.append(best.tolist())
     return rankings
 
 
 def agreement(target: Sequence[Int64], draft: Sequence[Int64]) -> dict[str, float]:
-    """How well a draft's beams cover the target's: what speculation lives on.
+    """Measure how well a draft's beams cover the target's.
 
-    target: per level, nodes [questions, K]; draft: [questions, N]; -1 where there are fewer. For each level but the
-    last: the share of the target's beams that the draft has too, and how often it has them all; `accepted` = mean
-    number of leading levels that are covered whole, so target passes = L - accepted. Nothing where there are no questions.
+    For each level but the last: the share of the target's beams that the draft has too, and the share of examples in which it
+    has all. `accepted` is the mean number of leading levels that are covered completely, so target passes = L - accepted.
+    Empty without examples.
+
+    Args:
+        target: int64 [examples, K] per level, -1 where there are fewer.
+        draft: int64 [examples, N] per level, -1 where there are fewer.
     """
     if not len(target[0]):
         return {}
@@ -252,8 +296,10 @@ def agreement(target: Sequence[Int64], draft: Sequence[Int64]) -> dict[str, floa
     ahead = np.ones(len(target[0]), dtype=bool)
     accepted = 0.0
     for level in range(len(target) - 1):
+        # A target's beam is covered if the draft has the same node; missing beams (-1) count as covered.
         wanted = target[level]
         covered = (wanted[:, :, None] == draft[level][:, None, :]).any(-1) | (wanted < 0)
+        # An example stays in `ahead` as long as every level so far is covered completely.
         ahead &= covered.all(axis=1)
         accepted += float(ahead.mean())
         result[f"level{level + 1}.covered"] = float(covered.mean())
@@ -262,7 +308,7 @@ def agreement(target: Sequence[Int64], draft: Sequence[Int64]) -> dict[str, floa
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """Measures for people, one method per row."""
+    """Format measures as a table, one method per row."""
     names = list(next(iter(rows.values())))
     result = Table("", *names, title=title)
     for method, measured in rows.items():

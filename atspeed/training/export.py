@@ -1,9 +1,9 @@
-"""A Hugging Face checkpoint -> an ONNX token-tree decoder (atspeed/training/decoder_graph.py), checked against the checkpoint.
+"""Exports a Hugging Face checkpoint as an ONNX token-tree decoder, and checks it.
 
-Plan-invariance: what a token gets depends on its ancestors only, never on what else is in the pass, but for rounding (a
-pass of another size adds in another order): 1e-5 or so with float32, up to 1e-2 with float16, not at all with int8
-(atspeed/training/int8_graph.py), which is a model of its own: near the checkpoint and, on a CPU, twice as fast where products are most
-of a pass.
+Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass, except for
+rounding, since a pass of another size adds in another order. The differences are about 1e-5 with float32, up to 1e-2 with
+float16, and none with int8 (atspeed/training/int8_graph.py). An int8 graph is a model of its own: its scores are close to
+the checkpoint's, and on a CPU its passes take half the time where products dominate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,10 +26,10 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape
+from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
-from atspeed.training.int8_graph import Int8DecoderGraph, rounded
+from atspeed.training.int8_graph import Int8Arithmetic, rounded
 from atspeed.training.parity import compare
 
 MODEL_FILE = "model.onnx"
@@ -36,19 +37,31 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 # Largest error of a logit in the parity check, relative to the largest logit (or to 1, if that is larger). Rounding stays
-# several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with what
-# its checkpoint computes from the same codes: as a rule to 1e-6, but where float32 tips a step in the one and not in the other,
-# it was up to 0.03 in random models with logits of 10 and more.
+# several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with its
+# checkpoint computing from the same codes. The two usually agree to 1e-6. If float32 rounding moves an activation to another
+# step in only one of them, errors reached 0.03 in random models with logits of 10 and more.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
 
 
 class ExportError(TrainingError):
-    """A checkpoint that cannot be exported, or an export that does not compute what its checkpoint computes."""
+    """A checkpoint that cannot be exported, or an export that computes something else than its checkpoint."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported. max_logit_error: the largest absolute difference seen in the parity check."""
+    """The properties of an exported model.
+
+    Attributes:
+        architecture: the model type of the checkpoint.
+        precision: the number format.
+        parameters: the number of weights.
+        vocab_size: the size of the vocabulary.
+        layers: the number of layers.
+        kv_heads: heads of keys and values.
+        head_dim: the size of a head.
+        max_positions: the longest sequence.
+        max_logit_error: the largest absolute difference in the parity check.
+    """
 
     architecture: str
     precision: Precision
@@ -62,7 +75,7 @@ class ExportReport:
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:
-    """A causal language model from a local directory, in float32 and eval mode. Raises ExportError; never downloads."""
+    """Load a causal language model from a local directory, in float32 and eval mode. Raises ExportError; never downloads."""
     if not (path / "config.json").is_file():
         raise ExportError(f"{path}: no config.json: not a Hugging Face checkpoint")
     try:
@@ -73,7 +86,7 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
         raise ExportError(f"{path}: transformers cannot load it: {error}") from error
     model: PreTrainedModel = loaded[0]
     drop_generation_defaults(model, str(path))
-    # transformers fills missing weights with random numbers and only logs it.
+    # transformers fills missing weights with random numbers and only logs a warning.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
     return model
@@ -124,7 +137,7 @@ def _write_checked(
     """Write the files into a folder of their own, check them, and move them into place. Return the largest error."""
     partial = folder / ".export.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         write_graph(model, partial, code_tokens, precision)
         _check_finite(partial / MODEL_FILE, code_tokens, prompt)
@@ -170,8 +183,9 @@ def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int]
 
 def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
     if precision == "int8":
-        return Int8DecoderGraph(model, data)
-    return DecoderGraph(model, data, torch.float16 if precision == "float16" else torch.float32)
+        return DecoderGraph(model, data, Int8Arithmetic)
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
 
 
 def _check_finite(path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None) -> None:

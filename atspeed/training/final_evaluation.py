@@ -1,4 +1,4 @@
-"""What a run measures on the test split, beside popularity and item-kNN, before its bundle is written."""
+"""Evaluates a run on the test split, beside popularity and item-kNN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Role
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
-from atspeed.training.evaluate import Recommender
+from atspeed.training.evaluate import ModelRecommender
 from atspeed.training.models import SpelledModel
 from atspeed.training.recipe import Recipe
 from atspeed.training.sequences import Sequencer
@@ -20,30 +20,30 @@ _DRAFT_WIDTH = 40  # N of the agreement measure, the AtSpeed paper's
 _TARGET_BEAMS = 10  # K of the agreement measure
 
 
-def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> Recommender:
-    """A model as it is asked under a recipe."""
+def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> ModelRecommender:
+    """Build the recommender of a model under a recipe."""
     sequencer = Sequencer(model.spelling, model.spelling.item_tokens(catalogue), recipe.allow_empty_history)
-    return Recommender(model.model, sequencer, catalogue, recipe.scoring_rule)
+    return ModelRecommender(model.model, sequencer, catalogue, recipe.scoring_rule)
 
 
 def evaluate_models(
     recipe: Recipe, dataset: Dataset, catalogue: Catalogue, models: Mapping[Role, SpelledModel]
 ) -> dict[str, dict[str, Measures]]:
-    """Measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`.
+    """Return measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`.
 
-    All methods learn from the train split; `item-knn-refitted` counts the validation split too, as one that is made anew daily.
-    No table at all where no user can be asked.
+    All methods learn from the train split. `item-knn-refitted` also counts the validation split, like a baseline that is
+    rebuilt daily. The report is empty if the split has no case.
     """
-    asked = evaluate.questions(
+    examples = evaluate.eval_examples(
         dataset.cases("test"),
         catalogue,
         allow_empty=recipe.allow_empty_history,
         limit=recipe.evaluation_users,
         seed=recipe.seed,
     )
-    if not asked:
+    if not examples:
         return {}
-    asking = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
+    recommenders = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
     baselines = {
         "popularity": evaluate.popularity(dataset, catalogue),
         "item-knn": evaluate.item_knn(dataset, catalogue, recent=recipe.prompt.max_items),
@@ -52,19 +52,22 @@ def evaluate_models(
     report: dict[str, dict[str, Measures]] = {}
     for protocol, exclude_seen in (("test", False), ("test-unseen", True)):
         found: dict[str, list[evaluate.Ranking]] = {}
-        for role, asked_model in asking.items():
-            found[role] = asked_model.rank(asked, exclude_seen=exclude_seen)
+        for role, model_recommender in recommenders.items():
+            found[role] = model_recommender.rank(examples, exclude_seen=exclude_seen)
         for name, scorer in baselines.items():
-            found[name] = evaluate.rank_by(scorer, asked, exclude_seen=exclude_seen)
-        report[protocol] = {name: evaluate.metrics(rankings, asked) for name, rankings in found.items()}
-    if "draft" in asking:
-        beams = asking["target"].beams(asked, beams=_TARGET_BEAMS), asking["draft"].beams(asked, beams=_DRAFT_WIDTH)
+            found[name] = evaluate.rank_by(scorer, examples, exclude_seen=exclude_seen)
+        report[protocol] = {name: evaluate.metrics(rankings, examples) for name, rankings in found.items()}
+    if "draft" in recommenders:
+        beams = (
+            recommenders["target"].beams(examples, beams=_TARGET_BEAMS),
+            recommenders["draft"].beams(examples, beams=_DRAFT_WIDTH),
+        )
         report["agreement"] = {"draft": evaluate.agreement(*beams)}
     return report
 
 
 def flat(report: Mapping[str, Mapping[str, Measures]]) -> Measures:
-    """What a manifest keeps of a report, under flat names: `row.column` -> value."""
+    """Flatten a report for the manifest: `row.column` -> value."""
     rows = dict(report.get("test", {})) | {"agreement": report.get("agreement", {}).get("draft", {})}
     return {f"{row}.{name}": value for row, measured in rows.items() for name, value in measured.items()}
 

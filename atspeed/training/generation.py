@@ -1,4 +1,7 @@
-"""Generation defaults of a checkpoint: `generate` takes from them what its caller leaves unset, such as a repetition penalty."""
+"""Resets generation defaults of a checkpoint, such as a repetition penalty.
+
+`generate` uses them for every argument that its caller leaves unset.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
-# Every checkpoint has these, and they change no list of codes: transformers copies them from the model's config.
+# Keys that every checkpoint has and that change no list of codes: transformers copies them from the model's config.
 _USUAL = {
     "_from_model_config",
     "bos_token_id",
@@ -21,7 +24,10 @@ _USUAL = {
 
 
 def drop_generation_defaults(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """Reset `model.generation_config`, so that it changes no list; say and return what was dropped. name: for people."""
+    """Reset `model.generation_config`, so that it changes no list. Prints and returns the dropped values.
+
+    name: the model's name in the message.
+    """
     fresh: Any = GenerationConfig
     kept, usual = model.generation_config, fresh()
     model.generation_config = usual

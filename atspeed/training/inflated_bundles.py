@@ -1,4 +1,4 @@
-"""Inflates a bundle: its models by way of their checkpoints, through the ordinary export, into a bundle of the same lists."""
+"""Inflates a bundle: checkpoints are inflated and exported into a new bundle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from atspeed.training.stages import remove
 
 @dataclass(frozen=True)
 class Inflation:
-    """What becomes of a model. checkpoint: the Hugging Face checkpoint that the bundle's model was exported from."""
+    """The inflation of one model.
+
+    Attributes:
+        checkpoint: the Hugging Face checkpoint from which the bundle's model was exported.
+        shape: the sizes of the larger model.
+    """
 
     checkpoint: Path
     shape: ModelShape
@@ -29,9 +34,19 @@ class Inflation:
 def inflate_bundle(
     bundle: Bundle, out: Path, inflations: Mapping[Role, Inflation], *, label: str, precision: Precision, seed: int
 ) -> Path:
-    """Write out/bundle, and out/ROLE-checkpoint for every inflated model; the bundle's path. Other models are kept as they are.
+    """Write out/bundle, and out/ROLE-checkpoint for every inflated model. Returns the bundle's path.
 
-    label: added to the bundle's name. Raises InflationError when a checkpoint is not the bundle's or does not fit its shape.
+    Models without an inflation are kept as they are.
+
+    Args:
+        bundle: the trained bundle.
+        out: the folder to write into.
+        inflations: the inflation of each model to inflate.
+        label: the suffix of the bundle's name.
+        precision: the number format of the exported weights.
+        seed: the seed of the random weights.
+
+    Raises InflationError when a checkpoint does not belong to the bundle or does not fit its shape.
     """
     manifest = bundle.manifest
     trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
@@ -52,25 +67,25 @@ def inflate_bundle(
     }
     name = f"{manifest.name}-inflated-{label}"
     write_manifest(partial, manifest.model_copy(update={"name": name, "files": files, **entries}))
-    verify_bundle(partial, passes=False)  # each export has tried its tokens
+    verify_bundle(partial, passes=False)  # each export has run passes over its tokens
     remove(folder)
     partial.rename(folder)
     return folder
 
 
 def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
-    """The checkpoint of a bundle's model. Raises InflationError when it computes something else."""
+    """Load the checkpoint of a bundle's model. Raises InflationError if it computes something else."""
     entry = bundle.model(role)
     if entry.inflated_from is not None:
-        raise InflationError(f"{bundle.root}: its {role} is inflated already")
+        raise InflationError(f"{bundle.root}: its {role} is already inflated")
     model = SpelledModel.load(checkpoint)
     if (model.spelling.code_tokens, model.parameters) != (entry.code_tokens, entry.parameters):
-        raise InflationError(f"{checkpoint}: not what the {role} of {bundle.root} was exported from")
+        raise InflationError(f"{checkpoint}: not the checkpoint that the {role} of {bundle.root} was exported from")
     try:
         check_parity(model.model, bundle.model_path(role), entry.code_tokens, entry.precision)
     except ExportError as error:
         raise InflationError(
-            f"{checkpoint}: not what the {role} of {bundle.root} was exported from: {error}"
+            f"{checkpoint}: not the checkpoint that the {role} of {bundle.root} was exported from: {error}"
         ) from error
     return model
 
@@ -78,12 +93,12 @@ def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
 def _export(
     trained: SpelledModel, checkpoint: Path, folder: Path, precision: Precision
 ) -> tuple[SpelledModel, ExportReport]:
-    """The inflated model, compared with what was trained, and exported."""
+    """Load the inflated model, compare it with the trained one, and export it."""
     inflated = SpelledModel.load(checkpoint)
     worst, largest = compare_checkpoints(trained.model, inflated.model, trained.spelling.code_tokens)
     if not worst <= TOLERANCE[_kept_as(precision)] * max(1.0, largest):  # negated, so that NaN fails too
         raise InflationError(
-            f"{checkpoint}: differs from what was trained by {worst:.2g} in a logit (the largest is {largest:.2g})"
+            f"{checkpoint}: differs from the trained model by {worst:.2g} in a logit (the largest is {largest:.2g})"
         )
     spelling = inflated.spelling
     report = export_decoder(
@@ -93,10 +108,10 @@ def _export(
 
 
 def _kept_as(precision: Precision) -> Precision:
-    """The number format of an inflated checkpoint."""
+    """Return the number format of an inflated checkpoint."""
     return "float16" if precision == "float16" else "float32"
 
 
 def _kept(trained: ModelEntry) -> dict[str, object]:
-    """What an inflated model has from the trained one; a draft's scales fit it as they did, for its scores are the same."""
+    """Return the fields that the inflated model takes from the trained one. Plan scales fit, as the scores are the same."""
     return {"plan_scale": trained.plan_scale, "inflated_from": trained.parameters}

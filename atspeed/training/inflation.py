@@ -1,19 +1,20 @@
-"""Function-preserving inflation: a trained Llama in a larger one that computes the same, at the larger one's cost.
+"""Inflates a Llama: a larger model that computes the same at a larger cost.
 
-For benchmarks: how often a draft foresees the target's beams stays that of the trained pair, what a pass costs is what a model
-of the size costs. What the larger model adds is random weights that are multiplied like any others and change nothing:
+The inflation preserves the function, for benchmarks of cost: the draft's acceptance stays that of the trained pair, while a
+pass costs as much as a pass of a model of the size. The added weights are random, are multiplied like any others, and change
+nothing:
 
-- Hidden dimensions h .. H-1 are 0 in the residual stream: embeddings, `o_proj` and `down_proj` write 0 there. The mean square of
-  RMSNorm is then h/H of what it was, so its weights are scaled by sqrt(h/H) and its epsilon by h/H.
-- Heads and intermediate units that are new are not read: their columns of `o_proj` and `down_proj` are 0. So are all columns of
-  layers that are new, which add 0 to the stream.
-- A head of m times the dimensions rotates every m-th pair as the trained one rotates its pairs; queries are scaled by sqrt(m),
-  which the larger head's softmax divides by.
-- Tokens that are new must take no share of the softmax over the vocabulary, and the head has no bias. So one new hidden dimension
-  holds a constant, which counts in the mean square as a part of epsilon did, and which only the final norm lets through: times a
-  large negative weight it is a logit that no sum notices.
+- Hidden dimensions h .. H-1 are 0 in the residual stream: embeddings, `o_proj` and `down_proj` write 0 there. The mean square
+  of RMSNorm is then h/H of the original, so its weights are scaled by sqrt(h/H) and its epsilon by h/H.
+- New heads and intermediate units are not read: their columns of `o_proj` and `down_proj` are 0. The same holds for all
+  columns of new layers, which add 0 to the stream.
+- A head of m times the dimensions rotates every m-th pair as the trained one rotates its pairs. Queries are scaled by
+  sqrt(m), by which the larger head's softmax divides.
+- New tokens must take no share of the softmax over the vocabulary, and the head has no bias. So one new hidden dimension
+  holds a constant. It counts in the mean square in place of a part of epsilon, and only the final norm lets it through.
+  There a large negative weight turns it into a logit that is negligible in every sum.
 
-Everything is exact but for rounding; see the test. Queries and keys are as wide as the shape says, so is the cache.
+The computation is exact except for rounding. Queries, keys and the cache have the sizes of the larger shape.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from atspeed.engine.files.json_file import write_json
 from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
 
-_STD = 0.02  # of random weights; what LLaMA's are initialised with
-_PUSH = 256.0  # weight of a new token's logit on the constant dimension
+_STD = 0.02  # standard deviation of random weights, that of LLaMA's initialisation
+_PUSH = 256.0  # weight of a new token's logit on the constant dimension; a power of two, exact in every number format
 _CONSTANT_LOGIT = 2.0**15  # minus a new token's logit, times the root mean square of the stream
 
 
@@ -44,7 +45,17 @@ class InflationError(TrainingError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Llama. vocab_size: None for that of the model that is inflated."""
+    """The sizes of a Llama.
+
+    Attributes:
+        layers: the number of layers.
+        hidden: the size of the residual stream.
+        intermediate: the size of the MLP.
+        heads: heads of queries.
+        kv_heads: heads of keys and values.
+        head_dim: the size of a head.
+        vocab_size: the size of the vocabulary; None for that of the model that is inflated.
+    """
 
     layers: int
     hidden: int
@@ -56,7 +67,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """The sizes of a checkpoint."""
+        """Read the sizes of a checkpoint."""
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -68,7 +79,7 @@ class ModelShape:
         )
 
 
-# Qwen3's are without its norms of queries and keys, whose cost is nothing; that of 1.7B is without its tied embedding, too.
+# Shapes after Qwen3 lack its norms of queries and keys, whose cost is negligible. The one of 1.7B has no tied embedding.
 SHAPES: Mapping[str, ModelShape] = {
     "8m": ModelShape(layers=4, hidden=384, intermediate=1024, heads=6, kv_heads=6, head_dim=64),
     "68m": ModelShape(
@@ -86,7 +97,7 @@ SHAPES: Mapping[str, ModelShape] = {
 def write_inflated(
     model: PreTrainedModel, spelling: Spelling, shape: ModelShape, folder: Path, *, dtype: torch.dtype, seed: int
 ) -> None:
-    """Write the inflated checkpoint with its spelling, a layer at a time: it never is in memory whole.
+    """Write the inflated checkpoint with its spelling, one layer at a time, so that it is never in memory as a whole.
 
     Raises InflationError, naming the size or the config field, when the model does not fit into the shape.
     """
@@ -106,7 +117,7 @@ def write_inflated(
 
 
 class _Inflation:
-    """The weights of the larger model, from those of the smaller: h of H hidden dimensions, and so on."""
+    """Computes the weights of the larger model from those of the smaller: h of H hidden dimensions, and so on."""
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape, seed: int) -> None:
         if model.config.model_type != "llama":
@@ -119,14 +130,14 @@ class _Inflation:
         self.layers = self._large.layers
         self._grows = self.vocab_size > (small.vocab_size or 0)
         _check_fits(model.config, small, self._large, needs_constant=self._grows)
-        epsilon = small.hidden * model.config.rms_norm_eps  # what is added to the sum of squares
-        # A power of two is exact in every number format. Half of epsilon at most is held by it.
+        epsilon = small.hidden * model.config.rms_norm_eps  # the term that RMSNorm adds to the sum of squares
+        # A power of two is exact in every number format. It takes at most half of epsilon.
         self._constant = 2.0 ** math.floor(math.log2(epsilon / 2) / 2) if self._grows else 0.0
         self._epsilon = (epsilon - self._constant**2) / self._large.hidden
         self._heads = _HeadPlaces(small, self._large)
 
     def config(self, dtype: torch.dtype) -> LlamaConfig:
-        """The larger model's."""
+        """Return the larger model's config."""
         small, large = self._model.config, self._large
         config = LlamaConfig(
             vocab_size=self.vocab_size,
@@ -139,7 +150,7 @@ class _Inflation:
             max_position_embeddings=small.max_position_embeddings,
             rms_norm_eps=self._epsilon,
             rope_parameters=small.rope_parameters,
-            tie_word_embeddings=False,  # the constant is in the embedding of every token, and in no old row of the head
+            tie_word_embeddings=False,  # the constant is in every row of the embedding, and in no old row of the head
             pad_token_id=small.pad_token_id,
             bos_token_id=small.bos_token_id,
             eos_token_id=small.eos_token_id,
@@ -149,7 +160,7 @@ class _Inflation:
         return config
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
-        """A layer's weights by name, layer after layer, then the others."""
+        """Yield the weights by name, layer after layer, then all others."""
         trained = self._model.model.layers
         for index in range(self.layers):
             weights = self._layer(trained[index]) if index < len(trained) else self._identity()
@@ -169,7 +180,7 @@ class _Inflation:
             ]
         query = weights["self_attn.q_proj"]
         query[heads.query] *= math.sqrt(self._large.head_dim / small.head_dim)
-        query[heads.unused_of_query] = 0  # else they would meet the random ones of the key
+        query[heads.unused_of_query] = 0  # else they would be multiplied by the key's random rows
         weights["self_attn.o_proj"][hidden, heads.output] = attention.o_proj.weight
         for name in ("gate", "up"):
             weights[f"mlp.{name}_proj"][: small.intermediate, hidden] = getattr(mlp, f"{name}_proj").weight
@@ -179,7 +190,7 @@ class _Inflation:
         return weights
 
     def _identity(self) -> dict[str, Tensor]:
-        """A layer that adds 0."""
+        """Return the weights of a layer that adds 0."""
         large = self._large
         query, key, norm = large.heads * large.head_dim, large.kv_heads * large.head_dim, torch.ones(self._small.hidden)
         return {
@@ -195,7 +206,7 @@ class _Inflation:
         }
 
     def _norm(self, weight: Tensor) -> Tensor:
-        """0 for the new dimensions: the constant goes no further, and the others hold nothing."""
+        """Widen a norm. New dimensions have weight 0, so that the constant goes no further."""
         wide = torch.zeros(self._large.hidden)
         wide[: self._small.hidden] = weight * math.sqrt(self._small.hidden / self._large.hidden)
         return wide
@@ -227,24 +238,33 @@ class _Inflation:
 
 
 class _HeadPlaces:
-    """Where the trained heads are among those of the larger model, as rows of its projections.
+    """The places of the trained heads in the larger model, as rows of its projections.
 
-    A larger group of query heads per key holds a trained group; a smaller one holds a part, and the key stands there several
-    times. query, key, value: rows; source: the trained rows that belong there, by projection. output: columns of o_proj.
+    A larger group of query heads per key holds a trained group. A smaller one holds a part of it, and the key is repeated.
+
+    Attributes:
+        query: rows of q_proj that hold trained heads.
+        unused_of_query: other rows of the same heads.
+        key: rows of k_proj.
+        value: rows of v_proj.
+        output: columns of o_proj.
+        source: the trained rows that belong there, by projection.
     """
 
     def __init__(self, small: ModelShape, large: ModelShape) -> None:
         group, wide = small.heads // small.kv_heads, large.heads // large.kv_heads
-        copies = -(-group // wide)
+        copies = -(-group // wide)  # key heads that each trained key head needs
         if small.kv_heads * copies > large.kv_heads:
             raise InflationError(
                 f"kv_heads: {large.kv_heads}, but {small.kv_heads} of {group} heads each need {small.kv_heads * copies} "
                 f"of {wide} heads each"
             )
+        # Query head q of key k goes to the same place within k's copies, which follow each other.
         heads = torch.arange(small.heads)
         of_key, member = heads // group, heads % group
         query_heads = (of_key * copies + member // wide) * wide + member % wide
         key_heads = torch.arange(small.kv_heads * copies)
+        # Queries and keys are spread over the pairs of the rotation; values keep the first dimensions.
         rotated, plain = _rotated_dimensions(small, large), torch.arange(small.head_dim)
         every = torch.arange(large.head_dim)
         unused = every[~torch.isin(every, rotated)]
@@ -258,14 +278,14 @@ class _HeadPlaces:
 
 
 def _rows(heads: Tensor, dimensions: Tensor, shape: ModelShape) -> Tensor:
-    """Rows of a projection, head by head."""
+    """Return rows of a projection, head by head."""
     return (heads[:, None] * shape.head_dim + dimensions).flatten()
 
 
 def _rotated_dimensions(small: ModelShape, large: ModelShape) -> Tensor:
-    """Where a head's dimensions go: dimension i is rotated together with i + d/2, by base^(-2i/d) per position.
+    """Return the places of a head's dimensions. Dimension i is rotated together with i + d/2, by base^(-2i/d) per position.
 
-    In a head of m times the dimensions, m*i and m*i + D/2 are rotated by just that.
+    In a head of m times the dimensions, the pair m*i and m*i + D/2 has the same rotation.
     """
     pairs = torch.arange(small.head_dim // 2) * (large.head_dim // small.head_dim)
     return torch.cat([pairs, pairs + large.head_dim // 2])

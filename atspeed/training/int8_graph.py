@@ -1,25 +1,25 @@
-"""A decoder that multiplies in 8 bits, and whose results do not depend, to the bit, on what else is in a pass.
+"""The 8-bit arithmetic of a decoder, independent of co-batched tokens.
 
-In a pass of other tokens sums are taken in another order, so that float results differ in their last bits. Where activations
-are rounded to 8 bits, such a bit now and then tips a whole step, and a log-probability moves by 1e-2. So nothing here that
-adds up depends on an order:
+In a pass of other tokens sums are taken in another order, so float results differ in their last bits. Where activations are
+rounded to 8 bits, such a bit sometimes moves an activation by a whole step, and a log-probability by 1e-2. So no sum of this
+graph depends on an order:
 
-- Products with weights add integers: activations are rounded to 8 bits by a scale of their token's own, weights to 7 bits by
-  one of each output. (x86 kernels without VNNI add pairs of products in 16 bits, which 8-bit weights would overflow.)
-- Attention, whose sums run over other keys in every pass, multiplies in float64 and rounds to float32: what differs in the
-  53rd bit reaches the 24th once in 10^8 numbers, and then an 8-bit step has still to be that near.
-- All else is of one token at a time: norms, rotary embedding, the activation, softmax's exponentials.
+- Products with weights add integers: activations are rounded to 8 bits with one scale per token, weights to 7 bits with one
+  scale per output. (x86 kernels without VNNI add pairs of products in 16 bits, which 8-bit weights would overflow.)
+- Attention, whose sums run over other keys in every pass, multiplies in float64 and rounds to float32. A difference in the
+  53rd bit reaches the 24th once in 10^8 numbers, and must then still cross the border of an 8-bit step.
+- All other operators work on one token at a time: norms, rotary embedding, the activation, softmax's exponentials.
 
-The table and the head, where rounding shows most and which are a small part of a pass, have weights of 14 bits and, before the
-head, activations of 16: in two parts, each multiplied as above. Made for the CPU: onnxruntime's other providers have no such
-products.
+Rounding matters most in the table and the head, which are a small part of a pass. They have weights of 14 bits, and the head
+has activations of 16 bits: in two parts, each multiplied as above. The graph is made for the CPU, since onnxruntime's other
+providers lack these products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -27,123 +27,133 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.training.decoder_graph import DecoderGraph, Module
+from atspeed.training.decoder_graph import DecoderShape, GraphBuilder, Module
 
 _CONTRIB = "com.microsoft"
 _ACTIVATION_MAX, _ACTIVATION_ZERO = 127, 128  # activations are uint8, as the kernels take them
-_WEIGHT_MAX = 63
+_WEIGHT_MAX = 63  # 7 bits; see the module
 
 
-class Int8DecoderGraph(DecoderGraph):
-    """The same blocks; products with weights in integers, those of attention in float64."""
+class Int8Arithmetic:
+    """Products with weights in integers, those of attention in float64; hidden states are float32."""
 
-    def __init__(self, model: PreTrainedModel, data: BinaryIO) -> None:
-        super().__init__(model, data)
-        self._one = self.tensor(torch.tensor(1.0))
-        self._step, self._fine_step = (
-            self.tensor(torch.tensor([1 / parts])) for parts in (_ACTIVATION_MAX, 2 * _ACTIVATION_MAX)
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape) -> None:
+        self.dtype = torch.float32
+        self._graph = graph
+        self._shape = shape
+        self._one = self._graph.tensor(torch.tensor(1.0))
+        self._step = self._graph.tensor(torch.tensor([1 / _ACTIVATION_MAX]))
+        self._fine_step = self._graph.tensor(torch.tensor([1 / (2 * _ACTIVATION_MAX)]))
+        self._zero = self._graph.tensor(torch.tensor(_ACTIVATION_ZERO, dtype=torch.uint8))
+        self._of_tokens = self._zeros(
+            self._graph.op("Reshape", self._graph.op("Size", "input_ids"), self._graph.integers(1))
         )
-        self._zero = self.tensor(torch.tensor(_ACTIVATION_ZERO, dtype=torch.uint8))
-        self._of_tokens = self._zeros(self.op("Reshape", self.op("Size", "input_ids"), self.integers(1)))
-        self._of_rows = self._zeros(self.op("Shape", "out_index"))
-        self._bias = self.op("Unsqueeze", "attn_bias", self.integers(1))
+        self._of_rows = self._zeros(self._graph.op("Shape", "out_index"))
+        self._bias = self._graph.op("Unsqueeze", "attn_bias", self._graph.integers(1))
         self._coded: dict[int, tuple[str, str]] = {}
 
     def embed(self, embedding: Module, tokens: str) -> str:
-        """The tokens' rows of the table, widened."""
+        """Look up the tokens' rows of the table, in float32."""
         codes, scale = self._table(embedding)
-        fine = self.op("Add", tokens, self.integers(self.shape.vocab_size))
-        return self.op("Add", *(self._rows(codes, scale, which) for which in (tokens, fine)))
+        fine = self._graph.op("Add", tokens, self._graph.integers(self._shape.vocab_size))
+        return self._graph.op("Add", *(self._rows(codes, scale, which) for which in (tokens, fine)))
 
-    def logits(self, normed: str) -> str:
-        """Of the whole vocabulary, float32 [rows, vocab]."""
-        codes, scale = self._table(self.model.lm_head)
-        parts = self._fine_product(normed, self._of_rows, self.op("Transpose", codes, perm=[1, 0]), scale)
-        return self.op("Add", *self.split(parts, [self.shape.vocab_size] * 2))
+    def logits(self, head: Module, normed: str) -> str:
+        """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
+        codes, scale = self._table(head)
+        parts = self._fine_product(normed, self._of_rows, self._graph.op("Transpose", codes, perm=[1, 0]), scale)
+        return self._graph.op("Add", *self._graph.split(parts, [self._shape.vocab_size] * 2))
 
     def product(self, hidden: str, weight: Tensor) -> str:
-        """x W^T, [tokens, out]. weight: [out, in]."""
+        """Write x W^T, [tokens, out]. weight: [out, in]."""
         codes, scale = quantise_rows(weight)
-        return self._integer_product(hidden, self._of_tokens, self.tensor(codes.T), self.tensor(scale))
+        return self._integer_product(hidden, self._of_tokens, self._graph.tensor(codes.T), self._graph.tensor(scale))
 
     def attend(self, query: str, key: str, value: str) -> str:
-        """Softmax with what is summed in float64."""
-        shape = self.shape
+        """Write softmax attention with all sums in float64."""
+        shape = self._shape
         groups = shape.heads // shape.kv_heads
         wide_query, wide_key, wide_value = (
-            self.op("Cast", self._heads_first(part, heads), to=TensorProto.DOUBLE)
+            self._graph.op("Cast", self._heads_first(part, heads), to=TensorProto.DOUBLE)
             for part, heads in ((query, groups), (key, 1), (value, 1))
         )
+        # Scaled scores in float64, masked in float32, which are then functions of one query and one key each.
         scores = self._contrib("FusedMatMul", wide_query, wide_key, alpha=shape.head_dim**-0.5, transB=1)
-        scores = self.op("Add", self.op("Cast", scores, to=TensorProto.FLOAT), self._bias)
-        above = self.op("Sub", scores, self.op("ReduceMax", scores, self.integers(-1), keepdims=1))
-        shares = self.op("Cast", self.op("Exp", above), to=TensorProto.DOUBLE)
-        total = self.op("ReduceSum", shares, self.integers(-1), keepdims=1)
-        mixed = self.op("Div", self.op("MatMul", shares, wide_value), total)
-        return self.op("Transpose", self.op("Cast", mixed, to=TensorProto.FLOAT), perm=[0, 3, 1, 2, 4])
+        scores = self._graph.op("Add", self._graph.op("Cast", scores, to=TensorProto.FLOAT), self._bias)
+        # Softmax: subtract the maximum, exponentiate in float32, sum and divide in float64.
+        above = self._graph.op("Sub", scores, self._graph.op("ReduceMax", scores, self._graph.integers(-1), keepdims=1))
+        shares = self._graph.op("Cast", self._graph.op("Exp", above), to=TensorProto.DOUBLE)
+        total = self._graph.op("ReduceSum", shares, self._graph.integers(-1), keepdims=1)
+        mixed = self._graph.op("Div", self._graph.op("MatMul", shares, wide_value), total)
+        return self._graph.op("Transpose", self._graph.op("Cast", mixed, to=TensorProto.FLOAT), perm=[0, 3, 1, 2, 4])
 
     def _heads_first(self, tokens: str, group: int) -> str:
-        """[batch, tokens, ...] -> [batch, kv_heads, group, tokens, head_dim]: of a query all that share a key, of a key one."""
-        split = self.op("Reshape", tokens, self.integers(0, 0, self.shape.kv_heads, group, self.shape.head_dim))
-        return self.op("Transpose", split, perm=[0, 2, 3, 1, 4])
+        """Transpose [batch, tokens, ...] -> [batch, kv_heads, group, tokens, head_dim].
+
+        group: query heads per key head for a query, 1 for a key or value.
+        """
+        split = self._graph.op(
+            "Reshape", tokens, self._graph.integers(0, 0, self._shape.kv_heads, group, self._shape.head_dim)
+        )
+        return self._graph.op("Transpose", split, perm=[0, 2, 3, 1, 4])
 
     def _integer_product(self, hidden: str, zeros: str, codes: str, scale: str) -> str:
-        """[n, in] times int8 codes [in, out] of scales [out], by way of 8 bits. zeros: the n zero points."""
+        """Multiply [n, in] by int8 codes [in, out] of scales [out], in 8 bits. zeros: the n zero points."""
         rounded, steps = self._rounded(hidden, zeros)
         return self._scaled_product(rounded, steps, codes, scale)
 
     def _fine_product(self, hidden: str, zeros: str, codes: str, scale: str) -> str:
-        """The same by way of 16 bits: what the first 8 have left over, in 254ths of their steps, is multiplied too."""
+        """Multiply in 16 bits: the remainder of the first 8 bits, in 254ths of their steps, is multiplied too."""
         rounded, steps = self._rounded(hidden, zeros)
-        over = self.op("Sub", hidden, self.op("DequantizeLinear", rounded, steps, zeros, axis=0))
-        fine_steps = self.op("Mul", steps, self._fine_step)
-        fine = self.op("QuantizeLinear", over, fine_steps, zeros, axis=0)
+        over = self._graph.op("Sub", hidden, self._graph.op("DequantizeLinear", rounded, steps, zeros, axis=0))
+        fine_steps = self._graph.op("Mul", steps, self._fine_step)
+        fine = self._graph.op("QuantizeLinear", over, fine_steps, zeros, axis=0)
         parts = (self._scaled_product(*part, codes, scale) for part in ((rounded, steps), (fine, fine_steps)))
-        return self.op("Add", *parts)
+        return self._graph.op("Add", *parts)
 
     def _rounded(self, hidden: str, zeros: str) -> tuple[str, str]:
-        """uint8 [n, in] and the steps [n]. Where all is zero the step is 0, and codes are multiplied by it, whatever they are."""
-        largest = self.op("ReduceMax", self.op("Abs", hidden), self.integers(1), keepdims=0)
-        steps = self.op("Mul", largest, self._step)
-        return self.op("QuantizeLinear", hidden, steps, zeros, axis=0), steps
+        """Round to uint8 [n, in] and steps [n]. A row of zeros has step 0, which makes its products 0."""
+        largest = self._graph.op("ReduceMax", self._graph.op("Abs", hidden), self._graph.integers(1), keepdims=0)
+        steps = self._graph.op("Mul", largest, self._step)
+        return self._graph.op("QuantizeLinear", hidden, steps, zeros, axis=0), steps
 
     def _scaled_product(self, rounded: str, steps: str, codes: str, scale: str) -> str:
         product = self._contrib("MatMulIntegerToFloat", rounded, codes, self._one, scale, self._zero)
-        return self.op("Mul", product, self._column(steps))
+        return self._graph.op("Mul", product, self._column(steps))
 
     def _rows(self, codes: str, scale: str, which: str) -> str:
-        """Rows of codes as numbers, float32."""
-        rows = self.op("Cast", self.op("Gather", codes, which), to=TensorProto.FLOAT)
-        return self.op("Mul", rows, self._column(self.op("Gather", scale, which)))
+        """Look up rows of codes and scale them, float32."""
+        rows = self._graph.op("Cast", self._graph.op("Gather", codes, which), to=TensorProto.FLOAT)
+        return self._graph.op("Mul", rows, self._column(self._graph.op("Gather", scale, which)))
 
     def _table(self, layer: Module) -> tuple[str, str]:
-        """Codes [2 vocab, hidden] and scales [2 vocab], what was left over behind the rest; tied ones are written once."""
+        """Return codes [2 vocab, hidden] and scales [2 vocab], remainders last; tied ones are written once."""
         key = layer.weight.data_ptr()
         if key not in self._coded:
             codes, scale = quantise_rows_finely(layer.weight)
-            self._coded[key] = self.tensor(codes), self.tensor(scale)
+            self._coded[key] = self._graph.tensor(codes), self._graph.tensor(scale)
         return self._coded[key]
 
     def _zeros(self, count: str) -> str:
-        """That many zero points."""
-        return self.op("Expand", self._zero, count)
+        """Repeat the zero point `count` times."""
+        return self._graph.op("Expand", self._zero, count)
 
     def _column(self, values: str) -> str:
-        """[n] -> [n, 1]."""
-        return self.op("Unsqueeze", values, self.integers(1))
+        """Reshape [n] -> [n, 1]."""
+        return self._graph.op("Unsqueeze", values, self._graph.integers(1))
 
     def _contrib(self, op_type: str, *inputs: str, **attributes: Any) -> str:
-        return self.op(op_type, *inputs, domain=_CONTRIB, **attributes)
+        return self._graph.op(op_type, *inputs, domain=_CONTRIB, **attributes)
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric 7-bit quantisation of each row of [out, in]: int8 codes [out, in] and float32 scales [out]."""
+    """Quantise each row of [out, in] symmetrically to 7 bits: int8 codes [out, in] and float32 scales [out]."""
     scale = weight.detach().abs().amax(dim=1).clamp_min(1e-12) / _WEIGHT_MAX
     return (weight.detach() / scale[:, None]).round().to(torch.int8), scale
 
 
 def quantise_rows_finely(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with 14 bits: int8 codes [2 out, in] and scales [2 out], what the first `out` rows leave over behind them."""
+    """Quantise to 14 bits: int8 codes [2 out, in] and scales [2 out], where the last `out` rows are remainders."""
     codes, scale = quantise_rows(weight)
     over = weight.detach() - codes * scale[:, None]
     fine_scale = scale / (2 * _WEIGHT_MAX)
@@ -153,9 +163,9 @@ def quantise_rows_finely(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[None]:
-    """Let the checkpoint compute with the graph's codes, one matrix at a time: what it says then is what the graph has to say.
+    """Let the checkpoint compute with the graph's codes, one matrix at a time. The graph must then compute the same.
 
-    But for steps that float32's last bits tip in the one and not in the other.
+    Exceptions are activations that float32 rounding moves to another step in only one of the two.
     """
     with ExitStack() as stack:
         for part in model.modules():
@@ -180,6 +190,6 @@ def _again_finely(part: torch.nn.Linear | torch.nn.Embedding, inputs: tuple[Tens
 
 
 def _in_steps(hidden: Tensor, steps: int) -> Tensor:
-    """Rounded to so many steps on either side of zero, by token."""
+    """Round to `steps` steps on either side of zero, by token."""
     step = hidden.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny) / steps
     return (hidden / step).round() * step

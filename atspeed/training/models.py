@@ -1,4 +1,4 @@
-"""The models of a run, a small Llama over the code vocabulary or a pretrained base with code tokens; their training."""
+"""Builds and trains the models of a run, from scratch or from a pretrained base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import Validation
 from atspeed.training.export import load_checkpoint
 from atspeed.training.generation import drop_generation_defaults
-from atspeed.training.recipe import Base, Model, PromptWindow, Recipe, Shape
+from atspeed.training.recipe import ModelRecipe, PretrainedBase, PromptWindow, Recipe, Shape
 from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
 
@@ -29,7 +29,12 @@ SPECIAL_TOKENS = 3  # the code tokens of a model from scratch begin here, in the
 
 @dataclass(frozen=True)
 class SpelledModel:
-    """A model and how it spells prompts and codes."""
+    """A model with the tokens of its prompts and codes.
+
+    Attributes:
+        model: the Hugging Face model.
+        spelling: the tokens of its prompts and codes.
+    """
 
     model: PreTrainedModel
     spelling: Spelling
@@ -46,12 +51,12 @@ class SpelledModel:
 
     @classmethod
     def load(cls, checkpoint: Path) -> SpelledModel:
-        """Read what `save` wrote."""
+        """Read a checkpoint that `save` wrote."""
         return cls(load_checkpoint(checkpoint), Spelling.load(checkpoint))
 
 
-def build_model(part: Model, catalogue: Catalogue, window: PromptWindow, seed: int) -> SpelledModel:
-    """The untrained model of a recipe's part, reproducible by its seed."""
+def build_model(part: ModelRecipe, catalogue: Catalogue, window: PromptWindow, seed: int) -> SpelledModel:
+    """Build the untrained model of a recipe's part, reproducible by its seed."""
     torch.manual_seed(seed)
     if part.shape is not None:
         return _from_scratch(part.shape, catalogue, window)
@@ -60,7 +65,7 @@ def build_model(part: Model, catalogue: Catalogue, window: PromptWindow, seed: i
 
 
 def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
-    """A Llama whose vocabulary is pad, bos, eos and the code columns; its prompt is a BOS and the items' codes."""
+    """Build a Llama whose vocabulary is pad, bos, eos and the code columns. Its prompt is a BOS and the items' codes."""
     columns = catalogue.trie.columns
     prompt = PromptTemplate(prefix=(BOS,), max_items=window.max_items, drop_block=window.drop_block)
     spelling = Spelling(
@@ -90,9 +95,9 @@ def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow) -> S
 
 
 def _drop_out(model: LlamaForCausalLM, share: float) -> None:
-    """Dropout of the embeddings and of what each block adds to the residual stream, which Hugging Face's Llama lacks.
+    """Add dropout to the embeddings and to the outputs of each block, which Hugging Face's Llama lacks.
 
-    Hooks on this object, in training mode only: neither a checkpoint nor an export knows of them.
+    The hooks belong to this object and act in training mode only: checkpoints and exports are the same without them.
     """
 
     def drop(module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -104,8 +109,8 @@ def _drop_out(model: LlamaForCausalLM, share: float) -> None:
         layer.mlp.down_proj.register_forward_hook(drop)
 
 
-def _from_base(base: Base, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
-    """A pretrained model with one new token per code column, and a prompt in words around the history."""
+def _from_base(base: PretrainedBase, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
+    """Load a pretrained model with one new token per code column, and a prompt in words around the history."""
     if not base.folder.is_dir():
         raise RecipeError(f"base.folder: {base.folder} is not a folder")
     tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
@@ -114,7 +119,7 @@ def _from_base(base: Base, catalogue: Catalogue, window: PromptWindow) -> Spelle
     names = [name for level, size in enumerate(catalogue.trie.codebook_sizes) for name in code_names(level, size)]
     if tokenizer.add_tokens(names, special_tokens=True) != len(names):
         raise RecipeError(f"base.folder: the tokenizer of {base.folder} already has tokens such as {names[0]}")
-    # Some bases have more rows than their tokenizer has tokens; never shrink them.
+    # Some bases have more rows than their tokenizer has tokens; these rows are kept.
     model.resize_token_embeddings(max(len(tokenizer), _vocab_size(model)))
 
     def words(text: str, *, special: bool = False) -> tuple[int, ...]:
@@ -146,17 +151,17 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 def code_names(level: int, size: int) -> list[str]:
-    """The tokens of a level's codes as LC-Rec writes them: <a_0>, <a_1>, ... for level 0."""
+    """Return the tokens of a level's codes as LC-Rec writes them: <a_0>, <a_1>, ... for level 0."""
     return [f"<{chr(ord('a') + level)}_{code}>" for code in range(size)]
 
 
 def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
-    """Prompt and codes together."""
+    """Return the number of tokens of the longest prompt with its codes."""
     return prompt.max_tokens(catalogue.trie.levels) + catalogue.trie.levels
 
 
 def train_model(
-    part: Model,
+    part: ModelRecipe,
     recipe: Recipe,
     dataset: Dataset,
     catalogue: Catalogue,
@@ -170,11 +175,23 @@ def train_model(
     start: SpelledModel | None = None,
     seed: int | None = None,
 ) -> tuple[SpelledModel, FitState]:
-    """Train the target or the draft of a recipe on the train histories; resumes from `folder`. Raises Paused.
+    """Train the target or the draft of a recipe on the train histories. A run in `folder` is resumed.
 
-    loss and batches belong together: where given, `batches` makes each epoch's from the model's way to build sequences.
-    validate: what to choose the best epoch by instead. start: the same model with weights to begin from. seed: the recipe's
-    by default.
+    Args:
+        part: the model's part of the recipe.
+        recipe: the recipe.
+        dataset: the data set.
+        catalogue: the catalogue.
+        folder: the folder of the training's state.
+        title: the name in progress lines.
+        checkpoints: when to save and stop.
+        loss: the loss on logits and batch. It belongs to `batches`.
+        batches: builds each epoch's batches from the model's sequencer; by default windows of the histories.
+        validate: wraps the validation that chooses the best epoch.
+        start: the same model with other weights to begin from.
+        seed: the seed; the recipe's by default.
+
+    Raises Paused when the checkpoints say so.
     """
     seed = recipe.seed if seed is None else seed
     spelled = build_model(part, catalogue, recipe.prompt, seed)

@@ -1,7 +1,8 @@
-"""Does an exported decoder compute what its checkpoint computes? Asked on random token trees that hang on a cached prefix.
+"""Compares an exported decoder with its checkpoint, on random token trees.
 
-The checkpoint reads prefix and tree at once, with an explicit mask and explicit positions. The file reads the prefix in one
-pass and the tree in another, on the keys and values that the first one left: so the cache is in the comparison too.
+The trees follow a cached prefix. The checkpoint reads prefix and tree at once, with an explicit mask and explicit positions.
+The file reads the prefix in one pass and the tree in another, with the keys and values of the first: so the comparison
+includes the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ Outputs = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RandomTree:
-    """A random token tree below a chain of `prefix` tokens. tokens, positions: int64 [n]; visible: bool [n, n]."""
+    """A random token tree below a chain of `prefix` tokens.
+
+    Attributes:
+        prefix: the length of the chain.
+        tokens: int64 [n].
+        positions: int64 [n].
+        visible: bool [n, n]. True where a token (row) sees another (column).
+    """
 
     prefix: int
     tokens: npt.NDArray[np.int64]
@@ -31,7 +39,7 @@ class RandomTree:
 
     @classmethod
     def grow(cls, random: np.random.Generator, vocab_size: int, *, prefix: int = 12, nodes: int = 12) -> RandomTree:
-        """A tree of random shape and random tokens; `prefix` is at least 1."""
+        """Grow a tree of random shape and random tokens; `prefix` is at least 1."""
         total = prefix + nodes
         visible = np.eye(total, dtype=bool)
         for token in range(1, total):
@@ -40,7 +48,7 @@ class RandomTree:
         return cls(prefix, random.integers(0, vocab_size, total), visible.sum(axis=1) - 1, visible)
 
     def alone(self, node: int) -> RandomTree:
-        """A node, by its place among the tokens, with nothing but the prefix and its ancestors."""
+        """Return a node, by its place among the tokens, with only the prefix and its ancestors."""
         path = np.flatnonzero(self.visible[node])
         return RandomTree(self.prefix, self.tokens[path], self.positions[path], self.visible[np.ix_(path, path)])
 
@@ -48,7 +56,7 @@ class RandomTree:
 def compare(
     model: PreTrainedModel, decoder: Decoder, code_tokens: Sequence[int], *, trees: int = 3
 ) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute value) of the code logits and log-normalizers; NaN where one is NaN."""
+    """Return the largest absolute difference and the largest absolute value of all outputs; NaN if one is NaN."""
     grown = [_tree_of(model, seed) for seed in range(trees)]
     expected = [checkpoint_outputs(model, tree, code_tokens) for tree in grown]
     return _difference(expected, [decoder_outputs(decoder, tree) for tree in grown])
@@ -57,7 +65,7 @@ def compare(
 def compare_checkpoints(
     model: PreTrainedModel, other: PreTrainedModel, code_tokens: Sequence[int], *, trees: int = 3
 ) -> tuple[float, float]:
-    """The same of two checkpoints."""
+    """Compare two checkpoints in the same way."""
     grown = [_tree_of(model, seed) for seed in range(trees)]
     outputs = ([checkpoint_outputs(each, tree, code_tokens) for tree in grown] for each in (model, other))
     return _difference(*outputs)
@@ -73,13 +81,13 @@ def _difference(expected: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[
 
 
 def log_probabilities(outputs: Outputs) -> Outputs:
-    """Of the code columns, [nodes + 1, C]."""
+    """Return the log-probabilities of the code columns, [nodes + 1, C]."""
     result: Outputs = outputs[:, :-1] - outputs[:, -1:]
     return result
 
 
 def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Sequence[int]) -> Outputs:
-    """The checkpoint's outputs, from one pass over prefix and tree."""
+    """Return the checkpoint's outputs, from one pass over prefix and tree."""
     bias = torch.where(torch.from_numpy(tree.visible), 0.0, torch.finfo(model.dtype).min)
     tokens, positions = torch.from_numpy(tree.tokens), torch.from_numpy(tree.positions)
     with torch.inference_mode():
@@ -95,7 +103,7 @@ def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Se
 
 
 def decoder_outputs(decoder: Decoder, tree: RandomTree) -> Outputs:
-    """The exported file's outputs, from a pass over the prefix and one over the tree."""
+    """Return the exported file's outputs, from a pass over the prefix and one over the tree."""
     kv = decoder.empty_kv(len(tree.tokens))
     parts = []
     for start, end in ((0, tree.prefix), (tree.prefix, len(tree.tokens))):

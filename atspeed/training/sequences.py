@@ -1,8 +1,8 @@
-"""What a model reads and what it has to predict: token sequences that are exactly the prompts of serving time.
+"""Builds training sequences, whose prompts are exactly those of serving.
 
-A training sequence is the prompt of a window of history (atspeed.engine.bundle.prompt.PromptTemplate), then the next item's codes.
-Every item of the window is predicted too, from what stands before it. Where the template has neither separator nor
-suffix, that is itself a prompt of serving time, so one sequence trains as many prompts as it has items.
+A training sequence is the prompt of a window of history (atspeed.engine.bundle.prompt.PromptTemplate), then the next item's
+codes. Every item of the window is also predicted from the tokens before it. If the template has neither separator nor
+suffix, these tokens are a prompt of serving themselves, so one sequence trains as many prompts as it has items.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.data import Histories
 
 IGNORED = -100  # the label of a token that is not predicted; torch's default
+_POOL_BATCHES = 16  # batches whose sequences are sorted by length together: little padding, still a random mix
 SPELLING = "spelling.json"
 
 
 class Spelling(BaseModel):
-    """How a model spells prompts and codes. code_tokens: token id of each code column, level by level, [C]."""
+    """The tokens of a model's prompts and codes.
+
+    Attributes:
+        code_tokens: the token id of each code column, level by level, [C].
+        prompt: the template of prompts.
+        pad_token: the token id of padding.
+        vocab_size: the size of the vocabulary.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,24 +46,29 @@ class Spelling(BaseModel):
     vocab_size: PositiveInt
 
     def item_tokens(self, catalogue: Catalogue) -> Int64:
-        """The code tokens of every item of the catalogue, [items, L], by item index."""
+        """Return the code tokens of every item of the catalogue, [items, L], by item index."""
         columns = catalogue.codes + catalogue.trie.codebook_offset
         tokens: Int64 = np.asarray(self.code_tokens, dtype=np.int64)[columns]
         return tokens
 
     def save(self, checkpoint: Path) -> None:
-        """Write it beside the model's weights."""
+        """Write the spelling beside the model's weights."""
         replace_text(checkpoint / SPELLING, self.model_dump_json() + "\n")
 
     @classmethod
     def load(cls, checkpoint: Path) -> Spelling:
-        """Read what `save` wrote."""
+        """Read a spelling that `save` wrote."""
         return cls.model_validate_json((checkpoint / SPELLING).read_bytes())
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: tokens int64 [s]; labels int64 [s], the token itself where it is to be predicted, else IGNORED."""
+    """One training sequence.
+
+    Attributes:
+        tokens: int64 [s].
+        labels: int64 [s]. The token itself if it is predicted, else IGNORED.
+    """
 
     tokens: Int64
     labels: Int64
@@ -63,14 +76,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded on the right: tokens and labels, int64 [b, s]. Causal attention never looks at the padding."""
+    """Sequences padded on the right. Causal attention never sees the padding.
+
+    Attributes:
+        tokens: int64 [b, s].
+        labels: int64 [b, s].
+    """
 
     tokens: Tensor
     labels: Tensor
 
     @classmethod
     def of(cls, examples: Sequence[Example], pad_token: int) -> Batch:
-        """Pad and stack."""
+        """Pad and stack examples."""
         longest = max(len(example.tokens) for example in examples)
         tokens = torch.full((len(examples), longest), pad_token)
         labels = torch.full((len(examples), longest), IGNORED)
@@ -80,19 +98,22 @@ class Batch:
         return cls(tokens, labels)
 
     def inputs(self, _dtype: torch.dtype, /) -> dict[str, Any]:
-        """Arguments of the model whose logits [b, s, V] the loss takes."""
+        """Return the arguments of the model; its logits are [b, s, V]."""
         return {"input_ids": self.tokens}
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on a device."""
+        """Move the batch to a device."""
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Sequencer:
-    """Builds examples from histories of item indices.
+    """Builds prompts and training examples from histories of item indices.
 
-    item_tokens: int64 [items, L]. predict_first: whether a window's first item is predicted, from an empty history.
+    Attributes:
+        spelling: the tokens of prompts and codes.
+        item_tokens: int64 [items, L]. The code tokens of every item.
+        predict_first: whether a window's first item is predicted, from an empty history.
     """
 
     spelling: Spelling
@@ -101,16 +122,16 @@ class Sequencer:
 
     @property
     def window(self) -> int:
-        """Items of a full training window: the longest prompt's and the one that comes next."""
+        """Items of a full training window: those of the longest prompt and the next one."""
         return self.spelling.prompt.max_items + 1
 
     def prompt(self, history: Int64) -> Int64:
-        """The prompt of a whole history [h], as serving builds it: its newest items, in the template. [s]."""
+        """Build the prompt [s] of a whole history [h] as serving does: its newest items, in the template."""
         template = self.spelling.prompt
         return template.tokens(list(self.item_tokens[history[template.window_start(len(history)) :]]))
 
     def example(self, items: Int64, *, only_last: bool = False) -> Example:
-        """The prompt of all but the last of `items` (at most `window` of them), then the last one's codes.
+        """Build an example: the prompt of all but the last of `items` (at most `window` of them), then the last one's codes.
 
         only_last: predict only the last item, as an evaluation does.
         """
@@ -124,12 +145,12 @@ class Sequencer:
         return Example(tokens, labels)
 
     def last_of(self, history: Int64, item: int) -> Example:
-        """The serving prompt of a whole history [h], then the codes of the item to predict."""
+        """Build the serving prompt of a whole history [h], then the codes of the item to predict."""
         start = self.spelling.prompt.window_start(len(history))
         return self.example(np.append(history[start:], item), only_last=True)
 
     def _label_context(self, tokens: Int64, labels: Int64, items: int) -> None:
-        """Label the codes of the prompt's items, of the first one only where an empty history is allowed."""
+        """Label the codes of the prompt's items; the first one only if an empty history is allowed."""
         template, levels = self.spelling.prompt, self.item_tokens.shape[1]
         stride = levels + len(template.separator)
         for index in range(0 if self.predict_first else 1, items):
@@ -138,17 +159,24 @@ class Sequencer:
 
 
 def index_histories(catalogue: Catalogue, histories: Histories) -> list[Int64]:
-    """Each user's items as catalogue item indices, in the order of `histories`."""
+    """Return each user's items as catalogue item indices, in the order of `histories`."""
     return [catalogue.find(items) for items in histories.values()]
 
 
 @dataclass(frozen=True)
 class WindowBatches:
-    """The training batches of each epoch, a pure function of (seed, epoch), so a resumed run sees the same ones.
+    """The training batches of each epoch, a pure function of (seed, epoch), so a resumed run uses the same ones.
 
-    A history longer than a window is cut into windows at an offset drawn anew each epoch: every item is a target about
-    once, after contexts of every length. item_dropout: chance that an item is left out, which keeps small data from
-    being learned by heart. Batches hold sequences of like length, in random order; see `batches_of_like_length` for `run`.
+    A history longer than a window is cut into windows at a random offset per epoch: every item is a target about once, after
+    contexts of every length. Batches hold sequences of similar length, in random order.
+
+    Attributes:
+        sequencer: builds the examples.
+        histories: the users' histories as item indices.
+        batch_size: sequences per batch.
+        item_dropout: the chance that an item is left out, against overfitting on small data.
+        seed: the seed of windows and order.
+        run: batches that stay neighbours; see `batches_of_like_length`.
     """
 
     sequencer: Sequencer
@@ -159,7 +187,7 @@ class WindowBatches:
     run: int = 1
 
     def __call__(self, epoch: int) -> list[Batch]:
-        """All batches of an epoch."""
+        """Return all batches of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         examples = [self.sequencer.example(window) for window in self._windows(rng)]
         pad = self.sequencer.spelling.pad_token
@@ -176,7 +204,7 @@ class WindowBatches:
 
 
 def _cuts(length: int, window: int, rng: np.random.Generator) -> Iterable[tuple[int, int]]:
-    """Spans that tile a history: whole where it fits one window, else windows from a random offset on."""
+    """Return spans that tile a history: one if it fits one window, else windows from a random offset on."""
     if length <= window:
         return [(0, length)]
     offset = int(rng.integers(window))
@@ -184,15 +212,16 @@ def _cuts(length: int, window: int, rng: np.random.Generator) -> Iterable[tuple[
 
 
 def batches_of_like_length(lengths: Sequence[int], size: int, rng: np.random.Generator, run: int = 1) -> list[Int64]:
-    """Indices in batches of `size`: sorted by length within random pools of 16 batches, then shuffled.
+    """Return indices in batches of `size`, sorted by length within random pools of 16 batches, then shuffled.
 
     run: batches that stay neighbours. Processes that make a step together wait for the longest of their batches.
     """
-    order, pool, every = rng.permutation(len(lengths)), 16 * size, np.asarray(lengths)
+    order, pool, every = rng.permutation(len(lengths)), _POOL_BATCHES * size, np.asarray(lengths)
     groups: list[Int64] = []
     for start in range(0, len(order), pool):
         alike = order[start : start + pool]
         alike = alike[np.argsort(every[alike], kind="stable")]
         groups += [alike[first : first + size] for first in range(0, len(alike), size)]
+    # Shuffle groups of `run` neighbouring batches.
     runs = [groups[start : start + run] for start in range(0, len(groups), run)]
     return [group for index in rng.permutation(len(runs)) for group in runs[index]]

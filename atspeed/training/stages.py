@@ -1,4 +1,4 @@
-"""Stages of a run: each is kept in a folder and skipped while the hash of what it depends on stays the same."""
+"""Stages of a run: each is kept, and skipped while its inputs stay the same."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ from atspeed.training.errors import TrainingError
 from atspeed.training.processes import from_main, is_main, wait_for_all
 
 Measures = dict[str, float]
-PIPELINE_VERSION = 1  # raise it when the same recipe would train something else
+PIPELINE_VERSION = 1  # raise it when the same recipe would give another result
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One kept stage: done while its key, the hash of what it depends on, stays the same.
+    """One kept stage. It is finished as long as its key, the hash of its inputs, stays the same.
 
-    title: its name for people. outputs: what it leaves. read: reads them as those do who need them; a stage is done once that
-    works, and one whose outputs it refuses is made again. scratch: what it needs under way; left by a killed run, it is resumed
-    under the same key only. checkpoints: asked once it is done; None: nothing comes after it.
+    Attributes:
+        title: its name in messages.
+        marker: the file that records its key, time and measures.
+        key: the hash of its inputs.
+        outputs: its files and folders.
+        read: reads the outputs as their users do. A stage is made again if its outputs cannot be read.
+        scratch: its files while it runs. Those of a killed run are resumed under the same key only.
+        checkpoints: decides on stopping after the stage; None if no stage follows.
     """
 
     title: str
@@ -41,7 +46,7 @@ class Stage:
     checkpoints: Checkpoints | None = None
 
     def run(self, work: Callable[[], Measures], *, together: bool = False) -> Measures:
-        """Do the work unless it is done; outputs of another key go first, those of this key are resumed.
+        """Run the work unless it is finished. Outputs of another key are removed first; those of this key are resumed.
 
         together: every process works, otherwise only the main one. All of them get its measures.
         """
@@ -72,7 +77,7 @@ class Stage:
         return record.key == self.key and record.done and all(path.exists() for path in self.outputs)
 
     def _clear_stale(self) -> None:
-        """What was made under another key, or what its reader refuses, is gone after this."""
+        """Remove outputs of another key, and outputs that cannot be read."""
         if self._record.key != self.key or (self._done and not self._readable):
             for path in self.outputs + self.scratch:
                 remove(path)
@@ -90,7 +95,7 @@ class Stage:
         return True
 
     def _finish(self, measures: Measures, seconds: float) -> None:
-        """Say that it is done, once its outputs are read back. Measures that are no numbers are left out."""
+        """Record the stage as finished, once its outputs can be read. Measures that are not finite are left out."""
         self.read()
         for path in self.scratch:
             remove(path)
@@ -101,7 +106,7 @@ class Stage:
 
 
 class _Record(BaseModel):
-    """What a stage's marker says."""
+    """The content of a stage's marker."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -112,13 +117,13 @@ class _Record(BaseModel):
 
 
 def key_of(*parts: object) -> str:
-    """The hash of what a stage depends on: JSON values."""
+    """Hash the inputs of a stage, which are JSON values."""
     content = json.dumps([PIPELINE_VERSION, *parts], sort_keys=True, allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,18 +1,18 @@
-"""A small made-up data set with structure that a model can learn: for tests and for trying a recipe."""
+"""A small synthetic data set that a model can learn, for tests and first trials."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from atspeed.training.data import Dataset, Item, leave_last_out
+from atspeed.training.data import CatalogueItem, Dataset, leave_last_out
 
 _TERMS = "Made up; no terms."
 
 
 def synthetic(*, items: int, users: int, levels: int, codebook_size: int, seed: int) -> Dataset:
-    """Users who mostly walk from each item to one of its two fixed successors, sometimes to any item.
+    """Generate users who mostly move from each item to one of its two fixed successors, and sometimes to any item.
 
-    Codes are drawn at random; the last item of every ten shares its code path with the one before it.
+    Codes are random. The last item of every ten shares its code path with the one before it.
     """
     rng = np.random.default_rng(seed)
     codes = rng.integers(codebook_size, size=(items, levels))
@@ -20,14 +20,15 @@ def synthetic(*, items: int, users: int, levels: int, codebook_size: int, seed: 
     successors = rng.integers(items, size=(items, 2))
     histories = {str(user): _walk(rng, successors) for user in range(users)}
     catalogue = tuple(
-        Item(f"item-{index}", f"item number {index}", tuple(map(int, path))) for index, path in enumerate(codes)
+        CatalogueItem(f"item-{index}", f"item number {index}", tuple(map(int, path)))
+        for index, path in enumerate(codes)
     )
     named = {user: tuple(catalogue[index].id for index in walk) for user, walk in histories.items()}
     return leave_last_out("synthetic", _TERMS, catalogue, named)
 
 
 def _walk(rng: np.random.Generator, successors: np.ndarray) -> list[int]:
-    """3 to 15 items; one step in ten goes anywhere."""
+    """Return 3 to 15 items; one step in ten goes to any item."""
     walk = [int(rng.integers(len(successors)))]
     for _ in range(int(rng.integers(2, 15))):
         anywhere = rng.random() < 0.1

@@ -1,8 +1,8 @@
-"""What the target would recommend, for the draft to learn from: its beams and its log-probabilities along them.
+"""The target's answers that a draft learns from: its beams and log-probabilities.
 
-For each training prompt: the target's strict beams of every level, and at every prefix of those beams and of the gold item
-the log-probability of every code allowed there. Only allowed codes are kept: on real catalogues a few percent of the
-vocabulary, and the losses need no others. Written shard by shard as safetensors; a killed run goes on after the last shard.
+For each training prompt: the target's beams of every level, and at every prefix of those beams and of the gold item the
+log-probability of every code allowed there. Only allowed codes are kept: on real catalogues a few percent of the vocabulary,
+and the losses need no others. The data is written in shards as safetensors; a killed run continues after the last shard.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from atspeed.training.errors import DataError, Paused
 from atspeed.training.processes import processes, wait_for_all
 from atspeed.training.sequences import Sequencer
 
-SHARD = 2048  # prompts
-_BATCH = 64
+SHARD = 2048  # prompts per file; a killed run loses at most the work on one
+_BATCH = 64  # prompts per pass; affects speed and memory only
 
 
 @dataclass(frozen=True)
 class TrainingPrompts:
-    """The first `cut` items of a history are the prompt's, the item after them is the gold item.
+    """Training prompts. The first `cut` items of a history are the prompt's; the next item is the gold item.
 
-    histories: int64 [h] each, item indices. chosen: int64 [n, 2]: index of the history, cut; in random order.
+    Attributes:
+        histories: int64 [h] each, item indices.
+        chosen: int64 [n, 2]. Index of the history and cut, in random order.
     """
 
     histories: Sequence[Int64]
@@ -46,7 +48,7 @@ class TrainingPrompts:
 
     @classmethod
     def draw(cls, histories: Sequence[Int64], *, allow_empty: bool, limit: int, seed: int) -> Self:
-        """Every place of every history, or `limit` of them drawn by the seed; before the first item only if `allow_empty`."""
+        """Take every place of every history, or `limit` drawn by the seed; the first place only if `allow_empty`."""
         first = 0 if allow_empty else 1
         every = [(index, cut) for index, history in enumerate(histories) for cut in range(first, len(history))]
         order = np.random.default_rng(seed).permutation(len(every))[:limit]
@@ -56,24 +58,26 @@ class TrainingPrompts:
         return len(self.chosen)
 
     def history(self, prompt: int) -> Int64:
-        """All items before the gold one, oldest first."""
+        """Return all items before the gold one, oldest first."""
         index, cut = self.chosen[prompt]
         before: Int64 = self.histories[index][:cut]
         return before
 
     def gold(self, prompt: int) -> int:
-        """The item that came next, as an item index."""
+        """Return the item index of the gold item."""
         index, cut = self.chosen[prompt]
         return int(self.histories[index][cut])
 
 
 @dataclass(frozen=True)
 class TeacherShard:
-    """What the target says on n consecutive training prompts.
+    """The target's answers to n consecutive training prompts.
 
-    beams: int32 [n, L, K], trie nodes of each level, best first, -1 where there are fewer.
-    gold: int32 [n], the gold item's leaf. logp: float16, nats, over the whole vocabulary, of the children of `tree_nodes`, in
-    order, prompt after prompt; those of prompt i are logp[start[i] : start[i + 1]]. start: int64 [n + 1].
+    Attributes:
+        beams: int32 [n, L, K]. Trie nodes of each level, best first, -1 where there are fewer.
+        gold: int32 [n]. The gold items' leaves.
+        logp: float16, nats, over the whole vocabulary: the children of `tree_nodes`, in order, prompt after prompt.
+        start: int64 [n + 1]. Prompt i has logp[start[i] : start[i + 1]].
     """
 
     beams: Int32
@@ -85,7 +89,7 @@ class TeacherShard:
         return len(self.gold)
 
     def save(self, path: Path) -> None:
-        """Write it in one step, so that a kill never leaves half a shard."""
+        """Write the shard in one step, so that a kill never leaves half of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({field.name: getattr(self, field.name) for field in fields(self)}, partial)
@@ -93,12 +97,12 @@ class TeacherShard:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
+        """Read a shard that `save` wrote."""
         return cls(**load_file(path))
 
 
 def tree_nodes(trie: Trie, beams: npt.NDArray[np.integer], gold: npt.NDArray[np.integer]) -> Int64:
-    """The prefixes of beams [b, L, K] and gold leaves [b], root included: ascending, then -1; [b, m]."""
+    """Return the prefixes of beams [b, L, K] and gold leaves [b] with the root, [b, m]: ascending, then -1."""
     every = np.concatenate([ancestors(trie, gold), beams[:, :-1].reshape(len(beams), -1)], axis=1)
     distinct = [np.unique(row[row >= 0]) for row in every]
     nodes = np.full((len(beams), max(map(len, distinct))), -1, dtype=np.int64)
@@ -108,7 +112,7 @@ def tree_nodes(trie: Trie, beams: npt.NDArray[np.integer], gold: npt.NDArray[np.
 
 
 def ancestors(trie: Trie, leaves: npt.NDArray[np.integer]) -> Int64:
-    """The prefixes of leaves [b], from the root down to the parent: [b, L]."""
+    """Return the prefixes of leaves [b], from the root down to the parent: [b, L]."""
     above = [leaves.astype(np.int64)]
     for _ in range(trie.levels):
         above.append(trie.parent[above[-1]].astype(np.int64))
@@ -117,7 +121,15 @@ def ancestors(trie: Trie, leaves: npt.NDArray[np.integer]) -> Int64:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target with what it takes to ask it. beams: K."""
+    """The target as the source of training data.
+
+    Attributes:
+        model: the target.
+        sequencer: builds its prompts.
+        catalogue: the catalogue.
+        rule: the scoring rule.
+        beams: K.
+    """
 
     model: PreTrainedModel
     sequencer: Sequencer
@@ -126,40 +138,42 @@ class Teacher:
     beams: int
 
     def shard(self, prompts: TrainingPrompts, first: int, count: int) -> TeacherShard:
-        """Its beams and log-probabilities on `count` prompts from `first` on."""
-        asked = range(first, first + count)
-        tokens = [self.sequencer.prompt(prompts.history(index)) for index in asked]
-        gold = self.catalogue.leaf_of(np.array([prompts.gold(index) for index in asked]))
+        """Compute beams and log-probabilities of `count` prompts from `first` on."""
+        indices = range(first, first + count)
+        tokens = [self.sequencer.prompt(prompts.history(index)) for index in indices]
+        gold = self.catalogue.leaf_of(np.array([prompts.gold(index) for index in indices]))
         beams = np.full((count, self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
         logp: dict[int, npt.NDArray[np.float16]] = {}
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)
         for group in batches_of_equal_length(tokens, _BATCH):
-            found, said = self._ask(search, np.stack([tokens[index] for index in group]), gold[group])
+            found, values = self._search(search, np.stack([tokens[index] for index in group]), gold[group])
             beams[group, :, : found.shape[2]] = found
-            logp |= zip(group, said, strict=True)
+            logp |= zip(group, values, strict=True)
         ordered = [logp[index] for index in range(count)]
         start = np.concatenate([[0], np.cumsum([len(part) for part in ordered])]).astype(np.int64)
         return TeacherShard(beams, gold.astype(np.int32), np.concatenate(ordered), start)
 
-    def _ask(self, search: BeamSearch, prompts: Int64, gold: Int64) -> tuple[Int32, list[npt.NDArray[np.float16]]]:
-        """Of prompts of one length: the beams [b, L, K], and of each prompt what `TeacherShard.logp` holds."""
+    def _search(self, search: BeamSearch, prompts: Int64, gold: Int64) -> tuple[Int32, list[npt.NDArray[np.float16]]]:
+        """Search for prompts of one length. Returns beams [b, L, K] and each prompt's part of `TeacherShard.logp`."""
         trie = self.catalogue.trie
         levels = list(search.levels(prompts, along=ancestors(trie, gold)[:, 1:]))
         beams = np.full((len(prompts), trie.levels, self.beams), -1, dtype=np.int32)
         for level, step in enumerate(levels):
             beams[:, level, : step.node.shape[1]] = step.node.cpu().numpy()
-        said: list[list[npt.NDArray[np.float16]]] = [[] for _ in prompts]
+        # For each prompt and level, the log-probabilities of the children of its distinct prefixes.
+        parts: list[list[npt.NDArray[np.float16]]] = [[] for _ in prompts]
         for step in levels:
             prefix, logp = step.prefix.cpu().numpy(), step.logp.to(torch.float16).cpu().numpy()
-            # Ascending, so equal ones, the gold path on a beam, are neighbours.
+            # Prefixes are ascending, so duplicates (the gold path on a beam) are neighbours and are dropped.
             kept = (prefix >= 0) & np.diff(prefix, axis=1, prepend=-1).astype(bool)
             row, place = np.nonzero(kept)
+            # All children of the kept prefixes, and their values. Rows are ascending, so they split by prompt.
             which, child = trie.children_of(prefix[row, place])
             values = logp[row[which], place[which], trie.code[child]]
             ends = np.cumsum(np.bincount(row[which], minlength=len(prompts)))[:-1]
-            for part, found in zip(said, np.split(values, ends), strict=True):
+            for part, found in zip(parts, np.split(values, ends), strict=True):
                 part.append(found)
-        return beams, [np.concatenate(parts) for parts in said]
+        return beams, [np.concatenate(part) for part in parts]
 
 
 def write_teacher_data(
@@ -170,13 +184,13 @@ def write_teacher_data(
     shard: int = SHARD,
     checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Write every shard that is not there yet; a shard is named after its first prompt. Raises Paused between shards.
+    """Write every shard that is missing; a shard is named after its first prompt. Raises Paused between shards.
 
     Several processes take turns, each with a model on its own device.
     """
-    firsts, us = range(0, len(prompts), shard), processes()
-    mine = firsts[us.process_index :: us.num_processes]
-    for first in track(mine, description="teacher data", transient=True, disable=not us.is_main_process):
+    firsts, state = range(0, len(prompts), shard), processes()
+    mine = firsts[state.process_index :: state.num_processes]
+    for first in track(mine, description="teacher data", transient=True, disable=not state.is_main_process):
         path = _shard_path(folder, first)
         if not path.exists():
             teacher.shard(prompts, first, min(shard, len(prompts) - first)).save(path)
@@ -189,7 +203,7 @@ def write_teacher_data(
 
 
 def check_teacher_data(folder: Path, prompts: int) -> None:
-    """Raise DataError unless the shards of a folder can be read and hold so many prompts together."""
+    """Raise DataError unless the folder's shards can be read and hold `prompts` prompts together."""
     first = 0
     for number, path in shards(folder).items():
         try:
@@ -209,5 +223,5 @@ def _shard_path(folder: Path, first: int) -> Path:
 
 
 def shards(folder: Path) -> dict[int, Path]:
-    """The shards of a folder by their first prompt, ascending."""
+    """Return the shards of a folder by their first prompt, ascending."""
     return {int(path.stem): path for path in sorted(folder.glob("*.safetensors"))}

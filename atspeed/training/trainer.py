@@ -1,11 +1,11 @@
-"""The one training loop, for target and draft: a model, batches per epoch, and a loss on logits that can be swapped.
+"""The training loop of target and draft, for any batches and any loss on logits.
 
-Everything random depends on (seed, epoch, place in the epoch) only and the state is saved after every epoch and every few
-minutes inside one, so a run that was killed or stopped goes on to the identical result.
+All randomness depends on (seed, epoch, place in the epoch) only. The state is saved after every epoch and every few minutes
+inside one, so a run that was killed or stopped continues to the identical result.
 
-On several GPUs or machines each process takes its share of every step's batches and DistributedDataParallel averages the
+On several GPUs or machines each process takes its share of every step's batches, and DistributedDataParallel averages the
 gradients: a step then learns from `batch_size` x `gradient_accumulation` x processes sequences. The main process validates
-and writes. Nothing here starts processes; `accelerate launch` and torchrun do.
+and writes. `accelerate launch` or torchrun start the processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from atspeed.training.sequences import IGNORED, Batch
 
 
 class Trainable(Protocol):
-    """What one step is made on. inputs: arguments of a Hugging Face model that computes in a dtype."""
+    """A batch. inputs: arguments of a Hugging Face model that computes in a dtype."""
 
     def inputs(self, _dtype: torch.dtype, /) -> dict[str, Any]: ...  # noqa: D102 - see the class
 
@@ -47,12 +47,10 @@ class Trainable(Protocol):
 
 B = TypeVar("B", bound=Trainable)
 Loss = Callable[[Tensor, B], Tensor]  # (the logits that the batch's inputs give, the batch) -> a scalar
-Validate = Callable[
-    [PreTrainedModel], Mapping[str, float]
-]  # larger `score` is better; nothing where nobody can be asked
+Validate = Callable[[PreTrainedModel], Mapping[str, float]]  # larger `score` is better; empty without examples
 STATE = "state.pt"
 BEST = "best"
-_FLOOR = 0.05  # the learning rate decays to this share of its peak
+_FLOOR = 0.05  # the learning rate decays to this share of its peak, a twentieth (recipe.Schedule)
 _COMPUTE = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,16 +65,22 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def batches_per_step(schedule: Schedule) -> int:
-    """How many batches one step learns from, of all processes together."""
+    """Return the number of batches of one step, of all processes together."""
     together: int = processes().num_processes
     return together * schedule.gradient_accumulation
 
 
 @dataclass
 class FitState:
-    """Where a run stands. log: one dict of measures per finished epoch.
+    """The progress of a training.
 
-    batch: how many of this epoch's batches are done, by all processes together; loss: the sum of theirs.
+    Attributes:
+        epoch: finished epochs.
+        best_epoch: the best one, counted from 0; -1 before the first.
+        best_score: its validation score.
+        log: the measures of each finished epoch.
+        batch: finished batches of this epoch, of all processes together.
+        loss: the sum of their losses.
     """
 
     epoch: int = 0
@@ -87,12 +91,12 @@ class FitState:
     loss: float = 0.0
 
     def finished(self, schedule: Schedule) -> bool:
-        """Whether all epochs are done or the best one is too long ago."""
+        """True if all epochs are finished, or the best one is `patience` epochs ago."""
         return self.epoch >= schedule.epochs or self.epoch - 1 - self.best_epoch >= schedule.patience
 
 
 class _Logits(torch.nn.Module):
-    """What accelerate wraps: the model's forward pass. The model itself stays as it is, to be validated and saved."""
+    """The model's forward pass, which accelerate wraps. The model itself is unchanged, for validation and saving."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -105,7 +109,13 @@ class _Logits(torch.nn.Module):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model under training. forward: the inputs of a batch -> float32 logits, in the schedule's precision."""
+    """A model under training.
+
+    Attributes:
+        accelerator: accelerate's state for this model.
+        forward: maps the inputs of a batch to float32 logits, in the schedule's precision.
+        optimizer: the optimizer of its weights.
+    """
 
     accelerator: Accelerator
     forward: torch.nn.Module
@@ -114,9 +124,18 @@ class _Prepared:
 
 @dataclass
 class Trainer(Generic[B]):
-    """Trains `model` in place. folder: keeps the state of the run, and the best epoch's checkpoint in folder/best.
+    """Trains `model` in place.
 
-    batches: epoch -> its batches. validate: measures of the model as it stands; that with the largest `score` is kept.
+    Attributes:
+        model: the model.
+        batches: maps an epoch to its batches.
+        loss: the loss on logits and batch.
+        validate: the measures of the model. The epoch with the largest `score` is kept.
+        schedule: epochs, batch size, learning rate and so on.
+        folder: the folder of the run's state, and of the best epoch's checkpoint in folder/best.
+        seed: the seed of dropout.
+        title: the name in progress lines.
+        checkpoints: when to save and stop.
     """
 
     model: PreTrainedModel
@@ -130,7 +149,7 @@ class Trainer(Generic[B]):
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     def fit(self) -> FitState:
-        """Train until done, from the saved state if there is one; the model ends up with the best epoch's weights.
+        """Train to the end, from the saved state if there is one. The model then has the best epoch's weights.
 
         Raises Paused, with the state saved, when the checkpoints say so.
         """
@@ -146,38 +165,40 @@ class Trainer(Generic[B]):
         return state
 
     def _epoch(self, state: FitState, prepared: _Prepared, progress: Progress) -> None:
-        """One epoch, its validation, its state on disk; the best checkpoint first, so a kill between loses nothing."""
+        """Train one epoch, validate and save. The best checkpoint is saved first, so a kill between loses nothing."""
         loss = self._pass(state, prepared, progress)
         self._check_weights(state)
         found = {"train_loss": loss} | self._validated()
         measures = finite(found)
         if is_main():
             progress.console.print(f"{self.title} epoch {state.epoch + 1}: {_in_words(measures)}", highlight=False)
-        score = found.get("score", float(state.epoch))  # with nobody to ask, the newest is the best
+        score = found.get("score", float(state.epoch))  # without examples the newest epoch is the best
         if not math.isfinite(score):
-            raise TrainingError(f"{self._place(state)}: its validation gives {score}, which no epoch can be chosen by")
+            raise TrainingError(f"{self._place(state)}: the validation score is {score}, so no epoch can be chosen")
         if score > state.best_score:
             state.best_score = score
             state.best_epoch = state.epoch
             self._save_best()
-        state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
+        state.epoch += 1
+        state.batch = 0
+        state.loss = 0.0
         state.log.append(measures)
         self._save_state(state, prepared)
         if not state.finished(self.schedule):
             self.checkpoints.pause_if_stopping(f"{self.title}: {state.epoch} of {self.schedule.epochs} epochs")
 
     def _validated(self) -> dict[str, float]:
-        """The main process's measures, since other GPUs may round differently; in the model's own precision."""
+        """Return the main process's measures, since other GPUs may round differently; in the model's own precision."""
         self.model.train(mode=False)
         with torch.inference_mode():
             return from_main(dict(self.validate(self.model)) if is_main() else {})
 
     def _check_weights(self, state: FitState) -> None:
-        """Raise TrainingError when the model computes nothing any more."""
+        """Raise TrainingError when weights are not finite."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             rate = self.schedule.learning_rate
             raise TrainingError(
-                f"{self._place(state)}: weights are no numbers any more; schedule.learning_rate, {rate}, or a number of the "
+                f"{self._place(state)}: weights are not finite; schedule.learning_rate, {rate}, or a setting of the "
                 "alignment is too large"
             )
 
@@ -185,13 +206,13 @@ class Trainer(Generic[B]):
         return f"{self.title} epoch {state.epoch + 1}/{self.schedule.epochs}"
 
     def _pass(self, state: FitState, prepared: _Prepared, progress: Progress) -> float:
-        """The batches of an epoch that are still to be done; the mean loss of all."""
+        """Train the remaining batches of an epoch. Returns the mean loss of all of its batches."""
         self.model.train()
         batches = self.batches(state.epoch)
         title = self._place(state)
         if not batches:
             raise RecipeError(
-                f"{title}: schedule.item_dropout, {self.schedule.item_dropout}, left no sequence to learn from"
+                f"{title}: schedule.item_dropout, {self.schedule.item_dropout}, left no sequence to train on"
             )
         task = progress.add_task(title, total=len(batches), completed=state.batch)
         first, started = state.batch, time.monotonic()
@@ -208,7 +229,7 @@ class Trainer(Generic[B]):
         return state.loss / len(batches)
 
     def _step(self, batches: Sequence[B], state: FitState, prepared: _Prepared) -> bool:
-        """One step of the optimizer, on the next batches of the epoch; whether the run is to stop after it."""
+        """Make one step of the optimizer on the next batches. Returns True if the run is to stop after it."""
         done = (state.epoch + state.batch / len(batches)) / self.schedule.epochs
         for group in prepared.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate * _rate(done, self.schedule.warmup)
@@ -218,7 +239,7 @@ class Trainer(Generic[B]):
         self._seed(state)
         total = 0.0
         for first in firsts:
-            # Where batches run out, a process takes one of the epoch's first once more: a step is made by all of them.
+            # All processes make every step. When batches run out, a process repeats one of the epoch's first.
             batch = batches[(first + processes().process_index) % len(batches)].to(device())
             last = first == firsts[-1]
             with nullcontext() if last else prepared.accelerator.no_sync(prepared.forward):
@@ -236,28 +257,28 @@ class Trainer(Generic[B]):
         return stopping
 
     def _seed(self, state: FitState) -> None:
-        """Dropout is a function of the place in the run, and differs between processes."""
+        """Seed dropout by the place in the run and the process."""
         entropy = [self.seed, state.epoch, state.batch, processes().process_index]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     @property
     def _compute(self) -> torch.dtype:
-        """What attention is computed in."""
+        """The dtype of attention."""
         precision = self.schedule.mixed_precision
         return self.model.dtype if precision == "no" else _COMPUTE[precision]
 
     def _prepare(self) -> _Prepared:
         if self.schedule.mixed_precision == "fp16" and device().type == "cpu":
             raise RecipeError("schedule.mixed_precision: fp16 needs a GPU; bf16 does not")
-        # accelerate keeps the first precision asked of a process; a run trains two models, each in its own.
+        # accelerate keeps a process's first precision, but a run trains two models, each with its own.
         AcceleratorState._reset_state()
-        processes()  # before accelerate makes its own
+        processes()  # must exist before accelerate creates its own state
         accelerator = Accelerator(mixed_precision=self.schedule.mixed_precision)
         self.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
         return _Prepared(accelerator, *accelerator.prepare(_Logits(self.model), self._optimizer()))
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; vectors (norms, biases) are not decayed."""
+        """Build AdamW; vectors (norms, biases) have no weight decay."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.schedule.weight_decay},
@@ -274,7 +295,7 @@ class Trainer(Generic[B]):
         prepared.optimizer.load_state_dict(saved["optimizer"])
         if prepared.accelerator.scaler is not None:
             prepared.accelerator.scaler.load_state_dict(saved["scaler"])
-        fit = saved["fit"]  # JSON, in a state of an older version
+        fit = saved["fit"]  # a JSON text in states of older versions
         return FitState(**(json.loads(fit) if isinstance(fit, str) else fit))
 
     def _save_state(self, state: FitState, prepared: _Prepared) -> None:
@@ -307,7 +328,7 @@ class Trainer(Generic[B]):
 
 
 def _rate(progress: float, warmup: float) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1) of the run."""
+    """Return the share of the peak learning rate at `progress` in [0, 1) of the run."""
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     decay = (progress - warmup) / (1 - warmup)

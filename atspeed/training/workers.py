@@ -1,4 +1,7 @@
-"""Several runs at once, each in a process of one thread: small models gain more from that than from several threads."""
+"""Trains several runs at once, each in a process of one thread.
+
+Small models gain more from several processes than from several threads.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,26 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from atspeed.training.errors import Paused, TrainingError
-from atspeed.training.pipeline import Run
+from atspeed.training.pipeline import TrainingRun
 from atspeed.training.processes import processes
 
-_PAUSED, _FAILED = 75, 1  # codes that a worker exits with
-_STOPPED = {_PAUSED, -signal.SIGTERM}  # the latter before it could heed the signal
-_LOOK_SECONDS = 0.2
+_PAUSED, _FAILED = 75, 1  # exit codes of a worker, those of the command line (atspeed/cli/errors.py)
+_STOPPED = {_PAUSED, -signal.SIGTERM}  # the latter if the signal came before its handler was set
+_LOOK_SECONDS = 0.2  # delay until a signal is passed on
 
 
-def bundle_all(runs: Sequence[Run], workers: int) -> None:
-    """The bundles of runs that share everything up to the teacher, which is done. Raises Paused, and TrainingError.
+def bundle_all(runs: Sequence[TrainingRun], workers: int) -> None:
+    """Train and export runs that share all stages up to the teacher, which are finished.
 
-    A worker takes the next run that nobody has taken; in one process the runs follow each other. Results are the same.
+    A worker takes the next run that no other has taken; in one process the runs follow each other. The results are the same.
+    Raises Paused, and TrainingError.
     """
     if workers == 1:
         _in_turn(runs)
         return
     if processes().num_processes > 1:
-        raise TrainingError(
-            "--workers: several of them are for a run that no launcher has started in several processes"
-        )
-    # Not forked: the threads of torch would not come along.
+        raise TrainingError("--workers: must be 1 when a launcher such as torchrun has started several processes")
+    # Spawned and not forked, since a fork loses the threads of torch.
     spawned = multiprocessing.get_context("spawn")
     taken: Synchronized[int] = spawned.Value("i", 0)
     started = [spawned.Process(target=_work, args=(runs, taken)) for _ in range(min(workers, len(runs)))]
@@ -54,13 +56,13 @@ def bundle_all(runs: Sequence[Run], workers: int) -> None:
                 process.kill()
     codes = [process.exitcode for process in started]
     if failed := [code for code in codes if code not in {0, *_STOPPED}]:
-        raise TrainingError(f"{len(failed)} of {len(codes)} workers failed; what they said stands above")
+        raise TrainingError(f"{len(failed)} of {len(codes)} workers failed; their messages are above")
     if _STOPPED.intersection(codes):
         done = sum((run.folders.run / "bundle").exists() for run in runs)
-        raise Paused(f"{done} of {len(runs)} drafts are there")
+        raise Paused(f"{done} of {len(runs)} drafts are finished")
 
 
-def _in_turn(runs: Sequence[Run]) -> None:
+def _in_turn(runs: Sequence[TrainingRun]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -70,30 +72,32 @@ def _in_turn(runs: Sequence[Run]) -> None:
         torch.set_num_threads(threads)
 
 
-def _watch(started: Sequence[SpawnProcess], runs: Sequence[Run]) -> None:
-    """Until all have ended. They know the time limit, on a clock that is the machine's; a signal is passed on, once."""
-    checkpoints, told = runs[0].checkpoints, False
+def _watch(started: Sequence[SpawnProcess], runs: Sequence[TrainingRun]) -> None:
+    """Wait until all have ended. They know the time limit themselves, on the machine's clock; a signal is passed on once."""
+    checkpoints, signalled = runs[0].checkpoints, False
     while alive := [process.sentinel for process in started if process.is_alive()]:
         wait(alive, timeout=_LOOK_SECONDS)
-        if checkpoints.signalled and not told:
-            told = True
+        if checkpoints.signalled and not signalled:
+            signalled = True
             for process in started:
                 process.terminate()
 
 
-def _work(runs: Sequence[Run], taken: Synchronized[int]) -> None:
-    """A worker's life. The runs share their checkpoints in here too: they came in one piece."""
+def _work(runs: Sequence[TrainingRun], taken: Synchronized[int]) -> None:
+    """Run a worker. The runs share one `Checkpoints` here too, because they are pickled together."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TTY_INTERACTIVE"] = "0"  # lines, but no bars: several processes would draw them over each other
+    os.environ["TTY_INTERACTIVE"] = "0"  # lines instead of bars, which several processes would draw over each other
     torch.set_num_threads(1)
     disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     checkpoints = runs[0].checkpoints
-    with checkpoints.heeding_signals():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches everyone; the parent passes it on
+    with checkpoints.stop_at_signals():
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a terminal's Ctrl-C reaches all processes; the parent passes it on
         for run in _taken(runs, taken):
             try:
-                with _alone(run.folders.pretrained):
+                with _locked(run.folders.pretrained):
                     run.pretrain()
                 run.bundle()
             except Paused as paused:
@@ -104,8 +108,8 @@ def _work(runs: Sequence[Run], taken: Synchronized[int]) -> None:
                 sys.exit(_FAILED)
 
 
-def _taken(runs: Sequence[Run], taken: Synchronized[int]) -> Iterator[Run]:
-    """The runs that nobody else has taken."""
+def _taken(runs: Sequence[TrainingRun], taken: Synchronized[int]) -> Iterator[TrainingRun]:
+    """Yield the runs that no other worker has taken."""
     while True:
         with taken.get_lock():
             index = taken.value
@@ -116,8 +120,8 @@ def _taken(runs: Sequence[Run], taken: Synchronized[int]) -> Iterator[Run]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock of a process that died is free."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the block. The lock of a process that died is free."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -125,7 +129,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot say so: its workers must not go on in folders that the next command takes over."""
+    """End with the parent. A killed parent sends no signal, and the next command takes over the folders."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(_FAILED)

@@ -12,7 +12,7 @@ from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.eval_examples import choose_cases, quality
 from atspeed.benchmarks.intervals import bootstrap, half_width
 from atspeed.training import evaluate
-from atspeed.training.data import Dataset, Item, read_atspeed
+from atspeed.training.data import CatalogueItem, Dataset, read_atspeed
 from tests.bundles import random_catalogue
 from tests.datasets import write_dataset
 
@@ -28,7 +28,7 @@ def test_cases_and_measures_are_those_of_the_training(data: Path) -> None:
     """The same users by the same seed, and the same Recall and NDCG of the same rankings."""
     dataset = read_atspeed(data)
     mine = choose_cases(dataset, CATALOGUE, allow_empty=False, users=7, seed=2)
-    asked = evaluate.questions(dataset.cases("test"), CATALOGUE, allow_empty=False, limit=7, seed=2)
+    asked = evaluate.eval_examples(dataset.cases("test"), CATALOGUE, allow_empty=False, limit=7, seed=2)
     assert [(case.history, case.answers) for case in mine] == [
         (tuple(question.history.tolist()), question.targets) for question in asked
     ]
@@ -45,7 +45,7 @@ def test_cases_and_measures_are_those_of_the_training(data: Path) -> None:
 def test_cases_that_cannot_be_asked() -> None:
     """No test items; an item that the bundle does not know; an empty history only where the model can answer it."""
     known = CATALOGUE.id_of(0)
-    items = (Item(known), Item("new"))
+    items = (CatalogueItem(known), CatalogueItem("new"))
     nobody = Dataset("d", "", items, {"u": (known,)}, {}, {})
     stranger = Dataset("d", "", items, {"u": (known,)}, {}, {"u": ("new",)})
     fresh = Dataset("d", "", items, {}, {}, {"u": (known,)})

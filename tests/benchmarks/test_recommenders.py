@@ -20,7 +20,7 @@ from atspeed.benchmarks.sasrec import SasRec, Settings
 from atspeed.cli import main
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
-from atspeed.training.evaluate import Question
+from atspeed.training.evaluate import EvalExample
 from atspeed.training.pipeline import train
 from tests.recipes import TINY, with_epochs
 
@@ -46,12 +46,12 @@ def opened(folder: Path) -> TrainedRun:
 
 
 @pytest.fixture(scope="module")
-def asked(opened: TrainedRun) -> list[Question]:
+def asked(opened: TrainedRun) -> list[EvalExample]:
     return opened.questions(None, SEED)
 
 
 @pytest.fixture(scope="module")
-def rows(opened: TrainedRun, asked: list[Question]) -> list[RecommenderRow]:
+def rows(opened: TrainedRun, asked: list[EvalExample]) -> list[RecommenderRow]:
     return recommenders.run(asked, list(recommenders.own_methods(opened)), seed=SEED)
 
 
@@ -76,7 +76,7 @@ def test_the_means_are_those_of_the_runs_own_evaluation(folder: Path, rows: list
             assert row.ndcg[str(cutoff)].mean == pytest.approx(wanted[f"ndcg@{cutoff}"])
 
 
-def test_intervals(rows: list[RecommenderRow], asked: list[Question]) -> None:
+def test_intervals(rows: list[RecommenderRow], asked: list[EvalExample]) -> None:
     """Half widths are near the normal law's; the difference from item-kNN is paired: of its own ranking it is 0."""
     for row in rows:
         mean, ci95 = row.recall["10"].mean, row.recall["10"].ci95
@@ -93,7 +93,7 @@ def test_intervals(rows: list[RecommenderRow], asked: list[Question]) -> None:
             assert (nothing.low, nothing.value, nothing.high) == (0, 0, 0)
 
 
-def test_sasrec_learns(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
+def test_sasrec_learns(opened: TrainedRun, asked: list[EvalExample], sasrec: SasRec) -> None:
     """Better than popularity on walks along fixed successors, and the same again by the same seed."""
     rankings = evaluate.rank_by(sasrec.score, asked, exclude_seen=False)
     popular = evaluate.rank_by(evaluate.popularity(opened.dataset, opened.catalogue), asked, exclude_seen=False)
@@ -110,7 +110,7 @@ def test_sasrec_without_a_validation_split_is_refused(opened: TrainedRun) -> Non
         SasRec.train(blind, opened.catalogue, SMALL, seed=SEED)
 
 
-def test_sasrec_does_not_read_the_test_split(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
+def test_sasrec_does_not_read_the_test_split(opened: TrainedRun, asked: list[EvalExample], sasrec: SasRec) -> None:
     dataset = opened.dataset
     blind = Dataset(dataset.name, dataset.terms, dataset.items, dataset.train, dataset.valid, {})
     found = SasRec.train(blind, opened.catalogue, SMALL, seed=SEED)
@@ -131,7 +131,7 @@ def test_sasrec_gives_no_score_to_items_that_it_never_saw(opened: TrainedRun) ->
     )
     index = int(catalogue.find([new])[0])
     for history in ([], [index]):
-        scores = model.score(Question(np.array(history, dtype=np.int64), (0,)))
+        scores = model.score(EvalExample(np.array(history, dtype=np.int64), (0,)))
         assert np.flatnonzero(~np.isfinite(scores)).tolist() == [index]
         assert len(set(scores[np.isfinite(scores)].tolist())) == 1
 

@@ -35,7 +35,7 @@ def test_the_demo_holds_on_the_shipped_bundle() -> None:
 def test_without_a_bundle_it_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1 and one line."""
     assert main(tmp_path / "none") == 1
-    assert "no bundle there" in capsys.readouterr().out
+    assert "no bundle;" in capsys.readouterr().out
 
 
 def test_without_the_data_it_says_what_failed(

@@ -43,7 +43,7 @@ def test_bundle_inspect_and_verify(made: TestBundle, tmp_path: Path) -> None:
     assert "manifest.json" in one_line(run("bundle", "inspect", tmp_path))
 
 
-def test_catalogue_update_and_what_it_refuses(made: TestBundle, tmp_path: Path) -> None:
+def test_catalogue_update_changes_items_and_refuses_mistakes(made: TestBundle, tmp_path: Path) -> None:
     new, add, remove = tmp_path / "new", tmp_path / "add.jsonl", tmp_path / "remove.txt"
     codes = [0] * made.bundle.catalogue().trie.levels
     add.write_text(json.dumps({"item_id": "new", "codes": codes}) + "\n")
@@ -53,7 +53,7 @@ def test_catalogue_update_and_what_it_refuses(made: TestBundle, tmp_path: Path) 
     assert version in said
     assert version in run("bundle", "verify", new).stdout
     assert Bundle(new).catalogue().find(["new", "item-1", "item-2"]).tolist()[1:] == [-1, -1]
-    assert "is there already" in one_line(run("catalogue", "update", made.root, new))
+    assert "exists already" in one_line(run("catalogue", "update", made.root, new))
     add.write_text("{}\n")
     assert "line 1: item_id: " in one_line(run("catalogue", "update", made.root, tmp_path / "other", "--add", add))
 
@@ -137,14 +137,14 @@ def test_up_serves_until_interrupted(made: TestBundle) -> None:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "draining" in errors
-    assert "histories are kept in memory, gone when this ends; --data DIR keeps them" in errors
+    assert "histories are kept in memory and lost at the end; --data DIR keeps them" in errors
     services = [int(number) for number in re.findall(r"process (\d+)", errors)]
     assert len(services) == 4
     assert not [number for number in services if alive(number)]
     assert "UNAVAILABLE" in one_line(run("info", "--address", served[1]))
 
 
-def test_up_keeps_histories_where_told(made: TestBundle, tmp_path: Path) -> None:
+def test_up_keeps_histories_in_the_data_folder(made: TestBundle, tmp_path: Path) -> None:
     """They are there after Ctrl-C and another start."""
     data = tmp_path / "data"
     for expected in ("", "item-1\n"):
@@ -157,7 +157,7 @@ def test_up_keeps_histories_where_told(made: TestBundle, tmp_path: Path) -> None
         assert f"histories are kept in {data}" in errors
 
 
-def test_a_password_is_on_no_command_line(
+def test_password_is_on_no_command_line(
     made: TestBundle, redis_server: LocalRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every service gets the URL, also that of another Redis than its own variable names, and none shows it."""
@@ -191,10 +191,10 @@ def test_up_ends_with_a_service_that_ends(made: TestBundle) -> None:
         os.kill(int(line.rpartition(" ")[2]), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "ended by itself" in errors
+    assert "ended unexpectedly" in errors
 
 
-def test_up_refuses_what_cannot_start(made: TestBundle, tmp_path: Path) -> None:
+def test_up_refuses_settings_that_cannot_start(made: TestBundle, tmp_path: Path) -> None:
     """No bundle; a port that is taken."""
     assert "manifest.json" in one_line(run("up", "--bundle", tmp_path))
     with socket.socket() as taken:

@@ -54,7 +54,7 @@ def test_record_recommend_history_forget(address: str) -> None:
         (["--", "-1", "é漢"], ["-1", "é漢"]),
     ],
 )
-def test_items_are_written_in_one_way_for_all_commands(written: list[str], items: list[str], address: str) -> None:
+def test_item_lists_have_one_form_for_all_commands(written: list[str], items: list[str], address: str) -> None:
     """`record` and `recommend --history` understand the same text, whether commas or spaces stand between the ids."""
     assert run("record", "--address", address, "speller", *written).exit_code == 0
     assert run("history", "speller", "--address", address).stdout.splitlines() == items
@@ -123,12 +123,12 @@ def lenient(made: TestBundle, redis_server: LocalRedis, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("arguments", "reason", "said"),
     [
-        (["nobody"], "COLD_START_NO_STORED_HISTORY", "nothing is stored for this user"),
+        (["nobody"], "COLD_START_NO_STORED_HISTORY", "no history is stored for this user"),
         (["--history", ""], "COLD_START_EMPTY_HISTORY", "the history is empty"),
-        (["--history", "unheard-of"], "COLD_START_UNKNOWN_ITEMS", "the catalogue knows no item of the history"),
+        (["--history", "unheard-of"], "COLD_START_UNKNOWN_ITEMS", "no item of the history is in the catalogue"),
     ],
 )
-def test_a_list_made_without_history_says_so(arguments: list[str], reason: str, said: str, lenient: str) -> None:
+def test_list_without_history_warns(arguments: list[str], reason: str, said: str, lenient: str) -> None:
     """It is the list of whoever has no history, not this user's."""
     shown = run("recommend", *arguments, "--address", lenient)
     assert shown.exit_code == 0, shown.output
@@ -164,6 +164,6 @@ def test_a_refused_call_shows_its_status(arguments: list[object], status: str, a
     assert status in one_line(run(*arguments, "--address", address))
 
 
-def test_nobody_there() -> None:
+def test_unreachable_service_is_unavailable() -> None:
     """No service at the address."""
     assert "UNAVAILABLE" in one_line(run("info", "--address", "127.0.0.1:1"))

@@ -122,7 +122,7 @@ def one_line(*arguments: str, code: int = 2) -> str:
 
 
 @pytest.mark.parametrize("spelled", SPELLED)
-def test_a_value_that_cannot_be_meant_ends_in_one_line_that_names_the_option(spelled: str, tmp_path: Path) -> None:
+def test_invalid_value_ends_in_one_line_that_names_the_option(spelled: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     wrong = SPELLED[spelled]
@@ -176,7 +176,7 @@ def test_numbers_have_bounds_and_paths_a_kind() -> None:
         (["up", "--bundle", str(ROOT), "--redis-url", "redis://localhost", "--data", "data"], "--data"),
     ],
 )
-def test_a_command_that_cannot_be_meant_ends_in_one_line(arguments: list[str], named: str) -> None:
+def test_invalid_command_ends_in_one_line(arguments: list[str], named: str) -> None:
     line = one_line(*arguments)
     assert named in line
     assert "secret" not in line
@@ -209,7 +209,7 @@ BUNDLE = ROOT / "bundles" / "movielens-100k"
         (["export", "FOLDER", "out"], b"\xff", "spelling.json"),
     ],
 )
-def test_a_file_that_holds_something_else_ends_in_one_line(
+def test_file_with_other_content_ends_in_one_line(
     command: list[object], content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -246,14 +246,14 @@ def process(*arguments: str | bytes, **variables: str) -> subprocess.CompletedPr
         ([b"recommend", b"alice", b"--tenant", b"\xc3"], b"--tenant"),
     ],
 )
-def test_bytes_that_are_no_utf_8_are_a_mistake_of_the_command(arguments: list[bytes], named: bytes) -> None:
+def test_argument_that_is_not_utf_8_is_a_mistake_of_the_command(arguments: list[bytes], named: bytes) -> None:
     done = process(*arguments, "--address", "127.0.0.1:1")
     assert done.returncode == 2
     assert named in done.stderr
     assert done.stderr.count(b"\n") == 1
 
 
-def test_a_path_that_is_no_utf_8_can_be_said_on_any_terminal(tmp_path: Path) -> None:
+def test_path_that_is_not_utf_8_is_printed_on_any_terminal(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     Path(os.fsdecode(folder)).mkdir()
     done = process("bundle", "inspect", folder, PYTHONIOENCODING="ascii")

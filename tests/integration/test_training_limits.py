@@ -93,7 +93,7 @@ def training(tmp_path: Path) -> Training:
 
 @pytest.mark.parametrize("loss", ["", "level-kd", "coverage"])
 @pytest.mark.parametrize("empty", [("test",), ("valid",), ("valid", "test")])
-def test_train_without_a_split_makes_a_bundle_and_says_what_is_left_undone(
+def test_train_without_a_split_makes_a_bundle_and_names_the_skipped_steps(
     training: Training, empty: tuple[str, ...], loss: str
 ) -> None:
     """An empty test split left a bundle that no service took, and every later `train` skipped it."""
@@ -116,7 +116,7 @@ def test_train_without_a_split_makes_a_bundle_and_says_what_is_left_undone(
 
 
 @pytest.mark.parametrize("lines", [("{split}-stranger item-1",), ("u1", "u2"), ()])
-def test_train_with_nobody_to_ask_is_as_with_an_empty_split(training: Training, lines: tuple[str, ...]) -> None:
+def test_train_without_eval_examples_equals_an_empty_split(training: Training, lines: tuple[str, ...]) -> None:
     """Users without a history, where a prompt needs one, and users without items after it."""
     training.change(*NEEDS_HISTORY)
     for split in ("valid", "test"):
@@ -126,7 +126,7 @@ def test_train_with_nobody_to_ask_is_as_with_an_empty_split(training: Training, 
     assert "nothing is measured" in said
 
 
-def test_a_measure_that_is_no_number_is_measured_again(training: Training) -> None:
+def test_stage_with_a_measure_that_is_not_finite_runs_again(training: Training) -> None:
     """As runs of before stand on disk: a NaN in the stage, null in the manifest, and done."""
     training.succeeds()
     for path in (training.run / "stages" / "evaluation.json", training.run / "bundle" / "manifest.json"):
@@ -151,7 +151,7 @@ def test_a_measure_that_is_no_number_is_measured_again(training: Training) -> No
         "bundle/manifest.json",
     ],
 )
-def test_a_stage_whose_reader_refuses_it_is_made_again(training: Training, damaged: str) -> None:
+def test_stage_with_unreadable_outputs_runs_again(training: Training, damaged: str) -> None:
     training.add(ALIGNED.format(loss="level-kd"))
     training.succeeds()
     version = read_manifest(training.run / "bundle").version
@@ -255,7 +255,7 @@ def test_a_recipe_larger_or_smaller_than_the_data_trains(training: Training, mor
 
 
 @pytest.mark.parametrize("rate", ["1e30", "1e300"])
-def test_weights_that_are_no_numbers_end_the_training_in_a_line(training: Training, rate: str) -> None:
+def test_weights_that_are_not_finite_end_the_training_in_one_line(training: Training, rate: str) -> None:
     training.change("learning_rate = 5e-3", f"learning_rate = {rate}")
     result = training.train()
     assert result.exit_code == 1, repr(result.exception)
@@ -265,7 +265,7 @@ def test_weights_that_are_no_numbers_end_the_training_in_a_line(training: Traini
     assert not (training.run / "bundle").exists()
 
 
-def test_an_epoch_of_which_dropout_leaves_nothing_ends_the_training_in_a_line(training: Training) -> None:
+def test_epoch_emptied_by_dropout_ends_the_training_in_one_line(training: Training) -> None:
     training.write("train", "u1 item-1 item-2")
     training.change("epochs = 2", "epochs = 2\nitem_dropout = 0.999")
     result = training.train()

@@ -72,7 +72,7 @@ def test_one_teacher_serves_all_losses(copied: Path, tmp_path: Path, monkeypatch
     assert fitted == ["draft"]
 
 
-def test_another_question_is_asked_anew(copied: Path, tmp_path: Path) -> None:
+def test_changed_teacher_settings_make_the_teacher_data_again(copied: Path, tmp_path: Path) -> None:
     train(aligned(tmp_path, loss="word-kd", prompts=50), copied, threads=1)
     assert sum(len(TeacherShard.load(path)) for path in (copied / "teacher").iterdir()) == 50
     train(aligned(tmp_path, loss="word-kd", prompts=40), copied, threads=1)
@@ -109,7 +109,7 @@ def test_recipes_without_alignment_keep_their_keys() -> None:
     Whoever changes runs/tiny.toml itself writes down the new keys here.
     """
     dataset = load_dataset(TINY, None)
-    run = pipeline.Run(TINY, Folders.one(Path("unused")), None, dataset)
+    run = pipeline.TrainingRun(TINY, Folders.one(Path("unused")), None, dataset)
     catalogue = build_catalogue(dataset, TINY.codes, data=None, seed=TINY.seed)
     assert TINY.draft is not None
     assert run._model_key(TINY.target, catalogue) == "57b8e5da7c51e664"

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.alignment import AlignmentBatch, AlignmentBatches, AlignmentObjective, _Group, level_rows
+from atspeed.training.alignment import AlignmentObjective, level_rows
+from atspeed.training.alignment_batches import AlignmentBatch, AlignmentBatches, _Group
 from atspeed.training.recipe import Alignment, AlignmentLoss
 from atspeed.training.sequences import Batch, Sequencer, Spelling
 from atspeed.training.teacher import Teacher, TeacherShard, TrainingPrompts, tree_nodes, write_teacher_data
@@ -91,7 +92,7 @@ def test_an_epoch_holds_every_prompt_once(folder: Path) -> None:
     assert len(batches(folder)(0)[2:4]) == 2
 
 
-def test_a_batch_holds_what_the_shard_holds(folder: Path) -> None:
+def test_batch_holds_the_values_of_its_shard(folder: Path) -> None:
     """Written out node by node, in the draft's spelling, which is not the target's."""
     made = batches(folder)
     for group in made._groups(0, np.random.default_rng(0)):
@@ -122,7 +123,7 @@ def test_a_batch_holds_what_the_shard_holds(folder: Path) -> None:
                 assert leaf < 0 or found == [TRIE.path(leaf)[:depth] for depth in range(3)]
 
 
-def test_without_a_loss_it_is_the_cross_entropy_of_the_next_item(folder: Path) -> None:
+def test_alignment_without_a_loss_is_the_cross_entropy_of_the_next_item(folder: Path) -> None:
     """The same number as from whole sequences, prompt and item, the way a draft without alignment is trained."""
     draft, made, spelled = model(2), batches(folder), sequencer(DRAFT_SPELLING)
     for group in made._groups(1, np.random.default_rng(0)):
@@ -136,7 +137,7 @@ def test_without_a_loss_it_is_the_cross_entropy_of_the_next_item(folder: Path) -
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss not in ("seq-kd", "coverage")])
-def test_the_target_itself_has_no_loss(folder: Path, loss: AlignmentLoss) -> None:
+def test_draft_equal_to_the_target_has_no_alignment_loss(folder: Path, loss: AlignmentLoss) -> None:
     """Up to float16 on disk; atspeed-s without its density term, which is no distance. Another model has some loss."""
     asked = objective(loss=loss, density=0.0, beams=4)
     for batch in batches(folder, TARGET_SPELLING)(0):
@@ -144,7 +145,7 @@ def test_the_target_itself_has_no_loss(folder: Path, loss: AlignmentLoss) -> Non
         assert asked.alignment(draft_logits(model(2), batch), batch).item() > 0.02
 
 
-def test_the_total_is_weighed(folder: Path) -> None:
+def test_total_loss_is_the_weighted_sum(folder: Path) -> None:
     batch = batches(folder)(0)[0]
     logits = draft_logits(model(2), batch)
     gold = objective()(logits, batch)
@@ -166,7 +167,7 @@ def test_padding_changes_nothing(folder: Path) -> None:
     assert found == pytest.approx(np.average(values, weights=weights), abs=1e-5)
 
 
-def test_a_batch_moves_whole(folder: Path) -> None:
+def test_batch_moves_to_a_device_completely(folder: Path) -> None:
     moved = batches(folder)(0)[0].to(torch.device("meta"))
     tensors = (moved.trees.sees, moved.gold.row, *(level.token for level in moved.levels))
     assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -94,7 +94,7 @@ def _live(pruning: Pruning) -> set[int]:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("width", [1, 2, 4, 100])
-def test_same_beams_as_one_pass_per_beam(model: PreTrainedModel, rule: ScoringRule, width: int) -> None:
+def test_beams_equal_those_of_one_pass_per_beam(model: PreTrainedModel, rule: ScoringRule, width: int) -> None:
     """Width 100 holds every path, so that the result is the ranking of the whole catalogue."""
     check(model, rule, width)
 

@@ -15,14 +15,14 @@ from atspeed.engine.search.plan import PlanSize, Proposal, free_nodes
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Pruning
 from atspeed.training.calibration import Calibration, _plan
-from atspeed.training.evaluate import Question, Recommender
+from atspeed.training.evaluate import EvalExample, ModelRecommender
 from atspeed.training.sequences import Sequencer, Spelling
 from draft_service.drafter import Drafter, DraftRequest
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import Models
 
 SIZES = (PlanSize(3, 20, 20), PlanSize(5, 40, 40), PlanSize(2, 4, 12))
-ASKED = [Question(np.random.default_rng(seed).integers(0, 60, 1 + seed % 8), targets=(seed,)) for seed in range(24)]
+ASKED = [EvalExample(np.random.default_rng(seed).integers(0, 60, 1 + seed % 8), targets=(seed,)) for seed in range(24)]
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -33,15 +33,15 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Models.load(write_bundle(tmp_path_factory.mktemp("bundle"), catalogue, rule=request.param, draft_noise=0.05))
 
 
-def recommender(models: Models, role: str) -> Recommender:
+def recommender(models: Models, role: str) -> ModelRecommender:
     entry = models.bundle.bundle.model("draft")  # spelled as the target
     spelling = Spelling(code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size)
     sequencer = Sequencer(spelling, spelling.item_tokens(models.catalogue), predict_first=False)
     model = models.bundle.draft if role == "draft" else models.bundle.target
-    return Recommender(model, sequencer, models.catalogue, models.rule)
+    return ModelRecommender(model, sequencer, models.catalogue, models.rule)
 
 
-def planned(models: Models, question: Question, size: PlanSize, scales: tuple[float, ...]) -> Int64:
+def planned(models: Models, question: EvalExample, size: PlanSize, scales: tuple[float, ...]) -> Int64:
     """By the draft service's drafter, on the exported model."""
 
     async def plan(evaluator: TreeEvaluator) -> Int64:
@@ -57,7 +57,7 @@ def planned(models: Models, question: Question, size: PlanSize, scales: tuple[fl
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_plan_that_is_tried_is_the_one_that_is_served(models: Models, size: PlanSize) -> None:
+def test_tried_plan_equals_the_served_plan(models: Models, size: PlanSize) -> None:
     draft = recommender(models, "draft")
     lists = draft.search(ASKED, beams=60)[:3]
     for row, question in enumerate(ASKED[:8]):
@@ -70,7 +70,7 @@ def test_a_plan_that_is_tried_is_the_one_that_is_served(models: Models, size: Pl
         assert all(models.catalogue.trie.child_count[node] <= 1 for node in free)
 
 
-def test_no_other_scales_cover_more_requests(models: Models) -> None:
+def test_chosen_scales_cover_the_most_requests(models: Models) -> None:
     """Counted from the drafter's plans; equally good ones may exist."""
     if models.rule is ScoringRule.TRIE:
         pytest.skip("free nodes are not in the drafter's plans; the rule is covered above")
@@ -88,6 +88,6 @@ def test_no_other_scales_cover_more_requests(models: Models) -> None:
     assert 0 < whole(found) < len(ASKED)
 
 
-def test_a_draft_that_is_the_target_needs_no_scales(models: Models) -> None:
+def test_draft_equal_to_the_target_gets_scales_of_one(models: Models) -> None:
     target = recommender(models, "target")
     assert Calibration(SIZES[:2], width=60).scales(target, target, ASKED) == (1.0, 1.0, 1.0)

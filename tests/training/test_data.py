@@ -9,8 +9,8 @@ import pytest
 
 from atspeed.training import data
 from atspeed.training.data import (
+    CatalogueItem,
     Dataset,
-    Item,
     cache_folder,
     leave_last_out,
     movielens_titles,
@@ -56,7 +56,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_atspeed_folder(folder: Path) -> None:
     dataset = read_atspeed(folder)
-    assert dataset.items == (Item("0", "Soap | Bath", (1, 2)), Item("1", "Comb", (0, 3)))
+    assert dataset.items == (CatalogueItem("0", "Soap | Bath", (1, 2)), CatalogueItem("1", "Comb", (0, 3)))
     assert dataset.history("5", "valid") == ("0", "1", "0")
     assert dataset.history("5", "test") == ("0", "1", "0", "1")
     assert [(case.user, case.history, case.targets) for case in dataset.cases("test")] == [
@@ -129,13 +129,13 @@ def test_movielens_wheel_with_other_content_is_refused(wheel: Path, monkeypatch:
         read_movielens(wheel)
 
 
-def test_movielens_wheel_that_is_no_wheel_is_refused(tmp_path: Path) -> None:
+def test_movielens_file_that_is_not_a_wheel_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_text("no zip")
     with pytest.raises(DataError, match="cannot read"):
         read_movielens(tmp_path / "x.whl")
 
 
-def test_a_wheel_that_is_there_is_not_downloaded(wheel: Path) -> None:
+def test_existing_wheel_is_not_downloaded(wheel: Path) -> None:
     assert movielens_wheel(wheel.parent) == wheel
 
 
@@ -146,7 +146,7 @@ def test_the_real_movielens() -> None:
 
 
 def test_leave_last_out_leaves_short_histories_whole() -> None:
-    items = tuple(Item(name) for name in "abc")
+    items = tuple(CatalogueItem(name) for name in "abc")
     dataset = leave_last_out("x", "", items, {"1": ("a", "b", "c"), "2": ("a", "b")})
     assert (dataset.train, dataset.valid, dataset.test) == (
         {"1": ("a",), "2": ("a", "b")},

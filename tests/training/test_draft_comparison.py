@@ -113,7 +113,7 @@ def test_the_target_is_exported_once(run: Path) -> None:
         assert bundle.model_path("target").samefile(alone.model_path("target"))
 
 
-def test_the_benchmark_takes_them(run: Path) -> None:
+def test_trained_drafts_are_accepted_by_the_benchmark(run: Path) -> None:
     options = (run / "drafts" / "bundles.txt").read_text().splitlines()
     assert tuple(draft_bundles(Bundle(run / "drafts" / "target" / "bundle"), "draft", options)) == NAMES
 
@@ -127,7 +127,7 @@ def test_the_drafts_of_a_seed_begin_alike_and_take_equal_steps(run: Path) -> Non
         assert recipe["draft"]["alignment"]["weight"] == (0.5 if name.startswith("word-kd") else 0.7)
 
 
-def test_one_that_was_killed_goes_on_and_the_others_stay(
+def test_killed_draft_is_resumed_and_finished_ones_stay(
     run: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(copied / "drafts" / "word-kd-seed1")
@@ -155,7 +155,7 @@ def test_two_workers_stop_in_time_and_give_the_same_bundles(
     for name in ("seed1", "seed2", "none-seed1", "none-seed2"):
         shutil.rmtree(copied / "drafts" / name)
     comparison = read_comparison(run.parent / "losses.toml")
-    with pytest.raises(Paused, match="2 of 4 drafts are there"):
+    with pytest.raises(Paused, match="2 of 4 drafts are finished"):
         train_drafts(comparison, copied, workers=2, checkpoints=Checkpoints(deadline=0))
     said = capfd.readouterr().err
     assert len(re.findall(r"paused: none-seed[12] pretrained-draft epoch 1/1, batch 1 of ", said)) == 2
@@ -179,7 +179,7 @@ def test_the_shipped_comparison(tmp_path: Path) -> None:
     assert len({variant.recipe.name for variant in comparison.variants}) == 24
 
 
-def test_other_prompts_are_another_teachers(tmp_path: Path) -> None:
+def test_other_prompts_need_another_teacher(tmp_path: Path) -> None:
     """The base recipe's own answers stay where they are, or the two would make each other ask anew."""
     assert not read_comparison(write(tmp_path, f"prompts = 20\n{COMPARISON}")).same_teacher
     assert read_comparison(write(tmp_path, f"prompts = 60\n{COMPARISON}")).same_teacher
@@ -191,13 +191,13 @@ def test_other_prompts_are_another_teachers(tmp_path: Path) -> None:
     [
         ('base = "tiny.toml"', 'base = "none.toml"', r"none\.toml: No such file"),
         ("seeds = [1, 2]", "seeds = []", r"losses\.toml: seeds: List should have at least 1 item"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds: Value error, a seed is there twice"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds: Value error, a seed occurs twice"),
         ("seeds = [1, 2]", "seed = [1, 2]", r"seed: Extra inputs are not permitted"),
         ("epochs = 1", "epochs = 0", r"losses\.toml: schedule\.epochs: Input should be greater than 0"),
         ("epochs = 1", "epoch = 1", r"losses\.toml: schedule\.epoch: Extra inputs are not permitted"),
-        ('name = "none"', 'name = "word-kd"', r"losses: Value error, a name is there twice"),
+        ('name = "none"', 'name = "word-kd"', r"losses: Value error, a name occurs twice"),
         ('name = "none"', 'name = "../x"', r"losses\.0\.name: String should match pattern"),
-        ('loss = "none"', "weight = 0.5", r"losses\.0\.alignment: Value error, there is no `loss`"),
+        ('loss = "none"', "weight = 0.5", r"losses\.0\.alignment: Value error, `loss` is missing"),
         ('loss = "word-kd"', 'loss = "magic"', r"losses\.1\.alignment\.loss: Input should be 'atspeed-s'"),
         ("weight = 0.5", "weight = 2", r"losses\.1\.alignment\.weight: Input should be less than"),
         ("weight = 0.5", "beams = 3", r"losses\.1\.alignment: Value error, beams: belongs to the teacher's data"),
@@ -211,7 +211,7 @@ def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, problem: s
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_base_without_what_is_varied(tmp_path: Path) -> None:
+def test_base_without_the_varied_part_is_refused(tmp_path: Path) -> None:
     pretrained = f"pretraining = {{ epochs = 2 }}\n{COMPARISON}"
     with pytest.raises(RecipeError, match=r"losses\.toml: pretraining: the draft of tiny\.toml has none"):
         read_comparison(write(tmp_path, pretrained, aligned=""))

@@ -6,19 +6,19 @@ import torch
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.data import Case, Dataset, Item, SplitName
+from atspeed.training.data import Case, CatalogueItem, Dataset, SplitName
 from atspeed.training.evaluate import (
-    Question,
-    Recommender,
+    EvalExample,
+    ModelRecommender,
     agreement,
+    eval_examples,
     item_knn,
     metrics,
     popularity,
-    questions,
     rank_by,
 )
 from atspeed.training.models import build_model
-from atspeed.training.recipe import Model, PromptWindow, Schedule, Shape
+from atspeed.training.recipe import ModelRecipe, PromptWindow, Schedule, Shape
 from atspeed.training.sequences import Sequencer
 
 CODES = np.array([[0, 0], [0, 1], [0, 1], [1, 0], [1, 2], [2, 2]])
@@ -26,12 +26,12 @@ IDS = ["a", "b", "c", "d", "e", "f"]
 CATALOGUE = Catalogue.build(IDS, CODES, [3, 3])
 
 
-def question(history: str, targets: str) -> Question:
-    return Question(CATALOGUE.find(list(history)), tuple(CATALOGUE.find(list(targets)).tolist()))
+def question(history: str, targets: str) -> EvalExample:
+    return EvalExample(CATALOGUE.find(list(history)), tuple(CATALOGUE.find(list(targets)).tolist()))
 
 
 def dataset(train: dict[str, str], valid: dict[str, str] | None = None) -> Dataset:
-    items = tuple(Item(item) for item in IDS)
+    items = tuple(CatalogueItem(item) for item in IDS)
     split = {user: tuple(history) for user, history in (valid or {}).items()}
     return Dataset("made", "", items, {user: tuple(history) for user, history in train.items()}, split, {})
 
@@ -47,7 +47,7 @@ def test_measures_by_hand() -> None:
 
 def test_more_targets_than_places() -> None:
     """ndcg is 1 when every place holds a target, recall is not."""
-    found = metrics([list(range(5))], [Question(np.array([9]), tuple(range(8)))])
+    found = metrics([list(range(5))], [EvalExample(np.array([9]), tuple(range(8)))])
     assert found["ndcg@5"] == pytest.approx(1.0)
     assert found["recall@5"] == pytest.approx(5 / 8)
 
@@ -57,11 +57,13 @@ def test_more_targets_than_places() -> None:
 def test_a_models_ranking_is_that_of_all_items(rule: ScoringRule, *, exclude_seen: bool) -> None:
     """Items b and c share a path: they score alike and stand in id order; with b seen, the path stays for c."""
     shape = Shape(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, tie_embeddings=False)
-    spelled = build_model(Model(shape=shape, schedule=Schedule(epochs=1)), CATALOGUE, PromptWindow(max_items=3), 1)
+    spelled = build_model(
+        ModelRecipe(shape=shape, schedule=Schedule(epochs=1)), CATALOGUE, PromptWindow(max_items=3), 1
+    )
     torch.nn.init.normal_(spelled.model.lm_head.weight)
     sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(CATALOGUE), predict_first=True)
     asked = [question("bd", "c"), question("", "a"), question("abcde", "f")]
-    rankings = Recommender(spelled.model, sequencer, CATALOGUE, rule).rank(asked, exclude_seen=exclude_seen)
+    rankings = ModelRecommender(spelled.model, sequencer, CATALOGUE, rule).rank(asked, exclude_seen=exclude_seen)
     for ranking, asking in zip(rankings, asked, strict=True):
         seen = set(asking.history.tolist()) if exclude_seen else set()
         scores = {item: _score(spelled.model, sequencer, asking, item, rule) for item in range(6) if item not in seen}
@@ -69,7 +71,7 @@ def test_a_models_ranking_is_that_of_all_items(rule: ScoringRule, *, exclude_see
 
 
 @torch.inference_mode()
-def _score(model: torch.nn.Module, sequencer: Sequencer, asking: Question, item: int, rule: ScoringRule) -> float:
+def _score(model: torch.nn.Module, sequencer: Sequencer, asking: EvalExample, item: int, rule: ScoringRule) -> float:
     """Summed log-probability of an item's codes, from one pass over prompt and codes."""
     example = sequencer.last_of(asking.history, item)
     logits = model(input_ids=torch.from_numpy(example.tokens)[None]).logits[0]
@@ -91,7 +93,7 @@ def test_popularity_counts_everything_before_a_split(before: SplitName, order: s
     assert [CATALOGUE.id_of(item) for item in best] == list(order)
 
 
-def test_item_knn_recommends_what_goes_along() -> None:
+def test_item_knn_recommends_cooccurring_items() -> None:
     """d stands beside a in two histories, b in one; only the newest item of the question counts."""
     scorer = item_knn(dataset({"1": "ad", "2": "ad", "3": "ab", "4": "ef"}), CATALOGUE, recent=1)
     best = rank_by(scorer, [question("fa", "d")], exclude_seen=True)[0]
@@ -99,18 +101,18 @@ def test_item_knn_recommends_what_goes_along() -> None:
 
 
 @pytest.mark.parametrize(("before", "next_item"), [("valid", "b"), ("test", "d")])
-def test_item_knn_learns_from_the_validation_only_where_it_is_told_to(before: SplitName, next_item: str) -> None:
+def test_item_knn_uses_the_validation_split_only_on_request(before: SplitName, next_item: str) -> None:
     """The validation's users, one of them unknown before, put d beside a three times."""
     learnt = dataset({"1": "ab", "2": "a"}, {"2": "d", "3": "ad", "4": "da"})
     best = rank_by(item_knn(learnt, CATALOGUE, recent=1, before=before), [question("a", "b")], exclude_seen=True)[0]
     assert CATALOGUE.id_of(best[0]) == next_item
 
 
-def test_questions_without_a_history_need_permission() -> None:
+def test_examples_without_a_history_need_allow_empty() -> None:
     cases = [Case("1", (), ("a",)), Case("2", ("a",), ("b",)), Case("3", ("b",), ("c",))]
-    assert len(questions(cases, CATALOGUE, allow_empty=True, limit=9, seed=1)) == 3
-    assert [q.targets for q in questions(cases, CATALOGUE, allow_empty=False, limit=9, seed=1)] == [(1,), (2,)]
-    assert len(questions(cases, CATALOGUE, allow_empty=True, limit=2, seed=1)) == 2
+    assert len(eval_examples(cases, CATALOGUE, allow_empty=True, limit=9, seed=1)) == 3
+    assert [q.targets for q in eval_examples(cases, CATALOGUE, allow_empty=False, limit=9, seed=1)] == [(1,), (2,)]
+    assert len(eval_examples(cases, CATALOGUE, allow_empty=True, limit=2, seed=1)) == 2
 
 
 def test_agreement_by_hand() -> None:

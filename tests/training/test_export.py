@@ -149,7 +149,9 @@ def round_to_8_bits(model: PreTrainedModel) -> None:
 # The last bits only; float16 keeps 11 bits of every layer's result, and another order of adding may tip the last one.
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-2), ("int8", 0)])
 @pytest.mark.parametrize("name", ["one head per key", "biases", "qwen3"])
-def test_a_node_does_not_notice_its_company(name: str, precision: Precision, tolerance: float, tmp_path: Path) -> None:
+def test_node_result_is_independent_of_other_tokens(
+    name: str, precision: Precision, tolerance: float, tmp_path: Path
+) -> None:
     """Plan-invariance: dynamic quantisation broke it, its scale being taken over all tokens of the pass."""
     decoder = exported(checkpoint(name), tmp_path, precision)
     for seed in range(3):
@@ -243,7 +245,7 @@ def test_the_normalizer_survives_large_logits(tmp_path: Path) -> None:
     np.testing.assert_allclose(decoder_outputs(decoder, tree), expected, rtol=1e-4, atol=0.02)
 
 
-def test_the_report_says_what_was_exported(tmp_path: Path) -> None:
+def test_report_describes_the_exported_model(tmp_path: Path) -> None:
     model = checkpoint("qwen3 biases, tied")
     report = export_decoder(model, tmp_path, code_tokens=CODES, precision="int8")
     assert (report.architecture, report.precision) == ("qwen3", "int8")
@@ -253,7 +255,7 @@ def test_the_report_says_what_was_exported(tmp_path: Path) -> None:
     assert 0 < report.max_logit_error < 0.5
 
 
-def test_weights_stand_in_their_own_file(tmp_path: Path) -> None:
+def test_weights_are_in_a_separate_file(tmp_path: Path) -> None:
     export_decoder(checkpoint(), tmp_path, code_tokens=CODES)
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
@@ -383,7 +385,7 @@ def test_loads_a_checkpoint_in_float32(tmp_path: Path) -> None:
     assert export_decoder(model, tmp_path / "onnx", code_tokens=CODES).max_logit_error < 1e-4
 
 
-def test_refuses_what_is_not_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_load_refuses_an_incomplete_checkpoint(tmp_path: Path) -> None:
     """transformers would fill the missing weights with random numbers."""
     with pytest.raises(ExportError, match=r"config\.json"):
         load_checkpoint(tmp_path)

@@ -89,7 +89,7 @@ def test_logits_and_their_sum_over_the_vocabulary_are_the_same(trained: str, lar
     torch.testing.assert_close(found.logsumexp(-1), exact.logsumexp(-1), rtol=0, atol=1e-5)
 
 
-def test_what_is_added_is_no_row_of_zeros(tmp_path: Path) -> None:
+def test_added_weights_are_not_zero(tmp_path: Path) -> None:
     """Zeros might be cheaper to multiply by. Only what writes to the residual stream has to be 0."""
     large = inflated(trained_model(), LARGER["keys of four heads"], tmp_path)
     weights = dict(large.named_parameters())
@@ -117,14 +117,14 @@ def test_what_is_added_is_no_row_of_zeros(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, {}, "rope_type: 'linear'"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_size_that_does_not_fit_is_refused_by_name(
     overrides: dict[str, object], shape: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InflationError, match=message):
         inflated(trained_model(**overrides), replace(LARGER["same heads"], **shape), tmp_path)
 
 
-def test_groups_that_have_to_be_cut_need_keys_of_their_own(tmp_path: Path) -> None:
+def test_split_groups_need_more_kv_heads(tmp_path: Path) -> None:
     """Three heads on each of two keys, two heads per key in the shape: each key has to stand there twice."""
     model = trained_model(num_attention_heads=6, num_key_value_heads=2, head_dim=12)
     with pytest.raises(InflationError, match="kv_heads: 3, but 2 of 3 heads each need 4 of 2 heads each"):
@@ -219,7 +219,7 @@ def test_the_draft_is_kept_unless_a_shape_is_given(run: TestBundle, tmp_path: Pa
     assert bundle.manifest.draft == run.bundle.manifest.draft
     assert bundle.manifest.target.precision == "float16"
     assert json.loads((tmp_path / "target-checkpoint" / "config.json").read_text())["dtype"] == "float16"
-    with pytest.raises(InflationError, match="inflated already"):
+    with pytest.raises(InflationError, match="already inflated"):
         inflate_bundle(bundle, tmp_path, inflations, label="x", precision="float32", seed=1)
 
 

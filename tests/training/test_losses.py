@@ -189,7 +189,7 @@ def test_coverage_is_zero_exactly_when_all_beams_are_in_the_budget() -> None:
     [forward_kl, total_variation, lambda *args: top_k_reverse_kl(*args, density=0.0)],
     ids=["forward", "variation", "reverse"],
 )
-def test_a_draft_that_is_the_target_has_no_loss(loss: Loss) -> None:
+def test_draft_equal_to_the_target_has_no_loss(loss: Loss) -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     shifted = logits + torch.arange(4.0)[:, None]  # logits count up to a constant per row
     assert loss(shifted, logits, torch.ones(4, 6, dtype=torch.bool)).item() == pytest.approx(0.0, abs=1e-12)

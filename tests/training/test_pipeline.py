@@ -17,7 +17,7 @@ from atspeed.training.errors import Paused, RecipeError
 from atspeed.training.export import export_decoder
 from atspeed.training.models import SpelledModel, build_model, code_names
 from atspeed.training.pipeline import load_dataset, train
-from atspeed.training.recipe import Alignment, AtspeedData, Base, Model, PromptWindow, Recipe, Schedule
+from atspeed.training.recipe import Alignment, AtspeedData, ModelRecipe, PretrainedBase, PromptWindow, Recipe, Schedule
 from atspeed.training.semantic_ids import build_catalogue
 from atspeed.training.sequences import Batch
 from atspeed.training.trainer import FitState, Trainer
@@ -62,12 +62,12 @@ def test_the_target_learns(run: Path) -> None:
     assert measured["target"]["recall@10"] > measured["popularity"]["recall@10"] + 0.1
 
 
-def test_nothing_is_left_of_the_training_state(run: Path) -> None:
+def test_finished_training_leaves_no_state(run: Path) -> None:
     assert not list(run.glob("*-training"))
     assert not list(run.rglob("*.partial"))
 
 
-def test_what_is_done_is_skipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_stages_are_skipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("trained again"))
     monkeypatch.setattr(bundles, "export_decoder", lambda *_, **__: pytest.fail("exported again"))
     train(TINY, run, threads=1)
@@ -155,7 +155,7 @@ def test_a_run_in_the_shortest_steps_gives_the_same_bundle(tmp_path: Path) -> No
     assert Bundle(stepped).manifest.version == Bundle(whole).manifest.version
 
 
-def test_a_folder_is_asked_for() -> None:
+def test_missing_data_folder_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.source: atspeed needs a data folder"):
         load_dataset(TINY.model_copy(update={"data": AtspeedData(source="atspeed")}), None)
 
@@ -182,9 +182,9 @@ def catalogue() -> Catalogue:
     return build_catalogue(load_dataset(TINY, None), TINY.codes, data=None, seed=1)
 
 
-def part_of(base: Path) -> Model:
-    words = Base(folder=base, prefix="items :", separator=",", suffix="next :")
-    return Model(base=words, schedule=Schedule(epochs=1))
+def part_of(base: Path) -> ModelRecipe:
+    words = PretrainedBase(folder=base, prefix="items :", separator=",", suffix="next :")
+    return ModelRecipe(base=words, schedule=Schedule(epochs=1))
 
 
 def test_a_pretrained_base_gets_code_tokens_and_a_prompt_in_words(base: Path, catalogue: Catalogue) -> None:
@@ -221,23 +221,23 @@ def test_a_base_whose_generation_defaults_cannot_be_saved_trains(
     assert not kept.keys() & {"temperature", "repetition_penalty"}
 
 
-def test_a_base_that_is_not_there(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_missing_base_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base.folder: .*none is not a folder"):
         build_model(part_of(tmp_path / "none"), catalogue, PromptWindow(), seed=1)
 
 
-def test_a_window_that_does_not_fit_the_base(base: Path, catalogue: Catalogue) -> None:
+def test_window_that_does_not_fit_the_base_is_refused(base: Path, catalogue: Catalogue) -> None:
     with pytest.raises(RecipeError, match=r"prompt\.max_items: 2000 items do not fit"):
         build_model(part_of(base), catalogue, PromptWindow(max_items=2000), seed=1)
 
 
-def dropping(share: float) -> Model:
+def dropping(share: float) -> ModelRecipe:
     assert TINY.target.shape is not None
     shape = TINY.target.shape.model_copy(update={"dropout": share})
     return TINY.target.model_copy(update={"shape": shape})
 
 
-def test_dropout_acts_in_training_alone(catalogue: Catalogue) -> None:
+def test_dropout_acts_in_training_only(catalogue: Catalogue) -> None:
     dropped, plain = (build_model(dropping(share), catalogue, TINY.prompt, seed=1).model for share in (0.5, 0.0))
     tokens = torch.arange(8)[None]
     assert torch.equal(dropped.train(mode=False)(tokens).logits, plain.train(mode=False)(tokens).logits)

@@ -43,7 +43,7 @@ def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, problem: s
     assert str(path) in str(caught.value)
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_recipe_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
         read_recipe(tmp_path / "none.toml")
 

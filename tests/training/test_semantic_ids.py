@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from atspeed.training.data import Dataset, Item
+from atspeed.training.data import CatalogueItem, Dataset
 from atspeed.training.errors import DataError, RecipeError
 from atspeed.training.recipe import GivenCodes, QuantisedCodes
 from atspeed.training.semantic_ids import (
@@ -20,7 +20,7 @@ from atspeed.training.semantic_ids import (
 )
 
 
-def dataset(*items: Item, train: dict[str, tuple[str, ...]] | None = None) -> Dataset:
+def dataset(*items: CatalogueItem, train: dict[str, tuple[str, ...]] | None = None) -> Dataset:
     return Dataset("made", "", items, train or {}, {}, {})
 
 
@@ -71,7 +71,7 @@ def test_texts_of_one_meaning_are_nearer() -> None:
 
 def test_blocks_are_weighted() -> None:
     """Squared length of the text block = text_weight, of the co-occurrence block = the rest."""
-    items = [Item(name, f"item {name}") for name in "abcd"]
+    items = [CatalogueItem(name, f"item {name}") for name in "abcd"]
     codes = QuantisedCodes(kind="quantised", text_weight=0.25, factors=3)
     embeddings = item_embeddings(dataset(*items, train={"1": tuple("abcd"), "2": tuple("dcba")}), codes, seed=1)
     assert embeddings.shape == (4, 384 + 3)
@@ -81,7 +81,7 @@ def test_blocks_are_weighted() -> None:
 
 def test_quantised_catalogue() -> None:
     train = {str(user): tuple(f"{(user + step) % 24}" for step in range(6)) for user in range(24)}
-    made = dataset(*(Item(str(item)) for item in range(24)), train=train)
+    made = dataset(*(CatalogueItem(str(item)) for item in range(24)), train=train)
     codes = QuantisedCodes(kind="quantised", levels=2, codebook_bits=3, text_weight=0, factors=8)
     catalogue = build_catalogue(made, codes, data=None, seed=1)
     assert catalogue.items == 24
@@ -90,7 +90,7 @@ def test_quantised_catalogue() -> None:
 
 
 def test_given_codes_are_read_as_they_are() -> None:
-    made = dataset(Item("a", codes=(1, 2)), Item("b", codes=(0, 3)))
+    made = dataset(CatalogueItem("a", codes=(1, 2)), CatalogueItem("b", codes=(0, 3)))
     catalogue = build_catalogue(made, GivenCodes(kind="given", codebook_size=4), data=None, seed=1)
     assert catalogue.trie.codebook_sizes == (4, 4)
     assert catalogue.codes[catalogue.find(["a"])].tolist() == [[1, 2]]
@@ -99,17 +99,21 @@ def test_given_codes_are_read_as_they_are() -> None:
 def test_codes_of_an_index_file_replace_those_of_the_items(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"a": ["<a_3>", "<b_1>"]}))
     codes = GivenCodes(kind="given", codebook_size=4, index_file="index.json")
-    assert given_codes(dataset(Item("a", codes=(0, 0))), codes, tmp_path).tolist() == [[3, 1]]
+    assert given_codes(dataset(CatalogueItem("a", codes=(0, 0))), codes, tmp_path).tolist() == [[3, 1]]
 
 
 @pytest.mark.parametrize(
     ("items", "error", "problem"),
     [
-        ([Item("a", codes=(1, 4))], RecipeError, "codes.codebook_size: 4, but made: items: item 'a' has the code 4"),
-        ([Item("a")], DataError, "item 'a' has no codes"),
-        ([Item("a", codes=(1, 2)), Item("b", codes=(1,))], DataError, r"different lengths: \[1, 2\]"),
+        (
+            [CatalogueItem("a", codes=(1, 4))],
+            RecipeError,
+            "codes.codebook_size: 4, but made: items: item 'a' has the code 4",
+        ),
+        ([CatalogueItem("a")], DataError, "item 'a' has no codes"),
+        ([CatalogueItem("a", codes=(1, 2)), CatalogueItem("b", codes=(1,))], DataError, r"different lengths: \[1, 2\]"),
     ],
 )
-def test_bad_codes_are_refused(items: list[Item], error: type[Exception], problem: str) -> None:
+def test_bad_codes_are_refused(items: list[CatalogueItem], error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=problem):
         given_codes(dataset(*items), GivenCodes(kind="given", codebook_size=4), None)

@@ -87,7 +87,7 @@ def test_one_pass_over_prompts_of_all_lengths_is_one_pass_per_path(model: PreTra
 
 def test_a_node_needs_its_parent() -> None:
     orphan = np.array([[0, int(TRIE.level_start[2])]])
-    with pytest.raises(ValueError, match="not among them"):
+    with pytest.raises(ValueError, match="a node or its parent is missing"):
         PromptTrees.of([np.array([1])], orphan, TRIE, SPELLING)
 
 
@@ -100,7 +100,7 @@ def test_the_tree_is_every_prefix_of_beams_and_gold() -> None:
     assert set(nodes[1].tolist()) == prefixes | {1, 2, int(TRIE.level_start[2])}
 
 
-def test_a_shard_holds_the_beams_and_what_the_target_says_along_them(teacher: Teacher, model: PreTrainedModel) -> None:
+def test_shard_holds_the_beams_and_the_log_probabilities_along_them(teacher: Teacher, model: PreTrainedModel) -> None:
     """float16 keeps 11 bits: 5e-3 of log-probabilities down to -10."""
     prompts = training_prompts()
     shard = teacher.shard(prompts, 0, len(prompts))
@@ -130,7 +130,7 @@ def test_prompts_are_every_place_of_every_history() -> None:
     assert without_empty.chosen[:, 1].min() == 1
 
 
-def test_a_killed_writing_goes_on_to_the_same_files(
+def test_killed_teacher_is_resumed_to_the_same_files(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while the third shard is written: the first two stay untouched, no half shard is ever taken for a whole one."""

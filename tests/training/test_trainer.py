@@ -85,14 +85,14 @@ def test_a_state_of_an_older_version_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
-def test_a_validation_that_gives_no_number_ends_the_run(score: float, tmp_path: Path) -> None:
+def test_validation_score_that_is_not_finite_ends_the_run(score: float, tmp_path: Path) -> None:
     """No epoch would ever be the best, and the best one's checkpoint not there."""
     made = replace(trainer(tmp_path), validate=lambda _: {"score": score})
-    with pytest.raises(TrainingError, match=r"model epoch 1/4: its validation gives"):
+    with pytest.raises(TrainingError, match=r"model epoch 1/4: the validation score is"):
         made.fit()
 
 
-def test_a_measure_that_is_no_number_is_not_logged(tmp_path: Path) -> None:
+def test_measure_that_is_not_finite_is_not_logged(tmp_path: Path) -> None:
     made = replace(trainer(tmp_path), validate=lambda _: {"score": 1.0, "loss": float("inf"), "recall": 0.5})
     assert all(log.keys() == {"train_loss", "score", "recall"} for log in made.fit().log)
 
@@ -127,7 +127,7 @@ def equal(first: PreTrainedModel, second: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])
-def test_a_killed_run_goes_on_to_the_identical_weights(tmp_path: Path, epoch: int) -> None:
+def test_killed_run_is_resumed_to_identical_weights(tmp_path: Path, epoch: int) -> None:
     """Killed in the middle of an epoch, with dropout, a warm-up and momentum under way."""
     whole = trainer(tmp_path / "whole")
     expected = whole.fit()
@@ -156,7 +156,7 @@ def test_a_kill_between_the_best_checkpoint_and_the_state_loses_nothing(
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"mixed_precision": "bf16"}])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_paused_run_goes_on_to_the_identical_weights(tmp_path: Path, steps: int, changes: dict[str, object]) -> None:
+def test_paused_run_is_resumed_to_identical_weights(tmp_path: Path, steps: int, changes: dict[str, object]) -> None:
     """Paused again and again inside epochs, with dropout, a warm-up and momentum under way; at least a step each time."""
     whole = with_schedule(trainer(tmp_path / "whole"), **changes)
     expected = whole.fit()
@@ -189,7 +189,7 @@ def test_a_kill_between_checkpoints_inside_an_epoch_loses_nothing(tmp_path: Path
     assert equal(whole.model, resumed.model)
 
 
-def test_a_run_whose_time_is_up_still_gets_on(tmp_path: Path) -> None:
+def test_run_past_its_time_limit_still_makes_progress(tmp_path: Path) -> None:
     with pytest.raises(Paused, match=r"model epoch 1/4, batch 1 of 3, .* batches/s"):
         replace(trainer(tmp_path), checkpoints=Checkpoints.within(0, 5)).fit()
 
@@ -204,7 +204,7 @@ def test_a_signal_stops_at_the_next_step(tmp_path: Path, number: signal.Signals)
         os.kill(os.getpid(), number)
         return cross_entropy(logits, batch)
 
-    with checkpoints.heeding_signals(), pytest.raises(Paused, match="batch 1 of 3"):
+    with checkpoints.stop_at_signals(), pytest.raises(Paused, match="batch 1 of 3"):
         replace(trainer(tmp_path, loss=signalled), checkpoints=checkpoints).fit()
     assert signal.getsignal(number) is before
 

@@ -93,14 +93,14 @@ async def refused(service: FakeService, field: str, call: Callable[[], Any]) -> 
     return mistake
 
 
-async def test_options_of_a_recommendation_that_cannot_be_meant_are_refused() -> None:
+async def test_recommend_refuses_invalid_options() -> None:
     service = FakeService()
     async with connected(service) as client:
         for field, options in mistakes():
             await refused(service, field, lambda: client.recommend(**options))  # noqa: B023 - awaited at once
 
 
-async def test_arguments_of_the_other_calls_that_cannot_be_meant_are_refused() -> None:
+async def test_other_calls_refuse_invalid_arguments() -> None:
     service, request = FakeService(), recommend_request("a")
     untyped: Any
     async with connected(service) as untyped:
@@ -138,7 +138,7 @@ async def test_arguments_of_the_other_calls_that_cannot_be_meant_are_refused() -
         ("tls.server_name", ClientTls(server_name=None)),  # type: ignore[arg-type]
     ],
 )
-async def test_a_client_that_could_not_work_is_not_made(field: str, bad: Any) -> None:
+async def test_client_refuses_invalid_settings(field: str, bad: Any) -> None:
     name = field.partition(".")[0]
     with pytest.raises(UsageError) as caught:
         RecommenderClient(**{"address": "127.0.0.1:1", name: bad})
@@ -146,14 +146,14 @@ async def test_a_client_that_could_not_work_is_not_made(field: str, bad: Any) ->
     assert "sec" not in str(caught.value).replace("seconds", ""), "a token is a secret"
 
 
-async def test_certificates_that_are_missing_are_named_and_are_a_tls_error(tmp_path: Path) -> None:
+async def test_missing_certificates_are_named_and_raise_a_tls_error(tmp_path: Path) -> None:
     missing = tmp_path / "ca.pem"
     with pytest.raises(TlsError, match=re.escape(f"tls: {missing}: No such file")) as caught:
         RecommenderClient("127.0.0.1:1", tls=ClientTls(TlsFiles(ca=missing)))
     assert isinstance(caught.value, RecommenderError)
 
 
-async def test_a_token_that_a_function_returns_is_checked_at_each_call() -> None:
+async def test_token_of_a_function_is_checked_at_each_call() -> None:
     tokens = iter(["fine", "broken\n"])
     service = FakeService()
     async with connected(service, token=lambda: next(tokens)) as client:
@@ -162,7 +162,7 @@ async def test_a_token_that_a_function_returns_is_checked_at_each_call() -> None
         await refused(service, "token", client.info)
 
 
-async def test_what_can_be_meant_is_sent_as_it_is() -> None:
+async def test_valid_arguments_are_sent_unchanged() -> None:
     """numpy's numbers, any iterable of ids, modes as text, ids that repeat, None for an option that is not wanted."""
     service = FakeService()
     async with connected(service) as client:
@@ -212,7 +212,7 @@ anything = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*Options.__annotations__, "user_id", "exclude"]), anything, max_size=4))
-def test_a_request_of_anything_is_whole_or_refused_by_its_own_error(options: dict[str, Any]) -> None:
+def test_request_of_arbitrary_options_is_complete_or_refused(options: dict[str, Any]) -> None:
     """A request that is made says of each option what was given; there is no third way."""
     made, mistake = outcome(options)
     if made is None:
@@ -224,7 +224,7 @@ def test_a_request_of_anything_is_whole_or_refused_by_its_own_error(options: dic
         assert made.ByteSize()
 
 
-async def test_a_closed_client_says_so() -> None:
+async def test_closed_client_raises_a_state_error() -> None:
     async with connected(FakeService()) as client:
         await client.close()
         await client.close()
@@ -237,7 +237,7 @@ async def test_a_closed_client_says_so() -> None:
             await client.__aenter__()
 
 
-def test_a_client_outside_of_its_event_loop_says_so() -> None:
+def test_client_outside_of_its_event_loop_raises_a_state_error() -> None:
     with pytest.raises(ClientStateError, match="inside an event loop"):
         RecommenderClient("127.0.0.1:1")
 
@@ -252,7 +252,7 @@ def test_a_client_outside_of_its_event_loop_says_so() -> None:
         asyncio.run(called(client))
 
 
-async def test_a_call_whose_client_is_closed_fails_and_one_that_is_cancelled_is_cancelled() -> None:
+async def test_call_fails_when_its_client_closes_and_is_cancelled_when_its_task_is() -> None:
     """gRPC cancels both in the same way; a caller that is told of a cancellation of its own would end."""
     service = FakeService(delay=60.0)
     for end in ("close", "cancel"):

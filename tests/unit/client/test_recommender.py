@@ -87,7 +87,7 @@ async def test_the_deadline_travels_and_ends_the_call() -> None:
     assert service.time_left <= 0.3
 
 
-async def test_nobody_there() -> None:
+async def test_unreachable_service_is_unavailable() -> None:
     """A refused connection is UNAVAILABLE like any other."""
     async with RecommenderClient("127.0.0.1:1", timeout_seconds=5.0) as client:
         with pytest.raises(RecommenderError) as caught:
@@ -121,7 +121,7 @@ def test_a_request_has_one_subject(subject: Any) -> None:
         recommend_request(**subject)
 
 
-async def test_an_address_that_is_none() -> None:
+async def test_invalid_address_is_refused() -> None:
     """Said at once, not when the first call times out."""
     with pytest.raises(ValueError, match="not HOST:PORT"):
         RecommenderClient("nowhere")
@@ -130,7 +130,7 @@ async def test_an_address_that_is_none() -> None:
 @pytest.mark.parametrize(
     ("track", "sent"), [(None, []), (Track.CANARY, ["canary"]), (Track.STABLE, ["stable"]), ("canary", ["canary"])]
 )
-async def test_a_track_is_asked_for_beside_the_request(track: Track | str | None, sent: list[str]) -> None:
+async def test_track_travels_in_the_metadata(track: Track | str | None, sent: list[str]) -> None:
     service = FakeService()
     async with connected(service) as client:
         await client.recommend("alice", track=track)

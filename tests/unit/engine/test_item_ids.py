@@ -12,7 +12,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES, id_problem
 from atspeed.engine.errors import CatalogueError
 from atspeed.errors import InvalidArgumentError
-from atspeed.training.data import Dataset, Item, read_atspeed
+from atspeed.training.data import CatalogueItem, Dataset, read_atspeed
 from atspeed.training.errors import DataError
 from atspeed.training.recipe import GivenCodes
 from atspeed.training.semantic_ids import build_catalogue
@@ -40,7 +40,7 @@ def test_an_id_that_is_too_long_passes_no_door(tmp_path: Path, item: str) -> Non
     with pytest.raises(CatalogueError, match=problem) as refused:
         Catalogue.build(["a", item], CODES, (2, 2))
     assert len(str(refused.value)) < 200
-    dataset = Dataset("data", "", (Item("a", "", (0, 0)), Item(item, "", (0, 1))), {}, {}, {})
+    dataset = Dataset("data", "", (CatalogueItem("a", "", (0, 0)), CatalogueItem(item, "", (0, 1))), {}, {}, {})
     with pytest.raises(CatalogueError, match=problem):
         build_catalogue(dataset, GivenCodes(kind="given", codebook_size=2), data=None, seed=0)
     (tmp_path / "items.jsonl").write_text(json.dumps({"id": "a"}) + "\n" + json.dumps({"id": item}))
