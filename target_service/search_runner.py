@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, PassRecord, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import CompletedPass, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
@@ -42,7 +43,7 @@ class Searcher:
         self._costs = LatencyModel(curve)
         self._lookahead = TargetPrefetcher(evaluator.trie, evaluator.rule, self._costs, max_nodes)
 
-    async def search(self, tree: OpenTree, nodes: Int64, selection: Selection, search: Search) -> list[SearchPass]:
+    async def search(self, tree: TreeSession, nodes: Int64, selection: Selection, search: Search) -> list[SearchPass]:
         """A pass over these nodes and those that plain beam search makes from there on; raises as `TreeEvaluator.follow`."""
         trie, rule, noise, made = self._evaluator.trie, self._evaluator.rule, selection.perturbation, len(tree.passes)
         ahead = None
@@ -55,13 +56,13 @@ class Searcher:
         evaluations, _ = await self._evaluator.run_steps(tree, steps, selection)
         passes = tree.passes[made:]
         self._note(passes)
-        return [SearchPass(evaluation, one.cost) for evaluation, one in zip(evaluations, passes, strict=True)]
+        return [SearchPass(evaluation, one.stats) for evaluation, one in zip(evaluations, passes, strict=True)]
 
-    def _note(self, passes: list[PassRecord]) -> None:
+    def _note(self, passes: list[CompletedPass]) -> None:
         cached = 0
         for one in passes:
-            cost = one.cost
-            cached += cost.memory_cached_tokens + cost.redis_cached_tokens
+            cost = one.stats
+            cached += cost.cached_tokens
             made = Pass(cost.new_tokens, cached, one.nodes)
             self._costs.observe([made], cost, one.done_ns - one.queued_ns)
             cached += cost.new_tokens

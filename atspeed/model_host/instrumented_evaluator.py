@@ -8,13 +8,14 @@ from functools import partial
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import ModelEntry
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.plain_passes import check_plain_passes
-from atspeed.engine.model.tree_evaluator import Found, OpenTree, PassProgram, PassRecord, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, Selection, TreeSession
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Trie
 from atspeed.model_host.model_health import ModelHealth
@@ -45,17 +46,17 @@ class InstrumentedEvaluator(TreeEvaluator):
         self._fitness = ModelHealth(unhealthy_after, partial(check_plain_passes, self), declare_fit)
         self._reads = metrics.watch(self, self._fitness)
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = NO_USER_KEY) -> TreeSession:
         """As TreeEvaluator's."""
         with tracing.span("cache lookup", prompt_tokens=len(prompt)) as span:
-            tree = await super().open(prompt, tenant=tenant, owner=owner)
-            cost = tree.cost_of_opening
-            span.set(memory_tokens=cost.memory_cached_tokens, redis_tokens=cost.redis_cached_tokens)
+            tree = await super().open(prompt, tenant=tenant, user_key=user_key)
+            cost = tree.lookup_stats
+            span.set(**{f"{tier}_tokens": tokens for tier, tokens in cost.cached_tokens_by_tier.items()})
         self._metrics.opened(tree)
         return tree
 
     async def run_steps(
-        self, tree: OpenTree, steps: PassProgram[Found], selection: Selection
+        self, tree: TreeSession, steps: PassProgram[Found], selection: Selection
     ) -> tuple[Found, PassStats]:
         """As TreeEvaluator's."""
         if not self._metrics.knows(tree):
@@ -83,7 +84,7 @@ class InstrumentedEvaluator(TreeEvaluator):
             raise
 
     @contextmanager
-    def _reported(self, tree: OpenTree) -> Iterator[None]:
+    def _reported(self, tree: TreeSession) -> Iterator[None]:
         """Passes over a tree, each of which is told of in the end, also where another one fails or nobody waits for it."""
         before = len(tree.passes)
         try:
@@ -92,8 +93,8 @@ class InstrumentedEvaluator(TreeEvaluator):
             for made in tree.passes[before:]:
                 self._report(made)
 
-    def _report(self, made: PassRecord) -> None:
-        cost = made.cost
+    def _report(self, made: CompletedPass) -> None:
+        cost = made.stats
         if made.valid:
             self._fitness.passed()
         self._metrics.passed(made.nodes, cost)
@@ -108,7 +109,7 @@ class InstrumentedEvaluator(TreeEvaluator):
             forward_ms=cost.forward_ns / 1e6,
         )
 
-    def end(self, tree: OpenTree) -> None:
+    def end(self, tree: TreeSession) -> None:
         """As TreeEvaluator's."""
         super().end(tree)
         self._metrics.ended(tree)

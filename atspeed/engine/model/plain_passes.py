@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from atspeed.engine.errors import NoNumbersError
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
 
@@ -38,7 +39,7 @@ async def _below(evaluator: TreeEvaluator, found: Evaluation) -> Evaluation:
 async def _evaluation(evaluator: TreeEvaluator, node: int) -> Evaluation:
     """Of a node alone, on a tree of its own: one that has had a spoilt pass is of no use."""
     path = np.append(ROOT, evaluator.trie.with_ancestors([node])).astype(np.int64)
-    tree = evaluator.rehearsal(evaluator.entry.prompt.tokens([]))
+    tree = evaluator.open_synthetic(evaluator.entry.prompt.tokens([]))
     try:
         found, _ = await evaluator.evaluate(tree, path, Selection(Pruning.none(), limit=_TRIED))
     finally:

@@ -21,7 +21,8 @@ from atspeed.engine.errors import CapacityError, OverloadedError
 from atspeed.engine.model.batch_decoder import TreeInput, TreeOutput
 from atspeed.engine.model.batcher import BatchLimits, PassSize
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator, TreeWork
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import ProgramRun, Selection
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -52,7 +53,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 async def opened(evaluator: TreeEvaluator) -> AsyncIterator[TreeEvaluator]:
     """Close it in the end; by then nothing may wait or be held."""
     yield evaluator
-    assert (evaluator.waiting_passes, evaluator.open_kv.used_bytes) == (0, 0)
+    assert (evaluator.queued_passes, evaluator.open_kv.used_bytes) == (0, 0)
     await evaluator.close()
 
 
@@ -138,10 +139,10 @@ async def run_together(
 ) -> list[dict[int, Children]]:
     """All requests, wave by wave in one pass; where one sits a wave out, a newcomer takes its place."""
     store, found = DictStore(), [dict[int, Children]() for _ in requests]
-    async with opened(models.evaluator("target", memory_blocks=100, store=store)) as before:
+    async with opened(models.evaluator("target", memory_blocks=100, tier=store)) as before:
         for index in warm:
             await first_pass(before, models.prompt(requests[index].items, requests[index].seed))
-    evaluator = models.evaluator("target", store=store, limits=company(len(requests)))
+    evaluator = models.evaluator("target", tier=store, limits=company(len(requests)))
     async with opened(evaluator):
         trees = [await evaluator.open(models.prompt(request.items, request.seed)) for request in requests]
 
@@ -231,12 +232,12 @@ async def test_a_cancelled_pass_leaves_the_queue_and_its_memory_is_free_at_the_e
             tree = await evaluator.open(models.prompt(3, seed))
             waits = asyncio.create_task(evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING))
             await asyncio.sleep(0)
-            assert evaluator.waiting_passes == 1
+            assert evaluator.queued_passes == 1
             with pytest.raises(OverloadedError, match="max_queued_passes"):
                 await first_pass(evaluator, models.prompt(2, seed=9))
             waits.cancel()
             await asyncio.wait([waits])
-            assert evaluator.waiting_passes == 0
+            assert evaluator.queued_passes == 0
             assert evaluator.open_kv.used_bytes > 0
             evaluator.end(tree)
             assert evaluator.open_kv.used_bytes == 0
@@ -318,7 +319,7 @@ async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alon
                 raise MemoryError
             return run(inputs)
 
-        def finish_but_second(work: TreeWork, *arguments: Any, **named: Any) -> object:
+        def finish_but_second(work: ProgramRun, *arguments: Any, **named: Any) -> object:
             if work.tree is trees[1]:
                 raise MemoryError
             return finish(work, *arguments, **named)

@@ -98,11 +98,11 @@ async def test_what_waits_while_a_batch_runs_runs_together() -> None:
     await gate.entrance()
     waiting = start(batcher, "b", "c", "d", "e")
     await asyncio.sleep(0)
-    assert batcher.waiting == 4
+    assert batcher.queued == 4
     gate.release.release(3)
     assert await asyncio.gather(*alone, *waiting) == ["A", "B", "C", "D", "E"]
     assert gate.batches == [["a"], ["b", "c", "d"], ["e"]]
-    assert batcher.waiting == 0
+    assert batcher.queued == 0
     await batcher.close()
 
 
@@ -118,7 +118,7 @@ async def test_who_gives_up_leaves_the_queue_at_once_and_is_never_run() -> None:
     left.cancel()
     running.cancel()
     await asyncio.wait([left, running])
-    assert batcher.waiting == 1
+    assert batcher.queued == 1
     [after] = start(batcher, "after")
     await asyncio.sleep(0)
     gate.release.release(2)
@@ -153,7 +153,7 @@ async def test_work_that_goes_on_comes_before_younger_work_or_runs_with_it_and_i
     await asyncio.sleep(0)
     gate.release.release()
     await gate.entrance()
-    assert batcher.waiting == 2
+    assert batcher.queued == 2
     gate.release.release(10)
     assert await asyncio.gather(first, *others) == ["A", "B", "C", "D"]
     assert gate.batches == [["a"], ["a", "b"], ["a", "b"], ["c", "d"]]
@@ -166,7 +166,7 @@ async def test_what_an_older_request_still_has_to_do_comes_first() -> None:
     tickets = start(batcher, "runs")
     await gate.entrance()
     for name, since in (("third", 3.0), ("first", 1.0), ("third again", 3.0), ("second", 2.0)):
-        tickets.append(asyncio.ensure_future(batcher.outcome(batcher.put(name, SMALL, since=since))))
+        tickets.append(asyncio.ensure_future(batcher.outcome(batcher.put(name, SMALL, began_at=since))))
     gate.release.release(10)
     await asyncio.gather(*tickets)
     assert [name for [name] in gate.batches] == ["runs", "first", "second", "third", "third again"]
@@ -186,13 +186,13 @@ async def test_who_gives_up_in_the_middle_has_no_next_pass() -> None:
     gate.release.release()
     await gate.entrance()
     await asyncio.wait([runs.done])
-    asking.append(asyncio.create_task(batcher.outcome(batcher.put("holder", SMALL, since=0.0))))
+    asking.append(asyncio.create_task(batcher.outcome(batcher.put("holder", SMALL, began_at=0.0))))
     gate.release.release()
     await gate.entrance()
-    assert batcher.waiting == 1
+    assert batcher.queued == 1
     asking[1].cancel()
     await asyncio.wait(asking[1:2])
-    assert (batcher.waiting, runs.done.cancelled(), waits.done.cancelled()) == (0, True, True)
+    assert (batcher.queued, runs.done.cancelled(), waits.done.cancelled()) == (0, True, True)
     gate.release.release()
     assert await asking[2] == "HOLDER"
     assert gate.batches == [["runs"], ["waits"], ["holder"]]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from atspeed.engine.errors import CapacityError, OverloadedError
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, PassProgram, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import PassProgram, Selection, TreeSession
 from atspeed.engine.search.scoring import Children
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -39,7 +40,7 @@ async def opened(models: Models, **settings: Any) -> AsyncIterator[TreeEvaluator
     yield evaluator
     await evaluator.close()
     await asyncio.sleep(0)  # what the thread has left to the event loop
-    assert (evaluator.waiting_passes, evaluator.open_kv.used_bytes) == (0, 0)
+    assert (evaluator.queued_passes, evaluator.open_kv.used_bytes) == (0, 0)
 
 
 def downwards(levels: int) -> PassProgram[dict[int, Children]]:
@@ -53,7 +54,9 @@ def downwards(levels: int) -> PassProgram[dict[int, Children]]:
     return found
 
 
-async def by_hand(evaluator: TreeEvaluator, tree: OpenTree, levels: int) -> tuple[dict[int, Children], list[PassStats]]:
+async def by_hand(
+    evaluator: TreeEvaluator, tree: TreeSession, levels: int
+) -> tuple[dict[int, Children], list[PassStats]]:
     """The same with a call for each pass."""
     found: dict[int, Children] = {}
     costs, nodes = [], np.array([ROOT])
@@ -106,10 +109,10 @@ async def test_one_pass_follows_the_last_while_the_event_loop_stands_still(model
         evaluator.end(by_itself)
     assert exactly(found) == exactly(expected)
     assert [made.nodes for made in tree.passes] == [made.nodes for made in by_itself.passes]
-    assert [made.cost.new_tokens for made in tree.passes] == [cost.new_tokens for cost in costs]
+    assert [made.stats.new_tokens for made in tree.passes] == [cost.new_tokens for cost in costs]
     assert cost.new_tokens == sum(cost.new_tokens for cost in costs)
     assert cost.batch_requests == 1
-    assert all(made.queued_ns + made.cost.queue_ns <= made.done_ns for made in tree.passes)
+    assert all(made.queued_ns + made.stats.queue_ns <= made.done_ns for made in tree.passes)
 
 
 async def test_steps_that_ask_for_nothing_take_no_pass(models: Models) -> None:
@@ -182,13 +185,13 @@ async def test_a_search_that_is_given_up_ends_with_its_pass(models: Models, give
             evaluator.end(tree)
             assert evaluator.open_kv.used_bytes > 0
             go_on.set()
-            assert tree.newest is not None
-            await asyncio.wait([tree.newest.done])
+            assert tree.last_request is not None
+            await asyncio.wait([tree.last_request.done])
             await asyncio.sleep(0)
             assert (evaluator.open_kv.used_bytes, len(passes)) == (0, given_up_in)
         again = await evaluator.open(prompt)
         known = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS if given_up_in > 1 else 0
-        assert again.cost_of_opening.memory_cached_tokens == known
+        assert again.lookup_stats.cached_tokens_by_tier["memory"] == known
         evaluator.end(again)
 
 

@@ -15,10 +15,11 @@ from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.errors import CapacityError, PromptError
 from atspeed.engine.kv import memory_cache
 from atspeed.engine.kv.buffer_pool import BufferPool
-from atspeed.engine.kv.redis_store import KvStore
+from atspeed.engine.kv.tier import KvTier
 from atspeed.engine.model import tree_evaluator
 from atspeed.engine.model.token_tree import TokenTree
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -39,8 +40,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @asynccontextmanager
-async def opened(models: Models, memory_blocks: int = 0, store: KvStore | None = None) -> AsyncIterator[TreeEvaluator]:
-    evaluator = models.evaluator("target", memory_blocks=memory_blocks, store=store)
+async def opened(models: Models, memory_blocks: int = 0, tier: KvTier | None = None) -> AsyncIterator[TreeEvaluator]:
+    evaluator = models.evaluator("target", memory_blocks=memory_blocks, tier=tier)
     yield evaluator
     await evaluator.close()
 
@@ -112,19 +113,19 @@ async def test_every_state_of_the_cache_gives_the_same(models: Models) -> None:
     async with opened(models, 100, store) as warm:
         assert_same(await evaluate(warm, prompt, nodes), expected)
         tree = await warm.open(prompt)
-        assert tree.cost_of_opening.memory_cached_tokens == blocks * BLOCK_TOKENS
+        assert tree.lookup_stats.cached_tokens_by_tier["memory"] == blocks * BLOCK_TOKENS
         assert_same(await evaluate(warm, prompt, nodes), expected)
         _, cost = await warm.evaluate(tree, np.array(nodes), EVERYTHING)
         assert cost.new_tokens == len(prompt) - blocks * BLOCK_TOKENS + len(nodes) - 1
     async with opened(models, 2, store) as narrow:
         assert_same(await evaluate(narrow, prompt, nodes), expected)
         tree = await narrow.open(prompt)
-        assert tree.cost_of_opening.memory_cached_tokens == 2 * BLOCK_TOKENS
-        assert tree.cost_of_opening.redis_cached_tokens == (blocks - 2) * BLOCK_TOKENS
+        assert tree.lookup_stats.cached_tokens_by_tier["memory"] == 2 * BLOCK_TOKENS
+        assert tree.lookup_stats.cached_tokens_by_tier[store.name] == (blocks - 2) * BLOCK_TOKENS
         assert_same(await evaluate(narrow, prompt, nodes), expected)
     async with opened(models, 100) as shared:
         await evaluate(shared, longer, [ROOT])
-        assert (await shared.open(prompt)).cost_of_opening.memory_cached_tokens > 0
+        assert (await shared.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] > 0
         assert_same(await evaluate(shared, prompt, nodes), expected)
 
 
@@ -152,7 +153,7 @@ async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, m
             tree = await evaluator.open(prompt)
             assert tree.tokens.kv.size == 0, "a stream that waits for its turn holds memory"
             await evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING)
-            assert tree.cached == ()
+            assert tree.cached_blocks == ()
     assert {name for name, _ in moves} == {"move_to", "take", "fill_prefix", "copy_blocks", "_read_only_copy"}
     assert all(thread.startswith("onnx") for _, thread in moves), moves
 
@@ -181,8 +182,8 @@ async def test_tenants_share_no_prefix(models: Models) -> None:
     prompt = models.prompt(7, seed=3)
     async with opened(models, 100) as evaluator:
         await evaluate(evaluator, prompt, [ROOT])
-        assert (await evaluator.open(prompt)).cost_of_opening.memory_cached_tokens > 0
-        assert (await evaluator.open(prompt, tenant="b")).cost_of_opening.memory_cached_tokens == 0
+        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] > 0
+        assert (await evaluator.open(prompt, tenant="b")).lookup_stats.cached_tokens_by_tier["memory"] == 0
 
 
 async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +269,7 @@ async def test_warming_up_works_and_leaves_nothing_behind(models: Models) -> Non
     async with opened(models, 100) as evaluator:
         await evaluator.warm_up()
         prompt = models.prompt(7, seed=3)
-        assert (await evaluator.open(prompt)).cost_of_opening.memory_cached_tokens == 0
+        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] == 0
 
 
 async def test_a_catalogue_of_one_level_can_be_served(tmp_path_factory: pytest.TempPathFactory) -> None:
