@@ -1,4 +1,4 @@
-"""Tokens and times of passes: counted by the model services, summed by their clients."""
+"""Pass stats: tokens and times, counted by the model services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a request in a model service: its token tree, its passes, its program."""
+"""The state of a request in a model service: token tree, passes, program."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def folder(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (dangling_file, "target/model.onnx: a link to gone, which is not there"),
-        (dangling_folder, "target: a link to gone, which is not there"),
+        (dangling_file, "target/model.onnx: a link to gone, which does not exist"),
+        (dangling_folder, "target: a link to gone, which does not exist"),
         (circle_of_files, "target/model.onnx: a link to model.onnx, which is not there"),
         (circle_of_folders, "target/again: a link to a folder above it"),
         (pipe, "target/model.onnx: not a regular file"),
@@ -101,9 +101,9 @@ def test_the_bytes_that_are_loaded_are_those_that_are_checked(plain: Bundle, tmp
     with (bundle.root / "target" / name).open("r+b") as file:
         file.write(b"x")
     bundle.verify(but="target")
-    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 is not the manifest's"):
+    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 differs from the manifest's"):
         bundle.model_files("target", verified=True)
-    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 is not the manifest's"):
+    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 differs from the manifest's"):
         bundle.verify_model("target")
     bundle.model_files("draft", verified=True)
     bundle.verify_model("draft")
