@@ -118,7 +118,7 @@ class TestKeys:
             origin = (fingerprint, layout, tenant, user_key, tokens)
             assert seen.setdefault(key, origin) == origin
 
-    def test_ten_thousand_changed_worlds_find_nothing_of_another(self) -> None:
+    def test_ten_thousand_changed_contexts_never_share_blocks(self) -> None:
         """0 cross-hits in one cache between worlds that differ in weights, dtype, tokenizer, catalogue, tenant or user.
 
         Tokenizer and catalogue have no field in a key: they decide which tokens a history becomes, and equal tokens under
@@ -148,23 +148,25 @@ class TestKeys:
         assert 0 < hits < 20_000
 
     @pytest.mark.parametrize("user_key", [b"", b"short", b"much too long"])
-    def test_a_tag_of_another_length_is_refused(self, user_key: bytes) -> None:
+    def test_user_key_of_another_length_is_refused(self, user_key: bytes) -> None:
         with pytest.raises(ValueError, match="8 bytes"):
             block_keys(b"n", np.arange(4), 2, user_key)
 
     @given(st.integers(0, 20), st.integers(1, 5), st.integers(0, 20))
-    def test_what_ends_within_the_template_is_nobodys(self, tokens: int, step: int, template: int) -> None:
+    def test_blocks_within_the_template_belong_to_the_shared_prefix(
+        self, tokens: int, step: int, template: int
+    ) -> None:
         """And nothing behind it is: not the block across the border, whose first words are the template's."""
         prompt = np.arange(tokens)
-        nobody = block_keys(b"n", prompt, step)
+        shared = block_keys(b"n", prompt, step)
         first, second = (
             block_keys(b"n", prompt, step, user_key, template_tokens=template) for user_key in (b"a" * 8, b"b" * 8)
         )
         common = min(template, tokens) // step
-        assert first[:common] == second[:common] == nobody[:common]
+        assert first[:common] == second[:common] == shared[:common]
         assert {user_key_of(key) for key in first[common:]} <= {b"a" * 8}
-        assert not set(first[common:]) & {*second[common:], *nobody}
-        links = [{key[USER_KEY_BYTES:] for key in keys[common:]} for keys in (first, second, nobody)]
+        assert not set(first[common:]) & {*second[common:], *shared}
+        links = [{key[USER_KEY_BYTES:] for key in keys[common:]} for keys in (first, second, shared)]
         assert not links[0] & (links[1] | links[2]), "equal histories show"
 
     def test_a_root_is_never_a_block(self) -> None:
@@ -259,7 +261,7 @@ class TestCodec:
             assert twin.block_bytes == layout.block_bytes
             assert decode_block(twin, KEY, data) is None
 
-    def test_encoding_refuses_what_is_not_of_the_layout(self) -> None:
+    def test_encoding_refuses_another_layout(self) -> None:
         block = random_block(LAYOUT)
         with pytest.raises(ValueError, match="float16"):
             encode_block(LAYOUT, KEY, np.zeros(LAYOUT.block_shape, dtype=np.float16))
@@ -278,7 +280,7 @@ class TestCopyBlocks:
         assert copy_blocks(LAYOUT, kv, 3, 3) == []
 
     def test_later_changes_of_the_prefix_do_not_reach_the_blocks(self) -> None:
-        """The evaluator goes on writing into the same buffer."""
+        """The evaluator continues to write into the same buffer."""
         kv = np.zeros((2, 2, 2, 1, 2), dtype=np.float32)
         (block,) = copy_blocks(LAYOUT, kv, 0, 1)
         kv[:] = 1
@@ -287,6 +289,6 @@ class TestCopyBlocks:
             block[:] = 1
 
     @pytest.mark.parametrize("shape", [(2, 2, 5, 1, 2), (1, 2, 6, 1, 2), (2, 2, 6, 2), (2, 2, 6, 1, 2, 1)])
-    def test_refuses_what_is_too_short_or_of_another_layout(self, shape: tuple[int, ...]) -> None:
+    def test_copy_refuses_short_prefixes_and_other_layouts(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="layout has"):
             copy_blocks(LAYOUT, np.zeros(shape, dtype=np.float32), 0, 3)

@@ -1,4 +1,4 @@
-"""The two tiers as one, over a store that is a dictionary and obeys the test."""
+"""The prefix cache over a tier that is a dictionary and is controlled by the test."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ async def tokens_of(cache: PrefixCache, keys: Sequence[bytes]) -> int:
     return sum(found.tokens_by_tier.values())
 
 
-async def test_an_empty_cache_finds_nothing() -> None:
+async def test_empty_cache_finds_no_block() -> None:
     found = await PrefixCache(LAYOUT, memory(), [FakeStore()]).lookup(prompt(16)[0])
     assert (found.blocks, found.tokens_by_tier) == ((), {"memory": 0, "fake": 0})
 
 
-async def test_what_is_remembered_is_in_memory_at_once_and_in_the_store_soon() -> None:
+async def test_remembered_blocks_are_in_memory_at_once_and_in_the_tier_soon() -> None:
     cache = PrefixCache(LAYOUT, memory(), [store := FakeStore()])
     keys, blocks = prompt(18)
     cache.remember(keys, blocks)
@@ -98,7 +98,7 @@ async def test_what_is_remembered_is_in_memory_at_once_and_in_the_store_soon() -
     assert list(store.blocks) == keys
 
 
-async def test_the_store_answers_where_memory_ends_and_its_blocks_move_up() -> None:
+async def test_lower_tier_continues_the_run_and_its_blocks_move_up() -> None:
     store = FakeStore()
     keys, blocks = prompt(16)
     writer = PrefixCache(LAYOUT, memory(), [store])
@@ -187,7 +187,7 @@ async def test_a_tier_that_breaks_its_contract_is_logged() -> None:
     assert isinstance(logged[0]["exc_info"], RuntimeError)
 
 
-async def test_works_without_a_store() -> None:
+async def test_cache_works_with_memory_alone() -> None:
     cache = PrefixCache(LAYOUT, memory())
     keys, blocks = prompt(8)
     cache.remember(keys, blocks)
@@ -211,7 +211,7 @@ def user_prompt(tokens: int, seed: int = 0, user_key: bytes = USER_KEY) -> tuple
     return block_keys(b"n", ids, LAYOUT.block_tokens, user_key), prompt(tokens, seed)[1]
 
 
-async def test_a_forgotten_user_is_in_no_tier_and_others_are() -> None:
+async def test_erased_user_is_in_no_tier_and_others_are() -> None:
     store, clock = FakeStore(), [0.0]
     cache = PrefixCache(LAYOUT, tier := memory(), [store], clock=lambda: clock[0])
     (keys, blocks), (others, _) = user_prompt(16), user_prompt(16, user_key=b"stranger")
@@ -237,7 +237,7 @@ async def test_a_forgotten_user_is_in_no_tier_and_others_are() -> None:
     await cache.close()
 
 
-async def test_a_write_that_is_under_way_ends_before_the_store_forgets() -> None:
+async def test_pending_write_ends_before_the_tier_erases() -> None:
     store = FakeStore()
     store.gate.clear()
     cache = PrefixCache(LAYOUT, memory(), [store])
@@ -250,8 +250,8 @@ async def test_a_write_that_is_under_way_ends_before_the_store_forgets() -> None
     await cache.close()
 
 
-async def test_what_is_on_its_way_from_the_store_is_not_kept() -> None:
-    """It was read before the user was forgotten, and arrives after it."""
+async def test_blocks_read_during_an_erasure_are_not_kept() -> None:
+    """It was read before the user was erased, and arrives afterwards."""
 
     class Late(FakeStore):
         async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
@@ -268,7 +268,7 @@ async def test_what_is_on_its_way_from_the_store_is_not_kept() -> None:
     await cache.close()
 
 
-async def test_nothing_of_stored_users_is_kept_by_who_cannot_hear_of_their_leaving() -> None:
+async def test_user_blocks_are_not_kept_while_not_accepted() -> None:
     cache = PrefixCache(LAYOUT, tier := memory())
     keys, blocks = user_prompt(16)
     shared_keys = prompt(16)[0]
@@ -283,7 +283,7 @@ async def test_nothing_of_stored_users_is_kept_by_who_cannot_hear_of_their_leavi
     assert await tokens_of(cache, keys) == 16
 
 
-async def test_the_store_is_asked_and_written_as_the_policy_says() -> None:
+async def test_fetch_policy_decides_reads_and_writes_of_a_tier() -> None:
     store = FakeStore()
     worth = [False]
     fetching = FetchPolicy(LAYOUT.bytes_per_token, lambda missing, cached: 1e12 if worth[0] else 0.0)
@@ -299,7 +299,7 @@ async def test_the_store_is_asked_and_written_as_the_policy_says() -> None:
     assert fetching.statistics.writes_not_worth == 1
 
 
-async def test_many_are_forgotten_in_one_step() -> None:
+async def test_many_users_are_erased_in_one_step() -> None:
     """A look through memory and a command to the store for each would hold requests up."""
     cache = PrefixCache(LAYOUT, tier := memory(), [store := FakeStore()])
     user_keys = [b"user%04d" % number for number in range(50)]
@@ -313,7 +313,7 @@ async def test_many_are_forgotten_in_one_step() -> None:
     await cache.close()
 
 
-async def test_only_writes_of_the_forgotten_are_waited_for() -> None:
+async def test_erasure_waits_only_for_writes_of_its_users() -> None:
     store = FakeStore()
     store.gate.clear()
     cache = PrefixCache(LAYOUT, memory(), [store])
@@ -325,8 +325,8 @@ async def test_only_writes_of_the_forgotten_are_waited_for() -> None:
     await cache.close()
 
 
-async def test_of_who_may_not_be_kept_the_templates_words_are() -> None:
-    """They are nobody's: blocks that hold nothing of a user's are common to all, in both tiers, at all times."""
+async def test_shared_prefix_of_an_erased_user_is_kept() -> None:
+    """Blocks that contain nothing of a user belong to the shared prefix, in all tiers, at all times."""
     store = FakeStore()
     cache = PrefixCache(LAYOUT, tier := memory(), [store])
     ids = np.arange(16)
@@ -343,7 +343,7 @@ async def test_of_who_may_not_be_kept_the_templates_words_are() -> None:
     assert await tokens_of(cache, yours) == 16
     await cache.close()
     assert store.writes == [mine[:2], yours[2:]]
-    # The store has all of one that may not be kept: the answer is whole, memory takes what is nobody's.
+    # The tier has all blocks of a user who may not be kept: the answer is complete, memory keeps the shared prefix.
     store.blocks |= dict(zip(mine, blocks, strict=True))
     late = PrefixCache(LAYOUT, other := memory(), [store])
     late.accepts_user_blocks = False

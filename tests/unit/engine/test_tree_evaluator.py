@@ -1,4 +1,4 @@
-"""A node's evaluation is what the checkpoint says about its path as a sequence: in any company, on any cache, in any pass."""
+"""A node's evaluation is the checkpoint's score of its path, for all co-batched nodes, caches and passes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_every_node_is_evaluated_as_the_checkpoint_reads_its_path(models: 
         )
 
 
-async def test_company_passes_and_order_of_arrival_change_nothing(models: Models) -> None:
+async def test_co_batched_nodes_and_order_of_passes_change_no_result(models: Models) -> None:
     """The whole trie at once; level by level; and every node alone with its ancestors, root first, one node a pass."""
     naive, prompt = models.naive, models.prompt(5, seed=1)
     inner = naive.inner()
@@ -102,7 +102,7 @@ async def test_company_passes_and_order_of_arrival_change_nothing(models: Models
             assert_same(await evaluate(evaluator, prompt, chain), alone)
 
 
-async def test_every_state_of_the_cache_gives_the_same(models: Models) -> None:
+async def test_every_state_of_the_cache_gives_the_same_result(models: Models) -> None:
     """Cold; all in memory; part in memory; all in the store; and a prefix of another user's longer history."""
     prompt, longer = models.prompt(7, seed=3), models.prompt(8, seed=3)
     blocks = (len(prompt) - 1) // BLOCK_TOKENS
@@ -195,7 +195,7 @@ async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch:
         assert_same(await evaluate(evaluator, prompt, *[[node] for node in naive.inner()]), expected)
 
 
-async def test_requests_at_the_same_time_do_not_mix(models: Models) -> None:
+async def test_concurrent_requests_do_not_mix(models: Models) -> None:
     """Two trees whose passes alternate."""
     prompts, naive = [models.prompt(4, seed=7), models.prompt(6, seed=8)], models.naive
     levels = [np.array([n for n in naive.inner() if len(naive.nodes[n]) == depth]) for depth in range(naive.levels)]
@@ -233,7 +233,7 @@ async def test_a_misuse_of_a_tree_is_refused(models: Models, passes: list[list[i
             await evaluator.evaluate(tree, np.array(last, dtype=np.int64), EVERYTHING)
 
 
-async def test_an_orphan_or_a_leaf_is_refused_and_the_tree_lives_on(models: Models) -> None:
+async def test_orphan_or_leaf_is_refused_and_the_session_stays_usable(models: Models) -> None:
     """A refused pass leaves no trace: the same tree still gives what a fresh one gives, on a cached prefix too."""
     naive, prompt = models.naive, models.prompt(5, seed=0)
     orphan = next(node for node in naive.inner() if len(naive.nodes[node]) == 2)
@@ -265,7 +265,7 @@ async def test_prompts_that_the_model_cannot_read_are_refused(models: Models) ->
         assert len(found) == len(models.naive.inner())
 
 
-async def test_warming_up_works_and_leaves_nothing_behind(models: Models) -> None:
+async def test_warm_up_leaves_no_memory_and_no_block(models: Models) -> None:
     async with opened(models, 100) as evaluator:
         await evaluator.warm_up()
         prompt = models.prompt(7, seed=3)
