@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.kv.memory_cache import NO_OWNER
+from atspeed.engine.kv.memory_cache import NO_USER_KEY
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import PassProgram, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import PassProgram, Selection
 from atspeed.engine.search.beams import (
     Beams,
     children_by_gumbel,
@@ -48,7 +49,7 @@ class DraftRequest:
     noise: Perturbation | None = None
     with_evaluation: bool = False
     tenant: str = ""
-    owner: bytes = NO_OWNER
+    owner: bytes = NO_USER_KEY
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Drafter:
         Raises PromptError or CapacityError for a prompt or beams that do not fit the model, OverloadedError when it is busy.
         """
         growth = _PlanGrowth(request, self._trie, self._free, self._scale)
-        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, owner=request.owner)
+        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, user_key=request.owner)
         try:
             plan, cost = await self._evaluator.run_steps(tree, growth.steps(), self._selection(request))
         finally:

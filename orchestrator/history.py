@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from atspeed.engine.kv.erasure import publish_erasure
-from atspeed.engine.kv.redis_pool import change_nothing
+from atspeed.engine.kv.redis_pool import check_writable
 from orchestrator.user_key import user_cache_key
 
 _Answer = TypeVar("_Answer")
@@ -118,7 +118,7 @@ class HistoryStore:
     async def reachable(self) -> bool:
         """Whether the store answers now, and takes writes."""
         try:
-            await self._ask(lambda: change_nothing(self._client))
+            await self._ask(lambda: check_writable(self._client))
         except HistoryUnavailable:
             return False
         return True

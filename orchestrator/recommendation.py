@@ -171,6 +171,6 @@ class Recommendation:
             "nodes_recovered": self.nodes.recovered,
             "nodes_prefetched": self.nodes.prefetched,
             "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
+            "cached_tokens": cost.cached_tokens,
             "degraded": bool(self.degraded),
         }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, PassRecord, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import CompletedPass, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
@@ -56,7 +57,7 @@ class SearchRunner:
         self._latency = LatencyModel(curve)
         self._prefetcher = TargetPrefetcher(evaluator.trie, evaluator.rule, self._latency, max_nodes)
 
-    async def search(self, tree: OpenTree, nodes: Int64, selection: Selection, search: Search) -> list[SearchPass]:
+    async def search(self, tree: TreeSession, nodes: Int64, selection: Selection, search: Search) -> list[SearchPass]:
         """Evaluate the nodes, then the remaining passes of plain beam search. Raises as `TreeEvaluator.run_steps`."""
         trie, rule, noise, made = self._evaluator.trie, self._evaluator.rule, selection.perturbation, len(tree.passes)
         prefetch = None
@@ -69,14 +70,14 @@ class SearchRunner:
         evaluations, _ = await self._evaluator.run_steps(tree, steps, selection)
         passes = tree.passes[made:]
         self._observe(passes)
-        return [SearchPass(evaluation, one.cost) for evaluation, one in zip(evaluations, passes, strict=True)]
+        return [SearchPass(evaluation, one.stats) for evaluation, one in zip(evaluations, passes, strict=True)]
 
-    def _observe(self, passes: list[PassRecord]) -> None:
+    def _observe(self, passes: list[CompletedPass]) -> None:
         """Update the latency model with the passes of one search. Each pass finds the tokens of earlier ones cached."""
         cached = 0
         for one in passes:
-            cost = one.cost
-            cached += cost.memory_cached_tokens + cost.redis_cached_tokens
+            cost = one.stats
+            cached += cost.cached_tokens
             made = Pass(cost.new_tokens, cached, one.nodes)
             self._latency.observe([made], cost, one.done_ns - one.queued_ns)
             cached += cost.new_tokens

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, Selection
+from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import Trie
 from atspeed.errors import DeadlineExceededError, InvalidArgumentError
@@ -92,7 +92,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         owner = wire.owner(start.owner, "start.owner")
         if start.beam_width > model.info.max_nodes:
             raise InvalidArgumentError("start.beam_width", f"must be at most {model.info.max_nodes}")
-        return _Opened(model, await model.evaluator.open(prompt, tenant=start.tenant, owner=owner), selection)
+        return _Opened(model, await model.evaluator.open(prompt, tenant=start.tenant, user_key=owner), selection)
 
     def _selection(self, start: target_pb2.EvaluateStart, trie: Trie) -> Selection:
         return Selection(
@@ -113,7 +113,7 @@ class _Opened:
     """
 
     model: HostedModel[SearchRunner]
-    tree: OpenTree
+    tree: TreeSession
     selection: Selection
 
     async def evaluate(

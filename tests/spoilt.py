@@ -19,7 +19,8 @@ from atspeed.engine.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_history

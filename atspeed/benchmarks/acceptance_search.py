@@ -27,7 +27,7 @@ from atspeed.benchmarks.shared_tree_models import (
 )
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
 from atspeed.engine.search.mode import Mode

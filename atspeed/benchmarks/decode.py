@@ -200,7 +200,7 @@ def _answer(reply: pb.RecommendResponse, milliseconds: float) -> Answer:
         draft_passes=took.draft_passes,
         nodes_drafted=took.nodes_drafted,
         prompt_tokens=took.prompt_tokens,
-        cached_tokens=took.memory_cached_tokens + took.redis_cached_tokens,
+        cached_tokens=sum(took.cached_tokens.values()),
         expected_passes=took.expected_passes,
         stages_ms={name: getattr(took.stage_times, f"{name}_ns") / 1e6 for name in STAGES},
         predicted_ms={

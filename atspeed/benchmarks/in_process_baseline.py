@@ -19,7 +19,8 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import Pruning
 from atspeed.model_host.hosted_models import served_models
@@ -55,7 +56,7 @@ class LocalTarget:
     limit: int
     passes: int = 0
     cost: PassStats = field(default_factory=PassStats)
-    _tree: OpenTree | None = None
+    _tree: TreeSession | None = None
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass."""

@@ -25,7 +25,7 @@ from atspeed.benchmarks.shared_tree_models import WarmTarget, prefix_cache, prom
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Precision
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.trie import Pruning
 from atspeed.training.decoder_graph import DATA_FILE
 from atspeed.training.export import MODEL_FILE, export_decoder

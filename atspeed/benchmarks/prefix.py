@@ -34,7 +34,8 @@ from atspeed.engine.kv.redis_store import RedisKvStore
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import Pruning
 from atspeed.local.redis_server import local_redis
@@ -167,7 +168,9 @@ class Bench:
         return Sample(taken, len(prompt), computed, cost, difference), evaluation
 
     def _cache(self, limit: int, *, store: bool = False, fetching: FetchPolicy | None = None) -> PrefixCache:
-        return PrefixCache(self._layout, MemoryKvCache(limit), self._store if store else None, fetching=fetching)
+        tiers = [self._store] if store else []
+        policies = {self._store.name: fetching} if fetching else None
+        return PrefixCache(self._layout, MemoryKvCache(limit), tiers, fetch_policies=policies)
 
     @asynccontextmanager
     async def _evaluator(self, cache: PrefixCache) -> AsyncIterator[TreeEvaluator]:
@@ -204,9 +207,9 @@ def _row(nodes: int, state: State, samples: Sequence[Mapping[State, Sample]], qu
         p50_ms=round(median(sample.ns for sample in own) / 1e6, 3),
         prompt_tokens=_mean([sample.prompt for sample in own]),
         computed_tokens=_mean([sample.computed for sample in own]),
-        memory_tokens=_mean([sample.cost.memory_cached_tokens for sample in own]),
-        redis_tokens=_mean([sample.cost.redis_cached_tokens for sample in own]),
-        redis_users=sum(sample.cost.redis_cached_tokens > 0 for sample in own),
+        memory_tokens=_mean([sample.cost.cached_tokens_by_tier["memory"] for sample in own]),
+        redis_tokens=_mean([sample.cost.cached_tokens_by_tier.get("redis", 0) for sample in own]),
+        redis_users=sum(sample.cost.cached_tokens_by_tier.get("redis", 0) > 0 for sample in own),
         speedup_vs_cold=bootstrap(ratios, seed=question.seed),
         largest_difference=max(sample.difference for sample in own),
     )

@@ -15,11 +15,12 @@ import numpy as np
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, MemoryKvCache
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, load_decoder
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Found, OpenTree, PassProgram, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Found, PassProgram, Selection, TreeSession
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
@@ -38,22 +39,22 @@ class SharedTreeEvaluator(TreeEvaluator):
     Perturbed requests get all children instead of the best; which of them they draw is the same.
     """
 
-    _tree: OpenTree | None = None
+    _tree: TreeSession | None = None
     _known: dict[int, Children]
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = NO_USER_KEY) -> TreeSession:
         """The tree at hand, or a new one for another prompt."""
         if self._tree is None or not np.array_equal(self._tree.tokens.prompt, prompt):
             if self._tree is not None:
                 super().end(self._tree)
-            self._tree, self._known = await super().open(prompt, tenant=tenant, owner=owner), {}
+            self._tree, self._known = await super().open(prompt, tenant=tenant, user_key=user_key), {}
         return self._tree
 
-    def end(self, tree: OpenTree) -> None:
+    def end(self, tree: TreeSession) -> None:
         """Keep it: the next search may be for the same prompt."""
 
     async def run_steps(
-        self, tree: OpenTree, steps: PassProgram[Found], selection: Selection
+        self, tree: TreeSession, steps: PassProgram[Found], selection: Selection
     ) -> tuple[Found, PassStats]:
         """As TreeEvaluator's, but a pass computes only what is not known yet, with the ancestors and the root."""
         if tree is not self._tree or not selection.pruning.is_none:

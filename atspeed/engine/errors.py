@@ -7,12 +7,12 @@ EngineError
 +-- PromptError      a history that cannot be turned into a prompt
 +-- CapacityError    more tokens than the model or the buffers take
 +-- NoNumbersError   a pass after which the model's scores are NaN or infinite
-+-- OverloadedError  a limit on what is served at once; later, or elsewhere, there may be room
++-- OverloadedError  a limit on concurrent work; later, or on another replica, there may be room
 """
 
 
 class EngineError(Exception):
-    """Anything the engine refuses. The text names the file, field or setting at fault."""
+    """A refusal of the engine. The text names the file, field or setting."""
 
 
 class BundleError(EngineError):
@@ -36,8 +36,8 @@ class CapacityError(EngineError):
 
 
 class NoNumbersError(EngineError):
-    """A pass after which the model's scores are NaN or infinite: of the weights, or of a token that the pass reads."""
+    """A pass after which scores are NaN or infinite, because of the weights or of a token that the pass reads."""
 
 
 class OverloadedError(EngineError):
-    """A limit on what is served at once is reached; later, or on another replica, there may be room."""
+    """A limit on concurrent work is reached; later, or on another replica, there may be room."""

@@ -1,4 +1,4 @@
-"""Names of hosts in addresses, as far as they can be checked without asking anyone."""
+"""Syntax checks of host names and IP addresses, without a look-up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_host(text: str) -> bool:
-    """Whether a text is an IP address or could be a host's name."""
+    """Return whether a text is an IP address or could be a host name."""
     if ":" in text or text.replace(".", "").isdecimal():
         return ip_version(text) is not None
     try:
@@ -17,7 +17,7 @@ def is_host(text: str) -> bool:
 
 
 def ip_version(text: str) -> int | None:
-    """4 or 6; None for what is no IP address."""
+    """Return 4 or 6; None for a text that is no IP address."""
     try:
         return ipaddress.ip_address(text).version
     except ValueError:

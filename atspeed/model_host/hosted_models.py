@@ -239,7 +239,7 @@ class HostedModels(Generic[Worker]):
         if weights.cost_curve is None:
             weights.cost_curve = await evaluator.cost_curve(self._settings.warm_up_seconds)
             if self._settings.kv_redis == "measured":
-                weights.cache.fetching.recompute_ns = weights.cost_curve.saved
+                weights.cache.set_recompute_cost(weights.cost_curve.saved)
         return weights.cost_curve
 
     def _info(self, bundle: Bundle, cost_curve: CostCurve) -> types_pb2.ModelInfo:

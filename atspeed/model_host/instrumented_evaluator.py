@@ -8,13 +8,14 @@ from functools import partial
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import ModelEntry
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.plain_passes import check_plain_passes
-from atspeed.engine.model.tree_evaluator import Found, OpenTree, PassProgram, PassRecord, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, Selection, TreeSession
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Trie
 from atspeed.model_host.model_health import ModelHealth
@@ -45,17 +46,17 @@ class InstrumentedEvaluator(TreeEvaluator):
         self._health = ModelHealth(unhealthy_after, partial(check_plain_passes, self), on_health_change)
         self._reads = metrics.add_evaluator(self, self._health)
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = NO_USER_KEY) -> TreeSession:
         """Open a tree, with a span and metrics of the cache lookup."""
         with tracing.span("cache lookup", prompt_tokens=len(prompt)) as span:
-            tree = await super().open(prompt, tenant=tenant, owner=owner)
-            cost = tree.cost_of_opening
-            span.set(memory_tokens=cost.memory_cached_tokens, redis_tokens=cost.redis_cached_tokens)
+            tree = await super().open(prompt, tenant=tenant, user_key=user_key)
+            tiers = tree.lookup_stats.cached_tokens_by_tier
+            span.set(**{f"{tier}_tokens": tokens for tier, tokens in tiers.items()})
         self._metrics.tree_opened(tree)
         return tree
 
     async def run_steps(
-        self, tree: OpenTree, steps: PassProgram[Found], selection: Selection
+        self, tree: TreeSession, steps: PassProgram[Found], selection: Selection
     ) -> tuple[Found, PassStats]:
         """Run a pass program, with spans and metrics of its passes. The trees of the warm-up are not measured."""
         if not self._metrics.is_open(tree):
@@ -83,7 +84,7 @@ class InstrumentedEvaluator(TreeEvaluator):
             raise
 
     @contextmanager
-    def _passes_reported(self, tree: OpenTree) -> Iterator[None]:
+    def _passes_reported(self, tree: TreeSession) -> Iterator[None]:
         """Report each pass over a tree at the end, also after a failure or a cancellation."""
         before = len(tree.passes)
         try:
@@ -92,8 +93,8 @@ class InstrumentedEvaluator(TreeEvaluator):
             for made in tree.passes[before:]:
                 self._report(made)
 
-    def _report(self, made: PassRecord) -> None:
-        cost = made.cost
+    def _report(self, made: CompletedPass) -> None:
+        cost = made.stats
         if made.valid:
             self._health.record_success()
         self._metrics.pass_done(made.nodes, cost)
@@ -108,7 +109,7 @@ class InstrumentedEvaluator(TreeEvaluator):
             forward_ms=cost.forward_ns / 1e6,
         )
 
-    def end(self, tree: OpenTree) -> None:
+    def end(self, tree: TreeSession) -> None:
         """Free a tree."""
         super().end(tree)
         self._metrics.tree_ended(tree)

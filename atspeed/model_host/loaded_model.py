@@ -17,6 +17,7 @@ from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_store import RedisKvStore
+from atspeed.engine.kv.tier import KvTier
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.decoder import Decoder
 from atspeed.model_host.model_metrics import ModelMetrics, prefix_cache_reads
@@ -95,17 +96,18 @@ class KvTiers:
     async def host(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int, metrics: ModelMetrics) -> LoadedModel:
         """Return loaded weights with a prefix cache, without a reference. prompt_tokens: length of the longest prompt."""
         settings, client = self._settings, self._client
-        store = None
+        tiers: list[KvTier] = []  # below memory, in the order in which they are read
         if client and settings.kv_redis != "never":
             blocks = _USER_PROMPTS * (prompt_tokens // key.layout.block_tokens)
-            store = RedisKvStore(client, key.layout, settings.kv_ttl_seconds, self._timeout, owner_blocks=blocks)
-        cache = PrefixCache(key.layout, self.memory, store)
+            redis = RedisKvStore(client, key.layout, settings.kv_ttl_seconds, self._timeout, user_blocks=blocks)
+            tiers.append(redis)
+        cache = PrefixCache(key.layout, self.memory, tiers)
         cache.accepts_user_blocks = client is not None  # without Redis no erasure would arrive
         subscriber = ErasureSubscriber(client, cache) if client else None
         if subscriber:
             await subscriber.start()
             metrics.add_subscriber(subscriber)
-        reads = prefix_cache_reads(cache, store)
+        reads = prefix_cache_reads(cache)
         metrics.add(reads)
         return LoadedModel(key, decoder, cache, subscriber, reads)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
@@ -10,8 +10,10 @@ from atspeed.engine.kv.erasure import ErasureSubscriber
 from atspeed.engine.kv.memory_cache import MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_store import RedisKvStore
+from atspeed.engine.kv.tier import KvTier
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import TreeSession
 from atspeed.model_host.model_health import ModelHealth
 from atspeed.observability.metrics import (
     SIZES,
@@ -113,14 +115,15 @@ def memory_reads(memory: MemoryKvCache) -> Reads:
     }
 
 
-def prefix_cache_reads(cache: PrefixCache, store: RedisKvStore | None) -> Reads:
-    """Return the readings of one model's prefix cache. store: None without Redis."""
+def prefix_cache_reads(cache: PrefixCache) -> Reads:
+    """Return the readings of one model's prefix cache, with its tiers below memory."""
+    store = next((tier for tier in cache.tiers if isinstance(tier, RedisKvStore)), None)
     return {
         KV_DROPPED: lambda: cache.dropped_writes,
         KV_PENDING: lambda: cache.pending_writes,
-        KV_UNWRITTEN: lambda: cache.fetching.statistics.writes_not_worth,
+        KV_UNWRITTEN: lambda: sum(policy.statistics.writes_not_worth for policy in cache.fetch_policies.values()),
         KV_READS: lambda: _decisions(cache),
-        KV_LOOKUPS: lambda: _lookups("redis", store.statistics if store else None),
+        KV_LOOKUPS: lambda: _lookups(cache.tiers),
         KV_INVALID: lambda: store.statistics.invalid if store else 0,
         KV_FAILURES: lambda: store.statistics.failures if store else 0,
         KV_SKIPPED: lambda: store.statistics.skipped if store else 0,
@@ -133,32 +136,21 @@ def served_reads(info: types_pb2.ModelInfo) -> Reads:
     return {MODEL: lambda: {served: 1}}
 
 
-class _LookupCounts(Protocol):
-    """The lookup counts of a tier."""
-
-    @property
-    def hits(self) -> int:
-        """Return the number of blocks found."""
-
-    @property
-    def misses(self) -> int:
-        """Return the number of blocks not found."""
-
-
-def _lookups(tier: str, counted: _LookupCounts | None) -> dict[tuple[str, ...], float]:
-    return {
-        (tier, "hit"): counted.hits if counted else 0,
-        (tier, "miss"): counted.misses if counted else 0,
-    }
+def _lookups(tiers: Sequence[MemoryKvCache | KvTier]) -> dict[tuple[str, ...], float]:
+    counted: dict[tuple[str, ...], float] = {}
+    for tier in tiers:
+        counted[tier.name, "hit"] = tier.statistics.hits
+        counted[tier.name, "miss"] = tier.statistics.misses
+    return counted
 
 
 def _decisions(cache: PrefixCache) -> dict[tuple[str, ...], float]:
-    counted = cache.fetching.statistics
+    counted = [policy.statistics for policy in cache.fetch_policies.values()]
     return {
-        ("asked",): counted.asked,
-        ("found",): counted.hits,
-        ("explored",): counted.explored,
-        ("not_worth",): counted.not_worth,
+        ("asked",): sum(one.asked for one in counted),
+        ("found",): sum(one.hits for one in counted),
+        ("explored",): sum(one.explored for one in counted),
+        ("not_worth",): sum(one.not_worth for one in counted),
     }
 
 
@@ -178,7 +170,7 @@ class ModelMetrics:
         self._subscribers: tuple[ErasureSubscriber, ...] = ()
         self.registry.register(Readings({ERASURE_LAG: self._max_lag}))
         self._by_version = SummedReadings(_BY_VERSION)
-        self._by_version.add({KV_LOOKUPS: lambda: _lookups("memory", memory.statistics)})
+        self._by_version.add({KV_LOOKUPS: lambda: _lookups([memory])})
         self.registry.register(self._by_version)
 
     def add(self, reads: Reads) -> None:
@@ -193,7 +185,7 @@ class ModelMetrics:
         """Add the readings of an evaluator. Its close removes them."""
         memory = evaluator.open_kv
         reads: dict[ReadCounter | ReadGauge, Read] = {
-            WAITING: lambda: evaluator.waiting_passes,
+            WAITING: lambda: evaluator.queued_passes,
             UNHEALTHY: lambda: int(not health.healthy),
             TREE_BYTES: lambda: memory.used_bytes,
             TREE_LIMIT: lambda: memory.limit_bytes,
@@ -214,20 +206,20 @@ class ModelMetrics:
         subscribers = self._subscribers
         return {(): max(subscriber.lag_seconds for subscriber in subscribers)} if subscribers else {}
 
-    def tree_opened(self, tree: OpenTree) -> None:
+    def tree_opened(self, tree: TreeSession) -> None:
         """Count the tree of a request, until `tree_ended`."""
         self._trees.add(id(tree))
-        cost, prompt = tree.cost_of_opening, len(tree.tokens.prompt)
-        cached = {"memory": cost.memory_cached_tokens, "redis": cost.redis_cached_tokens}
-        for source, tokens in {**cached, "computed": prompt - sum(cached.values())}.items():
+        cost, prompt = tree.lookup_stats, len(tree.tokens.prompt)
+        sources = {**cost.cached_tokens_by_tier, "computed": prompt - cost.cached_tokens}
+        for source, tokens in sources.items():
             self._prompt.labels(source).inc(tokens)
         self._seconds.labels("lookup").observe(cost.lookup_ns / 1e9)
 
-    def tree_ended(self, tree: OpenTree) -> None:
+    def tree_ended(self, tree: TreeSession) -> None:
         """Stop counting a tree."""
         self._trees.discard(id(tree))
 
-    def is_open(self, tree: OpenTree) -> bool:
+    def is_open(self, tree: TreeSession) -> bool:
         """Return whether the tree belongs to a request. The warm-up's trees do not."""
         return id(tree) in self._trees
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.kv.memory_cache import NO_OWNER, OWNER_BYTES
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, USER_KEY_BYTES
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.pass_stats import COUNTS, PassStats
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
@@ -44,6 +44,7 @@ _MODES: Final = {recommendation_pb2.Mode.Value(f"MODE_{mode.name}"): mode for mo
 # Points per axis of a cost curve. A measured curve has some tens, so this only bounds the memory of a bad message.
 _MAX_CURVE_POINTS = 1024
 _MAX_NS = 2**48  # three days; sums of some thousand such values still fit into int64
+_MAX_TIERS = 16  # tiers of a prefix cache in one message; a replica has two
 
 
 def to_array(values: npt.NDArray[np.generic]) -> types_pb2.Array:
@@ -176,15 +177,19 @@ def mode(value: recommendation_pb2.Mode.ValueType, field: str) -> Mode:
 
 def to_statistics(cost: PassStats) -> types_pb2.PassStatistics:
     """Encode pass stats."""
-    return types_pb2.PassStatistics(**{name: getattr(cost, name) for name in cost.__dataclass_fields__})
+    counts = {name: getattr(cost, name) for name in COUNTS}
+    return types_pb2.PassStatistics(**counts, cached_tokens=cost.cached_tokens_by_tier)
 
 
 def pass_stats(message: types_pb2.PassStatistics, field: str) -> PassStats:
     """Decode pass stats. Raises InvalidArgumentError naming `field` for numbers whose sums could overflow."""
-    cost = PassStats(**{name: getattr(message, name) for name in PassStats.__dataclass_fields__})
-    if max(vars(cost).values()) > _MAX_NS:
+    counts = {name: getattr(message, name) for name in COUNTS}
+    cached = dict(message.cached_tokens)
+    if max(*counts.values(), *cached.values()) > _MAX_NS:
         raise InvalidArgumentError(field, f"must hold numbers of at most {_MAX_NS}")
-    return cost
+    if len(cached) > _MAX_TIERS:
+        raise InvalidArgumentError(field, f"must hold at most {_MAX_TIERS} tiers")
+    return PassStats(**counts, cached_tokens_by_tier=cached)
 
 
 def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
@@ -198,9 +203,9 @@ def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
 
 def owner(tag: bytes, field: str) -> bytes:
     """Decode the user key of a prompt's cached KV. Raises InvalidArgumentError naming `field`."""
-    if len(tag) not in (0, OWNER_BYTES):
-        raise InvalidArgumentError(field, f"must have {OWNER_BYTES} bytes or none, got {len(tag)}")
-    return tag or NO_OWNER
+    if len(tag) not in (0, USER_KEY_BYTES):
+        raise InvalidArgumentError(field, f"must have {USER_KEY_BYTES} bytes or none, got {len(tag)}")
+    return tag or NO_USER_KEY
 
 
 def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:

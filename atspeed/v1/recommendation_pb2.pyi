@@ -500,6 +500,26 @@ class Statistics(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CachedTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TARGET_PASSES_FIELD_NUMBER: _builtins.int
     ACCEPTED_LEVELS_FIELD_NUMBER: _builtins.int
     DRAFT_PASSES_FIELD_NUMBER: _builtins.int
@@ -508,8 +528,6 @@ class Statistics(_message.Message):
     NODES_FORCED_FIELD_NUMBER: _builtins.int
     NODES_RECOVERED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
-    MEMORY_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    REDIS_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TARGET_RETRIES_FIELD_NUMBER: _builtins.int
     STAGE_TIMES_FIELD_NUMBER: _builtins.int
     NODES_ASKED_FIELD_NUMBER: _builtins.int
@@ -521,6 +539,7 @@ class Statistics(_message.Message):
     NODES_SPARED_FIELD_NUMBER: _builtins.int
     NODES_PREFETCHED_FIELD_NUMBER: _builtins.int
     NODES_PREFETCHED_USED_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     target_passes: _builtins.int
     """Passes of the target."""
     accepted_levels: _builtins.int
@@ -537,10 +556,6 @@ class Statistics(_message.Message):
     """Nodes that the search asked for, which no plan held and nobody foresaw."""
     prompt_tokens: _builtins.int
     """Prompt tokens of the target."""
-    memory_cached_tokens: _builtins.int
-    """Prompt tokens whose keys and values the target had in memory."""
-    redis_cached_tokens: _builtins.int
-    """Prompt tokens whose keys and values the target took from Redis."""
     target_retries: _builtins.int
     """Streams that broke and were taken up on another replica."""
     nodes_asked: _builtins.int
@@ -567,6 +582,10 @@ class Statistics(_message.Message):
     def stage_times(self) -> Global___StageTimes:
         """Where the time went."""
 
+    @_builtins.property
+    def cached_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prompt tokens whose keys and values the target had cached, by the tier of its prefix cache: memory, redis."""
+
     def __init__(
         self,
         *,
@@ -578,8 +597,6 @@ class Statistics(_message.Message):
         nodes_forced: _builtins.int = ...,
         nodes_recovered: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
-        memory_cached_tokens: _builtins.int = ...,
-        redis_cached_tokens: _builtins.int = ...,
         target_retries: _builtins.int = ...,
         stage_times: Global___StageTimes | None = ...,
         nodes_asked: _builtins.int = ...,
@@ -591,10 +608,11 @@ class Statistics(_message.Message):
         nodes_spared: _builtins.int = ...,
         nodes_prefetched: _builtins.int = ...,
         nodes_prefetched_used: _builtins.int = ...,
+        cached_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stage_times", b"stage_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "draft_passes", b"draft_passes", "draft_predicted_ns", b"draft_predicted_ns", "expected_ns", b"expected_ns", "expected_passes", b"expected_passes", "memory_cached_tokens", b"memory_cached_tokens", "nodes_asked", b"nodes_asked", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_prefetched", b"nodes_prefetched", "nodes_prefetched_used", b"nodes_prefetched_used", "nodes_proposed", b"nodes_proposed", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "redis_cached_tokens", b"redis_cached_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_predicted_ns", b"target_predicted_ns", "target_retries", b"target_retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_levels", b"accepted_levels", "cached_tokens", b"cached_tokens", "draft_passes", b"draft_passes", "draft_predicted_ns", b"draft_predicted_ns", "expected_ns", b"expected_ns", "expected_passes", b"expected_passes", "nodes_asked", b"nodes_asked", "nodes_drafted", b"nodes_drafted", "nodes_forced", b"nodes_forced", "nodes_prefetched", b"nodes_prefetched", "nodes_prefetched_used", b"nodes_prefetched_used", "nodes_proposed", b"nodes_proposed", "nodes_recovered", b"nodes_recovered", "nodes_spared", b"nodes_spared", "nodes_used", b"nodes_used", "prompt_tokens", b"prompt_tokens", "stage_times", b"stage_times", "target_passes", b"target_passes", "target_predicted_ns", b"target_predicted_ns", "target_retries", b"target_retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

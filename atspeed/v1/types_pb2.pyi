@@ -291,15 +291,34 @@ class PassStatistics(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CachedTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     QUEUE_NS_FIELD_NUMBER: _builtins.int
     FORWARD_NS_FIELD_NUMBER: _builtins.int
     SELECTION_NS_FIELD_NUMBER: _builtins.int
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
-    MEMORY_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    REDIS_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     BATCH_REQUESTS_FIELD_NUMBER: _builtins.int
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     LOOKUP_NS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     queue_ns: _builtins.int
     """Nanoseconds that the pass waited for its turn."""
     forward_ns: _builtins.int
@@ -308,16 +327,16 @@ class PassStatistics(_message.Message):
     """Nanoseconds in choosing the best children."""
     new_tokens: _builtins.int
     """Tokens computed in the pass."""
-    memory_cached_tokens: _builtins.int
-    """Prompt tokens whose keys and values came from memory."""
-    redis_cached_tokens: _builtins.int
-    """Prompt tokens whose keys and values came from Redis."""
     batch_requests: _builtins.int
     """Requests that shared the pass, this one included. Of several passes, the most."""
     batch_tokens: _builtins.int
     """Tokens computed for all requests that shared the pass, padding included. Of several passes, the sum."""
     lookup_ns: _builtins.int
     """Nanoseconds of looking up the prompt's cached keys and values, before a first pass waits for its turn."""
+    @_builtins.property
+    def cached_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prompt tokens whose keys and values were cached, by the tier of the prefix cache that had them: memory, redis."""
+
     def __init__(
         self,
         *,
@@ -325,15 +344,14 @@ class PassStatistics(_message.Message):
         forward_ns: _builtins.int = ...,
         selection_ns: _builtins.int = ...,
         new_tokens: _builtins.int = ...,
-        memory_cached_tokens: _builtins.int = ...,
-        redis_cached_tokens: _builtins.int = ...,
         batch_requests: _builtins.int = ...,
         batch_tokens: _builtins.int = ...,
         lookup_ns: _builtins.int = ...,
+        cached_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "forward_ns", b"forward_ns", "lookup_ns", b"lookup_ns", "memory_cached_tokens", b"memory_cached_tokens", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "redis_cached_tokens", b"redis_cached_tokens", "selection_ns", b"selection_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "lookup_ns", b"lookup_ns", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "selection_ns", b"selection_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -319,7 +319,7 @@ class TargetSession:
         """Count a pass that the search has come to; its evaluation."""
         cost = answer.cost
         if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
-            cost = replace(cost, memory_cached_tokens=0, redis_cached_tokens=0)
+            cost = replace(cost, cached_tokens_by_tier={})
         self.usage.costs.append(cost)
         self.usage.passes += 1
         return answer.evaluation

@@ -57,7 +57,7 @@ class PlanRecord:
         """Return the draft's passes: the first reads the rest of the prompt and the beams, each other one a level."""
         levels = self.proposed.levels
         total = self.stats.new_tokens
-        cached = _cached_tokens(self.stats)
+        cached = self.stats.cached_tokens
         first = min(total, max(0, prompt_tokens - cached) + self.beams * self.proposed.start)
         later = (total - first) // max(1, levels - 1)
         nodes = len(self.proposed.plan.node)
@@ -192,7 +192,7 @@ class FixedPlanSizer:
         passes: list[Pass] = []
         cached, prompt = 0, self._context.prompt_tokens
         for stats in replies:
-            cached += _cached_tokens(stats)
+            cached += stats.cached_tokens
             nodes = stats.new_tokens - max(0, prompt - cached)
             passes.append(Pass(stats.new_tokens, cached, nodes, opens_stream=not passes))
             cached += stats.new_tokens
@@ -201,12 +201,8 @@ class FixedPlanSizer:
 
 def has_cached_tokens(stats: PassStats) -> bool:
     """Return true if a model found keys and values of the prompt."""
-    return _cached_tokens(stats) > 0
-
-
-def _cached_tokens(stats: PassStats) -> int:
-    return stats.memory_cached_tokens + stats.redis_cached_tokens
+    return stats.cached_tokens > 0
 
 
 def _computed_share(prompt_tokens: int, stats: PassStats) -> float:
-    return min(1.0, max(0.0, 1.0 - _cached_tokens(stats) / max(1, prompt_tokens)))
+    return min(1.0, max(0.0, 1.0 - stats.cached_tokens / max(1, prompt_tokens)))

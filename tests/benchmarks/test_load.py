@@ -28,7 +28,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 
 def outcome(seconds: float, *, at: float = 2.0, kind: Kind = Kind.NEW, code: str = "OK", cached: int = 0) -> Outcome:
     """One request that was answered after so many seconds, with a prompt of ten tokens."""
-    statistics = pb.Statistics(prompt_tokens=10, memory_cached_tokens=cached, target_passes=2)
+    statistics = pb.Statistics(prompt_tokens=10, cached_tokens={"memory": cached}, target_passes=2)
     reply = pb.RecommendResponse(statistics=statistics) if code == "OK" else None
     return Outcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atspeed.benchmarks.shared_tree_models import SharedTreeEvaluator, load_decoder_of, prefix_cache, warm_evaluator
-from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle

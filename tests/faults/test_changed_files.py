@@ -100,7 +100,7 @@ def test_a_served_bundle_changed_in_place_keeps_its_lists_and_is_refused_afresh(
     assert all(service.running for service in stack.services)
     target = stack.targets[0]
     target.stop()
-    with pytest.raises(LocalStackError, match="its SHA-256 is not the manifest's"):
+    with pytest.raises(LocalStackError, match="its SHA-256 differs from the manifest's"):
         target.start()
 
 

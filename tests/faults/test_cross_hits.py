@@ -91,7 +91,7 @@ def asked(world: World, replica: grpc.Channel, prompt: npt.NDArray[np.int64], ow
     evaluation, cost = reply.evaluation, reply.statistics
     child = wire.vector(evaluation.child, "child", "int32")
     logp = wire.vector(evaluation.logp, "logp", "float32")[np.argsort(child)].astype(np.float32)
-    return Answer(logp, cost.memory_cached_tokens + cost.redis_cached_tokens)
+    return Answer(logp, sum(cost.cached_tokens.values()))
 
 
 def other_tokenizer(made: TestBundle, root: Path) -> Bundle:

@@ -120,7 +120,7 @@ def flipped(value: bytes, position: int) -> bytes:
 class TestDamagedEntries:
     def stored(self, client: Client, store: redis.Redis, case: Case) -> Entries:
         """The entries of a case's prompt, once they are written and of use."""
-        until(lambda: client.recommend(case.history).statistics.redis_cached_tokens > 0)
+        until(lambda: client.recommend(case.history).statistics.cached_tokens["redis"] > 0)
         names = [name for name in store.keys("kv:*") if isinstance(name, bytes)]
         values = [value for value in store.mget(names) if isinstance(value, bytes)]
         return dict(zip(names, values, strict=True))
@@ -131,9 +131,9 @@ class TestDamagedEntries:
         entries = self.stored(client, store, long)
         store.mset(damaged(entries)[damage])
         reply = client.recommend(long.history, k=20)
-        assert (reply.statistics.redis_cached_tokens, reply.degraded) == (0, False)
+        assert (reply.statistics.cached_tokens["redis"], reply.degraded) == (0, False)
         assert_same_list(reply, long.expected)
-        until(lambda: client.recommend(long.history).statistics.redis_cached_tokens > 0)
+        until(lambda: client.recommend(long.history).statistics.cached_tokens["redis"] > 0)
         again = client.recommend(long.history, k=20)
         assert_same_list(again, long.expected)
 
@@ -143,7 +143,7 @@ class TestDamagedEntries:
             store.delete(name)
             store.rpush(name, b"something")
         reply = client.recommend(long.history, k=20)
-        assert reply.statistics.redis_cached_tokens == 0
+        assert reply.statistics.cached_tokens["redis"] == 0
         assert_same_list(reply, long.expected)
 
     def test_half_of_a_prompt(self, client: Client, store: redis.Redis, long: Case) -> None:
@@ -155,7 +155,7 @@ class TestDamagedEntries:
             store.mset(entries)
             store.delete(name)
             reply = client.recommend(long.history, k=20)
-            seen.add(reply.statistics.redis_cached_tokens)
+            seen.add(reply.statistics.cached_tokens["redis"])
             assert_same_list(reply, long.expected)
             until(lambda name=name: store.exists(name) == 1)  # type: ignore[misc]
         assert seen >= {0, LEVELS}
@@ -184,7 +184,7 @@ class TestFull:
         self, client: Client, store: redis.Redis, catalogue: Catalogue, long: Case
     ) -> None:
         """Lists are the target's own throughout, and no history loses an item."""
-        until(lambda: client.recommend(long.history).statistics.redis_cached_tokens > 0)
+        until(lambda: client.recommend(long.history).statistics.cached_tokens["redis"] > 0)
         prompt_bytes = sum(int(store.memory_usage(name) or 0) for name in store.keys("kv:*"))
         histories = {f"user-{n}": random_history(catalogue, WINDOW, seed=900 + n) for n in range(100)}
         for user, history in histories.items():

@@ -170,7 +170,7 @@ class TestReplicas:
             first = clients[0].recommend(history[:6]).statistics
             for client in clients:
                 again = client.recommend(history).statistics
-                assert again.memory_cached_tokens >= first.prompt_tokens - LEVELS
+                assert again.cached_tokens["memory"] >= first.prompt_tokens - LEVELS
         for client in clients:
             client.close()
         services = (*several.drafts, *several.targets)

@@ -85,8 +85,8 @@ def dangling(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (changed, "draft/model.onnx: its SHA-256 is not the manifest's"),
-        (dangling, "draft/model.onnx: a link to gone, which is not there"),
+        (changed, "draft/model.onnx: its SHA-256 differs from the manifest's"),
+        (dangling, "draft/model.onnx: a link to gone, which does not exist"),
     ],
 )
 def test_update_of_a_bundle_that_no_service_takes_is_refused(
@@ -178,7 +178,7 @@ def test_export_into_a_bundle_changes_no_other_that_shares_its_files(made: TestB
     assert run("export", tmp_path / "checkpoint", tmp_path / "first" / "target", "--code-tokens", "3:24")[0] == 0
     assert run("bundle", "verify", tmp_path / "second")[0] == 0
     code, said = run("bundle", "verify", tmp_path / "first")
-    assert (code, "its SHA-256 is not the manifest's" in said) == (1, True)
+    assert (code, "its SHA-256 differs from the manifest's" in said) == (1, True)
 
 
 def test_export_on_a_full_disk_leaves_what_was_there(made: TestBundle, tmp_path: Path) -> None:

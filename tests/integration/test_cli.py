@@ -63,7 +63,7 @@ def test_bundle_verify_finds_a_changed_file(tmp_path: Path) -> None:
     made = write_bundle(tmp_path, random_catalogue(20, (4, 4), seed=1))
     with (tmp_path / "target" / "model.onnx.data").open("ab") as file:
         file.write(b"\0")
-    assert "model.onnx.data: its SHA-256 is not the manifest's" in one_line(run("bundle", "verify", made.root))
+    assert "model.onnx.data: its SHA-256 differs from the manifest's" in one_line(run("bundle", "verify", made.root))
 
 
 def test_export(made: TestBundle, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import redis
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from structlog.testing import capture_logs
 
 from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.catalogue import Catalogue
@@ -20,7 +21,7 @@ from atspeed.engine.kv.erasure import STREAM, ErasureSubscriber, publish_erasure
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.kv.redis_store import RedisKvStore, group_name
+from atspeed.engine.kv.redis_store import RedisKvStore, user_blocks_name
 from atspeed.engine.search.trie import ROOT
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
@@ -38,7 +39,7 @@ from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until
 
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)
-OWNER = user_cache_key("", "listener")
+USER_KEY = user_cache_key("", "listener")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ class Prober:
         nodes = wire.to_array(np.array([ROOT], dtype=np.int32))
         with models(replica.address) as channel, EvaluateStream(channel) as stream:
             statistics = stream.ask(target_pb2.EvaluateRequest(start=start, nodes=nodes)).statistics
-        return statistics.memory_cached_tokens + statistics.redis_cached_tokens
+        return sum(statistics.cached_tokens.values())
 
     def draft(self, replica: ServiceProcess) -> int:
         """Cached tokens that a draft finds."""
@@ -90,7 +91,7 @@ class Prober:
         )
         with models(replica.address) as channel:
             statistics = draft_stub(channel).Plan(request, timeout=LIVENESS_SECONDS).statistics
-        return statistics.memory_cached_tokens + statistics.redis_cached_tokens
+        return sum(statistics.cached_tokens.values())
 
     def everywhere(self, stack: LocalStack) -> list[int]:
         """Cached tokens that each replica finds."""
@@ -114,7 +115,7 @@ def test_nothing_of_a_forgotten_user_is_found_anywhere(
         client.recommend(user_id=user)
         until(lambda probe=probe: min(probe.everywhere(replicas)) > 0)  # type: ignore[misc]
     with redis.Redis.from_url(redis_url) as store:
-        names = {user: group_name(user_cache_key("", user)) for user in probes}
+        names = {user: user_blocks_name(user_cache_key("", user)) for user in probes}
         until(lambda: all(store.exists(name) for name in names.values()))
 
         client.stub.ForgetUser(pb.ForgetUserRequest(user_id="leaver"), timeout=LIVENESS_SECONDS)
@@ -191,7 +192,7 @@ def live_through(
         client.record(user, history)
         client.recommend(user_id=user)
         until(lambda: gate.waiting == 1)
-        until(lambda: bool(store.exists(group_name(user_cache_key("", user)))))
+        until(lambda: bool(store.exists(user_blocks_name(user_cache_key("", user)))))
         client.stub.ForgetUser(pb.ForgetUserRequest(user_id=user), timeout=LIVENESS_SECONDS)
         if heard:
             until(lambda: not any(probe.everywhere(replicas)))
@@ -205,8 +206,8 @@ def live_through(
         assert set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()}
 
 
-def prompt(owner: bytes = OWNER) -> tuple[list[bytes], list[KvArray]]:
-    keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens, owner)
+def prompt(user_key: bytes = USER_KEY) -> tuple[list[bytes], list[KvArray]]:
+    keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens, user_key)
     return keys, [np.full(LAYOUT.block_shape, index, dtype=np.float32) for index in range(2)]
 
 
@@ -222,10 +223,10 @@ class Failing(RedisKvStore):
 
     failing = True
 
-    async def forget(self, owners: Collection[bytes]) -> None:
+    async def erase(self, user_keys: Collection[bytes]) -> None:
         if self.failing:
             raise RedisConnectionError
-        await super().forget(owners)
+        await super().erase(user_keys)
 
 
 class Counting(PrefixCache):
@@ -235,9 +236,9 @@ class Counting(PrefixCache):
         super().__init__(*arguments)
         self.steps: list[int] = []
 
-    async def forget(self, owners: Collection[bytes]) -> None:
-        self.steps.append(len(owners))
-        await super().forget(owners)
+    async def erase(self, user_keys: Collection[bytes]) -> None:
+        self.steps.append(len(user_keys))
+        await super().erase(user_keys)
 
 
 class Swallowing(PrefixCache):
@@ -247,7 +248,7 @@ class Swallowing(PrefixCache):
         super().__init__(*arguments)
         self.asked = asyncio.Event()
 
-    async def forget(self, owners: Collection[bytes]) -> None:
+    async def erase(self, user_keys: Collection[bytes]) -> None:
         self.asked.set()
         try:
             await asyncio.Event().wait()
@@ -267,9 +268,9 @@ class TestListener:
         cache = Swallowing(LAYOUT, MemoryKvCache(10**6))
         listener = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
         await listener.start()
-        await publish_erasure(redis_client, OWNER)
+        await publish_erasure(redis_client, USER_KEY)
         await cache.asked.wait()
-        (following,) = [task for task in asyncio.all_tasks() if task.get_name() == "forgetting"]
+        (following,) = [task for task in asyncio.all_tasks() if task.get_name() == "erasure-subscriber"]
         following.cancel()
         async with asyncio.timeout(LIVENESS_SECONDS):
             await asyncio.wait([following])
@@ -277,7 +278,7 @@ class TestListener:
 
     async def test_it_hears_of_users_forgotten_before_it_came(self, redis_client: Redis) -> None:
         """A replica that starts while a pass for the user is still under way must not keep what that brings."""
-        await publish_erasure(redis_client, OWNER)
+        await publish_erasure(redis_client, USER_KEY)
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
         listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
@@ -290,13 +291,13 @@ class TestListener:
     async def test_a_write_that_comes_late_is_erased_too(self, redis_client: Redis) -> None:
         """It reached Redis after the orchestrator had erased the user there."""
         store = RedisKvStore(redis_client, LAYOUT, 60, 5.0)
-        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), store)
-        await publish_erasure(redis_client, OWNER)
+        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), [store])
+        await publish_erasure(redis_client, USER_KEY)
         await store.put(dict(zip(*prompt(), strict=True)))
-        assert await redis_client.exists(group_name(OWNER)) == 1
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
         listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
-        assert await redis_client.exists(group_name(OWNER)) == 0
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
         await listener.close()
 
     async def test_cut_off_for_too_long_it_drops_all_stored_users(
@@ -307,13 +308,13 @@ class TestListener:
             cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
             listener = ErasureSubscriber(client, cache, max_lag_seconds=1.0, poll_seconds=0.02)
             await listener.start()
-            is_shared_prefix_key = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
+            shared_keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
             cache.remember(*prompt())
-            cache.remember(is_shared_prefix_key, prompt()[1])
+            cache.remember(shared_keys, prompt()[1])
             assert len(tier) == 4
             await asyncio.to_thread(redis_server.kill)
             await becomes(lambda: not cache.accepts_user_blocks)
-            assert [key in tier for key in (*prompt()[0], *is_shared_prefix_key)] == [False, False, True, True]
+            assert [key in tier for key in (*prompt()[0], *shared_keys)] == [False, False, True, True]
             cache.remember(*prompt())
             assert len(tier) == 2
             await asyncio.to_thread(redis_server.start)
@@ -337,53 +338,56 @@ class TestListener:
     async def test_an_erasure_that_fails_is_tried_again(self, redis_client: Redis) -> None:
         """What a pass wrote after the user was gone stayed for a day where Redis failed the replica's own erasure once."""
         store = Failing(redis_client, LAYOUT, 60, 5.0)
-        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), store)
-        await publish_erasure(redis_client, OWNER)
+        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), [store])
+        await publish_erasure(redis_client, USER_KEY)
         await store.put(dict(zip(*prompt(), strict=True)))
         listener = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
         await listener.start()
-        assert await redis_client.exists(group_name(OWNER)) == 1
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
         assert not cache.accepts_user_blocks
         store.failing = False
         await becomes(lambda: cache.accepts_user_blocks)
-        assert await redis_client.exists(group_name(OWNER)) == 0
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
         await listener.close()
 
     async def test_a_bug_counts_as_deafness_and_does_not_end_it(
-        self, redis_client: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
         listener = ErasureSubscriber(redis_client, cache, max_lag_seconds=1.0, poll_seconds=0.01)
         await listener.start()
         cache.remember(*prompt())
         assert len(tier) == 2
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, capture_logs() as logged:
             patched.setattr(redis_client, "xrange", None)
             await becomes(lambda: not cache.accepts_user_blocks)
             assert len(tier) == 0
             assert listener.lag_seconds > 1.0
         await becomes(lambda: cache.accepts_user_blocks)
-        assert any(record.exc_info for record in caplog.records), "a bug without a trace"
+        failed, dropped = logged
+        assert failed["event"] == "erasure_stream_failed"
+        assert failed["exc_info"], "a bug without a trace"
+        assert dropped["event"] == "user_kv_dropped"
         await listener.close()
 
     async def test_many_are_heard_in_steps(self, redis_client: Redis) -> None:
         """As one answer they would be too long for a replica's timeout, which would then never hear again."""
-        owners = [user_cache_key("", f"user {number}") for number in range(600)]
-        for owner in owners:
-            await publish_erasure(redis_client, owner)
+        user_keys = [user_cache_key("", f"user {number}") for number in range(600)]
+        for user_key in user_keys:
+            await publish_erasure(redis_client, user_key)
         cache = Counting(LAYOUT, tier := MemoryKvCache(10**6))
         listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
         assert cache.steps == [256, 256, 88]
-        for owner in owners:
-            cache.remember(*prompt(owner))
+        for user_key in user_keys:
+            cache.remember(*prompt(user_key))
         assert len(tier) == 0
         await listener.close()
 
     async def test_what_is_not_a_tag_is_passed_over(self, redis_client: Redis) -> None:
         await redis_client.xadd(STREAM, {"owner": b"short"})
         await redis_client.xadd(STREAM, {"something": b"else"})
-        await publish_erasure(redis_client, OWNER)
+        await publish_erasure(redis_client, USER_KEY)
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
         listener = ErasureSubscriber(redis_client, cache)
         await listener.start()
@@ -393,6 +397,6 @@ class TestListener:
 
     async def test_the_stream_forgets_too(self, redis_client: Redis) -> None:
         """Tags older than an hour go when a new one comes."""
-        await redis_client.xadd(STREAM, {"owner": OWNER}, id="5-0")
-        await publish_erasure(redis_client, OWNER)
+        await redis_client.xadd(STREAM, {"owner": USER_KEY}, id="5-0")
+        await publish_erasure(redis_client, USER_KEY)
         assert await redis_client.xlen(STREAM) == 1

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys, encode_block
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.kv.redis_store import RedisKvStore, group_name
+from atspeed.engine.kv.redis_store import RedisKvStore, user_blocks_name
 from atspeed.local.redis_server import LocalRedis
 from tests.kv_chains import LAYOUT, LIVENESS_SECONDS, Clock, assert_run, block_of, chain, content, store_of
 
@@ -92,9 +92,9 @@ class TestAlive:
 class TestOwned:
     """The blocks of stored users: one hash each, which expires and is erased as a whole."""
 
-    def chain(self, blocks: int, owner: bytes, seed: int = 0) -> list[bytes]:
+    def chain(self, blocks: int, user_key: bytes, seed: int = 0) -> list[bytes]:
         tokens = np.random.default_rng(seed).integers(0, 1000, size=blocks * LAYOUT.block_tokens)
-        return block_keys(b"test", tokens, LAYOUT.block_tokens, owner)
+        return block_keys(b"test", tokens, LAYOUT.block_tokens, user_key)
 
     async def test_what_is_put_is_got_and_only_by_its_owner(self, store: RedisKvStore) -> None:
         mine, yours = self.chain(5, b"me------"), self.chain(5, b"you-----")
@@ -120,7 +120,7 @@ class TestOwned:
         mine, yours = self.chain(3, b"me------"), self.chain(3, b"you-----")
         for keys in (mine, yours, chain(3)):
             await store.put(content(keys))
-        await store.forget({b"me------"})
+        await store.erase({b"me------"})
         assert await store.get_chain(mine) == []
         assert_run(await store.get_chain(yours), yours)
         assert_run(await store.get_chain(chain(3)), chain(3))
@@ -131,18 +131,18 @@ class TestOwned:
         """Passed over in silence, a user's blocks would stay for a day, and nobody would try again."""
         keys = self.chain(3, b"me------")
         await store.put(content(keys))
-        await redis_client.rename(group_name(b"me------"), "aside")
-        await redis_client.set(group_name(b"me------"), "something")
+        await redis_client.rename(user_blocks_name(b"me------"), "aside")
+        await redis_client.set(user_blocks_name(b"me------"), "something")
         resting = store_of(redis_client, clock=Clock())
         assert await resting.get_chain(keys) == []
         assert resting.statistics.failures == 1
-        await redis_client.rename("aside", group_name(b"me------"))
-        await resting.forget({b"me------"})
-        assert await redis_client.exists(group_name(b"me------")) == 0
+        await redis_client.rename("aside", user_blocks_name(b"me------"))
+        await resting.erase({b"me------"})
+        assert await redis_client.exists(user_blocks_name(b"me------")) == 0
         assert resting.statistics.skipped == 0
         await asyncio.to_thread(redis_server.kill)
         with pytest.raises((RedisError, OSError)):
-            await resting.forget({b"me------"})
+            await resting.erase({b"me------"})
 
     async def test_a_user_has_an_expiry_from_the_first_byte_on(
         self, store: RedisKvStore, redis_client: Redis, redis_server: LocalRedis
@@ -151,21 +151,21 @@ class TestOwned:
         await store.put(content(self.chain(3, b"me------")))
         commands = await redis_client.info("commandstats")
         assert commands["cmdstat_eval"]["calls"] == 1
-        await redis_client.persist(group_name(b"me------"))
+        await redis_client.persist(user_blocks_name(b"me------"))
         await store.put(content(self.chain(3, b"me------", seed=1)))
-        assert 0 < await redis_client.ttl(group_name(b"me------")) <= 60
+        assert 0 < await redis_client.ttl(user_blocks_name(b"me------")) <= 60
 
     async def test_a_user_holds_so_many_blocks_at_most(self, redis_client: Redis) -> None:
         """With what goes, the prompt that is written stays whole, however many pipelines it takes."""
         layout = KvLayout(layers=4, kv_heads=4, head_dim=64, dtype="float32", block_tokens=16)
         patience = LIVENESS_SECONDS
-        store = RedisKvStore(redis_client, layout, 60, patience, owner_blocks=18, write_timeout_seconds=patience)
+        store = RedisKvStore(redis_client, layout, 60, patience, user_blocks=18, write_timeout_seconds=patience)
         lengths = []
         for seed in range(6):
             keys = self.chain(8, b"me------", seed)
             await store.put({key: np.zeros(layout.block_shape, dtype=np.float32) for key in keys})
             assert len(await store.get_chain(keys)) == 8
-            lengths.append(await redis_client.hlen(group_name(b"me------")))
+            lengths.append(await redis_client.hlen(user_blocks_name(b"me------")))
         assert lengths == [8, 16, 24, 8, 16, 24]
         assert 8 * layout.block_bytes > 2**19
 
@@ -176,7 +176,7 @@ class TestOwned:
         await store.put(content(mine))
         assert_run(await store.get_chain(mine), mine)
         assert_run(await store.get_chain(mine[1:3]), mine[1:3])
-        await store.forget({b"me------"})
+        await store.erase({b"me------"})
         assert_run(await store.get_chain(mine), mine[:2])
 
     async def test_damaged_fields_and_entries_of_another_type_are_misses(
@@ -205,7 +205,7 @@ class TestOwned:
 class TestTiers:
     @pytest.fixture
     async def tiers(self, store: RedisKvStore) -> AsyncIterator[PrefixCache]:
-        cache = PrefixCache(LAYOUT, MemoryKvCache(10**7), store)
+        cache = PrefixCache(LAYOUT, MemoryKvCache(10**7), [store])
         yield cache
         await cache.close()
 
@@ -213,9 +213,9 @@ class TestTiers:
         keys = chain(4)
         tiers.remember(keys, [block_of(key) for key in keys])
         await tiers.close()
-        other = PrefixCache(LAYOUT, MemoryKvCache(10**7), store)
+        other = PrefixCache(LAYOUT, MemoryKvCache(10**7), [store])
         found = await other.lookup(keys)
-        assert (found.memory_tokens, found.redis_tokens) == (0, 64)
+        assert found.tokens_by_tier == {"memory": 0, "redis": 64}
         assert_run(found.blocks, keys)
 
     async def test_memory_serves_while_redis_is_dead(
@@ -225,5 +225,5 @@ class TestTiers:
         keys = chain(4)
         tiers.remember(keys, [block_of(key) for key in keys])
         found = await tiers.lookup([*keys, *chain(1, seed=9)])
-        assert (found.memory_tokens, found.redis_tokens) == (64, 0)
+        assert found.tokens_by_tier == {"memory": 64, "redis": 0}
         assert_run(found.blocks, keys)

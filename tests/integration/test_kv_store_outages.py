@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_store import RedisKvStore
@@ -57,13 +57,13 @@ async def speaking(text: bytes) -> AsyncIterator[str]:
 
 class TestDead:
     async def test_down_is_a_miss_then_silence_then_one_that_tries(
-        self, redis_url: str, redis_server: LocalRedis, redis_client: Redis, caplog: pytest.LogCaptureFixture
+        self, redis_url: str, redis_server: LocalRedis, redis_client: Redis
     ) -> None:
         clock = Clock()
         store = store_of(redis_client, clock=clock)
         keys = chain(3)
         redis_server.kill()
-        with caplog.at_level(logging.WARNING):
+        with capture_logs() as logged:
             assert await store.get_chain(keys) == []
             assert (store.statistics.failures, store.statistics.skipped) == (1, 0)
             assert await store.get_chain(keys) == []
@@ -73,7 +73,7 @@ class TestDead:
             clock.now += 1.5
             assert await asyncio.gather(*(store.get_chain(keys) for _ in range(5))) == [[]] * 5
             assert (store.statistics.failures, store.statistics.skipped) == (2, 6)
-        assert len(caplog.records) == 1
+        assert [entry["event"] for entry in logged] == ["kv_redis_failed"], "one line a minute"
 
         redis_server.start()
         clock.now += 1.5
@@ -85,7 +85,7 @@ class TestDead:
         self, redis_url: str, redis_server: LocalRedis, redis_client: Redis
     ) -> None:
         """Every look-up before, during and after gives right blocks or fewer, and nothing is raised."""
-        store = RedisKvStore(redis_client, LAYOUT, 60, 1.0, backoff_seconds=0.01)
+        store = RedisKvStore(redis_client, LAYOUT, 60, 1.0, open_seconds=0.01)
         chains = [chain(6, seed) for seed in range(8)]
         stopping = asyncio.Event()
 

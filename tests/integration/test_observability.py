@@ -123,7 +123,7 @@ def test_one_request_is_one_trace_through_three_services_and_redis(
     assert (own["atspeed.k"], own["atspeed.mode"], own["atspeed.degraded"]) == (5, "strict", False)
     assert own["atspeed.target_passes"] == statistics.target_passes
     assert own["atspeed.nodes_drafted"] == statistics.nodes_drafted
-    assert own["atspeed.cached_tokens"] == statistics.memory_cached_tokens + statistics.redis_cached_tokens
+    assert own["atspeed.cached_tokens"] == sum(statistics.cached_tokens.values())
     drafted = {span.span_id for span in spans if span.name == "Plan"}
     passes = [span for span in spans if span.name == "pass" and span.parent_id in drafted]
     assert len(passes) == statistics.draft_passes

@@ -166,7 +166,7 @@ class TestReplica:
             await publish_erasure(new_master, user_cache_key("", "leaver"))
             proxy.leads_to(url_of(new_master))
             await becomes(lambda: cache.accepts_user_blocks)
-            assert user_cache_key("", "leaver") in cache._forgotten
+            assert user_cache_key("", "leaver") in cache._held_until
             await listener.close()
 
     async def test_a_replica_without_its_master_is_left(

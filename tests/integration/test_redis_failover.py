@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.kv.redis_store import group_name
+from atspeed.engine.kv.redis_store import user_blocks_name
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
@@ -162,7 +162,7 @@ def test_a_models_prefixes_are_in_the_new_master_after_a_failover(
 ) -> None:
     """And a user's are erased there."""
     moved: dict[str, object] = {"redis-url": proxy.url}
-    kept = group_name(user_cache_key("", "user"))
+    kept = user_blocks_name(user_cache_key("", "user"))
     ours = shared_stack.orchestrators[0].flags
     with (
         started("target_service", shared_stack.targets[0].flags | moved, log_folder / "moving-target.log") as target,

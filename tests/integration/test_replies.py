@@ -248,7 +248,7 @@ class TestStatistics:
         assert statistics.nodes_used <= statistics.nodes_drafted
         assert statistics.target_retries == 0
         assert (statistics.nodes_recovered > 0) == (statistics.target_passes > 1)
-        assert statistics.memory_cached_tokens + statistics.redis_cached_tokens < statistics.prompt_tokens
+        assert sum(statistics.cached_tokens.values()) < statistics.prompt_tokens
         assert times.history_ns + times.draft_ns + times.target_ns + times.selection_ns == times.total_ns
         assert 0 < times.target_forward_ns <= times.target_ns
         if mode == pb.MODE_TARGET_ONLY:
@@ -288,9 +288,12 @@ class TestStatistics:
     def test_a_repeated_prompt_comes_from_memory(self, client: Client, catalogue: Catalogue) -> None:
         history = random_history(catalogue, WINDOW, seed=1001)
         first, second = (client.recommend(history) for _ in range(2))
-        assert (first.statistics.memory_cached_tokens, first.statistics.redis_cached_tokens) == (0, 0)
+        assert (first.statistics.cached_tokens["memory"], first.statistics.cached_tokens["redis"]) == (0, 0)
         blocks = (second.statistics.prompt_tokens - 1) // LEVELS
-        assert (second.statistics.memory_cached_tokens, second.statistics.redis_cached_tokens) == (LEVELS * blocks, 0)
+        assert (second.statistics.cached_tokens["memory"], second.statistics.cached_tokens["redis"]) == (
+            LEVELS * blocks,
+            0,
+        )
         assert_same_list(second, first)
 
     def test_one_more_item_is_all_that_is_computed(self, client: Client, catalogue: Catalogue) -> None:
@@ -298,12 +301,12 @@ class TestStatistics:
         history = random_history(catalogue, WINDOW, seed=1004)
         client.recommend(history[:-1])
         longer = client.recommend(history).statistics
-        assert longer.prompt_tokens - longer.memory_cached_tokens == 1 + LEVELS + 1
+        assert longer.prompt_tokens - longer.cached_tokens["memory"] == 1 + LEVELS + 1
 
     def test_tenants_share_no_cache(self, client: Client, catalogue: Catalogue) -> None:
         history = random_history(catalogue, WINDOW, seed=1002)
         replies = [client.recommend(history, tenant=tenant) for tenant in ("one", "other", "one")]
-        assert [reply.statistics.memory_cached_tokens for reply in replies] == [0, 0, 4 * WINDOW]
+        assert [reply.statistics.cached_tokens["memory"] for reply in replies] == [0, 0, 4 * WINDOW]
         for reply in replies:
             assert_same_list(reply, replies[0])
 
@@ -316,5 +319,5 @@ class TestStatistics:
         target.stop()
         target.start()
         after = recovered(client, history)
-        assert (after.statistics.memory_cached_tokens, after.statistics.redis_cached_tokens) == (0, 4 * WINDOW)
+        assert (after.statistics.cached_tokens["memory"], after.statistics.cached_tokens["redis"]) == (0, 4 * WINDOW)
         assert_same_list(after, before)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from atspeed.benchmarks.eval_examples import HeldOutCase
 from atspeed.benchmarks.shared_tree_models import prompt_tokens
-from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.trie import Pruning

@@ -9,12 +9,13 @@ import numpy as np
 
 from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, owner_of
+from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, user_key_of
 from atspeed.engine.kv.prefix_cache import PrefixCache
-from atspeed.engine.kv.redis_store import KvStore
+from atspeed.engine.kv.tier import KvTier, TierStatistics
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.engine.model.tree_evaluator import OpenTree, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
@@ -28,7 +29,9 @@ BLOCK_TOKENS = 4
 
 @dataclass
 class DictStore:
-    """A KvStore in a dictionary."""
+    """A KvTier in a dictionary."""
+
+    name = "dictionary"
 
     blocks: dict[bytes, KvArray] = field(default_factory=dict)
 
@@ -45,13 +48,18 @@ class DictStore:
         """Keep them all."""
         self.blocks.update(blocks)
 
-    async def forget(self, owners: Collection[bytes]) -> None:
-        """Erase these owners'."""
-        self.blocks = {key: block for key, block in self.blocks.items() if owner_of(key) not in owners}
+    async def erase(self, user_keys: Collection[bytes]) -> None:
+        """Erase these users' blocks."""
+        self.blocks = {key: block for key, block in self.blocks.items() if user_key_of(key) not in user_keys}
+
+    @property
+    def statistics(self) -> TierStatistics:
+        """Return no counts."""
+        return TierStatistics()
 
     @property
     def failures(self) -> int:
-        """It never fails."""
+        """Return 0: it never fails."""
         return 0
 
 
@@ -90,14 +98,14 @@ class Models:
         role: str,
         *,
         memory_blocks: int = 0,
-        store: KvStore | None = None,
+        tier: KvTier | None = None,
         limits: BatchLimits | None = None,
         open_kv_bytes: int = 2**30,
     ) -> TreeEvaluator:
         """A fresh evaluator of one model, by default without any cache. Close it."""
         entry, decoder = self.bundle.bundle.manifest.models[role], self.decoders[role]
         layout = KvLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", BLOCK_TOKENS)
-        cache = PrefixCache(layout, MemoryKvCache(memory_blocks * layout.block_bytes), store)
+        cache = PrefixCache(layout, MemoryKvCache(memory_blocks * layout.block_bytes), [tier] if tier else [])
         trie, rule = self.catalogue.trie, self.rule
         return TreeEvaluator(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
 
@@ -117,7 +125,7 @@ class ModelTarget:
     prompt: Int64
     selection: Selection
     passes: int = 0
-    tree: OpenTree | None = None
+    tree: TreeSession | None = None
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass."""

@@ -15,7 +15,7 @@ import numpy as np
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Found, PassProgram, Selection
+from atspeed.engine.model.tree_session import Found, PassProgram, Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -134,7 +134,7 @@ class SimulatedDraft:
         plan.check(self.trie, limit=size.max_nodes)
         return plan
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: str = "") -> None:
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: str = "") -> None:
         """Open nothing; part of the interface of a TreeEvaluator."""
 
     def end(self, tree: None) -> None:

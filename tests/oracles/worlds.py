@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.model.tree_evaluator import Found, PassProgram
+from atspeed.engine.model.tree_session import Found, PassProgram
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children

@@ -18,7 +18,7 @@ from atspeed.cli.main import app
 from atspeed.engine.bundle.manifest import Bundle, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.training import inflated_bundles, inflation

@@ -1,6 +1,6 @@
-"""A bundle's files as they lie on disk: found, read and checked, through links of files and of folders.
+"""Access to a bundle's files on disk, through links, with checked hashes.
 
-A download cache links each file, a Kubernetes volume links each folder. Both are followed.
+A download cache links each file, a Kubernetes volume links each folder. Both kinds of links are followed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from atspeed.engine.errors import BundleError
 
 
 def files_below(root: Path) -> list[str]:
-    """Paths below a folder, relative to it, of all that is no folder; links are followed. Sorted.
+    """List the files below a folder, by relative path, sorted. Links are followed.
 
-    Names in `root` that begin with two dots are left out: Kubernetes keeps a volume's versions there.
-    Raises BundleError when a folder cannot be read, or when it is a link to one above it.
+    Names in `root` that begin with two dots are skipped: Kubernetes keeps a volume's versions there. Raises BundleError when a
+    folder cannot be read, or is a link to a folder above it.
     """
     try:
         inside = [entry for entry in root.iterdir() if not entry.name.startswith("..")]
@@ -40,14 +40,14 @@ def _expanded(entry: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def check_is_file(root: Path, name: str) -> None:
-    """Raise BundleError, saying why, unless the name leads to a regular file. A pipe would be waited for without end."""
+    """Raise BundleError with the reason unless the name leads to a regular file. Reading a pipe might never end."""
     path = root / name
     try:
         if path.is_file():
             return
         for part in (path, *list(path.parents)[: name.count("/")]):
             if part.is_symlink() and not part.exists():
-                raise BundleError(f"{part}: a link to {part.readlink()}, which is not there")
+                raise BundleError(f"{part}: a link to {part.readlink()}, which does not exist")
         problem = "not a regular file" if path.exists() else "missing"
     except OSError as error:
         problem = error.strerror or str(error)
@@ -55,9 +55,9 @@ def check_is_file(root: Path, name: str) -> None:
 
 
 def read_file(root: Path, name: str, digests: Mapping[str, str] | None = None) -> bytes:
-    """The content of a file below a bundle. Later changes of the file do not reach it.
+    """Read a file of a bundle into memory. Raises BundleError naming the file.
 
-    digests: SHA-256 by name, which the bytes must have that are returned. Raises BundleError naming the file.
+    digests: SHA-256 by name; the returned bytes have the file's. None for no check.
     """
     check_is_file(root, name)
     try:
@@ -70,7 +70,7 @@ def read_file(root: Path, name: str, digests: Mapping[str, str] | None = None) -
 
 
 def sha256_of(root: Path, name: str) -> str:
-    """The SHA-256 of a file below a bundle. Raises BundleError naming the file when it cannot be read."""
+    """Return the SHA-256 of a file of a bundle. Raises BundleError naming the file when it cannot be read."""
     check_is_file(root, name)
     try:
         with (root / name).open("rb") as file:
@@ -80,17 +80,17 @@ def sha256_of(root: Path, name: str) -> str:
 
 
 def check_digest(root: Path, name: str, digest: str, digests: Mapping[str, str]) -> None:
-    """Raise BundleError, naming the file, unless it has its SHA-256 among `digests`."""
+    """Raise BundleError, naming the file, unless `digest` is its SHA-256 in `digests`."""
     if name not in digests:
         raise BundleError(f"{root / name}: not in the manifest")
     if digest != digests[name]:
-        raise BundleError(f"{root / name}: its SHA-256 is not the manifest's")
+        raise BundleError(f"{root / name}: its SHA-256 differs from the manifest's")
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """The same file at another path: a hard link, or a copy where the file system can have none.
+    """Make a hard link to a file, or a copy if the file system has no hard links.
 
-    Where `source` is a link itself, its file is meant: another link to it would lead elsewhere from another folder.
+    If `source` is a symbolic link, its file is linked: a relative link would lead elsewhere from another folder.
     """
     try:
         os.link(source.resolve(), path)

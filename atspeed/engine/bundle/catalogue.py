@@ -1,4 +1,4 @@
-"""A catalogue snapshot: items, their code paths and the trie over them. Immutable; its version is the hash of its content."""
+"""A catalogue: items, their code paths and the trie. Immutable, versioned by hash."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from atspeed.engine.search.trie import Pruning, Trie
 
 Codes = npt.NDArray[np.int32]
 
-_CHUNK = 1 << 16  # ids checked at once
+_CHUNK = 1 << 16  # ids checked at once: some megabytes of temporary arrays
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """Items in the order of (code path, id), so that the items of one path are neighbours.
 
-    ids:   bytes [items], UTF-8. codes: int32 [items, L], 0-based within each level. trie: over the distinct paths.
-    item_start: int32 [paths + 1]; the items of path i (leaf i of the trie) are item_start[i] .. item_start[i + 1] - 1.
-    item_path: int32 [items]; the path of each item.
+    Ten million items take less than a gigabyte, so no method may keep a Python object per item.
 
-    Ten million items take less than a gigabyte, so nothing here may keep a Python object per item.
+    Attributes:
+        ids: bytes [items], UTF-8.
+        codes: int32 [items, L], 0-based within each level.
+        item_start: int32 [paths + 1]; the items of path i (leaf i of the trie) are item_start[i] .. item_start[i + 1] - 1.
+        item_path: the path of each item, int32 [items].
+        trie: the trie of the distinct paths.
     """
 
     ids: Ids
@@ -46,14 +49,14 @@ class Catalogue:
     def build(
         cls, ids: Sequence[str] | Ids, codes: npt.NDArray[np.integer], codebook_sizes: Sequence[int]
     ) -> Catalogue:
-        """From items in any order, ids as strings or as UTF-8 bytes [items].
+        """Build a catalogue from items in any order. ids: strings, or UTF-8 bytes [items].
 
-        Raises CatalogueError on ids that occur twice or cannot be one, or codes outside their codebook.
+        Raises CatalogueError when an id is invalid or occurs twice, or when a code is outside its codebook.
         """
         if len(ids) != len(codes) or not len(ids):
             raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
         encoded = _encode(ids)
-        order = np.lexsort((encoded, *codes.T[::-1]))
+        order = np.lexsort((encoded, *codes.T[::-1]))  # by code path, then by id
         encoded = encoded[order]
         catalogue = cls._assemble(encoded, codes[order], tuple(codebook_sizes))
         ordered = np.sort(encoded)
@@ -68,6 +71,7 @@ class Catalogue:
             raise CatalogueError("ids and codes: not byte strings [items] and integers [items, L]")
         if len(ids) != len(codes):
             raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
+        # The first item of each path: its codes differ from those of the item before.
         first = np.ones(len(codes), dtype=bool)
         first[1:] = (codes[1:] != codes[:-1]).any(axis=1)
         try:
@@ -84,12 +88,12 @@ class Catalogue:
         sizes = np.asarray(self.trie.codebook_sizes, dtype=np.int64)
         for name, array in (("ids", self.ids), ("codes", self.codes), ("codebooks", sizes)):
             with replacing(folder / f"{name}.npy") as file:
-                # Through `write` alone: into a real file numpy writes by itself, and says nothing when the disk is full.
+                # Through `write` alone: numpy writes into a real file by itself, and reports no error when the disk is full.
                 np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
-        """Read what `save` wrote. Raises CatalogueError naming the file."""
+        """Read a catalogue that `save` wrote. Raises CatalogueError naming the file."""
         ids, codes, codebooks = (_read_array(folder / f"{name}.npy") for name in ("ids", "codes", "codebooks"))
         if codebooks.ndim != 1 or codebooks.dtype.kind not in "iu":
             raise CatalogueError(f"{folder}/codebooks.npy: not integers [L]")
@@ -102,7 +106,7 @@ class Catalogue:
 
     @cached_property
     def version(self) -> str:
-        """Content hash: equal versions hold equal items under equal node ids."""
+        """Return the hash of the content: equal versions have equal items under equal node ids."""
         digest = hashlib.sha256(repr((self.trie.codebook_sizes, self.ids.dtype.str, self.codes.shape)).encode())
         digest.update(np.ascontiguousarray(self.ids).data)
         digest.update(np.ascontiguousarray(self.codes).data)
@@ -110,7 +114,7 @@ class Catalogue:
 
     @property
     def items(self) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return len(self.ids)
 
     @cached_property
@@ -118,35 +122,35 @@ class Catalogue:
         return IdIndex.of(self.ids)
 
     def warm_up(self) -> None:
-        """Make what the first request would otherwise wait for. O(items), once."""
+        """Build the index, which the first request would otherwise wait for. O(items), once."""
         _ = self._index, self.trie.child_count
 
     def find(self, ids: Iterable[str]) -> Int64:
-        """Item index of each id, -1 where the catalogue does not know it; [len(ids)]. O(ids), however large the catalogue."""
+        """Return the item index of each id, [len(ids)]; -1 for an unknown id. O(ids), however large the catalogue."""
         width = self.ids.dtype.itemsize
         wanted = [item.encode("utf-8", "surrogatepass") for item in ids]
-        # numpy cuts what is too wide and drops trailing NUL bytes, so such an id could pose as another. No id is empty.
+        # numpy truncates long ids and drops trailing NUL bytes, so such an id could match another. No id is empty.
         keys = [key if len(key) <= width and not key.endswith(b"\0") else b"" for key in wanted]
         return self._index.find(np.array(keys, dtype=self.ids.dtype))
 
     def id_of(self, item: int) -> str:
-        """The id of an item index."""
+        """Return the id of an item index."""
         return bytes(self.ids[item]).decode()
 
     def leaf_of(self, items: npt.NDArray[np.integer]) -> Int64:
-        """The trie leaf of each item index, [n]."""
+        """Return the trie leaf of each item index, [n]."""
         leaf: Int64 = self.item_path[items].astype(np.int64) + self.trie.level_start[self.trie.levels]
         return leaf
 
     def items_of(self, leaf: int) -> range:
-        """The item indices that share a leaf's code path, in id order."""
+        """Return the indices of the items of a leaf's code path, in id order."""
         path = leaf - int(self.trie.level_start[self.trie.levels])
         return range(int(self.item_start[path]), int(self.item_start[path + 1]))
 
     def pruning(self, *, excluded: Int64 | None = None, allowed: Int64 | None = None) -> Pruning:
-        """Prune the trie to items that are not `excluded` and, where given, are `allowed` (item indices).
+        """Return the pruning to items that are not `excluded` and, if given, are `allowed` (item indices).
 
-        A leaf dies when none of its items is left, an inner node when none of its children is. O(indices x L).
+        A leaf is removed when none of its items is left, an inner node when none of its children is. O(indices * L).
         """
         if excluded is None:
             excluded = np.empty(0, dtype=np.int64)
@@ -154,6 +158,7 @@ class Catalogue:
             return Pruning.to_leaves(self.trie, self.leaf_of(np.setdiff1d(allowed, excluded)))
         if not len(excluded):
             return Pruning.none()
+        # Leaves all of whose items are excluded.
         leaves, gone = np.unique(self.leaf_of(np.unique(excluded)), return_counts=True)
         path = leaves - self.trie.level_start[self.trie.levels]
         emptied = gone == (self.item_start[path + 1] - self.item_start[path])
@@ -161,7 +166,7 @@ class Catalogue:
 
 
 def _read_array(path: Path) -> npt.NDArray[Any]:
-    """An array of its own, never one that is mapped from the file: what is checked is then what is served."""
+    """Read an array into memory, without mapping the file: the served content is the checked content."""
     try:
         with path.open("rb") as file:
             array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
@@ -171,7 +176,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
 
 
 def _encode(ids: Sequence[str] | Ids) -> Ids:
-    """The ids as bytes. Raises CatalogueError on one that cannot be an id or that a numpy byte string would not give back."""
+    """Return the ids as bytes. Raises CatalogueError on an invalid id, or one that a numpy byte string would change."""
     if isinstance(ids, np.ndarray):
         _check_ids(ids)
         return ids
@@ -182,7 +187,7 @@ def _encode(ids: Sequence[str] | Ids) -> Ids:
 
 
 def _check_ids(ids: Ids) -> None:
-    """Raise CatalogueError, naming the first, when some cannot be an id. No Python object per item."""
+    """Raise CatalogueError, naming the first invalid id. Makes no Python object per item."""
     if (ids == b"").any():
         raise CatalogueError("ids: an item id is empty")
     if ids.dtype.itemsize > MAX_ID_BYTES and (long := np.flatnonzero(np.char.str_len(ids) > MAX_ID_BYTES)).size:
@@ -196,7 +201,7 @@ def _check_utf8(ids: Ids) -> None:
     rows = np.ascontiguousarray(ids).view(np.uint8).reshape(len(ids), ids.dtype.itemsize)
     if (rows < 0x80).all():
         return
-    apart = np.pad(rows, ((0, 0), (0, 1)))  # a NUL behind each: what one id lacks, the next cannot bring
+    apart = np.pad(rows, ((0, 0), (0, 1)))  # a NUL behind each: no character may continue in the next id
     try:
         apart.tobytes().decode()
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""A bundle with another catalogue on the same models: items added, others taken out.
+"""Catalogue updates: a bundle with items added and removed, on the same models.
 
-Codebooks stay, so both models read the new items as they are; how well they recommend them is another matter.
+The codebooks stay, so both models can read the new items without training. The quality of their recommendations is not checked.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from atspeed.engine.errors import BundleError, CatalogueError, EngineError
 
 
 def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Catalogue:
-    """The catalogue with items added, by id with their code paths, and others taken out.
+    """Return the catalogue with items added, by id with their code paths, and others removed.
 
-    Raises CatalogueError, naming the item, when one to remove is not there, one to add is, or a path is not of the codebooks.
+    Raises CatalogueError, naming the item, when an item to remove is unknown, an item to add is known, or a code path does not
+    fit the codebooks.
     """
     sizes, gone = catalogue.trie.codebook_sizes, list(removed)
     index = catalogue.find(gone)
@@ -38,10 +39,10 @@ def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]]
 
 
 def update_catalogue(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Bundle:
-    """Write the bundle with the other catalogue to `out`, which must not exist. The models' files are linked or copied.
+    """Write the bundle with the updated catalogue to `out`, which must not exist. The models' files are linked or copied.
 
-    It appears in one step, once it has been read back as a service reads it; what fails on the way leaves nothing.
-    Raises CatalogueError as `updated_catalogue`, BundleError when a file is not the one that the manifest names, OSError.
+    The bundle appears in one step, after it has been read back as a service reads it. A failure leaves no files. Raises
+    CatalogueError as `updated_catalogue`, BundleError when a file differs from the manifest, and OSError.
     """
     if os.path.lexists(out):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
@@ -50,7 +51,7 @@ def update_catalogue(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, .
     catalogue = updated_catalogue(bundle.catalogue(), added, removed)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same number
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
     try:
         _write(bundle, catalogue, partial)
         _read_back(partial, bundle.root, out)
@@ -71,7 +72,7 @@ def _write(bundle: Bundle, catalogue: Catalogue, out: Path) -> None:
 
 
 def _read_back(written: Path, source: Path, out: Path) -> None:
-    """Raise unless what was written can be served. All of it but the catalogue is the source's, which is then at fault."""
+    """Raise unless the written bundle can be served. Errors outside the catalogue name the source: its files are linked."""
     made = Bundle(written)
     try:
         made.verify()

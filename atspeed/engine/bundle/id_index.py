@@ -1,4 +1,4 @@
-"""Finds ids among millions: a hash table over fixed-width byte strings, as two flat arrays."""
+"""A hash table over millions of fixed-width ids, as two flat arrays."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from atspeed.engine.search.sampling import mix64
 
 Ids = npt.NDArray[np.bytes_]
 
-_CHUNK = 1 << 20  # ids hashed at once: what is held beside the table stays small
+_CHUNK = 1 << 20  # ids hashed at once: limits the temporary arrays to some tens of megabytes
 
 
 @dataclass(frozen=True)
 class IdIndex:
-    """A table of about one bucket per id. A look-up reads a bucket's bounds, its few ids, and nothing else.
+    """A table of about one bucket per id. A look-up reads the bounds of a bucket and its few ids.
 
-    ids:   bytes [n], distinct and not empty; the array itself, not a copy.
-    item:  int32 [n]; the indices of all ids, bucket by bucket.
-    start: int32 [buckets + 1]; bucket b holds item[start[b] : start[b + 1]]. The number of buckets is a power of two.
+    Attributes:
+        ids: bytes [n], distinct and not empty; the array itself, not a copy.
+        item: the indices of all ids, bucket by bucket, int32 [n].
+        start: int32 [buckets + 1]; bucket b holds item[start[b] : start[b + 1]]. The number of buckets is a power of two.
     """
 
     ids: Ids
@@ -30,7 +31,7 @@ class IdIndex:
 
     @classmethod
     def of(cls, ids: Ids) -> IdIndex:
-        """The table over some ids [n]. O(n log n) once: a second for ten million."""
+        """Build the table over ids, [n]. O(n log n): a second for ten million."""
         buckets = 1 << max(0, int(len(ids) - 1).bit_length())
         bucket = np.empty(len(ids), dtype=np.int32)
         for begin in range(0, len(ids), _CHUNK):
@@ -41,9 +42,10 @@ class IdIndex:
         return cls(ids, np.argsort(bucket).astype(np.int32), start)
 
     def find(self, keys: Ids) -> Int64:
-        """Index of each key [m], -1 where it is not among the ids. The keys are as wide as the ids are."""
+        """Return the index of each key, [m]; -1 for an unknown one. Keys have the width of the ids."""
         bucket = _bucket(keys, len(self.start) - 1)
         begin, count = self.start[bucket], self.start[bucket + 1] - self.start[bucket]
+        # All pairs of a key and an id in its bucket: `row` is the key, `within` the place in the bucket.
         row = np.repeat(np.arange(len(keys)), count)
         within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
         candidate = self.item[begin[row] + within]
@@ -54,7 +56,8 @@ class IdIndex:
 
 
 def _bucket(ids: Ids, buckets: int) -> Int64:
-    """Bucket of each id [m]: the low bits of a hash of its bytes."""
+    """Return the bucket of each id, [m]: the low bits of a hash of its bytes."""
+    # The bytes as 64-bit words, padded with zeros, then hashed word by word.
     words = -(-ids.dtype.itemsize // 8)
     columns = np.ascontiguousarray(ids, dtype=f"S{8 * words}").view("<u8").reshape(len(ids), words).T
     digest: UInt64 = np.zeros(len(ids), dtype=np.uint64)

@@ -1,19 +1,18 @@
-"""Item ids: what can be one, wherever it comes in, so that whatever is recommended can be named in a request."""
+"""Valid item ids: every recommended id can also be sent in a request."""
 
 from __future__ import annotations
 
-# Of users and tenants too, at the service's edge.
-MAX_ID_BYTES = 256
-_SHOWN = 60
+MAX_ID_BYTES = 256  # also of user and tenant ids in requests; long enough for a URL or a UUID with a prefix
+_SHOWN = 60  # characters of an id in a message: half a line
 
 
 def shown(item: str) -> str:
-    """An id for a message: quoted, and cut where it is very long."""
+    """Quote an id for a message, and truncate a very long one."""
     return repr(item) if len(item) <= _SHOWN else f"{item[:_SHOWN]!r}..."
 
 
 def id_problem(item: str) -> str | None:
-    """Why this cannot be an item id, in words that follow the id or the name of its field; None when it can."""
+    """Return the reason why this is no valid item id, in words that follow the id or its field; None if it is valid."""
     if not item:
         return "is empty"
     try:

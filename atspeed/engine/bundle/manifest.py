@@ -1,4 +1,4 @@
-"""A bundle: the one directory that training writes and serving reads.
+"""The bundle: the directory that training writes and serving reads.
 
     bundle/
         manifest.json           this module's `Manifest`
@@ -6,8 +6,8 @@
         target/model.onnx(.data)
         draft/model.onnx(.data)
 
-Every file's SHA-256 stands in the manifest; the bundle's version is the hash of those, so two bundles with the same
-version serve the same lists.
+The manifest holds the SHA-256 of every file. The bundle's version is a hash of these, so two bundles with the same version serve
+the same lists.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ FileName = Annotated[str, AfterValidator(_inside)]
 
 
 class _Part(BaseModel):
+    """A part of the manifest: frozen, without unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelEntry(_Part):
-    """One exported decoder: its files, its shape, and how it spells prompts and codes.
+    """One exported decoder: its files, its shape, and its tokens for prompts and codes.
 
-    The draft needs to share neither vocabulary nor prompt with the target, only the catalogue.
+    Draft and target share the catalogue. Their vocabularies and prompts may differ.
     """
 
     path: str = Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")
@@ -77,32 +79,32 @@ class ModelEntry(_Part):
     kv_heads: PositiveInt
     head_dim: PositiveInt
     max_positions: PositiveInt
-    """Longest sequence, prompt and codes together."""
+    """The longest sequence, prompt and codes together."""
     code_tokens: tuple[NonNegativeInt, ...] = Field(min_length=1)
-    """Token id of each code column, level by level; [C]."""
+    """The token id of each code column, level by level, [C]."""
     prompt: PromptTemplate
     fingerprint: str
-    """Hash of the model's files; keys its KV cache."""
-    # Of what follows, None is not written: a bundle without it keeps its version.
+    """The hash of the model's files: part of the keys of its prefix cache."""
+    # The fields below are not written when they are None: a bundle without them keeps its version.
     plan_scale: tuple[PlanScale, ...] | None = Field(default=None, exclude_if=lambda scale: scale is None)
-    """Of a draft: per level 1..L-1, the unit that a plan's margins are measured in."""
+    """The draft's plan scale: the unit of a plan's margins, per level 1..L-1."""
     inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
-    """Of a model made larger that computes the same (atspeed.training.inflation): parameters of the trained one."""
+    """The parameters of the trained model, if this one is its inflation (atspeed.training.inflation)."""
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:
-        """Number format of the model's keys and values."""
+        """Return the number format of the model's keys and values."""
         return "float16" if self.precision == "float16" else "float32"
 
     @property
     def plan_invariant(self) -> bool:
-        """Whether what else is in a pass moves a score by last bits at most, 1e-5 or so: in int8 by none, in float16 by 1e-2."""
+        """Return whether the other tokens of a pass change a score by 1e-5 at most; in float16 they change it by 1e-2."""
         return self.precision in {"float32", "int8"}
 
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:
         if len(set(self.code_tokens)) < len(self.code_tokens):
-            raise ValueError("code_tokens: a token stands for two codes")
+            raise ValueError("code_tokens: a token is used for two codes")
         around = self.prompt.prefix + self.prompt.separator + self.prompt.suffix
         for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around)):
             if max(tokens) >= self.vocab_size:
@@ -111,7 +113,7 @@ class ModelEntry(_Part):
 
 
 class Provenance(_Part):
-    """Where a bundle comes from, for people."""
+    """The origin of a bundle, for people."""
 
     recipe: str = ""
     data: str = ""
@@ -123,7 +125,7 @@ class Provenance(_Part):
 
 
 class Manifest(_Part):
-    """manifest.json."""
+    """The content of manifest.json."""
 
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -134,7 +136,7 @@ class Manifest(_Part):
     draft: ModelEntry | None
     provenance: Provenance = Provenance()
     files: dict[FileName, str]
-    """SHA-256 of every file, by path relative to the bundle."""
+    """The SHA-256 of every file, by path relative to the bundle."""
 
     @model_validator(mode="after")
     def _only_a_draft_plans(self) -> Manifest:
@@ -144,29 +146,33 @@ class Manifest(_Part):
 
     @property
     def version(self) -> str:
-        """Hash of what the bundle serves; its provenance does not count. Made anew each time, about a millisecond."""
+        """Return the hash of all that the bundle serves, without name and provenance. Takes about a millisecond each time."""
         served = self.model_dump(mode="json", exclude={"provenance", "name"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
 
     def model_version(self, role: Role) -> str:
-        """Hash of all that a role's scores and node ids depend on; empty where the bundle has no such model."""
+        """Return the hash of all that a role's scores and node ids depend on; empty if the bundle has no such model."""
         if role not in self.models:
             return ""
         served = {"rule": self.scoring_rule, "catalogue": self.catalogue_version}
-        # A draft's scales choose what is planned and change no score.
+        # The plan scale decides the nodes of a plan and changes no score.
         served["model"] = self.models[role].model_dump_json(exclude={"plan_scale"})
         return hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def models(self) -> dict[str, ModelEntry]:
-        """The models by role, `target` and, where there is one, `draft`."""
+        """Return the models by role: `target`, and `draft` if there is one."""
         return {"target": self.target} | ({"draft": self.draft} if self.draft else {})
 
 
 class Bundle:
     """An opened bundle directory.
 
-    Raises BundleError, naming the file and the field, when it is not one this version can serve.
+    Raises BundleError, naming the file and the field, when this version cannot serve it.
+
+    Attributes:
+        root: the directory.
+        manifest: its manifest.
     """
 
     def __init__(self, root: Path) -> None:
@@ -174,7 +180,7 @@ class Bundle:
         self.manifest = read_manifest(root)
 
     def catalogue(self) -> Catalogue:
-        """Load the catalogue and check that it is the one the manifest names, and that the models can read its items."""
+        """Load the catalogue. Check that its version is the manifest's and that the models can read its items."""
         catalogue = Catalogue.load(self.root / "catalogue")
         if catalogue.version != self.manifest.catalogue_version:
             expected = self.manifest.catalogue_version
@@ -184,19 +190,21 @@ class Bundle:
         return catalogue
 
     def model_path(self, role: Role) -> Path:
-        """The ONNX file of a role. Raises BundleError when the bundle has no such model."""
+        """Return the ONNX file of a role. Raises BundleError when the bundle has no such model."""
         return self.root / self.model(role).path
 
     def model(self, role: Role) -> ModelEntry:
-        """The manifest's entry of a role. Raises BundleError when the bundle has no such model."""
+        """Return the manifest's entry of a role. Raises BundleError when the bundle has no such model."""
         entry = self.manifest.models.get(role)
         if entry is None:
             raise BundleError(f"{self.root}/{MANIFEST}: the bundle has no {role} model")
         return entry
 
     def _check_reads(self, role: str, model: ModelEntry, catalogue: Catalogue) -> None:
-        """Raise BundleError unless a model has a token for every code, and positions for every prompt and path,
-        and scales, if any, for every planned level.
+        """Raise BundleError unless a model fits the catalogue.
+
+        It needs a token for every code, positions for every prompt with its code path, and a plan scale for every planned level,
+        if it has one.
         """
         manifest, trie = self.root / MANIFEST, catalogue.trie
         if len(model.code_tokens) != trie.columns:
@@ -216,7 +224,7 @@ class Bundle:
     def verify(self, *, but: Role | None = None) -> None:
         """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs.
 
-        but: a role whose files are checked when they are read, by `model_files`, or by `verify_model`.
+        but: a role whose files are checked elsewhere, by `model_files` or `verify_model`.
         """
         digests = self.manifest.files
         later = _folder_of(self.model(but)) if but else None
@@ -228,19 +236,18 @@ class Bundle:
                 raise BundleError(f"{self.root}/{name}: not in the manifest")
         for role, model in self.manifest.models.items():
             if model.fingerprint != fingerprint(digests, _folder_of(model)):
-                raise BundleError(f"{self.root}/{MANIFEST}: {role}.fingerprint: not that of the model's files")
+                raise BundleError(
+                    f"{self.root}/{MANIFEST}: {role}.fingerprint: differs from the hash of the model's files"
+                )
 
     def verify_model(self, role: Role) -> None:
-        """Compare the hashes of a role's files alone. Raises BundleError naming the first that differs."""
+        """Compare the hashes of one role's files. Raises BundleError naming the first that differs."""
         digests, folder = self.manifest.files, _folder_of(self.model(role))
         for name in (name for name in digests if _is_in(name, folder)):
             check_digest(self.root, name, sha256_of(self.root, name), digests)
 
     def model_files(self, role: Role, *, verified: bool = False) -> ModelFiles:
-        """Read a role's model. verified: the bytes that are returned have the manifest's hashes.
-
-        Raises BundleError naming the file.
-        """
+        """Read a role's model. Raises BundleError naming the file. verified: compare the bytes with the manifest's hashes."""
         folder = _folder_of(self.model(role))
         digests = {
             name[len(folder) + 1 :]: digest for name, digest in self.manifest.files.items() if _is_in(name, folder)
@@ -267,9 +274,9 @@ def _parsed(path: Path, content: bytes) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write manifest.json last and in one step, so that a half-written bundle is never readable.
+    """Write manifest.json in one step. Writers call this last, so that a half-written bundle is never readable.
 
-    Raises BundleError, naming the field, when `read_manifest` would refuse it; nothing is written then.
+    Raises BundleError, naming the field, when `read_manifest` would refuse the manifest; the file stays as it was then.
     """
     content = f"{manifest.model_dump_json(indent=1)}\n".encode()
     _parsed(root / MANIFEST, content)
@@ -278,7 +285,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def link_files(root: Path, names: Iterable[str], out: Path) -> None:
-    """The same files of a bundle in another one, see `link_or_copy`. Raises BundleError naming the first that is not there."""
+    """Link or copy files of a bundle into another one. Raises BundleError naming the first missing file."""
     for name in names:
         check_is_file(root, name)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -286,12 +293,12 @@ def link_files(root: Path, names: Iterable[str], out: Path) -> None:
 
 
 def hash_files(root: Path) -> dict[str, str]:
-    """SHA-256 of every file below a bundle but its manifest, by relative path."""
+    """Return the SHA-256 of every file of a bundle but its manifest, by relative path."""
     return {name: sha256_of(root, name) for name in files_below(root) if name != MANIFEST}
 
 
 def fingerprint(files: dict[str, str], folder: str) -> str:
-    """One hash for the files below `folder`, from `hash_files`: a model's fingerprint."""
+    """Return one hash of the files below `folder`, from `hash_files`: a model's fingerprint."""
     inside = sorted((name, digest) for name, digest in files.items() if _is_in(name, folder))
     return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 """An ONNX model as bytes in this process's own memory.
 
-onnxruntime itself maps a file of weights: whoever writes into that file changes the model that is served, and whoever shortens it
-ends the process with SIGBUS.
+onnxruntime itself would map a file of weights: a write into that file would change the served model, and truncating it would end
+the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from atspeed.engine.bundle.bundle_files import files_below, read_file
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's graph, and its files of weights by the names that the graph has for them. path: the graph's, for messages."""
+    """The files of a model.
+
+    Attributes:
+        path: the graph's path, for messages.
+        graph: the graph.
+        weights: its files of weights, by the names that the graph uses.
+    """
 
     path: Path
     graph: bytes
@@ -25,20 +31,19 @@ class ModelFiles:
 
     @classmethod
     def read(cls, path: Path, digests: Mapping[str, str] | None = None) -> ModelFiles:
-        """Read the graph, and of the files beside it those that it names.
+        """Read the graph and the files that it names. Raises BundleError naming the file.
 
-        digests: SHA-256 by path relative to the model's folder, which the bytes read must have.
-        Raises BundleError naming the file.
+        digests: SHA-256 by path relative to the model's folder, to compare the bytes with; None for no check.
         """
         folder = path.parent
         graph = read_file(folder, path.name, digests)
-        # A graph spells a file's name in plain UTF-8, so a file whose name is not in it is none of its weights.
+        # A graph holds file names in plain UTF-8, so a file whose name it does not contain holds no weights of it.
         named = [name for name in files_below(folder) if name != path.name and name.encode() in graph]
         return cls(path, graph, {name: read_file(folder, name, digests) for name in named})
 
     @contextmanager
     def private_copy(self) -> Iterator[Path]:
-        """The graph's path in a folder that holds the same files and is gone after the block; what maps them keeps them."""
+        """Yield the graph's path in a temporary folder with the same files. Files that are mapped then outlive the folder."""
         with TemporaryDirectory(prefix="atspeed-model-") as temporary:
             for name, content in {self.path.name: self.graph, **self.weights}.items():
                 path = Path(temporary, name)

@@ -1,4 +1,4 @@
-"""History -> prompt token ids, from segments that training fixed. No tokenizer at serving time."""
+"""The prompt template: from a history to token ids, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 
 class PromptTemplate(BaseModel):
-    """prefix + item (+ separator + item)* + suffix, where an item is its `L` code tokens.
+    """The form of a prompt: prefix + item (+ separator + item)* + suffix, where an item is its `L` code tokens.
 
-    The window of a history of h items keeps its newest: once h exceeds `max_items`, the oldest are dropped `drop_block` at a
-    time, so that the prompt's beginning, and with it the cached KV, stays the same for `drop_block` new items.
+    Training fixes the segments. A prompt holds the newest items of a history. Beyond `max_items` items the oldest are dropped,
+    `drop_block` at a time, so that the beginning of the prompt, and its cached KV, stays the same for `drop_block` new items.
     `drop_block = 1` is the sliding window of the AtSpeed paper.
     """
 
@@ -35,12 +35,12 @@ class PromptTemplate(BaseModel):
         return self
 
     def window_start(self, items: int) -> int:
-        """Index of the first history item that the prompt holds, for a history of so many items."""
+        """Return the index of the first item in the prompt, for a history of `items` items."""
         excess = max(0, items - self.max_items)
         return -(-excess // self.drop_block) * self.drop_block
 
     def tokens(self, items: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-        """The prompt of a window of items, each given as its `L` code tokens. [prompt length]."""
+        """Return the prompt of a window of items, int64 [prompt length]. Each item is given as its `L` code tokens."""
         parts: list[npt.NDArray[np.int64] | tuple[int, ...]] = [self.prefix]
         for index, item in enumerate(items):
             if index:
@@ -50,11 +50,11 @@ class PromptTemplate(BaseModel):
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
     def item_stride(self, levels: int) -> int:
-        """Tokens from the beginning of an item to that of the next."""
+        """Return the tokens from the beginning of an item to that of the next."""
         return levels + len(self.separator)
 
     def max_tokens(self, levels: int) -> int:
-        """Length of the longest prompt."""
+        """Return the length of the longest prompt."""
         return (
             len(self.prefix) + len(self.suffix) + self.max_items * levels + (self.max_items - 1) * len(self.separator)
         )

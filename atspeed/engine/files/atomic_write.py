@@ -1,4 +1,4 @@
-"""Files that change in one step: whoever reads one finds the old content or the new one, and never a half."""
+"""Atomic writes: a reader finds the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the block ends, and is gone when the block fails.
+    """Open a file that replaces `path` when the block ends, and is removed when the block fails.
 
-    mode: its permissions, without those that the umask takes away. What is no regular file, /dev/stdout for one, is written as
-    it is. A file that others have under other names keeps its content there.
+    A path that is no regular file, such as /dev/stdout, is written directly. Other hard links to the old file keep its content.
+
+    Args:
+        path: the file to replace. A symbolic link stays one.
+        mode: the permissions of a file, before the umask.
     """
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file
         return
-    path = path.resolve()  # a link goes on being one
+    path = path.resolve()  # the target of a link is replaced, not the link
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)  # of a process that was killed and had the same number
+    partial.unlink(missing_ok=True)  # left by a killed process with the same id
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             yield file
@@ -35,7 +38,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, in one step, and its folder where there is none."""
+    """Write a text file as UTF-8, in one step. Creates its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())

@@ -1,4 +1,4 @@
-"""JSON files that any reader of JSON takes: written in one step, and never with NaN or an infinity, which JSON does not have."""
+"""Standard JSON files: written in one step, without NaN and infinities."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from atspeed.engine.files.atomic_write import replace_text
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file in one step, so that a kill never leaves half of it, and its folder where there is none.
+    """Write a JSON file in one step. Creates its folder if necessary.
 
-    Raises ValueError naming the first value that is no number; nothing is written then.
+    Raises ValueError naming the first NaN or infinity; the file stays as it was then.
     """
     if bad := next(_no_numbers(content, ""), None):
         raise ValueError(f"{path}: {bad}")
@@ -21,12 +21,12 @@ def write_json(path: Path, content: object) -> None:
 
 
 def finite(measures: Mapping[str, float]) -> dict[str, float]:
-    """The measures that are numbers; the others are left out."""
+    """Return the finite measures."""
     return {name: value for name, value in measures.items() if math.isfinite(value)}
 
 
 def with_nulls(content: object) -> object:
-    """The same JSON value with null in place of NaN and infinities."""
+    """Return the JSON value with null in place of NaN and infinities."""
     match content:
         case float():
             return content if math.isfinite(content) else None
@@ -39,7 +39,7 @@ def with_nulls(content: object) -> object:
 
 
 def _no_numbers(content: object, place: str) -> Iterator[str]:
-    """`place: nan` for each value that JSON cannot hold."""
+    """Yield a message for each value that JSON cannot hold."""
     match content:
         case float() if not math.isfinite(content):
             yield f"{place}: {content} is no number"

@@ -1,4 +1,4 @@
-"""Lines of text files, for every reader of them."""
+"""Lines of text files and their parts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _BLANKS = " \t"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank, without its end.
+    """Yield number and text of each line that is not blank, without its end.
 
-    A line ends at a line feed, before which a carriage return may stand. Other characters that Unicode counts as ends of lines
-    are text. A byte order mark at the beginning is skipped. Blank lines have spaces and tabs alone; they count.
-    Raises LineError, naming file and line, when the file cannot be read or is not UTF-8.
+    A line ends with a line feed, or with a carriage return and a line feed. Other Unicode line ends are text. A byte order
+    mark at the beginning is skipped. Blank lines hold spaces and tabs only; they are counted. Raises LineError, naming file and
+    line, when the file cannot be read or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -33,12 +33,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def words(line: str) -> list[str]:
-    """The parts of a line between spaces and tabs. Other characters that Unicode counts as spaces may stand in an id."""
+    """Split a line at spaces and tabs. Other Unicode spaces may be part of an id."""
     return [word for word in line.replace("\t", " ").split(" ") if word]
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value. Raises ValueError also where an object has a key twice: one of its values would be lost without a word."""
+    """Parse a JSON value. Raises ValueError also for a repeated key, as one of its values would be lost silently."""
     return json.loads(text, object_pairs_hook=_distinct)
 
 

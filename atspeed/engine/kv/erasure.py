@@ -1,54 +1,55 @@
-"""The erasure of a user's keys and values in every tier: announced in Redis, heard by every model replica.
+"""Erasure of a user's KV in every tier (right to erasure, GDPR Art. 17).
 
-Blocks of a stored user's prompts begin with the user's tag (`kv_cache.block_keys`), in Redis they are one hash. `announce`
-erases that hash and adds the tag to a stream; each replica follows the stream, drops what it has in memory, lets its pending
-writes end and erases the hash once more. A replica that cannot read the stream for `DEAF_SECONDS` drops the blocks of all
-stored users, and keeps none until it can.
+Block keys of a stored user's prompts begin with the user key (`memory_cache.block_keys`); in Redis these blocks are one hash.
+`publish_erasure` erases that hash and appends the user key to a Redis stream. Each model replica reads the stream, drops the
+user's blocks from memory, waits for its pending writes of that user, and erases the hash once more. A replica that cannot read
+the stream for `MAX_LAG_SECONDS` drops the blocks of all stored users, and keeps none until it can.
 
-So a tag's blocks are gone from Redis when `announce` returns, and from every replica's memory a moment later, or within
-`DEAF_SECONDS` where it is cut off. Passes under way may bring them back: for `PrefixCache.hold_seconds` a replica keeps nothing
-of the tag. An erasure that fails is tried again until it is done; whatever goes wrong with hearing or erasing, and be it a bug,
+So a user's blocks are gone from Redis when `publish_erasure` returns. They are gone from every replica's memory a moment later,
+or within `MAX_LAG_SECONDS` if it is cut off. Passes under way may bring blocks back: for `PrefixCache.hold_seconds` a replica
+keeps none of the user. An erasure that fails is repeated until it succeeds. Every failure to read or to erase, a bug included,
 counts as being cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from typing import Any
 
+import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from atspeed.engine.kv.memory_cache import OWNER_BYTES
+from atspeed.engine.kv.memory_cache import USER_KEY_BYTES
 from atspeed.engine.kv.prefix_cache import PrefixCache
-from atspeed.engine.kv.redis_pool import change_nothing
-from atspeed.engine.kv.redis_store import group_name
+from atspeed.engine.kv.redis_pool import check_writable
+from atspeed.engine.kv.redis_store import user_blocks_name
 
 STREAM = "forgotten-users"
-DEAF_SECONDS = 300.0
-# Longer than any replica may be deaf before it drops everything; a tag is of no use to anyone after that.
+# Longer than a restart or failover of Redis, so that neither empties the caches. Chosen, not measured.
+MAX_LAG_SECONDS = 300.0
+# Longer than any lag before a replica drops everything: no replica needs an older entry.
 _KEPT_SECONDS = 3600
 _POLL_SECONDS = 0.25
-# Tags erased in one step: little enough to be read within the timeout of a request's read.
+# Users erased in one step. More would not be read within the timeout of a request's read.
 _BATCH = 256
 
-_logger = logging.getLogger(__name__)
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-async def publish_erasure(client: Redis, owner: bytes) -> None:
-    """Erase the blocks of a user's tag in Redis and tell the replicas. Raises RedisError or OSError when Redis fails."""
+async def publish_erasure(client: Redis, user_key: bytes) -> None:
+    """Erase a user's blocks in Redis and notify the replicas. Raises RedisError or OSError when Redis fails."""
     seconds, _ = await client.time()
-    # Told first: when only the second step fails, the replicas erase it too.
-    await client.xadd(STREAM, {"owner": owner}, minid=f"{(seconds - _KEPT_SECONDS) * 1000}-0", approximate=False)
-    await client.unlink(group_name(owner))
+    # Published first: if only the second step fails, the replicas erase the blocks.
+    await client.xadd(STREAM, {"owner": user_key}, minid=f"{(seconds - _KEPT_SECONDS) * 1000}-0", approximate=False)
+    await client.unlink(user_blocks_name(user_key))
 
 
 class ErasureSubscriber:
-    """Follows the stream for one replica's cache, in a task of its own from `start` to `close`. The client stays the caller's.
+    """Applies the erasures of the stream to one replica's cache, in a background task from `start` to `close`.
 
-    It asks four times a second: that needs no connection of its own and is no load.
+    It polls four times a second: that needs no connection of its own and is no load. The client stays the caller's to close.
     """
 
     def __init__(
@@ -56,80 +57,82 @@ class ErasureSubscriber:
         client: Redis,
         cache: PrefixCache,
         *,
-        max_lag_seconds: float = DEAF_SECONDS,
+        max_lag_seconds: float = MAX_LAG_SECONDS,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
         self._client = client
         self._cache = cache
-        self._deaf_seconds = max_lag_seconds
+        self._max_lag_seconds = max_lag_seconds
         self._poll_seconds = poll_seconds
-        self._position = ""
+        # The id of the last stream entry that was applied; None before the first read.
+        self._position: str | None = None
         self._failing = False
-        self._heard_at = -float("inf")
+        self._up_to_date_at = -float("inf")
         self._task: asyncio.Task[None] | None = None
 
     @property
     def lag_seconds(self) -> float:
-        """How long ago all that had been announced was last known and erased; infinite before the first time."""
-        return time.monotonic() - self._heard_at
+        """Return the time since all published erasures were last known to be applied; infinite before the first time."""
+        return time.monotonic() - self._up_to_date_at
 
     async def start(self) -> None:
-        """Try the stream once, then follow it in the background. Until it has been read, nothing of stored users is kept."""
+        """Read the stream once, then follow it in the background. No block of a stored user is kept before the first read."""
         self._cache.accepts_user_blocks = False
         await self._attempt()
-        self._task = asyncio.get_running_loop().create_task(self._follow(), name="forgetting")
+        self._task = asyncio.get_running_loop().create_task(self._follow(), name="erasure-subscriber")
 
     async def close(self) -> None:
-        """Stop."""
+        """Stop the background task."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _follow(self) -> None:
-        # A cancellation that meets the end of a call to Redis raises nothing, as its client's own timeout can swallow it.
+        # The check of `cancelling`: a cancellation at the end of a Redis call may be swallowed by the client's own timeout.
         while (task := asyncio.current_task()) and not task.cancelling():
             await asyncio.sleep(self._poll_seconds)
             await self._attempt()
 
     async def _attempt(self) -> None:
-        """Hear and erase what is new. After too long without success, drop all that might have to be forgotten."""
+        """Apply all new erasures. After too long without success, drop the blocks of all stored users."""
         begun = time.monotonic()
         try:
-            async with asyncio.timeout(self._deaf_seconds):
-                # A replica that has lost its master answers reads as ever, and would never show what is announced since.
-                await change_nothing(self._client)
-                while await self._hear():
+            async with asyncio.timeout(self._max_lag_seconds):
+                # A Redis replica that lost its master still answers reads, but never receives another entry.
+                await check_writable(self._client)
+                while await self._apply_batch():
                     pass
-        except Exception as error:  # noqa: BLE001 - it must go on, and a bug is as bad as a Redis that is away
-            self._failed(error)
+        except Exception as error:  # noqa: BLE001 - the task must go on, and a bug is as bad as a Redis that is down
+            self._fail(error)
             return
         self._failing = False
-        self._heard_at = begun
+        self._up_to_date_at = begun
         self._cache.accepts_user_blocks = True
 
-    def _failed(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
+        name = type(error).__name__
         if not self._failing:
             # Redis's own errors without their text, which quotes commands and keys.
             bug = None if isinstance(error, RedisError | OSError) else error
-            _logger.warning("cannot hear of forgotten users: %s", type(error).__name__, exc_info=bug)
+            _log.warning("erasure_stream_failed", error=name, exc_info=bug)
         self._failing = True
-        if self._cache.accepts_user_blocks and self.lag_seconds > self._deaf_seconds:
-            _logger.warning("dropping KV of stored users, who may have been forgotten: %s", type(error).__name__)
+        if self._cache.accepts_user_blocks and self.lag_seconds > self._max_lag_seconds:
+            _log.warning("user_kv_dropped", error=name, lag_seconds=round(self.lag_seconds, 1))
             self._cache.accepts_user_blocks = False
 
-    async def _hear(self) -> bool:
-        """Read some of what is new and erase it; whether there may be more. What was not erased is read again the next time.
+    async def _apply_batch(self) -> bool:
+        """Read some new entries and erase their users; true when there may be more. A failed batch is read again.
 
-        The first time, what came in the last moments is new, as passes may be under way.
+        The first read begins `hold_seconds` ago, as passes of that time may still be under way.
         """
-        if not self._position:
+        if self._position is None:
             seconds, _ = await self._client.time()
             self._position = f"{int((seconds - self._cache.hold_seconds) * 1000)}-0"
         entries: Any = await self._client.xrange(STREAM, min=f"({self._position}", count=_BATCH)
-        tags = {fields.get(b"owner", b"") for _, fields in entries}
-        owners = {tag for tag in tags if len(tag) == OWNER_BYTES}
-        if owners:
-            await self._cache.forget(owners)
+        values = {fields.get(b"owner", b"") for _, fields in entries}
+        user_keys = {value for value in values if len(value) == USER_KEY_BYTES}
+        if user_keys:
+            await self._cache.erase(user_keys)
         if entries:
             self._position = entries[-1][0].decode()
         return len(entries) == _BATCH

@@ -1,10 +1,12 @@
-"""Prefix KV in blocks: their layout, their keys, their bytes, and the tier that keeps them in memory.
+"""Prefix KV in blocks: layout, keys, encoding, and the tier in memory.
 
-A block holds the keys and values of `block_tokens` consecutive prompt tokens, of all layers. Its key is a link in a
-chain of hashes over every token up to its end, so an equal key means an equal prefix: a block is valid wherever its key
-is asked for, and blocks of different weights, number formats, layouts or tenants never meet. A key begins with the tag of
-the user whose prompt it is of, where that is a stored one: so all that is kept of a user can be found, and forgotten. Blocks
-before the first item of a prompt hold the template's words alone and are nobody's.
+A block holds the keys and values of `block_tokens` consecutive prompt tokens, of all layers. Its key is a link in a chain of
+hashes over every token up to the block's end, so equal keys mean equal prefixes. A block is valid wherever its key is asked
+for. Blocks of different weights, number formats, layouts or tenants never share a key.
+
+A key begins with the key of the user whose prompt it belongs to, if the user is stored. So all blocks of a user can be found
+and erased. Blocks before the first item of a prompt hold the template's tokens alone: they are the shared prefix, and begin
+with `NO_USER_KEY`.
 """
 
 from __future__ import annotations
@@ -23,19 +25,20 @@ import numpy as np
 import numpy.typing as npt
 
 from atspeed.engine.arrays import KvArray
+from atspeed.engine.kv.tier import TierStatistics
 
+# Part of every key and of every encoded block: another version reads none of the older blocks.
 FORMAT_VERSION = 2
+# 8 bytes of user key and a hash of 24: among 2^64 blocks, two share a hash with a probability of 2^-65.
 KEY_BYTES = 32
-OWNER_BYTES = 8
-NO_OWNER = bytes(OWNER_BYTES)
-
-"""One block [layers, 2, block_tokens, kv_heads, head_dim], or a prefix [layers, 2, P, kv_heads, head_dim]."""
+USER_KEY_BYTES = 8
+NO_USER_KEY = bytes(USER_KEY_BYTES)
 
 _MAGIC = b"ATSPEEDK"
 # Magic, format version, wire dtype, the five axes of the block, its key.
 _IDENTITY = struct.Struct(f"<8sI4s5I{KEY_BYTES}s")
 _CHECKSUM = struct.Struct("<I")
-# The payload starts on a multiple of the alignment that numpy's float loops like.
+# The payload starts on a multiple of 16 bytes, the alignment of numpy's vectorised float loops.
 _HEADER_BYTES = -(-(_IDENTITY.size + _CHECKSUM.size) // 16) * 16
 _PADDING = bytes(_HEADER_BYTES - _IDENTITY.size - _CHECKSUM.size)
 
@@ -45,6 +48,13 @@ class KvLayout:
     """The shape of one model's KV blocks. Index 0 of a block's second axis holds keys, index 1 values.
 
     Raises ValueError when a size is not positive or the dtype is unknown.
+
+    Attributes:
+        layers: number of layers.
+        kv_heads: heads of keys and values.
+        head_dim: values per head.
+        dtype: number format.
+        block_tokens: tokens per block.
     """
 
     layers: int
@@ -61,25 +71,25 @@ class KvLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """(layers, 2, block_tokens, kv_heads, head_dim)."""
+        """Return (layers, 2, block_tokens, kv_heads, head_dim)."""
         return (self.layers, 2, self.block_tokens, self.kv_heads, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, without its header."""
+        """Return the bytes of one block, without its header."""
         return self.block_tokens * self.bytes_per_token
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values, over all layers."""
+        """Return the bytes of one token's keys and values, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
 
 
 @lru_cache(maxsize=256)
 def namespace(fingerprint: str, layout: KvLayout, tenant: str) -> bytes:
-    """What separates chains that must never share a block: format version, weights, layout with its dtype, tenant.
+    """Return the namespace of a chain: format version, weights, layout with its dtype, tenant.
 
-    JSON, because it quotes: no fingerprint can be chosen so that it runs over into the tenant's field.
+    JSON quotes its strings, so no fingerprint can be chosen such that it continues into the tenant's field.
     """
     return json.dumps([FORMAT_VERSION, fingerprint, asdict(layout), tenant], sort_keys=True).encode()
 
@@ -88,45 +98,52 @@ def block_keys(
     namespace: bytes,
     tokens: npt.NDArray[np.integer],
     block_tokens: int,
-    owner: bytes = NO_OWNER,
+    user_key: bytes = NO_USER_KEY,
     *,
     template_tokens: int = 0,
 ) -> list[bytes]:
-    """The key of every whole block of a prompt, [P // block_tokens] of KEY_BYTES bytes each; equal in every process.
+    """Return the key of every whole block of a prompt, [P // block_tokens] of KEY_BYTES bytes; equal in every process.
 
-    tokens: int64 [P]. key_i = tag_i, h_i; h_i = H(tag_i, h_{i-1}, tokens of block i); h_-1 = H(namespace). A partial last block
-    has no key. tag_i: nobody's where block i ends within the first `template_tokens`, which say nothing of a user, else owner.
-    owner: the tag of a stored user, OWNER_BYTES; users with tags share no other block. Raises ValueError for another length.
+    key_i = u_i, h_i, where u_i is the user key and h_i = H(u_i, h_{i-1}, tokens of block i), with h_-1 = H(namespace). Blocks
+    of users with different keys differ, but for the shared prefix: u_i is NO_USER_KEY when block i ends within the first
+    `template_tokens`. An incomplete last block has no key. Raises ValueError for a user key of another length.
+
+    Args:
+        namespace: from `namespace`.
+        tokens: int64 [P].
+        block_tokens: tokens per block.
+        user_key: the key of a stored user, USER_KEY_BYTES.
+        template_tokens: the number of tokens at the beginning that are the template's and contain nothing of a user.
     """
-    if len(owner) != OWNER_BYTES:
-        raise ValueError(f"KV: an owner's tag has {OWNER_BYTES} bytes, not {len(owner)}")
-    wire = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+    if len(user_key) != USER_KEY_BYTES:
+        raise ValueError(f"user_key: must have {USER_KEY_BYTES} bytes, got {len(user_key)}")
+    wire = np.ascontiguousarray(tokens, dtype="<i8").tobytes()  # 8 bytes a token
     step = block_tokens * 8
-    size = KEY_BYTES - OWNER_BYTES
+    size = KEY_BYTES - USER_KEY_BYTES
     link = hashlib.blake2b(namespace, digest_size=size, person=b"atspeed-kv-root").digest()
     keys = []
     for block in range(len(wire) // step):
-        tag = NO_OWNER if (block + 1) * block_tokens <= template_tokens else owner
-        message = tag + link + wire[block * step : (block + 1) * step]
+        user = NO_USER_KEY if (block + 1) * block_tokens <= template_tokens else user_key
+        message = user + link + wire[block * step : (block + 1) * step]
         link = hashlib.blake2b(message, digest_size=size, person=b"atspeed-kv-block").digest()
-        keys.append(tag + link)
+        keys.append(user + link)
     return keys
 
 
-def owner_of(key: bytes) -> bytes:
-    """The tag of the user whose block it is; NO_OWNER where it is nobody's."""
-    return key[:OWNER_BYTES]
+def user_key_of(key: bytes) -> bytes:
+    """Return the user key of a block's key; NO_USER_KEY for a block of the shared prefix."""
+    return key[:USER_KEY_BYTES]
 
 
-def is_shared_prefix_key(keys: Sequence[bytes]) -> int:
-    """How many of a chain's keys are nobody's: those come first."""
-    return sum(owner_of(key) == NO_OWNER for key in keys)
+def shared_prefix_length(keys: Sequence[bytes]) -> int:
+    """Return the number of a chain's keys that belong to the shared prefix. They come first."""
+    return sum(user_key_of(key) == NO_USER_KEY for key in keys)
 
 
 def encode_block(layout: KvLayout, key: bytes, block: KvArray) -> bytes:
-    """A block as bytes: identity (magic, format version, dtype, shape, key), CRC-32 of the payload, the payload.
+    """Encode a block: identity (magic, format version, dtype, shape, key), CRC-32 of the payload, the payload.
 
-    Little-endian, row-major. Raises ValueError when the block or the key is not one of this layout.
+    Little-endian, row-major. Raises ValueError when block or key do not have this layout.
     """
     _check_array(layout, block, block_tokens=layout.block_tokens)
     payload = np.ascontiguousarray(block, dtype=_wire_dtype(layout))
@@ -134,12 +151,11 @@ def encode_block(layout: KvLayout, key: bytes, block: KvArray) -> bytes:
 
 
 def decode_block(layout: KvLayout, key: bytes, data: bytes) -> KvArray | None:
-    """The block that `encode_block` wrote for exactly this layout and key, else None: truncated, damaged, foreign.
+    """Decode a block that `encode_block` wrote for this layout and key. None if it is truncated, damaged or foreign.
 
-    The array is a read-only one of its own, which `MemoryKvCache` keeps without another copy. The checksum is there for
-    accidents: CRC-32 finds all those within 32 consecutive bits and all but one in 2^32 of the others, for 0.4 ms/MB, less
-    than the fetch. It proves no origin; a keyed hash costs four times as much, and whoever can write to this Redis can
-    forge histories just as well.
+    The array is read-only and its own, so `MemoryKvCache` keeps it without another copy. The checksum detects accidents: CRC-32
+    finds all errors within 32 consecutive bits and all but one in 2^32 of the others. It takes 0.4 ms/MB, less than the fetch.
+    It proves no origin. A keyed hash costs four times as much, and anyone who can write to this Redis can forge histories.
     """
     if len(key) != KEY_BYTES or len(data) != _HEADER_BYTES + layout.block_bytes:
         return None
@@ -153,9 +169,9 @@ def decode_block(layout: KvLayout, key: bytes, data: bytes) -> KvArray | None:
 
 
 def copy_blocks(layout: KvLayout, kv: KvArray, start: int, stop: int) -> list[KvArray]:
-    """The whole blocks `start` .. `stop` - 1 of a prefix [layers, 2, P, kv_heads, head_dim], each a read-only array of its own.
+    """Copy the whole blocks `start` .. `stop` - 1 of a prefix [layers, 2, P, kv_heads, head_dim] into read-only arrays.
 
-    Copies outside the GIL. Raises ValueError when `kv` is not of this layout or holds fewer tokens.
+    numpy copies outside the GIL. Raises ValueError when `kv` does not have this layout or holds fewer tokens.
     """
     step = layout.block_tokens
     _check_array(layout, kv, block_tokens=max(kv.shape[2] if kv.ndim == 5 else 0, stop * step))
@@ -168,20 +184,20 @@ def _read_only_copy(array: KvArray) -> KvArray:
     return copy
 
 
-def _owned(block: KvArray) -> bool:
-    """Whether a block is a read-only array of its own, with no other array's memory behind it."""
+def _is_immutable(block: KvArray) -> bool:
+    """Return whether a block is a read-only array of its own, and no view of another array's memory."""
     return block.base is None and not block.flags.writeable
 
 
 def _check_array(layout: KvLayout, array: KvArray, *, block_tokens: int) -> None:
     expected = (layout.layers, 2, block_tokens, layout.kv_heads, layout.head_dim)
     if array.shape != expected or array.dtype.name != layout.dtype:
-        raise ValueError(f"KV: {array.dtype} {array.shape} where the layout wants {layout.dtype} {expected}")
+        raise ValueError(f"KV: {array.dtype} {array.shape}, but the layout has {layout.dtype} {expected}")
 
 
 def _identity(layout: KvLayout, key: bytes) -> bytes:
     if len(key) != KEY_BYTES:
-        raise ValueError(f"KV: a key has {KEY_BYTES} bytes, not {len(key)}")
+        raise ValueError(f"key: must have {KEY_BYTES} bytes, got {len(key)}")
     return _IDENTITY.pack(_MAGIC, FORMAT_VERSION, _wire_dtype(layout).str.encode(), *layout.block_shape, key)
 
 
@@ -190,30 +206,40 @@ def _wire_dtype(layout: KvLayout) -> np.dtype[np.floating]:
 
 
 @dataclass(frozen=True)
-class CacheStatistics:
-    """What a memory tier holds now and has done since it was made. `hits` and `misses` count blocks asked for."""
+class MemoryTierStatistics(TierStatistics):
+    """Content and counters of a memory tier since it was made.
 
-    blocks: int
-    used_bytes: int
-    hits: int
-    misses: int
-    evictions: int
+    Attributes:
+        blocks: blocks that are held now.
+        used_bytes: their bytes.
+        evictions: blocks that were evicted because of the limit.
+    """
+
+    blocks: int = 0
+    used_bytes: int = 0
+    evictions: int = 0
 
 
 class MemoryKvCache:
-    """Blocks by key in memory, least recently used out first, never more than `limit_bytes` of them.
+    """Blocks by key in memory, at most `limit_bytes` of them; the least recently used are evicted first (LRU).
 
     The contract:
 
     - Content-addressed: a key stands for one content, so putting a key that is present keeps the block that is there.
-    - A block that is a read-only array of its own is kept as it is: who puts it has kept no writable view of it. Any other
-      is copied. Blocks are handed out read-only, and one that a caller holds outlives its eviction, unchanged.
+    - A block that is a read-only array of its own is kept without a copy: the caller must hold no writable view of it. Any other
+      block is copied. Blocks are returned read-only, and a block that a caller holds outlives its eviction, unchanged.
     - `used_bytes` is exactly the sum of the blocks' array bytes, and at most `limit_bytes` after every call. Keys and
-      bookkeeping, some 300 bytes a block, are not counted. A block beyond the limit is not kept and evicts nothing.
-    - A chain is used from its head, so its head is the last to go: for all methods that take a chain, earlier keys count
-      as the more recently used. Of a chain too long for the limit, the beginning stays.
-    - No call blocks or awaits, or copies a block of its own array. Not thread-safe: call it from the event loop only.
+      bookkeeping, about 300 bytes a block, are not counted. A block beyond the limit is not kept and evicts nothing.
+    - A chain is used from its head, so its head is evicted last: for all methods that take a chain, earlier keys count as the
+      more recently used. The beginning of a chain that exceeds the limit stays.
+    - No call blocks, awaits, or copies a block that is an array of its own. Not thread-safe: call it from the event loop only.
+
+    Attributes:
+        name: the tier's name, a label of metrics.
+        limit_bytes: the limit.
     """
+
+    name = "memory"
 
     def __init__(self, limit_bytes: int) -> None:
         if limit_bytes < 0:
@@ -221,7 +247,9 @@ class MemoryKvCache:
         self.limit_bytes = limit_bytes
         self._blocks: OrderedDict[bytes, KvArray] = OrderedDict()
         self._bytes = 0
-        self._hits = self._misses = self._evictions = 0
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._blocks
@@ -231,16 +259,16 @@ class MemoryKvCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the blocks held."""
+        """Return the bytes of the blocks that are held."""
         return self._bytes
 
     @property
-    def statistics(self) -> CacheStatistics:
-        """A snapshot of the counters."""
-        return CacheStatistics(len(self._blocks), self._bytes, self._hits, self._misses, self._evictions)
+    def statistics(self) -> MemoryTierStatistics:
+        """Return the counters as they are now."""
+        return MemoryTierStatistics(self._hits, self._misses, len(self._blocks), self._bytes, self._evictions)
 
     def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
-        """The blocks of the longest leading run of `keys` that is present, read-only."""
+        """Return the blocks of the longest leading run of `keys` that is present, read-only."""
         run = []
         for key in keys:
             block = self._blocks.get(key)
@@ -253,49 +281,49 @@ class MemoryKvCache:
         return run
 
     def put_chain(self, keys: Sequence[bytes], new: Sequence[KvArray]) -> list[KvArray]:
-        """Keep the last blocks of a chain: `new` are those of the last `len(new)` of `keys`.
+        """Keep the last blocks of a chain: `new` belongs to the last `len(new)` of `keys`.
 
-        Returns the read-only blocks that now stand for these keys, whether or not they were kept. Until it returns, the
-        tier may hold as much as `new` beyond its limit. Raises ValueError when there are fewer keys than blocks.
+        Returns the read-only blocks of these keys, kept or not. Until the call returns, the tier may exceed its limit by `new`.
+        Raises ValueError when there are fewer keys than blocks.
         """
         if len(new) > len(keys):
             raise ValueError(f"memory KV: {len(new)} blocks for a chain of {len(keys)}")
         last = keys[len(keys) - len(new) :]
         stored = [self._insert(key, block) for key, block in zip(last, new, strict=True)]
-        # Before the eviction, so that it takes the end of this chain and not its head.
+        # Before the eviction, which then takes the end of this chain and not its head.
         self.touch(keys)
         self._evict()
         return stored
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """Make those of `keys` that are present the most recently used, the first of them last to go."""
+        """Make the present ones of `keys` the most recently used; the first of them is evicted last."""
         for key in reversed(list(keys)):
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
     def drop(self, unwanted: Callable[[bytes], bool]) -> int:
-        """Let go of every block whose key is unwanted. Looks at all keys; returns how many went."""
-        gone = [key for key in self._blocks if unwanted(key)]
-        for key in gone:
+        """Drop every block whose key is unwanted. Looks at all keys; returns the number of blocks."""
+        dropped = [key for key in self._blocks if unwanted(key)]
+        for key in dropped:
             self._bytes -= self._blocks.pop(key).nbytes
-        return len(gone)
+        return len(dropped)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless the accounting is exact, the limit kept and every block immutable."""
+        """Raise RuntimeError unless the accounting is exact, the limit is kept and every block is immutable."""
         held = sum(block.nbytes for block in self._blocks.values())
         if held != self._bytes:
             raise RuntimeError(f"memory KV: {held} bytes held, {self._bytes} accounted for")
         if held > self.limit_bytes:
             raise RuntimeError(f"memory KV: {held} bytes held, the limit is {self.limit_bytes}")
         for key, block in self._blocks.items():
-            if not _owned(block):
+            if not _is_immutable(block):
                 raise RuntimeError(f"memory KV: block {key.hex()} is not a read-only array of its own")
 
     def _insert(self, key: bytes, block: KvArray) -> KvArray:
         present = self._blocks.get(key)
         if present is not None:
             return present
-        own = block if _owned(block) else _read_only_copy(block)
+        own = block if _is_immutable(block) else _read_only_copy(block)
         if own.nbytes <= self.limit_bytes:
             self._blocks[key] = own
             self._bytes += own.nbytes

@@ -1,155 +1,175 @@
-"""Prefix KV in two tiers as one cache: memory first, then Redis."""
+"""The prefix cache: KV of prompts in tiers, memory first, then the tiers below it."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from atspeed.engine.arrays import KvArray
-from atspeed.engine.kv.fetch_cost import FetchPolicy
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, MemoryKvCache, is_shared_prefix_key, owner_of
-from atspeed.engine.kv.redis_store import KvStore
+import structlog
 
-_logger = logging.getLogger(__name__)
+from atspeed.engine.arrays import KvArray
+from atspeed.engine.kv.fetch_cost import FetchPolicy, RecomputeNs
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, MemoryKvCache, shared_prefix_length, user_key_of
+from atspeed.engine.kv.tier import KvTier
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """What the tiers hold of a prompt's beginning.
+    """The beginning of a prompt that the tiers hold.
 
-    blocks: read-only [layers, 2, block_tokens, kv_heads, head_dim] each, in prompt order.
-    memory_tokens, redis_tokens: how many prompt tokens came from which tier, memory's first.
+    Attributes:
+        blocks: read-only [layers, 2, block_tokens, kv_heads, head_dim] each, in prompt order.
+        tokens_by_tier: the number of prompt tokens that each tier supplied, by the tier's name; 0 included.
     """
 
     blocks: tuple[KvArray, ...]
-    memory_tokens: int
-    redis_tokens: int
+    tokens_by_tier: Mapping[str, int]
 
 
 class PrefixCache:
-    """Memory and, where there is a `store`, Redis as one cache. For the event loop only.
+    """Memory and the tiers below it as one cache. For the event loop only.
 
-    The store never fails a request and delays it by its read timeout at most; `fetching` says when it is read and written.
-    Writes are background tasks, up to `max_pending_writes` of them; beyond that a write is dropped and counted. `memory` and
-    `store` stay the caller's.
+    A tier below memory never fails a request and delays it by its read timeout at most. Its fetch policy decides when it is
+    read and written. Writes are background tasks, up to `max_pending_writes` of them; one more is dropped and counted. Memory
+    and tiers stay the caller's to close.
 
-    For `hold_seconds` after `forget`, nothing of that owner is kept: passes that had begun before may still bring blocks.
+    For `hold_seconds` after `erase`, no block of that user is kept: passes that began earlier may still deliver some.
+
+    Attributes:
+        tiers: the tiers below memory, in the order in which they are read.
+        fetch_policies: the fetch policy of each of these tiers, by the tier's name.
+        dropped_writes: writes that were given up because too many were pending, or because the cache was closed.
     """
 
+    # Longer than any pass and its request's deadline: what began before an erasure has ended by then.
     hold_seconds = 60.0
 
     def __init__(
         self,
         layout: KvLayout,
         memory: MemoryKvCache,
-        store: KvStore | None = None,
+        tiers: Sequence[KvTier] = (),
         *,
-        fetching: FetchPolicy | None = None,
-        max_pending_writes: int = 8,
+        fetch_policies: Mapping[str, FetchPolicy] | None = None,
+        max_pending_writes: int = 8,  # of a prompt each: some ten megabytes of blocks that wait for a slow tier
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._layout = layout
         self._memory = memory
-        self._store = store
-        self.fetching = fetching or FetchPolicy(layout.bytes_per_token)
+        self.tiers = tuple(tiers)
+        self.fetch_policies = {tier.name: FetchPolicy(layout.bytes_per_token) for tier in tiers}
+        self.fetch_policies |= fetch_policies or {}
         self._max_pending_writes = max_pending_writes
         self._clock = clock
-        self._keeps_owned = True
-        # Until when nothing of an owner is kept.
-        self._forgotten: dict[bytes, float] = {}
-        # With the owners of what they write; the event loop itself only keeps weak references to tasks.
+        self._accepts_user_blocks = True
+        # User key -> the time until which no block of the user is kept.
+        self._held_until: dict[bytes, float] = {}
+        # Write -> the user key of its blocks. The references keep the tasks alive: the event loop's own are weak.
         self._writes: dict[asyncio.Task[None], bytes] = {}
-        self._dropped_writes = 0
+        self.dropped_writes = 0
         self._closed = False
 
     @property
     def pending_writes(self) -> int:
-        """Writes to the store that are under way."""
+        """Return the number of writes to tiers that are under way."""
         return len(self._writes)
 
-    @property
-    def dropped_writes(self) -> int:
-        """Writes given up because too many were pending, or because the cache was closed."""
-        return self._dropped_writes
+    def set_recompute_cost(self, recompute_ns: RecomputeNs) -> None:
+        """Let the fetch policies compare a read with recomputing. Until then every tier is read."""
+        for policy in self.fetch_policies.values():
+            policy.recompute_ns = recompute_ns
 
     async def lookup(self, keys: Sequence[bytes]) -> CachedPrefix:
-        """The longest cached beginning of a prompt with these block keys. What the store adds moves up into memory."""
-        found = self._memory.get_chain(keys)
-        fetched = await self._fetch(keys[len(found) :], len(found))
-        kept = self._keepable(keys)[: len(found) + len(fetched)]
-        new = fetched[: max(0, len(kept) - len(found))]
-        if new:
-            fetched = [*self._memory.put_chain(kept, new), *fetched[len(new) :]]
+        """Return the longest cached beginning of a prompt with these block keys. Blocks from below move up into memory."""
         step = self._layout.block_tokens
-        return CachedPrefix((*found, *fetched), len(found) * step, len(fetched) * step)
+        blocks = self._memory.get_chain(keys)
+        in_memory = len(blocks)
+        tokens = {self._memory.name: in_memory * step}
+        for tier in self.tiers:
+            fetched = await self._fetch(tier, keys[len(blocks) :], len(blocks))
+            tokens[tier.name] = len(fetched) * step
+            blocks = [*blocks, *fetched]
+        # An erasure may have come while the tiers were read: what memory keeps is decided now.
+        kept = self._keepable(keys)[: len(blocks)]
+        if len(kept) > in_memory:
+            blocks[in_memory : len(kept)] = self._memory.put_chain(kept, blocks[in_memory : len(kept)])
+        return CachedPrefix(tuple(blocks), tokens)
 
-    async def _fetch(self, missing: Sequence[bytes], known: int) -> list[KvArray]:
-        """What the store has of the blocks after the first `known`, where reading it is worth while."""
-        step = self._layout.block_tokens
-        if self._store is None or not missing or not self.fetching.should_read(len(missing) * step, known * step):
+    async def _fetch(self, tier: KvTier, missing: Sequence[bytes], known: int) -> list[KvArray]:
+        """Read the blocks after the first `known` from a tier, if its policy expects the read to pay."""
+        step, policy = self._layout.block_tokens, self.fetch_policies[tier.name]
+        if not missing or not policy.should_read(len(missing) * step, known * step):
             return []
-        begun, failures = time.perf_counter_ns(), self._store.failures
-        fetched = await self._store.get_chain(missing)
-        if self._store.failures == failures:  # else the store leaves Redis alone for a while by itself
-            self.fetching.observe(len(missing) * step, len(fetched) * step, time.perf_counter_ns() - begun)
+        begun, failures = time.perf_counter_ns(), tier.failures
+        fetched = await tier.get_chain(missing)
+        if tier.failures == failures:  # a failure says nothing about the time of a read; the tier's breaker handles it
+            policy.observe(len(missing) * step, len(fetched) * step, time.perf_counter_ns() - begun)
         return fetched
 
     def remember(self, keys: Sequence[bytes], new: Sequence[KvArray]) -> None:
-        """Keep the blocks that `lookup` did not find: in memory before this returns, in the store some time later.
+        """Keep the blocks that `lookup` did not find: in memory before this returns, in the tiers below some time later.
 
-        keys: of the prompt's whole blocks. new: the blocks of the last `len(new)` of them, as `copy_blocks` makes them; they
-        are not copied again. Raises ValueError when there are more than keys.
+        Raises ValueError when there are more blocks than keys.
+
+        Args:
+            keys: the keys of the prompt's whole blocks.
+            new: the blocks of the last `len(new)` keys, as `copy_blocks` makes them; they are not copied again.
         """
         found = len(keys) - len(new)
         keys = self._keepable(keys)
         new = new[: max(0, len(keys) - found)]
         last = keys[max(0, len(keys) - len(new)) :]
-        # Another request with the same prefix may have been quicker; then its write is under way.
+        # Another request with the same prefix may have been faster; its write is under way then.
         known = [key in self._memory for key in last]
         kept = self._memory.put_chain(keys, new)
         unknown = {key: block for key, block, was_known in zip(last, kept, known, strict=True) if not was_known}
-        if unknown and self._store and self.fetching.should_write(len(keys) * self._layout.block_tokens):
-            self._write(unknown)
+        if unknown:
+            for tier in self.tiers:
+                if self.fetch_policies[tier.name].should_write(len(keys) * self._layout.block_tokens):
+                    self._write(tier, unknown)
 
     @property
     def accepts_user_blocks(self) -> bool:
-        """Whether blocks of stored users are kept. Only where someone says when a user is to be forgotten; False drops them."""
-        return self._keeps_owned
+        """Return whether blocks of stored users are kept. Set it only while erasures are received; False drops the blocks."""
+        return self._accepts_user_blocks
 
     @accepts_user_blocks.setter
     def accepts_user_blocks(self, value: bool) -> None:
-        self._keeps_owned = value
+        self._accepts_user_blocks = value
         if not value:
-            self._memory.drop(lambda key: owner_of(key) != NO_OWNER)
+            self._memory.drop(lambda key: user_key_of(key) != NO_USER_KEY)
 
-    async def forget(self, owners: Collection[bytes]) -> None:
-        """Drop users' blocks, here and in the store, with those that are on their way there. Looks at all keys in memory, once.
+    async def erase(self, user_keys: Collection[bytes]) -> None:
+        """Drop users' blocks from all tiers, those of pending writes included. Looks at all keys in memory, once.
 
-        Raises RedisError or OSError where the store did not do it; here it is done then, and it should be called again.
+        Raises RedisError or OSError when a tier failed. Memory has dropped the blocks then, and the call has to be repeated.
         """
         now = self._clock()
-        self._forgotten = {tag: until for tag, until in self._forgotten.items() if until > now}
-        self._forgotten |= dict.fromkeys(owners, now + self.hold_seconds)
-        gone = frozenset(owners)
-        self._memory.drop(lambda key: owner_of(key) in gone)
-        if self._store and gone:
-            if writing := {task for task, owner in self._writes.items() if owner in gone}:
-                await asyncio.wait(writing)
-            await self._store.forget(gone)
+        self._held_until = {user: until for user, until in self._held_until.items() if until > now}
+        self._held_until |= dict.fromkeys(user_keys, now + self.hold_seconds)
+        erased = frozenset(user_keys)
+        self._memory.drop(lambda key: user_key_of(key) in erased)
+        if not erased:
+            return
+        if writing := {task for task, user in self._writes.items() if user in erased}:
+            await asyncio.wait(writing)
+        for tier in self.tiers:
+            await tier.erase(erased)
 
     def _keepable(self, keys: Sequence[bytes]) -> Sequence[bytes]:
-        """A chain, or only what of it is nobody's while its owner's may not be kept."""
-        owner = owner_of(keys[-1]) if keys else NO_OWNER
-        held = self._forgotten.get(owner, -float("inf")) > self._clock()
-        if owner == NO_OWNER or (self._keeps_owned and not held):
+        """Return a chain's keys, or only those of the shared prefix while the user's blocks may not be kept."""
+        user = user_key_of(keys[-1]) if keys else NO_USER_KEY
+        held = self._held_until.get(user, -float("inf")) > self._clock()
+        if user == NO_USER_KEY or (self._accepts_user_blocks and not held):
             return keys
-        return keys[: is_shared_prefix_key(keys)]
+        return keys[: shared_prefix_length(keys)]
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
-        """Give pending writes `timeout_seconds` to end, then cancel them. Later writes are dropped."""
+        """Wait `timeout_seconds` for pending writes, then cancel them. Later writes are dropped."""
         self._closed = True
         if not self._writes:
             return
@@ -158,17 +178,15 @@ class PrefixCache:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
 
-    def _write(self, blocks: Mapping[bytes, KvArray]) -> None:
-        if self._store is None or not blocks:
-            return
+    def _write(self, tier: KvTier, blocks: Mapping[bytes, KvArray]) -> None:
         if self._closed or len(self._writes) >= self._max_pending_writes:
-            self._dropped_writes += 1
+            self.dropped_writes += 1
             return
-        task = asyncio.get_running_loop().create_task(self._store.put(blocks), name="kv-write")
-        self._writes[task] = owner_of(list(blocks)[-1])
-        task.add_done_callback(self._written)
+        task = asyncio.get_running_loop().create_task(tier.put(blocks), name="kv-write")
+        self._writes[task] = user_key_of(list(blocks)[-1])
+        task.add_done_callback(self._end_write)
 
-    def _written(self, task: asyncio.Task[None]) -> None:
+    def _end_write(self, task: asyncio.Task[None]) -> None:
         self._writes.pop(task, None)
         if not task.cancelled() and (error := task.exception()):
-            _logger.error("KV write failed", exc_info=error)
+            _log.error("kv_write_failed", exc_info=error)

@@ -1,12 +1,12 @@
-"""A pool of Redis connections that finds out before a call what a connection is worth.
+"""A pool of Redis connections that checks each connection before a call uses it.
 
-A connection is of no use in two ways. It answers, but no longer from a server that takes writes: after a failover the old
-master is a replica, and the address leads to another server. Or it is silent, because something between dropped it. So
+A connection can be useless in two ways. It answers, but no longer from a server that takes writes: after a failover the old
+master is a replica, and the address points to another server. Or it is silent, because the network dropped it. So
 
-- a connection that was not heard for `_FRESH_SECONDS`, or since another one fell silent, is asked before it is used;
-- every one is asked after `_CHECK_SECONDS` as well, idle or not, which keeps idle ones from being dropped by what lies between;
-- the question is a write that changes nothing; who refuses it, or does not answer in time, is connected again;
-- after a refusal all connections that were opened before it are opened anew, as they lead where that one led.
+- a connection without an answer for `_FRESH_SECONDS`, or since another one fell silent, is checked before it is used;
+- every connection is checked after `_CHECK_SECONDS` as well, idle or not, so that no firewall drops it as idle;
+- the check is a write that changes nothing; a connection that refuses it, or does not answer in time, is connected again;
+- after a refusal all connections that were opened earlier are opened again, as they lead to the same server.
 
 A refused command has changed nothing, so it is sent once more over a new connection, whatever it is. A command that was sent
 and not answered may have been executed: it fails, and is never sent twice.
@@ -27,111 +27,121 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, MasterDownError, ReadOnlyError, RedisError, ResponseError
 
-_FRESH_SECONDS = 0.01  # a busy connection is used more often; others pay a round trip
+_FRESH_SECONDS = 0.01  # a busy connection is used more often than that; an idle one pays a round trip
+# Within this time after a failover all connections lead to the new master. Chosen, not measured.
 _CHECK_SECONDS = 2.0
-# A server that refuses for long, such as one whose disk is full, must not cost every call a new connection.
+# A server that refuses for long, with a full disk for example, must not cost every call a new connection.
 _REFUSAL_SECONDS = 1.0
-# No key has this name: all that begin with it go on. Redis refuses to change it as it would refuse to change another.
-_NOTHING = "kv:"
-# From Redis 7 on a script's error has the code of the command's; Redis 6.2 quotes it.
+# No key has this name: longer names begin with it. Redis refuses to change it whenever it refuses other writes.
+_UNUSED_KEY = "kv:"
+# From Redis 7 on the error of a script begins with the code of the command's error; Redis 6.2 quotes it.
 _REFUSAL = re.compile(r"(Error running script .*: -)?(READONLY|LOADING|MASTERDOWN|MISCONF|NOREPLICAS) ")
 
 
 class RefusedError(ResponseError):
-    """Redis has not executed a command because it takes no writes at present: no replica, no disk."""
+    """A command that Redis did not execute because it takes no writes now: no replica, no disk."""
 
 
 _REFUSALS = (ReadOnlyError, BusyLoadingError, MasterDownError, RefusedError)
 
 
-async def change_nothing(client: Redis) -> None:
-    """Ask Redis for a write that changes nothing. Raises RedisError or OSError where it would take none."""
-    await client.unlink(_NOTHING)
+async def check_writable(client: Redis) -> None:
+    """Make a write that changes nothing. Raises RedisError or OSError when Redis takes no writes."""
+    await client.unlink(_UNUSED_KEY)
 
 
 @dataclass
-class _Doubts:
-    """Shared by the connections of a pool. silent_at: when a call last ended without an answer; refused_at: with a refusal."""
+class _PoolFailures:
+    """The last failures of a pool, shared by its connections. Times are of `time.monotonic`.
+
+    Attributes:
+        silent_at: the time at which a call last ended without an answer.
+        refused_at: the time at which a call last ended with a refusal.
+    """
 
     silent_at: float = -float("inf")
     refused_at: float = -float("inf")
 
-    def refused(self) -> None:
+    def record_refusal(self) -> None:
         now = time.monotonic()
         if now - self.refused_at > _REFUSAL_SECONDS:
             self.refused_at = now
 
 
-class _Asked(AbstractConnection):
-    """A connection that knows when it was opened and last heard. ask_seconds: how long the question may take."""
+class _CheckedConnection(AbstractConnection):
+    """A connection that records when it was opened, checked and last answered. check_seconds: time limit of a check."""
 
-    def __init__(self, *, doubts: _Doubts, ask_seconds: float, **options: Any) -> None:
+    def __init__(self, *, failures: _PoolFailures, check_seconds: float, **options: Any) -> None:
         super().__init__(**options)
-        self._doubts = doubts
-        self._ask_seconds = ask_seconds
-        self._opened_at = self._heard_at = self._asked_at = -float("inf")
+        self._failures = failures
+        self._check_seconds = check_seconds
+        self._opened_at = -float("inf")
+        self._answered_at = -float("inf")
+        self._checked_at = -float("inf")
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
-        """Connect, unless it is connected."""
+        """Connect if the connection is not connected."""
         if not self.is_connected:
-            self._opened_at = self._asked_at = time.monotonic()
+            now = time.monotonic()
+            self._opened_at = now
+            self._checked_at = now
         await super().connect_check_health(check_health, retry_socket_connect)
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
-        """One answer. A refusal makes this connection, and all older ones, connect again."""
+        """Read one answer. After a refusal this connection, and all older ones, connect again."""
         try:
             answer = await super().read_response(*args, **options)
         except (ResponseError, BusyLoadingError) as error:
-            self._heard_at = time.monotonic()
+            self._answered_at = time.monotonic()
             if (refusal := _refusal(error)) is None:
                 raise
             self.mark_for_reconnect()  # type: ignore[no-untyped-call]  # redis-py's types are incomplete
-            self._doubts.refused()
+            self._failures.record_refusal()
             raise refusal from None
         except BaseException:
-            self._doubts.silent_at = time.monotonic()
+            self._failures.silent_at = time.monotonic()
             raise
-        self._heard_at = time.monotonic()
+        self._answered_at = time.monotonic()
         return answer
 
-    async def is_of_use(self) -> bool:
-        """Whether commands may be sent on it: it stands, leads where a new one would, and takes writes, or did so just now."""
+    async def is_usable(self) -> bool:
+        """Return whether commands can be sent: the connection answers, and the server takes writes, or did so just now."""
         if not self.is_connected:
             return True
-        if self._opened_at <= self._doubts.refused_at:
+        if self._opened_at <= self._failures.refused_at:
             return False
         now = time.monotonic()
-        silent = self._heard_at < max(now - _FRESH_SECONDS, self._doubts.silent_at)
-        # Answers to reads alone do not tell whether it still leads to a server that takes writes.
-        if silent or self._asked_at < now - _CHECK_SECONDS:
+        silent = self._answered_at < max(now - _FRESH_SECONDS, self._failures.silent_at)
+        # Answers to reads alone do not show that the server still takes writes.
+        if silent or self._checked_at < now - _CHECK_SECONDS:
             return await self._takes_writes()
         return True
 
     async def _takes_writes(self) -> bool:
-        self._asked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         try:
-            async with asyncio.timeout(self._ask_seconds):
-                await self.send_command("UNLINK", _NOTHING, check_health=False)
+            async with asyncio.timeout(self._check_seconds):
+                await self.send_command("UNLINK", _UNUSED_KEY, check_health=False)
                 await self.read_response()
         except _REFUSALS:
             return False
         except ResponseError:
-            return True  # it answers; who may not write everywhere may still read
+            return True  # it answers: a user without the right to write here may still read
         except (RedisError, OSError):
             return False
         return True
 
 
-class _Tcp(_Asked, Connection):
-    pass
+class _Tcp(_CheckedConnection, Connection):
+    """A checked TCP connection."""
 
 
-class _Unix(_Asked, UnixDomainSocketConnection):
-    pass
+class _Unix(_CheckedConnection, UnixDomainSocketConnection):
+    """A checked connection over a Unix domain socket."""
 
 
-class _Tls(_Asked, SSLConnection):
-    """Reads the files for every handshake: redis-py alone would for the first, and a renewed certificate would go unused."""
+class _Tls(_CheckedConnection, SSLConnection):
+    """A checked TLS connection that reads the certificate files at every handshake; redis-py reads them at the first only."""
 
     def _connection_arguments(self) -> Any:
         self.ssl_context.context = None
@@ -142,64 +152,64 @@ _KINDS: dict[type[Any], type[Any]] = {Connection: _Tcp, SSLConnection: _Tls, Uni
 
 
 class CheckedPool(BlockingConnectionPool):
-    """Connections as in the module's docstring, `max_connections` at most; who wants one more waits for it."""
+    """A pool of checked connections, at most `max_connections`; a call that needs one more waits."""
 
-    def __init__(self, *, ask_seconds: float, connection_class: type[Any] = Connection, **options: Any) -> None:
+    def __init__(self, *, check_seconds: float, connection_class: type[Any] = Connection, **options: Any) -> None:
         super().__init__(
             connection_class=_KINDS[connection_class],
-            doubts=_Doubts(),
-            ask_seconds=ask_seconds,
+            failures=_PoolFailures(),
+            check_seconds=check_seconds,
             retry=Retry(NoBackoff(), 1, supported_errors=_REFUSALS),
             **options,
         )
         self._checks: asyncio.Task[None] | None = None
 
     async def get_connection(self, *args: Any, **options: Any) -> Any:
-        """A connection that is of use, within `timeout` seconds."""
+        """Return a usable connection within `timeout` seconds."""
         if self._checks is None or self._checks.done():
             self._checks = asyncio.get_running_loop().create_task(self._check_forever(), name="redis-checks")
         try:
             return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
         except BaseException:
-            # Who is cancelled just as it is told of a free connection would leave the next one waiting.
+            # A caller that is cancelled while it is notified of a free connection passes the notification on.
             async with self._condition:
                 self._condition.notify()
             raise
 
     async def ensure_connection(self, connection: Any) -> None:
-        """Connect what is not connected, or of no use."""
-        if not await connection.is_of_use():
+        """Connect a connection that is not connected or not usable."""
+        if not await connection.is_usable():
             await connection.disconnect(nowait=True)
         await super().ensure_connection(connection)
 
     async def release(self, connection: Any) -> None:
-        """Take a connection back. One that must be opened anew is closed before the pool is locked, without waiting."""
+        """Return a connection to the pool. If it must be opened again, close it before the pool is locked, without waiting."""
         if connection.should_reconnect():
             await connection.disconnect(nowait=True)
         await super().release(connection)
 
     async def aclose(self) -> None:
-        """Close the connections and stop asking."""
+        """Close the connections and stop the checks."""
         if self._checks is not None:
             self._checks.cancel()
             await asyncio.gather(self._checks, return_exceptions=True)
         await super().aclose()
 
     async def _check_forever(self) -> None:
-        # A cancellation that meets the end of a call to Redis raises nothing, as its client's own timeout can swallow it.
+        # The check of `cancelling`: a cancellation at the end of a Redis call may be swallowed by the client's own timeout.
         while (task := asyncio.current_task()) and not task.cancelling():
             await asyncio.sleep(_CHECK_SECONDS)
             idle = [connection for connection in self._available_connections if connection.is_connected]
             await asyncio.gather(*(self._check(connection) for connection in idle))
 
     async def _check(self, connection: Any) -> None:
-        """Ask an idle connection, and close it where it is of no use. Nobody else can use it meanwhile."""
+        """Check an idle connection, and close it if it is not usable. No call can use it meanwhile."""
         if connection not in self._available_connections:
             return
         self._available_connections.remove(connection)
         self._in_use_connections.add(connection)
         try:
-            if not await connection.is_of_use():
+            if not await connection.is_usable():
                 with contextlib.suppress(RedisError):
                     await connection.disconnect(nowait=True)
         finally:
@@ -207,7 +217,7 @@ class CheckedPool(BlockingConnectionPool):
 
 
 def _refusal(error: RedisError) -> RedisError | None:
-    """The same error as one of `_REFUSALS`, if it is one."""
+    """Return the error as one of `_REFUSALS`; None if it is no refusal."""
     if isinstance(error, _REFUSALS):
         return error
     return RefusedError(str(error)) if _REFUSAL.match(str(error)) else None

@@ -1,30 +1,35 @@
-"""Prefix KV in Redis, the tier below memory.
+"""Prefix KV in Redis: the tier below memory.
 
-Redis is never needed for an answer. Whatever goes wrong with it, here it is a miss.
+No reply needs Redis. Every failure of Redis is a cache miss here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
+from atspeed.concurrency.circuit_breaker import CircuitBreaker
 from atspeed.engine.arrays import KvArray
-from atspeed.engine.kv.memory_cache import KvLayout, decode_block, encode_block, is_shared_prefix_key, owner_of
+from atspeed.engine.kv.memory_cache import KvLayout, decode_block, encode_block, shared_prefix_length, user_key_of
+from atspeed.engine.kv.tier import TierStatistics
 
-_logger = logging.getLogger(__name__)
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+# One warning a minute while Redis fails: often enough to be seen, too rare to fill a log.
 _LOG_INTERVAL_SECONDS = 60.0
+# Bytes of a pipeline. redis-py joins its commands on the event loop, which takes some milliseconds for 8 MB.
 _WRITE_BYTES = 2**19
-# A user's hash never stands without an expiry, counted from its first field on: else what an active user's windows leave behind
-# would never go. One step, as a connection may break between two. Too full, it begins anew.
-_WRITE_OWNED = """
+# Write a user's hash so that it always has an expiry, counted from its first field on. Otherwise the prompts that an active
+# user has left behind would never expire. One script, as a connection may break between two commands. A hash with too many
+# fields is emptied first.
+_WRITE_USER_BLOCKS = """
 if redis.call('HLEN', KEYS[1]) > tonumber(ARGV[2]) then redis.call('UNLINK', KEYS[1]) end
 for field = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[field], ARGV[field + 1]) end
 if redis.call('TTL', KEYS[1]) < 0 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
@@ -32,52 +37,44 @@ if redis.call('TTL', KEYS[1]) < 0 then redis.call('EXPIRE', KEYS[1], ARGV[1]) en
 _Answer = TypeVar("_Answer")
 
 
-class KvStore(Protocol):
-    """A tier below memory. But for `forget`, no method ever raises because of the store's state: its failure is a miss.
+@dataclass(frozen=True)
+class RedisTierStatistics(TierStatistics):
+    """Counters of a Redis tier since it was made.
 
-    The keys of one call are of one prompt: nobody's first, then one owner's.
+    Attributes:
+        invalid: blocks that were damaged or foreign; each is also a miss.
+        failures: calls that Redis failed: refused, late, out of memory, not understood.
+        skipped: calls that were not made because the circuit breaker was open.
     """
 
-    @property
-    def failures(self) -> int:
-        """Calls that were not answered."""
-
-    async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
-        """The blocks of the longest leading run of `keys` that is stored and valid, each a read-only array of its own."""
-
-    async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
-        """Store blocks of one prompt by key, as many as may be."""
-
-    async def forget(self, owners: Collection[bytes]) -> None:
-        """Erase all blocks with these owners' tags, one or more. Raises RedisError or OSError where that was not done."""
-
-
-@dataclass(frozen=True)
-class StoreStatistics:
-    """What a Redis tier has done since it was made. All but `failures` and `skipped` count blocks."""
-
-    hits: int
-    misses: int
-    invalid: int
-    """Blocks found damaged or foreign; each is also a miss."""
-    failures: int
-    """Calls that Redis failed: refused, late, out of memory, not understood."""
-    skipped: int
-    """Calls not made because Redis had just failed."""
+    invalid: int = 0
+    failures: int = 0
+    skipped: int = 0
 
 
 class RedisKvStore:
-    """Blocks in Redis with a time to live: `volatile-lru` then evicts them and not histories.
+    """A `KvTier`: blocks in Redis with a time to live. The eviction policy `volatile-lru` evicts them, and no histories.
 
-    A stored user's are the fields of one hash, `kv:<tag in hex>`, so that they can be erased in one step, whatever they are of;
-    it expires as a whole, one TTL after its first write, and holds about `owner_blocks` at most, of all models together: one that
-    has more is emptied before the next prompt's are written. Others stand under `kv:<key in hex>`.
+    The blocks of a stored user are the fields of one hash, `kv:<user key in hex>`, so one command erases them, whatever model
+    they belong to. The hash expires as a whole, one TTL after its first write. It holds about `user_blocks` at most, of all
+    models together: a hash that holds more is emptied before the next prompt is written. Other blocks are `kv:<key in hex>`.
 
-    `client` must return bytes; it stays its caller's to close. Reads give up after `timeout_seconds`; writes, for which
-    nobody waits, after `write_timeout_seconds`. After a failure Redis is left alone for `backoff_seconds`; then one
-    call tries while others still do without: a dead Redis costs one request its timeout now and then, not every one.
-    For the event loop only. Encoding and decoding take milliseconds for a long prefix, so a worker thread does them.
+    Any failure opens a circuit breaker for `open_seconds`: Redis is not called, except by one probe afterwards. So a dead Redis
+    costs one request its timeout now and then, and not every request. Encoding and decoding take milliseconds for a long
+    prefix, so a worker thread does them. For the event loop only.
+
+    Args:
+        client: must return bytes; it stays the caller's to close.
+        layout: the layout of the blocks.
+        ttl_seconds: time to live of what is written.
+        timeout_seconds: time limit of a read.
+        user_blocks: number of blocks of one user.
+        write_timeout_seconds: time limit of a write; no request waits for it.
+        open_seconds: time without calls after a failure.
+        clock: seconds on a monotonic clock.
     """
+
+    name = "redis"
 
     def __init__(
         self,
@@ -86,9 +83,9 @@ class RedisKvStore:
         ttl_seconds: int,
         timeout_seconds: float,
         *,
-        owner_blocks: int = 1024,
+        user_blocks: int = 1024,
         write_timeout_seconds: float = 2.0,
-        backoff_seconds: float = 1.0,
+        open_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if client.connection_pool.connection_kwargs.get("decode_responses"):
@@ -98,59 +95,60 @@ class RedisKvStore:
         self._client = client
         self._layout = layout
         self._ttl_seconds = ttl_seconds
-        self._owner_blocks = owner_blocks
+        self._user_blocks = user_blocks
         self._timeout_seconds = timeout_seconds
         self._write_timeout_seconds = write_timeout_seconds
-        self._backoff_seconds = backoff_seconds
+        self._breaker = CircuitBreaker(1, open_seconds, clock)
         self._clock = clock
-        self._failing = False
-        self._resume_at = self._log_at = -float("inf")
-        self._hits = self._misses = self._invalid = self._failures = self._skipped = 0
+        self._log_at = -float("inf")
+        self._hits = 0
+        self._misses = 0
+        self._invalid = 0
+        self._failures = 0
+        self._skipped = 0
 
     @property
-    def statistics(self) -> StoreStatistics:
-        """A snapshot of the counters."""
-        return StoreStatistics(self._hits, self._misses, self._invalid, self._failures, self._skipped)
+    def statistics(self) -> RedisTierStatistics:
+        """Return the counters as they are now."""
+        return RedisTierStatistics(self._hits, self._misses, self._invalid, self._failures, self._skipped)
 
     @property
     def failures(self) -> int:
-        """Calls that Redis failed or that were not made because it had just failed."""
+        """Return the number of calls that Redis failed, or that were not made because the breaker was open."""
         return self._failures + self._skipped
 
     async def get_chain(self, keys: Sequence[bytes]) -> list[KvArray]:
-        """The blocks of the longest leading run of `keys` that Redis holds intact, each an array of its own.
+        """Return the blocks of the longest leading run of `keys` that Redis holds intact, each an array of its own.
 
-        One MGET or HMGET; both where nobody's blocks and an owner's are wanted.
+        Takes one MGET or HMGET; both when blocks of the shared prefix and of a user are wanted.
         """
         if not keys:
             return []
-        values = await self._ask(lambda: self._read(keys), self._timeout_seconds) or []
+        values = await self._call(lambda: self._read(keys), self._timeout_seconds) or []
         run = await asyncio.to_thread(self._decode_run, keys, values) if values else []
         self._hits += len(run)
         self._misses += len(keys) - len(run)
+        # A value that follows the run and did not decode.
         self._invalid += any(value is not None for value in values[len(run) : len(run) + 1])
         return run
 
     async def put(self, blocks: Mapping[bytes, KvArray]) -> None:
-        """Write blocks over what their keys hold, in pipelines. Raises ValueError for a block of another layout."""
-        # Looked at here already, because encoding for a Redis that will not be asked is a waste.
-        if not blocks or self._resting():
-            self._skipped += bool(blocks)
-            return
-        await self._ask(lambda: self._write(blocks), self._write_timeout_seconds)
+        """Write blocks over the values of their keys, in pipelines. Raises ValueError for a block of another layout."""
+        if blocks:
+            await self._call(lambda: self._write(blocks), self._write_timeout_seconds)
 
-    async def forget(self, owners: Collection[bytes]) -> None:
-        """Erase users' blocks, in one step. It asks a Redis that is left alone, too: nothing else would erase them."""
+    async def erase(self, user_keys: Collection[bytes]) -> None:
+        """Erase users' blocks, in one command. Ignores the breaker: no later call would erase them."""
         async with asyncio.timeout(self._write_timeout_seconds):
-            await self._client.unlink(*map(group_name, owners))
+            await self._client.unlink(*map(user_blocks_name, user_keys))
 
     async def _read(self, keys: Sequence[bytes]) -> list[Any]:
-        shared, own = keys[: is_shared_prefix_key(keys)], list(keys[is_shared_prefix_key(keys) :])
+        shared, own = _split(keys)
         answers: list[Any] = []
         if shared:
             answers.append(await self._client.mget([_name(key) for key in shared]))
         if own:
-            answers.append(await cast("Awaitable[Any]", self._client.hmget(group_name(owner_of(own[0])), own)))
+            answers.append(await cast("Awaitable[Any]", self._client.hmget(user_blocks_name(user_key_of(own[0])), own)))
         return [value for answer in answers if isinstance(answer, list) for value in answer]
 
     def _decode_run(self, keys: Sequence[bytes], values: Sequence[Any]) -> list[KvArray]:
@@ -166,64 +164,62 @@ class RedisKvStore:
         return {key: encode_block(self._layout, key, block) for key, block in blocks.items()}
 
     async def _write(self, blocks: Mapping[bytes, KvArray]) -> bool:
-        """All blocks, some at a time: redis-py joins a pipeline's commands on the event loop, some ms for 8 MB."""
+        """Write all blocks, a pipeline of about `_WRITE_BYTES` at a time."""
         keys, step = list(blocks), max(1, _WRITE_BYTES // self._layout.block_bytes)
         for start in range(0, len(keys), step):
             entries = await asyncio.to_thread(self._encode, {key: blocks[key] for key in keys[start : start + step]})
             pipeline = self._client.pipeline(transaction=False)
-            self._add_writes(pipeline, entries, most=self._owner_blocks + start)
-            # Raised by hand: redis-py would quote the whole command, megabytes of it, in the error's text.
+            self._add_writes(pipeline, entries, limit=self._user_blocks + start)
+            # Raised here and not by redis-py, whose error text quotes the whole command: megabytes.
             for result in await pipeline.execute(raise_on_error=False):
                 if isinstance(result, Exception):
                     raise result
         return True
 
-    def _add_writes(self, pipeline: Pipeline, entries: Mapping[bytes, bytes], *, most: int) -> None:
-        """most: blocks that a user's hash may hold before, what is already written of this prompt included."""
-        keys = list(entries)
-        shared, own = keys[: is_shared_prefix_key(keys)], keys[is_shared_prefix_key(keys) :]
+    def _add_writes(self, pipeline: Pipeline, entries: Mapping[bytes, bytes], *, limit: int) -> None:
+        """Add the commands that write `entries`. limit: blocks of a user's hash before, this prompt's written ones included."""
+        shared, own = _split(list(entries))
         for key in shared:
             pipeline.set(_name(key), entries[key], ex=self._ttl_seconds)
         if own:
             fields = [part for key in own for part in (key, entries[key])]
-            pipeline.eval(_WRITE_OWNED, 1, group_name(owner_of(own[0])), self._ttl_seconds, most, *fields)
+            name = user_blocks_name(user_key_of(own[0]))
+            pipeline.eval(_WRITE_USER_BLOCKS, 1, name, self._ttl_seconds, limit, *fields)
 
-    async def _ask(self, call: Callable[[], Awaitable[_Answer]], timeout_seconds: float) -> _Answer | None:
-        """Redis's answer, or None: it failed, or it is being left alone."""
-        if self._resting():
+    async def _call(self, call: Callable[[], Awaitable[_Answer]], timeout_seconds: float) -> _Answer | None:
+        """Return the answer of Redis, or None when it failed or the breaker is open."""
+        if not self._breaker.allow():
             self._skipped += 1
             return None
-        if self._failing:
-            # This call is the one that tries; the others go on resting until it is back.
-            self._resume_at = self._clock() + self._backoff_seconds
         try:
             async with asyncio.timeout(timeout_seconds):
                 answer = await call()
         except (RedisError, OSError) as error:
             self._fail(error)
             return None
-        self._failing = False
-        self._resume_at = -float("inf")
+        self._breaker.record_success()
         return answer
 
-    def _resting(self) -> bool:
-        return self._clock() < self._resume_at
-
     def _fail(self, error: Exception) -> None:
-        now = self._clock()
-        self._failing = True
+        self._breaker.record_failure()
         self._failures += 1
-        self._resume_at = now + self._backoff_seconds
+        now = self._clock()
         if now >= self._log_at:
             self._log_at = now + _LOG_INTERVAL_SECONDS
-            # Not its text: redis-py and Redis quote commands and keys in it.
-            _logger.warning("Redis KV tier failed (%d so far): %s", self._failures, type(error).__name__)
+            # Without the error's text: redis-py and Redis quote commands and keys in it.
+            _log.warning("kv_redis_failed", failures=self._failures, error=type(error).__name__)
 
 
-def group_name(owner: bytes) -> str:
-    """The Redis key of all blocks of one user."""
-    return f"kv:{owner.hex()}"
+def user_blocks_name(user_key: bytes) -> str:
+    """Return the Redis key of the hash that holds all blocks of one user."""
+    return f"kv:{user_key.hex()}"
 
 
 def _name(key: bytes) -> str:
     return f"kv:{key.hex()}"
+
+
+def _split(keys: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Return the keys of the shared prefix, and those of one user."""
+    shared = shared_prefix_length(keys)
+    return list(keys[:shared]), list(keys[shared:])

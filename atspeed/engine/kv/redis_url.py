@@ -1,10 +1,10 @@
-"""The URL of a Redis, checked when it is read.
+"""Check of a Redis URL when the settings are read.
 
     redis://[[USERNAME]:[PASSWORD]@]HOST[:PORT][/DB]      rediss:// likewise, over TLS
     unix://[[USERNAME]:[PASSWORD]@]/PATH
 
-DB may be an option as well, ?db=DB, and so may the version of Redis's protocol, ?protocol=2. redis-py itself leaves out what it
-does not understand, or refuses it at the first call, and takes options that change how often a call is tried.
+DB may be an option as well, ?db=DB, and so may the version of Redis's protocol, ?protocol=2. redis-py itself ignores unknown
+parts, or refuses them at the first call, and accepts options that change the number of retries.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from atspeed.engine.host_names import is_host
 
 _SCHEMES = ("redis://", "rediss://", "unix://")
 _ENCODE = "percent-encode user name and password: # is %23, / is %2F, ? is %3F, @ is %40"
-_MOST_DATABASES = 2**31
-_LONGEST_SOCKET_PATH = 107  # sun_path, sockaddr_un(7)
+_MAX_DATABASES = 2**31  # Redis holds the number in a signed 32-bit integer
+_LONGEST_SOCKET_PATH = 107  # sun_path, unix(7)
 
 
 def check_redis_url(url: str) -> str:
-    """The URL itself, if it names a Redis. ValueError says what is wrong and quotes nothing of it: it may hold a password."""
+    """Return the URL if it is valid. Raises ValueError with the reason, without quoting the URL: it may hold a password."""
     if not url.startswith(_SCHEMES):
         raise ValueError("must start with redis://, rediss:// or unix://")
     if any(not character.isprintable() or character.isspace() for character in url):
@@ -50,7 +50,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _check_user(parts: SplitResult) -> None:
-    """redis-py decodes both, and replaces what is not UTF-8."""
+    """Refuse bytes that are not UTF-8: redis-py would replace them silently."""
     try:
         for part in (parts.username, parts.password):
             unquote_to_bytes(part or "").decode()
@@ -59,7 +59,7 @@ def _check_user(parts: SplitResult) -> None:
 
 
 def _options(query: str) -> list[tuple[str, str]]:
-    """Names and values. The names are not quoted either: a ? in a password makes options of its rest."""
+    """Return names and values. Errors do not quote the names: a ? in a password turns the rest of it into options."""
     options = parse_qsl(query, keep_blank_values=True)
     names = [name for name, _ in options]
     if set(names) - {"db", "protocol"} or len(set(names)) < len(names) or (query and not options):
@@ -96,5 +96,5 @@ def _check_port(parts: SplitResult) -> None:
 def _check_database(given: Sequence[str]) -> None:
     if len(given) > 1:
         raise ValueError("names the database twice: /DB and ?db=DB")
-    if not all(text.isascii() and text.isdecimal() and int(text) < _MOST_DATABASES for text in given):
+    if not all(text.isascii() and text.isdecimal() and int(text) < _MAX_DATABASES for text in given):
         raise ValueError(f"the database must be a number from 0 up, as in /0; {_ENCODE}")

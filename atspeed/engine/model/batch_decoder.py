@@ -1,4 +1,4 @@
-"""Passes over several token trees as one: gathered into padded arrays, run, and scattered back."""
+"""One pass over several token trees: gathered into padded arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from atspeed.engine.model.token_tree import TreePass
 
 @dataclass(frozen=True)
 class TreeInput:
-    """One tree's part of a pass. past: [layers, 2, P, kv_heads, head_dim]; new_kv: the same for S tokens, is overwritten."""
+    """One tree's part of a pass.
+
+    Attributes:
+        step: the tokens that the model reads.
+        past: KV of the cached tokens, [layers, 2, P, kv_heads, head_dim].
+        new_kv: KV of the new tokens, [layers, 2, S, kv_heads, head_dim]; it is overwritten.
+    """
 
     step: TreePass
     past: KvArray
@@ -23,16 +29,21 @@ class TreeInput:
 
 @dataclass(frozen=True)
 class TreeOutput:
-    """What the model says of the M rows that were asked for. code_logits: float32 [M, C]; log_normalizer: float32 [M]."""
+    """The model's output for the M requested rows of one tree.
+
+    Attributes:
+        code_logits: float32 [M, C].
+        log_normalizer: float32 [M].
+    """
 
     code_logits: Float32
     log_normalizer: Float32
 
 
 class BatchDecoder:
-    """Runs a decoder on one tree's memory, or on a padded copy of several trees'. For one thread.
+    """Runs a decoder on the memory of one tree, or on a padded copy of several. For one thread.
 
-    The copy's memory stays for the next batch, as large as the largest was: at most `BatchLimits.gathered_tokens`.
+    The memory of the copy is reused. It is as large as the largest batch: at most `BatchLimits.gathered_tokens`.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -40,7 +51,7 @@ class BatchDecoder:
         self._memory = decoder.empty_kv(0).reshape(-1)
 
     def run(self, trees: Sequence[TreeInput]) -> list[TreeOutput]:
-        """One pass over some trees, one or more. What it says of a tree does not depend on the others, but for rounding."""
+        """Make one pass over one tree or more. The output of a tree does not depend on the others, except for rounding."""
         if len(trees) == 1:
             [tree], step = trees, trees[0].step
             decoder = self._decoder
@@ -56,18 +67,19 @@ class BatchDecoder:
             _padded([step.positions for step in steps], count),
             _visible(steps, cached, count),
             past,
+            # Rows of the flattened [B * count] tokens.
             np.concatenate([step.rows + row * count for row, step in enumerate(steps)]),
             new_kv,
         )
         for row, tree in enumerate(trees):
             tree.new_kv[:] = new_kv[:, :, row, : len(tree.step.tokens)]
-        ends = np.cumsum([len(step.rows) for step in steps])[:-1]
+        ends = np.cumsum([len(step.rows) for step in steps])[:-1]  # of each tree's rows in the output
         return [
             TreeOutput(*parts) for parts in zip(np.split(logits, ends), np.split(log_normalizer, ends), strict=True)
         ]
 
     def _buffers(self, batch: int, cached: int, count: int) -> tuple[KvArray, KvArray]:
-        """Room for `past` and `new_kv` of a batch, in the memory that is there as far as it goes."""
+        """Return uninitialised arrays for `past` and `new_kv` of a batch. They reuse the memory of earlier batches."""
         decoder = self._decoder
         shapes = [(decoder.layers, 2, batch, n, decoder.kv_heads, decoder.head_dim) for n in (cached, count)]
         sizes = [int(np.prod(shape)) for shape in shapes]
@@ -78,7 +90,7 @@ class BatchDecoder:
 
 
 def _gather(trees: Sequence[TreeInput], past: KvArray) -> None:
-    """Copy the trees' cached tokens side by side. Padding is 0: what is masked counts 0 times its value, so it must be finite."""
+    """Copy the trees' cached tokens side by side. Padding is 0: masked values are multiplied by 0 and must be finite."""
     for row, tree in enumerate(trees):
         length = tree.past.shape[2]
         past[:, :, row, :length] = tree.past
@@ -86,9 +98,9 @@ def _gather(trees: Sequence[TreeInput], past: KvArray) -> None:
 
 
 def _padded(rows: Sequence[Int64], count: int) -> Int64:
-    """Rows of different lengths as one array [B, count], each padded with its first value.
+    """Return rows of different lengths as one array [B, count], each padded with its first value.
 
-    Any other token might be one whose keys and values are not finite, and what is masked counts 0 times those.
+    The keys and values of another token might not be finite, and attention multiplies masked ones by 0.
     """
     array = np.empty((len(rows), count), dtype=np.int64)
     for row, values in enumerate(rows):
@@ -98,9 +110,10 @@ def _padded(rows: Sequence[Int64], count: int) -> Int64:
 
 
 def _visible(steps: Sequence[TreePass], cached: int, count: int) -> Bools:
-    """bool [B, count, cached + count]: a tree's cached tokens, padding, its new tokens, padding.
+    """Return the attention mask of a batch, bool [B, count, cached + count].
 
-    Padding sees itself alone: a token that saw nothing might become NaN, and then so would all that weigh it by 0.
+    The last axis holds a tree's cached tokens, padding, its new tokens, padding. A padding token attends to itself alone:
+    without any token its output might be NaN, and 0 * NaN is NaN for the others.
     """
     visible = np.zeros((len(steps), count, cached + count), dtype=bool)
     for row, step in enumerate(steps):

@@ -1,31 +1,40 @@
-"""A worker thread behind a bounded queue: what waits together runs together, and what is given up leaves at once."""
+"""Dynamic batching: a worker thread that runs queued passes together.
+
+Requests that are queued at the same time share a pass (co-batched requests). A request whose result is another pass is queued
+again, as in continuous batching: batches form anew for every pass.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import bisect
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import structlog
+
 from atspeed.engine.errors import OverloadedError
 
-_logger = logging.getLogger(__name__)
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Work = TypeVar("Work")
 Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """What may share a pass, and how many passes may wait.
+    """Limits of one batch and of the queue. The defaults are those of the services' settings (docs/settings.md).
 
-    tokens: new ones of a whole batch, padding included; a single pass may have more. delay_seconds: how long a pass that
-    could start waits for company. padding: rows are padded to the longest; the batch may have so many times the tokens, new
-    ones and cached ones, that its passes have one by one. gathered_tokens: new and cached ones of a whole batch, padding
-    included, whose keys and values are copied side by side.
+    Attributes:
+        requests: requests per batch.
+        tokens: new tokens of a batch, padding included; a single pass may have more.
+        delay_seconds: time that a pass waits for co-batched requests although the worker is idle.
+        waiting: passes in the queue.
+        padding: ratio of the batch's tokens, padded to the longest row, to those of its passes one by one. It holds for new
+            and for cached tokens.
+        gathered_tokens: new and cached tokens of a batch, padding included, whose keys and values are copied side by side.
     """
 
     requests: int = 16
@@ -36,26 +45,32 @@ class BatchLimits:
     gathered_tokens: int = 1_000_000
 
     def allow(self, rows: int, longest: int, deepest: int) -> bool:
-        """Whether so many passes may share one, padded to `longest` new tokens and `deepest` cached ones each."""
+        """Return whether `rows` passes fit into a batch, padded to `longest` new and `deepest` cached tokens each."""
         within = rows * longest <= self.tokens and rows * (longest + deepest) <= self.gathered_tokens
         return rows <= self.requests and within
 
 
 @dataclass(frozen=True)
 class PassSize:
-    """What a pass costs: the tokens it computes, and those before them whose keys and values it reads."""
+    """The size of a pass.
+
+    Attributes:
+        new_tokens: tokens that the pass computes.
+        cached_tokens: earlier tokens whose keys and values it reads.
+    """
 
     new_tokens: int
     cached_tokens: int
 
 
 def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
-    """Which of the passes that wait, [n] in the order of the queue, run next: ascending indices.
+    """Return the indices of the queued passes [n] that run next, ascending.
 
-    The first always does, and others join it in order, as far as the limits allow and padding is worth it. So the pass behind
-    n others runs at the latest in the (n+1)-th batch from then on, whatever queues up behind it.
+    The first pass always runs. Others join it in the order of the queue, as far as the limits allow and the padding is worth
+    it. So the pass behind n others runs at the latest in the (n+1)-th batch from then on, whatever is queued behind it.
     """
     chosen: list[int] = []
+    # Sums and maxima of the chosen passes.
     new = cached = longest = deepest = 0
     for index, size in enumerate(waiting):
         rows = len(chosen) + 1
@@ -74,38 +89,49 @@ def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
 
 @dataclass(frozen=True)
 class Reschedule:
-    """In place of an outcome: the work is not done yet, and has to have another pass, of this size."""
+    """A result in place of an outcome: the work needs another pass, of this size."""
 
     size: PassSize
 
 
 @dataclass(eq=False)
-class Ticket(Generic[Work, Outcome]):
-    """A place in the queue. size: of its next pass. since: when its request began, by `time.monotonic`. delay_seconds: how long
-    each of its passes waits for company; until: when the next one stops. done: resolves when it has left the queue, or its work
-    is done. given_up: there is to be no next pass.
+class QueuedRequest(Generic[Work, Outcome]):
+    """A request in the queue, or in a batch that runs.
+
+    Attributes:
+        work: the caller's description of the passes.
+        size: the size of its next pass.
+        began_at: the time at which the request began, by `time.monotonic`. It orders the queue.
+        delay_seconds: time that each of its passes waits for co-batched requests.
+        done: resolves when the work is done; it is cancelled when the request has left the queue.
+        delayed_until: the time at which its next pass stops waiting for co-batched requests.
+        cancelled: true when no further pass may run.
     """
 
     work: Work
     size: PassSize
-    since: float
+    began_at: float
     delay_seconds: float
     done: asyncio.Future[Outcome | Exception]
-    until: float = 0.0
-    given_up: bool = False
+    delayed_until: float = 0.0
+    cancelled: bool = False
 
 
 class Batcher(Generic[Work, Outcome]):
-    """Runs batches of work one at a time, in a thread of its own.
+    """Runs batches of work one at a time, in a thread of its own. All methods are for the event loop.
 
-    run: computes one batch, in the thread: an outcome or an exception for each piece of work, in order, each delivered as soon as
-    it is there. If it raises, those who have no outcome yet are run one by one, so that nobody fails for the company: it must
-    have done nothing to their work that a second run would not bear. What it raises for a single one is its outcome.
-    The queue is in the order in which requests began, whatever pass they are at: what is begun is finished before more is. Taking
-    turns would have all of them done late, where as many are done in the same time. Work that is to go on, `Reschedule`, keeps its
-    place: its next pass begins at once, unless an older request waits. However full the queue is, it is not refused then.
-    Batches are formed when the thread is free, so a piece of work that finds it free never waits, unless limits.delay_seconds
-    says so. All methods are for the event loop.
+    The queue has the order in which requests began, whatever pass they are at: a request that has begun is finished before newer
+    ones start. Taking turns would finish all of them late and none earlier. Work that returns `Reschedule` keeps its place: its
+    next pass starts at once, unless an older request waits. It is never refused, however full the queue is.
+
+    A batch forms when the worker is idle. So a pass that finds it idle never waits, unless limits.delay_seconds is set.
+
+    Args:
+        run: computes one batch, in the thread. It yields an outcome or an exception for each piece of work, in order, and each
+            is delivered at once. If it raises, work without an outcome is run again one by one, so that no request fails
+            because of a co-batched one: `run` must leave such work unchanged. An exception for a single piece of work is its
+            outcome.
+        limits: the limits of a batch and of the queue.
     """
 
     def __init__(
@@ -113,122 +139,129 @@ class Batcher(Generic[Work, Outcome]):
     ) -> None:
         self.limits = limits
         self._run = run
-        self._waiting: list[Ticket[Work, Outcome]] = []
+        self._queue: list[QueuedRequest[Work, Outcome]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="onnx", daemon=True)
         self._thread.start()
 
     @property
-    def waiting(self) -> int:
-        """How many wait for the thread."""
-        return len(self._waiting)
+    def queued(self) -> int:
+        """Return the number of passes in the queue."""
+        return len(self._queue)
 
     def put(
-        self, work: Work, size: PassSize, *, since: float | None = None, patient: bool = True
-    ) -> Ticket[Work, Outcome]:
-        """Queue up, for a request that began then, or now; who is not patient waits for no company.
+        self, work: Work, size: PassSize, *, began_at: float | None = None, may_wait: bool = True
+    ) -> QueuedRequest[Work, Outcome]:
+        """Queue work. Raises OverloadedError when the queue is full.
 
-        Raises OverloadedError when the queue is full.
+        Args:
+            work: an argument of `run`.
+            size: the size of its first pass.
+            began_at: the time at which its request began, by `time.monotonic`; now if None.
+            may_wait: true if its passes may wait for co-batched requests.
         """
-        began = time.monotonic() if since is None else since
-        delay_seconds = self.limits.delay_seconds if patient else 0.0
-        ticket = Ticket[Work, Outcome](work, size, began, delay_seconds, asyncio.get_running_loop().create_future())
+        began = time.monotonic() if began_at is None else began_at
+        delay_seconds = self.limits.delay_seconds if may_wait else 0.0
+        done = asyncio.get_running_loop().create_future()
+        request = QueuedRequest[Work, Outcome](work, size, began, delay_seconds, done)
         with self._changed:
-            if len(self._waiting) >= self.limits.waiting:
-                raise OverloadedError(f"max_queued_passes: {len(self._waiting)} passes wait already")
-            self._queue(ticket)
+            if len(self._queue) >= self.limits.waiting:
+                raise OverloadedError(f"max_queued_passes: {len(self._queue)} passes wait already")
+            self._enqueue(request)
             self._changed.notify()
-        return ticket
+        return request
 
-    async def outcome(self, ticket: Ticket[Work, Outcome]) -> Outcome:
-        """Wait for it. Whoever is cancelled here leaves the queue; a batch that runs already goes on without a listener, and is
-        its last.
+    async def outcome(self, request: QueuedRequest[Work, Outcome]) -> Outcome:
+        """Wait for the outcome of a request, and return or raise it.
+
+        A caller that is cancelled here takes its request out of the queue. A batch that runs already is not stopped, and is the
+        request's last.
         """
         try:
-            await asyncio.wait((ticket.done,))
+            await asyncio.wait((request.done,))
         except asyncio.CancelledError:
-            self._leave(ticket)
+            self._cancel(request)
             raise
-        outcome = ticket.done.result()
+        outcome = request.done.result()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     async def close(self) -> None:
-        """Run what waits, and stop."""
+        """Run the queued passes, and stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def _leave(self, ticket: Ticket[Work, Outcome]) -> None:
+    def _cancel(self, request: QueuedRequest[Work, Outcome]) -> None:
         with self._changed:
-            ticket.given_up = True
-            if ticket not in self._waiting:
+            request.cancelled = True
+            if request not in self._queue:
                 return
-            self._waiting.remove(ticket)
-        ticket.done.cancel()
+            self._queue.remove(request)
+        request.done.cancel()
 
-    def _queue(self, ticket: Ticket[Work, Outcome]) -> None:
-        ticket.until = time.monotonic() + ticket.delay_seconds
-        bisect.insort(self._waiting, ticket, key=lambda waiting: waiting.since)
+    def _enqueue(self, request: QueuedRequest[Work, Outcome]) -> None:
+        request.delayed_until = time.monotonic() + request.delay_seconds
+        bisect.insort(self._queue, request, key=lambda queued: queued.began_at)
 
-    def _queue_again(self, ticket: Ticket[Work, Outcome], size: PassSize) -> None:
+    def _requeue(self, request: QueuedRequest[Work, Outcome], size: PassSize) -> None:
         with self._changed:
-            ticket.size = size
-            if not ticket.given_up:
-                self._queue(ticket)
+            request.size = size
+            if not request.cancelled:
+                self._enqueue(request)
                 return
-        ticket.done.get_loop().call_soon_threadsafe(ticket.done.cancel)
+        request.done.get_loop().call_soon_threadsafe(request.done.cancel)
 
     def _work(self) -> None:
-        while batch := self._take():
-            self._answer(batch)
+        while batch := self._take_batch():
+            self._run_batch(batch)
 
-    def _answer(self, batch: Sequence[Ticket[Work, Outcome]]) -> None:
+    def _run_batch(self, batch: Sequence[QueuedRequest[Work, Outcome]]) -> None:
         answered = 0
         try:
-            for ticket, outcome in zip(batch, self._run([ticket.work for ticket in batch]), strict=True):
+            for request, outcome in zip(batch, self._run([request.work for request in batch]), strict=True):
                 if isinstance(outcome, Reschedule):
-                    self._queue_again(ticket, outcome.size)
+                    self._requeue(request, outcome.size)
                 else:
-                    _deliver(ticket, outcome)
+                    _deliver(request, outcome)
                 answered += 1
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is the outcome of a single request, and logged for a batch
             if len(batch) == 1:
                 _deliver(batch[0], error)
                 return
-            _logger.warning("a pass for %d requests failed, they go on one by one", len(batch), exc_info=error)
-            for ticket in batch[answered:]:
-                self._answer([ticket])
+            _log.warning("batch_failed", requests=len(batch), answered=answered, exc_info=error)
+            for request in batch[answered:]:
+                self._run_batch([request])
 
-    def _take(self) -> list[Ticket[Work, Outcome]]:
-        """The next batch, as soon as there is one; none when the batcher is closed and nothing waits."""
+    def _take_batch(self) -> list[QueuedRequest[Work, Outcome]]:
+        """Wait for the next batch and take it from the queue; empty when the batcher is closed and the queue is empty."""
         with self._changed:
-            while self._waiting or not self._closed:
-                patience = self._patience() if self._waiting else None
-                if patience == 0:
-                    return self._remove(next_batch([ticket.size for ticket in self._waiting], self.limits))
-                self._changed.wait(patience)
+            while self._queue or not self._closed:
+                delay = self._remaining_delay() if self._queue else None
+                if delay == 0:
+                    return self._remove(next_batch([request.size for request in self._queue], self.limits))
+                self._changed.wait(delay)
         return []
 
-    def _patience(self) -> float:
-        """How long the first in the queue may still wait for company, in seconds."""
-        left = self._waiting[0].until - time.monotonic()
+    def _remaining_delay(self) -> float:
+        """Return the seconds that the first request may still wait for others; 0 when no other could join its batch."""
+        left = self._queue[0].delayed_until - time.monotonic()
         if left <= 0 or self._closed:
             return 0.0
-        sizes = [ticket.size for ticket in self._waiting]
+        sizes = [request.size for request in self._queue]
         batch = [sizes[index] for index in next_batch(sizes, self.limits)]
         longest, deepest = max(size.new_tokens for size in batch), max(size.cached_tokens for size in batch)
         return left if self.limits.allow(len(batch) + 1, longest, deepest) else 0.0
 
-    def _remove(self, indices: Sequence[int]) -> list[Ticket[Work, Outcome]]:
-        taken = [self._waiting[index] for index in indices]
+    def _remove(self, indices: Sequence[int]) -> list[QueuedRequest[Work, Outcome]]:
+        taken = [self._queue[index] for index in indices]
         for index in reversed(indices):
-            del self._waiting[index]
+            del self._queue[index]
         return taken
 
 
-def _deliver(ticket: Ticket[Work, Outcome], outcome: Outcome | Exception) -> None:
-    ticket.done.get_loop().call_soon_threadsafe(ticket.done.set_result, outcome)
+def _deliver(request: QueuedRequest[Work, Outcome], outcome: Outcome | Exception) -> None:
+    request.done.get_loop().call_soon_threadsafe(request.done.set_result, outcome)

@@ -1,7 +1,7 @@
-"""Whether services can serve a bundle: its files, its catalogue, its graphs, and a pass over every token that a request can hold.
+"""Check that services can serve a bundle: files, catalogue, graphs, finite passes.
 
-A token whose pass gives NaN or an infinity spoils every request of that pass: what attention masks is multiplied by 0, and
-0 x NaN is NaN. Such a token may be rare, so each one is tried.
+A token whose pass gives NaN or an infinity damages every co-batched request: attention multiplies masked values by 0, and
+0 * NaN is NaN. Such a token may be rare, so every token that a request can hold is tried.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, load_decoder
 
-_TOGETHER = 64  # tokens of a pass: more would be no faster, and a large vocabulary has a logit of each for each
+# Tokens of a pass. More are not faster, and each has a logit for every code.
+_TOKENS_PER_PASS = 64
 
 
 def verify_bundle(root: Path, *, passes: bool = True) -> Bundle:
-    """Read all of a bundle as services do. Raises BundleError or CatalogueError at the first part that they would refuse.
+    """Read a bundle as services do. Raises BundleError or CatalogueError at the first part that they would refuse.
 
-    passes: whether every token is tried too.
+    passes: try every token too.
     """
     bundle = Bundle(root)
     bundle.verify()
@@ -41,7 +42,7 @@ def verify_bundle(root: Path, *, passes: bool = True) -> Bundle:
 
 
 def check_finite(decoder: Decoder, code_tokens: Sequence[int], prompt: PromptTemplate | None = None) -> None:
-    """Run every code token, and every token of the prompt, once. Raises BundleError naming one whose pass is not finite."""
+    """Run every code token and every prompt token once. Raises BundleError naming one whose pass is not finite."""
     before = np.asarray(prompt.prefix if prompt else (), dtype=np.int64)
     around = (*prompt.separator, *prompt.suffix) if prompt else ()
     _Passes(decoder, code_tokens, before[:0]).check(np.unique(before))
@@ -52,31 +53,36 @@ def check_finite(decoder: Decoder, code_tokens: Sequence[int], prompt: PromptTem
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Of tokens side by side. logits: [n, C]. finite: whether all outputs are, keys and values included."""
+    """The output of a pass over n independent tokens.
+
+    Attributes:
+        logits: [n, C].
+        finite: true if all outputs are finite, keys and values included.
+        kv_finite: true if keys and values are finite.
+    """
 
     logits: Float32
     finite: bool
-    inner: bool
-    """Whether keys and values are finite."""
+    kv_finite: bool
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """Passes over tokens that each see `before` and themselves."""
+    """Passes over tokens that each attend to `before` and to themselves."""
 
     decoder: Decoder
     code_tokens: Sequence[int]
     before: Int64
 
     def check(self, tokens: Int64) -> None:
-        """Raise BundleError when the pass of one of them is not finite."""
-        for start in range(0, len(tokens), _TOGETHER):
-            group = tokens[start : start + _TOGETHER]
+        """Raise BundleError when the pass of one of the tokens is not finite."""
+        for start in range(0, len(tokens), _TOKENS_PER_PASS):
+            group = tokens[start : start + _TOKENS_PER_PASS]
             if not self._run(group).finite:
                 self._refuse(self._culprit(group))
 
     def _culprit(self, tokens: Int64) -> int:
-        """The first whose own pass is not finite. In a shared pass it spoils the others."""
+        """Find a token whose own pass is not finite, by halving: in a shared pass it affects the others."""
         while len(tokens) > 1:
             half = tokens[: len(tokens) // 2]
             tokens = tokens[len(half) :] if self._run(half).finite else half
@@ -86,17 +92,15 @@ class _Passes:
         found = self._run(np.array([token]))
         bad = np.flatnonzero(~np.isfinite(found.logits[0]))
         other = self.code_tokens[-1 if self.code_tokens[0] == token else 0]
-        if found.inner and 0 < len(bad) < self.decoder.columns:
+        if found.kv_finite and 0 < len(bad) < self.decoder.columns:
             column = int(bad[0])
             problem = (
-                f"{self._name(self.code_tokens[column])}: its logit is {found.logits[0, column]}, whatever is asked"
+                f"{self._name(self.code_tokens[column])}: its logit is {found.logits[0, column]} after every token"
             )
-        elif found.inner and not len(bad):
+        elif found.kv_finite and not len(bad):
             problem = f"log_normalizer after {self._name(token)}: not finite, though the logit of every code is"
         elif other != token and not self._run(np.array([other])).finite:
-            problem = (
-                f"{self._name(token)}, {self._name(other)}: nan or inf in the pass of each; what they share is at fault"
-            )
+            problem = f"{self._name(token)}, {self._name(other)}: nan or inf in the pass of each; the shared weights are at fault"
         else:
             problem = f"{self._name(token)}: nan or inf in its pass"
         raise BundleError(f"{self.decoder.path}: {problem}")
@@ -108,6 +112,7 @@ class _Passes:
     def _run(self, tokens: Int64) -> _Outputs:
         prompt, count = len(self.before), len(tokens)
         visible = np.zeros((prompt + count, prompt + count), dtype=bool)
+        # The prompt is causal; each token sees the whole prompt and itself.
         visible[:, :prompt] = np.tri(prompt + count, prompt, dtype=bool)
         visible[prompt:, prompt:] = np.eye(count, dtype=bool)
         positions = np.minimum(np.arange(prompt + count), prompt)
@@ -115,5 +120,6 @@ class _Passes:
         rows = np.arange(prompt, prompt + count)
         every = np.concatenate([self.before, tokens])
         logits, normalizer = self.decoder.run(every, positions, visible, kv[:, :, :0], rows, kv)
-        inner = bool(np.isfinite(kv).all())
-        return _Outputs(logits, inner and bool(np.isfinite(logits).all() and np.isfinite(normalizer).all()), inner)
+        kv_finite = bool(np.isfinite(kv).all())
+        scores_finite = bool(np.isfinite(logits).all() and np.isfinite(normalizer).all())
+        return _Outputs(logits, kv_finite and scores_finite, kv_finite)

@@ -1,4 +1,4 @@
-"""What a pass costs on this machine: measured at warm-up, asked by everyone who has to weigh tokens against time."""
+"""The cost curve: the time of a pass by its tokens, measured at warm-up."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ import numpy.typing as npt
 from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
 
-Rehearse = Callable[[int, int], Awaitable[PassStats]]
+MeasurePass = Callable[[int, int], Awaitable[PassStats]]
+"""Makes a pass over (new tokens, cached tokens)."""
 
-# New tokens that are measured; those that say most of the curve come first, as time may be up before the last.
+# New tokens that are measured. The ends and the bends of the curve come first, as the time may be up before the last.
 NEW_TOKENS = (1, 64, 16, 256, 4, 128)
-_AT_LEAST = 2
-_REPEATS = 5
+_MIN_SIZES = 2  # a line needs two points
+_REPEATS = 5  # the median then ignores two disturbed passes
 
 
 @dataclass(frozen=True)
 class CostCurve:
-    """T(new tokens, cached tokens) of one model on one machine: nanoseconds of a pass, on a grid.
+    """The time of a pass of one model on one machine, on a grid of new and cached tokens.
 
-    new_tokens: int64 [n], cached_tokens: int64 [c], both ascending. forward_ns: float64 [n, c], falls in neither axis. Raises
-    ValueError when it is not so.
+    Raises ValueError when an array breaks its rules.
+
+    Attributes:
+        new_tokens: int64 [n], ascending, at least 1.
+        cached_tokens: int64 [c], ascending, at least 0.
+        forward_ns: nanoseconds, float64 [n, c]. They fall along neither axis.
     """
 
     new_tokens: Int64
@@ -45,27 +50,29 @@ class CostCurve:
 
     @classmethod
     def smoothed(cls, new_tokens: Sequence[int], cached_tokens: Sequence[int], forward_ns: Float64) -> CostCurve:
-        """From measurements [n, c], which noise may have made fall here and there: a larger pass costs as much at least."""
+        """Build a curve from noisy measurements [n, c]: a larger pass gets at least the time of a smaller one."""
         risen = np.maximum.accumulate(np.maximum.accumulate(forward_ns, axis=0), axis=1)
         return cls(np.asarray(new_tokens, dtype=np.int64), np.asarray(cached_tokens, dtype=np.int64), risen)
 
     def predict(self, new_tokens: npt.ArrayLike, cached_tokens: npt.ArrayLike = 0) -> Float64:
-        """Nanoseconds of passes of these shapes, broadcast: bilinear on the grid, linear beyond the most new tokens, level beyond
-        its other ends.
+        """Return the nanoseconds of passes of these sizes, broadcast.
+
+        The prediction is bilinear on the grid, linear beyond the most new tokens, and constant beyond the other ends.
         """
-        if np.ndim(cached_tokens) == 0:  # all that a planner asks, several times for a request
+        if np.ndim(cached_tokens) == 0:  # the planner's case, several times per request
             return self._at(np.asarray(new_tokens, dtype=np.float64), float(cached_tokens))  # type: ignore[arg-type]
         low, high, share = _between(self.new_tokens, np.asarray(new_tokens, dtype=np.float64))
         left, right, part = _between(self.cached_tokens, np.asarray(cached_tokens, dtype=np.float64))
-        part = np.minimum(part, 1.0)
+        part = np.minimum(part, 1.0)  # constant beyond the most cached tokens
         grid = self.forward_ns
+        # Interpolate along the cached tokens, at both neighbours of the new tokens, then between these two.
         at_low = grid[low, left] + part * (grid[low, right] - grid[low, left])
         at_high = grid[high, left] + part * (grid[high, right] - grid[high, left])
         predicted: Float64 = at_low + share * (at_high - at_low)
         return predicted
 
     def _at(self, new: Float64, cached: float) -> Float64:
-        """Passes over new tokens, broadcast, on the same cached ones."""
+        """Return the nanoseconds of passes over new tokens, broadcast, on the same cached ones."""
         axis, ns = self.new_tokens, self._column(cached)
         if len(axis) == 1:
             return np.full_like(new, ns[0])
@@ -73,7 +80,7 @@ class CostCurve:
         return np.asarray(np.interp(new, axis, ns) + slope * np.maximum(0.0, new - axis[-1]))
 
     def _column(self, cached: float) -> Float64:
-        """Passes over each of `new_tokens` on so many cached ones: float64 [n]."""
+        """Return the nanoseconds of passes over each of `self.new_tokens` on `cached` tokens: float64 [n]."""
         axis = self.cached_tokens
         right = int(np.searchsorted(axis, cached, side="right"))
         if right in {0, len(axis)}:
@@ -83,30 +90,32 @@ class CostCurve:
         return np.asarray(shorter + share * (longer - shorter))
 
     def saved(self, found: int, cached: int) -> float:
-        """Nanoseconds that a pass on `cached` tokens gains where the keys and values of `found` more need not be computed."""
+        """Return the nanoseconds that a pass on `cached` tokens saves when the KV of `found` more is read from a cache."""
         return float(self.predict(1 + found, cached) - self.predict(1, cached + found))
 
 
 def _between(axis: Int64, at: Float64) -> tuple[Int64, Int64, Float64]:
-    """Each value's neighbours on an axis, by index, and its way from the first to the second; above 1 beyond the end."""
+    """Return each value's neighbours on an axis, by index, and its share of the way between them; above 1 beyond the end."""
     low = np.minimum(np.maximum(np.searchsorted(axis, at, side="right") - 1, 0), max(0, len(axis) - 2))
     high = np.minimum(low + 1, len(axis) - 1)
     share = np.maximum(0.0, at - axis[low]) / np.maximum(1, axis[high] - axis[low])
     return low, high, share
 
 
-async def measure(rehearse: Rehearse, most_new_tokens: int, cached_tokens: Sequence[int], seconds: float) -> CostCurve:
-    """Measure a model by its own passes, `rehearse(new, cached)`: round after round over the grid until the time is up or
-    each cell has been measured often enough, and the median of each.
+async def measure(
+    measure_pass: MeasurePass, most_new_tokens: int, cached_tokens: Sequence[int], seconds: float
+) -> CostCurve:
+    """Measure a model's passes in rounds over the grid; the curve takes the median of each cell.
 
-    At least the first two sizes are measured. A disturbance meets neighbouring cells in one round and spares them in the next.
+    The rounds end when the time is up or each cell has been measured `_REPEATS` times. At least the first two sizes are
+    measured. A disturbance affects neighbouring cells in one round, and other cells in the next.
     """
     rounds: dict[int, list[list[int]]] = {}
     until = time.monotonic() + seconds
     for new in [new for new in NEW_TOKENS if new <= most_new_tokens] * _REPEATS:
-        if time.monotonic() > until and len(rounds) >= _AT_LEAST:
+        if time.monotonic() > until and len(rounds) >= _MIN_SIZES:
             break
-        costs = [await rehearse(new, cached) for cached in cached_tokens]
+        costs = [await measure_pass(new, cached) for cached in cached_tokens]
         rounds.setdefault(new, []).append([max(1, cost.forward_ns) for cost in costs])
     sizes = sorted(rounds)
     return CostCurve.smoothed(sizes, cached_tokens, np.asarray([np.median(rounds[new], axis=0) for new in sizes]))

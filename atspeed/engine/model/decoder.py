@@ -1,6 +1,6 @@
-"""An exported decoder: one pass over a token tree, with the caller's key/value memory read and written in place.
+"""An exported decoder in ONNX Runtime: one pass over token trees, KV in place.
 
-The graph's contract stands in `graph_inputs` and `graph_outputs`: `atspeed.training.export` writes by it, `Decoder` checks by it.
+`graph_inputs` and `graph_outputs` are the contract of the graph: `atspeed.training.export` writes it, `Decoder` checks it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from atspeed.engine.errors import BundleError
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
 
-_LARGEST_TENSOR = 2**31  # bytes of one that onnxruntime takes from memory
+# Bytes of the largest tensor that onnxruntime reads from memory: the limit of a protobuf message.
+_LARGEST_TENSOR = 2**31
 
-# onnxruntime's names and options, by preference.
+# Names and options of onnxruntime's providers, by preference.
 _Providers: TypeAlias = list[tuple[str, dict[str, str]]]
 _PROVIDERS: dict[Provider, _Providers] = {
     "cpu": [("CPUExecutionProvider", {})],
-    # TF32, the default, keeps 10 bits of a float32's mantissa: results would be 1e-3 off and depend on a pass's shape.
-    # Shape arithmetic stays on the CPU even then.
+    # TF32, the default, keeps 10 bits of a float32's mantissa: results are 1e-3 off and depend on the shape of a pass.
+    # The CPU provider stays for shape arithmetic.
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
 }
 _SPIN_SETTINGS: dict[Spin, dict[str, str]] = {
@@ -41,12 +42,14 @@ _SPIN_SETTINGS: dict[Spin, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How a model runs on this machine.
+    """Options of onnxruntime on this machine.
 
-    intra_op_threads: threads of one pass, the caller's included; never ONNX Runtime's default of all cores.
-    spin: what those threads do while they wait. "brief" spins 50 microseconds, longer than the gaps within a pass, then
-    sleeps. "always" is onnxruntime's default, many milliseconds: a pass, and every other process on the same cores, takes
-    several times as long as soon as there are fewer free cores than threads.
+    Attributes:
+        provider: the hardware.
+        intra_op_threads: threads of one pass, the caller's included; never onnxruntime's default of all cores.
+        spin: the behaviour of waiting threads. "brief" spins 50 microseconds, longer than the gaps within a pass, then sleeps.
+            "always" is onnxruntime's default, many milliseconds: with fewer free cores than threads, passes and other
+            processes take several times as long.
     """
 
     provider: Provider = "cpu"
@@ -56,14 +59,19 @@ class RuntimeOptions:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of the graph: element type, and for every axis its name or its fixed size."""
+    """An input or output of the graph.
+
+    Attributes:
+        dtype: the element type.
+        axes: the name or the fixed size of every axis.
+    """
 
     dtype: str
     axes: tuple[str | int, ...]
 
     @property
     def fixed(self) -> tuple[int | None, ...]:
-        """The axes with None where the size is free."""
+        """Return the sizes of the axes; None for a free size."""
         return tuple(axis if isinstance(axis, int) else None for axis in self.axes)
 
     def __str__(self) -> str:
@@ -71,7 +79,7 @@ class TensorSpec:
 
 
 def graph_inputs(layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[str, TensorSpec]:
-    """The inputs of a decoder that computes in `dtype`, in order."""
+    """Return the inputs of a decoder that computes in `dtype`, in order."""
     past = TensorSpec(dtype, ("batch", "past", kv_heads, head_dim))
     return {
         "input_ids": TensorSpec("int64", ("batch", "new")),
@@ -83,7 +91,7 @@ def graph_inputs(layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[
 
 
 def graph_outputs(layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int) -> dict[str, TensorSpec]:
-    """The outputs of a decoder with `columns` code tokens, in order."""
+    """Return the outputs of a decoder with `columns` code tokens, in order."""
     new = TensorSpec(dtype, ("batch", "new", kv_heads, head_dim))
     return {
         "code_logits": TensorSpec("float32", ("rows", columns)),
@@ -93,17 +101,21 @@ def graph_outputs(layers: int, kv_heads: int, head_dim: int, dtype: str, columns
 
 
 def kv_names(prefix: Literal["past", "new"], layers: int) -> list[tuple[str, str]]:
-    """(key, value) tensor names of each layer."""
+    """Return the (key, value) tensor names of each layer."""
     return [(f"{prefix}_key.{layer}", f"{prefix}_value.{layer}") for layer in range(layers)]
 
 
 class Decoder:
     """A loaded ONNX decoder. `run` may be called from any thread, and from several at once; it releases the GIL.
 
-    files: the model's, where they have been read already. The session has a copy of its own: what becomes of the files later
-    changes nothing.
-    Raises BundleError when the file cannot be loaded, when its graph is not the contract's, or when the provider asked for
-    is not there: a GPU service never falls back to the CPU in silence.
+    Raises BundleError when the file cannot be loaded, when its graph breaks the contract, or when the provider is not available:
+    a GPU service never falls back to the CPU silently.
+
+    Args:
+        path: the .onnx file.
+        options: the options of onnxruntime.
+        files: the content of the model's files; read from `path` if None. The session keeps a copy, so later changes of the
+            files have no effect.
     """
 
     def __init__(self, path: Path, options: RuntimeOptions, files: ModelFiles | None = None) -> None:
@@ -116,29 +128,35 @@ class Decoder:
                 raise BundleError(f"{path}: {kind} {name}: missing, or its last axis has no fixed size")
         self.layers = sum(name.startswith("past_key.") for name in inputs)
         self.dtype = np.dtype(inputs["past_key.0"].dtype)
-        self.kv_heads, self.head_dim = (int(axis or 0) for axis in inputs["past_key.0"].fixed[2:])
+        past_shape = inputs["past_key.0"].fixed
+        self.kv_heads = int(past_shape[2] or 0)
+        self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)
         shape = (self.layers, self.kv_heads, self.head_dim, self.dtype.name)
         _check_contract(path, "input", inputs, graph_inputs(*shape))
         _check_contract(path, "output", outputs, graph_outputs(*shape, self.columns))
-        # By visibility. The lowest finite number, not -inf: a masked score never turns a row into NaN.
+        # The attention bias by visibility. The lowest finite number, not -inf, so that a masked score never makes a row NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
     def empty_kv(self, tokens: int) -> KvArray:
-        """Uninitialised keys and values of so many tokens, [layers, 2, tokens, kv_heads, head_dim] in the model's dtype."""
+        """Return uninitialised KV [layers, 2, tokens, kv_heads, head_dim] in the model's dtype."""
         return np.empty((self.layers, 2, tokens, self.kv_heads, self.head_dim), dtype=self.dtype)
 
     def run(
         self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
     ) -> tuple[Float32, Float32]:
-        """One pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
-
-        tokens, positions: int64 [S]. visible: bool [S, P + S], what each token attends to, always itself too.
-        past: [layers, 2, P, kv_heads, head_dim] in the model's dtype, P may be 0. rows: int64 [M], the tokens whose logits are
-        wanted. new_kv: [layers, 2, S, kv_heads, head_dim], is overwritten with the new tokens' keys and values.
+        """Make one pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
 
         past[l, j] and new_kv[l, j] must be contiguous and must not overlap: two spans of one longer buffer qualify, and
         nothing is copied then. Raises ValueError, naming the argument, when a shape, dtype or layout is wrong.
+
+        Args:
+            tokens: int64 [S].
+            positions: int64 [S].
+            visible: the tree attention mask, bool [S, P + S]; every token attends to itself.
+            past: KV of the cached tokens, [layers, 2, P, kv_heads, head_dim] in the model's dtype; P may be 0.
+            rows: the tokens whose logits are wanted, int64 [M].
+            new_kv: [layers, 2, S, kv_heads, head_dim]; it is overwritten with the KV of the new tokens.
         """
         for name, kv in (("past", past), ("new_kv", new_kv)):
             if kv.ndim != 5:
@@ -148,11 +166,17 @@ class Decoder:
     def run_batch(
         self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
     ) -> tuple[Float32, Float32]:
-        """`run` over several trees, padded to the same lengths: everything but `rows` has a batch axis B.
+        """Make one pass over several trees, padded to the same lengths. Every argument of `run` but `rows` has a batch axis B.
 
-        tokens, positions: [B, S]. visible: [B, S, P + S]. past: [layers, 2, B, P, kv_heads, head_dim]; new_kv: [layers, 2, B, S,
-        kv_heads, head_dim]. rows: int64 [M], into the flattened B x S tokens. What is masked is read all the same, so padding
-        must be finite.
+        The model reads masked KV too, so padding must be finite.
+
+        Args:
+            tokens: int64 [B, S].
+            positions: int64 [B, S].
+            visible: bool [B, S, P + S].
+            past: [layers, 2, B, P, kv_heads, head_dim].
+            rows: int64 [M], into the flattened B * S tokens.
+            new_kv: [layers, 2, B, S, kv_heads, head_dim].
         """
         (batch, count), cached = tokens.shape, past.shape[-3]
         self._check_kv("past", past, (batch, cached))
@@ -175,7 +199,7 @@ class Decoder:
         return fetches["code_logits"], fetches["log_normalizer"]
 
     def _run_bound(self, feeds: Mapping[str, npt.NDArray[Any]], fetches: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Run on the arrays' own memory. On CUDA the same calls copy: feeds when they are bound, fetches after the pass."""
+        """Run on the arrays' own memory. On CUDA the same calls copy: feeds at binding, fetches after the pass."""
         binding = self._session.io_binding()
         for name, array in feeds.items():
             _bind(binding.bind_input, name, array)
@@ -198,10 +222,10 @@ class Decoder:
 
 
 def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verified: bool = False) -> Decoder:
-    """A bundle's decoder. verified: of the very bytes whose hashes stand in the manifest.
+    """Load a bundle's decoder. verified: compare the loaded bytes with the manifest's hashes.
 
-    Raises BundleError, naming the field, also when the graph is not what the manifest says of it, and
-    when the provider cannot multiply in 8 bits: onnxruntime would go on with the CPU there, node by node.
+    Raises BundleError, naming the field, when a file cannot be loaded, when the graph contradicts the manifest, or when the
+    provider cannot multiply 8-bit integers: onnxruntime would run those nodes on the CPU.
     """
     if bundle.model(role).precision == "int8" and options.provider != "cpu":
         raise BundleError(
@@ -213,7 +237,7 @@ def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verifie
 
 
 def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
-    """Raise BundleError, naming the field, when the graph is not what the manifest says of it."""
+    """Raise BundleError, naming the field, when the graph contradicts the manifest."""
     entry = bundle.model(role)
     columns = len(entry.code_tokens)
     for field, said, found in (
@@ -240,16 +264,16 @@ def _open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSe
         session = _session(files, options, providers)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
-    # onnxruntime only warns when CUDA is installed but does not work, and goes on with the CPU.
+    # onnxruntime only warns when CUDA is installed but does not work, and uses the CPU.
     if session.get_providers()[0] != wanted:
         raise BundleError(f"{path}: provider {options.provider}: it is installed but cannot be used")
     return session
 
 
 def _session(files: ModelFiles, options: RuntimeOptions, providers: _Providers) -> ort.InferenceSession:
-    """A session over what was read: from memory, or from a copy on disk where onnxruntime takes a tensor from there alone."""
+    """Open a session from memory; from a private copy on disk when a tensor is too large for that."""
     settings = _session_options(options)
-    # Never empty: given one file in memory, onnxruntime looks for none on disk.
+    # Never empty: with one file in memory, onnxruntime reads none from disk.
     memory = {files.path.name: files.graph, **files.weights}
     sizes = [len(content) for content in memory.values()]
     settings.add_external_initializers_from_files_in_memory(list(memory), list(memory.values()), sizes)
@@ -266,7 +290,7 @@ def _session_options(options: RuntimeOptions) -> ort.SessionOptions:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.intra_op_threads
     settings.inter_op_num_threads = 1
-    # A memory pattern is kept for every distinct input shape, and here nearly every pass has its own.
+    # A memory pattern is kept for every distinct input shape, and nearly every pass has its own shape.
     settings.enable_mem_pattern = False
     for key, value in _SPIN_SETTINGS[options.spin].items():
         settings.add_session_config_entry(key, value)

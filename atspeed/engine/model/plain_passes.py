@@ -1,22 +1,23 @@
-"""Whether a model's plain passes give numbers: those of a search for which nothing is planned."""
+"""Check that the passes of a search without a plan give finite scores."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from atspeed.engine.errors import NoNumbersError
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
 
-_TRIED = 8  # children of a node
+_TRIED = 8  # children of a node; a model whose best 8 children all fail is damaged beyond single codes
 
 
 async def check_plain_passes(evaluator: TreeEvaluator) -> None:
-    """Make some of the passes of a greedy search, from the root down, on an empty history.
+    """Make the passes of a greedy search, from the root down, on an empty history.
 
-    Of a node's best children one has to work: a code whose weights are damaged spoils the passes that read it, and no others.
-    Raises NoNumbersError when none of them does, or the root does not; and whatever else a pass raises.
+    One of a node's best children has to work: a code with damaged weights affects the passes that read it, and no others. Raises
+    NoNumbersError when none of them works, or the root does not. Other exceptions of a pass pass through.
     """
     trie = evaluator.trie
     found = await _evaluation(evaluator, ROOT)
@@ -25,7 +26,7 @@ async def check_plain_passes(evaluator: TreeEvaluator) -> None:
 
 
 async def _below(evaluator: TreeEvaluator, found: Evaluation) -> Evaluation:
-    """The evaluation of the best of a node's children that has one."""
+    """Return the evaluation of the best child whose pass is finite."""
     problem = NoNumbersError("evaluation: a node without children")
     for child in found.child.tolist():
         try:
@@ -36,9 +37,9 @@ async def _below(evaluator: TreeEvaluator, found: Evaluation) -> Evaluation:
 
 
 async def _evaluation(evaluator: TreeEvaluator, node: int) -> Evaluation:
-    """Of a node alone, on a tree of its own: one that has had a spoilt pass is of no use."""
+    """Evaluate one node in a session of its own: a session cannot be used after a pass that is not finite."""
     path = np.append(ROOT, evaluator.trie.with_ancestors([node])).astype(np.int64)
-    tree = evaluator.rehearsal(evaluator.entry.prompt.tokens([]))
+    tree = evaluator.open_synthetic(evaluator.entry.prompt.tokens([]))
     try:
         found, _ = await evaluator.evaluate(tree, path, Selection(Pruning.none(), limit=_TRIED))
     finally:

@@ -1,4 +1,8 @@
-"""Token trees: prompt tokens are a chain, trie nodes hang below it, one pass reads any new part (method, section 3)."""
+"""Token trees: one pass reads prompt and proposed nodes with tree attention.
+
+The prompt is a chain, and the plan's nodes hang below it (docs/method.md, section 3). In tree attention a token sees only its
+ancestors, so one pass evaluates every node as if its code path had been read alone (SpecInfer, arXiv 2305.09781).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,13 @@ from atspeed.engine.search.trie import ROOT, Trie
 
 @dataclass(frozen=True)
 class TreePass:
-    """What the model reads in one pass, flattened into one row.
+    """The input of one pass: the new tokens of a token tree, flattened into one row.
 
-    tokens, positions: int64 [S]. visible: bool [S, P + S], whether a new token attends to a cached or new one.
-    rows: int64 [M], the new tokens whose logits are wanted, in the order of the nodes asked for.
+    Attributes:
+        tokens: token ids, int64 [S].
+        positions: positions, int64 [S]. Nodes of one depth share a position.
+        visible: the tree attention mask, bool [S, P + S]: true where a new token attends to a cached or new one.
+        rows: the new tokens whose logits are wanted, int64 [M], in the order of the nodes of the pass.
     """
 
     tokens: Int64
@@ -29,11 +36,13 @@ class TreePass:
 
 @dataclass
 class TokenTree:
-    """One request's prompt and evaluated nodes, and the keys and values of all of them in the order they were computed.
+    """The prompt and the evaluated nodes of one request, with their keys and values in the order of computation.
 
-    prompt: int64 [prompt]. kv: [layers, 2, capacity, kv_heads, head_dim], of which the first `length` tokens are filled;
-    capacity is that of the buffer which it was last moved to, 0 at first.
-    slots: the place in `kv` of every evaluated node but the root, whose logits are the last prompt token's.
+    Attributes:
+        prompt: token ids, int64 [prompt].
+        kv: [layers, 2, capacity, kv_heads, head_dim]. The capacity is that of the last buffer, 0 at first.
+        length: the number of tokens of `kv` that are filled.
+        slots: evaluated node -> its place in `kv`. The root has none: its logits are the last prompt token's.
     """
 
     prompt: Int64
@@ -42,36 +51,40 @@ class TokenTree:
     slots: dict[int, int] = field(default_factory=dict)
 
     def move_to(self, kv: KvArray) -> KvArray:
-        """Go on in a larger buffer. Returns the old one, which the tree does not use any more."""
-        old, self.kv = self.kv, kv
+        """Move to a larger buffer. Returns the old one, which the tree no longer uses."""
+        old = self.kv
+        self.kv = kv
         kv[:, :, : self.length] = old[:, :, : self.length]
         return old
 
     def fill_prefix(self, blocks: Sequence[KvArray]) -> None:
-        """Start from cached blocks [layers, 2, block, kv_heads, head_dim] of the prompt's beginning."""
+        """Copy in cached blocks [layers, 2, block, kv_heads, head_dim] of the prompt's beginning."""
         for block in blocks:
             end = self.length + block.shape[2]
             self.kv[:, :, self.length : end] = block
             self.length = end
 
     def plan_pass(self, trie: Trie, nodes: Int64, code_tokens: Int64) -> TreePass:
-        """The pass that evaluates `nodes` [n], ascending, and whatever of the prompt is not computed yet.
+        """Return the pass that computes the rest of the prompt and evaluates `nodes`, int64 [n], ascending.
 
-        Raises CapacityError (a caller's mistake) when a node's parent is neither evaluated nor among them.
+        Raises CapacityError, a mistake of the caller, when an ancestor of a node is neither evaluated nor among `nodes`.
         """
         cached, prompt = self.length, len(self.prompt)
         new_prompt = max(0, prompt - cached)
         inner = nodes[nodes != ROOT]
         total = new_prompt + len(inner)
         depth = trie.depth(inner)
+        # The new tokens: the rest of the prompt, then a code token for each node.
         tokens = np.concatenate([self.prompt[prompt - new_prompt :], code_tokens[trie.column(inner)]])
         positions = np.concatenate([np.arange(prompt - new_prompt, prompt), prompt + depth - 1])
 
         visible = np.zeros((total, cached + total), dtype=bool)
+        # A prompt token sees the prompt up to itself, a node sees all of it.
         visible[:new_prompt, :prompt] = np.tri(new_prompt, prompt, k=prompt - new_prompt, dtype=bool)
         visible[new_prompt:, :prompt] = True
         slots = dict(zip(inner.tolist(), range(cached + new_prompt, cached + total), strict=True))
         known = self.slots | slots
+        # Each node also sees itself and its ancestors: mark them level by level, upwards to the root.
         row, node = np.arange(new_prompt, total), inner
         while len(node):
             try:
@@ -80,13 +93,14 @@ class TokenTree:
                 raise CapacityError(f"nodes: node {missing} is an ancestor that was not evaluated") from None
             node = trie.parent[node].astype(np.int64)
             row, node = row[node != ROOT], node[node != ROOT]
+        # The logits of each node, and of the last prompt token for the root.
         rows = np.arange(new_prompt, total)
         if len(nodes) and nodes[0] == ROOT:
             rows = np.concatenate([[new_prompt - 1], rows])
         return TreePass(tokens, positions, visible, rows)
 
     def commit(self, trie_pass: TreePass, nodes: Int64) -> None:
-        """Take the pass's tokens as computed: their keys and values stand in `kv` after `length`."""
+        """Record a pass whose keys and values are in `kv` after `length`."""
         inner = nodes[nodes != ROOT].tolist()
         self.length += len(trie_pass.tokens)
         self.slots.update(zip(inner, range(self.length - len(inner), self.length), strict=True))

@@ -1,14 +1,14 @@
-"""A model over a catalogue: opens token trees on cached prefixes and evaluates their nodes, for draft and target alike."""
+"""Evaluation of trie nodes by one model, on token trees with a cached prefix."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -16,95 +16,38 @@ from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, block_keys, copy_blocks, namespace
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, block_keys, copy_blocks, namespace
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
-from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule, Ticket
+from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TokenTree, TreePass
-from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
+from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
+from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
 from atspeed.engine.search.trie import ROOT, Pruning, Trie
 
-# Nodes that fit beside a prompt and its first pass before the buffer has to grow.
+# Nodes that fit beside a prompt and its first pass before the buffer grows: the later passes of a list with 10 beams. Chosen,
+# not measured.
 _NODE_ROOM = 128
-_OPEN_KV_BYTES = 4 * 2**30
+_OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
 Part = TypeVar("Part")
-Found = TypeVar("Found")
-
-# Passes of which each depends on what came of the last: yields the nodes of one, is sent their evaluation, returns what it found.
-PassProgram = Generator[Int64, Evaluation, Found]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which children of an evaluated node are wanted: the best `limit` live ones, perturbed or not."""
-
-    pruning: Pruning
-    limit: int
-    perturbation: Perturbation | None = None
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """A pass that was made, over so many nodes. From when it queued up until it was done, by `time.perf_counter_ns`.
-
-    valid: whether its scores are numbers.
-    """
-
-    nodes: int
-    cost: PassStats
-    queued_ns: int
-    done_ns: int
-    valid: bool = True
-
-
-@dataclass
-class OpenTree:
-    """A request's token tree in a model service. Until its first pass it has no memory of its own.
-
-    keys: of the prompt's whole blocks. cached: the blocks that were found, until the first pass has read them. computed: those
-    that no cache had, from the first pass until the cache has them. cost_of_opening: until a pass has it in its own.
-    since: when it was opened, by `time.monotonic`; its passes come before those of younger trees. rehearsal: whether nobody waits
-    for it, so that its passes wait for nobody. capacity: tokens that are reserved for it.
-    passes: those that were made. newest: the work that was queued last. While that is not done, the worker thread alone
-    touches the tree.
-    """
-
-    tokens: TokenTree
-    keys: list[bytes]
-    cached: tuple[KvArray, ...]
-    cost_of_opening: PassStats
-    since: float = field(default_factory=time.monotonic)
-    rehearsal: bool = False
-    capacity: int = 0
-    computed: list[KvArray] = field(default_factory=list)
-    passes: list[PassRecord] = field(default_factory=list)
-    newest: Ticket[TreeWork, object] | None = None
-
-
-@dataclass
-class TreeWork:
-    """Passes over one tree. nodes: of the next one; queued_ns: since when it waits for its turn."""
-
-    tree: OpenTree
-    steps: PassProgram[Any]
-    selection: Selection
-    nodes: Int64
-    queued_ns: int
 
 
 class TreeEvaluator:
-    """Evaluates token trees with one model. Passes run one at a time in a worker thread, outside the event loop; those that
-    wait together run together, as far as the limits allow.
+    """Evaluates token trees with one model. Passes run one at a time in a worker thread, with dynamic batching (`Batcher`).
 
-    All methods are for the event loop, and none moves keys and values on it: a prompt's may be hundreds of megabytes, so
-    the worker thread allocates them, copies them in and copies them out. Cancelling `evaluate` or `follow` gives up waiting:
-    a pass that has not begun never does; one that runs ends by itself and its result is dropped, so of a cancelled tree
-    nothing may be asked any more. `end` it all the same.
+    All methods are for the event loop, and none moves keys and values on it: those of a prompt may be hundreds of megabytes, so
+    the worker thread allocates them and copies them in and out. Cancelling `evaluate` or `run_steps` stops the wait: a queued
+    pass never begins, a running pass ends and its result is dropped. A cancelled session can only be ended, with `end`.
 
-    open_kv: the memory of open trees, for at most `open_kv_bytes`.
+    Attributes:
+        decoder: the model.
+        entry: its entry in the bundle's manifest.
+        trie: the catalogue's trie.
+        rule: the scoring rule.
+        open_kv: the memory of open sessions, at most `open_kv_bytes`.
     """
 
     def __init__(
@@ -131,47 +74,46 @@ class TreeEvaluator:
         self._batcher = Batcher(self._run, limits or BatchLimits())
 
     @property
-    def waiting_passes(self) -> int:
-        """How many passes wait for the worker thread."""
-        return self._batcher.waiting
+    def queued_passes(self) -> int:
+        """Return the number of passes that wait for the worker thread."""
+        return self._batcher.queued
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
-        """Start a tree on a prompt [prompt], on as much of it as the prefix cache holds. End it with `end`.
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = NO_USER_KEY) -> TreeSession:
+        """Start a session on a prompt, int64 [prompt], with the KV that the prefix cache holds. End it with `end`.
 
-        owner: the tag of a stored user.
+        Raises PromptError when the prompt is empty or too long for the model, or holds an unknown token id.
 
-        Raises PromptError on an empty prompt, an unknown token id, or one too long for the model.
+        Args:
+            prompt: the token ids.
+            tenant: the tenant; tenants share no cached KV.
+            user_key: the key of a stored user.
         """
         self._check_prompt(prompt)
         begun = time.perf_counter_ns()
         step = self._layout.block_tokens
         chain = namespace(self.entry.fingerprint, self._layout, tenant)
-        keys = block_keys(chain, prompt, step, owner, template_tokens=self._template_tokens(prompt))
-        # The last prompt token is always computed: its logits are the root's evaluation.
+        keys = block_keys(chain, prompt, step, user_key, template_tokens=self._template_tokens(prompt))
+        # The last prompt token is always computed: its logits evaluate the root.
         cached = await self._cache.lookup(keys[: (len(prompt) - 1) // step])
-        cost = PassStats(
-            lookup_ns=time.perf_counter_ns() - begun,
-            memory_cached_tokens=cached.memory_tokens,
-            redis_cached_tokens=cached.redis_tokens,
-        )
-        return OpenTree(self._empty_tree(prompt), keys, cached.blocks, cost)
+        stats = PassStats(lookup_ns=time.perf_counter_ns() - begun, cached_tokens_by_tier=cached.tokens_by_tier)
+        return TreeSession(self._empty_tree(prompt), keys, cached.blocks, stats)
 
-    async def evaluate(self, tree: OpenTree, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassStats]:
-        """One pass: the best children of `nodes` [n], ascending inner nodes, not evaluated before on this tree.
+    async def evaluate(self, tree: TreeSession, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassStats]:
+        """Make one pass: the best children of `nodes`, int64 [n], ascending inner nodes, not evaluated before on this tree.
 
-        Parents are evaluated before or among `nodes`; the root is in the first pass, or the prompt is computed without it.
-        Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full, and
-        NoNumbersError, after which the tree is of no use: it holds keys and values that are no numbers either.
+        Parents are evaluated before or among `nodes`; the root is in the first pass, and in no other. Raises CapacityError when a
+        node breaks that, OverloadedError when the queue or the memory of open sessions is full, and NoNumbersError. After
+        NoNumbersError the session cannot be used: its keys and values are not finite either.
         """
         return await self.run_steps(tree, _one_pass(nodes), selection)
 
     async def run_steps(
-        self, tree: OpenTree, steps: PassProgram[Found], selection: Selection
+        self, tree: TreeSession, steps: PassProgram[Found], selection: Selection
     ) -> tuple[Found, PassStats]:
-        """Pass after pass, as for `evaluate` each, and what they found in the end.
+        """Make the passes of a program, each as `evaluate` does; return its result and the statistics of all passes.
 
-        The steps are taken in the worker thread: from one pass to the next nothing waits for the event loop, and where no older
-        request waits, the next begins at once. Raises what they raise.
+        The program runs in the worker thread: no pass waits for the event loop between two passes. If no older request waits, the
+        next pass begins at once. Raises the program's exceptions and those of `evaluate`.
         """
         made = len(tree.passes)
         try:
@@ -179,86 +121,89 @@ class TreeEvaluator:
         except StopIteration as end:
             return cast("Found", end.value), PassStats()
         size = self._admitted(tree, nodes)
-        work = TreeWork(tree, steps, selection, nodes, time.perf_counter_ns())
-        tree.newest = self._batcher.put(work, size, since=tree.since, patient=not tree.rehearsal)
+        run = ProgramRun(tree, steps, selection, nodes, time.perf_counter_ns())
+        tree.last_request = self._batcher.put(run, size, began_at=tree.opened_at, may_wait=not tree.synthetic)
         try:
-            found = await self._batcher.outcome(tree.newest)
+            found = await self._batcher.outcome(tree.last_request)
         finally:
             self._remember(tree)
-        return cast("Found", found), reduce(add, [record.cost for record in tree.passes[made:]])
+        return cast("Found", found), reduce(add, [done.stats for done in tree.passes[made:]])
 
-    def end(self, tree: OpenTree) -> None:
-        """Let go of a tree and its memory: at once, or when the pass that still writes to it has ended."""
-        if tree.newest is None or tree.newest.done.done():
+    def end(self, tree: TreeSession) -> None:
+        """End a session and release its memory: at once, or when the pass that still writes to it has ended."""
+        if tree.last_request is None or tree.last_request.done.done():
             self._release(tree)
         else:
-            tree.newest.done.add_done_callback(lambda _: self._release(tree))
+            tree.last_request.done.add_done_callback(lambda _: self._release(tree))
 
     async def warm_up(self) -> None:
-        """Run one pass of each kind, so that the first request does not pay for allocations."""
+        """Run one pass of each kind, so that the first request does not wait for allocations."""
         prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         everything = Selection(Pruning.none(), limit=1)
-        tree = self.rehearsal(prompt[: self.entry.max_positions - self.trie.levels + 1])
+        tree = self.open_synthetic(prompt[: self.entry.max_positions - self.trie.levels + 1])
         try:
-            with suppress(NoNumbersError):  # it is for `plain_passes` to say whether that matters
+            with suppress(NoNumbersError):  # `plain_passes` decides whether that matters
                 await self.evaluate(tree, np.array([ROOT]), everything)
                 if self.trie.levels > 1:
                     await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
         finally:
             self.end(tree)
 
-    def rehearsal(self, prompt: Int64, cached: tuple[KvArray, ...] = ()) -> OpenTree:
-        """A tree that nobody waits for, on blocks that are made up; no cache keeps anything of it. End it with `end`."""
-        return OpenTree(self._empty_tree(prompt), [], cached, PassStats(), rehearsal=True)
+    def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
+        """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
+        return TreeSession(self._empty_tree(prompt), [], cached_blocks, PassStats(), synthetic=True)
 
     async def cost_curve(self, seconds: float) -> CostCurve:
-        """Measure what passes cost, for about so long. Nothing else should run on the model meanwhile."""
+        """Measure the cost curve, for about `seconds`. No other pass should run on the model meanwhile."""
         block, levels = self._layout.block_tokens, self.trie.levels
         blocks = (self.entry.prompt.max_tokens(levels) - 1) // block
         cached = sorted({0, blocks // 2 * block, blocks * block})
         most = self.entry.max_positions - (levels - 1) - cached[-1] + int(self.trie.level_start[levels]) - 1
-        return await measure(self._rehearse, most, cached, seconds)
+        return await measure(self._measured_pass, most, cached, seconds)
 
-    async def _rehearse(self, new: int, cached: int) -> PassStats:
-        """A first pass over `new` tokens, nodes of the trie as far as it has so many, on `cached` ones, a multiple of a block."""
+    async def _measured_pass(self, new: int, cached: int) -> PassStats:
+        """Make a first pass over `new` tokens on `cached` ones, a multiple of a block. Nodes of the trie come first."""
         nodes = np.arange(min(new, int(self.trie.level_start[self.trie.levels])))
         prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
-        tree = self.rehearsal(prompt, (block,) * (cached // self._layout.block_tokens))
+        tree = self.open_synthetic(prompt, (block,) * (cached // self._layout.block_tokens))
         try:
             with suppress(NoNumbersError):
                 await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
         finally:
             self.end(tree)
-        return tree.passes[-1].cost
+        return tree.passes[-1].stats
 
     async def close(self) -> None:
-        """Wait for the passes that are queued, and stop. The cache stays the caller's to close."""
+        """Run the queued passes, and stop. The cache stays the caller's to close."""
         await self._batcher.close()
 
     def _empty_tree(self, prompt: Int64) -> TokenTree:
         return TokenTree(prompt, self.decoder.empty_kv(0))
 
-    def _remember(self, tree: OpenTree) -> None:
-        """Give the cache what a first pass computed for it, whatever became of the later ones."""
-        computed, tree.computed = tree.computed, []
-        if computed:
-            self._cache.remember(tree.keys, computed)
+    def _remember(self, tree: TreeSession) -> None:
+        """Hand the new blocks of a first pass to the cache, even if a later pass failed."""
+        blocks = tree.new_blocks
+        tree.new_blocks = []
+        if blocks:
+            self._cache.remember(tree.keys, blocks)
 
-    def _admitted(self, tree: OpenTree, nodes: Int64) -> PassSize:
-        """A pass that may wait for its turn. Raises CapacityError, OverloadedError; see `evaluate`."""
+    def _admitted(self, tree: TreeSession, nodes: Int64) -> PassSize:
+        """Check a pass and reserve its memory; return its size. Raises CapacityError and OverloadedError, see `evaluate`."""
         self._check_nodes(tree.tokens, nodes)
         size = self._size(tree, nodes)
         self._reserve(tree, size)
         return size
 
-    def _size(self, tree: OpenTree, nodes: Int64) -> PassSize:
-        """What a pass will compute and read, the cached blocks included that the tree still has to be filled with."""
-        cached = tree.tokens.length or len(tree.cached) * self._layout.block_tokens
-        return PassSize(max(0, len(tree.tokens.prompt) - cached) + len(nodes) - int(nodes[0] == ROOT), cached)
+    def _size(self, tree: TreeSession, nodes: Int64) -> PassSize:
+        """Return the size of a pass, cached blocks included that the first pass still has to copy into the tree."""
+        cached = tree.tokens.length or len(tree.cached_blocks) * self._layout.block_tokens
+        new_prompt = max(0, len(tree.tokens.prompt) - cached)
+        # The root has no token of its own: its logits are the last prompt token's.
+        return PassSize(new_prompt + len(nodes) - int(nodes[0] == ROOT), cached)
 
-    def _reserve(self, tree: OpenTree, size: PassSize) -> None:
-        """Room for what the tree will hold after the pass; a first time some more, then half as much again."""
+    def _reserve(self, tree: TreeSession, size: PassSize) -> None:
+        """Reserve memory for the tree after the pass: `_NODE_ROOM` more at first, then half as much again."""
         needed = size.cached_tokens + size.new_tokens
         if needed <= tree.capacity:
             return
@@ -268,81 +213,83 @@ class TreeEvaluator:
         self._cancel_unused(tree)
         tree.capacity = capacity
 
-    def _cancel_unused(self, tree: OpenTree) -> None:
-        """Give up what was reserved for a pass that never began."""
+    def _cancel_unused(self, tree: TreeSession) -> None:
+        """Cancel the reservation of a pass that never began."""
         if tree.capacity > tree.tokens.kv.shape[2]:
             self.open_kv.cancel(tree.capacity)
 
-    def _release(self, tree: OpenTree) -> None:
+    def _release(self, tree: TreeSession) -> None:
         self._cancel_unused(tree)
-        held, tree.tokens.kv = tree.tokens.kv, self.decoder.empty_kv(0)
+        held = tree.tokens.kv
+        tree.tokens.kv = self.decoder.empty_kv(0)
         if held.size:
             self.open_kv.give_back(held)
         tree.capacity = 0
-        tree.cached = ()
+        tree.cached_blocks = ()
 
-    def _run(self, works: Sequence[TreeWork]) -> Iterator[object]:
-        """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it. Where
-        the model itself fails nothing has been committed, and each may be run again.
+    def _run(self, runs: Sequence[ProgramRun]) -> Iterator[object]:
+        """Make one pass over several trees, in the worker thread. A failure of one tree does not affect the others.
+
+        If the model itself fails, nothing has been committed, and each run can be repeated.
         """
         begun = time.perf_counter_ns()
-        steps = [_attempt(self._prepare, work) for work in works]
-        ready = [(work, step) for work, step in zip(works, steps, strict=True) if isinstance(step, TreePass)]
-        inputs = [_input(work.tree.tokens, step) for work, step in ready]
+        steps = [_attempt(self._prepare, run) for run in runs]
+        ready = [(run, step) for run, step in zip(runs, steps, strict=True) if isinstance(step, TreePass)]
+        inputs = [_input(run.tree.tokens, step) for run, step in ready]
         outputs = iter(self._batch_decoder.run(inputs) if inputs else ())
-        batch_tokens = len(ready) * max((len(step.tokens) for _, step in ready), default=0)
         forward = PassStats(
-            forward_ns=time.perf_counter_ns() - begun, batch_requests=len(ready), batch_tokens=batch_tokens
+            forward_ns=time.perf_counter_ns() - begun,
+            batch_requests=len(ready),
+            batch_tokens=len(ready) * max((len(step.tokens) for _, step in ready), default=0),
         )
-        for work, step in zip(works, steps, strict=True):
+        for run, step in zip(runs, steps, strict=True):
             if isinstance(step, TreePass):
-                yield _attempt(
-                    partial(self._finish, step=step, output=next(outputs), begun=begun, forward=forward), work
-                )
+                finish = partial(self._finish, step=step, output=next(outputs), begun=begun, forward=forward)
+                yield _attempt(finish, run)
             else:
                 yield step
 
-    def _prepare(self, work: TreeWork) -> TreePass:
-        """Room for the pass, before a tree's first one with the cached blocks in it, even if the pass is refused then."""
-        tree = work.tree
+    def _prepare(self, run: ProgramRun) -> TreePass:
+        """Move the tree into its reserved buffer, fill in the cached blocks before its first pass, and plan the pass."""
+        tree = run.tree
         if tree.tokens.kv.shape[2] < tree.capacity:
             outgrown = tree.tokens.move_to(self.open_kv.take(tree.capacity))
             if outgrown.size:
                 self.open_kv.give_back(outgrown)
         if not tree.tokens.length:
-            tree.tokens.fill_prefix(tree.cached)
-        return tree.tokens.plan_pass(self.trie, work.nodes, self._code_tokens)
+            tree.tokens.fill_prefix(tree.cached_blocks)
+        return tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
 
-    def _finish(self, work: TreeWork, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
-        """What the pass says of the tree's nodes, and what follows from it: another pass, or what was looked for."""
-        tree = work.tree
+    def _finish(self, run: ProgramRun, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
+        """Commit a pass and advance the program: another pass, or its result."""
+        tree = run.tree
         first = tree.tokens.length < len(tree.tokens.prompt)
-        tree.tokens.commit(step, work.nodes)
+        tree.tokens.commit(step, run.nodes)
         selecting = time.perf_counter_ns()
-        evaluation = self._evaluation(work, output)
+        evaluation = self._evaluation(run, output)
         valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()
-        if first and valid:  # a node that spoils a pass spoils the prompt's keys and values in it too
-            tree.computed = self._computed_blocks(tree)
+        if first and valid:  # a node that makes scores NaN may have done so to the prompt's keys and values
+            tree.new_blocks = self._new_blocks(tree)
         done = time.perf_counter_ns()
-        cost = replace(
-            tree.cost_of_opening,
-            queue_ns=begun - work.queued_ns,
+        stats = replace(
+            tree.lookup_stats,
+            queue_ns=begun - run.queued_ns,
             forward_ns=forward.forward_ns + done - copying,
             selection_ns=copying - selecting,
             new_tokens=len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
         )
-        tree.cost_of_opening = PassStats()
-        tree.passes.append(PassRecord(len(work.nodes), cost, work.queued_ns, done, valid))
-        return self._next(work, evaluation) if isinstance(evaluation, Evaluation) else evaluation
+        tree.lookup_stats = PassStats()
+        tree.passes.append(CompletedPass(len(run.nodes), stats, run.queued_ns, done, valid))
+        return self._next(run, evaluation) if isinstance(evaluation, Evaluation) else evaluation
 
-    def _evaluation(self, work: TreeWork, output: TreeOutput) -> Evaluation | NoNumbersError:
-        selection = work.selection
+    def _evaluation(self, run: ProgramRun, output: TreeOutput) -> Evaluation | NoNumbersError:
+        selection = run.selection
         try:
             return best_children(
                 self.trie,
-                work.nodes,
+                run.nodes,
                 output.code_logits,
                 output.log_normalizer,
                 rule=self.rule,
@@ -353,24 +300,24 @@ class TreeEvaluator:
         except NoNumbersError as error:
             return error
 
-    def _next(self, work: TreeWork, evaluation: Evaluation) -> object:
-        """The work's next pass, or what it has found."""
+    def _next(self, run: ProgramRun, evaluation: Evaluation) -> object:
+        """Return the program's next pass, or its result."""
         try:
-            work.nodes = work.steps.send(evaluation)
+            run.nodes = run.steps.send(evaluation)
         except StopIteration as end:
             return end.value
-        size = self._admitted(work.tree, work.nodes)
-        work.queued_ns = time.perf_counter_ns()
+        size = self._admitted(run.tree, run.nodes)
+        run.queued_ns = time.perf_counter_ns()
         return Reschedule(size)
 
-    def _computed_blocks(self, tree: OpenTree) -> list[KvArray]:
-        """Copies of the prompt's blocks that no cache had; the tree lets go of those that one had."""
-        computed = copy_blocks(self._layout, tree.tokens.kv, len(tree.cached), len(tree.keys))
-        tree.cached = ()
-        return computed
+    def _new_blocks(self, tree: TreeSession) -> list[KvArray]:
+        """Copy the prompt's blocks that no cache had, and drop the references to the cached ones."""
+        blocks = copy_blocks(self._layout, tree.tokens.kv, len(tree.cached_blocks), len(tree.keys))
+        tree.cached_blocks = ()
+        return blocks
 
     def _template_tokens(self, prompt: Int64) -> int:
-        """How many tokens at a prompt's beginning are the template's and not the user's."""
+        """Return the number of tokens at the beginning of a prompt that are the template's and not the user's."""
         prefix = self.entry.prompt.prefix
         return len(prefix) if tuple(prompt[: len(prefix)].tolist()) == prefix else 0
 
@@ -401,8 +348,8 @@ def _input(tree: TokenTree, step: TreePass) -> TreeInput:
     return TreeInput(step, tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])
 
 
-def _attempt(compute: Callable[[TreeWork], Part], work: TreeWork) -> Part | Exception:
+def _attempt(compute: Callable[[ProgramRun], Part], run: ProgramRun) -> Part | Exception:
     try:
-        return compute(work)
-    except Exception as error:  # noqa: BLE001 - it is for the request whose pass this is
+        return compute(run)
+    except Exception as error:  # noqa: BLE001 - it is the outcome of the request whose pass this is
         return error

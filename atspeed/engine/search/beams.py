@@ -1,6 +1,7 @@
-"""Beams, and the steps from one level to the next. The draft grows its plan with them and the orchestrator selects with them.
+"""Beams, and the step of beam search from one level to the next.
 
-Order, everywhere: what is ordered by descending, then code path ascending; within a level, that is node id ascending.
+The draft grows its plan with these functions, and the orchestrator selects beams with them. Their order is: priority
+descending, then code path ascending. Within a level, code path ascending is node id ascending.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from atspeed.engine.search.sampling import Stream, gumbel
 from atspeed.engine.search.scoring import Children, Evaluation, Perturbation
 from atspeed.engine.search.trie import ROOT, Trie
 
-# What is known of nodes: of any, or of just the beams that are asked about, in their order.
 Evaluated = Mapping[int, Children] | Evaluation
+"""Evaluated nodes: any nodes by id, or exactly the beams in question, in their order."""
 
 
 @dataclass(frozen=True)
 class Beams:
-    """Trie nodes of one depth, in the order of their priority. All arrays [b].
+    """Beams of one level: trie nodes of one depth. All arrays have the shape [b].
 
-    score:    cumulative log-probability under the scoring rule.
-    weight:   cumulative log-probability under the sampling law, phi of stochastic beam search; the score elsewhere.
-    priority: what the order follows: the score, or a perturbed one.
+    Attributes:
+        node: node ids, int64.
+        score: cumulative log-probability under the scoring rule, float64.
+        weight: cumulative log-probability under the sampling law (phi in stochastic beam search); else the score.
+        priority: the key of the order: the score, or a perturbed one.
     """
 
     node: Int64
@@ -36,13 +39,13 @@ class Beams:
 
     @classmethod
     def root(cls) -> Beams:
-        """The start of a search: the root, certain, with its perturbed score fixed at 0 (arXiv 1903.06059, algorithm 1)."""
+        """Return the start of a search: the root with score 0 and perturbed score 0 (arXiv 1903.06059, algorithm 1)."""
         zero = np.zeros(1)
         return cls(np.array([ROOT], dtype=np.int64), zero, zero, zero)
 
     @classmethod
     def joined(cls, parts: Sequence[Beams]) -> Beams:
-        """Several groups of beams as one, in the order given."""
+        """Concatenate groups of beams, in the given order."""
         return cls(
             np.concatenate([part.node for part in parts]),
             np.concatenate([part.score for part in parts]),
@@ -51,22 +54,23 @@ class Beams:
         )
 
     def __len__(self) -> int:
-        """Number of beams."""
+        """Return the number of beams."""
         return len(self.node)
 
     def take(self, rows: npt.NDArray[np.integer] | slice) -> Beams:
-        """These rows, in this order."""
+        """Return the beams of these rows, in this order."""
         return Beams(self.node[rows], self.score[rows], self.weight[rows], self.priority[rows])
 
     def best(self, width: int) -> Beams:
-        """The `width` of the highest priority, in the declared order."""
+        """Return the `width` beams of the highest priority, in the declared order."""
         return self.take(np.lexsort((self.node, -self.priority))[:width])
 
     def best_among(self, rows: Int64, width: int) -> Int64:
-        """Those of some rows that `best` would take of them, in any order. Only what decides a tie is sorted."""
+        """Return the rows [<= width] that `best` would choose among `rows`, in any order. Sorts only the rows of a tie."""
         if len(rows) <= width:
             return rows
         priority, rest = self.priority[rows], len(rows) - width
+        # The priority of the last chosen row: all above it are chosen, the lowest ids among the equal ones fill the rest.
         least = np.partition(priority, rest)[rest] if width else np.inf
         better, ties = rows[priority > least], rows[priority == least]
         if len(better) + len(ties) > width:
@@ -74,23 +78,30 @@ class Beams:
         return np.concatenate([better, ties])
 
     def threshold(self, width: int) -> float:
-        """The lowest priority among the best `width`; -inf where there are fewer, and none has to be left out."""
+        """Return the lowest priority among the best `width`; -inf when there are fewer beams."""
         if len(self) < width:
             return -np.inf
         return float(np.partition(self.priority, len(self) - width)[len(self) - width])
 
     def by_node(self) -> Beams:
-        """The same beams in ascending order of their ids."""
+        """Return the beams in ascending order of their ids."""
         return self.take(np.argsort(self.node))
 
     def by_score(self) -> Beams:
-        """The same beams in order of their scores."""
+        """Return the beams in order of their scores."""
         return self.take(np.lexsort((self.node, -self.score)))
 
 
 @dataclass(frozen=True)
-class _Known:
-    """The children of some beams [b]. count: int64 [b]; node: int64 [m]; logp: float32 [m]; log_mass: float64 [b]."""
+class _FlatChildren:
+    """The evaluated children of b beams as flat arrays.
+
+    Attributes:
+        count: children of each beam, int64 [b].
+        node: the children, beam by beam, int64 [m].
+        logp: their log-probabilities, float32 [m].
+        log_mass: log-sum over all live children of each beam, float64 [b].
+    """
 
     count: Int64
     node: Int64
@@ -98,8 +109,8 @@ class _Known:
     log_mass: Float64
 
     @classmethod
-    def of(cls, beams: Beams, evaluated: Evaluated) -> _Known:
-        """What is known of them, in their order."""
+    def of(cls, beams: Beams, evaluated: Evaluated) -> _FlatChildren:
+        """Return the children of the beams, in the order of the beams."""
         if isinstance(evaluated, Evaluation):
             count, log_mass = np.diff(evaluated.child_start), evaluated.log_mass.astype(np.float64)
             return cls(count, evaluated.child.astype(np.int64), evaluated.logp, log_mass)
@@ -113,35 +124,38 @@ class _Known:
 
 
 def children_by_score(beams: Beams, evaluated: Evaluated) -> Beams:
-    """All known children of the beams [m], each with its cumulative log-probability as priority."""
-    known = _Known.of(beams, evaluated)
+    """Return all evaluated children of the beams, [m], with their cumulative log-probability as priority."""
+    known = _FlatChildren.of(beams, evaluated)
     score = np.repeat(beams.score, known.count) + known.logp
     return Beams(known.node, score, score, score)
 
 
 def children_by_gumbel(trie: Trie, beams: Beams, evaluated: Evaluated, noise: Perturbation) -> Beams:
-    """All known children of the beams [m], with perturbed scores as priority: stochastic beam search, arXiv 1903.06059.
+    """Return all evaluated children of the beams, [m], with perturbed scores as priority: stochastic beam search.
 
-    The step's law is p at the temperature, over the live children. The perturbed scores of a node's children are
-    conditioned on their maximum being the node's own (section 4.1 and appendix B.3, the numerically stable form), so the
-    best-priority nodes of every level are a sample without replacement, the same whoever computes them.
+    Each step follows p at the temperature, over the live children. The perturbed scores of a node's children are conditioned on
+    their maximum, which is the node's own perturbed score (arXiv 1903.06059, section 4.1 and appendix B.3, the numerically
+    stable form). So the best nodes of every level are a sample without replacement. Draft and target compute the same one.
     """
-    known = _Known.of(beams, evaluated)
+    known = _FlatChildren.of(beams, evaluated)
+    # phi of each child: the parent's phi plus the child's normalised log-probability at the temperature.
     row, node, logp = np.repeat(np.arange(len(beams)), known.count), known.node, known.logp.astype(np.float64)
     weight = beams.weight[row] + logp / noise.temperature - known.log_mass[row]
+    # G of each child, and Z of each parent: the maximum over its children.
     unconditioned = weight + gumbel(noise.seed, Stream.GUMBEL, trie.path_hash(node))
     peak = np.full(len(beams), -np.inf)
     np.maximum.at(peak, row, unconditioned)
-    with np.errstate(divide="ignore"):  # the best child's log1p(-1) = -inf, which makes it inherit its parent's score
+    # v = G_parent - G + log(1 - exp(G - Z)); the conditioned score is G_parent - max(0, v) - log(1 + exp(-|v|)).
+    with np.errstate(divide="ignore"):  # for the best child v = log1p(-1) = -inf, so it inherits its parent's score
         above = beams.priority[row] - unconditioned + np.log1p(-np.exp(unconditioned - peak[row]))
     priority = beams.priority[row] - np.maximum(0.0, above) - np.log1p(np.exp(-np.abs(above)))
     return Beams(node, beams.score[row] + logp, weight, priority)
 
 
 def level_log_distribution(beams: Beams, temperature: float) -> Float64:
-    """Log-softmax of the scores of one level's candidates at a temperature: [m], the logs of AtSpeed-R's p and q.
+    """Return the log-softmax of one level's scores at a temperature, [m]: the logs of p and q in AtSpeed-R.
 
-    Logs, because at a low temperature all but the best underflow to 0, and those could then never be drawn.
+    Logs, because at a low temperature the probabilities of all but the best underflow to 0 and could never be drawn.
     """
     if not len(beams):
         return np.empty(0)
@@ -152,7 +166,7 @@ def level_log_distribution(beams: Beams, temperature: float) -> Float64:
 def sample_without_replacement(
     trie: Trie, node: Int64, log_weight: Float64, count: int, *, seed: int, stream: Stream
 ) -> Int64:
-    """Rows of up to `count` nodes drawn without replacement by exp(log_weight) [m] (Gumbel top-k); -inf is never drawn."""
+    """Draw rows of up to `count` nodes without replacement by exp(log_weight), [m] (Gumbel top-k). -inf is never drawn."""
     possible = np.flatnonzero(log_weight > -np.inf)
     noisy = log_weight[possible] + gumbel(seed, stream, trie.path_hash(node[possible]))
     return possible[np.argsort(-noisy, kind="stable")[:count]]

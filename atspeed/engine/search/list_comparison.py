@@ -1,9 +1,8 @@
-"""Whether two lists are the same.
+"""Comparison of two lists: identical, a near-tie, or different.
 
-Two computations of the same list round differently, so two items whose scores are closer than rounding can swap, also over
-the end of the list. Such lists are near-ties and counted apart: wherever they differ, the scores are less than NEAR_TIE
-apart, and so are the two scores of every item that both hold. Where the searches' levels are known, that is asked of the first
-one that differs.
+Two computations of the same list round differently. So two items whose scores are closer than rounding can swap, also across
+the end of the list. Such lists are near-ties: wherever they differ, the scores differ by less than NEAR_TIE, and so do the two
+scores of every shared item. If the levels of the searches are known, the first level that differs is compared.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, Self
 
+# Ten times the rounding of a float32 pass (1e-5), and far below the gap of two items that a user could notice.
 NEAR_TIE = 1e-4
 
 
 class Verdict(StrEnum):
-    """How two lists compare."""
+    """The result of a comparison."""
 
     IDENTICAL = "identical"
     NEAR_TIE = "near-tie"
@@ -25,17 +25,17 @@ class Verdict(StrEnum):
 
     @property
     def answer(self) -> str:
-        """To the question whether the lists are identical: yes, near-tie or NO."""
+        """Return the answer to 'identical?': yes, near-tie or NO."""
         return {Verdict.IDENTICAL: "yes", Verdict.NEAR_TIE: "near-tie", Verdict.DIFFERENT: "NO"}[self]
 
     @classmethod
     def worst(cls, verdicts: Iterable[Verdict]) -> Verdict:
-        """The verdict on many pairs of lists: that on the pair that differs most; identical where there are none."""
+        """Return the verdict of the pair that differs most; identical without any pair."""
         return max(verdicts, key=list(cls).index, default=cls.IDENTICAL)
 
 
 class Scored(Protocol):
-    """An item of a list, in a reply or before it became one."""
+    """An item of a list, in a reply or in the service."""
 
     @property
     def item_id(self) -> str: ...  # noqa: D102
@@ -45,20 +45,25 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class RankedList:
-    """Item ids, best first, and their scores."""
+    """A list, best item first.
+
+    Attributes:
+        items: item ids.
+        scores: their scores.
+    """
 
     items: tuple[str, ...]
     scores: tuple[float, ...]
 
     @classmethod
     def of(cls, items: Iterable[Scored]) -> Self:
-        """A list's items, best first."""
+        """Build a list from its items, best first."""
         listed = list(items)
         return cls(tuple(item.item_id for item in listed), tuple(item.score for item in listed))
 
 
 def compare(actual: RankedList, expected: RankedList) -> Verdict:
-    """Identical items in identical order, the same but for near-ties, or different."""
+    """Compare two lists: identical items in identical order, a near-tie, or different."""
     if actual.items == expected.items:
         return Verdict.IDENTICAL
     if len(actual.items) != len(expected.items):
@@ -73,31 +78,31 @@ def compare(actual: RankedList, expected: RankedList) -> Verdict:
 
 
 def compare_searches(actual: Sequence[RankedList], expected: Sequence[RankedList]) -> Verdict:
-    """Two searches as what was chosen level by level, root first, the list at the end: judged by the first place where they part.
+    """Compare two searches by the first level whose beams differ. Each is a sequence of levels, root first, the list last.
 
-    Two beams a rounding apart may swap over the end of an inner level. What comes below them is then as different as it likes.
+    Two beams that differ by rounding may swap across the end of an inner level. The lists below them can then differ freely.
     """
     if actual[-1].items == expected[-1].items:
         return Verdict.IDENTICAL
-    levels = zip(actual, expected, strict=False)  # one that found nothing on the way has fewer
-    parted = (pair for pair in levels if set(pair[0].items) != set(pair[1].items))
-    return compare(*next(parted, (actual[-1], expected[-1])))
+    levels = zip(actual, expected, strict=False)  # a search that found no more beams has fewer levels
+    differing = (pair for pair in levels if set(pair[0].items) != set(pair[1].items))
+    return compare(*next(differing, (actual[-1], expected[-1])))
 
 
 def largest_gap(one: RankedList, other: RankedList) -> float:
-    """The largest difference between the scores at the same place."""
+    """Return the largest difference between the scores at the same place."""
     return max((abs(a - b) for a, b in zip(one.scores, other.scores, strict=False)), default=0.0)
 
 
 def _disagreement(one: RankedList, other: RankedList) -> float:
-    """The largest difference between the two scores of an item that both lists hold."""
+    """Return the largest difference between the two scores of a shared item."""
     scores = dict(zip(other.items, other.scores, strict=True))
     both = zip(one.items, one.scores, strict=True)
     return max((abs(score - scores[item]) for item, score in both if item in scores), default=0.0)
 
 
 def _distance_to_end(one: RankedList, other: RankedList) -> float:
-    """How far the items that `one` alone holds are from the other's last place, over which they may have swapped."""
+    """Return the largest distance between an item that only `one` holds and the last score of `other`."""
     shared = set(other.items)
     alone = (score for item, score in zip(one.items, one.scores, strict=True) if item not in shared)
     return max((abs(score - other.scores[-1]) for score in alone), default=0.0)

@@ -16,7 +16,7 @@ from atspeed.engine.search.trie import Trie, among
 
 
 class Proposal(StrEnum):
-    """How the draft chooses among the candidates of a level."""
+    """The draft's choice among the candidates of a level."""
 
     TOP = "top"  # the best by cumulative log-probability
     PERTURBED = "perturbed"  # the best by Gumbel-perturbed score, with the target's noise (exact sampling)
@@ -25,11 +25,16 @@ class Proposal(StrEnum):
 
 @dataclass(frozen=True)
 class PlanSize:
-    """How much to plan.
+    """The limits of a plan.
 
-    beam_width: `K` of the search. width: `N`, most nodes per level. max_nodes: most nodes in all. With max_nodes of at
-    least width * (L-1) the plan is N per level, as the paper's; with a width of at least max_nodes it is best-first alone.
-    levels: most levels below the beams; all of them where it is None.
+    With max_nodes of at least width * (L - 1), the plan has N nodes per level, as in the AtSpeed paper. With a width of at least
+    max_nodes, the plan is the best-first cut alone.
+
+    Attributes:
+        beam_width: `K`, the beam width of the search.
+        width: `N`, the maximum of nodes per level.
+        max_nodes: the maximum of nodes in all.
+        levels: the maximum of levels below the beams; None for all of them.
     """
 
     beam_width: int
@@ -38,19 +43,20 @@ class PlanSize:
     levels: int | None = None
 
     def last_depth(self, trie: Trie, start: int) -> int:
-        """The depth of the deepest nodes to plan below beams of depth `start`."""
+        """Return the depth of the deepest nodes to plan below beams of depth `start`."""
         deepest = trie.levels - 1
         return deepest if self.levels is None else min(start + self.levels, deepest)
 
 
 def free_nodes(trie: Trie, rule: ScoringRule) -> npt.NDArray[np.bool_]:
-    """bool [n]: nodes that no search ever asks the target for: under rule `trie`, those with one path below them.
+    """Return the nodes that never need a target pass, bool [n]: under rule `trie`, those with a single path below them.
 
-    A node with one child and a choice further down is not among them: what is below it stands on its keys and values.
+    A node with one child and a branch further down is not among them: the nodes below it need its keys and values.
     """
     if rule is ScoringRule.VOCAB:
         return np.zeros(trie.nodes, dtype=bool)
     free = trie.child_count <= 1
+    # From the deepest inner level upwards: a node is free if its only child is.
     for depth in reversed(range(trie.levels)):
         nodes = trie.level(depth)
         free[nodes] &= free[trie.child_start[nodes]]
@@ -59,18 +65,19 @@ def free_nodes(trie: Trie, rule: ScoringRule) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The nodes that a plan may hold, as the draft grows it level by level: the best-first cut (method, section 7).
+    """The nodes that a plan may hold, grown level by level: the best-first cut (docs/method.md, section 7).
 
-    A strict search misses a level when one of its K beams there is not planned, so a node is worth as much as it is likely to
-    be one of them. First come the draft's own K beams of each level, so that a draft that agrees with the target is never
-    wrong. Then the others by margin: how far a node falls short of the last of these beams at its level, in units of that
-    level's scale, or the margin of its parent, if that is lower. A child then never outranks its parent, and
-    the first nodes of the order are closed under ancestors.
+    A strict search misses a level when one of its K beams there is not planned. So a node is worth its probability of being
+    one of them. First come the draft's own K beams of each level: if draft and target agree, no level is missed. Then come the
+    others by margin. The margin of a node is its score minus that of the last own beam of its level, in units of the level's
+    scale. It is at most the margin of its parent, so the first nodes of the order are closed under ancestors.
 
-    beams: ascending, of several depths, the start beams included. margin: float64 [b], +inf for the start beams.
-    own: int64, the start beams and the draft's own K beams of every level so far. deepest: the latter at the deepest level; of a
-    sample, the first 2K draws there. Both ascending.
-    free: nodes of the deepest level that compete for places among its K best, but are never evaluated: see `free_nodes`.
+    Attributes:
+        beams: the nodes in ascending order, of several depths, the start beams included.
+        margin: their margins, float64 [b]; +inf for the start beams.
+        own: the start beams and the draft's own K beams of every level so far, int64, ascending.
+        deepest: the own beams of the deepest level, int64, ascending; for a sample, the first 2K draws there.
+        free: nodes of the deepest level that compete for the K best places but never need a pass, see `free_nodes`.
     """
 
     beams: Beams
@@ -81,18 +88,19 @@ class Shortlist:
 
     @classmethod
     def of(cls, start: Beams) -> Shortlist:
-        """The start beams alone."""
+        """Return the start beams alone."""
         start = start.by_node()
         return cls(start, np.full(len(start), np.inf), start.node, start.node, start.take(slice(0)))
 
     def level(self, trie: Trie, depth: int) -> Beams:
-        """The nodes of a depth, ascending."""
+        """Return the nodes of a depth, ascending."""
         begin, end = np.searchsorted(self.beams.node, trie.level_start[depth : depth + 2])
         return self.beams.take(slice(begin, end))
 
     def with_level(self, trie: Trie, level: Beams, threshold: float = -np.inf, scale: float = 1.0) -> Shortlist:
-        """With nodes of the next level; their parents are in the list. Without a threshold each is as sure as its parent."""
+        """Add nodes of the next level; their parents are in the list. Without a threshold each has its parent's margin."""
         level = level.by_node()
+        # The margin of each node's parent, which limits its own.
         above = self.margin[np.searchsorted(self.beams.node, trie.parent[level.node])]
         margin = np.minimum(above, (level.priority - threshold) / scale)
         return replace(self, beams=Beams.joined([self.beams, level]), margin=np.append(self.margin, margin))
@@ -100,29 +108,36 @@ class Shortlist:
     def grown(
         self, trie: Trie, children: Beams, size: PlanSize, scale: float, free: npt.NDArray[np.bool_]
     ) -> Shortlist:
-        """One level more: of these children [m] of the deepest level, and of those below `self.free`, the draft's own beams
-        and the best others, `size.width` together.
+        """Add one level: the draft's own beams and the best others, `size.width` together.
 
-        scale: the unit of the margins at the children's level, nats.
+        Args:
+            trie: the catalogue's trie.
+            children: the children of the deepest level, [m]. Those below `self.free` are added here.
+            size: the limits of the plan.
+            scale: the unit of the margins at the children's level, in nats.
+            free: from `free_nodes`.
         """
         candidates = children
         if len(self.free):
+            # A free node has a single child, with log-probability 0: the child inherits its score.
             forced = Beams(trie.child_start[self.free.node], self.free.score, self.free.weight, self.free.priority)
             candidates = Beams.joined([children, forced])
+        # The draft's own K beams of this level are the best below its own beams of the level above. The last is the threshold.
         below_own = np.flatnonzero(among(self.deepest, trie.parent[candidates.node]))
         beam = candidates.best_among(below_own, size.beam_width)
         threshold = candidates.priority[beam].min() if len(below_own) >= size.beam_width else -np.inf
         own, costs_nothing = np.zeros(len(candidates), dtype=bool), free[candidates.node]
         own[beam] = True
+        # The plan's nodes of this level: those that need a pass.
         level = _best_own_first(candidates, ~costs_nothing, own, size.width)
-        # Below the best K of the free ones lie all of them that can be among the K best of a deeper level.
+        # Only children of the K best free nodes can be among the K best of a deeper level.
         unpaid = _best_own_first(candidates, costs_nothing, own, size.beam_width)
         deepest = np.sort(candidates.node[beam])
         grown = self.with_level(trie, candidates.take(level), float(threshold), scale)
         return replace(grown, own=np.append(self.own, deepest), deepest=deepest, free=candidates.take(unpaid))
 
     def cut(self, trie: Trie, count: int) -> Shortlist:
-        """The first `count`: own beams, then by margin, then depth, then the declared order, as siblings often share a margin."""
+        """Return the first `count` nodes: own beams first, then by margin, depth and the declared order."""
         if len(self.beams) <= count:
             return self
         own = among(self.own, self.beams.node)
@@ -135,9 +150,9 @@ class Shortlist:
         return replace(self, beams=self.beams.take(kept), margin=self.margin[kept])
 
     def _surest(self, trie: Trie, rows: Int64, count: int) -> Int64:
-        """The first `count` of these rows by margin, then depth, then the declared order. Only what decides a tie is sorted."""
+        """Return the first `count` of these rows by margin, depth and the declared order. Sorts only the rows of a tie."""
         margin, rest = self.margin[rows], len(rows) - count
-        least = np.partition(margin, rest)[rest]
+        least = np.partition(margin, rest)[rest]  # the margin of the last chosen row
         surer, ties = rows[margin > least], rows[margin == least]
         node, priority = self.beams.node[ties], self.beams.priority[ties]
         order = np.lexsort((node, -priority, trie.depth(node)))
@@ -145,7 +160,7 @@ class Shortlist:
 
 
 def _best_own_first(candidates: Beams, wanted: npt.NDArray[np.bool_], own: npt.NDArray[np.bool_], width: int) -> Int64:
-    """Rows of the `width` best that are wanted, in any order: the best of one's own, and others where there is room."""
+    """Return rows of the `width` best wanted candidates, in any order: own beams first, then others."""
     first = candidates.best_among(np.flatnonzero(wanted & own), width)
     others = candidates.best_among(np.flatnonzero(wanted & ~own), width - len(first))
     return np.concatenate([first, others])
@@ -153,12 +168,16 @@ def _best_own_first(candidates: Beams, wanted: npt.NDArray[np.bool_], own: npt.N
 
 @dataclass(frozen=True)
 class Plan:
-    """Nodes below some beams, breadth-first and closed under ancestors down to the beams.
+    """The nodes that the draft proposes: below some beams, breadth-first, closed under ancestors down to the beams.
 
-    start: the beams that the plan hangs below. node: int64 [n], ascending. score: float64 [n], cumulative log-probability.
-    margin: float64 [n], how much each node clears what the search needs (see `Shortlist`), +inf where nothing says how
-    much; never above its parent's. The plan's nodes of the highest margins are a plan too.
-    evaluated: what the draft itself knows of each node that it expanded; only relaxed sampling asks for it.
+    The nodes of the highest margins are a plan too.
+
+    Attributes:
+        start: the beams above the plan.
+        node: int64 [n], ascending.
+        score: cumulative log-probability under the draft, float64 [n].
+        margin: margin of each node (see `Shortlist`), float64 [n]; at most its parent's, +inf if unknown.
+        evaluated: the draft's evaluation of each node that it expanded; only relaxed sampling uses it.
     """
 
     start: Beams
@@ -169,19 +188,19 @@ class Plan:
 
     @classmethod
     def empty(cls, start: Beams) -> Plan:
-        """No plan: the search is then the target's own."""
+        """Return the plan without nodes: the search is then plain beam search."""
         return cls(start, np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
 
     def down_to(self, trie: Trie, depth: int) -> Plan:
-        """Without the nodes that are deeper."""
+        """Return the plan without the nodes below `depth`."""
         return self.take(np.arange(np.searchsorted(self.node, trie.level_start[depth + 1])))
 
     def take(self, rows: Int64) -> Plan:
-        """These nodes alone, rows ascending."""
+        """Return the plan of these rows, ascending."""
         return replace(self, node=self.node[rows], score=self.score[rows], margin=self.margin[rows])
 
     def check(self, trie: Trie, limit: int) -> None:
-        """Raise ValueError unless this is a plan over `trie` of at most `limit` nodes. A draft is never trusted."""
+        """Raise ValueError unless this is a plan over `trie` of at most `limit` nodes. Plans of a draft are never trusted."""
         if len(self.node) > limit:
             raise ValueError(f"plan: {len(self.node)} nodes, at most {limit} allowed")
         if len(self.score) != len(self.node) or len(self.margin) != len(self.node):
@@ -190,6 +209,7 @@ class Plan:
             return
         if (np.diff(self.node) <= 0).any() or self.node[0] <= 0 or self.node[-1] >= trie.level_start[trie.levels]:
             raise ValueError("plan.nodes: not ascending inner nodes")
+        # Where each node's parent is in the plan; the other parents must be start beams.
         parent = trie.parent[self.node]
         above = np.minimum(np.searchsorted(self.node, parent), len(self.node) - 1)
         inside = self.node[above] == parent
@@ -203,25 +223,27 @@ class Plan:
             raise ValueError("plan.margins: a node has more than its parent")
 
     def level(self, trie: Trie, depth: int) -> Beams:
-        """The planned nodes of a depth, the start beams included, with the draft's cumulative scores."""
+        """Return the planned nodes of a depth, start beams included, with the draft's cumulative scores."""
         node = np.concatenate([self.start.node, self.node])
         score = np.concatenate([self.start.score, self.score])
         here = trie.depth(node) == depth
         return Beams(node[here], score[here], score[here], score[here])
 
     def proposals(self, trie: Trie, candidates: Int64, temperature: float) -> tuple[Int64, Float64]:
-        """For relaxed sampling, of one level's candidates [m]: the rows that the draft proposed, and log q of each [m].
+        """Return the rows of `candidates` that the draft proposed, and log q of each candidate, [m]; for relaxed sampling.
 
-        q is the softmax of the draft's cumulative scores over all children of the nodes that it expanded one level up; a
+        q is the softmax of the draft's cumulative scores over all children of the nodes that it expanded one level up. A
         candidate below another parent has q = 0.
         """
         log_q = np.full(len(candidates), -np.inf)
         if not len(candidates):
             return np.empty(0, dtype=np.int64), log_q
         depth = int(trie.depth(candidates[:1])[0])
+        # The draft's whole distribution over this level: the children of all nodes that it expanded.
         parents = self.level(trie, depth - 1)
         parents = parents.take(np.flatnonzero([node in self.evaluated for node in parents.node.tolist()]))
         level = children_by_score(parents, self.evaluated)
+        # Each candidate's place in that distribution.
         by_node = np.argsort(level.node)
         position = np.searchsorted(level.node[by_node], candidates)
         found = position < len(level)

@@ -1,7 +1,7 @@
-"""Counter-based randomness: noise is a pure function of (seed, stream, key), never of the order of calls.
+"""Counter-based random numbers: noise is a pure function of (seed, stream, key).
 
-So the draft and the target perturb the same path alike in two processes, and a request is reproducible by its seed.
-The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+It does not depend on the order of calls. So draft and target perturb a path alike in two processes, and a seed reproduces a
+request. The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stream(IntEnum):
 
 
 def mix64(value: UInt64) -> UInt64:
-    """SplitMix64's finaliser, elementwise: a bijection of 64-bit words that looks random."""
+    """Apply the finaliser of SplitMix64 elementwise: a pseudorandom bijection of 64-bit words."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -32,7 +32,7 @@ def mix64(value: UInt64) -> UInt64:
 
 
 def uniform(seed: int, stream: Stream, keys: UInt64) -> Float64:
-    """Uniform in (0, 1), one per key [n]: 52 random bits and a half, which float64 holds exactly; never 0 and never 1."""
+    """Return a uniform number in (0, 1) per key, [n]: (52 random bits + 0.5) / 2^52, exact in float64, never 0 or 1."""
     bits = mix64(mix64(keys ^ _salt(seed, stream))) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
@@ -44,5 +44,5 @@ def _salt(seed: int, stream: Stream) -> np.uint64:
 
 
 def gumbel(seed: int, stream: Stream, keys: UInt64) -> Float64:
-    """Standard Gumbel noise, one per key [n]: the arg max of log-weights plus this is a draw by weight."""
+    """Return standard Gumbel noise per key, [n]: the arg max of log-weights plus noise is a draw by weight."""
     return -np.log(-np.log(uniform(seed, stream, keys)))

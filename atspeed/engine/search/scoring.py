@@ -1,4 +1,4 @@
-"""From a model's code logits to the best children of trie nodes: scoring rules, perturbation, the declared order."""
+"""Scoring: from code logits to the best children of trie nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atspeed.engine.search.trie import Pruning, Trie
 
 
 class ScoringRule(StrEnum):
-    """How a code's log-probability is normalised. A bundle declares one and every reply names it."""
+    """The normalisation of a code's log-probability. A bundle declares it and every reply names it."""
 
     VOCAB = "vocab"  # over the whole vocabulary; invalid children removed, no renormalisation (Hugging Face, AtSpeed)
     TRIE = "trie"  # over the children in the catalogue only; a single child scores exactly 0
@@ -24,7 +24,12 @@ class ScoringRule(StrEnum):
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Gumbel noise on every child's log-probability at a temperature (stochastic beam search, arXiv 1903.06059)."""
+    """Gumbel noise on every child's log-probability at a temperature (stochastic beam search, arXiv 1903.06059).
+
+    Attributes:
+        seed: the seed of the noise.
+        temperature: the divisor of the log-probabilities, above 0.
+    """
 
     seed: int
     temperature: float
@@ -34,8 +39,10 @@ class Perturbation:
 class Children:
     """The best live children of one node.
 
-    node: int64 [m], best first. logp: float32 [m], under the scoring rule, never perturbed.
-    log_mass: the log-sum of exp(logp / temperature) over *all* live children, returned or not; temperature 1 unless perturbed.
+    Attributes:
+        node: int64 [m], best first.
+        logp: log-probability under the scoring rule, never perturbed, float32 [m].
+        log_mass: log of the sum of exp(logp / temperature) over *all* live children; temperature 1 unless perturbed.
     """
 
     node: Int64
@@ -47,8 +54,12 @@ class Children:
 class Evaluation:
     """The best live children of several nodes, as flat arrays.
 
-    node: int32 [n], ascending. child_start: int64 [n + 1]. child: int32 [m]; logp: float32 [m]; log_mass: float32 [n].
-    The children of node[i] are child[child_start[i] : child_start[i + 1]], best first.
+    Attributes:
+        node: int32 [n], ascending.
+        child_start: int64 [n + 1]. The children of node[i] are child[child_start[i] : child_start[i + 1]].
+        child: int32 [m], best first within a node.
+        logp: as in `Children`, float32 [m].
+        log_mass: as in `Children`, float32 [n].
     """
 
     node: npt.NDArray[np.int32]
@@ -59,7 +70,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, children: Mapping[int, Children]) -> Evaluation:
-        """The flat form of some nodes' children."""
+        """Build the flat form of some nodes' children."""
         nodes = sorted(children)
         counts = [len(children[node].node) for node in nodes]
         flat = [children[node] for node in nodes]
@@ -72,14 +83,14 @@ class Evaluation:
         )
 
     def items(self) -> Iterator[tuple[int, Children]]:
-        """Each node with its children."""
+        """Iterate over the nodes with their children."""
         child, start = self.child.astype(np.int64), self.child_start.tolist()
         for row, (node, log_mass) in enumerate(zip(self.node.tolist(), self.log_mass.tolist(), strict=True)):
             span = slice(start[row], start[row + 1])
             yield node, Children(child[span], self.logp[span], log_mass)
 
     def last(self, count: int) -> Evaluation:
-        """Of the last so many nodes alone."""
+        """Return the evaluation of the last `count` nodes."""
         if count == len(self.node):
             return self
         first = len(self.node) - count
@@ -88,7 +99,7 @@ class Evaluation:
         return Evaluation(self.node[first:], starts, self.child[child:], self.logp[child:], self.log_mass[first:])
 
     def validate(self, trie: Trie) -> None:
-        """Raise ValueError unless this could have come from an honest model over `trie`. Cheap enough for every reply."""
+        """Raise ValueError unless a correct model over `trie` could have made this. Cheap enough for every reply."""
         n, m = len(self.node), len(self.child)
         if len(self.child_start) != n + 1 or len(self.log_mass) != n or len(self.logp) != m:
             raise ValueError("evaluation: array lengths do not agree")
@@ -103,7 +114,7 @@ class Evaluation:
             raise ValueError("evaluation.log_mass: neither finite nor that of a node without a live child")
 
     def _validate_children(self, trie: Trie, counts: Int64) -> None:
-        """There are some."""
+        """Check the children; there is at least one."""
         ascending = np.sort(self.child)
         if not (ascending[0] > 0 and ascending[-1] < trie.nodes):
             raise ValueError("evaluation.child: not a trie node")
@@ -111,7 +122,7 @@ class Evaluation:
             raise ValueError("evaluation.child: not a child of its node")
         if (ascending[1:] == ascending[:-1]).any():
             raise ValueError("evaluation.child: a child occurs twice")
-        if not (self.logp.min() > -np.inf and self.logp.max() <= 1e-3):  # what is no number fails both
+        if not (self.logp.min() > -np.inf and self.logp.max() <= 1e-3):  # NaN fails both comparisons
             raise ValueError("evaluation.logp: not log-probabilities")
 
 
@@ -126,33 +137,44 @@ def best_children(
     limit: int,
     perturbation: Perturbation | None = None,
 ) -> Evaluation:
-    """The best `limit` live children of each of `nodes` [n] (ascending, inner nodes), from the model's output for them.
+    """Return the best `limit` live children of each node.
 
-    logits: float32 [n, C]; log_normalizer: float32 [n], the log-sum-exp over the whole vocabulary.
-    Best = highest log-probability, or highest perturbed one; ties go to the lower code. Pruning never changes a score.
-    Raises NoNumbersError when a child's score, pruned or not, is NaN, or that of a live one infinite.
+    Best means the highest log-probability, or the highest perturbed one; the lower code wins a tie. Pruning never changes a
+    score. Raises NoNumbersError when the score of a child, pruned or not, is NaN, or when that of a live child is infinite.
+
+    Args:
+        trie: the catalogue's trie.
+        nodes: ascending inner nodes, int64 [n].
+        logits: the model's code logits, float32 [n, C].
+        log_normalizer: log-sum-exp over the whole vocabulary, float32 [n].
+        rule: the scoring rule.
+        pruning: the nodes that the request removes.
+        limit: children per node.
+        perturbation: None for the order by log-probability.
     """
+    # The logit of each child: row * C + its code column, in the flattened logits.
     row, child = trie.children_of(nodes)
     first_column = trie.codebook_offset[trie.depth(nodes)] + np.arange(0, logits.size, logits.shape[1])
     value = logits.take(first_column[row] + trie.code[child]).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinities, which become NaN
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is refused below
         if rule is ScoringRule.VOCAB:
             logp = value - log_normalizer[row]
         else:
             logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
-    # Of all children: what is no number in one row of a pass may be so in what the cache would keep of the others.
+    # Checked before pruning: NaN in one row of a pass may also be in the keys and values that the cache would keep.
     if np.isnan(logp).any():
-        raise NoNumbersError(f"evaluation: of {len(nodes)} nodes, some have scores that are no numbers")
+        raise NoNumbersError(f"evaluation: some of {len(nodes)} nodes have scores that are NaN")
     if rule is ScoringRule.TRIE:
         logp[trie.child_count[nodes][row] == 1] = 0.0
-    # Rounding may leave a near-certain code a hair above 0; a log-probability is never positive.
+    # Rounding may leave a near-certain code slightly above 0; a log-probability is never positive.
     rounded: Float32 = np.minimum(logp, 0.0).astype(np.float32)
 
     if not pruning.is_none:
         live = pruning.live(child)
         row, child, rounded = row[live], child[live], rounded[live]
     if len(rounded) and rounded.min() == -np.inf:
-        raise NoNumbersError(f"evaluation: of {len(nodes)} nodes, some have children of probability 0")
+        raise NoNumbersError(f"evaluation: some of {len(nodes)} nodes have children of probability 0")
+    # The key of the order: the log-probability at the temperature, perturbed by the noise of the child's path.
     counts = np.bincount(row, minlength=len(nodes))
     order_by = rounded.astype(np.float64) / (perturbation.temperature if perturbation else 1.0)
     log_mass = _segment_logsumexp(order_by, counts)
@@ -160,7 +182,7 @@ def best_children(
         order_by = order_by + gumbel(perturbation.seed, Stream.GUMBEL, trie.path_hash(child))
     kept = _first_of_rows(order_by, counts, limit)
     child_start = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
-    with np.errstate(over="ignore"):  # at a temperature next to 0 it is beyond float32
+    with np.errstate(over="ignore"):  # near temperature 0 the mass exceeds float32
         mass = log_mass.astype(np.float32)
     return Evaluation(
         node=nodes.astype(np.int32),
@@ -172,10 +194,15 @@ def best_children(
 
 
 def _first_of_rows(values: Float64, counts: npt.NDArray[np.integer], limit: int) -> Int64:
-    """Places of the `limit` highest values of each row, highest first, ties in order. values: [m], rows of lengths `counts` [n].
+    """Return the places of the `limit` highest values of each row, highest first, ties in order.
 
-    What is below a long row's own threshold is dropped before anything is sorted: a level of 256 codes has far more children
-    than anybody wants. To find it the rows are padded to the longest, which is no more than the logits that they come from.
+    Values below the threshold of their row are dropped before the sort: a level of 256 codes has far more children than a
+    search asks for. To find the thresholds, the rows are padded to the longest, which needs no more memory than the logits.
+
+    Args:
+        values: [m], row after row.
+        counts: lengths of the rows, [n].
+        limit: places per row.
     """
     longest, candidates = int(counts.max(initial=0)), np.arange(len(values))
     if longest > limit:
@@ -183,21 +210,23 @@ def _first_of_rows(values: Float64, counts: npt.NDArray[np.integer], limit: int)
         padded[np.arange(longest) < counts[:, None]] = values
         least = np.partition(padded, longest - limit, axis=1)[:, longest - limit]
         candidates = np.flatnonzero(values >= np.repeat(least, counts))
-    # Of a small type, as numpy sorts 8 and 16 bits by radix.
+    # A stable sort by value, then by row. Rows have a small type, as numpy sorts 8 and 16 bits by radix.
     row = np.repeat(np.arange(len(counts), dtype=np.min_scalar_type(len(counts))), counts)[candidates]
     by_value = np.argsort(-values[candidates], kind="stable")
     by_row = by_value[np.argsort(row[by_value], kind="stable")]
+    # The rank of each value within its row.
     found = np.bincount(row, minlength=len(counts))
     rank = np.arange(len(by_row)) - np.repeat(np.cumsum(found) - found, found)
     return candidates[by_row[rank < limit]]
 
 
 def _segment_logsumexp(values: Float64, counts: npt.NDArray[np.integer]) -> Float64:
-    """Log-sum-exp of consecutive segments of `values` [m] with lengths `counts` [n]; -inf for an empty one."""
+    """Return the log-sum-exp of consecutive segments of `values`, [m], with lengths `counts`, [n]; -inf for an empty one."""
     result = np.full(len(counts), -np.inf)
     filled = counts > 0
     if not filled.any():
         return result
+    # Each segment's maximum is subtracted before the exponential.
     starts = (np.cumsum(counts) - counts)[filled]
     peak = np.maximum.reduceat(values, starts)
     shifted = np.exp(values - np.repeat(peak, counts[filled]))

@@ -1,7 +1,7 @@
 """The rules of beam search that the loop and the autonomous search share.
 
 Two searches take the same decisions: the orchestrator's loop, and the target's autonomous search, which makes the loop's next
-passes in advance. What is evaluated, what is missing and which children are chosen is decided here, once.
+passes in advance. This module decides for both which nodes are missing and which children are chosen.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ class TopChildren:
         No child has a higher priority than its parent. So a beam that `width` known children exceed needs no evaluation.
         """
         missing = nodes.missing(beams)
-        if not len(
-            missing
-        ):  # the usual case, when a plan covered the level: `select` is about to build the same children
+        # The usual case, when a plan covered the level: `select` builds the children, and no comparison is needed.
+        if not len(missing):
             return missing
         children = self._children(nodes.known(beams), nodes.evaluated, nodes.trie)
         return missing[beams.priority[missing] >= children.threshold(self.width)]

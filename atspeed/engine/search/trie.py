@@ -1,8 +1,8 @@
-"""The catalogue's trie of code paths as flat arrays, and what a request prunes from it.
+"""The trie of code paths as flat arrays, and its pruning by a request.
 
-Nodes are numbered breadth-first and, within a level, by code path. That one choice gives all the rest:
-the children of a node are a contiguous range sorted by code, a parent's id is below its children's, and of two
-nodes of a level the lower id is the lexicographically smaller path, which is the declared tie order of every list.
+Nodes are numbered breadth-first and, within a level, by code path. It follows that the children of a node are a contiguous range
+sorted by code, and that a parent's id is below its children's. Of two nodes of a level, the lower id is the lexicographically
+smaller path, which is the declared tie order of every list.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from atspeed.engine.arrays import Int32, Int64, UInt64
 from atspeed.engine.search.sampling import mix64
 
 ROOT = 0
+_ROOT_HASH = 0x9E3779B97F4A7C15  # the increment of SplitMix64; any fixed number would do
 
 
 @dataclass(frozen=True)
 class Trie:
     """A catalogue's distinct code paths. Node 0 is the root; nodes of depth `L` are whole paths ("leaves").
 
-    level_start: int64 [L + 2]; nodes of depth d are level_start[d] .. level_start[d + 1] - 1.
-    parent:      int32 [n]; the root's is -1.
-    code:        int32 [n]; the code on the edge from the parent, 0-based within its level; the root's is -1.
-    child_start: int64 [n + 1]; the children of node i are the nodes child_start[i] .. child_start[i + 1] - 1.
-    codebook_sizes: codes per level; column of a code = codebook_offset[level] + code.
+    Attributes:
+        level_start: int64 [L + 2]; nodes of depth d are level_start[d] .. level_start[d + 1] - 1.
+        parent: int32 [n]; -1 for the root.
+        code: int32 [n]; the code on the edge from the parent, 0-based within its level; -1 for the root.
+        child_start: int64 [n + 1]; the children of node i are the nodes child_start[i] .. child_start[i + 1] - 1.
+        codebook_sizes: codes per level; the column of a code is codebook_offset[level] + code.
     """
 
     level_start: Int64
@@ -39,7 +41,7 @@ class Trie:
 
     @classmethod
     def from_paths(cls, paths: npt.NDArray[np.integer], codebook_sizes: tuple[int, ...]) -> Trie:
-        """Build from distinct paths [p, L] in lexicographic order. Raises ValueError when they are not."""
+        """Build a trie from distinct paths [p, L] in lexicographic order. Raises ValueError for other paths."""
         count, levels = paths.shape
         if count == 0:
             raise ValueError("paths: a trie needs at least one path")
@@ -53,6 +55,7 @@ class Trie:
         if not changed[:, -1].all() or _descends(paths, changed):
             raise ValueError("paths: must be distinct and in lexicographic order")
 
+        # A path has a node of its own on every level from its first change on.
         level_start = np.zeros(levels + 2, dtype=np.int64)
         level_start[1:] = np.cumsum([1, *changed.sum(axis=0)])
         nodes = int(level_start[-1])
@@ -65,69 +68,70 @@ class Trie:
             parent[node_of_path[first]] = above[first]
             code[node_of_path[first]] = paths[first, level]
             above = node_of_path
+        # Children are numbered in the order of their parents, from node 1 on.
         child_start = np.ones(nodes + 1, dtype=np.int64)
         child_start[1:] += np.cumsum(np.bincount(parent[1:], minlength=nodes))
         return cls(level_start, parent, code, child_start, tuple(int(size) for size in codebook_sizes))
 
     @property
     def levels(self) -> int:
-        """`L`: codes per item."""
+        """Return `L`, the codes per item."""
         return len(self.codebook_sizes)
 
     @property
     def nodes(self) -> int:
-        """All nodes, the root and the leaves included."""
+        """Return the number of nodes, root and leaves included."""
         return len(self.parent)
 
     @property
     def columns(self) -> int:
-        """`C`: code columns of all levels together."""
+        """Return `C`, the code columns of all levels together."""
         return sum(self.codebook_sizes)
 
     @cached_property
     def codebook_offset(self) -> Int64:
-        """int64 [L]: the first code column of each level."""
+        """Return the first code column of each level, int64 [L]."""
         return np.concatenate([[0], np.cumsum(self.codebook_sizes[:-1])]).astype(np.int64)
 
     @cached_property
     def child_count(self) -> Int32:
-        """int32 [n]: children of each node in the whole catalogue."""
+        """Return the number of children of each node in the whole catalogue, int32 [n]."""
         return np.diff(self.child_start).astype(np.int32)
 
     def level(self, depth: int) -> slice:
-        """The nodes of a depth, as a slice of node ids."""
+        """Return the nodes of a depth as a slice of node ids."""
         return slice(int(self.level_start[depth]), int(self.level_start[depth + 1]))
 
     def depth(self, nodes: npt.NDArray[np.integer]) -> Int64:
-        """Depth of each node, [n]; the root's is 0."""
+        """Return the depth of each node, [n]; 0 for the root."""
         return np.searchsorted(self.level_start, nodes, side="right").astype(np.int64) - 1
 
     def column(self, nodes: npt.NDArray[np.integer]) -> Int64:
-        """Code column of each node's own code, [n]. The root has none."""
+        """Return the code column of each node's own code, [n]. The root has none."""
         column: Int64 = self.codebook_offset[self.depth(nodes) - 1] + self.code[nodes]
         return column
 
     def path_hash(self, nodes: npt.NDArray[np.integer]) -> UInt64:
-        """A hash of each node's code path, [n]: the same in every process and every catalogue that holds the path."""
+        """Return a hash of each node's code path, [n], equal in every process and every catalogue with that path."""
         inner = np.asarray(nodes) != ROOT
         if not inner.any():
-            return np.full(len(nodes), 0x9E3779B97F4A7C15, dtype=np.uint64)
+            return np.full(len(nodes), _ROOT_HASH, dtype=np.uint64)
         parent, row = np.unique(self.parent[nodes].clip(min=ROOT), return_inverse=True)
         above = self.path_hash(parent)[row]
         return np.where(inner, mix64(above ^ mix64((self.code[nodes] + 1).astype(np.uint64))), above)
 
     def children(self, node: int) -> Int64:
-        """Ids of one node's children, in code order."""
+        """Return the ids of one node's children, in code order."""
         return np.arange(self.child_start[node], self.child_start[node + 1])
 
     def children_of(self, nodes: npt.NDArray[np.integer]) -> tuple[Int64, Int64]:
-        """All children of `nodes` [n]: (row [m], child [m]); `row` indexes `nodes`, children in order within a row."""
+        """Return all children of `nodes`, [n], as (row [m], child [m]): `row` indexes `nodes`, children are in order."""
         start, count = self.child_start[nodes], self.child_count[nodes].astype(np.int64)
         row = np.repeat(np.arange(len(nodes)), count)
         return row, np.arange(len(row)) + (start - (np.cumsum(count) - count))[row]
 
     def path(self, node: int) -> tuple[int, ...]:
-        """The codes from the root to a node."""
+        """Return the codes from the root to a node."""
         codes: list[int] = []
         while node != ROOT:
             codes.append(int(self.code[node]))
@@ -135,7 +139,7 @@ class Trie:
         return tuple(reversed(codes))
 
     def find(self, path: Iterable[int]) -> int | None:
-        """The node of a (partial) code path, or None."""
+        """Return the node of a (partial) code path, or None."""
         node = ROOT
         for code in path:
             children = self.children(node)
@@ -146,7 +150,7 @@ class Trie:
         return node
 
     def with_ancestors(self, nodes: Sequence[int] | npt.NDArray[np.integer]) -> Int32:
-        """The nodes and all their ancestors but the root, sorted: the smallest tree that can be evaluated in one pass."""
+        """Return the nodes and all their ancestors but the root, sorted: the smallest tree for one pass."""
         frontier = np.unique(np.asarray(nodes, dtype=np.int64))
         closed = [frontier]
         while len(frontier):
@@ -163,7 +167,7 @@ class Trie:
         if self.child_start[0] != 1 or self.child_start[-1] != self.nodes or (count < 0).any():
             raise ValueError("child_start: not a partition of the nodes into siblings")
         if not np.array_equal(self.parent, np.append(-1, np.repeat(np.arange(self.nodes), count))):
-            raise ValueError("parent: not the nodes that child_start says, breadth-first")
+            raise ValueError("parent: not the nodes that child_start implies, breadth-first")
         depth = self.depth(np.arange(self.nodes))
         if not (count[: starts[self.levels]] > 0).all() or (depth[self.parent[1:]] != depth[1:] - 1).any():
             raise ValueError("child_start: an inner node has no child, or one of another depth")
@@ -175,7 +179,7 @@ class Trie:
 
 
 def _descends(paths: npt.NDArray[np.integer], changed: npt.NDArray[np.bool_]) -> bool:
-    """Whether some path is lexicographically below the one before it."""
+    """Return whether some path is lexicographically below the one before it."""
     first = changed[1:].argmax(axis=1)
     rows = np.arange(len(first))
     return bool((paths[1:][rows, first] < paths[:-1][rows, first]).any())
@@ -183,13 +187,14 @@ def _descends(paths: npt.NDArray[np.integer], changed: npt.NDArray[np.bool_]) ->
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a request takes out of the trie. Never changes a score, only removes candidates.
+    """The nodes that a request removes from the trie. Pruning removes candidates and never changes a score.
 
-    Said by what is gone or, where a request names all that it may get, by what is left: either way it is about as long as the
-    request, however large the catalogue.
+    Exclusions are stored as removed subtrees, an allow-list as remaining nodes. Either is about as long as the request, however
+    large the catalogue.
 
-    cut:  int32 [c], ascending; the roots of the dead subtrees, so a search that never enters them never sees what lies below.
-    kept: int32 [k], ascending; where it is not None, the nodes that are left, ancestors and the root included, and no other.
+    Attributes:
+        cut: the roots of the removed subtrees, int32 [c], ascending.
+        kept: the remaining nodes, ancestors and the root included, int32 [k], ascending; None without an allow-list.
     """
 
     cut: Int32
@@ -197,15 +202,16 @@ class Pruning:
 
     @classmethod
     def none(cls) -> Pruning:
-        """Nothing pruned."""
+        """Return the pruning that removes no node."""
         return cls(np.empty(0, dtype=np.int32))
 
     @classmethod
     def of_dead_leaves(cls, trie: Trie, dead: npt.NDArray[np.integer]) -> Pruning:
-        """Prune these leaves and every inner node that is left without a live child. O(dead x L)."""
+        """Remove these leaves and every inner node without a live child. O(dead * L)."""
         cut: list[Int64] = []
         frontier = np.unique(dead).astype(np.int64)
         while len(frontier) and frontier[0] != ROOT:
+            # A parent whose children are all dead is dead itself; the other dead nodes are roots of removed subtrees.
             parents, dead_children = np.unique(trie.parent[frontier], return_counts=True)
             emptied = parents[dead_children == trie.child_count[parents]]
             cut.append(frontier[~np.isin(trie.parent[frontier], emptied)])
@@ -215,31 +221,31 @@ class Pruning:
 
     @classmethod
     def to_leaves(cls, trie: Trie, live: npt.NDArray[np.integer]) -> Pruning:
-        """Prune all but these leaves and what is above them. O(live x L)."""
+        """Remove all nodes but these leaves and their ancestors. O(live * L)."""
         root = [ROOT] if len(live) else []
         return cls(cls.none().cut, np.concatenate([root, trie.with_ancestors(live)]).astype(np.int32))
 
     @property
     def is_none(self) -> bool:
-        """Whether nothing is pruned."""
+        """Return whether no node is removed."""
         return self.kept is None and not len(self.cut)
 
     @property
     def empties_catalogue(self) -> bool:
-        """Whether no item is left."""
+        """Return whether no item is left."""
         if self.kept is not None:
             return not len(self.kept)
         return len(self.cut) == 1 and int(self.cut[0]) == ROOT
 
     def live(self, nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-        """Which of these nodes are left, [n]. Their parents are taken to be."""
+        """Return which of these nodes are left, bool [n]. Their parents must be left."""
         if self.kept is not None:
             return among(self.kept, nodes)
         return ~among(self.cut, nodes)
 
 
 def among(some: npt.NDArray[np.integer], nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-    """Which of these nodes [n] are among some, which ascend."""
+    """Return which of these nodes, [n], are among `some`, which ascend."""
     if not len(some):
         return np.zeros(len(nodes), dtype=bool)
     position = np.minimum(np.searchsorted(some, nodes), len(some) - 1)

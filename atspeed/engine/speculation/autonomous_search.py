@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.model.tree_evaluator import PassProgram
+from atspeed.engine.model.tree_session import PassProgram
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.search_rules import EvaluatedNodes, TopChildren

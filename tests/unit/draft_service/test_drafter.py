@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from atspeed.engine.arrays import Float64, Int64
-from atspeed.engine.model.tree_evaluator import Selection
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation

@@ -16,7 +16,7 @@ from atspeed.local.certificates import LocalCertificates
 from tests.bundles import random_catalogue
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_file_until_the_block_ends_keeps_its_old_content(tmp_path: Path) -> None:
     path, twin = tmp_path / "file", tmp_path / "twin"
     path.write_text("old")
     twin.hardlink_to(path)
@@ -36,7 +36,7 @@ def fail_half_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [[], ["old"]])
-def test_what_fails_leaves_what_was_there(tmp_path: Path, before: list[str]) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, before: list[str]) -> None:
     path = tmp_path / "file"
     for content in before:
         path.write_text(content)
@@ -45,13 +45,13 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, before: list[str]) -> 
     assert [entry.read_text() for entry in tmp_path.iterdir()] == before
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_write_after_a_killed_process_succeeds(tmp_path: Path) -> None:
     (tmp_path / f".file.{os.getpid()}.partial").write_text("half")
     replace_text(tmp_path / "file", "whole")
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["whole"]
 
 
-def test_a_link_stays_one_and_a_device_stays_a_device(tmp_path: Path) -> None:
+def test_write_through_link_or_device_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder/file")
     replace_text(tmp_path / "link", "new")
@@ -62,7 +62,7 @@ def test_a_link_stays_one_and_a_device_stays_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(0o666, 0o640), (0o600, 0o600)])
-def test_permissions_are_the_umasks_or_fewer(tmp_path: Path, mode: int, expected: int) -> None:
+def test_permissions_of_a_new_file_follow_mode_and_umask(tmp_path: Path, mode: int, expected: int) -> None:
     before = os.umask(0o027)
     try:
         with replacing(tmp_path / "file", mode) as file:
@@ -85,9 +85,7 @@ def write_certificates(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_catalogue, write_result, write_certificates])
-def test_artefacts_are_new_files_and_not_old_ones_with_another_content(
-    tmp_path: Path, write: Callable[[Path], None]
-) -> None:
+def test_artefacts_are_new_files_not_changed_old_ones(tmp_path: Path, write: Callable[[Path], None]) -> None:
     """Whoever has an old one open, or under another name, keeps it whole."""
     write(tmp_path / "made")
     files = [path for path in (tmp_path / "made").rglob("*") if path.is_file()]

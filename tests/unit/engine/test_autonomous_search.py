@@ -1,4 +1,4 @@
-"""A search that the target goes on with by itself makes the passes that the loop asks for where nothing is drafted."""
+"""An autonomous search makes the passes that the loop asks for without a draft."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sent(passes: Generator[Int64, Evaluation, None], evaluation: Evaluation) -> 
 
 
 @given(naive_tries(), st.sampled_from(ScoringRule), st.integers(1, 6), st.integers(0, 2**32), st.data())
-def test_its_passes_are_the_loops(
+def test_autonomous_search_makes_the_passes_of_the_loop(
     naive: NaiveTrie, rule: ScoringRule, width: int, seed: int, data: st.DataObject
 ) -> None:
     """Coarse logits make ties; under rule `trie` some nodes need no pass, and some beams cannot matter."""
@@ -75,7 +75,7 @@ def test_its_passes_are_the_loops(
             assert made_alone(one, policy) == on_a_stream(world, asked)
 
 
-def test_below_a_root_without_children_there_is_nothing_to_do() -> None:
+def test_autonomous_search_of_a_root_without_children_makes_no_pass() -> None:
     naive = NaiveTrie({"a": (0, 0), "b": (1, 1)}, (2, 2))
     world = World.random(naive, ScoringRule.VOCAB, seed=1)
     target = TableTarget(world, Pruning(world.trie.children(ROOT).astype(np.int32)), 2)

@@ -21,7 +21,8 @@ from atspeed.engine.errors import CapacityError, OverloadedError
 from atspeed.engine.model.batch_decoder import TreeInput, TreeOutput
 from atspeed.engine.model.batcher import BatchLimits, PassSize
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator, TreeWork
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import ProgramRun, Selection
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -52,11 +53,11 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 async def opened(evaluator: TreeEvaluator) -> AsyncIterator[TreeEvaluator]:
     """Close it in the end; by then nothing may wait or be held."""
     yield evaluator
-    assert (evaluator.waiting_passes, evaluator.open_kv.used_bytes) == (0, 0)
+    assert (evaluator.queued_passes, evaluator.open_kv.used_bytes) == (0, 0)
     await evaluator.close()
 
 
-def company(requests: int) -> BatchLimits:
+def co_batched(requests: int) -> BatchLimits:
     """Exactly so many passes run together: no padding is too much, and a smaller batch waits for the next pass."""
     return BatchLimits(requests=requests, tokens=100_000, delay_seconds=HOUR, padding=1e9)
 
@@ -122,7 +123,7 @@ def alone(models: Models) -> Alone:
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_company_changes_nothing(models: Models, alone: Alone, data: st.DataObject) -> None:
+def test_co_batched_requests_change_no_result(models: Models, alone: Alone, data: st.DataObject) -> None:
     """Any requests in any order in the same passes: some cold, some on a cached prefix, some at their first pass."""
     waves = data.draw(st.integers(1, 3))
     requests = data.draw(st.lists(plans(models, waves), min_size=2, max_size=5))
@@ -138,10 +139,10 @@ async def run_together(
 ) -> list[dict[int, Children]]:
     """All requests, wave by wave in one pass; where one sits a wave out, a newcomer takes its place."""
     store, found = DictStore(), [dict[int, Children]() for _ in requests]
-    async with opened(models.evaluator("target", memory_blocks=100, store=store)) as before:
+    async with opened(models.evaluator("target", memory_blocks=100, tier=store)) as before:
         for index in warm:
             await first_pass(before, models.prompt(requests[index].items, requests[index].seed))
-    evaluator = models.evaluator("target", store=store, limits=company(len(requests)))
+    evaluator = models.evaluator("target", tier=store, limits=co_batched(len(requests)))
     async with opened(evaluator):
         trees = [await evaluator.open(models.prompt(request.items, request.seed)) for request in requests]
 
@@ -169,8 +170,8 @@ async def first_pass(evaluator: TreeEvaluator, prompt: Int64) -> PassStats:
         evaluator.end(tree)
 
 
-async def test_requests_that_meet_by_chance_share_passes_and_lists(models: Models, alone: Alone) -> None:
-    """As a server runs them: the defaults, nobody waits for anybody."""
+async def test_concurrent_requests_share_passes_and_keep_their_lists(models: Models, alone: Alone) -> None:
+    """The defaults of a server: no pass waits for co-batched requests."""
     prompts, inner = [(1 + n % 2, n) for n in range(12)], models.naive.inner()
     expected = [await alone(items, seed) for items, seed in prompts]
     async with opened(models.evaluator("target")) as evaluator:
@@ -193,7 +194,7 @@ async def test_a_perturbed_request_and_a_pruned_one_keep_their_own_selection(mod
     noise = Selection(Pruning.none(), 3, Perturbation(seed=4, temperature=0.7))
     pruned = Selection(Pruning(np.array([1], dtype=np.int32)), 2)
     answers = []
-    for limits in (company(3), BatchLimits(requests=1)):
+    for limits in (co_batched(3), BatchLimits(requests=1)):
         async with opened(models.evaluator("target", limits=limits)) as evaluator:
             trees = [await evaluator.open(models.prompt(items, seed=items)) for items in (2, 3, 5)]
             selections = zip(trees, (noise, pruned, EVERYTHING), strict=True)
@@ -205,9 +206,9 @@ async def test_a_perturbed_request_and_a_pruned_one_keep_their_own_selection(mod
         assert_same(models, together, by_itself)
 
 
-async def test_an_orphan_is_refused_and_its_company_is_not(models: Models, alone: Alone) -> None:
+async def test_orphan_node_is_refused_without_its_co_batched_requests(models: Models, alone: Alone) -> None:
     orphan = next(node for node in models.naive.inner() if len(models.naive.nodes[node]) == 2)
-    async with opened(models.evaluator("target", limits=company(3))) as evaluator:
+    async with opened(models.evaluator("target", limits=co_batched(3))) as evaluator:
         trees = [await evaluator.open(models.prompt(items, seed=1)) for items in (4, 5, 6)]
         asked = ([ROOT, 1], [ROOT, orphan], [ROOT, 2])
         first, refused, third = await asyncio.gather(
@@ -223,32 +224,32 @@ async def test_an_orphan_is_refused_and_its_company_is_not(models: Models, alone
         assert_same(models, dict(answer[0].items()), await alone(items, 1))
 
 
-async def test_a_cancelled_pass_leaves_the_queue_and_its_memory_is_free_at_the_end(models: Models) -> None:
-    """A queue of one place, in which a pass waits for company: when it is cancelled, another takes the place."""
+async def test_cancelled_pass_leaves_the_queue_and_frees_its_memory(models: Models) -> None:
+    """A queue of one place, in which a pass waits for others: when it is cancelled, another takes the place."""
     limits = BatchLimits(requests=2, delay_seconds=HOUR, waiting=1)
     async with opened(models.evaluator("target", limits=limits)) as evaluator:
         for seed in range(3):
             tree = await evaluator.open(models.prompt(3, seed))
             waits = asyncio.create_task(evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING))
             await asyncio.sleep(0)
-            assert evaluator.waiting_passes == 1
+            assert evaluator.queued_passes == 1
             with pytest.raises(OverloadedError, match="max_queued_passes"):
                 await first_pass(evaluator, models.prompt(2, seed=9))
             waits.cancel()
             await asyncio.wait([waits])
-            assert evaluator.waiting_passes == 0
+            assert evaluator.queued_passes == 0
             assert evaluator.open_kv.used_bytes > 0
             evaluator.end(tree)
             assert evaluator.open_kv.used_bytes == 0
 
 
-async def test_warming_up_waits_for_no_company(models: Models) -> None:
-    async with opened(models.evaluator("target", limits=company(2))) as evaluator:
+async def test_warm_up_waits_for_no_co_batched_request(models: Models) -> None:
+    async with opened(models.evaluator("target", limits=co_batched(2))) as evaluator:
         await evaluator.warm_up()
         await evaluator.cost_curve(0)
 
 
-async def test_the_memory_of_a_running_pass_is_free_when_it_has_ended(models: Models) -> None:
+async def test_memory_of_a_running_pass_is_freed_at_its_end(models: Models) -> None:
     """A tree may end in the middle of its pass. Its buffer must not go to another one while the pass still writes to it."""
     async with opened(models.evaluator("target")) as evaluator:
         entered, go_on = threading.Event(), threading.Event()
@@ -273,7 +274,7 @@ async def test_the_memory_of_a_running_pass_is_free_when_it_has_ended(models: Mo
         assert (evaluator.open_kv.used_bytes, tree.tokens.kv.size) == (0, 0)
 
 
-async def test_streams_beyond_the_memory_are_refused_and_served_later(models: Models) -> None:
+async def test_sessions_beyond_the_memory_are_refused_and_served_later(models: Models) -> None:
     async with opened(models.evaluator("target", open_kv_bytes=4 * FIRST_BUFFER * models.token_bytes)) as evaluator:
         trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(3)]
         for tree in trees:
@@ -286,7 +287,7 @@ async def test_streams_beyond_the_memory_are_refused_and_served_later(models: Mo
             evaluator.end(tree)
 
 
-async def test_a_stream_grows_while_new_ones_are_refused(models: Models, alone: Alone) -> None:
+async def test_session_grows_while_new_ones_are_refused(models: Models, alone: Alone) -> None:
     """At the limit running requests once failed in the middle, for others that had just come."""
     limit = 16 * FIRST_BUFFER * models.token_bytes
     with patch(
@@ -306,9 +307,9 @@ async def test_a_stream_grows_while_new_ones_are_refused(models: Models, alone: 
 
 
 @pytest.mark.parametrize("broken", ["run", "finish"])
-async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alone: Alone, broken: str) -> None:
+async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, alone: Alone, broken: str) -> None:
     """Of the model in a batch: all are run one by one. Of what follows for one of them: that one fails."""
-    async with opened(models.evaluator("target", limits=company(3))) as evaluator:
+    async with opened(models.evaluator("target", limits=co_batched(3))) as evaluator:
         trees = [await evaluator.open(models.prompt(items, seed=1)) for items in (4, 5, 6)]
         decoder, finish = evaluator._batch_decoder, evaluator._finish
         run = decoder.run
@@ -318,7 +319,7 @@ async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alon
                 raise MemoryError
             return run(inputs)
 
-        def finish_but_second(work: TreeWork, *arguments: Any, **named: Any) -> object:
+        def finish_but_second(work: ProgramRun, *arguments: Any, **named: Any) -> object:
             if work.tree is trees[1]:
                 raise MemoryError
             return finish(work, *arguments, **named)
@@ -341,7 +342,7 @@ async def test_a_failure_of_a_shared_pass_fails_nobody_else(models: Models, alon
         assert_same(models, dict(answer[0].items()), await alone(items, 1))
 
 
-async def test_a_used_buffer_goes_to_the_next_stream(models: Models, alone: Alone) -> None:
+async def test_released_buffer_is_used_by_the_next_session(models: Models, alone: Alone) -> None:
     """And what it held before shows in no answer, on a shorter prompt or a longer one."""
     async with opened(models.evaluator("target")) as evaluator:
         for items in (5, 8, 2):

@@ -1,4 +1,4 @@
-"""The queue in front of a model: who runs with whom, who waits, who leaves, and that nobody is passed over for long."""
+"""The batcher's queue: its order, its limits, cancellation, and delivery of outcomes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = PassSize(1, 10)
 
 
 @given(st.lists(sizes, min_size=1, max_size=12), limits)
-def test_a_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSize], limits: BatchLimits) -> None:
+def test_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSize], limits: BatchLimits) -> None:
     batch = next_batch(waiting, limits)
     assert batch[0] == 0
     assert batch == sorted(set(batch))
@@ -36,14 +36,14 @@ def test_a_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassS
 
 
 @given(st.integers(1, 12), sizes, limits)
-def test_equals_share_as_far_as_the_limits_go(count: int, size: PassSize, limits: BatchLimits) -> None:
+def test_equal_passes_share_a_batch_up_to_the_limits(count: int, size: PassSize, limits: BatchLimits) -> None:
     by_tokens = limits.tokens // size.new_tokens
     by_memory = limits.gathered_tokens // (size.new_tokens + size.cached_tokens)
     assert len(next_batch([size] * count, limits)) == min(count, limits.requests, max(1, min(by_tokens, by_memory)))
 
 
 @given(st.lists(sizes, min_size=1, max_size=10), st.lists(st.lists(sizes, max_size=3), max_size=12), limits)
-def test_none_waits_for_more_batches_than_it_found_passes(
+def test_pass_behind_n_others_runs_within_n_plus_one_batches(
     first: list[PassSize], later: list[list[PassSize]], limits: BatchLimits
 ) -> None:
     """Whatever arrives between the batches: the one that found n others waiting is in the (n+1)-th batch, if not before."""
@@ -91,22 +91,22 @@ def start(batcher: Batcher[str, str], *works: str) -> list[asyncio.Task[str]]:
     return [asyncio.create_task(ask(batcher, work)) for work in works]
 
 
-async def test_what_waits_while_a_batch_runs_runs_together() -> None:
+async def test_passes_queued_during_a_batch_run_together() -> None:
     gate = Gate()
     batcher = Batcher(gate, BatchLimits(requests=3))
     alone = start(batcher, "a")
     await gate.entrance()
     waiting = start(batcher, "b", "c", "d", "e")
     await asyncio.sleep(0)
-    assert batcher.waiting == 4
+    assert batcher.queued == 4
     gate.release.release(3)
     assert await asyncio.gather(*alone, *waiting) == ["A", "B", "C", "D", "E"]
     assert gate.batches == [["a"], ["b", "c", "d"], ["e"]]
-    assert batcher.waiting == 0
+    assert batcher.queued == 0
     await batcher.close()
 
 
-async def test_who_gives_up_leaves_the_queue_at_once_and_is_never_run() -> None:
+async def test_cancelled_request_leaves_the_queue_and_never_runs() -> None:
     gate = Gate()
     batcher = Batcher(gate, BatchLimits(waiting=2))
     [running] = start(batcher, "running")
@@ -118,7 +118,7 @@ async def test_who_gives_up_leaves_the_queue_at_once_and_is_never_run() -> None:
     left.cancel()
     running.cancel()
     await asyncio.wait([left, running])
-    assert batcher.waiting == 1
+    assert batcher.queued == 1
     [after] = start(batcher, "after")
     await asyncio.sleep(0)
     gate.release.release(2)
@@ -127,7 +127,7 @@ async def test_who_gives_up_leaves_the_queue_at_once_and_is_never_run() -> None:
     await batcher.close()
 
 
-async def test_work_that_goes_on_does_not_leave_the_thread() -> None:
+async def test_rescheduled_work_stays_in_the_thread() -> None:
     """The event loop stands still from the first pass to the last; and a closed batcher still runs all of them."""
     for more in (0, 3):
         gate = Gate(a=more)
@@ -144,7 +144,7 @@ async def test_work_that_goes_on_does_not_leave_the_thread() -> None:
         assert await last.done == "LAST"
 
 
-async def test_work_that_goes_on_comes_before_younger_work_or_runs_with_it_and_is_never_refused() -> None:
+async def test_rescheduled_work_precedes_younger_work_and_is_never_refused() -> None:
     gate = Gate(a=2, b=1)
     batcher = Batcher(gate, BatchLimits(requests=2, waiting=3))
     [first] = start(batcher, "a")
@@ -153,27 +153,27 @@ async def test_work_that_goes_on_comes_before_younger_work_or_runs_with_it_and_i
     await asyncio.sleep(0)
     gate.release.release()
     await gate.entrance()
-    assert batcher.waiting == 2
+    assert batcher.queued == 2
     gate.release.release(10)
     assert await asyncio.gather(first, *others) == ["A", "B", "C", "D"]
     assert gate.batches == [["a"], ["a", "b"], ["a", "b"], ["c", "d"]]
     await batcher.close()
 
 
-async def test_what_an_older_request_still_has_to_do_comes_first() -> None:
+async def test_next_pass_of_an_older_request_comes_first() -> None:
     gate = Gate()
     batcher = Batcher(gate, BatchLimits(requests=1))
     tickets = start(batcher, "runs")
     await gate.entrance()
     for name, since in (("third", 3.0), ("first", 1.0), ("third again", 3.0), ("second", 2.0)):
-        tickets.append(asyncio.ensure_future(batcher.outcome(batcher.put(name, SMALL, since=since))))
+        tickets.append(asyncio.ensure_future(batcher.outcome(batcher.put(name, SMALL, began_at=since))))
     gate.release.release(10)
     await asyncio.gather(*tickets)
     assert [name for [name] in gate.batches] == ["runs", "first", "second", "third", "third again"]
     await batcher.close()
 
 
-async def test_who_gives_up_in_the_middle_has_no_next_pass() -> None:
+async def test_request_cancelled_between_passes_has_no_next_pass() -> None:
     """Neither while a pass of its own runs nor while it waits for the next; its ticket is done when nothing runs for it."""
     gate = Gate(runs=1, waits=1)
     batcher = Batcher(gate, BatchLimits(requests=1))
@@ -186,20 +186,20 @@ async def test_who_gives_up_in_the_middle_has_no_next_pass() -> None:
     gate.release.release()
     await gate.entrance()
     await asyncio.wait([runs.done])
-    asking.append(asyncio.create_task(batcher.outcome(batcher.put("holder", SMALL, since=0.0))))
+    asking.append(asyncio.create_task(batcher.outcome(batcher.put("holder", SMALL, began_at=0.0))))
     gate.release.release()
     await gate.entrance()
-    assert batcher.waiting == 1
+    assert batcher.queued == 1
     asking[1].cancel()
     await asyncio.wait(asking[1:2])
-    assert (batcher.waiting, runs.done.cancelled(), waits.done.cancelled()) == (0, True, True)
+    assert (batcher.queued, runs.done.cancelled(), waits.done.cancelled()) == (0, True, True)
     gate.release.release()
     assert await asking[2] == "HOLDER"
     assert gate.batches == [["runs"], ["waits"], ["holder"]]
     await batcher.close()
 
 
-async def test_a_ticket_is_done_when_its_work_is_even_if_nobody_listens() -> None:
+async def test_request_without_a_waiter_is_done_when_its_work_is() -> None:
     """Until then the work may still write to its memory."""
     gate = Gate()
     batcher = Batcher(gate, BatchLimits())
@@ -214,7 +214,7 @@ async def test_a_ticket_is_done_when_its_work_is_even_if_nobody_listens() -> Non
     await batcher.close()
 
 
-async def test_neither_one_that_is_refused_nor_a_crash_takes_anybody_with_it() -> None:
+async def test_failure_of_one_request_fails_no_co_batched_one() -> None:
     """A crash of the shared pass, by the memory it needs or by one of its rows, once failed all of them."""
     gate = Gate()
     batcher = Batcher(gate, BatchLimits())
@@ -238,7 +238,7 @@ async def test_neither_one_that_is_refused_nor_a_crash_takes_anybody_with_it() -
     await batcher.close()
 
 
-async def test_each_is_answered_as_soon_as_its_part_is_done() -> None:
+async def test_outcome_is_delivered_as_soon_as_it_is_computed() -> None:
     """Not when the last of the batch is; and a failure after that leaves the answer as it was."""
     first_is_back = threading.Event()
 
@@ -257,7 +257,7 @@ async def test_each_is_answered_as_soon_as_its_part_is_done() -> None:
     await batcher.close()
 
 
-async def test_with_a_delay_the_first_waits_for_company_until_the_batch_is_full() -> None:
+async def test_delayed_pass_waits_until_the_batch_is_full() -> None:
     """A delay of an hour: only a full batch, or the end, lets it go."""
     gate = Gate()
     gate.release.release(10)

@@ -19,14 +19,14 @@ def make(tokens: int) -> KvArray:
 
 
 @given(st.integers(1, 100_000))
-def test_a_capacity_is_enough_and_at_most_half_too_much(tokens: int) -> None:
+def test_capacity_is_enough_and_at_most_half_too_much(tokens: int) -> None:
     capacity = capacity_for(tokens)
     assert tokens <= capacity < max(65, 1.5 * tokens)
     assert capacity_for(capacity) == capacity
 
 
 @given(st.lists(st.tuples(st.sampled_from(["open", "grow", "take", "end"]), st.integers(1, 300), st.integers(0, 9))))
-def test_held_and_idle_memory_stay_within_the_limit(steps: list[tuple[str, int, int]]) -> None:
+def test_held_and_idle_memory_stays_within_the_limit(steps: list[tuple[str, int, int]]) -> None:
     """Trees that reserve, take and end in any order. New ones leave an eighth to those that grow, unless nothing else is open."""
     made: list[KvArray] = []
 
@@ -63,7 +63,7 @@ def test_held_and_idle_memory_stay_within_the_limit(steps: list[tuple[str, int, 
     assert pool.used_bytes == 0
 
 
-def test_a_buffer_that_came_back_is_used_again_and_makes_way_for_others() -> None:
+def test_returned_buffer_is_reused_or_freed_for_others() -> None:
     pool = BufferPool(make, limit_bytes=300 * TOKEN_BYTES)
     pool.reserve(128)
     first = pool.take(128)

@@ -52,14 +52,17 @@ FAULTS: dict[str, tuple[Break, str]] = {
         lambda model: model.lm_head.weight[0, 0].fill_(torch.nan),
         "log_normalizer after token",
     ),
-    "nan in the last norm": (lambda model: model.model.norm.weight[1].fill_(torch.nan), "what they share is at fault"),
+    "nan in the last norm": (
+        lambda model: model.model.norm.weight[1].fill_(torch.nan),
+        "the shared weights are at fault",
+    ),
     "nan in a layer's norm": (
         lambda model: model.model.layers[1].input_layernorm.weight[1].fill_(torch.nan),
-        "what they share is at fault",
+        "the shared weights are at fault",
     ),
     "inf in a product's weight": (
         lambda model: model.model.layers[0].mlp.up_proj.weight[2, 2].fill_(torch.inf),
-        "what they share is at fault|nan or inf",
+        "the shared weights are at fault|nan or inf",
     ),
 }
 

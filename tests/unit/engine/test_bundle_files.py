@@ -65,28 +65,28 @@ def folder(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
+    ("damage", "problem"),
     [
-        (dangling_file, "target/model.onnx: a link to gone, which is not there"),
-        (dangling_folder, "target: a link to gone, which is not there"),
+        (dangling_file, "target/model.onnx: a link to gone, which does not exist"),
+        (dangling_folder, "target: a link to gone, which does not exist"),
         (circle_of_files, "target/model.onnx: a link to model.onnx, which is not there"),
         (circle_of_folders, "target/again: a link to a folder above it"),
         (pipe, "target/model.onnx: not a regular file"),
         (folder, "target/model.onnx: not a regular file"),
     ],
 )
-def test_what_cannot_be_followed_or_read_is_named(
-    plain: Bundle, tmp_path: Path, spoil: Callable[[Path], None], problem: str
+def test_unreadable_file_or_link_is_named(
+    plain: Bundle, tmp_path: Path, damage: Callable[[Path], None], problem: str
 ) -> None:
     """A pipe would be waited for without end, a circle would be gone round."""
     bundle = Bundle(download_cache(plain.root, tmp_path / "linked"))
-    spoil(bundle.root)
+    damage(bundle.root)
     with pytest.raises(BundleError, match=problem):
         bundle.verify()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b", "a//b", "./a", "", ".", MANIFEST, "a\0b"])
-def test_a_manifest_names_files_inside_the_bundle_alone(plain: Bundle, tmp_path: Path, name: str) -> None:
+def test_manifest_refuses_files_outside_the_bundle(plain: Bundle, tmp_path: Path, name: str) -> None:
     """Its files are read, and linked into other bundles."""
     document = json.loads((plain.root / MANIFEST).read_text())
     document["files"][name] = "0" * 64
@@ -96,14 +96,14 @@ def test_a_manifest_names_files_inside_the_bundle_alone(plain: Bundle, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-def test_the_bytes_that_are_loaded_are_those_that_are_checked(plain: Bundle, tmp_path: Path, name: str) -> None:
+def test_loaded_bytes_are_the_checked_bytes(plain: Bundle, tmp_path: Path, name: str) -> None:
     bundle = Bundle(download_cache(plain.root, tmp_path / "linked"))
     with (bundle.root / "target" / name).open("r+b") as file:
         file.write(b"x")
     bundle.verify(but="target")
-    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 is not the manifest's"):
+    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 differs from the manifest's"):
         bundle.model_files("target", verified=True)
-    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 is not the manifest's"):
+    with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 differs from the manifest's"):
         bundle.verify_model("target")
     bundle.model_files("draft", verified=True)
     bundle.verify_model("draft")
@@ -119,7 +119,7 @@ def test_weights_that_the_manifest_does_not_list_are_not_loaded(plain: Bundle, t
         load_decoder(bundle, "target", RuntimeOptions(), verified=True)
 
 
-def test_of_the_files_beside_a_graph_those_that_it_names_are_read(plain: Bundle, tmp_path: Path) -> None:
+def test_model_files_reads_only_files_that_the_graph_names(plain: Bundle, tmp_path: Path) -> None:
     root = download_cache(plain.root, tmp_path / "linked")
     (root / "target" / "notes.txt").write_text("not weights")
     assert list(ModelFiles.read(root / "target/model.onnx").weights) == ["model.onnx.data"]

@@ -62,7 +62,7 @@ def test_pruning_leaves_exactly_the_prefixes_of_the_items_left(naive: NaiveTrie,
 
 
 @given(naive_tries(), st.data())
-def test_an_allow_list_says_what_is_left(naive: NaiveTrie, data: st.DataObject) -> None:
+def test_allow_list_leaves_exactly_its_items(naive: NaiveTrie, data: st.DataObject) -> None:
     """A cut would name nearly the whole catalogue: 10,000 items of ten million once took 25 seconds and a million nodes."""
     catalogue, everyone = build(naive), sorted(naive.items)
     allowed = data.draw(st.lists(st.sampled_from(everyone), max_size=3))
@@ -133,7 +133,7 @@ def test_the_version_is_the_content_and_not_the_order(naive: NaiveTrie, data: st
         (["a", "b", "\ud800"], CODES, "ids: .*UTF-8"),
     ],
 )
-def test_what_is_no_catalogue_is_refused(
+def test_invalid_items_are_refused(
     ids: list[str], codes: np.ndarray[tuple[int, int], np.dtype[np.int64]], problem: str
 ) -> None:
     """Codes of 2**32 once wrapped around to 0, and an id that ends in NUL lost it."""
@@ -142,7 +142,7 @@ def test_what_is_no_catalogue_is_refused(
 
 
 @pytest.mark.parametrize("name", ["ids", "codes", "codebooks"])
-def test_a_file_that_is_missing_or_no_array_is_named(name: str, tmp_path: Path) -> None:
+def test_missing_or_invalid_array_file_is_named(name: str, tmp_path: Path) -> None:
     Catalogue.build(["a", "b", "c"], CODES, (2, 2)).save(tmp_path)
     (tmp_path / f"{name}.npy").write_bytes(b"not numpy")
     with pytest.raises(CatalogueError, match=rf"{name}\.npy"):
@@ -152,7 +152,7 @@ def test_a_file_that_is_missing_or_no_array_is_named(name: str, tmp_path: Path) 
         Catalogue.load(tmp_path)
 
 
-def test_arrays_that_make_no_catalogue_are_refused(tmp_path: Path) -> None:
+def test_inconsistent_arrays_are_refused(tmp_path: Path) -> None:
     """Unsorted paths would give every node another id than the other services know it by."""
     Catalogue.build(["a", "b", "c"], CODES, (2, 2)).save(tmp_path)
     for codes in (CODES[::-1], CODES + 1, CODES[:, 0], CODES[:2]):

@@ -31,7 +31,7 @@ def built(of: dict[str, tuple[int, ...]]) -> Catalogue:
 
 
 @given(before=ITEMS, after=ITEMS)
-def test_any_catalogue_becomes_any_other_and_its_version_says_which(
+def test_update_to_any_catalogue_has_its_version(
     before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]
 ) -> None:
     removed = [item for item, path in before.items() if after.get(item) != path]
@@ -50,12 +50,14 @@ def test_any_catalogue_becomes_any_other_and_its_version_says_which(
         ({"new": (0,)}, [], "add: 'new'"),
     ],
 )
-def test_what_does_not_fit_is_named(added: dict[str, tuple[int, ...]], removed: list[str], problem: str) -> None:
+def test_update_that_does_not_fit_names_the_item(
+    added: dict[str, tuple[int, ...]], removed: list[str], problem: str
+) -> None:
     with pytest.raises(CatalogueError, match=problem):
         updated_catalogue(random_catalogue(20, (4, 4), seed=0), added, removed)
 
 
-def test_a_restocked_bundle_is_whole_and_shares_its_models(tmp_path: Path) -> None:
+def test_updated_bundle_is_complete_and_shares_its_models(tmp_path: Path) -> None:
     old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
     new = update_catalogue(old, tmp_path / "new", {"new": (1, 2)}, ["item-3"])
     Bundle(new.root).verify()
@@ -66,9 +68,7 @@ def test_a_restocked_bundle_is_whole_and_shares_its_models(tmp_path: Path) -> No
     assert new.manifest.model_version("target") != old.manifest.model_version("target")
 
 
-def test_where_the_file_system_has_no_hard_links_files_are_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_without_hard_links_copies_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from one disk to another."""
     old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
 

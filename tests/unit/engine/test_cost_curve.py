@@ -1,4 +1,4 @@
-"""A cost curve says what was measured, goes on evenly between and beyond, and survives the wire."""
+"""The cost curve keeps its measurements, interpolates between them, and survives the wire."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def curves(draw: st.DrawFn) -> CostCurve:
 
 
 @given(curves(), st.lists(st.tuples(st.integers(0, 600), st.integers(0, 600)), min_size=1))
-def test_between_measurements_it_is_bilinear_and_beyond_most_tokens_linear(
+def test_prediction_is_bilinear_on_the_grid_and_linear_beyond_it(
     curve: CostCurve, shapes: list[tuple[int, int]]
 ) -> None:
     predicted = curve.predict(*np.transpose(shapes))
@@ -58,7 +58,7 @@ def test_larger_passes_never_cost_less(curve: CostCurve) -> None:
     assert (np.diff(within, axis=1) >= -rounding).all()
 
 
-def test_measurements_are_kept_and_noise_is_levelled_upwards() -> None:
+def test_smoothed_curve_raises_noisy_values_only() -> None:
     curve = CostCurve.smoothed([1, 4, 16], [0, 32], np.array([[5.0, 6.0], [4.0, 9.0], [8.0, 7.0]]))
     assert curve.forward_ns.tolist() == [[5, 6], [5, 9], [8, 9]]
     assert [float(curve.predict(new, cached)) for new, cached in product([1, 4, 16], [0, 32])] == [5, 6, 5, 9, 8, 9]
@@ -81,7 +81,7 @@ class Machine:
         return PassStats(forward_ns=cost(new, cached) * (10 if disturbed else 1), new_tokens=new)
 
 
-async def test_the_median_of_some_rounds_is_what_a_pass_costs() -> None:
+async def test_measured_curve_is_the_median_of_the_rounds() -> None:
     curve = await measure(Machine(), 1000, [0, 64, 128], seconds=60)
     assert curve.new_tokens.tolist() == sorted(NEW_TOKENS)
     for new, cached in product(NEW_TOKENS, (0, 64, 128)):
@@ -102,7 +102,7 @@ async def test_no_pass_is_larger_than_the_model_can_read() -> None:
 
 
 @given(curves())
-def test_it_survives_the_wire(curve: CostCurve) -> None:
+def test_cost_curve_survives_the_wire(curve: CostCurve) -> None:
     received = wire.cost_curve(wire.to_cost_curve(curve), "cost_curve")
     for name in ("new_tokens", "cached_tokens", "forward_ns"):
         np.testing.assert_array_equal(getattr(received, name), getattr(curve, name))
@@ -121,7 +121,7 @@ def test_it_survives_the_wire(curve: CostCurve) -> None:
         ({"forward_ns": [2.0, 1.0]}, "must not fall"),
     ],
 )
-def test_what_is_no_curve_is_refused(change: dict[str, Any], problem: str) -> None:
+def test_invalid_curve_is_refused(change: dict[str, Any], problem: str) -> None:
     message = wire.to_cost_curve(CostCurve.smoothed([1, 4], [0], np.array([[1.0], [2.0]])))
     for name, values in change.items():
         getattr(message, name).CopyFrom(wire.to_array(np.asarray(values, "float64" if name[0] == "f" else "int64")))

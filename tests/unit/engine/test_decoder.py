@@ -88,7 +88,7 @@ def test_the_contract_has_these_names_and_axes() -> None:
 
 
 @pytest.mark.parametrize("cached", [0, 1, 9, 19])
-def test_a_cached_prefix_changes_nothing(decoder: Decoder, cached: int) -> None:
+def test_cached_prefix_changes_no_result(decoder: Decoder, cached: int) -> None:
     """Neither the logits nor the keys and values, which land behind the prefix in the same buffer."""
     whole, resumed = decoder.empty_kv(20), decoder.empty_kv(30)
     expected = chain(decoder, 20, kv=whole).on(decoder)
@@ -102,7 +102,7 @@ def test_a_cached_prefix_changes_nothing(decoder: Decoder, cached: int) -> None:
     assert np.isnan(resumed[:, :, 20:]).all(), "wrote behind the new tokens"
 
 
-def test_rows_are_the_tokens_asked_for(decoder: Decoder) -> None:
+def test_logits_are_those_of_the_requested_rows(decoder: Decoder) -> None:
     everything = chain(decoder, 12)
     logits, log_normalizer = everything.on(decoder)
     for rows in (np.array([3]), np.array([11, 0, 5]), np.array([], dtype=np.int64)):
@@ -132,7 +132,7 @@ def test_other_integer_types_and_strided_views_are_taken(decoder: Decoder) -> No
     np.testing.assert_array_equal(odd.on(decoder)[0], expected)
 
 
-def test_what_is_not_visible_does_not_count(decoder: Decoder) -> None:
+def test_masked_tokens_have_no_effect(decoder: Decoder) -> None:
     step = chain(decoder, 10, cached=4)
     step.past[:] = np.random.default_rng(1).standard_normal(step.past.shape)
     step.visible[:, 2] = False
@@ -261,7 +261,7 @@ def test_refuses_a_file_that_is_no_model(tmp_path: Path, content: bytes | None) 
         Decoder(path, RuntimeOptions())
 
 
-def test_never_falls_back_from_cuda_in_silence(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_never_falls_back_to_cpu_silently(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime itself only warns, and then a GPU service answers at a CPU's pace."""
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
     cuda = RuntimeOptions(provider="cuda")

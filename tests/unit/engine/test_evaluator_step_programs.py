@@ -1,4 +1,4 @@
-"""Passes of which each depends on the last: they stay in the worker thread, share passes as any others, and can be given up."""
+"""Programs of passes: they stay in the worker thread, share passes and can be cancelled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from atspeed.engine.errors import CapacityError, OverloadedError
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import OpenTree, PassProgram, Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import PassProgram, Selection, TreeSession
 from atspeed.engine.search.scoring import Children
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -39,7 +40,7 @@ async def opened(models: Models, **settings: Any) -> AsyncIterator[TreeEvaluator
     yield evaluator
     await evaluator.close()
     await asyncio.sleep(0)  # what the thread has left to the event loop
-    assert (evaluator.waiting_passes, evaluator.open_kv.used_bytes) == (0, 0)
+    assert (evaluator.queued_passes, evaluator.open_kv.used_bytes) == (0, 0)
 
 
 def downwards(levels: int) -> PassProgram[dict[int, Children]]:
@@ -53,7 +54,9 @@ def downwards(levels: int) -> PassProgram[dict[int, Children]]:
     return found
 
 
-async def by_hand(evaluator: TreeEvaluator, tree: OpenTree, levels: int) -> tuple[dict[int, Children], list[PassStats]]:
+async def by_hand(
+    evaluator: TreeEvaluator, tree: TreeSession, levels: int
+) -> tuple[dict[int, Children], list[PassStats]]:
     """The same with a call for each pass."""
     found: dict[int, Children] = {}
     costs, nodes = [], np.array([ROOT])
@@ -89,7 +92,7 @@ def until_set(event: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-async def test_one_pass_follows_the_last_while_the_event_loop_stands_still(models: Models, levels: int) -> None:
+async def test_program_runs_while_the_event_loop_is_blocked(models: Models, levels: int) -> None:
     """And finds bit for bit what one call after the other does, for the same work."""
     async with opened(models) as evaluator:
         last_begun = threading.Event()
@@ -106,13 +109,13 @@ async def test_one_pass_follows_the_last_while_the_event_loop_stands_still(model
         evaluator.end(by_itself)
     assert exactly(found) == exactly(expected)
     assert [made.nodes for made in tree.passes] == [made.nodes for made in by_itself.passes]
-    assert [made.cost.new_tokens for made in tree.passes] == [cost.new_tokens for cost in costs]
+    assert [made.stats.new_tokens for made in tree.passes] == [cost.new_tokens for cost in costs]
     assert cost.new_tokens == sum(cost.new_tokens for cost in costs)
     assert cost.batch_requests == 1
-    assert all(made.queued_ns + made.cost.queue_ns <= made.done_ns for made in tree.passes)
+    assert all(made.queued_ns + made.stats.queue_ns <= made.done_ns for made in tree.passes)
 
 
-async def test_steps_that_ask_for_nothing_take_no_pass(models: Models) -> None:
+async def test_empty_program_makes_no_pass(models: Models) -> None:
     async with opened(models) as evaluator:
         tree = await evaluator.open(models.prompt(5, seed=1))
         assert await evaluator.run_steps(tree, downwards(0), BEST) == ({}, PassStats())
@@ -122,7 +125,7 @@ async def test_steps_that_ask_for_nothing_take_no_pass(models: Models) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2), st.integers(1, 3)), min_size=2, max_size=5))
-def test_searches_at_the_same_time_share_passes_and_find_what_each_does_alone(
+def test_concurrent_programs_share_passes_and_keep_their_results(
     models: Models, asked: list[tuple[int, int, int]]
 ) -> None:
     """Held back until all wait: then those of one level run together, and the next levels, and none waits for the last."""
@@ -162,7 +165,7 @@ def test_searches_at_the_same_time_share_passes_and_find_what_each_does_alone(
 
 
 @pytest.mark.parametrize("given_up_in", [1, 2])
-async def test_a_search_that_is_given_up_ends_with_its_pass(models: Models, given_up_in: int) -> None:
+async def test_cancelled_program_ends_with_its_pass(models: Models, given_up_in: int) -> None:
     """Its memory is free then and not before; the prompt's blocks, once computed, are the cache's all the same."""
     prompt = models.prompt(5, seed=1)
     async with opened(models) as evaluator:
@@ -182,17 +185,17 @@ async def test_a_search_that_is_given_up_ends_with_its_pass(models: Models, give
             evaluator.end(tree)
             assert evaluator.open_kv.used_bytes > 0
             go_on.set()
-            assert tree.newest is not None
-            await asyncio.wait([tree.newest.done])
+            assert tree.last_request is not None
+            await asyncio.wait([tree.last_request.done])
             await asyncio.sleep(0)
             assert (evaluator.open_kv.used_bytes, len(passes)) == (0, given_up_in)
         again = await evaluator.open(prompt)
         known = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS if given_up_in > 1 else 0
-        assert again.cost_of_opening.memory_cached_tokens == known
+        assert again.lookup_stats.cached_tokens_by_tier["memory"] == known
         evaluator.end(again)
 
 
-async def test_what_goes_wrong_below_the_first_level_is_told_and_takes_nobody_with_it(models: Models) -> None:
+async def test_failure_below_the_first_level_fails_only_its_request(models: Models) -> None:
     """A node without its parent, and a mistake of the steps themselves."""
 
     def orphan() -> PassProgram[None]:
@@ -221,7 +224,7 @@ async def test_what_goes_wrong_below_the_first_level_is_told_and_takes_nobody_wi
                 evaluator.end(tree)
 
 
-async def test_a_search_that_outgrows_the_memory_is_refused_where_it_does(models: Models) -> None:
+async def test_program_that_outgrows_the_memory_is_refused(models: Models) -> None:
     """Room for the prompt, its first buffer with no place for nodes, and not for the next."""
     with patch("atspeed.engine.model.tree_evaluator._NODE_ROOM", 0):
         async with opened(models, open_kv_bytes=64 * models.token_bytes) as evaluator:

@@ -38,7 +38,7 @@ def test_ids_are_hashed_in_chunks(numbers: set[int], chunk: int) -> None:
     assert in_parts.find(ids).tolist() == list(range(len(ids)))
 
 
-def test_ids_of_one_bucket_are_told_apart() -> None:
+def test_ids_of_one_bucket_are_distinguished() -> None:
     """A table of one bucket, as if all hashes were equal."""
     ids = np.array([b"a", b"b", b"c"])
     table = IdIndex(ids, np.array([2, 0, 1], dtype=np.int32), np.array([0, 3], dtype=np.int32))

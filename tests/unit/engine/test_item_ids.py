@@ -24,7 +24,7 @@ TOO_LONG = [f"{FITS[0]}x", f"{FITS[1]}x", f"{FITS[2]}xx", "x" * 100_000]
 
 
 @pytest.mark.parametrize("item", FITS, ids=range(len(FITS)))
-def test_an_id_that_fits_passes_every_door(tmp_path: Path, item: str) -> None:
+def test_longest_valid_id_is_accepted_everywhere(tmp_path: Path, item: str) -> None:
     assert id_problem(item) is None
     check_id("item_id", item)
     Catalogue.build(["a", item], CODES, (2, 2)).save(tmp_path)
@@ -32,7 +32,7 @@ def test_an_id_that_fits_passes_every_door(tmp_path: Path, item: str) -> None:
 
 
 @pytest.mark.parametrize("item", TOO_LONG, ids=range(len(TOO_LONG)))
-def test_an_id_that_is_too_long_passes_no_door(tmp_path: Path, item: str) -> None:
+def test_too_long_id_is_refused_everywhere(tmp_path: Path, item: str) -> None:
     """One of 268 bytes was recommended, and the request was refused in which it came back."""
     problem = f"has {len(item.encode())} bytes, at most 256 are allowed"
     with pytest.raises(InvalidArgumentError, match=problem):
@@ -58,7 +58,7 @@ def test_an_id_that_is_too_long_passes_no_door(tmp_path: Path, item: str) -> Non
         ([b"a\xc3", b"\xa9b"], "is not UTF-8"),
     ],
 )
-def test_a_catalogue_on_disk_with_an_id_that_is_none_is_refused(tmp_path: Path, ids: list[bytes], problem: str) -> None:
+def test_saved_catalogue_with_an_invalid_id_is_refused(tmp_path: Path, ids: list[bytes], problem: str) -> None:
     """Others may have written it: the version is right, and the id came back in no request, or broke every reply."""
     Catalogue.build(["a", "b"], CODES, (2, 2)).save(tmp_path)
     np.save(tmp_path / "ids.npy", np.array(ids))
@@ -66,14 +66,14 @@ def test_a_catalogue_on_disk_with_an_id_that_is_none_is_refused(tmp_path: Path, 
         Catalogue.load(tmp_path)
 
 
-def test_wide_ids_that_are_short_are_taken(tmp_path: Path) -> None:
+def test_short_ids_in_a_wide_array_are_accepted(tmp_path: Path) -> None:
     Catalogue.build(["a", "b"], CODES, (2, 2)).save(tmp_path)
     np.save(tmp_path / "ids.npy", np.array([b"a", b"b"], dtype="S400"))
     assert Catalogue.load(tmp_path).id_of(1) == "b"
 
 
 @pytest.mark.parametrize("item", [None, True, 1.5, [], {}, ""])
-def test_what_is_no_id_is_named_with_its_line(tmp_path: Path, item: object) -> None:
+def test_invalid_id_is_named_with_its_line(tmp_path: Path, item: object) -> None:
     (tmp_path / "items.jsonl").write_text(json.dumps({"id": item}))
     with pytest.raises(DataError, match=r"items\.jsonl:1: .*id"):
         read_atspeed(tmp_path)

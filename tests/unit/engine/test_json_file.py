@@ -23,7 +23,7 @@ def strictly(path: Path) -> object:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_file_with_what_is_no_number_is_refused_by_its_place(value: float, tmp_path: Path) -> None:
+def test_json_with_nan_is_refused_with_its_place(value: float, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match=r"file\.json: rows\[1\]\.p50: -?(nan|inf) is no number"):
@@ -32,7 +32,7 @@ def test_a_file_with_what_is_no_number_is_refused_by_its_place(value: float, tmp
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
 
 
-def test_a_result_keeps_its_numbers_where_others_are_none(tmp_path: Path) -> None:
+def test_finite_measures_survive_beside_nan(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     rows = [{"p50": math.nan, "users": 3, "parts": {"draft": math.inf, "target": 2.5}, "sizes": (1.0, -math.inf)}]
     Result({"benchmark": "a"}, rows).write(path)

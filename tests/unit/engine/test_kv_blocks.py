@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import KvArray
 from atspeed.engine.kv.memory_cache import (
     KEY_BYTES,
-    NO_OWNER,
-    OWNER_BYTES,
+    NO_USER_KEY,
+    USER_KEY_BYTES,
     KvLayout,
     MemoryKvCache,
     block_keys,
@@ -25,7 +25,7 @@ from atspeed.engine.kv.memory_cache import (
     decode_block,
     encode_block,
     namespace,
-    owner_of,
+    user_key_of,
 )
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=2)
@@ -107,15 +107,18 @@ class TestKeys:
                 block_tokens=rng.randint(1, 3),
             )
             tokens = tuple(rng.choices(range(3), k=layout.block_tokens))
-            owner = rng.choice([NO_OWNER, b"a" * OWNER_BYTES, b"b" * OWNER_BYTES])
+            user_key = rng.choice([NO_USER_KEY, b"a" * USER_KEY_BYTES, b"b" * USER_KEY_BYTES])
             (key,) = block_keys(
-                namespace(fingerprint, layout, tenant), np.asarray(tokens, dtype=np.int64), layout.block_tokens, owner
+                namespace(fingerprint, layout, tenant),
+                np.asarray(tokens, dtype=np.int64),
+                layout.block_tokens,
+                user_key,
             )
-            assert owner_of(key) == owner
-            origin = (fingerprint, layout, tenant, owner, tokens)
+            assert user_key_of(key) == user_key
+            origin = (fingerprint, layout, tenant, user_key, tokens)
             assert seen.setdefault(key, origin) == origin
 
-    def test_ten_thousand_changed_worlds_find_nothing_of_another(self) -> None:
+    def test_ten_thousand_changed_contexts_never_share_blocks(self) -> None:
         """0 cross-hits in one cache between worlds that differ in weights, dtype, tokenizer, catalogue, tenant or user.
 
         Tokenizer and catalogue have no field in a key: they decide which tokens a history becomes, and equal tokens under
@@ -131,37 +134,39 @@ class TestKeys:
             prompt = [1] + [spelling[2 * level + code] for item in (0, 1) for level, code in enumerate(codes[item])]
             weights, tenant = rng.choice(["w1", "w2"]), rng.choice(["", "t"])
             layout = replace(LAYOUT, dtype=rng.choice(["float32", "float16"]))
-            owner = rng.choice([NO_OWNER, b"a" * OWNER_BYTES])
-            keys = block_keys(namespace(weights, layout, tenant), np.array(prompt), step, owner)
+            user_key = rng.choice([NO_USER_KEY, b"a" * USER_KEY_BYTES])
+            keys = block_keys(namespace(weights, layout, tenant), np.array(prompt), step, user_key)
             for index, block in enumerate(cache.get_chain(keys)):
-                origin = (weights, layout, tenant, owner, tuple(prompt[: (index + 1) * step]))
+                origin = (weights, layout, tenant, user_key, tuple(prompt[: (index + 1) * step]))
                 assert written[keys[index]] == origin
                 assert block.dtype == layout.dtype
                 hits += 1
             cache.put_chain(keys, [np.zeros(layout.block_shape, dtype=layout.dtype)] * len(keys))
             for index, key in enumerate(keys):
-                origin = (weights, layout, tenant, owner, tuple(prompt[: (index + 1) * step]))
+                origin = (weights, layout, tenant, user_key, tuple(prompt[: (index + 1) * step]))
                 assert written.setdefault(key, origin) == origin
         assert 0 < hits < 20_000
 
-    @pytest.mark.parametrize("owner", [b"", b"short", b"much too long"])
-    def test_a_tag_of_another_length_is_refused(self, owner: bytes) -> None:
+    @pytest.mark.parametrize("user_key", [b"", b"short", b"much too long"])
+    def test_user_key_of_another_length_is_refused(self, user_key: bytes) -> None:
         with pytest.raises(ValueError, match="8 bytes"):
-            block_keys(b"n", np.arange(4), 2, owner)
+            block_keys(b"n", np.arange(4), 2, user_key)
 
     @given(st.integers(0, 20), st.integers(1, 5), st.integers(0, 20))
-    def test_what_ends_within_the_template_is_nobodys(self, tokens: int, step: int, template: int) -> None:
+    def test_blocks_within_the_template_belong_to_the_shared_prefix(
+        self, tokens: int, step: int, template: int
+    ) -> None:
         """And nothing behind it is: not the block across the border, whose first words are the template's."""
         prompt = np.arange(tokens)
-        nobody = block_keys(b"n", prompt, step)
+        shared = block_keys(b"n", prompt, step)
         first, second = (
-            block_keys(b"n", prompt, step, owner, template_tokens=template) for owner in (b"a" * 8, b"b" * 8)
+            block_keys(b"n", prompt, step, user_key, template_tokens=template) for user_key in (b"a" * 8, b"b" * 8)
         )
         common = min(template, tokens) // step
-        assert first[:common] == second[:common] == nobody[:common]
-        assert {owner_of(key) for key in first[common:]} <= {b"a" * 8}
-        assert not set(first[common:]) & {*second[common:], *nobody}
-        links = [{key[OWNER_BYTES:] for key in keys[common:]} for keys in (first, second, nobody)]
+        assert first[:common] == second[:common] == shared[:common]
+        assert {user_key_of(key) for key in first[common:]} <= {b"a" * 8}
+        assert not set(first[common:]) & {*second[common:], *shared}
+        links = [{key[USER_KEY_BYTES:] for key in keys[common:]} for keys in (first, second, shared)]
         assert not links[0] & (links[1] | links[2]), "equal histories show"
 
     def test_a_root_is_never_a_block(self) -> None:
@@ -256,11 +261,11 @@ class TestCodec:
             assert twin.block_bytes == layout.block_bytes
             assert decode_block(twin, KEY, data) is None
 
-    def test_encoding_refuses_what_is_not_of_the_layout(self) -> None:
+    def test_encoding_refuses_another_layout(self) -> None:
         block = random_block(LAYOUT)
         with pytest.raises(ValueError, match="float16"):
             encode_block(LAYOUT, KEY, np.zeros(LAYOUT.block_shape, dtype=np.float16))
-        with pytest.raises(ValueError, match="layout wants"):
+        with pytest.raises(ValueError, match="layout has"):
             encode_block(LAYOUT, KEY, block[:1])
         with pytest.raises(ValueError, match="32 bytes"):
             encode_block(LAYOUT, b"short", block)
@@ -275,7 +280,7 @@ class TestCopyBlocks:
         assert copy_blocks(LAYOUT, kv, 3, 3) == []
 
     def test_later_changes_of_the_prefix_do_not_reach_the_blocks(self) -> None:
-        """The evaluator goes on writing into the same buffer."""
+        """The evaluator continues to write into the same buffer."""
         kv = np.zeros((2, 2, 2, 1, 2), dtype=np.float32)
         (block,) = copy_blocks(LAYOUT, kv, 0, 1)
         kv[:] = 1
@@ -284,6 +289,6 @@ class TestCopyBlocks:
             block[:] = 1
 
     @pytest.mark.parametrize("shape", [(2, 2, 5, 1, 2), (1, 2, 6, 1, 2), (2, 2, 6, 2), (2, 2, 6, 1, 2, 1)])
-    def test_refuses_what_is_too_short_or_of_another_layout(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match="layout wants"):
+    def test_copy_refuses_short_prefixes_and_other_layouts(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="layout has"):
             copy_blocks(LAYOUT, np.zeros(shape, dtype=np.float32), 0, 3)

@@ -45,7 +45,7 @@ def test_swapped_neighbours() -> None:
         (LITTLE, MUCH, Verdict.DIFFERENT),
     ],
 )
-def test_searches_are_judged_where_they_part(gap: float, rounding: float, verdict: Verdict) -> None:
+def test_searches_are_compared_at_the_first_difference(gap: float, rounding: float, verdict: Verdict) -> None:
     """Beams that swapped over the end of an inner level may lead to any list; a level in another order leads to the same one."""
     root = RankedList(("0",), (0.0,))
     first, again = RankedList(("1", "2"), (-1.0, -2.0)), RankedList(("2", "1"), (-1.0, -2.0))
@@ -56,7 +56,7 @@ def test_searches_are_judged_where_they_part(gap: float, rounding: float, verdic
     assert compare_searches([root, first, one, A], [root, again, other, A]) is Verdict.IDENTICAL
 
 
-def test_searches_that_part_at_the_end_alone_are_judged_by_their_lists() -> None:
+def test_searches_that_differ_only_at_the_end_are_compared_by_lists() -> None:
     root, other = RankedList(("0",), (0.0,)), RankedList(("x", "y", "w"), (-1.0, -2.0, -3.0 - MUCH))
     assert compare_searches([root, A], [root, other]) is compare(A, other) is Verdict.DIFFERENT
     assert compare_searches([A], [root, other]) is Verdict.DIFFERENT
@@ -84,7 +84,7 @@ def test_gap_and_rounding_below_the_limit() -> None:
     assert compare(one, other) is Verdict.NEAR_TIE
 
 
-def test_the_limit_is_the_contracts() -> None:
+def test_near_tie_limit_is_the_contracts() -> None:
     """Score gap < 0.0001, as README and demo say."""
     assert NEAR_TIE == 1e-4
 
@@ -98,6 +98,6 @@ def test_answers() -> None:
     assert Verdict.worst([]) is identical
 
 
-def test_an_item_lost_from_the_middle_is_no_tie() -> None:
+def test_item_missing_from_the_middle_is_no_near_tie() -> None:
     """One that has the same score as its replacement, while a worse one stays, was not swapped over the list's end."""
     assert compare(RankedList(("x", "w", "z"), A.scores), A) is Verdict.DIFFERENT

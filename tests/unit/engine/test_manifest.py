@@ -72,7 +72,7 @@ def change(root: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     (root / MANIFEST).write_text(json.dumps(document))
 
 
-def test_a_bundle_that_is_as_written_opens_and_verifies(root: Path) -> None:
+def test_written_bundle_opens_and_verifies(root: Path) -> None:
     bundle = Bundle(root)
     bundle.verify()
     assert bundle.catalogue().version == CATALOGUE.version
@@ -107,16 +107,14 @@ def test_a_bundle_that_is_as_written_opens_and_verifies(root: Path) -> None:
         ],
     ],
 )
-def test_a_field_that_cannot_be_served_is_named(
-    root: Path, edit: Callable[[dict[str, Any]], object], named: str
-) -> None:
+def test_invalid_field_is_named(root: Path, edit: Callable[[dict[str, Any]], object], named: str) -> None:
     """With the file, at start, and not by the first request that meets it."""
     change(root, edit)
     with pytest.raises(BundleError, match=rf"manifest\.json: .*{named}"):
         Bundle(root)
 
 
-def test_a_manifest_that_is_missing_or_no_json_is_named(root: Path, tmp_path: Path) -> None:
+def test_missing_or_invalid_manifest_is_named(root: Path, tmp_path: Path) -> None:
     (root / MANIFEST).write_text("{")
     with pytest.raises(BundleError, match=r"manifest\.json: .*JSON"):
         Bundle(root)
@@ -185,7 +183,7 @@ def test_the_shipped_bundle_keeps_its_versions() -> None:
     assert versions == ("9f475926d2436010", "b9cb51dacebc021a", "c480a47e3551dcb5")
 
 
-def test_a_bundle_without_a_draft_says_so(root: Path) -> None:
+def test_bundle_without_a_draft_names_the_missing_model(root: Path) -> None:
     change(root, lambda m: m.update(draft=None))
     bundle = Bundle(root)
     bundle.catalogue()
@@ -206,14 +204,14 @@ def test_a_bundle_without_a_draft_says_so(root: Path) -> None:
         (lambda root: (root / "target" / MANIFEST).write_bytes(b""), "target/manifest.json: not in the manifest"),
     ],
 )
-def test_verify_notices_every_kind_of_change(root: Path, edit: Callable[[Path], object], problem: str) -> None:
+def test_verify_finds_every_kind_of_change(root: Path, edit: Callable[[Path], object], problem: str) -> None:
     bundle = Bundle(root)
     edit(root)
     with pytest.raises(BundleError, match=problem):
         bundle.verify()
 
 
-def test_the_version_is_what_is_served(root: Path) -> None:
+def test_version_depends_on_served_content_only(root: Path) -> None:
     """A new name or note keeps it; a changed file, rule or template does not."""
     manifest = Bundle(root).manifest
     same = manifest.model_copy(
@@ -238,7 +236,7 @@ def test_a_fingerprint_is_of_one_models_files(root: Path) -> None:
     assert fingerprint({"target2/x": "1"}, "target") == fingerprint({}, "target")
 
 
-def test_a_foreign_fingerprint_is_noticed(root: Path) -> None:
+def test_foreign_fingerprint_is_refused(root: Path) -> None:
     """Cached keys and values are kept under the fingerprint, so one of other weights would be served with them."""
     change(root, lambda document: document["target"].update(fingerprint=document["draft"]["fingerprint"]))
     with pytest.raises(BundleError, match=r"target\.fingerprint"):

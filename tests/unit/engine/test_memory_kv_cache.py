@@ -91,7 +91,7 @@ class TestMemory:
         assert (statistics.used_bytes, statistics.blocks) == (naive.used, len(naive.entries))
         assert statistics.evictions == naive.evictions
 
-    def test_a_block_that_is_its_own_is_kept_as_it_is(self) -> None:
+    def test_immutable_block_is_kept_without_a_copy(self) -> None:
         cache, block = MemoryKvCache(1000), tiny(3)
         block.flags.writeable = False
         assert put(cache, b"k", block) is block
@@ -113,7 +113,7 @@ class TestMemory:
             cache.put_chain([b"k"], [tiny(0), tiny(0)])
         assert len(cache) == 0
 
-    def test_writable_blocks_are_copied_and_nobody_can_change_the_copies(self) -> None:
+    def test_writable_blocks_are_copied_and_copies_are_immutable(self) -> None:
         cache, source = MemoryKvCache(1000), tiny(3)
         stored = put(cache, b"k", source)
         source[:] = 0
@@ -130,7 +130,7 @@ class TestMemory:
         assert b"old" not in cache
         assert (held == 4).all()
 
-    def test_a_block_beyond_the_limit_drives_nothing_out(self) -> None:
+    def test_block_beyond_the_limit_evicts_nothing(self) -> None:
         cache = MemoryKvCache(tiny(0).nbytes)
         put(cache, b"small", tiny(0))
         assert (put(cache, b"large", tiny(4)) == 4).all()
@@ -143,7 +143,7 @@ class TestMemory:
         assert put(cache, b"k", tiny(2)) is first
         assert cache.used_bytes == first.nbytes
 
-    def test_the_end_of_a_chain_goes_before_its_head(self) -> None:
+    def test_end_of_a_chain_is_evicted_before_its_head(self) -> None:
         cache = MemoryKvCache(3 * tiny(0).nbytes)
         chain = [b"a", b"b", b"c"]
         for key in chain:
@@ -177,17 +177,17 @@ class TestIntegrityCheck:
         cache.check_integrity()
         return cache
 
-    def test_finds_wrong_accounts(self, cache: MemoryKvCache) -> None:
+    def test_check_integrity_finds_wrong_accounting(self, cache: MemoryKvCache) -> None:
         cache._bytes += 1
         with pytest.raises(RuntimeError, match="accounted"):
             cache.check_integrity()
 
-    def test_finds_a_broken_limit(self, cache: MemoryKvCache) -> None:
+    def test_check_integrity_finds_an_exceeded_limit(self, cache: MemoryKvCache) -> None:
         cache.limit_bytes = 1
         with pytest.raises(RuntimeError, match="limit"):
             cache.check_integrity()
 
-    def test_finds_a_writable_block(self, cache: MemoryKvCache) -> None:
+    def test_check_integrity_finds_a_writable_block(self, cache: MemoryKvCache) -> None:
         cache._blocks[b"a"].flags.writeable = True
         with pytest.raises(RuntimeError, match="read-only"):
             cache.check_integrity()

@@ -15,7 +15,8 @@ from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.plain_passes import check_plain_passes
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import BOS, EOH, random_catalogue, write_bundle
@@ -56,9 +57,9 @@ def token_of(models: Models, node: int) -> int:
 async def opened(models: Models, store: DictStore | None = None, requests: int = 1) -> AsyncIterator[TreeEvaluator]:
     """Exactly so many passes run together."""
     limits = BatchLimits(requests=requests, tokens=100_000, delay_seconds=HOUR if requests > 1 else 0, padding=1e9)
-    evaluator = models.evaluator("target", memory_blocks=100, store=store, limits=limits)
+    evaluator = models.evaluator("target", memory_blocks=100, tier=store, limits=limits)
     yield evaluator
-    assert (evaluator.waiting_passes, evaluator.open_kv.used_bytes) == (0, 0)
+    assert (evaluator.queued_passes, evaluator.open_kv.used_bytes) == (0, 0)
     await evaluator.close()
 
 
@@ -94,7 +95,7 @@ async def test_what_a_spoilt_pass_computed_of_the_prompt_is_in_no_cache(whole: M
         with pytest.raises(NoNumbersError):
             await evaluate(evaluator, prompt, [ROOT, 2])
         tree = await evaluator.open(prompt)
-        assert tree.cost_of_opening.memory_cached_tokens == 0
+        assert tree.lookup_stats.cached_tokens_by_tier["memory"] == 0
         await asyncio.sleep(0)  # as long as the store needs to be written
         assert store.blocks == {}
         await evaluate(evaluator, prompt, [ROOT, 1])

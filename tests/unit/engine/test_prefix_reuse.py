@@ -7,7 +7,8 @@ import pytest
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Role
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -40,8 +41,8 @@ async def root_of(evaluator: TreeEvaluator, tokens: Int64) -> tuple[Evaluation, 
     """The root's evaluation, and the prompt tokens that were found."""
     tree = await evaluator.open(tokens)
     evaluation, cost = await evaluator.evaluate(tree, np.array([ROOT]), Selection(Pruning.none(), limit=10))
-    assert cost.new_tokens + cost.memory_cached_tokens == len(tokens)
-    return evaluation, cost.memory_cached_tokens
+    assert cost.new_tokens + cost.cached_tokens_by_tier["memory"] == len(tokens)
+    return evaluation, cost.cached_tokens_by_tier["memory"]
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -81,6 +81,6 @@ def test_tokens_are_prefix_items_and_suffix_in_order() -> None:
         ({"prefix": (1,), "postfix": (2,)}, "postfix"),
     ],
 )
-def test_a_template_that_makes_no_sense_is_refused(fields: dict[str, object], named: str) -> None:
+def test_inconsistent_template_is_refused(fields: dict[str, object], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         PromptTemplate.model_validate(fields)

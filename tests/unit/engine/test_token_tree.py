@@ -69,7 +69,7 @@ def _path_tokens(naive: NaiveTrie, node: int) -> list[int]:
     return [1000 + offsets[level] + code for level, code in enumerate(naive.nodes[node])]
 
 
-def test_prompt_tokens_are_causal_and_blind_to_the_nodes() -> None:
+def test_prompt_tokens_are_causal_and_see_no_node() -> None:
     naive = NaiveTrie({"a": (0, 0), "b": (1, 0)}, (2, 1))
     tree = empty_tree(PROMPT)
     tree.length = 2
@@ -89,7 +89,7 @@ def test_a_node_without_its_parent_is_refused_and_changes_nothing() -> None:
 
 
 @given(st.lists(st.integers(1, 30), max_size=6))
-def test_a_tree_grows_without_losing_what_it_holds(steps: list[int]) -> None:
+def test_tree_moved_to_a_larger_buffer_keeps_its_content(steps: list[int]) -> None:
     tree = empty_tree([1])
     written = 0
     for tokens in steps:

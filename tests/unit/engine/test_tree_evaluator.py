@@ -1,4 +1,4 @@
-"""A node's evaluation is what the checkpoint says about its path as a sequence: in any company, on any cache, in any pass."""
+"""A node's evaluation is the checkpoint's score of its path, for all co-batched nodes, caches and passes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.errors import CapacityError, PromptError
 from atspeed.engine.kv import memory_cache
 from atspeed.engine.kv.buffer_pool import BufferPool
-from atspeed.engine.kv.redis_store import KvStore
+from atspeed.engine.kv.tier import KvTier
 from atspeed.engine.model import tree_evaluator
 from atspeed.engine.model.token_tree import TokenTree
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
@@ -39,8 +40,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @asynccontextmanager
-async def opened(models: Models, memory_blocks: int = 0, store: KvStore | None = None) -> AsyncIterator[TreeEvaluator]:
-    evaluator = models.evaluator("target", memory_blocks=memory_blocks, store=store)
+async def opened(models: Models, memory_blocks: int = 0, tier: KvTier | None = None) -> AsyncIterator[TreeEvaluator]:
+    evaluator = models.evaluator("target", memory_blocks=memory_blocks, tier=tier)
     yield evaluator
     await evaluator.close()
 
@@ -85,7 +86,7 @@ async def test_every_node_is_evaluated_as_the_checkpoint_reads_its_path(models: 
         )
 
 
-async def test_company_passes_and_order_of_arrival_change_nothing(models: Models) -> None:
+async def test_co_batched_nodes_and_order_of_passes_change_no_result(models: Models) -> None:
     """The whole trie at once; level by level; and every node alone with its ancestors, root first, one node a pass."""
     naive, prompt = models.naive, models.prompt(5, seed=1)
     inner = naive.inner()
@@ -101,7 +102,7 @@ async def test_company_passes_and_order_of_arrival_change_nothing(models: Models
             assert_same(await evaluate(evaluator, prompt, chain), alone)
 
 
-async def test_every_state_of_the_cache_gives_the_same(models: Models) -> None:
+async def test_every_state_of_the_cache_gives_the_same_result(models: Models) -> None:
     """Cold; all in memory; part in memory; all in the store; and a prefix of another user's longer history."""
     prompt, longer = models.prompt(7, seed=3), models.prompt(8, seed=3)
     blocks = (len(prompt) - 1) // BLOCK_TOKENS
@@ -112,19 +113,19 @@ async def test_every_state_of_the_cache_gives_the_same(models: Models) -> None:
     async with opened(models, 100, store) as warm:
         assert_same(await evaluate(warm, prompt, nodes), expected)
         tree = await warm.open(prompt)
-        assert tree.cost_of_opening.memory_cached_tokens == blocks * BLOCK_TOKENS
+        assert tree.lookup_stats.cached_tokens_by_tier["memory"] == blocks * BLOCK_TOKENS
         assert_same(await evaluate(warm, prompt, nodes), expected)
         _, cost = await warm.evaluate(tree, np.array(nodes), EVERYTHING)
         assert cost.new_tokens == len(prompt) - blocks * BLOCK_TOKENS + len(nodes) - 1
     async with opened(models, 2, store) as narrow:
         assert_same(await evaluate(narrow, prompt, nodes), expected)
         tree = await narrow.open(prompt)
-        assert tree.cost_of_opening.memory_cached_tokens == 2 * BLOCK_TOKENS
-        assert tree.cost_of_opening.redis_cached_tokens == (blocks - 2) * BLOCK_TOKENS
+        assert tree.lookup_stats.cached_tokens_by_tier["memory"] == 2 * BLOCK_TOKENS
+        assert tree.lookup_stats.cached_tokens_by_tier[store.name] == (blocks - 2) * BLOCK_TOKENS
         assert_same(await evaluate(narrow, prompt, nodes), expected)
     async with opened(models, 100) as shared:
         await evaluate(shared, longer, [ROOT])
-        assert (await shared.open(prompt)).cost_of_opening.memory_cached_tokens > 0
+        assert (await shared.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] > 0
         assert_same(await evaluate(shared, prompt, nodes), expected)
 
 
@@ -152,7 +153,7 @@ async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, m
             tree = await evaluator.open(prompt)
             assert tree.tokens.kv.size == 0, "a stream that waits for its turn holds memory"
             await evaluator.evaluate(tree, np.array([ROOT]), EVERYTHING)
-            assert tree.cached == ()
+            assert tree.cached_blocks == ()
     assert {name for name, _ in moves} == {"move_to", "take", "fill_prefix", "copy_blocks", "_read_only_copy"}
     assert all(thread.startswith("onnx") for _, thread in moves), moves
 
@@ -181,8 +182,8 @@ async def test_tenants_share_no_prefix(models: Models) -> None:
     prompt = models.prompt(7, seed=3)
     async with opened(models, 100) as evaluator:
         await evaluate(evaluator, prompt, [ROOT])
-        assert (await evaluator.open(prompt)).cost_of_opening.memory_cached_tokens > 0
-        assert (await evaluator.open(prompt, tenant="b")).cost_of_opening.memory_cached_tokens == 0
+        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] > 0
+        assert (await evaluator.open(prompt, tenant="b")).lookup_stats.cached_tokens_by_tier["memory"] == 0
 
 
 async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +195,7 @@ async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch:
         assert_same(await evaluate(evaluator, prompt, *[[node] for node in naive.inner()]), expected)
 
 
-async def test_requests_at_the_same_time_do_not_mix(models: Models) -> None:
+async def test_concurrent_requests_do_not_mix(models: Models) -> None:
     """Two trees whose passes alternate."""
     prompts, naive = [models.prompt(4, seed=7), models.prompt(6, seed=8)], models.naive
     levels = [np.array([n for n in naive.inner() if len(naive.nodes[n]) == depth]) for depth in range(naive.levels)]
@@ -232,7 +233,7 @@ async def test_a_misuse_of_a_tree_is_refused(models: Models, passes: list[list[i
             await evaluator.evaluate(tree, np.array(last, dtype=np.int64), EVERYTHING)
 
 
-async def test_an_orphan_or_a_leaf_is_refused_and_the_tree_lives_on(models: Models) -> None:
+async def test_orphan_or_leaf_is_refused_and_the_session_stays_usable(models: Models) -> None:
     """A refused pass leaves no trace: the same tree still gives what a fresh one gives, on a cached prefix too."""
     naive, prompt = models.naive, models.prompt(5, seed=0)
     orphan = next(node for node in naive.inner() if len(naive.nodes[node]) == 2)
@@ -264,11 +265,11 @@ async def test_prompts_that_the_model_cannot_read_are_refused(models: Models) ->
         assert len(found) == len(models.naive.inner())
 
 
-async def test_warming_up_works_and_leaves_nothing_behind(models: Models) -> None:
+async def test_warm_up_leaves_no_memory_and_no_block(models: Models) -> None:
     async with opened(models, 100) as evaluator:
         await evaluator.warm_up()
         prompt = models.prompt(7, seed=3)
-        assert (await evaluator.open(prompt)).cost_of_opening.memory_cached_tokens == 0
+        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] == 0
 
 
 async def test_a_catalogue_of_one_level_can_be_served(tmp_path_factory: pytest.TempPathFactory) -> None:

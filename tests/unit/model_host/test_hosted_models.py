@@ -18,7 +18,8 @@ from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
+from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.trie import Pruning
 from atspeed.errors import FailedPreconditionError
 from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
@@ -158,7 +159,11 @@ async def test_new_catalogue_shares_weights_and_prefix_cache(bundle: Bundle, roo
         with models.find(old.version, "field").in_use():
             await models.activate(other)
             assert models.stable.weights is old.weights
-            assert (await evaluated(models.stable)).memory_cached_tokens > first.memory_cached_tokens == 0
+            assert (
+                (await evaluated(models.stable)).cached_tokens_by_tier["memory"]
+                > first.cached_tokens_by_tier["memory"]
+                == 0
+            )
             await evaluated(models.find(old.version, "field"))
             assert models.versions.served == {old.version, models.stable.version}
         async with asyncio.timeout(LIVENESS_SECONDS):

@@ -15,9 +15,13 @@ from atspeed.rpc import wire
 from atspeed.v1 import recommendation_pb2, types_pb2
 
 COUNTS = st.integers(0, 2**32 - 1)
+TIERS = st.dictionaries(st.text(max_size=8), COUNTS, max_size=4)
 
 
-@given(st.builds(PassStats, **dict.fromkeys((field.name for field in fields(PassStats)), COUNTS)))
+STATS = dict.fromkeys((field.name for field in fields(PassStats)), COUNTS) | {"cached_tokens_by_tier": TIERS}
+
+
+@given(st.builds(PassStats, **STATS))
 def test_costs_survive_the_wire(cost: PassStats) -> None:
     sent = wire.to_statistics(cost).SerializeToString()
     assert wire.pass_stats(types_pb2.PassStatistics.FromString(sent), "statistics") == cost
@@ -26,6 +30,13 @@ def test_costs_survive_the_wire(cost: PassStats) -> None:
 def test_a_replica_that_does_not_tell_its_look_ups_has_none() -> None:
     older = types_pb2.PassStatistics(queue_ns=7, forward_ns=5, new_tokens=3)
     assert wire.pass_stats(older, "statistics") == PassStats(queue_ns=7, forward_ns=5, new_tokens=3, lookup_ns=0)
+
+
+@pytest.mark.parametrize("cached", [{"memory": 2**60}, {f"tier {number}": 1 for number in range(17)}])
+def test_pass_stats_beyond_all_bounds_are_refused(cached: dict[str, int]) -> None:
+    message = types_pb2.PassStatistics(cached_tokens=cached)
+    with pytest.raises(InvalidArgumentError, match="statistics"):
+        wire.pass_stats(message, "statistics")
 
 
 def test_every_mode_of_the_contract_has_a_name() -> None:

@@ -176,7 +176,7 @@ class _ForeignPlan:
         return Plan(below, np.array([1]), np.zeros(1), np.zeros(1))
 
 
-def test_what_is_known_stays_as_it_was() -> None:
+def test_evaluated_nodes_never_change() -> None:
     """A plan that repeats a known node neither asks for it again nor changes its scores."""
     naive = NaiveTrie({"a": (0, 0, 0), "b": (1, 0, 0), "c": (1, 1, 1), "d": (1, 1, 0)}, (2, 2, 2))
     world = World.random(naive, ScoringRule.VOCAB, 3)
@@ -185,7 +185,7 @@ def test_what_is_known_stays_as_it_was() -> None:
     assert [(naive.nodes[leaf], score) for leaf, score in run.list] == expected_levels(world, 3, [])[-1]
 
 
-def test_the_memo_tells_drafted_from_recovered_and_forced() -> None:
+def test_memo_distinguishes_drafted_recovered_and_forced_nodes() -> None:
     """Where an item came from, as the reply tells it: the plan, a recovery pass, or a path without a choice."""
     naive = NaiveTrie({"a": (0, 0), "b": (0, 1), "c": (1, 0)}, (2, 2))
     world = World.random(naive, ScoringRule.VOCAB, 0)

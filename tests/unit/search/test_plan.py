@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import Found, PassProgram, Selection
+from atspeed.engine.model.tree_session import Found, PassProgram, Selection
 from atspeed.engine.search.beams import Beams, children_by_gumbel, children_by_score
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
@@ -44,7 +44,7 @@ class TableEvaluator:
         self.trie, self.rule = self.world.trie, self.world.rule
         self.entry = SimpleNamespace(plan_scale=None if self.scales is None else tuple(self.scales))
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = b"") -> None:
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = b"") -> None:
         """Nothing has to be opened."""
 
     def end(self, tree: None) -> None:
@@ -320,7 +320,7 @@ def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> N
 class TableEvaluatorPerPlan(TableEvaluator):
     """Every plan is a call of its own and stands on a tree of its own."""
 
-    async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = b"") -> None:
+    async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = b"") -> None:
         """Forget the call before."""
         self.asked.clear()
 

@@ -60,7 +60,7 @@ class RandomSizer(FixedPlanSizer):
     st.integers(0, 2**32),
     st.booleans(),
 )
-def test_any_decision_keeps_the_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
+def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
     """The draft is unrelated to the target, and every decision is random."""
     truth, guess = World.random(naive, rule, seed), World.random(naive, rule, seed + 1)
     policy: Policy = ExactSampling(width, NOISE) if sampled else Strict(width)

@@ -286,7 +286,7 @@ def test_an_exhausted_residual_is_filled_from_p(planned: int) -> None:
     asyncio.run(run())
 
 
-def test_a_plan_that_knows_nothing_of_its_nodes_is_not_a_proposal() -> None:
+def test_plan_without_evaluations_is_no_proposal() -> None:
     """Without the draft's evaluation there is no q: the level is drawn from p, as without a plan."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
     policies = relaxed(3, 50)
@@ -300,7 +300,7 @@ NAIVE_TRIE = World.random(NAIVE, ScoringRule.VOCAB, seed=5).trie
 
 
 @pytest.mark.parametrize(("width", "proposals"), [(1, 1), (1, 3), (2, 3), (2, 4), (3, 3)])
-def test_the_rule_is_what_is_written(width: int, proposals: int) -> None:
+def test_relaxed_sampling_follows_its_written_rule(width: int, proposals: int) -> None:
     """Accept by u <= p / q, keep the first K of the accepted, else fill from the residual: 1,500 runs of ours, 6,000 of it.
 
     Loss included: this is the rule's law and not p's. Five cases, so each has a fifth of the threshold.

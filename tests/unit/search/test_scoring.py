@@ -169,14 +169,14 @@ def _put(index: int, value: float) -> Change:
         ("log_mass", _put(0, -math.inf), "log_mass"),
     ],
 )
-def test_an_evaluation_that_no_honest_model_gives_is_refused(field: str, change: Change, problem: str) -> None:
+def test_invalid_evaluation_is_refused(field: str, change: Change, problem: str) -> None:
     """A child named twice would have put one item twice into a list."""
     with pytest.raises(ValueError, match=problem):
         dataclasses.replace(HONEST, **{field: change(getattr(HONEST, field))}).validate(WORLD.trie)
 
 
 @given(st.data())
-def test_whatever_validate_lets_pass_is_safe_to_search(data: st.DataObject) -> None:
+def test_validated_evaluation_is_safe_to_search(data: st.DataObject) -> None:
     """Random damage is either refused or leaves every child below its own node, once, with a finite score."""
     damaged = {}
     for field in dataclasses.fields(Evaluation):

@@ -90,15 +90,13 @@ def test_hashes_of_a_full_trie_are_distinct() -> None:
         (np.array([[1, 0], [0, 1]]), "lexicographic"),
     ],
 )
-def test_what_is_no_list_of_paths_is_refused(
-    paths: np.ndarray[tuple[int, int], np.dtype[np.int64]], problem: str
-) -> None:
+def test_invalid_paths_are_refused(paths: np.ndarray[tuple[int, int], np.dtype[np.int64]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Trie.from_paths(paths, (4, 4))
 
 
 @given(naive_tries(), st.data())
-def test_check_integrity_notices_every_changed_number(naive: NaiveTrie, data: st.DataObject) -> None:
+def test_check_integrity_finds_every_changed_number(naive: NaiveTrie, data: st.DataObject) -> None:
     """A trie is a function of its paths, so a changed entry of any array is either noticed or gives another valid trie."""
     trie = build(naive).trie
     name = data.draw(st.sampled_from(["level_start", "parent", "code", "child_start"]))

@@ -11,7 +11,7 @@ import numpy as np
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.tree_evaluator import PassProgram, PassRecord, Selection
+from atspeed.engine.model.tree_session import CompletedPass, PassProgram, Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from target_service.search_runner import Search, SearchRunner
@@ -44,7 +44,7 @@ class TableEvaluator:
 
         def evaluate(nodes: Int64) -> Evaluation:
             cost = PassStats(self.queue_ns, 1000, new_tokens=len(nodes), batch_requests=1, batch_tokens=len(nodes))
-            tree.passes.append(PassRecord(len(nodes), cost, 0, self.queue_ns + 2000))
+            tree.passes.append(CompletedPass(len(nodes), cost, 0, self.queue_ns + 2000))
             return self.world.evaluate(nodes, selection.pruning, selection.limit)
 
         return run_steps(steps, evaluate), PassStats()
