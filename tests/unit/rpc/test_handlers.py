@@ -24,7 +24,7 @@ def twice(behaviour: Behaviour) -> Behaviour:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrapped_handler_keeps_kind_and_serializers(kind: str) -> None:
-    wrapped = wrap_handler(handler_of(kind), twice)
+    wrapped: Any = wrap_handler(handler_of(kind), twice)
     assert [name for name in KINDS if getattr(wrapped, name)] == [kind]
     assert getattr(wrapped, kind)("a", None) == ["a", "a"]
     original = handler_of(kind)
