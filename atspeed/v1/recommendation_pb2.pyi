@@ -143,6 +143,70 @@ COLD_START_UNKNOWN_ITEMS: ColdStart.ValueType  # 3
 """The history has items, none of which the catalogue knows."""
 Global___ColdStart: _TypeAlias = ColdStart  # noqa: Y015
 
+class _DegradedReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DegradedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DegradedReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEGRADED_REASON_UNSPECIFIED: _DegradedReason.ValueType  # 0
+    """Not set."""
+    DEGRADED_REASON_BEAM_WIDTH_NARROWED: _DegradedReason.ValueType  # 1
+    """The service was busy, and fewer beams were searched because the request allows it."""
+    DEGRADED_REASON_SPECULATION_DISABLED: _DegradedReason.ValueType  # 2
+    """Shadow checks found differences and disabled speculation."""
+    DEGRADED_REASON_PLAN_UNANSWERED: _DegradedReason.ValueType  # 3
+    """The target had no valid answer to a plan. The search started again without one."""
+    DEGRADED_REASON_DRAFT_CIRCUIT_OPEN: _DegradedReason.ValueType  # 4
+    """The draft failed several times in a row, so it was not called."""
+    DEGRADED_REASON_DRAFT_REPLY_INVALID: _DegradedReason.ValueType  # 5
+    """The draft's reply was invalid."""
+    DEGRADED_REASON_DRAFT_UNAVAILABLE: _DegradedReason.ValueType  # 6
+    """No draft replica could answer."""
+    DEGRADED_REASON_DRAFT_DEADLINE: _DegradedReason.ValueType  # 7
+    """The draft did not answer in time."""
+    DEGRADED_REASON_DRAFT_BUSY: _DegradedReason.ValueType  # 8
+    """The draft replicas had reached their limit of calls."""
+    DEGRADED_REASON_DRAFT_VERSION: _DegradedReason.ValueType  # 9
+    """No draft replica serves the orchestrator's model version."""
+    DEGRADED_REASON_DRAFT_REFUSED: _DegradedReason.ValueType  # 10
+    """The draft refused the call as invalid."""
+    DEGRADED_REASON_DRAFT_ACCESS_DENIED: _DegradedReason.ValueType  # 11
+    """The draft did not accept the orchestrator's credentials."""
+    DEGRADED_REASON_DRAFT_FAILED: _DegradedReason.ValueType  # 12
+    """The draft's call failed with another status."""
+
+class DegradedReason(_DegradedReason, metaclass=_DegradedReasonEnumTypeWrapper):
+    """A component that a list was made without, or a reduction of the search. The list is what its mode promises in every case."""
+
+DEGRADED_REASON_UNSPECIFIED: DegradedReason.ValueType  # 0
+"""Not set."""
+DEGRADED_REASON_BEAM_WIDTH_NARROWED: DegradedReason.ValueType  # 1
+"""The service was busy, and fewer beams were searched because the request allows it."""
+DEGRADED_REASON_SPECULATION_DISABLED: DegradedReason.ValueType  # 2
+"""Shadow checks found differences and disabled speculation."""
+DEGRADED_REASON_PLAN_UNANSWERED: DegradedReason.ValueType  # 3
+"""The target had no valid answer to a plan. The search started again without one."""
+DEGRADED_REASON_DRAFT_CIRCUIT_OPEN: DegradedReason.ValueType  # 4
+"""The draft failed several times in a row, so it was not called."""
+DEGRADED_REASON_DRAFT_REPLY_INVALID: DegradedReason.ValueType  # 5
+"""The draft's reply was invalid."""
+DEGRADED_REASON_DRAFT_UNAVAILABLE: DegradedReason.ValueType  # 6
+"""No draft replica could answer."""
+DEGRADED_REASON_DRAFT_DEADLINE: DegradedReason.ValueType  # 7
+"""The draft did not answer in time."""
+DEGRADED_REASON_DRAFT_BUSY: DegradedReason.ValueType  # 8
+"""The draft replicas had reached their limit of calls."""
+DEGRADED_REASON_DRAFT_VERSION: DegradedReason.ValueType  # 9
+"""No draft replica serves the orchestrator's model version."""
+DEGRADED_REASON_DRAFT_REFUSED: DegradedReason.ValueType  # 10
+"""The draft refused the call as invalid."""
+DEGRADED_REASON_DRAFT_ACCESS_DENIED: DegradedReason.ValueType  # 11
+"""The draft did not accept the orchestrator's credentials."""
+DEGRADED_REASON_DRAFT_FAILED: DegradedReason.ValueType  # 12
+"""The draft's call failed with another status."""
+Global___DegradedReason: _TypeAlias = DegradedReason  # noqa: Y015
+
 @_typing.final
 class History(_message.Message):
     """Items in time order."""
@@ -407,7 +471,7 @@ class RecommendResponse(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     EXACTNESS_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
-    DEGRADED_REASONS_FIELD_NUMBER: _builtins.int
+    DEGRADED_DESCRIPTIONS_FIELD_NUMBER: _builtins.int
     UNKNOWN_HISTORY_ITEM_IDS_FIELD_NUMBER: _builtins.int
     HISTORY_ITEMS_USED_FIELD_NUMBER: _builtins.int
     FEWER_THAN_K_REASON_FIELD_NUMBER: _builtins.int
@@ -417,19 +481,20 @@ class RecommendResponse(_message.Message):
     COLD_START_FIELD_NUMBER: _builtins.int
     UNKNOWN_EXCLUDED_ITEMS_FIELD_NUMBER: _builtins.int
     UNKNOWN_ALLOWED_ITEMS_FIELD_NUMBER: _builtins.int
+    DEGRADED_REASONS_FIELD_NUMBER: _builtins.int
     scoring_rule: _types_pb2.ScoringRule.ValueType
     """The rule that scores follow."""
     mode: Global___Mode.ValueType
     """The mode that made the list."""
     degraded: _builtins.bool
-    """Whether the draft could not help or may not since shadow checks failed, or fewer beams were searched because the request
-    allows it. The list is still what the mode promises, with the beams that `beam_width` says. A target replica that failed shows in
-    statistics.target_retries, a Redis tier that failed in the cached tokens.
+    """Whether the list was made without one of the components, or with fewer beams than requested; see degraded_reasons. The list is
+    still what the mode promises, with the beams that `beam_width` names. Failures of a target replica are in
+    statistics.target_retries. Failures of the Redis tier show in the cached tokens.
     """
     history_items_used: _builtins.int
     """History items that the prompt held: the newest that fit the window."""
     fewer_than_k_reason: _builtins.str
-    """Set when fewer than k items are left after exclusions and filters or came out of the beams; says which."""
+    """The reason why there are fewer than k items: exclusions and filters, or the search. Empty when there are k items."""
     seed: _builtins.int
     """The seed used by a sampling mode."""
     beam_width: _builtins.int
@@ -453,8 +518,8 @@ class RecommendResponse(_message.Message):
         """Whether and how far the list is exact."""
 
     @_builtins.property
-    def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why, one line each, for people."""
+    def degraded_descriptions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The same as degraded_reasons, as text for people. The wording may change."""
 
     @_builtins.property
     def unknown_history_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -463,6 +528,10 @@ class RecommendResponse(_message.Message):
     @_builtins.property
     def statistics(self) -> Global___Statistics:
         """What it took."""
+
+    @_builtins.property
+    def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___DegradedReason.ValueType]:
+        """Why the list is degraded; empty where it is not. The values are also label values of the metric atspeed_degraded_total."""
 
     def __init__(
         self,
@@ -473,7 +542,7 @@ class RecommendResponse(_message.Message):
         mode: Global___Mode.ValueType = ...,
         exactness: Global___Exactness | None = ...,
         degraded: _builtins.bool = ...,
-        degraded_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        degraded_descriptions: _abc.Iterable[_builtins.str] | None = ...,
         unknown_history_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         history_items_used: _builtins.int = ...,
         fewer_than_k_reason: _builtins.str = ...,
@@ -483,10 +552,11 @@ class RecommendResponse(_message.Message):
         cold_start: Global___ColdStart.ValueType = ...,
         unknown_excluded_items: _builtins.int = ...,
         unknown_allowed_items: _builtins.int = ...,
+        degraded_reasons: _abc.Iterable[Global___DegradedReason.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "exactness", b"exactness", "seed", b"seed", "statistics", b"statistics", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_descriptions", b"degraded_descriptions", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -534,7 +604,7 @@ class Statistics(_message.Message):
     nodes_forced: _builtins.int
     """Of the used beams, those that were the only continuation of their parent."""
     nodes_recovered: _builtins.int
-    """Nodes that the search asked for, which no plan held and nobody foresaw."""
+    """Beams that no plan held and that the target had not prefetched."""
     prompt_tokens: _builtins.int
     """Prompt tokens of the target."""
     memory_cached_tokens: _builtins.int
@@ -542,7 +612,7 @@ class Statistics(_message.Message):
     redis_cached_tokens: _builtins.int
     """Prompt tokens whose keys and values the target took from Redis."""
     target_retries: _builtins.int
-    """Streams that broke and were taken up on another replica."""
+    """Calls to the target that were made again."""
     nodes_asked: _builtins.int
     """Nodes that the draft was asked for, all plans together; 0 where no plan was expected to pay."""
     nodes_proposed: _builtins.int

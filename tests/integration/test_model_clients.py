@@ -22,6 +22,7 @@ from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.grpc_status import PUSHBACK_HEADER
 from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
 from orchestrator.model_clients.target_client import TargetClient, TargetSession
@@ -97,14 +98,18 @@ async def asking(
         routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
         client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
         session = client.session(
-            question(pruning), max_children=100, beam_width=beam_width, prefetches=speculates, speculates=speculates
+            model_request(pruning),
+            max_children=100,
+            beam_width=beam_width,
+            prefetches=speculates,
+            speculates=speculates,
         )
         yield session
         session.close()
     await server.stop(None)
 
 
-def question(pruning: Pruning = NOTHING) -> ModelRequest:
+def model_request(pruning: Pruning = NOTHING) -> ModelRequest:
     return ModelRequest(np.array([1]), pruning, Deadline(SECONDS))
 
 
@@ -197,16 +202,17 @@ async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_ans
         await session.evaluate(np.array([ROOT]))
     with pytest.raises(UnavailableError):
         await session.evaluate(np.array([ROOT]))
-    channel, degraded = grpc.aio.insecure_channel("127.0.0.1:1"), list[str]()
+    channel = grpc.aio.insecure_channel("127.0.0.1:1")
     stub = draft_pb2_grpc.DraftServiceStub(channel)
     await channel.close()
     routes: Routes[Any] = Routes(stub)
     client = DraftClient(routes, WORLD.trie, VERSION, timeout=SECONDS, backoff_seconds=SECONDS)
     for _ in range(3):
-        drafting = client.session(question(), Proposal.TOP, degraded)
-        assert not client.resting
-        assert not len((await drafting.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
-    assert (degraded, client.resting) == (["draft: UNAVAILABLE"] * 3, True)
+        draft = client.session(model_request(), Proposal.TOP)
+        assert not client.circuit.is_open
+        assert not len((await draft.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
+        assert draft.degraded_reason is DegradedReason.DRAFT_UNAVAILABLE
+    assert client.circuit.is_open
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT])

@@ -23,13 +23,14 @@ from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.errors import UnavailableError
 from atspeed.rpc.admission import Admission, Priority
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.planning.usage import Usage
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
-from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
+from orchestrator.speculation_breaker import SpeculationBreaker
 from orchestrator.user_key import user_cache_key
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import ScriptedDraft, World, at_random
@@ -53,7 +54,7 @@ class Table:
 
     def session(
         self,
-        question: ModelRequest,
+        request: ModelRequest,
         *,
         max_children: int | None,
         beam_width: int | None,
@@ -61,8 +62,8 @@ class Table:
         speculates: bool,
     ) -> Table:
         self.prefetches = prefetches
-        self.question, self.limit = question, max_children or 1_000_000
-        self.asked.append(question)
+        self.request, self.limit = request, max_children or 1_000_000
+        self.asked.append(request)
         return self
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
@@ -73,7 +74,7 @@ class Table:
         depths = self.world.trie.depth(nodes)
         in_company = depths[0] != depths[-1]
         world = self.other if self.fault and in_company else self.world
-        return world.evaluate(nodes, self.question.pruning, self.limit)
+        return world.evaluate(nodes, self.request.pruning, self.limit)
 
     def close(self) -> None:
         pass
@@ -86,8 +87,9 @@ class Half:
     draft: ScriptedDraft
     usage: Usage = field(default_factory=Usage)
     prompt_tokens: int = 1
+    degraded_reason: DegradedReason | None = None
 
-    def session(self, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> Half:
+    def session(self, request: ModelRequest, proposal: Proposal) -> Half:
         return self
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
@@ -178,8 +180,8 @@ class Service:
         """A random request, offered to the checks."""
         rng = np.random.default_rng(seed)
         chosen = rng.choice(sorted(self.world.naive.items), 12, replace=False).tolist()
-        order = RecommendParams(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
-        made = await self.recommender.recommend(order, Deadline(SECONDS))
+        params = RecommendParams(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
+        made = await self.recommender.recommend(params, Deadline(SECONDS))
         self.shadow.offer(made, self)
         return made
 
@@ -194,7 +196,7 @@ async def test_what_is_right_is_never_suspected() -> None:
     service = Service()
     await service.ask_all(range(300))
     assert service.shadow.outcomes == {"identical": 300, "near-tie": 0, "different": 0, "failed": 0, "dropped": 0}
-    assert service.speculation_breaker.on
+    assert service.speculation_breaker.enabled
     assert service.shadow.largest_gap == 0
 
 
@@ -204,14 +206,14 @@ async def test_a_target_that_answers_differently_in_company_is_found_and_the_dra
     with structlog.testing.capture_logs() as logs:
         await service.ask_all(range(30))
     assert service.shadow.outcomes["different"] == 3
-    assert not service.speculation_breaker.on
+    assert not service.speculation_breaker.enabled
     alone = await service.ask(1, mode=Mode.TARGET_ONLY)
     strict = await service.ask(1)
     assert strict.items == alone.items
-    assert list(strict.degraded) == [SWITCHED_OFF]
-    assert list(alone.degraded) == []
-    assert not strict.memo.drafted
-    (first, *_) = mismatches = [line for line in logs if line["event"] == "a strict list is not the target's own"]
+    assert list(strict.degraded_reasons) == [DegradedReason.SPECULATION_DISABLED]
+    assert list(alone.degraded_reasons) == []
+    assert not strict.diagnostics.memo.drafted
+    (first, *_) = mismatches = [line for line in logs if line["event"] == "shadow_check_mismatch"]
     assert [line["speculation"] for line in mismatches] == ["on", "on", "off"]
     leaves = {leaf for leaf, _ in first["strict"]}
     assert leaves <= set(range(int(service.world.trie.level_start[-2]), service.world.trie.nodes))
@@ -229,7 +231,7 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     service = Service(worlds=(even, replace(even, logits=tilted)), speculation_breaker=SpeculationBreaker(mismatches=1))
     service.target.fault = True
     made = None
-    while made is None or not made.memo.drafted:  # the draft plans at random
+    while made is None or not made.diagnostics.memo.drafted:  # the draft plans at random
         made = await service.recommender.recommend(
             RecommendParams(k=1, beam_width=1, history=["left"]), Deadline(SECONDS)
         )
@@ -237,7 +239,7 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert {name for name, count in service.shadow.outcomes.items() if count} == {outcome}
-    assert service.speculation_breaker.on is (outcome == "near-tie")
+    assert service.speculation_breaker.enabled is (outcome == "near-tie")
 
 
 async def test_only_who_speculates_looks_ahead() -> None:
@@ -247,15 +249,16 @@ async def test_only_who_speculates_looks_ahead() -> None:
         await service.ask(0, mode)
         assert service.target.prefetches is (mode is Mode.STRICT)
     for _ in range(100):
-        service.speculation_breaker.mismatch()
+        service.speculation_breaker.record_mismatch()
     await service.ask(0, Mode.STRICT)
     assert not service.target.prefetches
 
 
 async def test_a_list_that_the_target_foresaw_is_checked_too() -> None:
     service = Service()
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
-    made.memo.prefetched, made.memo.drafted = made.memo.drafted, set()
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
+    memo = made.diagnostics.memo
+    memo.prefetched, memo.drafted = memo.drafted, set()
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["identical"] == 1
@@ -280,7 +283,7 @@ async def test_nothing_is_checked_at_a_share_of_nothing() -> None:
 
 async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
     service = Service(concurrency=2)
-    made = [await service.recommender.recommend(_order(service), Deadline(SECONDS)) for _ in range(5)]
+    made = [await service.recommender.recommend(_params(service), Deadline(SECONDS)) for _ in range(5)]
     service.target.gate = asyncio.Event()
     for one in made:
         service.shadow.offer(one, service)
@@ -292,7 +295,7 @@ async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
 
 async def test_nothing_is_checked_while_all_places_are_taken() -> None:
     service = Service()
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     async with AsyncExitStack() as places:
         for _ in range(service.admission.places):
             await places.enter_async_context(service.admission.place(Priority.INTERACTIVE))
@@ -304,12 +307,12 @@ async def test_nothing_is_checked_while_all_places_are_taken() -> None:
 
 async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
     service = Service(speculation_breaker=SpeculationBreaker(mismatches=1))
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     service.target.down = True
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["failed"] == 1
-    assert service.speculation_breaker.on
+    assert service.speculation_breaker.enabled
 
 
 async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
@@ -321,7 +324,7 @@ async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
     service.shadow.offer(made, service)
     await service.shadow.settle()
     first, again = service.target.asked
-    assert first.owner == again.owner == user_cache_key("t", USER)
+    assert first.user_key == again.user_key == user_cache_key("t", USER)
     assert first.affinity == again.affinity
     assert again.prompt.tolist() == first.prompt.tolist()
     assert service.shadow.outcomes["identical"] == 1
@@ -339,7 +342,7 @@ async def test_the_check_reads_no_history_again() -> None:
 
 async def test_closing_gives_up_what_runs() -> None:
     service = Service()
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     service.target.gate = asyncio.Event()
     service.shadow.offer(made, service)
     await service.shadow.close()
@@ -358,7 +361,7 @@ async def test_a_list_is_exact_only_where_rounding_does_not_depend_on_the_plan(
     assert not (await service.ask(1, Mode.RELAXED_SAMPLING)).exact
 
 
-def _order(service: Service) -> RecommendParams:
+def _params(service: Service) -> RecommendParams:
     return RecommendParams(k=5, beam_width=5, history=sorted(service.world.naive.items)[:6])
 
 
@@ -378,5 +381,5 @@ def test_the_switch(times: list[float], mismatches: int, on: bool) -> None:
     clock = iter(times)
     speculation_breaker = SpeculationBreaker(mismatches, 10, clock=lambda: next(clock))
     for _ in times:
-        speculation_breaker.mismatch()
-    assert speculation_breaker.on is on
+        speculation_breaker.record_mismatch()
+    assert speculation_breaker.enabled is on
