@@ -61,8 +61,8 @@ class HistoryStore:
     `trim_step` events. If `trim_step` is the prompt's `drop_block`, the prompt's window moves once in `drop_block` events,
     however long the history. With a step of 1 it would move at every event, and no prefix of the prompt would stay cached.
 
-    Deployments with different `max_items` may share a Redis. `LIMIT_KEY` holds the largest one. A list keeps so many items, and
-    each deployment shows its own newest. After that key is deleted, the limit is the largest one in use.
+    Deployments with different `max_items` may share a Redis. `LIMIT_KEY` holds the largest one. A list keeps that number of
+    items, and each deployment shows its own newest. After that key is deleted, the limit is the largest one in use.
 
     The caller closes `client`. It must not retry (`atspeed.engine.kv.redis_client.connect`), since an append that is sent twice
     adds its items twice. Callers check user and item ids. Users of different tenants are different users.

@@ -90,7 +90,7 @@ METRICS = (
 
 
 class OrchestratorMetrics:
-    """The metrics of one orchestrator process."""
+    """Metrics of one orchestrator process."""
 
     def __init__(self, admission: Admission, router: TrackRouter, watches: Sequence[BundleWatch]) -> None:
         self.registry = CollectorRegistry()
@@ -112,7 +112,7 @@ class OrchestratorMetrics:
             self.registry.register(Readings(reads))
 
     @contextmanager
-    def asked(self, track: Track, mode: Mode, deadline: Deadline) -> Iterator[None]:
+    def count_request(self, track: Track, mode: Mode, deadline: Deadline) -> Iterator[None]:
         """Count a list by the status that it ends with. gRPC cancels late calls as it cancels abandoned ones."""
         code = "OK"
         try:
@@ -129,7 +129,7 @@ class OrchestratorMetrics:
         finally:
             self._lists.labels(track, mode, code).inc()
 
-    def made(self, track: Track, recommendation: Recommendation) -> None:
+    def record(self, track: Track, recommendation: Recommendation) -> None:
         """Record the cost of a finished list."""
         mode, diagnostics = recommendation.params.mode, recommendation.diagnostics
         planning = diagnostics.planning
@@ -140,14 +140,14 @@ class OrchestratorMetrics:
         for stage, nanoseconds in _stages(diagnostics).items():
             self._seconds.labels(track, mode, stage).observe(nanoseconds / 1e9)
         self._asked.labels(mode).observe(planning.nodes_asked)
-        self._predicted("target", diagnostics.target.cost, planning.target_predicted_ns)
-        self._predicted("draft", diagnostics.draft.cost, planning.draft_predicted_ns)
+        self._observe_prediction("target", diagnostics.target.cost, planning.target_predicted_ns)
+        self._observe_prediction("draft", diagnostics.draft.cost, planning.draft_predicted_ns)
         self._retries.inc(diagnostics.target.retries)
         self._short.inc(recommendation.fewer_than_k_reason is not None)
         for reason in recommendation.degraded_reasons:
             self._degraded.labels(track, reason).inc()
 
-    def _predicted(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
+    def _observe_prediction(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
         if predicted_ns:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 

@@ -108,7 +108,7 @@ class SubjectHistory:
 
 @dataclass(frozen=True)
 class Item:
-    """One recommended item.
+    """Recommended item.
 
     Attributes:
         score: log-probability of its code path.

@@ -1,4 +1,4 @@
-"""Checks of public requests: every limit, before anything is looked up or allocated."""
+"""Checks of public requests, before anything is looked up or allocated."""
 
 from __future__ import annotations
 
@@ -38,19 +38,13 @@ def parse_request(
     check_ids("excluded_item_ids", request.excluded_item_ids, limits.max_candidate_items)
     check_ids("allowed_item_ids", request.allowed_item_ids, limits.max_candidate_items)
     check_id("tenant", request.tenant, required=False)
-    subject = request.WhichOneof("subject")
-    if subject is None:
-        raise InvalidArgumentError("subject", "one of user_id and history must be set")
-    if subject == "history":
-        check_ids("history", request.history.item_ids, limits.max_history_items)
-    else:
-        check_id("user_id", request.user_id)
+    user_id, history = _subject(request, limits.max_history_items)
     return RecommendParams(
         k=request.k,
         beam_width=beam_width,
         mode=mode,
-        user_id=request.user_id if subject == "user_id" else None,
-        history=list(request.history.item_ids) if subject == "history" else None,
+        user_id=user_id,
+        history=history,
         tolerance=request.tolerance,
         temperature=request.temperature if request.HasField("temperature") else 1.0,
         seed=request.seed if request.HasField("seed") else None,
@@ -94,6 +88,18 @@ def check_ids(field: str, values: Sequence[str], limit: int) -> None:
         # The length is checked here first: ten thousand field names would cost more than the checks.
         if not 0 < len(value.encode()) <= MAX_ID_BYTES:
             check_id(f"{field}[{index}]", value)
+
+
+def _subject(request: pb.RecommendRequest, max_items: int) -> tuple[str | None, list[str] | None]:
+    """Return the user id or the history of a request, and None for the other one."""
+    subject = request.WhichOneof("subject")
+    if subject is None:
+        raise InvalidArgumentError("subject", "one of user_id and history must be set")
+    if subject == "user_id":
+        check_id("user_id", request.user_id)
+        return request.user_id, None
+    check_ids("history", request.history.item_ids, max_items)
+    return None, list(request.history.item_ids)
 
 
 def _check_mode_fields(request: pb.RecommendRequest, mode: Mode) -> None:

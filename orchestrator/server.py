@@ -178,7 +178,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         state = self._router.of(params.subject, asked)
         with (
             state.snapshots.current.in_use() as snapshot,
-            self.metrics.asked(state.track, params.mode, deadline),
+            self.metrics.count_request(state.track, params.mode, deadline),
             tracing.span("recommend", k=params.k, mode=params.mode, track=state.track) as span,
         ):
             async with self._admission.place(params.priority, deadline.left()) as admitted:
@@ -187,7 +187,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 state.shadow.offer(recommendation, snapshot)
             if tracing.on():
                 span.set(**recommendation.trace_attributes)
-        self.metrics.made(state.track, recommendation)
+        self.metrics.record(state.track, recommendation)
         return to_reply(recommendation, snapshot, request.reply_options)
 
     async def _recommend_one(

@@ -105,7 +105,7 @@ class DraftSession:
         self.degraded_reason: DegradedReason | None = None
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
-        """Return a plan of this size below these beams, within so many seconds; an empty plan after a failure.
+        """Return a plan of this size below these beams, within `seconds`; an empty plan after a failure.
 
         Raises DeadlineExceededError when the request's own time is up.
         """

@@ -133,7 +133,7 @@ class TargetClient:
 
 @dataclass(frozen=True)
 class _PassReply:
-    """One pass of a reply."""
+    """Pass of a reply."""
 
     evaluation: Evaluation
     stats: PassStats

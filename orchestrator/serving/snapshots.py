@@ -1,4 +1,4 @@
-"""Snapshots: one bundle's catalogue and model clients, from start to end of a request.
+"""Snapshots: one bundle's catalogue and model clients, for whole requests.
 
 A new bundle is opened beside the one in use and replaces it in one step, when a target serves it. A request ends on the snapshot
 that it began on. The last request closes the snapshot.
@@ -31,7 +31,7 @@ from orchestrator.speculation_breaker import SpeculationBreaker
 
 @dataclass(eq=False)
 class Snapshot:
-    """One bundle as the orchestrator serves it.
+    """Bundle as the orchestrator serves it.
 
     Attributes:
         version: version of the bundle; every reply names it.

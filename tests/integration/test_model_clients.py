@@ -1,4 +1,4 @@
-"""The orchestrator's clients against a target that says what no honest one would, or nothing at all."""
+"""The orchestrator's clients against a target with invalid replies, or none."""
 
 from __future__ import annotations
 
@@ -36,13 +36,21 @@ NOTHING = Pruning.none()
 
 @dataclass
 class Table(target_pb2_grpc.TargetServiceServicer):
-    """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls, messages: how
-    many came. fails_with: how it ends streams in which it may look ahead or is asked for more than the root.
-    goes_on: the nodes of the pass that it makes by itself where it may, or always; repeats: how many such.
+    """A target that answers from a table.
+
+    Attributes:
+        full: whether it refuses all calls.
+        autonomous: nodes of the pass that its autonomous search makes.
+        always: whether it makes that pass unasked too.
+        repeats: number of such passes.
+        heeds: the pruning that it applies for a request's pruning.
+        calls: number of streams.
+        messages: number of requests on them.
+        fails_with: status of streams in which it may prefetch or gets more nodes than the root.
     """
 
     full: bool = False
-    goes_on: Sequence[int] = ()
+    autonomous: Sequence[int] = ()
     always: bool = False
     repeats: int = 1
     heeds: Callable[[Pruning], Pruning] = lambda pruning: pruning
@@ -70,9 +78,9 @@ class Table(target_pb2_grpc.TargetServiceServicer):
             self.messages += 1
             nodes = wire.node_ids(request.nodes, "nodes", WORLD.trie)
             if self.fails_with and (request.start.prefetches or nodes.tolist() != [ROOT]):
-                await context.abort(self.fails_with, "of what was planned")
-            goes_on = self.goes_on and (self.always or request.start.beam_width)
-            further = [self._pass(np.array(self.goes_on), pruning)] * self.repeats if goes_on else []
+                await context.abort(self.fails_with, "because of the plan")
+            searches = self.autonomous and (self.always or request.start.beam_width)
+            further = [self._pass(np.array(self.autonomous), pruning)] * self.repeats if searches else []
             own = self._pass(nodes, pruning)
             yield target_pb2.EvaluateResponse(
                 evaluation=own.evaluation, statistics=own.statistics, model_version=VERSION, further=further
@@ -113,7 +121,7 @@ def model_request(pruning: Pruning = NOTHING) -> ModelRequest:
     return ModelRequest(np.array([1]), pruning, Deadline(SECONDS))
 
 
-async def test_a_service_that_is_full_is_asked_once_more_and_not_again() -> None:
+async def test_full_target_is_called_twice_and_no_more() -> None:
     """Once each of all attempts went there: a service that is short of replicas got several times the calls."""
     table = Table(full=True)
     async with asking(table) as session:
@@ -124,7 +132,7 @@ async def test_a_service_that_is_full_is_asked_once_more_and_not_again() -> None
 
 
 @pytest.mark.parametrize("what", ["excluded", "allowed"])
-async def test_children_that_the_request_has_pruned_are_no_answer(what: str) -> None:
+async def test_reply_with_pruned_children_is_invalid(what: str) -> None:
     """A replica that did not know `kept` once made lists of items that were not allowed."""
     pruning = WORLD.catalogue.pruning(**{"excluded": np.empty(0, dtype=np.int64), what: WORLD.catalogue.find(["d"])})
     for heeds in (lambda _: NOTHING, lambda pruning: pruning):
@@ -139,9 +147,9 @@ async def test_children_that_the_request_has_pruned_are_no_answer(what: str) -> 
                 assert pruning.live(evaluation.child).all()
 
 
-async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
+async def test_autonomous_pass_answers_the_next_call_without_a_message() -> None:
     """It counts as the passes that the search would have asked for, whose time is no longer the call's."""
-    table = Table(goes_on=[1, 2], forward_ns=1000)
+    table = Table(autonomous=[1, 2], forward_ns=1000)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
         ahead, waited = [session.has_next_pass], session.usage.wait_ns
@@ -153,24 +161,24 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
     assert (table.calls, table.messages, session.usage.passes, session.usage.clean) == (1, 2, 3, True)
 
 
-async def test_passes_that_nobody_asked_for_are_no_answer() -> None:
-    async with asking(Table(goes_on=[1, 2], always=True), beam_width=None) as session:
+async def test_reply_with_unrequested_passes_is_invalid() -> None:
+    async with asking(Table(autonomous=[1, 2], always=True), beam_width=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []
 
 
-async def test_more_passes_than_there_are_levels_are_no_answer() -> None:
-    """Another replica is asked, and not to go on."""
-    table = Table(goes_on=[1, 2], repeats=2)
+async def test_reply_with_more_passes_than_levels_is_retried_without_autonomous_search() -> None:
+    """The other replica gets no beam width."""
+    table = Table(autonomous=[1, 2], repeats=2)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
         assert (session.has_next_pass, session.usage.retries, table.calls) == (False, 1, 2)
 
 
-async def test_a_target_that_goes_another_way_is_not_believed() -> None:
-    """The search asks for other beams than it came to: another replica is asked, and not to go on."""
-    table = Table(goes_on=[1])
+async def test_autonomous_pass_over_other_beams_is_retried_without_autonomous_search() -> None:
+    """The search needs other beams than the pass holds."""
+    table = Table(autonomous=[1])
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
         evaluation = await session.evaluate(np.array([2, 3]))
@@ -178,9 +186,9 @@ async def test_a_target_that_goes_another_way_is_not_believed() -> None:
     assert (table.calls, session.usage.retries) == (2, 1)
 
 
-async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> None:
-    """A pass of its own may hold more than the search asks for."""
-    table = Table(goes_on=[2, 3])
+async def test_autonomous_pass_may_hold_more_nodes_than_the_search_needs() -> None:
+    """The rest of the nodes was prefetched."""
+    table = Table(autonomous=[2, 3])
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT, 1]))
         evaluation = await session.evaluate(np.array([2]))
@@ -188,7 +196,7 @@ async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> 
         assert (table.messages, session.usage.passes, session.has_next_pass) == (1, 2, False)
 
 
-async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:
+async def test_reply_with_stats_beyond_the_fields_range_is_invalid() -> None:
     """Their sum would not fit into the reply's field, and the request would fail with it."""
     async with asking(Table(forward_ns=2**63)) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
@@ -196,7 +204,7 @@ async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:
     assert session.usage.costs == []
 
 
-async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_answer() -> None:
+async def test_channel_closed_during_a_call_is_an_unavailable_service() -> None:
     """grpc.aio then raises neither of its RPC errors: such a request once ended as an internal error."""
     async with asking(Table()) as session:
         await session.evaluate(np.array([ROOT]))
@@ -216,9 +224,11 @@ async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_ans
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT])
-@pytest.mark.parametrize("planned", [[], [1, 2]], ids=["foreseen", "planned"])
-async def test_a_plan_that_has_no_answer_is_given_up_at_once(code: grpc.StatusCode, planned: list[int]) -> None:
-    """No second replica is asked for it. The search alone is, which may not be ahead of itself then."""
+@pytest.mark.parametrize("planned", [[], [1, 2]], ids=["prefetched", "planned"])
+async def test_failure_while_speculating_raises_plan_unanswered_without_a_retry(
+    code: grpc.StatusCode, planned: list[int]
+) -> None:
+    """The plain search then gets an answer, without prefetched nodes."""
     table = Table(fails_with=code)
     async with asking(table, speculates=True) as session:
         with pytest.raises(PlanUnansweredError):
@@ -229,7 +239,7 @@ async def test_a_plan_that_has_no_answer_is_given_up_at_once(code: grpc.StatusCo
     assert (table.calls, session.usage.retries, session.usage.clean) == (2, 1, False)
 
 
-async def test_an_answer_to_a_plan_that_is_none_is_a_plan_without_answer() -> None:
+async def test_invalid_reply_while_speculating_raises_plan_unanswered() -> None:
     table = Table(forward_ns=2**63)
     async with asking(table, speculates=True) as session:
         with pytest.raises(PlanUnansweredError):
@@ -239,7 +249,7 @@ async def test_an_answer_to_a_plan_that_is_none_is_a_plan_without_answer() -> No
     assert table.calls == 1 + ATTEMPTS
 
 
-async def test_a_busy_target_says_nothing_of_the_plan() -> None:
+async def test_busy_target_does_not_raise_plan_unanswered() -> None:
     """Twice the calls for one that is full already would make it worse."""
     table = Table(full=True)
     async with asking(table, speculates=True) as session:

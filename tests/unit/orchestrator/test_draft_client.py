@@ -20,7 +20,7 @@ from atspeed.engine.search.trie import Pruning
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.grpc_status import PUSHBACK_HEADER
-from atspeed.v1 import draft_pb2
+from atspeed.v1 import draft_pb2, recommendation_pb2
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.model_request import ModelRequest
@@ -147,3 +147,10 @@ def test_plan_call_gets_the_seconds_that_the_sizer_grants() -> None:
     draft = client(other, own)
     assert plan_once(draft, seconds=0.5) is plan_once(draft, seconds=0.5, affinity="") is None
     assert (own.timeouts, other.timeouts) == ([0.25], [0.5])
+
+
+def test_degraded_reasons_have_the_names_of_the_contract() -> None:
+    """Every reason has a description too."""
+    names = {f"DEGRADED_REASON_{reason.name}" for reason in DegradedReason}
+    assert names | {"DEGRADED_REASON_UNSPECIFIED"} == set(recommendation_pb2.DegradedReason.keys())
+    assert all(reason.value == reason.name.lower() and reason.description for reason in DegradedReason)

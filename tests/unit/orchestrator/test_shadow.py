@@ -1,4 +1,4 @@
-"""Shadow checks over a table in place of the target: what is right is never suspected, what is wrong is found and stopped."""
+"""Shadow checks over a table in place of the target, and the speculation breaker."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class Service:
             await self.shadow.settle()
 
 
-async def test_what_is_right_is_never_suspected() -> None:
+async def test_shadow_checks_of_correct_lists_are_all_identical() -> None:
     service = Service()
     await service.ask_all(range(300))
     assert service.shadow.outcomes == {"identical": 300, "near-tie": 0, "different": 0, "failed": 0, "dropped": 0}
@@ -200,7 +200,7 @@ async def test_what_is_right_is_never_suspected() -> None:
     assert service.shadow.largest_gap == 0
 
 
-async def test_a_target_that_answers_differently_in_company_is_found_and_the_draft_switched_off() -> None:
+async def test_target_whose_scores_depend_on_the_pass_is_detected_and_speculation_disabled() -> None:
     service = Service()
     service.target.fault = True
     with structlog.testing.capture_logs() as logs:
@@ -222,7 +222,7 @@ async def test_a_target_that_answers_differently_in_company_is_found_and_the_dra
 
 
 @pytest.mark.parametrize(("gap", "outcome"), [(1e-6, "near-tie"), (1e-3, "different")])
-async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(gap: float, outcome: str) -> None:
+async def test_lists_that_part_at_tied_beams_are_near_ties(gap: float, outcome: str) -> None:
     """One beam goes on of two with the same score but for the gap, and the items below them have nothing in common."""
     even = World.random(NaiveTrie({"left": (0, 0), "right": (1, 1)}, (2, 2)), ScoringRule.VOCAB, 0)
     even.logits[:] = [[1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, -2], *[[0] * 4] * (len(even.logits) - 3)]
@@ -242,8 +242,8 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     assert service.speculation_breaker.enabled is (outcome == "near-tie")
 
 
-async def test_only_who_speculates_looks_ahead() -> None:
-    """Not the reference, and nobody any more once speculation was switched off."""
+async def test_target_prefetches_only_for_requests_that_speculate() -> None:
+    """Target-only requests do not, and no request does after speculation is disabled."""
     service = Service()
     for mode in (Mode.STRICT, Mode.TARGET_ONLY):
         await service.ask(0, mode)
@@ -254,7 +254,7 @@ async def test_only_who_speculates_looks_ahead() -> None:
     assert not service.target.prefetches
 
 
-async def test_a_list_that_the_target_foresaw_is_checked_too() -> None:
+async def test_list_with_prefetched_nodes_only_is_checked() -> None:
     service = Service()
     made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     memo = made.diagnostics.memo
@@ -264,7 +264,7 @@ async def test_a_list_that_the_target_foresaw_is_checked_too() -> None:
     assert service.shadow.outcomes["identical"] == 1
 
 
-async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> None:
+async def test_shadow_share_of_strict_lists_is_checked_and_no_other_mode() -> None:
     service = Service(share=0.25)
     await service.ask_all(range(40))
     assert service.shadow.outcomes["identical"] == 10
@@ -275,13 +275,13 @@ async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> No
     assert service.shadow.outcomes.total() == 10
 
 
-async def test_nothing_is_checked_at_a_share_of_nothing() -> None:
+async def test_shadow_share_of_zero_checks_no_list() -> None:
     service = Service(share=0)
     await service.ask_all(range(20))
     assert service.shadow.outcomes.total() == 0
 
 
-async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
+async def test_checks_beyond_the_concurrency_are_dropped() -> None:
     service = Service(concurrency=2)
     made = [await service.recommender.recommend(_params(service), Deadline(SECONDS)) for _ in range(5)]
     service.target.gate = asyncio.Event()
@@ -293,7 +293,7 @@ async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
     assert service.shadow.outcomes["identical"] == 2
 
 
-async def test_nothing_is_checked_while_all_places_are_taken() -> None:
+async def test_check_without_a_free_place_is_dropped() -> None:
     service = Service()
     made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     async with AsyncExitStack() as places:
@@ -305,7 +305,7 @@ async def test_nothing_is_checked_while_all_places_are_taken() -> None:
     assert service.admission.running == 0
 
 
-async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
+async def test_failed_check_does_not_count_as_mismatch() -> None:
     service = Service(speculation_breaker=SpeculationBreaker(mismatches=1))
     made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     service.target.down = True
@@ -315,8 +315,8 @@ async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
     assert service.speculation_breaker.enabled
 
 
-async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
-    """Asked as nobody's, the user's prompt was cached where no erasure looks, and on other replicas than the list's own."""
+async def test_check_of_a_stored_users_list_keeps_the_user_key() -> None:
+    """Without the key, the check once cached the prompt where no erasure reached it, and on other replicas than the list's."""
     service = Service()
     made = await service.recommender.recommend(
         RecommendParams(k=5, beam_width=5, user_id=USER, tenant="t"), Deadline(SECONDS)
@@ -330,8 +330,8 @@ async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
     assert service.shadow.outcomes["identical"] == 1
 
 
-async def test_the_check_reads_no_history_again() -> None:
-    """The list is judged by the history that it was made of, whatever the user has done since."""
+async def test_check_uses_the_history_that_the_list_was_made_from() -> None:
+    """Events that came in since then do not matter."""
     service = Service()
     made = await service.recommender.recommend(RecommendParams(k=5, beam_width=5, user_id=USER), Deadline(SECONDS))
     service.recommender.histories = None
@@ -340,7 +340,7 @@ async def test_the_check_reads_no_history_again() -> None:
     assert service.shadow.outcomes["identical"] == 1
 
 
-async def test_closing_gives_up_what_runs() -> None:
+async def test_close_cancels_running_checks() -> None:
     service = Service()
     made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     service.target.gate = asyncio.Event()
@@ -351,9 +351,7 @@ async def test_closing_gives_up_what_runs() -> None:
 
 
 @pytest.mark.parametrize(("precision", "exact"), [("float32", True), ("int8", True), ("float16", False)])
-async def test_a_list_is_exact_only_where_rounding_does_not_depend_on_the_plan(
-    precision: Precision, exact: bool
-) -> None:
+async def test_list_is_exact_only_if_rounding_does_not_depend_on_the_plan(precision: Precision, exact: bool) -> None:
     """Replies once promised it for float16 too, whose log-probabilities move by 1e-2 with what else is in the pass."""
     service = Service(precision=precision)
     for mode in (Mode.TARGET_ONLY, Mode.STRICT, Mode.EXACT_SAMPLING):
@@ -376,8 +374,10 @@ def _params(service: Service) -> RecommendParams:
         ([0], 1, False),
     ],
 )
-def test_the_switch(times: list[float], mismatches: int, on: bool) -> None:
-    """So many within ten seconds."""
+def test_breaker_disables_speculation_after_mismatches_within_the_window(
+    times: list[float], mismatches: int, on: bool
+) -> None:
+    """The window is ten seconds."""
     clock = iter(times)
     speculation_breaker = SpeculationBreaker(mismatches, 10, clock=lambda: next(clock))
     for _ in times:
