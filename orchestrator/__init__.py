@@ -1,5 +1,5 @@
-"""The orchestrator: the path of a request.
+"""The orchestrator service: the path of a request.
 
-In the order of the call: server, requests, recommend (history), model_clients, planning, search, replies. Each of the three rooms
-knows those after it at most; that is held by an import contract.
+In the order of the call: server, requests, recommend (with history), request_session, model_clients, planning, search, replies.
+An import contract holds the order of the packages.
 """

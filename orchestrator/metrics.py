@@ -1,4 +1,4 @@
-"""What the orchestrator measures: its lists, what they took, shadow checks, and the state of what it asks."""
+"""Metrics of the orchestrator: lists, their cost, shadow checks, release tracks."""
 
 from __future__ import annotations
 
@@ -20,96 +20,86 @@ from atspeed.observability.metrics import SIZES, WHOLE, CounterOf, HistogramOf, 
 from atspeed.rollout.bundle_watch import BundleWatch
 from atspeed.rollout.release_track import Track
 from atspeed.rpc.admission import Admission
-from orchestrator.recommend import UNANSWERED
-from orchestrator.recommendation import Recommendation
+from orchestrator.degraded_reason import DegradedReason
+from orchestrator.recommendation import Diagnostics, Recommendation
 from orchestrator.serving.track_router import TrackRouter
-from orchestrator.speculation_breaker import SWITCHED_OFF
 
 LISTS = CounterOf(
     "atspeed_recommendations_total",
-    "Lists that were asked for, alone or in a batch, by mode and gRPC status.",
+    "Requested lists, alone or in a batch, by mode and gRPC status.",
     ("track", "mode", "code"),
     essential=True,
 )
 STAGE_SECONDS = HistogramOf(
     "atspeed_stage_seconds",
-    "Time of a list by stage: history, draft and target (the waits for these), selection, total; draft_forward and "
-    "target_forward are what the models themselves took.",
+    "Time of a list by stage: history, draft and target (waits for their calls), selection, total. draft_forward and "
+    "target_forward are the times in the models.",
     ("track", "mode", "stage"),
     essential=True,
 )
 PASSES = HistogramOf("atspeed_target_passes", "Target passes of a list.", ("track", "mode"), WHOLE, essential=True)
-ACCEPTED = HistogramOf("atspeed_accepted_levels", "Levels of a list that needed no target pass.", ("mode",), WHOLE)
+ACCEPTED = HistogramOf(
+    "atspeed_accepted_levels", "Levels of a list that needed no target pass of their own.", ("mode",), WHOLE
+)
 NODES = CounterOf(
     "atspeed_nodes_total",
-    "Nodes by what became of them: drafted (evaluated because a plan held them), used (of these, beams), foreseen (evaluated "
-    "by the target before it was asked), prefetched_used (of these, beams), recovered (beams that no plan held and nobody "
-    "foresaw), forced (beams that were their parent's only child).",
+    "Nodes of the searches by kind: drafted (evaluated because a plan held them), used (drafted nodes that became beams), "
+    "prefetched (evaluated by the target in advance), prefetched_used (prefetched nodes that became beams), recovered (beams "
+    "that no plan held and that were not prefetched), forced (beams that were their parent's only child).",
     ("mode", "kind"),
 )
 ASKED = HistogramOf(
     "atspeed_plan_nodes_requested",
-    "Nodes that the planner asked the draft for; 0 where no plan would pay.",
+    "Nodes that the planner asked the draft for. 0: no plan was expected to pay.",
     ("mode",),
     (0, *SIZES),
 )
 PREDICTION = HistogramOf(
     "atspeed_pass_prediction_ratio",
-    "Time that the models' passes of a list took, over what was predicted for them; 1 is right.",
+    "Measured time of a list's passes, divided by the predicted time.",
     ("model",),
     (0.25, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2, 4),
 )
-RETRIES = CounterOf("atspeed_target_retries_total", "Streams that broke and were taken up on another replica.")
+RETRIES = CounterOf("atspeed_target_retries_total", "Calls to the target that were made again.")
 DEGRADED = CounterOf(
-    "atspeed_degraded_total", "Lists that did without something, by what and why.", ("track", "reason"), essential=True
+    "atspeed_degraded_total",
+    "Lists that were made without one component or with fewer beams, by reason (the contract's DegradedReason).",
+    ("track", "reason"),
+    essential=True,
 )
-SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer items than asked for.")
+SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer than k items.")
 SHADOW = ReadCounter(
     "atspeed_shadow_checks_total",
-    "Strict lists that came up for a shadow check: identical, near-tie or different; failed, where the target gave no "
-    "second list; dropped, where another check was running.",
+    "Shadow checks of strict lists by outcome: identical, near-tie, different, failed (the target made no second list), "
+    "dropped (too many checks or requests at once).",
     ("track", "outcome"),
     essential=True,
 )
 SHADOW_GAP = ReadGauge(
-    "atspeed_shadow_largest_gap", "Largest difference of two scores at one place in a shadow check.", ("track",)
+    "atspeed_shadow_largest_gap", "Largest score difference at one rank in a shadow check.", ("track",)
 )
 SPECULATION = ReadGauge(
     "atspeed_speculation_enabled",
-    "1 while the draft is asked, 0 after shadow checks switched it off.",
+    "1 while requests may speculate, 0 after shadow checks disabled speculation.",
     ("track",),
     essential=True,
 )
-RESTING = ReadGauge("atspeed_draft_circuit_open", "1 while the draft is left alone after a failure.", ("track",))
+DRAFT_CIRCUIT = ReadGauge("atspeed_draft_circuit_open", "1 while the draft is not called after failures.", ("track",))
 CANARY_SHARE = ReadGauge(
     "atspeed_canary_share",
-    "Share of the users that the canary serves now; 0 while there is none that a target serves.",
+    "Share of the users that the canary serves now. 0: no target serves a canary.",
     essential=True,
 )
 METRICS = (
     *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, ASKED, PREDICTION, RETRIES, DEGRADED, SHORT),
-    *(SHADOW, SHADOW_GAP, SPECULATION, RESTING, CANARY_SHARE),
+    *(SHADOW, SHADOW_GAP, SPECULATION, DRAFT_CIRCUIT, CANARY_SHARE),
 )
-
-_REASONS = {
-    SWITCHED_OFF: "speculation_off",
-    UNANSWERED: "plan_unanswered",
-    "draft: left alone after a recent failure": "draft_resting",
-    "draft: invalid answer": "draft_invalid",
-    "draft: UNAVAILABLE": "draft_unavailable",
-    "draft: DEADLINE_EXCEEDED": "draft_late",
-    "draft: RESOURCE_EXHAUSTED": "draft_busy",
-    "draft: FAILED_PRECONDITION": "draft_version",
-    "draft: INTERNAL": "draft_failed",
-}
-_NARROWED = "beam_width"
-"""Label values of what `degraded` says; all else is `other`, so that no text can make a series."""
 
 
 class OrchestratorMetrics:
-    """The metrics of one orchestrator process."""
+    """Metrics of one orchestrator process."""
 
-    def __init__(self, admission: Admission, lanes: TrackRouter, watches: Sequence[BundleWatch]) -> None:
+    def __init__(self, admission: Admission, router: TrackRouter, watches: Sequence[BundleWatch]) -> None:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
@@ -121,14 +111,16 @@ class OrchestratorMetrics:
         self._retries = RETRIES.build(self.registry)
         self._degraded = DEGRADED.build(self.registry)
         self._short = SHORT.build(self.registry)
-        for track, reason in product(Track, (*_REASONS.values(), _NARROWED, "other")):
-            self._degraded.labels(track, reason)  # a series that begins with its first 1 shows no increase
-        for reads in (admission_reads(admission), bundle_reads(watches), _lane_reads(lanes)):
+        for track, reason in product(Track, DegradedReason):
+            self._degraded.labels(
+                track, reason
+            )  # a series that appears with its first 1 shows no increase in Prometheus
+        for reads in (admission_reads(admission), bundle_reads(watches), _track_reads(router)):
             self.registry.register(Readings(reads))
 
     @contextmanager
-    def asked(self, track: Track, mode: Mode, deadline: Deadline) -> Iterator[None]:
-        """Around the making of a list: how it ended. gRPC cancels what is late, as it does what nobody wants any more."""
+    def count_request(self, track: Track, mode: Mode, deadline: Deadline) -> Iterator[None]:
+        """Count a list by the status that it ends with. gRPC cancels late calls as it cancels abandoned ones."""
         code = "OK"
         try:
             yield
@@ -144,50 +136,48 @@ class OrchestratorMetrics:
         finally:
             self._lists.labels(track, mode, code).inc()
 
-    def made(self, track: Track, recommendation: Recommendation) -> None:
-        """A list was made: what it took."""
-        mode, memo = recommendation.order.mode, recommendation.memo
-        self._passes.labels(track, mode).observe(memo.passes)
-        self._accepted.labels(mode).observe(recommendation.accepted_levels)
-        for kind, nodes in asdict(recommendation.nodes).items():
+    def record(self, track: Track, recommendation: Recommendation) -> None:
+        """Record the cost of a finished list."""
+        mode, diagnostics = recommendation.params.mode, recommendation.diagnostics
+        planning = diagnostics.planning
+        self._passes.labels(track, mode).observe(diagnostics.memo.passes)
+        self._accepted.labels(mode).observe(diagnostics.accepted_levels)
+        for kind, nodes in asdict(diagnostics.nodes).items():
             self._nodes.labels(mode, kind).inc(nodes)
-        for stage, nanoseconds in _stages(recommendation).items():
+        for stage, nanoseconds in _stages(diagnostics).items():
             self._seconds.labels(track, mode, stage).observe(nanoseconds / 1e9)
-        self._asked.labels(mode).observe(recommendation.planning.nodes_asked)
-        self._predicted("target", recommendation.target.cost, recommendation.planning.target_predicted_ns)
-        self._predicted("draft", recommendation.draft.cost, recommendation.planning.draft_predicted_ns)
-        self._retries.inc(recommendation.target.retries)
-        self._short.inc(bool(recommendation.fewer_than_k_reason))
-        for reason in recommendation.degraded:
-            self._degraded.labels(track, _reason(reason)).inc()
+        self._asked.labels(mode).observe(planning.nodes_asked)
+        self._observe_prediction("target", diagnostics.target.cost, planning.target_predicted_ns)
+        self._observe_prediction("draft", diagnostics.draft.cost, planning.draft_predicted_ns)
+        self._retries.inc(diagnostics.target.retries)
+        self._short.inc(recommendation.fewer_than_k_reason is not None)
+        for reason in recommendation.degraded_reasons:
+            self._degraded.labels(track, reason).inc()
 
-    def _predicted(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
+    def _observe_prediction(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
         if predicted_ns:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 
 
-def _lane_reads(lanes: TrackRouter) -> dict[ReadCounter | ReadGauge, Read]:
-    """What belongs to each track."""
-    each = {track: lanes[track] for track in Track}
+def _track_reads(router: TrackRouter) -> dict[ReadCounter | ReadGauge, Read]:
+    """Return the readings of each track."""
+    states = {track: router[track] for track in Track}
     return {
         SHADOW: lambda: {
-            (track, name): lane.shadow.outcomes[name] for track, lane in each.items() for name in lane.shadow.OUTCOMES
+            (track, name): state.shadow.outcomes[name]
+            for track, state in states.items()
+            for name in state.shadow.OUTCOMES
         },
-        SHADOW_GAP: lambda: {(track,): lane.shadow.largest_gap for track, lane in each.items()},
-        SPECULATION: lambda: {(track,): lane.speculation_breaker.on for track, lane in each.items()},
-        RESTING: lambda: {(track,): lane.snapshots.draft_rests for track, lane in each.items()},
-        CANARY_SHARE: lambda: lanes.share,
+        SHADOW_GAP: lambda: {(track,): state.shadow.largest_gap for track, state in states.items()},
+        SPECULATION: lambda: {(track,): state.speculation_breaker.enabled for track, state in states.items()},
+        DRAFT_CIRCUIT: lambda: {(track,): state.snapshots.draft_circuit_open for track, state in states.items()},
+        CANARY_SHARE: lambda: router.share,
     }
 
 
-def _reason(text: str) -> str:
-    """The label value of what a list says that it did without."""
-    return _NARROWED if text.startswith("beam width: ") else _REASONS.get(text, "other")
-
-
-def _stages(recommendation: Recommendation) -> dict[str, int]:
-    """Nanoseconds of each stage."""
-    times, target, draft = recommendation.times, recommendation.target, recommendation.draft
+def _stages(diagnostics: Diagnostics) -> dict[str, int]:
+    """Return the nanoseconds of each stage."""
+    times, target, draft = diagnostics.times, diagnostics.target, diagnostics.draft
     return {
         "history": times.history_ns,
         "draft": draft.wait_ns,

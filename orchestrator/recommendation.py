@@ -1,15 +1,17 @@
-"""What is asked of the orchestrator and what it answers, as plain values."""
+"""Parameters and result of a recommendation, as plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.search.mode import Guarantee, Mode
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Priority
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.plan_sizer import PlanningReport
 from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo, NodeCounts
@@ -17,7 +19,7 @@ from orchestrator.user_key import FIRST_ITEMS, digest, user_cache_key
 
 
 class Origin(StrEnum):
-    """How the search came to an item; see the proto's `Origin`."""
+    """Way in which the search found an item; see the proto's `Origin`."""
 
     DRAFTED = "drafted"
     RECOVERED = "recovered"
@@ -25,7 +27,7 @@ class Origin(StrEnum):
 
 
 class ColdStart(StrEnum):
-    """Why a list was made without any history item; see the proto's `ColdStart`."""
+    """Reason for a list without any history item; see the proto's `ColdStart`."""
 
     NO_STORED_HISTORY = "no-stored-history"
     EMPTY_HISTORY = "empty-history"
@@ -34,10 +36,20 @@ class ColdStart(StrEnum):
 
 @dataclass(frozen=True)
 class RecommendParams:
-    """A checked request: beam_width >= k >= 1, and user_id or history is set. With both, history is what was read of the user's:
-    what is kept of the request's prompt is still the user's, to be erased with the rest.
+    """Checked parameters of a request: beam_width >= k >= 1, and user_id or history is set.
 
-    least_beam_width: fewest beams that will do, 0 for no fewer than beam_width. asked_beam_width: before it was narrowed.
+    A shadow check sets both. Its history is then the one that was read for the user, and the prompt's keys and values still
+    belong to the user, so that they are erased with the user.
+
+    Attributes:
+        user_id: a user whose history is stored.
+        history: item ids, oldest first.
+        tolerance: largest score gap of a substitution, in log-probability.
+        excluded: item ids that must not be recommended.
+        allowed: the only item ids that may be recommended; empty for all.
+        exclude_seen: exclude the items of the history too.
+        least_beam_width: fewest beams that the request accepts when the service is busy; None for no fewer than beam_width.
+        requested_beam_width: beam width before it was narrowed; None if it was not.
     """
 
     k: int
@@ -53,34 +65,42 @@ class RecommendParams:
     exclude_seen: bool = False
     tenant: str = ""
     priority: Priority = Priority.INTERACTIVE
-    least_beam_width: int = 0
-    asked_beam_width: int = 0
+    least_beam_width: int | None = None
+    requested_beam_width: int | None = None
 
     def narrowed(self) -> RecommendParams:
-        """The order with as few beams as it allows; itself where it allows no fewer."""
-        if not 0 < self.least_beam_width < self.beam_width:
+        """Return the request with the fewest beams that it accepts."""
+        if self.least_beam_width is None or self.least_beam_width >= self.beam_width:
             return self
-        return replace(self, beam_width=self.least_beam_width, asked_beam_width=self.beam_width)
+        return replace(self, beam_width=self.least_beam_width, requested_beam_width=self.beam_width)
 
     @property
-    def owner(self) -> bytes:
-        """The stored user's tag; empty for a history that came with its request."""
-        return b"" if self.user_id is None else user_cache_key(self.tenant, self.user_id)
+    def user_key(self) -> bytes | None:
+        """Return the key of the stored user; None for a history that came with the request."""
+        return None if self.user_id is None else user_cache_key(self.tenant, self.user_id)
 
     @property
     def subject(self) -> bytes:
-        """Whom the list is for, the same for the same in every process: of a history in the request, its first items say it."""
-        return self.owner or digest("history", self.tenant, *(self.history or ())[:FIRST_ITEMS])
+        """Return a key of the person that the list is for, equal in every process.
+
+        The first items of a history stand for the person if no stored user is named.
+        """
+        return self.user_key or digest("history", self.tenant, *(self.history or ())[:FIRST_ITEMS])
 
     @property
     def subject_field(self) -> str:
-        """Name of the request's field that says whom the list is for."""
+        """Return the name of the request's field that has the history."""
         return "user_id" if self.history is None else "history"
 
 
 @dataclass(frozen=True)
 class SubjectHistory:
-    """A history against the catalogue. known: int64 [h], item indices, oldest first. unknown: ids that it does not hold."""
+    """History of the person that the list is for.
+
+    Attributes:
+        known: int64 [h], item indices in the catalogue, oldest first.
+        unknown: ids that the catalogue does not hold.
+    """
 
     known: Int64
     unknown: Sequence[str]
@@ -88,7 +108,12 @@ class SubjectHistory:
 
 @dataclass(frozen=True)
 class Item:
-    """One recommended item. score: log-probability of its code path."""
+    """Recommended item.
+
+    Attributes:
+        score: log-probability of its code path.
+        path: its codes, one per level.
+    """
 
     item_id: str
     score: float
@@ -98,7 +123,13 @@ class Item:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Nanoseconds of the orchestrator's own stages; the models' are in their `Usage`."""
+    """Nanoseconds of the orchestrator's own stages. The models' times are in their `Usage`.
+
+    Attributes:
+        history_ns: reading the history and building the prompts.
+        selection_ns: selecting beams and items.
+        total_ns: everything, the models included.
+    """
 
     history_ns: int
     selection_ns: int
@@ -106,71 +137,96 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
-class Recommendation:
-    """A list and all that is to be said of it. degraded: what failed on the way, one line each.
+class Diagnostics:
+    """Work and time that a list took.
 
-    plan_invariant: whether the target's scores are the same whatever else is in a pass; see `ModelEntry`.
-    unknown_excluded, unknown_allowed: how many of these ids the catalogue does not know.
+    Attributes:
+        memo: all nodes that the target evaluated.
+        prompt_tokens: length of the target's prompt.
+        target: use of the target.
+        draft: use of the draft.
+        planning: decisions of the planner.
     """
 
-    items: Sequence[Item]
-    order: RecommendParams
-    seed: int | None
-    history: SubjectHistory
-    history_items_used: int
-    prompt_tokens: int
-    degraded: Sequence[str]
     memo: Memo
-    nodes: NodeCounts
-    plan_invariant: bool
+    prompt_tokens: int
     target: Usage
     draft: Usage
     planning: PlanningReport
     times: StageTimes
-    unknown_excluded: int = 0
-    unknown_allowed: int = 0
+
+    @cached_property
+    def nodes(self) -> NodeCounts:
+        """Return the numbers of nodes of the search."""
+        return self.memo.counts()
+
+    @property
+    def accepted_levels(self) -> int:
+        """Return the number of levels that needed no target pass of their own."""
+        return max(0, self.memo.trie.levels - self.memo.passes) if self.memo.passes else 0
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """List of items and the facts about it.
+
+    Attributes:
+        seed: seed of a sampling mode, else None.
+        history_items_used: number of history items in the target's prompt.
+        degraded_reasons: reasons why the list is degraded; empty if it is not.
+        plan_invariant: whether the target's scores do not depend on other nodes of a pass; see `ModelEntry`.
+        unknown_excluded: number of excluded ids that the catalogue does not know.
+        unknown_allowed: number of allowed ids that the catalogue does not know.
+    """
+
+    items: Sequence[Item]
+    params: RecommendParams
+    seed: int | None
+    history: SubjectHistory
+    history_items_used: int
+    degraded_reasons: Sequence[DegradedReason]
+    plan_invariant: bool
+    unknown_excluded: int
+    unknown_allowed: int
+    diagnostics: Diagnostics
 
     @property
     def cold_start(self) -> ColdStart | None:
-        """Why no history item is in the prompt; None where there is one."""
+        """Return why no history item is in the prompt; None if there is one."""
         if len(self.history.known):
             return None
         if self.history.unknown:
             return ColdStart.UNKNOWN_ITEMS
-        return ColdStart.EMPTY_HISTORY if self.order.user_id is None else ColdStart.NO_STORED_HISTORY
+        return ColdStart.EMPTY_HISTORY if self.params.user_id is None else ColdStart.NO_STORED_HISTORY
 
     @property
     def exact(self) -> bool:
-        """Return whether the list is the one that the target alone returns, whatever shared its passes."""
-        exact = self.order.mode.properties.guarantee is not Guarantee.NONE and self.memo.substitutions == 0
-        return exact and self.plan_invariant
+        """Return whether the list is the target's own, whatever shared its passes."""
+        exact = self.params.mode.properties.guarantee is not Guarantee.NONE
+        return exact and self.diagnostics.memo.substitutions == 0 and self.plan_invariant
 
     @property
-    def accepted_levels(self) -> int:
-        """Levels that needed no target pass of their own."""
-        return max(0, self.memo.trie.levels - self.memo.passes) if self.memo.passes else 0
-
-    @property
-    def fewer_than_k_reason(self) -> str:
-        """Why there are fewer than k items; empty when there are k."""
-        if len(self.items) >= self.order.k:
-            return ""
-        order = self.order
-        restricted = bool(order.excluded or order.allowed or order.exclude_seen)
+    def fewer_than_k_reason(self) -> str | None:
+        """Return why there are fewer than k items; None if there are k."""
+        params = self.params
+        if len(self.items) >= params.k:
+            return None
+        restricted = bool(params.excluded or params.allowed or params.exclude_seen)
         left = "are left after exclusions and filters" if restricted else "came out of the search"
-        return f"only {len(self.items)} of {order.k} items {left}"
+        return f"only {len(self.items)} of {params.k} items {left}"
 
     @property
     def trace_attributes(self) -> dict[str, tracing.Value]:
-        """What a trace says of it: sizes and counts."""
-        cost = self.target.cost
+        """Return sizes and counts for a trace's span."""
+        diagnostics = self.diagnostics
+        cost = diagnostics.target.cost
         return {
-            "target_passes": self.memo.passes,
-            "accepted_levels": self.accepted_levels,
-            "nodes_drafted": self.nodes.drafted,
-            "nodes_recovered": self.nodes.recovered,
-            "nodes_prefetched": self.nodes.prefetched,
-            "prompt_tokens": self.prompt_tokens,
+            "target_passes": diagnostics.memo.passes,
+            "accepted_levels": diagnostics.accepted_levels,
+            "nodes_drafted": diagnostics.nodes.drafted,
+            "nodes_recovered": diagnostics.nodes.recovered,
+            "nodes_prefetched": diagnostics.nodes.prefetched,
+            "prompt_tokens": diagnostics.prompt_tokens,
             "cached_tokens": cost.cached_tokens,
-            "degraded": bool(self.degraded),
+            "degraded": bool(self.degraded_reasons),
         }

@@ -1,4 +1,4 @@
-"""Recommendations into public replies."""
+"""Conversion of recommendations to replies of the public contract."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from atspeed.rpc import wire
 from atspeed.v1 import recommendation_pb2 as pb
-from orchestrator.recommendation import ColdStart, Item, Origin, Recommendation
+from orchestrator.degraded_reason import DegradedReason
+from orchestrator.recommendation import ColdStart, Diagnostics, Item, Origin, Recommendation
 from orchestrator.serving.snapshots import Snapshot
 
 _ORIGINS = {
@@ -21,29 +22,33 @@ _COLD_STARTS = {
     ColdStart.UNKNOWN_ITEMS: pb.COLD_START_UNKNOWN_ITEMS,
 }
 
+_DEGRADED_REASONS = {reason: pb.DegradedReason.Value(f"DEGRADED_REASON_{reason.name}") for reason in DegradedReason}
+
 
 def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.ReplyOptions) -> pb.RecommendResponse:
-    """The reply that carries a recommendation. snapshot: what it was made with."""
-    order, manifest = recommendation.order, snapshot.manifest
+    """Return the reply with a recommendation. snapshot: the one that made it."""
+    params, manifest = recommendation.params, snapshot.manifest
+    diagnostics, reasons = recommendation.diagnostics, recommendation.degraded_reasons
     return pb.RecommendResponse(
         items=[_item(rank, item, options) for rank, item in enumerate(recommendation.items, start=1)],
         versions=pb.Versions(
-            target_model=recommendation.target.model_version,
-            draft_model=recommendation.draft.model_version,
+            target_model=diagnostics.target.model_version or "",
+            draft_model=diagnostics.draft.model_version or "",
             catalogue=manifest.catalogue_version,
             bundle=snapshot.version,
         ),
         scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
-        mode=wire.to_mode(order.mode),
-        exactness=pb.Exactness(exact=recommendation.exact, largest_slack=recommendation.memo.largest_slack),
-        degraded=bool(recommendation.degraded),
-        degraded_reasons=recommendation.degraded,
+        mode=wire.to_mode(params.mode),
+        exactness=pb.Exactness(exact=recommendation.exact, largest_slack=diagnostics.memo.largest_slack),
+        degraded=bool(reasons),
+        degraded_reasons=[_DEGRADED_REASONS[reason] for reason in reasons],
+        degraded_descriptions=[reason.description for reason in reasons],
         unknown_history_item_ids=recommendation.history.unknown,
         history_items_used=recommendation.history_items_used,
-        fewer_than_k_reason=recommendation.fewer_than_k_reason,
+        fewer_than_k_reason=recommendation.fewer_than_k_reason or "",
         seed=recommendation.seed,
-        statistics=None if options.omit_statistics else _statistics(recommendation),
-        beam_width=order.beam_width,
+        statistics=None if options.omit_statistics else _statistics(diagnostics),
+        beam_width=params.beam_width,
         cold_start=_COLD_STARTS[recommendation.cold_start],
         unknown_excluded_items=recommendation.unknown_excluded,
         unknown_allowed_items=recommendation.unknown_allowed,
@@ -51,7 +56,7 @@ def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.Rep
 
 
 def to_versions(snapshot: Snapshot) -> pb.Versions:
-    """What a snapshot's requests are served by."""
+    """Return the versions of a snapshot."""
     manifest = snapshot.manifest
     return pb.Versions(
         target_model=manifest.model_version("target"),
@@ -62,7 +67,7 @@ def to_versions(snapshot: Snapshot) -> pb.Versions:
 
 
 def to_timestamp(seconds: float) -> Timestamp:
-    """Unix time as a message."""
+    """Return Unix time in seconds as a message."""
     timestamp = Timestamp()
     timestamp.FromNanoseconds(int(seconds * 1e9))
     return timestamp
@@ -78,17 +83,12 @@ def _item(rank: int, item: Item, options: pb.ReplyOptions) -> pb.RecommendedItem
     )
 
 
-def _statistics(recommendation: Recommendation) -> pb.Statistics:
-    memo, target, draft, times = (
-        recommendation.memo,
-        recommendation.target,
-        recommendation.draft,
-        recommendation.times,
-    )
-    nodes, planning = recommendation.nodes, recommendation.planning
+def _statistics(diagnostics: Diagnostics) -> pb.Statistics:
+    memo, nodes, planning = diagnostics.memo, diagnostics.nodes, diagnostics.planning
+    target, draft = diagnostics.target, diagnostics.draft
     return pb.Statistics(
         target_passes=memo.passes,
-        accepted_levels=recommendation.accepted_levels,
+        accepted_levels=diagnostics.accepted_levels,
         draft_passes=draft.passes,
         nodes_drafted=nodes.drafted,
         nodes_used=nodes.used,
@@ -97,7 +97,7 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         nodes_spared=memo.spared,
         nodes_prefetched=nodes.prefetched,
         nodes_prefetched_used=nodes.prefetched_used,
-        prompt_tokens=recommendation.prompt_tokens,
+        prompt_tokens=diagnostics.prompt_tokens,
         cached_tokens=target.cost.cached_tokens_by_tier,
         target_retries=target.retries,
         nodes_asked=planning.nodes_asked,
@@ -106,13 +106,18 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         expected_ns=planning.expected_ns or 0.0,
         target_predicted_ns=planning.target_predicted_ns or 0.0,
         draft_predicted_ns=planning.draft_predicted_ns or 0.0,
-        stage_times=pb.StageTimes(
-            history_ns=times.history_ns,
-            draft_ns=draft.wait_ns,
-            target_ns=target.wait_ns,
-            target_forward_ns=target.cost.forward_ns,
-            draft_forward_ns=draft.cost.forward_ns,
-            selection_ns=times.selection_ns,
-            total_ns=times.total_ns,
-        ),
+        stage_times=_stage_times(diagnostics),
+    )
+
+
+def _stage_times(diagnostics: Diagnostics) -> pb.StageTimes:
+    times, target, draft = diagnostics.times, diagnostics.target, diagnostics.draft
+    return pb.StageTimes(
+        history_ns=times.history_ns,
+        draft_ns=draft.wait_ns,
+        target_ns=target.wait_ns,
+        target_forward_ns=target.cost.forward_ns,
+        draft_forward_ns=draft.cost.forward_ns,
+        selection_ns=times.selection_ns,
+        total_ns=times.total_ns,
     )

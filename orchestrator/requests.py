@@ -1,4 +1,4 @@
-"""Public requests into orders: every limit is checked here, before anything is looked up or allocated."""
+"""Checks of public requests, before anything is looked up or allocated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestrator.recommendation import RecommendParams
 from orchestrator.settings import OrchestratorSettings
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
-_DEFAULT_BEAM_WIDTH = 20
+_DEFAULT_BEAM_WIDTH = 20  # the contract's default: wide enough for lists of up to 20 items
 
 
 def parse_request(
     request: pb.RecommendRequest, limits: OrchestratorSettings, usual: Priority = Priority.INTERACTIVE
 ) -> RecommendParams:
-    """The order that a request stands for. Raises InvalidArgumentError naming the first field at fault.
+    """Return the parameters of a request. Raises InvalidArgumentError with the name of the first invalid field.
 
     usual: the priority of a request that names none.
     """
@@ -38,19 +38,13 @@ def parse_request(
     check_ids("excluded_item_ids", request.excluded_item_ids, limits.max_candidate_items)
     check_ids("allowed_item_ids", request.allowed_item_ids, limits.max_candidate_items)
     check_id("tenant", request.tenant, required=False)
-    subject = request.WhichOneof("subject")
-    if subject is None:
-        raise InvalidArgumentError("subject", "one of user_id and history must be set")
-    if subject == "history":
-        check_ids("history", request.history.item_ids, limits.max_history_items)
-    else:
-        check_id("user_id", request.user_id)
+    user_id, history = _subject(request, limits.max_history_items)
     return RecommendParams(
         k=request.k,
         beam_width=beam_width,
         mode=mode,
-        user_id=request.user_id if subject == "user_id" else None,
-        history=list(request.history.item_ids) if subject == "history" else None,
+        user_id=user_id,
+        history=history,
         tolerance=request.tolerance,
         temperature=request.temperature if request.HasField("temperature") else 1.0,
         seed=request.seed if request.HasField("seed") else None,
@@ -59,12 +53,12 @@ def parse_request(
         exclude_seen=request.exclude_seen,
         tenant=request.tenant,
         priority=PRIORITIES.get(request.priority, usual),
-        least_beam_width=request.least_beam_width,
+        least_beam_width=request.least_beam_width or None,
     )
 
 
 class HasUser(Protocol):
-    """A request about one user."""
+    """Request about one user."""
 
     @property
     def user_id(self) -> str: ...  # noqa: D102
@@ -73,13 +67,13 @@ class HasUser(Protocol):
 
 
 def check_user(request: HasUser) -> None:
-    """Raise InvalidArgumentError naming the field unless user and tenant can be ids."""
+    """Raise InvalidArgumentError with the field's name unless user and tenant are valid ids."""
     check_id("user_id", request.user_id)
     check_id("tenant", request.tenant, required=False)
 
 
 def check_id(field: str, value: str, *, required: bool = True) -> None:
-    """Raise InvalidArgumentError naming `field` unless this can be an id."""
+    """Raise InvalidArgumentError with the name `field` unless the value is a valid id."""
     if required and not value:
         raise InvalidArgumentError(field, "must not be empty")
     if len(value.encode()) > MAX_ID_BYTES:
@@ -87,17 +81,29 @@ def check_id(field: str, value: str, *, required: bool = True) -> None:
 
 
 def check_ids(field: str, values: Sequence[str], limit: int) -> None:
-    """Raise InvalidArgumentError naming `field` when there are too many ids or one cannot be one."""
+    """Raise InvalidArgumentError with the name `field` if there are too many ids or one is invalid."""
     if len(values) > limit:
         raise InvalidArgumentError(field, f"has {len(values)} items, at most {limit} are allowed")
     for index, value in enumerate(values):
-        # Here first: a name for each of ten thousand would cost more than the check.
+        # The length is checked here first: ten thousand field names would cost more than the checks.
         if not 0 < len(value.encode()) <= MAX_ID_BYTES:
             check_id(f"{field}[{index}]", value)
 
 
+def _subject(request: pb.RecommendRequest, max_items: int) -> tuple[str | None, list[str] | None]:
+    """Return the user id or the history of a request, and None for the other one."""
+    subject = request.WhichOneof("subject")
+    if subject is None:
+        raise InvalidArgumentError("subject", "one of user_id and history must be set")
+    if subject == "user_id":
+        check_id("user_id", request.user_id)
+        return request.user_id, None
+    check_ids("history", request.history.item_ids, max_items)
+    return None, list(request.history.item_ids)
+
+
 def _check_mode_fields(request: pb.RecommendRequest, mode: Mode) -> None:
-    """Refuse the fields of another mode: a field that is ignored would return another list than the caller expects."""
+    """Refuse the fields of other modes: if they were ignored, the list would not be the one that the caller expects."""
     if not 0 <= request.tolerance < math.inf:
         raise InvalidArgumentError("tolerance", f"must be at least 0 and finite, got {request.tolerance}")
     present = {"tolerance": bool(request.tolerance)}

@@ -1,4 +1,4 @@
-"""The orchestrator's gRPC servicer: protobuf to orders, the recommender, and back."""
+"""gRPC servicer of the orchestrator, and the application around it."""
 
 from __future__ import annotations
 
@@ -41,77 +41,78 @@ from orchestrator.speculation_breaker import SpeculationBreaker
 from orchestrator.user_key import user_cache_key
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
-# So long the start waits for targets that serve the canary, lest its users meet the stable bundle in between.
-_CANARY_PATIENCE_SECONDS = 10.0
-_Answer = TypeVar("_Answer")
+# Longest wait for targets of the canary at the start, so that its users do not get the stable bundle in between. Targets that run
+# already are connected within a second; a start must not wait long for a canary.
+_CANARY_WAIT_SECONDS = 10.0
+_Result = TypeVar("_Result")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServicer):
-    """The public service."""
+    """Servicer of the public contract."""
 
     def __init__(
-        self, settings: OrchestratorSettings, lanes: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
+        self, settings: OrchestratorSettings, router: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
     ) -> None:
         self._settings = settings
-        self._lanes = lanes
+        self._router = router
         self._admission = admission
         self._watches = {watch.track: watch for watch in watches}
-        self.metrics = OrchestratorMetrics(admission, lanes, watches)
+        self.metrics = OrchestratorMetrics(admission, router, watches)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
-        """The top K items for one user."""
+        """Return the top K items for one user."""
         deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
         return await self._recommend(request, deadline, Priority.of(context), Track.asked_by(context))
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Context
     ) -> AsyncIterator[pb.RecommendBatchResponse]:
-        """Every request's list or error, as they are ready."""
+        """Yield the list or error of every request as soon as it is ready."""
         if len(request.requests) > self._settings.max_batch:
             raise InvalidArgumentError(
                 "requests", f"has {len(request.requests)} requests, at most {self._settings.max_batch} are allowed"
             )
-        whole = self._time_left(context)
+        deadline = self._time_left(context)
         usual, asked = Priority.of(context, Priority.BATCH), Track.asked_by(context)
-        answers = (self._batched(index, one, whole, usual, asked) for index, one in enumerate(request.requests))
-        async with aclosing(bounded_as_completed(answers, self._settings.batch_concurrency)) as ready:
-            async for answer in ready:
-                yield answer
+        calls = (self._recommend_one(index, one, deadline, usual, asked) for index, one in enumerate(request.requests))
+        async with aclosing(bounded_as_completed(calls, self._settings.batch_concurrency)) as responses:
+            async for response in responses:
+                yield response
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
-        """Append to a history."""
+        """Append events to a stored history."""
         check_user(request)
         item_ids = [event.item_id for event in request.events]
         check_ids("events", item_ids, self._settings.max_history_items)
         if not item_ids:
             raise InvalidArgumentError("events", "must not be empty")
-        length = await self._stored(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
-        lane = self._lanes.of(user_cache_key(request.tenant, request.user_id))
-        index = lane.snapshots.current.catalogue.find(item_ids).tolist()
+        length = await self._history_call(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
+        track = self._router.of(user_cache_key(request.tenant, request.user_id))
+        index = track.snapshots.current.catalogue.find(item_ids).tolist()
         unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
         return pb.RecordEventsResponse(history_length=length, unknown_item_ids=unknown)
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
-        """A stored history; empty when there is none."""
+        """Return a stored history; an empty one when nothing is stored."""
         check_user(request)
-        stored = await self._stored(self._histories.get(request.user_id, tenant=request.tenant))
+        stored = await self._history_call(self._histories.get(request.user_id, tenant=request.tenant))
         return pb.GetHistoryResponse(events=[pb.Event(item_id=item) for item in stored or ()])
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
-        """Erase a history, and what was cached for it."""
+        """Erase a user's history and cached keys and values."""
         check_user(request)
         forgotten = self._histories.forget(request.user_id, tenant=request.tenant)
-        return pb.ForgetUserResponse(existed=await self._stored(forgotten))
+        return pb.ForgetUserResponse(existed=await self._history_call(forgotten))
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
-        """Versions, limits, and the state of the services behind this one."""
-        lane, settings = self._lanes[Track.STABLE], self._settings
-        snapshot = lane.snapshots.current
+        """Return versions, limits, and the state of the services behind this one."""
+        state, settings = self._router[Track.STABLE], self._settings
+        snapshot = state.snapshots.current
         manifest, catalogue = snapshot.manifest, snapshot.catalogue
         return pb.GetServiceInfoResponse(
             service_version=version("atspeed-serving"),
@@ -133,76 +134,76 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             waiting_recommendations=self._admission.queued,
             bundle_since=to_timestamp(snapshot.since),
             pending_bundle=self._watches[Track.STABLE].pending or "",
-            open_bundles=lane.snapshots.open,
+            open_bundles=state.snapshots.open,
             backends=await self._backends(snapshot),
-            shadow_checks=self._shadow_checks(lane),
+            shadow_checks=self._shadow_checks(state),
             canary=self._canary(),
         )
 
-    async def state_history_limit(self) -> None:
-        """Tell other deployments over the same Redis how long histories must be; a Redis that is away hears it later."""
+    async def publish_history_limit(self) -> None:
+        """Publish max_history_items to other deployments over the same Redis. Without a Redis the first append does it."""
         if (histories := self._stable_histories) is not None:
             with suppress(HistoryUnavailable):
-                await histories.state_limit()
+                await histories.publish_limit()
 
     def _canary(self) -> pb.Canary | None:
         if (watch := self._watches.get(Track.CANARY)) is None:
             return None
-        lane = self._lanes[Track.CANARY]
+        state = self._router[Track.CANARY]
         canary = pb.Canary(
             share=self._settings.canary_share,
-            share_now=self._lanes.share,
+            share_now=self._router.share,
             pending_bundle=watch.pending or "",
-            shadow_checks=self._shadow_checks(lane),
+            shadow_checks=self._shadow_checks(state),
         )
-        if (snapshot := lane.snapshots.newest) is not None:
+        if (snapshot := state.snapshots.newest) is not None:
             canary.versions.CopyFrom(to_versions(snapshot))
             canary.since.CopyFrom(to_timestamp(snapshot.since))
         return canary
 
-    def _shadow_checks(self, lane: TrackState) -> pb.ShadowChecks:
-        outcomes = lane.shadow.outcomes
+    def _shadow_checks(self, state: TrackState) -> pb.ShadowChecks:
+        outcomes = state.shadow.outcomes
         return pb.ShadowChecks(
             share=self._settings.shadow_share,
             identical=outcomes[Verdict.IDENTICAL],
             near_ties=outcomes[Verdict.NEAR_TIE],
             different=outcomes[Verdict.DIFFERENT],
-            speculation_off=not lane.speculation_breaker.on,
+            speculation_off=not state.speculation_breaker.enabled,
         )
 
     async def _recommend(
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
-        order = parse_request(request, self._settings, usual)
-        lane = self._lanes.of(order.subject, asked)
+        params = parse_request(request, self._settings, usual)
+        state = self._router.of(params.subject, asked)
         with (
-            lane.snapshots.current.in_use() as snapshot,
-            self.metrics.asked(lane.track, order.mode, deadline),
-            tracing.span("recommend", k=order.k, mode=order.mode, track=lane.track) as span,
+            state.snapshots.current.in_use() as snapshot,
+            self.metrics.count_request(state.track, params.mode, deadline),
+            tracing.span("recommend", k=params.k, mode=params.mode, track=state.track) as span,
         ):
-            async with self._admission.slot(order.priority, deadline.left()) as admitted:
-                order = order.narrowed() if admitted.waited else order
-                recommendation = await snapshot.recommender.recommend(order, deadline)
-                lane.shadow.offer(recommendation, snapshot)
+            async with self._admission.slot(params.priority, deadline.left()) as admitted:
+                params = params.narrowed() if admitted.waited else params
+                recommendation = await snapshot.recommender.recommend(params, deadline)
+                state.shadow.offer(recommendation, snapshot)
             if tracing.on():
                 span.set(**recommendation.trace_attributes)
-        self.metrics.made(lane.track, recommendation)
+        self.metrics.record(state.track, recommendation)
         return to_reply(recommendation, snapshot, request.reply_options)
 
-    async def _batched(
+    async def _recommend_one(
         self,
         index: int,
         request: pb.RecommendRequest,
-        whole: Deadline | None,
+        batch_deadline: Deadline | None,
         usual: Priority,
         asked: Track | None,
     ) -> pb.RecommendBatchResponse:
-        """One request of a batch. Where the caller set no deadline, it has the usual time from its own start on."""
+        """Serve one request of a batch. Without a deadline of the call, each request has the default time from its own start."""
         try:
-            deadline = whole or Deadline(self._settings.request_timeout_seconds)
+            deadline = batch_deadline or Deadline(self._settings.request_timeout_seconds)
             response = await self._recommend(request, deadline, usual, asked)
             return pb.RecommendBatchResponse(index=index, response=response)
-        except Exception as error:  # noqa: BLE001 - call_status logs what is ours; one failure must not end the batch
+        except Exception as error:  # noqa: BLE001 - one failure must not end the batch; call_status logs defects
             status = call_status(error)
         failure = pb.RequestError(
             code=status.code.value[0],
@@ -212,12 +213,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return pb.RecommendBatchResponse(index=index, error=failure)
 
     def _time_left(self, context: Context) -> Deadline | None:
-        left = cast("float | None", context.time_remaining())  # the stubs do not know of calls without a deadline
+        left = cast("float | None", context.time_remaining())  # the stubs lack the None of calls without a deadline
         return None if left is None else Deadline(left)
 
     @property
     def _stable_histories(self) -> HistoryStore | None:
-        return self._lanes[Track.STABLE].snapshots.current.recommender.histories
+        return self._router[Track.STABLE].snapshots.current.recommender.histories
 
     @property
     def _histories(self) -> HistoryStore:
@@ -225,11 +226,11 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             raise UnimplementedError("this service keeps no histories: it runs without Redis")
         return histories
 
-    async def _stored(self, call: Awaitable[_Answer]) -> _Answer:
+    async def _history_call(self, call: Awaitable[_Result]) -> _Result:
         try:
             return await call
         except HistoryUnavailable as error:
-            _log.warning("histories are out of reach", problem=str(error))
+            _log.warning("history_store_unavailable", error=str(error))
             raise UnavailableError("histories are out of reach") from None
 
     async def _backends(self, snapshot: Snapshot) -> list[pb.Backend]:
@@ -252,7 +253,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
 @asynccontextmanager
 async def _redis_client(settings: OrchestratorSettings) -> AsyncIterator[Redis | None]:
-    """The client of the histories' Redis; None where there is none."""
+    """Open the client of the history store; None without Redis."""
     url = settings.redis_url.get_secret_value()
     if not url:
         yield None
@@ -266,25 +267,25 @@ async def _redis_client(settings: OrchestratorSettings) -> AsyncIterator[Redis |
 
 @asynccontextmanager
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
-    """The recommender over the settings' services, ready to serve, with the bundles that the settings name from then on."""
+    """Start the recommender over the settings' services and follow the settings' bundles until the end."""
     bundle = open_bundle(settings.bundle)
     admission = Admission(settings.max_running, settings.max_queued)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(_redis_client(settings))
         planners = Planners(settings.plan_limits)
-        each = {track: _lane(track, settings, redis, admission, planners) for track in Track}
-        lanes = TrackRouter(each, settings.canary_share)
-        stack.push_async_callback(lanes.close)
-        await lanes[Track.STABLE].snapshots.activate(bundle, at_once=True)
-        watches = bundle_watches(settings, lanes, bundle.manifest.version)
-        await stack.enter_async_context(watch_bundles(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
-        servicer = RecommendationServicer(settings, lanes, watches, admission)
-        await servicer.state_history_limit()
+        states = {track: _track_state(track, settings, redis, admission, planners) for track in Track}
+        router = TrackRouter(states, settings.canary_share)
+        stack.push_async_callback(router.close)
+        await router[Track.STABLE].snapshots.activate(bundle, at_once=True)
+        watches = bundle_watches(settings, router, bundle.manifest.version)
+        await stack.enter_async_context(watch_bundles(watches, settings.bundle_poll_seconds, _CANARY_WAIT_SECONDS))
+        servicer = RecommendationServicer(settings, router, watches, admission)
+        await servicer.publish_history_limit()
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]
 
 
-def _lane(
+def _track_state(
     track: Track, settings: OrchestratorSettings, redis: Redis | None, admission: Admission, planners: Planners
 ) -> TrackState:
     speculation_breaker = SpeculationBreaker(settings.shadow_mismatches, settings.shadow_window_seconds)

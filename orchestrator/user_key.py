@@ -1,4 +1,4 @@
-"""Names for users that do not show who they are: what model services and Redis know cached keys and values by."""
+"""User keys: names of users in caches and logs that do not reveal the user."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import json
 
 from atspeed.engine.kv.memory_cache import USER_KEY_BYTES
 
+# Items at the start of a history in a request that identify its user. Four items tell most users apart, and a longer prefix
+# would make a user with a short history a new one after every event.
 FIRST_ITEMS = 4
-"""Of a history that belongs to no stored user, so many items say whose it is: enough to tell most users apart."""
 
 
 def user_cache_key(tenant: str, user_id: str) -> bytes:
-    """A stored user's tag, USER_KEY_BYTES; equal in every process."""
+    """Return the user key of a stored user: USER_KEY_BYTES bytes, equal in every process."""
     return digest("owner", tenant, user_id)
 
 
 def digest(*parts: str) -> bytes:
-    """A hash of these texts, USER_KEY_BYTES. Who has the texts can make it; it hides them from who only looks."""
+    """Return a hash of texts, USER_KEY_BYTES bytes. It hides the texts, but whoever knows them can compute it."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=USER_KEY_BYTES, person=b"atspeed-identity").digest()

@@ -113,7 +113,7 @@ async def undisturbed(client: RecommenderClient, request: pb.RecommendRequest) -
     """A reply that no failure took part in: what a failing draft costs is not what the method costs."""
     reply = await client.send(request)
     if reply.degraded:
-        raise BenchmarkError(f"a service failed while it was measured: {'; '.join(reply.degraded_reasons)}")
+        raise BenchmarkError(f"a service failed while it was measured: {'; '.join(reply.degraded_descriptions)}")
     return reply
 
 

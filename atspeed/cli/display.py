@@ -45,7 +45,7 @@ def summary(reply: pb.RecommendResponse) -> str:
         lines.append(f"seed: {reply.seed}")
     if reply.exactness.largest_slack:
         lines.append(f"largest slack used: {reply.exactness.largest_slack:.4f}")
-    lines += [f"degraded: {reason}" for reason in reply.degraded_reasons]
+    lines += [f"degraded: {description}" for description in reply.degraded_descriptions]
     if reply.fewer_than_k_reason:
         lines.append(reply.fewer_than_k_reason)
     return "\n".join(lines)

@@ -34,17 +34,16 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     MODE_STRICT: _Mode.ValueType  # 2
     """Speculative beam search; exactly the list of MODE_TARGET_ONLY."""
     MODE_TOLERANCE: _Mode.ValueType  # 3
-    """Speculative beam search in which a drafted beam may stand in for one that is better by at most `tolerance`. Which ones are there
-    to stand in depends on what the planner had drafted, and that on what it has learnt: the bound always holds, but the same
-    request may get another list within it later.
+    """Speculative beam search in which a drafted beam may replace one that is better by at most `tolerance`. The drafted beams depend on
+    the planner and on earlier requests. So the bound always holds, but the same request may get another list within it later.
     """
     MODE_RELAXED_SAMPLING: _Mode.ValueType  # 4
-    """AtSpeed-R's relaxed sampling verification: fewest passes, does not keep the target's distribution."""
+    """Relaxed sampling verification of AtSpeed-R. It takes the fewest passes and does not keep the target's distribution."""
     MODE_EXACT_SAMPLING: _Mode.ValueType  # 5
     """An exact sample without replacement from the target (stochastic beam search), reproducible by its seed."""
 
 class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
-    """How the list is made."""
+    """Verification policy of a list."""
 
 MODE_UNSPECIFIED: Mode.ValueType  # 0
 """The service's default, STRICT."""
@@ -53,12 +52,11 @@ MODE_TARGET_ONLY: Mode.ValueType  # 1
 MODE_STRICT: Mode.ValueType  # 2
 """Speculative beam search; exactly the list of MODE_TARGET_ONLY."""
 MODE_TOLERANCE: Mode.ValueType  # 3
-"""Speculative beam search in which a drafted beam may stand in for one that is better by at most `tolerance`. Which ones are there
-to stand in depends on what the planner had drafted, and that on what it has learnt: the bound always holds, but the same
-request may get another list within it later.
+"""Speculative beam search in which a drafted beam may replace one that is better by at most `tolerance`. The drafted beams depend on
+the planner and on earlier requests. So the bound always holds, but the same request may get another list within it later.
 """
 MODE_RELAXED_SAMPLING: Mode.ValueType  # 4
-"""AtSpeed-R's relaxed sampling verification: fewest passes, does not keep the target's distribution."""
+"""Relaxed sampling verification of AtSpeed-R. It takes the fewest passes and does not keep the target's distribution."""
 MODE_EXACT_SAMPLING: Mode.ValueType  # 5
 """An exact sample without replacement from the target (stochastic beam search), reproducible by its seed."""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
@@ -72,19 +70,19 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
     """INTERACTIVE; in a RecommendBatch, BATCH."""
     PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
-    """Somebody waits for the answer."""
+    """A person waits for the list."""
     PRIORITY_BATCH: _Priority.ValueType  # 2
-    """Refused first, and served when nothing interactive waits."""
+    """The request is refused first, and served when no interactive request waits."""
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """Who is served first when there is more to do than a replica can do. Call metadata `x-atspeed-priority: batch` says the same."""
+    """Priority of a request when a replica is busy. Call metadata `x-atspeed-priority: batch` has the same effect."""
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """INTERACTIVE; in a RecommendBatch, BATCH."""
 PRIORITY_INTERACTIVE: Priority.ValueType  # 1
-"""Somebody waits for the answer."""
+"""A person waits for the list."""
 PRIORITY_BATCH: Priority.ValueType  # 2
-"""Refused first, and served when nothing interactive waits."""
+"""The request is refused first, and served when no interactive request waits."""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 class _Origin:
@@ -100,10 +98,10 @@ class _OriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Origin.ValueTy
     ORIGIN_RECOVERED: _Origin.ValueType  # 2
     """A prefix was not in the plan; a further target pass evaluated it."""
     ORIGIN_FORCED: _Origin.ValueType  # 3
-    """Drafted, and its last prefix was the only continuation of the one before: no guess was needed."""
+    """Drafted, and its last prefix was the only continuation of the one before."""
 
 class Origin(_Origin, metaclass=_OriginEnumTypeWrapper):
-    """How the search came to an item."""
+    """Way in which the search found an item."""
 
 ORIGIN_UNSPECIFIED: Origin.ValueType  # 0
 """Not set."""
@@ -112,7 +110,7 @@ ORIGIN_DRAFTED: Origin.ValueType  # 1
 ORIGIN_RECOVERED: Origin.ValueType  # 2
 """A prefix was not in the plan; a further target pass evaluated it."""
 ORIGIN_FORCED: Origin.ValueType  # 3
-"""Drafted, and its last prefix was the only continuation of the one before: no guess was needed."""
+"""Drafted, and its last prefix was the only continuation of the one before."""
 Global___Origin: _TypeAlias = Origin  # noqa: Y015
 
 class _ColdStart:
@@ -122,7 +120,7 @@ class _ColdStart:
 class _ColdStartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ColdStart.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     COLD_START_UNSPECIFIED: _ColdStart.ValueType  # 0
-    """It was not: the prompt held at least one item."""
+    """The prompt held at least one item."""
     COLD_START_NO_STORED_HISTORY: _ColdStart.ValueType  # 1
     """Nothing is stored for this user."""
     COLD_START_EMPTY_HISTORY: _ColdStart.ValueType  # 2
@@ -131,10 +129,10 @@ class _ColdStartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ColdStart.V
     """The history has items, none of which the catalogue knows."""
 
 class ColdStart(_ColdStart, metaclass=_ColdStartEnumTypeWrapper):
-    """Why a list was made without any item of the user's history. Such a list is the same for every user."""
+    """Reason for a list without any item of the user's history. Such a list is the same for every user."""
 
 COLD_START_UNSPECIFIED: ColdStart.ValueType  # 0
-"""It was not: the prompt held at least one item."""
+"""The prompt held at least one item."""
 COLD_START_NO_STORED_HISTORY: ColdStart.ValueType  # 1
 """Nothing is stored for this user."""
 COLD_START_EMPTY_HISTORY: ColdStart.ValueType  # 2
@@ -142,6 +140,70 @@ COLD_START_EMPTY_HISTORY: ColdStart.ValueType  # 2
 COLD_START_UNKNOWN_ITEMS: ColdStart.ValueType  # 3
 """The history has items, none of which the catalogue knows."""
 Global___ColdStart: _TypeAlias = ColdStart  # noqa: Y015
+
+class _DegradedReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DegradedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DegradedReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEGRADED_REASON_UNSPECIFIED: _DegradedReason.ValueType  # 0
+    """Not set."""
+    DEGRADED_REASON_BEAM_WIDTH_NARROWED: _DegradedReason.ValueType  # 1
+    """The service was busy, and fewer beams were searched because the request allows it."""
+    DEGRADED_REASON_SPECULATION_DISABLED: _DegradedReason.ValueType  # 2
+    """Shadow checks found differences and disabled speculation."""
+    DEGRADED_REASON_PLAN_UNANSWERED: _DegradedReason.ValueType  # 3
+    """The target had no valid answer to a plan. The search started again without one."""
+    DEGRADED_REASON_DRAFT_CIRCUIT_OPEN: _DegradedReason.ValueType  # 4
+    """The draft failed several times in a row, so it was not called."""
+    DEGRADED_REASON_DRAFT_REPLY_INVALID: _DegradedReason.ValueType  # 5
+    """The draft's reply was invalid."""
+    DEGRADED_REASON_DRAFT_UNAVAILABLE: _DegradedReason.ValueType  # 6
+    """No draft replica could answer."""
+    DEGRADED_REASON_DRAFT_DEADLINE: _DegradedReason.ValueType  # 7
+    """The draft did not answer in time."""
+    DEGRADED_REASON_DRAFT_BUSY: _DegradedReason.ValueType  # 8
+    """The draft replicas had reached their limit of calls."""
+    DEGRADED_REASON_DRAFT_VERSION: _DegradedReason.ValueType  # 9
+    """No draft replica serves the orchestrator's model version."""
+    DEGRADED_REASON_DRAFT_REFUSED: _DegradedReason.ValueType  # 10
+    """The draft refused the call as invalid."""
+    DEGRADED_REASON_DRAFT_ACCESS_DENIED: _DegradedReason.ValueType  # 11
+    """The draft did not accept the orchestrator's credentials."""
+    DEGRADED_REASON_DRAFT_FAILED: _DegradedReason.ValueType  # 12
+    """The draft's call failed with another status."""
+
+class DegradedReason(_DegradedReason, metaclass=_DegradedReasonEnumTypeWrapper):
+    """A component that a list was made without, or a reduction of the search. The list is what its mode promises in every case."""
+
+DEGRADED_REASON_UNSPECIFIED: DegradedReason.ValueType  # 0
+"""Not set."""
+DEGRADED_REASON_BEAM_WIDTH_NARROWED: DegradedReason.ValueType  # 1
+"""The service was busy, and fewer beams were searched because the request allows it."""
+DEGRADED_REASON_SPECULATION_DISABLED: DegradedReason.ValueType  # 2
+"""Shadow checks found differences and disabled speculation."""
+DEGRADED_REASON_PLAN_UNANSWERED: DegradedReason.ValueType  # 3
+"""The target had no valid answer to a plan. The search started again without one."""
+DEGRADED_REASON_DRAFT_CIRCUIT_OPEN: DegradedReason.ValueType  # 4
+"""The draft failed several times in a row, so it was not called."""
+DEGRADED_REASON_DRAFT_REPLY_INVALID: DegradedReason.ValueType  # 5
+"""The draft's reply was invalid."""
+DEGRADED_REASON_DRAFT_UNAVAILABLE: DegradedReason.ValueType  # 6
+"""No draft replica could answer."""
+DEGRADED_REASON_DRAFT_DEADLINE: DegradedReason.ValueType  # 7
+"""The draft did not answer in time."""
+DEGRADED_REASON_DRAFT_BUSY: DegradedReason.ValueType  # 8
+"""The draft replicas had reached their limit of calls."""
+DEGRADED_REASON_DRAFT_VERSION: DegradedReason.ValueType  # 9
+"""No draft replica serves the orchestrator's model version."""
+DEGRADED_REASON_DRAFT_REFUSED: DegradedReason.ValueType  # 10
+"""The draft refused the call as invalid."""
+DEGRADED_REASON_DRAFT_ACCESS_DENIED: DegradedReason.ValueType  # 11
+"""The draft did not accept the orchestrator's credentials."""
+DEGRADED_REASON_DRAFT_FAILED: DegradedReason.ValueType  # 12
+"""The draft's call failed with another status."""
+Global___DegradedReason: _TypeAlias = DegradedReason  # noqa: Y015
 
 @_typing.final
 class History(_message.Message):
@@ -169,7 +231,7 @@ Global___History: _TypeAlias = History  # noqa: Y015
 
 @_typing.final
 class ReplyOptions(_message.Message):
-    """What the reply should carry beyond the items."""
+    """Optional parts of a reply."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -221,7 +283,7 @@ class RecommendRequest(_message.Message):
     beam_width: _builtins.int
     """Beams searched; 0 means max(k, 20). At least k."""
     mode: Global___Mode.ValueType
-    """How the list is made."""
+    """Verification policy of the list."""
     tolerance: _builtins.float
     """MODE_TOLERANCE only: the largest score gap, in log-probability, by which a beam may be replaced. At least 0; 0 is strict."""
     temperature: _builtins.float
@@ -231,12 +293,12 @@ class RecommendRequest(_message.Message):
     exclude_seen: _builtins.bool
     """Also exclude the items of the user's history."""
     tenant: _builtins.str
-    """Whose user; tenants share neither histories nor cached states."""
+    """Tenant of the user. Tenants share neither histories nor cached states."""
     priority: Global___Priority.ValueType
-    """Who waits when the service is busy."""
+    """Priority when the service is busy."""
     least_beam_width: _builtins.int
-    """Fewest beams that will do when the service is busy: a request that had to wait is then searched with these. At least k, at most
-    beam_width; 0 means never fewer than beam_width. The reply says how many were searched.
+    """Fewest beams that the request accepts when the service is busy. A request that had to wait is searched with these. At least k, at
+    most beam_width; 0 means never fewer than beam_width. The reply has the number of searched beams.
     """
     @_builtins.property
     def history(self) -> Global___History:
@@ -252,7 +314,7 @@ class RecommendRequest(_message.Message):
 
     @_builtins.property
     def reply_options(self) -> Global___ReplyOptions:
-        """What the reply should carry."""
+        """Optional parts of the reply."""
 
     def __init__(
         self,
@@ -310,7 +372,7 @@ class RecommendedItem(_message.Message):
     score: _builtins.float
     """Log-probability of its code path under the target."""
     origin: Global___Origin.ValueType
-    """How the search came to it."""
+    """Way in which the search found the item."""
     @_builtins.property
     def code_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its semantic ID: `L` codes. Items that share a path stand next to each other with the same score, in id order."""
@@ -334,7 +396,7 @@ Global___RecommendedItem: _TypeAlias = RecommendedItem  # noqa: Y015
 
 @_typing.final
 class Versions(_message.Message):
-    """Versions of what made a list."""
+    """Versions of the models and data of a list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -368,16 +430,16 @@ Global___Versions: _TypeAlias = Versions  # noqa: Y015
 
 @_typing.final
 class Exactness(_message.Message):
-    """How exact a list is."""
+    """Exactness of a list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EXACT_FIELD_NUMBER: _builtins.int
     LARGEST_SLACK_FIELD_NUMBER: _builtins.int
     exact: _builtins.bool
-    """Whether the list is what the mode promises without loss: the target's own beam search, or an exact sample of it. Never set where
-    the target computes in float16, whose rounding moves a log-probability by up to 0.01 with what else is in the pass. In float32
-    and int8-weights it is below 0.00001: items whose scores are closer than that may swap.
+    """True if the list is lossless: the target's own beam search, or an exact sample of it. Never set for a float16 target: its rounding
+    moves a log-probability by up to 0.01 with the other tokens of the pass. In float32 and with int8 weights it is below 0.00001, so
+    items whose scores are closer than that may swap.
     """
     largest_slack: _builtins.float
     """MODE_TOLERANCE: the largest score gap used."""
@@ -407,7 +469,7 @@ class RecommendResponse(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     EXACTNESS_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
-    DEGRADED_REASONS_FIELD_NUMBER: _builtins.int
+    DEGRADED_DESCRIPTIONS_FIELD_NUMBER: _builtins.int
     UNKNOWN_HISTORY_ITEM_IDS_FIELD_NUMBER: _builtins.int
     HISTORY_ITEMS_USED_FIELD_NUMBER: _builtins.int
     FEWER_THAN_K_REASON_FIELD_NUMBER: _builtins.int
@@ -417,29 +479,30 @@ class RecommendResponse(_message.Message):
     COLD_START_FIELD_NUMBER: _builtins.int
     UNKNOWN_EXCLUDED_ITEMS_FIELD_NUMBER: _builtins.int
     UNKNOWN_ALLOWED_ITEMS_FIELD_NUMBER: _builtins.int
+    DEGRADED_REASONS_FIELD_NUMBER: _builtins.int
     scoring_rule: _types_pb2.ScoringRule.ValueType
     """The rule that scores follow."""
     mode: Global___Mode.ValueType
     """The mode that made the list."""
     degraded: _builtins.bool
-    """Whether the draft could not help or may not since shadow checks failed, or fewer beams were searched because the request
-    allows it. The list is still what the mode promises, with the beams that `beam_width` says. A target replica that failed shows in
-    statistics.target_retries, a Redis tier that failed in the cached tokens.
+    """True if the list was made without one of the components, or with fewer beams than requested; see degraded_reasons. The list is
+    still what the mode promises, with the beams that `beam_width` names. Failures of a target replica are in
+    statistics.target_retries. Failures of the Redis tier show in the cached tokens.
     """
     history_items_used: _builtins.int
     """History items that the prompt held: the newest that fit the window."""
     fewer_than_k_reason: _builtins.str
-    """Set when fewer than k items are left after exclusions and filters or came out of the beams; says which."""
+    """The reason why there are fewer than k items: exclusions and filters, or the search. Empty when there are k items."""
     seed: _builtins.int
     """The seed used by a sampling mode."""
     beam_width: _builtins.int
     """Beams searched: the request's beam_width, unless the service was busy and the request allowed fewer."""
     cold_start: Global___ColdStart.ValueType
-    """Why the list was made without any item of the history, where the bundle allows that; not set for all other lists."""
+    """Reason for a list without any item of the history, if the bundle allows that; not set for other lists."""
     unknown_excluded_items: _builtins.int
-    """How many of the request's excluded_item_ids the catalogue does not know."""
+    """Number of the request's excluded_item_ids that the catalogue does not know."""
     unknown_allowed_items: _builtins.int
-    """How many of the request's allowed_item_ids the catalogue does not know."""
+    """Number of the request's allowed_item_ids that the catalogue does not know."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendedItem]:
         """The items, best first."""
@@ -450,11 +513,11 @@ class RecommendResponse(_message.Message):
 
     @_builtins.property
     def exactness(self) -> Global___Exactness:
-        """Whether and how far the list is exact."""
+        """Exactness of the list."""
 
     @_builtins.property
-    def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why, one line each, for people."""
+    def degraded_descriptions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The same as degraded_reasons, as text for people. The wording may change."""
 
     @_builtins.property
     def unknown_history_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -462,7 +525,11 @@ class RecommendResponse(_message.Message):
 
     @_builtins.property
     def statistics(self) -> Global___Statistics:
-        """What it took."""
+        """Work and time that the list took."""
+
+    @_builtins.property
+    def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___DegradedReason.ValueType]:
+        """Reasons why the list is degraded; empty if it is not. The values are also label values of the metric atspeed_degraded_total."""
 
     def __init__(
         self,
@@ -473,7 +540,7 @@ class RecommendResponse(_message.Message):
         mode: Global___Mode.ValueType = ...,
         exactness: Global___Exactness | None = ...,
         degraded: _builtins.bool = ...,
-        degraded_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        degraded_descriptions: _abc.Iterable[_builtins.str] | None = ...,
         unknown_history_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         history_items_used: _builtins.int = ...,
         fewer_than_k_reason: _builtins.str = ...,
@@ -483,10 +550,11 @@ class RecommendResponse(_message.Message):
         cold_start: Global___ColdStart.ValueType = ...,
         unknown_excluded_items: _builtins.int = ...,
         unknown_allowed_items: _builtins.int = ...,
+        degraded_reasons: _abc.Iterable[Global___DegradedReason.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "exactness", b"exactness", "seed", b"seed", "statistics", b"statistics", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_descriptions", b"degraded_descriptions", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -496,7 +564,7 @@ Global___RecommendResponse: _TypeAlias = RecommendResponse  # noqa: Y015
 
 @_typing.final
 class Statistics(_message.Message):
-    """What a request took."""
+    """Work and time of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -549,15 +617,15 @@ class Statistics(_message.Message):
     nodes_drafted: _builtins.int
     """Nodes that the draft proposed and the target evaluated."""
     nodes_used: _builtins.int
-    """Of these, nodes that the search used as beams."""
+    """Drafted nodes that the search used as beams."""
     nodes_forced: _builtins.int
-    """Of the used beams, those that were the only continuation of their parent."""
+    """Used beams that were the only continuation of their parent."""
     nodes_recovered: _builtins.int
-    """Nodes that the search asked for, which no plan held and nobody foresaw."""
+    """Beams that no plan held and that the target had not prefetched."""
     prompt_tokens: _builtins.int
     """Prompt tokens of the target."""
     target_retries: _builtins.int
-    """Streams that broke and were taken up on another replica."""
+    """Calls to the target that were made again."""
     nodes_asked: _builtins.int
     """Nodes that the draft was asked for, all plans together; 0 where no plan was expected to pay."""
     nodes_proposed: _builtins.int
@@ -573,14 +641,14 @@ class Statistics(_message.Message):
     draft_predicted_ns: _builtins.float
     """The same of the draft's model, to be compared with stage_times.draft_forward_ns."""
     nodes_spared: _builtins.int
-    """Beams that no pass evaluated, because nothing below them could be chosen."""
+    """Beams that no pass evaluated, because no node below them could be chosen."""
     nodes_prefetched: _builtins.int
-    """Nodes that the target evaluated before the search asked for them, as others' searches had gone through them."""
+    """Nodes that the target evaluated in advance, because other requests' searches had used them."""
     nodes_prefetched_used: _builtins.int
-    """Of these, nodes that the search used as beams."""
+    """Prefetched nodes that the search used as beams."""
     @_builtins.property
     def stage_times(self) -> Global___StageTimes:
-        """Where the time went."""
+        """Time by stage."""
 
     @_builtins.property
     def cached_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -705,7 +773,7 @@ class RecommendBatchResponse(_message.Message):
 
     @_builtins.property
     def error(self) -> Global___RequestError:
-        """Why there is none."""
+        """The reason why there is no list."""
 
     def __init__(
         self,
@@ -726,7 +794,7 @@ Global___RecommendBatchResponse: _TypeAlias = RecommendBatchResponse  # noqa: Y0
 
 @_typing.final
 class RequestError(_message.Message):
-    """Why one request of a batch failed."""
+    """Failure of one request of a batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -756,7 +824,7 @@ Global___RequestError: _TypeAlias = RequestError  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
-    """Something that a user did with an item."""
+    """Event of a user with an item."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -786,9 +854,9 @@ class RecordEventsRequest(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """Whose history."""
+    """The user."""
     tenant: _builtins.str
-    """Whose user; users of different tenants are different users."""
+    """Tenant of the user; users of different tenants are different users."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """In time order, oldest first; at least one. Ids that the catalogue does not know are stored too: a later snapshot may know them."""
@@ -810,7 +878,7 @@ Global___RecordEventsRequest: _TypeAlias = RecordEventsRequest  # noqa: Y015
 
 @_typing.final
 class RecordEventsResponse(_message.Message):
-    """What was appended."""
+    """Result of an append."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -820,7 +888,7 @@ class RecordEventsResponse(_message.Message):
     """Length of the stored history."""
     @_builtins.property
     def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Of the items just recorded, those that the catalogue does not know, in their order. They are stored with the others."""
+        """The recorded items that the catalogue does not know, in their order. They are stored with the others."""
 
     def __init__(
         self,
@@ -845,9 +913,9 @@ class GetHistoryRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """Whose."""
+    """The user."""
     tenant: _builtins.str
-    """Whose user."""
+    """Tenant of the user."""
     def __init__(
         self,
         *,
@@ -895,9 +963,9 @@ class ForgetUserRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """Whom."""
+    """The user."""
     tenant: _builtins.str
-    """Whose user."""
+    """Tenant of the user."""
     def __init__(
         self,
         *,
@@ -914,13 +982,13 @@ Global___ForgetUserRequest: _TypeAlias = ForgetUserRequest  # noqa: Y015
 
 @_typing.final
 class ForgetUserResponse(_message.Message):
-    """What was erased."""
+    """Result of an erasure."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EXISTED_FIELD_NUMBER: _builtins.int
     existed: _builtins.bool
-    """Whether anything was stored."""
+    """True if a history was stored."""
     def __init__(
         self,
         *,
@@ -997,7 +1065,7 @@ class GetServiceInfoResponse(_message.Message):
     history_window: _builtins.int
     """History items that a prompt holds at most."""
     allows_empty_history: _builtins.bool
-    """Whether a user without a history gets a recommendation."""
+    """True if a user without a history gets a recommendation."""
     max_history_items: _builtins.int
     """Most items of a history, in a request or stored."""
     max_candidate_items: _builtins.int
@@ -1005,16 +1073,16 @@ class GetServiceInfoResponse(_message.Message):
     max_batch: _builtins.int
     """Most requests of a batch."""
     running_recommendations: _builtins.int
-    """Recommendations that this replica serves now, alone or in batches."""
+    """Number of recommendations that this replica serves now, alone or in batches."""
     waiting_recommendations: _builtins.int
-    """Recommendations that wait for that now."""
+    """Number of recommendations in the queue now."""
     pending_bundle: _builtins.str
-    """Version of the bundle that is being taken up, or waits until a target serves it; empty when there is none."""
+    """Version of the bundle that is being loaded, or that waits until a target serves it; empty when there is none."""
     open_bundles: _builtins.int
-    """Bundles that running requests hold, the newest included; 1 but in the moments after a change."""
+    """Number of bundles that requests hold, the newest included. It is above 1 shortly after a change only."""
     @_builtins.property
     def versions(self) -> Global___Versions:
-        """Versions of model, draft and catalogue that new requests are served by."""
+        """Versions of model, draft and catalogue for new requests."""
 
     @_builtins.property
     def modes(self) -> _containers.RepeatedScalarFieldContainer[Global___Mode.ValueType]:
@@ -1026,19 +1094,19 @@ class GetServiceInfoResponse(_message.Message):
 
     @_builtins.property
     def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Backend]:
-        """The models behind it, as they answer now."""
+        """The services behind this one, with their state now."""
 
     @_builtins.property
     def bundle_since(self) -> _timestamp_pb2.Timestamp:
-        """When this service took up the bundle that it serves."""
+        """Start of the current bundle's service."""
 
     @_builtins.property
     def shadow_checks(self) -> Global___ShadowChecks:
-        """What became of strict lists that the target made again alone."""
+        """Outcomes of the shadow checks."""
 
     @_builtins.property
     def canary(self) -> Global___Canary:
-        """The bundle that a share of the users meets first; not set where the service follows none."""
+        """The canary; not set if the service has no canary bundle."""
 
     def __init__(
         self,
@@ -1077,7 +1145,7 @@ Global___GetServiceInfoResponse: _TypeAlias = GetServiceInfoResponse  # noqa: Y0
 
 @_typing.final
 class Canary(_message.Message):
-    """A second bundle, served to a share of the users beside the one that all others get."""
+    """Second bundle, served to a share of the users."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1088,22 +1156,22 @@ class Canary(_message.Message):
     PENDING_BUNDLE_FIELD_NUMBER: _builtins.int
     SHADOW_CHECKS_FIELD_NUMBER: _builtins.int
     share: _builtins.float
-    """Share of the users that it is meant for."""
+    """Configured share of the users."""
     share_now: _builtins.float
-    """Share of the users that it serves now: 0 while there is none, or no target that serves it."""
+    """Share of the users that the canary serves now: 0 while there is no canary, or no target that serves it."""
     pending_bundle: _builtins.str
-    """Version of the bundle that is being taken up, or waits until a target serves it; empty when there is none."""
+    """Version of the bundle that is being loaded, or that waits until a target serves it; empty when there is none."""
     @_builtins.property
     def versions(self) -> Global___Versions:
-        """Versions of model, draft and catalogue that its requests are served by; not set while there is none."""
+        """Versions of model, draft and catalogue of the canary; not set while there is none."""
 
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp:
-        """When this service took it up; not set while there is none."""
+        """Start of its service; not set while there is none."""
 
     @_builtins.property
     def shadow_checks(self) -> Global___ShadowChecks:
-        """What became of its strict lists that the target made again alone."""
+        """Outcomes of its shadow checks."""
 
     def __init__(
         self,
@@ -1125,7 +1193,7 @@ Global___Canary: _TypeAlias = Canary  # noqa: Y015
 
 @_typing.final
 class ShadowChecks(_message.Message):
-    """Strict lists that the target made again alone, after the reply, to compare them; of this replica since it started."""
+    """Comparisons of strict lists with the target's own, made after the reply. Counts of this replica since its start."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1135,7 +1203,7 @@ class ShadowChecks(_message.Message):
     DIFFERENT_FIELD_NUMBER: _builtins.int
     SPECULATION_OFF_FIELD_NUMBER: _builtins.int
     share: _builtins.float
-    """Share of the strict lists that is checked."""
+    """Share of the strict lists that are checked."""
     identical: _builtins.int
     """Lists that were the target's own, item for item."""
     near_ties: _builtins.int
@@ -1143,7 +1211,7 @@ class ShadowChecks(_message.Message):
     different: _builtins.int
     """Lists that differed."""
     speculation_off: _builtins.bool
-    """Whether so many differed that the draft is no longer asked. Lists are then the target's own, and `degraded`. A restart asks it again."""
+    """True if differences disabled speculation until a restart. Lists are then the target's own, and `degraded`."""
     def __init__(
         self,
         *,
@@ -1163,7 +1231,7 @@ Global___ShadowChecks: _TypeAlias = ShadowChecks  # noqa: Y015
 
 @_typing.final
 class Backend(_message.Message):
-    """A service behind this one."""
+    """Service behind this one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1173,10 +1241,10 @@ class Backend(_message.Message):
     name: _builtins.str
     """target, draft or redis."""
     available: _builtins.bool
-    """Whether it answered just now."""
+    """True if the service answered now."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelInfo:
-        """What it serves; for target and draft."""
+        """The model that it serves; set for target and draft."""
 
     def __init__(
         self,

@@ -72,15 +72,17 @@ class RecommendationServiceServicer:
     """
 
     def Recommend(self, request, context):
-        """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
-        metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+        """Returns the top K items for one user. If a canary is served beside the stable bundle, the user determines which one serves the
+        request. Call metadata `x-atspeed-track: canary` (or stable) selects one, here and in RecommendBatch; that needs a token with the
+        scope admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RecommendBatch(self, request, context):
-        """Many requests on one call; results come back as they are ready, each with its request's index. One that fails does not fail the rest.
+        """Serves many requests in one call. Results come as soon as they are ready, each with its request's index. A failed request does
+        not fail the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,7 +96,7 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetHistory(self, request, context):
-        """A user's stored history.
+        """Returns a user's stored history.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,7 +111,7 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetServiceInfo(self, request, context):
-        """Versions, limits and the state of the services behind this one.
+        """Returns versions, limits and the state of the services behind this one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,21 +34,24 @@ class RecommendationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RecommendationServiceAsyncStub: ...
     Recommend: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecommendRequest, _recommendation_pb2.RecommendResponse]
-    """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
-    metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+    """Returns the top K items for one user. If a canary is served beside the stable bundle, the user determines which one serves the
+    request. Call metadata `x-atspeed-track: canary` (or stable) selects one, here and in RecommendBatch; that needs a token with the
+    scope admin.
     """
     RecommendBatch: _grpc.UnaryStreamMultiCallable[_recommendation_pb2.RecommendBatchRequest, _recommendation_pb2.RecommendBatchResponse]
-    """Many requests on one call; results come back as they are ready, each with its request's index. One that fails does not fail the rest."""
+    """Serves many requests in one call. Results come as soon as they are ready, each with its request's index. A failed request does
+    not fail the others.
+    """
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]
     """Appends items to a user's history."""
     GetHistory: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.GetHistoryRequest, _recommendation_pb2.GetHistoryResponse]
-    """A user's stored history."""
+    """Returns a user's stored history."""
     ForgetUser: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.ForgetUserRequest, _recommendation_pb2.ForgetUserResponse]
     """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
     replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
     """
     GetServiceInfo: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.GetServiceInfoRequest, _recommendation_pb2.GetServiceInfoResponse]
-    """Versions, limits and the state of the services behind this one."""
+    """Returns versions, limits and the state of the services behind this one."""
 
 @_typing.type_check_only
 class RecommendationServiceAsyncStub(RecommendationServiceStub):
@@ -56,21 +59,24 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Recommend: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecommendRequest, _recommendation_pb2.RecommendResponse]  # type: ignore[assignment]
-    """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
-    metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+    """Returns the top K items for one user. If a canary is served beside the stable bundle, the user determines which one serves the
+    request. Call metadata `x-atspeed-track: canary` (or stable) selects one, here and in RecommendBatch; that needs a token with the
+    scope admin.
     """
     RecommendBatch: _aio.UnaryStreamMultiCallable[_recommendation_pb2.RecommendBatchRequest, _recommendation_pb2.RecommendBatchResponse]  # type: ignore[assignment]
-    """Many requests on one call; results come back as they are ready, each with its request's index. One that fails does not fail the rest."""
+    """Serves many requests in one call. Results come as soon as they are ready, each with its request's index. A failed request does
+    not fail the others.
+    """
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Appends items to a user's history."""
     GetHistory: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.GetHistoryRequest, _recommendation_pb2.GetHistoryResponse]  # type: ignore[assignment]
-    """A user's stored history."""
+    """Returns a user's stored history."""
     ForgetUser: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.ForgetUserRequest, _recommendation_pb2.ForgetUserResponse]  # type: ignore[assignment]
     """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
     replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
     """
     GetServiceInfo: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.GetServiceInfoRequest, _recommendation_pb2.GetServiceInfoResponse]  # type: ignore[assignment]
-    """Versions, limits and the state of the services behind this one."""
+    """Returns versions, limits and the state of the services behind this one."""
 
 class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Recommends items to users, and keeps the histories that recommendations start from."""
@@ -81,8 +87,9 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommendation_pb2.RecommendRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.RecommendResponse, _abc.Awaitable[_recommendation_pb2.RecommendResponse]]:
-        """The top K items for one user. Where a canary is served beside the stable bundle, the user decides which of the two answers; call
-        metadata `x-atspeed-track: canary` (or stable) asks for one, here and in RecommendBatch, and needs a token with the scope admin.
+        """Returns the top K items for one user. If a canary is served beside the stable bundle, the user determines which one serves the
+        request. Call metadata `x-atspeed-track: canary` (or stable) selects one, here and in RecommendBatch; that needs a token with the
+        scope admin.
         """
 
     @_abc_1.abstractmethod
@@ -91,7 +98,9 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommendation_pb2.RecommendBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_recommendation_pb2.RecommendBatchResponse], _abc.AsyncIterator[_recommendation_pb2.RecommendBatchResponse]]:
-        """Many requests on one call; results come back as they are ready, each with its request's index. One that fails does not fail the rest."""
+        """Serves many requests in one call. Results come as soon as they are ready, each with its request's index. A failed request does
+        not fail the others.
+        """
 
     @_abc_1.abstractmethod
     def RecordEvents(
@@ -107,7 +116,7 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommendation_pb2.GetHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.GetHistoryResponse, _abc.Awaitable[_recommendation_pb2.GetHistoryResponse]]:
-        """A user's stored history."""
+        """Returns a user's stored history."""
 
     @_abc_1.abstractmethod
     def ForgetUser(
@@ -125,6 +134,6 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommendation_pb2.GetServiceInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.GetServiceInfoResponse, _abc.Awaitable[_recommendation_pb2.GetServiceInfoResponse]]:
-        """Versions, limits and the state of the services behind this one."""
+        """Returns versions, limits and the state of the services behind this one."""
 
 def add_RecommendationServiceServicer_to_server(servicer: RecommendationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

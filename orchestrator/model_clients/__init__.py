@@ -1,1 +1,1 @@
-"""Draft and target, as their services are called."""
+"""gRPC clients of the draft service and the target service."""

@@ -1,4 +1,4 @@
-"""The draft over gRPC. A draft that fails costs a plan, never an answer; everything that comes back is checked."""
+"""Client of the draft service. A failing draft costs a plan, never a list."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import structlog
 
+from atspeed.concurrency.circuit_breaker import CircuitBreaker
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -18,20 +19,43 @@ from atspeed.rpc import wire
 from atspeed.rpc.affinity import Route, Routes
 from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
 from orchestrator.planning.usage import Usage
 
-_REQUESTS_OWN = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
-_CLOSED = (grpc.aio.BaseError, asyncio.InvalidStateError)  # the channel closed, or the call ended, under it
-_FAILURES = 3
-_LONGEST_VERSION = 256
+# Failures of the request itself: they would be the same on any replica.
+_REQUEST_FAILURES = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
+# Errors of grpc.aio that are no AioRpcError: the channel closed, or the call ended, during the call.
+_CLOSED = (grpc.aio.BaseError, asyncio.InvalidStateError)
+# Failures in a row that open the circuit. One sick replica of several rarely fails so often in a row, since the others' successes
+# come in between.
+_FAILURE_THRESHOLD = 3
+# Characters of a model version: 16 times the 16 of a bundle's hash. A reply to a client carries the version, so it is bounded.
+_MAX_VERSION_LENGTH = 256
+_REASONS = {
+    grpc.StatusCode.UNAVAILABLE: DegradedReason.DRAFT_UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DegradedReason.DRAFT_DEADLINE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: DegradedReason.DRAFT_BUSY,
+    grpc.StatusCode.FAILED_PRECONDITION: DegradedReason.DRAFT_VERSION,
+    grpc.StatusCode.INVALID_ARGUMENT: DegradedReason.DRAFT_REFUSED,
+    grpc.StatusCode.UNAUTHENTICATED: DegradedReason.DRAFT_ACCESS_DENIED,
+    grpc.StatusCode.PERMISSION_DENIED: DegradedReason.DRAFT_ACCESS_DENIED,
+}
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class DraftClient:
-    """The draft service. After `_FAILURES` in a row it is left alone for `backoff_seconds`, so that a dead draft does not cost
-    every request its timeout, and one sick replica does not cost the others' plans.
+    """Client of the draft service's replicas, with a circuit breaker.
+
+    Without the breaker, a dead draft would cost every request its timeout.
+
+    Args:
+        timeout: longest wait for a plan in seconds.
+        backoff_seconds: time that the circuit stays open.
+
+    Attributes:
+        circuit: the circuit breaker over all replicas.
     """
 
     def __init__(
@@ -47,87 +71,70 @@ class DraftClient:
         self.trie = trie
         self.model_version = model_version
         self.timeout = timeout
-        self._backoff = backoff_seconds
-        self._ask_again_at = 0.0
-        self._failures = 0
+        self.circuit = CircuitBreaker(_FAILURE_THRESHOLD, backoff_seconds)
 
     async def model_info(self) -> types_pb2.ModelInfo:
-        """What a replica says of the version. Raises grpc.aio.AioRpcError."""
+        """Return a replica's description of the model version. Raises grpc.aio.AioRpcError."""
         request = draft_pb2.DraftServiceGetModelInfoRequest(model_version=self.model_version)
         return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
     async def cost_curve(self) -> CostCurve:
-        """What a pass costs on a replica. Raises grpc.aio.AioRpcError, InvalidArgumentError when it does not say."""
+        """Return a replica's cost curve. Raises grpc.aio.AioRpcError, or InvalidArgumentError when the reply has none."""
         return wire.cost_curve((await self.model_info()).cost_curve, "model.cost_curve")
 
-    @property
-    def resting(self) -> bool:
-        """Whether it failed so recently that it is not asked."""
-        return time.monotonic() < self._ask_again_at
-
-    def succeeded(self) -> None:
-        """It answered."""
-        self._failures = 0
-
-    def failed(self, wished: float | None = None) -> None:
-        """It did not. After too many in a row it is left alone for a while, or as many seconds as it wished, if that is less."""
-        self._failures += 1
-        if self._failures < _FAILURES:
-            return
-        self._ask_again_at = time.monotonic() + min(self._backoff, self._backoff if wished is None else wished)
-
-    def session(self, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> DraftSession:
-        """The draft for one request. Why it could not help is added to `degraded`."""
-        return DraftSession(self, question, proposal, degraded)
+    def session(self, request: ModelRequest, proposal: Proposal) -> DraftSession:
+        """Return the draft for one request."""
+        return DraftSession(self, request, proposal)
 
 
 class DraftSession:
-    """The draft for one request; see `planned_draft.SizedDraft`."""
+    """The draft for one request; see `sized_draft.DraftSource`.
 
-    def __init__(self, client: DraftClient, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> None:
+    Attributes:
+        prompt_tokens: length of the draft's prompt.
+        usage: stats of the calls.
+        degraded_reason: why the draft failed; None if it did not. After a failure it is not called again.
+    """
+
+    def __init__(self, client: DraftClient, request: ModelRequest, proposal: Proposal) -> None:
         self._client = client
-        self._question = question
+        self._request = request
         self._proposal = proposal
-        self._degraded = degraded
-        self._failed = False
-        self.prompt_tokens = len(question.prompt)
+        self.prompt_tokens = len(request.prompt)
         self.usage = Usage()
+        self.degraded_reason: DegradedReason | None = None
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
-        """A plan of this size below these beams, in so many seconds; empty, with the reason noted, when the draft fails, is late
-        or lies.
+        """Return a plan of this size below these beams, within `seconds`; an empty plan after a failure.
 
         Raises DeadlineExceededError when the request's own time is up.
         """
-        if self._failed:
+        if self.degraded_reason is None and not self._client.circuit.allow():
+            self.degraded_reason = DegradedReason.DRAFT_CIRCUIT_OPEN
+        if self.degraded_reason is not None:
             return Plan.empty(below)
-        if self._client.resting:
-            return self._without_plan(below, "left alone after a recent failure")
-        begun = time.perf_counter_ns()
+        started_ns = time.perf_counter_ns()
         try:
-            plan = await self._plan_somewhere(below, size, min(self._client.timeout, seconds))
-        except grpc.aio.AioRpcError as error:
-            return self._without_plan(below, error.code().name)
-        except _CLOSED:
-            return self._without_plan(below, grpc.StatusCode.UNAVAILABLE.name)
-        except BadReplyError:
-            return self._without_plan(below, "invalid answer")
+            plan = await self._plan_with_retry(below, size, min(self._client.timeout, seconds))
+        except (grpc.aio.AioRpcError, *_CLOSED, BadReplyError) as error:
+            self.degraded_reason = _reason(error)
+            return Plan.empty(below)
         finally:
-            self.usage.waits.append(time.perf_counter_ns() - begun)
-        self._client.succeeded()
+            self.usage.waits.append(time.perf_counter_ns() - started_ns)
+        self._client.circuit.record_success()
         return plan
 
-    async def _plan_somewhere(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
-        """Of the user's own replica, and if that fails, or is not done in half of the time, of any.
+    async def _plan_with_retry(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
+        """Return the plan of the user's replica. If it fails or needs more than half of the time, ask any replica.
 
-        Raises grpc.aio.AioRpcError, BadReplyError, one of _CLOSED.
+        Raises grpc.aio.AioRpcError, BadReplyError, or one of _CLOSED.
         """
         until = time.monotonic() + seconds
-        with self._client.routes.route(self._question.affinity) as route:
+        with self._client.routes.route(self._request.affinity) as route:
             try:
                 return await self._attempt(route, below, size, seconds / 2 if route.metadata else seconds)
             except (grpc.aio.AioRpcError, *_CLOSED, BadReplyError) as error:
-                if not route.metadata or _requests_own(error):
+                if not route.metadata or _is_request_failure(error):
                     raise
         left = until - time.monotonic()
         return await self._attempt(Route(self._client.routes.in_turn), below, size, left)
@@ -135,60 +142,59 @@ class DraftSession:
     async def _attempt(
         self, route: Route[draft_pb2_grpc.DraftServiceAsyncStub], below: Beams, size: PlanSize, seconds: float
     ) -> Plan:
-        """One call. Raises grpc.aio.AioRpcError, BadReplyError, one of _CLOSED."""
-        left = self._question.deadline.left()
-        metadata = (*self._question.metadata, *route.metadata)
+        """Make one call. Raises grpc.aio.AioRpcError, BadReplyError, or one of _CLOSED."""
+        left = self._request.deadline.left()
+        metadata = (*self._request.metadata, *route.metadata)
+        circuit = self._client.circuit
         try:
-            reply = await route.stub.Plan(self._request(below, size), timeout=min(seconds, left), metadata=metadata)
+            reply = await route.stub.Plan(self._message(below, size), timeout=min(seconds, left), metadata=metadata)
             return self._read(reply, below, size)
         except grpc.aio.AioRpcError as error:
-            # A request in a hurry, or one that the draft refuses, says nothing of the draft's health.
-            in_a_hurry = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and left < seconds
-            if not in_a_hurry and not _requests_own(error):
-                self._client.failed(retry_after_seconds(error))
+            # The draft's health is not to blame when the request's own deadline was short, or when the draft refuses it.
+            short_deadline = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and left < seconds
+            if not short_deadline and not _is_request_failure(error):
+                circuit.record_failure(retry_after_seconds(error))
             raise
         except _CLOSED:
-            self._client.failed()
+            circuit.record_failure()
             raise
         except BadReplyError as error:
-            _log.warning("draft answered nonsense", problem=str(error))
-            self._client.failed()
+            _log.warning("draft_reply_invalid", error=str(error))
+            circuit.record_failure()
             raise
 
-    def _without_plan(self, below: Beams, reason: str) -> Plan:
-        self._failed = True
-        self._degraded.append(f"draft: {reason}")
-        return Plan.empty(below)
-
-    def _request(self, below: Beams, size: PlanSize) -> draft_pb2.PlanRequest:
-        question, order = self._question, np.argsort(below.node)
+    def _message(self, below: Beams, size: PlanSize) -> draft_pb2.PlanRequest:
+        request = self._request
+        by_node = np.argsort(below.node)  # the contract wants ascending node ids
         return draft_pb2.PlanRequest(
             model_version=self._client.model_version,
-            prompt=wire.to_array(question.prompt),
-            pruned=wire.to_array(question.pruning.cut),
-            kept=wire.to_kept(question.pruning),
-            beams=wire.to_array(below.node[order].astype(np.int32)),
-            scores=wire.to_array(below.score[order]),
-            weights=wire.to_array(below.weight[order]),
-            priorities=wire.to_array(below.priority[order]),
+            prompt=wire.to_array(request.prompt),
+            pruned=wire.to_array(request.pruning.cut),
+            kept=wire.to_kept(request.pruning),
+            beams=wire.to_array(below.node[by_node].astype(np.int32)),
+            scores=wire.to_array(below.score[by_node]),
+            weights=wire.to_array(below.weight[by_node]),
+            priorities=wire.to_array(below.priority[by_node]),
             beam_width=size.beam_width,
             width=size.width,
             max_nodes=size.max_nodes,
             levels=size.levels or 0,
             proposal=wire.to_proposal(self._proposal),
-            perturbation=wire.to_perturbation(question.noise),
+            perturbation=wire.to_perturbation(request.noise),
             with_evaluation=self._proposal is Proposal.SAMPLE,
-            tenant=question.tenant,
-            owner=question.owner,
+            tenant=request.tenant,
+            owner=request.user_key or b"",
         )
 
     def _read(self, reply: object, below: Beams, size: PlanSize) -> Plan:
-        """The reply as a plan. Raises BadReplyError when it is not one."""
+        """Return the reply's plan. Raises BadReplyError when it is invalid."""
         trie = self._client.trie
-        if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio gives None for bytes that it cannot read
-            raise BadReplyError("not a message")
-        if reply.passes > trie.levels or len(reply.model_version) > _LONGEST_VERSION:
-            raise BadReplyError("passes or model_version: beyond all bounds")  # they could not be passed on
+        if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio returns None for bytes that it cannot parse
+            raise BadReplyError("the reply is not a PlanResponse")
+        if reply.passes > trie.levels:
+            raise BadReplyError(f"passes: must be at most {trie.levels}, got {reply.passes}")
+        if len(reply.model_version) > _MAX_VERSION_LENGTH:
+            raise BadReplyError(f"model_version: must have at most {_MAX_VERSION_LENGTH} characters")
         try:
             cost = wire.pass_stats(reply.statistics, "statistics")
             evaluation = wire.evaluation(reply.evaluation, "evaluation", trie) if reply.HasField("evaluation") else None
@@ -202,10 +208,19 @@ class DraftSession:
         self.usage.costs.append(cost)
         self.usage.passes += reply.passes
         self.usage.model_version = reply.model_version
-        # A draft of an older release does not know of `levels` and plans them all.
+        # An older release of the draft does not know `levels` and plans all of them.
         return plan.down_to(trie, size.last_depth(trie, int(trie.depth(below.node[:1])[0])))
 
 
-def _requests_own(error: Exception) -> bool:
-    """Whether a failure is one of the request, and would be the same anywhere."""
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _REQUESTS_OWN
+def _is_request_failure(error: Exception) -> bool:
+    """Return whether a failure belongs to the request and would be the same on any replica."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _REQUEST_FAILURES
+
+
+def _reason(error: Exception) -> DegradedReason:
+    """Return the reason that a failure of the draft is reported as. The draft's own text is not passed on."""
+    if isinstance(error, BadReplyError):
+        return DegradedReason.DRAFT_REPLY_INVALID
+    if isinstance(error, grpc.aio.AioRpcError):
+        return _REASONS.get(error.code(), DegradedReason.DRAFT_FAILED)
+    return DegradedReason.DRAFT_UNAVAILABLE

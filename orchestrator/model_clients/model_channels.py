@@ -1,4 +1,4 @@
-"""The channels to the replicas of both models."""
+"""Channels to the replicas of both models."""
 
 from __future__ import annotations
 
@@ -20,66 +20,70 @@ from orchestrator.settings import OrchestratorSettings
 
 _TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 _DRAFT = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
-_DRAFT_PATIENCE_SECONDS = 30.0
+# Longest wait for a draft before a bundle is served without one. A draft that loads the same bundle is ready within seconds; the
+# lists do not need it.
+_DRAFT_WAIT_SECONDS = 30.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 @dataclass
 class ModelChannels:
-    """The channels that one snapshot's calls go over, by service: to replicas in turn, and by key.
+    """Channels of one snapshot: for each service one to its replicas in turn, and one by affinity key.
 
-    reach_targets: False while every target is known not to serve the version, or not to be there.
+    Attributes:
+        target_in_turn: channel to the targets in turn; None before `targets` is called.
+        draft_in_turn: channel to the drafts in turn; None without a draft.
+        target_reachable: false while no target replica is connected and serves the version.
     """
 
     settings: OrchestratorSettings
     resources: AsyncExitStack
     target_in_turn: grpc.aio.Channel | None = None
     draft_in_turn: grpc.aio.Channel | None = None
-    reach_targets: bool = True
+    target_reachable: bool = True
 
     async def targets(self, version: str) -> Routes[target_pb2_grpc.TargetServiceAsyncStub]:
-        """To the targets that serve a version."""
+        """Return routes to the targets that serve a version."""
         settings = self.settings
         tls = settings.model_tls(settings.target_name)
         self.target_in_turn, by_key = await self._pair(settings.target, _TARGET, version=version, tls=tls)
-        following = self._follow_targets(self.target_in_turn, version)
-        await self.resources.enter_async_context(background_task(following, "targets-reached"))
+        watch = self._watch_targets(self.target_in_turn, version)
+        await self.resources.enter_async_context(background_task(watch, "target-reachability"))
         stub = target_pb2_grpc.TargetServiceStub
         return Routes(stub(self.target_in_turn), stub(by_key), max_calls=settings.affinity_max_calls)
 
     async def drafts(self, address: str, version: str) -> Routes[draft_pb2_grpc.DraftServiceAsyncStub]:
-        """To the drafts that serve a version."""
+        """Return routes to the drafts that serve a version."""
         settings = self.settings
         tls = settings.model_tls(settings.draft_name)
         self.draft_in_turn, by_key = await self._pair(address, _DRAFT, version=version, retried=["Plan"], tls=tls)
         stub = draft_pb2_grpc.DraftServiceStub
         return Routes(stub(self.draft_in_turn), stub(by_key), max_calls=settings.affinity_max_calls)
 
-    async def served(self) -> None:
-        """Return when a target serves the version, and a draft does or has had its time."""
+    async def wait_until_served(self) -> None:
+        """Wait until a target serves the version and a draft does. The wait for the draft ends after `_DRAFT_WAIT_SECONDS`."""
         if self.target_in_turn is not None:
             await self.target_in_turn.channel_ready()
         if self.draft_in_turn is not None:
             try:
-                async with asyncio.timeout(_DRAFT_PATIENCE_SECONDS):
+                async with asyncio.timeout(_DRAFT_WAIT_SECONDS):
                     await self.draft_in_turn.channel_ready()
             except TimeoutError:
-                _log.warning("no draft serves the bundle, going on without one")
+                _log.warning("draft_not_served", waited_seconds=_DRAFT_WAIT_SECONDS)
 
-    async def _follow_targets(self, channel: grpc.aio.Channel, version: str) -> None:
+    async def _watch_targets(self, channel: grpc.aio.Channel, version: str) -> None:
         while True:
             state = channel.get_state()
-            reached = state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE
-            if reached is not self.reach_targets:
-                self.reach_targets = reached
-                event = "a target serves the version again" if reached else "no target serves the version"
-                _log.warning(event, model_version=version)
+            reachable = state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            if reachable is not self.target_reachable:
+                self.target_reachable = reachable
+                _log.warning("target_reachable" if reachable else "target_unreachable", model_version=version)
             await channel.wait_for_state_change(state)
 
     async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
         token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None
         limit = self.settings.model_message_bytes
-        made = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
-        in_turn = await self.resources.enter_async_context(made())
-        return in_turn, await self.resources.enter_async_context(made(by_key=True))
+        channel = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
+        in_turn = await self.resources.enter_async_context(channel())
+        return in_turn, await self.resources.enter_async_context(channel(by_key=True))

@@ -1,4 +1,4 @@
-"""What both models are asked for one request."""
+"""Request of one recommendation to a model, and the errors of both clients."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from atspeed.engine.search.trie import Pruning
 from atspeed.observability.logs import request_metadata
 from atspeed.rpc.admission import Priority
 
+# Longest wait for GetModelInfo: a healthy replica answers it in milliseconds, and GetServiceInfo waits for it.
 PROBE_SECONDS = 1.0
-"""How long a question about a service's state may take."""
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What both models are told of a request. prompt: int64 [prompt], in the vocabulary of the model asked.
+    """Prompt and conditions of one request to a model.
 
-    affinity: requests of one affinity should meet the same replicas; empty for any. owner: the stored user's tag, if it is one's.
-    speculates: whether the target may be asked for more than the search needs, and a failure may be that part's.
+    Attributes:
+        prompt: int64 [prompt], in the vocabulary of the model.
+        pruning: nodes that the request's exclusions or allow-list remove.
+        noise: perturbation of a sampling mode, else None.
+        affinity: requests of one affinity go to the same replica; empty for any replica.
+        user_key: key of the stored user, whose keys and values are erased with the user; None without a stored user.
     """
 
     prompt: Int64
@@ -29,19 +33,18 @@ class ModelRequest:
     noise: Perturbation | None = None
     tenant: str = ""
     affinity: str = ""
-    owner: bytes = b""
+    user_key: bytes | None = None
     priority: Priority = Priority.INTERACTIVE
-    speculates: bool = False
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What travels beside a call's message."""
+        """Return the metadata of a call: request id, trace and priority."""
         return (*request_metadata(), *self.priority.metadata)
 
 
 class PlanUnansweredError(Exception):
-    """The target has no answer to what was planned or foreseen. It may have one to the search alone."""
+    """The target has no valid answer to a plan or to prefetched nodes. It may have one to the search alone."""
 
 
 class BadReplyError(Exception):
-    """A service answered something that no honest one could."""
+    """A reply is not one that the contract allows."""

@@ -1,11 +1,12 @@
-"""The target over gRPC: one stream per request, taken up on another replica when it breaks.
+"""Client of the target service: one stream per request, with retries.
 
-Every reply is checked: it is one that an honest replica could have given to this request. Whether its numbers are the model's own
-is for shadow checks to say.
-The memo keeps what was evaluated, so a new stream only has to see the ancestors of what is still missing.
+A stream that breaks is replaced by one to another replica. The memo keeps what was evaluated, so a new stream only has to see the
+ancestors of the missing nodes.
 
-From a request's first pass the target is left to go on by itself: it makes the passes that the loop is about to ask for, and the
-loop's questions are answered from what came of them, without a message each.
+Every reply is checked against the contract and the request. Shadow checks find scores that are wrong in spite of a valid form.
+
+In a request's first pass the target may start an autonomous search: it makes the passes that the loop is about to ask for, and
+returns them with its first reply. The loop's next calls are then answered from them, without a message each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import grpc
 import numpy as np
 import structlog
 
+from atspeed.concurrency.tasks import TaskSet
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
@@ -42,9 +44,9 @@ from orchestrator.planning.usage import Usage
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
 
-# What another replica may answer better. FAILED_PRECONDITION is a replica that serves another version. RESOURCE_EXHAUSTED, one
-# that serves as many calls as it may, has a rule of its own.
-_ANOTHER_REPLICA = {
+# Another replica may answer these. FAILED_PRECONDITION: the replica serves another version. RESOURCE_EXHAUSTED has a rule of its
+# own, see `_should_retry`.
+_RETRIED_STATUSES = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INTERNAL,
@@ -52,18 +54,27 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
 }
-# What a plan may be the reason for: a node whose pass fails or gives no numbers, more nodes than the replica takes.
-_OF_THE_QUESTION = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT}
-_NOT_ALLOWED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
-_MOST_REFUSALS = 2
+# A plan may cause these: a node whose pass fails or gives no numbers, or more nodes than the replica takes.
+_PLAN_STATUSES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT}
+_ACCESS_STATUSES = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+# Full replicas that one pass meets before the caller is told to come back. One other replica may be idle; with more attempts a
+# service that is short of replicas would get several times the calls.
+_MAX_REFUSALS = 2
+# Pause before a retry, times the number of the attempt: connections to another replica are there, so it may be short.
 _RETRY_PAUSE_SECONDS = 0.05
-_GOODBYE_SECONDS = 1.0
+# Longest wait for the end of a finished stream: a healthy replica ends it in milliseconds.
+_STREAM_END_SECONDS = 1.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class TargetClient:
-    """The target service's replicas."""
+    """Client of the target service's replicas.
+
+    Args:
+        attempts: number of replicas that are tried for a pass.
+        pass_seconds: longest wait for one pass.
+    """
 
     def __init__(
         self,
@@ -79,86 +90,91 @@ class TargetClient:
         self.model_version = model_version
         self.attempts = attempts
         self.pass_seconds = pass_seconds
-        # The event loop itself only keeps weak references to tasks.
-        self._ending: set[asyncio.Task[None]] = set()
+        self._finishing = TaskSet()
 
     async def model_info(self) -> types_pb2.ModelInfo:
-        """What a replica says of the version. Raises grpc.aio.AioRpcError."""
+        """Return a replica's description of the model version. Raises grpc.aio.AioRpcError."""
         request = target_pb2.TargetServiceGetModelInfoRequest(model_version=self.model_version)
         return (await self.routes.in_turn.GetModelInfo(request, timeout=PROBE_SECONDS)).model
 
     async def cost_curve(self) -> CostCurve:
-        """What a pass costs on a replica. Raises grpc.aio.AioRpcError, InvalidArgumentError when it does not say."""
+        """Return a replica's cost curve. Raises grpc.aio.AioRpcError, or InvalidArgumentError when the reply has none."""
         return wire.cost_curve((await self.model_info()).cost_curve, "model.cost_curve")
 
-    def hang_up(self, stream: Stream) -> None:
-        """End a stream whose answers have all come, in the background: nobody waits for the replica's last word."""
-        task = asyncio.get_running_loop().create_task(_finish(stream))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+    def finish(self, stream: Stream) -> None:
+        """End a stream in the background, after its last reply."""
+        self._finishing.start(_finish(stream), "target-stream-end")
 
     async def settle(self) -> None:
-        """Wait for the streams that are being ended."""
-        await asyncio.gather(*self._ending)
+        """Wait for the streams that are ending."""
+        await self._finishing.join()
 
     def session(
         self,
-        question: ModelRequest,
+        request: ModelRequest,
         *,
         max_children: int | None,
         beam_width: int | None = None,
         prefetches: bool = False,
+        speculates: bool = False,
     ) -> TargetSession:
         """Open the target for one request. Close it to free the state that the replica holds.
 
         Args:
-            question: the prompt and everything else that the model needs.
+            request: the prompt and everything else that the model needs.
             max_children: number of children per node that the target returns; None for all.
             beam_width: beam width of the target's autonomous search; None for no such search.
             prefetches: whether the target may evaluate nodes in advance.
+            speculates: whether the caller may ask for more nodes than the search needs. If the target has no valid answer to
+                those, the caller asks again without them.
         """
-        return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
+        return TargetSession(self, request, max_children, beam_width, prefetches=prefetches, speculates=speculates)
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """One pass."""
+class _PassReply:
+    """Pass of a reply."""
 
     evaluation: Evaluation
-    cost: PassStats
+    stats: PassStats
 
 
 class TargetSession:
-    """The target for one request: one stream, replaced by one to another replica when it breaks; see `beam_loop.Target`."""
+    """The target for one request; see `beam_loop.Target`.
+
+    Attributes:
+        usage: stats of the passes that the search has used.
+    """
 
     def __init__(
         self,
         client: TargetClient,
-        question: ModelRequest,
+        request: ModelRequest,
         max_children: int | None,
         beam_width: int | None = None,
         *,
         prefetches: bool = False,
+        speculates: bool = False,
     ) -> None:
         self._client = client
-        self._question = question
+        self._request = request
         self._max_children = max_children
         self._beam_width = beam_width
         self._prefetches = prefetches
-        self._speculates = question.speculates
-        self._ahead: deque[_Answer] = deque()
+        self._speculates = speculates
+        self._autonomous_passes: deque[_PassReply] = deque()  # passes that no call has asked for yet
         self._stream: Stream | None = None
         self._route = ExitStack()
-        self._on_stream: set[int] = set()
-        self._answered = False
+        self._nodes_on_stream: set[int] = set()
+        self._reply_received = False
         self._refusals = 0
-        self._questions = 0
+        self._calls = 0
         self.usage = Usage()
 
     @property
     def has_next_pass(self) -> bool:
         """Return whether the target has made the next pass already."""
-        return bool(self._ahead)
+        return bool(self._autonomous_passes)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """Make one pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up.
@@ -166,169 +182,171 @@ class TargetSession:
         Raises PlanUnansweredError, once, when the session speculates and a replica has no valid answer. From then on the
         session does not speculate and uses another stream: the caller starts its search again, without a plan.
         """
-        self._questions += 1
-        with tracing.span("evaluate", number=self._questions, nodes=len(nodes)):
-            if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
-                return self._next_ahead()
-            begun = time.perf_counter_ns()
+        self._calls += 1
+        with tracing.span("evaluate", number=self._calls, nodes=len(nodes)):
+            passes = self._autonomous_passes
+            if passes and among(passes[0].evaluation.node, nodes).all():
+                return self._next_autonomous_pass()
+            started_ns = time.perf_counter_ns()
             try:
-                return await self._evaluate_somewhere(nodes)
+                return await self._evaluate_with_retries(nodes)
             finally:
-                self.usage.waits.append(time.perf_counter_ns() - begun)
+                self.usage.waits.append(time.perf_counter_ns() - started_ns)
 
     def close(self) -> None:
-        """End the stream, so that the replica frees its state; at once, when an answer is still on its way."""
+        """End the stream, so that the replica frees its state. A stream without its reply is cancelled."""
         if self._stream is not None:
-            if self._answered:
-                self._client.hang_up(self._stream)
+            if self._reply_received:
+                self._client.finish(self._stream)
             else:
                 self._stream.cancel()
             self._stream = None
         self._route.close()
-        self._ahead.clear()
+        self._autonomous_passes.clear()
 
-    def _next_ahead(self) -> Evaluation:
-        """A pass that the target made by itself. The time that it took counts as its own, not as the first call's."""
-        answer = self._ahead.popleft()
-        took = answer.cost.queue_ns + answer.cost.forward_ns + answer.cost.selection_ns
-        self.usage.waits[0] -= took
-        self.usage.waits.append(took)
-        return self._note(answer)
+    def _next_autonomous_pass(self) -> Evaluation:
+        """Return the next pass of the autonomous search. Its time counts as its own wait, not as the first call's."""
+        reply = self._autonomous_passes.popleft()
+        pass_ns = reply.stats.queue_ns + reply.stats.forward_ns + reply.stats.selection_ns
+        self.usage.waits[0] -= pass_ns
+        self.usage.waits.append(pass_ns)
+        return self._count(reply)
 
-    async def _evaluate_somewhere(self, nodes: Int64) -> Evaluation:
+    async def _evaluate_with_retries(self, nodes: Int64) -> Evaluation:
         for attempt in range(1, self._client.attempts + 1):
             try:
-                async with asyncio.timeout(self._client.pass_seconds * self._most_passes(nodes)):
+                async with asyncio.timeout(self._client.pass_seconds * self._max_passes(nodes)):
                     return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
-                if error.code() in _OF_THE_QUESTION:
-                    self._blame_the_plan(error.code().name)
-                failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
+                if error.code() in _PLAN_STATUSES:
+                    self._stop_speculating(error.code().name)
+                failure, retry = _translate(error), self._should_retry(error.code())
             except TimeoutError:
-                failure, again = UnavailableError("no target replica answered in time"), True
-            except (asyncio.InvalidStateError, grpc.aio.BaseError):  # it had ended before the request was written
-                failure, again = UnavailableError("no target replica could answer"), True
+                failure, retry = UnavailableError("no target replica answered in time"), True
+            except (
+                asyncio.InvalidStateError,
+                grpc.aio.BaseError,
+            ):  # the stream had ended before the request was written
+                failure, retry = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:
-                _log.warning("target answered nonsense", problem=str(error))
-                self._blame_the_plan("nonsense")
-                failure, again = UnavailableError("the target gave an invalid answer"), True
+                _log.warning("target_reply_invalid", error=str(error))
+                self._stop_speculating("invalid reply")
+                failure, retry = UnavailableError("the target gave an invalid answer"), True
             self.close()
-            if not again or attempt == self._client.attempts:
+            if not retry or attempt == self._client.attempts:
                 raise failure
             self.usage.retries += 1
-            await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._question.deadline.left()))
+            await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._request.deadline.left()))
         raise AssertionError("unreachable: attempts is at least 1")
 
-    def _blame_the_plan(self, answer: str) -> None:
-        """Raise PlanUnansweredError where there may be a plan."""
+    def _stop_speculating(self, cause: str) -> None:
+        """Raise PlanUnansweredError if the session speculates, since a plan may be the cause of the failure."""
         if not self._speculates:
             return
-        _log.warning("target_has_no_answer_to_a_plan", answer=answer)
+        _log.warning("plan_unanswered", cause=cause)
         self.close()
         self._speculates = False
         self.usage.retries += 1
         raise PlanUnansweredError
 
-    def _may_be_better_elsewhere(self, code: grpc.StatusCode) -> bool:
-        """Whether to ask another replica. Where one is full one other is asked, no more: a service that is short of replicas must
-        not get several times the calls. The caller hears when to come back.
-        """
+    def _should_retry(self, code: grpc.StatusCode) -> bool:
+        """Return whether another replica should be tried after a failure. A pass meets at most `_MAX_REFUSALS` full replicas."""
         if code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return code in _ANOTHER_REPLICA
+            return code in _RETRIED_STATUSES
         self._refusals += 1
-        return self._refusals < _MOST_REFUSALS
+        return self._refusals < _MAX_REFUSALS
 
-    def _goes_on(self, nodes: Int64) -> bool:
-        """Whether the target may go on by itself from a pass over these nodes: the first, and nothing went wrong."""
+    def _is_autonomous(self, nodes: Int64) -> bool:
+        """Return whether the target may search autonomously after this pass: only after the first one, without a retry."""
         return self._beam_width is not None and int(nodes[0]) == ROOT and not self.usage.retries
 
-    def _most_passes(self, nodes: Int64) -> int:
-        return self._client.trie.levels if self._goes_on(nodes) else 1
+    def _max_passes(self, nodes: Int64) -> int:
+        return self._client.trie.levels if self._is_autonomous(nodes) else 1
 
     async def _evaluate_on_stream(self, nodes: Int64) -> Evaluation:
-        if self._ahead:
+        if self._autonomous_passes:
             raise BadReplyError("further: not the passes of a beam search")
-        request = target_pb2.EvaluateRequest()
-        self._answered = False
+        message = target_pb2.EvaluateRequest()
+        self._reply_received = False
         if self._stream is None:
             self._stream = self._open()
-            request.start.CopyFrom(self._start(goes_on=self._goes_on(nodes)))
-        asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._on_stream]
-        if request.HasField("start"):
+            message.start.CopyFrom(self._start(autonomous=self._is_autonomous(nodes)))
+        asked = [node for node in self._client.trie.with_ancestors(nodes).tolist() if node not in self._nodes_on_stream]
+        if message.HasField("start"):
             asked.insert(0, ROOT)
-        request.nodes.CopyFrom(wire.to_array(np.asarray(asked, dtype=np.int32)))
-        await self._stream.write(request)
-        reply = await self._stream.read()
-        if not isinstance(reply, target_pb2.EvaluateResponse):
-            raise BadReplyError("the stream ended before its answer")
-        answer, *ahead = self._read(reply, asked, most=self._most_passes(nodes))
-        self._ahead.extend(ahead)
-        self._on_stream.update(asked, *(one.evaluation.node.tolist() for one in ahead))
-        self._answered = True
-        return self._note(answer)
+        message.nodes.CopyFrom(wire.to_array(np.asarray(asked, dtype=np.int32)))
+        await self._stream.write(message)
+        response = await self._stream.read()
+        if not isinstance(response, target_pb2.EvaluateResponse):
+            raise BadReplyError("the stream ended before its reply")
+        first, *further = self._read(response, asked, max_passes=self._max_passes(nodes))
+        self._autonomous_passes.extend(further)
+        self._nodes_on_stream.update(asked, *(reply.evaluation.node.tolist() for reply in further))
+        self._reply_received = True
+        return self._count(first)
 
     def _open(self) -> Stream:
-        # Tried again, it goes elsewhere: in turn, since its key would lead to where it has just failed.
-        affinity = "" if self.usage.retries else self._question.affinity
+        # A retry goes to any replica: the affinity would lead to the replica that has just failed.
+        affinity = "" if self.usage.retries else self._request.affinity
         route = self._route.enter_context(self._client.routes.route(affinity))
-        metadata = (*self._question.metadata, *route.metadata)
-        self._on_stream = set()
-        return route.stub.Evaluate(timeout=self._question.deadline.left(), metadata=metadata)
+        metadata = (*self._request.metadata, *route.metadata)
+        self._nodes_on_stream = set()
+        return route.stub.Evaluate(timeout=self._request.deadline.left(), metadata=metadata)
 
-    def _start(self, *, goes_on: bool) -> target_pb2.EvaluateStart:
-        question = self._question
+    def _start(self, *, autonomous: bool) -> target_pb2.EvaluateStart:
+        request = self._request
         return target_pb2.EvaluateStart(
             model_version=self._client.model_version,
-            prompt=wire.to_array(question.prompt),
-            pruned=wire.to_array(question.pruning.cut),
-            kept=wire.to_kept(question.pruning),
+            prompt=wire.to_array(request.prompt),
+            pruned=wire.to_array(request.pruning.cut),
+            kept=wire.to_kept(request.pruning),
             max_children=self._max_children or 0,
-            perturbation=wire.to_perturbation(question.noise),
-            tenant=question.tenant,
-            owner=question.owner,
-            beam_width=(self._beam_width or 0) if goes_on else 0,
-            prefetches=goes_on and self._prefetches,
+            perturbation=wire.to_perturbation(request.noise),
+            tenant=request.tenant,
+            owner=request.user_key or b"",
+            beam_width=(self._beam_width or 0) if autonomous else 0,
+            prefetches=autonomous and self._prefetches,
         )
 
-    def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int], most: int) -> list[_Answer]:
-        """The reply's passes. Raises BadReplyError when the first is not over the nodes asked for, or more than `most` came."""
-        if reply.model_version != self._client.model_version:
+    def _read(self, response: target_pb2.EvaluateResponse, asked: list[int], max_passes: int) -> list[_PassReply]:
+        """Return a response's passes. Raises BadReplyError if there are too many, or the first is not over `asked`."""
+        if response.model_version != self._client.model_version:
             # Scores of two models must not meet in one list.
-            raise BadReplyError("model_version: not the one asked for")
-        if 1 + len(reply.further) > most:
+            raise BadReplyError("model_version: not the requested version")
+        if 1 + len(response.further) > max_passes:
             raise BadReplyError("further: more passes than the search can have")
-        self.usage.model_version = reply.model_version
-        answers = [self._answer(reply.evaluation, reply.statistics)]
-        answers.extend(self._answer(further.evaluation, further.statistics) for further in reply.further)
-        if answers[0].evaluation.node.tolist() != asked:
-            raise BadReplyError("evaluation.node: not the nodes asked for")
-        return answers
+        self.usage.model_version = response.model_version
+        replies = [self._read_pass(response.evaluation, response.statistics)]
+        replies.extend(self._read_pass(further.evaluation, further.statistics) for further in response.further)
+        if replies[0].evaluation.node.tolist() != asked:
+            raise BadReplyError("evaluation.node: not the requested nodes")
+        return replies
 
-    def _answer(self, evaluation: types_pb2.Evaluation, statistics: types_pb2.PassStatistics) -> _Answer:
-        """One pass of a reply. Raises BadReplyError when it could not be one of this request's."""
+    def _read_pass(self, evaluation: types_pb2.Evaluation, statistics: types_pb2.PassStatistics) -> _PassReply:
+        """Return one pass of a response. Raises BadReplyError if this request cannot have such a pass."""
         try:
             read = wire.evaluation(evaluation, "evaluation", self._client.trie)
-            cost = wire.pass_stats(statistics, "statistics")
+            stats = wire.pass_stats(statistics, "statistics")
         except InvalidArgumentError as error:
             raise BadReplyError(str(error)) from error
-        if not self._question.pruning.live(read.child).all():
-            raise BadReplyError("evaluation.child: a child that this request has pruned")
-        return _Answer(read, cost)
+        if not self._request.pruning.live(read.child).all():
+            raise BadReplyError("evaluation.child: a child that the request has pruned")
+        return _PassReply(read, stats)
 
-    def _note(self, answer: _Answer) -> Evaluation:
-        """Count a pass that the search has come to; its evaluation."""
-        cost = answer.cost
+    def _count(self, reply: _PassReply) -> Evaluation:
+        """Count a pass that the search uses, and return its evaluation."""
+        stats = reply.stats
         if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
-            cost = replace(cost, cached_tokens_by_tier={})
-        self.usage.costs.append(cost)
+            stats = replace(stats, cached_tokens_by_tier={})
+        self.usage.costs.append(stats)
         self.usage.passes += 1
-        return answer.evaluation
+        return reply.evaluation
 
 
 async def _finish(stream: Stream) -> None:
-    """Say goodbye in order, so that the replica's log and metrics tell a served request from a cancelled one."""
+    """End a stream in order. The replica's log and metrics then show a served request, not a cancelled one."""
     try:
-        async with asyncio.timeout(_GOODBYE_SECONDS):
+        async with asyncio.timeout(_STREAM_END_SECONDS):
             await stream.done_writing()
             await stream.read()
     except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError):
@@ -336,7 +354,7 @@ async def _finish(stream: Stream) -> None:
 
 
 def _translate(error: grpc.aio.AioRpcError) -> Exception:
-    """What a target's failure becomes. The target's own text goes no further."""
+    """Return the error that a failure of the target becomes. The target's own text is not passed on."""
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError("the target did not answer before the request's deadline")
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
@@ -344,9 +362,9 @@ def _translate(error: grpc.aio.AioRpcError) -> Exception:
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         after = retry_after_seconds(error)
         return ResourceExhaustedError("the target replicas are busy; try again later", retry_after_seconds=after)
-    if error.code() in _ANOTHER_REPLICA:
+    if error.code() in _RETRIED_STATUSES:
         return UnavailableError("no target replica could answer")
-    _log.error("the target refused a request of the orchestrator", code=error.code().name)
-    if error.code() in _NOT_ALLOWED:
-        return UnavailableError("the target does not let the orchestrator in")
+    _log.error("target_refused_request", code=error.code().name)
+    if error.code() in _ACCESS_STATUSES:
+        return UnavailableError("the target does not accept the orchestrator's credentials")
     return RuntimeError("the target refused a request of the orchestrator")

@@ -7,19 +7,39 @@ from typing import Protocol
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
 from atspeed.observability import tracing
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.plan_sizer import FixedPlanSizer
 from orchestrator.planning.usage import Usage
 
 
 class DraftSource(Protocol):
-    """A draft that makes plans of a given size; see `draft_client.DraftSession`."""
+    """Source of the plans of one request: the interface that another kind of draft implements.
+
+    `draft_client.DraftSession` is the one in use: a language model behind gRPC. A draft without a model, like a table of
+    prefixes, needs this interface only. A source proposes nodes and decides nothing: the target evaluates every node, and the
+    verification policy chooses the beams. So a bad source costs time, but it never changes a strict list.
+
+    The loop calls `SizedDraft.plan`, which asks the plan sizer for a size, the source for a plan of that size, and the sizer
+    again for the part of the plan that pays.
+    """
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the number of tokens that the source reads before its first plan; the sizer predicts its time with it."""
 
     @property
     def usage(self) -> Usage:
-        """Return the costs of its calls."""
+        """Return the stats of its calls. Every plan that was returned adds one entry to `costs` and one to `waits`."""
+
+    @property
+    def degraded_reason(self) -> DegradedReason | None:
+        """Return why the source failed; None if it did not."""
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
-        """Return a plan of at most this size, within this time; an empty plan when it fails."""
+        """Return a plan of at most this size below these beams, within this time; an empty plan after a failure.
+
+        Raises DeadlineExceededError when the request's own time is up, and nothing else.
+        """
 
 
 class TargetState(Protocol):
@@ -31,7 +51,14 @@ class TargetState(Protocol):
 
 
 class NoDraft:
-    """A draft that proposes nothing: the search is plain beam search."""
+    """A draft that proposes nothing: the search is plain beam search.
+
+    Attributes:
+        usage: empty.
+        degraded_reason: always None.
+    """
+
+    degraded_reason: DegradedReason | None = None
 
     def __init__(self) -> None:
         self.usage = Usage()
@@ -53,6 +80,11 @@ class SizedDraft:
     def usage(self) -> Usage:
         """Return the costs of the draft's calls."""
         return self._draft.usage
+
+    @property
+    def degraded_reason(self) -> DegradedReason | None:
+        """Return why the draft failed; None if it did not."""
+        return self._draft.degraded_reason
 
     async def plan(self, below: Beams) -> Plan:
         """Return a plan below these beams; an empty one when none pays, or when the target has made the next pass."""

@@ -16,14 +16,14 @@ class Usage:
         waits: nanoseconds that the orchestrator waited for every call, answered or not.
         passes: number of passes.
         retries: number of calls that were made again.
-        model_version: version that the model reported; empty before the first reply.
+        model_version: version that the model reported; None before the first reply.
     """
 
     costs: list[PassStats] = field(default_factory=list)
     waits: list[int] = field(default_factory=list)
     passes: int = 0
     retries: int = 0
-    model_version: str = ""
+    model_version: str | None = None
 
     @property
     def cost(self) -> PassStats:

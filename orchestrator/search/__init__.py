@@ -1,1 +1,1 @@
-"""The search itself: beam search over a memo, and what is accepted of what was drafted."""
+"""Speculative beam search: the loop, its memo, the verification policies."""

@@ -1,8 +1,11 @@
-"""THE LOOP: beam search over a memo of evaluated trie nodes (method, section 4).
+"""Speculative beam decoding: beam search over a memo (method, section 4).
 
-The target evaluates what the search asks for. A plan makes one pass answer the questions of several levels: where it
-foresaw them, the search goes on without a pass. With an empty plan this *is* target-only beam search, so the reference,
+The target evaluates the nodes that the search needs. With a plan, one pass also evaluates nodes of deeper levels. A level whose
+beams are all in the memo is accepted: it needs no pass of its own. With empty plans this is plain beam search. So the reference,
 the fallback without a draft and the speculative search are one function, and the strict list is exact by construction.
+
+The target's autonomous search makes the same decisions in advance, by the same rules (`atspeed.engine.search.search_rules`). It
+only prefetches passes: this loop chooses every beam.
 """
 
 from __future__ import annotations
@@ -21,29 +24,37 @@ from orchestrator.search.policies import Policy
 
 
 class Draft(Protocol):
-    """Foresees what the search will ask. One that cannot answer gives an empty plan; only the request's deadline is an error."""
+    """Draft that proposes the nodes that the search will need. After a failure its plans are empty.
+
+    Only the request's deadline is an error.
+    """
 
     async def plan(self, below: Beams) -> Plan:
-        """Nodes below these beams that are worth evaluating with them."""
+        """Return nodes below these beams that are worth evaluating in the same pass."""
 
 
 class Target(Protocol):
-    """Answers what the search asks, for one request."""
+    """Target that evaluates nodes for one request."""
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass of the target over `nodes` [n], ascending inner nodes whose parents are evaluated or among them."""
+        """Make one pass over int64 `nodes` [n]: ascending inner nodes whose parents are evaluated or among them."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """leaves: the list as trie leaves, in order. memo: everything that was evaluated on the way."""
+    """Result of a search.
+
+    Attributes:
+        leaves: the list as trie leaves, best first.
+        memo: all nodes that the target evaluated.
+    """
 
     leaves: Beams
     memo: Memo
 
 
 async def beam_search(trie: Trie, rule: ScoringRule, policy: Policy, target: Target, draft: Draft) -> SearchResult:
-    """Search the trie from the root to its leaves, level by level, with one target pass per level that no plan foresaw."""
+    """Search the trie from the root to its leaves, with one target pass for each level that is not accepted."""
     memo = Memo(trie, rule)
     beams = Beams.root()
     for level in range(trie.levels):

@@ -1,4 +1,4 @@
-"""Verification policies: how the next beams are chosen from evaluated nodes.
+"""Verification policies: rules that choose the next beams from evaluated nodes.
 
 Strict            the best of all children: the target's own beam search (method, section 5)
 Tolerance         strict, but a proposed node may replace one that is better by at most `tolerance`
@@ -26,7 +26,7 @@ from orchestrator.search.memo import Memo
 
 
 class Policy(Protocol):
-    """The decisions that the loop leaves to a policy.
+    """Decisions that the loop leaves to a verification policy.
 
     Attributes:
         proposal: how the draft chooses the nodes of a plan.

@@ -1,1 +1,1 @@
-"""What serves a request: snapshots of a bundle, release tracks, shadow checks."""
+"""Bundles in service: snapshots, release tracks, shadow checks."""

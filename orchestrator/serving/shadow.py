@@ -1,12 +1,12 @@
-"""Shadow checks: a share of the strict lists is made again by the target alone, after the reply, and compared with what was sent.
+"""Shadow checks: the target computes a share of the strict lists again, alone.
 
-Strict lists are exact by construction, so what this finds is a fault below it: a kernel whose scores depend on what else is in
-the pass, a damaged cache, a replica that lies. Too many of them switch speculation off; lists are then the target's own.
+The check runs after the reply and compares both lists. Strict lists are exact by construction, so a difference is a fault below
+the search: a kernel whose scores depend on the rest of the pass, a damaged cache, a replica with wrong weights. Too many
+differences disable speculation, and lists are then the target's own.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from typing import Protocol
 import structlog
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.concurrency.tasks import TaskSet
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare_searches, largest_gap
 from atspeed.engine.search.mode import Mode
@@ -28,23 +29,25 @@ from orchestrator.speculation_breaker import SpeculationBreaker
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class Served(Protocol):
-    """What a list was made with; see `snapshots.Snapshot`."""
+class RecommenderLease(Protocol):
+    """The snapshot that made a list; see `snapshots.Snapshot`."""
 
     @property
     def recommender(self) -> Recommender:
-        """Makes it again."""
+        """Return the recommender that made the list."""
 
     def in_use(self) -> AbstractContextManager[object]:
-        """For as long as it is needed."""
+        """Keep the snapshot open for the length of the block."""
 
 
 @dataclass(frozen=True)
 class ShadowLimits:
-    """share: of the strict lists that are checked. concurrency: checks at once. What comes on top of them, or while all places
-    are taken, is not checked.
+    """Limits of shadow checks.
 
-    seconds: how long a check may take.
+    Attributes:
+        share: share of the strict lists that are checked.
+        concurrency: number of checks at once; further lists are dropped.
+        seconds: longest time of a check.
     """
 
     share: float
@@ -53,10 +56,11 @@ class ShadowLimits:
 
 
 class ShadowChecks:
-    """Checks lists behind their requests' backs. For the event loop only.
+    """Checks of lists after their replies. Not thread-safe.
 
-    outcomes: how many lists turned out identical, near-tie or different, how many checks failed, and how many were
-    dropped because the service was busy.
+    Attributes:
+        outcomes: number of checks by outcome: identical, near-tie, different, failed, or dropped because the service was busy.
+        largest_gap: largest score difference at one rank.
     """
 
     OUTCOMES = (*(verdict.value for verdict in Verdict), "failed", "dropped")
@@ -69,16 +73,16 @@ class ShadowChecks:
     ) -> None:
         self._limits = limits
         self._admission = admission
-        self._draft_switch = speculation_breaker
-        self._due = 0.0
-        # The event loop itself only keeps weak references to tasks.
-        self._running: set[asyncio.Task[None]] = set()
+        self._speculation_breaker = speculation_breaker
+        self._due = 0.0  # checks that the share asks for and that were not made yet
+        self._running = TaskSet()
         self.outcomes: Counter[str] = Counter(dict.fromkeys(self.OUTCOMES, 0))
         self.largest_gap = 0.0
 
-    def offer(self, made: Recommendation, served: Served) -> None:
-        """Offer a list for a check. A share of the strict lists is checked, if a plan or target prefetch had a part in them."""
-        if not made.order.mode.properties.shadow_checked or not (made.memo.drafted or made.memo.prefetched):
+    def offer(self, served: Recommendation, lease: RecommenderLease) -> None:
+        """Offer a list for a check. Only lists with drafted or prefetched nodes are checked: the others are the target's own."""
+        memo = served.diagnostics.memo
+        if not served.params.mode.properties.shadow_checked or not (memo.drafted or memo.prefetched):
             return
         self._due += self._limits.share
         if self._due < 1:
@@ -87,76 +91,82 @@ class ShadowChecks:
         if len(self._running) >= self._limits.concurrency or self._admission.running >= self._admission.slots:
             self.outcomes["dropped"] += 1
             return
-        task = asyncio.get_running_loop().create_task(self._check(made, served), name="shadow-check")
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._running.start(self._check(served, lease), "shadow-check")
 
     async def settle(self) -> None:
-        """Wait for the checks that run."""
-        await asyncio.gather(*self._running)
+        """Wait for the running checks."""
+        await self._running.join()
 
     async def close(self) -> None:
-        """Give them up."""
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        """Cancel the running checks."""
+        await self._running.cancel()
 
-    async def _check(self, made: Recommendation, served: Served) -> None:
+    async def _check(self, served: Recommendation, lease: RecommenderLease) -> None:
+        recommender = lease.recommender
         try:
-            with served.in_use(), tracing.span("shadow check", k=made.order.k) as span:
+            with lease.in_use(), tracing.span("shadow check", k=served.params.k) as span:
                 async with self._admission.slot(Priority.BATCH):
-                    again = _again(made, served.recommender.catalogue)
-                    alone = await served.recommender.recommend(again, Deadline(self._limits.seconds))
-                outcome = self._judge(made, alone, served.recommender)
+                    params = _target_only_params(served, recommender.catalogue)
+                    alone = await recommender.recommend(params, Deadline(self._limits.seconds))
+                outcome = self._compare(served, alone, recommender)
                 span.set(outcome=outcome)
         except ResourceExhaustedError:
             outcome = "dropped"
         except ServiceError as error:
             outcome = "failed"
-            _log.warning("shadow check failed", code=error.code)
-        except Exception as error:  # noqa: BLE001 - nobody waits for this task
+            _log.warning("shadow_check_failed", code=error.code)
+        except Exception as error:  # noqa: BLE001 - nobody awaits this task
             outcome = "failed"
-            _log.error("shadow check failed", exc_info=error)
+            _log.error("shadow_check_failed", exc_info=error)
         self.outcomes[outcome] += 1
 
-    def _judge(self, made: Recommendation, alone: Recommendation, recommender: Recommender) -> str:
-        sent, expected = RankedList.of(made.items), RankedList.of(alone.items)
-        verdict = compare_searches([*_levels(made), sent], [*_levels(alone), expected])
-        if verdict is not Verdict.NEAR_TIE:  # searches that parted within rounding may end anywhere
+    def _compare(self, served: Recommendation, alone: Recommendation, recommender: Recommender) -> str:
+        sent, expected = RankedList.of(served.items), RankedList.of(alone.items)
+        verdict = compare_searches([*_levels(served), sent], [*_levels(alone), expected])
+        if verdict is not Verdict.NEAR_TIE:  # after a near-tie the two searches may end anywhere
             self.largest_gap = max(self.largest_gap, largest_gap(sent, expected))
         if verdict is Verdict.DIFFERENT:
             if recommender.manifest.target.plan_invariant:  # float16 rounds too coarsely for exact lists
-                self._draft_switch.mismatch()
-            _log.error(
-                "a strict list is not the target's own",
-                k=made.order.k,
-                beam_width=made.order.beam_width,
-                strict=_shown(sent, recommender.catalogue),
-                target_only=_shown(expected, recommender.catalogue),
-                target_passes=made.memo.passes,
-                target_version=made.target.model_version,
-                draft_version=made.draft.model_version,
-                catalogue_version=recommender.catalogue.version,
-                speculation="on" if self._draft_switch.on else "off",
-            )
+                self._speculation_breaker.record_mismatch()
+            self._log_mismatch(served, sent, expected, recommender.catalogue)
         return verdict.value
 
+    def _log_mismatch(
+        self, served: Recommendation, sent: RankedList, expected: RankedList, catalogue: Catalogue
+    ) -> None:
+        diagnostics = served.diagnostics
+        _log.error(
+            "shadow_check_mismatch",
+            k=served.params.k,
+            beam_width=served.params.beam_width,
+            strict=_leaf_scores(sent, catalogue),
+            target_only=_leaf_scores(expected, catalogue),
+            target_passes=diagnostics.memo.passes,
+            target_version=diagnostics.target.model_version,
+            draft_version=diagnostics.draft.model_version,
+            catalogue_version=catalogue.version,
+            speculation="on" if self._speculation_breaker.enabled else "off",
+        )
 
-def _levels(made: Recommendation) -> list[RankedList]:
-    """The beams that a search went through, level by level."""
-    return [RankedList(tuple(map(str, beams.node.tolist())), tuple(beams.score.tolist())) for beams in made.memo.levels]
+
+def _levels(served: Recommendation) -> list[RankedList]:
+    """Return the beams of a search, level by level."""
+    return [
+        RankedList(tuple(map(str, beams.node.tolist())), tuple(beams.score.tolist()))
+        for beams in served.diagnostics.memo.levels
+    ]
 
 
-def _again(made: Recommendation, catalogue: Catalogue) -> RecommendParams:
-    """The same order by the target alone, on the history as it was then; it gives way to those that somebody waits for.
+def _target_only_params(served: Recommendation, catalogue: Catalogue) -> RecommendParams:
+    """Return the same request for the target alone, with the history as it was read, at the priority of batches.
 
-    A stored user stays its subject: what the check leaves in caches is that user's too, and on the same replicas.
+    A stored user stays the subject: keys and values that the check leaves in caches belong to the user, on the same replicas.
     """
-    history = [catalogue.id_of(int(item)) for item in made.history.known]
-    return replace(made.order, mode=Mode.TARGET_ONLY, history=history, priority=Priority.BATCH)
+    history = [catalogue.id_of(int(item)) for item in served.history.known]
+    return replace(served.params, mode=Mode.TARGET_ONLY, history=history, priority=Priority.BATCH)
 
 
-def _shown(ranked: RankedList, catalogue: Catalogue) -> list[tuple[int, float]]:
-    """Trie leaves and their scores, which name no user and mean nothing without the catalogue."""
+def _leaf_scores(ranked: RankedList, catalogue: Catalogue) -> list[tuple[int, float]]:
+    """Return trie leaves and scores for the log. They name no user, and mean nothing without the catalogue."""
     leaves = catalogue.leaf_of(catalogue.find(ranked.items)).tolist()
     return list(zip(leaves, ranked.scores, strict=True))

@@ -1,7 +1,7 @@
-"""What a request is served by from its first moment to its last: one bundle's catalogue and the clients of its models.
+"""Snapshots: one bundle's catalogue and model clients, for whole requests.
 
-Another bundle is opened beside the one that is served and takes its place in one step, when a target serves it. Requests that run
-end on the snapshot that they began on; it closes with the last of them.
+A new bundle is opened beside the one in use and replaces it in one step, when a target serves it. A request ends on the snapshot
+that it began on. The last request closes the snapshot.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 
-from atspeed.concurrency.tasks import background_task
+from atspeed.concurrency.tasks import TaskSet, background_task
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
 from atspeed.engine.search.trie import Trie
@@ -31,10 +31,12 @@ from orchestrator.speculation_breaker import SpeculationBreaker
 
 @dataclass(eq=False)
 class Snapshot:
-    """One bundle, ready to recommend with.
+    """Bundle as the orchestrator serves it.
 
-    version: the bundle's, which every reply names. resources: what closes with it. since: when new requests first got it, Unix
-    time.
+    Attributes:
+        version: version of the bundle; every reply names it.
+        resources: channels and tasks that close with the snapshot.
+        since: Unix time of the first request.
     """
 
     manifest: Manifest
@@ -51,12 +53,12 @@ class Snapshot:
 
     @property
     def catalogue(self) -> Catalogue:
-        """Its items."""
+        """Return the bundle's items."""
         return self.recommender.catalogue
 
     @contextmanager
     def in_use(self) -> Iterator[Snapshot]:
-        """For the time of a request: it stays open."""
+        """Keep the snapshot open for the length of a request."""
         self._holders += 1
         self._idle.clear()
         try:
@@ -67,7 +69,7 @@ class Snapshot:
                 self._idle.set()
 
     async def close(self) -> None:
-        """Wait for the last request, and close."""
+        """Wait for the last request, then close."""
         while self._holders:
             await self._idle.wait()
         await self.target.settle()
@@ -75,14 +77,14 @@ class Snapshot:
 
 
 class Planners:
-    """The planners of open snapshots, on all tracks: what was learnt of models is known to whatever has them next."""
+    """Planners of all open snapshots. A snapshot with the same models shares the estimates of an earlier one."""
 
     def __init__(self, limits: PlanLimits) -> None:
         self._limits = limits
         self._models: WeakKeyDictionary[Planner, Mapping[str, ModelEntry]] = WeakKeyDictionary()
 
     def of(self, manifest: Manifest, trie: Trie) -> Planner:
-        """A planner for a bundle."""
+        """Return a planner for a bundle."""
         alike = [planner for planner, models in self._models.items() if models == manifest.models]
         planner = alike[-1].for_catalogue(trie) if alike else Planner(trie, self._limits)
         self._models[planner] = manifest.models
@@ -90,9 +92,13 @@ class Planners:
 
 
 class Snapshots:
-    """The snapshot that new requests of a track get, and those before it that requests still hold.
+    """The snapshot for new requests of a track, and older ones that running requests hold.
 
-    redis: None where there is none. newest: None before the first bundle, and after `deactivate`.
+    Args:
+        redis: client of the history store; None without Redis.
+
+    Attributes:
+        newest: the snapshot for new requests; None before the first bundle and after `deactivate`.
     """
 
     def __init__(
@@ -107,102 +113,104 @@ class Snapshots:
         self._speculation_breaker = speculation_breaker
         self._planners = planners
         self.newest: Snapshot | None = None
-        # The event loop itself only keeps weak references to tasks.
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = TaskSet()
 
     @property
     def current(self) -> Snapshot:
-        """What new requests are served by, where there is one."""
+        """Return the snapshot for new requests. Raises RuntimeError without one."""
         if self.newest is None:
             raise RuntimeError("no bundle is served")
         return self.newest
 
     @property
     def ready(self) -> bool:
-        """Whether there is one, and a target that serves it, as far as is known."""
-        newest = self.newest  # once: the exporter's thread asks too
-        return newest is not None and newest.channels.reach_targets
+        """Return whether there is a snapshot and a target that serves it."""
+        newest = self.newest  # read once: the metrics exporter's thread calls this too
+        return newest is not None and newest.channels.target_reachable
 
     @property
-    def draft_rests(self) -> bool:
-        """Whether its draft is left alone after failures."""
+    def draft_circuit_open(self) -> bool:
+        """Return whether the newest snapshot's draft is not called after failures."""
         newest = self.newest
-        return newest is not None and newest.draft is not None and newest.draft.resting
+        return newest is not None and newest.draft is not None and newest.draft.circuit.is_open
 
     @property
     def open(self) -> int:
-        """How many there are."""
+        """Return the number of open snapshots."""
         return (self.newest is not None) + len(self._closing)
 
     async def activate(self, bundle: Bundle, *, at_once: bool = False) -> None:
-        """Serve a bundle, from the return on: when a target serves it, or at once.
+        """Serve a bundle as soon as a target serves it. at_once: do not wait for a target.
 
-        Raises BundleError or CatalogueError where it cannot be served. Cancelled, it changes nothing.
+        Raises BundleError or CatalogueError for an invalid bundle. A cancelled call changes nothing.
         """
         async with AsyncExitStack() as resources:
-            snapshot = await self._opened(bundle, resources)
+            snapshot = await self._open(bundle, resources)
             if not at_once:
-                await snapshot.channels.served()
+                await snapshot.channels.wait_until_served()
                 await asyncio.sleep(self._settings.bundle_settle_seconds)
             snapshot.resources = resources.pop_all()
         snapshot.since = time.time()
         self._replace(snapshot)
 
     def deactivate(self) -> None:
-        """Serve no bundle any more. Requests that run end on theirs."""
+        """Stop serving. Running requests end on their snapshot."""
         self._replace(None)
 
     async def close(self) -> None:
-        """Close all, whoever still holds one."""
-        for task in self._closing:
-            task.cancel()
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        """Close all snapshots, even those that requests hold."""
+        await self._closing.cancel()
         if self.newest is not None:
             await self.newest.resources.aclose()
 
     def _replace(self, snapshot: Snapshot | None) -> None:
         before, self.newest = self.newest, snapshot
         if before is not None:
-            task = asyncio.get_running_loop().create_task(before.close(), name="snapshot-close")
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing.start(before.close(), "snapshot-close")
 
-    async def _opened(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
+    async def _open(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
         settings, manifest = self._settings, bundle.manifest
         catalogue = await asyncio.to_thread(_warm_catalogue, bundle)
-        trie, channels = catalogue.trie, ModelChannels(settings, resources)
-        version = manifest.model_version("target")
-        attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
-        targets = await channels.targets(version)
-        target = TargetClient(targets, trie, version, attempts=attempts, pass_seconds=pass_seconds)
-        draft = None
-        if settings.draft and manifest.draft:
-            version = manifest.model_version("draft")
-            timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
-            drafts = await channels.drafts(settings.draft, version)
-            draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
+        channels = ModelChannels(settings, resources)
+        target = await self._target(manifest, catalogue.trie, channels)
+        draft = await self._draft(manifest, catalogue.trie, channels)
         planner = self._planners.of(manifest, catalogue.trie)
         if draft is not None:
-            await resources.enter_async_context(background_task(refresh_curves(planner, target, draft), "learn-curves"))
-        histories = self._histories(manifest)
+            refresh = refresh_curves(planner, target, draft)
+            await resources.enter_async_context(background_task(refresh, "cost-curve-refresh"))
         recommender = Recommender(
             manifest,
             catalogue,
             target,
             draft,
             planner,
-            histories,
+            self._histories(manifest),
             self._speculation_breaker,
             target_prefetch=settings.target_prefetch,
         )
         return Snapshot(manifest, manifest.version, recommender, planner, target, draft, channels, resources)
 
+    async def _target(self, manifest: Manifest, trie: Trie, channels: ModelChannels) -> TargetClient:
+        settings, version = self._settings, manifest.model_version("target")
+        routes = await channels.targets(version)
+        attempts, pass_seconds = settings.target_attempts, settings.target_pass_seconds
+        return TargetClient(routes, trie, version, attempts=attempts, pass_seconds=pass_seconds)
+
+    async def _draft(self, manifest: Manifest, trie: Trie, channels: ModelChannels) -> DraftClient | None:
+        settings = self._settings
+        if not settings.draft or not manifest.draft:
+            return None
+        version = manifest.model_version("draft")
+        routes = await channels.drafts(settings.draft, version)
+        timeout, backoff = settings.draft_timeout_seconds, settings.draft_backoff_seconds
+        return DraftClient(routes, trie, version, timeout=timeout, backoff_seconds=backoff)
+
     def _histories(self, manifest: Manifest) -> HistoryStore | None:
         if self._redis is None:
             return None
-        most, timeout = self._settings.max_history_items, self._settings.redis_timeout_seconds
-        step = min(manifest.target.prompt.drop_block, most)
-        return HistoryStore(self._redis, most, trim_step=step, timeout_seconds=timeout)
+        max_items, timeout = self._settings.max_history_items, self._settings.redis_timeout_seconds
+        step = min(manifest.target.prompt.drop_block, max_items)
+        return HistoryStore(self._redis, max_items, trim_step=step, timeout_seconds=timeout)
 
 
 def _warm_catalogue(bundle: Bundle) -> Catalogue:

@@ -1,4 +1,4 @@
-"""Stable and canary: what serves the requests of each track, and whose requests are served by the canary."""
+"""Release tracks: the state of each one, and the choice between them by user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.speculation_breaker import SpeculationBreaker
 
 @dataclass(frozen=True)
 class TrackState:
-    """What serves the requests of one track: trust in its draft is its own, as its lists are."""
+    """State of one release track. Each track has its own breaker, since each has its own bundle."""
 
     track: Track
     snapshots: Snapshots
@@ -25,50 +25,55 @@ class TrackState:
 
 
 class TrackRouter:
-    """One for each track, and the choice between them. share: of the users, whom the canary serves while there is one."""
+    """Router of requests to release tracks.
 
-    def __init__(self, lanes: Mapping[Track, TrackState], share: float) -> None:
-        self._lanes = lanes
+    Args:
+        states: the state of every track.
+        share: share of the users that the canary serves while there is one.
+    """
+
+    def __init__(self, states: Mapping[Track, TrackState], share: float) -> None:
+        self._states = states
         self._share = share
 
     def __getitem__(self, track: Track) -> TrackState:
-        return self._lanes[track]
+        return self._states[track]
 
     @property
     def share(self) -> float:
-        """Of the users, whom the canary serves now."""
-        return self._share if self._lanes[Track.CANARY].snapshots.ready else 0.0
+        """Return the share of the users that the canary serves now."""
+        return self._share if self._states[Track.CANARY].snapshots.ready else 0.0
 
     def of(self, subject: bytes, asked: Track | None = None) -> TrackState:
-        """What serves the requests of a subject now; see `RecommendParams.subject`. asked: a track that they want whoever's they are.
+        """Return the track of a subject's requests now. asked: the track that the call's metadata ask for.
 
-        Raises FailedPreconditionError where a canary is asked for and there is none that a target serves.
+        See `RecommendParams.subject`. Raises FailedPreconditionError if the call asks for a canary and no target serves one.
         """
         if asked is None:
             asked = Track.CANARY if bucket(subject) < self.share else Track.STABLE
-        elif asked is Track.CANARY and not self._lanes[asked].snapshots.ready:
+        elif asked is Track.CANARY and not self._states[asked].snapshots.ready:
             raise FailedPreconditionError(f"{TRACK_HEADER}: there is no canary that a target serves")
-        return self._lanes[asked]
+        return self._states[asked]
 
     async def activate(self, bundle: Bundle, track: Track) -> None:
-        """Serve a bundle on a track when a target does. Raises BundleError or CatalogueError where that cannot be."""
-        await self._lanes[track].snapshots.activate(bundle)
+        """Serve a bundle on a track as soon as a target does. Raises BundleError or CatalogueError for an invalid bundle."""
+        await self._states[track].snapshots.activate(bundle)
 
     def deactivate(self, track: Track) -> None:
-        """Serve none on this track; requests that run end on theirs."""
-        self._lanes[track].snapshots.deactivate()
+        """Stop serving on a track. Running requests end on their snapshot."""
+        self._states[track].snapshots.deactivate()
 
     async def close(self) -> None:
-        """Close all, whoever still holds one."""
-        for lane in self._lanes.values():
-            await lane.shadow.close()
-            await lane.snapshots.close()
+        """Close all tracks, even while requests run."""
+        for state in self._states.values():
+            await state.shadow.close()
+            await state.snapshots.close()
 
 
 def bucket(subject: bytes) -> float:
-    """Where a subject stands in [0, 1): subjects are spread evenly, and each stands at one place in every process for ever.
+    """Return the fixed place of a subject in [0, 1). Places are spread evenly, and equal in every process.
 
-    So raising a share moves subjects to the canary and none away from it.
+    So a larger share moves subjects to the canary and none away from it.
     """
     number = int.from_bytes(hashlib.blake2b(subject, digest_size=8, person=b"atspeed-canary").digest())
-    return (number >> 11) / 2**53  # as many bits as a float has
+    return (number >> 11) / 2**53  # a float has 53 bits

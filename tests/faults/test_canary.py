@@ -274,4 +274,4 @@ def test_a_canary_that_no_target_serves_is_nobodys(shop: Shop) -> None:
     with Load(shop) as load:
         assert {version for _, version in load.round()} == {shop.old.manifest.version}
     log = shop.stack.orchestrators[0].log.read_text(encoding="utf-8")
-    assert "no target serves the version" in log
+    assert "target_unreachable" in log

@@ -155,7 +155,7 @@ def test_fewer_beams_only_for_a_request_that_waited_and_allows_it(
         resume(target)
     assert (stubborn.result().beam_width, stubborn.result().degraded) == (20, False)
     assert (lenient.result().beam_width, lenient.result().degraded) == (6, True)
-    assert list(lenient.result().degraded_reasons) == ["beam width: 6, the service is busy"]
+    assert list(lenient.result().degraded_reasons) == [pb.DEGRADED_REASON_BEAM_WIDTH_NARROWED]
     calm = small.recommend(history, **fields, least_beam_width=6)
     assert (calm.beam_width, calm.degraded, ids(calm)) == (20, False, ids(stubborn.result()))
     assert ids(lenient.result()) == ids(small.recommend(history, k=5, beam_width=6))

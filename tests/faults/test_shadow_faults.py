@@ -141,14 +141,14 @@ def test_wrong_lists_are_found_and_stopped(orchestrator: ServiceProcess, catalog
         for history, expected in zip(histories, right, strict=True):
             reply = client.recommend(history)
             assert_same_list(reply, expected)
-            assert reply.degraded_reasons == ["speculation: switched off, lists differed from the target's own"]
+            assert reply.degraded_reasons == [pb.DEGRADED_REASON_SPECULATION_DISABLED]
             assert reply.statistics.target_passes == LEVELS
     seen = scrape(orchestrator)
     assert seen.value("atspeed_speculation_enabled", track="stable") == 0
     assert seen.value("atspeed_shadow_checks_total", track="stable", outcome="different") == MISMATCHES
-    assert seen.value("atspeed_degraded_total", track="stable", reason="speculation_off") == MISMATCHES
+    assert seen.value("atspeed_degraded_total", track="stable", reason="speculation_disabled") == MISMATCHES
     lines = orchestrator.log.read_text(encoding="utf-8").splitlines()
-    told = [json.loads(line) for line in lines if "a strict list is not the target's own" in line]
+    told = [json.loads(line) for line in lines if "shadow_check_mismatch" in line]
     assert [line["speculation"] for line in told] == ["on"] * (MISMATCHES - 1) + ["off"]
     leaves = catalogue.leaf_of(catalogue.find(ids(wrong[0]))).tolist()
     assert [leaf for leaf, _ in told[0]["strict"]] == leaves
@@ -190,4 +190,4 @@ def test_wrong_lists_of_a_canary_are_held_against_the_canary_alone(
     assert info.canary.shadow_checks.different == MISMATCHES
     seen = scrape(orchestrator)
     assert [seen.value("atspeed_speculation_enabled", track=track) for track in ("stable", "canary")] == [1, 0]
-    assert seen.value("atspeed_degraded_total", track="canary", reason="speculation_off") == 1
+    assert seen.value("atspeed_degraded_total", track="canary", reason="speculation_disabled") == 1

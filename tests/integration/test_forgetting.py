@@ -32,7 +32,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.history import LIMIT_KEY
 from orchestrator.recommendation import Recommendation
 from orchestrator.server import application
-from orchestrator.serving.shadow import Served, ShadowChecks
+from orchestrator.serving.shadow import RecommenderLease, ShadowChecks
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.user_key import user_cache_key
 from tests.bundles import random_history
@@ -137,10 +137,10 @@ class Gate:
         self.waiting = 0
         check = ShadowChecks._check
 
-        async def gated(checks: ShadowChecks, made: Recommendation, served: Served) -> None:
+        async def gated(checks: ShadowChecks, served: Recommendation, lease: RecommenderLease) -> None:
             self.waiting += 1
             await self._event.wait()
-            await check(checks, made, served)
+            await check(checks, served, lease)
 
         monkeypatch.setattr(ShadowChecks, "_check", gated)
 

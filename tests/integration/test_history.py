@@ -127,7 +127,7 @@ async def test_deployments_with_two_limits_cut_nothing_that_either_shows(
 ) -> None:
     """Whoever stores, each has its own newest, from a multiple of its step on, as if it were alone."""
     stores = [HistoryStore(redis_client, most, trim_step=step) for most, step in (own, others)]
-    await stores[1].state_limit()
+    await stores[1].publish_limit()
     events: list[str] = []
     for turn in range(40):
         items = [f"{turn}-{number}" for number in range(1 + turn % 3)]
@@ -154,10 +154,10 @@ async def test_a_limit_falls_once_what_remembers_it_is_deleted(redis_client: Red
 
 
 async def test_a_smaller_limit_is_warned_of_once(redis_client: Redis) -> None:
-    await HistoryStore(redis_client, 20).state_limit()
+    await HistoryStore(redis_client, 20).publish_limit()
     smaller = HistoryStore(redis_client, 5)
     with capture_logs() as logged:
-        await smaller.state_limit()
+        await smaller.publish_limit()
         await smaller.append("u", ["a"])
         await HistoryStore(redis_client, 20).append("u", ["a"])
     assert [(line["event"], line["max_history_items"], line["stored_limit"]) for line in logged] == [

@@ -1,10 +1,10 @@
-"""The orchestrator's clients against a target that says what no honest one would, or nothing at all."""
+"""The orchestrator's clients against a target with invalid replies, or none."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -22,6 +22,7 @@ from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.grpc_status import PUSHBACK_HEADER
 from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
 from orchestrator.model_clients.target_client import TargetClient, TargetSession
@@ -35,13 +36,21 @@ NOTHING = Pruning.none()
 
 @dataclass
 class Table(target_pb2_grpc.TargetServiceServicer):
-    """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls, messages: how
-    many came. fails_with: how it ends streams in which it may look ahead or is asked for more than the root.
-    goes_on: the nodes of the pass that it makes by itself where it may, or always; repeats: how many such.
+    """A target that answers from a table.
+
+    Attributes:
+        full: whether it refuses all calls.
+        autonomous: nodes of the pass that its autonomous search makes.
+        always: whether it makes that pass unasked too.
+        repeats: number of such passes.
+        heeds: the pruning that it applies for a request's pruning.
+        calls: number of streams.
+        messages: number of requests on them.
+        fails_with: status of streams in which it may prefetch or gets more nodes than the root.
     """
 
     full: bool = False
-    goes_on: Sequence[int] = ()
+    autonomous: Sequence[int] = ()
     always: bool = False
     repeats: int = 1
     heeds: Callable[[Pruning], Pruning] = lambda pruning: pruning
@@ -69,9 +78,9 @@ class Table(target_pb2_grpc.TargetServiceServicer):
             self.messages += 1
             nodes = wire.node_ids(request.nodes, "nodes", WORLD.trie)
             if self.fails_with and (request.start.prefetches or nodes.tolist() != [ROOT]):
-                await context.abort(self.fails_with, "of what was planned")
-            goes_on = self.goes_on and (self.always or request.start.beam_width)
-            further = [self._pass(np.array(self.goes_on), pruning)] * self.repeats if goes_on else []
+                await context.abort(self.fails_with, "because of the plan")
+            searches = self.autonomous and (self.always or request.start.beam_width)
+            further = [self._pass(np.array(self.autonomous), pruning)] * self.repeats if searches else []
             own = self._pass(nodes, pruning)
             yield target_pb2.EvaluateResponse(
                 evaluation=own.evaluation, statistics=own.statistics, model_version=VERSION, further=further
@@ -97,21 +106,22 @@ async def asking(
         routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
         client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
         session = client.session(
-            replace(question(pruning), speculates=speculates),
+            model_request(pruning),
             max_children=100,
             beam_width=beam_width,
             prefetches=speculates,
+            speculates=speculates,
         )
         yield session
         session.close()
     await server.stop(None)
 
 
-def question(pruning: Pruning = NOTHING) -> ModelRequest:
+def model_request(pruning: Pruning = NOTHING) -> ModelRequest:
     return ModelRequest(np.array([1]), pruning, Deadline(SECONDS))
 
 
-async def test_a_service_that_is_full_is_asked_once_more_and_not_again() -> None:
+async def test_full_target_is_called_twice_and_no_more() -> None:
     """Once each of all attempts went there: a service that is short of replicas got several times the calls."""
     table = Table(full=True)
     async with asking(table) as session:
@@ -122,7 +132,7 @@ async def test_a_service_that_is_full_is_asked_once_more_and_not_again() -> None
 
 
 @pytest.mark.parametrize("what", ["excluded", "allowed"])
-async def test_children_that_the_request_has_pruned_are_no_answer(what: str) -> None:
+async def test_reply_with_pruned_children_is_invalid(what: str) -> None:
     """A replica that did not know `kept` once made lists of items that were not allowed."""
     pruning = WORLD.catalogue.pruning(**{"excluded": np.empty(0, dtype=np.int64), what: WORLD.catalogue.find(["d"])})
     for heeds in (lambda _: NOTHING, lambda pruning: pruning):
@@ -137,9 +147,9 @@ async def test_children_that_the_request_has_pruned_are_no_answer(what: str) -> 
                 assert pruning.live(evaluation.child).all()
 
 
-async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
+async def test_autonomous_pass_answers_the_next_call_without_a_message() -> None:
     """It counts as the passes that the search would have asked for, whose time is no longer the call's."""
-    table = Table(goes_on=[1, 2], forward_ns=1000)
+    table = Table(autonomous=[1, 2], forward_ns=1000)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
         ahead, waited = [session.has_next_pass], session.usage.wait_ns
@@ -151,24 +161,24 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
     assert (table.calls, table.messages, session.usage.passes, session.usage.clean) == (1, 2, 3, True)
 
 
-async def test_passes_that_nobody_asked_for_are_no_answer() -> None:
-    async with asking(Table(goes_on=[1, 2], always=True), beam_width=None) as session:
+async def test_reply_with_unrequested_passes_is_invalid() -> None:
+    async with asking(Table(autonomous=[1, 2], always=True), beam_width=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []
 
 
-async def test_more_passes_than_there_are_levels_are_no_answer() -> None:
-    """Another replica is asked, and not to go on."""
-    table = Table(goes_on=[1, 2], repeats=2)
+async def test_reply_with_more_passes_than_levels_is_retried_without_autonomous_search() -> None:
+    """The other replica gets no beam width."""
+    table = Table(autonomous=[1, 2], repeats=2)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
         assert (session.has_next_pass, session.usage.retries, table.calls) == (False, 1, 2)
 
 
-async def test_a_target_that_goes_another_way_is_not_believed() -> None:
-    """The search asks for other beams than it came to: another replica is asked, and not to go on."""
-    table = Table(goes_on=[1])
+async def test_autonomous_pass_over_other_beams_is_retried_without_autonomous_search() -> None:
+    """The search needs other beams than the pass holds."""
+    table = Table(autonomous=[1])
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
         evaluation = await session.evaluate(np.array([2, 3]))
@@ -176,9 +186,9 @@ async def test_a_target_that_goes_another_way_is_not_believed() -> None:
     assert (table.calls, session.usage.retries) == (2, 1)
 
 
-async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> None:
-    """A pass of its own may hold more than the search asks for."""
-    table = Table(goes_on=[2, 3])
+async def test_autonomous_pass_may_hold_more_nodes_than_the_search_needs() -> None:
+    """The rest of the nodes was prefetched."""
+    table = Table(autonomous=[2, 3])
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT, 1]))
         evaluation = await session.evaluate(np.array([2]))
@@ -186,7 +196,7 @@ async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> 
         assert (table.messages, session.usage.passes, session.has_next_pass) == (1, 2, False)
 
 
-async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:
+async def test_reply_with_stats_beyond_the_fields_range_is_invalid() -> None:
     """Their sum would not fit into the reply's field, and the request would fail with it."""
     async with asking(Table(forward_ns=2**63)) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
@@ -194,28 +204,31 @@ async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:
     assert session.usage.costs == []
 
 
-async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_answer() -> None:
+async def test_channel_closed_during_a_call_is_an_unavailable_service() -> None:
     """grpc.aio then raises neither of its RPC errors: such a request once ended as an internal error."""
     async with asking(Table()) as session:
         await session.evaluate(np.array([ROOT]))
     with pytest.raises(UnavailableError):
         await session.evaluate(np.array([ROOT]))
-    channel, degraded = grpc.aio.insecure_channel("127.0.0.1:1"), list[str]()
+    channel = grpc.aio.insecure_channel("127.0.0.1:1")
     stub = draft_pb2_grpc.DraftServiceStub(channel)
     await channel.close()
     routes: Routes[Any] = Routes(stub)
     client = DraftClient(routes, WORLD.trie, VERSION, timeout=SECONDS, backoff_seconds=SECONDS)
     for _ in range(3):
-        drafting = client.session(question(), Proposal.TOP, degraded)
-        assert not client.resting
-        assert not len((await drafting.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
-    assert (degraded, client.resting) == (["draft: UNAVAILABLE"] * 3, True)
+        draft = client.session(model_request(), Proposal.TOP)
+        assert not client.circuit.is_open
+        assert not len((await draft.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
+        assert draft.degraded_reason is DegradedReason.DRAFT_UNAVAILABLE
+    assert client.circuit.is_open
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT])
-@pytest.mark.parametrize("planned", [[], [1, 2]], ids=["foreseen", "planned"])
-async def test_a_plan_that_has_no_answer_is_given_up_at_once(code: grpc.StatusCode, planned: list[int]) -> None:
-    """No second replica is asked for it. The search alone is, which may not be ahead of itself then."""
+@pytest.mark.parametrize("planned", [[], [1, 2]], ids=["prefetched", "planned"])
+async def test_failure_while_speculating_raises_plan_unanswered_without_a_retry(
+    code: grpc.StatusCode, planned: list[int]
+) -> None:
+    """The plain search then gets an answer, without prefetched nodes."""
     table = Table(fails_with=code)
     async with asking(table, speculates=True) as session:
         with pytest.raises(PlanUnansweredError):
@@ -226,7 +239,7 @@ async def test_a_plan_that_has_no_answer_is_given_up_at_once(code: grpc.StatusCo
     assert (table.calls, session.usage.retries, session.usage.clean) == (2, 1, False)
 
 
-async def test_an_answer_to_a_plan_that_is_none_is_a_plan_without_answer() -> None:
+async def test_invalid_reply_while_speculating_raises_plan_unanswered() -> None:
     table = Table(forward_ns=2**63)
     async with asking(table, speculates=True) as session:
         with pytest.raises(PlanUnansweredError):
@@ -236,7 +249,7 @@ async def test_an_answer_to_a_plan_that_is_none_is_a_plan_without_answer() -> No
     assert table.calls == 1 + ATTEMPTS
 
 
-async def test_a_busy_target_says_nothing_of_the_plan() -> None:
+async def test_busy_target_does_not_raise_plan_unanswered() -> None:
     """Twice the calls for one that is full already would make it worse."""
     table = Table(full=True)
     async with asking(table, speculates=True) as session:

@@ -38,7 +38,7 @@ from tests.spoilt import Spoilt, next_in_line, spoil
 
 K = 4
 NOT_SERVING = int(health_pb2.HealthCheckResponse.NOT_SERVING)
-UNANSWERED = "speculation: the target had no answer to what was planned, it was asked without"
+UNANSWERED, DRAFT_FAILED = pb.DEGRADED_REASON_PLAN_UNANSWERED, pb.DEGRADED_REASON_DRAFT_FAILED
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def assert_unharmed(reply: pb.RecommendResponse, expected: pb.RecommendResponse,
     if mode != pb.MODE_RELAXED_SAMPLING or reply.degraded:
         assert_same_list(reply, expected)
     assert reply.degraded == bool(reply.degraded_reasons)
-    assert set(reply.degraded_reasons) <= {UNANSWERED, "draft: INTERNAL"}
+    assert set(reply.degraded_reasons) <= {UNANSWERED, DRAFT_FAILED}
 
 
 def test_replies_name_the_failure_and_speculation_stays_on(
@@ -142,7 +142,7 @@ def test_replies_name_the_failure_and_speculation_stays_on(
 ) -> None:
     replies = [speculating.recommend(history, k=K, beam_width=K) for history in spoilt.histories]
     reasons = {reason for reply in replies for reason in reply.degraded_reasons}
-    assert reasons == ({UNANSWERED} if role == "target" else {"draft: INTERNAL"})
+    assert reasons == ({UNANSWERED} if role == "target" else {DRAFT_FAILED})
     checks = speculating.info().shadow_checks
     assert (checks.different, checks.speculation_off) == (0, False)
     version = Bundle(Path(str(spoilt_stack.targets[0].flags["bundle"]))).manifest.model_version("target")

@@ -22,6 +22,7 @@ from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
 from draft_service.drafter import Drafter, DraftRequest
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner
 from orchestrator.planning.sized_draft import SizedDraft
@@ -111,6 +112,7 @@ class SimulatedDraft:
     ) -> None:
         self.usage = Usage()
         self.prompt_tokens = PROMPT_TOKENS
+        self.degraded_reason: DegradedReason | None = None
         self.trie = world.trie
         self.rule = world.rule
         self.entry = SimpleNamespace(plan_scale=None)

@@ -1,4 +1,4 @@
-"""Whom the canary serves: always the same users, about as many as its share says, and with a larger share these and others."""
+"""Split of users between stable and canary by a fixed place of each user."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ TENANTS, USERS = st.text(max_size=8), st.text(min_size=1, max_size=8)
 ITEMS = st.lists(st.text(min_size=1, max_size=4), max_size=8)
 
 
-def order(**subject: object) -> RecommendParams:
+def params(**subject: object) -> RecommendParams:
     return RecommendParams(k=1, beam_width=1, **subject)  # type: ignore[arg-type]
 
 
 @given(st.binary(), SHARES, SHARES)
-def test_a_larger_share_takes_nobody_away_from_the_canary(subject: bytes, one: float, other: float) -> None:
+def test_larger_share_keeps_all_subjects_of_a_smaller_one(subject: bytes, one: float, other: float) -> None:
     small, large = sorted((one, other))
     assert (bucket(subject) < small) <= (bucket(subject) < large)
 
 
 @given(st.binary())
-def test_no_share_is_nobody_and_the_whole_is_everybody(subject: bytes) -> None:
+def test_bucket_of_any_subject_is_at_least_0_and_below_1(subject: bytes) -> None:
     assert 0 <= bucket(subject) < 1
 
 
-def test_a_user_stands_at_the_same_place_in_every_process() -> None:
+def test_bucket_of_a_user_is_equal_in_every_process() -> None:
     """Another place would move users in the middle of a rollout, whenever an orchestrator is renewed."""
     assert bucket(user_cache_key("", "alice")) == 0.3754419207513989
     assert bucket(user_cache_key("acme", "alice")) == 0.20807210028291723
-    assert bucket(order(history=["50", "172", "181"]).subject) == 0.9956373362698945
+    assert bucket(params(history=["50", "172", "181"]).subject) == 0.9956373362698945
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
-def test_a_share_is_that_of_the_users(share: float) -> None:
+def test_share_of_buckets_below_a_share_is_that_share(share: float) -> None:
     """Within six standard deviations of a binomial."""
     users = 4000
     served = sum(bucket(user_cache_key("acme", f"user-{number}")) < share for number in range(users))
@@ -48,21 +48,21 @@ def test_a_share_is_that_of_the_users(share: float) -> None:
 
 
 @given(TENANTS, USERS, ITEMS)
-def test_a_stored_user_is_the_same_subject_with_any_history(tenant: str, user: str, items: list[str]) -> None:
+def test_subject_of_a_stored_user_does_not_depend_on_the_history(tenant: str, user: str, items: list[str]) -> None:
     """As in shadow checks, which make a stored user's list again with the history that it was made from."""
-    stored = order(tenant=tenant, user_id=user).subject
-    assert stored == order(tenant=tenant, user_id=user, history=items).subject
-    assert stored != order(tenant=tenant, history=[user, *items]).subject
+    stored = params(tenant=tenant, user_id=user).subject
+    assert stored == params(tenant=tenant, user_id=user, history=items).subject
+    assert stored != params(tenant=tenant, history=[user, *items]).subject
 
 
 @given(TENANTS, st.lists(st.text(min_size=1, max_size=4), min_size=4, max_size=4), ITEMS, ITEMS)
-def test_a_history_stays_the_same_subject_as_it_grows(
+def test_subject_of_a_history_stays_as_the_history_grows(
     tenant: str, first: list[str], one: list[str], other: list[str]
 ) -> None:
-    assert order(tenant=tenant, history=first + one).subject == order(tenant=tenant, history=first + other).subject
+    assert params(tenant=tenant, history=first + one).subject == params(tenant=tenant, history=first + other).subject
 
 
 @given(TENANTS, TENANTS, ITEMS)
-def test_tenants_do_not_share_subjects(one: str, other: str, items: list[str]) -> None:
-    same = order(tenant=one, history=items).subject == order(tenant=other, history=items).subject
+def test_subjects_of_two_tenants_differ(one: str, other: str, items: list[str]) -> None:
+    same = params(tenant=one, history=items).subject == params(tenant=other, history=items).subject
     assert same is (one == other)

@@ -1,4 +1,4 @@
-"""Shadow checks over a table in place of the target: what is right is never suspected, what is wrong is found and stopped."""
+"""Shadow checks over a table in place of the target, and the speculation breaker."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.errors import UnavailableError
 from atspeed.rpc.admission import Admission, Priority
+from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.planning.usage import Usage
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
-from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
+from orchestrator.speculation_breaker import SpeculationBreaker
 from orchestrator.user_key import user_cache_key
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import ScriptedDraft, World, at_random
@@ -53,15 +54,15 @@ class Table:
 
     def session(
         self,
-        question: ModelRequest,
+        request: ModelRequest,
         *,
         max_children: int | None,
         beam_width: int | None,
         prefetches: bool,
     ) -> Table:
         self.prefetches = prefetches
-        self.question, self.limit = question, max_children or 1_000_000
-        self.asked.append(question)
+        self.request, self.limit = request, max_children or 1_000_000
+        self.asked.append(request)
         return self
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
@@ -72,7 +73,7 @@ class Table:
         depths = self.world.trie.depth(nodes)
         in_company = depths[0] != depths[-1]
         world = self.other if self.fault and in_company else self.world
-        return world.evaluate(nodes, self.question.pruning, self.limit)
+        return world.evaluate(nodes, self.request.pruning, self.limit)
 
     def close(self) -> None:
         pass
@@ -85,8 +86,9 @@ class Half:
     draft: ScriptedDraft
     usage: Usage = field(default_factory=Usage)
     prompt_tokens: int = 1
+    degraded_reason: DegradedReason | None = None
 
-    def session(self, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> Half:
+    def session(self, request: ModelRequest, proposal: Proposal) -> Half:
         return self
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
@@ -177,8 +179,8 @@ class Service:
         """A random request, offered to the checks."""
         rng = np.random.default_rng(seed)
         chosen = rng.choice(sorted(self.world.naive.items), 12, replace=False).tolist()
-        order = RecommendParams(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
-        made = await self.recommender.recommend(order, Deadline(SECONDS))
+        params = RecommendParams(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
+        made = await self.recommender.recommend(params, Deadline(SECONDS))
         self.shadow.offer(made, self)
         return made
 
@@ -189,28 +191,28 @@ class Service:
             await self.shadow.settle()
 
 
-async def test_what_is_right_is_never_suspected() -> None:
+async def test_shadow_checks_of_correct_lists_are_all_identical() -> None:
     service = Service()
     await service.ask_all(range(300))
     assert service.shadow.outcomes == {"identical": 300, "near-tie": 0, "different": 0, "failed": 0, "dropped": 0}
-    assert service.speculation_breaker.on
+    assert service.speculation_breaker.enabled
     assert service.shadow.largest_gap == 0
 
 
-async def test_a_target_that_answers_differently_in_company_is_found_and_the_draft_switched_off() -> None:
+async def test_target_whose_scores_depend_on_the_pass_is_detected_and_speculation_disabled() -> None:
     service = Service()
     service.target.fault = True
     with structlog.testing.capture_logs() as logs:
         await service.ask_all(range(30))
     assert service.shadow.outcomes["different"] == 3
-    assert not service.speculation_breaker.on
+    assert not service.speculation_breaker.enabled
     alone = await service.ask(1, mode=Mode.TARGET_ONLY)
     strict = await service.ask(1)
     assert strict.items == alone.items
-    assert list(strict.degraded) == [SWITCHED_OFF]
-    assert list(alone.degraded) == []
-    assert not strict.memo.drafted
-    (first, *_) = mismatches = [line for line in logs if line["event"] == "a strict list is not the target's own"]
+    assert list(strict.degraded_reasons) == [DegradedReason.SPECULATION_DISABLED]
+    assert list(alone.degraded_reasons) == []
+    assert not strict.diagnostics.memo.drafted
+    (first, *_) = mismatches = [line for line in logs if line["event"] == "shadow_check_mismatch"]
     assert [line["speculation"] for line in mismatches] == ["on", "on", "off"]
     leaves = {leaf for leaf, _ in first["strict"]}
     assert leaves <= set(range(int(service.world.trie.level_start[-2]), service.world.trie.nodes))
@@ -219,7 +221,7 @@ async def test_a_target_that_answers_differently_in_company_is_found_and_the_dra
 
 
 @pytest.mark.parametrize(("gap", "outcome"), [(1e-6, "near-tie"), (1e-3, "different")])
-async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(gap: float, outcome: str) -> None:
+async def test_lists_that_part_at_tied_beams_are_near_ties(gap: float, outcome: str) -> None:
     """One beam goes on of two with the same score but for the gap, and the items below them have nothing in common."""
     even = World.random(NaiveTrie({"left": (0, 0), "right": (1, 1)}, (2, 2)), ScoringRule.VOCAB, 0)
     even.logits[:] = [[1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, -2], *[[0] * 4] * (len(even.logits) - 3)]
@@ -228,7 +230,7 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     service = Service(worlds=(even, replace(even, logits=tilted)), speculation_breaker=SpeculationBreaker(mismatches=1))
     service.target.fault = True
     made = None
-    while made is None or not made.memo.drafted:  # the draft plans at random
+    while made is None or not made.diagnostics.memo.drafted:  # the draft plans at random
         made = await service.recommender.recommend(
             RecommendParams(k=1, beam_width=1, history=["left"]), Deadline(SECONDS)
         )
@@ -236,31 +238,32 @@ async def test_beams_that_tie_within_rounding_are_suspected_as_little_as_items(g
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert {name for name, count in service.shadow.outcomes.items() if count} == {outcome}
-    assert service.speculation_breaker.on is (outcome == "near-tie")
+    assert service.speculation_breaker.enabled is (outcome == "near-tie")
 
 
-async def test_only_who_speculates_looks_ahead() -> None:
-    """Not the reference, and nobody any more once speculation was switched off."""
+async def test_target_prefetches_only_for_requests_that_speculate() -> None:
+    """Target-only requests do not, and no request does after speculation is disabled."""
     service = Service()
     for mode in (Mode.STRICT, Mode.TARGET_ONLY):
         await service.ask(0, mode)
         assert service.target.prefetches is (mode is Mode.STRICT)
     for _ in range(100):
-        service.speculation_breaker.mismatch()
+        service.speculation_breaker.record_mismatch()
     await service.ask(0, Mode.STRICT)
     assert not service.target.prefetches
 
 
-async def test_a_list_that_the_target_foresaw_is_checked_too() -> None:
+async def test_list_with_prefetched_nodes_only_is_checked() -> None:
     service = Service()
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
-    made.memo.prefetched, made.memo.drafted = made.memo.drafted, set()
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
+    memo = made.diagnostics.memo
+    memo.prefetched, memo.drafted = memo.drafted, set()
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["identical"] == 1
 
 
-async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> None:
+async def test_shadow_share_of_strict_lists_is_checked_and_no_other_mode() -> None:
     service = Service(share=0.25)
     await service.ask_all(range(40))
     assert service.shadow.outcomes["identical"] == 10
@@ -271,15 +274,15 @@ async def test_a_share_is_checked_and_of_strict_lists_with_a_draft_alone() -> No
     assert service.shadow.outcomes.total() == 10
 
 
-async def test_nothing_is_checked_at_a_share_of_nothing() -> None:
+async def test_shadow_share_of_zero_checks_no_list() -> None:
     service = Service(share=0)
     await service.ask_all(range(20))
     assert service.shadow.outcomes.total() == 0
 
 
-async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
+async def test_checks_beyond_the_concurrency_are_dropped() -> None:
     service = Service(concurrency=2)
-    made = [await service.recommender.recommend(_order(service), Deadline(SECONDS)) for _ in range(5)]
+    made = [await service.recommender.recommend(_params(service), Deadline(SECONDS)) for _ in range(5)]
     service.target.gate = asyncio.Event()
     for one in made:
         service.shadow.offer(one, service)
@@ -289,9 +292,9 @@ async def test_what_comes_on_top_of_the_checks_that_run_is_dropped() -> None:
     assert service.shadow.outcomes["identical"] == 2
 
 
-async def test_nothing_is_checked_while_all_places_are_taken() -> None:
+async def test_check_without_a_free_place_is_dropped() -> None:
     service = Service()
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     async with AsyncExitStack() as places:
         for _ in range(service.admission.slots):
             await places.enter_async_context(service.admission.slot(Priority.INTERACTIVE))
@@ -301,18 +304,18 @@ async def test_nothing_is_checked_while_all_places_are_taken() -> None:
     assert service.admission.running == 0
 
 
-async def test_a_check_that_fails_says_nothing_of_the_draft() -> None:
+async def test_failed_check_does_not_count_as_mismatch() -> None:
     service = Service(speculation_breaker=SpeculationBreaker(mismatches=1))
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     service.target.down = True
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["failed"] == 1
-    assert service.speculation_breaker.on
+    assert service.speculation_breaker.enabled
 
 
-async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
-    """Asked as nobody's, the user's prompt was cached where no erasure looks, and on other replicas than the list's own."""
+async def test_check_of_a_stored_users_list_keeps_the_user_key() -> None:
+    """Without the key, the check once cached the prompt where no erasure reached it, and on other replicas than the list's."""
     service = Service()
     made = await service.recommender.recommend(
         RecommendParams(k=5, beam_width=5, user_id=USER, tenant="t"), Deadline(SECONDS)
@@ -320,14 +323,14 @@ async def test_the_check_of_a_stored_users_list_is_still_of_that_user() -> None:
     service.shadow.offer(made, service)
     await service.shadow.settle()
     first, again = service.target.asked
-    assert first.owner == again.owner == user_cache_key("t", USER)
+    assert first.user_key == again.user_key == user_cache_key("t", USER)
     assert first.affinity == again.affinity
     assert again.prompt.tolist() == first.prompt.tolist()
     assert service.shadow.outcomes["identical"] == 1
 
 
-async def test_the_check_reads_no_history_again() -> None:
-    """The list is judged by the history that it was made of, whatever the user has done since."""
+async def test_check_uses_the_history_that_the_list_was_made_from() -> None:
+    """Events that came in since then do not matter."""
     service = Service()
     made = await service.recommender.recommend(RecommendParams(k=5, beam_width=5, user_id=USER), Deadline(SECONDS))
     service.recommender.histories = None
@@ -336,9 +339,9 @@ async def test_the_check_reads_no_history_again() -> None:
     assert service.shadow.outcomes["identical"] == 1
 
 
-async def test_closing_gives_up_what_runs() -> None:
+async def test_close_cancels_running_checks() -> None:
     service = Service()
-    made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
+    made = await service.recommender.recommend(_params(service), Deadline(SECONDS))
     service.target.gate = asyncio.Event()
     service.shadow.offer(made, service)
     await service.shadow.close()
@@ -347,9 +350,7 @@ async def test_closing_gives_up_what_runs() -> None:
 
 
 @pytest.mark.parametrize(("precision", "exact"), [("float32", True), ("int8", True), ("float16", False)])
-async def test_a_list_is_exact_only_where_rounding_does_not_depend_on_the_plan(
-    precision: Precision, exact: bool
-) -> None:
+async def test_list_is_exact_only_if_rounding_does_not_depend_on_the_plan(precision: Precision, exact: bool) -> None:
     """Replies once promised it for float16 too, whose log-probabilities move by 1e-2 with what else is in the pass."""
     service = Service(precision=precision)
     for mode in (Mode.TARGET_ONLY, Mode.STRICT, Mode.EXACT_SAMPLING):
@@ -357,7 +358,7 @@ async def test_a_list_is_exact_only_where_rounding_does_not_depend_on_the_plan(
     assert not (await service.ask(1, Mode.RELAXED_SAMPLING)).exact
 
 
-def _order(service: Service) -> RecommendParams:
+def _params(service: Service) -> RecommendParams:
     return RecommendParams(k=5, beam_width=5, history=sorted(service.world.naive.items)[:6])
 
 
@@ -372,10 +373,12 @@ def _order(service: Service) -> RecommendParams:
         ([0], 1, False),
     ],
 )
-def test_the_switch(times: list[float], mismatches: int, on: bool) -> None:
-    """So many within ten seconds."""
+def test_breaker_disables_speculation_after_mismatches_within_the_window(
+    times: list[float], mismatches: int, on: bool
+) -> None:
+    """The window is ten seconds."""
     clock = iter(times)
     speculation_breaker = SpeculationBreaker(mismatches, 10, clock=lambda: next(clock))
     for _ in times:
-        speculation_breaker.mismatch()
-    assert speculation_breaker.on is on
+        speculation_breaker.record_mismatch()
+    assert speculation_breaker.enabled is on

@@ -1,4 +1,4 @@
-"""When a stream of the target holds a place."""
+"""Streams of the target service and their places."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ async def first_answer(idle_seconds: float, *sent: target_pb2.EvaluateRequest) -
         return await anext(aiter(servicer.Evaluate(messages(*sent), cast("Any", None))))
 
 
-async def test_a_stream_that_says_nothing_asks_for_no_place_and_ends() -> None:
+async def test_silent_stream_takes_no_place_and_ends() -> None:
     """It once held one from its beginning on, for as long as its client liked."""
     with pytest.raises(DeadlineExceededError, match="silent"):
         await first_answer(0.05)
 
 
-async def test_a_stream_without_start_asks_for_no_place() -> None:
+async def test_stream_without_start_takes_no_place() -> None:
     with pytest.raises(InvalidArgumentError, match="start"):
         await first_answer(60, target_pb2.EvaluateRequest())
