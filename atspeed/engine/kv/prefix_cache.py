@@ -45,7 +45,7 @@ class PrefixCache:
         dropped_writes: writes that were given up because too many were pending, or because the cache was closed.
     """
 
-    # Longer than any pass and its request's deadline: what began before an erasure has ended by then.
+    # Longer than requests run, so that those that began before an erasure have ended. Chosen, not measured.
     hold_seconds = 60.0
 
     def __init__(
@@ -55,7 +55,7 @@ class PrefixCache:
         tiers: Sequence[KvTier] = (),
         *,
         fetch_policies: Mapping[str, FetchPolicy] | None = None,
-        max_pending_writes: int = 8,  # of a prompt each: some ten megabytes of blocks that wait for a slow tier
+        max_pending_writes: int = 8,  # a prompt each; it bounds the blocks that a slow tier keeps in memory
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._layout = layout

@@ -25,7 +25,10 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Limits of one batch and of the queue. The defaults are those of the services' settings (docs/settings.md).
+    """Limits of one batch and of the queue.
+
+    The first four defaults are those of the services' settings. `padding` and `gathered_tokens` were chosen, not measured; the
+    services derive `gathered_tokens` from the setting batch_kv_mb.
 
     Attributes:
         requests: requests per batch.

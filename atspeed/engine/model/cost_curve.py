@@ -15,7 +15,7 @@ from atspeed.engine.model.pass_stats import PassStats
 MeasurePass = Callable[[int, int], Awaitable[PassStats]]
 """Makes a pass over (new tokens, cached tokens)."""
 
-# New tokens that are measured. The ends and the bends of the curve come first, as the time may be up before the last.
+# New tokens that are measured. The most informative sizes come first, as the time may be up before the last.
 NEW_TOKENS = (1, 64, 16, 256, 4, 128)
 _MIN_SIZES = 2  # a line needs two points
 _REPEATS = 5  # the median then ignores two disturbed passes

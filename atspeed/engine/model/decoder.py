@@ -22,7 +22,7 @@ from atspeed.engine.errors import BundleError
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
 
-# Bytes of the largest tensor that onnxruntime reads from memory: the limit of a protobuf message.
+# Bytes of the largest tensor that onnxruntime takes from memory; a larger one is read from a private copy on disk.
 _LARGEST_TENSOR = 2**31
 
 # Names and options of onnxruntime's providers, by preference.

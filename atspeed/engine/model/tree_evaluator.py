@@ -28,8 +28,7 @@ from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram,
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
 from atspeed.engine.search.trie import ROOT, Pruning, Trie
 
-# Nodes that fit beside a prompt and its first pass before the buffer grows: the later passes of a list with 10 beams. Chosen,
-# not measured.
+# Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
 _NODE_ROOM = 128
 _OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
 Part = TypeVar("Part")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, Self
 
-# Ten times the rounding of a float32 pass (1e-5), and far below the gap of two items that a user could notice.
+# Ten times the rounding of a float32 pass, which is about 1e-5.
 NEAR_TIE = 1e-4
 
 

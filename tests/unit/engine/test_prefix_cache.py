@@ -350,3 +350,26 @@ async def test_shared_prefix_of_an_erased_user_is_kept() -> None:
     found = await late.lookup(mine)
     assert (found.tokens_by_tier, len(found.blocks)) == ({"memory": 0, "fake": 16}, 4)
     assert [key in other for key in mine] == [True, True, False, False]
+
+
+async def test_tiers_are_read_in_order_and_all_are_written_and_erased() -> None:
+    """A further tier needs an entry in the list, and nothing else."""
+
+    class Slower(FakeStore):
+        name = "slower"
+
+    keys, blocks = user_prompt(16)
+    near, far = FakeStore(), Slower()
+    near.blocks = dict(zip(keys[1:2], blocks[1:2], strict=True))
+    far.blocks = dict(zip(keys, blocks, strict=True))
+    cache = PrefixCache(LAYOUT, tier := memory(), [near, far])
+    cache.remember(keys[:1], blocks[:1])
+    found = await cache.lookup(keys)
+    assert found.tokens_by_tier == {"memory": 4, "fake": 4, "slower": 8}
+    assert (near.reads, far.reads) == ([keys[1:]], [keys[2:]])
+    assert [id(block) for block in found.blocks] == [id(block) for block in blocks]
+    assert all(key in tier for key in keys)
+    await cache.erase({USER_KEY})
+    assert (near.blocks, far.blocks, len(tier)) == ({}, {}, 0)
+    await cache.close()
+    assert near.writes == far.writes == [keys[:1]]
