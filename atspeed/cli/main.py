@@ -3,7 +3,7 @@
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers            catalogue update        other items, same models
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
-bench ..., inflate                measurements that check            atspeed/cli/bench/main.py, bench_*_cli.py, inflate_cli.py
+bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 
 A failure that is foreseen prints one line and exits with code 1; a mistake in the command itself with code 2; a training that
 stopped before its end, and goes on when the command is given again, with code 75.
@@ -24,13 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.cli import display
-from atspeed.cli.bench.load import bench_load, bench_scaling
 from atspeed.cli.bench.main import bench_commands
-from atspeed.cli.bench.precision import bench_precision
-from atspeed.cli.bench.prefix import bench_prefix
-from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
 from atspeed.cli.inflate import inflate
@@ -61,10 +57,11 @@ _FORESEEN = (
 )
 
 
-class _Commands(TyperGroup):
-    """Turns foreseen failures into a line and an exit code."""
+class Commands(TyperGroup):
+    """Command group that turns foreseen failures into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
         try:
             return super().invoke(ctx)
         except _FORESEEN as error:
@@ -78,7 +75,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -87,13 +84,6 @@ app = typer.Typer(
 bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
-bench_commands.command("decode")(bench_decode)
-bench_commands.command("overhead")(bench_overhead)
-bench_commands.command("gpu")(bench_gpu)
-bench_commands.command("load")(bench_load)
-bench_commands.command("prefix")(bench_prefix)
-bench_commands.command("precision")(bench_precision)
-bench_commands.command("scaling")(bench_scaling)
 app.add_typer(bench_commands, name="bench")
 for command in (recommend, record, history, forget, info, inflate, certificates, token):
     app.command()(command)

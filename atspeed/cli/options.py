@@ -16,7 +16,7 @@ out, err = Console(), Console(stderr=True)
 
 # Which extra brings a package that a command may lack.
 _EXTRAS = {"gguf": "base-models", "matplotlib": "bench", "onnxruntime_genai": "bench", "trustme": "local"}
-_OURS = {"benchmarks", "client", "draft_service", "engine", "orchestrator", "service_kit", "target_service", "training"}
+_OURS = {"atspeed", "draft_service", "orchestrator", "research", "target_service"}
 
 
 class CommandError(Exception):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.benchmarks.arrivals import Kind, Mix, plan_arrivals
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.arrivals import Mix, UserKind, plan_arrivals
+from atspeed.benchmarks.results import BenchmarkError
 
 HISTORIES = [tuple(f"{user}-{item}" for item in range(1 + user % 7)) for user in range(12)]
 
@@ -22,9 +22,9 @@ def test_users_come_back_with_the_history_they_left_with(mix: Mix, seed: int, ra
     for arrival in plan_arrivals(HISTORIES, mix, rate=rate, seconds=5.0, seed=seed):
         user = (arrival.history[0], arrival.cohort)
         before = latest.get(user)
-        if arrival.kind is Kind.NEW:
+        if arrival.kind is UserKind.NEW:
             assert before is None
-        elif arrival.kind is Kind.REFRESHING:
+        elif arrival.kind is UserKind.REFRESHING:
             assert arrival.history == before
         else:
             assert arrival.history[:-1] == before
@@ -57,9 +57,9 @@ def test_the_mix_is_kept_where_users_allow_it() -> None:
     longer = [tuple(f"{user}-{item}" for item in range(500)) for user in range(400)]
     arrivals = plan_arrivals(longer, Mix.parse("new=1,returning=2,refreshing=1"), rate=100, seconds=40.0, seed=2)
     # Nobody holds back more than a few items, so returning users soon have nothing new: then others are new in their place.
-    found = {kind: sum(arrival.kind is kind for arrival in arrivals) / len(arrivals) for kind in Kind}
-    assert found[Kind.REFRESHING] == pytest.approx(0.25, abs=0.03)
-    assert found[Kind.RETURNING] == pytest.approx(0.5, abs=0.03)
+    found = {kind: sum(arrival.kind is kind for arrival in arrivals) / len(arrivals) for kind in UserKind}
+    assert found[UserKind.REFRESHING] == pytest.approx(0.25, abs=0.03)
+    assert found[UserKind.RETURNING] == pytest.approx(0.5, abs=0.03)
 
 
 def test_when_everybody_has_come_the_next_cohort_does() -> None:
@@ -81,4 +81,4 @@ def test_what_is_no_mix_is_refused(text: str) -> None:
 
 def test_a_mix_names_what_it_wants() -> None:
     assert Mix.parse("refreshing=3,new=1") == Mix(1.0, 0.0, 3.0)
-    assert Mix.parse("refreshing=3,new=1").law == [0.25, 0.0, 0.75]
+    assert Mix.parse("refreshing=3,new=1").probabilities == [0.25, 0.0, 0.75]

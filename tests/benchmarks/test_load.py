@@ -15,22 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.benchmarks import load, load_report
-from atspeed.benchmarks.arrivals import Arrival, Kind, Mix
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.arrivals import Arrival, Mix, UserKind
 from atspeed.benchmarks.in_process_baseline import Throughput
-from atspeed.benchmarks.load import LoadResult, LoadRow, Outcome, drive, percentile, summary, sustained
+from atspeed.benchmarks.load import LoadResult, LoadRow, RequestOutcome, drive, percentile, summary, sustained
 from atspeed.benchmarks.pass_metrics import SharedPasses
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.results import Result
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.client.recommender import RecommenderClient, RecommenderError
 from atspeed.v1 import recommendation_pb2 as pb
 
 
-def outcome(seconds: float, *, at: float = 2.0, kind: Kind = Kind.NEW, code: str = "OK", cached: int = 0) -> Outcome:
+def outcome(
+    seconds: float, *, at: float = 2.0, kind: UserKind = UserKind.NEW, code: str = "OK", cached: int = 0
+) -> RequestOutcome:
     """One request that was answered after so many seconds, with a prompt of ten tokens."""
     statistics = pb.Statistics(prompt_tokens=10, memory_cached_tokens=cached, target_passes=2)
     reply = pb.RecommendResponse(statistics=statistics) if code == "OK" else None
-    return Outcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
+    return RequestOutcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
 
 
 @given(st.lists(st.one_of(st.floats(0, 1e6), st.just(math.inf)), min_size=1), st.floats(1, 100))
@@ -52,7 +53,7 @@ def test_failures_are_infinitely_late_and_no_goodput() -> None:
     assert (row.requests, row.errors) == (100, {"UNAVAILABLE": 2})
     assert (row.p50_ms, row.p95_ms, row.p99_ms) == (10.0, 10.0, None)
     assert (row.goodput_rps, row.achieved_rps) == (9.6, 9.8)
-    assert not row.holds
+    assert not row.is_within_limit
 
 
 def test_what_is_answered_after_the_end_took_longer_than_the_step() -> None:
@@ -64,11 +65,11 @@ def test_what_is_answered_after_the_end_took_longer_than_the_step() -> None:
 def test_kinds_and_tiers_are_told_apart() -> None:
     outcomes = [
         outcome(0.03),
-        outcome(0.02, kind=Kind.RETURNING, cached=5),
-        outcome(0.02, kind=Kind.RETURNING, cached=8),
+        outcome(0.02, kind=UserKind.RETURNING, cached=5),
+        outcome(0.02, kind=UserKind.RETURNING, cached=8),
     ]
     row = summary(outcomes, seconds=1.0, settle=1.0, limit_ms=1.0)
-    assert row.p50_ms_by_kind == {Kind.NEW: 30.0, Kind.RETURNING: 20.0, Kind.REFRESHING: None}
+    assert row.p50_ms_by_kind == {UserKind.NEW: 30.0, UserKind.RETURNING: 20.0, UserKind.REFRESHING: None}
     assert (row.memory_hit_share, row.redis_hit_share, row.target_passes_mean) == (round(13 / 30, 4), 0.0, 2.0)
 
 
@@ -91,7 +92,7 @@ class StallingClient:
 
 async def test_a_latency_counts_from_the_planned_moment() -> None:
     """Requests that could not leave in time waited all the same: no coordinated omission."""
-    arrivals = [Arrival(at, Kind.NEW, ("a",), 0) for at in (0.0, 0.01, 0.1)]
+    arrivals = [Arrival(at, UserKind.NEW, ("a",), 0) for at in (0.0, 0.01, 0.1)]
     requests = [pb.RecommendRequest(k=k) for k in (1, 13, 1)]
     outcomes = await drive(cast(RecommenderClient, StallingClient()), arrivals, requests)
     assert [one.code for one in outcomes] == ["OK", "RESOURCE_EXHAUSTED", "OK"]
@@ -121,16 +122,16 @@ def test_only_rates_that_hold_count_as_sustained() -> None:
 
 
 def result(found: Sequence[LoadRow]) -> Result:
-    bare = {1: Throughput(4, 100, 12.5), 2: Throughput(8, 100, 25.0)}
-    question = load.Question(k=10, mix=Mix(), seconds=5.0, settle=1.0, seed=1)
+    baseline = {1: Throughput(4, 100, 12.5), 2: Throughput(8, 100, 25.0)}
+    config = load.LoadConfig(k=10, mix=Mix(), seconds=5.0, settle=1.0, seed=1)
     header = provenance(None, seed=1, command=["atspeed", "bench", "load"])
-    return Result(header | load.header(LoadResult(found, bare), question, data="some.txt"), load.to_json(found))
+    return Result(header | load.header(LoadResult(found, baseline), config, data="some.txt"), to_json(found))
 
 
 def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
     result(rows()).write(tmp_path / "load.json")
     read = Result.read(tmp_path / "load.json")
-    assert load.from_json(read) == rows()
+    assert read.rows_of(load.NAME, LoadRow) == rows()
     page = load_report.write(read, tmp_path).read_text()
     assert "| 9.0 of 12.5 per second, 72% |" in page
     assert "the least | 0.90, at 10.0 per second |" in page
@@ -141,7 +142,7 @@ def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_another_benchmarks_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match="bench load"):
+    with pytest.raises(BenchmarkError, match="benchmark load"):
         load_report.write(Result({"benchmark": "scaling"}, []), tmp_path)
 
 

@@ -71,9 +71,9 @@ def test_everything_is_measured_and_written(made: TestBundle, tmp_path: Path, mo
     assert (beams["prompt_tokens"], beams["beams"], beams["codes"]) == (11, 5, 3)
     # Asked again, it does not inflate again.
     bundle = tmp_path / "work" / "large+draft-float32" / "bundle" / "manifest.json"
-    setup = gpu.Setup(provider="cpu", precision="float32", work=tmp_path / "work")
+    config = gpu.GpuConfig(provider="cpu", precision="float32", work=tmp_path / "work")
     before = bundle.stat().st_mtime_ns
-    gpu.inflated("large+draft", made.bundle, bundle.parents[1], setup)
+    gpu.inflated("large+draft", made.bundle, bundle.parents[1], config)
     assert bundle.stat().st_mtime_ns == before
 
 

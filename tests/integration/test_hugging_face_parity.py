@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.search.scoring import ScoringRule
 from tests.bundles import random_catalogue, write_bundle
 

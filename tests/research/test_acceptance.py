@@ -1,4 +1,4 @@
-"""`bench acceptance`: its counts are those of searches made one by one with cold models, and its page says what the JSON says."""
+"""`research acceptance`: its counts are those of cold searches made one by one, and its page is made of its result file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from atspeed.benchmarks import acceptance, acceptance_report, results
-from atspeed.benchmarks.acceptance import AcceptanceRow, Question, parse_budget
-from atspeed.benchmarks.acceptance_search import NO_DRAFT
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.eval_examples import HeldOutCase, choose_cases, quality
-from atspeed.cli import main
+from atspeed.benchmarks import results
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.search.beams import Beams
@@ -29,10 +25,15 @@ from atspeed.engine.search.trie import ROOT
 from atspeed.rpc.mode import Mode
 from atspeed.training.data import read_atspeed
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from research import acceptance, acceptance_report
+from research.__main__ import app
+from research.acceptance import AcceptanceConfig, AcceptanceRow, parse_budget
+from research.acceptance_search import NO_DRAFT
+from research.eval_examples import HeldOutCase, choose_cases, quality
 from tests.bundles import random_catalogue, write_bundle
 from tests.datasets import write_dataset
-from tests.oracles.cold_search import cold_search
 from tests.oracles.models import Models
+from tests.research.cold_search import cold_search
 
 LEVELS = 4
 USERS = 6
@@ -70,14 +71,14 @@ def cases(models: Models, data: Path) -> list[HeldOutCase]:
 
 
 @pytest.fixture(scope="module")
-def question() -> Question:
-    return Question(budgets=BUDGETS, widths=WIDTHS, modes=MODES, tolerance=TOLERANCE)
+def config() -> AcceptanceConfig:
+    return AcceptanceConfig(budgets=BUDGETS, widths=WIDTHS, modes=MODES, tolerance=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
-def rows(models: Models, other: Bundle, cases: list[HeldOutCase], question: Question) -> list[AcceptanceRow]:
+def rows(models: Models, other: Bundle, cases: list[HeldOutCase], config: AcceptanceConfig) -> list[AcceptanceRow]:
     drafts = {"group/seed1": models.bundle.bundle, "group/seed2": other}
-    return acceptance.run(models.bundle.bundle, drafts, cases, question)
+    return acceptance.run(models.bundle.bundle, drafts, cases, config)
 
 
 def policy_of(mode: Mode, k: int, seed: int) -> Policy:
@@ -161,10 +162,10 @@ def test_rows_with_a_draft(rows: list[AcceptanceRow]) -> None:
 
 
 def test_a_draft_that_is_the_target_foresees_all_beams(
-    models: Models, other: Bundle, cases: list[HeldOutCase], question: Question
+    models: Models, other: Bundle, cases: list[HeldOutCase], config: AcceptanceConfig
 ) -> None:
     """With K nodes per level, that is: the 2K beams of a wider search need not hold the K of this one."""
-    smaller = replace(question, budgets=[parse_budget("1k")], modes=[Mode.STRICT])
+    smaller = replace(config, budgets=[parse_budget("1k")], modes=[Mode.STRICT])
     for row in acceptance.run(models.bundle.bundle, {"itself": other}, cases, smaller):
         if row.draft == "itself":
             assert (row.target_passes_mean, row.one_pass_share, row.draft_passes_mean) == (1, 1, LEVELS - 1)
@@ -177,7 +178,7 @@ def test_under_rule_trie_what_is_certain_takes_no_pass(models: Models, data: Pat
     cases = choose_cases(read_atspeed(data), models.catalogue, allow_empty=False, users=USERS, seed=3)
     budget = parse_budget("2k")
     bundle = forced.bundle.bundle
-    rows = acceptance.run(bundle, {"a": bundle}, cases, Question([budget], WIDTHS, [Mode.STRICT]))
+    rows = acceptance.run(bundle, {"a": bundle}, cases, AcceptanceConfig([budget], WIDTHS, [Mode.STRICT]))
     for row in rows:
         size = None if row.draft == NO_DRAFT else budget.size(row.k, LEVELS)
         cold = [asyncio.run(cold_search(forced, case, Strict(row.k), size)) for case in cases]
@@ -188,11 +189,11 @@ def test_under_rule_trie_what_is_certain_takes_no_pass(models: Models, data: Pat
 
 
 def test_more_processes_give_the_same_rows(
-    models: Models, cases: list[HeldOutCase], question: Question, rows: list[AcceptanceRow]
+    models: Models, cases: list[HeldOutCase], config: AcceptanceConfig, rows: list[AcceptanceRow]
 ) -> None:
     """Each has models of its own; the order of the users stays."""
     drafts = {"group/seed1": models.bundle.bundle}
-    smaller = replace(question, workers=2, modes=[Mode.STRICT])
+    smaller = replace(config, workers=2, modes=[Mode.STRICT])
     found = acceptance.run(models.bundle.bundle, drafts, cases, smaller)
     assert found == [row for row in rows if row in found]
     assert len(found) == len(WIDTHS) * (1 + len(BUDGETS))
@@ -255,21 +256,23 @@ def test_drafts_that_do_not_fit(models: Models, other: Bundle, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def result(models: Models, other: Bundle, question: Question, rows: list[AcceptanceRow]) -> results.Result:
+def result(models: Models, other: Bundle, config: AcceptanceConfig, rows: list[AcceptanceRow]) -> results.Result:
     from atspeed.benchmarks.provenance import provenance
 
     bundle = models.bundle.bundle
     about = acceptance.header(
-        {"group/seed1": bundle, "group/seed2": other}, question, data="made up", users=USERS, seconds=3.0
+        {"group/seed1": bundle, "group/seed2": other}, config, data="made up", users=USERS, seconds=3.0
     )
-    return results.Result(provenance(bundle, seed=3, command=["atspeed", "bench"]) | about, acceptance.to_json(rows))
+    return results.Result(
+        provenance(bundle, seed=3, command=["atspeed", "bench"]) | about, acceptance.rows_to_json(rows)
+    )
 
 
 def test_the_page_comes_from_the_json_alone(result: results.Result, rows: list[AcceptanceRow], tmp_path: Path) -> None:
     """Written, read and rendered twice: the same bytes, with every plot and the spread over seeds."""
     result.write(tmp_path / "acceptance.json")
     read = results.Result.read(tmp_path / "acceptance.json")
-    assert acceptance.from_json(read) == [replace(row, per_user=None) for row in rows]
+    assert read.rows_of(acceptance.NAME, AcceptanceRow) == [replace(row, per_user=None) for row in rows]
     page = acceptance_report.write(read, tmp_path / "one")
     acceptance_report.write(read, tmp_path / "two")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -290,7 +293,7 @@ def test_the_page_comes_from_the_json_alone(result: results.Result, rows: list[A
 def test_a_result_of_another_benchmark_has_no_page(result: results.Result, tmp_path: Path) -> None:
     """Nor has a file that is no result."""
     other = results.Result({"benchmark": "lossless"}, [])
-    with pytest.raises(BenchmarkError, match="bench acceptance"):
+    with pytest.raises(BenchmarkError, match="benchmark acceptance"):
         acceptance_report.write(other, tmp_path)
     (tmp_path / "text").write_text("{}")
     for path in (tmp_path / "text", tmp_path / "missing"):
@@ -299,7 +302,7 @@ def test_a_result_of_another_benchmark_has_no_page(result: results.Result, tmp_p
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main.app, ["bench", *map(str, arguments)])
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def test_the_command(models: Models, other: Bundle, data: Path, tmp_path: Path) -> None:
@@ -351,7 +354,7 @@ def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeyp
         refused = run(*arguments)
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output
         assert problem in refused.stderr
-    for module in ("atspeed.benchmarks.acceptance_report", "atspeed.benchmarks.markdown"):
+    for module in ("research.acceptance_report", "atspeed.benchmarks.plots"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = run(*known, "--report", tmp_path)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.eval_examples import choose_cases, quality
 from atspeed.benchmarks.intervals import bootstrap, half_width
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset, Item, read_atspeed
+from research.eval_examples import choose_cases, quality
 from tests.bundles import random_catalogue
 from tests.datasets import write_dataset
 

@@ -1,4 +1,4 @@
-"""`bench recommenders`: its numbers are those of the run's own evaluation, and SASRec learns from the train split alone."""
+"""`research recommenders`: its numbers are those of the run's own evaluation, and SASRec learns from the train split alone."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from atspeed.benchmarks import recommender_table, recommenders
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.recommender_table import CUTOFFS, RecommenderRow
-from atspeed.benchmarks.recommenders import Method, TrainedRun
-from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.sasrec import SasRec, Settings
-from atspeed.cli import main
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
 from atspeed.training.evaluate import Question
 from atspeed.training.pipeline import train
+from research import recommenders
+from research.__main__ import app
+from research.recommenders import CUTOFFS, Method, RecommenderRow, TrainedRun
+from research.sasrec import SasRec, SasRecSettings
 from tests.recipes import TINY, with_epochs
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 SEED = 3
-SMALL = Settings(dim=16, blocks=1, batch_size=64, negatives=32, learning_rate=1e-2, epochs=8, validation_users=50)
+SMALL = SasRecSettings(dim=16, blocks=1, batch_size=64, negatives=32, learning_rate=1e-2, epochs=8, validation_users=50)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +133,11 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
     """JSON with all methods, and the same page from it afterwards."""
     pytest.importorskip("cornac")
     path, page = tmp_path / "r.json", tmp_path / "one"
-    command = ["bench", "recommenders", "--run-folder", str(folder), "--users", "60", "--with", "sasrec"]
-    done = CliRunner().invoke(main.app, [*command, "--epochs", "1", "--json", str(path), "--report", str(page)])
+    command = ["recommenders", "--run-folder", str(folder), "--users", "60", "--with", "sasrec"]
+    done = CliRunner().invoke(app, [*command, "--epochs", "1", "--json", str(path), "--report", str(page)])
     assert done.exit_code == 0, done.output
     result = Result.read(path)
-    found = recommender_table.from_json(result)
+    found = result.rows_of(recommenders.NAME, RecommenderRow)
     assert [row.method for row in found if row.table == "all"] == [
         "target",
         "draft",
@@ -151,8 +149,8 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
     assert {row.users for row in found} == {60}
     assert result.header["settings"]["sasrec"]["epochs"] == 1
     assert all(row.train_seconds is not None for row in found if row.method == "sasrec")
-    assert recommender_table.to_json(found) == result.rows
-    done = CliRunner().invoke(main.app, ["bench", "report", str(path), "--out", str(tmp_path / "two")])
+    assert to_json(found, omit_none=True) == result.rows
+    done = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "two")])
     assert done.exit_code == 0, done.output
     text = (page / "recommenders.md").read_text()
     assert text == (tmp_path / "two" / "recommenders.md").read_text()
@@ -164,16 +162,16 @@ def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """One line that names the extra, before any work; the rest of the command does without."""
     for module in ("cornac", "cornac.models", "cornac.data"):
         monkeypatch.setitem(sys.modules, module, None)
-    command = ["bench", "recommenders", "--run-folder", str(folder), "--users", "5"]
-    done = CliRunner().invoke(main.app, [*command, "--with", "sasrec"])
+    command = ["recommenders", "--run-folder", str(folder), "--users", "5"]
+    done = CliRunner().invoke(app, [*command, "--with", "sasrec"])
     assert done.exit_code == 1
     assert "pip install 'atspeed-serving[bench]'" in done.stderr
     assert done.stdout == ""
-    assert CliRunner().invoke(main.app, command).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
 def test_what_is_no_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="--run-folder"):
         TrainedRun.open(tmp_path, None)
-    with pytest.raises(BenchmarkError, match="not one of bench recommenders"):
-        recommender_table.from_json(Result({"benchmark": "acceptance"}, []))
+    with pytest.raises(BenchmarkError, match="not one of the benchmark recommenders"):
+        Result({"benchmark": "acceptance"}, []).rows_of(recommenders.NAME, RecommenderRow)
