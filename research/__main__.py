@@ -1,4 +1,4 @@
-"""Command line of the studies: `python -m research acceptance|recommenders|precision|report`."""
+"""Command line of the studies: acceptance, recommenders, precision, report."""
 
 from __future__ import annotations
 

@@ -22,11 +22,17 @@ import numpy as np
 from rich.console import Group
 
 from atspeed.benchmarks.intervals import Interval, bootstrap, half_width
-from atspeed.benchmarks.results import BenchmarkError, Columns, terminal_table, to_json
+from atspeed.benchmarks.results import (
+    COMPARISON_COLUMNS,
+    BenchmarkError,
+    Columns,
+    comparison_counts,
+    terminal_table,
+    to_json,
+)
 from atspeed.benchmarks.services import progress_bar
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import BundleError
-from atspeed.engine.search.list_comparison import Verdict
 from atspeed.rpc.mode import Mode
 from research.acceptance_search import (
     NO_DRAFT,
@@ -180,9 +186,7 @@ COLUMNS: Columns[AcceptanceRow] = (
     ("target passes", lambda row: f"{row.target_passes_mean:.2f} ±{row.target_passes_ci95:.2f}"),
     ("one pass", lambda row: f"{row.one_pass_share:.0%}"),
     ("nodes", lambda row: f"{row.nodes_planned_mean:.0f}"),
-    ("same", lambda row: str(row.identical)),
-    ("near ties", lambda row: str(row.near_ties)),
-    ("differ", lambda row: str(row.different)),
+    *COMPARISON_COLUMNS,
     (f"NDCG @{NDCG_AT}", lambda row: f"{row.ndcg[str(min(row.k, NDCG_AT))]:.4f}"),
 )
 
@@ -336,9 +340,7 @@ def _row(
         nodes_used_mean=_mean([outcome.nodes_used for outcome in found]),
         forced_share=_ratio([outcome.nodes_forced for outcome in found], [outcome.beams for outcome in found]),
         largest_slack_mean=_mean([outcome.largest_slack for outcome in found]),
-        identical=verdicts.count(Verdict.IDENTICAL),
-        near_ties=verdicts.count(Verdict.NEAR_TIE),
-        different=verdicts.count(Verdict.DIFFERENT),
+        **comparison_counts(verdicts),
         recall={str(cutoff): _mean([outcome.quality[cutoff].recall for outcome in found]) for cutoff in places},
         ndcg={str(cutoff): _mean([outcome.quality[cutoff].ndcg for outcome in found]) for cutoff in places},
         ndcg_difference=bootstrap(difference, seed=seed) if configuration.mode is Mode.RELAXED_SAMPLING else None,

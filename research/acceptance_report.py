@@ -1,4 +1,4 @@
-"""Page about `research acceptance`: acceptance.md and its plots, from the result file.
+"""Page about `research acceptance`: acceptance.md and its plots.
 
 Drafts that are named GROUP/SEED share a line: the mean over the seeds with its spread.
 """

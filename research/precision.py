@@ -1,4 +1,4 @@
-"""Cost and quality of number formats: time of a pass, lists compared with float32's, Recall and NDCG.
+"""Cost and quality of number formats: time, lists, Recall and NDCG.
 
 Lists are those of the run's own target, exported anew in each format, for users of the test split. Times are those of another
 checkpoint where one is given, because a larger one shows more. Formats take turns pass by pass, so that a disturbance of the
@@ -154,7 +154,7 @@ def _times(decoders: Sequence[Decoder], vocab_size: int, config: PrecisionConfig
 
 
 async def _lists(opened: TrainedTarget, export: _Exported, cases: Sequence[HeldOutCase], k: int) -> list[list[int]]:
-    """Each user's K items as the target alone finds them."""
+    """Return each user's K items by the target alone."""
     catalogue, rule = opened.catalogue, opened.bundle.manifest.scoring_rule
     entry = opened.bundle.model("target").model_copy(update={"precision": export.precision})
     evaluator = shared_evaluator(export.target, entry, catalogue, rule, prefix_cache(entry))
@@ -171,7 +171,7 @@ async def _lists(opened: TrainedTarget, export: _Exported, cases: Sequence[HeldO
 
 
 def _moved_by_company(decoder: Decoder, vocab_size: int, seed: int) -> float:
-    """The largest change over random trees behind random prompts."""
+    """Return the largest change over random trees behind random prompts."""
     moved = 0.0
     for number in range(_TREES):
         random = np.random.default_rng((seed, number))

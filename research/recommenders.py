@@ -1,4 +1,4 @@
-"""Recall and NDCG of a run's target and draft, popularity, item-kNN and SASRec on one split.
+"""Recall and NDCG of a run's models, popularity, item-kNN and SASRec.
 
 The protocol is that of `atspeed.training.evaluate`: the history is a user's train and validation items, the answer is the set
 of the test items. All methods get the same histories and learn from the train split; the validation split chooses the epoch

@@ -44,7 +44,8 @@ class SharedTreeEvaluator(TreeEvaluator):
         if self._tree is None or not np.array_equal(self._tree.tokens.prompt, prompt):
             if self._tree is not None:
                 super().end(self._tree)
-            self._tree, self._known = await super().open(prompt, tenant=tenant, owner=owner), {}
+            self._tree = await super().open(prompt, tenant=tenant, owner=owner)
+            self._known = {}
         return self._tree
 
     def end(self, tree: OpenTree) -> None:

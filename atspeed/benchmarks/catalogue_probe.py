@@ -1,4 +1,4 @@
-"""Probe of one catalogue in its own process: load time, memory and selection, as JSON.
+"""Probe of one catalogue in its own process: load time, memory, selection.
 
     python -m atspeed.benchmarks.catalogue_probe FOLDER --k 20 --excluded 10000
 

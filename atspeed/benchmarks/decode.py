@@ -1,4 +1,4 @@
-"""Time of a list: our modes through the real services, Hugging Face `generate`, onnxruntime-genai.
+"""Time of a list: our modes, Hugging Face `generate` and onnxruntime-genai.
 
 One request at a time. All variants are measured for a user before the next user, in a random order for each user, so that a
 disturbance of the machine meets all of them. Times are the caller's, from the request to the whole list.

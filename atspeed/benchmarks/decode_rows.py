@@ -1,4 +1,4 @@
-"""Rows of `bench decode`: one for each engine, mode, K and prefix, computed from all measured lists."""
+"""Rows of `bench decode`: one for each engine, mode, K and prefix."""
 
 from __future__ import annotations
 

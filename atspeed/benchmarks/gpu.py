@@ -30,13 +30,13 @@ from atspeed.benchmarks.decode_peers import HuggingFace
 from atspeed.benchmarks.decode_rows import DecodeRow
 from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, bytes_read, probe_beams, probe_passes
-from atspeed.benchmarks.results import BenchmarkError, to_json
+from atspeed.benchmarks.results import BenchmarkError, comparison_counts, to_json
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Provider, RuntimeOptions, load_decoder
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.rpc.mode import Mode
 from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle
@@ -151,8 +151,7 @@ async def exactness(root: Path, histories: Sequence[History], config: GpuConfig)
     rows = []
     for mode, k in variants:
         verdicts = list(map(compare, found[mode, k], expected[Mode.TARGET_ONLY, k]))
-        counts = [verdicts.count(verdict) for verdict in (Verdict.IDENTICAL, Verdict.NEAR_TIE, Verdict.DIFFERENT)]
-        rows.append(ExactRow(str(mode), k, len(verdicts), *counts))
+        rows.append(ExactRow(str(mode), k, len(verdicts), **comparison_counts(verdicts)))
     return rows
 
 
@@ -202,10 +201,10 @@ def inflated(size: str, trained: Bundle, folder: Path, config: GpuConfig) -> Bun
     except BundleError:
         pass
     target, _, draft = size.partition("+")
-    beside = trained.root.resolve().parent
-    inflations: dict[Role, Inflation] = {"target": Inflation(beside / "target-checkpoint", SHAPES[target])}
+    run_folder = trained.root.resolve().parent
+    inflations: dict[Role, Inflation] = {"target": Inflation(run_folder / "target-checkpoint", SHAPES[target])}
     if draft:
-        inflations["draft"] = Inflation(beside / "draft-checkpoint", SHAPES[draft])
+        inflations["draft"] = Inflation(run_folder / "draft-checkpoint", SHAPES[draft])
     label = size.replace("+", "-")
     inflate_bundle(trained, folder, inflations, label=label, precision=config.precision, seed=config.seed)
     return Bundle(folder / "bundle")

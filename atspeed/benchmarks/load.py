@@ -12,8 +12,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,9 @@ from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.in_process_baseline import Throughput, in_process_baseline
 from atspeed.benchmarks.pass_metrics import shared_passes
 from atspeed.benchmarks.results import Columns
-from atspeed.benchmarks.services import mean, progress_bar
+from atspeed.benchmarks.services import mean, progress_bar, started
 from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
-from atspeed.engine.bundle.manifest import read_manifest
-from atspeed.local.redis_server import local_redis
-from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.local.stack import ServiceProcess
 from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
@@ -179,24 +176,11 @@ async def run(root: Path, histories: Sequence[History], config: LoadConfig) -> L
         for replicas in config.replicas:
             baseline[replicas] = await _baseline(root, histories, config, replicas)
             rates = config.rates or [round(share * baseline[replicas].searches_per_second, 2) for share in FRACTIONS]
-            async with _services(root, config, replicas) as (client, targets):
-                rows += await _StepRunner(client, targets, histories, config, progress).rows(rates)
+            flags = {"target": {"threads": config.threads, "metrics-port": 0}}  # all else by default
+            async with started(root, flags, targets=replicas, timeout_seconds=_TIMEOUT_SECONDS) as services:
+                runner = _StepRunner(services.client, services.local.targets, histories, config, progress)
+                rows += await runner.rows(rates)
     return LoadResult(rows, baseline)
-
-
-@asynccontextmanager
-async def _services(
-    root: Path, config: LoadConfig, replicas: int
-) -> AsyncIterator[tuple[RecommenderClient, Sequence[ServiceProcess]]]:
-    """Start the services with their default settings. Yields a client and the targets."""
-    async with AsyncExitStack() as stack:
-        redis_url = stack.enter_context(local_redis())
-        drafts = 1 if read_manifest(root).draft else 0
-        flags = {"target": {"threads": config.threads, "metrics-port": 0}}
-        local = LocalStack(root, redis_url=redis_url, drafts=drafts, targets=replicas, flags=flags)
-        stack.enter_context(local)
-        client = RecommenderClient(local.address, timeout_seconds=_TIMEOUT_SECONDS)
-        yield await stack.enter_async_context(client), local.targets
 
 
 async def _baseline(root: Path, histories: Sequence[History], config: LoadConfig, replicas: int) -> Throughput:

@@ -1,4 +1,4 @@
-"""Comparison of strict lists with target-only lists through the real services, with exclusions.
+"""Comparison of strict lists with target-only lists, with exclusions.
 
 Exclusions matter only where the items would have been recommended. So half of each user's exclusions are drawn from the list
 that the user gets without exclusions, the rest from the whole catalogue. Both modes get the same request. A path is invalid
@@ -18,12 +18,12 @@ import numpy as np
 from rich.progress import Progress
 
 from atspeed.benchmarks.histories import History
-from atspeed.benchmarks.results import BenchmarkError, Columns
+from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
@@ -51,9 +51,7 @@ class LosslessRow:
 
 COLUMNS: Columns[LosslessRow] = (
     ("rule", lambda row: row.rule),
-    ("same", lambda row: str(row.identical)),
-    ("near ties", lambda row: str(row.near_ties)),
-    ("differ", lambda row: str(row.different)),
+    *COMPARISON_COLUMNS,
     ("invalid paths", lambda row: str(row.invalid_paths)),
     ("target-only passes", lambda row: f"{row.target_only_passes_mean:.2f}"),
     ("strict passes", lambda row: f"{row.strict_passes_mean:.2f}"),
@@ -101,9 +99,7 @@ async def _compare(
         k=k,
         excluded=config.excluded,
         users=len(verdicts),
-        identical=verdicts.count(Verdict.IDENTICAL),
-        near_ties=verdicts.count(Verdict.NEAR_TIE),
-        different=verdicts.count(Verdict.DIFFERENT),
+        **comparison_counts(verdicts),
         invalid_paths=sum(
             invalid_paths(reply, out, catalogue)
             for lists in replies.values()

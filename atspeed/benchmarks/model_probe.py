@@ -1,4 +1,4 @@
-"""Probe of a model's single passes on any provider: time by tokens, and over one read of its weights.
+"""Probe of single passes: time by tokens, and over one read of the weights.
 
 With one user a pass on a GPU takes about as long as a read of the weights, up to some hundred tokens. The time of a read is
 measured too: a copy of a large buffer on the same device reads and writes each byte once.

@@ -1,8 +1,8 @@
-"""Oracle plans, the upper bound of speculation: each holds exactly the nodes that a search needs.
+"""Oracle plans, the upper bound of speculation.
 
-A target-only search over the same target, made just before, finds the nodes that strict will need. A stub of the draft in this
-process replies with them, and another orchestrator makes the list over the same target and Redis. The wait for the stub is
-taken off, because no model drafts. What remains is one pass of the target, and no draft could do better.
+An oracle plan holds exactly the nodes that a search needs. A target-only search, made just before, finds them. A stub of the
+draft in this process replies with them, and another orchestrator makes the list over the same target and Redis. The wait for
+the stub is taken off, because no model drafts. What remains is one pass of the target, and no draft could do better.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Overhead of the services: what gRPC, orchestrator and Redis add to the models' time.
+"""Overhead of gRPC, orchestrator and Redis over the models' time.
 
 The user returns: the history is in Redis, and a request was served before the last item came. Overhead is the caller's time
 less the passes of draft and target, as the model services measured these. The same target-only search is measured in this
@@ -106,7 +106,7 @@ COLUMNS: Columns[OverheadRow] = (
 async def run(
     root: Path, histories: Sequence[History], widths: Sequence[int], options: ServiceOptions
 ) -> list[OverheadRow]:
-    """Measure every user in every mode and width, one request at a time, each beside the same search in this process."""
+    """Measure every user in every mode and width, one request at a time, and the same search in this process."""
     measured: dict[tuple[Mode, int], list[RequestOverhead]] = {(mode, k): [] for mode in MODES for k in widths}
     in_process: dict[int, list[float]] = {k: [] for k in widths}
     async with services(root, options) as client, in_process_baseline(root, threads=options.threads or 1) as baseline:

@@ -1,4 +1,4 @@
-"""Comparison of our lists with Hugging Face `generate` on the same checkpoint and prompts.
+"""Comparison of our lists with Hugging Face `generate` on the same checkpoint.
 
 Our lists come from the real services. `generate` runs with num_beams = num_return_sequences = K, children restricted by
 `prefix_allowed_tokens_fn`, and log-softmax over the whole vocabulary. That is the scoring rule `vocab`. It cannot compute the
@@ -21,12 +21,12 @@ from rich.progress import Progress
 from transformers import GenerationConfig, PreTrainedModel
 
 from atspeed.benchmarks.histories import History, prompt_tokens
-from atspeed.benchmarks.results import BenchmarkError, Columns
+from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare, largest_gap
+from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
@@ -74,9 +74,7 @@ async def run(
 COLUMNS: Columns[ParityRow] = (
     ("K", lambda row: str(row.k)),
     ("mode", lambda row: row.mode),
-    ("same", lambda row: str(row.identical)),
-    ("near ties", lambda row: str(row.near_ties)),
-    ("differ", lambda row: str(row.different)),
+    *COMPARISON_COLUMNS,
     ("score gap", lambda row: f"{row.largest_score_gap:.0e}"),
     ("target passes", lambda row: f"{row.target_passes_mean:.2f}"),
     ("levels accepted", lambda row: f"{row.accepted_levels_mean:.2f}"),
@@ -90,9 +88,7 @@ def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: 
         k=k,
         mode=str(mode),
         users=len(verdicts),
-        identical=verdicts.count(Verdict.IDENTICAL),
-        near_ties=verdicts.count(Verdict.NEAR_TIE),
-        different=verdicts.count(Verdict.DIFFERENT),
+        **comparison_counts(verdicts),
         largest_score_gap=max(map(largest_gap, lists, expected), default=0.0),
         target_passes_mean=mean([reply.statistics.target_passes for reply in replies]),
         accepted_levels_mean=mean([reply.statistics.accepted_levels for reply in replies]),

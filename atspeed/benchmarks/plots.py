@@ -1,4 +1,4 @@
-"""Plots of measurements, as SVG files that are equal in every byte for equal numbers."""
+"""Plots of measurements as SVG files, equal in every byte for equal numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Value of a cached prefix: the first pass of a request, by the tier that holds its prompt.
+"""Value of a cached prefix: a request's first pass, by the tier of its prompt.
 
 For each user the same pass is made in five states. The pass evaluates the prompt's last token and the first nodes of the trie.
 Nothing of the prompt is kept; all of it is in memory; all of it is in Redis, which is read always, or only where the measured

@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.table import Table
+
+from atspeed.engine.search.list_comparison import Verdict
 
 Row = TypeVar("Row")
 Columns = Sequence[tuple[str, Callable[[Row], str]]]
@@ -71,6 +73,35 @@ def to_json(rows: Iterable[Any], *, omit_none: bool = False, **labels: str) -> l
     """Return the JSON values of rows. labels: written before the fields of every row."""
     values = [{**labels, **asdict(row)} for row in rows]
     return [{name: each for name, each in row.items() if not (omit_none and each is None)} for row in values]
+
+
+class Compared(Protocol):
+    """Row with counts of lists that were compared with reference lists."""
+
+    @property
+    def identical(self) -> int:
+        """Lists that are the reference's."""
+
+    @property
+    def near_ties(self) -> int:
+        """Lists that differ by near-ties only."""
+
+    @property
+    def different(self) -> int:
+        """Lists that differ."""
+
+
+COMPARISON_COLUMNS: Columns[Compared] = (
+    ("same", lambda row: str(row.identical)),
+    ("near ties", lambda row: str(row.near_ties)),
+    ("differ", lambda row: str(row.different)),
+)
+
+
+def comparison_counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Count verdicts, by the names of a row's fields."""
+    names = {"identical": Verdict.IDENTICAL, "near_ties": Verdict.NEAR_TIE, "different": Verdict.DIFFERENT}
+    return {name: verdicts.count(verdict) for name, verdict in names.items()}
 
 
 def cells(columns: Columns[Row], rows: Iterable[Row]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Scaling with the size of the catalogue, the number of beams and the length of the prompt.
+"""Scaling with the size of the catalogue, the beams and the prompt.
 
 Load time, memory and selection are measured against the catalogue; searches against their beams and prompts. Catalogues are
 synthetic, and each is measured in its own process. Searches are target-only, of a bundle's model, in this process. The engine

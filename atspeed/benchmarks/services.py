@@ -78,20 +78,33 @@ class Services:
 @asynccontextmanager
 async def running_services(bundle: Path, options: ServiceOptions | None = None) -> AsyncIterator[Services]:
     """Start the services, and drain them afterwards."""
+    async with started(bundle, (options or ServiceOptions()).flags) as running:
+        yield running
+
+
+@asynccontextmanager
+async def started(
+    bundle: Path,
+    flags: Mapping[str, Mapping[str, object]],
+    *,
+    targets: int = 1,
+    timeout_seconds: float = PATIENCE_SECONDS,
+) -> AsyncIterator[Services]:
+    """Start the services with these settings, and drain them afterwards. timeout_seconds: of the client's calls."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(local_redis())
         drafts = 1 if read_manifest(bundle).draft else 0
-        flags = (options or ServiceOptions()).flags
-        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, drafts=drafts, flags=flags))
-        client = RecommenderClient(local.address, timeout_seconds=PATIENCE_SECONDS)
+        local = LocalStack(bundle, redis_url=redis_url, drafts=drafts, targets=targets, flags=flags)
+        stack.enter_context(local)
+        client = RecommenderClient(local.address, timeout_seconds=timeout_seconds)
         yield Services(await stack.enter_async_context(client), local, redis_url)
 
 
 @asynccontextmanager
 async def services(bundle: Path, options: ServiceOptions | None = None) -> AsyncIterator[RecommenderClient]:
     """Start the services and yield a client of them."""
-    async with running_services(bundle, options) as started:
-        yield started.client
+    async with running_services(bundle, options) as running:
+        yield running.client
 
 
 async def ask(

@@ -1,4 +1,4 @@
-"""Soak run of the real services with crashing clients: checks for growth and slowdown.
+"""Soak run with crashing clients: checks the services for growth and slowdown.
 
 A steady load of recommendations and events is measured, while other client processes are killed in the middle of their calls.
 Memory, descriptors and threads of every process are sampled. The KV tier in memory is kept small, so that it is full after the

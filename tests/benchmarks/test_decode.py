@@ -1,4 +1,4 @@
-"""`bench decode` without services: what is compared with what, and the page about it."""
+"""`bench decode` without services: comparisons between variants, and the page."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def rows() -> dict[tuple[str, str], DecodeRow]:
     return {(row.name, row.prefix): row for row in summary(measured())}
 
 
-def test_speed_ups_are_of_medians_over_the_same_users() -> None:
+def test_speedups_are_of_medians_over_the_same_users() -> None:
     found = rows()
     assert found["strict", "warm"].speedup_vs_target_only == 2.0
     assert found["exact-sampling", "cold"].speedup_vs_target_only == round(110 / 60, 3)
@@ -74,7 +74,7 @@ def test_speed_ups_are_of_medians_over_the_same_users() -> None:
     assert found["other", "cold"].speedup_vs_hf == 4.0
 
 
-def test_lists_are_compared_with_what_they_have_to_be() -> None:
+def test_lists_are_compared_with_their_reference() -> None:
     found = rows()
     counts = {key: (row.identical, row.near_ties, row.different) for key, row in found.items()}
     assert counts["strict", "warm"] == (3, 0, 0)
@@ -89,7 +89,7 @@ def test_lists_are_compared_with_what_they_have_to_be() -> None:
     assert {row.mode for row in found.values() if not row.promises_identity} == {"tolerance", "relaxed-sampling"}
 
 
-def test_without_target_only_there_is_nothing_to_compare_with() -> None:
+def test_without_target_only_nothing_is_compared() -> None:
     [row] = summary({variant("strict"): samples([1.0])})
     assert (row.speedup_vs_target_only, row.speedup_vs_hf, row.identical) == (None, None, None)
 
@@ -100,8 +100,8 @@ def test_percentiles_and_means_of_a_row() -> None:
     assert (row.prompt_tokens_mean, row.cached_tokens_mean, row.stages_ms["target"]) == (20, 16, 1.0)
 
 
-def test_predictions_are_compared_where_there_are_any() -> None:
-    """Of the target 10 and 30 % off, of the draft nothing was predicted."""
+def test_prediction_errors_count_predicted_requests_only() -> None:
+    """Predictions for the target are 10 and 30 % off; there are none for the draft."""
     [first, second, third] = samples([1.0, 2.0, 3.0], stages={**STAGES, "target_forward": 10.0})
     found = [
         replace(first, predicted_ms={"target": 11.0}, expected_passes=1.5),
@@ -125,7 +125,7 @@ def result(tmp_path: Path) -> Result:
     )
 
 
-def test_the_page_is_written_from_the_file_alone(result: Result, tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path / "decode.json")
     read = Result.read(tmp_path / "decode.json")
     assert read.rows_of(NAME, DecodeRow) == summary(measured())
@@ -146,19 +146,19 @@ def test_the_page_is_written_from_the_file_alone(result: Result, tmp_path: Path)
     assert plots == {path.name: path.read_bytes() for path in page.parent.glob("*.svg")}
 
 
-def test_the_page_says_that_a_model_is_inflated(result: Result, tmp_path: Path) -> None:
+def test_page_names_inflated_models(result: Result, tmp_path: Path) -> None:
     header = {**result.header, "bundle": {**result.header["bundle"], "inflated_from": {"target": 1234}}}
     text = decode_report.write(replace(result, header=header), tmp_path).read_text()
     assert text.startswith("# Time of a list: random, inflated")
     assert "*inflated*: computes what 1,234 trained parameters compute" in text
 
 
-def test_another_benchmarks_file_is_refused(result: Result) -> None:
+def test_result_of_another_benchmark_is_refused(result: Result) -> None:
     with pytest.raises(BenchmarkError, match="not one of the benchmark decode"):
         replace(result, header={**result.header, "benchmark": "load"}).rows_of(NAME, DecodeRow)
 
 
-def test_the_table_names_every_variant() -> None:
+def test_table_has_every_variant() -> None:
     shown = table(summary(measured()))
     assert sum(part.row_count for part in shown.renderables) == len(measured())  # type: ignore[union-attr]
     assert {Mode.STRICT.value, "other"} <= {row.name for row in summary(measured())}

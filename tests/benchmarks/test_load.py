@@ -1,4 +1,4 @@
-"""`bench load` without services: what is counted, from when, and the page about it."""
+"""`bench load` without services: counted requests, their latencies, and the page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def outcome(
 
 
 @given(st.lists(st.one_of(st.floats(0, 1e6), st.just(math.inf)), min_size=1), st.floats(1, 100))
-def test_a_percentile_is_reached_by_so_many_and_by_no_fewer(values: list[float], percent: float) -> None:
+def test_percentile_is_exact(values: list[float], percent: float) -> None:
     value = percentile(values, percent)
     bound = math.inf if value is None else value + 1e-3
     assert sum(v <= bound for v in values) >= percent / 100 * len(values) - 1e-6
@@ -43,11 +43,11 @@ def test_a_percentile_is_reached_by_so_many_and_by_no_fewer(values: list[float],
         assert sum(v < value - 1e-3 for v in values) < percent / 100 * len(values) + 1e-6
 
 
-def test_of_nothing_there_is_no_percentile() -> None:
+def test_percentile_of_nothing_is_none() -> None:
     assert percentile([], 50) is None
 
 
-def test_failures_are_infinitely_late_and_no_goodput() -> None:
+def test_failures_count_as_infinitely_late() -> None:
     outcomes = [outcome(0.01)] * 96 + [outcome(0.2)] * 2 + [outcome(0, code="UNAVAILABLE")] * 2
     row = summary(outcomes, seconds=10.0, settle=1.0, limit_ms=100.0)
     assert (row.requests, row.errors) == (100, {"UNAVAILABLE": 2})
@@ -56,13 +56,13 @@ def test_failures_are_infinitely_late_and_no_goodput() -> None:
     assert not row.is_within_limit
 
 
-def test_what_is_answered_after_the_end_took_longer_than_the_step() -> None:
+def test_late_replies_extend_the_window_of_throughput() -> None:
     """A queue that only empties after the last arrival is no throughput of the step."""
     row = summary([outcome(0.1, at=10.9), outcome(8.0, at=11.0)], seconds=10.0, settle=1.0, limit_ms=100.0)
     assert row.achieved_rps == round(2 / 18.0, 3)
 
 
-def test_kinds_and_tiers_are_told_apart() -> None:
+def test_kinds_and_tiers_are_counted_apart() -> None:
     outcomes = [
         outcome(0.03),
         outcome(0.02, kind=UserKind.RETURNING, cached=5),
@@ -90,7 +90,7 @@ class StallingClient:
         return pb.RecommendResponse()
 
 
-async def test_a_latency_counts_from_the_planned_moment() -> None:
+async def test_latency_counts_from_the_planned_moment() -> None:
     """Requests that could not leave in time waited all the same: no coordinated omission."""
     arrivals = [Arrival(at, UserKind.NEW, ("a",), 0) for at in (0.0, 0.01, 0.1)]
     requests = [pb.RecommendRequest(k=k) for k in (1, 13, 1)]
@@ -114,7 +114,7 @@ def rows() -> list[LoadRow]:
     ]
 
 
-def test_only_rates_that_hold_count_as_sustained() -> None:
+def test_only_rates_within_the_limit_are_sustained() -> None:
     found = rows()
     assert sustained(found, 1, "target-only") == 10.0
     assert sustained(found, 1, "strict") == 9.0
@@ -128,7 +128,7 @@ def result(found: Sequence[LoadRow]) -> Result:
     return Result(header | load.header(LoadResult(found, baseline), config, data="some.txt"), to_json(found))
 
 
-def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     result(rows()).write(tmp_path / "load.json")
     read = Result.read(tmp_path / "load.json")
     assert read.rows_of(load.NAME, LoadRow) == rows()
@@ -141,12 +141,12 @@ def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
         assert (tmp_path / f"load-{replicas}.svg").read_text().startswith("<?xml")
 
 
-def test_another_benchmarks_result_is_refused(tmp_path: Path) -> None:
+def test_result_of_another_benchmark_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="benchmark load"):
         load_report.write(Result({"benchmark": "scaling"}, []), tmp_path)
 
 
-def test_requests_that_shared_a_pass_are_read_from_all_targets() -> None:
+def test_shared_passes_are_summed_over_targets() -> None:
     page = """# TYPE atspeed_pass_requests histogram
 atspeed_pass_requests_bucket{le="+Inf"} 4.0
 atspeed_pass_requests_count 4.0

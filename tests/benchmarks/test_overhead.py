@@ -1,4 +1,4 @@
-"""`bench overhead` without services: what counts as added, and the page about it."""
+"""`bench overhead` without services: the overhead of a request, and the page."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def reply(*, total: int = 28, extra: int = 0) -> pb.RecommendResponse:
     return pb.RecommendResponse(statistics=pb.Statistics(stage_times=times))
 
 
-def test_what_is_not_in_the_models_is_added() -> None:
+def test_overhead_is_time_outside_of_the_models() -> None:
     added = RequestOverhead.of(reply(), caller_ms=30.0)
     assert (added.models_ms, added.added_ms) == (16.0, 14.0)
     assert added.parts == {"client": 2.0, "history": 2.0, "target": 3.0, "draft": 2.0, "selection": 1.0}
 
 
-def test_a_row_has_medians_and_the_difference_user_by_user() -> None:
+def test_row_has_medians_and_paired_differences() -> None:
     found = [RequestOverhead.of(reply(extra=extra), caller_ms=30.0 + extra) for extra in (0, 1, 10)]
     one = summarise(Mode.TARGET_ONLY, 5, found, [20.0, 26.0, 29.0])
     assert (one.users, one.p50_ms, one.models_p50_ms, one.added_p50_ms) == (3, 31.0, 16.0, 15.0)
@@ -41,7 +41,7 @@ def test_a_row_has_medians_and_the_difference_user_by_user() -> None:
     assert summarise(Mode.STRICT, 5, found, None).over_in_process_ms is None
 
 
-def test_the_page_is_written_from_the_file_alone(tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     bundle = Bundle(write_bundle(tmp_path / "bundle", random_catalogue(20, (4, 4), seed=1)).root)
     rows = [
         summarise(mode, 5, [RequestOverhead.of(reply(), 30.0)], [20.0] if mode is Mode.TARGET_ONLY else None)

@@ -27,7 +27,7 @@ def not_level(run: SoakRecord) -> list[str]:
     return [check.what for check in checks(run, WARM_UP, END, Bounds()) if not check.level]
 
 
-def test_what_grows_while_it_warms_up_is_level() -> None:
+def test_growth_during_warm_up_is_ignored() -> None:
     assert not_level(run_of()) == []
 
 
@@ -41,15 +41,15 @@ def test_what_grows_while_it_warms_up_is_level() -> None:
         (SoakRecord(left_behind=1), "recommendations left behind"),
     ],
 )
-def test_what_grows_later_is_not(run: SoakRecord, found: str) -> None:
+def test_growth_after_warm_up_fails_a_check(run: SoakRecord, found: str) -> None:
     assert not_level(run) == [found]
 
 
-def test_a_little_growth_is_allowed() -> None:
+def test_growth_within_bounds_is_allowed() -> None:
     assert not_level(run_of(memory_per_second=0.02 * MB, threads_at_end=10, slowdown=0.05)) == []
 
 
-def test_growth_is_told_for_each_list_and_each_crashed_client() -> None:
+def test_growth_is_given_per_list_and_per_crashed_client() -> None:
     run = run_of(memory_per_second=2048.0)  # of two lists each
     run.crashes = [10.0, *(float(at) for at in range(WARM_UP, END, 4))]
     (line,) = growths(run, WARM_UP, END)

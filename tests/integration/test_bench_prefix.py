@@ -1,4 +1,4 @@
-"""`atspeed bench prefix` on a small bundle and a real Redis: what each state computes, and a result file that says so."""
+"""`atspeed bench prefix` on a small bundle and a real Redis."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def histories(catalogue: Catalogue) -> list[list[str]]:
 
 
 async def rows_of(bundle: Path, histories: list[list[str]], config: PrefixConfig) -> dict[str, PrefixRow]:
-    """Of the last number of nodes."""
+    """Return the rows of the last number of nodes, by state."""
     rows = await prefix.run(Bundle(bundle), histories, config)
     assert [row.nodes for row in rows] == [nodes for nodes in config.nodes for _ in PrefixState]
     return {row.state: row for row in rows}
 
 
-async def test_each_state_computes_what_its_tier_lacks(bundle: Path, histories: list[list[str]]) -> None:
+async def test_state_computes_tokens_that_its_tier_lacks(bundle: Path, histories: list[list[str]]) -> None:
     """Prompts of 2, 5 and 8 items of four codes, a token before and one after: blocks end one token after an item's end."""
     rows = await rows_of(bundle, [*histories, ["item-1"]], PrefixConfig(nodes=(0, 20)))
     lengths = [2 + LEVELS * items for items in (2, 5, WINDOW)]
@@ -49,14 +49,12 @@ async def test_each_state_computes_what_its_tier_lacks(bundle: Path, histories: 
     assert all(row.is_same for row in rows.values())
 
 
-async def test_the_draft_and_other_blocks_can_be_measured(bundle: Path, histories: list[list[str]]) -> None:
+async def test_draft_and_other_block_sizes_are_measured(bundle: Path, histories: list[list[str]]) -> None:
     rows = await rows_of(bundle, histories[-1:], PrefixConfig(role="draft", nodes=(0,), block_tokens=16))
     assert (rows[PrefixState.MEMORY].role, rows[PrefixState.MEMORY].memory_tokens) == ("draft", 32)
 
 
-def test_the_command_writes_a_result_and_refuses_what_it_cannot_measure(
-    bundle: Path, tmp_path: Path, catalogue: Catalogue
-) -> None:
+def test_command_writes_result_and_refuses_short_histories(bundle: Path, tmp_path: Path, catalogue: Catalogue) -> None:
     lines = tmp_path / "histories.txt"
     lines.write_text(f"u1 {' '.join(random_history(catalogue, 3, seed=1))}\nu2 item-1\n")
     bench_prefix(bundle, histories=lines, nodes=[4], json_file=tmp_path / "result.json", report=tmp_path)
@@ -75,7 +73,7 @@ def test_the_command_writes_a_result_and_refuses_what_it_cannot_measure(
         bench_prefix(bundle, histories=lines)
 
 
-def test_a_difference_beyond_rounding_is_seen() -> None:
+def test_difference_beyond_rounding_is_detected() -> None:
     def row(difference: float) -> PrefixRow:
         interval = Interval(1.0, 1.0, 1.0)
         return PrefixRow("target", 0, PrefixState.COLD, 1, 1.0, 1.0, 1.0, 0.0, 0.0, 0, interval, difference)

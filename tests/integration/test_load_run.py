@@ -1,4 +1,4 @@
-"""`atspeed bench load`, small: the real services, a real Redis and the in-process baseline on a random bundle."""
+"""`atspeed bench load` with the real services and the in-process baseline."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from atspeed.benchmarks.histories import choose_histories
 from atspeed.engine.bundle.manifest import Bundle
 
 
-async def test_both_modes_are_loaded_at_the_same_rate(bundle: Path) -> None:
-    """Every request is counted: arrivals, replies and failures add up, and returning users find their prefix."""
+async def test_both_modes_get_the_same_load(bundle: Path) -> None:
+    """All requests are counted, and returning users find their prefix."""
     histories = choose_histories(Bundle(bundle).catalogue(), None, 30, 1)
     config = load.LoadConfig(
         k=5, mix=Mix(0.2, 0.3, 0.5), seconds=1.0, settle=0.2, seed=1, replicas=(1,), rates=(30.0,), unloaded=3, bare=6

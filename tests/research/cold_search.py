@@ -1,4 +1,4 @@
-"""A search as `research acceptance` counts it, made by itself: models that know nothing yet, and the service's own drafter."""
+"""Cold search, the oracle of `research acceptance`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`research precision`: formats beside float32 on the same users, and the page about it."""
+"""`research precision`: number formats compared with float32, and the page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows(made: TestBundle) -> list[PrecisionRow]:
     return precision.run(TrainedTarget(made.bundle, catalogue, model), model, cases, config)
 
 
-def test_float32_is_what_the_others_are_compared_with(rows: list[PrecisionRow]) -> None:
+def test_float32_is_the_reference(rows: list[PrecisionRow]) -> None:
     plain = rows[0]
     assert [row.precision for row in rows] == ["float32", "float16", "int8"]
     assert (plain.identical, plain.overlap) == (USERS, 1.0)
@@ -43,20 +43,20 @@ def test_float32_is_what_the_others_are_compared_with(rows: list[PrecisionRow]) 
     assert {row.users for row in rows} == {USERS}
 
 
-def test_int8_alone_does_not_notice_company_at_all(rows: list[PrecisionRow]) -> None:
+def test_int8_alone_is_unchanged_by_cobatched_nodes(rows: list[PrecisionRow]) -> None:
     moved = {row.precision: row.moved_by_company for row in rows}
     assert moved["int8"] == 0
     assert 0 < moved["float32"] < 1e-4 < moved["float16"]
 
 
-def test_int8_rounds_and_its_file_is_small(rows: list[PrecisionRow]) -> None:
+def test_int8_changes_lists_and_has_a_smaller_file(rows: list[PrecisionRow]) -> None:
     plain, _, int8 = rows
     assert 0.5 < int8.overlap < 1
     assert int8.megabytes < plain.megabytes
     assert all(ms > 0 for row in rows for ms in row.pass_ms.values())
 
 
-def test_the_page_is_written_from_the_file_alone(made: TestBundle, rows: list[PrecisionRow], tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(made: TestBundle, rows: list[PrecisionRow], tmp_path: Path) -> None:
     about = precision.header(PrecisionConfig(), timed="a target of 9 parameters")
     result = Result(provenance(made.bundle, seed=1) | about, to_json(rows))
     result.write(tmp_path / "precision.json")

@@ -1,4 +1,4 @@
-"""`research recommenders`: its numbers are those of the run's own evaluation, and SASRec learns from the train split alone."""
+"""`research recommenders`: equal to the run's own evaluation; and SASRec."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def sasrec(opened: TrainedRun) -> SasRec:
     return SasRec.train(opened.dataset, opened.catalogue, SMALL, seed=SEED)
 
 
-def test_the_means_are_those_of_the_runs_own_evaluation(folder: Path, rows: list[RecommenderRow]) -> None:
-    """The same users, as the run measures all of them, with and without what they have seen."""
+def test_means_equal_the_runs_own_evaluation(folder: Path, rows: list[RecommenderRow]) -> None:
+    """All users are measured, with and without seen items, as by the run."""
     report = json.loads((folder / "metrics.json").read_text())
     assert {(row.table, row.method) for row in rows} == {
         (table, method)
@@ -74,7 +74,7 @@ def test_the_means_are_those_of_the_runs_own_evaluation(folder: Path, rows: list
             assert row.ndcg[str(cutoff)].mean == pytest.approx(wanted[f"ndcg@{cutoff}"])
 
 
-def test_intervals(rows: list[RecommenderRow], asked: list[Question]) -> None:
+def test_intervals_are_near_normal_and_paired(rows: list[RecommenderRow], asked: list[Question]) -> None:
     """Half widths are near the normal law's; the difference from item-kNN is paired: of its own ranking it is 0."""
     for row in rows:
         mean, ci95 = row.recall["10"].mean, row.recall["10"].ci95
@@ -91,7 +91,7 @@ def test_intervals(rows: list[RecommenderRow], asked: list[Question]) -> None:
             assert (nothing.low, nothing.value, nothing.high) == (0, 0, 0)
 
 
-def test_sasrec_learns(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
+def test_sasrec_beats_popularity_and_is_reproducible(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
     """Better than popularity on walks along fixed successors, and the same again by the same seed."""
     rankings = evaluate.rank_by(sasrec.score, asked, exclude_seen=False)
     popular = evaluate.rank_by(evaluate.popularity(opened.dataset, opened.catalogue), asked, exclude_seen=False)
@@ -100,14 +100,14 @@ def test_sasrec_learns(opened: TrainedRun, asked: list[Question], sasrec: SasRec
     assert np.array_equal(again.score(asked[0]), sasrec.score(asked[0]))
 
 
-def test_sasrec_does_not_read_the_test_split(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
+def test_sasrec_ignores_the_test_split(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
     dataset = opened.dataset
     blind = Dataset(dataset.name, dataset.terms, dataset.items, dataset.train, dataset.valid, {})
     found = SasRec.train(blind, opened.catalogue, SMALL, seed=SEED)
     assert np.array_equal(found.score(asked[0]), sasrec.score(asked[0]))
 
 
-def test_sasrec_gives_no_score_to_items_that_it_never_saw(opened: TrainedRun) -> None:
+def test_sasrec_gives_no_score_to_unseen_items(opened: TrainedRun) -> None:
     """They would keep the score of a random start. Of an empty history, and of one that only holds them, all others are alike."""
     pytest.importorskip("cornac")
     dataset, catalogue = opened.dataset, opened.catalogue
@@ -129,7 +129,7 @@ def test_sasrec_gives_no_score_to_items_that_it_never_saw(opened: TrainedRun) ->
 # --- the command line
 
 
-def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
+def test_command_writes_result_and_page(folder: Path, tmp_path: Path) -> None:
     """JSON with all methods, and the same page from it afterwards."""
     pytest.importorskip("cornac")
     path, page = tmp_path / "r.json", tmp_path / "one"
@@ -158,7 +158,7 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
     assert "sasrec: dim 64, blocks 2" in text
 
 
-def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the extra, before any work; the rest of the command does without."""
     for module in ("cornac", "cornac.models", "cornac.data"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -170,7 +170,7 @@ def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert CliRunner().invoke(app, command).exit_code == 0
 
 
-def test_what_is_no_run(folder: Path, tmp_path: Path) -> None:
+def test_folder_without_run_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="--run-folder"):
         TrainedRun.open(tmp_path, None)
     with pytest.raises(BenchmarkError, match="not one of the benchmark recommenders"):

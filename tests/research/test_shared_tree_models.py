@@ -1,4 +1,4 @@
-"""The trees that benchmarks keep from search to search."""
+"""Trees that searches share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import Models
 
 
-async def test_a_warm_tree_refuses_what_it_cannot_answer(tmp_path: Path) -> None:
+async def test_shared_tree_refuses_unsupported_requests(tmp_path: Path) -> None:
     """Another prompt's tree, exclusions, another temperature; and it computes no node twice."""
     models = Models.load(write_bundle(tmp_path, random_catalogue(80, (6, 5, 4, 4), seed=4)))
     bundle = models.bundle.bundle

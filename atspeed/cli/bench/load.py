@@ -1,4 +1,4 @@
-"""`atspeed bench load` and `atspeed bench scaling`: latency under load, and scaling."""
+"""`atspeed bench load` and `scaling`: latency under load, and scaling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from atspeed.benchmarks.arrivals import Mix
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.options import Histories, JsonFile, PageFolder, Seed, Threads, save, source_of
 from atspeed.cli.options import BundleFolder, out
 from atspeed.engine.bundle.manifest import Bundle
@@ -37,9 +40,6 @@ def bench_load(
 ) -> None:
     """Measure latency and goodput of the real services at rising rates, target-only and strict."""
     from atspeed.benchmarks import load
-    from atspeed.benchmarks.arrivals import Mix
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.results import terminal_table, to_json
 
     opened = Bundle(bundle)
     config = load.LoadConfig(

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from atspeed.benchmarks import lossless
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.results import Result, terminal_table, to_json
 from atspeed.cli.bench.load import bench_load, bench_scaling
 from atspeed.cli.bench.options import Histories, JsonFile, Seed, Users, print_identity, save, write_page
 from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
@@ -37,8 +40,6 @@ def bench_parity(
     json_file: JsonFile = None,
 ) -> None:
     """Compare lists with Hugging Face generate; exits with 1 if one differs beyond near-ties."""
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.results import terminal_table, to_json
 
     parity, exporter = optional("atspeed.benchmarks.parity"), optional("atspeed.training.export")
     optional("transformers.utils.logging").disable_progress_bar()  # loading takes a moment only
@@ -67,9 +68,6 @@ def bench_lossless(
     json_file: JsonFile = None,
 ) -> None:
     """Compare strict with target-only under exclusions; exits with 1 if a list differs or a path is invalid."""
-    from atspeed.benchmarks import lossless
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.results import terminal_table, to_json
 
     opened = Bundle(bundle)
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
@@ -97,7 +95,6 @@ def bench_report(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
 ) -> None:
     """Write the page of a measurement from its result file."""
-    from atspeed.benchmarks.results import Result
 
     read = Result.read(result)
     benchmark = str(read.header.get("benchmark"))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import typer
 
+from atspeed.benchmarks.provenance import provenance
+from atspeed.benchmarks.results import Result
 from atspeed.cli.options import err, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import Verdict
-
-if TYPE_CHECKING:
-    from atspeed.benchmarks.results import Result
 
 
 def _require_plots(folder: Path | None) -> Path | None:
@@ -67,13 +66,10 @@ def save(
     *,
     page: tuple[Path | None, str] = (None, ""),
 ) -> None:
-    """Add the provenance to a result, and write its file and its page where they are wanted.
+    """Add the provenance to a result, and write its file and its page if they are asked for.
 
     about: more fields of the header. page: the page's folder, and the module that writes it.
     """
-    from atspeed.benchmarks.provenance import provenance
-    from atspeed.benchmarks.results import Result
-
     result = Result(provenance(bundle, seed=seed) | dict(about or {}), rows)
     if path is not None:
         result.write(path)

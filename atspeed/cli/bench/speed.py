@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead`, `prefix` and `gpu`: times of lists and passes."""
+"""`atspeed bench decode`, `overhead`, `prefix`, `gpu`: times of lists and passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from atspeed.benchmarks import decode_rows
 from atspeed.benchmarks.decode_rows import Prefix
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.benchmarks.services import ServiceOptions
 from atspeed.cli.bench.options import (
     Histories,
     JsonFile,
@@ -85,10 +89,7 @@ def bench_decode(
     report: PageFolder = None,
 ) -> None:
     """Measure the time of a list by mode, K and prefix, and of other engines; exits with 1 if a list differs."""
-    from atspeed.benchmarks import decode, decode_rows
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.results import to_json
-    from atspeed.benchmarks.services import ServiceOptions
+    from atspeed.benchmarks import decode
 
     if genai and checkpoint is None:
         raise typer.BadParameter("--genai needs --checkpoint, the weights that it runs")
@@ -135,9 +136,6 @@ def bench_overhead(
 ) -> None:
     """Measure what gRPC, orchestrator and Redis add to the models' time, for returning users."""
     from atspeed.benchmarks import overhead
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.results import terminal_table, to_json
-    from atspeed.benchmarks.services import ServiceOptions
 
     opened = Bundle(bundle)
     catalogue = opened.catalogue()
@@ -173,8 +171,6 @@ def bench_prefix(
 ) -> None:
     """Measure a request's first pass with its prompt cold, in memory or in Redis; exits with 1 if evaluations differ."""
     from atspeed.benchmarks import prefix
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.results import terminal_table, to_json
 
     opened = Bundle(bundle)
     if draft and opened.manifest.draft is None:
@@ -192,7 +188,7 @@ def bench_prefix(
 
 def bench_gpu(
     bundle: Annotated[
-        Path, typer.Option("--bundle", help="A bundle that `atspeed train` wrote, beside its checkpoints.")
+        Path, typer.Option("--bundle", help="A bundle that `atspeed train` wrote, next to its checkpoints.")
     ],
     work: Annotated[Path, typer.Option(help="Folder in which inflated bundles are kept; 40 GB.", file_okay=False)],
     histories: Histories = None,
@@ -219,8 +215,6 @@ def bench_gpu(
 ) -> None:
     """Measure on a GPU: exactness against the CPU, lists and single passes at the size of large models."""
     gpu = optional("atspeed.benchmarks.gpu")
-    from atspeed.benchmarks import decode_rows
-    from atspeed.benchmarks.histories import choose_histories
 
     optional("transformers.utils.logging").disable_progress_bar()
     opened = Bundle(bundle)
