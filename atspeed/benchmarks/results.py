@@ -66,7 +66,11 @@ class Result:
         try:
             return TypeAdapter(list[row]).validate_python(found)  # type: ignore[valid-type] # a type of run time
         except ValidationError as error:
-            raise BenchmarkError(f"the result file of the benchmark {benchmark} has other rows: {error}") from error
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise BenchmarkError(
+                f"the result file of {benchmark} has another format: {place}: {first['msg']}"
+            ) from error
 
 
 def to_json(rows: Iterable[Any], *, omit_none: bool = False, **labels: str) -> list[dict[str, Any]]:

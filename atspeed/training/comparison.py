@@ -5,7 +5,7 @@ run/                            that of the base recipe: catalogue/, target-chec
         target/bundle/          the target alone, exported once
         seed1/                  the pretrained draft, which all losses of a seed begin with
         level-kd-seed1/         draft-checkpoint/, draft-log.json, bundle/: its target is a hard link to that of target/bundle/
-        bundles.txt             level-kd/seed1=PATH, ...: what `atspeed bench acceptance --draft` takes
+        bundles.txt             level-kd/seed1=PATH, ...: arguments of `python -m research acceptance --draft`
 
     base = "beauty-small.toml"                              a recipe with a draft, beside this file
     seeds = [1, 2, 3]
