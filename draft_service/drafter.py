@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.memory_cache import NO_OWNER
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import PassProgram, Selection, TreeEvaluator
@@ -20,7 +21,7 @@ from atspeed.engine.search.beams import (
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.sampling import Stream
 from atspeed.engine.search.scoring import Children, Evaluation, Perturbation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning, Trie, among
+from atspeed.engine.search.trie import ROOT, Pruning, Trie, among
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Drafter:
     """Proposes the nodes that the target's search will ask for."""
 
     def __init__(self, evaluator: TreeEvaluator) -> None:
-        self._evaluator, self._trie = evaluator, evaluator.trie
+        self._evaluator = evaluator
+        self._trie = evaluator.trie
         self._free = free_nodes(evaluator.trie, evaluator.rule)
         self._scale = evaluator.entry.plan_scale or (1.0,) * (evaluator.trie.levels - 1)
 
@@ -83,8 +85,12 @@ class _Growth:
     """A plan as it grows. free, scale: of the draft, see `Shortlist.grown`. passes: those that it took so far."""
 
     def __init__(self, order: DraftRequest, trie: Trie, free: npt.NDArray[np.bool_], scale: tuple[float, ...]) -> None:
-        self._order, self._trie, self._free, self._scale = order, trie, free, scale
-        self._listed, self._evaluated = Shortlist.of(order.below), dict[int, Children]()
+        self._order = order
+        self._trie = trie
+        self._free = free
+        self._scale = scale
+        self._listed = Shortlist.of(order.below)
+        self._evaluated = dict[int, Children]()
         self.passes = 0
 
     def steps(self) -> PassProgram[Plan]:

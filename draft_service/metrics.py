@@ -18,7 +18,8 @@ class PlanMetrics:
     """Counts plans, in the registry of the model that makes them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._nodes, self._passes = PLAN_NODES.build(registry), PLAN_PASSES.build(registry)
+        self._nodes = PLAN_NODES.build(registry)
+        self._passes = PLAN_PASSES.build(registry)
 
     def planned(self, order: DraftRequest, drafted: Drafted) -> None:
         """A plan is made."""

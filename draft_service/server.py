@@ -12,12 +12,12 @@ import numpy as np
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation
+from atspeed.errors import InvalidArgumentError
 from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
 from atspeed.observability.admission_metrics import admission_reads
 from atspeed.observability.metrics import Readings
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import InvalidArgumentError
 from atspeed.rpc.server import Registration
 from atspeed.v1 import draft_pb2, draft_pb2_grpc
 from draft_service.drafter import Drafter, DraftRequest
@@ -32,7 +32,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """Plans for requests."""
 
     def __init__(self, models: HostedModels[Drafter], admission: Admission) -> None:
-        self._models, self._admission = models, admission
+        self._models = models
+        self._admission = admission
         self._metrics = PlanMetrics(models.metrics.registry)
 
     async def GetModelInfo(
@@ -66,7 +67,8 @@ class _OrderReader:
     """Reads requests of one model version."""
 
     def __init__(self, model: HostedModel[Drafter]) -> None:
-        self._trie, self._most_nodes = model.evaluator.trie, model.info.max_nodes
+        self._trie = model.evaluator.trie
+        self._most_nodes = model.info.max_nodes
 
     def read(self, request: draft_pb2.PlanRequest) -> DraftRequest:
         """The order. Raises InvalidArgumentError."""

@@ -9,30 +9,44 @@ No time to live, so that under `volatile-lru` a full Redis evicts cached KV and 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar, cast
 from urllib.parse import quote
 
+import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from atspeed.engine.kv.erasure import publish_erasure
+from atspeed.engine.kv.redis_pool import change_nothing
 from orchestrator.user_key import user_cache_key
 
 _Answer = TypeVar("_Answer")
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
+# The largest limit of all deployments that ever stored a history here: none of them cuts what another one keeps.
+LIMIT_KEY = "history-limit"
+_RAISE_LIMIT = """\
+local own, known = tonumber(ARGV[1]), tonumber(redis.call('GET', KEYS[1]) or '') or 0
+if own > known then redis.call('SET', KEYS[1], own) end
+return math.max(own, known)
+"""
 # One step for the server. RPUSH comes first: it is refused when memory is full or the key holds something else, and then
 # nothing has happened. By the thousand, since a Lua call takes some thousands of arguments only.
 _APPEND = """\
-local most, step = tonumber(ARGV[1]), tonumber(ARGV[2])
+local own, step = tonumber(ARGV[1]), tonumber(ARGV[2])
+local known = tonumber(redis.call('GET', KEYS[2]) or '') or 0
+local most = math.max(own, known)
 local before, added = redis.call('LLEN', KEYS[1]), #ARGV - 2
-local dropped = math.max(0, math.ceil((before + added - most) / step) * step)
+local dropped = math.max(0, math.floor((before + added - most) / step) * step)
 local kept = before + added - dropped
 for first = 3 + math.max(0, dropped - before), #ARGV, 1000 do
   redis.call('RPUSH', KEYS[1], unpack(ARGV, first, math.min(first + 999, #ARGV)))
 end
 if dropped > 0 then redis.call('LTRIM', KEYS[1], -kept, -1) end
-return kept
+if own > known then redis.call('SET', KEYS[2], own) end
+return {kept, most}
 """
 
 
@@ -43,9 +57,12 @@ class HistoryUnavailable(Exception):  # noqa: N818  it is a state of the store, 
 class HistoryStore:
     """Histories under `history:<tenant, percent-encoded>:<user id>`, the newest of each, `max_items` at most.
 
-    A list that would grow beyond `max_items` loses its oldest `trim_step` items at a time, so what is kept starts at a
-    multiple of `trim_step` events. With a prompt's `drop_block` for a step, its window starts at multiples of that too,
-    and moves once in `drop_block` events however long the history; with a step of 1 it would move at every event.
+    A history that would grow beyond `max_items` loses its oldest `trim_step` items at a time, so it starts at a multiple of
+    `trim_step` events. With a prompt's `drop_block` for a step, its window starts at multiples of that too, and moves once
+    in `drop_block` events however long the history; with a step of 1 it would move at every event.
+
+    Deployments with several `max_items` may share a Redis. A list holds what the one with the most shows, which `LIMIT_KEY`
+    remembers, and each shows its own newest. Deleting that key lets the limit fall to those that are in use.
 
     `client` stays its caller's to close. It should be one that does not retry (`atspeed.engine.kv.redis_client.connect`): an append
     that is sent twice is a history with an item too many. User and item ids are taken as they are; check them before.
@@ -57,8 +74,18 @@ class HistoryStore:
             raise ValueError(f"max_items: {max_items} is less than 1")
         if not 1 <= trim_step <= max_items:
             raise ValueError(f"trim_step: {trim_step} is not between 1 and max_items, {max_items}")
-        self._client, self._timeout_seconds = client, timeout_seconds
-        self._max_items, self._trim_step = max_items, trim_step
+        self._client = client
+        self._timeout_seconds = timeout_seconds
+        self._max_items = max_items
+        self._trim_step = trim_step
+        self._warned = False
+
+    async def state_limit(self) -> None:
+        """Let other deployments know how much this one keeps, before it stores anything. Raises HistoryUnavailable."""
+        most = await self._ask(
+            lambda: cast("Awaitable[int]", self._client.eval(_RAISE_LIMIT, 1, LIMIT_KEY, str(self._max_items)))
+        )
+        self._compare(int(most))
 
     async def append(self, user_id: str, item_ids: Sequence[str], *, tenant: str = "") -> int:
         """Add items, oldest first, and drop the oldest beyond `max_items`, in one step. Returns the new length.
@@ -67,16 +94,17 @@ class HistoryStore:
         """
         key = _key(tenant, user_id)
         if not item_ids:
-            return int(await self._ask(lambda: self._client.llen(key)))
-        limits = (str(self._max_items), str(self._trim_step))
-        return int(
-            await self._ask(lambda: cast("Awaitable[int]", self._client.eval(_APPEND, 1, key, *limits, *item_ids)))
-        )
+            stored = int(await self._ask(lambda: self._client.llen(key)))
+            return stored - self._beyond(stored)
+        given = (key, LIMIT_KEY, str(self._max_items), str(self._trim_step), *item_ids)
+        stored, most = await self._ask(lambda: cast("Awaitable[list[int]]", self._client.eval(_APPEND, 2, *given)))
+        self._compare(most)
+        return stored - self._beyond(stored)
 
     async def get(self, user_id: str, *, tenant: str = "") -> list[str] | None:
         """A user's items, oldest first; None when nothing is stored. Raises HistoryUnavailable."""
         items = await self._ask(lambda: self._client.lrange(_key(tenant, user_id), 0, -1))
-        return [_text(item) for item in items] or None
+        return [_text(item) for item in items[self._beyond(len(items)) :]] or None
 
     async def forget(self, user_id: str, *, tenant: str = "") -> bool:
         """Erase a user's history, and the keys and values of the user's prompts in every tier (`atspeed.engine.kv.erasure`).
@@ -88,12 +116,26 @@ class HistoryStore:
         return bool(existed)
 
     async def reachable(self) -> bool:
-        """Whether the store answers now."""
+        """Whether the store answers now, and takes writes."""
         try:
-            await self._ask(lambda: self._client.exists(_key("", "")))
+            await self._ask(lambda: change_nothing(self._client))
         except HistoryUnavailable:
             return False
         return True
+
+    def _beyond(self, stored: int) -> int:
+        """How many of a list's oldest items are left out: in whole steps, so that what is shown starts as if cut there."""
+        return max(0, math.ceil((stored - self._max_items) / self._trim_step) * self._trim_step)
+
+    def _compare(self, most: int) -> None:
+        if most > self._max_items and not self._warned:
+            self._warned = True
+            _log.warning(
+                "history_limit_below_stored",
+                max_history_items=self._max_items,
+                stored_limit=most,
+                see=f"histories keep stored_limit items; delete the Redis key {LIMIT_KEY} once no deployment needs them",
+            )
 
     async def _ask(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
         try:

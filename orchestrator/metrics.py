@@ -12,14 +12,15 @@ from prometheus_client import CollectorRegistry
 
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.mode import Mode
+from atspeed.errors import ServiceError
 from atspeed.observability.admission_metrics import admission_reads
 from atspeed.observability.bundle_metrics import bundle_reads
 from atspeed.observability.metrics import SIZES, WHOLE, CounterOf, HistogramOf, Read, ReadCounter, ReadGauge, Readings
 from atspeed.rollout.bundle_watch import BundleWatch
 from atspeed.rollout.release_track import Track
 from atspeed.rpc.admission import Admission
-from atspeed.rpc.errors import ServiceError
-from atspeed.rpc.mode import Mode
+from orchestrator.recommend import UNANSWERED
 from orchestrator.recommendation import Recommendation
 from orchestrator.serving.track_router import TrackRouter
 from orchestrator.speculation_breaker import SWITCHED_OFF
@@ -84,12 +85,14 @@ METRICS = (
 
 _REASONS = {
     SWITCHED_OFF: "speculation_off",
+    UNANSWERED: "plan_unanswered",
     "draft: left alone after a recent failure": "draft_resting",
     "draft: invalid answer": "draft_invalid",
     "draft: UNAVAILABLE": "draft_unavailable",
     "draft: DEADLINE_EXCEEDED": "draft_late",
     "draft: RESOURCE_EXHAUSTED": "draft_busy",
     "draft: FAILED_PRECONDITION": "draft_version",
+    "draft: INTERNAL": "draft_failed",
 }
 _NARROWED = "beam_width"
 """Label values of what `degraded` says; all else is `other`, so that no text can make a series."""
@@ -102,10 +105,14 @@ class OrchestratorMetrics:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
-        self._passes, self._accepted = PASSES.build(self.registry), ACCEPTED.build(self.registry)
-        self._asked, self._prediction = ASKED.build(self.registry), PREDICTION.build(self.registry)
-        self._nodes, self._retries = NODES.build(self.registry), RETRIES.build(self.registry)
-        self._degraded, self._short = DEGRADED.build(self.registry), SHORT.build(self.registry)
+        self._passes = PASSES.build(self.registry)
+        self._accepted = ACCEPTED.build(self.registry)
+        self._asked = ASKED.build(self.registry)
+        self._prediction = PREDICTION.build(self.registry)
+        self._nodes = NODES.build(self.registry)
+        self._retries = RETRIES.build(self.registry)
+        self._degraded = DEGRADED.build(self.registry)
+        self._short = SHORT.build(self.registry)
         for track, reason in product(Track, (*_REASONS.values(), _NARROWED, "other")):
             self._degraded.labels(track, reason)  # a series that begins with its first 1 shows no increase
         for reads in (admission_reads(admission), bundle_reads(watches), _lane_reads(lanes)):
@@ -118,7 +125,7 @@ class OrchestratorMetrics:
         try:
             yield
         except ServiceError as error:
-            code = error.code.name
+            code = error.code
             raise
         except asyncio.CancelledError:
             code = "DEADLINE_EXCEEDED" if deadline.passed else "CANCELLED"
@@ -146,8 +153,8 @@ class OrchestratorMetrics:
         for reason in recommendation.degraded:
             self._degraded.labels(track, _reason(reason)).inc()
 
-    def _predicted(self, model: str, cost: PassStats, predicted_ns: float) -> None:
-        if predicted_ns > 0:
+    def _predicted(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
+        if predicted_ns:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
 
 

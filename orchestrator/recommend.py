@@ -5,46 +5,52 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import structlog
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Manifest, ModelEntry
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Perturbation
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
+from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
-from atspeed.rpc.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
-from atspeed.rpc.mode import Mode
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.draft_client import DraftClient, DraftSession
-from orchestrator.model_clients.model_request import ModelRequest
-from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
+from orchestrator.model_clients.target_client import TargetClient, TargetSession
 from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.sized_draft import NoDraft, PlannedDraft
+from orchestrator.planning.sized_draft import NoDraft, SizedDraft
 from orchestrator.recommendation import Item, Origin, Recommendation, RecommendParams, StageTimes, SubjectHistory
-from orchestrator.search.ahead import DraftWhereNeeded
-from orchestrator.search.beam_loop import Draft, SearchResult, Target, beam_search
+from orchestrator.search.beam_loop import Draft, SearchResult, beam_search
 from orchestrator.search.memo import Memo
-from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from orchestrator.search.traced import TracedDraft, TracedTarget
+from orchestrator.search.policies import POLICIES, Policy
 from orchestrator.speculation_breaker import SWITCHED_OFF, SpeculationBreaker
 from orchestrator.user_key import FIRST_ITEMS, digest
+
+UNANSWERED = "speculation: the target had no answer to what was planned, it was asked without"
+"""What a list says of it that was begun anew for this reason."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a request may recommend. excluded, allowed: item indices; allowed is None where everything is."""
+    """What a request may recommend. excluded, allowed: item indices; allowed is None where everything is.
+
+    unknown_excluded, unknown_allowed: how many of the request's ids the catalogue does not know.
+    """
 
     excluded: frozenset[int]
     allowed: frozenset[int] | None
     pruning: Pruning
+    unknown_excluded: int
+    unknown_allowed: int
 
     def __contains__(self, item: int) -> bool:
         return item not in self.excluded and (self.allowed is None or item in self.allowed)
@@ -63,11 +69,16 @@ class Recommender:
         histories: HistoryStore | None,
         speculation_breaker: SpeculationBreaker,
         *,
-        lookahead: bool = True,
+        target_prefetch: bool = True,
     ) -> None:
-        self.manifest, self.catalogue, self.histories = manifest, catalogue, histories
-        self._target, self._draft, self._planner = target, draft, planner
-        self._draft_switch, self._lookahead = speculation_breaker, lookahead
+        self.manifest = manifest
+        self.catalogue = catalogue
+        self.histories = histories
+        self._target = target
+        self._draft = draft
+        self._planner = planner
+        self._speculation_breaker = speculation_breaker
+        self._target_prefetch = target_prefetch
 
     async def recommend(self, order: RecommendParams, deadline: Deadline) -> Recommendation:
         """The list for one order.
@@ -83,24 +94,24 @@ class Recommender:
             span.set(known=len(history.known), stored=order.history is None)
         candidates = self._candidates(order, history)
         noise = _noise(order)
-        policy = _policy(order, noise)
+        policy = POLICIES[order.mode](order.beam_width, order.tolerance, noise)
         ask = _Asker(self.catalogue, history, candidates.pruning, deadline, order)
+        speculates = order.mode.properties.speculates and self._speculation_breaker.on
         question = ask.question(self.manifest.target, noise if policy.perturbed else None)
-        speculates = order.mode is not Mode.TARGET_ONLY and self._draft_switch.on
+        question = replace(question, speculates=speculates and (self._target_prefetch or self._draft is not None))
         target = self._target.session(
             question,
             max_children=policy.max_children,
             beam_width=policy.beam_width,
-            prefetches=speculates and self._lookahead,
+            prefetches=speculates and self._target_prefetch,
         )
         drafting = self._draft_session(order, ask, noise, policy, degraded)
         task = PlanContext(order.beam_width, len(question.prompt), drafting.prompt_tokens if drafting else 0)
-        planning = self._planner.planning(order.mode, task)
-        draft = PlannedDraft(drafting, planning) if drafting else NoDraft()
+        planning = self._planner.sizer(order.mode, task)
+        draft = SizedDraft(drafting, planning, target) if drafting else NoDraft()
         searching = time.perf_counter_ns()
         try:
-            where_needed = DraftWhereNeeded(TracedDraft(draft), target)
-            result = await self._search(policy, TracedTarget(target), where_needed, candidates.pruning)
+            result = await self._list(policy, target, draft, candidates.pruning, degraded)
         finally:
             target.close()
         planning.learn(result.memo, target.usage, draft.usage)
@@ -125,9 +136,23 @@ class Recommender:
                 selection_ns=ended - searching - target.usage.wait_ns - draft.usage.wait_ns,
                 total_ns=ended - begun,
             ),
+            unknown_excluded=candidates.unknown_excluded,
+            unknown_allowed=candidates.unknown_allowed,
         )
 
-    async def _search(self, policy: Policy, target: Target, draft: Draft, pruning: Pruning) -> SearchResult:
+    async def _list(
+        self, policy: Policy, target: TargetSession, draft: Draft, pruning: Pruning, degraded: list[str]
+    ) -> SearchResult:
+        """With a plan, and where the target has no answer to that, from the root on without one: no plan decides whether there is
+        a list.
+        """
+        try:
+            return await self._search(policy, target, draft, pruning)
+        except PlanUnansweredError:
+            degraded.append(UNANSWERED)
+            return await self._search(policy, target, NoDraft(), pruning)
+
+    async def _search(self, policy: Policy, target: TargetSession, draft: Draft, pruning: Pruning) -> SearchResult:
         trie, rule = self.catalogue.trie, self.manifest.scoring_rule
         if pruning.empties_catalogue:
             return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule))
@@ -162,6 +187,7 @@ class Recommender:
 
     def _candidates(self, order: RecommendParams, history: SubjectHistory) -> Candidates:
         excluded = self._indices(order.excluded)
+        unknown_excluded = len(order.excluded) - len(excluded)
         if order.exclude_seen:
             excluded = np.union1d(excluded, history.known)
         allowed = self._indices(order.allowed) if order.allowed else None
@@ -169,6 +195,8 @@ class Recommender:
             excluded=frozenset(excluded.tolist()),
             allowed=None if allowed is None else frozenset(allowed.tolist()),
             pruning=self.catalogue.pruning(excluded=excluded, allowed=allowed),
+            unknown_excluded=unknown_excluded,
+            unknown_allowed=len(order.allowed) - (0 if allowed is None else len(allowed)),
         )
 
     def _indices(self, item_ids: Sequence[str]) -> Int64:
@@ -178,9 +206,9 @@ class Recommender:
     def _draft_session(
         self, order: RecommendParams, ask: _Asker, noise: Perturbation | None, policy: Policy, degraded: list[str]
     ) -> DraftSession | None:
-        if order.mode is Mode.TARGET_ONLY or self._draft is None or self.manifest.draft is None:
+        if not order.mode.properties.speculates or self._draft is None or self.manifest.draft is None:
             return None
-        if not self._draft_switch.on:
+        if not self._speculation_breaker.on:
             degraded.append(SWITCHED_OFF)
             return None
         return self._draft.session(ask.question(self.manifest.draft, noise), policy.proposal, degraded)
@@ -235,14 +263,6 @@ def _noise(order: RecommendParams) -> Perturbation | None:
     if not order.mode.samples:
         return None
     return Perturbation(order.seed if order.seed is not None else secrets.randbits(63), order.temperature)
-
-
-def _policy(order: RecommendParams, noise: Perturbation | None) -> Policy:
-    if noise is None:
-        strict = order.mode is not Mode.TOLERANCE
-        return Strict(order.beam_width) if strict else Tolerance(order.beam_width, order.tolerance)
-    sampling = ExactSampling if order.mode is Mode.EXACT_SAMPLING else RelaxedSampling
-    return sampling(order.beam_width, noise)
 
 
 def _origin(memo: Memo, leaf: int) -> Origin:

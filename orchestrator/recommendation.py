@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from atspeed.engine.search.trie import Int64
+from atspeed.engine.arrays import Int64
+from atspeed.engine.search.mode import Guarantee, Mode
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Priority
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.plan_sizer import PlanningReport
 from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo, NodeCounts
@@ -22,6 +22,14 @@ class Origin(StrEnum):
     DRAFTED = "drafted"
     RECOVERED = "recovered"
     FORCED = "forced"
+
+
+class ColdStart(StrEnum):
+    """Why a list was made without any history item; see the proto's `ColdStart`."""
+
+    NO_STORED_HISTORY = "no-stored-history"
+    EMPTY_HISTORY = "empty-history"
+    UNKNOWN_ITEMS = "unknown-items"
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Recommendation:
     """A list and all that is to be said of it. degraded: what failed on the way, one line each.
 
     plan_invariant: whether the target's scores are the same whatever else is in a pass; see `ModelEntry`.
+    unknown_excluded, unknown_allowed: how many of these ids the catalogue does not know.
     """
 
     items: Sequence[Item]
@@ -118,12 +127,23 @@ class Recommendation:
     draft: Usage
     planning: PlanningReport
     times: StageTimes
+    unknown_excluded: int = 0
+    unknown_allowed: int = 0
+
+    @property
+    def cold_start(self) -> ColdStart | None:
+        """Why no history item is in the prompt; None where there is one."""
+        if len(self.history.known):
+            return None
+        if self.history.unknown:
+            return ColdStart.UNKNOWN_ITEMS
+        return ColdStart.EMPTY_HISTORY if self.order.user_id is None else ColdStart.NO_STORED_HISTORY
 
     @property
     def exact(self) -> bool:
-        """Whether the list is what the target alone would give, in whatever passes it was asked."""
-        lossless = self.order.mode is not Mode.RELAXED_SAMPLING and self.memo.substitutions == 0
-        return lossless and self.plan_invariant
+        """Return whether the list is the one that the target alone returns, whatever shared its passes."""
+        exact = self.order.mode.properties.guarantee is not Guarantee.NONE and self.memo.substitutions == 0
+        return exact and self.plan_invariant
 
     @property
     def accepted_levels(self) -> int:
@@ -149,7 +169,7 @@ class Recommendation:
             "accepted_levels": self.accepted_levels,
             "nodes_drafted": self.nodes.drafted,
             "nodes_recovered": self.nodes.recovered,
-            "nodes_prefetched": self.nodes.foreseen,
+            "nodes_prefetched": self.nodes.prefetched,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": cost.memory_cached_tokens + cost.redis_cached_tokens,
             "degraded": bool(self.degraded),

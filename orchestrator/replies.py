@@ -6,13 +6,19 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from atspeed.rpc import wire
 from atspeed.v1 import recommendation_pb2 as pb
-from orchestrator.recommendation import Item, Origin, Recommendation
+from orchestrator.recommendation import ColdStart, Item, Origin, Recommendation
 from orchestrator.serving.snapshots import Snapshot
 
 _ORIGINS = {
     Origin.DRAFTED: pb.ORIGIN_DRAFTED,
     Origin.RECOVERED: pb.ORIGIN_RECOVERED,
     Origin.FORCED: pb.ORIGIN_FORCED,
+}
+_COLD_STARTS = {
+    None: pb.COLD_START_UNSPECIFIED,
+    ColdStart.NO_STORED_HISTORY: pb.COLD_START_NO_STORED_HISTORY,
+    ColdStart.EMPTY_HISTORY: pb.COLD_START_EMPTY_HISTORY,
+    ColdStart.UNKNOWN_ITEMS: pb.COLD_START_UNKNOWN_ITEMS,
 }
 
 
@@ -38,6 +44,9 @@ def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.Rep
         seed=recommendation.seed,
         statistics=None if options.omit_statistics else _statistics(recommendation),
         beam_width=order.beam_width,
+        cold_start=_COLD_STARTS[recommendation.cold_start],
+        unknown_excluded_items=recommendation.unknown_excluded,
+        unknown_allowed_items=recommendation.unknown_allowed,
     )
 
 
@@ -86,7 +95,7 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         nodes_forced=nodes.forced,
         nodes_recovered=nodes.recovered,
         nodes_spared=memo.spared,
-        nodes_prefetched=nodes.foreseen,
+        nodes_prefetched=nodes.prefetched,
         nodes_prefetched_used=nodes.prefetched_used,
         prompt_tokens=recommendation.prompt_tokens,
         memory_cached_tokens=target.cost.memory_cached_tokens,
@@ -94,10 +103,10 @@ def _statistics(recommendation: Recommendation) -> pb.Statistics:
         target_retries=target.retries,
         nodes_asked=planning.nodes_asked,
         nodes_proposed=planning.nodes_proposed,
-        expected_passes=planning.expected_passes,
-        expected_ns=planning.expected_ns,
-        target_predicted_ns=planning.target_predicted_ns,
-        draft_predicted_ns=planning.draft_predicted_ns,
+        expected_passes=planning.expected_passes or 0.0,
+        expected_ns=planning.expected_ns or 0.0,
+        target_predicted_ns=planning.target_predicted_ns or 0.0,
+        draft_predicted_ns=planning.draft_predicted_ns or 0.0,
         stage_times=pb.StageTimes(
             history_ns=times.history_ns,
             draft_ns=draft.wait_ns,

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from atspeed.engine.bundle.item_ids import MAX_ID_BYTES
+from atspeed.engine.search.mode import Mode
+from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Priority
-from atspeed.rpc.errors import InvalidArgumentError
-from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import RecommendParams
 from orchestrator.settings import OrchestratorSettings
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
-MAX_ID_BYTES = 256
 _DEFAULT_BEAM_WIDTH = 20
 
 
@@ -97,14 +97,15 @@ def check_ids(field: str, values: Sequence[str], limit: int) -> None:
 
 
 def _check_mode_fields(request: pb.RecommendRequest, mode: Mode) -> None:
-    """Fields of one mode are refused in another: silently ignoring them would serve something else than was asked."""
+    """Refuse the fields of another mode: a field that is ignored would return another list than the caller expects."""
     if not 0 <= request.tolerance < math.inf:
         raise InvalidArgumentError("tolerance", f"must be at least 0 and finite, got {request.tolerance}")
-    if request.tolerance and mode is not Mode.TOLERANCE:
-        raise InvalidArgumentError("tolerance", f"belongs to MODE_TOLERANCE, not to mode {mode}")
-    for field in ("temperature", "seed"):
-        if request.HasField(field) and not mode.samples:
-            raise InvalidArgumentError(field, f"belongs to the sampling modes, not to mode {mode}")
+    present = {"tolerance": bool(request.tolerance)}
+    present |= {field: request.HasField(field) for field in ("temperature", "seed")}
+    for field in present:
+        if present[field] and field not in mode.properties.fields:
+            takers = " and ".join(other for other in Mode if field in other.properties.fields)
+            raise InvalidArgumentError(field, f"belongs to {takers}, not to mode {mode}")
     if request.HasField("temperature") and not 0.01 <= request.temperature <= 100:
         raise InvalidArgumentError("temperature", f"must be between 0.01 and 100, got {request.temperature}")
 

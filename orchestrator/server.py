@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
@@ -18,13 +18,14 @@ from atspeed.concurrency.bounded_as_completed import bounded_as_completed
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.search.list_comparison import Verdict
+from atspeed.engine.search.mode import Mode
+from atspeed.errors import InvalidArgumentError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, following, open_bundle
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import InvalidArgumentError, UnavailableError, UnimplementedError, call_status
-from atspeed.rpc.mode import Mode
+from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.server import Registration
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
@@ -54,7 +55,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def __init__(
         self, settings: OrchestratorSettings, lanes: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
     ) -> None:
-        self._settings, self._lanes, self._admission = settings, lanes, admission
+        self._settings = settings
+        self._lanes = lanes
+        self._admission = admission
         self._watches = {watch.track: watch for watch in watches}
         self.metrics = OrchestratorMetrics(admission, lanes, watches)
         self._started_at = Timestamp()
@@ -136,6 +139,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             canary=self._canary(),
         )
 
+    async def state_history_limit(self) -> None:
+        """Tell other deployments over the same Redis how long histories must be; a Redis that is away hears it later."""
+        if (histories := self._stable_histories) is not None:
+            with suppress(HistoryUnavailable):
+                await histories.state_limit()
+
     def _canary(self) -> pb.Canary | None:
         if (watch := self._watches.get(Track.CANARY)) is None:
             return None
@@ -207,9 +216,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         return None if left is None else Deadline(left)
 
     @property
+    def _stable_histories(self) -> HistoryStore | None:
+        return self._lanes[Track.STABLE].snapshots.current.recommender.histories
+
+    @property
     def _histories(self) -> HistoryStore:
-        histories = self._lanes[Track.STABLE].snapshots.current.recommender.histories
-        if histories is None:
+        if (histories := self._stable_histories) is None:
             raise UnimplementedError("this service keeps no histories: it runs without Redis")
         return histories
 
@@ -267,6 +279,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         watches = bundle_watches(settings, lanes, bundle.manifest.version)
         await stack.enter_async_context(following(watches, settings.bundle_poll_seconds, _CANARY_PATIENCE_SECONDS))
         servicer = RecommendationServicer(settings, lanes, watches, admission)
+        await servicer.state_history_limit()
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]
 

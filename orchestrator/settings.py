@@ -8,7 +8,7 @@ from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from atspeed.configuration.settings import Port, ServiceSettings
-from atspeed.rpc.channels import Target
+from atspeed.rpc.channels import HostName, Target
 from atspeed.security.tls import ClientTls, TlsFiles
 from orchestrator.planning.planner import PlanLimits, PlannerKind
 
@@ -32,9 +32,9 @@ class OrchestratorSettings(ServiceSettings):
     """Certificate chain that target and draft are shown (mTLS), PEM."""
     model_key: FilePath | None = None
     """Its key."""
-    target_name: str = ""
+    target_name: HostName = ""
     """Name in the targets' certificates, where it is not the one in their address: several IPs."""
-    draft_name: str = ""
+    draft_name: HostName = ""
     """Name in the drafts' certificates, likewise."""
     model_token_file: FilePath | None = None
     """File with the bearer token that target and draft are shown."""
@@ -47,7 +47,9 @@ class OrchestratorSettings(ServiceSettings):
     max_beam_width: int = Field(default=256, ge=1, le=4_096)
     """Largest beam width of a request."""
     max_history_items: int = Field(default=500, ge=1, le=100_000)
-    """Most items of a history, in a request or stored; a stored one keeps its newest."""
+    """Most items of a history, in a request or stored; a stored one keeps its newest. Of deployments over one Redis the largest
+    counts for what is kept.
+    """
     max_candidate_items: int = Field(default=10_000, ge=1, le=10_000_000)
     """Most excluded, and most allowed, item ids in a request."""
     max_batch: int = Field(default=256, ge=1, le=100_000)
@@ -79,7 +81,7 @@ class OrchestratorSettings(ServiceSettings):
     """Nodes of a plan of fixed size for each beam of each level but the last; relaxed sampling has no other."""
     draft_max_nodes: int = Field(default=240, ge=16, le=8_192)
     """Most nodes of a plan, whatever the beam width."""
-    lookahead: bool = True
+    target_prefetch: bool = True
     """Whether the target may evaluate what it expects a search to come to, by what it said to others, in the passes that it makes
     by itself: a level that was foreseen needs no pass of its own. Target-only requests never do.
     """

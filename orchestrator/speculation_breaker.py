@@ -16,7 +16,8 @@ class SpeculationBreaker:
     def __init__(
         self, mismatches: int = 3, window_seconds: float = 3_600.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._window_seconds, self._clock = window_seconds, clock
+        self._window_seconds = window_seconds
+        self._clock = clock
         self._seen: deque[float] = deque(maxlen=mismatches)
         self.on = True
 

@@ -10,22 +10,24 @@ from typing import Annotated
 
 import typer
 
-from atspeed.benchmarks.results import BenchmarkError, Result, terminal_table, to_json
+from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.options import (
     JsonFile,
+    OutFolder,
     PageFolder,
+    ResultFile,
     Seed,
     Threads,
     Tolerance,
     Users,
     print_identity,
     save,
-    write_page,
+    write_report,
 )
-from atspeed.cli.main import Commands
-from atspeed.cli.options import BundleFolder, CommandError, err, optional, out
+from atspeed.cli.errors import Commands
+from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, err, optional, out
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
 from research import acceptance
 from research.eval_examples import choose_cases
@@ -37,15 +39,9 @@ PAGES = {
 }
 """The module that writes a result's page, by the `benchmark` of its header."""
 
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    help="Finished studies. They need the extras train and bench.",
-)
+app = Commands(pretty_exceptions_show_locals=False, help="Finished studies. They need the extras train and bench.")
 
-RunFolder = Annotated[Path, typer.Option(help="A finished run of `atspeed train`.")]
+RunFolder = Annotated[Path, typer.Option(help="A finished run of `atspeed train`.", exists=True, file_okay=False)]
 RunData = Annotated[Path | None, typer.Option(help="The data that the run's recipe reads.")]
 
 
@@ -58,7 +54,12 @@ def _speculative(modes: list[Mode] | None) -> list[Mode] | None:
 @app.command("acceptance")
 def run_acceptance(
     bundle: BundleFolder,
-    data: Annotated[Path, typer.Option(help="The data set: a folder with items.jsonl and train/valid/test.txt.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="The data set: a folder with items.jsonl and train/valid/test.txt.", exists=True, file_okay=False
+        ),
+    ],
     users: Users = 1000,
     draft: Annotated[
         list[str] | None,
@@ -68,7 +69,8 @@ def run_acceptance(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the bundle's own draft in the results.")] = "draft",
     k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20]")
+        list[int] | None,
+        typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20]"),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -80,7 +82,9 @@ def run_acceptance(
     ] = None,
     tolerance: Tolerance = 0.1,
     seed: Seed = 1,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as cores.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="Processes; by default as many as cores.")
+    ] = None,
     threads: Threads = 1,
     per_user: Annotated[bool, typer.Option("--per-user", help="Keep every user's numbers in the result.")] = False,
     json_file: JsonFile = None,
@@ -123,12 +127,18 @@ class LibraryMethod(StrEnum):
 def run_recommenders(
     run_folder: RunFolder,
     data: RunData = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Number of test users; all by default.")] = None,
+    users: Annotated[
+        int | None, typer.Option(min=1, max=MAX_USERS, help="Number of test users; all by default.")
+    ] = None,
     trained: Annotated[
         list[LibraryMethod] | None, typer.Option("--with", help="Train this one too (extra `bench`).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of SASRec, of which the best is kept.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Epochs of SASRec, of which the best is kept.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default.")
+    ] = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
     report: PageFolder = None,
@@ -161,9 +171,13 @@ def run_precision(
     users: Users = 1000,
     timed: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint whose passes are timed, such as an inflated one; the run's without it."),
+        typer.Option(
+            help="Checkpoint whose passes are timed, such as an inflated one; the run's without it.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Beams.")] = 20,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams.")] = 20,
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,
@@ -187,15 +201,11 @@ def run_precision(
 
 @app.command("report")
 def run_report(
-    result: Annotated[Path, typer.Argument(help="Result file that a study wrote with --json.")],
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
+    result: ResultFile,
+    folder: OutFolder,
 ) -> None:
     """Write the page of a study from its result file."""
-    read = Result.read(result)
-    study = str(read.header.get("benchmark"))
-    if study not in PAGES:
-        raise BenchmarkError(f"{result}: {study} is no study; known are {', '.join(PAGES)}")
-    write_page(PAGES[study], read, folder)
+    write_report(result, folder, PAGES)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from atspeed.benchmarks.results import (
 from atspeed.benchmarks.services import progress_bar
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import BundleError
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Guarantee, Mode
 from research.acceptance_search import (
     NO_DRAFT,
     Budget,
@@ -124,16 +124,16 @@ class AcceptanceRow:
     @property
     def promises_identity(self) -> bool:
         """True if the mode's lists are the reference's by construction."""
-        return self.mode in {Mode.TARGET_ONLY, Mode.STRICT, Mode.EXACT_SAMPLING}
+        return Mode(self.mode).properties.guarantee is Guarantee.EXACT
 
 
 def parse_budget(label: str) -> Budget:
     """Parse `2k` (2K nodes per level), `40/level`, `240/all`, and the short forms `40`, `120` and `240`."""
     known = {"40": "40/level", "120": "120/all", "240": "240/all"}
     units = {"k": BudgetUnit.BEAM_WIDTHS, "/level": BudgetUnit.PER_LEVEL, "/all": BudgetUnit.IN_ALL}
-    match = re.fullmatch(r"([1-9]\d*)(k|/level|/all)", known.get(label, label))
+    match = re.fullmatch(r"([1-9][0-9]{0,5})(k|/level|/all)", known.get(label, label))
     if match is None:
-        raise BenchmarkError(f"--budget {label}: must be 40, 120, 240, Nk, N/level or N/all")
+        raise BenchmarkError(f"--budget {label}: must be 40, 120, 240, Nk, N/level or N/all, with N from 1 to 999999")
     return Budget(label, int(match[1]), units[match[2]])
 
 

@@ -20,10 +20,10 @@ from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.tree_evaluator import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
-from atspeed.rpc.mode import Mode
 from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search

@@ -68,9 +68,12 @@ class SasRec:
         known: dict[int, int] = {}  # the library's numbers of items, in the order of their first occurrence
         histories = [catalogue.find(items).tolist() for items in dataset.train.values() if len(items) > 1]
         training = cornac.data.SequentialDataset.build(_sessions(histories), global_iid_map=known, seed=seed)
-        validation = cornac.data.SequentialDataset.build(
-            _sessions(_validation(dataset, catalogue, known, settings, seed)), global_iid_map=known, seed=seed
-        )
+        asked = _sessions(_validation(dataset, catalogue, known, settings, seed))
+        if not asked:
+            raise BenchmarkError(
+                f"sasrec: data set {dataset.name}: no user with validation items to choose its epoch by"
+            )
+        validation = cornac.data.SequentialDataset.build(asked, global_iid_map=known, seed=seed)
         model = cornac.models.SASRec(
             embedding_dim=settings.dim,
             num_blocks=settings.blocks,

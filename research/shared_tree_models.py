@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, MemoryKvCache
@@ -21,7 +22,7 @@ from atspeed.engine.model.tree_evaluator import Found, OpenTree, PassProgram, Se
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning, Trie
+from atspeed.engine.search.trie import ROOT, Pruning, Trie
 from draft_service.drafter import Drafter, DraftRequest
 
 TEMPERATURE = 1.0  # of the sampling modes

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import OpenTree, PassRecord, Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import Int64
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
 from atspeed.engine.speculation.target_prefetch import TargetPrefetcher
@@ -38,7 +38,8 @@ class Searcher:
     """
 
     def __init__(self, evaluator: TreeEvaluator, curve: CostCurve, max_nodes: int) -> None:
-        self._evaluator, self._costs = evaluator, LatencyModel(curve)
+        self._evaluator = evaluator
+        self._costs = LatencyModel(curve)
         self._lookahead = TargetPrefetcher(evaluator.trie, evaluator.rule, self._costs, max_nodes)
 
     async def search(self, tree: OpenTree, nodes: Int64, selection: Selection, search: Search) -> list[SearchPass]:
@@ -47,8 +48,8 @@ class Searcher:
         ahead = None
         if noise is None:  # a sample's next beams follow its noise, and so do the children that are chosen for it
             prompt_tokens = len(tree.tokens.prompt)
-            ahead = self._lookahead.of_search(
-                search.width, selection.pruning, prompt_tokens, foresees=search.prefetches
+            ahead = self._lookahead.for_search(
+                search.width, selection.pruning, prompt_tokens, enabled=search.prefetches
             )
         steps = AutonomousSearch(trie, rule, search.width, noise, ahead).steps(nodes)
         evaluations, _ = await self._evaluator.run_steps(tree, steps, selection)

@@ -16,12 +16,12 @@ from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import OpenTree, Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import Trie
+from atspeed.errors import DeadlineExceededError, InvalidArgumentError
 from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
 from atspeed.observability.admission_metrics import admission_reads
 from atspeed.observability.metrics import Readings
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import DeadlineExceededError, InvalidArgumentError
 from atspeed.rpc.server import Registration
 from atspeed.v1 import target_pb2, target_pb2_grpc
 from target_service.search_runner import Search, Searcher
@@ -36,7 +36,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     """Evaluates token trees. One stream is one request; its state lives as long as the stream."""
 
     def __init__(self, models: HostedModels[Searcher], admission: Admission, idle_seconds: float) -> None:
-        self._models, self._admission, self._idle_seconds = models, admission, idle_seconds
+        self._models = models
+        self._admission = admission
+        self._idle_seconds = idle_seconds
 
     async def GetModelInfo(
         self, request: target_pb2.TargetServiceGetModelInfoRequest, context: Context

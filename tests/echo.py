@@ -17,8 +17,8 @@ from pydantic_settings import SettingsConfigDict
 
 from atspeed.configuration.settings import ServiceSettings
 from atspeed.engine.errors import BundleError, CapacityError, PromptError
+from atspeed.errors import InvalidArgumentError, NotFoundError
 from atspeed.observability.logs import REQUEST_ID_HEADER, request_metadata
-from atspeed.rpc.errors import InvalidArgumentError, NotFoundError
 from atspeed.rpc.server import Registration, RunningServer
 
 SERVICE = "test.Echo"

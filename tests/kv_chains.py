@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from redis.asyncio import Redis
 
-from atspeed.engine.kv.memory_cache import KvArray, KvLayout, block_keys
+from atspeed.engine.arrays import KvArray
+from atspeed.engine.kv.memory_cache import KvLayout, block_keys
 from atspeed.engine.kv.redis_store import RedisKvStore
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=16, dtype="float32", block_tokens=16)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import Strict
@@ -142,7 +143,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--excluded", type=int, default=10_000)
     asked = parser.parse_args()
-    print(json.dumps(asdict(probe(asked.folder, k=asked.k, excluded=asked.excluded))))  # noqa: T201 - an answer
+    found = probe(asked.folder, k=asked.k, excluded=asked.excluded)
+    print(json.dumps(asdict(found), allow_nan=False))  # noqa: T201 - an answer
 
 
 if __name__ == "__main__":

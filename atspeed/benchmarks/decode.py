@@ -42,7 +42,7 @@ from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_
 from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.search.list_comparison import RankedList
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 WIDTHS = (1, 3, 5, 10, 20, 50)  # from one item to a page of candidates for a ranker

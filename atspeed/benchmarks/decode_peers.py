@@ -89,6 +89,11 @@ class GenAi:
             length_penalty=0.0,
             early_stopping=False,
             do_sample=False,
+            # Built from a checkpoint, it has that one's defaults.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            diversity_penalty=0.0,
+            temperature=1.0,
         )
         begun = time.perf_counter()
         generator = self._genai.Generator(self._model, parameters)
@@ -115,7 +120,10 @@ def built_for_genai(checkpoint: Path, folder: Path, *, threads: int) -> Iterator
     source, built = folder / "checkpoint", folder / "model"
     try:
         shutil.copytree(
-            checkpoint, source, copy_function=lambda path, link: Path(link).symlink_to(Path(path).resolve())
+            checkpoint,
+            source,
+            ignore=shutil.ignore_patterns("generation_config.json"),
+            copy_function=lambda path, link: Path(link).symlink_to(Path(path).resolve()),
         )
         vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
         _write_tokenizer(source, vocab_size)

@@ -15,7 +15,7 @@ from atspeed.benchmarks.decode_rows import ENGINE, NAME, ORACLE_PLAN, REFERENCE,
 from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs, row_table, table
 from atspeed.benchmarks.plots import draw, line
 from atspeed.benchmarks.results import Columns, Result
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 
 _TIME_PLOT, _SPEEDUP_PLOT = "decode-time.svg", "decode-speedup.svg"
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from atspeed.benchmarks.results import Columns, terminal_table
 from atspeed.benchmarks.services import mean
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 
 NAME = "decode"
 ENGINE = "atspeed"

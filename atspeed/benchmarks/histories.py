@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from atspeed.benchmarks.results import BenchmarkError
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import ModelEntry
-from atspeed.engine.search.trie import Int64
+from atspeed.engine.errors import LineError
+from atspeed.engine.files.lines import read_lines, words
 
 History = tuple[str, ...]
 _LONGEST_RANDOM = 30  # longer than the prompts of the trained bundles, so that their window is used
@@ -29,6 +31,8 @@ def choose_histories(
 
     A file with fewer such users gives all of them. Raises BenchmarkError when it has none.
     """
+    if most_items is not None and most_items < least_items:
+        raise BenchmarkError(f"--max-items {most_items} is less than --min-items {least_items}")
     rng = np.random.default_rng(seed)
     if path is None:
         longest = most_items or max(least_items, _LONGEST_RANDOM)
@@ -48,12 +52,12 @@ def choose_histories(
 def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
     """Read lines of `user item item ...`. Users without items are left out. Raises BenchmarkError that names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path}: {error}") from error
+        lines = list(read_lines(path))
+    except LineError as error:
+        raise BenchmarkError(str(error)) from error
     histories = []
-    for number, line in enumerate(lines, start=1):
-        _, *items = line.split() or [""]
+    for number, line in lines:
+        _, *items = words(line)
         unknown = next((item for item, index in zip(items, catalogue.find(items), strict=True) if index < 0), None)
         if unknown is not None:
             raise BenchmarkError(f"{path}:{number}: item {unknown!r} is not in the bundle's catalogue")

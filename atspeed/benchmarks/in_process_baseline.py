@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from atspeed.benchmarks.histories import prompt_tokens
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import OpenTree, Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from atspeed.model_host.hosted_models import served_models
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search

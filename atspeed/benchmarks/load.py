@@ -27,8 +27,8 @@ from atspeed.benchmarks.pass_metrics import shared_passes
 from atspeed.benchmarks.results import Columns
 from atspeed.benchmarks.services import mean, progress_bar, started
 from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
+from atspeed.engine.search.mode import Mode
 from atspeed.local.stack import ServiceProcess
-from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 NAME = "load"

@@ -24,8 +24,8 @@ from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 REFERENCE = "target-only"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from atspeed.benchmarks.results import Columns, Row, cells
+from atspeed.engine.files.atomic_write import replace_text
 
 
 def write(page: Path, lines: Iterable[str]) -> Path:
     """Write a page, and its folder where there is none. Returns its path."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(page, "\n".join(lines) + "\n")
     return page
 
 

@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from atspeed.engine.model.decoder import KV, Decoder, Provider
+from atspeed.engine.arrays import KvArray
+from atspeed.engine.model.decoder import Decoder, Provider
 from atspeed.training.inflation import ModelShape
 
 _COPIED_BYTES = 2**28  # larger than the caches of any device
@@ -126,7 +127,7 @@ class _Tree:
         self._positions = self._visible.sum(axis=1) - 1
         # Logits are needed at the last token of the prompt and at every beam.
         self._first_row = prompt - 1
-        self._kv: KV = decoder.empty_kv(len(parents))
+        self._kv: KvArray = decoder.empty_kv(len(parents))
         self._kv[:] = random.standard_normal(self._kv.shape[1:]) * 0.1
 
     def run(self, start: int, end: int) -> None:

@@ -20,10 +20,11 @@ from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.services import PATIENCE_SECONDS, Services
 from atspeed.client.recommender import RecommenderClient
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.channels import open_channel

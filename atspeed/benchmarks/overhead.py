@@ -22,7 +22,7 @@ from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs,
 from atspeed.benchmarks.results import Columns, Result
 from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_bar, services
 from atspeed.client.recommender import RecommenderClient, recommend_request
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 NAME = "overhead"

@@ -27,8 +27,9 @@ from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry
 from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.rpc.mode import Mode
+from atspeed.training.generation import drop_generation_defaults
 from atspeed.v1 import recommendation_pb2 as pb
 
 REFERENCE = "Hugging Face generate"
@@ -105,7 +106,7 @@ class Reference:
         if (model.config.vocab_size, model.config.num_hidden_layers) != (entry.vocab_size, entry.layers):
             raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
         self._model: Any = model  # transformers' type of `generate` has lost its self
-        self._model.generation_config.eos_token_id = None  # no code token ends a path
+        drop_generation_defaults(model, "Hugging Face generate")
         self._entry = entry
         self._catalogue = bundle.catalogue()
         self._children = _children(self._catalogue, entry)

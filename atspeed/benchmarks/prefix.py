@@ -26,6 +26,7 @@ from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.intervals import Interval, bootstrap
 from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs, row_table
 from atspeed.benchmarks.results import Columns, Result
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Bundle, Role
 from atspeed.engine.kv.fetch_cost import FetchPolicy
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
@@ -37,7 +38,7 @@ from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from atspeed.local.redis_server import local_redis
 
 NAME = "prefix"

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.table import Table
 
+from atspeed.engine.files.json_file import with_nulls, write_json
 from atspeed.engine.search.list_comparison import Verdict
 
 Row = TypeVar("Row")
@@ -42,16 +43,15 @@ class Result:
     rows: Sequence[Mapping[str, Any]]
 
     def write(self, path: Path) -> None:
-        """Write the file, and its folder where there is none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        """Write the file, and its folder where there is none. What is no number becomes null, so that the rest is kept."""
+        write_json(path, with_nulls({"header": self.header, "rows": self.rows}))
 
     @classmethod
     def read(cls, path: Path) -> Result:
         """Read a result file. Raises BenchmarkError that names the file."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["header"], content["rows"])
+            return cls(dict(content["header"]), [dict(row) for row in content["rows"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BenchmarkError(f"{path}: not a result file: {error!r}") from error
 

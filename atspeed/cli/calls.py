@@ -11,32 +11,39 @@ from google.protobuf.message import Message
 
 from atspeed.cli import display
 from atspeed.cli.connection import Connection, with_connection
-from atspeed.cli.options import AsJson, out
+from atspeed.cli.item_lists import Allowed, Excluded, History, Recorded, split
+from atspeed.cli.options import AsJson, out, warn
+from atspeed.client.arguments import MAX_UINT32, MAX_UINT64
 from atspeed.client.recommender import Options, RecommenderClient
+from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import event_loop
-from atspeed.rpc.mode import Mode
 
 _Result = TypeVar("_Result")
 
-UserId = Annotated[str, typer.Argument(help="The user.")]
+
+def _named(user: str | None) -> str | None:
+    if user == "":
+        raise typer.BadParameter("must not be empty.")
+    return user
+
+
+UserId = Annotated[str, typer.Argument(help="The user.", callback=_named)]
 Tenant = Annotated[str, typer.Option(help="Whose user; tenants share neither histories nor cached states.")]
 
 
 @with_connection
 def recommend(
-    user: Annotated[str | None, typer.Argument(help="A user with a stored history.")] = None,
-    history: Annotated[
-        str | None, typer.Option(help="Item ids, oldest first, with commas between; nothing is stored.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items wanted.")] = 10,
-    beam_width: Annotated[int, typer.Option(min=0, help="Beams searched; 0 means max(k, 20).")] = 0,
+    user: Annotated[str | None, typer.Argument(help="A user with a stored history.", callback=_named)] = None,
+    history: History = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_UINT32, help="Items wanted.")] = 10,
+    beam_width: Annotated[int, typer.Option(min=0, max=MAX_UINT32, help="Beams searched; 0 means max(k, 20).")] = 0,
     mode: Annotated[Mode, typer.Option(help="How the list is made.")] = Mode.STRICT,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest score gap.")] = 0.0,
-    temperature: Annotated[float | None, typer.Option(help="Sampling modes: temperature.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Sampling modes: seed.")] = None,
-    exclude: Annotated[str, typer.Option(help="Item ids never to recommend, with commas between.")] = "",
-    only: Annotated[str, typer.Option(help="Item ids to choose from, with commas between.")] = "",
+    temperature: Annotated[float | None, typer.Option(min=0.01, max=100, help="Sampling modes: temperature.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_UINT64, help="Sampling modes: seed.")] = None,
+    exclude: Excluded = None,
+    only: Allowed = None,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave the history's items out.")] = False,
     tenant: Tenant = "",
     track: Annotated[
@@ -56,45 +63,49 @@ def recommend(
         "tolerance": tolerance,
         "temperature": temperature,
         "seed": seed,
-        "excluded": _ids(exclude),
-        "allowed": _ids(only),
+        "history": split(history),
+        "excluded": split(exclude),
+        "allowed": split(only),
         "exclude_seen": exclude_seen,
         "tenant": tenant,
     }
-    if history is not None:
-        options["history"] = _ids(history)
     reply = _call(connection, lambda client: client.recommend(user, track=track, **options))
     if as_json:
         return _print_json(reply)
     out.print(display.recommendation_table(reply))
     out.print(display.summary(reply), highlight=False, markup=False)
+    for warning in display.warnings(reply):
+        warn(warning)
     return None
 
 
 @with_connection
 def record(
     user: UserId,
-    items: Annotated[list[str], typer.Argument(help="Items, oldest first.")],
+    items: Recorded,
     tenant: Tenant = "",
     as_json: AsJson = False,
     *,
     connection: Connection,
 ) -> None:
-    """Append items to a user's history."""
-    reply = _call(connection, lambda client: client.record(user, items, tenant=tenant))
+    """Append items to a user's history. Ids that the catalogue does not know are stored too: a later one may know them."""
+    reply = _call(connection, lambda client: client.record(user, split(items) or [], tenant=tenant))
     if as_json:
         return _print_json(reply)
     out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
     if reply.unknown_item_ids:
-        out.print(f"not in the catalogue: {', '.join(reply.unknown_item_ids)}", highlight=False, markup=False)
+        warn(f"stored, but not in the catalogue: {display.shortened(reply.unknown_item_ids)}")
     return None
 
 
 @with_connection
 def history(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
     """A user's stored items, oldest first, one a line."""
-    for item in _call(connection, lambda client: client.history(user, tenant=tenant)):
+    items = _call(connection, lambda client: client.history(user, tenant=tenant))
+    for item in items:
         print(item)
+    if not items:
+        warn(f"nothing is stored for {user}")
 
 
 @with_connection
@@ -120,7 +131,3 @@ def _call(connection: Connection, call: Callable[[RecommenderClient], Coroutine[
 
 def _print_json(message: Message) -> None:
     print(MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-
-
-def _ids(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]

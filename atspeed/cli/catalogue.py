@@ -3,58 +3,91 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from atspeed.cli.errors import Commands
 from atspeed.cli.options import CommandError
 from atspeed.engine.bundle.catalogue_update import update_catalogue
+from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.files.lines import parse_json, read_lines
 
-catalogue_commands = typer.Typer(no_args_is_help=True, help="Change what a bundle recommends.")
+catalogue_commands = Commands(help="Change what a bundle recommends.")
+
+
+def _item_id(item: str) -> str:
+    if problem := id_problem(item):
+        raise ValueError(problem)
+    return item
 
 
 class NewItem(BaseModel):
     """A line of the file of new items."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    item_id: str
+    item_id: Annotated[str, AfterValidator(_item_id)]
     codes: tuple[int, ...]
 
 
 @catalogue_commands.command("update")
 def catalogue_update(
-    bundle: Annotated[Path, typer.Argument(help="The bundle to start from.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle to start from.", exists=True, file_okay=False)],
     out: Annotated[
-        Path, typer.Argument(help="Folder of the new bundle, not there yet, on the same disk: models are hard links.")
+        Path,
+        typer.Argument(
+            help="Folder of the new bundle, not there yet, on the same disk: models are hard links.", file_okay=False
+        ),
     ],
     add: Annotated[
         Path | None,
-        typer.Option(help='New items: lines of JSON, {"item_id": "a", "codes": [3, 0, 7]}.', exists=True),
+        typer.Option(
+            help='New items: lines of JSON, {"item_id": "a", "codes": [3, 0, 7]}.', exists=True, dir_okay=False
+        ),
     ] = None,
-    remove: Annotated[Path | None, typer.Option(help="Items to take out: an id a line.", exists=True)] = None,
+    remove: Annotated[
+        Path | None, typer.Option(help="Items to take out: an id a line.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Add items, with code paths of the bundle's codebooks, and take others out. An item in both files gets its new codes."""
-    if out.exists():
+    if os.path.lexists(out):
         raise CommandError(f"{out}: is there already")
-    added = {item.item_id: item.codes for item in _new_items(add)} if add else {}
-    removed = [line for line in remove.read_text(encoding="utf-8").splitlines() if line] if remove else []
+    added = _new_items(add) if add else {}
+    removed = [item for _, item in read_lines(remove)] if remove else []
     try:
         made = update_catalogue(Bundle(bundle), out, added, removed)
     except OSError as error:
-        raise CommandError(f"{out}: {os.strerror(error.errno or 0)}") from error
+        raise CommandError(f"{out}: not written: {error.strerror or error}") from error
     print(f"{out}: catalogue {made.manifest.catalogue_version}, bundle {made.manifest.version}")
 
 
-def _new_items(path: Path) -> Iterator[NewItem]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            yield NewItem.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise CommandError(f"{path}: line {number}: {f'{where}: ' if where else ''}{first['msg']}") from error
+def _new_items(path: Path) -> dict[str, tuple[int, ...]]:
+    """Code paths by id."""
+    items: dict[str, tuple[int, ...]] = {}
+    lines: dict[str, int] = {}
+    for number, line in read_lines(path):
+        item = _new_item(path, number, line)
+        if item.item_id in lines:
+            first = lines[item.item_id]
+            raise CommandError(
+                f"{path}: lines {first} and {number}: item_id {shown(item.item_id)} occurs more than once"
+            )
+        items[item.item_id], lines[item.item_id] = item.codes, number
+    return items
+
+
+def _new_item(path: Path, number: int, line: str) -> NewItem:
+    try:
+        parse_json(line)  # for keys that occur twice, which pydantic takes
+        return NewItem.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        problem = f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+        raise CommandError(f"{path}: line {number}: {problem}") from error
+    except ValueError as error:
+        raise CommandError(f"{path}: line {number}: {error}") from error

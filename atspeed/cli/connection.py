@@ -33,17 +33,25 @@ class Connection:
     address: Annotated[str, typer.Option(help="Where the service is.", envvar="ATSPEED_ADDRESS", callback=_address)] = (
         LOCAL
     )
-    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Deadline of the call, in seconds.")] = 10.0
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.001, max=86_400, help="Deadline of the call, in seconds.")
+    ] = 10.0
     tls: Annotated[
         bool, typer.Option("--tls", help="Speak TLS to a server with a public certificate.", envvar="ATSPEED_TLS")
     ] = False
     ca: Annotated[
-        Path | None, typer.Option(help="Speak TLS; CA of the server's certificate, PEM.", envvar="ATSPEED_CA")
+        Path | None,
+        typer.Option(
+            help="Speak TLS; CA of the server's certificate, PEM.", envvar="ATSPEED_CA", exists=True, dir_okay=False
+        ),
     ] = None
     certificate: Annotated[
-        Path | None, typer.Option(help="Certificate to show, PEM (mTLS).", envvar="ATSPEED_CERTIFICATE")
+        Path | None,
+        typer.Option(
+            help="Certificate to show, PEM (mTLS).", envvar="ATSPEED_CERTIFICATE", exists=True, dir_okay=False
+        ),
     ] = None
-    key: Annotated[Path | None, typer.Option(help="Its key.", envvar="ATSPEED_KEY")] = None
+    key: Annotated[Path | None, typer.Option(help="Its key.", envvar="ATSPEED_KEY", exists=True, dir_okay=False)] = None
     server_name: Annotated[
         str,
         typer.Option(help="Name in the server's certificate, if not the address's.", envvar="ATSPEED_SERVER_NAME"),
@@ -60,6 +68,10 @@ class Connection:
     def client(self) -> RecommenderClient:
         """A client of that service. Raises TlsError."""
         encrypted = self.tls or self.ca or self.certificate
+        if (self.certificate is None) != (self.key is None):
+            raise typer.BadParameter("--certificate and --key go together.")
+        if self.server_name and not encrypted:
+            raise typer.BadParameter("--server-name needs --tls, --ca or --certificate: this connection is plain text.")
         tls = ClientTls(TlsFiles(self.certificate, self.key, self.ca), self.server_name) if encrypted else None
         return RecommenderClient(self.address, timeout_seconds=self.timeout, tls=tls, token=self.token or None)
 

@@ -23,13 +23,14 @@ from rich.text import Text
 
 from atspeed.cli.display import milliseconds, origin
 from atspeed.client.recommender import Options, RecommenderClient, RecommenderError
+from atspeed.concurrency.early_signals import unwind_at_sigterm
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import EngineError
 from atspeed.engine.search.list_comparison import NEAR_TIE, RankedList, Verdict, compare
+from atspeed.engine.search.mode import Mode
 from atspeed.local.redis_server import LocalRedisError, local_redis
 from atspeed.local.stack import LocalStack, LocalStackError
 from atspeed.rpc import event_loop
-from atspeed.rpc.mode import Mode
 from atspeed.training.data import Case, Dataset, Movie, movielens_titles, movielens_wheel, read_movielens
 from atspeed.training.errors import DataError
 from atspeed.v1 import recommendation_pb2 as pb
@@ -333,4 +334,5 @@ def main(bundle: Path = BUNDLE, scale: Scale | None = None) -> int:
 
 
 if __name__ == "__main__":
+    unwind_at_sigterm()
     sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 from rich.text import Text
 
@@ -44,11 +46,37 @@ def summary(reply: pb.RecommendResponse) -> str:
     if reply.exactness.largest_slack:
         lines.append(f"largest slack used: {reply.exactness.largest_slack:.4f}")
     lines += [f"degraded: {reason}" for reason in reply.degraded_reasons]
-    if reply.unknown_history_item_ids:
-        lines.append(f"not in the catalogue: {', '.join(reply.unknown_history_item_ids)}")
     if reply.fewer_than_k_reason:
         lines.append(reply.fewer_than_k_reason)
     return "\n".join(lines)
+
+
+_COLD_STARTS = {
+    pb.COLD_START_NO_STORED_HISTORY: "nothing is stored for this user",
+    pb.COLD_START_EMPTY_HISTORY: "the history is empty",
+    pb.COLD_START_UNKNOWN_ITEMS: "the catalogue knows no item of the history",
+}
+_SHOWN_IDS = 10
+
+
+def warnings(reply: pb.RecommendResponse) -> list[str]:
+    """Reasons why a list may not be the one that its reader expects."""
+    found = []
+    if reply.cold_start:
+        reason = _COLD_STARTS.get(reply.cold_start, f"reason {reply.cold_start}")
+        found.append(f"{reason}: this list is the same for every user without a history")
+    if reply.unknown_history_item_ids:
+        found.append(f"not in the catalogue: {shortened(reply.unknown_history_item_ids)}")
+    for count, what in ((reply.unknown_excluded_items, "excluded"), (reply.unknown_allowed_items, "allowed")):
+        if count:
+            found.append(f"{count} of the {what} ids not in the catalogue")
+    return found
+
+
+def shortened(ids: Sequence[str]) -> str:
+    """The first ids of many."""
+    more = len(ids) - _SHOWN_IDS
+    return ", ".join(ids[:_SHOWN_IDS]) + (f" and {more} more" if more > 0 else "")
 
 
 def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:

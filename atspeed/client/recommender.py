@@ -12,53 +12,61 @@ async, one `asyncio.run` around such a block is all it takes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self, TypedDict, TypeVar, Unpack
+from pathlib import Path
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
+from atspeed.client import arguments
+from atspeed.client.arguments import MAX_UINT32, MAX_UINT64
+from atspeed.client.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    CallError,
+    CertificateError,
+    ClientStateError,
+    RecommenderError,
+    call_error,
+    field_at_fault,
+)
+from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import TRACK_HEADER, Track
 from atspeed.rpc import wire
 from atspeed.rpc.channels import open_channel, target_uri
-from atspeed.rpc.errors import retry_after_seconds
-from atspeed.rpc.mode import Mode
-from atspeed.security.tls import ClientTls
+from atspeed.security.tls import ClientTls, TlsError, TlsFiles
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 
-__all__ = ["SERVICE", "Mode", "Options", "RecommenderClient", "RecommenderError", "recommend_request"]
+__all__ = ["SERVICE", "CallError", "Mode", "Options", "RecommenderClient", "RecommenderError", "recommend_request"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 # Appending twice is not appending once, so RecordEvents is not among them.
 _RETRIED = ("Recommend", "GetHistory", "ForgetUser", "GetServiceInfo")
 _MAX_MESSAGE_BYTES = 33_554_432
+_MAX_TIMEOUT_SECONDS = 86_400.0  # gRPC takes what is too large for its clock for a deadline that is over
+_NULLABLE = {"history", "temperature", "seed", "excluded", "allowed"}
 _Reply = TypeVar("_Reply")
 
 
-class RecommenderError(Exception):
-    """A call that failed. code: its gRPC status; message: what the service said.
+class Options(TypedDict, total=False):
+    """Options of a recommendation; the contract's `RecommendRequest` says what each field means.
 
-    retry_after_seconds: when another try may succeed, where a busy service said so.
+    Modes may be text. Items may be any iterable of ids; None is no list, and `allowed` without any id is refused.
     """
 
-    def __init__(self, code: grpc.StatusCode, message: str, retry_after_seconds: float | None = None) -> None:
-        super().__init__(f"{code.name}: {message}")
-        self.code, self.message, self.retry_after_seconds = code, message, retry_after_seconds
-
-
-class Options(TypedDict, total=False):
-    """What a recommendation may be asked for; the contract's `RecommendRequest` says what each field means."""
-
-    history: Sequence[str]
+    history: Iterable[str] | None
     k: int
     beam_width: int
-    mode: Mode
+    mode: Mode | str
     tolerance: float
     temperature: float | None
     seed: int | None
-    excluded: Sequence[str]
-    allowed: Sequence[str]
+    excluded: Iterable[str] | None
+    allowed: Iterable[str] | None
     exclude_seen: bool
     tenant: str
     batch_priority: bool
@@ -66,40 +74,52 @@ class Options(TypedDict, total=False):
 
 
 def recommend_request(user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendRequest:
-    """A request for a stored user's list or, with `history`, for that of the items given; 10 items by default."""
+    """A request for a stored user's list or, with `history`, for that of the items given; 10 items by default.
+
+    Raises ArgumentTypeError or ArgumentValueError, which name the option at fault.
+    """
+    _refuse_unknown(options)
+    given: dict[str, Any] = {
+        name: value for name, value in options.items() if value is not None or name not in _NULLABLE
+    }
+    if (user_id is None) == ("history" not in given):
+        raise ArgumentValueError("user_id", "give either user_id or history")
     request = pb.RecommendRequest(
-        k=options.get("k", 10),
-        beam_width=options.get("beam_width", 0),
-        mode=wire.to_mode(options.get("mode", Mode.STRICT)),
-        tolerance=options.get("tolerance", 0.0),
-        temperature=options.get("temperature"),
-        seed=options.get("seed"),
-        excluded_item_ids=options.get("excluded", ()),
-        allowed_item_ids=options.get("allowed", ()),
-        exclude_seen=options.get("exclude_seen", False),
-        tenant=options.get("tenant", ""),
-        priority=pb.PRIORITY_BATCH if options.get("batch_priority", False) else pb.PRIORITY_UNSPECIFIED,
-        least_beam_width=options.get("least_beam_width", 0),
+        k=arguments.whole("k", given.get("k", 10), 1, MAX_UINT32),
+        beam_width=arguments.whole("beam_width", given.get("beam_width", 0), 0, MAX_UINT32),
+        mode=wire.to_mode(arguments.choice("mode", given.get("mode", Mode.STRICT), Mode)),
+        tolerance=arguments.number("tolerance", given.get("tolerance", 0.0), least=0.0),
+        excluded_item_ids=arguments.item_ids("excluded", given.get("excluded", ()), ordered=False),
+        exclude_seen=arguments.flag("exclude_seen", given.get("exclude_seen", False)),
+        tenant=arguments.text("tenant", given.get("tenant", ""), required=False),
+        least_beam_width=arguments.whole("least_beam_width", given.get("least_beam_width", 0), 0, MAX_UINT32),
     )
-    if (user_id is None) == ("history" not in options):
-        raise ValueError("give either user_id or history")
+    if arguments.flag("batch_priority", given.get("batch_priority", False)):
+        request.priority = pb.PRIORITY_BATCH
+    if "temperature" in given:
+        request.temperature = arguments.number("temperature", given["temperature"], above=0.0)
+    if "seed" in given:
+        request.seed = arguments.whole("seed", given["seed"], 0, MAX_UINT64)
+    if "allowed" in given:
+        request.allowed_item_ids.extend(arguments.item_ids("allowed", given["allowed"], ordered=False, required=True))
     if user_id is not None:
-        request.user_id = user_id
+        request.user_id = arguments.text("user_id", user_id)
     else:
-        request.history.CopyFrom(pb.History(item_ids=options["history"]))
+        request.history.CopyFrom(pb.History(item_ids=arguments.item_ids("history", given["history"])))
     return request
 
 
 class RecommenderClient:
     """Calls a recommendation service. An async context manager; made and used inside one event loop.
 
-    address: NAME:PORT, or IP:PORT,IP:PORT for several replicas; ValueError when it is neither. timeout_seconds: the
-    deadline of every call, travelling with it. tls: how to speak TLS, `ClientTls()` for a server with a public certificate;
-    without it the connection is plain text. token: a bearer token, or what gives the one to show now. TlsError names a file at
-    fault.
+    address: NAME:PORT, or IP:PORT,IP:PORT for several replicas.
+    timeout_seconds: the deadline of every call, which travels with it; at most a day.
+    tls: how to speak TLS, `ClientTls()` for a server with a public certificate; plain text without it.
+    token: a bearer token, or a function that returns the one to show now.
 
     Calls that change nothing when repeated are retried while the service is UNAVAILABLE, up to three times in all and
-    within their deadline. Every call raises RecommenderError when it fails.
+    within their deadline. A call raises CallError when it fails, and UsageError, before anything is sent, where an argument
+    cannot be meant; both are a RecommenderError (atspeed/client/errors.py). What a function for `token` raises is passed on.
     """
 
     def __init__(
@@ -110,90 +130,175 @@ class RecommenderClient:
         tls: ClientTls | None = None,
         token: str | Callable[[], str] | None = None,
     ) -> None:
-        self._channel = open_channel(
-            target_uri(address),
-            SERVICE,
-            retried=_RETRIED,
-            max_message_bytes=_MAX_MESSAGE_BYTES,
-            tls=tls,
-            token=(lambda: token) if isinstance(token, str) else token,
-        )
+        self._loop = _running_loop()
+        self._closed = False
+        self._timeout = arguments.number("timeout_seconds", timeout_seconds, above=0.0, most=_MAX_TIMEOUT_SECONDS)
+        self._channel = _channel(_target(address), _tls(tls), _shown(token))
         self._stub: recommendation_pb2_grpc.RecommendationServiceAsyncStub = (
             recommendation_pb2_grpc.RecommendationServiceStub(self._channel)
         )
-        self._timeout = timeout_seconds
 
     async def recommend(
-        self, user_id: str | None = None, *, track: Track | None = None, **options: Unpack[Options]
+        self, user_id: str | None = None, *, track: Track | str | None = None, **options: Unpack[Options]
     ) -> pb.RecommendResponse:
         """The list for a stored user or, with `history=[...]`, for the items given. track: see `send`."""
         return await self.send(recommend_request(user_id, **options), track)
 
-    async def send(self, request: pb.RecommendRequest, track: Track | None = None) -> pb.RecommendResponse:
+    async def send(self, request: pb.RecommendRequest, track: Track | str | None = None) -> pb.RecommendResponse:
         """The list for a request made by `recommend_request`, or by hand.
 
         track: of which bundle, where it is not the user's who decides; that needs the scope admin.
         """
-        metadata = ((TRACK_HEADER, track.value),) if track else ()
-        return await _answer(self._stub.Recommend(request, timeout=self._timeout, metadata=metadata))
+        asked = arguments.message("request", request, pb.RecommendRequest)
+        metadata = () if track is None else ((TRACK_HEADER, arguments.choice("track", track, Track).value),)
+        return await self._call(self._stub.Recommend, asked, metadata)
 
     async def recommend_batch(
-        self, requests: Sequence[pb.RecommendRequest]
-    ) -> AsyncIterator[tuple[int, pb.RecommendResponse | RecommenderError]]:
+        self, requests: Iterable[pb.RecommendRequest]
+    ) -> AsyncIterator[tuple[int, pb.RecommendResponse | CallError]]:
         """Each request's index with its list or its error, as they are ready. See `recommend_request`."""
-        with _translated():
-            async for one in self._stub.RecommendBatch(
-                pb.RecommendBatchRequest(requests=requests), timeout=self._timeout
-            ):
+        asked = pb.RecommendBatchRequest(requests=arguments.messages("requests", requests, pb.RecommendRequest))
+        self._check_usable()
+        with self._translated():
+            async for one in self._stub.RecommendBatch(asked, timeout=self._timeout):
                 yield one.index, _batch_result(one)
 
-    async def record(self, user_id: str, item_ids: Sequence[str], tenant: str = "") -> pb.RecordEventsResponse:
-        """Append items, oldest first, to a user's history. Not retried."""
-        events = [pb.Event(item_id=item_id) for item_id in item_ids]
-        request = pb.RecordEventsRequest(user_id=user_id, events=events, tenant=tenant)
-        return await _answer(self._stub.RecordEvents(request, timeout=self._timeout))
+    async def record(self, user_id: str, item_ids: Iterable[str], tenant: str = "") -> pb.RecordEventsResponse:
+        """Append items, oldest first, to a user's history. Not retried.
+
+        Items that the catalogue does not know are stored too, and the reply names them.
+        """
+        request = pb.RecordEventsRequest(
+            user_id=arguments.text("user_id", user_id),
+            events=[pb.Event(item_id=item) for item in arguments.item_ids("item_ids", item_ids, required=True)],
+            tenant=arguments.text("tenant", tenant, required=False),
+        )
+        return await self._call(self._stub.RecordEvents, request)
 
     async def history(self, user_id: str, tenant: str = "") -> list[str]:
         """Ids of a user's stored items, oldest first; empty when there are none."""
-        call = self._stub.GetHistory(pb.GetHistoryRequest(user_id=user_id, tenant=tenant), timeout=self._timeout)
-        return [event.item_id for event in (await _answer(call)).events]
+        reply = await self._call(self._stub.GetHistory, pb.GetHistoryRequest(**_user(user_id, tenant)))
+        return [event.item_id for event in reply.events]
 
     async def forget(self, user_id: str, tenant: str = "") -> bool:
         """Erase a user's history; whether there was one."""
-        call = self._stub.ForgetUser(pb.ForgetUserRequest(user_id=user_id, tenant=tenant), timeout=self._timeout)
-        return (await _answer(call)).existed
+        reply = await self._call(self._stub.ForgetUser, pb.ForgetUserRequest(**_user(user_id, tenant)))
+        return reply.existed
 
     async def info(self) -> pb.GetServiceInfoResponse:
         """Versions, limits, and the state of the services behind this one."""
-        return await _answer(self._stub.GetServiceInfo(pb.GetServiceInfoRequest(), timeout=self._timeout))
+        return await self._call(self._stub.GetServiceInfo, pb.GetServiceInfoRequest())
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
-        await self._channel.close()
+        """Close the connection; calls under way end with CallError, CANCELLED. Closing again does nothing."""
+        if not self._closed:
+            self._check_usable()
+            self._closed = True
+            await self._channel.close()
 
     async def __aenter__(self) -> Self:
+        self._check_usable()
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Any, _Reply],
+        request: Message,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> _Reply:
+        self._check_usable()
+        with self._translated():
+            return await method(request, timeout=self._timeout, metadata=metadata)
 
-async def _answer(call: Awaitable[_Reply]) -> _Reply:
-    with _translated():
-        return await call
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClientStateError("the client is closed; make another one")
+        if _running_loop() is not self._loop:
+            raise ClientStateError("the client belongs to another event loop; make one in each loop that needs one")
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise call_error(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._closed or (task and task.cancelling()):
+                raise
+            # gRPC cancels a closed channel's calls, which their tasks cannot tell from being cancelled themselves.
+            raise CallError(grpc.StatusCode.CANCELLED, "the client was closed during the call") from None
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
+def _running_loop() -> asyncio.AbstractEventLoop:
     try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise RecommenderError(error.code(), error.details() or "", retry_after_seconds(error)) from None
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise ClientStateError("make and use the client inside an event loop, as in asyncio.run(main())") from None
 
 
-def _batch_result(one: pb.RecommendBatchResponse) -> pb.RecommendResponse | RecommenderError:
+def _channel(target: str, tls: ClientTls | None, token: Callable[[], str] | None) -> grpc.aio.Channel:
+    try:
+        return open_channel(
+            target, SERVICE, retried=_RETRIED, max_message_bytes=_MAX_MESSAGE_BYTES, tls=tls, token=token
+        )
+    except TlsError as error:
+        raise CertificateError("tls", str(error)) from None
+
+
+def _target(address: str) -> str:
+    try:
+        return target_uri(arguments.text("address", address))
+    except ArgumentValueError:
+        raise
+    except ValueError as error:
+        raise ArgumentValueError("address", str(error)) from None
+
+
+def _tls(tls: ClientTls | None) -> ClientTls | None:
+    if tls is None:
+        return None
+    checked = arguments.message("tls", tls, ClientTls)
+    arguments.message("tls.files", checked.files, TlsFiles)
+    arguments.text("tls.server_name", checked.server_name, required=False)
+    for path in checked.files.paths:
+        arguments.message("tls.files", path, Path)
+    if (checked.files.certificate is None) != (checked.files.key is None):
+        raise ArgumentValueError("tls", "certificate and key go together")
+    return checked
+
+
+def _shown(token: str | Callable[[], str] | None) -> Callable[[], str] | None:
+    """The function that gives each call its token; None without one."""
+    if token is None:
+        return None
+    if callable(token):
+        return lambda: arguments.token("token", token())
+    fixed = arguments.token("token", token)
+    return lambda: fixed
+
+
+def _user(user_id: str, tenant: str) -> dict[str, str]:
+    return {
+        "user_id": arguments.text("user_id", user_id),
+        "tenant": arguments.text("tenant", tenant, required=False),
+    }
+
+
+def _refuse_unknown(options: Iterable[str]) -> None:
+    known = list(Options.__annotations__)
+    for name in options:
+        if name not in known:
+            raise ArgumentTypeError(name, f"is no option of a recommendation; these are: {', '.join(known)}")
+
+
+def _batch_result(one: pb.RecommendBatchResponse) -> pb.RecommendResponse | CallError:
     if one.WhichOneof("result") == "response":
         return one.response
     codes = {code.value[0]: code for code in grpc.StatusCode}
     code, after = codes.get(one.error.code, grpc.StatusCode.UNKNOWN), one.error.retry_after_ms
-    return RecommenderError(code, one.error.message, after / 1000 if after else None)
+    message = one.error.message
+    return CallError(code, message, after / 1000 if after else None, field=field_at_fault(code, message))

@@ -27,15 +27,16 @@ from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, 
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from atspeed.engine.kv.redis_client import RedisTls
+from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.observability.logs import LogFormat, LogLevel
-from atspeed.security.tls import TlsFiles
+from atspeed.security.tls import TlsError, TlsFiles, WatchedPems
 
 Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")]
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
-    if url.get_secret_value() and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("must start with redis://, rediss:// or unix://")
+    if url.get_secret_value():
+        check_redis_url(url.get_secret_value())
     return url
 
 
@@ -66,7 +67,7 @@ class ServiceSettings(BaseSettings):
     """Address to listen on. 0.0.0.0 is every interface."""
     port: Port = 0
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = SecretStr("")
-    """redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded. Empty: work without Redis."""
+    """redis://[:PASSWORD@]HOST:PORT/DB, password percent-encoded; rediss:// over TLS, unix:///PATH. Empty: work without Redis."""
     redis_ca: FilePath | None = None
     """CA of Redis's certificate, PEM; rediss:// only. The system's CAs without it."""
     redis_certificate: FilePath | None = None
@@ -154,7 +155,12 @@ class ServiceSettings(BaseSettings):
 
     @property
     def redis_tls(self) -> RedisTls:
-        """What Redis is spoken to with, where its URL is rediss://."""
+        """What Redis is spoken to with, where its URL is rediss://. Raises TlsError for files that are of no use for that."""
+        try:
+            WatchedPems(TlsFiles(self.redis_certificate, self.redis_key, self.redis_ca))
+        except TlsError as error:
+            names = ", ".join(spelling(type(self), name) for name in ("redis_ca", "redis_certificate"))
+            raise TlsError(f"{names}: {error}") from None
         return RedisTls(ca=self.redis_ca, certificate=self.redis_certificate, key=self.redis_key)
 
     @classmethod

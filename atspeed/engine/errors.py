@@ -3,8 +3,10 @@
 EngineError
 +-- BundleError      a bundle that cannot be read or does not fit together
 +-- CatalogueError   a catalogue that cannot be built or read
++-- LineError        a file of lines that cannot be read
 +-- PromptError      a history that cannot be turned into a prompt
 +-- CapacityError    more tokens than the model or the buffers take
++-- NoNumbersError   a pass after which the model's scores are NaN or infinite
 +-- OverloadedError  a limit on what is served at once; later, or elsewhere, there may be room
 """
 
@@ -21,12 +23,20 @@ class CatalogueError(EngineError):
     """A catalogue that cannot be built or read."""
 
 
+class LineError(EngineError):
+    """A file of lines that cannot be read."""
+
+
 class PromptError(EngineError):
     """A history that cannot be turned into a prompt."""
 
 
 class CapacityError(EngineError):
     """More tokens than the model's positions or the buffers take."""
+
+
+class NoNumbersError(EngineError):
+    """A pass after which the model's scores are NaN or infinite: of the weights, or of a token that the pass reads."""
 
 
 class OverloadedError(EngineError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import trustme
 
+from atspeed.engine.files.atomic_write import replacing
 from atspeed.security.tls import ClientTls, TlsFiles
 
 SERVICES = ("orchestrator", "target", "draft", "redis", "edge", "client")
@@ -25,7 +26,8 @@ class LocalCertificates:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._ca = folder, trustme.CA(key_type=trustme.KeyType.ECDSA)
+        self.folder = folder
+        self._ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
         for name in SERVICES:
             (folder / name).mkdir(parents=True, exist_ok=True)
             self.issue(name)
@@ -39,9 +41,10 @@ class LocalCertificates:
     def issue(self, name: str, *, not_after: datetime | None = None) -> TlsFiles:
         """A new certificate for `name`, over the one that it had. The key is readable by its owner alone."""
         made = self._ca.issue_cert(name, *LOCAL_NAMES, common_name=name, not_after=not_after)
-        self._key(name).touch(mode=0o600)
-        made.private_key_pem.write_to_path(str(self._key(name)))
-        self._certificate(name).write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
+        with replacing(self._key(name), mode=0o600) as file:
+            file.write(made.private_key_pem.bytes())
+        with replacing(self._certificate(name)) as file:
+            file.write(b"".join(part.bytes() for part in made.cert_chain_pems))
         return self.files(name)
 
     @contextmanager
@@ -78,7 +81,8 @@ class LocalCertificates:
 
     def _trust(self, authorities: bytes) -> None:
         for folder in (self.folder, *(self.folder / name for name in SERVICES)):
-            (folder / "ca.crt").write_bytes(authorities)
+            with replacing(folder / "ca.crt") as file:
+                file.write(authorities)
 
     def _certificate(self, name: str) -> Path:
         return self.folder / name / "tls.crt"

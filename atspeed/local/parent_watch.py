@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
+from atspeed.local.held_signals import held_signals
+
 # Reads until its standard input, a pipe that only our process holds, is closed; then the watched process goes too. Works for
 # a SIGKILL, on Linux and macOS, and needs no code between fork and exec.
 _SCRIPT = 'read _; kill -CONT "$0"; kill -TERM "$0"'
@@ -14,12 +16,17 @@ class Watcher:
 
     def __init__(self, pid: int) -> None:
         self._shell = subprocess.Popen(  # noqa: S603  our own script
-            ["/bin/sh", "-c", _SCRIPT, str(pid)], stdin=subprocess.PIPE, start_new_session=True
+            ["/bin/sh", "-c", _SCRIPT, str(pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # the process may be gone already
+            start_new_session=True,
         )
 
     def release(self) -> None:
-        """Let the process be."""
-        self._shell.kill()
-        self._shell.wait()
-        if self._shell.stdin is not None:
-            self._shell.stdin.close()
+        """Let the process be. Without effect a second time."""
+        with held_signals():
+            self._shell.kill()
+            self._shell.wait()
+            if self._shell.stdin is not None:
+                self._shell.stdin.close()

@@ -11,14 +11,14 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from atspeed.local.parent_watch import Watcher
+from atspeed.engine.kv.redis_url import check_redis_url
+from atspeed.local.child_process import Child
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 20.0
@@ -41,10 +41,11 @@ class LocalRedis:
 
     def __init__(self, *, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> None:
         self._binary = server_binary()
-        self._folder, self._max_memory, self._port = folder, max_memory, port
+        self._folder = folder
+        self._max_memory = max_memory
+        self._port = port
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._server: subprocess.Popen[bytes] | None = None
-        self._watcher: Watcher | None = None
+        self._server = Child()
 
     @property
     def url(self) -> str:
@@ -56,7 +57,7 @@ class LocalRedis:
     @property
     def running(self) -> bool:
         """Whether the process lives, paused or not."""
-        return self._server is not None and self._server.poll() is None
+        return self._server.running
 
     def start(self) -> None:
         """Start, unless it runs, and wait until it answers. Raises LocalRedisError."""
@@ -68,22 +69,23 @@ class LocalRedis:
         for port in ports:
             try:
                 self._launch(port)
+                self._port = port
+                break
             except LocalRedisError:
                 self._discard()
                 if port == ports[-1]:
                     raise
-            else:
-                self._port = port
-                break
+            except BaseException:
+                self._discard()
+                raise
 
     def stop(self) -> None:
         """Shut down in order: SIGTERM, and SIGKILL after a few seconds. Without effect when it does not run."""
-        if self._server is not None and self.running:
-            self.resume()
+        try:
             self._server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._server.wait(_STOP_SECONDS)
-        self._discard()
+            self._server.wait(_STOP_SECONDS)
+        finally:
+            self._discard()
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
@@ -105,23 +107,14 @@ class LocalRedis:
         self.stop()
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._server is not None and self.running:
-            self._server.send_signal(number)
+        if self._server.process is not None:
+            self._server.process.send_signal(number)
 
     def _launch(self, port: int) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="atspeed-redis-")
         log = Path(self._scratch.name) / "server.log"
         with log.open("wb") as output, self._locked_folder() as locks:
-            self._server = subprocess.Popen(  # noqa: S603  our own arguments, no shell
-                self._command(port),
-                pass_fds=locks,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # A Ctrl-C in the terminal is for us; the server ends after those that use it.
-                start_new_session=True,
-            )
-        self._watcher = Watcher(self._server.pid)
+            self._server.start(self._command(port), output, files=locks)
         self._wait_until_ready(port, log)
 
     @contextlib.contextmanager
@@ -158,21 +151,15 @@ class LocalRedis:
 
     def _wait_until_ready(self, port: int, log: Path) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while self.running and time.monotonic() < deadline:
-            if self._server is not None and _answers_as(port, self._server.pid):
+        while (process := self._server.process) is not None and self.running and time.monotonic() < deadline:
+            if _answers_as(port, process.pid):
                 return
             time.sleep(0.02)
         tail = log.read_text(errors="replace")[-2000:]
         raise LocalRedisError(f"{self._binary} did not start on port {port}:\n{tail}")
 
     def _discard(self) -> None:
-        # The watcher first: it must not outlive the server and hit another process with the same id.
-        if self._watcher is not None:
-            self._watcher.release()
-        if self._server is not None:
-            self._server.kill()
-            self._server.wait()
-        self._watcher = self._server = None
+        self._server.kill()
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
@@ -182,9 +169,13 @@ class LocalRedis:
 def local_redis(*, folder: Path | None = None, max_memory: str = "256mb", port: int | None = None) -> Iterator[str]:
     """The URL of a Redis: the variable REDIS_URL where it is set, else a server's that lives as long as the context.
 
-    Raises LocalRedisError when there is no server to start, or it does not start.
+    Raises LocalRedisError when there is no server to start, or it does not start, or the variable holds no URL of a Redis.
     """
     if url := os.environ.get("REDIS_URL"):
+        try:
+            check_redis_url(url)
+        except ValueError as error:
+            raise LocalRedisError(f"REDIS_URL: {error}") from None
         yield url
         return
     with LocalRedis(folder=folder, max_memory=max_memory, port=port) as server:

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from atspeed.local.parent_watch import Watcher
+from atspeed.local.child_process import Child
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 30.0
+_LAST_WORDS_SECONDS = 2.0
 _IN_ENVIRONMENT = {"redis-url"}  # settings that may hold a password: every user of a machine sees command lines
 
 
@@ -33,6 +34,20 @@ def _argument(name: str, value: object) -> str:
     return f"--{name}={value}"
 
 
+def _first_line(source: int, until: float) -> bytes | None:
+    """What a pipe brings up to the first line break; None where that does not come in time, or the pipe ends before."""
+    text = b""
+    while (left := until - time.monotonic()) > 0:
+        readable, _, _ = select.select([source], [], [], left)
+        part = os.read(source, 65_536) if readable else b""
+        if not part:
+            return None
+        text += part
+        if b"\n" in text:
+            return text.partition(b"\n")[0]
+    return None
+
+
 class ServiceProcess:
     """One service, `python -m <module>`, on a free loopback port that it keeps over restarts.
 
@@ -41,11 +56,17 @@ class ServiceProcess:
     """
 
     def __init__(self, module: str, flags: Mapping[str, object], log: Path) -> None:
-        self.module, self.flags, self.log = module, dict(flags), log
-        self.process: subprocess.Popen[bytes] | None = None
-        self._watcher: Watcher | None = None
+        self.module = module
+        self.flags = dict(flags)
+        self.log = log
+        self._child = Child()
         self.port = 0
         self.metrics_port: int | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """None before its launch, and once it is known to have ended."""
+        return self._child.process
 
     @property
     def address(self) -> str:
@@ -55,22 +76,17 @@ class ServiceProcess:
     @property
     def running(self) -> bool:
         """Whether the process lives."""
-        return self.process is not None and self.process.poll() is None
+        return self._child.running
 
     def launch(self) -> None:
-        """Start the process, without waiting for it."""
+        """Start the process, without waiting for it. Raises LocalStackError when it runs already."""
+        if self.running:
+            raise LocalStackError(f"{self.module}: runs already")
         flags = {"log-format": "json", **self.flags, "port": self.port}
         arguments = [_argument(name, value) for name, value in flags.items() if name not in _IN_ENVIRONMENT]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", self.module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **self._variables()},
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the services in order
-            )
-        self._watcher = Watcher(self.process.pid)
+            command = [sys.executable, "-m", self.module, *arguments]
+            self._child.start(command, log, announces=True, environment=self._variables())
 
     def _variables(self) -> dict[str, str]:
         """The settings that the process gets by its environment."""
@@ -82,9 +98,19 @@ class ServiceProcess:
         }
 
     def wait_ready(self) -> None:
-        """Wait until the service takes calls. Raises LocalStackError when it ends or takes too long."""
-        announced = self._announced(time.monotonic() + _START_SECONDS)
-        self.port, self.metrics_port = int(announced["port"]), announced.get("metrics_port")
+        """Wait until the service takes calls. Raises LocalStackError when it ends, says something else or takes too long.
+
+        Whatever it raises, the process is gone then.
+        """
+        with ExitStack() as undo:
+            undo.callback(self.kill)
+            announced = self._announced(time.monotonic() + _START_SECONDS)
+            try:
+                self.port = int(announced["port"])
+                self.metrics_port = announced.get("metrics_port")
+            except (KeyError, TypeError, ValueError):
+                raise LocalStackError(f"{self.module}: did not start: it does not say where it listens") from None
+            undo.pop_all()
 
     def start(self) -> None:
         """Launch and wait."""
@@ -98,55 +124,38 @@ class ServiceProcess:
 
     def terminate(self) -> None:
         """SIGTERM, without waiting for it to drain."""
-        if self.process is not None:
-            self._release()
-            self.process.terminate()
+        self._child.terminate()
 
     def wait_stopped(self) -> None:
-        """Wait for a process that drains; SIGKILL when it does not in time."""
-        if self.process is None:
-            return
-        try:
-            self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._discard()
+        """Wait for a process that drains; SIGKILL when it does not in time, or when the waiting is broken off."""
+        self._child.wait(_STOP_SECONDS)
 
     def kill(self) -> None:
         """SIGKILL."""
-        if self.process is not None:
-            self._release()
-            self.process.kill()
-            self.process.wait()
-            self._discard()
+        self._child.kill()
 
-    def _release(self) -> None:
-        if self._watcher is not None:
-            self._watcher.release()
-            self._watcher = None
+    def __enter__(self) -> Self:
+        self.start()
+        return self
 
-    def _discard(self) -> None:
-        if self.process is not None and self.process.stdout is not None:
-            self.process.stdout.close()
-        self.process = None
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
-    def _announced(self, until: float) -> dict[str, Any]:
+    def _announced(self, until: float) -> Any:
         """The JSON line that a service prints once it takes calls."""
         process = self.process
         if process is None or process.stdout is None:
             raise LocalStackError(f"{self.module}: not launched")
-        while (left := until - time.monotonic()) > 0:
-            readable, _, _ = select.select([process.stdout], [], [], min(left, 0.2))
-            if readable:
-                line = process.stdout.readline()
-                if line:
-                    announced: dict[str, Any] = json.loads(line)
-                    return announced
-            if process.poll() is not None:
-                break
-        self.kill()
-        raise LocalStackError(f"{self.module}: did not start{self._why()}")
+        line = _first_line(process.stdout.fileno(), until)
+        if line is None:
+            # It closes its output when it ends, and then its log is whole.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LAST_WORDS_SECONDS)
+            raise LocalStackError(f"{self.module}: did not start{self._why()}")
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise LocalStackError(f"{self.module}: did not start: it does not say where it listens") from None
 
     def _why(self) -> str:
         """The reason that the service gave, as one line; without one, the end of its log."""
@@ -178,7 +187,8 @@ class LocalStack:
         """`flags`: more settings by service (`draft`, `target`, `orchestrator`); `port`: the orchestrator's, 0 for any."""
         self._cleanup = ExitStack()
         self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
-        self._redis_url, self._flags = redis_url, flags or {}
+        self._redis_url = redis_url
+        self._flags = flags or {}
         self._bundle = bundle.absolute()  # a link stays one: the services follow it
         # Models that share cores slow each other down when together they have more threads than there are cores.
         self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))
@@ -212,13 +222,19 @@ class LocalStack:
             raise
 
     def stop(self) -> None:
-        """Drain everything: the orchestrators side by side, then the models, which they call."""
-        for services in (self.orchestrators, [*self.drafts, *self.targets]):
-            for service in services:
-                service.terminate()
-            for service in services:
-                service.wait_stopped()
-        self._cleanup.close()
+        """Drain everything: the orchestrators side by side, then the models, which they call.
+
+        Where that fails or is broken off, what still runs is killed.
+        """
+        with ExitStack() as ends:
+            ends.callback(self._cleanup.close)
+            for service in self.services:
+                ends.callback(service.kill)
+            for services in (self.orchestrators, [*self.drafts, *self.targets]):
+                for service in services:
+                    service.terminate()
+                for service in services:
+                    service.wait_stopped()
 
     def __enter__(self) -> Self:
         self.start()

@@ -14,12 +14,13 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_decoder, load_decoder
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.trie import Trie
+from atspeed.errors import FailedPreconditionError
 from atspeed.model_host.instrumented_evaluator import InstrumentedEvaluator
 from atspeed.model_host.loaded_model import KvTiers, LoadedModel, WeightsKey, weights_key
 from atspeed.model_host.model_metrics import ModelMetrics, served_reads
@@ -29,7 +30,6 @@ from atspeed.observability.metrics import Readings, Reads
 from atspeed.rollout.bundle_watch import bundle_watches, following, open_bundle
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
-from atspeed.rpc.errors import FailedPreconditionError
 from atspeed.rpc.health import NOTICE_SECONDS
 from atspeed.rpc.versions import Versions
 from atspeed.v1 import types_pb2
@@ -86,7 +86,9 @@ class HostedModels(Generic[Worker]):
     """
 
     def __init__(self, settings: ModelSettings, role: Role, make_worker: MakeWorker[Worker]) -> None:
-        self._settings, self._role, self._make_worker = settings, role, make_worker
+        self._settings = settings
+        self._role = role
+        self._make_worker = make_worker
         self._tiers = KvTiers(settings)
         self.metrics = ModelMetrics(self._tiers.memory)
         self.versions = Versions()
@@ -179,6 +181,7 @@ class HostedModels(Generic[Worker]):
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
             info = self._info(bundle, curve)
+            await evaluator.examine()
             undo.pop_all()
         reads = served_reads(info)
         self.metrics.add(reads)
@@ -187,12 +190,14 @@ class HostedModels(Generic[Worker]):
     def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, Decoder]) -> tuple[Trie, WeightsKey, Decoder]:
         settings, role = self._settings, self._role
         if settings.verify_bundle:
-            bundle.verify()
+            bundle.verify(but=role)
         trie = bundle.catalogue().trie  # a model needs no item: those are let go of
         key = weights_key(settings, bundle.model(role), trie.levels)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
         if key not in decoders:
-            return trie, key, load_decoder(bundle, role, options)
+            return trie, key, load_decoder(bundle, role, options, verified=settings.verify_bundle)
+        if settings.verify_bundle:
+            bundle.verify_model(role)
         check_decoder(bundle, role, decoders[key])
         return trie, key, decoders[key]
 

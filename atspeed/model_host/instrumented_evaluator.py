@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.plain_passes import check_plain_passes
 from atspeed.engine.model.tree_evaluator import Found, OpenTree, PassProgram, PassRecord, Selection, TreeEvaluator
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.model_host.model_health import ModelHealth
 from atspeed.model_host.model_metrics import ModelMetrics
 from atspeed.observability import tracing
@@ -39,7 +42,7 @@ class InstrumentedEvaluator(TreeEvaluator):
     ) -> None:
         super().__init__(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
         self._metrics = metrics
-        self._fitness = ModelHealth(unhealthy_after, self.warm_up, declare_fit)
+        self._fitness = ModelHealth(unhealthy_after, partial(check_plain_passes, self), declare_fit)
         self._reads = metrics.watch(self, self._fitness)
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: bytes = NO_OWNER) -> OpenTree:
@@ -59,6 +62,10 @@ class InstrumentedEvaluator(TreeEvaluator):
             return await super().run_steps(tree, steps, selection)
         with self._judged(), self._reported(tree):
             return await super().run_steps(tree, steps, selection)
+
+    async def examine(self) -> None:
+        """Say that it is unfit where its plain passes do not work, before anybody asks for one."""
+        await self._fitness.examine()
 
     async def close(self) -> None:
         """As TreeEvaluator's."""
@@ -87,7 +94,8 @@ class InstrumentedEvaluator(TreeEvaluator):
 
     def _report(self, made: PassRecord) -> None:
         cost = made.cost
-        self._fitness.passed()
+        if made.valid:
+            self._fitness.passed()
         self._metrics.passed(made.nodes, cost)
         tracing.past_span(
             "pass",

@@ -73,7 +73,8 @@ class KvTiers:
     def __init__(self, settings: ModelSettings) -> None:
         self._settings = settings
         self.memory = MemoryKvCache(settings.kv_memory_mb * 2**20)
-        url, self._timeout = settings.redis_url.get_secret_value(), settings.redis_timeout_seconds
+        url = settings.redis_url.get_secret_value()
+        self._timeout = settings.redis_timeout_seconds
         self._client: Redis | None = None
         if url:
             self._client = connect(url, timeout_seconds=self._timeout, tls=settings.redis_tls)

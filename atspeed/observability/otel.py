@@ -24,6 +24,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from atspeed.observability.otlp_variables import check_otlp_variables
 from atspeed.observability.tracing import Metadata, Value
 
 # A collector that does not answer must not hold up the end of a process for longer.
@@ -37,6 +38,7 @@ class OpenTelemetry:
     def __init__(self, service: str) -> None:
         name = os.environ.get("OTEL_SERVICE_NAME") or f"atspeed-{service}"
         release = version("atspeed-serving")
+        check_otlp_variables()
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": name, "service.version": release}), shutdown_on_exit=False
         )

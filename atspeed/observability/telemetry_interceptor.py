@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from atspeed.concurrency.deadline import is_over
 from atspeed.observability import tracing
 from atspeed.observability.metrics import ServerMetrics
-from atspeed.rpc.errors import is_over
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, cast
 
-from atspeed.rpc.errors import StartupError
+from atspeed.errors import StartupError
 
 Value = str | bool | int | float
 Metadata = tuple[tuple[str, str], ...]

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import structlog
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 from atspeed.configuration.settings import ServiceSettings
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle
 from atspeed.engine.errors import BundleError, EngineError
@@ -50,8 +50,11 @@ class BundleWatch:
     """
 
     def __init__(self, path: Path, track: Track, holder: Holder, served: str = "") -> None:
-        self._path, self.track, self._holder = path, track, holder
-        self.served, self.pending = served, ""
+        self._path = path
+        self.track = track
+        self._holder = holder
+        self.served = served
+        self.pending = ""
         self.taken = self.refused = 0
         self._seen: tuple[str, int, int, int] | None = None
         self._misses = 0
@@ -98,7 +101,8 @@ class BundleWatch:
         if self._taking is not None:
             self._taking.cancel()
             await asyncio.gather(self._taking, return_exceptions=True)
-        self._taking, self.pending = None, ""
+        self._taking = None
+        self.pending = ""
 
     async def _take(self, bundle: Bundle) -> None:
         version = bundle.manifest.version

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from atspeed.rpc.errors import InvalidArgumentError
+from atspeed.errors import InvalidArgumentError
 
 TRACK_HEADER = "x-atspeed-track"
 """Metadata by which a call asks for a track, whoever's it is."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from atspeed.rpc.errors import DeadlineExceededError, ResourceExhaustedError
+from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 
 PRIORITY_HEADER = "x-atspeed-priority"
 _SHORTEST_HINT, _LONGEST_HINT = 0.05, 10.0
@@ -61,7 +61,8 @@ class Admission:
     """
 
     def __init__(self, places: int, queue: int) -> None:
-        self.places, self.queue = places, queue
+        self.places = places
+        self.queue = queue
         self.running = 0
         self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
         self._seconds = 0.0

@@ -57,7 +57,8 @@ class Routes(Generic[Stub]):
     """The ways to a service's replicas: in turn and, where there is a stub on such a channel, by key."""
 
     def __init__(self, in_turn: Stub, by_key: Stub | None = None, *, most_at_once: int = 0) -> None:
-        self.in_turn, self._by_key = in_turn, by_key
+        self.in_turn = in_turn
+        self._by_key = by_key
         self._affinity = Affinity(most_at_once if by_key is not None else 0)
 
     @contextmanager

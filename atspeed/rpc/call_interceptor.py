@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
+from atspeed.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
 from atspeed.observability.logs import REQUEST_ID_HEADER, bind_request_id
-from atspeed.rpc.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, call_status
+from atspeed.rpc.grpc_status import call_status
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -4,7 +4,7 @@ An address is one of
 
     HOST:PORT                  one name or IP; every address that the name has is a replica
     IP:PORT,IP:PORT,...        several replicas
-    dns:///HOST:PORT, ipv4:..., ipv6:..., unix:...   as gRPC spells it
+    dns:///HOST:PORT, ipv4:IP:PORT,..., ipv6:[IP]:PORT,..., unix:PATH   as gRPC spells it
 
 Calls go round-robin over the replicas whose grpc.health.v1 state for the service is SERVING, or, on a channel `by_key`, to the
 one of these that the call's key stands for: gRPC's ring hash (gRFC A42 and A76), which moves few keys when replicas come and go.
@@ -12,46 +12,53 @@ one of these that the call's key stands for: gRPC's ring hash (gRFC A42 and A76)
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated
 
 import grpc
 from pydantic import AfterValidator
 
 from atspeed.configuration.settings import address as join
+from atspeed.engine.host_names import ip_version, is_host
 from atspeed.rpc.rotating_channel import RotatingChannel
 from atspeed.security.tls import ClientTls, WatchedPems
 
 KEY_HEADER = "x-atspeed-key"
 """Metadata that every call on a channel `by_key` has: calls of equal values go to the same replica."""
 
-_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:")
+_LONGEST_SOCKET_PATH = 107  # sun_path, sockaddr_un(7)
 # gRPC's C core reads `requestHashHeader` only where this is set (grpcio 1.85); without it, calls on a ring fail.
 _RING_HASH_SWITCH = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
 
 
 def target_uri(address: str) -> str:
     """The gRPC target of an address (module docstring). ValueError says what is wrong with it."""
-    if address.startswith(_SCHEMES):
-        return address
+    for scheme, check in _CHECKS.items():
+        if address.startswith(scheme):
+            check(address.removeprefix(scheme))
+            return address
     endpoints = [_endpoint(part.strip()) for part in address.split(",")]
-    if len(endpoints) == 1 and _ip_version(endpoints[0][0]) is None:
+    if len(endpoints) == 1 and ip_version(endpoints[0][0]) is None:
         host, port = endpoints[0]
         return f"dns:///{host}:{port}"
-    versions = {_ip_version(host) for host, _ in endpoints}
-    if None in versions:
-        raise ValueError("several replicas need an IP:PORT each, or one name that resolves to all of them")
-    if len(versions) > 1:
-        raise ValueError("IPv4 and IPv6 addresses cannot be mixed")
-    version = versions.pop()
-    return f"ipv{version}:" + ",".join(join(host, port) for host, port in endpoints)
+    return f"ipv{_common_version(endpoints)}:" + ",".join(join(host, port) for host, port in endpoints)
 
 
 Target = Annotated[str, AfterValidator(target_uri)]
 """Type of a setting that holds an address; its value is the gRPC target."""
+
+
+def _host_name(text: str) -> str:
+    if text and not is_host(text):
+        raise ValueError("is no name of a host")
+    return text
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
+"""Type of a setting that holds the name in a certificate, or nothing."""
 
 
 def open_channel(
@@ -146,15 +153,49 @@ _THROTTLING = {"maxTokens": 100, "tokenRatio": 0.1}
 
 
 def _endpoint(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65_536):
-        raise ValueError(f"{text!r} is not HOST:PORT")
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1] if ip_version(host[1:-1]) == 6 else ""
+    elif ":" in host:
+        host = ""  # an IPv6 address without brackets, or what is meant for another scheme
+    if not (is_host(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 65_536):
+        raise ValueError(f"{text!r} is not HOST:PORT (IPv6 in brackets)")
     return host, int(port)
 
 
-def _ip_version(host: str) -> int | None:
-    try:
-        return ipaddress.ip_address(host).version
-    except ValueError:
-        return None
+def _common_version(endpoints: Sequence[tuple[str, int]]) -> int:
+    """4 or 6."""
+    versions = {ip_version(host) for host, _ in endpoints}
+    if len(versions - {None}) > 1:
+        raise ValueError("IPv4 and IPv6 addresses cannot be mixed")
+    if (version := versions.pop()) is None or versions:
+        raise ValueError("several replicas need an IP:PORT each, or one name that resolves to all of them")
+    return version
+
+
+def _check_dns(rest: str) -> None:
+    server, name = "", rest
+    if rest.startswith("//"):
+        server, _, name = rest.removeprefix("//").partition("/")
+    _endpoint(name)
+    if server:
+        _common_version([_endpoint(server)])
+
+
+def _check_ips(version: int, rest: str) -> None:
+    if _common_version([_endpoint(part) for part in rest.split(",")]) != version:
+        raise ValueError(f"ipv{version}: takes IPv{version} addresses, IP:PORT each")
+
+
+def _check_socket(rest: str) -> None:
+    path = rest.removeprefix("//")
+    if not path or (path != rest and not path.startswith("/")) or len(path.encode()) > _LONGEST_SOCKET_PATH:
+        raise ValueError(f"a socket is unix:PATH or unix:///PATH, {_LONGEST_SOCKET_PATH} bytes at most")
+
+
+_CHECKS: dict[str, Callable[[str], None]] = {
+    "dns:": _check_dns,
+    "ipv4:": partial(_check_ips, 4),
+    "ipv6:": partial(_check_ips, 6),
+    "unix:": _check_socket,
+}

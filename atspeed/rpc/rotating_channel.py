@@ -64,7 +64,9 @@ class RotatingChannel(grpc.aio.Channel):
     """See the module. open_with: makes the channel; pems: None for plain text; token: gives that of the next call."""
 
     def __init__(self, open_with: Opener, pems: WatchedPems | None, token: Callable[[], str] | None) -> None:
-        self._open_with, self._pems, self._token = open_with, pems, token
+        self._open_with = open_with
+        self._pems = pems
+        self._token = token
         self._old: set[_Generation] = set()
         self._now = self._opened()
         self._next: _Generation | None = None  # of newer certificates, until it is connected

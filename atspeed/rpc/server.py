@@ -9,9 +9,9 @@
 
 The life of a server: settings, application (models are loaded), listen, health SERVING and one JSON line on stdout
 with the address; at SIGTERM or SIGINT health NOT_SERVING, no new calls, running ones end or are cancelled after
-`drain_seconds`, the application is left. A signal before that ends the start. A second signal ends the process at once, as
-the first process of a container too. Exit codes: 0 after a signal, 128 + its number after a second one, 1 cannot start, 2 bad
-settings.
+`drain_seconds`, the application is left. A signal before that ends the start; before `run` is called, see `early_signals`. A
+second signal ends the process at once, as the first process of a container too. Exit codes: 0 after a signal, 128 + its number
+after a second one, 1 cannot start, 2 bad settings.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from atspeed.concurrency.early_signals import SIGNALS
 from atspeed.configuration.settings import ServiceSettings, address, spelling
 from atspeed.engine.errors import EngineError
+from atspeed.errors import StartupError
 from atspeed.observability import logs, tracing
 from atspeed.observability.metrics import ServerMetrics, exposed
 from atspeed.observability.telemetry_interceptor import TelemetryInterceptor
 from atspeed.rpc import event_loop, grpc_batches
 from atspeed.rpc.call_interceptor import CallInterceptor
 from atspeed.rpc.channels import health_name
-from atspeed.rpc.errors import StartupError
 from atspeed.rpc.health import Health
 from atspeed.rpc.versions import Versions
 from atspeed.security.auth import AuthInterceptor
@@ -274,8 +275,6 @@ def _announce(settings: ServiceSettings, server: RunningServer) -> None:
 class _Signals:
     """SIGTERM and SIGINT. They are taken from before anything is loaded on: the first process of a container has no default."""
 
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self) -> None:
         self.received = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -283,11 +282,13 @@ class _Signals:
         self._seen = False
 
     def __enter__(self) -> Self:
-        self._before = [signal.signal(number, self._note) for number in self._NUMBERS]
+        self._before = [signal.signal(number, self._note) for number in SIGNALS]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self._NUMBERS, self._before, strict=True):
+        if self._seen:  # what is left of the process still ends at a second one
+            return
+        for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
 
     @asynccontextmanager

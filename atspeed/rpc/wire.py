@@ -11,14 +11,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.memory_cache import NO_OWNER, OWNER_BYTES
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning, Trie
-from atspeed.rpc.errors import InvalidArgumentError
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.trie import Pruning, Trie
+from atspeed.errors import InvalidArgumentError
 from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 
 _DTYPES: Final[dict[types_pb2.DataType.ValueType, np.dtype[Any]]] = {

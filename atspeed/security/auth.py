@@ -17,7 +17,7 @@ import structlog
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from atspeed.rpc.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
+from atspeed.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
 from atspeed.rpc.rotating_channel import AUTHORIZATION
 from atspeed.security.scopes import METADATA_SCOPES, METHOD_SCOPES, OPEN_TO_ALL
 from atspeed.security.tokens import Grant, Tokens

@@ -84,7 +84,8 @@ class WatchedPems:
     """PEM files as they were when they last fitted together. Thread-safe. Raises TlsError when they do not at first."""
 
     def __init__(self, files: TlsFiles) -> None:
-        self._files, self._lock = files, threading.Lock()
+        self._files = files
+        self._lock = threading.Lock()
         self._seen = self._signature()
         self._pems = _read(files)
 
@@ -143,6 +144,9 @@ def _read(files: TlsFiles) -> Pems:
     """
     try:
         pems = _bytes(files)
+    except OSError as error:
+        raise TlsError(f"{error.filename}: {_reason(error)}") from None
+    try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if files.certificate:
             # With a password, so that an encrypted key does not ask the terminal.

@@ -11,6 +11,7 @@ The hash is that of the whole token. A plain SHA-256 is enough: `new_token` has 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import hmac
 import re
@@ -92,7 +93,8 @@ class TokenFile:
     """A token to show, alone in a file, read again when that changes; the last that could be read."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._token = path, ""
+        self._path = path
+        self._token = ""
         self._seen: Stamp | None = None
         if not self():
             raise TokenError(f"{path}: holds no token")
@@ -101,7 +103,8 @@ class TokenFile:
         """The token."""
         try:
             if (found := file_signature(self._path)) is None or found != self._seen:
-                self._token, self._seen = self._path.read_text(encoding="ascii").strip() or self._token, found
+                text = self._path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("ascii")
+                self._token, self._seen = text.strip() or self._token, found
         except (OSError, ValueError) as error:
             if not self._token:
                 raise TokenError(f"{self._path}: {type(error).__name__}") from None
@@ -111,7 +114,7 @@ class TokenFile:
 def read_tokens(path: Path) -> Mapping[str, Grant]:
     """A file's tokens by name. Raises TokenError."""
     try:
-        grants = _Grants.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+        grants = _Grants.validate_python(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         where = (".".join(str(part) for part in problem["loc"] if part != "[key]") for problem in problems)

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from atspeed.engine.arrays import Bools, Int64
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import ROOT, Trie
 from atspeed.training.losses import coverage, forward_kl, path_cross_entropy, top_k_reverse_kl, total_variation
-from atspeed.training.prompt_trees import Bools, Int64, PromptTrees, row_of
+from atspeed.training.prompt_trees import PromptTrees, row_of
 from atspeed.training.recipe import Alignment
 from atspeed.training.sequences import Sequencer, batches_of_like_length
 from atspeed.training.teacher import TeacherShard, TrainingPrompts, ancestors, shards, tree_nodes

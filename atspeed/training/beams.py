@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Pruning, Trie
+from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
 
 
@@ -132,7 +133,12 @@ class BeamSearch:
             logp = every[..., self._column[level]] - every.logsumexp(-1, keepdim=True)
         else:
             logp = logits.float()[..., self._column[level]].masked_fill(~valid, -inf).log_softmax(-1)
-        return logp.masked_fill(~valid, -inf)
+        logp = logp.masked_fill(~valid, -inf)
+        if logp.isnan().any():
+            raise TrainingError(
+                "the model's log-probabilities are no numbers; its schedule.learning_rate may be too large"
+            )
+        return logp
 
     def _dead(self, prunings: Sequence[Pruning] | None, count: int) -> Tensor | None:
         """bool [b, nodes]: the topmost dead nodes of each prompt; a search never gets below them."""

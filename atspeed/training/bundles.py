@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from atspeed.engine.bundle.bundle_files import link_or_copy
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
     Manifest,
@@ -15,10 +16,11 @@ from atspeed.engine.bundle.manifest import (
     Role,
     fingerprint,
     hash_files,
-    link_or_copy,
     read_manifest,
     write_manifest,
 )
+from atspeed.engine.files.json_file import finite
+from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.data import Dataset
 from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder
 from atspeed.training.models import SpelledModel
@@ -66,6 +68,7 @@ def write_bundle(
         files=files,
     )
     write_manifest(partial, manifest)
+    verify_bundle(partial, passes=False)  # each export has tried its tokens
     remove(folder)
     partial.rename(folder)
 
@@ -77,7 +80,7 @@ def provenance_of(recipe: Recipe, dataset: Dataset, measures: Measures) -> Prove
         data=f"{dataset.name} ({dataset.digest})",
         terms=dataset.terms,
         versions=versions(),
-        metrics={name: round(value, 6) for name, value in measures.items()},
+        metrics={name: round(value, 6) for name, value in finite(measures).items()},
     )
 
 
@@ -102,7 +105,14 @@ def share_files(source: Path, folder: Path) -> None:
 
 def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> ExportReport:
     part = recipe.parts[role]
-    return export_decoder(model.model, bundle / role, code_tokens=model.spelling.code_tokens, precision=part.precision)
+    spelling = model.spelling
+    return export_decoder(
+        model.model,
+        bundle / role,
+        code_tokens=spelling.code_tokens,
+        precision=part.precision,
+        prompt=spelling.prompt,
+    )
 
 
 def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
+from atspeed.engine.arrays import Bools, Int64
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Shortlist, free_nodes
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.training.evaluate import Question, Recommender, SearchedLevel
 
-Bools = npt.NDArray[np.bool_]
 _FACTORS = (0.7, 1.0, 1.4)  # from level to level; the scale of level 1 is the unit
 
 
@@ -38,6 +37,8 @@ class Calibration:
     def scales(self, target: Recommender, draft: Recommender, asked: Sequence[Question]) -> tuple[float, ...]:
         """The best scales of levels 1 to L - 1; all 1 where no others are better."""
         levels = draft.catalogue.trie.levels - 1
+        if not levels:
+            return ()
         free = free_nodes(draft.catalogue.trie, draft.rule)
         lists = draft.search(asked, beams=self.width)[:levels]
         wanted = {size.beam_width: target.beams(asked, beams=size.beam_width)[:levels] for size in self.sizes}

@@ -29,8 +29,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
+from atspeed.training.data_check import check_data, say_what_is_left_undone
 from atspeed.training.errors import RecipeError
 from atspeed.training.pipeline import Folders, Run, load_dataset
 from atspeed.training.processes import is_main
@@ -176,6 +178,9 @@ def train_drafts(
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = load_dataset(comparison.base, data)
+    for recipe in (comparison.base, *(variant.recipe for variant in comparison.variants)):
+        check_data(recipe, dataset, data)
+    say_what_is_left_undone(comparison.base, dataset)
     checkpoints = checkpoints or Checkpoints()
     target, runs = _runs(comparison, run_folder, data, dataset, checkpoints)
     target.bundle()
@@ -187,7 +192,7 @@ def train_drafts(
     }
     if is_main():
         lines = [f"{name}={bundle}\n" for name, bundle in found.items()]
-        (run_folder / "drafts" / "bundles.txt").write_text("".join(lines))
+        replace_text(run_folder / "drafts" / "bundles.txt", "".join(lines))
     return found
 
 

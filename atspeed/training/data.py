@@ -20,6 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from atspeed.engine.bundle.item_ids import id_problem, shown
+from atspeed.engine.errors import LineError
+from atspeed.engine.files.lines import parse_json, read_lines, words
 from atspeed.training.errors import DataError
 
 Histories = Mapping[str, tuple[str, ...]]
@@ -188,7 +191,7 @@ def read_atspeed(folder: Path) -> Dataset:
 def read_index(path: Path) -> dict[str, tuple[int, ...]]:
     """Code paths by item id, from LC-Rec's index format: {"0": ["<a_47>", "<b_103>", ...], ...}."""
     try:
-        index = json.loads(path.read_text())
+        index = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except ValueError as error:
@@ -240,25 +243,25 @@ def _natural_title(title: str) -> str:
 def _lines(path: Path, parse: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
     """Number and parsed content of every line that is not blank."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
+        for number, line in read_lines(path):
             try:
                 yield number, parse(line)
             except ValueError as error:
                 raise DataError(f"{path}:{number}: {error}") from error
+    except LineError as error:
+        raise DataError(str(error)) from error
 
 
 def _read_items(path: Path) -> Iterator[Item]:
     seen: set[str] = set()
-    for number, record in _lines(path, json.loads):
-        if not isinstance(record, dict) or record.get("id") in (None, ""):
-            raise DataError(f"{path}:{number}: expected an object with an `id`")
+    for number, record in _lines(path, parse_json):
+        if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
+            raise DataError(f"{path}:{number}: expected an object with an `id`, a string or a whole number")
         item = str(record["id"])
+        if problem := id_problem(item):
+            raise DataError(f"{path}:{number}: id: {shown(item)} {problem}")
         if item in seen:
-            raise DataError(f"{path}:{number}: item {item!r} occurs more than once")
+            raise DataError(f"{path}:{number}: item {shown(item)} occurs more than once")
         seen.add(item)
         text = " | ".join(str(record[key]) for key in ("title", "category") if record.get(key))
         yield Item(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
@@ -274,7 +277,7 @@ def _codes(value: object, where: str) -> tuple[int, ...] | None:
 
 def _read_histories(path: Path, known: set[str]) -> Histories:
     histories: dict[str, tuple[str, ...]] = {}
-    for number, (user, *items) in _lines(path, str.split):
+    for number, (user, *items) in _lines(path, words):
         if user in histories:
             raise DataError(f"{path}:{number}: user {user!r} occurs more than once")
         unknown = next((item for item in items if item not in known), None)

@@ -41,7 +41,7 @@ DATA_FILE = "model.onnx.data"
 
 _OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 _IR_VERSION = 11
-_PAGE = 4096  # onnxruntime maps the data file; tensors start on pages
+_PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ class DecoderGraph(GraphBuilder):
 
     def __init__(self, model: PreTrainedModel, data: BinaryIO, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(data)
-        self.model, self.shape, self.dtype = model, DecoderShape.of(model), dtype
+        self.model = model
+        self.shape = DecoderShape.of(model)
+        self.dtype = dtype
         self.onnx_dtype = TensorProto.FLOAT16 if dtype == torch.float16 else TensorProto.FLOAT
         self._tables: dict[int, str] = {}
         self._axes: dict[tuple[int, ...], str] = {}

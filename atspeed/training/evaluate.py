@@ -17,6 +17,7 @@ import scipy.sparse
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.beams import BeamSearch, batches_of_equal_length
@@ -25,7 +26,6 @@ from atspeed.training.recipe import Recipe, Schedule
 from atspeed.training.sequences import Batch, Sequencer
 from atspeed.training.trainer import cross_entropy
 
-Int64 = npt.NDArray[np.int64]
 Ranking = Sequence[int]  # item indices, best first
 Scorer = Callable[["Question"], npt.NDArray[np.float64]]  # a score for every item, [items]
 CUTOFFS = (5, 10, 20)
@@ -44,8 +44,10 @@ class Question:
 def questions(
     cases: Sequence[Case], catalogue: Catalogue, *, allow_empty: bool, limit: int, seed: int
 ) -> list[Question]:
-    """At most `limit` of the cases, drawn by the seed; cases without a history only where the model can answer them."""
-    answerable = [case for case in cases if case.history or allow_empty]
+    """At most `limit` of the cases that have targets, drawn by the seed; those without a history only where the model can answer
+    them.
+    """
+    answerable = [case for case in cases if case.targets and (case.history or allow_empty)]
     if len(answerable) > limit:
         chosen = np.sort(np.random.default_rng(seed).choice(len(answerable), size=limit, replace=False))
         answerable = [answerable[index] for index in chosen]
@@ -53,7 +55,7 @@ def questions(
 
 
 def metrics(rankings: Sequence[Ranking], asked: Sequence[Question]) -> dict[str, float]:
-    """Mean recall@k and ndcg@k over the questions.
+    """Mean recall@k and ndcg@k over the questions; nothing where there are none.
 
     recall@k = found targets among the first k / targets. ndcg@k = DCG over that of a list that begins with the targets.
     """
@@ -65,7 +67,7 @@ def metrics(rankings: Sequence[Ranking], asked: Sequence[Question]) -> dict[str,
         for k in CUTOFFS:
             sums[f"recall@{k}"] += hits[:k].sum() / len(question.targets)
             sums[f"ndcg@{k}"] += (hits[:k] @ discount[:k]) / discount[: min(k, len(question.targets))].sum()
-    return {name: float(total / max(1, len(asked))) for name, total in sums.items()}
+    return {name: float(total / len(asked)) for name, total in sums.items() if asked}
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ class Validation:
         return cls(asked, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Measures of the model; `score` is what the best epoch is chosen by, larger is better."""
+        """Measures of the model, none where nobody is asked; `score` is what the best epoch is chosen by, larger is better."""
+        if not self.asked:
+            return {}
         losses = [self._loss(model, batch.to(model.device)) for batch in self.batches]
         sizes = [len(batch.tokens) for batch in self.batches]
         loss = float(np.average(losses, weights=sizes))
@@ -183,8 +187,13 @@ class AgreementValidation:
         return cls(validation, target.beams(validation.asked, beams=beams), width)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """The validation's measures and the agreement; `score` is `accepted`, ties go to the larger share covered."""
+        """The validation's measures and the agreement; `score` is `accepted`, ties go to the larger share covered.
+
+        Over a catalogue of one level nothing is planned: the score is the validation's.
+        """
         asking = self.validation
+        if not asking.asked or asking.catalogue.trie.levels == 1:
+            return asking(model)
         draft = Recommender(model, asking.sequencer, asking.catalogue, asking.rule)
         found = agreement(self.target, draft.beams(asking.asked, beams=self.width))
         covered = float(np.mean([value for name, value in found.items() if name.endswith(".covered")]))
@@ -235,8 +244,10 @@ def agreement(target: Sequence[Int64], draft: Sequence[Int64]) -> dict[str, floa
 
     target: per level, nodes [questions, K]; draft: [questions, N]; -1 where there are fewer. For each level but the
     last: the share of the target's beams that the draft has too, and how often it has them all; `accepted` = mean
-    number of leading levels that are covered whole, so target passes = L - accepted.
+    number of leading levels that are covered whole, so target passes = L - accepted. Nothing where there are no questions.
     """
+    if not len(target[0]):
+        return {}
     result: dict[str, float] = {}
     ahead = np.ones(len(target[0]), dtype=bool)
     accepted = 0.0

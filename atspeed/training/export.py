@@ -8,6 +8,7 @@ of a pass.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
+from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape
 from atspeed.training.errors import TrainingError
+from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.int8_graph import Int8DecoderGraph, rounded
 from atspeed.training.parity import compare
 
@@ -68,6 +72,7 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{path}: transformers cannot load it: {error}") from error
     model: PreTrainedModel = loaded[0]
+    drop_generation_defaults(model, str(path))
     # transformers fills missing weights with random numbers and only logs it.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
@@ -75,13 +80,19 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
 
 
 def export_decoder(
-    model: PreTrainedModel, folder: Path, *, code_tokens: Sequence[int], precision: Precision = "float32"
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    code_tokens: Sequence[int],
+    precision: Precision = "float32",
+    prompt: PromptTemplate | None = None,
 ) -> ExportReport:
     """Write folder/model.onnx and folder/model.onnx.data, and check them against the model.
 
-    model: float32, eval mode. code_tokens: the token id of each code column, [C].
-    Raises ExportError, naming the config field, when the model has something that the graph does not, and when the
-    parity check fails; no model file is left behind then.
+    model: float32, eval mode. code_tokens: the token id of each code column, [C]. prompt: whose tokens are tried as well.
+    Raises ExportError, naming the config field, when the model has something that the graph does not, naming the token, when
+    a pass over it is not finite, and when the parity check fails. The files take the place of what is there once they are
+    checked; otherwise nothing changes.
     """
     check_supported(model)
     shape = DecoderShape.of(model)
@@ -89,14 +100,7 @@ def export_decoder(
         raise ExportError("code_tokens: must be distinct, and at least one")
     if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
         raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        write_graph(model, folder, code_tokens, precision)
-        error = check_parity(model, folder / MODEL_FILE, code_tokens, precision)
-    except ExportError:
-        (folder / MODEL_FILE).unlink(missing_ok=True)
-        (folder / DATA_FILE).unlink(missing_ok=True)
-        raise
+    error = _write_checked(model, folder, code_tokens, precision, prompt)
     return ExportReport(
         architecture=model.config.model_type,
         precision=precision,
@@ -108,6 +112,32 @@ def export_decoder(
         max_positions=model.config.max_position_embeddings,
         max_logit_error=error,
     )
+
+
+def _write_checked(
+    model: PreTrainedModel,
+    folder: Path,
+    code_tokens: Sequence[int],
+    precision: Precision,
+    prompt: PromptTemplate | None,
+) -> float:
+    """Write the files into a folder of their own, check them, and move them into place. Return the largest error."""
+    partial = folder / ".export.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        write_graph(model, partial, code_tokens, precision)
+        _check_finite(partial / MODEL_FILE, code_tokens, prompt)
+        error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
+        for name in (DATA_FILE, MODEL_FILE):
+            (partial / name).replace(folder / name)
+    except ExportError as failure:
+        raise ExportError(str(failure).replace(str(partial), str(folder))) from failure
+    except OSError as failure:
+        raise ExportError(f"{folder}: not written: {failure.strerror or failure}") from failure
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return error
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -142,6 +172,14 @@ def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> Deco
     if precision == "int8":
         return Int8DecoderGraph(model, data)
     return DecoderGraph(model, data, torch.float16 if precision == "float16" else torch.float32)
+
+
+def _check_finite(path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None) -> None:
+    """Raise ExportError when a pass over a token is not finite: the parity check asks a few random ones only."""
+    try:
+        check_finite(Decoder(path, RuntimeOptions(intra_op_threads=torch.get_num_threads())), code_tokens, prompt)
+    except BundleError as error:
+        raise ExportError(str(error)) from error
 
 
 def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision) -> float:

@@ -32,6 +32,7 @@ def evaluate_models(
     """Measures on the test split by table and method: `test`, `test-unseen` (seen items left out), `agreement`.
 
     All methods learn from the train split; `item-knn-refitted` counts the validation split too, as one that is made anew daily.
+    No table at all where no user can be asked.
     """
     asked = evaluate.questions(
         dataset.cases("test"),
@@ -40,6 +41,8 @@ def evaluate_models(
         limit=recipe.evaluation_users,
         seed=recipe.seed,
     )
+    if not asked:
+        return {}
     asking = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
     baselines = {
         "popularity": evaluate.popularity(dataset, catalogue),
@@ -62,7 +65,7 @@ def evaluate_models(
 
 def flat(report: Mapping[str, Mapping[str, Measures]]) -> Measures:
     """What a manifest keeps of a report, under flat names: `row.column` -> value."""
-    rows = dict(report["test"]) | {"agreement": report.get("agreement", {}).get("draft", {})}
+    rows = dict(report.get("test", {})) | {"agreement": report.get("agreement", {}).get("draft", {})}
     return {f"{row}.{name}": value for row, measured in rows.items() for name, value in measured.items()}
 
 

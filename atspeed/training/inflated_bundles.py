@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, write_manifest
-from atspeed.training.bundles import entry_of, share_files
+from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, link_files, write_manifest
+from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.training.bundles import entry_of
 from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_parity, export_decoder
 from atspeed.training.inflation import InflationError, ModelShape, write_inflated
 from atspeed.training.models import SpelledModel
@@ -36,8 +37,7 @@ def inflate_bundle(
     trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
     partial, folder = out / "bundle.partial", out / "bundle"
     remove(partial)
-    for part in {"catalogue", *manifest.models} - inflations.keys():
-        share_files(bundle.root / part, partial / part)
+    link_files(bundle.root, [name for name in manifest.files if name.partition("/")[0] not in inflations], partial)
     exported = {}
     for role, inflation in inflations.items():
         checkpoint = out / f"{role}-checkpoint"
@@ -52,6 +52,7 @@ def inflate_bundle(
     }
     name = f"{manifest.name}-inflated-{label}"
     write_manifest(partial, manifest.model_copy(update={"name": name, "files": files, **entries}))
+    verify_bundle(partial, passes=False)  # each export has tried its tokens
     remove(folder)
     partial.rename(folder)
     return folder
@@ -84,7 +85,10 @@ def _export(
         raise InflationError(
             f"{checkpoint}: differs from what was trained by {worst:.2g} in a logit (the largest is {largest:.2g})"
         )
-    report = export_decoder(inflated.model, folder, code_tokens=inflated.spelling.code_tokens, precision=precision)
+    spelling = inflated.spelling
+    report = export_decoder(
+        inflated.model, folder, code_tokens=spelling.code_tokens, precision=precision, prompt=spelling.prompt
+    )
     return inflated, report
 
 

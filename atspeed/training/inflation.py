@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from atspeed.engine.files.json_file import write_json
 from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
-from atspeed.training.stages import write_json
 
 _STD = 0.02  # of random weights; what LLaMA's are initialised with
 _PUSH = 256.0  # weight of a new token's logit on the constant dimension

@@ -18,6 +18,7 @@ from atspeed.training.data import Dataset
 from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import Validation
 from atspeed.training.export import load_checkpoint
+from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.recipe import Base, Model, PromptWindow, Recipe, Shape
 from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
@@ -109,6 +110,7 @@ def _from_base(base: Base, catalogue: Catalogue, window: PromptWindow) -> Spelle
         raise RecipeError(f"base.folder: {base.folder} is not a folder")
     tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    drop_generation_defaults(model, f"base.folder: {base.folder}")
     names = [name for level, size in enumerate(catalogue.trie.codebook_sizes) for name in code_names(level, size)]
     if tokenizer.add_tokens(names, special_tokens=True) != len(names):
         raise RecipeError(f"base.folder: the tokenizer of {base.folder} already has tokens such as {names[0]}")

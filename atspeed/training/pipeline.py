@@ -17,8 +17,9 @@ the main one while the others wait. Several drafts of one target: atspeed/traini
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,11 +29,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Role
+from atspeed.engine.files.json_file import finite, write_json
+from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.alignment import AlignmentBatches, AlignmentObjective
 from atspeed.training.bundles import provenance_of, write_bundle
 from atspeed.training.calibration import Calibration
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
+from atspeed.training.data_check import check_data, say_what_is_left_undone
 from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import AgreementValidation, Recommender, Validation
 from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
@@ -50,9 +54,9 @@ from atspeed.training.recipe import (
 )
 from atspeed.training.semantic_ids import build_catalogue
 from atspeed.training.sequences import Sequencer, index_histories
-from atspeed.training.stages import Measures, Stage, key_of, remove, write_json
+from atspeed.training.stages import Measures, Stage, key_of, remove
 from atspeed.training.synthetic import synthetic
-from atspeed.training.teacher import Teacher, TrainingPrompts, write_teacher_data
+from atspeed.training.teacher import Teacher, TrainingPrompts, check_teacher_data, write_teacher_data
 from atspeed.training.trainer import batches_per_step
 
 
@@ -73,6 +77,8 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = load_dataset(recipe, data)
+    check_data(recipe, dataset, data)
+    say_what_is_left_undone(recipe, dataset)
     return Run(recipe, Folders.one(run_folder), data, dataset, checkpoints or Checkpoints()).bundle()
 
 
@@ -151,12 +157,21 @@ class Run:
         if self.recipe.draft is not None and self.recipe.draft.pretraining is not None:
             self._pretrained(self.recipe.draft, self._catalogue())
 
-    def _stage(self, name: str, key: str, folder: Path, *outputs: str, scratch: tuple[str, ...] = ()) -> Stage:
+    def _stage(
+        self,
+        name: str,
+        key: str,
+        folder: Path,
+        *outputs: str,
+        read: Callable[[], object] = lambda: None,
+        scratch: tuple[str, ...] = (),
+    ) -> Stage:
         return Stage(
             title=f"{self.title} {name}".lstrip(),
             marker=folder / "stages" / f"{name}.json",
             key=key,
             outputs=tuple(folder / path for path in outputs),
+            read=read,
             scratch=tuple(folder / path for path in scratch),
             checkpoints=None if name == "bundle" and self.last else self.checkpoints,
         )
@@ -175,8 +190,9 @@ class Run:
             catalogue.save(folder)
             return trie_shape(catalogue)
 
-        self._stage("catalogue", key, self.folders.shared, "catalogue").run(work)
-        return Catalogue.load(folder)
+        read = cache(lambda: Catalogue.load(folder))
+        self._stage("catalogue", key, self.folders.shared, "catalogue", read=read).run(work)
+        return read()
 
     def _model_key(self, part: Model, catalogue: Catalogue) -> str:
         included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
@@ -272,7 +288,8 @@ class Run:
             return {"prompts": len(prompts)}
 
         key = self._teacher_key(alignment, catalogue)
-        stage = self._stage("teacher", key, self.folders.teacher, self._teacher_folder.name)
+        read = partial(check_teacher_data, self._teacher_folder, len(prompts))
+        stage = self._stage("teacher", key, self.folders.teacher, self._teacher_folder.name, read=read)
         stage.run(work, together=True)
         return prompts
 
@@ -291,15 +308,17 @@ class Run:
             return {"parameters": model.parameters, "epochs": state.epoch, "best_epoch": state.best_epoch + 1}
 
         key = self._model_key(part, catalogue)
-        stage = self._stage(name, key, folder, checkpoint.name, f"{name}-log.json", scratch=(training.name,))
+        read = cache(lambda: SpelledModel.load(checkpoint))
+        stage = self._stage(name, key, folder, checkpoint.name, f"{name}-log.json", read=read, scratch=(training.name,))
         stage.run(work, together=True)
-        return SpelledModel.load(checkpoint)
+        return read()
 
     def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
         """The evaluation on the test split, under flat names for the manifest."""
 
         def work() -> Measures:
-            report = evaluate_models(self.recipe, self.dataset, catalogue, models)
+            found = evaluate_models(self.recipe, self.dataset, catalogue, models)
+            report = {title: {row: finite(measured) for row, measured in rows.items()} for title, rows in found.items()}
             write_json(self.folders.run / "metrics.json", report)
             show(report)
             return flat(report)
@@ -330,7 +349,8 @@ class Run:
 
         served = self.recipe.model_dump(mode="json", exclude={"data", "codes"})
         key = key_of(served, catalogue.version, self._model_keys(catalogue), measures, scales)
-        self._stage("bundle", key, self.folders.run, "bundle").run(work)
+        read = partial(verify_bundle, folder, passes=False)
+        self._stage("bundle", key, self.folders.run, "bundle", read=read).run(work)
         return folder
 
 

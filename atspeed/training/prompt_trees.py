@@ -11,15 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from atspeed.engine.arrays import Bools, Int64
 from atspeed.engine.search.trie import ROOT, Trie
 from atspeed.training.sequences import Spelling
-
-Int64 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

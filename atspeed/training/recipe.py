@@ -31,7 +31,7 @@ _Read = TypeVar("_Read", bound=BaseModel)
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class _GrownPart(_Part):
@@ -161,7 +161,7 @@ class Schedule(_GrownPart):
     gradient_clip: PositiveFloat = 1.0
     patience: PositiveInt = 5
     """Stop after so many epochs without a better one."""
-    item_dropout: Share = 0.0
+    item_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance that an item is left out of a training history."""
     select_by: Literal["recall", "loss"] = "recall"
     """Validation measure of the best."""
@@ -281,7 +281,7 @@ def read_recipe(path: Path) -> Recipe:
 def read_toml(kind: type[_Read], path: Path) -> _Read:
     """Parse and validate a file. Raises RecipeError naming it and the key at fault."""
     try:
-        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

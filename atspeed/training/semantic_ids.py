@@ -16,6 +16,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 import torch
 
+from atspeed.engine.arrays import Float32, Int32
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.training.data import Dataset, Histories, read_index
 from atspeed.training.errors import DataError, RecipeError
@@ -23,9 +24,6 @@ from atspeed.training.recipe import GivenCodes, QuantisedCodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
 
 
 def build_catalogue(dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, data: Path | None, seed: int) -> Catalogue:
@@ -147,6 +145,9 @@ def residual_codes(embeddings: Float32, *, levels: int, bits: int, seed: int) ->
 
     if len(embeddings) < 1 << bits:
         raise RecipeError(f"codes.codebook_bits: {1 << bits} codes per level for only {len(embeddings)} items")
+    if len(embeddings) < embeddings.shape[1]:  # faiss refuses more dimensions than points; distances stay as they are
+        left, lengths, _ = np.linalg.svd(embeddings, full_matrices=False)
+        embeddings = np.ascontiguousarray(left * lengths, dtype=np.float32)
     quantiser = faiss.ResidualQuantizer(embeddings.shape[1], levels, bits)
     quantiser.cp.seed = seed + 1  # faiss takes 0 for "not set"
     quantiser.cp.min_points_per_centroid = 1

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.data import Histories
 
-Int64 = npt.NDArray[np.int64]
 IGNORED = -100  # the label of a token that is not predicted; torch's default
 SPELLING = "spelling.json"
 
@@ -45,7 +45,7 @@ class Spelling(BaseModel):
 
     def save(self, checkpoint: Path) -> None:
         """Write it beside the model's weights."""
-        (checkpoint / SPELLING).write_text(self.model_dump_json() + "\n")
+        replace_text(checkpoint / SPELLING, self.model_dump_json() + "\n")
 
     @classmethod
     def load(cls, checkpoint: Path) -> Spelling:

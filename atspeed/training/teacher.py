@@ -16,20 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import track
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
 
+from atspeed.engine.arrays import Int32, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Trie
 from atspeed.training.beams import BeamSearch, batches_of_equal_length
 from atspeed.training.checkpoints import Checkpoints
-from atspeed.training.errors import Paused
+from atspeed.training.errors import DataError, Paused
 from atspeed.training.processes import processes, wait_for_all
-from atspeed.training.prompt_trees import Int64
 from atspeed.training.sequences import Sequencer
 
-Int32 = npt.NDArray[np.int32]
 SHARD = 2048  # prompts
 _BATCH = 64
 
@@ -186,6 +186,22 @@ def write_teacher_data(
     done = sum(_shard_path(folder, first).exists() for first in firsts)
     if done < len(firsts):
         raise Paused(f"teacher data: {done} of {len(firsts)} shards")
+
+
+def check_teacher_data(folder: Path, prompts: int) -> None:
+    """Raise DataError unless the shards of a folder can be read and hold so many prompts together."""
+    first = 0
+    for number, path in shards(folder).items():
+        try:
+            with safe_open(path, framework="np") as shard:
+                held = {field.name: shard.get_slice(field.name).get_shape() for field in fields(TeacherShard)}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: {error}") from error
+        if number != first:
+            raise DataError(f"{path}: the shard before it ends at prompt {first}")
+        first += held["gold"][0]
+    if first != prompts:
+        raise DataError(f"{folder}: holds {first} of {prompts} prompts")
 
 
 def _shard_path(folder: Path, first: int) -> Path:

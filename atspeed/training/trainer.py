@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from atspeed.engine.files.json_file import finite
 from atspeed.training.checkpoints import Checkpoints
-from atspeed.training.errors import Paused, RecipeError
+from atspeed.training.errors import Paused, RecipeError, TrainingError
 from atspeed.training.processes import device, from_main, is_main, mean_and_any, processes, wait_for_all
 from atspeed.training.recipe import Schedule
 from atspeed.training.sequences import IGNORED, Batch
@@ -46,7 +47,9 @@ class Trainable(Protocol):
 
 B = TypeVar("B", bound=Trainable)
 Loss = Callable[[Tensor, B], Tensor]  # (the logits that the batch's inputs give, the batch) -> a scalar
-Validate = Callable[[PreTrainedModel], Mapping[str, float]]  # larger `score` is better
+Validate = Callable[
+    [PreTrainedModel], Mapping[str, float]
+]  # larger `score` is better; nothing where nobody can be asked
 STATE = "state.pt"
 BEST = "best"
 _FLOOR = 0.05  # the learning rate decays to this share of its peak
@@ -144,11 +147,18 @@ class Trainer(Generic[B]):
 
     def _epoch(self, state: FitState, prepared: _Prepared, progress: Progress) -> None:
         """One epoch, its validation, its state on disk; the best checkpoint first, so a kill between loses nothing."""
-        measures = {"train_loss": self._pass(state, prepared, progress)} | self._validated()
+        loss = self._pass(state, prepared, progress)
+        self._check_weights(state)
+        found = {"train_loss": loss} | self._validated()
+        measures = finite(found)
         if is_main():
             progress.console.print(f"{self.title} epoch {state.epoch + 1}: {_in_words(measures)}", highlight=False)
-        if measures["score"] > state.best_score:
-            state.best_score, state.best_epoch = measures["score"], state.epoch
+        score = found.get("score", float(state.epoch))  # with nobody to ask, the newest is the best
+        if not math.isfinite(score):
+            raise TrainingError(f"{self._place(state)}: its validation gives {score}, which no epoch can be chosen by")
+        if score > state.best_score:
+            state.best_score = score
+            state.best_epoch = state.epoch
             self._save_best()
         state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
         state.log.append(measures)
@@ -162,11 +172,27 @@ class Trainer(Generic[B]):
         with torch.inference_mode():
             return from_main(dict(self.validate(self.model)) if is_main() else {})
 
+    def _check_weights(self, state: FitState) -> None:
+        """Raise TrainingError when the model computes nothing any more."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            rate = self.schedule.learning_rate
+            raise TrainingError(
+                f"{self._place(state)}: weights are no numbers any more; schedule.learning_rate, {rate}, or a number of the "
+                "alignment is too large"
+            )
+
+    def _place(self, state: FitState) -> str:
+        return f"{self.title} epoch {state.epoch + 1}/{self.schedule.epochs}"
+
     def _pass(self, state: FitState, prepared: _Prepared, progress: Progress) -> float:
         """The batches of an epoch that are still to be done; the mean loss of all."""
         self.model.train()
         batches = self.batches(state.epoch)
-        title = f"{self.title} epoch {state.epoch + 1}/{self.schedule.epochs}"
+        title = self._place(state)
+        if not batches:
+            raise RecipeError(
+                f"{title}: schedule.item_dropout, {self.schedule.item_dropout}, left no sequence to learn from"
+            )
         task = progress.add_task(title, total=len(batches), completed=state.batch)
         first, started = state.batch, time.monotonic()
         while state.batch < len(batches):
@@ -203,6 +229,8 @@ class Trainer(Generic[B]):
         prepared.optimizer.step()
         prepared.optimizer.zero_grad()
         mean, stopping = mean_and_any(total, self.checkpoints.stopping)
+        if not math.isfinite(mean):
+            self._check_weights(state)
         state.loss += mean * (end - state.batch)
         state.batch = end
         return stopping
@@ -246,7 +274,8 @@ class Trainer(Generic[B]):
         prepared.optimizer.load_state_dict(saved["optimizer"])
         if prepared.accelerator.scaler is not None:
             prepared.accelerator.scaler.load_state_dict(saved["scaler"])
-        return FitState(**json.loads(saved["fit"]))
+        fit = saved["fit"]  # JSON, in a state of an older version
+        return FitState(**(json.loads(fit) if isinstance(fit, str) else fit))
 
     def _save_state(self, state: FitState, prepared: _Prepared) -> None:
         self.checkpoints.saved()
@@ -257,7 +286,7 @@ class Trainer(Generic[B]):
             "model": self.model.state_dict(),
             "optimizer": prepared.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "fit": json.dumps(asdict(state)),
+            "fit": asdict(state),
         }
         temporary = self.folder / f"{STATE}.partial"
         torch.save(saved, temporary)

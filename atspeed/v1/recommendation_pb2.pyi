@@ -115,6 +115,34 @@ ORIGIN_FORCED: Origin.ValueType  # 3
 """Drafted, and its last prefix was the only continuation of the one before: no guess was needed."""
 Global___Origin: _TypeAlias = Origin  # noqa: Y015
 
+class _ColdStart:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ColdStartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ColdStart.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COLD_START_UNSPECIFIED: _ColdStart.ValueType  # 0
+    """It was not: the prompt held at least one item."""
+    COLD_START_NO_STORED_HISTORY: _ColdStart.ValueType  # 1
+    """Nothing is stored for this user."""
+    COLD_START_EMPTY_HISTORY: _ColdStart.ValueType  # 2
+    """The history in the request has no item."""
+    COLD_START_UNKNOWN_ITEMS: _ColdStart.ValueType  # 3
+    """The history has items, none of which the catalogue knows."""
+
+class ColdStart(_ColdStart, metaclass=_ColdStartEnumTypeWrapper):
+    """Why a list was made without any item of the user's history. Such a list is the same for every user."""
+
+COLD_START_UNSPECIFIED: ColdStart.ValueType  # 0
+"""It was not: the prompt held at least one item."""
+COLD_START_NO_STORED_HISTORY: ColdStart.ValueType  # 1
+"""Nothing is stored for this user."""
+COLD_START_EMPTY_HISTORY: ColdStart.ValueType  # 2
+"""The history in the request has no item."""
+COLD_START_UNKNOWN_ITEMS: ColdStart.ValueType  # 3
+"""The history has items, none of which the catalogue knows."""
+Global___ColdStart: _TypeAlias = ColdStart  # noqa: Y015
+
 @_typing.final
 class History(_message.Message):
     """Items in time order."""
@@ -216,11 +244,11 @@ class RecommendRequest(_message.Message):
 
     @_builtins.property
     def excluded_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Items that must not be recommended. Unknown ids are ignored: they cannot be recommended anyway."""
+        """Items that must not be recommended. Unknown ids are ignored and counted in the reply: they cannot be recommended anyway."""
 
     @_builtins.property
     def allowed_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """If not empty, only these items may be recommended. Unknown ids are ignored."""
+        """If not empty, only these items may be recommended. Unknown ids are ignored and counted in the reply."""
 
     @_builtins.property
     def reply_options(self) -> Global___ReplyOptions:
@@ -386,6 +414,9 @@ class RecommendResponse(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STATISTICS_FIELD_NUMBER: _builtins.int
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    COLD_START_FIELD_NUMBER: _builtins.int
+    UNKNOWN_EXCLUDED_ITEMS_FIELD_NUMBER: _builtins.int
+    UNKNOWN_ALLOWED_ITEMS_FIELD_NUMBER: _builtins.int
     scoring_rule: _types_pb2.ScoringRule.ValueType
     """The rule that scores follow."""
     mode: Global___Mode.ValueType
@@ -403,6 +434,12 @@ class RecommendResponse(_message.Message):
     """The seed used by a sampling mode."""
     beam_width: _builtins.int
     """Beams searched: the request's beam_width, unless the service was busy and the request allowed fewer."""
+    cold_start: Global___ColdStart.ValueType
+    """Why the list was made without any item of the history, where the bundle allows that; not set for all other lists."""
+    unknown_excluded_items: _builtins.int
+    """How many of the request's excluded_item_ids the catalogue does not know."""
+    unknown_allowed_items: _builtins.int
+    """How many of the request's allowed_item_ids the catalogue does not know."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendedItem]:
         """The items, best first."""
@@ -443,10 +480,13 @@ class RecommendResponse(_message.Message):
         seed: _builtins.int | None = ...,
         statistics: Global___Statistics | None = ...,
         beam_width: _builtins.int = ...,
+        cold_start: Global___ColdStart.ValueType = ...,
+        unknown_excluded_items: _builtins.int = ...,
+        unknown_allowed_items: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "exactness", b"exactness", "seed", b"seed", "statistics", b"statistics", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "degraded", b"degraded", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -762,7 +802,7 @@ class RecordEventsResponse(_message.Message):
     """Length of the stored history."""
     @_builtins.property
     def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Of the items just recorded, those that the catalogue does not know."""
+        """Of the items just recorded, those that the catalogue does not know, in their order. They are stored with the others."""
 
     def __init__(
         self,

@@ -13,9 +13,10 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.trie import Trie
+from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Route, Routes
-from atspeed.rpc.errors import InvalidArgumentError, retry_after_seconds
+from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, types_pb2
 from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
 from orchestrator.planning.usage import Usage
@@ -43,8 +44,12 @@ class DraftClient:
         backoff_seconds: float,
     ) -> None:
         self.routes = routes
-        self.trie, self.model_version, self.timeout = trie, model_version, timeout
-        self._backoff, self._ask_again_at, self._failures = backoff_seconds, 0.0, 0
+        self.trie = trie
+        self.model_version = model_version
+        self.timeout = timeout
+        self._backoff = backoff_seconds
+        self._ask_again_at = 0.0
+        self._failures = 0
 
     async def model_info(self) -> types_pb2.ModelInfo:
         """What a replica says of the version. Raises grpc.aio.AioRpcError."""
@@ -80,9 +85,13 @@ class DraftSession:
     """The draft for one request; see `planned_draft.SizedDraft`."""
 
     def __init__(self, client: DraftClient, question: ModelRequest, proposal: Proposal, degraded: list[str]) -> None:
-        self._client, self._question, self._proposal = client, question, proposal
-        self._degraded, self._failed = degraded, False
-        self.prompt_tokens, self.usage = len(question.prompt), Usage()
+        self._client = client
+        self._question = question
+        self._proposal = proposal
+        self._degraded = degraded
+        self._failed = False
+        self.prompt_tokens = len(question.prompt)
+        self.usage = Usage()
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float) -> Plan:
         """A plan of this size below these beams, in so many seconds; empty, with the reason noted, when the draft fails, is late

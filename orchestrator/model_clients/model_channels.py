@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import structlog
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.channels import open_channel
 from atspeed.security.tokens import TokenFile

@@ -20,22 +20,24 @@ import grpc
 import numpy as np
 import structlog
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import ROOT, Int64, Trie, among
-from atspeed.rpc import wire
-from atspeed.rpc.affinity import Routes
-from atspeed.rpc.errors import (
+from atspeed.engine.search.trie import ROOT, Trie, among
+from atspeed.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
-    retry_after_seconds,
 )
+from atspeed.observability import tracing
+from atspeed.rpc import wire
+from atspeed.rpc.affinity import Routes
+from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
-from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest
+from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest, PlanUnansweredError
 from orchestrator.planning.usage import Usage
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
@@ -50,6 +52,8 @@ _ANOTHER_REPLICA = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
 }
+# What a plan may be the reason for: a node whose pass fails or gives no numbers, more nodes than the replica takes.
+_OF_THE_QUESTION = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT}
 _NOT_ALLOWED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 _MOST_REFUSALS = 2
 _RETRY_PAUSE_SECONDS = 0.05
@@ -71,8 +75,10 @@ class TargetClient:
         pass_seconds: float,
     ) -> None:
         self.routes = routes
-        self.trie, self.model_version = trie, model_version
-        self.attempts, self.pass_seconds = attempts, pass_seconds
+        self.trie = trie
+        self.model_version = model_version
+        self.attempts = attempts
+        self.pass_seconds = pass_seconds
         # The event loop itself only keeps weak references to tasks.
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -96,12 +102,20 @@ class TargetClient:
         await asyncio.gather(*self._ending)
 
     def session(
-        self, question: ModelRequest, *, max_children: int, beam_width: int = 0, prefetches: bool = False
+        self,
+        question: ModelRequest,
+        *,
+        max_children: int | None,
+        beam_width: int | None = None,
+        prefetches: bool = False,
     ) -> TargetSession:
-        """The target for one request. Close it to free the state that the replica holds.
+        """Open the target for one request. Close it to free the state that the replica holds.
 
-        beam_width: of the beam search that the target may go on with by itself; 0: none. prefetches: whether it may evaluate
-        what it expects that search to ask for.
+        Args:
+            question: the prompt and everything else that the model needs.
+            max_children: number of children per node that the target returns; None for all.
+            beam_width: beam width of the target's autonomous search; None for no such search.
+            prefetches: whether the target may evaluate nodes in advance.
         """
         return TargetSession(self, question, max_children, beam_width, prefetches=prefetches)
 
@@ -121,35 +135,46 @@ class TargetSession:
         self,
         client: TargetClient,
         question: ModelRequest,
-        max_children: int,
-        beam_width: int = 0,
+        max_children: int | None,
+        beam_width: int | None = None,
         *,
         prefetches: bool = False,
     ) -> None:
-        self._client, self._question, self._max_children = client, question, max_children
-        self._beam_width, self._looks_ahead = beam_width, prefetches
+        self._client = client
+        self._question = question
+        self._max_children = max_children
+        self._beam_width = beam_width
+        self._prefetches = prefetches
+        self._speculates = question.speculates
         self._ahead: deque[_Answer] = deque()
         self._stream: Stream | None = None
         self._route = ExitStack()
         self._on_stream: set[int] = set()
         self._answered = False
         self._refusals = 0
+        self._questions = 0
         self.usage = Usage()
 
     @property
-    def ahead(self) -> bool:
-        """Whether the next pass has been made."""
+    def has_next_pass(self) -> bool:
+        """Return whether the target has made the next pass already."""
         return bool(self._ahead)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up."""
-        if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
-            return self._next_ahead()
-        begun = time.perf_counter_ns()
-        try:
-            return await self._evaluate_somewhere(nodes)
-        finally:
-            self.usage.waits.append(time.perf_counter_ns() - begun)
+        """Make one pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up.
+
+        Raises PlanUnansweredError, once, when the session speculates and a replica has no valid answer. From then on the
+        session does not speculate and uses another stream: the caller starts its search again, without a plan.
+        """
+        self._questions += 1
+        with tracing.span("evaluate", number=self._questions, nodes=len(nodes)):
+            if self._ahead and among(self._ahead[0].evaluation.node, nodes).all():
+                return self._next_ahead()
+            begun = time.perf_counter_ns()
+            try:
+                return await self._evaluate_somewhere(nodes)
+            finally:
+                self.usage.waits.append(time.perf_counter_ns() - begun)
 
     def close(self) -> None:
         """End the stream, so that the replica frees its state; at once, when an answer is still on its way."""
@@ -176,6 +201,8 @@ class TargetSession:
                 async with asyncio.timeout(self._client.pass_seconds * self._most_passes(nodes)):
                     return await self._evaluate_on_stream(nodes)
             except grpc.aio.AioRpcError as error:
+                if error.code() in _OF_THE_QUESTION:
+                    self._blame_the_plan(error.code().name)
                 failure, again = _translate(error), self._may_be_better_elsewhere(error.code())
             except TimeoutError:
                 failure, again = UnavailableError("no target replica answered in time"), True
@@ -183,6 +210,7 @@ class TargetSession:
                 failure, again = UnavailableError("no target replica could answer"), True
             except BadReplyError as error:
                 _log.warning("target answered nonsense", problem=str(error))
+                self._blame_the_plan("nonsense")
                 failure, again = UnavailableError("the target gave an invalid answer"), True
             self.close()
             if not again or attempt == self._client.attempts:
@@ -190,6 +218,16 @@ class TargetSession:
             self.usage.retries += 1
             await asyncio.sleep(min(_RETRY_PAUSE_SECONDS * attempt, self._question.deadline.left()))
         raise AssertionError("unreachable: attempts is at least 1")
+
+    def _blame_the_plan(self, answer: str) -> None:
+        """Raise PlanUnansweredError where there may be a plan."""
+        if not self._speculates:
+            return
+        _log.warning("target_has_no_answer_to_a_plan", answer=answer)
+        self.close()
+        self._speculates = False
+        self.usage.retries += 1
+        raise PlanUnansweredError
 
     def _may_be_better_elsewhere(self, code: grpc.StatusCode) -> bool:
         """Whether to ask another replica. Where one is full one other is asked, no more: a service that is short of replicas must
@@ -202,7 +240,7 @@ class TargetSession:
 
     def _goes_on(self, nodes: Int64) -> bool:
         """Whether the target may go on by itself from a pass over these nodes: the first, and nothing went wrong."""
-        return self._beam_width > 0 and int(nodes[0]) == ROOT and not self.usage.retries
+        return self._beam_width is not None and int(nodes[0]) == ROOT and not self.usage.retries
 
     def _most_passes(self, nodes: Int64) -> int:
         return self._client.trie.levels if self._goes_on(nodes) else 1
@@ -244,12 +282,12 @@ class TargetSession:
             prompt=wire.to_array(question.prompt),
             pruned=wire.to_array(question.pruning.cut),
             kept=wire.to_kept(question.pruning),
-            max_children=self._max_children,
+            max_children=self._max_children or 0,
             perturbation=wire.to_perturbation(question.noise),
             tenant=question.tenant,
             owner=question.owner,
-            beam_width=self._beam_width if goes_on else 0,
-            prefetches=goes_on and self._looks_ahead,
+            beam_width=(self._beam_width or 0) if goes_on else 0,
+            prefetches=goes_on and self._prefetches,
         )
 
     def _read(self, reply: target_pb2.EvaluateResponse, asked: list[int], most: int) -> list[_Answer]:

@@ -1,1 +1,1 @@
-"""How much to draft: decided for each request by what earlier ones showed (method, section 7)."""
+"""Choice of how much to draft for each request, learned from earlier ones."""

@@ -1,4 +1,22 @@
-"""Planning by what is expected to cost least: from no plan at all to all that the draft can think of (method, section 7)."""
+"""Plan sizer that minimises the expected latency of a list (docs/planner.md).
+
+A worked example: K = 10 on a catalogue of four levels, and a warm prompt of which 5 tokens must be computed. The target's cost
+curve is T(n) = 8 + 0.31 n ms. Overhead and queues are left out, and all ratios of remaining work are 1. Plain beam search takes
+T(10) = 11.1 ms for each of levels 1 to 3. From these levels on it takes R = 33.3, 22.2 and 11.1 ms. The draft has returned 120
+nodes. Each prefix of the plan holds the nodes down to a margin. The acceptance model gives S_l, the probability that a prefix
+misses level l or one above it:
+
+    margin   nodes    S_1    S_2    S_3    first pass   after it   expected latency
+      +inf       0   1.00   1.00   1.00       9.55 ms    33.3 ms    42.9 ms (the target alone)
+       1.0      10   0.60   0.80   0.90      12.65 ms    25.5 ms    38.2 ms
+       0.0      30   0.10   0.35   0.50      18.85 ms    10.5 ms    29.4 ms (the choice)
+      -0.8      60   0.03   0.12   0.25      28.15 ms     4.4 ms    32.6 ms
+      -2.0     120   0.01   0.03   0.06      46.75 ms     1.1 ms    47.9 ms
+
+For 30 nodes: T(5 + 30) = 18.85 ms, then 0.10 * 33.3 + 0.25 * 22.2 + 0.15 * 11.1 = 10.5 ms. After drafting, the plan is cut to
+these 30 nodes. Before drafting, the same numbers come from earlier plans. With 7 ms for the draft the best size takes 36.4 ms,
+less than 97 % of 42.9 ms. So the draft is asked, for 1.5 * 30 = 45 nodes.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +26,41 @@ from functools import cached_property
 
 import numpy as np
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
-from atspeed.engine.search.trie import Int64, Trie
-from atspeed.engine.speculation.acceptance_model import NOTHING, PlanPrefixes, WorkloadKey
+from atspeed.engine.search.trie import Trie
+from atspeed.engine.speculation.acceptance_model import EMPTY_DEPTH, PlanPrefixes, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import BaselinePasses, ExpectedLatency, ObservedPass, PlanCoverage
 from atspeed.engine.speculation.latency_model import Pass
-from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext, found_cached
+from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext, has_cached_tokens
 from orchestrator.planning.planner_state import PlannerState, SkipBackoff
 from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo
 
-_ROOM = 1.5
-"""Nodes asked for, over those that would do on average: requests differ, and what lies deeper is learnt from."""
-_OBSERVATIONS = 16
-"""Plans of a kind until they are decided by what was learnt from them."""
-_WORTH = 0.97
-"""A plan is asked for if all is expected to take so much of the time without it: less is within what guesses are off."""
-_LEAST_PATIENCE_NS = 100e6
-"""For a plan, whatever the target alone would take: between two processes of a machine that is busy a moment is lost soon."""
+# Nodes asked for, relative to the best size on average: requests differ, and deeper nodes are learned from. Chosen, not measured.
+_OVERPROVISION = 1.5
+# Plans of a workload until observations decide. Until then each is asked for as if the draft were right. Chosen, not measured.
+_MIN_OBSERVATIONS = 16
+# Largest expected latency, relative to the target alone, for which the draft is asked: predictions are off by about 3 %.
+_MAX_COST_RATIO = 0.97
+# Shortest wait for a plan, 100 ms. On a crowded machine a draft call takes 16 to 20 ms (docs/log.md); this is five times that.
+_MIN_PATIENCE_NS = 100e6
+# Largest draft time of an exploration plan, relative to a plan of the usual size; and sizes that are tried. Chosen, not measured.
+_MAX_EXPLORATION_RATIO = 2.0
+_EXPLORATION_SIZES = 8
 
 
 @dataclass(frozen=True)
-class _Size:
-    """What may be asked of the draft: most nodes, of so many levels. total_ns: what all is then expected to take."""
+class _SizeChoice:
+    """Size to ask the draft for.
+
+    Attributes:
+        nodes: most nodes.
+        levels: most levels.
+        total_ns: expected time of draft and target.
+    """
 
     nodes: int
     levels: int
@@ -41,7 +69,13 @@ class _Size:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A part of a plan. passes, total_ns: what is then expected of the target."""
+    """Part of a plan.
+
+    Attributes:
+        plan: its nodes.
+        passes: target passes expected with it.
+        total_ns: their expected time.
+    """
 
     plan: Plan
     passes: float
@@ -49,188 +83,226 @@ class _Cut:
 
 
 class AdaptivePlanSizer(FixedPlanSizer):
-    """The planning of one request whose plans are of the size, and are cut to the part, that is expected to cost least.
-
-    nodes: of a plan while there is no experience with such.
-    """
+    """Plan sizer that asks for the size, and keeps the part, with the least expected latency."""
 
     def __init__(
-        self, trie: Trie, task: PlanContext, nodes: int, max_nodes: int, kind: WorkloadKey, experience: PlannerState
+        self,
+        trie: Trie,
+        context: PlanContext,
+        nodes: int,
+        max_nodes: int,
+        workload: WorkloadKey,
+        state: PlannerState,
     ) -> None:
-        super().__init__(trie, task, nodes, experience.costs)
-        self._experience, self._kind, self._max_nodes = experience, kind, max_nodes
+        """Size plans of at most `max_nodes` nodes. nodes: size of a plan while nothing is known."""
+        super().__init__(trie, context, nodes, state.latencies)
+        self._max_nodes = max_nodes
+        self._workload = workload
+        self._state = state
 
     def size(self, below: Beams) -> PlanSize | None:
-        """The size at which draft and target together are expected to be done first; None if that is without a plan."""
-        start, beams, experience = self._level(below), len(below), self._experience
+        """Return the size with the least expected latency; None if that is without a plan."""
+        start, beams, state = self._start(below), len(below), self._state
         self._known.update(below.node.tolist())
-        lull = experience.lull(self._kind, start, beams, self._task.prompt_tokens)
-        learnt = experience.coverage.observations(self._kind, start)
-        if not lull.covers(learnt) or experience.has_saved(start):
-            return self._weighed(start, beams, lull, learnt)
-        experience.save(start, lull.alone_ns)
-        self._note(start, lull.passes, lull.alone_ns)
+        backoff = state.backoff(self._workload, start, beams, self._context.prompt_tokens)
+        observations = state.acceptance.observations(self._workload, start)
+        if not backoff.consume(observations) or state.has_budget(start):
+            return self._evaluate_sizes(start, beams, backoff, observations)
+        state.save_budget(start, backoff.target_only_ns)
+        self._report_expected(start, backoff.passes, backoff.target_only_ns)
         return None
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:
-        """Learn what was required, what misses led to, and what calls cost."""
+        """Learn required depths, remaining work after misses, and latencies."""
         if self._records:
             used = self._used(memo)
             for record in self._records:
-                self._experience.learn(self._kind, record.planned.start, record.planned.required(used))
+                self._state.learn(self._workload, record.proposed.start, record.proposed.required(used))
         if target.clean:
-            self._learn_further(memo, target)
+            self._learn_remaining_work(memo, target)
         super().learn(memo, target, draft)
 
-    def _weighed(self, start: int, beams: int, lull: SkipBackoff, learnt: int) -> PlanSize | None:
-        """The same, by what every size is expected to cost."""
-        experience = self._experience
-        outlook = self._outlook(start, beams, None)
-        alone, passes = self._alone(outlook, start)
-        self.patience_seconds = max(_LEAST_PATIENCE_NS, experience.patience * alone) / 1e9
-        if self._target_is_full():
-            self._note(start, passes, alone)
+    def _evaluate_sizes(self, start: int, beams: int, backoff: SkipBackoff, observations: int) -> PlanSize | None:
+        """Return the best size by the expected latency of each; None if no plan pays and none is due for exploration."""
+        state = self._state
+        estimate = self._estimate(start, beams, None)
+        target_only_ns, passes = self._without_plan(estimate, start)
+        self.patience_seconds = max(_MIN_PATIENCE_NS, state.patience * target_only_ns) / 1e9
+        if self._is_target_saturated():
+            self._report_expected(start, passes, target_only_ns)
             return None
-        best = self._best_size(outlook, start, beams)
-        if best.total_ns < _WORTH * alone:
-            lull.ends()
-            return self._asked_of_draft(start, beams, best, alone)
-        lull.goes_on(learnt, passes, alone)
-        experience.save(start, alone)
-        if experience.has_saved(start):
-            telling = self._telling(start, beams)
-            if experience.explores(start, self._draft_takes(start, beams, telling, outlook.levels)):
-                return self._sized(telling)
-        self._note(start, passes, alone)
-        return None
+        best = self._best_size(estimate, start, beams)
+        if best.total_ns < _MAX_COST_RATIO * target_only_ns:
+            backoff.reset()
+            return self._best_or_all_levels(start, beams, best, target_only_ns)
+        backoff.extend(observations, passes, target_only_ns)
+        exploration = self._exploration(start, beams, target_only_ns, instead_of=None)
+        if exploration is None:
+            self._report_expected(start, passes, target_only_ns)
+        return exploration
 
-    def _asked_of_draft(self, start: int, beams: int, best: _Size, alone: float) -> PlanSize:
-        """The best size, or now and then all levels though fewer pay more: or nobody would notice when these do not any more."""
-        most, experience = self._trie.levels - 1 - start, self._experience
-        if best.levels == most:
-            return self._sized(best.nodes)
-        experience.save(start, alone)
-        if experience.has_saved(start):
-            telling = self._telling(start, beams)
-            more = self._draft_takes(start, beams, telling, most)
-            if experience.explores(start, more - self._draft_takes(start, beams, best.nodes, best.levels)):
-                return self._sized(telling)
-        return self._sized(best.nodes, best.levels)
+    def _best_or_all_levels(self, start: int, beams: int, best: _SizeChoice, target_only_ns: float) -> PlanSize:
+        """Return the best size. If it has fewer levels than it could, exploration now and then asks for all of them."""
+        if best.levels < self._trie.levels - 1 - start:
+            exploration = self._exploration(start, beams, target_only_ns, instead_of=best)
+            return exploration or self._asked(best.nodes, best.levels)
+        return self._asked(best.nodes)
 
-    def _best_size(self, outlook: ExpectedLatency, start: int, beams: int) -> _Size:
-        """That with which all is expected to be done first."""
-        most, coverage = self._most(start, beams), self._experience.coverage
-        if coverage.observations(self._kind, start) < _OBSERVATIONS:
-            # As if the draft were right, so that it gets its chance wherever it could pay at all.
-            nodes, levels = self._telling(start, beams), outlook.levels
-            used = np.array([min(nodes, self._task.beam_width * levels)])
-            target = float(outlook.expected(PlanCoverage(used, np.full((levels, 1), np.inf), np.zeros((levels, 1))))[0])
-            return _Size(nodes, levels, self._draft_takes(start, beams, nodes, levels) + target)
-        sizes = []
-        for levels in self._depths(start, outlook.levels):
-            nodes_that_do, missed = coverage.profile(self._kind, start, levels)
-            asked = np.minimum(np.ceil(_ROOM * nodes_that_do), most).astype(np.int64)
-            total = self._draft_ns(self._experience.costs, start, beams, asked, levels)
-            total = total + outlook.expected(PlanCoverage.evenly(np.minimum(nodes_that_do, most), missed))
-            best = int(np.argmin(total))
-            sizes.append(_Size(int(asked[best]), levels, float(total[best])))
+    def _exploration(
+        self, start: int, beams: int, target_only_ns: float, instead_of: _SizeChoice | None
+    ) -> PlanSize | None:
+        """Save to the exploration budget, and return a size of all levels if the budget allows it.
+
+        instead_of: size that is asked for otherwise; only the additional time of the draft is spent.
+        """
+        state = self._state
+        state.save_budget(start, target_only_ns)
+        if not state.has_budget(start):
+            return None
+        nodes = self._exploration_size(start, beams)
+        draft_ns = self._draft_call_ns(start, beams, nodes, self._trie.levels - 1 - start)
+        if instead_of is not None:
+            draft_ns -= self._draft_call_ns(start, beams, instead_of.nodes, instead_of.levels)
+        return self._asked(nodes) if state.spend_budget(start, draft_ns) else None
+
+    def _best_size(self, estimate: ExpectedLatency, start: int, beams: int) -> _SizeChoice:
+        """Return the size with the least expected time of draft and target."""
+        if self._state.acceptance.observations(self._workload, start) < _MIN_OBSERVATIONS:
+            return self._optimistic_size(estimate, start, beams)
+        sizes = [self._best_size_of(levels, estimate, start, beams) for levels in self._depths(start, estimate.levels)]
         return min(sizes, key=lambda size: size.total_ns)
 
+    def _optimistic_size(self, estimate: ExpectedLatency, start: int, beams: int) -> _SizeChoice:
+        """Return the exploration size, expected to cover all beams, so that the draft is tried wherever it could pay."""
+        nodes, levels = self._exploration_size(start, beams), estimate.levels
+        used = np.array([min(nodes, self._context.beam_width * levels)])
+        perfect = PlanCoverage(used, by_level=np.full((levels, 1), np.inf), missed=np.zeros((levels, 1)))
+        target_ns = float(estimate.total_ns(perfect)[0])
+        return _SizeChoice(nodes, levels, self._draft_call_ns(start, beams, nodes, levels) + target_ns)
+
+    def _best_size_of(self, levels: int, estimate: ExpectedLatency, start: int, beams: int) -> _SizeChoice:
+        """Return the best size of plans of so many levels, by the mean coverage of earlier plans."""
+        max_nodes = self._max_plan_nodes(start, beams)
+        # Sizes [s] that earlier plans were cut to in the estimate, and the sizes to ask for to get these.
+        sizes, missed = self._state.acceptance.profile(self._workload, start, levels)
+        asked = np.minimum(np.ceil(_OVERPROVISION * sizes), max_nodes).astype(np.int64)
+        draft_ns = self._draft_ns(self._state.latencies, start, beams, asked, levels)
+        target_ns = estimate.total_ns(PlanCoverage.spread_evenly(np.minimum(sizes, max_nodes), missed))
+        total_ns = draft_ns + target_ns
+        best = int(np.argmin(total_ns))
+        return _SizeChoice(int(asked[best]), levels, float(total_ns[best]))
+
     def _depths(self, start: int, levels: int) -> Sequence[int]:
-        """Levels that a plan may have. Of the root's, the first may be all that pays: the target itself foresees deep ones."""
+        """Return the numbers of levels that a plan may have. Below the root a plan may leave the last ones to the prefetch."""
         return range(1, levels + 1) if start == 0 else (levels,)
 
-    def _target_is_full(self) -> bool:
-        """Whether what counts is the target's work, of which a draft's plan is more, and not how long this request takes.
-
-        Then nothing is drafted, not even for the experience.
-        """
-        width = self._task.beam_width
-        return self._experience.costs.target.full(Pass(width, self._task.prompt_tokens, width))
+    def _is_target_saturated(self) -> bool:
+        """Return true while throughput depends on the target's work. A plan adds work, so even exploration stops."""
+        width = self._context.beam_width
+        return self._state.latencies.target.is_saturated(Pass(width, self._context.prompt_tokens, width))
 
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassStats) -> Plan:
-        start, complete = self._level(below), len(plan.node) < asked.max_nodes
-        outlook = self._outlook(start, len(below), found_cached(cost) if start == 0 else None)
-        most, level = self._levels(below, asked), self._trie.depth(plan.node) - start
+        """Return the cut with the least expected latency, over all numbers of levels."""
+        start, complete = self._start(below), len(plan.node) < asked.max_nodes
+        estimate = self._estimate(start, len(below), has_cached_tokens(cost) if start == 0 else None)
+        max_levels, level = self._planned_levels(below, asked), self._trie.depth(plan.node) - start
         cuts = []
-        for levels in self._depths(start, most):
-            part = plan if levels == most else plan.take(np.flatnonzero(level <= levels))
-            cuts.append(self._cheapest(outlook, part, levels, complete=complete))
+        for levels in self._depths(start, max_levels):
+            part = plan if levels == max_levels else plan.take(np.flatnonzero(level <= levels))
+            cuts.append(self._cheapest_cut(estimate, part, levels, complete=complete))
         best = min(cuts, key=lambda cut: cut.total_ns)
-        self._note(start, best.passes, best.total_ns)
+        self._report_expected(start, best.passes, best.total_ns)
         return best.plan
 
-    def _cheapest(self, outlook: ExpectedLatency, plan: Plan, levels: int, *, complete: bool) -> _Cut:
-        """The cut of a plan of so many levels with which least is expected of the target."""
-        coverage, start = self._experience.coverage, self._trie.levels - 1 - outlook.levels
-        cuts = PlanPrefixes.of(plan, complete=complete)
-        missed = coverage.missed(self._kind, start, cuts.depth)[:levels]
-        coverage.note(self._kind, start, missed, complete=complete)
-        cover = PlanCoverage.of_cuts(self._trie.depth(plan.node[cuts.order]) - start, missed)
-        expected = outlook.expected(cover)
-        best = int(np.argmin(expected))
-        return _Cut(plan.take(np.sort(cuts.order[:best])), outlook.passes(cover, best), float(expected[best]))
+    def _cheapest_cut(self, estimate: ExpectedLatency, plan: Plan, levels: int, *, complete: bool) -> _Cut:
+        """Return the prefix of a plan of so many levels with the least expected latency of the target."""
+        acceptance, start = self._state.acceptance, self._trie.levels - 1 - estimate.levels
+        prefixes = PlanPrefixes.of(plan, complete=complete)
+        missed = acceptance.missed(self._workload, start, prefixes.depth)[:levels]
+        acceptance.record_plan(self._workload, start, missed, complete=complete)
+        coverage = PlanCoverage.of_prefixes(prefixes, self._trie.depth(plan.node) - start, missed)
+        total_ns = estimate.total_ns(coverage)
+        best = int(np.argmin(total_ns))
+        kept = plan.take(np.sort(prefixes.order[:best]))
+        return _Cut(kept, estimate.passes(coverage, best), float(total_ns[best]))
 
-    def _alone(self, outlook: ExpectedLatency, start: int) -> tuple[float, float]:
-        """Nanoseconds and passes that are expected where nothing is planned."""
-        missed = self._experience.coverage.missed(self._kind, start, np.array([NOTHING]))
-        cover = PlanCoverage(np.zeros(1, dtype=np.int64), np.zeros(missed.shape), missed)
-        return float(outlook.expected(cover)[0]), outlook.passes(cover, 0)
+    def _without_plan(self, estimate: ExpectedLatency, start: int) -> tuple[float, float]:
+        """Return the nanoseconds and passes expected without a plan."""
+        missed = self._state.acceptance.missed(self._workload, start, np.array([EMPTY_DEPTH]))
+        coverage = PlanCoverage(np.zeros(1, dtype=np.int64), by_level=np.zeros(missed.shape), missed=missed)
+        return float(estimate.total_ns(coverage)[0]), estimate.passes(coverage, 0)
 
-    def _note(self, start: int, passes: float, nanoseconds: float) -> None:
+    def _report_expected(self, start: int, passes: float, total_ns: float) -> None:
+        """Report what is expected of the target; only the first plan of a request, at the root, is reported."""
         if start == 0:
-            self.report.expected_passes, self.report.expected_ns = passes, nanoseconds
+            self.report.expected_passes = passes
+            self.report.expected_ns = total_ns
 
-    def _draft_takes(self, start: int, beams: int, nodes: int, levels: int) -> float:
-        return float(self._draft_ns(self._experience.costs, start, beams, np.array(nodes), levels))
+    def _draft_call_ns(self, start: int, beams: int, nodes: int, levels: int) -> float:
+        return float(self._draft_ns(self._state.latencies, start, beams, np.array(nodes), levels))
 
-    def _telling(self, start: int, beams: int) -> int:
-        """A size to learn from: of those that cost the draft at most twice as much as a plan of the usual size, the largest."""
-        most = self._most(start, beams)
-        sizes = np.minimum(np.geomspace(self._nodes, max(self._nodes, most), 8).astype(np.int64), most)
-        times = self._draft_ns(self._experience.costs, start, beams, sizes, self._trie.levels - 1 - start)
-        return int(sizes[np.flatnonzero(times <= 2.0 * times[0])[-1]])
+    def _exploration_size(self, start: int, beams: int) -> int:
+        """Return a size to learn from: the largest that takes the draft at most twice as long as the usual size."""
+        max_nodes = self._max_plan_nodes(start, beams)
+        largest = max(self._nodes, max_nodes)
+        sizes = np.minimum(np.geomspace(self._nodes, largest, _EXPLORATION_SIZES).astype(np.int64), max_nodes)
+        times = self._draft_ns(self._state.latencies, start, beams, sizes, self._trie.levels - 1 - start)
+        return int(sizes[np.flatnonzero(times <= _MAX_EXPLORATION_RATIO * times[0])[-1]])
 
-    def _most(self, start: int, beams: int) -> int:
-        """Most nodes of a plan. A further one has its beams' and its levels' share of the first."""
+    def _max_plan_nodes(self, start: int, beams: int) -> int:
+        """Return the most nodes of a plan. After a miss it is the share of the missing beams and the levels that are left."""
         if start == 0:
             return self._max_nodes
-        share = beams / self._task.beam_width * (self._trie.levels - 1 - start) / (self._trie.levels - 1)
+        share = beams / self._context.beam_width * (self._trie.levels - 1 - start) / (self._trie.levels - 1)
         return max(1, min(self._max_nodes - 1, round(self._max_nodes * share)))
 
-    def _outlook(self, start: int, beams: int, draft_cached: bool | None) -> ExpectedLatency:
-        """draft_cached: whether the draft had some of the prompt cached, once it has answered."""
-        costs, prompt = self._experience.costs, self._task.prompt_tokens
-        computed = max(1.0, costs.share[draft_cached].value * prompt) if start == 0 else 0.0
-        cached = prompt - computed if start == 0 else prompt + len(self._known)
-        target, evaluated = costs.target, beams if start else 0
+    def _estimate(self, start: int, beams: int, draft_was_cached: bool | None) -> ExpectedLatency:
+        """Return the estimate for a search at these beams.
 
-        def first(nodes: Int64) -> Float64:
-            return target.call(computed + evaluated + nodes, cached, evaluated + nodes, opens=computed > 0)
+        draft_was_cached: true if the draft found part of its prompt cached; None before it has answered.
+        """
+        latencies, prompt = self._state.latencies, self._context.prompt_tokens
+        if start == 0:
+            computed = max(1.0, latencies.target_computed_share[draft_was_cached].value * prompt)
+            cached = prompt - computed
+            evaluated = 0
+        else:
+            computed = 0.0
+            cached = float(prompt + len(self._known))
+            evaluated = beams
 
-        return ExpectedLatency.below(start, beams, self._plain, self._experience.further, self._kind, first)
+        def first_pass_ns(nodes: Int64) -> Float64:
+            new = computed + evaluated + nodes
+            return latencies.target.call_ns(new, cached, evaluated + nodes, opens_stream=computed > 0)
+
+        remaining_work = self._state.remaining_work
+        return ExpectedLatency.below(start, beams, self._baseline, remaining_work, self._workload, first_pass_ns)
 
     @cached_property
-    def _plain(self) -> BaselinePasses:
-        target, prompt = self._experience.costs.target, self._task.prompt_tokens
-        return BaselinePasses.of(self._trie, self._task.beam_width, lambda beams: target.call(beams, prompt, beams))
+    def _baseline(self) -> BaselinePasses:
+        """Return the passes of plain beam search."""
+        target, prompt = self._state.latencies.target, self._context.prompt_tokens
+        return BaselinePasses.of(
+            self._trie, self._context.beam_width, lambda beams: target.call_ns(beams, prompt, beams)
+        )
 
     def _used(self, memo: Memo) -> list[Int64]:
-        """By level, the beams of the search that had to be evaluated."""
+        """Return, for each level, the beams of the search that had to be evaluated, ascending."""
         used = np.sort(np.fromiter(memo.used, dtype=np.int64, count=len(memo.used)))
         used = used[~memo.certain(used)]
         return np.split(used, np.searchsorted(used, self._trie.level_start[1 : self._trie.levels]))
 
-    def _learn_further(self, memo: Memo, target: Usage) -> None:
-        """From each pass but the first: what it and all after it cost."""
+    def _learn_remaining_work(self, memo: Memo, target: Usage) -> None:
+        """Learn from each pass after the first: the time of it and of all later ones, draft calls included."""
         if len(memo.pass_levels) != len(target.costs) or len(memo.pass_levels) < 2:
             return
         missing = np.bincount(self._trie.depth(np.array(sorted(memo.recovered))), minlength=self._trie.levels)
-        drafts = {record.planned.start: record for record in self._records}
-        made = []
+        drafts = {record.proposed.start: record for record in self._records}
+        passes = []
         for level, one in zip(memo.pass_levels[1:], self._target_passes(target.costs)[1:], strict=True):
-            took = float(self._experience.costs.target.call(one.new, one.cached, one.nodes))
+            duration_ns = float(self._state.latencies.target.call_ns(one.new, one.cached, one.nodes))
             if (record := drafts.get(level)) is not None:
-                took += self._draft_takes(level, record.beams, record.planned.most, record.planned.levels)
-            made.append(ObservedPass(level, int(missing[level]), took))
-        self._experience.further.learn(self._kind, made, self._plain)
+                proposed = record.proposed
+                duration_ns += self._draft_call_ns(level, record.beams, proposed.max_nodes, proposed.levels)
+            passes.append(ObservedPass(level, int(missing[level]), duration_ns))
+        self._state.remaining_work.learn(self._workload, passes, self._baseline)

@@ -1,4 +1,4 @@
-"""The planning of one request: how much is drafted, what of it is kept, and what there is to learn from how it went."""
+"""Plan sizer of one request, with plans of a fixed size."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
-from atspeed.engine.search.trie import Int64, Trie
+from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import ProposedPlan
 from atspeed.engine.speculation.latency_model import Pass
-from orchestrator.planning.model_costs import ModelCosts
+from orchestrator.planning.planner_state import ModelLatencies
 from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo
 
-_PROMPT_REST = 8  # prompt tokens that a second plan computes again: half a block, as only whole ones are cached
+# Prompt tokens that a second plan computes again: half of a block of 16 tokens, since only full blocks are cached. Smaller
+# blocks make it fewer; a few tokens hardly change the time of a pass.
+_PARTIAL_BLOCK_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class PlanContext:
-    """What is planned for. prompt_tokens, draft_prompt_tokens: lengths of the two models' prompts."""
+    """Request that plans are made for.
+
+    Attributes:
+        beam_width: K of the search.
+        prompt_tokens: length of the target's prompt.
+        draft_prompt_tokens: length of the draft's prompt; 0 without a draft.
+    """
 
     beam_width: int
     prompt_tokens: int
@@ -32,144 +41,172 @@ class PlanContext:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """A plan of the draft. beams: how many it hangs below. cost: the draft's."""
+    """Plan that the draft returned.
 
-    planned: ProposedPlan
+    Attributes:
+        proposed: the plan before it was cut.
+        beams: number of beams that it hangs below.
+        stats: the draft's stats.
+    """
+
+    proposed: ProposedPlan
     beams: int
-    cost: PassStats
+    stats: PassStats
 
     def passes(self, prompt_tokens: int) -> list[Pass]:
-        """The draft's passes: the first reads what is left of the prompt and the beams, the others a level each."""
-        expanded, total = self.planned.levels, self.cost.new_tokens
-        cached = self.cost.memory_cached_tokens + self.cost.redis_cached_tokens
-        first = min(total, max(0, prompt_tokens - cached) + self.beams * self.planned.start)
-        later = (total - first) // max(1, expanded - 1)
-        nodes = len(self.planned.plan.node)
-        return [Pass(first, cached, nodes), *(Pass(later, cached + first, 0) for _ in range(expanded - 1))]
+        """Return the draft's passes: the first reads the rest of the prompt and the beams, each other one a level."""
+        levels = self.proposed.levels
+        total = self.stats.new_tokens
+        cached = _cached_tokens(self.stats)
+        first = min(total, max(0, prompt_tokens - cached) + self.beams * self.proposed.start)
+        later = (total - first) // max(1, levels - 1)
+        nodes = len(self.proposed.plan.node)
+        return [Pass(first, cached, nodes), *(Pass(later, cached + first, 0) for _ in range(levels - 1))]
 
 
 @dataclass
 class PlanningReport:
-    """What planning did. expected_*: what was expected of the target when the first plan was decided; 0 where nothing was.
+    """Decisions and predictions for one request.
 
-    nodes_asked, nodes_proposed: of all plans. target_predicted_ns, draft_predicted_ns: in the models, for the passes that were
-    made, by what was known before each; 0 while nothing is.
+    Attributes:
+        nodes_asked: nodes asked for, all plans together.
+        nodes_proposed: nodes that the draft returned.
+        expected_passes: target passes expected at the decision on the first plan; None without one.
+        expected_ns: their expected time; None without a decision.
+        target_predicted_ns: predicted time in the target of the passes that were made; None without a cost curve.
+        draft_predicted_ns: the same for the draft.
     """
 
     nodes_asked: int = 0
     nodes_proposed: int = 0
-    expected_passes: float = 0.0
-    expected_ns: float = 0.0
-    target_predicted_ns: float = 0.0
-    draft_predicted_ns: float = 0.0
+    expected_passes: float | None = None
+    expected_ns: float | None = None
+    target_predicted_ns: float | None = None
+    draft_predicted_ns: float | None = None
 
 
 class FixedPlanSizer:
-    """The planning of one request: plans of a fixed size, of which the target gets everything.
+    """Plan sizer that always asks for the same number of nodes and gives the target all of them.
 
-    costs: None while the models' curves are not known, and then nothing is learnt. patience_seconds: how long the plan of the
-    newest size may take.
+    Attributes:
+        patience_seconds: longest wait for a plan of the latest size.
+        report: decisions and predictions so far.
     """
 
-    def __init__(self, trie: Trie, task: PlanContext, nodes: int, costs: ModelCosts | None) -> None:
-        self._trie, self._task, self._nodes, self._costs = trie, task, nodes, costs
-        self._records: list[PlanRecord] = []
-        self._known: set[int] = set()
+    def __init__(self, trie: Trie, context: PlanContext, nodes: int, latencies: ModelLatencies | None) -> None:
+        """Size plans of `nodes` nodes. Without `latencies`, while the cost curves are unknown, nothing is learned."""
         self.patience_seconds = math.inf
         self.report = PlanningReport()
+        self._trie = trie
+        self._context = context
+        self._nodes = nodes
+        self._latencies = latencies
+        self._records: list[PlanRecord] = []
+        self._known: set[int] = set()
 
     def size(self, below: Beams) -> PlanSize | None:  # noqa: ARG002
-        """How much to ask of the draft below these beams; None: do not ask."""
-        return self._sized(self._nodes)
+        """Return the size to ask the draft for below these beams; None to skip the draft."""
+        return self._asked(self._nodes)
 
     def cut(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassStats) -> Plan:
-        """What the target gets of a plan that came below these beams."""
+        """Return the part of a plan that the target gets."""
         kept = self._keep(below, asked, plan, cost)
-        levels, known = self._levels(below, asked), frozenset(self._known)
-        planned = ProposedPlan(self._level(below), plan, asked.max_nodes, levels, known)
-        self._records.append(PlanRecord(planned, len(below), cost))
+        levels, known = self._planned_levels(below, asked), frozenset(self._known)
+        proposed = ProposedPlan(self._start(below), plan, asked.max_nodes, levels, known)
+        self._records.append(PlanRecord(proposed, len(below), cost))
         self._known.update(kept.node.tolist())
         self.report.nodes_proposed += len(plan.node)
         return kept
 
     def failed(self, below: Beams, asked: PlanSize, waited_ns: int) -> None:
-        """No plan came below these beams; so long was waited for it."""
-        if self._costs is None:
+        """Learn from a plan that did not come within so long."""
+        if self._latencies is None:
             return
-        start, levels = self._level(below), self._levels(below, asked)
-        expected = float(self._draft_ns(self._costs, start, len(below), np.array(asked.max_nodes), levels))
-        self._costs.draft.late(levels, expected, waited_ns)
+        start, levels = self._start(below), self._planned_levels(below, asked)
+        expected = float(self._draft_ns(self._latencies, start, len(below), np.array(asked.max_nodes), levels))
+        self._latencies.draft.observe_timeout(levels, expected, waited_ns)
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:  # noqa: ARG002
-        """Learn from a request that is done."""
-        if self._costs is None:
+        """Learn from a finished request."""
+        if self._latencies is None:
             return
         if target.clean:
-            self._learn_target(self._costs, target)
+            self._learn_target(self._latencies, target)
         if draft.clean:
-            self._learn_draft(self._costs, draft)
+            self._learn_draft(self._latencies, draft)
 
-    def _sized(self, nodes: int, levels: int | None = None) -> PlanSize:
+    def _asked(self, nodes: int, levels: int | None = None) -> PlanSize:
+        """Return a size and count it as asked for."""
         self.report.nodes_asked += nodes
-        return PlanSize(beam_width=self._task.beam_width, width=nodes, max_nodes=nodes, levels=levels)
+        return PlanSize(beam_width=self._context.beam_width, width=nodes, max_nodes=nodes, levels=levels)
 
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassStats) -> Plan:  # noqa: ARG002
         return plan
 
-    def _level(self, below: Beams) -> int:
+    def _start(self, below: Beams) -> int:
+        """Return the level of the beams."""
         return int(self._trie.depth(below.node[:1])[0])
 
-    def _levels(self, below: Beams, asked: PlanSize) -> int:
-        """Levels below these beams that a plan of this size covers."""
-        start = self._level(below)
+    def _planned_levels(self, below: Beams, asked: PlanSize) -> int:
+        """Return the number of levels below the beams that a plan of this size has."""
+        start = self._start(below)
         return asked.last_depth(self._trie, start) - start
 
-    def _draft_ns(self, costs: ModelCosts, start: int, beams: int, nodes: Int64, levels: int) -> Float64:
-        """The draft's time for plans of so many nodes [c] of so many levels."""
-        prompt = self._task.draft_prompt_tokens
-        first = max(1.0, costs.draft_share.value * prompt) if start == 0 else _PROMPT_REST + beams * start
-        later = (levels - 1) * costs.draft.forward(nodes / levels, prompt) + levels * costs.draft.queue_ns
-        return np.asarray(costs.draft.forward(first, max(0.0, prompt - first)) + later + costs.draft.besides(nodes))
+    def _draft_ns(self, latencies: ModelLatencies, start: int, beams: int, nodes: Int64, levels: int) -> Float64:
+        """Return the draft's time for plans of so many nodes [c] on so many levels: one pass for each level."""
+        draft, prompt = latencies.draft, self._context.draft_prompt_tokens
+        if start == 0:
+            first_tokens = max(1.0, latencies.draft_computed_share.value * prompt)
+        else:
+            first_tokens = _PARTIAL_BLOCK_TOKENS + beams * start
+        first = draft.forward_ns(first_tokens, max(0.0, prompt - first_tokens))
+        later = (levels - 1) * draft.forward_ns(nodes / levels, prompt) + levels * draft.queue_ns
+        return np.asarray(first + later + draft.overhead_ns(nodes))
 
-    def _learn_target(self, costs: ModelCosts, target: Usage) -> None:
-        target_passes = self._target_passes(target.costs)
-        for one, cost, wait in zip(target_passes, target.costs, target.waits, strict=True):
-            self.report.target_predicted_ns += costs.target.observe([one], cost, wait)
+    def _learn_target(self, latencies: ModelLatencies, target: Usage) -> None:
+        predicted = 0.0
+        for one, stats, wait in zip(self._target_passes(target.costs), target.costs, target.waits, strict=True):
+            predicted += latencies.target.observe([one], stats, wait)
+        self.report.target_predicted_ns = predicted
         if target.costs:
-            self._learn_share(costs, target.costs[0])
+            self._learn_computed_share(latencies, target.costs[0])
 
-    def _learn_draft(self, costs: ModelCosts, draft: Usage) -> None:
+    def _learn_draft(self, latencies: ModelLatencies, draft: Usage) -> None:
         if not draft.waits:
-            costs.draft.not_asked()
+            latencies.draft.decay_queue()
+        predicted, prompt = 0.0, self._context.draft_prompt_tokens
         for record, wait in zip(self._records, draft.waits, strict=True):
-            passes = record.passes(self._task.draft_prompt_tokens)
-            self.report.draft_predicted_ns += costs.draft.observe(passes, record.cost, wait)
-            if record.planned.start == 0:
-                costs.draft_share.add(_computed(self._task.draft_prompt_tokens, record.cost))
+            predicted += latencies.draft.observe(record.passes(prompt), record.stats, wait)
+            if record.proposed.start == 0:
+                latencies.draft_computed_share.add(_computed_share(prompt, record.stats))
+        self.report.draft_predicted_ns = predicted
 
-    def _learn_share(self, costs: ModelCosts, first: PassStats) -> None:
-        computed = _computed(self._task.prompt_tokens, first)
-        costs.share[None].add(computed)
-        if self._records and self._records[0].planned.start == 0:
-            costs.share[found_cached(self._records[0].cost)].add(computed)
+    def _learn_computed_share(self, latencies: ModelLatencies, first: PassStats) -> None:
+        share = _computed_share(self._context.prompt_tokens, first)
+        latencies.target_computed_share[None].add(share)
+        if self._records and self._records[0].proposed.start == 0:
+            latencies.target_computed_share[has_cached_tokens(self._records[0].stats)].add(share)
 
-    def _target_passes(self, costs: Sequence[PassStats]) -> list[Pass]:
-        """The passes of the target's stream: every one finds cached what those before it computed."""
+    def _target_passes(self, replies: Sequence[PassStats]) -> list[Pass]:
+        """Return the passes of the target's stream. Each finds the tokens cached that earlier ones computed."""
         passes: list[Pass] = []
-        cached, prompt = 0, self._task.prompt_tokens
-        for cost in costs:
-            cached += cost.memory_cached_tokens + cost.redis_cached_tokens
-            nodes = cost.new_tokens - max(0, prompt - cached)
-            passes.append(Pass(cost.new_tokens, cached, nodes, opens=not passes))
-            cached += cost.new_tokens
+        cached, prompt = 0, self._context.prompt_tokens
+        for stats in replies:
+            cached += _cached_tokens(stats)
+            nodes = stats.new_tokens - max(0, prompt - cached)
+            passes.append(Pass(stats.new_tokens, cached, nodes, opens_stream=not passes))
+            cached += stats.new_tokens
         return passes
 
 
-def found_cached(cost: PassStats) -> bool:
-    """Whether a model found keys and values of the prompt."""
-    return cost.memory_cached_tokens + cost.redis_cached_tokens > 0
+def has_cached_tokens(stats: PassStats) -> bool:
+    """Return true if a model found keys and values of the prompt."""
+    return _cached_tokens(stats) > 0
 
 
-def _computed(prompt_tokens: int, cost: PassStats) -> float:
-    cached = cost.memory_cached_tokens + cost.redis_cached_tokens
-    return min(1.0, max(0.0, 1.0 - cached / max(1, prompt_tokens)))
+def _cached_tokens(stats: PassStats) -> int:
+    return stats.memory_cached_tokens + stats.redis_cached_tokens
+
+
+def _computed_share(prompt_tokens: int, stats: PassStats) -> float:
+    return min(1.0, max(0.0, 1.0 - _cached_tokens(stats) / max(1, prompt_tokens)))

@@ -1,4 +1,4 @@
-"""What one model's part of a request took, as the orchestrator sees it."""
+"""Time and passes that a request used of one model, as the orchestrator sees them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from atspeed.engine.model.pass_stats import PassStats
 
 @dataclass
 class Usage:
-    """What one model's part of a request took.
+    """Use of one model by a request.
 
-    costs: of every answer. waits: nanoseconds that the orchestrator waited for every call, answered or not.
+    Attributes:
+        costs: stats of every reply.
+        waits: nanoseconds that the orchestrator waited for every call, answered or not.
+        passes: number of passes.
+        retries: number of calls that were made again.
+        model_version: version that the model reported; empty before the first reply.
     """
 
     costs: list[PassStats] = field(default_factory=list)
@@ -22,15 +27,15 @@ class Usage:
 
     @property
     def cost(self) -> PassStats:
-        """All answers together."""
+        """Return the sum of all replies' stats."""
         return sum(self.costs, PassStats())
 
     @property
     def wait_ns(self) -> int:
-        """All calls together."""
+        """Return the sum of all waits."""
         return sum(self.waits)
 
     @property
     def clean(self) -> bool:
-        """Whether every call had one answer, so that each wait belongs to a cost."""
+        """Return true if every call had one reply, so that each wait belongs to a reply's stats."""
         return not self.retries and len(self.costs) == len(self.waits)

@@ -17,10 +17,10 @@ import structlog
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare_searches, largest_gap
+from atspeed.engine.search.mode import Mode
+from atspeed.errors import ResourceExhaustedError, ServiceError
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import ResourceExhaustedError, ServiceError
-from atspeed.rpc.mode import Mode
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -67,7 +67,9 @@ class ShadowChecks:
         admission: Admission,
         speculation_breaker: SpeculationBreaker,
     ) -> None:
-        self._limits, self._admission, self._draft_switch = limits, admission, speculation_breaker
+        self._limits = limits
+        self._admission = admission
+        self._draft_switch = speculation_breaker
         self._due = 0.0
         # The event loop itself only keeps weak references to tasks.
         self._running: set[asyncio.Task[None]] = set()
@@ -75,8 +77,8 @@ class ShadowChecks:
         self.largest_gap = 0.0
 
     def offer(self, made: Recommendation, served: Served) -> None:
-        """A list that was just made; every so many of the strict ones are checked that draft or lookahead had a part in."""
-        if made.order.mode is not Mode.STRICT or not (made.memo.drafted or made.memo.foreseen):
+        """Offer a list for a check. A share of the strict lists is checked, if a plan or target prefetch had a part in them."""
+        if not made.order.mode.properties.shadow_checked or not (made.memo.drafted or made.memo.prefetched):
             return
         self._due += self._limits.share
         if self._due < 1:
@@ -111,7 +113,7 @@ class ShadowChecks:
             outcome = "dropped"
         except ServiceError as error:
             outcome = "failed"
-            _log.warning("shadow check failed", code=error.code.name)
+            _log.warning("shadow check failed", code=error.code)
         except Exception as error:  # noqa: BLE001 - nobody waits for this task
             outcome = "failed"
             _log.error("shadow check failed", exc_info=error)

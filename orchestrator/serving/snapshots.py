@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
 from atspeed.engine.search.trie import Trie
@@ -23,8 +23,7 @@ from orchestrator.history import HistoryStore
 from orchestrator.model_clients.draft_client import DraftClient
 from orchestrator.model_clients.model_channels import ModelChannels
 from orchestrator.model_clients.target_client import TargetClient
-from orchestrator.planning.curve_refresh import learn_curves
-from orchestrator.planning.planner import PlanLimits, Planner
+from orchestrator.planning.planner import PlanLimits, Planner, refresh_curves
 from orchestrator.recommend import Recommender
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -85,7 +84,7 @@ class Planners:
     def of(self, manifest: Manifest, trie: Trie) -> Planner:
         """A planner for a bundle."""
         alike = [planner for planner, models in self._models.items() if models == manifest.models]
-        planner = alike[-1].over(trie) if alike else Planner(trie, self._limits)
+        planner = alike[-1].for_catalogue(trie) if alike else Planner(trie, self._limits)
         self._models[planner] = manifest.models
         return planner
 
@@ -103,7 +102,10 @@ class Snapshots:
         speculation_breaker: SpeculationBreaker,
         planners: Planners,
     ) -> None:
-        self._settings, self._redis, self._draft_switch, self._planners = settings, redis, speculation_breaker, planners
+        self._settings = settings
+        self._redis = redis
+        self._speculation_breaker = speculation_breaker
+        self._planners = planners
         self.newest: Snapshot | None = None
         # The event loop itself only keeps weak references to tasks.
         self._closing: set[asyncio.Task[None]] = set()
@@ -181,10 +183,17 @@ class Snapshots:
             draft = DraftClient(drafts, trie, version, timeout=timeout, backoff_seconds=backoff)
         planner = self._planners.of(manifest, catalogue.trie)
         if draft is not None:
-            await resources.enter_async_context(background_task(learn_curves(planner, target, draft), "learn-curves"))
+            await resources.enter_async_context(background_task(refresh_curves(planner, target, draft), "learn-curves"))
         histories = self._histories(manifest)
         recommender = Recommender(
-            manifest, catalogue, target, draft, planner, histories, self._draft_switch, lookahead=settings.lookahead
+            manifest,
+            catalogue,
+            target,
+            draft,
+            planner,
+            histories,
+            self._speculation_breaker,
+            target_prefetch=settings.target_prefetch,
         )
         return Snapshot(manifest, manifest.version, recommender, planner, target, draft, channels, resources)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.errors import FailedPreconditionError
 from atspeed.rollout.release_track import TRACK_HEADER, Track
-from atspeed.rpc.errors import FailedPreconditionError
 from orchestrator.serving.shadow import ShadowChecks
 from orchestrator.serving.snapshots import Snapshots
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -28,7 +28,8 @@ class TrackRouter:
     """One for each track, and the choice between them. share: of the users, whom the canary serves while there is one."""
 
     def __init__(self, lanes: Mapping[Track, TrackState], share: float) -> None:
-        self._lanes, self._share = lanes, share
+        self._lanes = lanes
+        self._share = share
 
     def __getitem__(self, track: Track) -> TrackState:
         return self._lanes[track]

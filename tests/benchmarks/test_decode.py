@@ -26,7 +26,7 @@ from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 from tests.bundles import random_catalogue, write_bundle
 
 STAGES = dict.fromkeys(("history", "draft", "draft_forward", "target", "target_forward", "selection", "total"), 1.0)

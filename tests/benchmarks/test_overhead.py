@@ -13,7 +13,7 @@ from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.benchmarks.services import ServiceOptions
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_catalogue, write_bundle
 

@@ -26,6 +26,14 @@ def test_the_last_stage_builds_nothing_and_runs_as_nobody() -> None:
     assert not re.search(r"\binstall\b|apt-get|gcc|COPY (?!--from=build)", last.replace("uninstall", ""))
 
 
+def test_the_first_process_of_a_container_is_an_init() -> None:
+    """Signals that come while Python itself starts are not lost either."""
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    (entrypoint,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
+    assert json.loads(entrypoint) == ["tini", "-s", "--", "python", "-m"]
+    assert re.search(r"^COPY --from=build \S*/tini-static /usr/bin/tini$", text, re.MULTILINE)
+
+
 def test_the_image_can_run_every_service() -> None:
     """`python -m NAME` for the three commands of docker-compose.yml."""
     commands = {service["command"][0] for name, service in compose()["services"].items() if name != "redis"}

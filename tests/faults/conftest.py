@@ -93,7 +93,7 @@ def misled_address(fake_draft: FakeDraft, shared_stack: LocalStack, log_folder: 
         "draft": fake_draft.address,
         "draft-timeout-seconds": 30,
         "draft-backoff-seconds": 0,
-        "lookahead": False,
+        "target_prefetch": False,
     }
     service = ServiceProcess("orchestrator", shared_stack.orchestrators[0].flags | patience, log_folder / "misled.log")
     service.start()

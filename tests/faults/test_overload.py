@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rpc.admission import PRIORITY_HEADER
-from atspeed.rpc.errors import PUSHBACK_HEADER, STATUS_HEADER
+from atspeed.rpc.grpc_status import PUSHBACK_HEADER, STATUS_HEADER
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.faults.conftest import Case
 from tests.serving import (

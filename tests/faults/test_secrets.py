@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,10 @@ def leaking(service: str, bundle: Path, folder: Path, **variables: str) -> Itera
         yield process
     finally:
         process.terminate()
-        process.wait(LIVENESS_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LIVENESS_SECONDS)
+        process.kill()
+        process.wait()
 
 
 def ports(process: subprocess.Popen[bytes], folder: Path) -> Mapping[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> It
 def stack(redis_url: str, shared_stack: LocalStack) -> LocalStack:
     """The shared stack over an empty Redis."""
     return shared_stack
+
+
+@pytest.fixture
+def owned() -> Iterator[ExitStack]:
+    """What is to be let go of at the test's end, however it ends."""
+    with ExitStack() as owned:
+        yield owned
 
 
 @pytest.fixture

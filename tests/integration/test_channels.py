@@ -13,9 +13,9 @@ import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 
+from atspeed.errors import ResourceExhaustedError, UnavailableError
 from atspeed.rpc import healthcheck
 from atspeed.rpc.channels import open_channel, target_uri
-from atspeed.rpc.errors import ResourceExhaustedError, UnavailableError
 from atspeed.rpc.server import RunningServer, running
 from tests.echo import SERVICE, Echo, call, failure, leave, settings
 

@@ -1,7 +1,8 @@
-"""The command line: against real services, as a real process, and its refusals."""
+"""The command line: bundles, models, measurements, and `atspeed up` as a real process."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,33 +12,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
-from typer.testing import CliRunner, Result
 
-from atspeed.cli import main
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.command_line import one_line, run
 from tests.conftest import mended
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main.app, [str(argument) for argument in arguments])
-
-
-def one_line(result: Result) -> str:
-    """The message of a foreseen failure: one line on standard error, exit code 1, no traceback."""
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -46,103 +33,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
     made = write_bundle(root, random_catalogue(200, (12, 10, 8), seed=2))
     made.target.save_pretrained(root.parent / "checkpoint")
     return made
-
-
-@pytest.fixture(scope="module")
-def address(made: TestBundle, redis_server: LocalRedis) -> Iterator[str]:
-    with LocalStack(made.root, redis_url=mended(redis_server)) as stack:
-        yield stack.address
-
-
-def test_record_recommend_history_forget(address: str) -> None:
-    """A user's life on the command line."""
-    recorded = run("record", "alice", "item-1", "item-2", "[red]gone", "--address", address)
-    assert recorded.stdout.splitlines() == ["alice: 3 items", "not in the catalogue: [red]gone"]
-    shown = run("recommend", "alice", "-k", 4, "--exclude-seen", "--address", address)
-    assert shown.exit_code == 0, shown.output
-    assert len(re.findall(r"item-\d+ ", shown.stdout)) == 4
-    assert re.search(r"strict, exact: [1-3] target passes, [0-2] levels accepted, [\d.]+ ms", shown.stdout)
-    assert run("history", "alice", "--address", address).stdout.split() == ["item-1", "item-2", "[red]gone"]
-    assert run("forget", "alice", "--address", address).stdout == "forgotten\n"
-    assert run("forget", "alice", "--address", address).stdout == "nothing was stored\n"
-
-
-def test_a_tenants_users_are_its_own(address: str) -> None:
-    """The same name, two users."""
-    ours, theirs = ("--address", address), ("--tenant", "shop", "--address", address)
-    run("record", "bob", "item-1", *ours)
-    assert run("history", "bob", *theirs).stdout == ""
-    assert "NOT_FOUND: user_id" in one_line(run("recommend", "bob", *theirs))
-    assert run("record", "bob", "item-2", "item-3", *theirs).stdout == "bob: 2 items\n"
-    assert run("recommend", "bob", "--k", 2, *theirs).exit_code == 0
-    assert run("forget", "bob", *theirs).stdout == "forgotten\n"
-    assert run("history", "bob", *ours).stdout.split() == ["item-1"]
-
-
-def test_recommend_for_a_history_as_json(address: str) -> None:
-    """Strict and target-only agree; what is excluded stays out; only what is allowed comes in."""
-
-    def items(*options: object) -> list[str]:
-        result = run("recommend", "--history", "item-3, item-4", "--json", "--address", address, *options)
-        assert result.exit_code == 0, result.output
-        return [item["item_id"] for item in json.loads(result.stdout)["items"]]
-
-    strict = items("-k", 5)
-    assert strict == items("--k", 5, "--mode", "target-only")
-    assert strict[0] not in items("-k", 5, "--exclude", strict[0])
-    assert set(items("-k", 5, "--only", f"{strict[1]},{strict[2]}")) == {strict[1], strict[2]}
-    sampled = items("-k", 5, "--mode", "exact-sampling", "--seed", 3, "--temperature", 2)
-    assert sampled == items("-k", 5, "--mode", "exact-sampling", "--seed", 3, "--temperature", 2)
-
-
-def test_info(made: TestBundle, address: str) -> None:
-    """The state of the services, as JSON."""
-    answered = json.loads(run("info", "--address", address).stdout)
-    assert answered["bundle_name"] == "random"
-    assert {backend["name"]: backend["available"] for backend in answered["backends"]} == {
-        "target": True,
-        "draft": True,
-        "redis": True,
-    }
-    assert all(answered[limit] > 0 for limit in ("max_k", "max_history_items", "max_candidate_items", "max_batch"))
-    assert answered["versions"]["bundle"] == made.bundle.manifest.version
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (["recommend", "nobody"], "NOT_FOUND: user_id"),
-        (["recommend", "--history", "item-1", "-k", 100_000], "INVALID_ARGUMENT: k: must be between"),
-        (["recommend", "--history", "item-1", "--tolerance", 0.1], "INVALID_ARGUMENT: tolerance"),
-        (["recommend", "--history", "unheard-of"], "INVALID_ARGUMENT: history"),
-    ],
-)
-def test_a_refused_call_shows_its_status(arguments: list[object], status: str, address: str) -> None:
-    """The gRPC status and the service's own words."""
-    assert status in one_line(run(*arguments, "--address", address))
-
-
-def test_nobody_there() -> None:
-    """No service at the address."""
-    assert "UNAVAILABLE" in one_line(run("info", "--address", "127.0.0.1:1"))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["recommend", "alice", "--history", "item-1"],
-        ["recommend"],
-        ["recommend", "alice", "--address", "nowhere"],
-        ["recommend", "alice", "--mode", "magic"],
-        ["export", "somewhere", "out", "--code-tokens", "9:3"],
-        ["up", "--bundle", "somewhere", "--redis-url", "redis://localhost", "--data", "data"],
-    ],
-)
-def test_mistakes_in_the_command(arguments: list[str]) -> None:
-    """Exit code 2 and the usage."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Usage" in result.stderr
 
 
 def test_bundle_inspect_and_verify(made: TestBundle, tmp_path: Path) -> None:
@@ -189,7 +79,9 @@ def test_export(made: TestBundle, tmp_path: Path) -> None:
 def test_train_names_the_recipe_at_fault(tmp_path: Path) -> None:
     """A recipe that is not there."""
     missing = tmp_path / "none.toml"
-    assert "none.toml" in one_line(run("train", missing, "--run-folder", tmp_path / "run"))
+    result = run("train", missing, "--run-folder", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "none.toml" in result.stderr
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -316,7 +208,7 @@ class started:  # noqa: N801 - reads as a verb
     """`atspeed up` as a process that does not outlive the block."""
 
     def __init__(self, *arguments: object) -> None:
-        self.command = [sys.executable, "-m", "atspeed.cli.main", "up", *map(str, arguments)]
+        self.command = [sys.executable, "-m", "client", "up", *map(str, arguments)]
 
     def __enter__(self) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
@@ -328,7 +220,10 @@ class started:  # noqa: N801 - reads as a verb
     def __exit__(self, *exception: object) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.communicate(timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.communicate(timeout=60)
+            self.process.kill()
+            self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()

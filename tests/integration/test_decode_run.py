@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from atspeed.benchmarks.decode_peers import built_for_genai
 from atspeed.cli.main import app
 from tests.bundles import TestBundle, random_catalogue, write_bundle
 
@@ -66,6 +67,17 @@ def test_int8_lists_are_compared_with_int8_only(tmp_path: Path) -> None:
     assert {row["identical"] for row in own} == {3}
     assert [row["identical"] for row in rows if row["engine"] == "transformers"] == [None]
     assert all(row["speedup_vs_hf"] > 0 for row in rows)
+
+
+def test_genai_is_built_without_the_checkpoints_generation_defaults(made: TestBundle, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    made.target.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 0.3, "top_k": 3}'
+    )
+    with built_for_genai(tmp_path / "checkpoint", tmp_path / "genai", threads=1) as built:
+        search = json.loads((built / "genai_config.json").read_text())["search"]
+    assert (search["do_sample"], search["temperature"], search["top_k"]) == (False, 1.0, 50)
 
 
 def test_genai_needs_a_checkpoint(made: TestBundle) -> None:

@@ -13,20 +13,22 @@ import redis
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest
 from atspeed.engine.kv.erasure import STREAM, ErasureSubscriber, publish_erasure
-from atspeed.engine.kv.memory_cache import KvArray, KvLayout, MemoryKvCache, block_keys
+from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_store import RedisKvStore, group_name
-from atspeed.engine.search.trie import ROOT, Int64
+from atspeed.engine.search.trie import ROOT
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rpc import wire
 from atspeed.rpc.server import running
 from atspeed.v1 import draft_pb2, target_pb2, types_pb2
 from atspeed.v1 import recommendation_pb2 as pb
+from orchestrator.history import LIMIT_KEY
 from orchestrator.recommendation import Recommendation
 from orchestrator.server import application
 from orchestrator.serving.shadow import Served, ShadowChecks
@@ -198,9 +200,9 @@ def live_through(
 
         until(lambda: not any(probe.everywhere(replicas)))
         # Nothing of anybody: had the replay been made as nobody's, its blocks would stand here under another name.
-        until(lambda: set(store.scan_iter()) == {STREAM.encode()})
+        until(lambda: set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()})
         assert not any(probe.everywhere(replicas))
-        assert set(store.scan_iter()) == {STREAM.encode()}
+        assert set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()}
 
 
 def prompt(owner: bytes = OWNER) -> tuple[list[bytes], list[KvArray]]:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.kv.redis_client import connect
 from atspeed.local.redis_server import LocalRedis
-from orchestrator.history import HistoryStore, HistoryUnavailable
+from orchestrator.history import LIMIT_KEY, HistoryStore, HistoryUnavailable
 
 
 @pytest.fixture
@@ -118,6 +119,52 @@ async def test_more_items_than_one_lua_call_takes(redis_client: Redis) -> None:
     assert await histories.get("u") == items[3000:]
 
 
+@pytest.mark.parametrize(
+    ("own", "others"), [((5, 1), (20, 1)), ((8, 4), (20, 4)), ((8, 1), (20, 10)), ((19, 1), (20, 10))]
+)
+async def test_deployments_with_two_limits_cut_nothing_that_either_shows(
+    redis_client: Redis, own: tuple[int, int], others: tuple[int, int]
+) -> None:
+    """Whoever stores, each has its own newest, from a multiple of its step on, as if it were alone."""
+    stores = [HistoryStore(redis_client, most, trim_step=step) for most, step in (own, others)]
+    await stores[1].state_limit()
+    events: list[str] = []
+    for turn in range(40):
+        items = [f"{turn}-{number}" for number in range(1 + turn % 3)]
+        events += items
+        lengths = {store: await store.append("u", []) for store in stores}
+        stored = await stores[turn % 2].append("u", items)
+        for store, (most, step) in zip(stores, (own, others), strict=True):
+            shown = await store.get("u") or []
+            assert shown == events[len(events) - len(shown) :]
+            assert most - step < len(shown) <= most or len(shown) == len(events)
+            assert lengths[store] <= most
+        assert stored == len(await stores[turn % 2].get("u") or [])
+
+
+async def test_a_limit_falls_once_what_remembers_it_is_deleted(redis_client: Redis) -> None:
+    larger, smaller = HistoryStore(redis_client, 20), HistoryStore(redis_client, 5)
+    await larger.append("u", [str(item) for item in range(20)])
+    await smaller.append("u", ["20"])
+    assert await redis_client.llen("history::u") == 20
+    await redis_client.delete(LIMIT_KEY)
+    await smaller.append("u", ["21"])
+    assert await redis_client.llen("history::u") == 5
+    assert await redis_client.get(LIMIT_KEY) == b"5"
+
+
+async def test_a_smaller_limit_is_warned_of_once(redis_client: Redis) -> None:
+    await HistoryStore(redis_client, 20).state_limit()
+    smaller = HistoryStore(redis_client, 5)
+    with capture_logs() as logged:
+        await smaller.state_limit()
+        await smaller.append("u", ["a"])
+        await HistoryStore(redis_client, 20).append("u", ["a"])
+    assert [(line["event"], line["max_history_items"], line["stored_limit"]) for line in logged] == [
+        ("history_limit_below_stored", 5, 20)
+    ]
+
+
 async def test_tenants_share_no_user(histories: HistoryStore, redis_client: Redis) -> None:
     """Whatever their names hold; no two pairs of tenant and user are the same key."""
     pairs = [(t, u) for t in ("", "a", "a:b", "a%3Ab", ":", "%3A", "é") for u in ("", "u", "b:u", ":u", "a:u", "::")]
@@ -125,7 +172,7 @@ async def test_tenants_share_no_user(histories: HistoryStore, redis_client: Redi
         assert await histories.append(user, [str(number)], tenant=tenant) == 1
     for number, (tenant, user) in enumerate(pairs):
         assert await histories.get(user, tenant=tenant) == [str(number)]
-    assert len(await redis_client.keys()) == len(pairs)
+    assert len(await redis_client.keys("history:*")) == len(pairs)
     assert await histories.forget("u", tenant="a") is True
     assert await histories.get("u", tenant="a") is None
     assert await histories.get("u") is not None
@@ -153,7 +200,7 @@ async def test_forgetting_is_complete(histories: HistoryStore, redis_client: Red
     assert await histories.forget("u") is True
     assert await histories.forget("u") is False
     assert await histories.get("u") is None
-    assert await redis_client.keys() == [b"forgotten-users"]
+    assert set(await redis_client.keys()) == {b"forgotten-users", LIMIT_KEY.encode()}
 
 
 async def test_never_expires(histories: HistoryStore, redis_client: Redis) -> None:

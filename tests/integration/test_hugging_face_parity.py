@@ -10,6 +10,7 @@ from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.search.scoring import ScoringRule
+from atspeed.training.export import load_checkpoint
 from tests.bundles import random_catalogue, write_bundle
 
 USERS = 12
@@ -36,6 +37,30 @@ async def test_list_ends_where_paths_end(tmp_path: Path) -> None:
     made = write_bundle(tmp_path, catalogue)
     rows = await run(made.root, made.target, choose_histories(catalogue, None, 3, seed=1), widths=[20])
     assert [row.different for row in rows] == [0, 0]
+
+
+# What instruction-tuned checkpoints carry, and what a search over items would be changed by most.
+DEFAULTS = {"repetition_penalty": 1.8, "do_sample": True, "temperature": 0.3, "top_k": 3, "no_repeat_ngram_size": 1}
+
+
+@pytest.mark.parametrize("saved", [True, False])
+async def test_generation_defaults_of_a_checkpoint_change_no_list(
+    saved: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`generate` takes whatever its caller leaves unset from the checkpoint. Histories repeat items, so a penalty would tell."""
+    catalogue = random_catalogue(60, (6, 5, 4), seed=3)
+    made = write_bundle(tmp_path / "bundle", catalogue, seed=5)
+    model = made.target
+    for name, value in (DEFAULTS | {"eos_token_id": 7}).items():
+        setattr(model.generation_config, name, value)
+    if saved:
+        model.save_pretrained(tmp_path / "checkpoint")
+        model = load_checkpoint(tmp_path / "checkpoint")
+    rows = await run(made.root, model, choose_histories(catalogue, None, USERS, seed=7), widths=[1, 10])
+    assert [row.different for row in rows] == [0] * len(rows)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "generation defaults" in line]
+    for name, value in DEFAULTS.items():
+        assert f"{name}={value}" in said
 
 
 def test_rule_trie_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.client.recommender import recommend_request
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.rpc.mode import Mode
 from tests.bundles import random_catalogue, write_bundle
 
 USERS = 24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
+from atspeed.errors import ResourceExhaustedError, UnavailableError
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
-from atspeed.rpc.errors import PUSHBACK_HEADER, ResourceExhaustedError, UnavailableError
+from atspeed.rpc.grpc_status import PUSHBACK_HEADER
 from atspeed.v1 import draft_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 from orchestrator.model_clients.draft_client import DraftClient
-from orchestrator.model_clients.model_request import ModelRequest
+from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
 from orchestrator.model_clients.target_client import TargetClient, TargetSession
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World
@@ -34,7 +36,8 @@ NOTHING = Pruning.none()
 @dataclass
 class Table(target_pb2_grpc.TargetServiceServicer):
     """A target that answers from a table. full: it refuses. heeds: what it makes of a request's pruning. calls, messages: how
-    many came. goes_on: the nodes of the pass that it makes by itself where it may, or always; repeats: how many such.
+    many came. fails_with: how it ends streams in which it may look ahead or is asked for more than the root.
+    goes_on: the nodes of the pass that it makes by itself where it may, or always; repeats: how many such.
     """
 
     full: bool = False
@@ -45,6 +48,7 @@ class Table(target_pb2_grpc.TargetServiceServicer):
     forward_ns: int = 1
     calls: int = 0
     messages: int = 0
+    fails_with: grpc.StatusCode | None = None
 
     async def GetModelInfo(  # noqa: N802
         self, request: Any, context: Any
@@ -64,6 +68,8 @@ class Table(target_pb2_grpc.TargetServiceServicer):
                 pruning = self.heeds(wire.pruning(request.start, "start.", WORLD.trie))
             self.messages += 1
             nodes = wire.node_ids(request.nodes, "nodes", WORLD.trie)
+            if self.fails_with and (request.start.prefetches or nodes.tolist() != [ROOT]):
+                await context.abort(self.fails_with, "of what was planned")
             goes_on = self.goes_on and (self.always or request.start.beam_width)
             further = [self._pass(np.array(self.goes_on), pruning)] * self.repeats if goes_on else []
             own = self._pass(nodes, pruning)
@@ -79,7 +85,9 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 
 @asynccontextmanager
-async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int = 100) -> AsyncIterator[TargetSession]:
+async def asking(
+    table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100, *, speculates: bool = False
+) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
     target_pb2_grpc.add_TargetServiceServicer_to_server(table, server)
@@ -88,7 +96,12 @@ async def asking(table: Table, pruning: Pruning = NOTHING, beam_width: int = 100
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         routes: Routes[Any] = Routes(target_pb2_grpc.TargetServiceStub(channel))
         client = TargetClient(routes, WORLD.trie, VERSION, attempts=ATTEMPTS, pass_seconds=SECONDS)
-        session = client.session(question(pruning), max_children=100, beam_width=beam_width)
+        session = client.session(
+            replace(question(pruning), speculates=speculates),
+            max_children=100,
+            beam_width=beam_width,
+            prefetches=speculates,
+        )
         yield session
         session.close()
     await server.stop(None)
@@ -129,9 +142,9 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
     table = Table(goes_on=[1, 2], forward_ns=1000)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
-        ahead, waited = [session.ahead], session.usage.wait_ns
+        ahead, waited = [session.has_next_pass], session.usage.wait_ns
         evaluation = await session.evaluate(np.array([1, 2]))
-        assert [*ahead, session.ahead] == [True, False]
+        assert [*ahead, session.has_next_pass] == [True, False]
         assert evaluation.node.tolist() == [1, 2]
         assert (session.usage.passes, session.usage.wait_ns, session.usage.waits[1]) == (2, waited, 1000)
         await session.evaluate(np.array([3]))
@@ -139,7 +152,7 @@ async def test_what_the_target_did_by_itself_is_not_asked_for() -> None:
 
 
 async def test_passes_that_nobody_asked_for_are_no_answer() -> None:
-    async with asking(Table(goes_on=[1, 2], always=True), beam_width=0) as session:
+    async with asking(Table(goes_on=[1, 2], always=True), beam_width=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []
@@ -150,7 +163,7 @@ async def test_more_passes_than_there_are_levels_are_no_answer() -> None:
     table = Table(goes_on=[1, 2], repeats=2)
     async with asking(table) as session:
         await session.evaluate(np.array([ROOT]))
-        assert (session.ahead, session.usage.retries, table.calls) == (False, 1, 2)
+        assert (session.has_next_pass, session.usage.retries, table.calls) == (False, 1, 2)
 
 
 async def test_a_target_that_goes_another_way_is_not_believed() -> None:
@@ -170,7 +183,7 @@ async def test_the_target_goes_on_from_what_was_planned_and_may_look_ahead() -> 
         await session.evaluate(np.array([ROOT, 1]))
         evaluation = await session.evaluate(np.array([2]))
         assert evaluation.node.tolist() == [2, 3]
-        assert (table.messages, session.usage.passes, session.ahead) == (1, 2, False)
+        assert (table.messages, session.usage.passes, session.has_next_pass) == (1, 2, False)
 
 
 async def test_costs_that_could_not_be_passed_on_are_no_answer() -> None:
@@ -197,3 +210,36 @@ async def test_a_channel_that_closes_under_a_call_is_a_service_that_does_not_ans
         assert not client.resting
         assert not len((await drafting.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
     assert (degraded, client.resting) == (["draft: UNAVAILABLE"] * 3, True)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT])
+@pytest.mark.parametrize("planned", [[], [1, 2]], ids=["foreseen", "planned"])
+async def test_a_plan_that_has_no_answer_is_given_up_at_once(code: grpc.StatusCode, planned: list[int]) -> None:
+    """No second replica is asked for it. The search alone is, which may not be ahead of itself then."""
+    table = Table(fails_with=code)
+    async with asking(table, speculates=True) as session:
+        with pytest.raises(PlanUnansweredError):
+            await session.evaluate(np.array([ROOT, *planned]))
+        assert table.calls == 1
+        evaluation = await session.evaluate(np.array([ROOT]))
+        assert evaluation.node.tolist() == [ROOT]
+    assert (table.calls, session.usage.retries, session.usage.clean) == (2, 1, False)
+
+
+async def test_an_answer_to_a_plan_that_is_none_is_a_plan_without_answer() -> None:
+    table = Table(forward_ns=2**63)
+    async with asking(table, speculates=True) as session:
+        with pytest.raises(PlanUnansweredError):
+            await session.evaluate(np.array([ROOT, 1]))
+        with pytest.raises(UnavailableError, match="invalid answer"):
+            await session.evaluate(np.array([ROOT]))
+    assert table.calls == 1 + ATTEMPTS
+
+
+async def test_a_busy_target_says_nothing_of_the_plan() -> None:
+    """Twice the calls for one that is full already would make it worse."""
+    table = Table(full=True)
+    async with asking(table, speculates=True) as session:
+        with pytest.raises(ResourceExhaustedError):
+            await session.evaluate(np.array([ROOT, 1]))
+    assert table.calls == 2

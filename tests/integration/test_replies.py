@@ -189,6 +189,16 @@ class TestCandidates:
         assert len(reply.items) == 10
         assert not set(out) & set(ids(reply))
 
+    def test_ids_that_the_catalogue_does_not_know_are_counted(self, client: Client, history: list[str]) -> None:
+        """Misspelt exclusions and allow-lists change nothing, so the reply is the only place that shows them."""
+        excluded, allowed = ["item-1", "ghost", "ghost"], ["item-2", "item-3", "phantom"]
+        reply = client.recommend(history, excluded_item_ids=excluded, allowed_item_ids=allowed, exclude_seen=True)
+        assert (reply.unknown_excluded_items, reply.unknown_allowed_items) == (2, 1)
+        plain = client.recommend(history, exclude_seen=True)
+        assert (plain.unknown_excluded_items, plain.unknown_allowed_items) == (0, 0)
+        nothing = client.recommend(history, allowed_item_ids=["phantom"])
+        assert (nothing.unknown_allowed_items, list(nothing.items)) == (1, [])
+
     def test_exclusion_changes_no_score(self, client: Client, history: list[str]) -> None:
         """What is left keeps its order and its scores: nothing is renormalised."""
         before = client.recommend(history, k=20, beam_width=100)

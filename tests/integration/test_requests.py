@@ -184,12 +184,25 @@ class TestHistories:
             lenient.recommend(["nobody-knows"]),
         ]
         assert [list(reply.unknown_history_item_ids) for reply in replies] == [[], [], ["nobody-knows"]]
+        assert [reply.cold_start for reply in replies] == [
+            pb.COLD_START_NO_STORED_HISTORY,
+            pb.COLD_START_EMPTY_HISTORY,
+            pb.COLD_START_UNKNOWN_ITEMS,
+        ]
         for reply in replies:
             assert reply.history_items_used == 0
             assert reply.statistics.prompt_tokens == 2
             assert len(reply.items) == 5
             assert_same_list(reply, replies[0])
         assert_same_list(lenient.recommend(history), client.recommend(history))
+
+    def test_a_stored_history_without_a_known_item_is_a_cold_start_until_one_is_recorded(self, lenient: Client) -> None:
+        lenient.record("ghostly", ["ghost"])
+        assert lenient.recommend(user_id="ghostly").cold_start == pb.COLD_START_UNKNOWN_ITEMS
+        lenient.record("ghostly", ["item-1"])
+        for reply in (lenient.recommend(user_id="ghostly"), lenient.recommend(["ghost", "item-1"])):
+            assert reply.cold_start == pb.COLD_START_UNSPECIFIED
+            assert reply.history_items_used == 1
 
 
 class TestBatch:

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from atspeed.observability.logs import REQUEST_ID_HEADER
 from atspeed.rpc import healthcheck
-from atspeed.rpc.errors import PUSHBACK_HEADER
+from atspeed.rpc.grpc_status import PUSHBACK_HEADER
 from atspeed.rpc.server import Registration, RunningServer, running
 from tests.echo import SECRET, SERVICE, Echo, call, failure, leave, settings, until, watch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -58,13 +59,14 @@ class TestHealth:
                     assert check_health(channel, name) == SERVING
 
     def test_health_answers_while_the_model_computes(
-        self, tmp_path_factory: pytest.TempPathFactory, log_folder: Path
+        self, owned: ExitStack, tmp_path_factory: pytest.TempPathFactory, log_folder: Path
     ) -> None:
         """Several probes, one after the other, are answered before a long pass that was asked for first."""
         catalogue = new_catalogue(seed=3, items=3000)
         bundle = new_bundle(tmp_path_factory.mktemp("large"), catalogue)
         flags = {"bundle": bundle, "threads": 1}
         service = ServiceProcess("target_service", flags, log_folder / "busy.log")
+        owned.callback(service.kill)
         service.start()
         nodes = list(range(min(4096, int(catalogue.trie.level_start[LEVELS]))))
         long = first_message(Bundle(bundle).manifest.model_version("target"), nodes)
@@ -85,8 +87,11 @@ class TestHealth:
 class TestEnd:
     """SIGTERM: no new calls, running ones are answered, and the process ends with 0."""
 
-    def test_a_target_finishes_its_streams(self, bundle: Path, version: str, log_folder: Path) -> None:
+    def test_a_target_finishes_its_streams(
+        self, owned: ExitStack, bundle: Path, version: str, log_folder: Path
+    ) -> None:
         service = ServiceProcess("target_service", {"bundle": bundle, "threads": 1}, log_folder / "ending.log")
+        owned.callback(service.kill)
         service.start()
         process = service.process
         assert process is not None
@@ -105,7 +110,7 @@ class TestEnd:
         service.stop()
 
     def test_an_orchestrator_answers_what_it_has_begun(
-        self, stack: LocalStack, client: Client, catalogue: Catalogue, log_folder: Path
+        self, owned: ExitStack, stack: LocalStack, client: Client, catalogue: Catalogue, log_folder: Path
     ) -> None:
         """Calls that wait for their plan when the signal comes get their lists; later ones find nobody."""
         histories = [random_history(catalogue, WINDOW, seed=seed) for seed in range(3)]
@@ -120,6 +125,7 @@ class TestEnd:
             draft.answer = slow
             flags = stack.orchestrators[0].flags | {"draft": draft.address, "draft-timeout-seconds": 60}
             service = ServiceProcess("orchestrator", flags, log_folder / "ending-orchestrator.log")
+            owned.callback(service.kill)
             service.start()
             process = service.process
             assert process is not None
@@ -138,10 +144,13 @@ class TestEnd:
                 assert process.wait(LIVENESS_SECONDS) == 0
             service.stop()
 
-    def test_calls_that_do_not_end_are_cut_off(self, bundle: Path, version: str, log_folder: Path) -> None:
+    def test_calls_that_do_not_end_are_cut_off(
+        self, owned: ExitStack, bundle: Path, version: str, log_folder: Path
+    ) -> None:
         """A client that never ends its stream cannot keep the process alive beyond the grace that it was given."""
         flags = {"bundle": bundle, "threads": 1, "drain-seconds": 0.2}
         service = ServiceProcess("target_service", flags, log_folder / "cut-off.log")
+        owned.callback(service.kill)
         service.start()
         process = service.process
         assert process is not None

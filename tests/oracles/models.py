@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.kv.memory_cache import KvArray, KvLayout, MemoryKvCache, owner_of
+from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, owner_of
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_store import KvStore
 from atspeed.engine.model.batcher import BatchLimits
@@ -17,7 +18,7 @@ from atspeed.engine.model.tree_evaluator import OpenTree, Selection, TreeEvaluat
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Trie
+from atspeed.engine.search.trie import ROOT, Trie
 from draft_service.drafter import Drafter, DraftRequest
 from tests.bundles import TestBundle
 from tests.oracles.naive_trie import NaiveTrie

@@ -1,4 +1,4 @@
-"""Requests on simulated machines: tables in place of models, and curves that say what their passes take. No clock is read."""
+"""Simulated requests: tables in place of models, and curves in place of a clock."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import Found, PassProgram, Selection
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning
-from atspeed.rpc.mode import Mode
+from atspeed.engine.search.trie import Pruning
 from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.sized_draft import PlannedDraft
+from orchestrator.planning.sized_draft import SizedDraft
 from orchestrator.planning.usage import Usage
 from orchestrator.search.beam_loop import Draft, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict, Tolerance
@@ -37,7 +38,7 @@ Spoil = Callable[[Plan], Plan]
 
 
 def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
-    """A pass takes `floor_ms` up to so many tokens, then so much more for each, whatever is cached."""
+    """Return the curve of passes that take `floor_ms` up to `flat_tokens` tokens, and `ms_per_token` for each further one."""
     sizes = [1, 4, 16, 64, 128, 256]
     cost = [floor_ms + ms_per_token * max(0, size - flat_tokens) for size in sizes]
     return CostCurve.smoothed(sizes, [0], np.array(cost)[:, None] * MILLISECOND)
@@ -45,9 +46,17 @@ def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
 
 @dataclass(frozen=True)
 class Machine:
-    """What passes take: by the curves that the services publish, times what is wrong with these, and a call besides.
+    """Machine with known times.
 
-    together: requests that share every pass, all of the same size. target_queue_ms, draft_queue_ms: what each pass waits.
+    Attributes:
+        target: the target's published cost curve.
+        draft: the draft's published cost curve.
+        target_error: ratio of the target's times to its curve.
+        call_ms: overhead of a call.
+        draft_fails: true if no plan arrives.
+        batch_occupancy: requests of the same size that share every pass.
+        target_queue_ms: wait of each target pass.
+        draft_queue_ms: wait of each draft pass.
     """
 
     target: CostCurve
@@ -55,18 +64,18 @@ class Machine:
     target_error: float = 1.0
     call_ms: float = 0.3
     draft_fails: bool = False
-    together: int = 1
+    batch_occupancy: int = 1
     target_queue_ms: float = 0.0
     draft_queue_ms: float = 0.0
 
     def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassStats:
-        """One pass in which a request has so many tokens."""
-        tokens = self.together * new
+        """Return the stats of a pass in which a request has so many tokens."""
+        tokens = self.batch_occupancy * new
         forward = int(float(of.predict(tokens)) * error)
-        return PassStats(forward_ns=forward, new_tokens=new, batch_requests=self.together, batch_tokens=tokens)
+        return PassStats(forward_ns=forward, new_tokens=new, batch_requests=self.batch_occupancy, batch_tokens=tokens)
 
 
-# A pass costs the same whatever it holds; it costs as much as its tokens; and the draft is as dear as the target.
+# FLAT: all passes take the same time. STEEP: passes pay by the token. DEAR: the draft takes as long as the target.
 FLAT = Machine(curve(20, 1000, 0.0), curve(0.5, 1000, 0.0))
 STEEP = Machine(curve(10, 8, 1.0), curve(1, 8, 0.1))
 DEAR = Machine(curve(10, 8, 1.0), curve(10, 8, 1.0))
@@ -74,7 +83,14 @@ DEAR = Machine(curve(10, 8, 1.0), curve(10, 8, 1.0))
 
 @dataclass(frozen=True)
 class Served:
-    """One request: its list as (leaf, score), and what it took. target, draft: the calls' costs and waits."""
+    """Served request.
+
+    Attributes:
+        list: its list as (leaf, score).
+        target: use of the target.
+        draft: use of the draft.
+        report: the planner's report.
+    """
 
     list: list[tuple[int, float]]
     target: Usage
@@ -83,23 +99,29 @@ class Served:
 
     @property
     def milliseconds(self) -> float:
-        """Of waiting for the models, all that a plan can change."""
+        """Return the time of waiting for the models, which is all that a plan can change."""
         return (self.target.wait_ns + self.draft.wait_ns) / MILLISECOND
 
 
 class SimulatedDraft:
-    """A Drafter over a table, behind the interface of a draft session."""
+    """Drafter over a table, with the interface of a draft session."""
 
     def __init__(
         self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, spoil: Spoil
     ) -> None:
-        self.usage, self.prompt_tokens = Usage(), PROMPT_TOKENS
-        self.trie, self.rule = world.trie, world.rule
+        self.usage = Usage()
+        self.prompt_tokens = PROMPT_TOKENS
+        self.trie = world.trie
+        self.rule = world.rule
         self.entry = SimpleNamespace(plan_scale=None)
-        self._world, self._machine, self._proposal, self._noise, self._spoil = world, machine, proposal, noise, spoil
+        self._world = world
+        self._machine = machine
+        self._proposal = proposal
+        self._noise = noise
+        self._spoil = spoil
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
-        """One call."""
+        """Return a plan, and record the call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
         asked = DraftRequest(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
         drafted = await Drafter(self).plan(asked)  # type: ignore[arg-type]
@@ -113,13 +135,13 @@ class SimulatedDraft:
         return plan
 
     async def open(self, prompt: Int64, *, tenant: str = "", owner: str = "") -> None:
-        """As a TreeEvaluator; nothing has to be opened."""
+        """Open nothing; part of the interface of a TreeEvaluator."""
 
     def end(self, tree: None) -> None:
-        """As a TreeEvaluator; nothing is held."""
+        """End nothing; part of the interface of a TreeEvaluator."""
 
     async def run_steps(self, tree: None, steps: PassProgram[Found], selection: Selection) -> tuple[Found, PassStats]:
-        """As a TreeEvaluator: pass after pass."""
+        """Run pass after pass, like a TreeEvaluator."""
         costs = [PassStats()]
 
         def evaluate(nodes: Int64) -> Evaluation:
@@ -132,14 +154,14 @@ class SimulatedDraft:
 
 @dataclass
 class SimulatedTarget:
-    """A TableTarget that says what its passes take."""
+    """TableTarget that records the time of its passes."""
 
     table: TableTarget
     machine: Machine
     usage: Usage = field(default_factory=Usage)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass; the first one reads the prompt."""
+        """Evaluate nodes in one pass; the first one reads the prompt."""
         new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
         cost = self.machine.cost(self.machine.target, new, self.machine.target_error)
         cost = replace(cost, queue_ns=int(self.machine.target_queue_ms * MILLISECOND))
@@ -149,12 +171,13 @@ class SimulatedTarget:
 
 
 class Simulation:
-    """Users with a random target each, and a draft that knows it up to so much noise on every logit."""
+    """Users with a random target each, and a draft with so much noise on every logit."""
 
     def __init__(
         self, machine: Machine, *, noise: float, items: int = 300, codes: tuple[int, ...] = (16, 12, 10)
     ) -> None:
-        self.machine, self.noise = machine, noise
+        self.machine = machine
+        self.noise = noise
         self.catalogue = random_catalogue(items, codes, seed=1)
         paths = {self.catalogue.id_of(n): tuple(self.catalogue.codes[n].tolist()) for n in range(items)}
         self._naive = NaiveTrie(paths, codes)
@@ -168,24 +191,24 @@ class Simulation:
         width: int = 10,
         spoil: Spoil = lambda plan: plan,
     ) -> Served:
-        """One request; without a planner, by the target alone."""
+        """Serve one request; without a planner, by the target alone."""
         target_world, draft_world = self._worlds(user)
         policy = _policy(mode, width)
         table = TableTarget(target_world, Pruning.none(), policy.max_children, policy.noise)
         target = SimulatedTarget(table, self.machine)
         draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, spoil)
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
-        planning = planner.planning(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
-        behind = PlannedDraft(draft, planning) if planning else alone
+        sizer = planner.sizer(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
+        behind = SizedDraft(draft, sizer, table) if sizer else alone
         result = asyncio.run(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
-        if planning:
-            planning.learn(result.memo, target.usage, draft.usage)
+        if sizer:
+            sizer.learn(result.memo, target.usage, draft.usage)
         leaves = result.leaves
         found = list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
-        return Served(found, target.usage, draft.usage, planning.report if planning else PlanningReport())
+        return Served(found, target.usage, draft.usage, sizer.report if sizer else PlanningReport())
 
     def draft(self, user: int, proposal: Proposal) -> SimulatedDraft:
-        """The draft as it answers for a user."""
+        """Return the draft of a user."""
         return SimulatedDraft(self._worlds(user)[1], self.machine, proposal, None, lambda plan: plan)
 
     def _worlds(self, user: int) -> tuple[World, World]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.model.tree_evaluator import Found, PassProgram
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
-from atspeed.engine.search.trie import Int64, Pruning, Trie
+from atspeed.engine.search.trie import Pruning, Trie
 from tests.oracles.naive_search import NaiveModel
 from tests.oracles.naive_trie import NaiveTrie, Path
 
-Float32 = npt.NDArray[np.float32]
 Choice = Callable[[Int64], npt.NDArray[np.bool_]]
 """Which of some inner nodes a fake draft plans."""
 
@@ -108,13 +108,14 @@ class World:
 
 @dataclass
 class TableTarget:
-    """The target of one request. asked: the nodes of every pass. max_children: 0 for all."""
+    """The target of one request. asked: the nodes of every pass. max_children: None for all."""
 
     world: World
     pruning: Pruning
-    max_children: int
+    max_children: int | None
     noise: Perturbation | None = None
     asked: list[list[int]] = field(default_factory=list)
+    has_next_pass: ClassVar[bool] = False
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """One pass."""

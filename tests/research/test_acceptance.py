@@ -19,10 +19,10 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT
-from atspeed.rpc.mode import Mode
 from atspeed.training.data import read_atspeed
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
 from research import acceptance, acceptance_report
@@ -338,7 +338,6 @@ def test_command_names_option_when_it_fails(
         ([*known, "--draft", f"b={tmp_path}"], "--draft b="),
         ([*known, "--budget", "80"], "--budget 80"),
         ([*known[:3], "--data", tmp_path], "items.jsonl"),
-        (["report", tmp_path / "none.json", "--out", tmp_path], "none.json"),
     ):
         refused = run(*arguments)
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output

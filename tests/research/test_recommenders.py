@@ -100,6 +100,14 @@ def test_sasrec_beats_popularity_and_is_reproducible(opened: TrainedRun, asked: 
     assert np.array_equal(again.score(asked[0]), sasrec.score(asked[0]))
 
 
+def test_sasrec_without_a_validation_split_is_refused(opened: TrainedRun) -> None:
+    pytest.importorskip("cornac")
+    dataset = opened.dataset
+    blind = Dataset("blind", dataset.terms, dataset.items, dataset.train, {}, dataset.test)
+    with pytest.raises(BenchmarkError, match="sasrec: data set blind: no user with validation items"):
+        SasRec.train(blind, opened.catalogue, SMALL, seed=SEED)
+
+
 def test_sasrec_ignores_the_test_split(opened: TrainedRun, asked: list[Question], sasrec: SasRec) -> None:
     dataset = opened.dataset
     blind = Dataset(dataset.name, dataset.terms, dataset.items, dataset.train, dataset.valid, {})

@@ -8,11 +8,12 @@ from itertools import product
 import numpy as np
 import pytest
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal, free_nodes
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning
+from atspeed.engine.search.trie import Pruning
 from atspeed.training.calibration import Calibration, _plan
 from atspeed.training.evaluate import Question, Recommender
 from atspeed.training.sequences import Sequencer, Spelling

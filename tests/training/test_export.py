@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import KV, Decoder, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training import export
 from atspeed.training.decoder_graph import DATA_FILE
 from atspeed.training.export import MODEL_FILE, ExportError, check_parity, export_decoder, load_checkpoint
@@ -194,7 +195,7 @@ def test_int8_trees_of_a_batch_are_the_same_bits_as_alone(tmp_path: Path) -> Non
     np.testing.assert_array_equal(np.column_stack([logits, normalizer]), np.concatenate(expected))
 
 
-def read(decoder: Decoder, tree: RandomTree, kv: KV, start: int, end: int) -> Outputs:
+def read(decoder: Decoder, tree: RandomTree, kv: KvArray, start: int, end: int) -> Outputs:
     """A pass over these tokens, behind those before them; what it says of all of them."""
     logits, normalizer = decoder.run(
         tree.tokens[start:end],

@@ -208,6 +208,19 @@ def test_a_base_trains_into_a_bundle(base: Path, tmp_path: Path) -> None:
     assert bundle.manifest.target.prompt.suffix == (5, 3)
 
 
+def test_a_base_whose_generation_defaults_cannot_be_saved_trains(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers reads a temperature without sampling, and refuses to write it: after the first epoch."""
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "repetition_penalty": 1.1}')
+    recipe = shorter(TINY).model_copy(update={"target": part_of(base), "draft": None})
+    Bundle(train(recipe, tmp_path / "run", threads=1)).verify()
+    told = capsys.readouterr().err
+    assert "generation defaults of the checkpoint are not used: repetition_penalty=1.1, temperature=0.6" in told
+    kept = json.loads((tmp_path / "run" / "target-checkpoint" / "generation_config.json").read_text())
+    assert not kept.keys() & {"temperature", "repetition_penalty"}
+
+
 def test_a_base_that_is_not_there(catalogue: Catalogue, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base.folder: .*none is not a folder"):
         build_model(part_of(tmp_path / "none"), catalogue, PromptWindow(), seed=1)

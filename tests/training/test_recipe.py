@@ -62,3 +62,8 @@ def test_an_option_that_is_not_used_is_not_written(tmp_path: Path) -> None:
     written = read_recipe(path).target.model_dump(mode="json")
     assert written["shape"] == plain["shape"] | {"dropout": 0.1}
     assert written["schedule"] == plain["schedule"] | {"mixed_precision": "bf16"}
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_bytes(b"\xef\xbb\xbf" + TINY.encode())
+    assert read_recipe(tmp_path / "tiny.toml") == read_recipe(RUNS / "tiny.toml")

@@ -1,5 +1,6 @@
 """The loop: a killed or paused run goes on to the identical weights; the best epoch wins; the loss can be swapped."""
 
+import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from atspeed.training.checkpoints import Checkpoints
-from atspeed.training.errors import Paused, RecipeError
+from atspeed.training.errors import Paused, RecipeError, TrainingError
 from atspeed.training.recipe import Schedule
 from atspeed.training.sequences import Batch, Example
 from atspeed.training.trainer import STATE, Loss, Trainer, cross_entropy
@@ -71,6 +72,36 @@ def weight_norm(trained: PreTrainedModel) -> Mapping[str, float]:
 
 def trainer(folder: Path, batches: Batches | None = None, loss: Loss[Batch] = cross_entropy) -> Trainer[Batch]:
     return Trainer(model(), batches or Batches(), loss, weight_norm, SCHEDULE, folder, seed=3)
+
+
+def test_a_state_of_an_older_version_is_resumed(tmp_path: Path) -> None:
+    """It held the progress as JSON."""
+    with pytest.raises(Killed):
+        trainer(tmp_path, Batches(die_in=1)).fit()
+    saved = torch.load(tmp_path / STATE, weights_only=True)
+    torch.save(saved | {"fit": json.dumps(saved["fit"])}, tmp_path / STATE)
+    state = trainer(tmp_path).fit()
+    assert len(state.log) == SCHEDULE.epochs
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_validation_that_gives_no_number_ends_the_run(score: float, tmp_path: Path) -> None:
+    """No epoch would ever be the best, and the best one's checkpoint not there."""
+    made = replace(trainer(tmp_path), validate=lambda _: {"score": score})
+    with pytest.raises(TrainingError, match=r"model epoch 1/4: its validation gives"):
+        made.fit()
+
+
+def test_a_measure_that_is_no_number_is_not_logged(tmp_path: Path) -> None:
+    made = replace(trainer(tmp_path), validate=lambda _: {"score": 1.0, "loss": float("inf"), "recall": 0.5})
+    assert all(log.keys() == {"train_loss", "score", "recall"} for log in made.fit().log)
+
+
+def test_without_a_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    """However impatient the schedule is."""
+    state = with_schedule(replace(trainer(tmp_path), validate=lambda _: {}), patience=1).fit()
+    assert (state.epoch, state.best_epoch) == (SCHEDULE.epochs, SCHEDULE.epochs - 1)
+    assert all(log.keys() == {"train_loss"} for log in state.log)
 
 
 def with_schedule(made: Trainer[Batch], **changes: object) -> Trainer[Batch]:
@@ -151,8 +182,8 @@ def test_a_kill_between_checkpoints_inside_an_epoch_loses_nothing(tmp_path: Path
     with pytest.raises(Killed):
         replace(trainer(tmp_path / "killed", Batches(die_in=1)), checkpoints=Checkpoints(minutes=0)).fit()
     saved = torch.load(tmp_path / "killed" / STATE, weights_only=True)
-    assert '"epoch": 1' in saved["fit"]
-    assert '"batch": 1' in saved["fit"]
+    assert saved["fit"]["epoch"] == 1
+    assert saved["fit"]["batch"] == 1
     resumed = trainer(tmp_path / "killed")
     assert resumed.fit() == expected
     assert equal(whole.model, resumed.model)

@@ -11,7 +11,7 @@ from atspeed.benchmarks.arrivals import Mix
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.options import Histories, JsonFile, PageFolder, Seed, Threads, save, source_of
-from atspeed.cli.options import BundleFolder, out
+from atspeed.cli.options import MAX_EXCLUDED, MAX_REPLICAS, MAX_USERS, MAX_WIDTH, BundleFolder, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.rpc import event_loop
 
@@ -19,20 +19,31 @@ from atspeed.rpc import event_loop
 def bench_load(
     bundle: BundleFolder,
     histories: Histories = None,
-    users: Annotated[int, typer.Option(min=1, help="Number of histories.")] = 2000,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Beams and items.")] = 10,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Number of histories.")] = 2000,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 10,
     rate: Annotated[
         list[float] | None,
-        typer.Option(min=0.1, help="Requests per second.  [default: shares of the in-process baseline's throughput]"),
+        typer.Option(
+            min=0.1,
+            max=1_000_000,
+            help="Requests per second.  [default: shares of the in-process baseline's throughput]",
+        ),
     ] = None,
     replicas: Annotated[
-        list[int] | None, typer.Option(min=1, help="Target replicas, measured one after the other.  [default: 1 2]")
+        list[int] | None,
+        typer.Option(min=1, max=MAX_REPLICAS, help="Target replicas, measured one after the other.  [default: 1 2]"),
     ] = None,
     mix: Annotated[str, typer.Option(help="Shares of users.")] = "new=0.2,returning=0.5,refreshing=0.3",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Counted seconds of each rate.")] = 15.0,
-    settle: Annotated[float, typer.Option(min=0, help="Seconds before these, which are not counted.")] = 5.0,
-    unloaded: Annotated[int, typer.Option(min=1, help="Requests one after the other, for the unloaded latency.")] = 60,
-    bare: Annotated[int, typer.Option(min=1, help="Searches of each closed loop of the in-process baseline.")] = 120,
+    seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="Counted seconds of each rate.")] = 15.0,
+    settle: Annotated[
+        float, typer.Option(min=0, max=86_400, help="Seconds before these, which are not counted.")
+    ] = 5.0,
+    unloaded: Annotated[
+        int, typer.Option(min=1, max=MAX_USERS, help="Requests one after the other, for the unloaded latency.")
+    ] = 60,
+    bare: Annotated[
+        int, typer.Option(min=1, max=MAX_USERS, help="Searches of each closed loop of the in-process baseline.")
+    ] = 120,
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,
@@ -63,16 +74,19 @@ def bench_load(
 
 def bench_scaling(
     items: Annotated[
-        list[int] | None, typer.Option(min=2, help="Items of a catalogue.  [default: 10^4 10^5 10^6 10^7]")
+        list[int] | None,
+        typer.Option(min=2, max=100_000_000, help="Items of a catalogue.  [default: 10^4 10^5 10^6 10^7]"),
     ] = None,
-    codebook: Annotated[int, typer.Option(min=2, help="Codes of each of its four levels.")] = 256,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Beams.")] = 20,
-    excluded: Annotated[int, typer.Option(min=1, help="Items that a request excludes.")] = 10_000,
-    bundle: Annotated[Path | None, typer.Option(help="Bundle whose target is searched too.")] = None,
+    codebook: Annotated[int, typer.Option(min=2, max=65_536, help="Codes of each of its four levels.")] = 256,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams.")] = 20,
+    excluded: Annotated[int, typer.Option(min=1, max=MAX_EXCLUDED, help="Items that a request excludes.")] = 10_000,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle whose target is searched too.", exists=True, file_okay=False)
+    ] = None,
     width: Annotated[
-        list[int] | None, typer.Option(min=1, help="Beams of its searches.  [default: 1 5 10 20 50]")
+        list[int] | None, typer.Option(min=1, max=MAX_WIDTH, help="Beams of its searches.  [default: 1 5 10 20 50]")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Users of each of its measurements.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users of each of its measurements.")] = 15,
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,

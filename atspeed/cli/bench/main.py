@@ -9,11 +9,22 @@ import typer
 
 from atspeed.benchmarks import lossless
 from atspeed.benchmarks.histories import choose_histories
-from atspeed.benchmarks.results import Result, terminal_table, to_json
+from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.load import bench_load, bench_scaling
-from atspeed.cli.bench.options import Histories, JsonFile, Seed, Users, print_identity, save, write_page
+from atspeed.cli.bench.options import (
+    Histories,
+    JsonFile,
+    OutFolder,
+    ResultFile,
+    Seed,
+    Users,
+    print_identity,
+    save,
+    write_report,
+)
 from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
-from atspeed.cli.options import BundleFolder, CommandError, optional, out
+from atspeed.cli.errors import Commands
+from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
@@ -27,13 +38,18 @@ _PAGES = {
 }
 """The module that writes a result's page, by the `benchmark` of its header."""
 
-bench_commands = typer.Typer(no_args_is_help=True, help="Measure and check.")
+bench_commands = Commands(help="Measure and check.")
 
 
 @bench_commands.command("parity")
 def bench_parity(
     bundle: BundleFolder,
-    checkpoint: Annotated[Path, typer.Option(help="The Hugging Face checkpoint that the target was exported from.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="The Hugging Face checkpoint that the target was exported from.", exists=True, file_okay=False
+        ),
+    ],
     users: Users = 200,
     histories: Histories = None,
     seed: Seed = 1,
@@ -60,8 +76,8 @@ RuleChoice = Literal["bundle", "vocab", "trie", "both"]
 def bench_lossless(
     bundle: BundleFolder,
     users: Users = 500,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items of a list.")] = 20,
-    excluded: Annotated[int, typer.Option(min=0, help="Items excluded per user.")] = 50,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Items of a list.")] = 20,
+    excluded: Annotated[int, typer.Option(min=0, max=MAX_EXCLUDED, help="Items excluded per user.")] = 50,
     rule: Annotated[RuleChoice, typer.Option(help="Scoring rules; another than the bundle's on a copy.")] = "bundle",
     histories: Histories = None,
     seed: Seed = 1,
@@ -91,16 +107,11 @@ bench_commands.command("gpu")(bench_gpu)
 
 @bench_commands.command("report")
 def bench_report(
-    result: Annotated[Path, typer.Argument(help="Result file that a benchmark wrote with --json.")],
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)],
+    result: ResultFile,
+    folder: OutFolder,
 ) -> None:
     """Write the page of a measurement from its result file."""
-
-    read = Result.read(result)
-    benchmark = str(read.header.get("benchmark"))
-    if benchmark not in _PAGES:
-        raise CommandError(f"{result}: the benchmark {benchmark} has no page; known are {', '.join(_PAGES)}")
-    write_page(_PAGES[benchmark], read, folder)
+    write_report(result, folder, _PAGES)
 
 
 def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -9,40 +10,68 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.results import Result
-from atspeed.cli.options import err, optional, out
+from atspeed.benchmarks.results import BenchmarkError, Result
+from atspeed.cli.options import MAX_SEED, MAX_THREADS, MAX_USERS, CommandError, err, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import Verdict
 
 
+def _require_writable(path: Path | None) -> Path | None:
+    """Fail before the measurement, not after it, if a path cannot be written."""
+    if path is not None:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
+            raise typer.BadParameter(f"{existing} cannot be written to.")
+    return path
+
+
 def _require_plots(folder: Path | None) -> Path | None:
-    """Fail before the measurement, not after it, if pages cannot be drawn."""
-    if folder is not None:
+    """Fail before the measurement, not after it, if pages cannot be drawn or written."""
+    if _require_writable(folder) is not None:
         optional("matplotlib")
     return folder
 
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
-Histories = Annotated[
-    Path | None, typer.Option("--histories", help="Lines of `user item item ...`; random histories without it.")
+MAX_ITEMS = 100_000  # of a history, as a service may be set to allow
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_require_writable),
 ]
-Users = Annotated[int, typer.Option(min=1, help="Number of users.")]
+Histories = Annotated[
+    Path | None,
+    typer.Option(
+        "--histories", help="Lines of `user item item ...`; random histories without it.", exists=True, dir_okay=False
+    ),
+]
+Users = Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Number of users.")]
 LeastItems = Annotated[
-    int, typer.Option("--min-items", min=2, help="Only users with at least so many items. The last one is new.")
+    int,
+    typer.Option(
+        "--min-items", min=2, max=MAX_ITEMS, help="Only users with at least so many items. The last one is new."
+    ),
 ]
 MostItems = Annotated[
     int | None,
     typer.Option(
-        "--max-items", min=2, help="Only users with at most so many items: a window that moves keeps no prefix."
+        "--max-items",
+        min=2,
+        max=MAX_ITEMS,
+        help="Only users with at most so many items: a window that moves keeps no prefix.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random.")]
 Tolerance = Annotated[float, typer.Option(min=0, help="Largest score gap of mode tolerance.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of a pass.")]
+Threads = Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.")]
 PageFolder = Annotated[
     Path | None,
     typer.Option("--report", help="Write a page into this folder.", file_okay=False, callback=_require_plots),
 ]
+
+
+ResultFile = Annotated[
+    Path, typer.Argument(help="Result file that a benchmark wrote with --json.", exists=True, dir_okay=False)
+]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the page and its plots.", file_okay=False)]
 
 
 class PageWriter(Protocol):
@@ -83,6 +112,20 @@ def write_page(module: str, result: Result, folder: Path) -> None:
     """Write the page of a result."""
     writer: PageWriter = optional(module)
     print_written(writer.write(result, folder))
+
+
+def write_report(path: Path, folder: Path, pages: Mapping[str, str]) -> None:
+    """Write the page of a result file. pages: the modules that write pages, by the `benchmark` of a header."""
+    result = Result.read(path)
+    benchmark = str(result.header.get("benchmark"))
+    if benchmark not in pages:
+        raise CommandError(f"{path}: the benchmark {benchmark} has no page; known are {', '.join(pages)}")
+    try:
+        write_page(pages[benchmark], result, folder)
+    except BenchmarkError as error:
+        raise CommandError(f"{path}: {error}") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CommandError(f"{path}: not a result that {pages[benchmark]} can show: {error!r}") from error
 
 
 def print_written(path: Path) -> None:

@@ -29,36 +29,43 @@ from atspeed.cli.bench.options import (
     source_of,
 )
 from atspeed.cli.bench.options import Threads as PassThreads
-from atspeed.cli.options import BundleFolder, CommandError, optional, out
+from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.decoder import Provider
+from atspeed.engine.search.mode import Mode
 from atspeed.rpc import event_loop
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.planner import PlannerKind
 
 if TYPE_CHECKING:
     from atspeed.benchmarks.decode import Peer
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of each model and of the other engines; all cores by default.")
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="Threads of each model and of the other engines; all cores by default."),
 ]
 
 
 GpuPrecision = Literal["float32", "float16"]
 RunsOn = Annotated[Provider, typer.Option("--provider", help="Device of the models.")]
 Widths = Annotated[
-    list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 1 3 5 10 20 50]")
+    list[int] | None,
+    typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20 50]"),
 ]
 Planner = Annotated[PlannerKind, typer.Option(help="Plans of an adaptive or of a fixed size.")]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="Checkpoint that the target was exported from. With it, Hugging Face generate is measured too."),
+    typer.Option(
+        help="Checkpoint that the target was exported from. With it, Hugging Face generate is measured too.",
+        exists=True,
+        file_okay=False,
+    ),
 ]
 GenAi = Annotated[
     bool, typer.Option("--genai", help="Measure onnxruntime-genai too (extra `bench`); needs --checkpoint.")
 ]
 PeerUsers = Annotated[
-    int | None, typer.Option("--hf-users", min=0, help="Users whose lists the other engines make; all by default.")
+    int | None,
+    typer.Option("--hf-users", min=0, max=MAX_USERS, help="Users whose lists the other engines make; all by default."),
 ]
 
 
@@ -79,7 +86,7 @@ def bench_decode(
         bool, typer.Option("--perfect/--no-perfect", help="Measure oracle plans too: the upper bound of speculation.")
     ] = True,
     settle: Annotated[
-        int, typer.Option(min=1, help="Users before these, who are not counted: the planner learns.")
+        int, typer.Option(min=1, max=MAX_USERS, help="Users before these, who are not counted: the planner learns.")
     ] = 3,
     planner: Planner = PlannerKind.ADAPTIVE,
     threads: Threads = None,
@@ -126,7 +133,7 @@ def bench_overhead(
     least_items: LeastItems = 2,
     most_items: MostItems = None,
     k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, help="Beams and items.  [default: 5 10 20]")
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 5 10 20]")
     ] = None,
     threads: Threads = None,
     provider: RunsOn = "cpu",
@@ -158,12 +165,14 @@ def bench_prefix(
     nodes: Annotated[
         list[int] | None,
         typer.Option(
-            min=0, help="Trie nodes in a pass, besides the root; each is measured by itself.  [default: 0 120]"
+            min=0,
+            max=8_192,
+            help="Trie nodes in a pass, besides the root; each is measured by itself.  [default: 0 120]",
         ),
     ] = None,
     threads: PassThreads = 1,
     block_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens in one block; those of an item without it.")
+        int | None, typer.Option(min=1, max=65_536, help="Prompt tokens in one block; those of an item without it.")
     ] = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
@@ -188,7 +197,13 @@ def bench_prefix(
 
 def bench_gpu(
     bundle: Annotated[
-        Path, typer.Option("--bundle", help="A bundle that `atspeed train` wrote, next to its checkpoints.")
+        Path,
+        typer.Option(
+            "--bundle",
+            help="A bundle that `atspeed train` wrote, next to its checkpoints.",
+            exists=True,
+            file_okay=False,
+        ),
     ],
     work: Annotated[Path, typer.Option(help="Folder in which inflated bundles are kept; 40 GB.", file_okay=False)],
     histories: Histories = None,
@@ -198,15 +213,15 @@ def bench_gpu(
     ] = None,
     precision: Annotated[GpuPrecision, typer.Option(help="Precision of inflated weights.")] = "float16",
     provider: RunsOn = "cuda",
-    users: Annotated[int, typer.Option(min=1, help="Users whose lists are timed.")] = 30,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are timed.")] = 30,
     exact_users: Annotated[
-        int, typer.Option(min=1, help="Users whose lists are compared with those of the CPU.")
+        int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are compared with those of the CPU.")
     ] = 100,
-    hf_users: Annotated[int, typer.Option(min=0, help="Users whose lists Hugging Face makes too.")] = 5,
+    hf_users: Annotated[int, typer.Option(min=0, max=MAX_USERS, help="Users whose lists Hugging Face makes too.")] = 5,
     k: Widths = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search behind a long prompt.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that prompt.")] = 1000,
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each single pass.")] = 20,
+    beams: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="Beams of the search behind a long prompt.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of that prompt.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Repetitions of each single pass.")] = 20,
     threads: Threads = None,
     seed: Seed = 1,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for gpu-DATE.json.", file_okay=False)] = Path(

@@ -7,15 +7,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Int32, Int64
 from atspeed.engine.bundle.id_index import IdIndex, Ids
+from atspeed.engine.bundle.item_ids import MAX_ID_BYTES, id_problem, shown
 from atspeed.engine.errors import CatalogueError
-from atspeed.engine.search.trie import Int32, Int64, Pruning, Trie
+from atspeed.engine.files.atomic_write import replacing
+from atspeed.engine.search.trie import Pruning, Trie
 
 Codes = npt.NDArray[np.int32]
+
+_CHUNK = 1 << 16  # ids checked at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Catalogue:
     ) -> Catalogue:
         """From items in any order, ids as strings or as UTF-8 bytes [items].
 
-        Raises CatalogueError on duplicate or empty ids, or codes outside their codebook.
+        Raises CatalogueError on ids that occur twice or cannot be one, or codes outside their codebook.
         """
         if len(ids) != len(codes) or not len(ids):
             raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
@@ -72,22 +79,26 @@ class Catalogue:
         return cls(ids, codes.astype(np.int32, copy=False), item_start, item_path, trie)
 
     def save(self, folder: Path) -> None:
-        """Write ids.npy, codes.npy and codebooks.npy."""
+        """Write ids.npy, codes.npy and codebooks.npy, each in one step."""
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "ids.npy", self.ids, allow_pickle=False)
-        np.save(folder / "codes.npy", self.codes, allow_pickle=False)
-        np.save(folder / "codebooks.npy", np.asarray(self.trie.codebook_sizes, dtype=np.int64), allow_pickle=False)
+        sizes = np.asarray(self.trie.codebook_sizes, dtype=np.int64)
+        for name, array in (("ids", self.ids), ("codes", self.codes), ("codebooks", sizes)):
+            with replacing(folder / f"{name}.npy") as file:
+                # Through `write` alone: into a real file numpy writes by itself, and says nothing when the disk is full.
+                np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
         """Read what `save` wrote. Raises CatalogueError naming the file."""
-        arrays = {}
-        for name in ("ids", "codes", "codebooks"):
-            try:
-                arrays[name] = np.load(folder / f"{name}.npy", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise CatalogueError(f"{folder / name}.npy: {error}") from error
-        return cls._assemble(arrays["ids"], arrays["codes"], tuple(arrays["codebooks"].tolist()))
+        ids, codes, codebooks = (_read_array(folder / f"{name}.npy") for name in ("ids", "codes", "codebooks"))
+        if codebooks.ndim != 1 or codebooks.dtype.kind not in "iu":
+            raise CatalogueError(f"{folder}/codebooks.npy: not integers [L]")
+        try:
+            catalogue = cls._assemble(ids, codes, tuple(codebooks.tolist()))
+            _check_ids(catalogue.ids)
+        except CatalogueError as error:
+            raise CatalogueError(f"{folder}: {error}") from error
+        return catalogue
 
     @cached_property
     def version(self) -> str:
@@ -149,19 +160,45 @@ class Catalogue:
         return Pruning.of_dead_leaves(self.trie, leaves[emptied])
 
 
-def _encode(ids: Sequence[str] | Ids) -> Ids:
-    """The ids as bytes. Raises CatalogueError on one that is empty or that a numpy byte string would not give back."""
-    if isinstance(ids, np.ndarray):
-        if (ids == b"").any():
-            raise CatalogueError("ids: an item id is empty")
-        return ids
+def _read_array(path: Path) -> npt.NDArray[Any]:
+    """An array of its own, never one that is mapped from the file: what is checked is then what is served."""
     try:
-        encoded = [item.encode() for item in ids]
-    except UnicodeEncodeError as error:
-        raise CatalogueError(f"ids: {error.object!r} cannot be written as UTF-8") from error
+        with path.open("rb") as file:
+            array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+            return array
+    except (OSError, ValueError, EOFError) as error:
+        raise CatalogueError(f"{path}: {error}") from error
+
+
+def _encode(ids: Sequence[str] | Ids) -> Ids:
+    """The ids as bytes. Raises CatalogueError on one that cannot be an id or that a numpy byte string would not give back."""
+    if isinstance(ids, np.ndarray):
+        _check_ids(ids)
+        return ids
     for item in ids:
-        if not item:
-            raise CatalogueError("ids: an item id is empty")
-        if item.endswith("\0"):
-            raise CatalogueError(f"ids: {item!r} ends in NUL")
-    return np.array(encoded)
+        if problem := id_problem(item):
+            raise CatalogueError(f"ids: {shown(item)} {problem}")
+    return np.array([item.encode() for item in ids])
+
+
+def _check_ids(ids: Ids) -> None:
+    """Raise CatalogueError, naming the first, when some cannot be an id. No Python object per item."""
+    if (ids == b"").any():
+        raise CatalogueError("ids: an item id is empty")
+    if ids.dtype.itemsize > MAX_ID_BYTES and (long := np.flatnonzero(np.char.str_len(ids) > MAX_ID_BYTES)).size:
+        item = bytes(ids[long[0]]).decode(errors="replace")
+        raise CatalogueError(f"ids: {shown(item)} {id_problem(item)}")
+    for begin in range(0, len(ids), _CHUNK):
+        _check_utf8(ids[begin : begin + _CHUNK])
+
+
+def _check_utf8(ids: Ids) -> None:
+    rows = np.ascontiguousarray(ids).view(np.uint8).reshape(len(ids), ids.dtype.itemsize)
+    if (rows < 0x80).all():
+        return
+    apart = np.pad(rows, ((0, 0), (0, 1)))  # a NUL behind each: what one id lacks, the next cannot bring
+    try:
+        apart.tobytes().decode()
+    except UnicodeDecodeError as error:
+        broken = bytes(ids[error.start // apart.shape[1]])
+        raise CatalogueError(f"ids: {broken!r} is not UTF-8") from error

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from atspeed.engine.search.sampling import UInt64, mix64
+from atspeed.engine.arrays import Int32, Int64, UInt64
+from atspeed.engine.search.sampling import mix64
 
 Ids = npt.NDArray[np.bytes_]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 
 _CHUNK = 1 << 20  # ids hashed at once: what is held beside the table stays small
 

@@ -14,17 +14,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from atspeed.engine.bundle.bundle_files import check_digest, check_is_file, files_below, link_or_copy, sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
+from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
@@ -32,6 +44,16 @@ Precision = Literal["float32", "float16", "int8"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
 PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {".", MANIFEST} or "\0" in name:
+        raise ValueError("not the path of a file inside the bundle")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
 
 
 class _Part(BaseModel):
@@ -97,7 +119,7 @@ class Provenance(_Part):
     """The terms of the training data."""
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Manifest(_Part):
@@ -111,7 +133,7 @@ class Manifest(_Part):
     target: ModelEntry
     draft: ModelEntry | None
     provenance: Provenance = Provenance()
-    files: dict[str, str]
+    files: dict[FileName, str]
     """SHA-256 of every file, by path relative to the bundle."""
 
     @model_validator(mode="after")
@@ -191,60 +213,92 @@ class Bundle:
                 f"{manifest}: {role}.max_positions: {model.max_positions}, but prompt and codes take up to {longest}"
             )
 
-    def verify(self) -> None:
-        """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs."""
-        actual = hash_files(self.root)
-        for name, expected in self.manifest.files.items():
-            if name not in actual:
-                raise BundleError(f"{self.root}/{name}: missing")
-            if actual[name] != expected:
-                raise BundleError(f"{self.root}/{name}: its SHA-256 is not the manifest's")
-        for name in sorted(actual.keys() - self.manifest.files.keys()):
-            raise BundleError(f"{self.root}/{name}: not in the manifest")
+    def verify(self, *, but: Role | None = None) -> None:
+        """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs.
+
+        but: a role whose files are checked when they are read, by `model_files`, or by `verify_model`.
+        """
+        digests = self.manifest.files
+        later = _folder_of(self.model(but)) if but else None
+        for name in digests:
+            if not _is_in(name, later):
+                check_digest(self.root, name, sha256_of(self.root, name), digests)
+        for name in files_below(self.root):
+            if name not in digests and name != MANIFEST:
+                raise BundleError(f"{self.root}/{name}: not in the manifest")
         for role, model in self.manifest.models.items():
-            if model.fingerprint != fingerprint(actual, model.path.partition("/")[0]):
+            if model.fingerprint != fingerprint(digests, _folder_of(model)):
                 raise BundleError(f"{self.root}/{MANIFEST}: {role}.fingerprint: not that of the model's files")
+
+    def verify_model(self, role: Role) -> None:
+        """Compare the hashes of a role's files alone. Raises BundleError naming the first that differs."""
+        digests, folder = self.manifest.files, _folder_of(self.model(role))
+        for name in (name for name in digests if _is_in(name, folder)):
+            check_digest(self.root, name, sha256_of(self.root, name), digests)
+
+    def model_files(self, role: Role, *, verified: bool = False) -> ModelFiles:
+        """Read a role's model. verified: the bytes that are returned have the manifest's hashes.
+
+        Raises BundleError naming the file.
+        """
+        folder = _folder_of(self.model(role))
+        digests = {
+            name[len(folder) + 1 :]: digest for name, digest in self.manifest.files.items() if _is_in(name, folder)
+        }
+        return ModelFiles.read(self.model_path(role), digests if verified else None)
 
 
 def read_manifest(root: Path) -> Manifest:
     """Parse and validate a bundle's manifest. Raises BundleError naming the field at fault."""
     path = root / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
+    return _parsed(path, content)
+
+
+def _parsed(path: Path, content: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write manifest.json last and in one step, so that a half-written bundle is never readable."""
-    temporary = root / f"{MANIFEST}.partial"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
-    temporary.replace(root / MANIFEST)
+    """Write manifest.json last and in one step, so that a half-written bundle is never readable.
+
+    Raises BundleError, naming the field, when `read_manifest` would refuse it; nothing is written then.
+    """
+    content = f"{manifest.model_dump_json(indent=1)}\n".encode()
+    _parsed(root / MANIFEST, content)
+    with replacing(root / MANIFEST) as file:
+        file.write(content)
 
 
-def link_or_copy(source: Path, path: Path) -> None:
-    """The same file at another path: a hard link, or a copy where the file system can have none."""
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copy2(source, path)
+def link_files(root: Path, names: Iterable[str], out: Path) -> None:
+    """The same files of a bundle in another one, see `link_or_copy`. Raises BundleError naming the first that is not there."""
+    for name in names:
+        check_is_file(root, name)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(root / name, out / name)
 
 
 def hash_files(root: Path) -> dict[str, str]:
     """SHA-256 of every file below a bundle but its manifest, by relative path."""
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
-    return {path.relative_to(root).as_posix(): _sha256(path) for path in files}
+    return {name: sha256_of(root, name) for name in files_below(root) if name != MANIFEST}
 
 
 def fingerprint(files: dict[str, str], folder: str) -> str:
     """One hash for the files below `folder`, from `hash_files`: a model's fingerprint."""
-    inside = sorted((name, digest) for name, digest in files.items() if name.startswith(f"{folder}/"))
+    inside = sorted((name, digest) for name, digest in files.items() if _is_in(name, folder))
     return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _folder_of(model: ModelEntry) -> str:
+    return model.path.partition("/")[0]
+
+
+def _is_in(name: str, folder: str | None) -> bool:
+    return folder is not None and name.startswith(f"{folder}/")

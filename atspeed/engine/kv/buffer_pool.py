@@ -8,13 +8,9 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
-import numpy.typing as npt
-
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.errors import OverloadedError
-
-Kv = npt.NDArray[Any]
 
 _SMALLEST = 64
 # Of the limit, for trees that outgrow their buffers: one that is refused then has been served in vain.
@@ -39,12 +35,13 @@ class BufferPool:
     `cancel` and `give_back` neither allocate nor free memory, so they are fit for an event loop.
     """
 
-    def __init__(self, make: Callable[[int], Kv], limit_bytes: int) -> None:
+    def __init__(self, make: Callable[[int], KvArray], limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._make, self._bytes_per_token = make, make(1).nbytes
+        self._make = make
+        self._bytes_per_token = make(1).nbytes
         self._lock = threading.Lock()
         self._reserved = 0  # tokens of buffers that are held, and of those still to be taken
-        self._idle: dict[int, list[Kv]] = defaultdict(list)
+        self._idle: dict[int, list[KvArray]] = defaultdict(list)
         self._idle_tokens = 0
 
     @property
@@ -77,7 +74,7 @@ class BufferPool:
         with self._lock:
             self._reserved -= capacity
 
-    def take(self, capacity: int) -> Kv:
+    def take(self, capacity: int) -> KvArray:
         """The buffer that was reserved: an idle one, else a new one, for which idle ones make way."""
         with self._lock:
             dropped = []
@@ -89,7 +86,7 @@ class BufferPool:
         del dropped  # what frees memory need not hold the lock
         return self._make(capacity)
 
-    def give_back(self, buffer: Kv) -> None:
+    def give_back(self, buffer: KvArray) -> None:
         """Take a buffer back. Nobody may write to it any more."""
         capacity = buffer.shape[2]
         with self._lock:
@@ -97,7 +94,7 @@ class BufferPool:
             self._idle[capacity].append(buffer)
             self._idle_tokens += capacity
 
-    def _drop(self) -> Kv:
+    def _drop(self) -> KvArray:
         """One idle buffer of the largest capacity, out of the pool."""
         capacity = max(capacity for capacity, buffers in self._idle.items() if buffers)
         self._idle_tokens -= capacity

@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 
 from atspeed.engine.kv.memory_cache import OWNER_BYTES
 from atspeed.engine.kv.prefix_cache import PrefixCache
+from atspeed.engine.kv.redis_pool import change_nothing
 from atspeed.engine.kv.redis_store import group_name
 
 STREAM = "forgotten-users"
@@ -58,8 +59,10 @@ class ErasureSubscriber:
         max_lag_seconds: float = DEAF_SECONDS,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
-        self._client, self._cache = client, cache
-        self._deaf_seconds, self._poll_seconds = max_lag_seconds, poll_seconds
+        self._client = client
+        self._cache = cache
+        self._deaf_seconds = max_lag_seconds
+        self._poll_seconds = poll_seconds
         self._position = ""
         self._failing = False
         self._heard_at = -float("inf")
@@ -93,12 +96,15 @@ class ErasureSubscriber:
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._deaf_seconds):
+                # A replica that has lost its master answers reads as ever, and would never show what is announced since.
+                await change_nothing(self._client)
                 while await self._hear():
                     pass
         except Exception as error:  # noqa: BLE001 - it must go on, and a bug is as bad as a Redis that is away
             self._failed(error)
             return
-        self._failing, self._heard_at = False, begun
+        self._failing = False
+        self._heard_at = begun
         self._cache.accepts_user_blocks = True
 
     def _failed(self, error: Exception) -> None:

@@ -1,30 +1,44 @@
-"""Whether to ask Redis for keys and values: what reading takes, measured by real reads, against what computing takes."""
+"""Decision to read keys and values from Redis: measured reads against recomputing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-RecomputeNs = Callable[[int, int], float]
-"""Nanoseconds that a pass takes longer for computing (missing tokens, on so many cached ones) instead of finding them."""
+import numpy as np
 
-# A server on the same network; forgotten as soon as real reads say otherwise.
+from atspeed.engine.ewma import Ewma
+
+RecomputeNs = Callable[[int, int], float]
+"""Extra nanoseconds of a pass that computes (missing tokens, on so many cached ones) instead of reading them."""
+
+# Prior: a server on the same network, half a millisecond away, with a link of about 8 Gbit/s. It has the form of two reads,
+# of nothing and of 1 MiB, each with a tenth of a real read's weight: the first real reads outweigh it.
 _PRIOR_LATENCY_NS = 500_000.0
 _PRIOR_NS_PER_BYTE = 1.0
-_PRIOR_WEIGHT = 0.1
 _PRIOR_BYTES = 2.0**20
-_DECAY = 0.95
-# A single read that the machine held up counts as one this many times slower than expected, no more.
-_WORST = 8.0
-_EXPLORE_EVERY = 16
+_PRIOR_WEIGHT = 0.1
+# Reads that the estimates remember. Redis is shared and its load changes within seconds, so this is less than `ewma.MEMORY`.
+# The number was chosen, not measured.
+_MEMORY = 20
+_DECAY = 1 - 1 / _MEMORY
+# Largest ratio of a read's time to the expected one that is learned from: a read that the machine held up says little of the
+# next. Chosen, not measured: eight still lets the estimate follow a slower server within a few reads.
+_MAX_SLOWDOWN = 8.0
+# One look-up in so many that do not pay is made all the same (6 %), so that a Redis that recovers is noticed.
+_EXPLORATION_INTERVAL = 16
 
 
 @dataclass(frozen=True)
 class FetchStatistics:
-    """What was decided so far, in look-ups that memory could not answer whole. hits: those asked that found something.
+    """Counts of look-ups that memory could not answer in full.
 
-    asked: look-ups for which Redis was read; explored: those among them that did not seem worth it. not_worth: look-ups that
-    were spared. writes_not_worth: prompts that were not written because reading them would never pay.
+    Attributes:
+        asked: look-ups that read Redis.
+        hits: reads that found something.
+        explored: reads that were not expected to pay.
+        not_worth: look-ups that did not read Redis.
+        writes_not_worth: prompts that were not written, because reading them would never pay.
     """
 
     asked: int = 0
@@ -35,88 +49,92 @@ class FetchStatistics:
 
 
 class FetchCost:
-    """Nanoseconds of a read, latency + bytes * time per byte: least squares over the latest reads, older ones count less.
+    """Time of a read, latency + bytes * time per byte, by least squares over decayed reads.
 
-    A read that finds nothing tells the latency, so both terms are always known. `found` is the share of what was asked for
-    that was there, decayed alike.
+    The fit differs from `EwmaRegression`: its prior never fades, since reads of one size do not tell the time per byte.
+
+    Attributes:
+        hit_share: mean share of the bytes asked for that reads find; 1 before the first read.
     """
 
     def __init__(self) -> None:
-        self.found = 1.0
-        self._weight = 2 * _PRIOR_WEIGHT
-        self._x = _PRIOR_WEIGHT * _PRIOR_BYTES
-        self._xx = _PRIOR_WEIGHT * _PRIOR_BYTES**2
+        self._hit_share = Ewma(1.0, _MEMORY, guess_weight=_MEMORY)
         at_prior = _PRIOR_LATENCY_NS + _PRIOR_NS_PER_BYTE * _PRIOR_BYTES
-        self._y = _PRIOR_WEIGHT * (_PRIOR_LATENCY_NS + at_prior)
-        self._xy = _PRIOR_WEIGHT * _PRIOR_BYTES * at_prior
-        self._prior = (self._weight, self._x, self._xx, self._y, self._xy)
+        # Sums over reads of 1, x, x^2, y and x * y, where x is bytes and y nanoseconds: float64 [5].
+        moments = [2.0, _PRIOR_BYTES, _PRIOR_BYTES**2, _PRIOR_LATENCY_NS + at_prior, _PRIOR_BYTES * at_prior]
+        self._prior = _PRIOR_WEIGHT * np.array(moments)
+        self._moments = self._prior
+
+    @property
+    def hit_share(self) -> float:
+        """Return the mean share of the bytes asked for that reads find."""
+        return self._hit_share.value
 
     def predict(self, size: float) -> float:
-        """Nanoseconds of a read that finds `size` bytes."""
-        variance = self._weight * self._xx - self._x**2
-        per_byte = max(0.0, (self._weight * self._xy - self._x * self._y) / variance)
-        latency = (self._y - per_byte * self._x) / self._weight
-        if latency < 0:
-            return size * self._xy / self._xx
-        return latency + per_byte * size
+        """Return the nanoseconds of a read that finds `size` bytes."""
+        weight, x, xx, y, xy = self._moments.tolist()
+        variance = weight * xx - x**2
+        per_byte = max(0.0, (weight * xy - x * y) / variance)
+        latency = (y - per_byte * x) / weight
+        if latency < 0:  # the best line through the origin
+            return float(size * xy / xx)
+        return float(latency + per_byte * size)
 
     def observe(self, asked: int, found: int, ns: float) -> None:
-        """Learn from one read: so many bytes asked for, so many found."""
-        ns = min(ns, _WORST * max(_PRIOR_LATENCY_NS, self.predict(found)))
-        self.found += (1 - _DECAY) * (found / max(1, asked) - self.found)
-        # The prior itself does not decay: it stands in for what the latest reads do not tell, such as the time per byte.
-        weight, x, xx, y, xy = self._prior
-        self._weight = weight + _DECAY * (self._weight - weight) + 1
-        self._x = x + _DECAY * (self._x - x) + found
-        self._xx = xx + _DECAY * (self._xx - xx) + found**2
-        self._y = y + _DECAY * (self._y - y) + ns
-        self._xy = xy + _DECAY * (self._xy - xy) + found * ns
+        """Learn from one read of `asked` bytes that found `found` of them."""
+        ns = min(ns, _MAX_SLOWDOWN * max(_PRIOR_LATENCY_NS, self.predict(found)))
+        self._hit_share.add(found / max(1, asked))
+        newest = np.array([1.0, found, found**2, ns, found * ns], dtype=np.float64)
+        self._moments = self._prior + _DECAY * (self._moments - self._prior) + newest
 
 
 class FetchPolicy:
-    """Decides for each look-up whether Redis is read, and for each prompt whether it is written.
+    """Decision for each look-up to read Redis, and for each prompt to write it.
 
-    Without `recompute_ns`, always. With it, where reading is expected to be quicker: the share that is usually found times the
-    time that it saves, against what such a read takes. Every sixteenth look-up that does not seem worth it is made all the
-    same, so that the estimate recovers when Redis does. For the event loop only.
+    Without `recompute_ns` the answer is always yes. With it, a read pays if the time that it saves, times the share that reads
+    find, exceeds the time of the read. Use it from the event loop only.
     """
 
     def __init__(self, bytes_per_token: int, recompute_ns: RecomputeNs | None = None) -> None:
         self.cost = FetchCost()
         self.recompute_ns = recompute_ns
         self._bytes_per_token = bytes_per_token
-        self._spared = 0
-        self._asked = self._hits = self._explored = self._not_worth = self._writes_not_worth = 0
+        self._unpaid = 0
+        self._asked = 0
+        self._hits = 0
+        self._explored = 0
+        self._not_worth = 0
+        self._writes_not_worth = 0
 
     @property
     def statistics(self) -> FetchStatistics:
-        """A snapshot of the counters."""
+        """Return the counters as they are now."""
         return FetchStatistics(self._asked, self._hits, self._explored, self._not_worth, self._writes_not_worth)
 
-    def wants_read(self, missing: int, cached: int) -> bool:
-        """Whether to ask Redis for `missing` tokens that follow `cached` ones, which memory has. Counts the answer."""
-        if not self._pays(missing, cached, self.cost.found):
-            self._spared += 1
-            if self._spared % _EXPLORE_EVERY:
+    def should_read(self, missing: int, cached: int) -> bool:
+        """Decide to read `missing` tokens that follow `cached` ones, which memory holds. Counts the answer."""
+        if not self._pays(missing, cached, self.cost.hit_share):
+            self._unpaid += 1
+            if self._unpaid % _EXPLORATION_INTERVAL:
                 self._not_worth += 1
                 return False
             self._explored += 1
         self._asked += 1
         return True
 
-    def wants_write(self, tokens: int) -> bool:
-        """Whether to write a prompt of so many tokens: not where even finding it whole would save nothing. Counts refusals."""
-        wanted = self._pays(tokens, 0, 1.0)
-        self._writes_not_worth += not wanted
-        return wanted
+    def should_write(self, tokens: int) -> bool:
+        """Decide to write a prompt of so many tokens: no if even finding all of it would save nothing. Counts refusals."""
+        pays = self._pays(tokens, 0, 1.0)
+        self._writes_not_worth += not pays
+        return pays
 
     def observe(self, asked: int, found: int, ns: float) -> None:
-        """A read that Redis answered: so many tokens asked for, so many found."""
+        """Learn from a read of `asked` tokens that found `found` of them."""
         self._hits += found > 0
         self.cost.observe(asked * self._bytes_per_token, found * self._bytes_per_token, ns)
 
-    def _pays(self, missing: int, cached: int, found: float) -> bool:
+    def _pays(self, missing: int, cached: int, found_share: float) -> bool:
         if self.recompute_ns is None:
             return True
-        saved = found * self.recompute_ns(missing, cached)
-        return saved > self.cost.predict(found * missing * self._bytes_per_token)
+        saved = found_share * self.recompute_ns(missing, cached)
+        return saved > self.cost.predict(found_share * missing * self._bytes_per_token)

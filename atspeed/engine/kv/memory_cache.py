@@ -22,12 +22,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import KvArray
+
 FORMAT_VERSION = 2
 KEY_BYTES = 32
 OWNER_BYTES = 8
 NO_OWNER = bytes(OWNER_BYTES)
 
-KvArray = npt.NDArray[np.floating]
 """One block [layers, 2, block_tokens, kv_heads, head_dim], or a prefix [layers, 2, P, kv_heads, head_dim]."""
 
 _MAGIC = b"ATSPEEDK"

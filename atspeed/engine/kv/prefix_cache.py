@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.kv.fetch_cost import FetchPolicy
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvArray, KvLayout, MemoryKvCache, is_shared_prefix_key, owner_of
+from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, MemoryKvCache, is_shared_prefix_key, owner_of
 from atspeed.engine.kv.redis_store import KvStore
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ class PrefixCache:
         max_pending_writes: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._layout, self._memory, self._store = layout, memory, store
+        self._layout = layout
+        self._memory = memory
+        self._store = store
         self.fetching = fetching or FetchPolicy(layout.bytes_per_token)
         self._max_pending_writes = max_pending_writes
         self._clock = clock
@@ -86,7 +89,7 @@ class PrefixCache:
     async def _fetch(self, missing: Sequence[bytes], known: int) -> list[KvArray]:
         """What the store has of the blocks after the first `known`, where reading it is worth while."""
         step = self._layout.block_tokens
-        if self._store is None or not missing or not self.fetching.wants_read(len(missing) * step, known * step):
+        if self._store is None or not missing or not self.fetching.should_read(len(missing) * step, known * step):
             return []
         begun, failures = time.perf_counter_ns(), self._store.failures
         fetched = await self._store.get_chain(missing)
@@ -108,7 +111,7 @@ class PrefixCache:
         known = [key in self._memory for key in last]
         kept = self._memory.put_chain(keys, new)
         unknown = {key: block for key, block, was_known in zip(last, kept, known, strict=True) if not was_known}
-        if unknown and self._store and self.fetching.wants_write(len(keys) * self._layout.block_tokens):
+        if unknown and self._store and self.fetching.should_write(len(keys) * self._layout.block_tokens):
             self._write(unknown)
 
     @property

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from redis.asyncio import ConnectionPool, Redis, SSLConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.maint_notifications import MaintNotificationsConfig
+
+from atspeed.engine.kv.redis_pool import CheckedPool
+from atspeed.engine.kv.redis_url import check_redis_url
+
+# More calls at once wait for one of these. A server has a limit for all of its clients, 10,000 by default.
+_MAX_CONNECTIONS = 64
+# A connection that does not answer by then is replaced, and the call has the rest of its time for another one.
+_ASKING_SHARE, _MOST_ASK_SECONDS = 0.3, 1.0
 
 
 @dataclass(frozen=True)
@@ -22,34 +26,27 @@ class RedisTls:
     key: Path | None = None
 
 
-class _TlsConnection(SSLConnection):
-    """Reads the files for every handshake: redis-py alone would for the first, and a renewed certificate would go unused."""
-
-    def _connection_arguments(self) -> Mapping[str, Any]:
-        self.ssl_context.context = None
-        return super()._connection_arguments()
-
-
 def connect(url: str, *, timeout_seconds: float, tls: RedisTls | None = None) -> Redis:
     """A Redis client that fails within about `timeout_seconds` instead of retrying behind its caller's back.
 
-    Ten retries are the default of `Redis()`, none that of `from_url`, in redis-py 8; said here, it cannot change. A retry
-    is seconds where a request has milliseconds, and an RPUSH that runs twice when only its reply was lost.
+    A call waits so long for a connection, and so long for its answer. A command that was sent and not answered is not sent
+    again: a retry is seconds where a request has milliseconds, and an RPUSH that runs twice when only its reply was lost. Only
+    one that Redis refused to execute is (`redis_pool`). Raises ValueError for a URL that names no Redis.
     """
-    encrypted = url.startswith("rediss://")
     files = tls or RedisTls()
-    pool = ConnectionPool.from_url(
-        url,
+    encrypted = {"ssl_ca_certs": files.ca, "ssl_certfile": files.certificate, "ssl_keyfile": files.key}
+    by_network = {} if url.startswith("unix://") else {"socket_keepalive": True}
+    pool = CheckedPool.from_url(
+        check_redis_url(url),
+        max_connections=_MAX_CONNECTIONS,
+        timeout=timeout_seconds,
+        ask_seconds=min(timeout_seconds * _ASKING_SHARE, _MOST_ASK_SECONDS),
         socket_timeout=timeout_seconds,
         socket_connect_timeout=timeout_seconds,
-        retry=Retry(NoBackoff(), 0),
         # Where these are on, as by default, redis-py takes a pooled connection that the server has closed for one with a
         # notification, and the first call on each after a restart of the server fails.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        **(
-            {"ssl_ca_certs": files.ca, "ssl_certfile": files.certificate, "ssl_keyfile": files.key} if encrypted else {}
-        ),
+        **by_network,
+        **(encrypted if url.startswith("rediss://") else {}),
     )
-    if encrypted:
-        pool.connection_class = _TlsConnection
     return Redis.from_pool(pool)

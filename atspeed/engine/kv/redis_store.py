@@ -16,14 +16,8 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
-from atspeed.engine.kv.memory_cache import (
-    KvArray,
-    KvLayout,
-    decode_block,
-    encode_block,
-    is_shared_prefix_key,
-    owner_of,
-)
+from atspeed.engine.arrays import KvArray
+from atspeed.engine.kv.memory_cache import KvLayout, decode_block, encode_block, is_shared_prefix_key, owner_of
 
 _logger = logging.getLogger(__name__)
 _LOG_INTERVAL_SECONDS = 60.0
@@ -101,9 +95,14 @@ class RedisKvStore:
             raise ValueError("Redis client: decode_responses is set, KV blocks are bytes")
         if ttl_seconds < 1:
             raise ValueError(f"ttl_seconds: {ttl_seconds} is less than 1")
-        self._client, self._layout, self._ttl_seconds, self._owner_blocks = client, layout, ttl_seconds, owner_blocks
-        self._timeout_seconds, self._write_timeout_seconds = timeout_seconds, write_timeout_seconds
-        self._backoff_seconds, self._clock = backoff_seconds, clock
+        self._client = client
+        self._layout = layout
+        self._ttl_seconds = ttl_seconds
+        self._owner_blocks = owner_blocks
+        self._timeout_seconds = timeout_seconds
+        self._write_timeout_seconds = write_timeout_seconds
+        self._backoff_seconds = backoff_seconds
+        self._clock = clock
         self._failing = False
         self._resume_at = self._log_at = -float("inf")
         self._hits = self._misses = self._invalid = self._failures = self._skipped = 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atspeed.engine.model.decoder import KV, Bool, Decoder, Float32, Int64
+from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
+from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.token_tree import TreePass
 
 
@@ -16,8 +17,8 @@ class TreeInput:
     """One tree's part of a pass. past: [layers, 2, P, kv_heads, head_dim]; new_kv: the same for S tokens, is overwritten."""
 
     step: TreePass
-    past: KV
-    new_kv: KV
+    past: KvArray
+    new_kv: KvArray
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class BatchDecoder:
             TreeOutput(*parts) for parts in zip(np.split(logits, ends), np.split(log_normalizer, ends), strict=True)
         ]
 
-    def _buffers(self, batch: int, cached: int, count: int) -> tuple[KV, KV]:
+    def _buffers(self, batch: int, cached: int, count: int) -> tuple[KvArray, KvArray]:
         """Room for `past` and `new_kv` of a batch, in the memory that is there as far as it goes."""
         decoder = self._decoder
         shapes = [(decoder.layers, 2, batch, n, decoder.kv_heads, decoder.head_dim) for n in (cached, count)]
@@ -76,7 +77,7 @@ class BatchDecoder:
         return past.reshape(shapes[0]), new_kv.reshape(shapes[1])
 
 
-def _gather(trees: Sequence[TreeInput], past: KV) -> None:
+def _gather(trees: Sequence[TreeInput], past: KvArray) -> None:
     """Copy the trees' cached tokens side by side. Padding is 0: what is masked counts 0 times its value, so it must be finite."""
     for row, tree in enumerate(trees):
         length = tree.past.shape[2]
@@ -85,14 +86,18 @@ def _gather(trees: Sequence[TreeInput], past: KV) -> None:
 
 
 def _padded(rows: Sequence[Int64], count: int) -> Int64:
-    """Rows of different lengths as one array [B, count], with zeros behind them."""
-    array = np.zeros((len(rows), count), dtype=np.int64)
+    """Rows of different lengths as one array [B, count], each padded with its first value.
+
+    Any other token might be one whose keys and values are not finite, and what is masked counts 0 times those.
+    """
+    array = np.empty((len(rows), count), dtype=np.int64)
     for row, values in enumerate(rows):
         array[row, : len(values)] = values
+        array[row, len(values) :] = values[0]
     return array
 
 
-def _visible(steps: Sequence[TreePass], cached: int, count: int) -> Bool:
+def _visible(steps: Sequence[TreePass], cached: int, count: int) -> Bools:
     """bool [B, count, cached + count]: a tree's cached tokens, padding, its new tokens, padding.
 
     Padding sees itself alone: a token that saw nothing might become NaN, and then so would all that weigh it by 0.

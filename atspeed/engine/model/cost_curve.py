@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
 
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 Rehearse = Callable[[int, int], Awaitable[PassStats]]
 
 # New tokens that are measured; those that say most of the curve come first, as time may be up before the last.

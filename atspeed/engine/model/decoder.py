@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Role
+from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
-
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
-KV = npt.NDArray[Any]  # float32 or float16, as the model computes
 
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
 
+_LARGEST_TENSOR = 2**31  # bytes of one that onnxruntime takes from memory
+
 # onnxruntime's names and options, by preference.
-_PROVIDERS: dict[Provider, list[tuple[str, dict[str, str]]]] = {
+_Providers: TypeAlias = list[tuple[str, dict[str, str]]]
+_PROVIDERS: dict[Provider, _Providers] = {
     "cpu": [("CPUExecutionProvider", {})],
     # TF32, the default, keeps 10 bits of a float32's mantissa: results would be 1e-3 off and depend on a pass's shape.
     # Shape arithmetic stays on the CPU even then.
@@ -100,13 +100,15 @@ def kv_names(prefix: Literal["past", "new"], layers: int) -> list[tuple[str, str
 class Decoder:
     """A loaded ONNX decoder. `run` may be called from any thread, and from several at once; it releases the GIL.
 
+    files: the model's, where they have been read already. The session has a copy of its own: what becomes of the files later
+    changes nothing.
     Raises BundleError when the file cannot be loaded, when its graph is not the contract's, or when the provider asked for
     is not there: a GPU service never falls back to the CPU in silence.
     """
 
-    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+    def __init__(self, path: Path, options: RuntimeOptions, files: ModelFiles | None = None) -> None:
         self.path = path
-        self._session = _open_session(path, options)
+        self._session = _open_session(files or ModelFiles.read(path), options)
         inputs = {arg.name: _spec(arg) for arg in self._session.get_inputs()}
         outputs = {arg.name: _spec(arg) for arg in self._session.get_outputs()}
         for kind, found, name, rank in (("input", inputs, "past_key.0", 4), ("output", outputs, "code_logits", 2)):
@@ -122,12 +124,12 @@ class Decoder:
         # By visibility. The lowest finite number, not -inf: a masked score never turns a row into NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
-    def empty_kv(self, tokens: int) -> KV:
+    def empty_kv(self, tokens: int) -> KvArray:
         """Uninitialised keys and values of so many tokens, [layers, 2, tokens, kv_heads, head_dim] in the model's dtype."""
         return np.empty((self.layers, 2, tokens, self.kv_heads, self.head_dim), dtype=self.dtype)
 
     def run(
-        self, tokens: Int64, positions: Int64, visible: Bool, past: KV, rows: Int64, new_kv: KV
+        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
     ) -> tuple[Float32, Float32]:
         """One pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
 
@@ -144,7 +146,7 @@ class Decoder:
         return self.run_batch(tokens[None], positions[None], visible[None], past[:, :, None], rows, new_kv[:, :, None])
 
     def run_batch(
-        self, tokens: Int64, positions: Int64, visible: Bool, past: KV, rows: Int64, new_kv: KV
+        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
     ) -> tuple[Float32, Float32]:
         """`run` over several trees, padded to the same lengths: everything but `rows` has a batch axis B.
 
@@ -183,11 +185,11 @@ class Decoder:
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    def _by_layer(self, prefix: Literal["past", "new"], kv: KV) -> dict[str, KV]:
+    def _by_layer(self, prefix: Literal["past", "new"], kv: KvArray) -> dict[str, KvArray]:
         names = kv_names(prefix, self.layers)
         return {name: kv[layer, j] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
 
-    def _check_kv(self, name: str, kv: KV, tokens: tuple[int, int]) -> None:
+    def _check_kv(self, name: str, kv: KvArray, tokens: tuple[int, int]) -> None:
         expected = (self.layers, 2, *tokens, self.kv_heads, self.head_dim)
         if kv.shape != expected or kv.dtype != self.dtype:
             raise ValueError(f"{name}: {kv.dtype}{list(kv.shape)}, the model takes {self.dtype}{list(expected)}")
@@ -195,15 +197,17 @@ class Decoder:
             raise ValueError(f"{name}: the tokens of a layer are not contiguous")
 
 
-def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions) -> Decoder:
-    """A bundle's decoder. Raises BundleError, naming the field, also when the graph is not what the manifest says of it, and
+def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verified: bool = False) -> Decoder:
+    """A bundle's decoder. verified: of the very bytes whose hashes stand in the manifest.
+
+    Raises BundleError, naming the field, also when the graph is not what the manifest says of it, and
     when the provider cannot multiply in 8 bits: onnxruntime would go on with the CPU there, node by node.
     """
     if bundle.model(role).precision == "int8" and options.provider != "cpu":
         raise BundleError(
             f"{bundle.root}/{MANIFEST}: {role}.precision: int8 is for provider cpu, this is {options.provider}"
         )
-    decoder = Decoder(bundle.model_path(role), options)
+    decoder = Decoder(bundle.model_path(role), options, bundle.model_files(role, verified=verified))
     check_decoder(bundle, role, decoder)
     return decoder
 
@@ -223,8 +227,8 @@ def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
             raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")
 
 
-def _open_session(path: Path, options: RuntimeOptions) -> ort.InferenceSession:
-    providers = _PROVIDERS[options.provider]
+def _open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSession:
+    path, providers = files.path, _PROVIDERS[options.provider]
     wanted = providers[0][0]
     if options.provider == "cuda" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from the wheels that the extra `gpu` installs
@@ -233,13 +237,29 @@ def _open_session(path: Path, options: RuntimeOptions) -> ort.InferenceSession:
             f"{path}: provider {options.provider}: this onnxruntime offers {ort.get_available_providers()}"
         )
     try:
-        session = ort.InferenceSession(str(path), _session_options(options), providers=providers)
+        session = _session(files, options, providers)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
     # onnxruntime only warns when CUDA is installed but does not work, and goes on with the CPU.
     if session.get_providers()[0] != wanted:
         raise BundleError(f"{path}: provider {options.provider}: it is installed but cannot be used")
     return session
+
+
+def _session(files: ModelFiles, options: RuntimeOptions, providers: _Providers) -> ort.InferenceSession:
+    """A session over what was read: from memory, or from a copy on disk where onnxruntime takes a tensor from there alone."""
+    settings = _session_options(options)
+    # Never empty: given one file in memory, onnxruntime looks for none on disk.
+    memory = {files.path.name: files.graph, **files.weights}
+    sizes = [len(content) for content in memory.values()]
+    settings.add_external_initializers_from_files_in_memory(list(memory), list(memory.values()), sizes)
+    try:
+        return ort.InferenceSession(files.graph, settings, providers=providers)
+    except Exception:
+        if max(sizes) <= _LARGEST_TENSOR:
+            raise
+    with files.private_copy() as path:
+        return ort.InferenceSession(str(path), _session_options(options), providers=providers)
 
 
 def _session_options(options: RuntimeOptions) -> ort.SessionOptions:

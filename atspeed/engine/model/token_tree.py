@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.errors import CapacityError
-from atspeed.engine.search.trie import ROOT, Int64, Trie
-
-Kv = npt.NDArray[np.floating]
+from atspeed.engine.search.trie import ROOT, Trie
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,17 @@ class TokenTree:
     """
 
     prompt: Int64
-    kv: Kv
+    kv: KvArray
     length: int = 0
     slots: dict[int, int] = field(default_factory=dict)
 
-    def move_to(self, kv: Kv) -> Kv:
+    def move_to(self, kv: KvArray) -> KvArray:
         """Go on in a larger buffer. Returns the old one, which the tree does not use any more."""
         old, self.kv = self.kv, kv
         kv[:, :, : self.length] = old[:, :, : self.length]
         return old
 
-    def fill_prefix(self, blocks: Sequence[Kv]) -> None:
+    def fill_prefix(self, blocks: Sequence[KvArray]) -> None:
         """Start from cached blocks [layers, 2, block, kv_heads, head_dim] of the prompt's beginning."""
         for block in blocks:
             end = self.length + block.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -11,10 +12,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
-from atspeed.engine.errors import CapacityError, PromptError
+from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
-from atspeed.engine.kv.memory_cache import NO_OWNER, KvArray, KvLayout, block_keys, copy_blocks, namespace
+from atspeed.engine.kv.memory_cache import NO_OWNER, KvLayout, block_keys, copy_blocks, namespace
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule, Ticket
@@ -23,7 +25,7 @@ from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
-from atspeed.engine.search.trie import ROOT, Int64, Pruning, Trie
+from atspeed.engine.search.trie import ROOT, Pruning, Trie
 
 # Nodes that fit beside a prompt and its first pass before the buffer has to grow.
 _NODE_ROOM = 128
@@ -46,12 +48,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A pass that was made, over so many nodes. From when it queued up until it was done, by `time.perf_counter_ns`."""
+    """A pass that was made, over so many nodes. From when it queued up until it was done, by `time.perf_counter_ns`.
+
+    valid: whether its scores are numbers.
+    """
 
     nodes: int
     cost: PassStats
     queued_ns: int
     done_ns: int
+    valid: bool = True
 
 
 @dataclass
@@ -113,9 +119,13 @@ class TreeEvaluator:
         limits: BatchLimits | None = None,
         open_kv_bytes: int = _OPEN_KV_BYTES,
     ) -> None:
-        self.decoder, self.entry, self.trie, self.rule = decoder, entry, trie, rule
+        self.decoder = decoder
+        self.entry = entry
+        self.trie = trie
+        self.rule = rule
         self.open_kv = BufferPool(decoder.empty_kv, open_kv_bytes)
-        self._layout, self._cache = layout, cache
+        self._layout = layout
+        self._cache = cache
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         self._batch_decoder = BatchDecoder(decoder)
         self._batcher = Batcher(self._run, limits or BatchLimits())
@@ -150,7 +160,8 @@ class TreeEvaluator:
         """One pass: the best children of `nodes` [n], ascending inner nodes, not evaluated before on this tree.
 
         Parents are evaluated before or among `nodes`; the root is in the first pass, or the prompt is computed without it.
-        Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full.
+        Raises CapacityError when a node breaks that, OverloadedError when the queue or the open trees' memory is full, and
+        NoNumbersError, after which the tree is of no use: it holds keys and values that are no numbers either.
         """
         return await self.run_steps(tree, _one_pass(nodes), selection)
 
@@ -186,15 +197,19 @@ class TreeEvaluator:
     async def warm_up(self) -> None:
         """Run one pass of each kind, so that the first request does not pay for allocations."""
         prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
-        longest = self.entry.max_positions - self.trie.levels + 1
         everything = Selection(Pruning.none(), limit=1)
-        tree = OpenTree(self._empty_tree(prompt[:longest]), [], (), PassStats(), rehearsal=True)
+        tree = self.rehearsal(prompt[: self.entry.max_positions - self.trie.levels + 1])
         try:
-            await self.evaluate(tree, np.array([ROOT]), everything)
-            if self.trie.levels > 1:
-                await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
+            with suppress(NoNumbersError):  # it is for `plain_passes` to say whether that matters
+                await self.evaluate(tree, np.array([ROOT]), everything)
+                if self.trie.levels > 1:
+                    await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
         finally:
             self.end(tree)
+
+    def rehearsal(self, prompt: Int64, cached: tuple[KvArray, ...] = ()) -> OpenTree:
+        """A tree that nobody waits for, on blocks that are made up; no cache keeps anything of it. End it with `end`."""
+        return OpenTree(self._empty_tree(prompt), [], cached, PassStats(), rehearsal=True)
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure what passes cost, for about so long. Nothing else should run on the model meanwhile."""
@@ -209,13 +224,13 @@ class TreeEvaluator:
         nodes = np.arange(min(new, int(self.trie.level_start[self.trie.levels])))
         prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
-        blocks = (block,) * (cached // self._layout.block_tokens)
-        tree = OpenTree(self._empty_tree(prompt), [], blocks, PassStats(), rehearsal=True)
+        tree = self.rehearsal(prompt, (block,) * (cached // self._layout.block_tokens))
         try:
-            _, cost = await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
+            with suppress(NoNumbersError):
+                await self.evaluate(tree, nodes, Selection(Pruning.none(), limit=1))
         finally:
             self.end(tree)
-        return cost
+        return tree.passes[-1].cost
 
     async def close(self) -> None:
         """Wait for the passes that are queued, and stop. The cache stays the caller's to close."""
@@ -263,12 +278,12 @@ class TreeEvaluator:
         held, tree.tokens.kv = tree.tokens.kv, self.decoder.empty_kv(0)
         if held.size:
             self.open_kv.give_back(held)
-        tree.capacity, tree.cached = 0, ()
+        tree.capacity = 0
+        tree.cached = ()
 
     def _run(self, works: Sequence[TreeWork]) -> Iterator[object]:
-        """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it.
-
-        Where the model itself fails nothing has been committed, and each may be run again.
+        """In the worker thread: several trees' passes as one. What fails for one tree does not take the others with it. Where
+        the model itself fails nothing has been committed, and each may be run again.
         """
         begun = time.perf_counter_ns()
         steps = [_attempt(self._prepare, work) for work in works]
@@ -300,36 +315,43 @@ class TreeEvaluator:
 
     def _finish(self, work: TreeWork, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
         """What the pass says of the tree's nodes, and what follows from it: another pass, or what was looked for."""
-        tree, selection = work.tree, work.selection
-        copying = time.perf_counter_ns()
+        tree = work.tree
         first = tree.tokens.length < len(tree.tokens.prompt)
         tree.tokens.commit(step, work.nodes)
-        if first:
-            tree.computed = self._computed_blocks(tree)
         selecting = time.perf_counter_ns()
-        evaluation = best_children(
-            self.trie,
-            work.nodes,
-            output.code_logits,
-            output.log_normalizer,
-            rule=self.rule,
-            pruning=selection.pruning,
-            limit=selection.limit,
-            perturbation=selection.perturbation,
-        )
+        evaluation = self._evaluation(work, output)
+        valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()
+        if first and valid:  # a node that spoils a pass spoils the prompt's keys and values in it too
+            tree.computed = self._computed_blocks(tree)
         done = time.perf_counter_ns()
         cost = replace(
             tree.cost_of_opening,
             queue_ns=begun - work.queued_ns,
-            forward_ns=forward.forward_ns + selecting - copying,
-            selection_ns=done - selecting,
+            forward_ns=forward.forward_ns + done - copying,
+            selection_ns=copying - selecting,
             new_tokens=len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
         )
         tree.cost_of_opening = PassStats()
-        tree.passes.append(PassRecord(len(work.nodes), cost, work.queued_ns, done))
-        return self._next(work, evaluation)
+        tree.passes.append(PassRecord(len(work.nodes), cost, work.queued_ns, done, valid))
+        return self._next(work, evaluation) if isinstance(evaluation, Evaluation) else evaluation
+
+    def _evaluation(self, work: TreeWork, output: TreeOutput) -> Evaluation | NoNumbersError:
+        selection = work.selection
+        try:
+            return best_children(
+                self.trie,
+                work.nodes,
+                output.code_logits,
+                output.log_normalizer,
+                rule=self.rule,
+                pruning=selection.pruning,
+                limit=selection.limit,
+                perturbation=selection.perturbation,
+            )
+        except NoNumbersError as error:
+            return error
 
     def _next(self, work: TreeWork, evaluation: Evaluation) -> object:
         """The work's next pass, or what it has found."""
@@ -337,7 +359,8 @@ class TreeEvaluator:
             work.nodes = work.steps.send(evaluation)
         except StopIteration as end:
             return end.value
-        size, work.queued_ns = self._admitted(work.tree, work.nodes), time.perf_counter_ns()
+        size = self._admitted(work.tree, work.nodes)
+        work.queued_ns = time.perf_counter_ns()
         return Reschedule(size)
 
     def _computed_blocks(self, tree: OpenTree) -> list[KvArray]:

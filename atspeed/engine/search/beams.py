@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.search.sampling import Stream, gumbel
 from atspeed.engine.search.scoring import Children, Evaluation, Perturbation
-from atspeed.engine.search.trie import ROOT, Int64, Trie
+from atspeed.engine.search.trie import ROOT, Trie
 
-Float64 = npt.NDArray[np.float64]
 # What is known of nodes: of any, or of just the beams that are asked about, in their order.
 Evaluated = Mapping[int, Children] | Evaluation
 

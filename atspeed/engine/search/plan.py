@@ -9,9 +9,10 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from atspeed.engine.search.beams import Beams, Float64, children_by_score, level_log_distribution
+from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beams import Beams, children_by_score, level_log_distribution
 from atspeed.engine.search.scoring import Children, ScoringRule
-from atspeed.engine.search.trie import Int64, Trie, among
+from atspeed.engine.search.trie import Trie, among
 
 
 class Proposal(StrEnum):

@@ -10,10 +10,8 @@ from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-UInt64 = npt.NDArray[np.uint64]
-Float64 = npt.NDArray[np.float64]
+from atspeed.engine.arrays import Float64, UInt64
 
 
 class Stream(IntEnum):

@@ -9,11 +9,10 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float32, Float64, Int64
+from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.search.sampling import Stream, gumbel
-from atspeed.engine.search.trie import Int64, Pruning, Trie
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
+from atspeed.engine.search.trie import Pruning, Trie
 
 
 class ScoringRule(StrEnum):
@@ -131,14 +130,20 @@ def best_children(
 
     logits: float32 [n, C]; log_normalizer: float32 [n], the log-sum-exp over the whole vocabulary.
     Best = highest log-probability, or highest perturbed one; ties go to the lower code. Pruning never changes a score.
+    Raises NoNumbersError when a child's score, pruned or not, is NaN, or that of a live one infinite.
     """
     row, child = trie.children_of(nodes)
     first_column = trie.codebook_offset[trie.depth(nodes)] + np.arange(0, logits.size, logits.shape[1])
     value = logits.take(first_column[row] + trie.code[child]).astype(np.float64)
-    if rule is ScoringRule.VOCAB:
-        logp = value - log_normalizer[row]
-    else:
-        logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
+    with np.errstate(invalid="ignore"):  # infinities, which become NaN
+        if rule is ScoringRule.VOCAB:
+            logp = value - log_normalizer[row]
+        else:
+            logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
+    # Of all children: what is no number in one row of a pass may be so in what the cache would keep of the others.
+    if np.isnan(logp).any():
+        raise NoNumbersError(f"evaluation: of {len(nodes)} nodes, some have scores that are no numbers")
+    if rule is ScoringRule.TRIE:
         logp[trie.child_count[nodes][row] == 1] = 0.0
     # Rounding may leave a near-certain code a hair above 0; a log-probability is never positive.
     rounded: Float32 = np.minimum(logp, 0.0).astype(np.float32)
@@ -146,6 +151,8 @@ def best_children(
     if not pruning.is_none:
         live = pruning.live(child)
         row, child, rounded = row[live], child[live], rounded[live]
+    if len(rounded) and rounded.min() == -np.inf:
+        raise NoNumbersError(f"evaluation: of {len(nodes)} nodes, some have children of probability 0")
     counts = np.bincount(row, minlength=len(nodes))
     order_by = rounded.astype(np.float64) / (perturbation.temperature if perturbation else 1.0)
     log_mass = _segment_logsumexp(order_by, counts)

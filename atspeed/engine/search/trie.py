@@ -14,10 +14,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from atspeed.engine.search.sampling import UInt64, mix64
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from atspeed.engine.arrays import Int32, Int64, UInt64
+from atspeed.engine.search.sampling import mix64
 
 ROOT = 0
 

@@ -1,9 +1,9 @@
-"""How large a plan has to be: learnt from every request, as each tells what would have sufficed.
+"""Estimate of how large a plan must be to cover the beams of each level.
 
-The margins of a plan order its nodes, so that every smaller plan is a cut: all nodes down to some depth, depth = -margin. Once a
-search has ended it is known which nodes it used, hence the *required depth* of each level: the smallest cut that would
-have held all of its beams there. Where a beam was not in the plan, all that is known is that it lies deeper than the plan:
-the observation is censored, and the share of requests that require more than a depth is Kaplan and Meier's estimate.
+The margins of a plan order its nodes. Every smaller plan is a prefix: all nodes down to a depth, where depth = -margin. A search
+that has ended shows the *required depth* of each level, the depth of the smallest prefix that holds all its beams. If the plan
+lacks one of them, the observation is censored: the required depth only has a lower bound. The share of requests that require
+more than a depth is the estimate of Kaplan and Meier (1958).
 """
 
 from __future__ import annotations
@@ -14,27 +14,57 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atspeed.engine.search.beams import Float64
+from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.ewma import MEMORY
 from atspeed.engine.search.plan import Plan
-from atspeed.engine.search.trie import Int64, among
+from atspeed.engine.search.trie import among
 
-NOTHING = -np.inf
-"""The depth of the empty cut, and what is required where no planned node is."""
+EMPTY_DEPTH = -np.inf
+"""Depth of the empty prefix; required depth of a level that needs no planned node."""
+# Depth of nodes whose margin is +inf. Any number below the grid's other depths would do.
+_CERTAIN_DEPTH = -1e6
+# Depths from 1/64 to 64 units of margin, 8 for each power of two: rounding moves a depth by at most 9 % (2^(1/8)). In nats, 1/64
+# changes a probability by 1.6 %, and a node that is e^64 times less likely than the last beam is never a beam.
+_POSITIVE_DEPTHS = np.geomspace(2.0**-6, 2.0**6, 97)
+# float64 [197], ascending: the grid of depths.
+DEPTHS = np.concatenate([[EMPTY_DEPTH, _CERTAIN_DEPTH], -_POSITIVE_DEPTHS[::-1], [0.0], _POSITIVE_DEPTHS])
+# Share of requests that require more than the draft's own beams, in the prior. Chosen, not measured: the whole prior has the
+# weight of one request, so a few observations outweigh it.
+_PRIOR_BEYOND_OWN = 0.8
+# float64 [197]: the prior's requests at each depth, one in all. A fifth requires the draft's own beams (depth 0), and every
+# further unit of margin holds 1 - 1/e of the rest.
+_PRIOR_SURVIVAL = np.where(DEPTHS < 0, 1.0, _PRIOR_BEYOND_OWN * np.exp(-np.maximum(DEPTHS, 0.0)))
+PRIOR = -np.diff(_PRIOR_SURVIVAL, prepend=1.0)
+# Plans that a size profile remembers. Fewer than `MEMORY`, since each holds probabilities by the estimates of its time.
+_PROFILE_MEMORY = 20
+# Plan sizes of a profile: from 1 to 240 nodes each is 27 % above the one before.
+_PROFILE_SIZES = 24
 
-MEMORY = 100.0
-PROFILE_MEMORY = 20  # plans: short, as what they were worth by older beliefs says nothing
-_SURE = -1e6  # the depth of nodes that nothing speaks against, margin +inf
-_STEPS = np.geomspace(2.0**-6, 2.0**6, 97)
-DEPTHS = np.concatenate([[NOTHING, _SURE], -_STEPS[::-1], [0.0], _STEPS])
-# The weight of one request: a fifth of it requires the draft's own beams, the rest exponentially more, a unit on average.
-PRIOR = -np.diff(np.where(DEPTHS < 0, 1.0, 0.8 * np.exp(-np.maximum(DEPTHS, 0.0))), prepend=1.0)
+
+@dataclass(frozen=True)
+class RequiredDepth:
+    """Required depth of a level.
+
+    Attributes:
+        depth: the required depth; if censored, a lower bound of it.
+        censored: true if the plan lacked one of the beams.
+    """
+
+    depth: float
+    censored: bool = False
+
+    def deeper(self, other: RequiredDepth) -> RequiredDepth:
+        """Return the required depth of two levels together. A censored one outweighs a known one."""
+        return max(self, other, key=lambda one: (one.censored, one.depth))
 
 
 @dataclass(frozen=True)
 class PlanPrefixes:
-    """All cuts of a plan: the first 0, 1, ... n of its nodes by margin.
+    """Prefixes of a plan: its first 0, 1, ... n nodes by margin.
 
-    order: int64 [n], rows of the plan. depth: float64 [n + 1], down to which each cut is complete; ascending.
+    Attributes:
+        order: int64 [n], rows of the plan by descending margin.
+        depth: float64 [n + 1], ascending; depth down to which each prefix is complete.
     """
 
     order: Int64
@@ -42,176 +72,191 @@ class PlanPrefixes:
 
     @classmethod
     def of(cls, plan: Plan, *, complete: bool) -> PlanPrefixes:
-        """Of a plan. complete: whether the draft had room for more, so that nothing is left of the plan's last depth."""
-        order = np.argsort(-plan.margin, kind="stable")  # in a tie by node, so that parents come before their children
-        depth = np.maximum(-plan.margin[order], _SURE)
+        """Return the prefixes of a plan. complete: true if the draft had room for more nodes."""
+        order = np.argsort(-plan.margin, kind="stable")  # ties by node, so that parents come before their children
+        depth = np.maximum(-plan.margin[order], _CERTAIN_DEPTH)
+        # A prefix is complete down to a depth once it holds the last node of that depth. The draft may have left out nodes of
+        # the plan's last depth if it had no room for more.
         last_of_its_depth = np.append(depth[1:] > depth[:-1], complete)[: len(depth)]
-        down_to = np.maximum.accumulate(np.append(NOTHING, np.where(last_of_its_depth, depth, NOTHING)))
-        return cls(order, down_to)
+        complete_depth = np.append(EMPTY_DEPTH, np.where(last_of_its_depth, depth, EMPTY_DEPTH))
+        return cls(order, np.maximum.accumulate(complete_depth))
 
-    def required(self, plan: Plan, needed: Int64) -> Requirement:
-        """What a level with these nodes to be evaluated would have required."""
+    def required(self, plan: Plan, needed: Int64) -> RequiredDepth:
+        """Return the required depth of a level that needs these nodes, ascending [m]."""
         if not len(needed):
-            return Requirement(NOTHING)
+            return RequiredDepth(EMPTY_DEPTH)
         rows = np.searchsorted(plan.node, needed)
         if (rows >= len(plan.node)).any() or (plan.node[rows] != needed).any():
-            return Requirement(float(self.depth[-1]), censored=True)
-        return Requirement(float(np.maximum(-plan.margin[rows], _SURE).max()))
+            return RequiredDepth(float(self.depth[-1]), censored=True)
+        return RequiredDepth(float(np.maximum(-plan.margin[rows], _CERTAIN_DEPTH).max()))
 
 
 @dataclass(frozen=True)
 class ProposedPlan:
-    """A plan before it was cut. start: the level of the beams that it hangs below. most, levels: nodes, and levels below these
-    beams, that it could have at most. known: the nodes that were evaluated or about to be when it was made.
+    """Plan before it was cut.
+
+    Attributes:
+        start: level of the beams that it hangs below.
+        plan: the nodes.
+        max_nodes: nodes that it could have at most.
+        levels: levels below the beams that it could have at most.
+        known: nodes that were evaluated, or about to be, when it was made.
     """
 
     start: int
     plan: Plan
-    most: int
+    max_nodes: int
     levels: int
     known: frozenset[int]
 
-    def cuts(self) -> PlanPrefixes:
-        """All its cuts."""
-        return PlanPrefixes.of(self.plan, complete=len(self.plan.node) < self.most)
+    def prefixes(self) -> PlanPrefixes:
+        """Return all prefixes of the plan."""
+        return PlanPrefixes.of(self.plan, complete=len(self.plan.node) < self.max_nodes)
 
-    def required(self, used: Sequence[Int64]) -> list[Requirement]:
-        """What each of its levels would have required, by the nodes that the search went through and had to have evaluated: by
-        level, each ascending. What was known before is not required.
+    def required(self, used: Sequence[Int64]) -> list[RequiredDepth]:
+        """Return the required depth of each level of the plan.
+
+        used: for each level of the trie, the nodes that the search used and had to have evaluated, ascending. Nodes that were
+        known before are not required.
         """
-        cuts, known = self.cuts(), np.array(sorted(self.known), dtype=np.int64)
+        prefixes = self.prefixes()
+        known = np.array(sorted(self.known), dtype=np.int64)
         below = used[self.start + 1 :][: self.levels]
-        return [cuts.required(self.plan, level[~among(known, level)]) for level in below]
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """The required depth of a level; if censored, what it exceeds."""
-
-    depth: float
-    censored: bool = False
-
-    def __or__(self, deeper: Requirement) -> Requirement:
-        """Of two levels together."""
-        if self.censored or deeper.censored:
-            return max((one for one in (self, deeper) if one.censored), key=lambda one: one.depth)
-        return max(self, deeper, key=lambda one: one.depth)
+        return [prefixes.required(self.plan, level[~among(known, level)]) for level in below]
 
 
 class SurvivalCurve:
-    """P(required depth > d), from partly censored observations that are slowly forgotten (Kaplan and Meier, 1958).
+    """P(required depth > d) from partly censored observations that fade (Kaplan and Meier, 1958).
 
-    Depths are rounded to a grid: requirements up, cuts down. So a cut never looks better than it is. Of what is deeper than all
-    that was seen, a weak prior says how it goes on: every unit of margin holds most of those that are left.
+    Depths are rounded to the grid, required ones up and censored ones down, so a prefix never looks better than it is. The prior
+    continues the curve beyond all observations.
     """
 
     def __init__(self) -> None:
-        self._events, self._censored = np.zeros(len(DEPTHS)), np.zeros(len(DEPTHS))
+        # float64 [197]: weight of the observations at each depth.
+        self._events = np.zeros(len(DEPTHS))
+        self._censored = np.zeros(len(DEPTHS))
         self._survived: Float64 | None = None
 
-    def add(self, requirement: Requirement, age: float = 1.0) -> None:
-        """One observation more; those before it are so many requests older."""
+    def add(self, required: RequiredDepth, age: float = 1.0) -> None:
+        """Add an observation. Those before it fade by `age` requests."""
         self._survived = None
         for counts in (self._events, self._censored):
             counts *= (1.0 - 1.0 / MEMORY) ** age
-        if not requirement.censored and requirement.depth <= DEPTHS[-1]:
-            self._events[np.searchsorted(DEPTHS, requirement.depth)] += 1.0
+        if not required.censored and required.depth <= DEPTHS[-1]:
+            self._events[np.searchsorted(DEPTHS, required.depth)] += 1.0
         else:
-            self._censored[_down(np.asarray(requirement.depth))] += 1.0
+            self._censored[_grid_index(np.asarray(required.depth))] += 1.0
 
     @property
     def survived(self) -> Float64:
-        """P(required depth > d) for every depth d of the grid."""
+        """Return P(required depth > d) for every depth d of the grid: float64 [197]."""
         if self._survived is None:
             events = self._events + PRIOR
+            # At risk at d: all observations that end at d or deeper. Of these, the share 1 - events / at_risk goes on.
             at_risk = np.cumsum((events + self._censored)[::-1])[::-1]
             self._survived = np.asarray(np.cumprod(1.0 - events / at_risk), dtype=np.float64)
         return self._survived
 
-    def beyond(self, depth: Float64) -> Float64:
-        """P(required depth > d) for depths d [c]."""
-        return np.asarray(self.survived[_down(depth)])
 
-
-def _down(depth: Float64) -> Int64:
+def _grid_index(depth: Float64) -> Int64:
+    """Return the index of the deepest grid depth that is not deeper than `depth`."""
     return np.searchsorted(DEPTHS, depth, side="right") - 1
 
 
 @dataclass(frozen=True)
 class WorkloadKey:
-    """Requests that are alike. mode: what the search asks of its beams. width: beam widths up to the next power of two."""
+    """Key of requests that share their estimates.
+
+    Attributes:
+        mode: the request's mode.
+        width: exponent of the power of two up to which the beam width is rounded.
+    """
 
     mode: str
     width: int
 
     @classmethod
     def of(cls, mode: str, beam_width: int) -> WorkloadKey:
-        """The kind of a request."""
+        """Return the key of a request."""
         return cls(mode, (beam_width - 1).bit_length())
 
 
 class _SizeProfile:
-    """Means over plans that forget, for each level and size of a plan: float64 [l, s]. plans: of each size, up to the memory."""
+    """Mean miss probabilities by plan size: an `Ewma` for each size, over arrays.
+
+    Attributes:
+        missed: float64 [l, s], by level and size.
+        plans: float64 [s], number of plans of each size, up to the memory.
+    """
 
     def __init__(self, levels: int, sizes: int) -> None:
-        self.missed, self.plans = np.ones((levels, sizes)), np.zeros(sizes)
+        self.missed = np.ones((levels, sizes))
+        self.plans = np.zeros(sizes)
 
     def add(self, missed: Float64) -> None:
-        """One plan more, of the first sizes alone [l, f]."""
+        """Add a plan's probabilities [l, f] for the first f sizes."""
         known = missed.shape[1]
-        self.plans[:known] = np.minimum(PROFILE_MEMORY, self.plans[:known] + 1)
+        self.plans[:known] = np.minimum(_PROFILE_MEMORY, self.plans[:known] + 1)
         self.missed[:, :known] += (missed - self.missed[:, :known]) / self.plans[:known]
 
 
 class AcceptanceModel:
-    """The probability that a plan misses a level, by the kind of the request and the level of the beams that it hangs below.
+    """Probability that a plan misses a level, by workload and by the level of the beams that it hangs below.
 
-    A level counts as missed with every level above it that is: what follows the first miss is another plan's affair.
+    A level counts as missed if a level above it is missed: after the first miss the search asks for another plan.
     """
 
     def __init__(self, levels: int, max_nodes: int) -> None:
         self._levels = levels
-        self._sizes = np.unique(np.geomspace(1, max_nodes, 24).round()).astype(np.int64)
+        self._sizes = np.unique(np.geomspace(1, max_nodes, _PROFILE_SIZES).round()).astype(np.int64)
         self._required: dict[tuple[WorkloadKey, int], list[SurvivalCurve]] = {}
         self._profiles: dict[tuple[WorkloadKey, int, int], _SizeProfile] = {}
         self._observations: Counter[tuple[WorkloadKey, int]] = Counter()
 
-    def observations(self, kind: WorkloadKey, start: int) -> int:
-        """Plans that were learnt from."""
-        return self._observations[kind, start]
+    def observations(self, workload: WorkloadKey, start: int) -> int:
+        """Return the number of plans learned from."""
+        return self._observations[workload, start]
 
-    def missed(self, kind: WorkloadKey, start: int, depth: Float64) -> Float64:
-        """[l, c]: for each of the l levels below a plan's beams, the probability that cuts at depths [c] miss it or one above."""
-        places = _down(depth)
-        levels = [level.survived[places] for level in self._levels_of(kind, start)]
+    def missed(self, workload: WorkloadKey, start: int, depth: Float64) -> Float64:
+        """Return the probability that prefixes of depths [c] miss each of the l levels below the beams: float64 [l, c]."""
+        places = _grid_index(depth)
+        levels = [curve.survived[places] for curve in self._curves(workload, start)]
         return np.maximum.accumulate(np.asarray(levels), axis=0)
 
-    def learn(self, kind: WorkloadKey, start: int, requirements: Sequence[Requirement], age: float = 1.0) -> None:
-        """What the levels below a plan's beams turned out to require, those that it was to cover. age: requests since the last
-        that was learnt from, this included; what was learnt before fades with each of them.
-        """
-        self._observations[kind, start] += 1
-        so_far = Requirement(NOTHING)
-        for level, requirement in zip(self._levels_of(kind, start), requirements, strict=False):
-            so_far |= requirement
-            level.add(so_far, age)
+    def learn(self, workload: WorkloadKey, start: int, required: Sequence[RequiredDepth], age: float = 1.0) -> None:
+        """Learn from the required depths of the levels that one plan was to cover.
 
-    def note(self, kind: WorkloadKey, start: int, missed: Float64, *, complete: bool) -> None:
-        """That of one plan of d levels, cuts of 0, 1, ... n nodes miss these with probabilities [d, n + 1]."""
+        age: requests since the last plan that was learned from, this one included.
+        """
+        self._observations[workload, start] += 1
+        deepest = RequiredDepth(EMPTY_DEPTH)
+        for curve, one in zip(self._curves(workload, start), required, strict=False):
+            deepest = deepest.deeper(one)
+            curve.add(deepest, age)
+
+    def record_plan(self, workload: WorkloadKey, start: int, missed: Float64, *, complete: bool) -> None:
+        """Record one plan's miss probabilities.
+
+        missed: float64 [levels, n + 1]; column c is the plan cut to its first c nodes. complete: true if the draft had room for
+        more nodes; a larger plan would then be no better.
+        """
         nodes = missed.shape[1] - 1
         known = len(self._sizes) if complete else int(np.searchsorted(self._sizes, nodes, side="right"))
-        profile = self._profiles.setdefault((kind, start, len(missed)), _SizeProfile(len(missed), len(self._sizes)))
+        profile = self._profiles.setdefault((workload, start, len(missed)), _SizeProfile(len(missed), len(self._sizes)))
         profile.add(missed[:, np.minimum(self._sizes[:known], nodes)])
 
-    def profile(self, kind: WorkloadKey, start: int, levels: int) -> tuple[Int64, Float64]:
-        """Sizes of plans of so many levels [s], as far as there were such, and on average the probability that one misses each of
-        these [levels, s].
+    def profile(self, workload: WorkloadKey, start: int, levels: int) -> tuple[Int64, Float64]:
+        """Return sizes of plans of so many levels [s], and their mean miss probabilities [levels, s].
+
+        Sizes that no plan has had are left out.
         """
-        if (profile := self._profiles.get((kind, start, levels))) is None:
+        if (profile := self._profiles.get((workload, start, levels))) is None:
             return self._sizes[:0], np.empty((levels, 0))
         known = np.count_nonzero(profile.plans)
         return self._sizes[:known], profile.missed[:, :known]
 
-    def _levels_of(self, kind: WorkloadKey, start: int) -> list[SurvivalCurve]:
+    def _curves(self, workload: WorkloadKey, start: int) -> list[SurvivalCurve]:
+        """Return the curves of the levels below the beams."""
         below = self._levels - 1 - start
-        return self._required.setdefault((kind, start), [SurvivalCurve() for _ in range(below)])
+        return self._required.setdefault((workload, start), [SurvivalCurve() for _ in range(below)])

@@ -1,4 +1,4 @@
-"""What the target still has to do from a plan on, and what that is expected to take."""
+"""Expected latency of the rest of a search, as a function of the plan."""
 
 from __future__ import annotations
 
@@ -7,86 +7,95 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atspeed.engine.search.beams import Float64
-from atspeed.engine.search.trie import Int64, Trie
-from atspeed.engine.speculation.acceptance_model import WorkloadKey
-from atspeed.engine.speculation.ewma import Ewma
+from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.ewma import Ewma
+from atspeed.engine.search.trie import Trie
+from atspeed.engine.speculation.acceptance_model import PlanPrefixes, WorkloadKey
 
 
 @dataclass(frozen=True)
 class ObservedPass:
-    """A pass of a search, but its first. level: of the beams that it was made for; missing: how many of these. ns: what it took,
-    and what was done for it.
+    """Pass of a search after its first one.
+
+    Attributes:
+        level: level of the beams that needed it.
+        missing: number of these beams.
+        duration_ns: its time, the draft's call for it included.
     """
 
     level: int
     missing: int
-    ns: float
+    duration_ns: float
 
 
 @dataclass(frozen=True)
 class BaselinePasses:
-    """The passes that the target alone makes for a search, one for each level 1, 2, ... L-1. widths: int64 [L-1], beams of the
-    levels. left: float64 [L-1], nanoseconds from each level on.
+    """Passes of plain beam search: one for each level 1, 2, ... L-1.
+
+    Attributes:
+        widths: int64 [L-1], number of beams.
+        remaining_ns: float64 [L-1], time of the passes from each level on.
     """
 
     widths: Int64
-    left: Float64
+    remaining_ns: Float64
 
     @classmethod
     def of(cls, trie: Trie, beam_width: int, pass_ns: Callable[[Int64], Float64]) -> BaselinePasses:
-        """Of a search. pass_ns: what passes over so many beams take."""
+        """Return the passes of a search. pass_ns: time of passes over so many beams."""
         widths = np.minimum(np.diff(trie.level_start)[1 : trie.levels], beam_width)
         return cls(widths, np.cumsum(pass_ns(widths)[::-1])[::-1])
 
-    def are_most(self, level: int, missing: int) -> bool:
-        """Whether so many beams are rather all of a level than a few that a plan has left out."""
+    def is_mostly_missed(self, level: int, missing: int) -> bool:
+        """Return true if so many beams are more than half of a level's. At the root that is always so."""
         return level == 0 or 2 * missing > int(self.widths[level - 1])
 
 
 class RemainingWorkRatio:
-    """What searches went on to take from a level on, over what the target alone takes: means that forget.
+    """Time of searches from a level on, over that of plain beam search; decayed means.
 
-    Apart for levels of which most beams were missing, and some. As long as the second was not seen it is taken for the first.
+    Levels that missed most of their beams have one mean, and levels that missed some have another. Until the second has a value,
+    the first stands in for it; both are 1 at first.
     """
 
     def __init__(self) -> None:
-        self._wholly: dict[tuple[WorkloadKey, int], Ewma] = {}
-        self._partly: dict[tuple[WorkloadKey, int], Ewma] = {}
+        self._mostly_missed: dict[tuple[WorkloadKey, int], Ewma] = {}
+        self._partly_missed: dict[tuple[WorkloadKey, int], Ewma] = {}
 
-    def learn(self, kind: WorkloadKey, passes: Sequence[ObservedPass], plain: BaselinePasses) -> None:
-        """One search more."""
-        to_come = 0.0
+    def learn(self, workload: WorkloadKey, passes: Sequence[ObservedPass], baseline: BaselinePasses) -> None:
+        """Learn from the passes of one search."""
+        remaining_ns = 0.0
         for one in reversed(passes):
-            to_come += one.ns
-            share = to_come / float(plain.left[one.level - 1])
-            self.add(kind, one.level, share, whole=plain.are_most(one.level, one.missing))
+            remaining_ns += one.duration_ns
+            ratio = remaining_ns / float(baseline.remaining_ns[one.level - 1])
+            self.add(workload, one.level, ratio, mostly=baseline.is_mostly_missed(one.level, one.missing))
 
-    def add(self, kind: WorkloadKey, level: int, share: float, *, whole: bool) -> None:
-        """One level more of which most beams were missing, or some."""
-        (self._wholly if whole else self._partly).setdefault((kind, level), Ewma(1.0)).add(share)
+    def add(self, workload: WorkloadKey, level: int, ratio: float, *, mostly: bool) -> None:
+        """Add a ratio of a level that missed most of its beams, or some."""
+        ratios = self._mostly_missed if mostly else self._partly_missed
+        ratios.setdefault((workload, level), Ewma(1.0)).add(ratio)
 
-    def wholly(self, kind: WorkloadKey, levels: range) -> Float64:
-        """Of levels of which most beams are missing, [l]."""
-        return np.array([self._wholly[kind, level].value if (kind, level) in self._wholly else 1.0 for level in levels])
+    def mostly_missed(self, workload: WorkloadKey, levels: range) -> Float64:
+        """Return the ratios of levels that missed most of their beams: float64 [l]."""
+        return np.array([self._ratio(workload, level, self._mostly_missed) for level in levels])
 
-    def partly(self, kind: WorkloadKey, levels: range) -> Float64:
-        """Of levels of which some are, [l]."""
-        known = self._partly
-        return np.array(
-            [
-                known[kind, level].value if (kind, level) in known else whole
-                for level, whole in zip(levels, self.wholly(kind, levels).tolist(), strict=True)
-            ]
-        )
+    def partly_missed(self, workload: WorkloadKey, levels: range) -> Float64:
+        """Return the ratios of levels that missed some of their beams: float64 [l]."""
+        return np.array([self._ratio(workload, level, self._partly_missed, self._mostly_missed) for level in levels])
+
+    def _ratio(self, workload: WorkloadKey, level: int, *ratios: dict[tuple[WorkloadKey, int], Ewma]) -> float:
+        """Return the first of these means that has a value; 1 if none has."""
+        return next((known[workload, level].value for known in ratios if (workload, level) in known), 1.0)
 
 
 @dataclass(frozen=True)
 class PlanCoverage:
-    """What plans [c] cover of the first d levels below their beams.
+    """Coverage by plans [c] of the first d levels below their beams.
 
-    nodes: int64 [c], of all levels. by_level: float64 [d, c], of each. missed: float64 [d, c], the probability to miss a level or
-    one above it.
+    Attributes:
+        nodes: int64 [c], size of each plan.
+        by_level: float64 [d, c], nodes on each level.
+        missed: float64 [d, c], probability to miss a level or one above it.
     """
 
     nodes: Int64
@@ -94,78 +103,93 @@ class PlanCoverage:
     missed: Float64
 
     @classmethod
-    def of_cuts(cls, level: Int64, missed: Float64) -> PlanCoverage:
-        """Of all cuts of a plan. level: of its nodes in their order [n], 1 for the first below the beams. missed: [d, n + 1]."""
-        by_level = np.cumsum(level == np.arange(1, len(missed) + 1)[:, None], axis=1)
-        return cls(np.arange(len(level) + 1), np.pad(by_level, ((0, 0), (1, 0))), missed)
+    def of_prefixes(cls, prefixes: PlanPrefixes, level: Int64, missed: Float64) -> PlanCoverage:
+        """Return the coverage of all prefixes of a plan.
+
+        level: int64 [n], level of each of its nodes; 1 is the first below the beams. missed: float64 [d, n + 1].
+        """
+        # [d, n]: the node in place j of the order is on level i + 1; its running sum is the count on each level.
+        is_on_level = level[prefixes.order] == np.arange(1, len(missed) + 1)[:, None]
+        counts = np.pad(np.cumsum(is_on_level, axis=1), ((0, 0), (1, 0)))  # the empty prefix comes first
+        return cls(np.arange(len(level) + 1), counts, missed)
 
     @classmethod
-    def evenly(cls, nodes: Int64, missed: Float64) -> PlanCoverage:
-        """Of plans that have as many nodes on each level, as far as is known."""
+    def spread_evenly(cls, nodes: Int64, missed: Float64) -> PlanCoverage:
+        """Return the coverage of plans with the same number of nodes on each level: an approximation before drafting."""
         return cls(nodes, np.broadcast_to(nodes / len(missed), missed.shape), missed)
 
 
 @dataclass(frozen=True)
 class ExpectedLatency:
-    """All that a search has before it, in nanoseconds, by what is planned. `l`: the levels below the beams.
+    """Expected time of the rest of a search, by its plan; l is the number of levels below the beams.
 
-    first: the next pass, with so many planned nodes [c] in it.
-    widths: int64 [l], beams of the levels. plain: float64 [l], the target alone from each level on. partly, wholly: float64 [l],
-    the share of it that searches take from a level on of which some beams were missing, and from one of which most were. bare:
-    whether which it is depends on this plan alone; where the beams are those that an earlier one left out, that has most.
+    It is first pass + sum_i (S_i - S_{i-1}) * rho_i * R_i (docs/planner.md). S_i is the probability to miss level i or one above
+    it. R_i is the time of plain beam search from level i on, and rho_i the ratio of remaining work.
+
+    Attributes:
+        first_pass_ns: time of the next pass with so many planned nodes [c] in it.
+        widths: int64 [l], beams of the levels.
+        baseline_ns: float64 [l], R.
+        partly_missed: float64 [l], rho of levels that miss some of their beams.
+        mostly_missed: float64 [l], rho of levels that miss most of their beams.
+        first_plan: true if no earlier plan covers these levels, so that this plan alone decides how many beams they miss. After
+            a miss the earlier plan holds most of them.
     """
 
-    first: Callable[[Int64], Float64]
+    first_pass_ns: Callable[[Int64], Float64]
     widths: Int64
-    plain: Float64
-    partly: Float64
-    wholly: Float64
-    bare: bool
+    baseline_ns: Float64
+    partly_missed: Float64
+    mostly_missed: Float64
+    first_plan: bool
 
     @classmethod
     def below(
         cls,
         start: int,
         missing: int,
-        plain: BaselinePasses,
-        shares: RemainingWorkRatio,
-        kind: WorkloadKey,
-        first: Callable[[Int64], Float64],
+        baseline: BaselinePasses,
+        ratios: RemainingWorkRatio,
+        workload: WorkloadKey,
+        first_pass_ns: Callable[[Int64], Float64],
     ) -> ExpectedLatency:
-        """Of a search that has come to beams of level `start`, of which so many are missing."""
-        levels = range(start + 1, len(plain.widths) + 1)
+        """Return the estimate for a search at level `start` that misses so many beams there."""
+        levels = range(start + 1, len(baseline.widths) + 1)
         return cls(
-            first=first,
-            widths=plain.widths[start:],
-            plain=plain.left[start:],
-            partly=shares.partly(kind, levels),
-            wholly=shares.wholly(kind, levels),
-            bare=plain.are_most(start, missing),
+            first_pass_ns=first_pass_ns,
+            widths=baseline.widths[start:],
+            baseline_ns=baseline.remaining_ns[start:],
+            partly_missed=ratios.partly_missed(workload, levels),
+            mostly_missed=ratios.mostly_missed(workload, levels),
+            first_plan=baseline.is_mostly_missed(start, missing),
         )
 
     @property
     def levels(self) -> int:
-        """Levels below the beams that can be planned."""
-        return len(self.plain)
+        """Return the number of levels below the beams that can be planned."""
+        return len(self.baseline_ns)
 
-    def expected(self, cover: PlanCoverage) -> Float64:
-        """All of it [c]."""
-        return np.asarray(self.first(cover.nodes) + self._after(self.plain, cover))
+    def total_ns(self, coverage: PlanCoverage) -> Float64:
+        """Return the expected time with each plan: float64 [c]."""
+        return np.asarray(self.first_pass_ns(coverage.nodes) + self._after_first_pass(self.baseline_ns, coverage))
 
-    def passes(self, cover: PlanCoverage, plan: int) -> float:
-        """Passes, the next included, with one of the plans."""
-        one = PlanCoverage(cover.nodes[[plan]], cover.by_level[:, [plan]], cover.missed[:, [plan]])
-        return 1.0 + float(self._after(np.arange(self.levels, 0, -1, dtype=np.float64), one)[0])
+    def passes(self, coverage: PlanCoverage, plan: int) -> float:
+        """Return the expected number of passes with one of the plans, the next one included."""
+        one = PlanCoverage(coverage.nodes[[plan]], coverage.by_level[:, [plan]], coverage.missed[:, [plan]])
+        passes_from_level = np.arange(self.levels, 0, -1, dtype=np.float64)
+        return 1.0 + float(self._after_first_pass(passes_from_level, one)[0])
 
-    def _after(self, whole: Float64, cover: PlanCoverage) -> Float64:
-        """What comes after the next pass [c], if the target alone takes `whole` [l] from each level on."""
-        planned = len(cover.missed)
-        few = (
-            cover.by_level < self.widths[:planned, None] / 2 if self.bare else np.zeros(cover.missed.shape, dtype=bool)
-        )
-        share = np.where(few, self.wholly[:planned, None], self.partly[:planned, None])
-        first_missed = np.diff(cover.missed, axis=0, prepend=0.0)
-        after = (first_missed * share * whole[:planned, None]).sum(axis=0)
-        if planned < self.levels:
-            after = after + (1.0 - cover.missed[-1]) * whole[planned] * self.wholly[planned]
+    def _after_first_pass(self, baseline: Float64, coverage: PlanCoverage) -> Float64:
+        """Return the expected cost after the next pass [c]. baseline: float64 [l], cost of plain beam search by level."""
+        planned = len(coverage.missed)
+        # [d, c]: a plan with fewer nodes on a level than half its beams will miss most of them.
+        misses_most = np.zeros(coverage.missed.shape, dtype=bool)
+        if self.first_plan:
+            misses_most = coverage.by_level < self.widths[:planned, None] / 2
+        ratio = np.where(misses_most, self.mostly_missed[:planned, None], self.partly_missed[:planned, None])
+        # [d, c]: probability that a level is the first one missed.
+        first_missed = np.diff(coverage.missed, axis=0, prepend=0.0)
+        after = (first_missed * ratio * baseline[:planned, None]).sum(axis=0)
+        if planned < self.levels:  # the first level below the plan is missed as a whole
+            after = after + (1.0 - coverage.missed[-1]) * baseline[planned] * self.mostly_missed[planned]
         return np.asarray(after)

@@ -1,4 +1,4 @@
-"""What a model's calls cost now: its published curve, held true by what calls really take."""
+"""Latency of calls to a model: its cost curve, corrected by measured calls."""
 
 from __future__ import annotations
 
@@ -9,117 +9,148 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.arrays import Float64
+from atspeed.engine.ewma import Ewma, EwmaRegression
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.search.beams import Float64
-from atspeed.engine.speculation.ewma import Ewma, EwmaRegression
 
-_TRUST = 3
-"""Calls that a curve counts for: the first ones, on connections that are not open yet, do not decide alone."""
+# Calls that the curve counts for. The first calls use connections that are still opening: one that is `_OUTLIER_RATIO` times
+# too slow then corrects the curve by 4^(1/4) = 1.41.
+_CURVE_WEIGHT = 3
+# Calls that the mean queue remembers: load changes sooner than a machine's speed.
 _QUEUE_MEMORY = 10
-"""Calls that the mean queue remembers: load changes sooner than machines do."""
-_FADING = 0.995
-_MOST_QUEUE_NS = 60_000_000_000
-_OUTLIER = 4.0
-_OUTLIER_NS = 500_000
+# Decay of the queue with each request that skips the model: half of it is left after 139 requests.
+_QUEUE_DECAY = 0.995
+# Longest wait that is learned from, one minute: more than any call's deadline, so it only guards against absurd replies.
+_MAX_QUEUE_NS = 60_000_000_000
+# Largest ratio of a measured time to the expected one that is learned from. A pause of the machine says little of the next
+# call, and a lasting change shows in many calls. Chosen, not measured.
+_OUTLIER_RATIO = 4.0
+# Overhead that is never cut off, since the expected one is 0 at first: about four times the 0.12 ms that a message takes there
+# and back between two processes (docs/log.md).
+_OUTLIER_FLOOR_NS = 500_000
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The shape of a pass. new, cached: tokens computed and tokens found. nodes: trie nodes evaluated.
+    """Shape of a pass.
 
-    opens: whether it is the first of a stream, which is let in, opened, and looks up what is cached of its prompt.
+    Attributes:
+        new: tokens computed.
+        cached: tokens whose keys and values were found.
+        nodes: trie nodes evaluated.
+        opens_stream: true for the first pass of a stream, which includes admission and the look-up of the prompt's KV.
     """
 
     new: int
     cached: int
     nodes: int
-    opens: bool = False
+    opens_stream: bool = False
 
 
 class LatencyModel:
-    """What calls of one model cost: the passes by its curve, times how wrong that was lately, the wait for each, and the rest.
+    """Predicted latency of calls to one model, in nanoseconds: overhead + queue + passes.
 
-    All is latency, what the request waits for: under load one pass computes several requests' tokens, T(c * new) for c requests.
-    Times are in nanoseconds. A call that took far longer than expected counts as one that took four times as long: a pause of
-    the machine says little of the next call, and a lasting change shows in many.
+    Passes take the time of the cost curve, times the decayed ratio of measured to predicted time. The overhead is a line in the
+    number of nodes. The queue is the decayed mean wait until a pass begins. If c requests share a pass it takes T(c * new), and
+    each of them waits for all of it.
+
+    Attributes:
+        curve: the cost curve; may be replaced.
+        batch_occupancy: mean number of requests that share a pass.
+        queue_ns: mean wait until a pass begins.
     """
 
     def __init__(self, curve: CostCurve) -> None:
         self.curve = curve
-        self._log_error, self._besides = Ewma(0.0, trust=_TRUST), EwmaRegression(kinds=2)
-        self._together, self._queue = Ewma(1.0), Ewma(0.0, _QUEUE_MEMORY)
+        self._log_error = Ewma(0.0, guess_weight=_CURVE_WEIGHT)
+        self._overhead = EwmaRegression(groups=2)  # group 1: calls that open a stream
+        self._occupancy = Ewma(1.0)
+        self._queue = Ewma(0.0, _QUEUE_MEMORY)
 
     @property
-    def together(self) -> float:
-        """How many requests share a pass."""
-        return self._together.value
+    def batch_occupancy(self) -> float:
+        """Return the mean number of requests that share a pass."""
+        return self._occupancy.value
 
     @property
     def queue_ns(self) -> float:
-        """How long a pass waits until it begins."""
+        """Return the mean wait until a pass begins."""
         return self._queue.value
 
-    def forward(self, new: npt.ArrayLike, cached: npt.ArrayLike) -> Float64:
-        """Passes in which a request has so many tokens, with what others are expected to have in them; broadcast."""
-        tokens = self._together.value * np.asarray(new, dtype=np.float64)
-        return np.asarray(math.exp(self._log_error.value) * self.curve.predict(tokens, cached))
+    def forward_ns(self, new: npt.ArrayLike, cached: npt.ArrayLike) -> Float64:
+        """Predict passes in which a request has so many tokens; broadcast. Co-batched requests are expected to have as many."""
+        tokens = self.batch_occupancy * np.asarray(new, dtype=np.float64)
+        return np.asarray(self._error_ratio * self.curve.predict(tokens, cached))
 
-    def besides(self, nodes: npt.ArrayLike, *, opens: bool = False) -> Float64:
-        """What a call over so many nodes takes outside its passes and their queue: choosing children, the network, messages.
+    def overhead_ns(self, nodes: npt.ArrayLike, *, opens_stream: bool = False) -> Float64:
+        """Predict a call's time outside its passes and their queue: selection, messages, network.
 
-        Of one that opens a stream, to be let in and the look-up of its prompt are in it.
+        A call that opens a stream also includes admission and the look-up of the prompt's KV.
         """
-        return self._besides.at(nodes, int(opens))
+        return self._overhead.predict(nodes, int(opens_stream))
 
-    def call(self, new: npt.ArrayLike, cached: npt.ArrayLike, nodes: npt.ArrayLike, *, opens: bool = False) -> Float64:
-        """All of calls of one pass each, broadcast.
+    def call_ns(
+        self, new: npt.ArrayLike, cached: npt.ArrayLike, nodes: npt.ArrayLike, *, opens_stream: bool = False
+    ) -> Float64:
+        """Predict calls of one pass each; broadcast.
 
-        A queue counts for no more than the pass: where it is longer, what all wait for is each other's passes, and to make these
-        longer in order to wait less often would only be to push in.
+        The queue counts for at most one pass, the one that is running. A longer queue consists of other requests' passes: longer
+        passes that wait less often would lengthen it for all.
         """
-        forward = self.forward(new, cached)
-        return np.asarray(np.minimum(self.queue_ns, forward) + forward + self.besides(nodes, opens=opens))
+        forward = self.forward_ns(new, cached)
+        overhead = self.overhead_ns(nodes, opens_stream=opens_stream)
+        return np.asarray(np.minimum(self.queue_ns, forward) + forward + overhead)
 
-    def full(self, plain: Pass) -> bool:
-        """Whether passes wait for longer than this one takes, a request's without a plan.
+    def is_saturated(self, plain: Pass) -> bool:
+        """Return true if passes wait longer than `plain` takes, a request's pass without a plan.
 
-        A pass that finds one running waits for about as long. Where it waits for longer there are others before it, and how
-        many requests are served is up to the model's work on each. Others in the pass are left out, as planning itself changes
-        how many there are.
+        A pass that finds another one running waits for about as long. If it waits longer, others are before it, and throughput
+        depends on the work of each request. Co-batched requests are left out, since planning itself changes their number.
         """
         return self.queue_ns > self.predict([plain], PassStats())
 
-    def predict(self, passes: Sequence[Pass], cost: PassStats) -> float:
-        """The time in the model of one call's passes that were made, with what other requests had in them; `observe` it later."""
-        return math.exp(self._log_error.value) * self._by_curve(passes, cost)
+    def predict(self, passes: Sequence[Pass], stats: PassStats) -> float:
+        """Predict the time in the model of one call's passes, with the co-batched tokens that `stats` reports."""
+        return self._error_ratio * self._by_curve(passes, stats)
 
-    def observe(self, passes: Sequence[Pass], cost: PassStats, wait_ns: int) -> float:
-        """One call that went well: its passes, what the service says that they took, and how long the answer took to come.
+    def observe(self, passes: Sequence[Pass], stats: PassStats, wait_ns: int) -> float:
+        """Learn from one successful call: its passes, the service's stats, and the caller's wait for the reply.
 
-        What `predict` would have said before.
+        Returns what `predict` would have returned before.
         """
-        self._together.add(max(1, cost.batch_requests))
-        by_curve, known, outlier = self._by_curve(passes, cost), self._log_error.value, math.log(_OUTLIER)
-        error = math.log(max(1, cost.forward_ns) / by_curve)
-        self._log_error.add(min(max(error, known - outlier), known + outlier))
-        self._queue.add(min(cost.queue_ns, _MOST_QUEUE_NS) / len(passes))
-        nodes, opens = sum(one.nodes for one in passes), passes[0].opens
-        besides = max(0, wait_ns - cost.forward_ns - cost.queue_ns)
-        likely = float(self.besides(nodes, opens=opens))
-        self._besides.add(nodes, min(besides, _OUTLIER * likely + _OUTLIER_NS), int(opens))
-        return math.exp(known) * by_curve
+        self._occupancy.add(max(1, stats.batch_requests))
+        by_curve = self._by_curve(passes, stats)
+        predicted = self._error_ratio * by_curve
+        known = self._log_error.value
+        limit = math.log(_OUTLIER_RATIO)
+        error = math.log(max(1, stats.forward_ns) / by_curve)
+        self._log_error.add(min(max(error, known - limit), known + limit))
+        self._queue.add(min(stats.queue_ns, _MAX_QUEUE_NS) / len(passes))
+        self._observe_overhead(passes, max(0, wait_ns - stats.forward_ns - stats.queue_ns))
+        return predicted
 
-    def late(self, passes: int, expected_ns: float, waited_ns: float) -> None:
-        """A call that was given up: it would have taken so long at least, and what is above the expected counts as queue."""
+    def observe_timeout(self, passes: int, expected_ns: float, waited_ns: float) -> None:
+        """Learn from a call that was given up. Its wait beyond the expected time counts as queue."""
         if waited_ns > expected_ns:
-            self._queue.add(self.queue_ns + min(waited_ns - expected_ns, _MOST_QUEUE_NS) / passes)
+            self._queue.add(self.queue_ns + min(waited_ns - expected_ns, _MAX_QUEUE_NS) / passes)
 
-    def not_asked(self) -> None:
-        """A request that did without the model: what is known of its queue fades, since nobody would notice that it is gone."""
-        self._queue.value *= _FADING
+    def decay_queue(self) -> None:
+        """Decay the queue after a request that skipped the model; otherwise a past queue would block it forever."""
+        self._queue.value *= _QUEUE_DECAY
 
-    def _by_curve(self, passes: Sequence[Pass], cost: PassStats) -> float:
-        """Of the passes as they were, with the other requests' tokens and padding."""
-        others = max(1.0, cost.batch_tokens / max(1, cost.new_tokens))
-        return sum(float(self.curve.predict(others * one.new, one.cached)) for one in passes)
+    @property
+    def _error_ratio(self) -> float:
+        """Return the ratio of measured to predicted time."""
+        return math.exp(self._log_error.value)
+
+    def _observe_overhead(self, passes: Sequence[Pass], overhead_ns: float) -> None:
+        nodes = sum(one.nodes for one in passes)
+        opens_stream = passes[0].opens_stream
+        expected = float(self.overhead_ns(nodes, opens_stream=opens_stream))
+        self._overhead.add(nodes, min(overhead_ns, _OUTLIER_RATIO * expected + _OUTLIER_FLOOR_NS), int(opens_stream))
+
+    def _by_curve(self, passes: Sequence[Pass], stats: PassStats) -> float:
+        """Return the curve's time of passes with the tokens of co-batched requests and padding."""
+        batch_ratio = max(1.0, stats.batch_tokens / max(1, stats.new_tokens))
+        return sum(float(self.curve.predict(batch_ratio * one.new, one.cached)) for one in passes)

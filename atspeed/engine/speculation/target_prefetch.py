@@ -1,8 +1,8 @@
-"""What a pass of the target may hold beyond what its search asks for now, because it is likely to ask for it next.
+"""Target prefetch: nodes that are evaluated before the search asks for them.
 
-A search that the target goes on with by itself would make a pass for every level. What the continuation table foresees of the
-levels below can be in the same pass; then that level needs none. How much of it is decided like the size of a plan (method,
-section 7): by what a pass costs, and by how much of such plans earlier searches turned out to need.
+In an autonomous search the target makes one pass for every level. If a pass also holds the nodes that the prior over prefixes
+expects on the levels below, those levels may need no pass. The number of nodes is chosen like the size of a plan
+(docs/planner.md). It depends on the cost of a pass and on the nodes that earlier searches needed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Children, ScoringRule
-from atspeed.engine.search.trie import Int64, Pruning, Trie
+from atspeed.engine.search.trie import Pruning, Trie
 from atspeed.engine.speculation.acceptance_model import AcceptanceModel, ProposedPlan, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import (
     BaselinePasses,
@@ -26,96 +27,117 @@ from atspeed.engine.speculation.latency_estimate import (
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
 from atspeed.engine.speculation.prefix_prior import PrefixPrior
 
-_ROOM = 4
-"""Most nodes foreseen for each beam."""
-_MODE = "lookahead"
+# Most prefetched nodes for each beam. On Amazon Beauty, so many nodes hold all beams of the last level for more than nine
+# requests in ten, and all beams of the level before it for three in four at K = 5 and 10 (docs/log.md).
+_MAX_NODES_PER_BEAM = 4
+# Mode of the workload keys; the target's estimates have only one.
+_MODE = "prefetch"
 
 
 class TargetPrefetcher:
-    """What searches teach, for those to come. One for a model and a catalogue; not safe for several threads at a time.
+    """Estimates from past searches of one model and catalogue. Not thread-safe.
 
-    costs: of the model's passes; kept by whoever makes them.
+    Attributes:
+        latency: the model's latency; its owner keeps it up to date.
+        prior: the prior over prefixes.
+        acceptance: how likely prefetched nodes cover each level.
+        remaining_work: how long searches go on after a miss.
     """
 
-    def __init__(self, trie: Trie, rule: ScoringRule, costs: LatencyModel, max_nodes: int) -> None:
-        self.trie, self.costs, self.max_nodes = trie, costs, max_nodes
-        self.table, self.coverage, self.shares = (
-            PrefixPrior(trie, rule),
-            AcceptanceModel(trie.levels, max_nodes),
-            RemainingWorkRatio(),
-        )
+    def __init__(self, trie: Trie, rule: ScoringRule, latency: LatencyModel, max_nodes: int) -> None:
+        self.trie = trie
+        self.latency = latency
+        self.max_nodes = max_nodes
+        self.prior = PrefixPrior(trie, rule)
+        self.acceptance = AcceptanceModel(trie.levels, max_nodes)
+        self.remaining_work = RemainingWorkRatio()
 
-    def of_search(self, width: int, pruning: Pruning, prompt_tokens: int, *, foresees: bool) -> SearchPrefetcher:
-        """For one search of so many beams on a prompt of so many tokens; one that foresees nothing teaches all the same.
+    def for_search(self, width: int, pruning: Pruning, prompt_tokens: int, *, enabled: bool) -> SearchPrefetcher:
+        """Return the prefetcher of one search of beam width `width`.
 
-        Nor does any foresee something while passes wait for longer than they take: then their work counts, and what is foreseen
-        in vain is more of it.
+        If not `enabled` it only learns. The same holds while the target is saturated. Throughput then depends on the work of each
+        request, and an unused node adds work.
         """
-        full = self.costs.full(Pass(width, prompt_tokens, width))
-        return SearchPrefetcher(self, width, pruning, prompt_tokens, foresees=foresees and not full)
+        saturated = self.latency.is_saturated(Pass(width, prompt_tokens, width))
+        return SearchPrefetcher(self, width, pruning, prompt_tokens, enabled=enabled and not saturated)
 
 
 class SearchPrefetcher:
-    """One search's view of it."""
+    """Prefetcher of one search."""
 
     def __init__(
-        self, lookahead: TargetPrefetcher, width: int, pruning: Pruning, prompt_tokens: int, *, foresees: bool
+        self, shared: TargetPrefetcher, width: int, pruning: Pruning, prompt_tokens: int, *, enabled: bool
     ) -> None:
-        self._all, self._width, self._pruning, self._prompt_tokens = lookahead, width, pruning, prompt_tokens
-        self._foresees, self._kind = foresees, WorkloadKey.of(_MODE, width)
-        self._planned: list[ProposedPlan] = []
+        self._shared = shared
+        self._width = width
+        self._pruning = pruning
+        self._prompt_tokens = prompt_tokens
+        self._enabled = enabled
+        self._workload = WorkloadKey.of(_MODE, width)
+        self._plans: list[ProposedPlan] = []
         self._passes: list[ObservedPass] = []
 
     def nodes(self, beams: Beams, missing: Int64, evaluated: Mapping[int, Children]) -> Int64:
-        """The nodes of the pass that `missing` beams of a level need, ascending: these, and what is foreseen below.
+        """Return the ascending nodes of the next pass: the `missing` beams of a level, and prefetched nodes below.
 
-        beams: of the level, all that are evaluated or missing.
+        beams: all beams of the level that are evaluated or missing.
         """
-        if not self._foresees:
+        if not self._enabled:
             return missing
-        level = int(self._all.trie.depth(missing[:1])[0])
-        nodes = np.sort(np.append(missing, self._ahead(level, beams, missing, evaluated)))
+        level = int(self._shared.trie.depth(missing[:1])[0])
+        nodes = np.sort(np.append(missing, self._prefetched(level, beams, missing, evaluated)))
         if level:
-            took = float(self._pass_ns(np.array(len(nodes)))) / self._all.costs.together
-            self._passes.append(ObservedPass(level, len(missing), took))
+            duration_ns = float(self._pass_ns(np.array(len(nodes)))) / self._shared.latency.batch_occupancy
+            self._passes.append(ObservedPass(level, len(missing), duration_ns))
         return nodes
 
     def learn(self, used: Sequence[Int64], evaluated: Mapping[int, Children]) -> None:
-        """From a search that has ended. used: by level, the nodes that it went through and had to have evaluated, ascending."""
-        self._all.table.learn(evaluated, self._pruning)
-        for planned in self._planned:
-            self._all.coverage.learn(self._kind, planned.start, planned.required(used))
-        self._all.shares.learn(self._kind, self._passes, self._plain)
+        """Learn from a search that has ended.
 
-    def _ahead(self, level: int, beams: Beams, missing: Int64, evaluated: Mapping[int, Children]) -> Int64:
-        every, levels = self._all, self._all.trie.levels - 1 - level
-        most = min(_ROOM * self._width, every.max_nodes - len(missing))
-        if level == 0 or levels <= 0 or most <= 0 or not every.table.knows(beams):
+        used: for each level, the nodes that the search used and had to have evaluated, ascending.
+        """
+        self._shared.prior.learn(evaluated, self._pruning)
+        for plan in self._plans:
+            self._shared.acceptance.learn(self._workload, plan.start, plan.required(used))
+        self._shared.remaining_work.learn(self._workload, self._passes, self._baseline)
+
+    def _prefetched(self, level: int, beams: Beams, missing: Int64, evaluated: Mapping[int, Children]) -> Int64:
+        """Return the prefix of the prior's plan with the least expected latency."""
+        shared = self._shared
+        levels = shared.trie.levels - 1 - level
+        max_nodes = min(_MAX_NODES_PER_BEAM * self._width, shared.max_nodes - len(missing))
+        if level == 0 or levels <= 0 or max_nodes <= 0 or not shared.prior.knows_most(beams):
             return np.empty(0, dtype=np.int64)
-        plan = every.table.plan(beams, evaluated, self._width, most, self._pruning)
-        planned = ProposedPlan(level, plan, most, levels, frozenset(evaluated))
-        self._planned.append(planned)
-        cuts = planned.cuts()
-        missed = every.coverage.missed(self._kind, level, cuts.depth)
-        cover = PlanCoverage.of_cuts(every.trie.depth(plan.node[cuts.order]) - level, missed)
-        best = int(np.argmin(self._outlook(level, len(missing)).expected(cover)))
-        return plan.node[cuts.order[:best]]
+        plan = shared.prior.plan(beams, evaluated, self._width, max_nodes, self._pruning)
+        proposed = ProposedPlan(level, plan, max_nodes, levels, frozenset(evaluated))
+        self._plans.append(proposed)
+        prefixes = proposed.prefixes()
+        missed = shared.acceptance.missed(self._workload, level, prefixes.depth)
+        coverage = PlanCoverage.of_prefixes(prefixes, shared.trie.depth(plan.node) - level, missed)
+        best = int(np.argmin(self._expected_latency(level, len(missing)).total_ns(coverage)))
+        return plan.node[prefixes.order[:best]]
 
-    def _outlook(self, level: int, missing: int) -> ExpectedLatency:
+    def _expected_latency(self, level: int, missing: int) -> ExpectedLatency:
         return ExpectedLatency.below(
-            level, missing, self._plain, self._all.shares, self._kind, lambda nodes: self._pass_ns(missing + nodes)
+            level,
+            missing,
+            self._baseline,
+            self._shared.remaining_work,
+            self._workload,
+            lambda nodes: self._pass_ns(missing + nodes),
         )
 
     @cached_property
-    def _plain(self) -> BaselinePasses:
-        """Each at one request's share of it: where several share a pass, all of them wait for what is foreseen for one, while the
-        pass that is saved would have served them all.
+    def _baseline(self) -> BaselinePasses:
+        """Return the passes of plain beam search, each divided by the requests that share it.
+
+        All co-batched requests wait for the nodes prefetched for one of them, while the pass that is saved would have served
+        them all.
         """
-        return BaselinePasses.of(
-            self._all.trie, self._width, lambda beams: self._pass_ns(beams) / self._all.costs.together
-        )
+        occupancy = self._shared.latency.batch_occupancy
+        return BaselinePasses.of(self._shared.trie, self._width, lambda beams: self._pass_ns(beams) / occupancy)
 
     def _pass_ns(self, tokens: Int64) -> Float64:
-        """Without the queue: what all wait for are each other's passes, and longer ones would be no cure."""
-        costs = self._all.costs
-        return np.asarray(costs.forward(tokens, self._prompt_tokens) + costs.besides(tokens))
+        """Return the time of passes without the queue: it consists of other requests' passes, and longer passes lengthen it."""
+        latency = self._shared.latency
+        return np.asarray(latency.forward_ns(tokens, self._prompt_tokens) + latency.overhead_ns(tokens))

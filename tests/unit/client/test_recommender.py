@@ -1,86 +1,16 @@
-# ruff: noqa: N802 - gRPC names the methods of a servicer
 """The Python client against a server in this process."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
-from atspeed.client.recommender import SERVICE, Mode, RecommenderClient, RecommenderError, recommend_request
-from atspeed.rollout.release_track import TRACK_HEADER, Track
+from atspeed.client.recommender import CallError, Mode, RecommenderClient, RecommenderError, recommend_request
+from atspeed.rollout.release_track import Track
 from atspeed.v1 import recommendation_pb2 as pb
-from atspeed.v1 import recommendation_pb2_grpc
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
-    """Answers from memory. failures: how many calls end UNAVAILABLE first. delay: seconds before a list."""
-
-    def __init__(self, *, failures: int = 0, delay: float = 0.0) -> None:
-        self.failures, self.delay = failures, delay
-        self.calls: list[Any] = []
-        self.time_left: float | None = None
-        self.tracks: list[Any] = []
-
-    async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
-        await self._maybe_fail(request, context)
-        self.time_left = context.time_remaining()
-        self.tracks = [value for key, value in context.invocation_metadata() or () if key == TRACK_HEADER]
-        await asyncio.sleep(self.delay)
-        if request.user_id == "nobody":
-            await context.abort(grpc.StatusCode.NOT_FOUND, "user_id: no history is stored for this user")
-        return pb.RecommendResponse(items=[pb.RecommendedItem(rank=1, item_id="i")], mode=request.mode)
-
-    async def RecommendBatch(
-        self, request: pb.RecommendBatchRequest, context: Context
-    ) -> AsyncIterator[pb.RecommendBatchResponse]:
-        yield pb.RecommendBatchResponse(index=1, error=pb.RequestError(code=3, message="k: too large"))
-        yield pb.RecommendBatchResponse(index=0, response=pb.RecommendResponse(mode=request.requests[0].mode))
-
-    async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
-        await self._maybe_fail(request, context)
-        return pb.RecordEventsResponse(history_length=len(request.events))
-
-    async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
-        self.calls.append(request)
-        return pb.GetHistoryResponse(events=[pb.Event(item_id=item_id) for item_id in ("a", "b")])
-
-    async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
-        self.calls.append(request)
-        return pb.ForgetUserResponse(existed=request.user_id == "alice")
-
-    async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
-        return pb.GetServiceInfoResponse(bundle_name="fake")
-
-    async def _maybe_fail(self, request: Any, context: Context) -> None:
-        self.calls.append(request)
-        if self.failures:
-            self.failures -= 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
-
-
-@asynccontextmanager
-async def connected(service: FakeService, timeout_seconds: float = 10.0) -> AsyncIterator[RecommenderClient]:
-    server = grpc.aio.server()
-    recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(service, server)
-    health = HealthServicer()
-    await health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with RecommenderClient(f"127.0.0.1:{port}", timeout_seconds=timeout_seconds) as client:
-            yield client
-    finally:
-        await server.stop(None)
+from tests.fake_service import FakeService, connected
 
 
 async def test_calls() -> None:
@@ -118,17 +48,21 @@ async def test_batch_gives_lists_and_errors_by_index() -> None:
         results = {index: result async for index, result in client.recommend_batch(requests)}
     assert isinstance(results[0], pb.RecommendResponse)
     failed = results[1]
-    assert isinstance(failed, RecommenderError)
+    assert isinstance(failed, CallError)
     assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
     assert failed.message == "k: too large"
+    assert failed.field == "k"
 
 
-async def test_an_error_carries_status_and_message() -> None:
-    """One exception type, whatever went wrong."""
+async def test_an_error_carries_status_message_field_and_request_id() -> None:
+    """One exception type, whatever the service answered."""
     async with connected(FakeService()) as client:
         with pytest.raises(RecommenderError, match=r"^NOT_FOUND: user_id: no history") as caught:
             await client.recommend("nobody")
+    assert isinstance(caught.value, CallError)
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
+    assert caught.value.field == "user_id"
+    assert caught.value.request_id == "r-1"
 
 
 async def test_unavailable_is_retried_but_not_for_records() -> None:
@@ -193,8 +127,10 @@ async def test_an_address_that_is_none() -> None:
         RecommenderClient("nowhere")
 
 
-@pytest.mark.parametrize(("track", "sent"), [(None, []), (Track.CANARY, ["canary"]), (Track.STABLE, ["stable"])])
-async def test_a_track_is_asked_for_beside_the_request(track: Track | None, sent: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("track", "sent"), [(None, []), (Track.CANARY, ["canary"]), (Track.STABLE, ["stable"]), ("canary", ["canary"])]
+)
+async def test_a_track_is_asked_for_beside_the_request(track: Track | str | None, sent: list[str]) -> None:
     service = FakeService()
     async with connected(service) as client:
         await client.recommend("alice", track=track)

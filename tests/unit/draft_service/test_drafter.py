@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.tree_evaluator import Selection
-from atspeed.engine.search.beams import Beams, Float64
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search

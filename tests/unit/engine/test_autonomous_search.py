@@ -9,8 +9,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
@@ -29,7 +30,7 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     found: list[Evaluation] = []
 
     def search() -> Generator[Int64, Evaluation, None]:
-        search = AutonomousSearch(world.trie, world.rule, policy.beam_width, target.noise)
+        search = AutonomousSearch(world.trie, world.rule, policy.beam_width or 0, target.noise)
         found.extend((yield from search.steps(np.array([ROOT]))))
 
     passes = search()

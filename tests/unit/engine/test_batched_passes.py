@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import CapacityError, OverloadedError
 from atspeed.engine.model.batch_decoder import TreeInput, TreeOutput
@@ -22,7 +23,7 @@ from atspeed.engine.model.batcher import BatchLimits, PassSize
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator, TreeWork
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import DictStore, Models
 

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.errors import OverloadedError
-from atspeed.engine.kv.buffer_pool import BufferPool, Kv, capacity_for
+from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
 
 TOKEN_BYTES = 8
 
 
-def make(tokens: int) -> Kv:
+def make(tokens: int) -> KvArray:
     return np.zeros((1, 2, tokens, 1, 1), dtype=np.float32)
 
 
@@ -27,16 +28,16 @@ def test_a_capacity_is_enough_and_at_most_half_too_much(tokens: int) -> None:
 @given(st.lists(st.tuples(st.sampled_from(["open", "grow", "take", "end"]), st.integers(1, 300), st.integers(0, 9))))
 def test_held_and_idle_memory_stay_within_the_limit(steps: list[tuple[str, int, int]]) -> None:
     """Trees that reserve, take and end in any order. New ones leave an eighth to those that grow, unless nothing else is open."""
-    made: list[Kv] = []
+    made: list[KvArray] = []
 
-    def counted(tokens: int) -> Kv:
+    def counted(tokens: int) -> KvArray:
         made.append(make(tokens))
         return made[-1]
 
     pool = BufferPool(counted, limit_bytes=1000 * TOKEN_BYTES)
     made.clear()
     reserved: list[int] = []
-    held: list[Kv] = []
+    held: list[KvArray] = []
     for action, tokens, which in steps:
         if action in {"open", "grow"}:
             capacity, growing = capacity_for(tokens), action == "grow"

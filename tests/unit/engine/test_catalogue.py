@@ -122,7 +122,7 @@ def test_the_version_is_the_content_and_not_the_order(naive: NaiveTrie, data: st
     ("ids", "codes", "problem"),
     [
         (["a", "b", "a"], CODES, "ids: 'a' occurs more than once"),
-        (["a", "", "c"], CODES, "ids: an item id is empty"),
+        (["a", "", "c"], CODES, "ids: '' is empty"),
         (["a", "b"], CODES, "2 ids for 3 code paths"),
         ([], np.empty((0, 2), dtype=int), "0 ids"),
         (["a", "b", "c"], CODES + 1, "codes: .*outside its codebook"),

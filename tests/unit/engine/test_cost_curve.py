@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from atspeed.engine.model.cost_curve import NEW_TOKENS, CostCurve, measure
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
-from atspeed.rpc.errors import InvalidArgumentError
 
 
 def naive(curve: CostCurve, new: float, cached: float) -> float:

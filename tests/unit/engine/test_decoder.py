@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -279,3 +280,25 @@ def test_never_falls_back_from_cuda_in_silence(model_path: Path, monkeypatch: py
     monkeypatch.setattr(ort, "InferenceSession", session_without_cuda)
     with pytest.raises(BundleError, match="provider cuda: it is installed but cannot be used"):
         Decoder(model_path, cuda)
+
+
+def test_a_tensor_too_large_for_memory_is_loaded_from_a_private_copy(
+    decoder: Decoder, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime takes tensors above 2 GiB from files alone; here it refuses all that are in memory."""
+    real_session = ort.InferenceSession
+
+    def session_of_files_alone(model: str | bytes, *arguments: Any, **options: Any) -> ort.InferenceSession:
+        if isinstance(model, bytes):
+            raise RuntimeError("exceeds the 2147483648 byte limit for embedded initializer data")  # noqa: TRY004
+        return real_session(model, *arguments, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", session_of_files_alone)
+    with pytest.raises(BundleError, match="2147483648 byte limit"):
+        Decoder(model_path, RuntimeOptions())
+    monkeypatch.setattr("atspeed.engine.model.decoder._LARGEST_TENSOR", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    copied = Decoder(model_path, RuntimeOptions())
+    assert not list(tmp_path.iterdir())
+    for mine, its in zip(chain(copied, 9).on(copied), chain(decoder, 9).on(decoder), strict=True):
+        np.testing.assert_array_equal(mine, its)

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.kv.memory_cache import (
     KEY_BYTES,
     NO_OWNER,
     OWNER_BYTES,
-    KvArray,
     KvLayout,
     MemoryKvCache,
     block_keys,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.engine.kv.memory_cache import KvArray, MemoryKvCache
+from atspeed.engine.arrays import KvArray
+from atspeed.engine.kv.memory_cache import MemoryKvCache
 
 
 class NaiveCache:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import KvArray
 from atspeed.engine.kv.fetch_cost import FetchPolicy
-from atspeed.engine.kv.memory_cache import KvArray, KvLayout, MemoryKvCache, block_keys, copy_blocks, owner_of
+from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys, copy_blocks, owner_of
 from atspeed.engine.kv.prefix_cache import PrefixCache
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Role
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import BLOCK_TOKENS, Models
 

@@ -1,4 +1,4 @@
-"""What the target foresees: never another list, fewer passes where searches are alike, nothing where that is dear."""
+"""Target prefetch: the same lists, and fewer passes where that saves time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
 from atspeed.engine.speculation.prefix_prior import PrefixPrior
@@ -24,30 +25,30 @@ from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World, naive_tries
 
 
-def costing(floor_ms: float, ms_per_token: float, *, together: int = 1) -> LatencyModel:
-    """Of passes that take so long. together: requests that shared each of the latest, all of the same size."""
+def latency_of(floor_ms: float, ms_per_token: float, *, occupancy: int = 1) -> LatencyModel:
+    """Return the latency of passes that take so long. occupancy: requests of the same size that share each pass."""
     curve = CostCurve.smoothed([1, 1001], [0], 1e6 * (floor_ms + ms_per_token * np.array([[1.0], [1001.0]])))
-    costs = LatencyModel(curve)
+    latency = LatencyModel(curve)
     for _ in range(200):
-        forward = int(curve.predict(10 * together))
-        cost = PassStats(forward_ns=forward, new_tokens=10, batch_requests=together, batch_tokens=10 * together)
-        costs.observe([Pass(10, 0, 10)], cost, forward)
-    return costs
+        forward = int(curve.predict(10 * occupancy))
+        cost = PassStats(forward_ns=forward, new_tokens=10, batch_requests=occupancy, batch_tokens=10 * occupancy)
+        latency.observe([Pass(10, 0, 10)], cost, forward)
+    return latency
 
 
-def milliseconds(costs: LatencyModel, passes: Sequence[Int64]) -> float:
-    return sum(float(costs.curve.predict(len(nodes))) for nodes in passes) / 1e6
+def milliseconds(latency: LatencyModel, passes: Sequence[Int64]) -> float:
+    return sum(float(latency.curve.predict(len(nodes))) for nodes in passes) / 1e6
 
 
 FLAT, STEEP = (10.0, 0.0), (0.01, 1.0)
 
 
 def searched(
-    world: World, width: int, pruning: Pruning, lookahead: TargetPrefetcher | None, *, foresees: bool = True
+    world: World, width: int, pruning: Pruning, prefetcher: TargetPrefetcher | None, *, enabled: bool = True
 ) -> tuple[Beams, list[Int64]]:
-    """A search's list, and the nodes of each pass."""
-    ahead = lookahead.of_search(width, pruning, prompt_tokens=0, foresees=foresees) if lookahead else None
-    search, passes = AutonomousSearch(world.trie, world.rule, width, ahead=ahead), list[Int64]()
+    """Return a search's list and the nodes of each pass."""
+    ahead = prefetcher.for_search(width, pruning, prompt_tokens=0, enabled=enabled) if prefetcher else None
+    search, passes = AutonomousSearch(world.trie, world.rule, width, prefetcher=ahead), list[Int64]()
     steps = search.steps(np.array([ROOT]))
     nodes = next(steps)
     while True:
@@ -59,7 +60,7 @@ def searched(
 
 
 def users(naive: NaiveTrie, rule: ScoringRule, count: int, noise: float) -> list[World]:
-    """Of whom every one has logits of his own for the first level, and nearly the same as all others below it."""
+    """Return users with logits of their own on the first level, and nearly the same ones below it."""
     shared, worlds = World.random(naive, rule, seed=0), []
     for seed in range(count):
         rng = np.random.default_rng(seed)
@@ -79,18 +80,18 @@ def users(naive: NaiveTrie, rule: ScoringRule, count: int, noise: float) -> list
     st.sampled_from([FLAT, STEEP, (3.0, 1.0)]),
     st.data(),
 )
-def test_no_list_depends_on_what_is_foreseen(
+def test_prefetch_of_any_nodes_keeps_every_list(
     naive: NaiveTrie, rule: ScoringRule, width: int, machine: tuple[float, float], data: st.DataObject
 ) -> None:
-    """Nor does a pass hold a node twice, or one whose parent is not evaluated."""
-    items, lookahead = sorted(naive.items), None
+    """No pass holds a node twice, or a node whose parent is not evaluated."""
+    items, prefetcher = sorted(naive.items), None
     for world in users(naive, rule, count=12, noise=data.draw(st.sampled_from([0.0, 0.5, 3.0]))):
-        lookahead = lookahead or TargetPrefetcher(
-            world.trie, rule, costing(*machine), max_nodes=data.draw(st.integers(1, 40))
+        prefetcher = prefetcher or TargetPrefetcher(
+            world.trie, rule, latency_of(*machine), max_nodes=data.draw(st.integers(1, 40))
         )
         pruning = world.pruning(data.draw(st.lists(st.sampled_from(items), max_size=len(items) - 1, unique=True)))
         expected, _ = searched(world, width, pruning, None)
-        found, passes = searched(world, width, pruning, lookahead)
+        found, passes = searched(world, width, pruning, prefetcher)
         assert found.node.tolist() == expected.node.tolist()
         assert found.score.tolist() == expected.score.tolist()
         evaluated: set[int] = set()
@@ -110,18 +111,18 @@ def naive_catalogue() -> NaiveTrie:
 
 
 @pytest.mark.parametrize(("machine", "noise"), [(FLAT, 0.1), ((10.0, 0.3), 0.1), (STEEP, 0.1), ((10.0, 2.0), 3.0)])
-def test_a_level_that_was_foreseen_needs_no_pass(machine: tuple[float, float], noise: float) -> None:
-    """Where passes cost as much as their tokens, or where nobody is like the others, that costs nothing either."""
-    width, costs, took, alone, made = 6, costing(*machine), list[float](), list[float](), list[int]()
+def test_prefetched_levels_need_no_pass(machine: tuple[float, float], noise: float) -> None:
+    """If passes pay by the token, or users differ, prefetch costs nothing."""
+    width, latency, took, alone, made = 6, latency_of(*machine), list[float](), list[float](), list[int]()
     worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=120, noise=noise)
-    lookahead = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, costs, max_nodes=100)
+    prefetcher = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, latency, max_nodes=100)
     for number, world in enumerate(worlds):
         _, plain = searched(world, width, Pruning.none(), None)
-        _, passes = searched(world, width, Pruning.none(), lookahead)
+        _, passes = searched(world, width, Pruning.none(), prefetcher)
         if number >= 80:
             made.append(len(passes))
-            alone.append(milliseconds(costs, plain))
-            took.append(milliseconds(costs, passes))
+            alone.append(milliseconds(latency, plain))
+            took.append(milliseconds(latency, passes))
     if machine is STEEP or noise > 1:
         assert np.mean(took) <= 1.02 * np.mean(alone)
     else:
@@ -129,26 +130,26 @@ def test_a_level_that_was_foreseen_needs_no_pass(machine: tuple[float, float], n
         assert np.mean(took) < 0.9 * np.mean(alone)
 
 
-def test_the_table_holds_the_mean_of_what_was_said() -> None:
-    """And, as if one more had said so, the share of the items that lie below."""
+def test_prefix_prior_is_the_mean_of_evaluated_probabilities() -> None:
+    """One imagined request counts too: its probability is the share of the items below."""
     naive, width = naive_catalogue(), 5
     worlds = users(naive, ScoringRule.VOCAB, count=9, noise=1.0)
-    trie, table = worlds[0].trie, PrefixPrior(worlds[0].trie, ScoringRule.VOCAB)
-    heard: dict[int, list[dict[int, float]]] = {}
+    trie, prior = worlds[0].trie, PrefixPrior(worlds[0].trie, ScoringRule.VOCAB)
+    returned: dict[int, list[dict[int, float]]] = {}
     for world in worlds:
         parents = trie.children(ROOT)[:4].astype(np.int64)
         evaluated = dict(world.evaluate(parents, Pruning.none(), limit=width).items())
-        table.learn(evaluated, Pruning.none())
+        prior.learn(evaluated, Pruning.none())
         for node, children in evaluated.items():
             said = dict(zip(children.node.tolist(), np.exp(children.logp).tolist(), strict=True))
-            heard.setdefault(node, []).append(said)
+            returned.setdefault(node, []).append(said)
     beams = Beams(parents[:1], np.array([-1.5]), np.array([-1.5]), np.array([-1.5]))
-    plan = table.plan(beams, {}, width, 1000, Pruning.none())
+    plan = prior.plan(beams, {}, width, 1000, Pruning.none())
     plan.check(trie, limit=1000)
     parent = int(parents[0])
     for child in trie.children(parent).tolist():
         share = _items_below(naive, child) / _items_below(naive, parent)
-        mean = (sum(said.get(child, 0.0) for said in heard[parent]) + share) / (len(heard[parent]) + 1)
+        mean = (sum(said.get(child, 0.0) for said in returned[parent]) + share) / (len(returned[parent]) + 1)
         (score,) = plan.score[plan.node == child]
         assert score == pytest.approx(-1.5 + math.log(mean), abs=1e-5)
 
@@ -159,7 +160,7 @@ def _items_below(naive: NaiveTrie, node: int) -> int:
 
 
 @pytest.mark.parametrize("way", ["excluded", "allowed"])
-def test_of_what_a_request_leaves_out_nothing_is_learnt(way: str) -> None:
+def test_prefix_prior_learns_nothing_of_pruned_nodes(way: str) -> None:
     naive = naive_catalogue()
     world = users(naive, ScoringRule.VOCAB, count=1, noise=0.0)[0]
     trie, parents = world.trie, world.trie.children(ROOT).astype(np.int64)
@@ -178,29 +179,29 @@ def test_of_what_a_request_leaves_out_nothing_is_learnt(way: str) -> None:
     assert (np.abs(partial.score - full.score)[level & ~live] > 0.02).any()
 
 
-def test_beams_of_which_nobody_has_heard_foresee_nothing() -> None:
+def test_beams_without_past_evaluations_prefetch_nothing() -> None:
     naive: Sequence[World] = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)
-    lookahead = TargetPrefetcher(naive[0].trie, ScoringRule.VOCAB, costing(*FLAT), max_nodes=100)
-    _, first = searched(naive[0], 6, Pruning.none(), lookahead)
-    _, again = searched(naive[0], 6, Pruning.none(), lookahead)
+    prefetcher = TargetPrefetcher(naive[0].trie, ScoringRule.VOCAB, latency_of(*FLAT), max_nodes=100)
+    _, first = searched(naive[0], 6, Pruning.none(), prefetcher)
+    _, again = searched(naive[0], 6, Pruning.none(), prefetcher)
     assert (len(first), len(again) < 4) == (4, True)
 
 
-def test_a_search_that_foresees_nothing_teaches_all_the_same() -> None:
+def test_disabled_prefetcher_still_learns() -> None:
     world = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)[0]
-    lookahead = TargetPrefetcher(world.trie, ScoringRule.VOCAB, costing(*FLAT), max_nodes=100)
-    made = [searched(world, 6, Pruning.none(), lookahead, foresees=foresees)[1] for foresees in (False, False, True)]
+    prefetcher = TargetPrefetcher(world.trie, ScoringRule.VOCAB, latency_of(*FLAT), max_nodes=100)
+    made = [searched(world, 6, Pruning.none(), prefetcher, enabled=enabled)[1] for enabled in (False, False, True)]
     assert [len(made[0]), len(made[1]), len(made[2]) < 4] == [4, 4, True]
 
 
-def test_where_several_share_a_pass_less_is_foreseen() -> None:
-    """Each of them would wait for what is foreseen for one."""
+def test_co_batched_requests_prefetch_less() -> None:
+    """All of them wait for the nodes that are prefetched for one."""
     width, tokens = 6, []
-    for together in (1, 4):
+    for occupancy in (1, 4):
         worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=100, noise=0.1)
-        costs = costing(10.0, 0.5, together=together)
-        lookahead = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, costs, max_nodes=100)
-        made = [searched(world, width, Pruning.none(), lookahead)[1] for world in worlds]
+        latency = latency_of(10.0, 0.5, occupancy=occupancy)
+        prefetcher = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, latency, max_nodes=100)
+        made = [searched(world, width, Pruning.none(), prefetcher)[1] for world in worlds]
         tokens.append(float(np.mean([sum(len(nodes) for nodes in passes) for passes in made[60:]])))
         plain = sum(len(nodes) for nodes in searched(worlds[0], width, Pruning.none(), None)[1])
     assert tokens[1] <= plain + 1 < tokens[0]

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.errors import CapacityError, PromptError
 from atspeed.engine.kv import memory_cache
 from atspeed.engine.kv.buffer_pool import BufferPool
-from atspeed.engine.kv.memory_cache import KvArray
 from atspeed.engine.kv.redis_store import KvStore
 from atspeed.engine.model import tree_evaluator
 from atspeed.engine.model.token_tree import TokenTree
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import BLOCK_TOKENS, DictStore, Models
 from tests.oracles.sequence_model import SequenceModel

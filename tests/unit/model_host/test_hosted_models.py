@@ -20,11 +20,11 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import Selection, TreeEvaluator
 from atspeed.engine.search.trie import Pruning
+from atspeed.errors import FailedPreconditionError
 from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_models
 from atspeed.model_host.settings import ModelSettings
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
-from atspeed.rpc.errors import FailedPreconditionError
 from tests.bundles import random_catalogue, write_bundle
 from tests.serving import LIVENESS_SECONDS
 

@@ -14,15 +14,15 @@ import pytest
 import structlog
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Manifest, ModelEntry, Precision
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
-from atspeed.engine.search.trie import Int64
+from atspeed.errors import UnavailableError
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import UnavailableError
-from atspeed.rpc.mode import Mode
 from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.planning.usage import Usage
@@ -49,9 +49,16 @@ class Table:
     usage: Usage = field(default_factory=Usage)
     asked: list[ModelRequest] = field(default_factory=list)
 
-    ahead = prefetches = False
+    has_next_pass = prefetches = False
 
-    def session(self, question: ModelRequest, *, max_children: int, beam_width: int, prefetches: bool) -> Table:
+    def session(
+        self,
+        question: ModelRequest,
+        *,
+        max_children: int | None,
+        beam_width: int | None,
+        prefetches: bool,
+    ) -> Table:
         self.prefetches = prefetches
         self.question, self.limit = question, max_children or 1_000_000
         self.asked.append(question)
@@ -247,7 +254,7 @@ async def test_only_who_speculates_looks_ahead() -> None:
 async def test_a_list_that_the_target_foresaw_is_checked_too() -> None:
     service = Service()
     made = await service.recommender.recommend(_order(service), Deadline(SECONDS))
-    made.memo.foreseen, made.memo.drafted = made.memo.drafted, set()
+    made.memo.prefetched, made.memo.drafted = made.memo.drafted, set()
     service.shadow.offer(made, service)
     await service.shadow.settle()
     assert service.shadow.outcomes["identical"] == 1

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
+from atspeed.errors import DeadlineExceededError, InvalidArgumentError
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import DeadlineExceededError, InvalidArgumentError
 from atspeed.v1 import target_pb2
 from target_service.server import TargetServicer
 

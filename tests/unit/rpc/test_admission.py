@@ -14,14 +14,9 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.errors import (
-    PUSHBACK_HEADER,
-    STATUS_HEADER,
-    DeadlineExceededError,
-    ResourceExhaustedError,
-    call_status,
-)
+from atspeed.rpc.grpc_status import PUSHBACK_HEADER, STATUS_HEADER, call_status
 
 BATCH, INTERACTIVE = Priority.BATCH, Priority.INTERACTIVE
 

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from pydantic_settings import SettingsConfigDict
 
 from atspeed.configuration.settings import ServiceSettings
+from atspeed.errors import NotFoundError, StartupError
 from atspeed.observability.metrics import (
     CounterOf,
     HistogramOf,
@@ -24,7 +25,6 @@ from atspeed.observability.metrics import (
     SummedReadings,
     exposed,
 )
-from atspeed.rpc.errors import NotFoundError, StartupError
 from atspeed.rpc.server import Registration, running
 from tests.observed import Scrape, scrape_port
 from tests.serving import until

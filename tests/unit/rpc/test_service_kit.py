@@ -16,13 +16,15 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
+from atspeed import errors
 from atspeed.configuration import settings_docs
 from atspeed.configuration.settings import Port, ServiceSettings, address
 from atspeed.engine import errors as engine_errors
+from atspeed.errors import InvalidArgumentError, ServiceError
 from atspeed.observability import logs
-from atspeed.rpc import errors
+from atspeed.rpc import grpc_status
 from atspeed.rpc.channels import KEY_HEADER, channel_options, service_config, target_uri
-from atspeed.rpc.errors import MAX_DETAILS, InvalidArgumentError, ServiceError, call_status
+from atspeed.rpc.grpc_status import MAX_DETAILS, call_status
 from atspeed.rpc.server import server_options
 
 
@@ -199,9 +201,9 @@ def test_every_leaf_has_a_status_of_its_own() -> None:
 def test_engine_errors_have_a_status(kind: type[Exception]) -> None:
     status = call_status(kind("private"))
     if kind in (engine_errors.PromptError, engine_errors.CapacityError):
-        assert status == errors.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private")
+        assert status == grpc_status.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private")
     elif kind is engine_errors.OverloadedError:
-        assert status == errors.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private")
+        assert status == grpc_status.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private")
     else:
         assert status.code is grpc.StatusCode.INTERNAL
         assert re.fullmatch("internal error [0-9a-f]{12}", status.details)
@@ -220,6 +222,11 @@ def test_details_stay_small_enough_for_a_trailer() -> None:
         ("localhost:50051", "dns:///localhost:50051"),
         ("target:50052", "dns:///target:50052"),
         ("dns:///target:50052", "dns:///target:50052"),
+        ("dns:target:50052", "dns:target:50052"),
+        ("dns://10.0.0.1:53/target:50052", "dns://10.0.0.1:53/target:50052"),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", "ipv4:127.0.0.1:1,127.0.0.1:2"),
+        ("ipv6:[::1]:1", "ipv6:[::1]:1"),
+        ("my_service-1.local:1", "dns:///my_service-1.local:1"),
         ("unix:/run/target.sock", "unix:/run/target.sock"),
         ("127.0.0.1:50052", "ipv4:127.0.0.1:50052"),
         ("127.0.0.1:5001, 127.0.0.1:5002", "ipv4:127.0.0.1:5001,127.0.0.1:5002"),
@@ -232,10 +239,15 @@ def test_addresses(given: str, target: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["", "target", "target:", ":50052", "target:0", "target:65536", "a:1,b:2", "127.0.0.1:1,", "127.0.0.1:1,[::1]:2"],
+    [
+        *("", "target", "target:", ":50052", "target:0", "target:65536", "target:１２", f"target:{'9' * 5000}"),
+        *("a:1,b:2", "127.0.0.1:1,", "127.0.0.1:1,[::1]:2", "[::1:1", "a b:1", "a\n:1", "a\0b:1", "http://a:1", "-a:1"),
+        *("dns:", "dns:///", "dns:///a:99999", "dns:///a b:1", "ipv4:", "ipv4:a:1", "ipv4:[::1]:1", "ipv6:127.0.0.1:1"),
+        *("ipv4:127.0.0.1:1,zz", "unix:", "unix:a\nb"),
+    ],
 )
 def test_bad_addresses(given: str) -> None:
-    with pytest.raises(ValueError, match=r"HOST:PORT|IP:PORT|mixed"):
+    with pytest.raises(ValueError, match=r"HOST:PORT|IP:PORT|mixed|names no address"):
         target_uri(given)
 
 

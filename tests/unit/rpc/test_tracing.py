@@ -12,8 +12,8 @@ import redis
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from atspeed.errors import StartupError
 from atspeed.observability import tracing
-from atspeed.rpc.errors import StartupError
 from tests.observed import Collector
 from tests.serving import LIVENESS_SECONDS
 

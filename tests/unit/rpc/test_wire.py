@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.mode import Mode
+from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
-from atspeed.rpc.errors import InvalidArgumentError
-from atspeed.rpc.mode import Mode
 from atspeed.v1 import recommendation_pb2, types_pb2
 
 COUNTS = st.integers(0, 2**32 - 1)

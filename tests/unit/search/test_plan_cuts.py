@@ -1,4 +1,4 @@
-"""Which part of a plan the target gets: the one that costs least by definition, and never at the price of another list."""
+"""Cuts of a plan: the least expected latency by definition, and the same list."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from hypothesis import strategies as st
 
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beams import Beams
+from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
-from atspeed.engine.speculation.acceptance_model import PlanPrefixes, Requirement, WorkloadKey
+from atspeed.engine.speculation.acceptance_model import PlanPrefixes, RequiredDepth, WorkloadKey
 from atspeed.engine.speculation.latency_model import LatencyModel
-from atspeed.rpc.mode import Mode
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
-from orchestrator.planning.model_costs import ModelCosts
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
-from orchestrator.planning.planner_state import PlannerState
-from orchestrator.planning.sized_draft import PlannedDraft
+from orchestrator.planning.planner_state import ModelLatencies, PlannerState
+from orchestrator.planning.sized_draft import SizedDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.simulation import (
@@ -38,15 +37,15 @@ NOISE = Perturbation(seed=5, temperature=0.8)
 USELESS = 30.0
 
 
-class AnyPlanning(FixedPlanSizer):
-    """Decides at random: whether to draft, how much, and which cut the target gets."""
+class RandomSizer(FixedPlanSizer):
+    """Plan sizer that decides at random: to draft or not, how much, and which cut the target gets."""
 
     def __init__(self, world: World, width: int, seed: int) -> None:
         super().__init__(world.trie, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS), 1, None)
         self._rng = np.random.default_rng(seed)
 
     def size(self, below: Beams) -> PlanSize | None:
-        return self._sized(int(self._rng.integers(1, 30))) if self._rng.random() < 0.8 else None
+        return self._asked(int(self._rng.integers(1, 30))) if self._rng.random() < 0.8 else None
 
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassStats) -> Plan:
         count = self._rng.integers(0, len(plan.node) + 1)
@@ -61,8 +60,8 @@ class AnyPlanning(FixedPlanSizer):
     st.integers(0, 2**32),
     st.booleans(),
 )
-def test_no_decision_changes_a_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
-    """Any catalogue, any target, a draft that has nothing to do with it, and any decision at every miss."""
+def test_any_decision_keeps_the_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
+    """The draft is unrelated to the target, and every decision is random."""
     truth, guess = World.random(naive, rule, seed), World.random(naive, rule, seed + 1)
     policy: Policy = ExactSampling(width, NOISE) if sampled else Strict(width)
     noise = policy.noise if policy.perturbed else None
@@ -73,24 +72,23 @@ def test_no_decision_changes_a_list(naive, rule, width: int, seed: int, sampled:
         return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
 
     drafting = SimulatedDraft(guess, FLAT, policy.proposal, policy.noise, lambda plan: plan)
-    planned = search(PlannedDraft(drafting, AnyPlanning(truth, width, seed)))
+    alone = TableTarget(truth, Pruning.none(), None)
+    planned = search(SizedDraft(drafting, RandomSizer(truth, width, seed), alone))
     assert planned == search(ScriptedDraft(truth.trie, nothing))
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0.0, 2.0))
-def test_the_cut_is_the_cheapest_of_all(seed: int, width: int, ms_per_token: float) -> None:
-    """Against every cut one by one, of the first levels alone and of all, each costed from the definition: the pass, and for each
-    level, to miss it first.
-    """
+def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, ms_per_token: float) -> None:
+    """Every cut, of the first levels and of all levels, is evaluated from the definition: the pass, and each first miss."""
     rng, simulation = np.random.default_rng(seed), SIMULATION
-    experience, kind = _experience(rng, curve(10, 8, ms_per_token), width)
-    task = PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)
+    state, workload = _state(rng, curve(10, 8, ms_per_token), width)
+    context = PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)
     drafting = simulation.draft(int(rng.integers(100)), Proposal.TOP)
     asked = PlanSize(width, int(rng.integers(1, 100)), 100)
     plan = asyncio.run(drafting.plan(Beams.root(), asked))
-    planning = AdaptivePlanSizer(simulation.catalogue.trie, task, 40, 240, kind, experience)
-    kept = planning.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
+    sizer = AdaptivePlanSizer(simulation.catalogue.trie, context, 40, 240, workload, state)
+    kept = sizer.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
     kept.check(simulation.catalogue.trie, limit=len(plan.node))
     depth, costs, of_kept = simulation.catalogue.trie.depth(plan.node), [], []
     for levels in range(1, simulation.catalogue.trie.levels):
@@ -98,7 +96,9 @@ def test_the_cut_is_the_cheapest_of_all(seed: int, width: int, ms_per_token: flo
         order = np.argsort(-part.margin, kind="stable")
         for n in range(len(order) + 1):
             cut = part.take(np.sort(order[:n]))
-            costs.append(_cost(experience, kind, task, cut, part, levels, complete=len(plan.node) < asked.max_nodes))
+            costs.append(
+                _expected_ns(state, workload, context, cut, part, levels, complete=len(plan.node) < asked.max_nodes)
+            )
             if cut.node.tolist() == kept.node.tolist():
                 of_kept.append(costs[-1])
     assert min(of_kept) == pytest.approx(min(costs), rel=1e-9)
@@ -107,53 +107,54 @@ def test_the_cut_is_the_cheapest_of_all(seed: int, width: int, ms_per_token: flo
 SIMULATION = Simulation(STEEP, noise=0.7)
 
 
-def _experience(rng: np.random.Generator, target: object, width: int) -> tuple[PlannerState, WorkloadKey]:
+def _state(rng: np.random.Generator, target: object, width: int) -> tuple[PlannerState, WorkloadKey]:
     trie = SIMULATION.catalogue.trie
-    costs = ModelCosts(LatencyModel(target), LatencyModel(STEEP.draft))  # type: ignore[arg-type]
-    experience, kind = PlannerState(costs, trie.levels, 240, 0.01, 4.0), WorkloadKey.of(Mode.STRICT, width)
+    latencies = ModelLatencies(LatencyModel(target), LatencyModel(STEEP.draft))  # type: ignore[arg-type]
+    state, workload = PlannerState(latencies, trie.levels, 240, 0.01, 4.0), WorkloadKey.of(Mode.STRICT, width)
     for _ in range(50):
         seen = [
-            Requirement(float(rng.exponential()), censored=bool(rng.random() < 0.3)) for _ in range(trie.levels - 1)
+            RequiredDepth(float(rng.exponential()), censored=bool(rng.random() < 0.3)) for _ in range(trie.levels - 1)
         ]
-        experience.coverage.learn(kind, 0, seen)
+        state.acceptance.learn(workload, 0, seen)
     for level in range(1, trie.levels):
-        for whole in (False, True):
-            experience.further.add(kind, level, float(rng.uniform(0.2, 1.2)), whole=whole)
-    return experience, kind
+        for mostly in (False, True):
+            state.remaining_work.add(workload, level, float(rng.uniform(0.2, 1.2)), mostly=mostly)
+    return state, workload
 
 
-def _cost(
-    experience: PlannerState,
-    kind: WorkloadKey,
-    task: PlanContext,
+def _expected_ns(
+    state: PlannerState,
+    workload: WorkloadKey,
+    context: PlanContext,
     kept: Plan,
     plan: Plan,
     levels: int,
     *,
     complete: bool,
 ) -> float:
-    """Nanoseconds expected of the target with a part of a plan of so many levels. complete: the draft had room for more."""
-    trie, target = SIMULATION.catalogue.trie, experience.costs.target
-    sizes = [min(task.beam_width, int(np.diff(trie.level_start)[level])) for level in range(trie.levels)]
+    """Return the expected time of the target with a part of a plan. complete: true if the draft had room for more nodes."""
+    trie, target = SIMULATION.catalogue.trie, state.latencies.target
+    sizes = [min(context.beam_width, int(np.diff(trie.level_start)[level])) for level in range(trie.levels)]
     without = [
-        sum(float(target.call(size, PROMPT_TOKENS, size)) for size in sizes[level:]) for level in range(trie.levels)
+        sum(float(target.call_ns(size, PROMPT_TOKENS, size)) for size in sizes[level:]) for level in range(trie.levels)
     ]
 
-    def share(level: int, *, whole: bool) -> float:
-        further, levels = experience.further, range(level, level + 1)
-        return float((further.wholly if whole else further.partly)(kind, levels)[0]) * without[level]
+    def remaining_ns(level: int, *, mostly: bool) -> float:
+        ratios, levels = state.remaining_work, range(level, level + 1)
+        ratio = (ratios.mostly_missed if mostly else ratios.partly_missed)(workload, levels)
+        return float(ratio[0]) * without[level]
 
-    total = float(target.forward(PROMPT_TOKENS + len(kept.node), 0))
+    total = float(target.forward_ns(PROMPT_TOKENS + len(kept.node), 0))
     whole_margins = {
         margin
         for margin in kept.margin.tolist()
         if (kept.margin == margin).sum() == (plan.margin == margin).sum() and (margin != plan.margin.min() or complete)
     }
     depth = -min(whole_margins) if whole_margins else -np.inf
-    missed = experience.coverage.missed(kind, 0, np.array([max(depth, -1e6) if whole_margins else -np.inf]))[:, 0]
+    missed = state.acceptance.missed(workload, 0, np.array([max(depth, -1e6) if whole_margins else -np.inf]))[:, 0]
     above, planned = 0.0, trie.depth(kept.node)
     for level, probability in enumerate(missed.tolist()[:levels], start=1):
         few = 2 * int((planned == level).sum()) < sizes[level]
-        total += (probability - above) * share(level, whole=few)
+        total += (probability - above) * remaining_ns(level, mostly=few)
         above = probability
-    return total + ((1.0 - above) * share(levels + 1, whole=True) if levels + 1 < trie.levels else 0.0)
+    return total + ((1.0 - above) * remaining_ns(levels + 1, mostly=True) if levels + 1 < trie.levels else 0.0)

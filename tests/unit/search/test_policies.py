@@ -18,6 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Int64
+from atspeed.engine.search import search_rules
 from atspeed.engine.search.beams import (
     Beams,
     children_by_gumbel,
@@ -28,8 +30,6 @@ from atspeed.engine.search.beams import (
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.sampling import Stream
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
-from atspeed.engine.search.trie import Int64
-from orchestrator.search import policies
 from orchestrator.search.beam_loop import Draft
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict
 from tests.oracles.naive_search import (
@@ -65,19 +65,19 @@ def lists(
     ("policy", "builder"),
     [(Strict(3), "children_by_score"), (ExactSampling(3, Perturbation(1, 1.0)), "children_by_gumbel")],
 )
-def test_the_children_of_a_level_that_was_foreseen_are_built_once(
+def test_the_children_of_an_evaluated_level_are_built_once(
     policy: Policy, builder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asking what is missing once built them all too, only to find that nothing was."""
     built: list[int] = []
-    build = getattr(policies, builder)
+    build = getattr(search_rules, builder)
 
     def counted(*arguments: Any) -> Beams:
         children: Beams = build(*arguments)
         built.append(len(children))
         return children
 
-    monkeypatch.setattr(policies, builder, counted)
+    monkeypatch.setattr(search_rules, builder, counted)
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
     asyncio.run(search(world, policy, ScriptedDraft(world.trie, everything)))
     assert sum(count > 0 for count in built) == NAIVE.levels

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from atspeed.engine.search.sampling import Float64, Stream, UInt64, gumbel, mix64, uniform
+from atspeed.engine.arrays import Float64, UInt64
+from atspeed.engine.search.sampling import Stream, gumbel, mix64, uniform
 
 MASK = 0xFFFFFFFFFFFFFFFF
 KEYS = mix64(np.arange(20_000, dtype=np.uint64))

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from atspeed.configuration.settings import ServiceSettings
+from atspeed.errors import StartupError
 from atspeed.local.certificates import LocalCertificates
-from atspeed.rpc.errors import StartupError
 from atspeed.rpc.server import running
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsError, TlsFiles, WatchedPems
@@ -222,3 +222,12 @@ def test_new_tokens_are_long_and_differ() -> None:
     made = {new_token() for _ in range(100)}
     assert len(made) == 100
     assert all(len(token) >= 43 and token.isascii() for token in made)
+
+
+def test_files_of_tokens_with_a_byte_order_mark_are_read(tokens: Path, tmp_path: Path) -> None:
+    """Some editors write one; it was the beginning of the first name, or no ASCII."""
+    plain = read_tokens(tokens)
+    tokens.write_bytes(b"\xef\xbb\xbf" + tokens.read_bytes())
+    assert read_tokens(tokens) == plain
+    (tmp_path / "shown").write_bytes(b"\xef\xbb\xbfsecret\r\n")
+    assert TokenFile(tmp_path / "shown")() == "secret"

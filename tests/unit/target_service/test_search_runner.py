@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import PassProgram, PassRecord, Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
-from atspeed.engine.search.trie import ROOT, Int64, Pruning
+from atspeed.engine.search.trie import ROOT, Pruning
 from target_service.search_runner import Search, Searcher
 from tests.bundles import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie

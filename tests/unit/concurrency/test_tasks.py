@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from atspeed.concurrency.background_task import background_task
+from atspeed.concurrency.tasks import background_task
 
 
 async def test_the_task_ends_with_the_block() -> None:

@@ -1,0 +1,113 @@
+"""Commands whose mistakes and failures end in one line.
+
+The exit code is 2 for a mistake in the command, 1 for a failure, and 75 for a training that paused.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from atspeed.benchmarks.results import BenchmarkError
+from atspeed.cli.options import CommandError, err
+from atspeed.client.errors import RecommenderError, UsageError
+from atspeed.engine.errors import EngineError
+from atspeed.local.redis_server import LocalRedisError
+from atspeed.local.stack import LocalStackError
+from atspeed.security.tls import TlsError
+from atspeed.training.errors import Paused, TrainingError
+
+PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
+_FORESEEN = (
+    BenchmarkError,
+    CommandError,
+    EngineError,
+    LocalRedisError,
+    LocalStackError,
+    RecommenderError,
+    TlsError,
+    TrainingError,
+)
+# The base of all that is wrong with a command line, which Typer exports under no name of its own.
+_Mistake: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
+
+
+class CheckedCommand(TyperCommand):
+    """A command of which no text is other than UTF-8, and no number NaN or infinite."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Check every value, whatever option it is of."""
+        rest = super().parse_args(ctx, args)
+        parameter: Any
+        for parameter in self.params:
+            for value in _values(ctx.params.get(parameter.name or "")):
+                if problem := _problem(value):
+                    raise typer.BadParameter(problem, ctx=ctx, param=parameter)
+        return rest
+
+
+class CheckedGroup(TyperGroup):
+    """Turns mistakes and foreseen failures into a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter that an id has
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return super().invoke(ctx)
+        except _Mistake as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                raise  # no mistake: a group without a command shows its help
+            _end(2, f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help")
+        except UsageError as error:
+            _end(2, str(error))
+        except _FORESEEN as error:
+            _end(1, str(error))
+        except Paused as paused:
+            _end(PAUSED, f"paused: {paused}; the same command goes on")
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # Typer ends a command whose output nobody reads any more
+            _end(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except UnicodeDecodeError as error:
+            _end(1, f"a file that the command reads is not UTF-8: {error.reason} at byte {error.start}")
+
+
+class Commands(typer.Typer):
+    """Typer whose commands are checked ones."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=CheckedGroup, no_args_is_help=True, add_completion=False, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """Register a command."""
+        return super().command(name, **{"cls": CheckedCommand, **options})
+
+
+def _end(code: int, line: str) -> NoReturn:
+    shown = " ".join(line.splitlines())
+    err.print(f"atspeed: {shown}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _problem(value: Any) -> str:
+    """Why a value can be no option's; empty where it may be one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not a finite number."
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{value!a} is not UTF-8."
+    return ""

@@ -1,0 +1,151 @@
+"""Checks of the client's arguments: what cannot be meant is refused before anything is sent.
+
+Each check returns the value as the request holds it, and raises ArgumentTypeError or ArgumentValueError naming the argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from io import IOBase
+from numbers import Real
+from operator import index
+from typing import Any, TypeVar
+
+import numpy as np
+
+from atspeed.client.errors import ArgumentTypeError, ArgumentValueError
+
+MAX_UINT32 = 2**32 - 1
+MAX_UINT64 = 2**64 - 1
+_Choice = TypeVar("_Choice", bound=StrEnum)
+_Message = TypeVar("_Message")
+
+
+def text(field: str, value: Any, *, required: bool = True) -> str:
+    """Text that a message can carry."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(field, f"must be text (str), got {_kind(value)}")
+    if required and not value:
+        raise ArgumentValueError(field, "must not be empty")
+    if not _is_utf8(value):
+        raise ArgumentValueError(field, f"{value!a} cannot be written as UTF-8")
+    return value
+
+
+def item_ids(field: str, values: Any, *, ordered: bool = True, required: bool = False) -> list[str]:
+    """Item ids of any iterable, in its order. required: at least one."""
+    listed = _listed(field, values, "item ids", ordered=ordered)
+    if required and not listed:
+        raise ArgumentValueError(field, "must hold at least one item id")
+    # All at once first: a name for each of ten thousand would cost more than the check.
+    if not all(type(value) is str and value and value.isascii() for value in listed):
+        return [text(f"{field}[{place}]", value) for place, value in enumerate(listed)]
+    return listed
+
+
+def messages(field: str, values: Any, kind: type[_Message]) -> list[_Message]:
+    """Messages of one kind, of any iterable."""
+    listed = _listed(field, values, f"{kind.__name__} messages", ordered=True)
+    return [message(f"{field}[{place}]", value, kind) for place, value in enumerate(listed)]
+
+
+def message(field: str, value: Any, kind: type[_Message]) -> _Message:
+    """A message of one kind."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(field, f"must be a {kind.__name__}, got {_kind(value)}")
+    return value
+
+
+def whole(field: str, value: Any, low: int, high: int) -> int:
+    """A whole number between low and high, of Python or numpy."""
+    if isinstance(value, (bool, np.bool_)):
+        raise ArgumentTypeError(field, "must be a whole number (int), got bool")
+    try:
+        number = index(value)
+    except TypeError:
+        raise ArgumentTypeError(field, f"must be a whole number (int), got {_kind(value)}") from None
+    if not low <= number <= high:
+        raise ArgumentValueError(field, f"must be between {low} and {high}, got {_shown(number)}")
+    return number
+
+
+def number(
+    field: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> float:
+    """A finite number, of Python or numpy."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise ArgumentTypeError(field, f"must be a number, got {_kind(value)}")
+    try:
+        converted = float(value)
+    except OverflowError:
+        raise ArgumentValueError(field, "must be finite") from None
+    if not math.isfinite(converted):
+        raise ArgumentValueError(field, f"must be finite, got {converted}")
+    if converted <= above or not least <= converted <= most:
+        raise ArgumentValueError(field, f"must be {_range(above, least, most)}, got {converted}")
+    return converted
+
+
+def flag(field: str, value: Any) -> bool:
+    """Yes or no."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentTypeError(field, f"must be True or False, got {_kind(value)}")
+    return bool(value)
+
+
+def choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
+    """A member of an enum, or its value as text."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(field, f"must be a {choices.__name__} or its name, got {_kind(value)}")
+    if value not in set(choices):
+        raise ArgumentValueError(field, f"must be one of {', '.join(choices)}, got {value!a}")
+    return choices(value)
+
+
+def token(field: str, value: Any) -> str:
+    """A bearer token that metadata can carry. No message quotes it."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(field, f"must be text (str), got {_kind(value)}")
+    if not (value and value.isascii() and value.isprintable() and " " not in value):
+        raise ArgumentValueError(
+            field, "must be printable ASCII without spaces and not empty; does it end with a line break?"
+        )
+    return value
+
+
+def _listed(field: str, values: Any, what: str, *, ordered: bool) -> list[Any]:
+    if isinstance(values, (str, bytes, bytearray, memoryview)):
+        raise ArgumentTypeError(field, f"must be a list of {what}, got one {_kind(values)}; put it into a list")
+    if isinstance(values, (Mapping, IOBase)) or (ordered and isinstance(values, (set, frozenset))):
+        raise ArgumentTypeError(field, f"must be a list of {what}, got {_kind(values)}")
+    try:
+        iterator = iter(values)
+    except TypeError:
+        raise ArgumentTypeError(field, f"must be a list of {what}, got {_kind(values)}") from None
+    return list(iterator)
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(number: int) -> str:
+    """A number short enough for a message: Python refuses to write one of more than 4300 digits."""
+    return str(number) if number.bit_length() <= 128 else f"a number of {number.bit_length()} bits"
+
+
+def _range(above: float, least: float, most: float) -> str:
+    bounds = [f"above {above:g}"] if above > -math.inf else []
+    bounds += [f"at least {least:g}"] if least > -math.inf else []
+    bounds += [f"at most {most:g}"] if most < math.inf else []
+    return " and ".join(bounds)

@@ -1,0 +1,58 @@
+"""Lines of text files, for every reader of them."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atspeed.engine.bundle.item_ids import shown
+from atspeed.engine.errors import LineError
+
+_BLANKS = " \t"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank, without its end.
+
+    A line ends at a line feed, before which a carriage return may stand. Other characters that Unicode counts as ends of lines
+    are text. A byte order mark at the beginning is skipped. Blank lines have spaces and tabs alone; they count.
+    Raises LineError, naming file and line, when the file cannot be read or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                text = _decoded(content, path, number).removesuffix("\n").removesuffix("\r")
+                if text.strip(_BLANKS):
+                    yield number, text
+    except OSError as error:
+        raise LineError(f"{path}: {error.strerror}") from error
+
+
+def words(line: str) -> list[str]:
+    """The parts of a line between spaces and tabs. Other characters that Unicode counts as spaces may stand in an id."""
+    return [word for word in line.replace("\t", " ").split(" ") if word]
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value. Raises ValueError also where an object has a key twice: one of its values would be lost without a word."""
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} occurs more than once")
+        found[key] = value
+    return found
+
+
+def _decoded(content: bytes, path: Path, number: int) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise LineError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start + 1} of the line") from error

@@ -1,0 +1,88 @@
+"""The rules of beam search that the loop and the autonomous search share.
+
+Two searches take the same decisions: the orchestrator's loop, and the target's autonomous search, which makes the loop's next
+passes in advance. What is evaluated, what is missing and which children are chosen is decided here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from atspeed.engine.arrays import Int64
+from atspeed.engine.search.beams import Beams, Evaluated, children_by_gumbel, children_by_score
+from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
+from atspeed.engine.search.trie import Trie
+
+
+class EvaluatedNodes:
+    """The evaluated nodes of one search, together with the nodes that never need an evaluation.
+
+    Attributes:
+        trie: the catalogue's trie.
+        rule: the scoring rule of the bundle.
+        evaluated: node -> its best live children.
+    """
+
+    def __init__(self, trie: Trie, rule: ScoringRule) -> None:
+        self.trie = trie
+        self.rule = rule
+        self.evaluated: dict[int, Children] = {}
+
+    def knows(self, node: int) -> bool:
+        """Return whether a node needs no target pass."""
+        if node in self.evaluated:
+            return True
+        if self.rule is ScoringRule.TRIE and self.trie.child_count[node] == 1:
+            self.evaluated[node] = Children(self.trie.children(node), np.zeros(1, dtype=np.float32), 0.0)
+            return True
+        return False
+
+    def certain(self, nodes: Int64) -> npt.NDArray[np.bool_]:
+        """Return which of the nodes [n] never need a pass: under rule `trie`, those with a single child."""
+        return np.asarray((self.trie.child_count[nodes] == 1) & (self.rule is ScoringRule.TRIE))
+
+    def missing(self, beams: Beams) -> Int64:
+        """Return the rows of the beams that are not evaluated."""
+        return np.flatnonzero([not self.knows(node) for node in beams.node.tolist()])
+
+    def known(self, beams: Beams) -> Beams:
+        """Return the beams that are evaluated."""
+        return beams.take(np.flatnonzero([self.knows(node) for node in beams.node.tolist()]))
+
+
+@dataclass(frozen=True)
+class TopChildren:
+    """The choice of beam search: the best `width` children of all beams of a level.
+
+    Attributes:
+        width: the beam width.
+        noise: None for the order by score; else the order by perturbed score (stochastic beam search, arXiv 1903.06059).
+    """
+
+    width: int
+    noise: Perturbation | None = None
+
+    def missing(self, beams: Beams, nodes: EvaluatedNodes) -> Int64:
+        """Return the rows of the beams that are not evaluated and whose children could be chosen, ties included.
+
+        No child has a higher priority than its parent. So a beam that `width` known children exceed needs no evaluation.
+        """
+        missing = nodes.missing(beams)
+        if not len(
+            missing
+        ):  # the usual case, when a plan covered the level: `select` is about to build the same children
+            return missing
+        children = self._children(nodes.known(beams), nodes.evaluated, nodes.trie)
+        return missing[beams.priority[missing] >= children.threshold(self.width)]
+
+    def select(self, beams: Beams, nodes: EvaluatedNodes) -> Beams:
+        """Return the beams of the next level. All of `beams` are evaluated."""
+        return self._children(beams, nodes.evaluated, nodes.trie).best(self.width)
+
+    def _children(self, beams: Beams, evaluated: Evaluated, trie: Trie) -> Beams:
+        if self.noise is None:
+            return children_by_score(beams, evaluated)
+        return children_by_gumbel(trie, beams, evaluated, self.noise)

@@ -1,0 +1,74 @@
+"""The gRPC status of each exception.
+
+`atspeed.engine.errors.PromptError` and `CapacityError` are the client's to correct and become INVALID_ARGUMENT; `OverloadedError`
+becomes RESOURCE_EXHAUSTED. Every other exception is a defect of the service: INTERNAL with an error id, under which the log has
+the traceback.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from google.rpc import error_details_pb2, status_pb2
+
+from atspeed.engine.errors import CapacityError, OverloadedError, PromptError
+from atspeed.errors import ServiceError
+
+# HTTP/2 peers limit all of a call's trailers to 8 KiB, and a status beyond that breaks the call itself.
+MAX_DETAILS = 1000
+PUSHBACK_HEADER = "grpc-retry-pushback-ms"
+STATUS_HEADER = "grpc-status-details-bin"
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CallStatus:
+    """How a call ends: the gRPC status code, the text that goes with it, and when another try may succeed, if known."""
+
+    code: grpc.StatusCode
+    details: str
+    retry_after_seconds: float | None = None
+
+    @property
+    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The hint as gRPC's own retries obey it, and as google.rpc.RetryInfo for those who read it."""
+        if self.retry_after_seconds is None:
+            return ()
+        milliseconds = math.ceil(self.retry_after_seconds * 1000)
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromMilliseconds(milliseconds)
+        status = status_pb2.Status(code=self.code.value[0], message=self.details)
+        status.details.add().Pack(info)
+        return (PUSHBACK_HEADER, str(milliseconds)), (STATUS_HEADER, status.SerializeToString())
+
+
+def call_status(error: Exception) -> CallStatus:
+    """The status that `error` ends a call with. One that is ours is logged, under the id in the status."""
+    if isinstance(error, ServiceError):
+        return CallStatus(
+            grpc.StatusCode[error.code], _shortened(str(error)), getattr(error, "retry_after_seconds", None)
+        )
+    if isinstance(error, (PromptError, CapacityError)):
+        return CallStatus(grpc.StatusCode.INVALID_ARGUMENT, _shortened(str(error)))
+    if isinstance(error, OverloadedError):
+        return CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, _shortened(str(error)))
+    error_id = secrets.token_hex(6)
+    _log.error("internal error", error_id=error_id, exc_info=error)
+    return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
+
+
+def retry_after_seconds(error: grpc.aio.AioRpcError) -> float | None:
+    """When a service that refused a call thinks that another try may succeed; None where it does not say."""
+    for key, value in error.trailing_metadata() or ():
+        if key == PUSHBACK_HEADER and isinstance(value, str) and value.isdecimal():
+            return int(value) / 1000
+    return None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_DETAILS else text[: MAX_DETAILS - 3] + "..."

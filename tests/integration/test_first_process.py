@@ -1,0 +1,135 @@
+"""Services and commands as a container's first process, for which the kernel drops every signal that has no handler."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.serving import LIVENESS_SECONDS, until
+
+ROOT = Path(__file__).parents[2]
+SERVICES = ["draft_service", "target_service", "orchestrator"]
+HOLDER = """
+import time
+from atspeed.local.redis_server import LocalRedis
+from atspeed.concurrency.early_signals import unwind_at_sigterm
+
+unwind_at_sigterm()
+with LocalRedis() as server:
+    print(server.url, flush=True)
+    time.sleep(600)
+"""
+
+
+@functools.cache
+def unshared() -> list[str]:
+    """The command whose child is the first process of its own process namespace."""
+    command = [shutil.which("unshare") or "unshare", "--pid", "--fork"]
+    try:
+        allowed = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        pytest.skip("unshare --pid is not permitted here")
+    return command
+
+
+@dataclass
+class First:
+    """A first process. outer: the one that made its namespace, which ends as it does. number: its id out here."""
+
+    outer: subprocess.Popen[str]
+    number: int
+
+    @property
+    def handles_sigterm(self) -> bool:
+        status = Path(f"/proc/{self.number}/status").read_text(encoding="ascii")
+        (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+        return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
+
+    @property
+    def has_loaded_grpc(self) -> bool:
+        return "cygrpc" in Path(f"/proc/{self.number}/maps").read_text(encoding="utf-8")
+
+    def ended(self) -> tuple[int, str]:
+        """Exit code and what it printed on stdout."""
+        output, _ = self.outer.communicate(timeout=LIVENESS_SECONDS)
+        return self.outer.returncode, output
+
+
+@contextmanager
+def first_process(*arguments: str) -> Iterator[First]:
+    """Python with these arguments, which does not outlive the block."""
+    outer = subprocess.Popen(
+        [*unshared(), sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    with outer:
+        try:
+            until(lambda: children.read_text(encoding="ascii") != "", pause=0)
+            first = First(outer, int(children.read_text(encoding="ascii").split()[0]))
+            yield first
+        finally:
+            if outer.poll() is None:
+                for number in children.read_text(encoding="ascii").split():
+                    os.kill(int(number), signal.SIGKILL)
+                outer.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("module", [*SERVICES, "client"])
+def test_a_first_process_ends_at_a_signal_before_anything_heavy_is_loaded(
+    bundle: Path, module: str, number: signal.Signals
+) -> None:
+    """Its handler is there before the imports, which take a second; it prints nothing, as it never served."""
+    command = ["up"] if module == "client" else []
+    with first_process("-m", module, *command, "--bundle", str(bundle)) as process:
+        until(lambda: process.handles_sigterm, pause=0.001)
+        assert not process.has_loaded_grpc
+        os.kill(process.number, number)
+        assert process.ended() == (0, "")
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.7, 1.5])
+@pytest.mark.parametrize("module", SERVICES)
+def test_a_first_process_ends_at_a_signal_whatever_it_is_at(bundle: Path, module: str, seconds: float) -> None:
+    """In the middle of its imports, of reading its settings, of loading a model, or serving."""
+    needed = ["--target", "127.0.0.1:1"] if module == "orchestrator" else []
+    with first_process("-m", module, "--bundle", str(bundle), "--port", "0", *needed) as process:
+        until(lambda: process.handles_sigterm, pause=0.001)
+        time.sleep(seconds)
+        os.kill(process.number, signal.SIGTERM)
+        code, _ = process.ended()
+    assert code == 0
+
+
+def test_a_first_process_that_runs_services_stops_them_at_sigterm() -> None:
+    """As a benchmark or the demo does: its code says that a signal ended it, and what it holds is let go of in order."""
+    with first_process("-c", HOLDER) as process:
+        assert process.outer.stdout is not None
+        assert process.outer.stdout.readline().startswith("redis://")
+        os.kill(process.number, signal.SIGTERM)
+        assert process.ended() == (128 + signal.SIGTERM, "")
+
+
+def test_a_command_that_is_still_loading_says_that_a_signal_ended_it() -> None:
+    with first_process("-m", "client", "bench", "lossless") as process:
+        until(lambda: process.handles_sigterm, pause=0.001)
+        os.kill(process.number, signal.SIGTERM)
+        assert process.ended() == (128 + signal.SIGTERM, "")
