@@ -62,7 +62,7 @@ USERS ?= 1000
 # To docs/benchmarks/acceptance.md and its .json.
 .PHONY: beauty
 beauty: beauty-bundle
-	$(BIN)/atspeed bench acceptance --bundle $(BEAUTY)/bundle --data "$(DATA)" --users $(USERS) \
+	$(BIN)/python -m research acceptance --bundle $(BEAUTY)/bundle --data "$(DATA)" --users $(USERS) \
 	    --json docs/benchmarks/acceptance.json --report docs/benchmarks
 
 # To docs/benchmarks/losses/. Strict, and relaxed sampling, which is what AtSpeed-R is made for.
@@ -70,7 +70,7 @@ beauty: beauty-bundle
 beauty-losses: beauty-bundle
 	$(BIN)/atspeed train-drafts runs/beauty-losses.toml --run-folder $(BEAUTY) --data "$(DATA)" --workers $(PROCESSES)
 	@mkdir -p docs/benchmarks/losses
-	$(BIN)/atspeed bench acceptance --bundle $(BEAUTY)/drafts/target/bundle --data "$(DATA)" --users $(USERS) \
+	$(BIN)/python -m research acceptance --bundle $(BEAUTY)/drafts/target/bundle --data "$(DATA)" --users $(USERS) \
 	    $$(sed 's/^/--draft /' $(BEAUTY)/drafts/bundles.txt) --mode strict --mode relaxed-sampling -k 10 -k 20 \
 	    --budget 40 --budget 120 --budget 240 --json docs/benchmarks/losses/acceptance.json --report docs/benchmarks/losses
 
@@ -105,7 +105,8 @@ speed: beauty-bundle
 	$(BIN)/atspeed inflate $(BEAUTY)/bundle $(INFLATED)-int8 --shape 85m --precision int8
 	+$(MAKE) --keep-going --jobs 1 $(SPEED:%=speed-%) $(INT8:%=speed-int8-%)
 
-bench = $(BIN)/atspeed bench $(@:speed-%=%) --json $(SPEED_OUT)/$(@:speed-%=%).json --report $(SPEED_OUT)
+bench = $(BIN)/atspeed bench $(measured)
+measured = $(@:speed-%=%) --json $(SPEED_OUT)/$(@:speed-%=%).json --report $(SPEED_OUT)
 bench_users = $(bench) --bundle $(INFLATED)/bundle --histories "$(DATA)/train.txt"
 
 .PHONY: $(INT8:%=speed-int8-%)
@@ -114,7 +115,7 @@ $(INT8:%=speed-int8-%): speed-int8-%:
 
 .PHONY: $(SPEED:%=speed-%)
 speed-precision:
-	$(bench) --run-folder $(BEAUTY) --data "$(DATA)" --timed $(INFLATED)/target-checkpoint --users 4000 \
+	$(BIN)/python -m research $(measured) --run-folder $(BEAUTY) --data "$(DATA)" --timed $(INFLATED)/target-checkpoint --users 4000 \
 	    --threads $(THREADS)
 
 speed-decode:

@@ -31,6 +31,7 @@ PURPOSES = {
     "draft_service/": "grows plans with the draft model",
     "target_service/": "evaluates token trees with the target model",
     "atspeed/": "what the services share, training, client, command line",
+    "research/": "finished studies, outside of the product",
     "runs": "training recipes",
     "bundles": "movielens-100k, the trained bundle that the demo serves",
     "deploy": "Dockerfile, GPU set-up and pins, Envoy, Kubernetes, Prometheus, Grafana",

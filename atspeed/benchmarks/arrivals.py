@@ -1,7 +1,7 @@
-"""Who asks when: Poisson arrivals of new, returning and refreshing users, a pure function of the seed.
+"""Arrivals of new, returning and refreshing users: a Poisson process, by a seed.
 
-A new user brings a history without its newest items, a returning one comes back with one item more, a refreshing one asks the
-same again. What a prefix cache can save is nothing, nearly all, and all of the prompt.
+A new user has a history without its newest items. A returning user has one item more than before. A refreshing user repeats the
+last request. A prefix cache can save none, nearly all and all of their prompts.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from enum import StrEnum
 
 import numpy as np
 
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.results import BenchmarkError
 
 _HELD_BACK = 4  # newest items of a history that a new user does not have yet
 
 
-class Kind(StrEnum):
-    """What a cache knows of whoever asks."""
+class UserKind(StrEnum):
+    """Kind of user, by how much of the prompt a cache can know."""
 
     NEW = "new"
     RETURNING = "returning"
@@ -28,7 +28,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the kinds. They need not sum to 1; a user who is yet to come is new, whatever was drawn."""
+    """Shares of the kinds of users. They need not sum to 1. The first request of a user is always new."""
 
     new: float = 0.2
     returning: float = 0.5
@@ -36,7 +36,7 @@ class Mix:
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """From `new=0.2,returning=0.5,refreshing=0.3`; what is not named is 0. Raises BenchmarkError."""
+        """Parse `new=0.2,returning=0.5,refreshing=0.3`. Kinds that are not named have the share 0. Raises BenchmarkError."""
         names = [field.name for field in fields(cls)]
         shares = dict.fromkeys(names, 0.0)
         for part in text.split(","):
@@ -52,25 +52,25 @@ class Mix:
         return cls(**shares)
 
     @property
-    def law(self) -> list[float]:
-        """Probability of each kind, in the order of `Kind`."""
+    def probabilities(self) -> list[float]:
+        """Probability of each kind, in the order of `UserKind`."""
         shares = [self.new, self.returning, self.refreshing]
         return [share / sum(shares) for share in shares]
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request. at: seconds after the start. cohort: histories are taken once per cohort, so equal ones are other users."""
+    """One request. at: seconds after the start. cohort: a history is used once in each cohort, by another user each time."""
 
     at: float
-    kind: Kind
+    kind: UserKind
     history: History
     cohort: int
 
 
 @dataclass
 class _User:
-    """Someone who has asked before, with so many items of the history."""
+    """User of earlier requests, with so many items of the history."""
 
     history: History
     items: int
@@ -78,36 +78,38 @@ class _User:
 
 
 def plan_arrivals(histories: Sequence[History], mix: Mix, *, rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Arrivals of a Poisson process of `rate` per second, by time."""
+    """Return the arrivals of a Poisson process of `rate` per second, by time."""
     rng = np.random.default_rng(seed)
+    # Gaps enough for ten standard deviations more than the expected number of arrivals.
     gaps = rng.exponential(1 / rate, size=int(rate * seconds + 10 * np.sqrt(rate * seconds) + 10))
     times = np.cumsum(gaps)
     times = times[times < seconds]
-    drawn = rng.choice(len(Kind), size=len(times), p=mix.law)
-    crowd = _Crowd(histories, rng)
-    return [crowd.arrival(float(at), list(Kind)[kind]) for at, kind in zip(times, drawn.tolist(), strict=True)]
+    drawn = rng.choice(len(UserKind), size=len(times), p=mix.probabilities)
+    population = _Population(histories, rng)
+    return [population.arrival(float(at), list(UserKind)[kind]) for at, kind in zip(times, drawn.tolist(), strict=True)]
 
 
-class _Crowd:
-    """The users so far, and those yet to come."""
+class _Population:
+    """Users so far, and histories of users to come."""
 
     def __init__(self, histories: Sequence[History], rng: np.random.Generator) -> None:
-        self._histories, self._rng = histories, rng
+        self._histories = histories
+        self._rng = rng
         self._order = rng.permutation(len(histories))
         self._users: list[_User] = []
 
-    def arrival(self, at: float, kind: Kind) -> Arrival:
+    def arrival(self, at: float, kind: UserKind) -> Arrival:
         user = self._known(kind)
         if user is None:
-            kind, user = Kind.NEW, self._newcomer()
-        user.items += kind is Kind.RETURNING
+            kind, user = UserKind.NEW, self._newcomer()
+        user.items += kind is UserKind.RETURNING
         return Arrival(at, kind, user.history[: user.items], user.cohort)
 
-    def _known(self, kind: Kind) -> _User | None:
-        """Somebody of this kind; None where nobody is."""
-        if kind is Kind.NEW:
+    def _known(self, kind: UserKind) -> _User | None:
+        """Draw a user who can be of this kind; None where there is none."""
+        if kind is UserKind.NEW:
             return None
-        some = [user for user in self._users if kind is Kind.REFRESHING or user.items < len(user.history)]
+        some = [user for user in self._users if kind is UserKind.REFRESHING or user.items < len(user.history)]
         return some[int(self._rng.integers(len(some)))] if some else None
 
     def _newcomer(self) -> _User:

@@ -1,6 +1,8 @@
-"""One catalogue in a process of its own: `python -m atspeed.benchmarks.catalogue_probe FOLDER --k 20 --excluded 10000` prints JSON.
+"""Probe of one catalogue in its own process: load time, memory, selection.
 
-A process that has done nothing else, and imports what a service imports, is the only one whose memory says something.
+    python -m atspeed.benchmarks.catalogue_probe FOLDER --k 20 --excluded 10000
+
+The process imports what a service imports and does nothing else, so that its memory is that of the catalogue.
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import Strict
 
-_REPEATS = 7
+_REPEATS = 7  # of which the median counts
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a catalogue costs a process. Seconds, bytes, and milliseconds at the median.
+    """Cost of a catalogue for a process. Milliseconds are medians.
 
-    resident_bytes, peak_bytes: what loading added, and the highest in between.
-    find_ms, exclude_ms, allow_ms: the indices of many ids, the pruning without these items, and the pruning to them alone.
-    constraint_ms, selection_ms: per pass of a beam search, choosing each node's best children, and the rest of the search.
-    excluded_*: with these items excluded.
+    Attributes:
+        resident_bytes: memory that loading added.
+        peak_bytes: the highest memory while it loaded, less that before.
+        find_ms: time to look up many ids.
+        exclude_ms, allow_ms: time to build the pruning without these items, and the pruning to them alone.
+        constraint_ms: time per pass of a beam search to choose the best children of each node.
+        selection_ms: time per pass of the rest of the search.
+        excluded_constraint_ms, excluded_selection_ms: the same with these items excluded.
     """
 
     load_seconds: float
@@ -50,7 +56,7 @@ class Probe:
 
 @dataclass
 class NoisyTarget:
-    """A target whose logits are noise. nanoseconds: of the noise and of choosing children, of every pass."""
+    """Target with random logits. model_ns, constraint_ns: time of each pass for the logits, and to choose children."""
 
     catalogue: Catalogue
     rule: ScoringRule
@@ -61,7 +67,7 @@ class NoisyTarget:
     constraint_ns: list[int] = field(default_factory=list)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass; see `beam_loop.Target`."""
+        """Make one pass; see `beam_loop.Target`."""
         trie, begun = self.catalogue.trie, time.perf_counter_ns()
         logits = self.rng.standard_normal((len(nodes), trie.columns), dtype=np.float32)
         mass = np.log(np.exp(logits).sum(axis=1))
@@ -73,10 +79,10 @@ class NoisyTarget:
 
 
 def probe(folder: Path, *, k: int, excluded: int, seed: int = 1) -> Probe:
-    """Load the catalogue as a service does, and measure."""
+    """Load the catalogue as a service does, and measure it."""
     before, begun = memory("VmRSS"), time.perf_counter()
     catalogue = Catalogue.load(folder)
-    _ = catalogue.version  # services compare it with their bundle's
+    _ = catalogue.version  # services compute it to compare it with their bundle's
     catalogue.warm_up()
     seconds = time.perf_counter() - begun
     resident, peak = memory("VmRSS"), memory("VmHWM")
@@ -102,14 +108,14 @@ def probe(folder: Path, *, k: int, excluded: int, seed: int = 1) -> Probe:
 
 
 def memory(name: str) -> int:
-    """A figure of this process's memory in bytes, by its name in Linux's /proc; 0 where there is no such file."""
+    """Return a figure of this process's memory in bytes, by its name in Linux's /proc; 0 where there is no such file."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _search_ms(catalogue: Catalogue, pruning: Pruning, k: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Of a target-only search of K beams, per pass: milliseconds of choosing children, and of all else but the model."""
+    """Return milliseconds per pass of a target-only search: to choose children, and for all else but the model."""
     constraint, rest = [], []
     for _ in range(_REPEATS):
         target = NoisyTarget(catalogue, ScoringRule.VOCAB, pruning, k, rng)
@@ -131,13 +137,14 @@ def _median_ms(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--excluded", type=int, default=10_000)
     asked = parser.parse_args()
-    print(json.dumps(asdict(probe(asked.folder, k=asked.k, excluded=asked.excluded)), allow_nan=False))  # noqa: T201 - its answer
+    found = probe(asked.folder, k=asked.k, excluded=asked.excluded)
+    print(json.dumps(asdict(found), allow_nan=False))  # noqa: T201 - an answer
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A client that opens calls and waits to be killed: `python -m atspeed.benchmarks.crashing_client ADDRESS ITEM...`."""
+"""Client that keeps calls open until it is killed, for the soak run.
+
+python -m atspeed.benchmarks.crashing_client ADDRESS ITEM...
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from collections.abc import Sequence
 
 from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
 
-CALLS = 4
+CALLS = 4  # of each kind: more than a target batches at once on a small machine
 
 
 async def call_on(address: str, history: Sequence[str]) -> None:
-    """Recommendations and batches without an end; one line on stdout when the first have been sent."""
+    """Send recommendations and batches without end. Writes one line to stdout when the first have been sent."""
     async with RecommenderClient(address) as client, asyncio.TaskGroup() as group:
         for _ in range(CALLS):
             group.create_task(recommend_on(client, history))
@@ -24,14 +27,14 @@ async def call_on(address: str, history: Sequence[str]) -> None:
 
 
 async def recommend_on(client: RecommenderClient, history: Sequence[str]) -> None:
-    """One list after the other."""
+    """Ask for one list after the other."""
     while True:
         with contextlib.suppress(RecommenderError):
             await client.recommend(history=history, k=20)
 
 
 async def batch_on(client: RecommenderClient, history: Sequence[str]) -> None:
-    """One batch after the other."""
+    """Ask for one batch after the other."""
     requests = [recommend_request(history=history, k=10) for _ in range(8)]
     while True:
         with contextlib.suppress(RecommenderError):

@@ -1,14 +1,14 @@
-"""How long a list takes, side by side: our modes through the real services, Hugging Face `generate`, onnxruntime-genai.
+"""Time of a list: our modes, Hugging Face `generate` and onnxruntime-genai.
 
-One request at a time. All that is compared is asked about a user before the next user's turn, in an order of the user's own, so
-that a machine that has other work slows all alike. Times are the caller's, from the request to the whole answer.
+One request at a time. All variants are measured for a user before the next user, in a random order for each user, so that a
+disturbance of the machine meets all of them. Times are the caller's, from the request to the whole list.
 
-    cold    no service has keys and values of the prompt: the request's tenant is its own
+    cold    no service has KV of the prompt: each request has its own tenant
     warm    the same request was served before the user's last item came, for the same tenant
 
-The peers have no prefix cache for beam search; their one time stands beside both. A plan that is perfect and free is the limit of
-what any draft could do (`perfect_plan`). Lists are compared with those of cold target-only, exact samples with cold ones by the
-same seed.
+The other engines have no prefix cache for beam search, so their one time is compared with both. An oracle plan bounds what any
+draft could do (`oracle_plan`). Lists are compared with those of cold target-only, and exact samples with cold ones by the same
+seed.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from rich.progress import Progress
 from atspeed.benchmarks.decode_rows import (
     ENGINE,
     NAME,
-    PERFECT,
+    ORACLE_PLAN,
     STAGES,
-    Answer,
-    Answers,
     DecodeRow,
+    ListSample,
     Prefix,
-    Way,
+    Samples,
+    Variant,
     summary,
 )
 from atspeed.benchmarks.histories import History
-from atspeed.benchmarks.oracle_plan import PerfectPlans, perfect_plans
-from atspeed.benchmarks.services import Running, progress_bar, running_services, undisturbed
+from atspeed.benchmarks.oracle_plan import OraclePlans, oracle_plans
+from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_bar, running_services
 from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
-WIDTHS = (1, 3, 5, 10, 20, 50)
+WIDTHS = (1, 3, 5, 10, 20, 50)  # from one item to a page of candidates for a ranker
 MODES = tuple(Mode)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked about every user. seed: of the order and of sampled lists. peer_users: how many users the peers answer.
+class DecodeConfig:
+    """Configuration of the measurement.
 
-    perfect: whether plans that hold exactly what is needed, and cost nothing, are measured beside the modes.
-
-    settle: users before these, who are asked everything of us and do not count: what is done once is then done, and the planner
-    knows what passes take and what plans are good for.
+    Attributes:
+        peer_users: users whose lists the other engines make.
+        perfect: True if lists with oracle plans are measured too.
+        settle: users before the others, who are not counted. They warm up the services, and the planner learns from them.
+        seed: seed of the order and of sampled lists.
     """
 
     widths: Sequence[int] = WIDTHS
@@ -70,89 +71,105 @@ class Question:
 
 
 class Peer(Protocol):
-    """Another engine with the same weights. about: what it does, for readers of the result. most_beams: it answers no K above."""
+    """Another engine with the same weights.
+
+    Attributes:
+        mode: the name of its search.
+        about: a description for readers of the result.
+        max_beams: the largest K that it supports.
+    """
 
     engine: str
     mode: str
     about: str
-    most_beams: float
+    max_beams: float
 
-    def answer(self, history: History, k: int) -> Answer:
-        """One list, measured."""
+    def measure(self, history: History, k: int) -> ListSample:
+        """Make and measure one list."""
 
 
 async def run(
-    root: Path, histories: Sequence[History], question: Question, peers: Sequence[Peer], running: Running
+    root: Path, histories: Sequence[History], config: DecodeConfig, peers: Sequence[Peer], options: ServiceOptions
 ) -> list[DecodeRow]:
-    """Ask everything about every user; the first `settle` of them do not count. Raises BenchmarkError where a service failed."""
-    unmeasured, histories = histories[: question.settle], histories[question.settle :]
-    perfect = question.perfect and read_manifest(root).draft is not None
-    modes = [*map(str, question.modes), *([PERFECT] if perfect else [])]
-    ways = [Way(ENGINE, mode, k, prefix) for prefix in question.prefixes for k in question.widths for mode in modes]
+    """Measure every variant for every user; the first `settle` users are not counted.
+
+    Raises BenchmarkError where a service failed.
+    """
+    settling, histories = histories[: config.settle], histories[config.settle :]
+    perfect = config.perfect and read_manifest(root).draft is not None
+    modes = [*map(str, config.modes), *([ORACLE_PLAN] if perfect else [])]
+    own = [Variant(ENGINE, mode, k, prefix) for prefix in config.prefixes for k in config.widths for mode in modes]
     others = [
-        (peer, Way(peer.engine, peer.mode, k, Prefix.COLD))
+        (peer, Variant(peer.engine, peer.mode, k, Prefix.COLD))
         for peer in peers
-        for k in question.widths
-        if k <= peer.most_beams
+        for k in config.widths
+        if k <= peer.max_beams
     ]
-    answers: Answers = {way: [] for way in [*ways, *(way for _, way in others)]}
+    samples: Samples = {variant: [] for variant in [*own, *(variant for _, variant in others)]}
     async with AsyncExitStack() as stack:
-        services = await stack.enter_async_context(running_services(root, running))
-        plans = await stack.enter_async_context(perfect_plans(root, services)) if perfect else None
-        asker = _Asker(services.client, plans, question)
+        services = await stack.enter_async_context(running_services(root, options))
+        plans = await stack.enter_async_context(oracle_plans(root, services)) if perfect else None
+        timer = _ListTimer(services.client, plans, config)
         with progress_bar() as progress:
-            await _settle(asker, unmeasured, ways, peers, progress)
+            await _settle(timer, settling, own, peers, progress)
             task = progress.add_task("users", total=len(histories))
             for number, history in enumerate(histories):
-                turns: list[tuple[Peer | None, Way]] = [(None, way) for way in ways]
-                turns += others if number < question.peer_users else []
-                for index in np.random.default_rng([question.seed, number]).permutation(len(turns)):
-                    peer, way = turns[index]
-                    answers[way].append(await asker.answer(peer, way, history, number))
+                turns: list[tuple[Peer | None, Variant]] = [(None, variant) for variant in own]
+                turns += others if number < config.peer_users else []
+                for index in np.random.default_rng([config.seed, number]).permutation(len(turns)):
+                    peer, variant = turns[index]
+                    samples[variant].append(await timer.measure(peer, variant, history, number))
                 progress.advance(task)
-    return summary(answers)
+    return summary(samples)
 
 
 async def _settle(
-    asker: _Asker, histories: Sequence[History], ways: Sequence[Way], peers: Sequence[Peer], progress: Progress
+    timer: _ListTimer,
+    histories: Sequence[History],
+    variants: Sequence[Variant],
+    peers: Sequence[Peer],
+    progress: Progress,
 ) -> None:
-    task = progress.add_task("users that do not count", total=len(histories))
+    task = progress.add_task("users that are not counted", total=len(histories))
     for history in histories:
-        for way in ways:
-            await asker.answer(None, way, history, number=-1)
+        for variant in variants:
+            await timer.measure(None, variant, history, number=-1)
         progress.advance(task)
     for peer in peers:
-        peer.answer(histories[0], ways[0].k)
+        peer.measure(histories[0], variants[0].k)
     progress.remove_task(task)
 
 
-class _Asker:
-    """Asks the services or a peer for a list."""
+class _ListTimer:
+    """Measures lists of the services and of other engines."""
 
-    def __init__(self, client: RecommenderClient, plans: PerfectPlans | None, question: Question) -> None:
-        self._client, self._plans, self._question, self._tenants = client, plans, question, 0
+    def __init__(self, client: RecommenderClient, plans: OraclePlans | None, config: DecodeConfig) -> None:
+        self._client = client
+        self._plans = plans
+        self._config = config
+        self._tenants = 0
 
-    async def answer(self, peer: Peer | None, way: Way, history: History, number: int) -> Answer:
-        """User `number`'s list, measured."""
+    async def measure(self, peer: Peer | None, variant: Variant, history: History, number: int) -> ListSample:
+        """Measure the list of user `number`."""
         if peer is not None:
-            return await asyncio.to_thread(peer.answer, history, way.k)
+            return await asyncio.to_thread(peer.measure, history, variant.k)
         self._tenants += 1
-        if self._plans is not None and way.mode == PERFECT:
-            await self._plans.foresee(history, way.k)
+        if self._plans is not None and variant.mode == ORACLE_PLAN:
+            await self._plans.prepare(history, variant.k)
             mode, before = Mode.STRICT, Mode.TARGET_ONLY
-            return _undrafted(await self._ours(self._plans.client, way, mode, before, history, number))
-        return await self._ours(self._client, way, Mode(way.mode), Mode(way.mode), history, number)
+            return _without_draft_wait(await self._own(self._plans.client, variant, mode, before, history, number))
+        return await self._own(self._client, variant, Mode(variant.mode), Mode(variant.mode), history, number)
 
-    async def _ours(
-        self, client: RecommenderClient, way: Way, mode: Mode, before: Mode, history: History, number: int
-    ) -> Answer:
-        """before: the mode of the request that warms the prefix."""
-        if way.prefix is Prefix.WARM:
-            await undisturbed(client, self._request(before, way.k, history[:-1], number))
-        request = self._request(mode, way.k, history, number)
+    async def _own(
+        self, client: RecommenderClient, variant: Variant, mode: Mode, before: Mode, history: History, number: int
+    ) -> ListSample:
+        """Measure a list of the services. before: the mode of the request that warms the prefix."""
+        if variant.prefix is Prefix.WARM:
+            await healthy_reply(client, self._request(before, variant.k, history[:-1], number))
+        request = self._request(mode, variant.k, history, number)
         begun = time.perf_counter()
-        reply = await undisturbed(client, request)
-        return _answer(reply, 1e3 * (time.perf_counter() - begun))
+        reply = await healthy_reply(client, request)
+        return _sample(reply, 1e3 * (time.perf_counter() - begun))
 
     def _request(self, mode: Mode, k: int, history: History, number: int) -> pb.RecommendRequest:
         return recommend_request(
@@ -160,40 +177,40 @@ class _Asker:
             k=k,
             beam_width=k,
             mode=mode,
-            tolerance=self._question.tolerance if mode is Mode.TOLERANCE else 0.0,
-            seed=self._question.seed + max(0, number) if mode.samples else None,
+            tolerance=self._config.tolerance if mode is Mode.TOLERANCE else 0.0,
+            seed=self._config.seed + max(0, number) if mode.samples else None,
             tenant=f"decode-{self._tenants}",
         )
 
 
-def _undrafted(answer: Answer) -> Answer:
-    """Without the wait for a plan that nobody drafted."""
-    wait = answer.stages_ms["draft"]
-    stages = {**answer.stages_ms, "draft": 0.0, "total": answer.stages_ms["total"] - wait}
-    return replace(answer, milliseconds=answer.milliseconds - wait, stages_ms=stages)
+def _without_draft_wait(sample: ListSample) -> ListSample:
+    """Take off the wait for an oracle plan, which no model drafted."""
+    wait = sample.stages_ms["draft"]
+    stages = {**sample.stages_ms, "draft": 0.0, "total": sample.stages_ms["total"] - wait}
+    return replace(sample, milliseconds=sample.milliseconds - wait, stages_ms=stages)
 
 
 def header(
-    question: Question, peers: Sequence[Peer], running: Running, *, users: int, items: tuple[int, int | None]
+    config: DecodeConfig, peers: Sequence[Peer], options: ServiceOptions, *, users: int, items: tuple[int, int | None]
 ) -> dict[str, Any]:
-    """What the rows were asked for, beside where they come from. items: the least and the most of a user."""
+    """Return the header's fields. items: the least and the most of a user."""
     return {
         "benchmark": NAME,
         "users": users,
         "items": items,
-        "settle": question.settle,
-        "peer_users": question.peer_users,
+        "settle": config.settle,
+        "peer_users": config.peer_users,
         "peers": {peer.engine: peer.about for peer in peers},
-        "tolerance": question.tolerance,
-        "threads": running.threads,
-        "provider": running.provider,
-        "planner": running.planner,
+        "tolerance": config.tolerance,
+        "threads": options.threads,
+        "provider": options.provider,
+        "planner": options.planner,
     }
 
 
-def _answer(reply: pb.RecommendResponse, milliseconds: float) -> Answer:
+def _sample(reply: pb.RecommendResponse, milliseconds: float) -> ListSample:
     took = reply.statistics
-    return Answer(
+    return ListSample(
         milliseconds=milliseconds,
         ranked=RankedList.of(reply.items),
         target_passes=took.target_passes,

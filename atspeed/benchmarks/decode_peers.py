@@ -1,8 +1,8 @@
-"""Hugging Face `generate` and onnxruntime-genai on the checkpoint that a bundle's target was exported from, a user at a time.
+"""Other engines of `bench decode`: Hugging Face `generate` and onnxruntime-genai.
 
-onnxruntime-genai cannot search a trie with more than one beam (docs/log.md), so its beam search is measured without one: what it
-takes at least. It computes as many passes of as many beams, and chooses among all tokens where a constrained search would look
-at few.
+Both run the checkpoint that the bundle's target was exported from, one user at a time. onnxruntime-genai cannot search a trie
+with more than one beam (docs/log.md), so its beam search is measured without a trie: a lower bound of its time. It computes
+as many passes of as many beams, and chooses among all tokens where a constrained search would look at few.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from atspeed.benchmarks.decode_rows import HUGGING_FACE, Answer
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.decode_rows import HUGGING_FACE, ListSample
+from atspeed.benchmarks.histories import History, prompt_tokens
 from atspeed.benchmarks.parity import Reference
-from atspeed.benchmarks.shared_tree_models import prompt_tokens
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.manifest import Bundle
 
 
 class HuggingFace:
     """Constrained beam search with `prefix_allowed_tokens_fn`, see `atspeed.benchmarks.parity`.
 
-    An int8 target is another model than the checkpoint that it was exported from: its lists are not compared.
+    An int8 target is another model than the checkpoint that it was exported from, so its lists are not compared.
     """
 
     engine = HUGGING_FACE
     mode = "constrained"
-    most_beams = math.inf
+    max_beams = math.inf
 
     def __init__(self, bundle: Bundle, model: PreTrainedModel, *, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -50,14 +49,14 @@ class HuggingFace:
         where = f"{threads} threads" if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
         self.about = f"generate, num_beams = K, prefix_allowed_tokens_fn, {model.dtype}, {where}".replace("torch.", "")
 
-    def answer(self, history: History, k: int) -> Answer:
-        """One list; turning its paths into items is not in its time."""
+    def measure(self, history: History, k: int) -> ListSample:
+        """Measure one list. The conversion of paths to items is not in its time."""
         prompts = torch.tensor([self._reference.prompt(history)])
         begun = time.perf_counter()
         [paths] = self._reference.generate(prompts, k)
         elapsed = time.perf_counter() - begun
         items = self._reference.items(paths, k) if self._same_model else None
-        return Answer(1e3 * elapsed, items, self._levels, prompt_tokens=prompts.shape[1])
+        return ListSample(1e3 * elapsed, items, self._levels, prompt_tokens=prompts.shape[1])
 
 
 class GenAi:
@@ -65,18 +64,20 @@ class GenAi:
 
     engine = "onnxruntime-genai"
     mode = "unconstrained"
-    most_beams = 32.0  # it refuses more
+    max_beams = 32.0  # the library refuses more
 
     def __init__(self, bundle: Bundle, folder: Path, *, threads: int) -> None:
-        self._genai, self._catalogue, self._entry = _library(), bundle.catalogue(), bundle.manifest.target
+        self._genai = _library()
+        self._catalogue = bundle.catalogue()
+        self._entry = bundle.manifest.target
         self._levels = self._catalogue.trie.levels
         self._model = self._genai.Model(str(folder))
         self.about = (
             f"{version('onnxruntime-genai')}, beam search without the trie, num_beams = K, float32, {threads} threads"
         )
 
-    def answer(self, history: History, k: int) -> Answer:
-        """K paths, of tokens that need not be items."""
+    def measure(self, history: History, k: int) -> ListSample:
+        """Measure K paths. Their tokens need not be items."""
         tokens = prompt_tokens(self._catalogue, self._entry, self._catalogue.find(history).tolist())
         prompt = tokens.astype(np.int32)[None]
         parameters = self._genai.GeneratorParams(self._model)
@@ -103,7 +104,7 @@ class GenAi:
         elapsed = time.perf_counter() - begun
         if any(len(path) != prompt.shape[1] + self._levels for path in found):
             raise BenchmarkError("onnxruntime-genai ended a path before its last level")
-        return Answer(1e3 * elapsed, None, self._levels, prompt_tokens=prompt.shape[1])
+        return ListSample(1e3 * elapsed, None, self._levels, prompt_tokens=prompt.shape[1])
 
 
 def _library() -> Any:
@@ -114,7 +115,7 @@ def _library() -> Any:
 
 @contextmanager
 def built_for_genai(checkpoint: Path, folder: Path, *, threads: int) -> Iterator[Path]:
-    """A checkpoint as onnxruntime-genai's own model builder exports it, in `folder`, gone afterwards."""
+    """Export a checkpoint with onnxruntime-genai's own model builder into `folder`, which is removed afterwards."""
     _library()
     source, built = folder / "checkpoint", folder / "model"
     try:
@@ -138,14 +139,14 @@ def built_for_genai(checkpoint: Path, folder: Path, *, threads: int) -> Iterator
 
 
 def _write_tokenizer(checkpoint: Path, vocab_size: int) -> None:
-    """The builder wants one; prompts are token ids here."""
+    """Write the tokenizer that the builder requires. It is not used: prompts are token ids."""
     words = models.WordLevel({f"<{token}>": token for token in range(vocab_size)}, unk_token="<0>")  # noqa: S106 - a token
     tokenizer: Any = PreTrainedTokenizerFast
     tokenizer(tokenizer_object=Tokenizer(words), unk_token="<0>", eos_token="<0>").save_pretrained(checkpoint)  # noqa: S106
 
 
 def _configure(path: Path, threads: int) -> None:
-    """As many threads as the others have."""
+    """Set the number of threads to that of the other engines."""
     config = json.loads(path.read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
     path.write_text(json.dumps(config))

@@ -1,19 +1,15 @@
-"""What `bench decode` found: a row for each way to get a list, worked out from all its answers, for people and result files."""
+"""Rows of `bench decode`: one for each engine, mode, K and prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Group
-from rich.table import Table
 
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.results import Result
+from atspeed.benchmarks.results import Columns, terminal_table
 from atspeed.benchmarks.services import mean
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
 from atspeed.engine.search.mode import Mode
@@ -22,20 +18,20 @@ NAME = "decode"
 ENGINE = "atspeed"
 HUGGING_FACE = "transformers"
 REFERENCE = "target-only"
-PERFECT = "perfect-plan"
+ORACLE_PLAN = "perfect-plan"
 STAGES = ("history", "draft", "draft_forward", "target", "target_forward", "selection", "total")
 
 
 class Prefix(StrEnum):
-    """What the services know of a prompt."""
+    """State of the prompt's KV in the services: absent or cached."""
 
     COLD = "cold"
     WARM = "warm"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to get K items. engine, mode: as in the result; mode of a peer says what its search is."""
+class Variant:
+    """One way to get K items. mode: for another engine, the name of its search."""
 
     engine: str
     mode: str
@@ -44,10 +40,14 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One measured list. stages_ms: where our time went, by the services' own clocks. ranked: None where nothing compares.
+class ListSample:
+    """One measured list.
 
-    expected_passes: 0 where no plan was weighed. predicted_ms: of the models' passes, by model; empty where nobody predicted.
+    Attributes:
+        ranked: the list; None where it is not compared.
+        expected_passes: target passes that the planner expected; 0 where it weighed no plan.
+        stages_ms: time by stage, by the services' clocks; empty for other engines.
+        predicted_ms: predicted time of the passes, by model; empty without a prediction.
     """
 
     milliseconds: float
@@ -62,13 +62,19 @@ class Answer:
     predicted_ms: Mapping[str, float] = field(default_factory=dict)
 
 
+Samples = dict[Variant, list[ListSample]]
+
+
 @dataclass(frozen=True)
 class DecodeRow:
-    """One way over its users. Speed-ups are of medians over the same users, against the same K and prefix (peers: cold).
+    """One variant over its users.
 
-    identical, near_ties, different: lists against the reference's; None where there is nothing to compare. stages_ms: medians.
-    expected_passes_mean: of the requests whose plans were weighed, None without. prediction_error: by model, the median of
-    |predicted / measured - 1| of its time in a request.
+    Attributes:
+        speedup_vs_target_only, speedup_vs_hf: of medians over the same users, with the same K and prefix (other engines: cold).
+        identical, near_ties, different: lists compared with the reference's; None where there is none.
+        stages_ms: medians by stage.
+        expected_passes_mean: over the requests whose plans were weighed; None without such a request.
+        prediction_error: by model, the median over requests of |predicted / measured - 1| of its time.
     """
 
     engine: str
@@ -94,78 +100,76 @@ class DecodeRow:
 
     @property
     def name(self) -> str:
-        """The mode, or the other engine."""
+        """Mode, or the name of the other engine."""
         return self.mode if self.engine == ENGINE else self.engine
 
     @property
     def promises_identity(self) -> bool:
-        """Whether lists that differ beyond near-ties are an error."""
+        """True if lists that differ beyond near-ties are an error."""
         return self.mode not in {Mode.TOLERANCE, Mode.RELAXED_SAMPLING}
 
 
-Answers = dict[Way, list[Answer]]
+def _optional(value: float | None, spelling: str) -> str:
+    return "" if value is None else format(value, spelling)
+
+
+COLUMNS: Columns[DecodeRow] = (
+    ("", lambda row: row.name),
+    ("K", lambda row: str(row.k)),
+    ("p50 ms", lambda row: f"{row.p50_ms:.1f}"),
+    ("p99 ms", lambda row: f"{row.p99_ms:.1f}"),
+    ("target passes", lambda row: f"{row.target_passes_mean:.2f}"),
+    ("times target only", lambda row: _optional(row.speedup_vs_target_only, ".2f")),
+    ("times HF", lambda row: _optional(row.speedup_vs_hf, ".2f")),
+    ("same", lambda row: _optional(row.identical, "d")),
+    ("differ", lambda row: _optional(row.different, "d")),
+)
 
 
 def table(rows: Sequence[DecodeRow]) -> Group:
-    """The rows, for people: a table for each prefix."""
-    measured = [prefix for prefix in Prefix if any(row.prefix == prefix for row in rows)]
-    return Group(*(_table_of(prefix, [row for row in rows if row.prefix == prefix]) for prefix in measured))
+    """Return a table for each prefix."""
+    by_prefix = {prefix: [row for row in rows if row.prefix == prefix] for prefix in Prefix}
+    return Group(
+        *(
+            terminal_table(f"{prefix} prefix, {max(row.users for row in some)} users", COLUMNS, by_k(some))
+            for prefix, some in by_prefix.items()
+            if some
+        )
+    )
 
 
-def _table_of(prefix: Prefix, rows: Sequence[DecodeRow]) -> Table:
-    users = max((row.users for row in rows), default=0)
-    title = f"{prefix} prefix, {users} users"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    shown.add_column("", overflow="fold")
-    for name in ("K", "p50\nms", "p99\nms", "target\npasses", "times\ntarget\nonly", "times\nHF", "same", "differ"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for row in sorted(rows, key=lambda row: row.k):
-        numbers = (f"{row.p50_ms:.1f}", f"{row.p99_ms:.1f}", f"{row.target_passes_mean:.2f}")
-        ratios = ("" if value is None else f"{value:.2f}" for value in (row.speedup_vs_target_only, row.speedup_vs_hf))
-        counts = ("" if value is None else str(value) for value in (row.identical, row.different))
-        shown.add_row(row.name, str(row.k), *numbers, *ratios, *counts)
-    return shown
+def by_k(rows: Sequence[DecodeRow]) -> list[DecodeRow]:
+    """Return the rows by ascending K."""
+    return sorted(rows, key=lambda row: row.k)
 
 
-def to_json(rows: Sequence[DecodeRow]) -> list[dict[str, Any]]:
-    """The rows, for a result file."""
-    return [asdict(row) for row in rows]
+def summary(samples: Samples) -> list[DecodeRow]:
+    """Return a row for each measured variant. samples: by user, in the same order for all; other engines have the first users."""
+    return [_row(variant, found, samples) for variant, found in samples.items() if found]
 
 
-def from_json(result: Result) -> list[DecodeRow]:
-    """The rows of a result file. Raises BenchmarkError when it is another benchmark's."""
-    if result.header.get("benchmark") != NAME:
-        raise BenchmarkError("the result is not one of bench decode")
-    return [DecodeRow(**row) for row in result.rows]
-
-
-def summary(answers: Answers) -> list[DecodeRow]:
-    """A row for each way that was gone. answers: by user, in the same order for all ways; peers have the first users'."""
-    return [_row(way, found, answers) for way, found in answers.items() if found]
-
-
-def _row(way: Way, found: Sequence[Answer], answers: Answers) -> DecodeRow:
-    times = [answer.milliseconds for answer in found]
-    verdicts = _verdicts(way, found, answers)
-    expected = [answer.expected_passes for answer in found if answer.expected_passes]
+def _row(variant: Variant, found: Sequence[ListSample], samples: Samples) -> DecodeRow:
+    times = [one.milliseconds for one in found]
+    verdicts = _verdicts(variant, found, samples)
+    expected = [one.expected_passes for one in found if one.expected_passes]
     counts = [None if verdicts is None else verdicts.count(verdict) for verdict in Verdict]
     return DecodeRow(
-        **asdict(way),
+        **asdict(variant),
         users=len(found),
         p50_ms=_percentile(times, 50),
         p99_ms=_percentile(times, 99),
-        target_passes_mean=mean([answer.target_passes for answer in found]),
-        draft_passes_mean=mean([answer.draft_passes for answer in found]),
-        nodes_drafted_mean=mean([answer.nodes_drafted for answer in found]),
-        prompt_tokens_mean=mean([answer.prompt_tokens for answer in found]),
-        cached_tokens_mean=mean([answer.cached_tokens for answer in found]),
-        speedup_vs_target_only=_speedup(found, answers.get(_target_only(way, way.prefix))),
-        speedup_vs_hf=_speedup(found, _hugging_face(way.k, answers)),
+        target_passes_mean=mean([one.target_passes for one in found]),
+        draft_passes_mean=mean([one.draft_passes for one in found]),
+        nodes_drafted_mean=mean([one.nodes_drafted for one in found]),
+        prompt_tokens_mean=mean([one.prompt_tokens for one in found]),
+        cached_tokens_mean=mean([one.cached_tokens for one in found]),
+        speedup_vs_target_only=_speedup(found, samples.get(_target_only(variant, variant.prefix))),
+        speedup_vs_hf=_speedup(found, _hugging_face(variant.k, samples)),
         identical=counts[0],
         near_ties=counts[1],
         different=counts[2],
         stages_ms={
-            name: _percentile([answer.stages_ms[name] for answer in found], 50)
+            name: _percentile([one.stages_ms[name] for one in found], 50)
             for name in (STAGES if found[0].stages_ms else ())
         },
         expected_passes_mean=mean(expected) if expected else None,
@@ -173,41 +177,43 @@ def _row(way: Way, found: Sequence[Answer], answers: Answers) -> DecodeRow:
     )
 
 
-def _prediction_error(found: Sequence[Answer]) -> dict[str, float]:
-    """By model, over the requests for which its time was predicted."""
+def _prediction_error(found: Sequence[ListSample]) -> dict[str, float]:
+    """Return the prediction error by model, over the requests for which its time was predicted."""
     errors = {
         model: [
-            abs(answer.predicted_ms[model] / answer.stages_ms[f"{model}_forward"] - 1)
-            for answer in found
-            if model in answer.predicted_ms and answer.stages_ms[f"{model}_forward"]
+            abs(one.predicted_ms[model] / one.stages_ms[f"{model}_forward"] - 1)
+            for one in found
+            if model in one.predicted_ms and one.stages_ms[f"{model}_forward"]
         ]
         for model in ("target", "draft")
     }
     return {model: _percentile(some, 50) for model, some in errors.items() if some}
 
 
-def _target_only(way: Way, prefix: Prefix) -> Way:
-    return Way(ENGINE, str(Mode.TARGET_ONLY), way.k, prefix)
+def _target_only(variant: Variant, prefix: Prefix) -> Variant:
+    return Variant(ENGINE, str(Mode.TARGET_ONLY), variant.k, prefix)
 
 
-def _hugging_face(k: int, answers: Answers) -> Sequence[Answer] | None:
-    return next((found for way, found in answers.items() if way.engine == HUGGING_FACE and way.k == k), None)
+def _hugging_face(k: int, samples: Samples) -> Sequence[ListSample] | None:
+    return next(
+        (found for variant, found in samples.items() if variant.engine == HUGGING_FACE and variant.k == k), None
+    )
 
 
-def _speedup(found: Sequence[Answer], reference: Sequence[Answer] | None) -> float | None:
-    """Of medians, over the users that both have: the first ones."""
+def _speedup(found: Sequence[ListSample], reference: Sequence[ListSample] | None) -> float | None:
+    """Return the speed-up of medians over the users that both have, which are the first ones."""
     both = min(len(found), len(reference or ()))
     if not both or reference is None:
         return None
-    ours, theirs = ([answer.milliseconds for answer in some[:both]] for some in (found, reference))
+    ours, theirs = ([one.milliseconds for one in some[:both]] for some in (found, reference))
     return round(float(np.median(theirs) / np.median(ours)), 3)
 
 
-def _verdicts(way: Way, found: Sequence[Answer], answers: Answers) -> list[Verdict] | None:
-    """Each list against the reference's; None where the mode makes lists of its own, or the reference was not asked."""
-    exact_sample = Way(ENGINE, way.mode, way.k, Prefix.COLD)
-    reference = answers.get(exact_sample if way.mode == Mode.EXACT_SAMPLING else _target_only(way, Prefix.COLD))
-    if reference is None or reference is found or way.mode == Mode.RELAXED_SAMPLING:
+def _verdicts(variant: Variant, found: Sequence[ListSample], samples: Samples) -> list[Verdict] | None:
+    """Compare each list with the reference's; None where the mode has no reference, or the reference was not measured."""
+    exact_sample = Variant(ENGINE, variant.mode, variant.k, Prefix.COLD)
+    reference = samples.get(exact_sample if variant.mode == Mode.EXACT_SAMPLING else _target_only(variant, Prefix.COLD))
+    if reference is None or reference is found or variant.mode == Mode.RELAXED_SAMPLING:
         return None
     pairs = [
         (one.ranked, other.ranked)

@@ -1,18 +1,21 @@
-"""Whose lists are measured: real users' histories from a file, or random ones from the catalogue."""
+"""Histories of the users whose lists are measured, and their prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.results import BenchmarkError
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import LineError
 from atspeed.engine.files.lines import read_lines, words
 
 History = tuple[str, ...]
-_LONGEST_RANDOM = 30
+_LONGEST_RANDOM = 30  # longer than the prompts of the trained bundles, so that their window is used
 
 
 def choose_histories(
@@ -24,7 +27,10 @@ def choose_histories(
     least_items: int = 1,
     most_items: int | None = None,
 ) -> list[History]:
-    """`users` histories of so many items out of a file (all, where it has fewer), or as many random ones without one."""
+    """Return the histories of `users` users, drawn from a file, or random ones where there is no file.
+
+    A file with fewer such users gives all of them. Raises BenchmarkError when it has none.
+    """
     if most_items is not None and most_items < least_items:
         raise BenchmarkError(f"--max-items {most_items} is less than --min-items {least_items}")
     rng = np.random.default_rng(seed)
@@ -44,7 +50,7 @@ def choose_histories(
 
 
 def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
-    """Lines of `user item item ...`; users without items are left out. Raises BenchmarkError naming file and line."""
+    """Read lines of `user item item ...`. Users without items are left out. Raises BenchmarkError that names file and line."""
     try:
         lines = list(read_lines(path))
     except LineError as error:
@@ -65,3 +71,10 @@ def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
 def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int, longest: int) -> History:
     items = rng.integers(catalogue.items, size=rng.integers(least_items, longest + 1))
     return tuple(catalogue.id_of(int(item)) for item in items)
+
+
+def prompt_tokens(catalogue: Catalogue, entry: ModelEntry, history: Sequence[int]) -> Int64:
+    """Return a model's prompt for a history of item indices, as serving builds it; int64 [prompt]."""
+    window = np.asarray(history, dtype=np.int64)[entry.prompt.window_start(len(history)) :]
+    columns = catalogue.codes[window] + catalogue.trie.codebook_offset
+    return entry.prompt.tokens(list(np.asarray(entry.code_tokens, dtype=np.int64)[columns]))

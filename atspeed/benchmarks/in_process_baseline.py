@@ -1,6 +1,6 @@
-"""The bare model runner: the target's own searches in this process, without gRPC, orchestrator or Redis.
+"""In-process baseline: target-only searches without gRPC, orchestrator or Redis.
 
-What a closed loop of these can do on the same cores is the upper bound of what the services can do without speculation.
+Its throughput in a closed loop on the same cores bounds that of the services without speculation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atspeed.benchmarks.shared_tree_models import prompt_tokens
+from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
@@ -32,7 +32,7 @@ from target_service.settings import TargetSettings
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a search starts from. tokens: int64 [prompt]. tenant: keeps the caches of equal prompts apart."""
+    """Prompt of a search. tokens: int64 [prompt]. tenant: keeps the caches of equal prompts apart."""
 
     tokens: Int64
     tenant: str = ""
@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Throughput:
-    """A closed loop of `concurrency` searches at once."""
+    """Throughput of a closed loop of `concurrency` searches at once."""
 
     concurrency: int
     searches: int
@@ -49,48 +49,51 @@ class Throughput:
 
 @dataclass
 class LocalTarget:
-    """The target of one search, see `beam_loop.Target`. cost: of its passes so far."""
+    """Target of one search, see `beam_loop.Target`. stats: of its passes so far."""
 
     evaluator: TreeEvaluator
     prompt: Prompt
     limit: int
     passes: int = 0
-    cost: PassStats = field(default_factory=PassStats)
+    stats: PassStats = field(default_factory=PassStats)
     _tree: TreeSession | None = None
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass."""
+        """Make one pass."""
         if self._tree is None:
             self._tree = await self.evaluator.open(self.prompt.tokens, tenant=self.prompt.tenant)
-        evaluation, cost = await self.evaluator.evaluate(self._tree, nodes, Selection(Pruning.none(), self.limit))
-        self.passes, self.cost = self.passes + 1, self.cost + cost
+        evaluation, stats = await self.evaluator.evaluate(self._tree, nodes, Selection(Pruning.none(), self.limit))
+        self.passes += 1
+        self.stats += stats
         return evaluation
 
     def close(self) -> None:
-        """The search is over: its memory goes to the next one."""
+        """End the search: its memory goes to the next one."""
         if self._tree is not None:
             self.evaluator.end(self._tree)
 
 
-class BareRunner:
-    """Target-only searches over one or more copies of a bundle's target, in turn."""
+class InProcessBaseline:
+    """Target-only searches over one or more copies of a bundle's target, which take turns."""
 
     def __init__(self, bundle: Bundle, catalogue: Catalogue, evaluators: Sequence[TreeEvaluator]) -> None:
-        self.catalogue, self._evaluators = catalogue, evaluators
-        self._entry, self._rule = bundle.model("target"), bundle.manifest.scoring_rule
+        self.catalogue = catalogue
+        self._evaluators = evaluators
+        self._entry = bundle.model("target")
+        self._rule = bundle.manifest.scoring_rule
         self._searches = 0
 
     @property
     def longest_history(self) -> int:
-        """Most items of a prompt."""
+        """Largest number of items in a prompt."""
         return self._entry.prompt.max_items
 
     def prompt(self, history: Iterable[str], tenant: str = "") -> Prompt:
-        """The target's prompt for a history."""
+        """Return the target's prompt for a history."""
         return Prompt(prompt_tokens(self.catalogue, self._entry, self.catalogue.find(history).tolist()), tenant)
 
     async def search(self, prompt: Prompt, k: int) -> LocalTarget:
-        """One search with K beams; what it took."""
+        """Search with K beams. Returns the target with its passes and their stats."""
         evaluator = self._evaluators[self._searches % len(self._evaluators)]
         self._searches += 1
         target = LocalTarget(evaluator, prompt, limit=k)
@@ -101,7 +104,7 @@ class BareRunner:
         return target
 
     async def closed_loop(self, prompts: Sequence[Prompt], k: int, concurrency: int) -> Throughput:
-        """All prompts, `concurrency` at once: whoever is done takes the next."""
+        """Search for all prompts, with `concurrency` searches at once."""
         waiting = iter(prompts)
 
         async def take_turns() -> None:
@@ -114,8 +117,8 @@ class BareRunner:
 
 
 @asynccontextmanager
-async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIterator[BareRunner]:
-    """A runner with `replicas` copies of the bundle's target, each with so many threads."""
+async def in_process_baseline(root: Path, *, threads: int, replicas: int = 1) -> AsyncIterator[InProcessBaseline]:
+    """Load `replicas` copies of the bundle's target, each with so many threads."""
     bundle = Bundle(root)
     settings = TargetSettings(bundle=root, threads=threads, verify_bundle=False, warm_up_seconds=0)
     async with AsyncExitStack() as stack:
@@ -123,10 +126,10 @@ async def bare_runner(root: Path, *, threads: int, replicas: int = 1) -> AsyncIt
             await stack.enter_async_context(served_models(settings, "target", lambda evaluator, _: evaluator))
             for _ in range(replicas)
         ]
-        yield BareRunner(bundle, bundle.catalogue(), [replica.stable.evaluator for replica in models])
+        yield InProcessBaseline(bundle, bundle.catalogue(), [replica.stable.evaluator for replica in models])
 
 
 def median_ms(nanoseconds: Iterable[float]) -> float:
-    """Median, in milliseconds to the microsecond; 0 of nothing."""
+    """Return the median in milliseconds, to the microsecond; 0 for no values."""
     values = list(nanoseconds)
     return round(float(np.median(values)) / 1e6, 3) if values else 0.0

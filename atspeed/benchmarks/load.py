@@ -1,8 +1,9 @@
-"""Open-loop load through the real services: latency and goodput at rising rates, with speculation on and off side by side.
+"""Open-loop load on the real services: latency and goodput at rising rates.
 
-Requests leave when they were planned to, whatever became of those before them, and a latency counts from that moment: a service
-that stalls is not spared the requests of its stall (no coordinated omission). One that fails counts as infinitely late.
-Every step of a rate has users of its own, whom no cache knows at its beginning; the first part of a step is not counted.
+Target-only and strict are measured side by side. Requests leave at their planned moments, whatever became of those before them,
+and a latency counts from that moment: a service that stalls is charged for the requests of its stall (no coordinated omission).
+A failed request counts as infinitely late. Every step of a rate has its own users, whom no cache knows at its beginning.
+The first part of a step is not counted.
 """
 
 from __future__ import annotations
@@ -11,47 +12,48 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.progress import Progress
-from rich.table import Table
 
-from atspeed.benchmarks.arrivals import Arrival, Kind, Mix, plan_arrivals
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.arrivals import Arrival, Mix, UserKind, plan_arrivals
 from atspeed.benchmarks.histories import History
-from atspeed.benchmarks.in_process_baseline import Throughput, bare_runner
+from atspeed.benchmarks.in_process_baseline import Throughput, in_process_baseline
 from atspeed.benchmarks.pass_metrics import shared_passes
-from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.services import mean, progress_bar
+from atspeed.benchmarks.results import Columns
+from atspeed.benchmarks.services import mean, progress_bar, started
 from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
-from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.search.mode import Mode
-from atspeed.local.redis_server import local_redis
-from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.local.stack import ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
 
 NAME = "load"
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
 FRACTIONS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
-"""Offered rates, as shares of what the bare model runner does in a closed loop."""
-LIMIT_FACTOR = 5.0
-_CONCURRENCIES = (1, 2, 4, 8)
-_SATURATED = 0.5  # of what is offered: below that no higher rate is tried
-_TIMEOUT_SECONDS = 10.0
+"""Offered rates, as shares of the throughput of the in-process baseline in a closed loop."""
+LIMIT_FACTOR = 5.0  # latency limit of goodput, in unloaded medians
+_CONCURRENCIES = (1, 2, 4, 8)  # closed loops of the baseline, of which the best counts
+_SATURATED = 0.5  # goodput over offered rate; no higher rate is measured where both modes are below
+_TIMEOUT_SECONDS = 10.0  # far above any latency limit
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is measured. seconds: of a step, after `settle` seconds that do not count. rates: per second; None: by FRACTIONS.
+class LoadConfig:
+    """Configuration of the measurement.
 
-    unloaded: requests one after the other, of which the median is the unloaded latency. bare: searches of the bare runner's
-    closed loops. threads: of each target replica.
+    Attributes:
+        k: beams and items.
+        seconds: counted seconds of a step.
+        settle: seconds of a step before these, which are not counted.
+        replicas: numbers of target replicas, measured one after the other.
+        rates: requests per second; None: by FRACTIONS.
+        unloaded: requests one after the other, whose median is the unloaded latency.
+        bare: searches of each closed loop of the baseline.
+        threads: threads of each target replica.
     """
 
     k: int
@@ -67,8 +69,14 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One counted request. Seconds from the planned moment: until it left, and until it was answered, inf where it failed."""
+class RequestOutcome:
+    """Outcome of one counted request.
+
+    Attributes:
+        left_after: seconds from the planned moment until the request left.
+        answered_after: seconds from the planned moment until the reply came; inf where the request failed.
+        code: gRPC status.
+    """
 
     arrival: Arrival
     left_after: float
@@ -79,12 +87,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class LoadRow:
-    """One rate and mode. Latencies in ms over all counted requests; None is infinity: so many failed.
+    """One rate in one mode.
 
-    goodput_rps: replies per second within `limit_ms`, which is LIMIT_FACTOR times the unloaded p50 of target-only.
-    *_hit_share: of prompt tokens, those whose KV was in a tier. left_late_p99_ms: how late the generator itself was.
-    generator_cpu_share: of one core.
-    batch_requests_mean: requests in a pass of a target, as each sees it, `settle` included; None where targets do not say.
+    Attributes:
+        goodput_rps: replies per second within `limit_ms`.
+        p50_ms, p95_ms, p99_ms: latencies of all counted requests; None is infinity, for so many failed.
+        limit_ms: LIMIT_FACTOR times the unloaded median of target-only.
+        memory_hit_share, redis_hit_share: share of the prompt tokens whose KV was in the tier.
+        left_late_p99_ms: how late the generator itself was.
+        generator_cpu_share: load of the generator, of one core.
+        batch_requests_mean: requests in a pass of a target, as each sees it, `settle` included; None where targets do not
+            report it.
     """
 
     replicas: int
@@ -109,85 +122,101 @@ class LoadRow:
     batch_requests_mean: float | None
 
     @property
-    def holds(self) -> bool:
-        """Whether 99 % were answered within the limit."""
+    def is_within_limit(self) -> bool:
+        """True if 99 % of the requests were answered within the limit."""
         return self.p99_ms is not None and self.p99_ms <= self.limit_ms
+
+
+def _ms(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.1f}"
+
+
+def _errors(row: LoadRow) -> str:
+    return ", ".join(f"{count} {code}" for code, count in sorted(row.errors.items())) or "0"
+
+
+COLUMNS: Columns[LoadRow] = (
+    ("offered 1/s", lambda row: f"{row.offered_rps:.1f}"),
+    ("mode", lambda row: row.mode),
+    ("achieved 1/s", lambda row: f"{row.achieved_rps:.1f}"),
+    ("goodput 1/s", lambda row: f"{row.goodput_rps:.1f}"),
+    ("p50 ms", lambda row: _ms(row.p50_ms)),
+    ("p95 ms", lambda row: _ms(row.p95_ms)),
+    ("p99 ms", lambda row: _ms(row.p99_ms)),
+    ("p50 new / returning / refreshing", lambda row: " / ".join(map(_ms, row.p50_ms_by_kind.values()))),
+    ("errors", _errors),
+    ("degraded", lambda row: f"{row.degraded_share:.0%}"),
+    ("KV from memory", lambda row: f"{row.memory_hit_share:.0%}"),
+    ("KV from Redis", lambda row: f"{row.redis_hit_share:.0%}"),
+    ("target passes", lambda row: f"{row.target_passes_mean:.2f}"),
+    ("requests per pass", lambda row: "–" if row.batch_requests_mean is None else f"{row.batch_requests_mean:.2f}"),
+    ("generator late, p99 ms", lambda row: f"{row.left_late_p99_ms:.1f}"),
+    ("generator's core", lambda row: f"{row.generator_cpu_share:.0%}"),
+)
+# The mode and the rates, then latencies and errors: the terminal is narrower than a page.
+TERMINAL_COLUMNS: Columns[LoadRow] = (
+    ("replicas", lambda row: str(row.replicas)),
+    *(column for column in COLUMNS[:9] if not column[0].startswith(("achieved", "p50 new"))),
+)
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """All steps, and the bare runner's best closed loop by number of replicas."""
+    """All steps, and the best closed loop of the baseline by number of replicas."""
 
     rows: Sequence[LoadRow]
-    bare: Mapping[int, Throughput]
+    baseline: Mapping[int, Throughput]
 
 
-async def run(root: Path, histories: Sequence[History], question: Question) -> LoadResult:
-    """Measure. Raises BenchmarkError or LocalStackError when something does not even serve a request at a time."""
+async def run(root: Path, histories: Sequence[History], config: LoadConfig) -> LoadResult:
+    """Measure all rates. Raises BenchmarkError or LocalStackError where the services cannot serve one request at a time."""
     rows: list[LoadRow] = []
-    bare = {}
+    baseline = {}
     with progress_bar() as progress:
-        for replicas in question.replicas:
-            bare[replicas] = await _bare(root, histories, question, replicas)
-            rates = question.rates or [round(share * bare[replicas].searches_per_second, 2) for share in FRACTIONS]
-            async with _services(root, question, replicas) as (client, targets):
-                rows += await _Series(client, targets, histories, question, progress).rows(rates)
-    return LoadResult(rows, bare)
+        for replicas in config.replicas:
+            baseline[replicas] = await _baseline(root, histories, config, replicas)
+            rates = config.rates or [round(share * baseline[replicas].searches_per_second, 2) for share in FRACTIONS]
+            flags = {"target": {"threads": config.threads, "metrics-port": 0}}  # all else by default
+            async with started(root, flags, targets=replicas, timeout_seconds=_TIMEOUT_SECONDS) as services:
+                runner = _StepRunner(services.client, services.local.targets, histories, config, progress)
+                rows += await runner.rows(rates)
+    return LoadResult(rows, baseline)
 
 
-@asynccontextmanager
-async def _services(
-    root: Path, question: Question, replicas: int
-) -> AsyncIterator[tuple[RecommenderClient, Sequence[ServiceProcess]]]:
-    """The real services with their usual settings: a client, and the targets."""
-    async with AsyncExitStack() as stack:
-        redis_url = stack.enter_context(local_redis())
-        drafts = 1 if read_manifest(root).draft else 0
-        flags = {"target": {"threads": question.threads, "metrics-port": 0}}
-        local = LocalStack(root, redis_url=redis_url, drafts=drafts, targets=replicas, flags=flags)
-        stack.enter_context(local)
-        client = RecommenderClient(local.address, timeout_seconds=_TIMEOUT_SECONDS)
-        yield await stack.enter_async_context(client), local.targets
-
-
-async def _bare(root: Path, histories: Sequence[History], question: Question, replicas: int) -> Throughput:
-    """The best of closed loops with more and more searches at once, each over users of its own."""
-    async with bare_runner(root, threads=question.threads, replicas=replicas) as runner:
-        best = None
+async def _baseline(root: Path, histories: Sequence[History], config: LoadConfig, replicas: int) -> Throughput:
+    """Return the best of closed loops with more and more searches at once, each over its own users."""
+    async with in_process_baseline(root, threads=config.threads, replicas=replicas) as baseline:
+        loops = []
         for concurrency in _CONCURRENCIES:
-            asked = _requests_in_order(histories, question, question.bare)
-            prompts = [runner.prompt(one.history, f"{concurrency}/{one.cohort}") for one in asked]
-            found = await runner.closed_loop(prompts, question.k, concurrency)
-            if best is None or found.searches_per_second > best.searches_per_second:
-                best = found
-    if best is None:
-        raise BenchmarkError("bare: no search was made")
-    return best
+            asked = _requests_in_order(histories, config, config.bare)
+            prompts = [baseline.prompt(one.history, f"{concurrency}/{one.cohort}") for one in asked]
+            loops.append(await baseline.closed_loop(prompts, config.k, concurrency))
+    return max(loops, key=lambda loop: loop.searches_per_second)
 
 
-def _requests_in_order(histories: Sequence[History], question: Question, count: int) -> list[Arrival]:
-    """So many arrivals; who looks at their times would be mistaken."""
-    planned = plan_arrivals(histories, question.mix, rate=count, seconds=10.0, seed=question.seed)
+def _requests_in_order(histories: Sequence[History], config: LoadConfig, count: int) -> list[Arrival]:
+    """Return so many arrivals. Their times are not used."""
+    planned = plan_arrivals(histories, config.mix, rate=count, seconds=10.0, seed=config.seed)
     return planned[:count]
 
 
 @dataclass(frozen=True)
-class _Series:
-    """The steps of one number of replicas."""
+class _StepRunner:
+    """Runs the steps of one number of replicas."""
 
     client: RecommenderClient
     targets: Sequence[ServiceProcess]
     histories: Sequence[History]
-    question: Question
+    config: LoadConfig
     progress: Progress
 
     @property
     def replicas(self) -> int:
-        """Of the target."""
+        """Number of target replicas."""
         return len(self.targets)
 
     async def rows(self, rates: Sequence[float]) -> list[LoadRow]:
-        """Every rate, both modes at each, until both are saturated."""
+        """Measure every rate in both modes, until both are saturated."""
         unloaded = {mode: await self._unloaded(mode) for mode in MODES}
         limit = LIMIT_FACTOR * unloaded[Mode.TARGET_ONLY]
         found: list[LoadRow] = []
@@ -202,27 +231,27 @@ class _Series:
         return found
 
     async def _unloaded(self, mode: Mode) -> float:
-        """Median milliseconds of requests one after the other, of the same mix."""
+        """Return the median milliseconds of requests one after the other, of the same mix."""
         latencies = []
-        for arrival in _requests_in_order(self.histories, self.question, self.question.unloaded):
+        for arrival in _requests_in_order(self.histories, self.config, self.config.unloaded):
             begun = time.perf_counter()
-            await self.client.send(_request(arrival, self.question.k, mode, "unloaded"))
+            await self.client.send(_request(arrival, self.config.k, mode, "unloaded"))
             latencies.append(1e3 * (time.perf_counter() - begun))
         return float(np.median(latencies))
 
     async def _step(self, mode: Mode, rate: float, index: int, limit: float, unloaded: float) -> LoadRow:
-        """One rate in one mode. Both modes get the same arrivals, from users that only the tenant tells apart."""
-        asked = self.question
-        seconds = asked.settle + asked.seconds
-        arrivals = plan_arrivals(self.histories, asked.mix, rate=rate, seconds=seconds, seed=asked.seed + index)
-        requests = [_request(arrival, asked.k, mode, str(index)) for arrival in arrivals]
+        """Measure one rate in one mode. Both modes get the same arrivals; their users differ by tenant only."""
+        config = self.config
+        seconds = config.settle + config.seconds
+        arrivals = plan_arrivals(self.histories, config.mix, rate=rate, seconds=seconds, seed=config.seed + index)
+        requests = [_request(arrival, config.k, mode, str(index)) for arrival in arrivals]
         passes = await asyncio.to_thread(shared_passes, self.targets)
         begun, cpu = time.perf_counter(), time.process_time()
         outcomes = await drive(self.client, arrivals, requests)
         busy = (time.process_time() - cpu) / (time.perf_counter() - begun)
         passes = await asyncio.to_thread(shared_passes, self.targets) - passes
-        counted = [outcome for outcome in outcomes if outcome.arrival.at >= asked.settle]
-        row = summary(counted, seconds=asked.seconds, settle=asked.settle, limit_ms=limit)
+        counted = [outcome for outcome in outcomes if outcome.arrival.at >= config.settle]
+        row = summary(counted, seconds=config.seconds, settle=config.settle, limit_ms=limit)
         return replace(
             row,
             replicas=self.replicas,
@@ -241,17 +270,17 @@ def _request(arrival: Arrival, k: int, mode: Mode, step: str) -> pb.RecommendReq
 
 async def drive(
     client: RecommenderClient, arrivals: Sequence[Arrival], requests: Sequence[pb.RecommendRequest]
-) -> list[Outcome]:
-    """Send every request at its moment, wait for all, in the order of the arrivals."""
+) -> list[RequestOutcome]:
+    """Send every request at its moment. Returns the outcomes of all, in the order of the arrivals."""
     start = time.perf_counter()
 
-    async def one(arrival: Arrival, request: pb.RecommendRequest) -> Outcome:
+    async def one(arrival: Arrival, request: pb.RecommendRequest) -> RequestOutcome:
         left = time.perf_counter() - start - arrival.at
         try:
             reply = await client.send(request)
         except RecommenderError as error:
-            return Outcome(arrival, left, math.inf, error.code.name, None)
-        return Outcome(arrival, left, time.perf_counter() - start - arrival.at, "OK", reply)
+            return RequestOutcome(arrival, left, math.inf, error.code.name, None)
+        return RequestOutcome(arrival, left, time.perf_counter() - start - arrival.at, "OK", reply)
 
     sent = []
     for arrival, request in zip(arrivals, requests, strict=True):
@@ -260,8 +289,8 @@ async def drive(
     return await asyncio.gather(*sent)
 
 
-def summary(outcomes: Sequence[Outcome], *, seconds: float, settle: float, limit_ms: float) -> LoadRow:
-    """The counted requests of one step of `seconds`, which began after `settle`; without what only the step knows."""
+def summary(outcomes: Sequence[RequestOutcome], *, seconds: float, settle: float, limit_ms: float) -> LoadRow:
+    """Summarise the counted requests of a step of `seconds` after `settle`. Fields that only the step knows are left empty."""
     latencies = [1e3 * outcome.answered_after for outcome in outcomes]
     replies = [outcome.reply for outcome in outcomes if outcome.reply is not None]
     ends = [outcome.arrival.at + outcome.answered_after for outcome in outcomes if outcome.reply is not None]
@@ -280,7 +309,7 @@ def summary(outcomes: Sequence[Outcome], *, seconds: float, settle: float, limit
         p99_ms=percentile(latencies, 99),
         limit_ms=round(limit_ms, 3),
         unloaded_p50_ms=0.0,
-        p50_ms_by_kind={kind: percentile(_of_kind(outcomes, kind), 50) for kind in Kind},
+        p50_ms_by_kind={kind: percentile(_of_kind(outcomes, kind), 50) for kind in UserKind},
         errors=dict(Counter(outcome.code for outcome in outcomes if outcome.reply is None)),
         degraded_share=mean([float(reply.degraded) for reply in replies]),
         memory_hit_share=round(sum(one.cached_tokens.get("memory", 0) for one in statistics) / prompts, 4),
@@ -293,7 +322,7 @@ def summary(outcomes: Sequence[Outcome], *, seconds: float, settle: float, limit
 
 
 def percentile(milliseconds: Sequence[float], percent: float) -> float | None:
-    """The smallest value that so many percent do not exceed; None where that is infinite, or of nothing."""
+    """Return the smallest value that so many percent do not exceed; None where it is infinite, or without values."""
     if not milliseconds:
         return None
     ordered = sorted(milliseconds)
@@ -301,59 +330,27 @@ def percentile(milliseconds: Sequence[float], percent: float) -> float | None:
     return round(value, 3) if math.isfinite(value) else None
 
 
-def _of_kind(outcomes: Iterable[Outcome], kind: Kind) -> list[float]:
+def _of_kind(outcomes: Iterable[RequestOutcome], kind: UserKind) -> list[float]:
     return [1e3 * outcome.answered_after for outcome in outcomes if outcome.arrival.kind is kind]
 
 
 def sustained(rows: Iterable[LoadRow], replicas: int, mode: str) -> float:
-    """The best goodput of the rates at which 99 % were answered within the limit; 0 where there is none."""
+    """Return the best goodput of the rates at which 99 % were answered within the limit; 0 where there is none."""
     return max(
-        (row.goodput_rps for row in rows if (row.replicas, row.mode) == (replicas, mode) and row.holds), default=0.0
+        (row.goodput_rps for row in rows if (row.replicas, row.mode) == (replicas, mode) and row.is_within_limit),
+        default=0.0,
     )
 
 
-def header(found: LoadResult, question: Question, *, data: str) -> dict[str, Any]:
-    """What a result file says beside its rows."""
+def header(found: LoadResult, config: LoadConfig, *, data: str) -> dict[str, Any]:
+    """Return the header's fields."""
     return {
         "benchmark": NAME,
         "data": data,
-        "k": question.k,
-        "mix": asdict(question.mix),
-        "seconds": question.seconds,
-        "settle_seconds": question.settle,
-        "threads": question.threads,
-        "bare": {str(replicas): asdict(bare) for replicas, bare in found.bare.items()},
+        "k": config.k,
+        "mix": asdict(config.mix),
+        "seconds": config.seconds,
+        "settle_seconds": config.settle,
+        "threads": config.threads,
+        "bare": {str(replicas): asdict(one) for replicas, one in found.baseline.items()},
     }
-
-
-def to_json(rows: Sequence[LoadRow]) -> list[dict[str, Any]]:
-    """The rows, for a result file."""
-    return [asdict(row) for row in rows]
-
-
-def from_json(result: Result) -> list[LoadRow]:
-    """The rows of a result file. Raises BenchmarkError when it is another benchmark's."""
-    if result.header.get("benchmark") != NAME:
-        raise BenchmarkError("the result is not one of `bench load`")
-    return [LoadRow(**row) for row in result.rows]
-
-
-def table(found: LoadResult) -> Table:
-    """The steps, for people."""
-    shown = Table(title="Open-loop load", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("replicas", "mode", "offered\n1/s", "goodput\n1/s", "p50\nms", "p95\nms", "p99\nms", "errors"):
-        shown.add_column(name, justify="left" if name == "mode" else "right")
-    for row in found.rows:
-        rates = (f"{row.offered_rps:.1f}", f"{row.goodput_rps:.1f}")
-        shown.add_row(str(row.replicas), row.mode, *rates, *map(ms, (row.p50_ms, row.p95_ms, row.p99_ms)), errors(row))
-    return shown
-
-
-def ms(value: float | None) -> str:
-    """Milliseconds, for people."""
-    return "∞" if value is None else f"{value:.1f}"
-
-
-def errors(row: LoadRow) -> str:
-    """Failures by code, for people."""
-    return ", ".join(f"{count} {code}" for code, count in sorted(row.errors.items())) or "0"

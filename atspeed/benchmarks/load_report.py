@@ -1,8 +1,8 @@
-"""A page about `bench load`: load.md and its plots, written from the result file alone."""
+"""Page about `bench load`: load.md and its plots, from the result file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,20 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from atspeed.benchmarks import markdown
-from atspeed.benchmarks.load import LIMIT_FACTOR, MODES, LoadRow, errors, from_json, ms, sustained
-from atspeed.benchmarks.markdown import draw, figures, origin, table
+from atspeed.benchmarks.load import COLUMNS, LIMIT_FACTOR, MODES, NAME, LoadRow, sustained
+from atspeed.benchmarks.markdown import figures, origin, paragraphs, row_table
+from atspeed.benchmarks.plots import draw, line
 from atspeed.benchmarks.results import Result
-
-PAGE = "load.md"
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write the page and its plots; the page's path. Raises BenchmarkError when the result is another benchmark's."""
-    rows = from_json(result)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the page and its plots. Returns the page's path."""
+    rows = result.rows_of(NAME, LoadRow)
     for replicas in _replicas(rows):
         some = [row for row in rows if row.replicas == replicas]
-        panels: list[Callable[[Axes], None]] = [
-            partial(_goodput, some, result.header["bare"].get(str(replicas))),
-            partial(_tail, some),
-        ]
-        draw(folder / _plot(replicas), panels)
-    return markdown.write(folder / PAGE, _page(result.header, rows))
+        goodput = partial(_draw_goodput, some, result.header["bare"].get(str(replicas)))
+        draw(folder / _plot(replicas), [goodput, partial(_draw_tail, some)])
+    return markdown.write(folder / "load.md", _page(result.header, rows))
 
 
 def _replicas(rows: Sequence[LoadRow]) -> list[int]:
@@ -45,19 +40,18 @@ def _plot(replicas: int) -> str:
 
 def _page(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[str]:
     mix = ", ".join(f"{kind} {share}" for kind, share in header["mix"].items())
-    yield from ("# Load", "")
-    yield (
+    yield from paragraphs(
+        "# Load",
         f"Poisson arrivals through the real services, K = {header['k']}, histories from {header['data']}, mix of users: {mix}. "
         f"A step lasts {header['seconds']:g} s after {header['settle_seconds']:g} s that do not count, and has users of its own. "
         "Latency counts from the moment at which a request was planned to leave; one that failed is infinitely late. "
         f"Goodput: replies per second within {LIMIT_FACTOR:g} times the unloaded median of target-only. Bare: the best closed "
-        "loop of target-only searches in one process, on the same threads, without gRPC, orchestrator and Redis."
+        "loop of target-only searches in one process, on the same threads, without gRPC, orchestrator and Redis.",
     )
-    yield ""
     yield from origin(header, [("threads", f"{header['threads']} per target replica")])
     yield from figures(_figures(header, rows))
     for replicas in _replicas(rows):
-        yield from (f"## {replicas} target replica(s)", "", f"![goodput and p99]({_plot(replicas)})", "")
+        yield from paragraphs(f"## {replicas} target replica(s)", f"![goodput and p99]({_plot(replicas)})")
         yield from _steps([row for row in rows if row.replicas == replicas])
 
 
@@ -82,60 +76,29 @@ def _figures(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[tup
 
 
 def _steps(rows: Sequence[LoadRow]) -> Iterator[str]:
-    names = (
-        "offered 1/s",
-        "mode",
-        "achieved 1/s",
-        "goodput 1/s",
-        "p50 ms",
-        "p95 ms",
-        "p99 ms",
-        "p50 new / returning / refreshing",
-    )
-    kv = ("errors", "degraded", "KV from memory", "KV from Redis")
-    more = (*kv, "target passes", "requests per pass", "generator late, p99 ms", "generator's core")
-    yield from table((*names, *more), [_cells(row) for row in rows])
+    yield from row_table(COLUMNS, rows)
     limits = ", ".join(f"{mode} {_unloaded(rows, mode):.1f} ms" for mode in _modes(rows))
-    yield from (f"Limit {rows[0].limit_ms:.1f} ms; unloaded p50: {limits}.", "")
+    yield from paragraphs(f"Limit {rows[0].limit_ms:.1f} ms; unloaded p50: {limits}.")
 
 
 def _unloaded(rows: Sequence[LoadRow], mode: str) -> float:
     return next(row.unloaded_p50_ms for row in rows if row.mode == mode)
 
 
-def _cells(row: LoadRow) -> tuple[str, ...]:
-    return (
-        f"{row.offered_rps:.1f}",
-        row.mode,
-        f"{row.achieved_rps:.1f}",
-        f"{row.goodput_rps:.1f}",
-        *map(ms, (row.p50_ms, row.p95_ms, row.p99_ms)),
-        " / ".join(map(ms, row.p50_ms_by_kind.values())),
-        errors(row),
-        *(f"{share:.0%}" for share in (row.degraded_share, row.memory_hit_share, row.redis_hit_share)),
-        f"{row.target_passes_mean:.2f}",
-        "–" if row.batch_requests_mean is None else f"{row.batch_requests_mean:.2f}",
-        f"{row.left_late_p99_ms:.1f}",
-        f"{row.generator_cpu_share:.0%}",
-    )
-
-
-def _goodput(rows: Sequence[LoadRow], bare: Mapping[str, Any] | None, axis: Axes) -> None:
+def _draw_goodput(rows: Sequence[LoadRow], baseline: Mapping[str, Any] | None, axis: Axes) -> None:
     for mode in _modes(rows):
         some = [row for row in rows if row.mode == mode]
-        axis.plot(
-            [row.offered_rps for row in some], [row.goodput_rps for row in some], marker="o", markersize=3, label=mode
-        )
-    if bare:
-        axis.axhline(bare["searches_per_second"], color="grey", linestyle="--", label="bare, closed loop")
+        line(axis, [row.offered_rps for row in some], [row.goodput_rps for row in some], label=mode)
+    if baseline:
+        axis.axhline(baseline["searches_per_second"], color="grey", linestyle="--", label="bare, closed loop")
     axis.set_xlabel("offered 1/s")
     axis.set_ylabel("goodput 1/s")
 
 
-def _tail(rows: Sequence[LoadRow], axis: Axes) -> None:
+def _draw_tail(rows: Sequence[LoadRow], axis: Axes) -> None:
     for mode in _modes(rows):
         finite = [(row.offered_rps, row.p99_ms) for row in rows if row.mode == mode and row.p99_ms is not None]
-        axis.plot([rate for rate, _ in finite], [value for _, value in finite], marker="o", markersize=3)
+        line(axis, [rate for rate, _ in finite], [value for _, value in finite])
     axis.axhline(rows[0].limit_ms, color="grey", linestyle=":")
     axis.set_yscale("log")
     axis.set_xlabel("offered 1/s")

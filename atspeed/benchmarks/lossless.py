@@ -1,8 +1,8 @@
-"""Strict speculation against the target's own beam search, through the real services, with items excluded.
+"""Comparison of strict lists with target-only lists, with exclusions.
 
-Excluded items matter only where they would have been recommended: half of each user's are drawn from the list that the user gets
-without exclusions, the rest from the whole catalogue. Both modes get the same request. A path counts as invalid when its
-item is excluded, or is not under that path in the catalogue.
+Exclusions matter only where the items would have been recommended. So half of each user's exclusions are drawn from the list
+that the user gets without exclusions, the rest from the whole catalogue. Both modes get the same request. A path is invalid
+if its item is excluded, or has another path in the catalogue.
 """
 
 from __future__ import annotations
@@ -11,22 +11,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich import box
 from rich.progress import Progress
-from rich.table import Table
 
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import History
-from atspeed.benchmarks.services import Running, ask, mean, progress_bar, services
+from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
+from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.v1 import recommendation_pb2 as pb
@@ -37,7 +34,7 @@ _MODES = (Mode.TARGET_ONLY, Mode.STRICT)
 
 @dataclass(frozen=True)
 class LosslessRow:
-    """One scoring rule. *_passes_mean: target passes of a request."""
+    """Lists under one scoring rule. target_only_passes_mean, strict_passes_mean: target passes of a request."""
 
     rule: str
     k: int
@@ -52,9 +49,19 @@ class LosslessRow:
     accepted_levels_mean: float
 
 
+COLUMNS: Columns[LosslessRow] = (
+    ("rule", lambda row: row.rule),
+    *COMPARISON_COLUMNS,
+    ("invalid paths", lambda row: str(row.invalid_paths)),
+    ("target-only passes", lambda row: f"{row.target_only_passes_mean:.2f}"),
+    ("strict passes", lambda row: f"{row.strict_passes_mean:.2f}"),
+    ("levels accepted", lambda row: f"{row.accepted_levels_mean:.2f}"),
+)
+
+
 @dataclass(frozen=True)
-class Question:
-    """What every user is asked: K items with so many excluded. seed: of the choice of excluded items."""
+class LosslessConfig:
+    """Configuration of the comparison. excluded: excluded items of each user. seed: seed of their choice."""
 
     k: int
     excluded: int
@@ -62,42 +69,22 @@ class Question:
 
 
 async def run(
-    root: Path, histories: Sequence[History], question: Question, rules: Sequence[ScoringRule]
+    root: Path, histories: Sequence[History], config: LosslessConfig, rules: Sequence[ScoringRule]
 ) -> list[LosslessRow]:
-    """Compare under each rule; the bundle's own rule or, on a copy of the bundle, the other."""
+    """Compare under each rule: the bundle's own, or the other on a copy of the bundle."""
     rows = []
     for rule in rules:
         with _under_rule(root, rule) as folder, progress_bar() as progress:
-            async with services(folder, Running(planner="fixed")) as client:
-                rows.append(await _compare(client, Bundle(folder), histories, question, progress))
+            async with services(folder, ServiceOptions(planner="fixed")) as client:
+                rows.append(await _compare(client, Bundle(folder), histories, config, progress))
     return rows
 
 
-def table(rows: Sequence[LosslessRow]) -> Table:
-    """The rows, for people."""
-    asked = f"K = {rows[0].k}, {rows[0].excluded} excluded items, {rows[0].users} users" if rows else ""
-    shown = Table(title=f"Strict beside target-only: {asked}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("rule", "same", "near\nties", "differ", "invalid\npaths"):
-        shown.add_column(name, justify="left" if name == "rule" else "right")
-    for name in ("target-only\npasses", "strict\npasses", "levels\naccepted"):
-        shown.add_column(name, justify="right")
-    for row in rows:
-        counts = (row.identical, row.near_ties, row.different, row.invalid_paths)
-        means = (row.target_only_passes_mean, row.strict_passes_mean, row.accepted_levels_mean)
-        shown.add_row(row.rule, *map(str, counts), *(f"{value:.2f}" for value in means))
-    return shown
-
-
-def to_json(rows: Sequence[LosslessRow]) -> list[dict[str, Any]]:
-    """The rows, for a result file."""
-    return [asdict(row) for row in rows]
-
-
 async def _compare(
-    client: RecommenderClient, bundle: Bundle, histories: Sequence[History], question: Question, progress: Progress
+    client: RecommenderClient, bundle: Bundle, histories: Sequence[History], config: LosslessConfig, progress: Progress
 ) -> LosslessRow:
-    catalogue, rule, k = bundle.catalogue(), bundle.manifest.scoring_rule, question.k
-    excluded = await _excluded(client, catalogue, histories, question, progress)
+    catalogue, rule, k = bundle.catalogue(), bundle.manifest.scoring_rule, config.k
+    excluded = await _excluded(client, catalogue, histories, config, progress)
     replies = {}
     for mode in _MODES:
         requests = [
@@ -110,11 +97,9 @@ async def _compare(
     return LosslessRow(
         rule=str(rule),
         k=k,
-        excluded=question.excluded,
+        excluded=config.excluded,
         users=len(verdicts),
-        identical=verdicts.count(Verdict.IDENTICAL),
-        near_ties=verdicts.count(Verdict.NEAR_TIE),
-        different=verdicts.count(Verdict.DIFFERENT),
+        **comparison_counts(verdicts),
         invalid_paths=sum(
             invalid_paths(reply, out, catalogue)
             for lists in replies.values()
@@ -130,17 +115,17 @@ async def _excluded(
     client: RecommenderClient,
     catalogue: Catalogue,
     histories: Sequence[History],
-    question: Question,
+    config: LosslessConfig,
     progress: Progress,
 ) -> list[list[str]]:
-    """Each user's excluded items (module docstring)."""
-    if not question.excluded:
+    """Choose each user's excluded items, see the module's docstring."""
+    if not config.excluded:
         return [[] for _ in histories]
-    rng = np.random.default_rng(question.seed)
-    width = max(question.k, question.excluded)
+    rng = np.random.default_rng(config.seed)
+    width = max(config.k, config.excluded)
     requests = [recommend_request(history=history, k=width, mode=Mode.TARGET_ONLY) for history in histories]
-    replies = await ask(client, requests, progress=progress, title="choosing what to exclude")
-    return [_draw(rng, RankedList.of(reply.items).items, catalogue, question.excluded) for reply in replies]
+    replies = await ask(client, requests, progress=progress, title="choosing exclusions")
+    return [_draw(rng, RankedList.of(reply.items).items, catalogue, config.excluded) for reply in replies]
 
 
 def _draw(rng: np.random.Generator, recommended: Sequence[str], catalogue: Catalogue, count: int) -> list[str]:
@@ -153,7 +138,7 @@ def _draw(rng: np.random.Generator, recommended: Sequence[str], catalogue: Catal
 
 
 def invalid_paths(reply: pb.RecommendResponse, excluded: Sequence[str], catalogue: Catalogue) -> int:
-    """Items of a reply that are excluded, or that the catalogue does not have under that path."""
+    """Count the items of a reply that are excluded, or that have another path in the catalogue."""
     index = catalogue.find([item.item_id for item in reply.items])
     banned = set(excluded)
     return sum(
@@ -164,7 +149,7 @@ def invalid_paths(reply: pb.RecommendResponse, excluded: Sequence[str], catalogu
 
 @contextmanager
 def _under_rule(root: Path, rule: ScoringRule) -> Iterator[Path]:
-    """The bundle, or for as long as the block lasts a copy of it whose manifest declares another rule."""
+    """Yield the bundle, or a temporary copy of it whose manifest declares another rule."""
     manifest = Bundle(root).manifest
     if manifest.scoring_rule is rule:
         yield root

@@ -1,6 +1,6 @@
-"""What a model's passes take by themselves, on any provider: against their tokens, and beside one read of its weights.
+"""Probe of single passes: time by tokens, and over one read of the weights.
 
-With one user a pass on a GPU takes about as long as reading the weights, up to some hundred tokens. How long a read takes is
+With one user a pass on a GPU takes about as long as a read of the weights, up to some hundred tokens. The time of a read is
 measured too: a copy of a large buffer on the same device reads and writes each byte once.
 """
 
@@ -19,13 +19,13 @@ from atspeed.engine.arrays import KvArray
 from atspeed.engine.model.decoder import Decoder, Provider
 from atspeed.training.inflation import ModelShape
 
-_COPIED_BYTES = 2**28
-_COPIES = 10
+_COPIED_BYTES = 2**28  # larger than the caches of any device
+_COPIES = 10  # of which the median counts
 
 
 @dataclass(frozen=True)
 class PassRow:
-    """Passes of so many new tokens on so many cached ones. read_ms: one read of what a pass reads of the weights."""
+    """Passes of new tokens behind cached ones. read_ms: one read of the weights. times_read: p50_ms over read_ms."""
 
     model: str
     new_tokens: int
@@ -37,9 +37,11 @@ class PassRow:
 
 @dataclass(frozen=True)
 class BeamsRow:
-    """A whole search's passes without choosing anything: `codes` levels of `beams` beams behind a prompt.
+    """Passes of a whole search, without selection: `codes` levels of `beams` beams behind a prompt.
 
-    level_by_level_ms: a pass per level, the prompt in the first. at_once_ms: one pass of prompt and all drafted beams.
+    Attributes:
+        level_by_level_ms: a pass per level, with the prompt in the first.
+        at_once_ms: one pass of the prompt and all drafted beams.
     """
 
     model: str
@@ -51,13 +53,13 @@ class BeamsRow:
 
 
 def bytes_read(shape: ModelShape, vocab_size: int, bytes_per_weight: int) -> int:
-    """Of the weights, in one pass: all but the embedding, of which it reads some rows."""
+    """Return the bytes of weights that a pass reads: all but the embedding, of which it reads some rows."""
     projections = 2 * shape.head_dim * (shape.heads + shape.kv_heads) + 3 * shape.intermediate
     return bytes_per_weight * shape.hidden * (shape.layers * projections + vocab_size)
 
 
 def bytes_per_second(provider: Provider) -> float:
-    """How fast the device reads while it writes as much, twice counted: what a copy moves."""
+    """Return the memory bandwidth of the device: bytes read and bytes written by a copy, per second."""
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=provider)
     target = torch.empty_like(source)
 
@@ -79,7 +81,7 @@ def probe_passes(
     cached: Sequence[int],
     repeats: int,
 ) -> list[PassRow]:
-    """Every number of new tokens on every number of cached ones. The new ones are siblings, as beams are."""
+    """Measure every number of new tokens behind every number of cached ones. New tokens are siblings, as beams are."""
     rows = []
     for behind in cached:
         tree = _Tree(decoder, vocab_size, behind, [*range(-1, behind - 1), *[behind - 1] * max(new)])
@@ -92,7 +94,7 @@ def probe_passes(
 def probe_beams(
     name: str, decoder: Decoder, vocab_size: int, *, prompt: int, beams: int, codes: int, repeats: int
 ) -> BeamsRow:
-    """A prompt, then codes - 1 levels of beams, each the child of one beam of the level above."""
+    """Measure a prompt and codes - 1 levels of beams, each the child of one beam of the level above."""
     parents = [*range(-1, prompt - 1)]
     for level in range(codes - 1):
         parents += [prompt - 1] * beams if level == 0 else range(len(parents) - beams, len(parents))
@@ -109,9 +111,9 @@ def probe_beams(
 
 
 class _Tree:
-    """A token tree of random tokens, and of keys and values that no pass has to have computed.
+    """Token tree of random tokens with random KV.
 
-    prompt: how many of its tokens are a chain. parents: of every token, -1 for the first.
+    prompt: number of tokens of the chain at its beginning. parents: parent of every token, -1 for the first.
     """
 
     def __init__(self, decoder: Decoder, vocab_size: int, prompt: int, parents: Sequence[int]) -> None:
@@ -123,13 +125,13 @@ class _Tree:
             if parent >= 0:
                 self._visible[token] |= self._visible[parent]
         self._positions = self._visible.sum(axis=1) - 1
-        # A prompt's logits are wanted at its end alone, those of beams at every one.
+        # Logits are needed at the last token of the prompt and at every beam.
         self._first_row = prompt - 1
         self._kv: KvArray = decoder.empty_kv(len(parents))
         self._kv[:] = random.standard_normal(self._kv.shape[1:]) * 0.1
 
     def run(self, start: int, end: int) -> None:
-        """A pass over these tokens, on all before them."""
+        """Make a pass over these tokens, behind all before them."""
         rows = np.arange(max(start, self._first_row), end) - start
         past, new = self._kv[:, :, :start], self._kv[:, :, start:end]
         span = slice(start, end)
@@ -137,7 +139,7 @@ class _Tree:
 
 
 def _median_ms(run: Callable[[], None], repeats: int) -> float:
-    """After one run that does not count."""
+    """Return the median time in milliseconds, after one run that is not counted."""
     run()
     times = []
     for _ in range(repeats):

@@ -1,8 +1,8 @@
-"""The limit of speculation: lists made with a plan that holds exactly what the search will need, and that costs nothing.
+"""Oracle plans, the upper bound of speculation.
 
-A target-only search over the same target, made just before, says what strict will need. A stand-in for the draft, in this
-process, answers with these nodes, and an orchestrator of its own makes the list over the bench's target and Redis. The wait for
-the stand-in is taken off, as nobody drafts anything: what is left is one pass, and no draft of any quality could do better.
+An oracle plan holds exactly the nodes that a search needs. A target-only search, made just before, finds them. A stub of the
+draft in this process replies with them, and another orchestrator makes the list over the same target and Redis. The wait for
+the stub is taken off, because no model drafts. What remains is one pass of the target, and no draft could do better.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import grpc
 import numpy as np
 
+from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.services import PATIENCE_SECONDS, Services
-from atspeed.benchmarks.shared_tree_models import prompt_tokens
 from atspeed.client.recommender import RecommenderClient
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
@@ -36,11 +36,11 @@ from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import Strict
 
 _TARGET = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
-_TENANT = "foreseen"  # whose caches no measured request sees
+_TENANT = "foreseen"  # keeps these searches out of the caches of measured requests
 
 
-class ReadyPlan(draft_pb2_grpc.DraftServiceServicer):
-    """A draft that has its answer ready: `nodes`, below the root; nothing below anything else."""
+class StubDraft(draft_pb2_grpc.DraftServiceServicer):
+    """Draft service that plans `nodes` below the root, and nothing below other beams."""
 
     def __init__(self) -> None:
         self.nodes: Int64 = np.empty(0, dtype=np.int64)
@@ -48,13 +48,13 @@ class ReadyPlan(draft_pb2_grpc.DraftServiceServicer):
     async def GetModelInfo(
         self, request: draft_pb2.DraftServiceGetModelInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> draft_pb2.DraftServiceGetModelInfoResponse:
-        """Nothing: there is no model."""
+        """Return nothing: there is no model."""
         return draft_pb2.DraftServiceGetModelInfoResponse()
 
     async def Plan(
         self, request: draft_pb2.PlanRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> draft_pb2.PlanResponse:
-        """The plan."""
+        """Return the plan."""
         from_root = wire.vector(request.beams, "beams", "int32").tolist() == [ROOT]
         nodes = self.nodes if from_root else self.nodes[:0]
         return draft_pb2.PlanResponse(
@@ -67,36 +67,36 @@ class ReadyPlan(draft_pb2_grpc.DraftServiceServicer):
 
 
 @dataclass(frozen=True)
-class PerfectPlans:
-    """client: of the orchestrator that gets them."""
+class OraclePlans:
+    """Oracle plans and a client of the orchestrator that gets them."""
 
     client: RecommenderClient
     _bundle: Bundle
     _catalogue: Catalogue
     _target: TargetClient
-    _ready: ReadyPlan
+    _draft: StubDraft
 
-    async def foresee(self, history: Sequence[str], k: int) -> None:
-        """Have ready what a search with K beams for this history will need."""
+    async def prepare(self, history: Sequence[str], k: int) -> None:
+        """Find the nodes that a search with K beams for this history needs, and plan them."""
         tokens = prompt_tokens(self._catalogue, self._bundle.manifest.target, self._catalogue.find(history).tolist())
-        question = ModelRequest(tokens, Pruning.none(), Deadline(PATIENCE_SECONDS), tenant=_TENANT)
+        request = ModelRequest(tokens, Pruning.none(), Deadline(PATIENCE_SECONDS), tenant=_TENANT)
         policy, rule = Strict(k), self._bundle.manifest.scoring_rule
-        target = self._target.session(question, max_children=policy.max_children)
+        target = self._target.session(request, max_children=policy.max_children)
         try:
             found = await beam_search(self._catalogue.trie, rule, policy, target, NoDraft())
         finally:
             target.close()
-        self._ready.nodes = np.array(sorted(found.memo.used - {ROOT}), dtype=np.int64)
+        self._draft.nodes = np.array(sorted(found.memo.used - {ROOT}), dtype=np.int64)
 
 
 @asynccontextmanager
-async def perfect_plans(root: Path, services: Services) -> AsyncIterator[PerfectPlans]:
-    """An orchestrator beside the bench's own, over the same target."""
-    bundle, ready = Bundle(root), ReadyPlan()
+async def oracle_plans(root: Path, services: Services) -> AsyncIterator[OraclePlans]:
+    """Start another orchestrator over the same target, with a stub of the draft."""
+    bundle, draft = Bundle(root), StubDraft()
     catalogue, version = bundle.catalogue(), bundle.manifest.model_version("target")
     async with AsyncExitStack() as stack:
         server = grpc.aio.server()
-        draft_pb2_grpc.add_DraftServiceServicer_to_server(ready, server)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(draft, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         stack.push_async_callback(server.stop, grace=None)
@@ -107,5 +107,5 @@ async def perfect_plans(root: Path, services: Services) -> AsyncIterator[Perfect
         routes = Routes(target_pb2_grpc.TargetServiceStub(channel))
         target = TargetClient(routes, catalogue.trie, version, attempts=1, pass_seconds=PATIENCE_SECONDS)
         client = RecommenderClient(orchestrator.address, timeout_seconds=PATIENCE_SECONDS)
-        yield PerfectPlans(await stack.enter_async_context(client), bundle, catalogue, target, ready)
+        yield OraclePlans(await stack.enter_async_context(client), bundle, catalogue, target, draft)
         await target.settle()

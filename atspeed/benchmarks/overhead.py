@@ -1,44 +1,38 @@
-"""What gRPC, orchestrator and Redis add to the time of the models, for a returning user.
+"""Overhead of gRPC, orchestrator and Redis over the models' time.
 
-The user's history is stored in Redis and was served before the last item came. Added is what the caller waits beyond the passes
-of draft and target, as the model services measured these. Beside it stands the same target-only search in this process, on a
-model of its own with the same threads and a prefix that is kept as well: what the services are compared with then is one
-function call.
+The user returns: the history is in Redis, and a request was served before the last item came. Overhead is the caller's time
+less the passes of draft and target, as the model services measured these. The same target-only search is measured in this
+process too, with the same threads and a cached prefix. It compares the services with one function call.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from atspeed.benchmarks import markdown
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import History
-from atspeed.benchmarks.in_process_baseline import BareRunner, bare_runner
-from atspeed.benchmarks.markdown import figures, item_range, origin
-from atspeed.benchmarks.markdown import table as markdown_table
-from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.services import Running, progress_bar, services, undisturbed
+from atspeed.benchmarks.in_process_baseline import InProcessBaseline, in_process_baseline
+from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs, row_table
+from atspeed.benchmarks.results import Columns, Result
+from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_bar, services
 from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 
 NAME = "overhead"
-PAGE = "overhead.md"
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
 WIDTHS = (5, 10, 20)
 
 
 @dataclass(frozen=True)
-class Added:
-    """One request, in milliseconds. parts: of what is added, by where."""
+class RequestOverhead:
+    """Times of one request in milliseconds. parts: the overhead by place."""
 
     caller_ms: float
     models_ms: float
@@ -46,12 +40,12 @@ class Added:
 
     @property
     def added_ms(self) -> float:
-        """What is not in the models' passes."""
+        """Time outside of the models' passes."""
         return self.caller_ms - self.models_ms
 
     @classmethod
-    def of(cls, reply: pb.RecommendResponse, caller_ms: float) -> Added:
-        """From a reply's stage times."""
+    def of(cls, reply: pb.RecommendResponse, caller_ms: float) -> RequestOverhead:
+        """Read a reply's stage times."""
         stages = reply.statistics.stage_times
         forward = stages.target_forward_ns + stages.draft_forward_ns
         return cls(
@@ -69,11 +63,14 @@ class Added:
 
 @dataclass(frozen=True)
 class OverheadRow:
-    """One mode and K; medians over users, except p99. added_share: of the caller's time.
+    """One mode and K. Times are medians over users, except p99.
 
-    in_process_p50_ms: the search in this process; over_in_process_ms: how much longer the caller waits, median of differences.
-    Both None but for target-only. parts_ms: the client's own gRPC; history from Redis; transport, queue and choice of children
-    of target and draft; the loop in the orchestrator.
+    Attributes:
+        added_share: overhead over the caller's time.
+        in_process_p50_ms: the search in this process; None but for target-only.
+        over_in_process_ms: how much longer the caller waits, the median of differences; None but for target-only.
+        parts_ms: the client's own gRPC; the history from Redis; transport, queue and choice of children of target and draft;
+            the loop in the orchestrator.
     """
 
     mode: str
@@ -89,51 +86,71 @@ class OverheadRow:
     parts_ms: Mapping[str, float]
 
 
-async def run(root: Path, histories: Sequence[History], widths: Sequence[int], running: Running) -> list[OverheadRow]:
-    """Every user in every mode and width, one request at a time, each beside the same search in this process."""
-    found: dict[tuple[Mode, int], list[Added]] = {(mode, k): [] for mode in MODES for k in widths}
-    alone: dict[int, list[float]] = {k: [] for k in widths}
-    async with services(root, running) as client, bare_runner(root, threads=running.threads or 1) as bare:
-        await _warm_up(client, bare, histories[0], widths)
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+COLUMNS: Columns[OverheadRow] = (
+    ("mode", lambda row: row.mode),
+    ("K", lambda row: str(row.k)),
+    ("caller", lambda row: _ms(row.p50_ms)),
+    ("models", lambda row: _ms(row.models_p50_ms)),
+    ("added", lambda row: _ms(row.added_p50_ms)),
+    ("added, p99", lambda row: _ms(row.added_p99_ms)),
+    ("share", lambda row: f"{row.added_share:.0%}"),
+    ("in process", lambda row: _ms(row.in_process_p50_ms)),
+    ("over", lambda row: _ms(row.over_in_process_ms)),
+)
+
+
+async def run(
+    root: Path, histories: Sequence[History], widths: Sequence[int], options: ServiceOptions
+) -> list[OverheadRow]:
+    """Measure every user in every mode and width, one request at a time, and the same search in this process."""
+    measured: dict[tuple[Mode, int], list[RequestOverhead]] = {(mode, k): [] for mode in MODES for k in widths}
+    in_process: dict[int, list[float]] = {k: [] for k in widths}
+    async with services(root, options) as client, in_process_baseline(root, threads=options.threads or 1) as baseline:
+        for mode in MODES:  # warm-up
+            await _returning(client, f"first-{mode}", histories[0], mode, widths[0])
+        await _in_process(baseline, "first", histories[0], widths[0])
         with progress_bar() as progress:
             for number, history in enumerate(progress.track(histories, description="users")):
-                for mode, k in found:
-                    found[mode, k].append(await _returning(client, f"{number}-{mode}-{k}", history, mode, k))
+                for mode, k in measured:
+                    measured[mode, k].append(await _returning(client, f"{number}-{mode}-{k}", history, mode, k))
                 for k in widths:
-                    alone[k].append(await _in_process(bare, f"{number}-{k}", history, k))
-    return [row(mode, k, added, alone[k] if mode is Mode.TARGET_ONLY else None) for (mode, k), added in found.items()]
+                    in_process[k].append(await _in_process(baseline, f"{number}-{k}", history, k))
+    return [
+        summarise(mode, k, found, in_process[k] if mode is Mode.TARGET_ONLY else None)
+        for (mode, k), found in measured.items()
+    ]
 
 
-async def _warm_up(client: RecommenderClient, bare: BareRunner, history: History, widths: Sequence[int]) -> None:
-    for mode in MODES:
-        await _returning(client, f"first-{mode}", history, mode, widths[0])
-    await _in_process(bare, "first", history, widths[0])
-
-
-async def _returning(client: RecommenderClient, user: str, history: History, mode: Mode, k: int) -> Added:
-    """A user who comes back with one new item."""
+async def _returning(client: RecommenderClient, user: str, history: History, mode: Mode, k: int) -> RequestOverhead:
+    """Measure the request of a user who returns with one new item."""
     request = recommend_request(user, k=k, beam_width=k, mode=mode, tenant="overhead")
     await client.record(user, history[:-1], tenant="overhead")
-    await undisturbed(client, request)
+    await healthy_reply(client, request)
     await client.record(user, history[-1:], tenant="overhead")
     begun = time.perf_counter()
-    reply = await undisturbed(client, request)
-    return Added.of(reply, 1e3 * (time.perf_counter() - begun))
+    reply = await healthy_reply(client, request)
+    return RequestOverhead.of(reply, 1e3 * (time.perf_counter() - begun))
 
 
-async def _in_process(bare: BareRunner, tenant: str, history: History, k: int) -> float:
-    """The same in this process, in milliseconds."""
-    await bare.search(bare.prompt(history[:-1], tenant), k)
-    prompt = bare.prompt(history, tenant)
+async def _in_process(baseline: InProcessBaseline, tenant: str, history: History, k: int) -> float:
+    """Measure the same request in this process, in milliseconds."""
+    await baseline.search(baseline.prompt(history[:-1], tenant), k)
+    prompt = baseline.prompt(history, tenant)
     begun = time.perf_counter()
-    await bare.search(prompt, k)
+    await baseline.search(prompt, k)
     return 1e3 * (time.perf_counter() - begun)
 
 
-def row(mode: Mode, k: int, found: Sequence[Added], alone: Sequence[float] | None) -> OverheadRow:
-    """One mode and K. alone: the times of the same users in this process."""
+def summarise(mode: Mode, k: int, found: Sequence[RequestOverhead], in_process: Sequence[float] | None) -> OverheadRow:
+    """Return the row of one mode and K. in_process: the times of the same users in this process."""
     added = [one.added_ms for one in found]
-    over = [one.caller_ms - other for one, other in zip(found, alone, strict=True)] if alone is not None else None
+    over = None
+    if in_process is not None:
+        over = [one.caller_ms - other for one, other in zip(found, in_process, strict=True)]
     return OverheadRow(
         mode=str(mode),
         k=k,
@@ -143,7 +160,7 @@ def row(mode: Mode, k: int, found: Sequence[Added], alone: Sequence[float] | Non
         added_p50_ms=_median(added),
         added_p99_ms=round(float(np.percentile(added, 99)), 3),
         added_share=_median([one.added_ms / one.caller_ms for one in found]),
-        in_process_p50_ms=_median(alone) if alone is not None else None,
+        in_process_p50_ms=_median(in_process) if in_process is not None else None,
         over_in_process_ms=_median(over) if over is not None else None,
         parts_ms={part: _median([one.parts[part] for one in found]) for part in found[0].parts},
     )
@@ -153,74 +170,43 @@ def _median(values: Sequence[float]) -> float:
     return round(float(np.median(values)), 3)
 
 
-def table(rows: Sequence[OverheadRow]) -> Table:
-    """The rows, for people."""
-    users = max((row.users for row in rows), default=0)
-    title = f"Added to the models' time, returning users, {users} of them; ms"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("mode", "K", "p50", "models", "added", "added\np99", "share", "in\nprocess", "over"):
-        shown.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)
-    for one in rows:
-        shown.add_row(*_cells(one))
-    return shown
-
-
-def _cells(row: OverheadRow) -> tuple[str, ...]:
-    times = (row.p50_ms, row.models_p50_ms, row.added_p50_ms, row.added_p99_ms)
-    alone = ("" if value is None else f"{value:.1f}" for value in (row.in_process_p50_ms, row.over_in_process_ms))
-    return (row.mode, str(row.k), *(f"{value:.1f}" for value in times), f"{row.added_share:.0%}", *alone)
-
-
-def to_json(rows: Sequence[OverheadRow]) -> list[dict[str, Any]]:
-    """The rows, for a result file."""
-    return [asdict(one) for one in rows]
-
-
-def header(running: Running, *, users: int, items: tuple[int, int | None], histories: str) -> dict[str, Any]:
-    """What was asked for, beside where it comes from. items: the least and the most of a user."""
+def header(options: ServiceOptions, *, users: int, items: tuple[int, int | None], histories: str) -> dict[str, Any]:
+    """Return the header's fields. items: the least and the most of a user."""
     asked = {"users": users, "items": items, "histories": histories}
-    return {"benchmark": NAME, **asked, "threads": running.threads, "provider": running.provider}
+    return {"benchmark": NAME, **asked, "threads": options.threads, "provider": options.provider}
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write the page; its path. Raises BenchmarkError when the result is another benchmark's."""
-    if result.header.get("benchmark") != NAME:
-        raise BenchmarkError("the result is not one of bench overhead")
-    return markdown.write(folder / PAGE, _page(result.header, [OverheadRow(**one) for one in result.rows]))
+    """Write the page of a result file. Returns its path."""
+    return markdown.write(folder / "overhead.md", _page(result.header, result.rows_of(NAME, OverheadRow)))
 
 
 def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[str]:
-    yield from ("# What the services add to the models' time", "")
-    yield (
+    yield from paragraphs(
+        "# What the services add to the models' time",
         f"{header['users']} users with {item_range(header['items'])}, of {header['histories']}, who return with one new "
         "item; their histories are in Redis. One request at a time. In ms; medians where nothing else is said. *Models*: the "
         "passes of draft and target, as these measured them. *Added*: what the caller waits beyond. *In process*: the same "
-        "target-only search as a function call; *over*: how much longer the caller of the services waits for it."
+        "target-only search as a function call; *over*: how much longer the caller of the services waits for it.",
     )
-    yield ""
     yield from origin(header, [("threads", f"{header['threads']} for each model"), ("provider", header["provider"])])
     yield from figures(_figures(rows))
-    names = ("mode", "K", "caller", "models", "added", "added, p99", "share", "in process", "over")
-    yield from markdown_table(names, map(_cells, rows))
-    yield from (
-        "Where it is added: transport, queue and the choice of children for target and draft; the loop; the caller's gRPC.",
-        "",
+    yield from row_table(COLUMNS, rows)
+    yield from paragraphs(
+        "Where it is added: transport, queue and the choice of children for target and draft; the loop; the caller's gRPC."
     )
     parts = list(rows[0].parts_ms)
-    yield from markdown_table(
-        ("mode", "K", *parts),
-        [(one.mode, str(one.k), *(f"{one.parts_ms[part]:.1f}" for part in parts)) for one in rows],
+    yield from markdown.table(
+        ("mode", "K", *parts), [(row.mode, str(row.k), *(_ms(row.parts_ms[part]) for part in parts)) for row in rows]
     )
 
 
 def _figures(rows: Sequence[OverheadRow]) -> Iterator[tuple[str, str]]:
-    for mode in dict.fromkeys(one.mode for one in rows):
-        some = [one for one in rows if one.mode == mode]
-        shares = (f"K = {one.k}: {one.added_p50_ms:.1f} ms, {one.added_share:.0%}" for one in some)
+    for mode in dict.fromkeys(row.mode for row in rows):
+        some = [row for row in rows if row.mode == mode]
+        shares = (f"K = {row.k}: {row.added_p50_ms:.1f} ms, {row.added_share:.0%}" for row in some)
         yield f"{mode}: added to the models' time, p50, and its share of the caller's", "; ".join(shares)
-        over = [f"K = {one.k}: {one.over_in_process_ms:.1f} ms" for one in some if one.over_in_process_ms is not None]
+        over = [f"K = {row.k}: {row.over_in_process_ms:.1f} ms" for row in some if row.over_in_process_ms is not None]
         if over:
-            yield (
-                f"{mode}: what the caller waits longer than for the same search as a function call, p50",
-                "; ".join(over),
-            )
+            name = f"{mode}: what the caller waits longer than for the same search as a function call, p50"
+            yield name, "; ".join(over)

@@ -1,34 +1,32 @@
-"""Our lists, through the real services, beside those of Hugging Face `generate` on the same checkpoint and prompts.
+"""Comparison of our lists with Hugging Face `generate` on the same checkpoint.
 
-`generate` is the beam search that everyone knows: num_beams = num_return_sequences = K, children restricted by
-`prefix_allowed_tokens_fn`, log-softmax over the whole vocabulary. That is the scoring rule `vocab`; there is no `generate` for
-the rule `trie`, so bundles that declare it are refused. All paths have L codes, so a length penalty has nothing to do.
+Our lists come from the real services. `generate` runs with num_beams = num_return_sequences = K, children restricted by
+`prefix_allowed_tokens_fn`, and log-softmax over the whole vocabulary. That is the scoring rule `vocab`. It cannot compute the
+rule `trie`, so bundles that declare it are refused. All paths have L codes, so a length penalty has no effect.
 
-Where fewer than K paths exist, `generate` fills its beams up with masked ones, whose score is below -1e8; they are left out.
+Where fewer than K paths exist, `generate` fills its beams with masked ones, whose score is below -1e8; they are left out.
 Users are batched by prompt length, so that no prompt needs padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich import box
 from rich.progress import Progress
-from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel
 
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.histories import History
-from atspeed.benchmarks.services import Running, ask, mean, progress_bar, services
+from atspeed.benchmarks.histories import History, prompt_tokens
+from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
+from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare, largest_gap
+from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.generation import drop_generation_defaults
@@ -37,13 +35,13 @@ from atspeed.v1 import recommendation_pb2 as pb
 REFERENCE = "Hugging Face generate"
 WIDTHS = (1, 5, 10, 20)
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
-_MASKED = -1e8
-_BEAMS_AT_ONCE = 320
+_MASKED = -1e8  # generate's scores of masked beams are near -1e9
+_BEAMS_AT_ONCE = 320  # bounds the memory of a batch
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One K in one mode. largest_score_gap: between the scores at the same place of the two lists, over all users."""
+    """One K in one mode. largest_score_gap: the largest difference of scores at the same rank, over all users."""
 
     k: int
     mode: str
@@ -59,12 +57,12 @@ class ParityRow:
 async def run(
     root: Path, model: PreTrainedModel, histories: Sequence[History], widths: Sequence[int] = WIDTHS
 ) -> list[ParityRow]:
-    """Compare every K in both modes. Raises BenchmarkError when the bundle and the checkpoint cannot be compared."""
+    """Compare every K in both modes. Raises BenchmarkError if bundle and checkpoint cannot be compared."""
     bundle = Bundle(root)
     reference = Reference(bundle, model)
     rows = []
     with progress_bar() as progress:
-        async with services(root, Running(planner="fixed")) as client:
+        async with services(root, ServiceOptions(planner="fixed")) as client:
             for k in widths:
                 expected = reference.lists(histories, k, progress)
                 for mode in MODES:
@@ -74,24 +72,14 @@ async def run(
     return rows
 
 
-def table(rows: Sequence[ParityRow]) -> Table:
-    """The rows, for people."""
-    users = max((row.users for row in rows), default=0)
-    shown = Table(
-        title=f"Lists beside Hugging Face generate, {users} users", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    for name in ("K", "mode", "same", "near\nties", "differ", "score\ngap", "target\npasses", "levels\naccepted"):
-        shown.add_column(name, justify="left" if name == "mode" else "right")
-    for row in rows:
-        counts = (row.identical, row.near_ties, row.different)
-        passes = (f"{row.target_passes_mean:.2f}", f"{row.accepted_levels_mean:.2f}")
-        shown.add_row(str(row.k), row.mode, *map(str, counts), f"{row.largest_score_gap:.0e}", *passes)
-    return shown
-
-
-def to_json(rows: Sequence[ParityRow]) -> list[dict[str, Any]]:
-    """The rows, for a result file."""
-    return [asdict(row) for row in rows]
+COLUMNS: Columns[ParityRow] = (
+    ("K", lambda row: str(row.k)),
+    ("mode", lambda row: row.mode),
+    *COMPARISON_COLUMNS,
+    ("score gap", lambda row: f"{row.largest_score_gap:.0e}"),
+    ("target passes", lambda row: f"{row.target_passes_mean:.2f}"),
+    ("levels accepted", lambda row: f"{row.accepted_levels_mean:.2f}"),
+)
 
 
 def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> ParityRow:
@@ -101,9 +89,7 @@ def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: 
         k=k,
         mode=str(mode),
         users=len(verdicts),
-        identical=verdicts.count(Verdict.IDENTICAL),
-        near_ties=verdicts.count(Verdict.NEAR_TIE),
-        different=verdicts.count(Verdict.DIFFERENT),
+        **comparison_counts(verdicts),
         largest_score_gap=max(map(largest_gap, lists, expected), default=0.0),
         target_passes_mean=mean([reply.statistics.target_passes for reply in replies]),
         accepted_levels_mean=mean([reply.statistics.accepted_levels for reply in replies]),
@@ -111,7 +97,7 @@ def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: 
 
 
 class Reference:
-    """Hugging Face `generate` over a bundle's catalogue. Raises BenchmarkError when the bundle is not the checkpoint's."""
+    """Hugging Face `generate` over a bundle's catalogue. Raises BenchmarkError if the bundle is not the checkpoint's."""
 
     def __init__(self, bundle: Bundle, model: PreTrainedModel) -> None:
         entry, rule = bundle.manifest.target, bundle.manifest.scoring_rule
@@ -121,11 +107,12 @@ class Reference:
             raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
         self._model: Any = model  # transformers' type of `generate` has lost its self
         drop_generation_defaults(model, "Hugging Face generate")
-        self._entry, self._catalogue = entry, bundle.catalogue()
+        self._entry = entry
+        self._catalogue = bundle.catalogue()
         self._children = _children(self._catalogue, entry)
 
     def lists(self, histories: Sequence[History], k: int, progress: Progress) -> list[RankedList]:
-        """The K best paths of each history, as items."""
+        """Return the K best paths of each history, as items."""
         prompts = [self.prompt(history) for history in histories]
         task = progress.add_task(f"Hugging Face generate, K = {k}", total=len(prompts))
         lists: dict[int, RankedList] = {}
@@ -137,21 +124,15 @@ class Reference:
         return [lists[index] for index in range(len(prompts))]
 
     def prompt(self, history: History) -> list[int]:
-        """The prompt's tokens, as serving builds them."""
-        known = self._catalogue.find(history)
-        template = self._entry.prompt
-        window = known[template.window_start(len(known)) :]
-        tokens = np.asarray(self._entry.code_tokens)[
-            self._catalogue.codes[window] + self._catalogue.trie.codebook_offset
-        ]
-        built: list[int] = template.tokens(list(tokens)).tolist()
-        return built
+        """Return the prompt's tokens, as serving builds them."""
+        tokens = prompt_tokens(self._catalogue, self._entry, self._catalogue.find(history).tolist())
+        return [int(token) for token in tokens]
 
     def generate(self, prompts: torch.Tensor, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
-        """Each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
+        """Return each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
         prompts, length = prompts.to(self._model.device), prompts.shape[1]
         levels = self._catalogue.trie.levels
-        nowhere = [self._entry.code_tokens[0]]  # below a masked beam: generate asks for some token, whatever it is
+        nowhere = [self._entry.code_tokens[0]]  # below a masked beam generate requires some token
         with torch.inference_mode():
             output = self._model.generate(
                 prompts,
@@ -167,7 +148,7 @@ class Reference:
         return [ranked[start : start + k] for start in range(0, len(ranked), k)]
 
     def items(self, ranked: Sequence[tuple[tuple[int, ...], float]], k: int) -> RankedList:
-        """Paths to items: those that share a path stand together, in id order, as the contract says."""
+        """Convert paths to items. Items of one path are adjacent and in id order, as in the contract."""
         trie = self._catalogue.trie
         column = {token: index for index, token in enumerate(self._entry.code_tokens)}
         found: list[tuple[str, float]] = []
@@ -181,7 +162,7 @@ class Reference:
 
 
 def _settings(k: int, levels: int) -> GenerationConfig:
-    """Beam search of width k, or greedy search for a width of 1, which knows no beam settings."""
+    """Return the settings of a beam search of width k; for width 1 those of greedy search, which has no beam settings."""
     beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0, "early_stopping": False} if k > 1 else {}
     return GenerationConfig(  # type: ignore[no-untyped-call] # transformers'
         max_new_tokens=levels,
@@ -195,7 +176,7 @@ def _settings(k: int, levels: int) -> GenerationConfig:
 
 
 def _greedy_scores(logits: Sequence[torch.Tensor], tokens: torch.Tensor) -> list[float]:
-    """Each chosen path's log-probability over the whole vocabulary; greedy search reports none.
+    """Return each path's log-probability over the whole vocabulary. Greedy search reports none.
 
     logits: L times float [users, V], before any mask. tokens: int64 [users, L].
     """
@@ -208,7 +189,7 @@ def _greedy_scores(logits: Sequence[torch.Tensor], tokens: torch.Tensor) -> list
 
 
 def _children(catalogue: Catalogue, entry: ModelEntry) -> dict[tuple[int, ...], list[int]]:
-    """The tokens that may follow each prefix of code tokens; built from the item table, not from the engine's trie."""
+    """Return the allowed tokens after each prefix of code tokens. Built from the item table, independent of the engine's trie."""
     tokens = np.asarray(entry.code_tokens)[catalogue.codes + catalogue.trie.codebook_offset]
     following: dict[tuple[int, ...], set[int]] = {}
     for path in tokens.tolist():
@@ -218,7 +199,7 @@ def _children(catalogue: Catalogue, entry: ModelEntry) -> dict[tuple[int, ...], 
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices of equal length, at most `size` together."""
+    """Yield batches of at most `size` indices of equal length."""
     for length in sorted(set(lengths)):
         group = [index for index, other in enumerate(lengths) if other == length]
         yield from (group[start : start + size] for start in range(0, len(group), size))

@@ -1,4 +1,4 @@
-"""How many requests shared the passes of some targets, from what these tell Prometheus."""
+"""Co-batched requests: how many share a pass of the targets, from their metrics."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from prometheus_client.parser import text_string_to_metric_families
 from atspeed.local.stack import ServiceProcess
 
 _METRIC = "atspeed_pass_requests"
-_SECONDS = 10.0
+_SECONDS = 10.0  # a scrape takes milliseconds; a loaded machine may take longer
 
 
 @dataclass(frozen=True)
 class SharedPasses:
-    """A histogram's sum and count: one entry for every pass of every request, of how many shared it."""
+    """Sum and count of a histogram with an entry for each pass of each request: how many requests shared it."""
 
     total: float = 0.0
     count: float = 0.0
 
     def __sub__(self, before: SharedPasses) -> SharedPasses:
-        """What came since."""
+        """Return the entries since `before`."""
         return SharedPasses(self.total - before.total, self.count - before.count)
 
     @property
     def mean(self) -> float | None:
-        """Requests in a pass, as each of them sees it; None of none."""
+        """Mean number of requests in a pass, as each of them sees it; None without an entry."""
         return round(self.total / self.count, 3) if self.count else None
 
     @classmethod
     def of(cls, pages: Iterable[str]) -> SharedPasses:
-        """From the text of some services' metrics."""
+        """Add up the metrics of several services. pages: the text that each of them exposes."""
         found = {"sum": 0.0, "count": 0.0}
         for page in pages:
             for family in text_string_to_metric_families(page):
@@ -44,7 +44,7 @@ class SharedPasses:
 
 
 def shared_passes(targets: Sequence[ServiceProcess]) -> SharedPasses:
-    """Of these targets, since they started."""
+    """Return the shared passes of these targets since they started."""
     ports = [target.metrics_port for target in targets if target.metrics_port]
     return SharedPasses.of(map(_page, ports))
 

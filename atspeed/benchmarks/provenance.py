@@ -1,4 +1,4 @@
-"""Where a result comes from: the header of every result file."""
+"""Provenance of a result: the header of every result file."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ _PACKAGES = (
 def provenance(
     bundle: Bundle | None, *, seed: int | None = None, command: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Command, seed, revision, bundle, versions and machine, as JSON values. command: this process's by default."""
+    """Return command, seed, revision, bundle, versions and machine as JSON values. command: this process's by default."""
     arguments = list(sys.argv if command is None else command)
     return {
         "created_at": datetime.now(tz=UTC).isoformat(timespec="seconds"),
-        "command": [Path(arguments[0]).name, *arguments[1:]],
+        "command": [*_program(Path(arguments[0])), *arguments[1:]],
         "seed": seed,
         "revision": _revision(),
         "bundle": _bundle(bundle) if bundle else None,
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": _machine(),
     }
+
+
+def _program(path: Path) -> list[str]:
+    """Return the beginning of the command: the name of a script, or `python -m PACKAGE` for a package."""
+    return ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
 
 
 def _bundle(bundle: Bundle) -> Mapping[str, Any]:
@@ -79,7 +84,7 @@ def _machine() -> Mapping[str, str | int | None]:
 
 
 def _processor() -> str:
-    """The processor's name; Linux keeps it in a file that other systems do not have."""
+    """Return the processor's name. Linux keeps it in a file that other systems do not have."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -87,7 +92,7 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The commit that this code is at, with a `+` where files differ from it; None outside a git checkout."""
+    """Return the commit of this code, with a `+` where files differ from it; None outside a git checkout."""
     git, root = shutil.which("git"), Path(__file__).parents[2]
     if git is None or not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""A page about `bench scaling`: scaling.md and its plot, written from the result file alone."""
+"""Page about `bench scaling`: scaling.md and its plot, from the result file."""
 
 from __future__ import annotations
 
@@ -10,56 +10,53 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from atspeed.benchmarks import markdown
-from atspeed.benchmarks.markdown import draw, figures, origin, table
+from atspeed.benchmarks.markdown import figures, origin, paragraphs, row_table
+from atspeed.benchmarks.plots import draw, line
 from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.scaling import (
-    CATALOGUE_COLUMNS,
-    SEARCH_COLUMNS,
-    CatalogueRow,
-    SearchRow,
-    catalogue_cells,
-    from_json,
-    search_cells,
-)
+from atspeed.benchmarks.scaling import CATALOGUE_COLUMNS, NAME, SEARCH_COLUMNS, CatalogueRow, SearchRow
 
-PAGE = "scaling.md"
 _PLOT = "scaling.svg"
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write the page and its plot; the page's path. Raises BenchmarkError when the result is another benchmark's."""
-    catalogues, searches = from_json(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(folder / _PLOT, [partial(_times, catalogues), partial(_memory, catalogues)])
-    return markdown.write(folder / PAGE, _page(result.header, catalogues, searches))
+    """Write the page and its plot. Returns the page's path."""
+    catalogues = result.rows_of(NAME, CatalogueRow, kind="catalogue")
+    searches = result.rows_of(NAME, SearchRow, kind="search")
+    draw(folder / _PLOT, [partial(_draw_times, catalogues), partial(_draw_memory, catalogues)])
+    return markdown.write(folder / "scaling.md", _page(result.header, catalogues, searches))
 
 
 def _page(
     header: Mapping[str, Any], catalogues: Sequence[CatalogueRow], searches: Sequence[SearchRow]
 ) -> Iterator[str]:
     asked = header["catalogues"]
-    yield from ("# Scaling", "")
+    yield from paragraphs("# Scaling")
     yield from origin(header, [("threads", f"{header['searches']['threads']}")] if header["searches"] else [])
     yield from figures(_figures(header, catalogues, searches))
-    yield from ("## Catalogues", "")
-    yield (
+    yield from paragraphs(
+        "## Catalogues",
         f"Synthetic ones, four codebooks of {asked['codebook']}. Each is loaded in a process of its own as a service loads it, "
         f"its version checked. Find, exclude, allow: a request that names {asked['excluded']:,} items (half the catalogue, where "
         f"it has fewer than twice as many). Constraint and selection: per pass of a target-only search with K = {asked['k']} on "
-        "random logits, without and with these items excluded."
+        "random logits, without and with these items excluded.",
+        f"![times and memory by items]({_PLOT})",
     )
-    yield from ("", f"![times and memory by items]({_PLOT})", "")
-    yield from table(CATALOGUE_COLUMNS, [catalogue_cells(row) for row in catalogues])
+    yield from row_table(CATALOGUE_COLUMNS, catalogues)
     if searches:
-        yield from ("## Searches", "")
-        yield from ("Target-only, of the bundle's target in one process; medians over users with random histories.", "")
-        yield from table(SEARCH_COLUMNS, [search_cells(row) for row in searches])
+        yield from paragraphs(
+            "## Searches",
+            "Target-only, of the bundle's target in one process; medians over users with random histories.",
+        )
+        yield from row_table(SEARCH_COLUMNS, searches)
 
 
 def _figures(
     header: Mapping[str, Any], catalogues: Sequence[CatalogueRow], searches: Sequence[SearchRow]
 ) -> Iterator[tuple[str, str]]:
-    """Of the largest catalogue; its share of a pass is that of the bundle's target with as many beams and its longest prompt."""
+    """Yield the figures of the largest catalogue.
+
+    The share of a pass is that of a pass of the bundle's target with as many beams and its longest prompt.
+    """
     largest = max(catalogues, key=lambda row: row.items)
     probe, name, k = largest.probe, f"{largest.items:,} items", header["catalogues"]["k"]
     yield f"{name}: seconds until loaded", f"{probe.load_seconds:.1f}"
@@ -77,7 +74,7 @@ def _figures(
         )
 
 
-def _times(rows: Sequence[CatalogueRow], axis: Axes) -> None:
+def _draw_times(rows: Sequence[CatalogueRow], axis: Axes) -> None:
     items = [row.items for row in rows]
     for label, values in (
         ("constraint, per pass", [row.probe.constraint_ms for row in rows]),
@@ -86,16 +83,16 @@ def _times(rows: Sequence[CatalogueRow], axis: Axes) -> None:
         ("exclude", [row.probe.exclude_ms for row in rows]),
         ("allow", [row.probe.allow_ms for row in rows]),
     ):
-        axis.plot(items, values, marker="o", markersize=3, label=label)
+        line(axis, items, values, label=label)
     axis.set_xscale("log")
     axis.set_xlabel("items")
     axis.set_ylabel("ms")
 
 
-def _memory(rows: Sequence[CatalogueRow], axis: Axes) -> None:
+def _draw_memory(rows: Sequence[CatalogueRow], axis: Axes) -> None:
     items = [row.items for row in rows]
-    axis.plot(items, [row.probe.resident_bytes / 1e6 for row in rows], marker="o", markersize=3, color="C5")
-    axis.plot(items, [row.disk_bytes / 1e6 for row in rows], marker="o", markersize=3, color="C6")
+    line(axis, items, [row.probe.resident_bytes / 1e6 for row in rows], color="C5")
+    line(axis, items, [row.disk_bytes / 1e6 for row in rows], color="C6")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("items")

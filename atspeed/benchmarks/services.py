@@ -1,4 +1,4 @@
-"""A bundle's services on this machine, asked about many users."""
+"""Services of a bundle on this machine, and requests to them for many users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.client.recommender import RecommenderClient
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.model.decoder import Provider
@@ -20,7 +20,7 @@ from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
 
-# A shared machine may be slow; a request, a plan or a pass that ran out of time would be counted as what the method needs.
+# A shared machine may be slow. A request, plan or pass that ran out of time would distort the measurement.
 PATIENCE_SECONDS = 120.0
 _ORCHESTRATOR = {
     "request-timeout-seconds": PATIENCE_SECONDS,
@@ -28,15 +28,18 @@ _ORCHESTRATOR = {
     "draft-timeout-factor": 10_000,
     "target-pass-seconds": 60,
     "max-k": 1000,
-    "shadow-share": 0,  # nothing but what is measured
+    "shadow-share": 0,  # shadow checks would share the cores with the measurement
 }
 
 
 @dataclass(frozen=True)
-class Running:
-    """How the services run. threads: of each model; a request's draft and target take turns. None: cores are shared out.
+class ServiceOptions:
+    """Options of the services.
 
-    planner: where passes are counted, "fixed", as what pays depends on the machine.
+    Attributes:
+        threads: threads of each model; draft and target of a request take turns. None: the cores are shared out.
+        provider: the device that the models run on.
+        planner: "fixed" where passes are counted, because an adaptive planner depends on the machine.
     """
 
     threads: int | None = None
@@ -45,7 +48,7 @@ class Running:
 
     @property
     def flags(self) -> Mapping[str, Mapping[str, object]]:
-        """The services' settings, for LocalStack."""
+        """Settings of the services, for LocalStack."""
         models: dict[str, object] = {"provider": self.provider}
         if self.threads is not None:
             models["threads"] = self.threads
@@ -54,7 +57,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Services:
-    """Draft, a target, the orchestrator and Redis as real processes. client: of the orchestrator."""
+    """Draft, target, orchestrator and Redis as real processes, and a client of the orchestrator."""
 
     client: RecommenderClient
     local: LocalStack
@@ -62,45 +65,61 @@ class Services:
 
     @property
     def target(self) -> str:
-        """Where the target listens."""
+        """Address of the target."""
         return self.local.targets[0].address
 
     def orchestrator(self, bundle: Path, draft: str) -> ServiceProcess:
-        """Another one over the same target and Redis, whose plans are all that this draft answers; to be started."""
+        """Return another orchestrator over the same target and Redis, with the draft at this address. It is not started yet."""
         flags = {"bundle": bundle.absolute(), "redis-url": self.redis_url, "target": self.target, "draft": draft}
         log = self.local.log_folder / "another-orchestrator.log"
         return ServiceProcess("orchestrator", {**_ORCHESTRATOR, **flags, "planner": "fixed"}, log)
 
 
 @asynccontextmanager
-async def running_services(bundle: Path, running: Running | None = None) -> AsyncIterator[Services]:
-    """Start them, and drain them afterwards."""
+async def running_services(bundle: Path, options: ServiceOptions | None = None) -> AsyncIterator[Services]:
+    """Start the services, and drain them afterwards."""
+    async with started(bundle, (options or ServiceOptions()).flags) as running:
+        yield running
+
+
+@asynccontextmanager
+async def started(
+    bundle: Path,
+    flags: Mapping[str, Mapping[str, object]],
+    *,
+    targets: int = 1,
+    timeout_seconds: float = PATIENCE_SECONDS,
+) -> AsyncIterator[Services]:
+    """Start the services with these settings, and drain them afterwards. timeout_seconds: of the client's calls."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(local_redis())
         drafts = 1 if read_manifest(bundle).draft else 0
-        flags = (running or Running()).flags
-        local = stack.enter_context(LocalStack(bundle, redis_url=redis_url, drafts=drafts, flags=flags))
-        client = RecommenderClient(local.address, timeout_seconds=PATIENCE_SECONDS)
+        local = LocalStack(bundle, redis_url=redis_url, drafts=drafts, targets=targets, flags=flags)
+        stack.enter_context(local)
+        client = RecommenderClient(local.address, timeout_seconds=timeout_seconds)
         yield Services(await stack.enter_async_context(client), local, redis_url)
 
 
 @asynccontextmanager
-async def services(bundle: Path, running: Running | None = None) -> AsyncIterator[RecommenderClient]:
-    """A client of a bundle's services."""
-    async with running_services(bundle, running) as started:
-        yield started.client
+async def services(bundle: Path, options: ServiceOptions | None = None) -> AsyncIterator[RecommenderClient]:
+    """Start the services and yield a client of them."""
+    async with running_services(bundle, options) as running:
+        yield running.client
 
 
 async def ask(
     client: RecommenderClient, requests: Sequence[pb.RecommendRequest], *, progress: Progress, title: str
 ) -> list[pb.RecommendResponse]:
-    """The reply to each request, as many at once as there are cores. Raises RecommenderError, or BenchmarkError if degraded."""
+    """Return the reply to each request, with as many at once as there are cores.
+
+    Raises RecommenderError, or BenchmarkError for a degraded reply.
+    """
     task = progress.add_task(title, total=len(requests))
     slots = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def one(request: pb.RecommendRequest) -> pb.RecommendResponse:
         async with slots:
-            reply = await undisturbed(client, request)
+            reply = await healthy_reply(client, request)
         progress.advance(task)
         return reply
 
@@ -109,8 +128,8 @@ async def ask(
     return replies
 
 
-async def undisturbed(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
-    """A reply that no failure took part in: what a failing draft costs is not what the method costs."""
+async def healthy_reply(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
+    """Return a reply that is not degraded. Raises BenchmarkError otherwise: a failure would distort the measurement."""
     reply = await client.send(request)
     if reply.degraded:
         raise BenchmarkError(f"a service failed while it was measured: {'; '.join(reply.degraded_descriptions)}")
@@ -118,12 +137,12 @@ async def undisturbed(client: RecommenderClient, request: pb.RecommendRequest) -
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, to four decimals; 0 of nothing."""
+    """Return the arithmetic mean to four decimals; 0 for no values."""
     return round(sum(values) / len(values), 4) if values else 0.0
 
 
 def progress_bar() -> Progress:
-    """A bar that is gone when it is done."""
+    """Return a progress bar that disappears when it is done."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
     )

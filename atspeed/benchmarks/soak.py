@@ -1,8 +1,8 @@
-"""A long run of the real services with clients that crash: does anything grow, does anything slow down?
+"""Soak run with crashing clients: checks the services for growth and slowdown.
 
-A steady load of recommendations and events is measured while other clients, processes of their own, open calls and are killed
-in the middle of them. Every process's memory, descriptors and threads are noted on the way. Memory that is meant to fill,
-the KV tier, is kept small, so that it is full after the warm-up. Exit code 0 when all is level, 1 when something is not.
+A steady load of recommendations and events is measured, while other client processes are killed in the middle of their calls.
+Memory, descriptors and threads of every process are sampled. The KV tier in memory is kept small, so that it is full after the
+warm-up. The exit code is 0 if every value stayed within its bound, else 1.
 
     python -m atspeed.benchmarks.soak --bundle bundles/movielens-100k --minutes 30 --json var/soak.json
 """
@@ -34,13 +34,18 @@ from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
 
-SAMPLE_SECONDS = 2.0
+SAMPLE_SECONDS = 2.0  # 180 samples in each of the compared fifths of half an hour
 _FLAGS = {"target": {"kv-memory-mb": 16, "threads": 1}, "draft": {"kv-memory-mb": 16}, "orchestrator": {}}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What counts as level. memory_mb, descriptors, threads: most growth of a process. p99: most relative drift."""
+    """Bounds of the checks.
+
+    Attributes:
+        memory_mb, descriptors, threads: largest growth of a process.
+        p99: largest relative drift.
+    """
 
     memory_mb: float = 20.0
     descriptors: int = 8
@@ -49,8 +54,8 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One process at one time. at: seconds since the start. memory: resident bytes."""
+class ProcessSample:
+    """State of one process. at: seconds since the start. memory: resident bytes."""
 
     at: float
     memory: int
@@ -59,13 +64,18 @@ class Sample:
 
 
 @dataclass
-class Run:
-    """What was seen. samples: by process. latencies: (seconds since the start, seconds) of every answered list.
+class SoakRecord:
+    """Record of a record.
 
-    crashes: when clients were killed, in seconds since the start.
+    Attributes:
+        samples: by process.
+        latencies: (seconds since the start, seconds) of every list.
+        failures: errors of requests.
+        crashes: moments at which clients were killed, in seconds since the start.
+        left_behind: recommendations that still ran or waited after the end.
     """
 
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    samples: dict[str, list[ProcessSample]] = field(default_factory=dict)
     latencies: list[tuple[float, float]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     crashes: list[float] = field(default_factory=list)
@@ -73,8 +83,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that had to stay level. what: of which process. value, most: in the unit that `what` names."""
+class Check:
+    """One value and its bound. what: process and unit. level: in the result file, whether the value is within the bound."""
 
     what: str
     value: float
@@ -82,17 +92,17 @@ class Finding:
 
     @property
     def level(self) -> bool:
-        """Whether it did."""
+        """True if the value is within its bound."""
         return self.value <= self.most
 
 
-def sample(process: ServiceProcess, at: float) -> Sample:
-    """A process now, from /proc."""
+def sample(process: ServiceProcess, at: float) -> ProcessSample:
+    """Sample a process from /proc."""
     if process.process is None:
         raise RuntimeError(f"{process.module} is not running")
     folder = Path("/proc") / str(process.process.pid)
     pages = int((folder / "statm").read_text().split()[1])
-    return Sample(
+    return ProcessSample(
         at,
         pages * os.sysconf("SC_PAGE_SIZE"),
         len(list((folder / "fd").iterdir())),
@@ -100,38 +110,38 @@ def sample(process: ServiceProcess, at: float) -> Sample:
     )
 
 
-def findings(run: Run, warm_up: float, end: float, bounds: Bounds) -> list[Finding]:
-    """The first fifth after the warm-up against the last fifth; of latencies the halves, for there are few beyond p99."""
+def checks(record: SoakRecord, warm_up: float, end: float, bounds: Bounds) -> list[Check]:
+    """Compare the first fifth after the warm-up with the last fifth. Latencies are compared by halves: few lie beyond p99."""
     found = []
-    for name, samples in run.samples.items():
+    for name, samples in record.samples.items():
         for unit, attribute, scale, most in (
             ("MB of memory", "memory", 2**20, bounds.memory_mb),
             ("descriptors", "descriptors", 1, bounds.descriptors),
             ("threads", "threads", 1, bounds.threads),
         ):
             first, last = _levels(samples, warm_up, attribute)
-            found.append(Finding(f"{name}: more {unit}", round((last - first) / scale, 2), most))
+            found.append(Check(f"{name}: more {unit}", round((last - first) / scale, 2), most))
     middle = (warm_up + end) / 2
-    before = [seconds for at, seconds in run.latencies if warm_up <= at < middle]
-    later = [seconds for at, seconds in run.latencies if at >= middle]
+    before = [seconds for at, seconds in record.latencies if warm_up <= at < middle]
+    later = [seconds for at, seconds in record.latencies if at >= middle]
     drift = float(np.quantile(later, 0.99) / np.quantile(before, 0.99) - 1) if before and later else 0.0
-    found.append(Finding("p99, relative drift", round(drift, 3), bounds.p99))
-    found.append(Finding("failed requests", len(run.failures), 0))
-    found.append(Finding("recommendations left behind", run.left_behind, 0))
+    found.append(Check("p99, relative drift", round(drift, 3), bounds.p99))
+    found.append(Check("failed requests", len(record.failures), 0))
+    found.append(Check("recommendations left behind", record.left_behind, 0))
     return found
 
 
-def growths(run: Run, warm_up: float, end: float) -> list[str]:
-    """What each process's memory grew by from the first fifth after the warm-up to the last, for each list and each crashed
-    client between the middles of these.
+def growths(record: SoakRecord, warm_up: float, end: float) -> list[str]:
+    """Return the growth of each process's memory per list and per crashed client.
 
-    One number says nothing of which of the two it was; two runs of other rates do.
+    Growth is from the first fifth after the warm-up to the last; lists and clients are those between the middles of these.
+    Two runs with other rates tell which of the two causes the growth.
     """
     edge = (end - warm_up) / 10
-    lists = sum(warm_up + edge <= at < end - edge for at, _ in run.latencies)
-    crashed = sum(warm_up + edge <= at < end - edge for at in run.crashes)
+    lists = sum(warm_up + edge <= at < end - edge for at, _ in record.latencies)
+    crashed = sum(warm_up + edge <= at < end - edge for at in record.crashes)
     found = []
-    for name, samples in run.samples.items():
+    for name, samples in record.samples.items():
         first, last = _levels(samples, warm_up, "memory")
         grown = (last - first) / 1024
         found.append(
@@ -141,8 +151,8 @@ def growths(run: Run, warm_up: float, end: float) -> list[str]:
     return found
 
 
-def _levels(samples: Sequence[Sample], warm_up: float, attribute: str) -> tuple[float, float]:
-    """The medians of the first and of the last fifth after the warm-up."""
+def _levels(samples: Sequence[ProcessSample], warm_up: float, attribute: str) -> tuple[float, float]:
+    """Return the medians of the first and of the last fifth after the warm-up."""
     after = [getattr(one, attribute) for one in samples if one.at >= warm_up]
     fifth = max(1, len(after) // 5)
     return statistics.median(after[:fifth]), statistics.median(after[-fifth:])
@@ -150,28 +160,28 @@ def _levels(samples: Sequence[Sample], warm_up: float, attribute: str) -> tuple[
 
 async def soak(
     stack: LocalStack, histories: Sequence[History], seconds: float, rate: float, seed: int, crash_seconds: float
-) -> Run:
-    """Load, crashes and samples for so long."""
-    run, begun = Run(), time.monotonic()
+) -> SoakRecord:
+    """Run load and crashing clients for so many seconds, and sample the processes."""
+    record, begun = SoakRecord(), time.monotonic()
     names = {f"{service.module}-{number}": service for number, service in enumerate(stack.services)}
     async with RecommenderClient(stack.address) as client:
         async with background(
-            load(run, client, histories, rate, random.Random(seed), begun),  # noqa: S311 - no secret
-            crashes(run, stack.address, histories[0], random.Random(seed), begun, crash_seconds),  # noqa: S311 - no secret
+            load(record, client, histories, rate, random.Random(seed), begun),  # noqa: S311 - no secret
+            crashes(record, stack.address, histories[0], random.Random(seed), begun, crash_seconds),  # noqa: S311 - no secret
         ):
             while (at := time.monotonic() - begun) < seconds:
                 for name, service in names.items():
-                    run.samples.setdefault(name, []).append(sample(service, at))
+                    record.samples.setdefault(name, []).append(sample(service, at))
                 await asyncio.sleep(SAMPLE_SECONDS)
-        await asyncio.sleep(1.0)  # what crashed clients had asked for is to be given up by now
+        await asyncio.sleep(1.0)  # by now the calls of crashed clients are cancelled
         info = await client.info()
-        run.left_behind = info.running_recommendations + info.waiting_recommendations
-    return run
+        record.left_behind = info.running_recommendations + info.waiting_recommendations
+    return record
 
 
 @asynccontextmanager
 async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Let coroutines run beside the block; an exception of theirs ends it."""
+    """Run coroutines during the block. Their exceptions end it."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one) for one in work]
         yield
@@ -180,9 +190,14 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 async def load(
-    run: Run, client: RecommenderClient, histories: Sequence[History], rate: float, rng: random.Random, begun: float
+    record: SoakRecord,
+    client: RecommenderClient,
+    histories: Sequence[History],
+    rate: float,
+    rng: random.Random,
+    begun: float,
 ) -> None:
-    """`rate` requests a second, whether or not those before have been answered; every tenth time an event."""
+    """Send `rate` requests a second, whether or not earlier ones are answered. Every tenth is an event."""
 
     async def one(number: int) -> None:
         asked = time.monotonic()
@@ -191,9 +206,9 @@ async def load(
                 await client.record(f"user-{number % 500}", histories[number % len(histories)][:1])
             else:
                 await client.recommend(history=histories[number % len(histories)], k=10)
-                run.latencies.append((asked - begun, time.monotonic() - asked))
+                record.latencies.append((asked - begun, time.monotonic() - asked))
         except RecommenderError as error:
-            run.failures.append(str(error))
+            record.failures.append(str(error))
 
     async with asyncio.TaskGroup() as group:
         for number in range(sys.maxsize):
@@ -201,18 +216,20 @@ async def load(
             await asyncio.sleep(rng.expovariate(rate))
 
 
-async def crashes(run: Run, address: str, history: History, rng: random.Random, begun: float, pause: float) -> None:
-    """Clients that are killed while their calls are under way, one after the other."""
+async def crashes(
+    record: SoakRecord, address: str, history: History, rng: random.Random, begun: float, pause: float
+) -> None:
+    """Start clients one after the other, and kill each during its calls."""
     while True:
         client = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "atspeed.benchmarks.crashing_client", address, *history),
             stdout=asyncio.subprocess.PIPE,
         )
         try:
-            assert client.stdout is not None  # noqa: S101 - it was asked for
+            assert client.stdout is not None  # noqa: S101 - stdout is a pipe
             await client.stdout.readline()
             await asyncio.sleep(rng.random() * 0.3)
-            run.crashes.append(time.monotonic() - begun)
+            record.crashes.append(time.monotonic() - begun)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 client.send_signal(signal.SIGKILL)
@@ -221,7 +238,7 @@ async def crashes(run: Run, address: str, history: History, rng: random.Random, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write; 0 when all is level."""
+    """Run, print and write the result. Returns 0 if every value is within its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -238,20 +255,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         local = stack.enter_context(
             LocalStack(chosen.bundle, redis_url=redis_url, drafts=drafts, targets=2, flags=_FLAGS)
         )
-        run = asyncio.run(soak(local, histories, seconds, chosen.rate, chosen.seed, chosen.crash_seconds))
-    found = findings(run, warm_up=seconds / 5, end=seconds, bounds=bounds)
-    for finding in found:
-        sys.stdout.write(
-            f"{'ok ' if finding.level else 'BAD'} {finding.what}: {finding.value} (at most {finding.most})\n"
-        )
-    sys.stdout.writelines(f"{line}\n" for line in growths(run, warm_up=seconds / 5, end=seconds))
-    sys.stdout.write(f"{len(run.latencies)} lists, {len(run.crashes)} crashed clients\n")
+        record = asyncio.run(soak(local, histories, seconds, chosen.rate, chosen.seed, chosen.crash_seconds))
+    found = checks(record, warm_up=seconds / 5, end=seconds, bounds=bounds)
+    for check in found:
+        sys.stdout.write(f"{'ok ' if check.level else 'BAD'} {check.what}: {check.value} (at most {check.most})\n")
+    sys.stdout.writelines(f"{line}\n" for line in growths(record, warm_up=seconds / 5, end=seconds))
+    sys.stdout.write(f"{len(record.latencies)} lists, {len(record.crashes)} crashed clients\n")
     if chosen.json:
-        header = provenance(bundle, seed=chosen.seed) | {"bounds": asdict(bounds), "crashes": len(run.crashes)}
-        rows = [asdict(finding) | {"level": finding.level} for finding in found]
-        series = [{"process": name, **asdict(one)} for name, samples in run.samples.items() for one in samples]
-        Result(header | {"failures": run.failures[:20]}, [*rows, *series]).write(chosen.json)
-    return 0 if all(finding.level for finding in found) else 1
+        header = provenance(bundle, seed=chosen.seed) | {"bounds": asdict(bounds), "crashes": len(record.crashes)}
+        rows = [asdict(check) | {"level": check.level} for check in found]
+        series = [{"process": name, **asdict(one)} for name, samples in record.samples.items() for one in samples]
+        Result(header | {"failures": record.failures[:20]}, [*rows, *series]).write(chosen.json)
+    return 0 if all(check.level for check in found) else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.cli.options import CommandError, err
 from atspeed.client.errors import RecommenderError, UsageError
 from atspeed.engine.errors import EngineError

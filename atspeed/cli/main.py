@@ -2,8 +2,8 @@
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers            catalogue update        other items, same models
-bundle inspect, bundle verify     the content of a bundle            train, train-drafts, export, base          extra `train`
-bench ..., inflate                measurements that check            atspeed/cli/bench/, atspeed/cli/inflate.py
+bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
+bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 
 A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training that stopped
 before its end, and continues when the command is given again, with code 75.
@@ -26,11 +26,7 @@ import typer
 from pydantic import ValidationError
 
 from atspeed.cli import display
-from atspeed.cli.bench.load import bench_load, bench_scaling
 from atspeed.cli.bench.main import bench_commands
-from atspeed.cli.bench.precision import bench_precision
-from atspeed.cli.bench.prefix import bench_prefix
-from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
 from atspeed.cli.errors import Commands
@@ -60,13 +56,6 @@ app = Commands(pretty_exceptions_show_locals=False, help="Speculative beam decod
 bundle_commands = Commands(help="Inspect and verify a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
-bench_commands.command("decode")(bench_decode)
-bench_commands.command("overhead")(bench_overhead)
-bench_commands.command("gpu")(bench_gpu)
-bench_commands.command("load")(bench_load)
-bench_commands.command("prefix")(bench_prefix)
-bench_commands.command("precision")(bench_precision)
-bench_commands.command("scaling")(bench_scaling)
 app.add_typer(bench_commands, name="bench")
 for command in (recommend, record, history, forget, info, inflate, certificates, token):
     app.command()(command)
@@ -270,8 +259,8 @@ def train_drafts(
 ) -> None:
     """Train drafts of one target by several losses and seeds, and write a bundle of each.
 
-    --run-folder is that of the base recipe; --threads applies to the target and its answers. Prints NAME=BUNDLE for each draft,
-    the form that `bench acceptance --draft` takes.
+    --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
+    `python -m research acceptance --draft` takes it.
     """
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
     compared = optional("atspeed.training.comparison")

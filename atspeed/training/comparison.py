@@ -7,7 +7,7 @@ run/                            the folder of the base recipe: catalogue/, targe
         target/bundle/          the target alone, exported once
         seed1/                  the pretrained draft, from which all losses of a seed start
         level-kd-seed1/         draft-checkpoint/, draft-log.json, bundle/; its target is a hard link into target/bundle/
-        bundles.txt             level-kd/seed1=PATH, ...: the form that `atspeed bench acceptance --draft` takes
+        bundles.txt             level-kd/seed1=PATH, ...: the form that `python -m research acceptance --draft` takes
 
     base = "beauty-small.toml"                              a recipe with a draft, beside this file
     seeds = [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Arrival plans: a Poisson process, users that come back as they may, and the same for the same seed."""
+"""Arrivals: a Poisson process of consistent users, reproducible by the seed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.benchmarks.arrivals import Kind, Mix, plan_arrivals
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.arrivals import Mix, UserKind, plan_arrivals
+from atspeed.benchmarks.results import BenchmarkError
 
 HISTORIES = [tuple(f"{user}-{item}" for item in range(1 + user % 7)) for user in range(12)]
 
@@ -16,15 +16,15 @@ mixes = st.builds(Mix, shares, shares, shares).filter(lambda mix: mix.new + mix.
 
 
 @given(mixes, st.integers(0, 2**32), st.floats(0.5, 60))
-def test_users_come_back_with_the_history_they_left_with(mix: Mix, seed: int, rate: float) -> None:
+def test_returning_users_keep_their_history(mix: Mix, seed: int, rate: float) -> None:
     """Everybody is new once; a refreshing user has what the last request had, a returning one exactly one item more."""
     latest: dict[tuple[str, int], tuple[str, ...]] = {}
     for arrival in plan_arrivals(HISTORIES, mix, rate=rate, seconds=5.0, seed=seed):
         user = (arrival.history[0], arrival.cohort)
         before = latest.get(user)
-        if arrival.kind is Kind.NEW:
+        if arrival.kind is UserKind.NEW:
             assert before is None
-        elif arrival.kind is Kind.REFRESHING:
+        elif arrival.kind is UserKind.REFRESHING:
             assert arrival.history == before
         else:
             assert arrival.history[:-1] == before
@@ -34,7 +34,7 @@ def test_users_come_back_with_the_history_they_left_with(mix: Mix, seed: int, ra
 
 
 @given(mixes, st.integers(0, 2**32))
-def test_a_plan_is_a_function_of_its_seed(mix: Mix, seed: int) -> None:
+def test_arrivals_are_a_function_of_the_seed(mix: Mix, seed: int) -> None:
     first, again = (plan_arrivals(HISTORIES, mix, rate=20, seconds=3.0, seed=seed) for _ in range(2))
     assert first == again
     times = [arrival.at for arrival in first]
@@ -53,32 +53,32 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert sum((count - mean) ** 2 for count in counts) / len(counts) == pytest.approx(5.0, abs=4 * (55 / 2000) ** 0.5)
 
 
-def test_the_mix_is_kept_where_users_allow_it() -> None:
+def test_mix_is_kept_where_users_allow_it() -> None:
     longer = [tuple(f"{user}-{item}" for item in range(500)) for user in range(400)]
     arrivals = plan_arrivals(longer, Mix.parse("new=1,returning=2,refreshing=1"), rate=100, seconds=40.0, seed=2)
     # Nobody holds back more than a few items, so returning users soon have nothing new: then others are new in their place.
-    found = {kind: sum(arrival.kind is kind for arrival in arrivals) / len(arrivals) for kind in Kind}
-    assert found[Kind.REFRESHING] == pytest.approx(0.25, abs=0.03)
-    assert found[Kind.RETURNING] == pytest.approx(0.5, abs=0.03)
+    found = {kind: sum(arrival.kind is kind for arrival in arrivals) / len(arrivals) for kind in UserKind}
+    assert found[UserKind.REFRESHING] == pytest.approx(0.25, abs=0.03)
+    assert found[UserKind.RETURNING] == pytest.approx(0.5, abs=0.03)
 
 
-def test_when_everybody_has_come_the_next_cohort_does() -> None:
+def test_next_cohort_follows_when_all_users_came() -> None:
     arrivals = plan_arrivals(HISTORIES, Mix(1, 0, 0), rate=10, seconds=5.0, seed=3)
     users = [(arrival.history[0], arrival.cohort) for arrival in arrivals]
     assert len(set(users)) == len(users) > len(HISTORIES)
     assert [arrival.cohort for arrival in arrivals] == [place // len(HISTORIES) for place in range(len(arrivals))]
 
 
-def test_no_time_no_arrivals() -> None:
+def test_no_arrivals_without_time() -> None:
     assert plan_arrivals(HISTORIES, Mix(), rate=1e-6, seconds=1e-3, seed=1) == []
 
 
 @pytest.mark.parametrize("text", ["", "new", "new=x", "new=-1", "new=inf", "old=1", "new=0,returning=0", "new=nan"])
-def test_what_is_no_mix_is_refused(text: str) -> None:
+def test_invalid_mix_is_refused(text: str) -> None:
     with pytest.raises(BenchmarkError, match="mix"):
         Mix.parse(text)
 
 
-def test_a_mix_names_what_it_wants() -> None:
+def test_mix_is_parsed_by_name() -> None:
     assert Mix.parse("refreshing=3,new=1") == Mix(1.0, 0.0, 3.0)
-    assert Mix.parse("refreshing=3,new=1").law == [0.25, 0.0, 0.75]
+    assert Mix.parse("refreshing=3,new=1").probabilities == [0.25, 0.0, 0.75]

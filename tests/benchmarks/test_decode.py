@@ -1,4 +1,4 @@
-"""`bench decode` without services: what is compared with what, and the page about it."""
+"""`bench decode` without services: comparisons between variants, and the page."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from atspeed.benchmarks.decode_rows import (
     ENGINE,
     HUGGING_FACE,
     NAME,
-    PERFECT,
-    Answer,
-    Answers,
+    ORACLE_PLAN,
     DecodeRow,
+    ListSample,
     Prefix,
-    Way,
-    from_json,
+    Samples,
+    Variant,
     summary,
     table,
-    to_json,
 )
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.results import Result
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
@@ -35,30 +32,30 @@ from tests.bundles import random_catalogue, write_bundle
 STAGES = dict.fromkeys(("history", "draft", "draft_forward", "target", "target_forward", "selection", "total"), 1.0)
 
 
-def answers(
+def samples(
     ms: list[float], items: str = "ab", *, passes: int = 4, stages: Mapping[str, float] = STAGES
-) -> list[Answer]:
+) -> list[ListSample]:
     """Lists of one user after the other, all of the same items."""
     ranked = RankedList(tuple(items), tuple(-float(place) for place in range(len(items))))
-    return [Answer(time, ranked, passes, prompt_tokens=20, cached_tokens=16, stages_ms=stages) for time in ms]
+    return [ListSample(time, ranked, passes, prompt_tokens=20, cached_tokens=16, stages_ms=stages) for time in ms]
 
 
-def way(mode: str, prefix: Prefix = Prefix.WARM, *, k: int = 5, engine: str = ENGINE) -> Way:
-    return Way(engine, mode, k, prefix)
+def variant(mode: str, prefix: Prefix = Prefix.WARM, *, k: int = 5, engine: str = ENGINE) -> Variant:
+    return Variant(engine, mode, k, prefix)
 
 
-def measured() -> Answers:
+def measured() -> Samples:
     return {
-        way("target-only"): answers([40.0, 60.0, 50.0]),
-        way("target-only", Prefix.COLD): answers([100.0, 120.0, 110.0]),
-        way("strict"): answers([20.0, 25.0, 30.0], passes=1),
-        way(PERFECT): answers([10.0, 10.0, 10.0], passes=1),
-        way("tolerance"): answers([10.0, 10.0, 10.0], "a"),
-        way("relaxed-sampling"): answers([10.0, 10.0, 10.0], "xy"),
-        way("exact-sampling"): answers([30.0, 30.0, 30.0], "cd"),
-        way("exact-sampling", Prefix.COLD): answers([60.0, 60.0, 60.0], "cd"),
-        way("constrained", Prefix.COLD, engine=HUGGING_FACE): answers([1000.0, 3000.0], stages={}),
-        way("unconstrained", Prefix.COLD, engine="other"): [Answer(500.0, None, 4), Answer(500.0, None, 4)],
+        variant("target-only"): samples([40.0, 60.0, 50.0]),
+        variant("target-only", Prefix.COLD): samples([100.0, 120.0, 110.0]),
+        variant("strict"): samples([20.0, 25.0, 30.0], passes=1),
+        variant(ORACLE_PLAN): samples([10.0, 10.0, 10.0], passes=1),
+        variant("tolerance"): samples([10.0, 10.0, 10.0], "a"),
+        variant("relaxed-sampling"): samples([10.0, 10.0, 10.0], "xy"),
+        variant("exact-sampling"): samples([30.0, 30.0, 30.0], "cd"),
+        variant("exact-sampling", Prefix.COLD): samples([60.0, 60.0, 60.0], "cd"),
+        variant("constrained", Prefix.COLD, engine=HUGGING_FACE): samples([1000.0, 3000.0], stages={}),
+        variant("unconstrained", Prefix.COLD, engine="other"): [ListSample(500.0, None, 4), ListSample(500.0, None, 4)],
     }
 
 
@@ -66,7 +63,7 @@ def rows() -> dict[tuple[str, str], DecodeRow]:
     return {(row.name, row.prefix): row for row in summary(measured())}
 
 
-def test_speed_ups_are_of_medians_over_the_same_users() -> None:
+def test_speedups_are_of_medians_over_the_same_users() -> None:
     found = rows()
     assert found["strict", "warm"].speedup_vs_target_only == 2.0
     assert found["exact-sampling", "cold"].speedup_vs_target_only == round(110 / 60, 3)
@@ -77,7 +74,7 @@ def test_speed_ups_are_of_medians_over_the_same_users() -> None:
     assert found["other", "cold"].speedup_vs_hf == 4.0
 
 
-def test_lists_are_compared_with_what_they_have_to_be() -> None:
+def test_lists_are_compared_with_their_reference() -> None:
     found = rows()
     counts = {key: (row.identical, row.near_ties, row.different) for key, row in found.items()}
     assert counts["strict", "warm"] == (3, 0, 0)
@@ -92,8 +89,8 @@ def test_lists_are_compared_with_what_they_have_to_be() -> None:
     assert {row.mode for row in found.values() if not row.promises_identity} == {"tolerance", "relaxed-sampling"}
 
 
-def test_without_target_only_there_is_nothing_to_compare_with() -> None:
-    [row] = summary({way("strict"): answers([1.0])})
+def test_without_target_only_nothing_is_compared() -> None:
+    [row] = summary({variant("strict"): samples([1.0])})
     assert (row.speedup_vs_target_only, row.speedup_vs_hf, row.identical) == (None, None, None)
 
 
@@ -103,15 +100,15 @@ def test_percentiles_and_means_of_a_row() -> None:
     assert (row.prompt_tokens_mean, row.cached_tokens_mean, row.stages_ms["target"]) == (20, 16, 1.0)
 
 
-def test_predictions_are_compared_where_there_are_any() -> None:
-    """Of the target 10 and 30 % off, of the draft nothing was predicted."""
-    [first, second, third] = answers([1.0, 2.0, 3.0], stages={**STAGES, "target_forward": 10.0})
+def test_prediction_errors_count_predicted_requests_only() -> None:
+    """Predictions for the target are 10 and 30 % off; there are none for the draft."""
+    [first, second, third] = samples([1.0, 2.0, 3.0], stages={**STAGES, "target_forward": 10.0})
     found = [
         replace(first, predicted_ms={"target": 11.0}, expected_passes=1.5),
         replace(second, predicted_ms={"target": 7.0}, expected_passes=2.5),
         third,
     ]
-    [row] = summary({way("strict"): found})
+    [row] = summary({variant("strict"): found})
     assert row.prediction_error == {"target": 0.2}
     assert row.expected_passes_mean == 2.0
 
@@ -128,10 +125,10 @@ def result(tmp_path: Path) -> Result:
     )
 
 
-def test_the_page_is_written_from_the_file_alone(result: Result, tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path / "decode.json")
     read = Result.read(tmp_path / "decode.json")
-    assert from_json(read) == summary(measured())
+    assert read.rows_of(NAME, DecodeRow) == summary(measured())
     page = decode_report.write(read, tmp_path / "page")
     text = page.read_text()
     assert "| strict | 25.0 / 29.9, **2.00x**, 1.00 |" in text
@@ -149,19 +146,19 @@ def test_the_page_is_written_from_the_file_alone(result: Result, tmp_path: Path)
     assert plots == {path.name: path.read_bytes() for path in page.parent.glob("*.svg")}
 
 
-def test_the_page_says_that_a_model_is_inflated(result: Result, tmp_path: Path) -> None:
+def test_page_names_inflated_models(result: Result, tmp_path: Path) -> None:
     header = {**result.header, "bundle": {**result.header["bundle"], "inflated_from": {"target": 1234}}}
     text = decode_report.write(replace(result, header=header), tmp_path).read_text()
     assert text.startswith("# Time of a list: random, inflated")
     assert "*inflated*: computes what 1,234 trained parameters compute" in text
 
 
-def test_another_benchmarks_file_is_refused(result: Result) -> None:
-    with pytest.raises(BenchmarkError, match="not one of bench decode"):
-        from_json(replace(result, header={**result.header, "benchmark": "load"}))
+def test_result_of_another_benchmark_is_refused(result: Result) -> None:
+    with pytest.raises(BenchmarkError, match="not one of the benchmark decode"):
+        replace(result, header={**result.header, "benchmark": "load"}).rows_of(NAME, DecodeRow)
 
 
-def test_the_table_names_every_way() -> None:
+def test_table_has_every_variant() -> None:
     shown = table(summary(measured()))
     assert sum(part.row_count for part in shown.renderables) == len(measured())  # type: ignore[union-attr]
     assert {Mode.STRICT.value, "other"} <= {row.name for row in summary(measured())}

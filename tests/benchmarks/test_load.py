@@ -1,4 +1,4 @@
-"""`bench load` without services: what is counted, from when, and the page about it."""
+"""`bench load` without services: counted requests, their latencies, and the page."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.benchmarks import load, load_report
-from atspeed.benchmarks.arrivals import Arrival, Kind, Mix
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.arrivals import Arrival, Mix, UserKind
 from atspeed.benchmarks.in_process_baseline import Throughput
-from atspeed.benchmarks.load import LoadResult, LoadRow, Outcome, drive, percentile, summary, sustained
+from atspeed.benchmarks.load import LoadResult, LoadRow, RequestOutcome, drive, percentile, summary, sustained
 from atspeed.benchmarks.pass_metrics import SharedPasses
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.results import Result
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.client.recommender import RecommenderClient, RecommenderError
 from atspeed.v1 import recommendation_pb2 as pb
 
 
-def outcome(seconds: float, *, at: float = 2.0, kind: Kind = Kind.NEW, code: str = "OK", cached: int = 0) -> Outcome:
+def outcome(
+    seconds: float, *, at: float = 2.0, kind: UserKind = UserKind.NEW, code: str = "OK", cached: int = 0
+) -> RequestOutcome:
     """One request that was answered after so many seconds, with a prompt of ten tokens."""
     statistics = pb.Statistics(prompt_tokens=10, cached_tokens={"memory": cached}, target_passes=2)
     reply = pb.RecommendResponse(statistics=statistics) if code == "OK" else None
-    return Outcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
+    return RequestOutcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
 
 
 @given(st.lists(st.one_of(st.floats(0, 1e6), st.just(math.inf)), min_size=1), st.floats(1, 100))
-def test_a_percentile_is_reached_by_so_many_and_by_no_fewer(values: list[float], percent: float) -> None:
+def test_percentile_is_exact(values: list[float], percent: float) -> None:
     value = percentile(values, percent)
     bound = math.inf if value is None else value + 1e-3
     assert sum(v <= bound for v in values) >= percent / 100 * len(values) - 1e-6
@@ -42,33 +43,33 @@ def test_a_percentile_is_reached_by_so_many_and_by_no_fewer(values: list[float],
         assert sum(v < value - 1e-3 for v in values) < percent / 100 * len(values) + 1e-6
 
 
-def test_of_nothing_there_is_no_percentile() -> None:
+def test_percentile_of_nothing_is_none() -> None:
     assert percentile([], 50) is None
 
 
-def test_failures_are_infinitely_late_and_no_goodput() -> None:
+def test_failures_count_as_infinitely_late() -> None:
     outcomes = [outcome(0.01)] * 96 + [outcome(0.2)] * 2 + [outcome(0, code="UNAVAILABLE")] * 2
     row = summary(outcomes, seconds=10.0, settle=1.0, limit_ms=100.0)
     assert (row.requests, row.errors) == (100, {"UNAVAILABLE": 2})
     assert (row.p50_ms, row.p95_ms, row.p99_ms) == (10.0, 10.0, None)
     assert (row.goodput_rps, row.achieved_rps) == (9.6, 9.8)
-    assert not row.holds
+    assert not row.is_within_limit
 
 
-def test_what_is_answered_after_the_end_took_longer_than_the_step() -> None:
+def test_late_replies_extend_the_window_of_throughput() -> None:
     """A queue that only empties after the last arrival is no throughput of the step."""
     row = summary([outcome(0.1, at=10.9), outcome(8.0, at=11.0)], seconds=10.0, settle=1.0, limit_ms=100.0)
     assert row.achieved_rps == round(2 / 18.0, 3)
 
 
-def test_kinds_and_tiers_are_told_apart() -> None:
+def test_kinds_and_tiers_are_counted_apart() -> None:
     outcomes = [
         outcome(0.03),
-        outcome(0.02, kind=Kind.RETURNING, cached=5),
-        outcome(0.02, kind=Kind.RETURNING, cached=8),
+        outcome(0.02, kind=UserKind.RETURNING, cached=5),
+        outcome(0.02, kind=UserKind.RETURNING, cached=8),
     ]
     row = summary(outcomes, seconds=1.0, settle=1.0, limit_ms=1.0)
-    assert row.p50_ms_by_kind == {Kind.NEW: 30.0, Kind.RETURNING: 20.0, Kind.REFRESHING: None}
+    assert row.p50_ms_by_kind == {UserKind.NEW: 30.0, UserKind.RETURNING: 20.0, UserKind.REFRESHING: None}
     assert (row.memory_hit_share, row.redis_hit_share, row.target_passes_mean) == (round(13 / 30, 4), 0.0, 2.0)
 
 
@@ -89,9 +90,9 @@ class StallingClient:
         return pb.RecommendResponse()
 
 
-async def test_a_latency_counts_from_the_planned_moment() -> None:
+async def test_latency_counts_from_the_planned_moment() -> None:
     """Requests that could not leave in time waited all the same: no coordinated omission."""
-    arrivals = [Arrival(at, Kind.NEW, ("a",), 0) for at in (0.0, 0.01, 0.1)]
+    arrivals = [Arrival(at, UserKind.NEW, ("a",), 0) for at in (0.0, 0.01, 0.1)]
     requests = [pb.RecommendRequest(k=k) for k in (1, 13, 1)]
     outcomes = await drive(cast(RecommenderClient, StallingClient()), arrivals, requests)
     assert [one.code for one in outcomes] == ["OK", "RESOURCE_EXHAUSTED", "OK"]
@@ -113,7 +114,7 @@ def rows() -> list[LoadRow]:
     ]
 
 
-def test_only_rates_that_hold_count_as_sustained() -> None:
+def test_only_rates_within_the_limit_are_sustained() -> None:
     found = rows()
     assert sustained(found, 1, "target-only") == 10.0
     assert sustained(found, 1, "strict") == 9.0
@@ -121,16 +122,16 @@ def test_only_rates_that_hold_count_as_sustained() -> None:
 
 
 def result(found: Sequence[LoadRow]) -> Result:
-    bare = {1: Throughput(4, 100, 12.5), 2: Throughput(8, 100, 25.0)}
-    question = load.Question(k=10, mix=Mix(), seconds=5.0, settle=1.0, seed=1)
+    baseline = {1: Throughput(4, 100, 12.5), 2: Throughput(8, 100, 25.0)}
+    config = load.LoadConfig(k=10, mix=Mix(), seconds=5.0, settle=1.0, seed=1)
     header = provenance(None, seed=1, command=["atspeed", "bench", "load"])
-    return Result(header | load.header(LoadResult(found, bare), question, data="some.txt"), load.to_json(found))
+    return Result(header | load.header(LoadResult(found, baseline), config, data="some.txt"), to_json(found))
 
 
-def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     result(rows()).write(tmp_path / "load.json")
     read = Result.read(tmp_path / "load.json")
-    assert load.from_json(read) == rows()
+    assert read.rows_of(load.NAME, LoadRow) == rows()
     page = load_report.write(read, tmp_path).read_text()
     assert "| 9.0 of 12.5 per second, 72% |" in page
     assert "the least | 0.90, at 10.0 per second |" in page
@@ -140,12 +141,12 @@ def test_the_page_is_made_from_the_file_alone(tmp_path: Path) -> None:
         assert (tmp_path / f"load-{replicas}.svg").read_text().startswith("<?xml")
 
 
-def test_another_benchmarks_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match="bench load"):
+def test_result_of_another_benchmark_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="benchmark load"):
         load_report.write(Result({"benchmark": "scaling"}, []), tmp_path)
 
 
-def test_requests_that_shared_a_pass_are_read_from_all_targets() -> None:
+def test_shared_passes_are_summed_over_targets() -> None:
     page = """# TYPE atspeed_pass_requests histogram
 atspeed_pass_requests_bucket{le="+Inf"} 4.0
 atspeed_pass_requests_count 4.0

@@ -1,4 +1,4 @@
-"""`bench overhead` without services: what counts as added, and the page about it."""
+"""`bench overhead` without services: the overhead of a request, and the page."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from atspeed.benchmarks import overhead
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.overhead import Added, row
+from atspeed.benchmarks.overhead import OverheadRow, RequestOverhead, summarise
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.services import Running
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
+from atspeed.benchmarks.services import ServiceOptions
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
@@ -26,34 +25,36 @@ def reply(*, total: int = 28, extra: int = 0) -> pb.RecommendResponse:
     return pb.RecommendResponse(statistics=pb.Statistics(stage_times=times))
 
 
-def test_what_is_not_in_the_models_is_added() -> None:
-    added = Added.of(reply(), caller_ms=30.0)
+def test_overhead_is_time_outside_of_the_models() -> None:
+    added = RequestOverhead.of(reply(), caller_ms=30.0)
     assert (added.models_ms, added.added_ms) == (16.0, 14.0)
     assert added.parts == {"client": 2.0, "history": 2.0, "target": 3.0, "draft": 2.0, "selection": 1.0}
 
 
-def test_a_row_has_medians_and_the_difference_user_by_user() -> None:
-    found = [Added.of(reply(extra=extra), caller_ms=30.0 + extra) for extra in (0, 1, 10)]
-    one = row(Mode.TARGET_ONLY, 5, found, [20.0, 26.0, 29.0])
+def test_row_has_medians_and_paired_differences() -> None:
+    found = [RequestOverhead.of(reply(extra=extra), caller_ms=30.0 + extra) for extra in (0, 1, 10)]
+    one = summarise(Mode.TARGET_ONLY, 5, found, [20.0, 26.0, 29.0])
     assert (one.users, one.p50_ms, one.models_p50_ms, one.added_p50_ms) == (3, 31.0, 16.0, 15.0)
     assert one.added_share == round(15 / 31, 3)
     assert (one.in_process_p50_ms, one.over_in_process_ms) == (26.0, 10.0)
     assert one.parts_ms["history"] == 3.0
-    assert row(Mode.STRICT, 5, found, None).over_in_process_ms is None
+    assert summarise(Mode.STRICT, 5, found, None).over_in_process_ms is None
 
 
-def test_the_page_is_written_from_the_file_alone(tmp_path: Path) -> None:
+def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     bundle = Bundle(write_bundle(tmp_path / "bundle", random_catalogue(20, (4, 4), seed=1)).root)
     rows = [
-        row(mode, 5, [Added.of(reply(), 30.0)], [20.0] if mode is Mode.TARGET_ONLY else None) for mode in overhead.MODES
+        summarise(mode, 5, [RequestOverhead.of(reply(), 30.0)], [20.0] if mode is Mode.TARGET_ONLY else None)
+        for mode in overhead.MODES
     ]
-    about = overhead.header(Running(threads=2), users=1, items=(3, 20), histories="train.txt")
-    result = Result(provenance(bundle, seed=1) | about, overhead.to_json(rows))
+    about = overhead.header(ServiceOptions(threads=2), users=1, items=(3, 20), histories="train.txt")
+    result = Result(provenance(bundle, seed=1) | about, to_json(rows))
     result.write(tmp_path / "overhead.json")
+    assert Result.read(tmp_path / "overhead.json").rows_of("overhead", OverheadRow) == rows
     text = overhead.write(Result.read(tmp_path / "overhead.json"), tmp_path / "page").read_text()
     assert "| target-only | 5 | 30.0 | 16.0 | 14.0 | 14.0 | 47% | 20.0 | 10.0 |" in text
     assert "| strict | 5 | 2.0 | 2.0 | 3.0 | 2.0 | 1.0 |" in text
     assert "1 users with 3 to 20 items, of train.txt" in text
     assert "the same search as a function call, p50 | K = 5: 10.0 ms |" in text
-    with pytest.raises(BenchmarkError, match="not one of bench overhead"):
+    with pytest.raises(BenchmarkError, match="not one of the benchmark overhead"):
         overhead.write(replace(result, header={**result.header, "benchmark": "load"}), tmp_path)

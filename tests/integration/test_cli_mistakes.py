@@ -19,6 +19,7 @@ import pytest
 import typer
 
 from atspeed.cli import main
+from research import __main__ as studies
 
 ROOT = Path(__file__).parents[2]
 LONE = "\udcff"
@@ -78,8 +79,9 @@ def parameters(app: typer.Typer, path: tuple[str, ...] = ()) -> Iterator[Paramet
 
 
 COMMAND: Any = typer.main.get_command(main.app)
+COMMAND.add_command(typer.main.get_command(studies.app), "research")  # here only: a command line of its own
 SPELLED_AS = {(command, name): option for command, name, option in spellings(COMMAND)}
-ALL = list(parameters(main.app))
+ALL = [*parameters(main.app), *parameters(studies.app, ("research",))]
 SPELLED = {" ".join([*one.command, one.name]): one for one in ALL}
 
 
@@ -172,6 +174,7 @@ def test_numbers_have_bounds_and_paths_a_kind() -> None:
         (["record", "", "1"], "user"),
         (["nonsense"], "nonsense"),
         (["bench", "nonsense"], "nonsense"),
+        (["research", "nonsense"], "nonsense"),
         (["export", str(ROOT), "out", "--code-tokens", "9:3"], "--code-tokens"),
         (["up", "--bundle", str(ROOT), "--redis-url", "redis://localhost", "--data", "data"], "--data"),
     ],
@@ -202,7 +205,28 @@ BUNDLE = ROOT / "bundles" / "movielens-100k"
         (["bench", "report", "FILE", "--out", "pages"], b"\xff", "FILE: not a result"),
         (["bench", "report", "FILE", "--out", "pages"], b'{"header": 5, "rows": []}', "FILE: not a result"),
         (["bench", "report", "FILE", "--out", "pages"], b'{"header": {}, "rows": [5]}', "FILE: not a result"),
-        (["bench", "report", "FILE", "--out", "pages"], b'{"header": {}, "rows": [{}]}', "the result is not one of"),
+        (
+            ["bench", "report", "FILE", "--out", "pages"],
+            b'{"header": {}, "rows": [{}]}',
+            "FILE: the benchmark None has no page",
+        ),
+        (
+            ["bench", "report", "FILE", "--out", "pages"],
+            b'{"header": {"benchmark": "load"}, "rows": []}',
+            "FILE: not a result",
+        ),
+        (
+            ["bench", "report", "FILE", "--out", "pages"],
+            b'{"header": {"benchmark": "load"}, "rows": [{}]}',
+            "another format",
+        ),
+        (["research", "report", "FILE", "--out", "pages"], b"\xff", "FILE: not a result"),
+        (
+            ["research", "report", "FILE", "--out", "pages"],
+            b'{"header": {}, "rows": [{}]}',
+            "FILE: the benchmark None has no page",
+        ),
+        (["research", "acceptance", "--bundle", BUNDLE, "--data", "FOLDER"], b"\xff", "items.jsonl"),
         (["recommend", "alice", "--ca", "FILE"], b"\xff", "FILE: not PEM"),
         (["train", "FILE", "--run-folder", "run"], b"\xff", "FILE"),
         (["bundle", "inspect", "FOLDER"], b"\xff", "manifest.json"),

@@ -1,4 +1,4 @@
-"""`bench decode` and `bench overhead`, small: real services, Hugging Face generate, onnxruntime-genai, one random checkpoint."""
+"""`bench decode` and `bench overhead` with real services and engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from atspeed.benchmarks.decode_peers import built_for_genai
 from atspeed.cli.main import app
@@ -15,28 +15,23 @@ from tests.bundles import TestBundle, random_catalogue, write_bundle
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
-    """A bundle and, beside it, its target's checkpoint. onnxruntime-genai wants heads of a multiple of 8 dimensions."""
+    """Write a bundle and its target's checkpoint. onnxruntime-genai requires heads of a multiple of 8 dimensions."""
     root = tmp_path_factory.mktemp("decode")
     made = write_bundle(root / "bundle", random_catalogue(200, (12, 10, 8), seed=3), architecture="qwen3", seed=5)
     made.target.save_pretrained(root / "checkpoint")
     return made
 
 
-def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: Path) -> None:
+def bench(made: TestBundle, arguments: str) -> Result:
+    """Run a benchmark of the bundle."""
+    return CliRunner().invoke(app, ["bench", *arguments.split(), "--bundle", str(made.root)])
+
+
+def test_all_engines_measure_the_same_users(made: TestBundle, tmp_path: Path) -> None:
     """Lists are identical where that is promised, what is warm was kept, and what is cold was not."""
-    command = [
-        "bench",
-        "decode",
-        "--bundle",
-        str(made.root),
-        "--checkpoint",
-        str(made.root.parent / "checkpoint"),
-        "--genai",
-    ]
-    asked = ["--users", "3", "--hf-users", "2", "--min-items", "8", "-k", "1", "-k", "6"]
-    asked += ["--threads", "1", "--settle", "1", "--planner", "fixed"]
-    files = ["--json", str(tmp_path / "decode.json"), "--report", str(tmp_path)]
-    result = CliRunner().invoke(app, [*command, *asked, *files])
+    peers = f"--checkpoint {made.root.parent}/checkpoint --genai --hf-users 2"
+    asked = "--users 3 --min-items 8 -k 1 -k 6 --threads 1 --settle 1 --planner fixed"
+    result = bench(made, f"decode {peers} {asked} --json {tmp_path}/decode.json --report {tmp_path}")
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "decode.json").read_text())
     assert set(written["header"]["peers"]) == {"transformers", "onnxruntime-genai"}
@@ -58,25 +53,12 @@ def test_all_engines_are_asked_about_the_same_users(made: TestBundle, tmp_path: 
     assert (tmp_path / "decode.md").exists()
 
 
-def test_lists_of_an_int8_target_are_compared_with_its_own_alone(tmp_path: Path) -> None:
-    """Its checkpoint is another model; what is identical to target-only is so in every bit."""
+def test_int8_lists_are_compared_with_int8_only(tmp_path: Path) -> None:
+    """The checkpoint is another model. Lists equal target-only in every bit."""
     made = write_bundle(tmp_path / "bundle", random_catalogue(200, (12, 10, 8), seed=3), precision="int8")
     made.target.save_pretrained(tmp_path / "checkpoint")
-    peer = [
-        "--checkpoint",
-        str(tmp_path / "checkpoint"),
-        "--users",
-        "3",
-        "--settle",
-        "1",
-        "--min-items",
-        "8",
-        "-k",
-        "6",
-    ]
-    modes = ["--mode", "target-only", "--mode", "strict", "--threads", "1", "--planner", "fixed"]
-    files = ["--json", str(tmp_path / "decode.json")]
-    result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), *peer, *modes, *files])
+    asked = f"--checkpoint {tmp_path}/checkpoint --users 3 --settle 1 --min-items 8 -k 6 --threads 1 --planner fixed"
+    result = bench(made, f"decode {asked} --mode target-only --mode strict --json {tmp_path}/decode.json")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     own = [
@@ -99,47 +81,31 @@ def test_genai_is_built_without_the_checkpoints_generation_defaults(made: TestBu
 
 
 def test_genai_needs_a_checkpoint(made: TestBundle) -> None:
-    result = CliRunner().invoke(app, ["bench", "decode", "--bundle", str(made.root), "--genai"])
+    result = bench(made, "decode --genai")
     assert result.exit_code == 2
     assert "--genai needs --checkpoint" in result.output
 
 
-def test_what_was_predicted_stands_beside_what_was_measured(made: TestBundle, tmp_path: Path) -> None:
-    command = [
-        "bench",
-        "decode",
-        "--bundle",
-        str(made.root),
-        "--users",
-        "2",
-        "--mode",
-        "strict",
-        "-k",
-        "5",
-        "--prefix",
-        "cold",
-        "--no-perfect",
-    ]
-    asked = ["--threads", "1", "--settle", "2", "--json", str(tmp_path / "decode.json")]
-    result = CliRunner().invoke(app, [*command, *asked])
+def test_predictions_are_in_the_result(made: TestBundle, tmp_path: Path) -> None:
+    asked = "--users 2 --mode strict -k 5 --prefix cold --no-perfect --threads 1 --settle 2"
+    result = bench(made, f"decode {asked} --json {tmp_path}/decode.json")
     assert result.exit_code == 0, result.output
     [row] = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert row["prediction_error"]["target"] >= 0
     assert row["expected_passes_mean"] >= 1
 
 
-def test_there_have_to_be_users_left(made: TestBundle, tmp_path: Path) -> None:
+def test_too_few_users_are_refused(made: TestBundle, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("1 item-1 item-2\n2 item-3 item-4\n")
-    command = ["bench", "decode", "--bundle", str(made.root), "--histories", str(tmp_path / "two.txt"), "--settle", "2"]
-    result = CliRunner().invoke(app, command)
+    result = bench(made, f"decode --histories {tmp_path}/two.txt --settle 2")
     assert result.exit_code == 1
     assert "--settle 2: there are only 2 users with so many items" in result.stderr
 
 
-def test_what_the_services_add_is_measured(made: TestBundle, tmp_path: Path) -> None:
-    """Returning users, through Redis: what is added is more than nothing and less than the whole."""
-    command = ["bench", "overhead", "--bundle", str(made.root), "--users", "2", "-k", "4", "--threads", "1"]
-    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "overhead.json"), "--report", str(tmp_path)])
+def test_overhead_is_measured(made: TestBundle, tmp_path: Path) -> None:
+    """Overhead of returning users, through Redis, is more than nothing and less than the whole."""
+    asked = f"--users 2 -k 4 --threads 1 --json {tmp_path}/overhead.json --report {tmp_path}"
+    result = bench(made, f"overhead {asked}")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert [(row["mode"], row["users"]) for row in rows] == [("target-only", 2), ("strict", 2)]

@@ -1,4 +1,4 @@
-"""`atspeed bench gpu` from end to end, on the CPU and at small shapes; and what its probes of passes run."""
+"""`atspeed bench gpu` from end to end on the CPU, and its probes of passes."""
 
 from __future__ import annotations
 
@@ -22,29 +22,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
     return write_run(tmp_path_factory.mktemp("run"), random_catalogue(200, (12, 10, 8), seed=3), seed=5)
 
 
-def test_everything_is_measured_and_written(made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_measurements_are_written(made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = ModelShape(3, 96, 128, heads=8, kv_heads=4, head_dim=24, vocab_size=100)
     monkeypatch.setattr(
         gpu, "SHAPES", {"large": large, "draft": ModelShape(2, 64, 64, heads=4, kv_heads=4, head_dim=12)}
     )
-    work, out = ["--work", str(tmp_path / "work")], ["--out", str(tmp_path / "out")]
-    command = ["bench", "gpu", "--bundle", str(made.root), *work, *out, "--provider", "cpu", "--precision", "float32"]
-    sizes = [
-        "--size",
-        "large+draft",
-        "--users",
-        "2",
-        "--exact-users",
-        "3",
-        "--hf-users",
-        "1",
-        "-k",
-        "4",
-        "--threads",
-        "1",
-    ]
-    probes = ["--beams", "5", "--prompt-tokens", "11", "--repeats", "1"]
-    result = CliRunner().invoke(app, [*command, *sizes, *probes])
+    folders = f"--bundle {made.root} --work {tmp_path}/work --out {tmp_path}/out --provider cpu --precision float32"
+    sizes = "--size large+draft --users 2 --exact-users 3 --hf-users 1 -k 4 --threads 1"
+    probes = "--beams 5 --prompt-tokens 11 --repeats 1"
+    result = CliRunner().invoke(app, ["bench", "gpu", *f"{folders} {sizes} {probes}".split()])
     assert result.exit_code == 0, result.output
     [file] = (tmp_path / "out").glob("gpu-*.json")
     written = json.loads(file.read_text())
@@ -71,9 +57,9 @@ def test_everything_is_measured_and_written(made: TestBundle, tmp_path: Path, mo
     assert (beams["prompt_tokens"], beams["beams"], beams["codes"]) == (11, 5, 3)
     # Asked again, it does not inflate again.
     bundle = tmp_path / "work" / "large+draft-float32" / "bundle" / "manifest.json"
-    setup = gpu.Setup(provider="cpu", precision="float32", work=tmp_path / "work")
+    config = gpu.GpuConfig(provider="cpu", precision="float32", work=tmp_path / "work")
     before = bundle.stat().st_mtime_ns
-    gpu.inflated("large+draft", made.bundle, bundle.parents[1], setup)
+    gpu.inflated("large+draft", made.bundle, bundle.parents[1], config)
     assert bundle.stat().st_mtime_ns == before
 
 
@@ -84,7 +70,7 @@ def test_everything_is_measured_and_written(made: TestBundle, tmp_path: Path, mo
         (["--provider", "cuda"], "--provider cuda: this torch has no CUDA; see deploy/gpu-setup.sh"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_at_once(
+def test_unusable_options_are_refused_at_once(
     made: TestBundle, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -111,7 +97,7 @@ def decoder(made: TestBundle) -> RecordingDecoder:
     return recording
 
 
-def test_beams_behind_a_prompt_are_passes_of_a_search(decoder: RecordingDecoder) -> None:
+def test_beams_probe_makes_the_passes_of_a_search(decoder: RecordingDecoder) -> None:
     """Level by level: prompt, two levels of beams. At once: the same tokens in one pass, each seeing its ancestors alone."""
     row = probe_beams("x", decoder, 30, prompt=4, beams=3, codes=3, repeats=1)
     prompt, first, second = decoder.asked[:3]
@@ -124,7 +110,7 @@ def test_beams_behind_a_prompt_are_passes_of_a_search(decoder: RecordingDecoder)
     assert row.at_once_ms > 0
 
 
-def test_passes_are_of_siblings_behind_what_is_cached(decoder: RecordingDecoder) -> None:
+def test_passes_probe_reads_siblings_behind_cached_tokens(decoder: RecordingDecoder) -> None:
     rows = probe_passes("x", decoder, 30, 0.5, new=(1, 4), cached=(6,), repeats=1)
     assert decoder.asked[0] == ([6], [7], 6, [0])
     assert decoder.asked[-1] == ([6] * 4, [7] * 4, 6, [0, 1, 2, 3])
@@ -132,7 +118,7 @@ def test_passes_are_of_siblings_behind_what_is_cached(decoder: RecordingDecoder)
     assert all(row.times_read == pytest.approx(row.p50_ms / 0.5, abs=0.01) for row in rows)
 
 
-def test_what_a_pass_reads_is_all_weights_but_the_embedding_and_the_norms(made: TestBundle) -> None:
+def test_bytes_read_leave_out_embedding_and_norms(made: TestBundle) -> None:
     model = random_model("llama", 50, seed=1)
     read = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "norm" not in name)
     assert bytes_read(ModelShape.of(model.config), 50, 4) == 4 * read

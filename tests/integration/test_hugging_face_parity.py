@@ -1,4 +1,4 @@
-"""Our lists, through real services, are those of Hugging Face `generate` on the same checkpoint."""
+"""Lists through the real services equal those of Hugging Face `generate`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.export import load_checkpoint
 from tests.bundles import random_catalogue, write_bundle
@@ -17,7 +17,7 @@ USERS = 12
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-async def test_lists_are_those_of_generate(architecture: str, tmp_path: Path) -> None:
+async def test_lists_equal_generate(architecture: str, tmp_path: Path) -> None:
     """Target-only and strict, every K: the same items in the same order, with the same scores."""
     catalogue = random_catalogue(300, (16, 12, 10), seed=3)
     made = write_bundle(tmp_path, catalogue, architecture=architecture, seed=5)
@@ -31,7 +31,7 @@ async def test_lists_are_those_of_generate(architecture: str, tmp_path: Path) ->
     assert any(passes[k, "strict"] < passes[k, "target-only"] for k in WIDTHS)
 
 
-async def test_fewer_paths_than_beams(tmp_path: Path) -> None:
+async def test_list_ends_where_paths_end(tmp_path: Path) -> None:
     """`generate` pads its beams with masked ones; the list ends where the catalogue does."""
     catalogue = random_catalogue(6, (4, 3, 3), seed=1)
     made = write_bundle(tmp_path, catalogue)
@@ -63,14 +63,14 @@ async def test_generation_defaults_of_a_checkpoint_change_no_list(
         assert f"{name}={value}" in said
 
 
-def test_the_rule_trie_is_refused(tmp_path: Path) -> None:
+def test_rule_trie_is_refused(tmp_path: Path) -> None:
     """`generate` does not compute it, so a comparison would say nothing."""
     made = write_bundle(tmp_path, random_catalogue(20, (4, 4), seed=1), rule=ScoringRule.TRIE)
     with pytest.raises(BenchmarkError, match="scoring rule is trie"):
         Reference(made.bundle, made.target)
 
 
-def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_other_checkpoint_is_refused(tmp_path: Path) -> None:
     """A checkpoint of another shape is not the one that the bundle was exported from."""
     made = write_bundle(tmp_path / "one", random_catalogue(20, (4, 4), seed=1))
     other = write_bundle(tmp_path / "other", random_catalogue(20, (8, 4), seed=1))

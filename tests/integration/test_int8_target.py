@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from atspeed.benchmarks.histories import choose_histories
-from atspeed.benchmarks.services import Running, ask, progress_bar, services
+from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
@@ -24,7 +24,7 @@ async def test_scores_of_strict_lists_are_the_bits_of_target_only(rule: ScoringR
     histories = choose_histories(catalogue, None, USERS, seed=7)
     found: dict[Mode, list[list[tuple[str, float]]]] = {}
     passes = {}
-    async with services(made.root, Running(planner="fixed")) as client:
+    async with services(made.root, ServiceOptions(planner="fixed")) as client:
         for mode in (Mode.TARGET_ONLY, Mode.STRICT):
             requests = [
                 recommend_request(history=own, k=k, beam_width=k, mode=mode) for k in (1, 10) for own in histories

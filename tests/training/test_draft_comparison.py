@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from atspeed.benchmarks.acceptance import draft_bundles
 from atspeed.cli.main import app
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.training.checkpoints import Checkpoints
@@ -18,6 +17,7 @@ from atspeed.training.errors import Paused, RecipeError
 from atspeed.training.pipeline import train
 from atspeed.training.teacher import Teacher
 from atspeed.training.trainer import Trainer
+from research.acceptance import draft_bundles
 from tests.recipes import RUNS, fitted_titles, short_recipe
 
 NAMES = ("none/seed1", "none/seed2", "word-kd/seed1", "word-kd/seed2")

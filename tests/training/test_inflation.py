@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.shared_tree_models import load_decoder_of, prefix_cache, prompt_tokens, warm_evaluator
 from atspeed.cli.main import app
 from atspeed.engine.bundle.manifest import Bundle, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
@@ -27,6 +27,7 @@ from atspeed.training.inflated_bundles import Inflation, inflate_bundle
 from atspeed.training.inflation import SHAPES, InflationError, ModelShape, write_inflated
 from atspeed.training.parity import RandomTree, checkpoint_outputs
 from atspeed.training.sequences import Spelling
+from research.shared_tree_models import load_decoder_of, prefix_cache, shared_evaluator
 from tests.bundles import TestBundle, random_catalogue, random_history, random_model, write_run
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -200,7 +201,7 @@ async def _upper_trie(bundle: Bundle, role: Role) -> Evaluation:
     """All children of the root and of level 1, after some history."""
     catalogue, entry = bundle.catalogue(), bundle.manifest.models[role]
     decoder = load_decoder_of(bundle, role, 1)
-    evaluator = warm_evaluator(decoder, entry, catalogue, bundle.manifest.scoring_rule, prefix_cache(entry))
+    evaluator = shared_evaluator(decoder, entry, catalogue, bundle.manifest.scoring_rule, prefix_cache(entry))
     history = catalogue.find(random_history(catalogue, 6, seed=9))
     tree = await evaluator.open(prompt_tokens(catalogue, entry, history.tolist()))
     nodes = np.concatenate([[ROOT], catalogue.trie.children(ROOT)])

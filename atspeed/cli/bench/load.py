@@ -1,4 +1,4 @@
-"""`atspeed bench load` and `atspeed bench scaling`: what the services do under load, and what grows with what."""
+"""`atspeed bench load` and `scaling`: latency under load, and scaling."""
 
 from __future__ import annotations
 
@@ -7,32 +7,26 @@ from typing import Annotated
 
 import typer
 
-from atspeed.cli.bench.options import Histories, JsonFile, Page, Seed, save, written
-from atspeed.cli.options import (
-    MAX_EXCLUDED,
-    MAX_REPLICAS,
-    MAX_THREADS,
-    MAX_USERS,
-    MAX_WIDTH,
-    BundleFolder,
-    optional,
-    out,
-)
+from atspeed.benchmarks.arrivals import Mix
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.cli.bench.options import Histories, JsonFile, PageFolder, Seed, Threads, save, source_of
+from atspeed.cli.options import MAX_EXCLUDED, MAX_REPLICAS, MAX_USERS, MAX_WIDTH, BundleFolder, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.rpc import event_loop
-
-Threads = Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass of the target.")]
 
 
 def bench_load(
     bundle: BundleFolder,
     histories: Histories = None,
-    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="How many users' histories.")] = 2000,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Number of histories.")] = 2000,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 10,
     rate: Annotated[
         list[float] | None,
         typer.Option(
-            min=0.1, max=1_000_000, help="Requests per second.  [default: shares of the bare runner's throughput]"
+            min=0.1,
+            max=1_000_000,
+            help="Requests per second.  [default: shares of the in-process baseline's throughput]",
         ),
     ] = None,
     replicas: Annotated[
@@ -40,27 +34,26 @@ def bench_load(
         typer.Option(min=1, max=MAX_REPLICAS, help="Target replicas, measured one after the other.  [default: 1 2]"),
     ] = None,
     mix: Annotated[str, typer.Option(help="Shares of users.")] = "new=0.2,returning=0.5,refreshing=0.3",
-    seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds of each rate.")] = 15.0,
-    settle: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds before these that do not count.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="Counted seconds of each rate.")] = 15.0,
+    settle: Annotated[
+        float, typer.Option(min=0, max=86_400, help="Seconds before these, which are not counted.")
+    ] = 5.0,
     unloaded: Annotated[
         int, typer.Option(min=1, max=MAX_USERS, help="Requests one after the other, for the unloaded latency.")
     ] = 60,
     bare: Annotated[
-        int, typer.Option(min=1, max=MAX_USERS, help="Searches of each closed loop of the bare runner.")
+        int, typer.Option(min=1, max=MAX_USERS, help="Searches of each closed loop of the in-process baseline.")
     ] = 120,
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,
-    report: Page = None,
+    report: PageFolder = None,
 ) -> None:
-    """Latency and goodput of the real services at rising rates, target-only and strict side by side."""
+    """Measure latency and goodput of the real services at rising rates, target-only and strict."""
     from atspeed.benchmarks import load
-    from atspeed.benchmarks.arrivals import Mix
-    from atspeed.benchmarks.histories import choose_histories
 
-    page = optional("atspeed.benchmarks.load_report") if report else None  # what is missing is said before the work
     opened = Bundle(bundle)
-    question = load.Question(
+    config = load.LoadConfig(
         k=k,
         mix=Mix.parse(mix),
         seconds=seconds,
@@ -73,12 +66,10 @@ def bench_load(
         threads=threads,
     )
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
-    found = event_loop.run(load.run(bundle, chosen, question))
-    out.print(load.table(found))
-    data = histories.name if histories else "random items"
-    result = save(json_file, opened, seed, load.to_json(found.rows), load.header(found, question, data=data))
-    if page and report:
-        written(page.write(result, report))
+    found = event_loop.run(load.run(bundle, chosen, config))
+    out.print(terminal_table("Open-loop load", load.TERMINAL_COLUMNS, found.rows))
+    about = load.header(found, config, data=source_of(histories))
+    save(json_file, opened, seed, to_json(found.rows), about, page=(report, "atspeed.benchmarks.load_report"))
 
 
 def bench_scaling(
@@ -90,7 +81,7 @@ def bench_scaling(
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams.")] = 20,
     excluded: Annotated[int, typer.Option(min=1, max=MAX_EXCLUDED, help="Items that a request excludes.")] = 10_000,
     bundle: Annotated[
-        Path | None, typer.Option(help="Measure searches of this bundle's target too.", exists=True, file_okay=False)
+        Path | None, typer.Option(help="Bundle whose target is searched too.", exists=True, file_okay=False)
     ] = None,
     width: Annotated[
         list[int] | None, typer.Option(min=1, max=MAX_WIDTH, help="Beams of its searches.  [default: 1 5 10 20 50]")
@@ -99,19 +90,17 @@ def bench_scaling(
     threads: Threads = 1,
     seed: Seed = 1,
     json_file: JsonFile = None,
-    report: Page = None,
+    report: PageFolder = None,
 ) -> None:
-    """Load time, memory and selection against the size of the catalogue; searches against beams and prompt length."""
+    """Measure load time, memory and selection by catalogue size, and searches by beams and prompt length."""
     from atspeed.benchmarks import scaling
 
-    page = optional("atspeed.benchmarks.scaling_report") if report else None
     opened = Bundle(bundle) if bundle else None
-    question = scaling.CatalogueQuestion(items or scaling.SIZES, codebook, k, excluded, seed)
-    asked = scaling.SearchQuestion(width or scaling.WIDTHS, k, repeats, threads, seed) if opened else None
-    catalogues = scaling.measure_catalogues(question)
+    config = scaling.CatalogueConfig(items or scaling.SIZES, codebook, k, excluded, seed)
+    asked = scaling.SearchConfig(width or scaling.WIDTHS, k, repeats, threads, seed) if opened else None
+    catalogues = scaling.measure_catalogues(config)
     searches = event_loop.run(scaling.measure_searches(opened.root, asked)) if opened and asked else []
     for shown in scaling.tables(catalogues, searches):
         out.print(shown)
-    result = save(json_file, opened, seed, scaling.to_json(catalogues, searches), scaling.header(question, asked))
-    if page and report:
-        written(page.write(result, report))
+    rows, about = scaling.rows_to_json(catalogues, searches), scaling.header(config, asked)
+    save(json_file, opened, seed, rows, about, page=(report, "atspeed.benchmarks.scaling_report"))

@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead` and `gpu`: what a list takes beside other engines, what services add, and all on a GPU."""
+"""`atspeed bench decode`, `overhead`, `prefix`, `gpu`: times of lists and passes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from atspeed.benchmarks import decode_rows
 from atspeed.benchmarks.decode_rows import Prefix
+from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.benchmarks.services import ServiceOptions
 from atspeed.cli.bench.options import (
     Histories,
     JsonFile,
     LeastItems,
     MostItems,
-    Page,
+    PageFolder,
     Seed,
     Tolerance,
     Users,
     save,
-    written,
+    source_of,
 )
+from atspeed.cli.bench.options import Threads as PassThreads
 from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, optional, out
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.decoder import Provider
@@ -33,25 +38,24 @@ from orchestrator.planning.planner import PlannerKind
 
 if TYPE_CHECKING:
     from atspeed.benchmarks.decode import Peer
-    from atspeed.benchmarks.decode_rows import DecodeRow
 
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=MAX_THREADS, help="Threads of each model and of the peers; all cores by default."),
+    typer.Option(min=1, max=MAX_THREADS, help="Threads of each model and of the other engines; all cores by default."),
 ]
 
 
 GpuPrecision = Literal["float32", "float16"]
-RunsOn = Annotated[Provider, typer.Option("--provider", help="Where the models run.")]
+RunsOn = Annotated[Provider, typer.Option("--provider", help="Device of the models.")]
 Widths = Annotated[
     list[int] | None,
     typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20 50]"),
 ]
-Planner = Annotated[PlannerKind, typer.Option(help="Plans of the size that pays, or of a fixed one.")]
+Planner = Annotated[PlannerKind, typer.Option(help="Plans of an adaptive or of a fixed size.")]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="What the target was exported from: Hugging Face generate is measured beside it.",
+        help="Checkpoint that the target was exported from. With it, Hugging Face generate is measured too.",
         exists=True,
         file_okay=False,
     ),
@@ -61,7 +65,7 @@ GenAi = Annotated[
 ]
 PeerUsers = Annotated[
     int | None,
-    typer.Option("--hf-users", min=0, max=MAX_USERS, help="How many of them the other engines answer; all by default."),
+    typer.Option("--hf-users", min=0, max=MAX_USERS, help="Users whose lists the other engines make; all by default."),
 ]
 
 
@@ -75,37 +79,34 @@ def bench_decode(
     least_items: LeastItems = 2,
     most_items: MostItems = None,
     k: Widths = None,
-    mode: Annotated[list[Mode] | None, typer.Option(help="How lists are made.  [default: all]")] = None,
+    mode: Annotated[list[Mode] | None, typer.Option(help="Modes.  [default: all]")] = None,
     prefix: Annotated[list[Prefix] | None, typer.Option(help="[default: both]")] = None,
     tolerance: Tolerance = 0.1,
     perfect: Annotated[
-        bool, typer.Option("--perfect/--no-perfect", help="Measure plans that are perfect and free: the limit.")
+        bool, typer.Option("--perfect/--no-perfect", help="Measure oracle plans too: the upper bound of speculation.")
     ] = True,
     settle: Annotated[
-        int, typer.Option(min=1, max=MAX_USERS, help="Users before these who do not count: the planner learns.")
+        int, typer.Option(min=1, max=MAX_USERS, help="Users before these, who are not counted: the planner learns.")
     ] = 3,
     planner: Planner = PlannerKind.ADAPTIVE,
     threads: Threads = None,
     provider: RunsOn = "cpu",
     seed: Seed = 1,
     json_file: JsonFile = None,
-    report: Page = None,
+    report: PageFolder = None,
 ) -> None:
-    """Time of a list by mode, K and prefix, beside Hugging Face generate; exits with 1 when a list differs."""
-    from atspeed.benchmarks import decode, decode_rows
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.services import Running
+    """Measure the time of a list by mode, K and prefix, and of other engines; exits with 1 if a list differs."""
+    from atspeed.benchmarks import decode
 
     if genai and checkpoint is None:
-        raise typer.BadParameter("--genai needs --checkpoint: the weights that it is to run")
-    page = optional("atspeed.benchmarks.decode_report") if report else None  # what is missing is said before the work
+        raise typer.BadParameter("--genai needs --checkpoint, the weights that it runs")
     opened = Bundle(bundle)
     catalogue, wanted = opened.catalogue(), settle + users
     chosen = choose_histories(catalogue, histories, wanted, seed, least_items=least_items, most_items=most_items)
     if (users := len(chosen) - settle) < 1:
         raise CommandError(f"--settle {settle}: there are only {len(chosen)} users with so many items")
-    running = Running(threads=threads or os.cpu_count() or 1, provider=provider, planner=planner.value)
-    question = decode.Question(
+    options = ServiceOptions(threads=threads or os.cpu_count() or 1, provider=provider, planner=planner.value)
+    config = decode.DecodeConfig(
         widths=k or decode.WIDTHS,
         modes=mode or decode.MODES,
         prefixes=prefix or list(Prefix),
@@ -115,15 +116,14 @@ def bench_decode(
         settle=settle,
         seed=seed,
     )
-    with _peers(opened, checkpoint, genai=genai, threads=running.threads or 1, provider=provider) as peers:
-        rows = event_loop.run(decode.run(bundle, chosen, question, peers, running))
-        about = decode.header(question, peers, running, users=users, items=(least_items, most_items))
-    about["histories"] = histories.name if histories else "random items"
+    with _peers(opened, checkpoint, genai=genai, threads=options.threads or 1, provider=provider) as peers:
+        rows = event_loop.run(decode.run(bundle, chosen, config, peers, options))
+        about = decode.header(config, peers, options, users=users, items=(least_items, most_items))
+    about["histories"] = source_of(histories)
     out.print(decode_rows.table(rows))
-    result = save(json_file, opened, seed, decode_rows.to_json(rows), about)
-    if page and report:
-        written(page.write(result, report))
-    _check(rows)
+    save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.decode_report"))
+    if different := sum(row.different or 0 for row in rows if row.promises_identity):
+        raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
 
 
 def bench_overhead(
@@ -139,24 +139,60 @@ def bench_overhead(
     provider: RunsOn = "cpu",
     seed: Seed = 1,
     json_file: JsonFile = None,
-    report: Page = None,
+    report: PageFolder = None,
 ) -> None:
-    """What gRPC, orchestrator and Redis add to the time of the models, for returning users."""
-    overhead = optional("atspeed.benchmarks.overhead")
-    from atspeed.benchmarks.histories import choose_histories
-    from atspeed.benchmarks.services import Running
+    """Measure what gRPC, orchestrator and Redis add to the models' time, for returning users."""
+    from atspeed.benchmarks import overhead
 
     opened = Bundle(bundle)
     catalogue = opened.catalogue()
     chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
-    running = Running(threads=threads or os.cpu_count() or 1, provider=provider)
-    rows = event_loop.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, running))
-    out.print(overhead.table(rows))
-    named = histories.name if histories else "random items"
-    about = overhead.header(running, users=len(chosen), items=(least_items, most_items), histories=named)
-    result = save(json_file, opened, seed, overhead.to_json(rows), about)
-    if report:
-        written(overhead.write(result, report))
+    options = ServiceOptions(threads=threads or os.cpu_count() or 1, provider=provider)
+    rows = event_loop.run(overhead.run(bundle, chosen, k or overhead.WIDTHS, options))
+    title = f"Added to the models' time, {len(chosen)} returning users; ms"
+    out.print(terminal_table(title, overhead.COLUMNS, rows))
+    about = overhead.header(options, users=len(chosen), items=(least_items, most_items), histories=source_of(histories))
+    save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.overhead"))
+
+
+def bench_prefix(
+    bundle: BundleFolder,
+    users: Users = 100,
+    histories: Histories = None,
+    least_items: LeastItems = 2,
+    most_items: MostItems = None,
+    draft: Annotated[bool, typer.Option("--draft", help="Measure the draft instead of the target.")] = False,
+    nodes: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            max=8_192,
+            help="Trie nodes in a pass, besides the root; each is measured by itself.  [default: 0 120]",
+        ),
+    ] = None,
+    threads: PassThreads = 1,
+    block_tokens: Annotated[
+        int | None, typer.Option(min=1, max=65_536, help="Prompt tokens in one block; those of an item without it.")
+    ] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Measure a request's first pass with its prompt cold, in memory or in Redis; exits with 1 if evaluations differ."""
+    from atspeed.benchmarks import prefix
+
+    opened = Bundle(bundle)
+    if draft and opened.manifest.draft is None:
+        raise CommandError("--draft: the bundle has no draft")
+    config = prefix.PrefixConfig("draft" if draft else "target", tuple(nodes or (0, 120)), threads, block_tokens, seed)
+    catalogue = opened.catalogue()
+    chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
+    rows = event_loop.run(prefix.run(opened, chosen, config))
+    out.print(terminal_table("First passes by prefix", prefix.TERMINAL_COLUMNS, rows))
+    about = prefix.header(config, items=(least_items, most_items), histories=source_of(histories))
+    save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.prefix"))
+    if wrong := [row.state for row in rows if not row.is_same]:
+        raise CommandError(f"evaluations differ from the cold one's: {', '.join(wrong)}")
 
 
 def bench_gpu(
@@ -164,44 +200,40 @@ def bench_gpu(
         Path,
         typer.Option(
             "--bundle",
-            help="A bundle that `atspeed train` wrote, beside its checkpoints.",
+            help="A bundle that `atspeed train` wrote, next to its checkpoints.",
             exists=True,
             file_okay=False,
         ),
     ],
-    work: Annotated[Path, typer.Option(help="Folder for inflated bundles, which are kept; 40 GB.", file_okay=False)],
+    work: Annotated[Path, typer.Option(help="Folder in which inflated bundles are kept; 40 GB.", file_okay=False)],
     histories: Histories = None,
     size: Annotated[
         list[str] | None,
         typer.Option(metavar="TARGET+DRAFT", help="Shapes of `atspeed inflate`.  [default: 1.7b+68m 7b+68m]"),
     ] = None,
-    precision: Annotated[GpuPrecision, typer.Option(help="Of inflated weights.")] = "float16",
+    precision: Annotated[GpuPrecision, typer.Option(help="Precision of inflated weights.")] = "float16",
     provider: RunsOn = "cuda",
     users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are timed.")] = 30,
     exact_users: Annotated[
-        int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are compared with the CPU's.")
+        int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are compared with those of the CPU.")
     ] = 100,
-    hf_users: Annotated[
-        int, typer.Option(min=0, max=MAX_USERS, help="Of the users, those that Hugging Face answers.")
-    ] = 5,
+    hf_users: Annotated[int, typer.Option(min=0, max=MAX_USERS, help="Users whose lists Hugging Face makes too.")] = 5,
     k: Widths = None,
     beams: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="Beams of the search behind a long prompt.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of that prompt.")] = 1000,
-    repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of every pass that is timed by itself.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Repetitions of each single pass.")] = 20,
     threads: Threads = None,
     seed: Seed = 1,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for gpu-DATE.json.", file_okay=False)] = Path(
         "docs/benchmarks"
     ),
 ) -> None:
-    """All that a GPU is wanted for: exactness beside the CPU, lists and passes at the size of large models."""
+    """Measure on a GPU: exactness against the CPU, lists and single passes at the size of large models."""
     gpu = optional("atspeed.benchmarks.gpu")
-    from atspeed.benchmarks import decode_rows
-    from atspeed.benchmarks.histories import choose_histories
 
     optional("transformers.utils.logging").disable_progress_bar()
     opened = Bundle(bundle)
-    setup = gpu.Setup(
+    config = gpu.GpuConfig(
         provider=provider,
         precision=precision,
         work=work,
@@ -215,14 +247,14 @@ def bench_gpu(
         prompt_tokens=prompt_tokens,
         seed=seed,
     )
-    gpu.check(setup)
+    gpu.check(config)
     chosen = choose_histories(opened.catalogue(), histories, max(users + 1, exact_users), seed, least_items=2)
-    found = event_loop.run(gpu.run(opened, chosen, setup))
+    found = event_loop.run(gpu.run(opened, chosen, config))
     for one in found.sizes:
         out.print(f"{one.size}, inflated", highlight=False)
         out.print(decode_rows.table(one.lists))
-    about = gpu.header(setup, histories=histories.name if histories else "random items")
-    save(out_folder / gpu.file_name(), opened, seed, gpu.to_json(found), about)
+    about = gpu.header(config, histories=source_of(histories))
+    save(out_folder / gpu.file_name(), opened, seed, gpu.rows_to_json(found), about)
     if found.different:
         raise CommandError(f"{found.different} lists on {provider} differ from the CPU's beyond near-ties")
 
@@ -231,7 +263,7 @@ def bench_gpu(
 def _peers(
     bundle: Bundle, checkpoint: Path | None, *, genai: bool, threads: int, provider: Provider
 ) -> Iterator[Sequence[Peer]]:
-    """The other engines, loaded."""
+    """Load the other engines."""
     if checkpoint is None:
         yield []
         return
@@ -246,9 +278,3 @@ def _peers(
             built = stack.enter_context(others.built_for_genai(checkpoint, folder / "genai", threads=threads))
             peers.append(others.GenAi(bundle, built, threads=threads))
         yield peers
-
-
-def _check(rows: Sequence[DecodeRow]) -> None:
-    """Raise CommandError when lists differ that must not."""
-    if different := sum(row.different or 0 for row in rows if row.promises_identity):
-        raise CommandError(f"{different} lists differ from the target's own beyond near-ties")

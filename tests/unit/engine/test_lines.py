@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.benchmarks.errors import BenchmarkError
 from atspeed.benchmarks.histories import read_histories
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.errors import LineError
 from atspeed.engine.files.lines import parse_json, read_lines, words

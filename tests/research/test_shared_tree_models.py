@@ -1,4 +1,4 @@
-"""The trees that benchmarks keep from search to search."""
+"""Trees that searches share."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atspeed.benchmarks.shared_tree_models import SharedTreeEvaluator, load_decoder_of, prefix_cache, warm_evaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
+from research.shared_tree_models import SharedTreeEvaluator, load_decoder_of, prefix_cache, shared_evaluator
 from tests.bundles import random_catalogue, write_bundle
 from tests.oracles.models import Models
 
 
-async def test_a_warm_tree_refuses_what_it_cannot_answer(tmp_path: Path) -> None:
+async def test_shared_tree_refuses_unsupported_requests(tmp_path: Path) -> None:
     """Another prompt's tree, exclusions, another temperature; and it computes no node twice."""
     models = Models.load(write_bundle(tmp_path, random_catalogue(80, (6, 5, 4, 4), seed=4)))
     bundle = models.bundle.bundle
     entry, everything = bundle.manifest.target, Selection(Pruning.none(), 10)
     decoder = load_decoder_of(bundle, "target", 1)
-    warm: SharedTreeEvaluator = warm_evaluator(decoder, entry, models.catalogue, models.rule, prefix_cache(entry))
+    warm: SharedTreeEvaluator = shared_evaluator(decoder, entry, models.catalogue, models.rule, prefix_cache(entry))
     root = np.array([ROOT])
     tree = await warm.open(models.prompt(3, seed=1))
     _, first = await warm.evaluate(tree, root, everything)
@@ -33,7 +33,7 @@ async def test_a_warm_tree_refuses_what_it_cannot_answer(tmp_path: Path) -> None
         replace(everything, pruning=models.catalogue.pruning(excluded=np.arange(40))),
         replace(everything, perturbation=Perturbation(1, 0.5)),
     ):
-        with pytest.raises(ValueError, match="warm tree"):
+        with pytest.raises(ValueError, match="shared tree"):
             await warm.evaluate(tree, root, selection)
     assert await warm.open(models.prompt(3, seed=2)) is not tree
     with pytest.raises(ValueError, match="one prompt"):

@@ -1,4 +1,4 @@
-"""`bench acceptance`: its counts are those of searches made one by one with cold models, and its page says what the JSON says."""
+"""`research acceptance`: counts equal those of cold searches; and the page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from atspeed.benchmarks import acceptance, acceptance_report, results
-from atspeed.benchmarks.acceptance import AcceptanceRow, Question, parse_budget
-from atspeed.benchmarks.acceptance_search import NO_DRAFT
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.eval_examples import HeldOutCase, choose_cases, quality
-from atspeed.cli import main
+from atspeed.benchmarks import results
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.search.beams import Beams
@@ -29,10 +25,15 @@ from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT
 from atspeed.training.data import read_atspeed
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from research import acceptance, acceptance_report
+from research.__main__ import app
+from research.acceptance import AcceptanceConfig, AcceptanceRow, parse_budget
+from research.acceptance_search import NO_DRAFT
+from research.eval_examples import HeldOutCase, choose_cases, quality
 from tests.bundles import random_catalogue, write_bundle
 from tests.datasets import write_dataset
-from tests.oracles.cold_search import cold_search
 from tests.oracles.models import Models
+from tests.research.cold_search import cold_search
 
 LEVELS = 4
 USERS = 6
@@ -50,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def other(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same target with another draft: itself."""
+    """Return a bundle of the same target whose draft is the target."""
     root = tmp_path_factory.mktemp("other") / "bundle"
     shutil.copytree(models.bundle.root, root)
     manifest = models.bundle.bundle.manifest
@@ -70,14 +71,14 @@ def cases(models: Models, data: Path) -> list[HeldOutCase]:
 
 
 @pytest.fixture(scope="module")
-def question() -> Question:
-    return Question(budgets=BUDGETS, widths=WIDTHS, modes=MODES, tolerance=TOLERANCE)
+def config() -> AcceptanceConfig:
+    return AcceptanceConfig(budgets=BUDGETS, widths=WIDTHS, modes=MODES, tolerance=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
-def rows(models: Models, other: Bundle, cases: list[HeldOutCase], question: Question) -> list[AcceptanceRow]:
+def rows(models: Models, other: Bundle, cases: list[HeldOutCase], config: AcceptanceConfig) -> list[AcceptanceRow]:
     drafts = {"group/seed1": models.bundle.bundle, "group/seed2": other}
-    return acceptance.run(models.bundle.bundle, drafts, cases, question)
+    return acceptance.run(models.bundle.bundle, drafts, cases, config)
 
 
 def policy_of(mode: Mode, k: int, seed: int) -> Policy:
@@ -99,10 +100,10 @@ def row_of(rows: Sequence[AcceptanceRow], draft: str, mode: Mode, k: int, budget
 
 @pytest.mark.parametrize("k", WIDTHS)
 @pytest.mark.parametrize("mode", [Mode.TARGET_ONLY, *MODES])
-async def test_a_row_counts_what_cold_searches_take(
+async def test_row_equals_counts_of_cold_searches(
     models: Models, cases: list[HeldOutCase], rows: list[AcceptanceRow], mode: Mode, k: int
 ) -> None:
-    """Every user's passes, the nodes and the draft's passes, though the models shared what they had computed."""
+    """Passes, nodes and the draft's passes are exact for every user, though the searches share a tree."""
     for budget in [None] if mode is Mode.TARGET_ONLY else BUDGETS:
         size = budget.size(k, LEVELS) if budget else None
         cold = [await cold_search(models, case, policy_of(mode, k, case.seed), size) for case in cases]
@@ -142,7 +143,7 @@ def test_rows_without_a_draft(rows: list[AcceptanceRow]) -> None:
 
 
 def test_rows_with_a_draft(rows: list[AcceptanceRow]) -> None:
-    """What promises the target's lists keeps the promise, and shares, levels and passes fit together."""
+    """Lossless modes give the target's lists, and shares, levels and passes are consistent."""
     drafted = [row for row in rows if row.draft != NO_DRAFT]
     assert len(drafted) == 2 * len(MODES) * len(WIDTHS) * len(BUDGETS)
     assert [row.mode for row in drafted] == sorted((row.mode for row in drafted), key=[*map(str, MODES)].index)
@@ -160,24 +161,24 @@ def test_rows_with_a_draft(rows: list[AcceptanceRow]) -> None:
     assert any(row.target_passes_mean > 1 for row in drafted)
 
 
-def test_a_draft_that_is_the_target_foresees_all_beams(
-    models: Models, other: Bundle, cases: list[HeldOutCase], question: Question
+def test_draft_equal_to_target_needs_one_pass(
+    models: Models, other: Bundle, cases: list[HeldOutCase], config: AcceptanceConfig
 ) -> None:
-    """With K nodes per level, that is: the 2K beams of a wider search need not hold the K of this one."""
-    smaller = replace(question, budgets=[parse_budget("1k")], modes=[Mode.STRICT])
+    """The plan has K nodes per level: the 2K beams of a wider search need not contain the K of this one."""
+    smaller = replace(config, budgets=[parse_budget("1k")], modes=[Mode.STRICT])
     for row in acceptance.run(models.bundle.bundle, {"itself": other}, cases, smaller):
         if row.draft == "itself":
             assert (row.target_passes_mean, row.one_pass_share, row.draft_passes_mean) == (1, 1, LEVELS - 1)
             assert (row.accepted_levels, row.nodes_planned_mean) == ([1, 1, 1], row.nodes_used_mean)
 
 
-def test_under_rule_trie_what_is_certain_takes_no_pass(models: Models, data: Path, tmp_path: Path) -> None:
-    """The counts are those of cold searches there too, where forced nodes are never asked for."""
+def test_forced_nodes_under_rule_trie_take_no_pass(models: Models, data: Path, tmp_path: Path) -> None:
+    """Counts equal those of cold searches under the rule trie, where forced nodes are never evaluated."""
     forced = Models.load(write_bundle(tmp_path, models.catalogue, rule=ScoringRule.TRIE, draft_noise=0.1))
     cases = choose_cases(read_atspeed(data), models.catalogue, allow_empty=False, users=USERS, seed=3)
     budget = parse_budget("2k")
     bundle = forced.bundle.bundle
-    rows = acceptance.run(bundle, {"a": bundle}, cases, Question([budget], WIDTHS, [Mode.STRICT]))
+    rows = acceptance.run(bundle, {"a": bundle}, cases, AcceptanceConfig([budget], WIDTHS, [Mode.STRICT]))
     for row in rows:
         size = None if row.draft == NO_DRAFT else budget.size(row.k, LEVELS)
         cold = [asyncio.run(cold_search(forced, case, Strict(row.k), size)) for case in cases]
@@ -187,12 +188,12 @@ def test_under_rule_trie_what_is_certain_takes_no_pass(models: Models, data: Pat
     assert min(row.target_passes_mean for row in rows if row.draft == NO_DRAFT) < LEVELS
 
 
-def test_more_processes_give_the_same_rows(
-    models: Models, cases: list[HeldOutCase], question: Question, rows: list[AcceptanceRow]
+def test_rows_are_independent_of_processes(
+    models: Models, cases: list[HeldOutCase], config: AcceptanceConfig, rows: list[AcceptanceRow]
 ) -> None:
-    """Each has models of its own; the order of the users stays."""
+    """Processes load their own models; the order of users stays."""
     drafts = {"group/seed1": models.bundle.bundle}
-    smaller = replace(question, workers=2, modes=[Mode.STRICT])
+    smaller = replace(config, workers=2, modes=[Mode.STRICT])
     found = acceptance.run(models.bundle.bundle, drafts, cases, smaller)
     assert found == [row for row in rows if row in found]
     assert len(found) == len(WIDTHS) * (1 + len(BUDGETS))
@@ -209,7 +210,7 @@ def test_more_processes_give_the_same_rows(
         ("60/all", PlanSize(5, 60, 60)),
     ],
 )
-def test_budgets(label: str, size: PlanSize) -> None:
+def test_budget_sets_plan_size(label: str, size: PlanSize) -> None:
     """K = 5 over a trie of four levels, three of which can be planned."""
     budget = parse_budget(label)
     assert budget.label == label
@@ -217,14 +218,14 @@ def test_budgets(label: str, size: PlanSize) -> None:
 
 
 @pytest.mark.parametrize("label", ["", "k", "0k", "80", "2x", "-3/all"])
-def test_what_is_no_budget(label: str) -> None:
-    """80 of what?"""
+def test_budget_without_unit_is_refused(label: str) -> None:
+    """A budget without a unit is refused."""
     with pytest.raises(BenchmarkError, match="--budget"):
         parse_budget(label)
 
 
-def test_drafts_that_do_not_fit(models: Models, other: Bundle, tmp_path: Path) -> None:
-    """Each refusal names the option and what is wrong."""
+def test_unsuitable_drafts_are_refused(models: Models, other: Bundle, tmp_path: Path) -> None:
+    """Refusals name the option and the problem."""
     bundle = models.bundle.bundle
     elsewhere = write_bundle(tmp_path / "catalogue", random_catalogue(80, (6, 5, 4, 4), seed=5)).bundle
     target = write_bundle(tmp_path / "target", models.catalogue, seed=9).bundle
@@ -255,21 +256,25 @@ def test_drafts_that_do_not_fit(models: Models, other: Bundle, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def result(models: Models, other: Bundle, question: Question, rows: list[AcceptanceRow]) -> results.Result:
+def result(models: Models, other: Bundle, config: AcceptanceConfig, rows: list[AcceptanceRow]) -> results.Result:
     from atspeed.benchmarks.provenance import provenance
 
     bundle = models.bundle.bundle
     about = acceptance.header(
-        {"group/seed1": bundle, "group/seed2": other}, question, data="made up", users=USERS, seconds=3.0
+        {"group/seed1": bundle, "group/seed2": other}, config, data="made up", users=USERS, seconds=3.0
     )
-    return results.Result(provenance(bundle, seed=3, command=["atspeed", "bench"]) | about, acceptance.to_json(rows))
+    return results.Result(
+        provenance(bundle, seed=3, command=["atspeed", "bench"]) | about, acceptance.rows_to_json(rows)
+    )
 
 
-def test_the_page_comes_from_the_json_alone(result: results.Result, rows: list[AcceptanceRow], tmp_path: Path) -> None:
+def test_page_is_a_function_of_the_result_file(
+    result: results.Result, rows: list[AcceptanceRow], tmp_path: Path
+) -> None:
     """Written, read and rendered twice: the same bytes, with every plot and the spread over seeds."""
     result.write(tmp_path / "acceptance.json")
     read = results.Result.read(tmp_path / "acceptance.json")
-    assert acceptance.from_json(read) == [replace(row, per_user=None) for row in rows]
+    assert read.rows_of(acceptance.NAME, AcceptanceRow) == [replace(row, per_user=None) for row in rows]
     page = acceptance_report.write(read, tmp_path / "one")
     acceptance_report.write(read, tmp_path / "two")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -287,10 +292,10 @@ def test_the_page_comes_from_the_json_alone(result: results.Result, rows: list[A
     assert "made up" in text
 
 
-def test_a_result_of_another_benchmark_has_no_page(result: results.Result, tmp_path: Path) -> None:
-    """Nor has a file that is no result."""
+def test_result_of_another_benchmark_is_refused(result: results.Result, tmp_path: Path) -> None:
+    """A file that is no result is refused too."""
     other = results.Result({"benchmark": "lossless"}, [])
-    with pytest.raises(BenchmarkError, match="bench acceptance"):
+    with pytest.raises(BenchmarkError, match="benchmark acceptance"):
         acceptance_report.write(other, tmp_path)
     (tmp_path / "text").write_text("{}")
     for path in (tmp_path / "text", tmp_path / "missing"):
@@ -299,30 +304,15 @@ def test_a_result_of_another_benchmark_has_no_page(result: results.Result, tmp_p
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main.app, ["bench", *map(str, arguments)])
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
-def test_the_command(models: Models, other: Bundle, data: Path, tmp_path: Path) -> None:
+def test_command_writes_result_and_page(models: Models, other: Bundle, data: Path, tmp_path: Path) -> None:
     """Strict for two drafts, with JSON and page; and the page again from the JSON."""
     file, folder = tmp_path / "result" / "acceptance.json", tmp_path / "page"
-    done = run(
-        *("acceptance", "--bundle", models.bundle.root, "--data", data, "--users", 4, "--workers", 1),
-        *(
-            "--draft",
-            f"x/seed1={other.root}",
-            "--name",
-            "own",
-            "--k",
-            3,
-            "--k",
-            12,
-            "--budget",
-            "2k",
-            "--budget",
-            "240",
-        ),
-        *("--mode", "strict", "--per-user", "--json", file, "--report", folder),
-    )
+    asked = f"--users 4 --workers 1 --draft x/seed1={other.root} --name own --k 3 --k 12 --budget 2k --budget 240"
+    files = f"--mode strict --per-user --json {file} --report {folder}"
+    done = run("acceptance", "--bundle", models.bundle.root, "--data", data, *asked.split(), *files.split())
     assert done.exit_code == 0, done.output
     assert "identical to the target alone: yes (40 identical" in done.stdout
     written = json.loads(file.read_text())
@@ -339,7 +329,9 @@ def test_the_command(models: Models, other: Bundle, data: Path, tmp_path: Path) 
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_names_option_when_it_fails(
+    models: Models, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line that names the option, and exit code 1."""
     known = ["acceptance", "--bundle", models.bundle.root, "--data", data]
     for arguments, problem in (
@@ -350,7 +342,7 @@ def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeyp
         refused = run(*arguments)
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1), refused.output
         assert problem in refused.stderr
-    for module in ("atspeed.benchmarks.acceptance_report", "atspeed.benchmarks.markdown"):
+    for module in ("research.acceptance_report", "atspeed.benchmarks.plots"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = run(*known, "--report", tmp_path)
@@ -358,7 +350,7 @@ def test_the_command_refuses(models: Models, data: Path, tmp_path: Path, monkeyp
     assert "matplotlib is not installed: pip install 'atspeed-serving[bench]'" in refused.stderr
 
 
-def test_the_command_wants_modes_that_speculate(models: Models, data: Path) -> None:
+def test_command_refuses_mode_target_only(models: Models, data: Path) -> None:
     refused = run("acceptance", "--bundle", models.bundle.root, "--data", data, "--mode", "target-only")
     assert refused.exit_code == 2
     assert "does not speculate" in refused.stderr

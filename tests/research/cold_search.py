@@ -1,11 +1,10 @@
-"""A search as `bench acceptance` counts it, made by itself: models that know nothing yet, and the service's own drafter."""
+"""Cold search, the oracle of `research acceptance`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atspeed.benchmarks.eval_examples import HeldOutCase
-from atspeed.benchmarks.shared_tree_models import prompt_tokens
+from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -14,6 +13,7 @@ from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import Policy
+from research.eval_examples import HeldOutCase
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
 

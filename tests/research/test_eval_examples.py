@@ -1,4 +1,4 @@
-"""What benchmarks ask and how they judge: whose next items, how good a list is, and how far a mean can be trusted."""
+"""Held-out cases, quality of lists, and intervals of means."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.eval_examples import choose_cases, quality
 from atspeed.benchmarks.intervals import bootstrap, half_width
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.training import evaluate
 from atspeed.training.data import CatalogueItem, Dataset, read_atspeed
+from research.eval_examples import choose_cases, quality
 from tests.bundles import random_catalogue
 from tests.datasets import write_dataset
 
@@ -24,8 +24,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"), CATALOGUE)
 
 
-def test_cases_and_measures_are_those_of_the_training(data: Path) -> None:
-    """The same users by the same seed, and the same Recall and NDCG of the same rankings."""
+def test_cases_and_quality_equal_those_of_training(data: Path) -> None:
+    """A seed gives the same users, and rankings have the same Recall and NDCG, as in the training."""
     dataset = read_atspeed(data)
     mine = choose_cases(dataset, CATALOGUE, allow_empty=False, users=7, seed=2)
     asked = evaluate.eval_examples(dataset.cases("test"), CATALOGUE, allow_empty=False, limit=7, seed=2)
@@ -42,7 +42,7 @@ def test_cases_and_measures_are_those_of_the_training(data: Path) -> None:
         assert np.mean([each.ndcg for each in found]) == pytest.approx(wanted[f"ndcg@{cutoff}"])
 
 
-def test_cases_that_cannot_be_asked() -> None:
+def test_unusable_cases_are_refused() -> None:
     """No test items; an item that the bundle does not know; an empty history only where the model can answer it."""
     known = CATALOGUE.id_of(0)
     items = (CatalogueItem(known), CatalogueItem("new"))
@@ -55,8 +55,8 @@ def test_cases_that_cannot_be_asked() -> None:
     assert choose_cases(fresh, CATALOGUE, allow_empty=True, users=3, seed=1)[0].history == ()
 
 
-def test_intervals() -> None:
-    """Against what they are defined by, and SciPy's bootstrap."""
+def test_intervals_equal_scipy() -> None:
+    """Intervals equal their definition, and SciPy's bootstrap."""
     values = np.random.default_rng(0).normal(size=400)
     assert half_width(list(values)) == pytest.approx(1.96 * values.std(ddof=1) / 20)
     assert half_width([3.0]) == 0

@@ -1,12 +1,11 @@
-"""A bundle's models in this process, each with the tree of one prompt kept from search to search.
+"""Models in this process whose token tree is shared by all searches for one prompt.
 
-A node's evaluation depends on the prompt and the path alone, so many searches for one user can share it. What a search
-would have asked of a cold model is counted by the loop and the drafter; only what no search before it asked is computed.
+A node's evaluation depends only on the prompt and the path, so the searches for one user can share it. The loop and the drafter
+count the passes that a cold model would make; only nodes that no earlier search evaluated are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -27,46 +26,47 @@ from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning, Trie
 from draft_service.drafter import Drafter, DraftRequest
 
-TEMPERATURE = 1.0
-_BLOCK_TOKENS = 16
-_CACHE_BYTES = 64 * 2**20
+TEMPERATURE = 1.0  # of the sampling modes
+_BLOCK_TOKENS = 16  # the default of the services
+_CACHE_BYTES = 64 * 2**20  # holds the prompts of some users
 
 
 class SharedTreeEvaluator(TreeEvaluator):
-    """A TreeEvaluator that goes on with the tree it has for as long as the prompt is the same, and computes no node twice.
+    """TreeEvaluator that keeps the tree while the prompt stays the same, and computes no node twice.
 
-    For requests that exclude nothing and sample, if they do, at temperature 1: then the one evaluation serves them all.
-    Perturbed requests get all children instead of the best; which of them they draw is the same.
+    It serves requests without exclusions, and samples at temperature 1 only, so that one evaluation is right for all of them.
+    Perturbed requests get all children instead of the best, and draw the same ones from them.
     """
 
     _tree: TreeSession | None = None
     _known: dict[int, Children]
 
     async def open(self, prompt: Int64, *, tenant: str = "", user_key: bytes = NO_USER_KEY) -> TreeSession:
-        """The tree at hand, or a new one for another prompt."""
+        """Return the kept tree, or a new one for another prompt."""
         if self._tree is None or not np.array_equal(self._tree.tokens.prompt, prompt):
             if self._tree is not None:
                 super().end(self._tree)
-            self._tree, self._known = await super().open(prompt, tenant=tenant, user_key=user_key), {}
+            self._tree = await super().open(prompt, tenant=tenant, user_key=user_key)
+            self._known = {}
         return self._tree
 
     def end(self, tree: TreeSession) -> None:
-        """Keep it: the next search may be for the same prompt."""
+        """Keep the tree: the next search may be for the same prompt."""
 
     async def run_steps(
         self, tree: TreeSession, steps: PassProgram[Found], selection: Selection
     ) -> tuple[Found, PassStats]:
-        """As TreeEvaluator's, but a pass computes only what is not known yet, with the ancestors and the root."""
+        """Run the steps. A pass computes only nodes that are not known yet, with their ancestors and the root."""
         if tree is not self._tree or not selection.pruning.is_none:
-            raise ValueError("a warm tree serves one prompt at a time, and nothing excluded")
+            raise ValueError("a shared tree serves one prompt at a time, without exclusions")
         if selection.perturbation and selection.perturbation.temperature != TEMPERATURE:
-            raise ValueError(f"a warm tree knows probabilities at temperature {TEMPERATURE} only")
+            raise ValueError(f"a shared tree has probabilities at temperature {TEMPERATURE} only")
         everything = Selection(Pruning.none(), limit=max(self.trie.codebook_sizes))
         limit = None if selection.perturbation else selection.limit
         return await super().run_steps(tree, self._steps_of_unknown(steps, limit), everything)
 
     def _steps_of_unknown(self, steps: PassProgram[Found], limit: int | None) -> PassProgram[Found]:
-        """The same steps, which get at most `limit` children of a node; what is known already is not asked for."""
+        """Yield the steps without known nodes, and send them at most `limit` children of each node."""
         try:
             nodes = next(steps)
             while True:
@@ -81,8 +81,8 @@ class SharedTreeEvaluator(TreeEvaluator):
 
 
 @dataclass
-class WarmTarget:
-    """The target of one search; see `beam_loop.Target`. pass_levels: the depth of the beams that each pass was made for."""
+class SharedTreeTarget:
+    """Target of one search; see `beam_loop.Target`. pass_levels: depth of the beams of each pass."""
 
     evaluator: SharedTreeEvaluator
     prompt: Int64
@@ -90,7 +90,7 @@ class WarmTarget:
     pass_levels: list[int] = field(default_factory=list)
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """One pass."""
+        """Make one pass."""
         # The lowest id has the smallest depth, and a plan is always deeper than the beams that it hangs below.
         self.pass_levels.append(int(self.evaluator.trie.depth(nodes[:1])[0]))
         tree = await self.evaluator.open(self.prompt)
@@ -99,45 +99,38 @@ class WarmTarget:
 
 
 @dataclass
-class WarmDraft:
-    """The draft of one search; see `beam_loop.Draft`. `order` is asked again with other beams. passes: the draft's own."""
+class SharedTreeDraft:
+    """Draft of one search; see `beam_loop.Draft`. request: sent again with other beams. passes: passes of the draft."""
 
     drafter: Drafter
     trie: Trie
-    order: DraftRequest
+    request: DraftRequest
     passes: int = 0
 
     async def plan(self, below: Beams) -> Plan:
-        """A plan below these beams, which the drafter gets in the order of their ids, as over the wire."""
-        drafted = await self.drafter.plan(replace(self.order, below=below.take(np.argsort(below.node))))
+        """Return a plan below these beams. The drafter gets them in the order of their ids, as over the wire."""
+        drafted = await self.drafter.plan(replace(self.request, below=below.take(np.argsort(below.node))))
         self.passes += drafted.passes
         plan = replace(drafted.plan, start=below)
-        plan.check(self.trie, limit=min(self.order.size.max_nodes, self.order.size.width * self.trie.levels))
+        plan.check(self.trie, limit=min(self.request.size.max_nodes, self.request.size.width * self.trie.levels))
         return plan
 
 
 def load_decoder_of(bundle: Bundle, role: Role, threads: int) -> Decoder:
-    """A bundle's model on the CPU."""
+    """Load a bundle's model on the CPU."""
     return load_decoder(bundle, role, RuntimeOptions(intra_op_threads=threads))
 
 
 def prefix_cache(entry: ModelEntry) -> PrefixCache:
-    """Memory for the prompts of some users."""
+    """Return a prefix cache in memory."""
     return PrefixCache(_layout(entry), MemoryKvCache(_CACHE_BYTES))
 
 
-def warm_evaluator(
+def shared_evaluator(
     decoder: Decoder, entry: ModelEntry, catalogue: Catalogue, rule: ScoringRule, cache: PrefixCache
 ) -> SharedTreeEvaluator:
-    """A model over a catalogue, without a prompt yet. Close it."""
+    """Return an evaluator of a model over a catalogue, without a prompt yet. The caller closes it."""
     return SharedTreeEvaluator(decoder, entry, catalogue.trie, rule, _layout(entry), cache)
-
-
-def prompt_tokens(catalogue: Catalogue, entry: ModelEntry, history: Sequence[int]) -> Int64:
-    """A model's prompt for a history of item indices, as serving builds it; [prompt]."""
-    window = np.asarray(history, dtype=np.int64)[entry.prompt.window_start(len(history)) :]
-    columns = catalogue.codes[window] + catalogue.trie.codebook_offset
-    return entry.prompt.tokens(list(np.asarray(entry.code_tokens, dtype=np.int64)[columns]))
 
 
 def _layout(entry: ModelEntry) -> KvLayout:

@@ -1,7 +1,7 @@
-"""One user's searches under every configuration, in this process: the orchestrator's loop over warm models.
+"""Searches of one user under every configuration, with models that share a tree.
 
-Two warm targets: one answers the searches without a draft, one those with. So the lists that are compared come from passes of
-different shapes, as they do in serving.
+One target evaluates the searches without a draft, another those with one. So the compared lists come from passes of different
+shapes, as in serving.
 """
 
 from __future__ import annotations
@@ -14,17 +14,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from atspeed.benchmarks.eval_examples import HeldOutCase, Quality, quality
-from atspeed.benchmarks.shared_tree_models import (
-    TEMPERATURE,
-    SharedTreeEvaluator,
-    WarmDraft,
-    WarmTarget,
-    load_decoder_of,
-    prefix_cache,
-    prompt_tokens,
-    warm_evaluator,
-)
+from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.tree_session import Selection
@@ -38,13 +28,23 @@ from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
+from research.eval_examples import HeldOutCase, Quality, quality
+from research.shared_tree_models import (
+    TEMPERATURE,
+    SharedTreeDraft,
+    SharedTreeEvaluator,
+    SharedTreeTarget,
+    load_decoder_of,
+    prefix_cache,
+    shared_evaluator,
+)
 
 NO_DRAFT = "none"
 CUTOFFS = (5, 10, 20)
 
 
 class BudgetUnit(StrEnum):
-    """What a budget counts."""
+    """Unit of a budget."""
 
     BEAM_WIDTHS = "beam widths per level"
     PER_LEVEL = "nodes per level"
@@ -53,14 +53,14 @@ class BudgetUnit(StrEnum):
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be planned. label: its name in results."""
+    """Plan size of a sweep. label: its name in results."""
 
     label: str
     count: int
     unit: BudgetUnit
 
     def size(self, k: int, levels: int) -> PlanSize:
-        """The plan for K beams over a trie of so many levels; the last one's nodes are leaves and never planned."""
+        """Return the plan size for K beams over a trie of so many levels. Leaves are never planned."""
         if self.unit is BudgetUnit.IN_ALL:
             return PlanSize(beam_width=k, width=self.count, max_nodes=self.count)
         width = self.count * (k if self.unit is BudgetUnit.BEAM_WIDTHS else 1)
@@ -69,7 +69,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to search. draft: its name, or NO_DRAFT, which has no budget and is what the others are compared with."""
+    """Configuration of a search. draft: its name, or NO_DRAFT for a reference, which has no budget."""
 
     draft: str
     mode: Mode
@@ -78,13 +78,13 @@ class Configuration:
 
     @property
     def reference(self) -> Configuration:
-        """The target alone: its beam search, or for the sampling modes its stochastic beam search by the same seed."""
+        """Configuration of the target alone, by the same seed: beam search, or exact sampling for the sampling modes."""
         return Configuration(NO_DRAFT, Mode.EXACT_SAMPLING if self.mode.samples else Mode.TARGET_ONLY, self.k, None)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """All that a worker has to know. drafts: the bundle that each named draft comes from; the target is `bundle`'s."""
+class SweepSetup:
+    """Inputs of a worker process. drafts: the bundle of each named draft; the target is that of `bundle`."""
 
     bundle: Path
     drafts: tuple[tuple[str, Path], ...]
@@ -94,11 +94,16 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One search. pass_levels: the depth of the beams that each target pass was made for, ascending.
+class SearchOutcome:
+    """Outcome of one search.
 
-    nodes_used: planned nodes that the search went through. beams: all inner nodes that it went through, the root apart;
-    nodes_forced: those of them that are their parent's only child. verdict: against the reference's list. quality: by cutoff.
+    Attributes:
+        pass_levels: depth of the beams of each target pass, ascending.
+        nodes_used: planned nodes that the search went through.
+        nodes_forced: beams that are forced nodes.
+        beams: inner nodes that the search went through, without the root.
+        verdict: comparison with the reference's list.
+        quality: by cutoff.
     """
 
     pass_levels: tuple[int, ...]
@@ -113,23 +118,23 @@ class Outcome:
 
 
 def cutoffs(k: int) -> tuple[int, ...]:
-    """Where lists of K items are measured: the usual places within them, and their end."""
+    """Return the cutoffs of lists of K items: the usual ones below K, and K."""
     return tuple(sorted({k, *(cutoff for cutoff in CUTOFFS if cutoff < k)}))
 
 
-def search_all(setup: Setup, cases: Sequence[HeldOutCase]) -> list[list[Outcome]]:
-    """Every case under every configuration: [cases][configurations]. Loads the models once per process."""
+def search_all(setup: SweepSetup, cases: Sequence[HeldOutCase]) -> list[list[SearchOutcome]]:
+    """Search for every case under every configuration: [cases][configurations]. Loads the models once per process."""
     return asyncio.run(_opened(setup).search_all(cases))
 
 
 @lru_cache(maxsize=1)
-def _opened(setup: Setup) -> _Searcher:
+def _opened(setup: SweepSetup) -> _Searcher:
     return _Searcher(setup)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A search and what it took."""
+class _FinishedSearch:
+    """Result of a search, and its passes."""
 
     result: SearchResult
     pass_levels: tuple[int, ...]
@@ -137,28 +142,29 @@ class _Found:
 
 
 class _Searcher:
-    """The models of a setup, loaded."""
+    """Loaded models of a setup."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: SweepSetup) -> None:
         bundle = Bundle(setup.bundle)
-        self._setup, self._entry, self._rule = setup, bundle.manifest.target, bundle.manifest.scoring_rule
+        self._setup = setup
+        self._entry = bundle.manifest.target
+        self._rule = bundle.manifest.scoring_rule
         self._catalogue: Catalogue = bundle.catalogue()
         decoder, cache = load_decoder_of(bundle, "target", setup.threads), prefix_cache(self._entry)
         # Two trees, one prefix cache: the prompt's whole blocks are computed once.
-        self._alone, self._speculating = (
-            warm_evaluator(decoder, self._entry, self._catalogue, self._rule, cache) for _ in range(2)
-        )
+        self._alone = shared_evaluator(decoder, self._entry, self._catalogue, self._rule, cache)
+        self._speculating = shared_evaluator(decoder, self._entry, self._catalogue, self._rule, cache)
         self._drafts = {name: self._draft(Bundle(root)) for name, root in setup.drafts}
 
     def _draft(self, bundle: Bundle) -> SharedTreeEvaluator:
         decoder, entry = load_decoder_of(bundle, "draft", self._setup.threads), bundle.model("draft")
-        return warm_evaluator(decoder, entry, self._catalogue, self._rule, prefix_cache(entry))
+        return shared_evaluator(decoder, entry, self._catalogue, self._rule, prefix_cache(entry))
 
-    async def search_all(self, cases: Sequence[HeldOutCase]) -> list[list[Outcome]]:
+    async def search_all(self, cases: Sequence[HeldOutCase]) -> list[list[SearchOutcome]]:
         return [await self._case(case) for case in cases]
 
-    async def _case(self, case: HeldOutCase) -> list[Outcome]:
-        """One user under every configuration, those first that ask for most: the others then find it computed."""
+    async def _case(self, case: HeldOutCase) -> list[SearchOutcome]:
+        """Search for one user under every configuration. The largest come first: the others then find their nodes evaluated."""
         asked = self._setup.configurations
         found = {
             configuration: await self._search(case, configuration)
@@ -173,7 +179,7 @@ class _Searcher:
         budget, levels = configuration.budget, self._catalogue.trie.levels
         return configuration.k, budget.size(configuration.k, levels).max_nodes if budget else 0
 
-    async def _search(self, case: HeldOutCase, configuration: Configuration) -> _Found:
+    async def _search(self, case: HeldOutCase, configuration: Configuration) -> _FinishedSearch:
         trie, policy = self._catalogue.trie, self._policy(configuration, case.seed)
         selection = Selection(
             Pruning.none(),
@@ -181,12 +187,12 @@ class _Searcher:
             policy.noise if policy.perturbed else None,
         )
         evaluator = self._alone if configuration.budget is None else self._speculating
-        target = WarmTarget(evaluator, prompt_tokens(self._catalogue, self._entry, case.history), selection)
+        target = SharedTreeTarget(evaluator, prompt_tokens(self._catalogue, self._entry, case.history), selection)
         if configuration.budget is None:
             result = await beam_search(trie, self._rule, policy, target, NoDraft())
-            return _Found(result, tuple(target.pass_levels), 0)
+            return _FinishedSearch(result, tuple(target.pass_levels), 0)
         drafting = self._drafts[configuration.draft]
-        order = DraftRequest(
+        request = DraftRequest(
             prompt=prompt_tokens(self._catalogue, drafting.entry, case.history),
             below=Beams.root(),
             size=configuration.budget.size(configuration.k, trie.levels),
@@ -195,9 +201,9 @@ class _Searcher:
             noise=policy.noise,
             with_evaluation=policy.proposal is Proposal.SAMPLE,
         )
-        draft = WarmDraft(Drafter(drafting), trie, order)
+        draft = SharedTreeDraft(Drafter(drafting), trie, request)
         result = await beam_search(trie, self._rule, policy, target, draft)
-        return _Found(result, tuple(target.pass_levels), draft.passes)
+        return _FinishedSearch(result, tuple(target.pass_levels), draft.passes)
 
     def _policy(self, configuration: Configuration, seed: int) -> Policy:
         width, noise = configuration.k, Perturbation(seed, TEMPERATURE)
@@ -209,15 +215,17 @@ class _Searcher:
             return RelaxedSampling(width, noise)
         return Strict(width)
 
-    def _outcome(self, case: HeldOutCase, configuration: Configuration, found: _Found, reference: _Found) -> Outcome:
+    def _outcome(
+        self, case: HeldOutCase, configuration: Configuration, found: _FinishedSearch, reference: _FinishedSearch
+    ) -> SearchOutcome:
         memo, k = found.result.memo, configuration.k
-        # A sample is drawn in an order of its own; ranked by score, two samples differ by what was drawn alone.
+        # A sample is in the order of its draws. Ranked by score, two samples differ only if their items differ.
         by_score = found.result.leaves.by_score()
         compared = [result.leaves for result in (found.result, reference.result)]
         if configuration.mode is Mode.RELAXED_SAMPLING:
             compared = [replace(leaves.by_score(), priority=leaves.by_score().score) for leaves in compared]
         lists = [self._ranked(leaves, k) for leaves in compared]
-        return Outcome(
+        return SearchOutcome(
             pass_levels=found.pass_levels,
             draft_passes=found.draft_passes,
             nodes_planned=len(memo.drafted),
@@ -230,11 +238,11 @@ class _Searcher:
         )
 
     def _items(self, leaves: Beams, k: int) -> list[int]:
-        """The first K items, leaf by leaf, in id order within a leaf."""
+        """Return the first K items, leaf by leaf, in id order within a leaf."""
         return list(islice((item for leaf in leaves.node.tolist() for item in self._catalogue.items_of(leaf)), k))
 
     def _ranked(self, leaves: Beams, k: int) -> RankedList:
-        """A list to compare. Its scores are what it is ordered by, which for a sample are the perturbed ones."""
+        """Return a list to compare, with the scores that order it; for a sample these are the perturbed ones."""
         scored = zip(leaves.node.tolist(), leaves.priority.tolist(), strict=True)
         pairs = list(islice(((item, at) for leaf, at in scored for item in self._catalogue.items_of(leaf)), k))
         return RankedList(tuple(self._catalogue.id_of(item) for item, _ in pairs), tuple(at for _, at in pairs))

@@ -1,6 +1,6 @@
-"""Test cases of a data set: whose next items are asked for, and how good a list is that answers.
+"""Held-out cases of a data set, and the quality of lists for them.
 
-The protocol of `atspeed.training.evaluate`, and with the same seed the same users, without what it needs to be imported.
+The protocol is that of `atspeed.training.evaluate`, with the same users by the same seed, but without the training extra.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.training.data import Dataset
 
 
 @dataclass(frozen=True)
 class HeldOutCase:
-    """A user in item indices: `history` oldest first, `answers` what came next. seed: of the user's sampled lists."""
+    """One user, in item indices: `history` oldest first, `answers` the next items. seed: seed of the user's sampled lists."""
 
     history: tuple[int, ...]
     answers: tuple[int, ...]
@@ -26,7 +26,7 @@ class HeldOutCase:
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a list's beginning answers a case."""
+    """Recall and NDCG of a list at a cutoff."""
 
     recall: float
     ndcg: float
@@ -35,9 +35,9 @@ class Quality:
 def choose_cases(
     dataset: Dataset, catalogue: Catalogue, *, allow_empty: bool, users: int, seed: int
 ) -> list[HeldOutCase]:
-    """At most `users` of the test cases, drawn by the seed; those without a history only where the model can answer them.
+    """Draw at most `users` of the test cases by the seed; cases without a history only where the model allows them.
 
-    Raises BenchmarkError when there are none, or when one holds an item that the catalogue does not know.
+    Raises BenchmarkError if there are none, or if one holds an item that the catalogue does not know.
     """
     answerable = [case for case in dataset.cases("test") if case.targets and (case.history or allow_empty)]
     if not answerable:
@@ -54,9 +54,9 @@ def choose_cases(
 
 
 def quality(ranking: Sequence[int], answers: Sequence[int], cutoff: int) -> Quality:
-    """Of the first `cutoff` of a ranking (item indices, best first).
+    """Return the quality of the first `cutoff` of a ranking (item indices, best first).
 
-    recall = found answers / answers. ndcg = DCG over that of a list that begins with the answers.
+    recall = found answers / answers. ndcg = DCG over the DCG of a list that begins with the answers.
     """
     discount = 1 / np.log2(np.arange(2, cutoff + 2))
     hits = np.zeros(cutoff)

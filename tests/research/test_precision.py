@@ -1,4 +1,4 @@
-"""`bench precision`: formats beside float32 on the same users, and the page about it."""
+"""`research precision`: number formats compared with float32, and the page."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from atspeed.benchmarks import precision, precision_report
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.eval_examples import HeldOutCase
 from atspeed.benchmarks.intervals import Interval
-from atspeed.benchmarks.precision import Question, Row, TrainedTarget
 from atspeed.benchmarks.provenance import provenance
-from atspeed.benchmarks.results import Result
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
+from research import precision
+from research.eval_examples import HeldOutCase
+from research.precision import PrecisionConfig, PrecisionRow, TrainedTarget
 from tests.bundles import TestBundle, random_catalogue, write_bundle
 
 USERS = 6
@@ -27,16 +26,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
 
 
 @pytest.fixture(scope="module")
-def rows(made: TestBundle) -> list[Row]:
+def rows(made: TestBundle) -> list[PrecisionRow]:
     entry, catalogue = made.bundle.model("target"), made.bundle.catalogue()
     spelling = Spelling(code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size)
     model = SpelledModel(made.target, spelling)
     cases = [HeldOutCase((user, user + 1, user + 2), (user + 3,), seed=user) for user in range(USERS)]
-    question = Question(k=12, cached=9)
-    return precision.run(TrainedTarget(made.bundle, catalogue, model), model, cases, question)
+    config = PrecisionConfig(k=12, cached=9)
+    return precision.run(TrainedTarget(made.bundle, catalogue, model), model, cases, config)
 
 
-def test_float32_is_what_the_others_are_compared_with(rows: list[Row]) -> None:
+def test_float32_is_the_reference(rows: list[PrecisionRow]) -> None:
     plain = rows[0]
     assert [row.precision for row in rows] == ["float32", "float16", "int8"]
     assert (plain.identical, plain.overlap) == (USERS, 1.0)
@@ -44,28 +43,28 @@ def test_float32_is_what_the_others_are_compared_with(rows: list[Row]) -> None:
     assert {row.users for row in rows} == {USERS}
 
 
-def test_int8_alone_does_not_notice_company_at_all(rows: list[Row]) -> None:
+def test_int8_alone_is_unchanged_by_cobatched_nodes(rows: list[PrecisionRow]) -> None:
     moved = {row.precision: row.moved_by_company for row in rows}
     assert moved["int8"] == 0
     assert 0 < moved["float32"] < 1e-4 < moved["float16"]
 
 
-def test_int8_rounds_and_its_file_is_small(rows: list[Row]) -> None:
+def test_int8_changes_lists_and_has_a_smaller_file(rows: list[PrecisionRow]) -> None:
     plain, _, int8 = rows
     assert 0.5 < int8.overlap < 1
     assert int8.megabytes < plain.megabytes
     assert all(ms > 0 for row in rows for ms in row.pass_ms.values())
 
 
-def test_the_page_is_written_from_the_file_alone(made: TestBundle, rows: list[Row], tmp_path: Path) -> None:
-    about = precision.header(Question(), timed="a target of 9 parameters")
-    result = Result(provenance(made.bundle, seed=1) | about, precision.to_json(rows))
+def test_page_is_written_from_result_file(made: TestBundle, rows: list[PrecisionRow], tmp_path: Path) -> None:
+    about = precision.header(PrecisionConfig(), timed="a target of 9 parameters")
+    result = Result(provenance(made.bundle, seed=1) | about, to_json(rows))
     result.write(tmp_path / "precision.json")
     read = Result.read(tmp_path / "precision.json")
-    assert precision.from_json(read) == rows
-    text = precision_report.write(read, tmp_path / "page").read_text()
+    assert read.rows_of(precision.NAME, PrecisionRow) == rows
+    text = precision.write(read, tmp_path / "page").read_text()
     assert "| int8 | 0.0e+00 |" in text
     assert "timed of a target of 9 parameters" in text
     assert f"| float32 | {USERS} of {USERS} | 100.0% |" in text
-    with pytest.raises(BenchmarkError, match="not a result of bench precision"):
-        precision_report.write(replace(result, header={**result.header, "benchmark": "load"}), tmp_path)
+    with pytest.raises(BenchmarkError, match="not one of the benchmark precision"):
+        precision.write(replace(result, header={**result.header, "benchmark": "load"}), tmp_path)

@@ -1,6 +1,6 @@
-"""A page about `bench acceptance`: acceptance.md and its plots, written from the result file alone.
+"""Page about `research acceptance`: acceptance.md and its plots.
 
-Drafts named GROUP/SEED are one line: the mean over the seeds with its spread.
+Drafts that are named GROUP/SEED share a line: the mean over the seeds with its spread.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from atspeed.benchmarks import markdown
-from atspeed.benchmarks.acceptance import NDCG_AT, AcceptanceRow, from_json
-from atspeed.benchmarks.acceptance_search import NO_DRAFT
-from atspeed.benchmarks.markdown import origin, plotting, save, table
-from atspeed.benchmarks.results import Result
+from atspeed.benchmarks.markdown import origin, paragraphs, row_table, table
+from atspeed.benchmarks.plots import line, plotting, save
+from atspeed.benchmarks.results import Columns, Result
+from research.acceptance import NAME, NDCG_AT, AcceptanceRow
+from research.acceptance_search import NO_DRAFT
 
-PAGE = "acceptance.md"
 _LOSSY = {"tolerance", "relaxed-sampling"}
 _Measure = Callable[[AcceptanceRow], float]
 
 
 @dataclass(frozen=True)
 class _Plot:
-    """One plot per mode: a panel for each K, the budgets along it, a line for each group of drafts."""
+    """Kind of plot, drawn for each mode: a panel for each K, budgets on its x axis, a line for each group of drafts."""
 
     name: str
     label: str
@@ -41,7 +41,7 @@ _PLOTS = (
 
 @dataclass(frozen=True)
 class _Sweep:
-    """The rows of one mode with a draft, by group of drafts. All axes in the order of the result."""
+    """Rows of one mode with a draft, by group of drafts, K and budget, in the order of the result."""
 
     mode: str
     rows: Sequence[AcceptanceRow]
@@ -59,21 +59,20 @@ class _Sweep:
         return list(dict.fromkeys(row.budget for row in self.rows))
 
     def cell(self, group: str, k: int, budget: str) -> list[AcceptanceRow]:
-        """One row for each of the group's seeds."""
+        """Return one row for each of the group's seeds."""
         return [row for row in self.rows if (_group(row), row.k, row.budget) == (group, k, budget)]
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write the page and its plots; the page's path. Raises BenchmarkError when the result is another benchmark's."""
-    rows = from_json(result)
+    """Write the page and its plots. Returns the page's path."""
+    rows = result.rows_of(NAME, AcceptanceRow)
     sweeps = [
         _Sweep(mode, [row for row in rows if row.mode == mode and row.draft != NO_DRAFT]) for mode in _modes(rows)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     for sweep in sweeps:
         for plot in _PLOTS:
             _draw(sweep, plot, folder / _file(sweep, plot))
-    return markdown.write(folder / PAGE, _page(result.header, rows, sweeps))
+    return markdown.write(folder / "acceptance.md", _page(result.header, rows, sweeps))
 
 
 def _modes(rows: Iterable[AcceptanceRow]) -> list[str]:
@@ -91,13 +90,12 @@ def _file(sweep: _Sweep, plot: _Plot) -> str:
 def _page(header: Mapping[str, Any], rows: Sequence[AcceptanceRow], sweeps: Sequence[_Sweep]) -> Iterator[str]:
     several = len(header["drafts"]) > len({name.partition("/")[0] for name in header["drafts"]})
     subject = "drafts of one target, several seeds each" if several else "speculative beam search"
-    yield from (f"# Target passes of {subject}", "")
-    yield (
+    yield from paragraphs(
+        f"# Target passes of {subject}",
         f"{header['users']} users of {header['data']}, drawn by seed {header['seed']}: the history before the test items. "
         "A search without a draft takes one pass of the target per code; a pass is saved at each level whose beams the plan "
-        "foresaw. ± is half of a 95 % interval over users."
+        "foresaw. ± is half of a 95 % interval over users.",
     )
-    yield ""
     yield from _origin(header)
     yield from _target_alone(rows)
     for sweep in sweeps:
@@ -115,35 +113,37 @@ def _origin(header: Mapping[str, Any]) -> Iterator[str]:
     yield from table(("draft", "parameters", "architecture", "bundle"), drafts)
 
 
+_TARGET_ALONE: Columns[AcceptanceRow] = (
+    ("mode", lambda row: row.mode),
+    ("K", lambda row: str(row.k)),
+    ("target passes", lambda row: f"{row.target_passes_mean:.2f}"),
+    (f"Recall@{NDCG_AT}", lambda row: f"{row.recall[_cutoff(row)]:.4f}"),
+    (f"NDCG@{NDCG_AT}", lambda row: f"{row.ndcg[_cutoff(row)]:.4f}"),
+)
+
+
 def _target_alone(rows: Sequence[AcceptanceRow]) -> Iterator[str]:
-    alone = [row for row in rows if row.draft == NO_DRAFT]
-    yield from ("## Without a draft", "")
-    yield from table(
-        ("mode", "K", "target passes", f"Recall@{NDCG_AT}", f"NDCG@{NDCG_AT}"),
-        [
-            (row.mode, str(row.k), f"{row.target_passes_mean:.2f}", _at(row.recall, row.k), _at(row.ndcg, row.k))
-            for row in alone
-        ],
-    )
-    yield from (f"Of lists shorter than {NDCG_AT}, Recall and NDCG are of the whole list.", "")
+    yield from paragraphs("## Without a draft")
+    yield from row_table(_TARGET_ALONE, [row for row in rows if row.draft == NO_DRAFT])
+    yield from paragraphs(f"Of lists shorter than {NDCG_AT}, Recall and NDCG are of the whole list.")
+
+
+def _cutoff(row: AcceptanceRow) -> str:
+    return str(min(row.k, NDCG_AT))
 
 
 def _mode(sweep: _Sweep, header: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"## {sweep.mode}", "")
-    yield from (_verdict(sweep, header), "")
-    for plot in _PLOTS:
-        yield from (f"![{plot.label}]({_file(sweep, plot)})", "")
+    yield from paragraphs(f"## {sweep.mode}", _verdict(sweep, header))
+    yield from paragraphs(*(f"![{plot.label}]({_file(sweep, plot)})" for plot in _PLOTS))
     for title, spelled in (
         ("Target passes", _passes),
         ("Requests in one pass", lambda rows: _spread([row.one_pass_share for row in rows], "{:.1%}")),
         ("Nodes planned / used", _nodes),
         ("First miss, by level", _misses),
+        *([(f"Lists, Recall@{NDCG_AT} and NDCG@{NDCG_AT}", _lists)] if sweep.mode in _LOSSY else []),
     ):
-        yield from (f"### {title}", "")
+        yield from paragraphs(f"### {title}")
         yield from _by_budget(sweep, spelled)
-    if sweep.mode in _LOSSY:
-        yield from (f"### Lists, Recall@{NDCG_AT} and NDCG@{NDCG_AT}", "")
-        yield from _by_budget(sweep, _lists)
 
 
 def _verdict(sweep: _Sweep, header: Mapping[str, Any]) -> str:
@@ -165,7 +165,7 @@ def _verdict(sweep: _Sweep, header: Mapping[str, Any]) -> str:
 
 
 def _by_budget(sweep: _Sweep, spelled: Callable[[Sequence[AcceptanceRow]], str]) -> Iterator[str]:
-    """A table with a line for each K and group, a column for each budget."""
+    """Yield a table with a line for each K and group, and a column for each budget."""
     lines = [
         (str(k), group, *(spelled(sweep.cell(group, k, budget)) for budget in sweep.budgets))
         for k in sweep.widths
@@ -191,9 +191,8 @@ def _misses(rows: Sequence[AcceptanceRow]) -> str:
 
 def _lists(rows: Sequence[AcceptanceRow]) -> str:
     unchanged = fmean(row.identical / row.users for row in rows)
-    k = rows[0].k
-    recall = fmean(row.recall[str(min(k, NDCG_AT))] for row in rows)
-    ndcg = fmean(row.ndcg[str(min(k, NDCG_AT))] for row in rows)
+    recall = fmean(row.recall[_cutoff(row)] for row in rows)
+    ndcg = fmean(row.ndcg[_cutoff(row)] for row in rows)
     text = f"{unchanged:.0%} unchanged, {recall:.4f}, {ndcg:.4f}"
     if rows[0].mode == "tolerance":
         return f"{text}, slack {fmean(row.largest_slack_mean for row in rows):.3f}"
@@ -202,19 +201,15 @@ def _lists(rows: Sequence[AcceptanceRow]) -> str:
 
 
 def _spread(values: Sequence[float], spelling: str) -> str:
-    """One value, or the mean of several with the smallest, the largest and the standard deviation."""
+    """Return one value, or the mean of several with the smallest, the largest and the standard deviation."""
     if len(values) == 1:
         return spelling.format(values[0])
     mean, low, high, deviation = map(spelling.format, (fmean(values), min(values), max(values), stdev(values)))
     return f"{mean} ({low} – {high}, sd {deviation})"
 
 
-def _at(measures: Mapping[str, float], k: int) -> str:
-    return f"{measures[str(min(k, NDCG_AT))]:.4f}"
-
-
 def _draw(sweep: _Sweep, plot: _Plot, path: Path) -> None:
-    """The plot as SVG; a band around a line goes from the smallest to the largest of its seeds."""
+    """Draw the plot. The band around a line is from the smallest to the largest of its seeds."""
     with plotting():
         figure = Figure(figsize=(2.4 * len(sweep.widths) + 0.8, 2.8), layout="constrained")
         panels = figure.subplots(1, len(sweep.widths), sharey=True, squeeze=False)[0]
@@ -223,9 +218,7 @@ def _draw(sweep: _Sweep, plot: _Plot, path: Path) -> None:
             for index, group in enumerate(sweep.groups):
                 values = [list(map(plot.measure, sweep.cell(group, k, budget))) for budget in sweep.budgets]
                 colour = f"C{index % 10}"
-                panel.plot(
-                    places, [fmean(some) for some in values], marker="o", markersize=3, color=colour, label=group
-                )
+                line(panel, places, [fmean(some) for some in values], color=colour, label=group)
                 low, high = [min(some) for some in values], [max(some) for some in values]
                 panel.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
             panel.set_title(f"K = {k}")

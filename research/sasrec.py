@@ -1,4 +1,7 @@
-"""SASRec (Kang and McAuley 2018, arXiv 1808.09781), as the library Cornac has it, trained on a data set's train split."""
+"""SASRec of the library Cornac, trained on the train split of a data set.
+
+Kang and McAuley 2018, arXiv 1808.09781.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from atspeed.benchmarks.errors import BenchmarkError
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.training.data import Dataset
 from atspeed.training.evaluate import EvalExample, eval_examples
@@ -19,7 +22,7 @@ _Session = tuple[int, int, int]  # user, item, place in the session: the library
 
 
 def library() -> Any:
-    """Cornac. Raises BenchmarkError when it is not installed."""
+    """Import Cornac. Raises BenchmarkError if it is not installed."""
     try:
         importlib.import_module("cornac.models")
         return importlib.import_module("cornac")
@@ -28,11 +31,13 @@ def library() -> Any:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the network and its training; the library's defaults where a setting is not named.
+class SasRecSettings:
+    """Settings of the network and its training. All others are the library's defaults.
 
-    recent: items of a history that are read. negatives: drawn for each batch by popularity ** 0.5, beside the batch's own
-    targets, for the cross-entropy. epochs: the one that ranks validation users' next items best is kept.
+    Attributes:
+        recent: items of a history that the network reads.
+        negatives: items drawn for each batch by popularity ** 0.5, besides the batch's own targets, for the cross-entropy.
+        epochs: epochs of training; the one that ranks validation users' next items best is kept.
     """
 
     dim: int = 64
@@ -50,15 +55,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class SasRec:
-    """A trained model, and which item of the catalogue each of its own is: `items`, int64 [items of the train split]."""
+    """Trained model. items: the catalogue's index of each of its items, int64 [items of the train split]."""
 
     model: Any  # cornac.models.SASRec
     items: npt.NDArray[np.int64]
     catalogue_items: int
 
     @classmethod
-    def train(cls, dataset: Dataset, catalogue: Catalogue, settings: Settings, *, seed: int) -> SasRec:
-        """Train on the train split. The validation split chooses the epoch and nothing else; the test split is not read."""
+    def train(cls, dataset: Dataset, catalogue: Catalogue, settings: SasRecSettings, *, seed: int) -> SasRec:
+        """Train on the train split. The validation split only chooses the epoch; the test split is not read."""
         cornac = library()
         known: dict[int, int] = {}  # the library's numbers of items, in the order of their first occurrence
         histories = [catalogue.find(items).tolist() for items in dataset.train.values() if len(items) > 1]
@@ -89,7 +94,7 @@ class SasRec:
         return cls(model, np.fromiter(known, np.int64), catalogue.items)
 
     def score(self, question: EvalExample) -> npt.NDArray[np.float64]:
-        """A score for every item of the catalogue, [items]; -inf for those that the train split does not have."""
+        """Return a score for every item of the catalogue, [items]; -inf for items that are not in the train split."""
         number = {item: index for index, item in enumerate(self.items.tolist())}
         history = [number[item] for item in question.history.tolist() if item in number]
         scores = np.full(self.catalogue_items, -np.inf)
@@ -98,9 +103,9 @@ class SasRec:
 
 
 def _validation(
-    dataset: Dataset, catalogue: Catalogue, known: Mapping[int, int], settings: Settings, seed: int
+    dataset: Dataset, catalogue: Catalogue, known: Mapping[int, int], settings: SasRecSettings, seed: int
 ) -> Iterable[Sequence[int]]:
-    """Histories that end with the first item of the validation split, where training knows what they hold."""
+    """Yield histories that end with the first item of the validation split, if that is in the train split."""
     asked = eval_examples(
         dataset.cases("valid"), catalogue, allow_empty=False, limit=settings.validation_users, seed=seed
     )

@@ -1,11 +1,10 @@
-"""How many target passes a speculative beam search takes, for each draft, mode, K and node budget.
+"""Target passes of speculative beam search, for each draft, mode, K and plan size.
 
-In this process, without services: the orchestrator's loop and policies over the ONNX models, as many processes as cores.
-What is counted is what a cold request would take: the prompt and the first plan in one pass, then one pass per miss. What
-depends on the machine, time, is not measured here.
+The orchestrator's loop and policies run over the ONNX models without services, in as many processes as there are cores.
+Counts are those of a cold request: the prompt and the first plan in one pass, then one pass per miss. Time is not measured.
 
     2k          2K nodes per level, the AtSpeed paper's N         40          40 per level, the paper's largest N
-    120, 240    so many nodes in all, best first (method, section 7)
+    120, 240    so many nodes in all, in the order of their margins (method, section 7)
 """
 
 from __future__ import annotations
@@ -15,35 +14,38 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Group
-from rich.table import Table
 
-from atspeed.benchmarks.acceptance_search import (
+from atspeed.benchmarks.intervals import Interval, bootstrap, half_width
+from atspeed.benchmarks.results import (
+    COMPARISON_COLUMNS,
+    BenchmarkError,
+    Columns,
+    comparison_counts,
+    terminal_table,
+    to_json,
+)
+from atspeed.benchmarks.services import progress_bar
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.errors import BundleError
+from atspeed.engine.search.mode import Guarantee, Mode
+from research.acceptance_search import (
     NO_DRAFT,
     Budget,
     BudgetUnit,
     Configuration,
-    Outcome,
-    Setup,
+    SearchOutcome,
+    SweepSetup,
     cutoffs,
     search_all,
 )
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.eval_examples import HeldOutCase
-from atspeed.benchmarks.intervals import Interval, bootstrap, half_width
-from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.services import progress_bar
-from atspeed.benchmarks.shared_tree_models import TEMPERATURE
-from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.errors import BundleError
-from atspeed.engine.search.list_comparison import Verdict
-from atspeed.engine.search.mode import Guarantee, Mode
+from research.eval_examples import HeldOutCase
+from research.shared_tree_models import TEMPERATURE
 
 NAME = "acceptance"
 REFERENCE = "the target alone"
@@ -51,13 +53,20 @@ WIDTHS = (1, 3, 5, 10, 20)
 BUDGETS = ("2k", "40", "120", "240")
 MODES = (Mode.STRICT, Mode.TOLERANCE, Mode.EXACT_SAMPLING, Mode.RELAXED_SAMPLING)
 NDCG_AT = 10
-_LARGEST_CHUNK = 20
-_CHUNKS_PER_WORKER = 8
+_LARGEST_CHUNK = 20  # users; so that the progress bar moves
+_CHUNKS_PER_WORKER = 8  # so that all processes end at about the same time
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is swept. workers: processes. threads: of one pass in each. seed: of the bootstrap, as of the choice of users."""
+class AcceptanceConfig:
+    """Configuration of the sweep.
+
+    Attributes:
+        budgets, widths, modes: all their combinations are measured.
+        seed: seed of the choice of users and of the bootstrap.
+        workers: processes.
+        threads: threads of a pass in each process.
+    """
 
     budgets: Sequence[Budget]
     widths: Sequence[int] = WIDTHS
@@ -72,12 +81,19 @@ class Question:
 class AcceptanceRow:
     """One configuration over all users. Means and shares are over requests.
 
-    reference: what the lists are compared with: the target's beam search, or for the sampling modes the target's own sample
-    by the same seed; identical, near_ties and different are counts. accepted_levels: of each level 1 .. L-1, the share that
-    needed no pass of its own. miss_level: where the first such pass was needed, shares by level, `none` = one_pass_share.
-    target_passes_ci95: half width. nodes_planned_mean: distinct nodes of all plans; nodes_used_mean: those the search went
-    through. forced_share: of the beams, those that are their parent's only child. recall, ndcg: by cutoff.
-    ndcg_difference: relaxed sampling only, NDCG at the first 10 less that of the reference.
+    Attributes:
+        reference: mode of the lists that these are compared with: the target's beam search, or for the sampling modes the
+            target's own sample by the same seed.
+        target_passes_ci95: half width of the interval.
+        accepted_levels: for each level 1 .. L-1, the share that needed no pass of its own.
+        miss_level: level of the first miss, as shares; `none` is one_pass_share.
+        nodes_planned_mean: distinct nodes of all plans.
+        nodes_used_mean: planned nodes that the search went through.
+        forced_share: share of the beams that are forced nodes.
+        identical, near_ties, different: counts of lists.
+        recall, ndcg: by cutoff.
+        ndcg_difference: NDCG@10 less that of the reference; relaxed sampling only.
+        per_user: every user's numbers.
     """
 
     draft: str
@@ -107,12 +123,12 @@ class AcceptanceRow:
 
     @property
     def promises_identity(self) -> bool:
-        """Whether the mode's lists are the reference's by construction."""
+        """True if the mode's lists are the reference's by construction."""
         return Mode(self.mode).properties.guarantee is Guarantee.EXACT
 
 
 def parse_budget(label: str) -> Budget:
-    """`2k`: 2K nodes per level. `40/level`: 40 per level. `240/all`: 240 in all. `40`, `120` and `240` are short for three."""
+    """Parse `2k` (2K nodes per level), `40/level`, `240/all`, and the short forms `40`, `120` and `240`."""
     known = {"40": "40/level", "120": "120/all", "240": "240/all"}
     units = {"k": BudgetUnit.BEAM_WIDTHS, "/level": BudgetUnit.PER_LEVEL, "/all": BudgetUnit.IN_ALL}
     match = re.fullmatch(r"([1-9][0-9]{0,5})(k|/level|/all)", known.get(label, label))
@@ -122,9 +138,9 @@ def parse_budget(label: str) -> Budget:
 
 
 def draft_bundles(bundle: Bundle, name: str, others: Sequence[str]) -> dict[str, Bundle]:
-    """The bundles that the named drafts come from: the bundle's own draft, if it has one, as `name`; `others` as NAME=BUNDLE.
+    """Return the bundle of each named draft: the bundle's own draft as `name`, and `others` as NAME=BUNDLE.
 
-    Raises BenchmarkError, naming the option, unless each has a draft for the same target over the same catalogue.
+    Raises BenchmarkError that names the option, unless each has a draft for the same target over the same catalogue.
     """
     if name == NO_DRAFT:
         raise BenchmarkError(f"--name {name}: the name stands for searches without a draft")
@@ -144,96 +160,67 @@ def draft_bundles(bundle: Bundle, name: str, others: Sequence[str]) -> dict[str,
 
 
 def run(
-    bundle: Bundle, drafts: Mapping[str, Bundle], cases: Sequence[HeldOutCase], question: Question
+    bundle: Bundle, drafts: Mapping[str, Bundle], cases: Sequence[HeldOutCase], config: AcceptanceConfig
 ) -> list[AcceptanceRow]:
-    """Search for every case under every configuration. Rows: the target alone, then by mode, draft, K and budget."""
-    setup = Setup(
+    """Search for every case under every configuration. Rows are the target alone, then by mode, draft, K and budget."""
+    setup = SweepSetup(
         bundle=bundle.root,
         drafts=tuple((name, other.root) for name, other in drafts.items()),
-        configurations=tuple(_configurations(drafts, question)),
-        tolerance=question.tolerance,
-        threads=question.threads,
+        configurations=tuple(_configurations(drafts, config)),
+        tolerance=config.tolerance,
+        threads=config.threads,
     )
-    outcomes = _search(setup, cases, question.workers)
+    outcomes = _search(setup, cases, config.workers)
     by_configuration = dict(zip(setup.configurations, zip(*outcomes, strict=True), strict=True))
     levels = bundle.catalogue().trie.levels
     return [
-        _row(configuration, found, by_configuration[configuration.reference], levels, question.seed)
+        _row(configuration, found, by_configuration[configuration.reference], levels, config.seed)
         for configuration, found in by_configuration.items()
     ]
 
 
-def table(rows: Sequence[AcceptanceRow]) -> Group:
-    """The rows, for people: a table per mode."""
+COLUMNS: Columns[AcceptanceRow] = (
+    ("draft", lambda row: row.draft),
+    ("K", lambda row: str(row.k)),
+    ("plan", lambda row: row.budget),
+    ("target passes", lambda row: f"{row.target_passes_mean:.2f} ±{row.target_passes_ci95:.2f}"),
+    ("one pass", lambda row: f"{row.one_pass_share:.0%}"),
+    ("nodes", lambda row: f"{row.nodes_planned_mean:.0f}"),
+    *COMPARISON_COLUMNS,
+    (f"NDCG @{NDCG_AT}", lambda row: f"{row.ndcg[str(min(row.k, NDCG_AT))]:.4f}"),
+)
+
+
+def tables(rows: Sequence[AcceptanceRow]) -> Group:
+    """Return a table for each mode."""
     modes = dict.fromkeys(row.mode for row in rows)
-    return Group(*(_table_of(mode, [row for row in rows if row.mode == mode]) for mode in modes))
-
-
-def _table_of(mode: str, rows: Sequence[AcceptanceRow]) -> Table:
-    title = f"{mode}, {rows[0].users} users"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    shown.add_column("draft", overflow="fold")
-    for name in (
-        "K",
-        "plan",
-        "target passes",
-        "one\npass",
-        "nodes",
-        "same",
-        "near\nties",
-        "differ",
-        f"NDCG\n@{NDCG_AT}",
-    ):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        counts = (row.identical, row.near_ties, row.different)
-        shown.add_row(
-            row.draft,
-            str(row.k),
-            row.budget,
-            f"{row.target_passes_mean:.2f} ±{row.target_passes_ci95:.2f}",
-            f"{row.one_pass_share:.0%}",
-            f"{row.nodes_planned_mean:.0f}",
-            *map(str, counts),
-            f"{row.ndcg[str(min(row.k, NDCG_AT))]:.4f}",
+    return Group(
+        *(
+            terminal_table(f"{mode}, {rows[0].users} users", COLUMNS, [row for row in rows if row.mode == mode])
+            for mode in modes
         )
-    return shown
+    )
 
 
-def from_json(result: Result) -> list[AcceptanceRow]:
-    """The rows of a result file. Raises BenchmarkError when it is another benchmark's."""
-    if result.header.get("benchmark") != NAME:
-        raise BenchmarkError("the result is not one of bench acceptance")
-    rows = []
-    for row in result.rows:
-        difference = row.get("ndcg_difference")
-        rows.append(AcceptanceRow(**{**row, "ndcg_difference": Interval(**difference) if difference else None}))
-    return rows
-
-
-def to_json(rows: Sequence[AcceptanceRow], *, per_user: bool = False) -> list[dict[str, Any]]:
-    """The rows, for a result file; what a row does not have is left out, and without `per_user` every user's numbers."""
-    left_out = set() if per_user else {"per_user"}
-    return [
-        {name: value for name, value in asdict(row).items() if value is not None and name not in left_out}
-        for row in rows
-    ]
+def rows_to_json(rows: Sequence[AcceptanceRow], *, per_user: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of the result file. Fields without a value are left out, and without `per_user` every user's numbers."""
+    return to_json([row if per_user else replace(row, per_user=None) for row in rows], omit_none=True)
 
 
 def header(
-    drafts: Mapping[str, Bundle], question: Question, *, data: str, users: int, seconds: float
+    drafts: Mapping[str, Bundle], config: AcceptanceConfig, *, data: str, users: int, seconds: float
 ) -> dict[str, Any]:
-    """What the rows were asked for, beside where they come from. seconds: wall time of all searches together."""
+    """Return the header's fields. seconds: wall time of all searches together."""
     return {
         "benchmark": NAME,
         "data": data,
         "users": users,
-        "tolerance": question.tolerance,
+        "tolerance": config.tolerance,
         "temperature": TEMPERATURE,
-        "budgets": {budget.label: f"{budget.count} {budget.unit}" for budget in question.budgets},
+        "budgets": {budget.label: f"{budget.count} {budget.unit}" for budget in config.budgets},
         "drafts": {name: _about(bundle) for name, bundle in drafts.items()},
-        "workers": question.workers,
-        "threads": question.threads,
+        "workers": config.workers,
+        "threads": config.threads,
         "wall_seconds": round(seconds, 1),
     }
 
@@ -265,25 +252,25 @@ def _same_target(bundle: Bundle, option: str, folder: Path) -> Bundle:
     return other
 
 
-def _configurations(drafts: Mapping[str, Bundle], question: Question) -> Iterator[Configuration]:
+def _configurations(drafts: Mapping[str, Bundle], config: AcceptanceConfig) -> Iterator[Configuration]:
     speculative = [
         Configuration(draft, mode, k, budget)
-        for mode in question.modes
+        for mode in config.modes
         for draft in drafts
-        for k in question.widths
-        for budget in question.budgets
+        for k in config.widths
+        for budget in config.budgets
     ]
-    alone = [Configuration(NO_DRAFT, Mode.TARGET_ONLY, k, None) for k in question.widths]
+    alone = [Configuration(NO_DRAFT, Mode.TARGET_ONLY, k, None) for k in config.widths]
     yield from dict.fromkeys([*alone, *(configuration.reference for configuration in speculative), *speculative])
 
 
-def _search(setup: Setup, cases: Sequence[HeldOutCase], workers: int) -> list[list[Outcome]]:
-    """All outcomes, [cases][configurations], with a bar meanwhile."""
+def _search(setup: SweepSetup, cases: Sequence[HeldOutCase], workers: int) -> list[list[SearchOutcome]]:
+    """Return all outcomes, [cases][configurations], and show a progress bar meanwhile."""
     with progress_bar() as progress:
         task = progress.add_task(f"{len(setup.configurations)} configurations, users", total=len(cases))
         size = max(1, min(_LARGEST_CHUNK, len(cases) // (workers * _CHUNKS_PER_WORKER)))
         chunks = [cases[start : start + size] for start in range(0, len(cases), size)]
-        outcomes: dict[int, list[list[Outcome]]] = {}
+        outcomes: dict[int, list[list[SearchOutcome]]] = {}
         for index, found in _chunk_by_chunk(setup, chunks, workers):
             outcomes[index] = found
             progress.advance(task, len(found))
@@ -291,13 +278,13 @@ def _search(setup: Setup, cases: Sequence[HeldOutCase], workers: int) -> list[li
 
 
 def _chunk_by_chunk(
-    setup: Setup, chunks: Sequence[Sequence[HeldOutCase]], workers: int
-) -> Iterator[tuple[int, list[list[Outcome]]]]:
-    """Each chunk's outcomes as they come. Here, where one worker is enough."""
+    setup: SweepSetup, chunks: Sequence[Sequence[HeldOutCase]], workers: int
+) -> Iterator[tuple[int, list[list[SearchOutcome]]]]:
+    """Yield each chunk's outcomes as they come. A single worker runs in this process."""
     if workers == 1:
         yield from ((index, search_all(setup, chunk)) for index, chunk in enumerate(chunks))
         return
-    # Not forked: ONNX Runtime's threads would not come along.
+    # Spawned: ONNX Runtime's threads do not survive a fork.
     pool = ProcessPoolExecutor(max_workers=workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield from _completed(pool, setup, chunks)
@@ -308,9 +295,9 @@ def _chunk_by_chunk(
 
 
 def _completed(
-    pool: Executor, setup: Setup, chunks: Sequence[Sequence[HeldOutCase]]
-) -> Iterator[tuple[int, list[list[Outcome]]]]:
-    asked: dict[Future[list[list[Outcome]]], int] = {
+    pool: Executor, setup: SweepSetup, chunks: Sequence[Sequence[HeldOutCase]]
+) -> Iterator[tuple[int, list[list[SearchOutcome]]]]:
+    asked: dict[Future[list[list[SearchOutcome]]], int] = {
         pool.submit(search_all, setup, chunk): index for index, chunk in enumerate(chunks)
     }
     for done in as_completed(asked):
@@ -318,7 +305,11 @@ def _completed(
 
 
 def _row(
-    configuration: Configuration, found: Sequence[Outcome], reference: Sequence[Outcome], levels: int, seed: int
+    configuration: Configuration,
+    found: Sequence[SearchOutcome],
+    reference: Sequence[SearchOutcome],
+    levels: int,
+    seed: int,
 ) -> AcceptanceRow:
     passes = [len(outcome.pass_levels) for outcome in found]
     first_miss = [next((level for level in outcome.pass_levels if level), None) for outcome in found]
@@ -349,9 +340,7 @@ def _row(
         nodes_used_mean=_mean([outcome.nodes_used for outcome in found]),
         forced_share=_ratio([outcome.nodes_forced for outcome in found], [outcome.beams for outcome in found]),
         largest_slack_mean=_mean([outcome.largest_slack for outcome in found]),
-        identical=verdicts.count(Verdict.IDENTICAL),
-        near_ties=verdicts.count(Verdict.NEAR_TIE),
-        different=verdicts.count(Verdict.DIFFERENT),
+        **comparison_counts(verdicts),
         recall={str(cutoff): _mean([outcome.quality[cutoff].recall for outcome in found]) for cutoff in places},
         ndcg={str(cutoff): _mean([outcome.quality[cutoff].ndcg for outcome in found]) for cutoff in places},
         ndcg_difference=bootstrap(difference, seed=seed) if configuration.mode is Mode.RELAXED_SAMPLING else None,

@@ -1,4 +1,4 @@
-"""`bench recommenders`: its numbers are those of the run's own evaluation, and SASRec learns from the train split alone."""
+"""`research recommenders`: equal to the run's own evaluation; and SASRec."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from atspeed.benchmarks import recommender_table, recommenders
-from atspeed.benchmarks.errors import BenchmarkError
-from atspeed.benchmarks.recommender_table import CUTOFFS, RecommenderRow
-from atspeed.benchmarks.recommenders import Method, TrainedRun
-from atspeed.benchmarks.results import Result
-from atspeed.benchmarks.sasrec import SasRec, Settings
-from atspeed.cli import main
+from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
 from atspeed.training.evaluate import EvalExample
 from atspeed.training.pipeline import train
+from research import recommenders
+from research.__main__ import app
+from research.recommenders import CUTOFFS, Method, RecommenderRow, TrainedRun
+from research.sasrec import SasRec, SasRecSettings
 from tests.recipes import TINY, with_epochs
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 SEED = 3
-SMALL = Settings(dim=16, blocks=1, batch_size=64, negatives=32, learning_rate=1e-2, epochs=8, validation_users=50)
+SMALL = SasRecSettings(dim=16, blocks=1, batch_size=64, negatives=32, learning_rate=1e-2, epochs=8, validation_users=50)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def opened(folder: Path) -> TrainedRun:
 
 @pytest.fixture(scope="module")
 def asked(opened: TrainedRun) -> list[EvalExample]:
-    return opened.questions(None, SEED)
+    return opened.eval_examples(None, SEED)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +59,8 @@ def sasrec(opened: TrainedRun) -> SasRec:
     return SasRec.train(opened.dataset, opened.catalogue, SMALL, seed=SEED)
 
 
-def test_the_means_are_those_of_the_runs_own_evaluation(folder: Path, rows: list[RecommenderRow]) -> None:
-    """The same users, as the run measures all of them, with and without what they have seen."""
+def test_means_equal_the_runs_own_evaluation(folder: Path, rows: list[RecommenderRow]) -> None:
+    """All users are measured, with and without seen items, as by the run."""
     report = json.loads((folder / "metrics.json").read_text())
     assert {(row.table, row.method) for row in rows} == {
         (table, method)
@@ -76,7 +74,7 @@ def test_the_means_are_those_of_the_runs_own_evaluation(folder: Path, rows: list
             assert row.ndcg[str(cutoff)].mean == pytest.approx(wanted[f"ndcg@{cutoff}"])
 
 
-def test_intervals(rows: list[RecommenderRow], asked: list[EvalExample]) -> None:
+def test_intervals_are_near_normal_and_paired(rows: list[RecommenderRow], asked: list[EvalExample]) -> None:
     """Half widths are near the normal law's; the difference from item-kNN is paired: of its own ranking it is 0."""
     for row in rows:
         mean, ci95 = row.recall["10"].mean, row.recall["10"].ci95
@@ -93,7 +91,9 @@ def test_intervals(rows: list[RecommenderRow], asked: list[EvalExample]) -> None
             assert (nothing.low, nothing.value, nothing.high) == (0, 0, 0)
 
 
-def test_sasrec_learns(opened: TrainedRun, asked: list[EvalExample], sasrec: SasRec) -> None:
+def test_sasrec_beats_popularity_and_is_reproducible(
+    opened: TrainedRun, asked: list[EvalExample], sasrec: SasRec
+) -> None:
     """Better than popularity on walks along fixed successors, and the same again by the same seed."""
     rankings = evaluate.rank_by(sasrec.score, asked, exclude_seen=False)
     popular = evaluate.rank_by(evaluate.popularity(opened.dataset, opened.catalogue), asked, exclude_seen=False)
@@ -110,14 +110,14 @@ def test_sasrec_without_a_validation_split_is_refused(opened: TrainedRun) -> Non
         SasRec.train(blind, opened.catalogue, SMALL, seed=SEED)
 
 
-def test_sasrec_does_not_read_the_test_split(opened: TrainedRun, asked: list[EvalExample], sasrec: SasRec) -> None:
+def test_sasrec_ignores_the_test_split(opened: TrainedRun, asked: list[EvalExample], sasrec: SasRec) -> None:
     dataset = opened.dataset
     blind = Dataset(dataset.name, dataset.terms, dataset.items, dataset.train, dataset.valid, {})
     found = SasRec.train(blind, opened.catalogue, SMALL, seed=SEED)
     assert np.array_equal(found.score(asked[0]), sasrec.score(asked[0]))
 
 
-def test_sasrec_gives_no_score_to_items_that_it_never_saw(opened: TrainedRun) -> None:
+def test_sasrec_gives_no_score_to_unseen_items(opened: TrainedRun) -> None:
     """They would keep the score of a random start. Of an empty history, and of one that only holds them, all others are alike."""
     pytest.importorskip("cornac")
     dataset, catalogue = opened.dataset, opened.catalogue
@@ -139,15 +139,15 @@ def test_sasrec_gives_no_score_to_items_that_it_never_saw(opened: TrainedRun) ->
 # --- the command line
 
 
-def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
+def test_command_writes_result_and_page(folder: Path, tmp_path: Path) -> None:
     """JSON with all methods, and the same page from it afterwards."""
     pytest.importorskip("cornac")
     path, page = tmp_path / "r.json", tmp_path / "one"
-    command = ["bench", "recommenders", "--run-folder", str(folder), "--users", "60", "--with", "sasrec"]
-    done = CliRunner().invoke(main.app, [*command, "--epochs", "1", "--json", str(path), "--report", str(page)])
+    command = ["recommenders", "--run-folder", str(folder), "--users", "60", "--with", "sasrec"]
+    done = CliRunner().invoke(app, [*command, "--epochs", "1", "--json", str(path), "--report", str(page)])
     assert done.exit_code == 0, done.output
     result = Result.read(path)
-    found = recommender_table.from_json(result)
+    found = result.rows_of(recommenders.NAME, RecommenderRow)
     assert [row.method for row in found if row.table == "all"] == [
         "target",
         "draft",
@@ -159,8 +159,8 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
     assert {row.users for row in found} == {60}
     assert result.header["settings"]["sasrec"]["epochs"] == 1
     assert all(row.train_seconds is not None for row in found if row.method == "sasrec")
-    assert recommender_table.to_json(found) == result.rows
-    done = CliRunner().invoke(main.app, ["bench", "report", str(path), "--out", str(tmp_path / "two")])
+    assert to_json(found, omit_none=True) == result.rows
+    done = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "two")])
     assert done.exit_code == 0, done.output
     text = (page / "recommenders.md").read_text()
     assert text == (tmp_path / "two" / "recommenders.md").read_text()
@@ -168,20 +168,20 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path) -> None:
     assert "sasrec: dim 64, blocks 2" in text
 
 
-def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the extra, before any work; the rest of the command does without."""
     for module in ("cornac", "cornac.models", "cornac.data"):
         monkeypatch.setitem(sys.modules, module, None)
-    command = ["bench", "recommenders", "--run-folder", str(folder), "--users", "5"]
-    done = CliRunner().invoke(main.app, [*command, "--with", "sasrec"])
+    command = ["recommenders", "--run-folder", str(folder), "--users", "5"]
+    done = CliRunner().invoke(app, [*command, "--with", "sasrec"])
     assert done.exit_code == 1
     assert "pip install 'atspeed-serving[bench]'" in done.stderr
     assert done.stdout == ""
-    assert CliRunner().invoke(main.app, command).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
-def test_what_is_no_run(folder: Path, tmp_path: Path) -> None:
+def test_folder_without_run_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="--run-folder"):
         TrainedRun.open(tmp_path, None)
-    with pytest.raises(BenchmarkError, match="not one of bench recommenders"):
-        recommender_table.from_json(Result({"benchmark": "acceptance"}, []))
+    with pytest.raises(BenchmarkError, match="not one of the benchmark recommenders"):
+        Result({"benchmark": "acceptance"}, []).rows_of(recommenders.NAME, RecommenderRow)

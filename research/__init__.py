@@ -1,0 +1,1 @@
+"""Finished studies, outside of the product: `python -m research STUDY`."""

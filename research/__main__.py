@@ -1,0 +1,212 @@
+"""Command line of the studies: acceptance, recommenders, precision, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.cli.bench.options import (
+    JsonFile,
+    OutFolder,
+    PageFolder,
+    ResultFile,
+    Seed,
+    Threads,
+    Tolerance,
+    Users,
+    print_identity,
+    save,
+    write_report,
+)
+from atspeed.cli.errors import Commands
+from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, err, optional, out
+from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.search.mode import Mode
+from atspeed.training.data import read_atspeed
+from research import acceptance
+from research.eval_examples import choose_cases
+
+PAGES = {
+    "acceptance": "research.acceptance_report",
+    "recommenders": "research.recommenders",
+    "precision": "research.precision",
+}
+"""The module that writes a result's page, by the `benchmark` of its header."""
+
+app = Commands(pretty_exceptions_show_locals=False, help="Finished studies. They need the extras train and bench.")
+
+RunFolder = Annotated[Path, typer.Option(help="A finished run of `atspeed train`.", exists=True, file_okay=False)]
+RunData = Annotated[Path | None, typer.Option(help="The data that the run's recipe reads.")]
+
+
+def _speculative(modes: list[Mode] | None) -> list[Mode] | None:
+    if Mode.TARGET_ONLY in (modes or ()):
+        raise typer.BadParameter("target-only does not speculate: the other modes are compared with it")
+    return modes
+
+
+@app.command("acceptance")
+def run_acceptance(
+    bundle: BundleFolder,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="The data set: a folder with items.jsonl and train/valid/test.txt.", exists=True, file_okay=False
+        ),
+    ],
+    users: Users = 1000,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=BUNDLE", help="Another draft for the same target; GROUP/SEED=BUNDLE for seeds of a group."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the bundle's own draft in the results.")] = "draft",
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20]"),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Plan size: Nk per level, N/level, N/all.  [default: 2k 40(/level) 120(/all) 240(/all)]"),
+    ] = None,
+    mode: Annotated[
+        list[Mode] | None,
+        typer.Option("--mode", "--modes", callback=_speculative, help="Modes.  [default: all that speculate]"),
+    ] = None,
+    tolerance: Tolerance = 0.1,
+    seed: Seed = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="Processes; by default as many as cores.")
+    ] = None,
+    threads: Threads = 1,
+    per_user: Annotated[bool, typer.Option("--per-user", help="Keep every user's numbers in the result.")] = False,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Count target passes by draft, mode, K and plan size; exits with 1 if a strict or exact list differs."""
+    opened = Bundle(bundle)
+    drafts = acceptance.draft_bundles(opened, name, draft or ())
+    config = acceptance.AcceptanceConfig(
+        widths=k or acceptance.WIDTHS,
+        budgets=[acceptance.parse_budget(label) for label in budget or acceptance.BUDGETS],
+        modes=mode or acceptance.MODES,
+        tolerance=tolerance,
+        seed=seed,
+        workers=workers or os.cpu_count() or 1,
+        threads=threads,
+    )
+    dataset, allow_empty = read_atspeed(data), opened.manifest.allow_empty_history
+    cases = choose_cases(dataset, opened.catalogue(), allow_empty=allow_empty, users=users, seed=seed)
+    begun = time.monotonic()
+    rows = acceptance.run(opened, drafts, cases, config)
+    seconds = time.monotonic() - begun
+    exact = [row for row in rows if row.promises_identity]
+    out.print(acceptance.tables(rows))
+    print_identity(acceptance.REFERENCE, exact, ", in the modes that promise it")
+    about = acceptance.header(drafts, config, data=dataset.name, users=len(cases), seconds=seconds)
+    json_rows = acceptance.rows_to_json(rows, per_user=per_user)
+    save(json_file, opened, seed, json_rows, about, page=(report, PAGES["acceptance"]))
+    if different := sum(row.different for row in exact):
+        raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
+
+
+class LibraryMethod(StrEnum):
+    """Recommender of a library."""
+
+    SASREC = "sasrec"
+
+
+@app.command("recommenders")
+def run_recommenders(
+    run_folder: RunFolder,
+    data: RunData = None,
+    users: Annotated[
+        int | None, typer.Option(min=1, max=MAX_USERS, help="Number of test users; all by default.")
+    ] = None,
+    trained: Annotated[
+        list[LibraryMethod] | None, typer.Option("--with", help="Train this one too (extra `bench`).")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Epochs of SASRec, of which the best is kept.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default.")
+    ] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Measure Recall and NDCG of a run's models, popularity, item-kNN and SASRec on one split, with intervals."""
+    recommenders, sasrec = optional("research.recommenders"), optional("research.sasrec")
+    if trained:
+        sasrec.library()  # fails before the work if it is missing
+    if threads:
+        optional("torch").set_num_threads(threads)
+    optional("transformers.utils.logging").disable_progress_bar()
+    opened = recommenders.TrainedRun.open(run_folder, data)
+    asked = opened.eval_examples(users, seed)
+    methods = list(recommenders.own_methods(opened))
+    if trained:
+        settings = sasrec.SasRecSettings() if epochs is None else sasrec.SasRecSettings(epochs=epochs)
+        err.print(f"training SASRec, {settings.epochs} epochs")
+        methods.append(recommenders.sasrec(opened, settings, seed=seed))
+    rows = recommenders.run(asked, methods, seed=seed)
+    out.print(recommenders.tables(rows))
+    about = recommenders.header(opened, methods, users=len(asked))
+    json_rows = to_json(rows, omit_none=True)
+    save(json_file, opened.bundle, seed, json_rows, about, page=(report, PAGES["recommenders"]))
+
+
+@app.command("precision")
+def run_precision(
+    run_folder: RunFolder,
+    data: RunData = None,
+    users: Users = 1000,
+    timed: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint whose passes are timed, such as an inflated one; the run's without it.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams.")] = 20,
+    threads: Threads = 1,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Measure time, size, lists and Recall of a run's target in other number formats."""
+    precision, recommenders = optional("research.precision"), optional("research.recommenders")
+    models = optional("atspeed.training.models")
+    optional("transformers.utils.logging").disable_progress_bar()
+    run = recommenders.TrainedRun.open(run_folder, data)
+    allow_empty = run.recipe.allow_empty_history
+    cases = choose_cases(run.dataset, run.catalogue, allow_empty=allow_empty, users=users, seed=seed)
+    model = models.SpelledModel.load(run_folder / "target-checkpoint")
+    measured = models.SpelledModel.load(timed) if timed else model
+    config = precision.PrecisionConfig(k, threads=threads, seed=seed)
+    rows = precision.run(precision.TrainedTarget(run.bundle, run.catalogue, model), measured, cases, config)
+    out.print(terminal_table(f"Number formats, {len(cases)} users", precision.TERMINAL_COLUMNS, rows))
+    about = precision.header(config, timed=f"a target of {measured.parameters:,} parameters")
+    save(json_file, run.bundle, seed, to_json(rows), about, page=(report, PAGES["precision"]))
+
+
+@app.command("report")
+def run_report(
+    result: ResultFile,
+    folder: OutFolder,
+) -> None:
+    """Write the page of a study from its result file."""
+    write_report(result, folder, PAGES)
+
+
+if __name__ == "__main__":
+    app()
