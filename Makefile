@@ -13,7 +13,7 @@
 #   make settings-docs   docs/settings.md from the services' settings
 #   make metrics-docs    docs/metrics.md from what the services measure
 #   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
-#   make tree            the README's file tree
+#   make tree            the file tree of docs/architecture.md
 #   make constraints     constraints.txt from the development environment (make it afresh before)
 #   make clean           removes caches and build results; make distclean the environments too
 #
@@ -173,6 +173,7 @@ lint: $(DEV)/.installed
 	$(BIN)/python -m atspeed.observability.metrics_docs --check
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
+	$(BIN)/python docs/prose.py --check
 
 .PHONY: protos
 protos: $(DEV)/.installed

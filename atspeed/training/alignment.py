@@ -1,4 +1,4 @@
-"""The losses of a draft's alignment, as the recipe's `[draft.alignment]` names them."""
+"""Losses of a draft's alignment, as the recipe's `[draft.alignment]` names them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_files_that_are_named_are_there(page: Path) -> None:
 
 
 def test_paths_are_found_in_code_spans() -> None:
-    text = "`atspeed/engine/search/plan.py`, `atspeed/rpc/{wire,server}.py` and `deploy/envoy/envoy.yaml`, not `plan.py` or atspeed/x.py"
+    text = "`atspeed/engine/search/plan.py`, `atspeed/rpc/{wire,server}.py`, `deploy/envoy/envoy.yaml`, not `plan.py` or x/y.py"
     assert named(text) == {
         "atspeed/engine/search/plan.py",
         "atspeed/rpc/wire.py",

@@ -220,7 +220,7 @@ class TestTarget:
     def test_a_search_that_it_goes_on_with_is_the_one_that_is_asked_for_pass_by_pass(
         self, target: grpc.Channel, version: str, catalogue: Catalogue, noise: types_pb2.Perturbation | None
     ) -> None:
-        """That its nodes are the loop's is for tests of `atspeed.engine.speculation.autonomous_search`; that it was the same model, for this one."""
+        """The model gives the same numbers either way. Tests of the autonomous search compare its nodes with the loop's."""
         width, trie = 3, catalogue.trie
         alone, asked = first_message(version), first_message(version)
         for request in (alone, asked):
