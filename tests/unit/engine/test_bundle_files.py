@@ -69,7 +69,7 @@ def folder(root: Path) -> None:
     [
         (dangling_file, "target/model.onnx: a link to gone, which does not exist"),
         (dangling_folder, "target: a link to gone, which does not exist"),
-        (circle_of_files, "target/model.onnx: a link to model.onnx, which is not there"),
+        (circle_of_files, "target/model.onnx: a link to model.onnx, which does not exist"),
         (circle_of_folders, "target/again: a link to a folder above it"),
         (pipe, "target/model.onnx: not a regular file"),
         (folder, "target/model.onnx: not a regular file"),
