@@ -46,7 +46,7 @@ class ModelSettings(ServiceSettings):
     """Memory for the KV of prompts, in MiB. 0 keeps none."""
     kv_redis: Literal["measured", "always", "never"] = "measured"
     """Whether the KV of prompts is in Redis too, where there is one. measured: where reading it is quicker than computing it."""
-    kv_ttl_seconds: int = Field(default=86_400, ge=1)
+    kv_ttl_seconds: int = Field(default=86_400, ge=1, le=315_360_000)
     """How long Redis keeps a KV block after it was written; a stored user's go together, so long after the first of them. Reading
     and further writes do not prolong it.
     """
