@@ -74,7 +74,7 @@ def recommend(
     if as_json:
         return _print_json(reply)
     out.print(display.recommendation_table(reply))
-    out.print(display.summary(reply), highlight=False, markup=False)
+    out.print(display.summary(reply), highlight=False, markup=False, soft_wrap=True)
     for warning in display.warnings(reply):
         warn(warning)
     return None
@@ -93,7 +93,7 @@ def record(
     reply = _call(connection, lambda client: client.record(user, split(items) or [], tenant=tenant))
     if as_json:
         return _print_json(reply)
-    out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False)
+    out.print(f"{user}: {reply.history_length} items", highlight=False, markup=False, soft_wrap=True)
     if reply.unknown_item_ids:
         warn(f"stored, but not in the catalogue: {display.shortened(reply.unknown_item_ids)}")
     return None

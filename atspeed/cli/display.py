@@ -26,7 +26,8 @@ def recommendation_table(reply: pb.RecommendResponse) -> Table:
     """Format the items of a reply."""
     shown = Table()
     for name in ("#", "item", "score", "codes", "origin"):
-        shown.add_column(name, justify="right" if name in {"#", "score"} else "left")
+        # Folded: an id that is cut could not be named in a request.
+        shown.add_column(name, justify="right" if name in {"#", "score"} else "left", overflow="fold")
     for item in reply.items:
         codes = "-".join(map(str, item.code_path))
         # Text, since rich would read brackets in an id as markup.

@@ -53,7 +53,7 @@ class ModelSettings(ServiceSettings):
     """Memory for the prefix cache, in MiB. 0 turns the memory tier off."""
     kv_redis: Literal["measured", "always", "never"] = "measured"
     """Use of Redis as a tier of the prefix cache. measured: only where reading KV is faster than computing it."""
-    kv_ttl_seconds: int = Field(default=86_400, ge=1)
+    kv_ttl_seconds: int = Field(default=86_400, ge=1, le=315_360_000)
     """Lifetime of a KV block in Redis after it was written. All blocks of a stored user expire together, counted from the first
     one. Reads and further writes do not extend it.
     """

@@ -190,7 +190,7 @@ def _exposed(settings: ServiceSettings, metrics: ServerMetrics) -> Iterator[int 
     with ExitStack() as stack:
         try:
             port = stack.enter_context(exposed(metrics.registry, settings.metrics_host, settings.metrics_port))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a host's name that cannot be encoded for DNS
             names = f"{spelling(type(settings), 'metrics_host')}, {spelling(type(settings), 'metrics_port')}"
             where = address(settings.metrics_host, settings.metrics_port)
             raise StartupError(f"cannot listen on {where}; see {names}") from error

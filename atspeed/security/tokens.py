@@ -129,7 +129,7 @@ def read_tokens(path: Path) -> Mapping[str, Grant]:
         raise TokenError(f"{path}: invalid: {', '.join(where)}") from None
     except tomllib.TOMLDecodeError as error:
         raise TokenError(f"{path}: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenError(f"{path}: {type(error).__name__}") from None
     if not grants:
         raise TokenError(f"{path}: holds no tokens")

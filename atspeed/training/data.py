@@ -42,7 +42,7 @@ _ML100K_TERMS = (
 )
 _ATSPEED_TERMS = "As stated where the data comes from. Amazon review data: research use, cite McAuley et al. 2015."
 _ARTICLE = re.compile(r"^(.*), (The|A|An|Le|La|Les|L'|Il|Das|Der|Die|El)( \(.*\))?$")
-_INDEX_CODE = re.compile(r"^<([a-z])_(\d+)>$")
+_INDEX_CODE = re.compile("<([a-z])_([0-9]{1,9})>")
 
 
 @dataclass(frozen=True)
@@ -293,6 +293,10 @@ def _read_items(path: Path) -> Iterator[CatalogueItem]:
             raise DataError(f"{path}:{number}: item {shown(item)} occurs more than once")
         seen.add(item)
         text = " | ".join(str(record[key]) for key in ("title", "category") if record.get(key))
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{path}:{number}: title and category: cannot be written as UTF-8") from None
         yield CatalogueItem(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
 
 
@@ -320,7 +324,7 @@ def _index_codes(path: Path, item: str, tokens: object) -> tuple[int, ...]:
     """Parse `["<a_47>", "<b_103>"]` into (47, 103). The letters follow the alphabet, one per level."""
     codes = []
     for level, token in enumerate(tokens if isinstance(tokens, list) else []):
-        match = _INDEX_CODE.match(token) if isinstance(token, str) else None
+        match = _INDEX_CODE.fullmatch(token) if isinstance(token, str) else None
         if match is None or match[1] != chr(ord("a") + level):
             raise DataError(f"{path}: item {item!r}: {token!r} is not a code token of level {level + 1}")
         codes.append(int(match[2]))

@@ -15,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -29,6 +28,8 @@ from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.errors import RecipeError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+# The largest seed that torch, numpy and scikit-learn all take.
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _CODEBOOK_MAXIMUM = 65536  # codes of 16 bits
 _Read = TypeVar("_Read", bound=BaseModel)
 
@@ -74,7 +75,7 @@ class SyntheticData(_Part):
     users: Annotated[int, Field(ge=10)] = 300
     levels: PositiveInt = 3
     codebook_size: PositiveInt = 8
-    seed: NonNegativeInt = 1
+    seed: Seed = 1
 
 
 class GivenCodes(_Part):
@@ -237,7 +238,7 @@ class DraftRecipe(ModelRecipe):
 
     alignment: Alignment | None = None
     pretraining: Schedule | None = None
-    seed: NonNegativeInt | None = None
+    seed: Seed | None = None
 
     @model_validator(mode="after")
     def _pretraining_needs_alignment(self) -> DraftRecipe:
@@ -259,7 +260,7 @@ class Recipe(_Part):
     """A training run: data -> semantic IDs -> target -> draft -> bundle."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-    seed: NonNegativeInt = 1
+    seed: Seed = 1
     scoring_rule: ScoringRule = ScoringRule.VOCAB
     allow_empty_history: bool = False
     data: Annotated[MovielensData | AtspeedData | SyntheticData, Field(discriminator="source")]
@@ -290,10 +291,10 @@ def read_toml(kind: type[_Read], path: Path) -> _Read:
         return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {error}") from error
-    except ValidationError as error:
+    except ValidationError as error:  # a ValueError too
         raise RecipeError(f"{path}: {problems(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def problems(error: ValidationError, renamed: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple) -> str:

@@ -12,9 +12,10 @@ import grpc
 import structlog
 
 from atspeed.concurrency.tasks import background_task
+from atspeed.configuration.settings import spelling
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.channels import open_channel
-from atspeed.security.tokens import TokenFile
+from atspeed.security.tokens import TokenError, TokenFile
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from orchestrator.settings import OrchestratorSettings
 
@@ -81,8 +82,17 @@ class ModelChannels:
                 _log.warning("target_reachable" if reachable else "target_unreachable", model_version=version)
             await channel.wait_for_state_change(state)
 
+    def _token(self) -> TokenFile | None:
+        """What targets and drafts are shown. Raises TokenError naming the setting."""
+        if self.settings.model_token_file is None:
+            return None
+        try:
+            return TokenFile(self.settings.model_token_file)
+        except TokenError as error:
+            raise TokenError(f"{spelling(type(self.settings), 'model_token_file')}: {error}") from None
+
     async def _pair(self, target: str, service: str, **options: Any) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
-        token = TokenFile(self.settings.model_token_file) if self.settings.model_token_file else None
+        token = self._token()
         limit = self.settings.model_message_bytes
         channel = partial(open_channel, target, service, max_message_bytes=limit, token=token, **options)
         in_turn = await self.resources.enter_async_context(channel())

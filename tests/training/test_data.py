@@ -162,3 +162,17 @@ def test_synthetic_data_depends_on_the_seed_alone_and_shares_paths() -> None:
     assert made(1).digest == made(1).digest != made(2).digest
     codes = [item.codes for item in made(1).items]
     assert len(set(codes)) < len(codes)
+
+
+def test_a_title_that_is_no_text_names_its_line(folder: Path) -> None:
+    (folder / "items.jsonl").write_text('{"id": "0", "title": "Soap"}\n{"id": "1", "title": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"items\.jsonl:2: title and category: cannot be written as UTF-8"):
+        read_atspeed(folder)
+
+
+@pytest.mark.parametrize("token", [f"<a_{'9' * 5000}>", "<a_1>\\n", "<a_\u0661>"])
+def test_an_index_code_that_is_no_small_number_is_refused(tmp_path: Path, token: str) -> None:
+    path = tmp_path / "index.json"
+    path.write_text(f'{{"7": ["{token}"]}}', encoding="utf-8")
+    with pytest.raises(DataError, match="item '7': .* is not a code token of level 1"):
+        read_index(path)

@@ -32,6 +32,9 @@ def test_shipped_recipes_are_valid_and_named_after_their_file(path: Path) -> Non
             r"draft: Value error, give either `shape` or `base`",
         ),
         ("[data]", "[data", r"tiny.toml: "),
+        ("[data]", f"seed = {2**31}\n[data]", r"seed: Input should be less than or equal to 2147483647"),
+        ("epochs = 8", f"epochs = {'9' * 5000}", r"tiny.toml: Exceeds the limit"),
+        ("[data]", f"x = {'[' * 5000}\n[data]", r"tiny.toml: maximum recursion depth exceeded"),
     ],
 )
 def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, problem: str) -> None:

@@ -39,7 +39,10 @@ def words(line: str) -> list[str]:
 
 def parse_json(text: str) -> Any:
     """Parse a JSON value. Raises ValueError also for a repeated key, as one of its values would be lost silently."""
-    return json.loads(text, object_pairs_hook=_distinct)
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError:
+        raise ValueError("lists and objects are nested too deeply") from None
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

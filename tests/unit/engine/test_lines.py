@@ -69,6 +69,11 @@ def test_a_key_that_stands_twice_in_an_object_is_refused() -> None:
         parse_json('{"b": {"a": 1, "a": 1}}')
 
 
+def test_json_that_is_nested_too_deeply_is_refused_as_any_other_mistake() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)
+
+
 @pytest.fixture(params=[b"", codecs.BOM_UTF8])
 def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Training data in which ids and titles hold what is no end of a line; written on Windows, with blank lines."""
