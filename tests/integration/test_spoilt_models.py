@@ -97,7 +97,7 @@ def alone(spoilt_stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) ->
     """An orchestrator before the same target that has nothing to plan with, and that keeps to itself what it caches."""
     flags = {name: value for name, value in spoilt_stack.orchestrators[0].flags.items() if name != "draft"}
     log = tmp_path_factory.mktemp("alone") / "log"
-    service = ServiceProcess("orchestrator", {**flags, "lookahead": False, "shadow-share": 0}, log)
+    service = ServiceProcess("orchestrator", {**flags, "target-prefetch": False, "shadow-share": 0}, log)
     with service, Client(service.address) as client:
         yield client
 
