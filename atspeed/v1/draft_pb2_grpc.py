@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DraftServiceStub:
-    """Proposes trie nodes with the draft model q. Its answers never change an exact list, only how many target passes it takes.
+    """Proposes trie nodes with the draft model q. Its replies never change an exact list, only the number of target passes.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class DraftServiceStub:
 
 
 class DraftServiceServicer:
-    """Proposes trie nodes with the draft model q. Its answers never change an exact list, only how many target passes it takes.
+    """Proposes trie nodes with the draft model q. Its replies never change an exact list, only the number of target passes.
     """
 
     def GetModelInfo(self, request, context):
@@ -87,7 +87,7 @@ def add_DraftServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DraftService:
-    """Proposes trie nodes with the draft model q. Its answers never change an exact list, only how many target passes it takes.
+    """Proposes trie nodes with the draft model q. Its replies never change an exact list, only the number of target passes.
     """
 
     @staticmethod

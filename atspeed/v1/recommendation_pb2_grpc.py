@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RecommendationServiceStub:
-    """Recommends items to users, and keeps the histories that recommendations start from.
+    """Recommends items to users, and stores the histories that recommendations are made from.
     """
 
     def __init__(self, channel):
@@ -68,7 +68,7 @@ class RecommendationServiceStub:
 
 
 class RecommendationServiceServicer:
-    """Recommends items to users, and keeps the histories that recommendations start from.
+    """Recommends items to users, and stores the histories that recommendations are made from.
     """
 
     def Recommend(self, request, context):
@@ -81,7 +81,7 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecommendBatch(self, request, context):
-        """Serves many requests in one call. Results come as soon as they are ready, each with its request's index. A failed request does
+        """Serves many requests in one call. Each result is sent as soon as it is ready, with the index of its request. A failed request does
         not fail the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -103,8 +103,9 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForgetUser(self, request, context):
-        """Erases a user's history and the cached keys and values of the user's prompts: in Redis before the answer, in the memory of model
-        replicas a moment later (of one that is cut off from Redis: within minutes). Histories that came with requests belong to no user.
+        """Erases a user's history and the cached keys and values of the user's prompts. They are erased from Redis before the reply. Model
+        replicas erase them from memory a moment later, or within minutes if they cannot reach Redis. Histories that came with requests
+        belong to no user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,7 +160,7 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RecommendationService:
-    """Recommends items to users, and keeps the histories that recommendations start from.
+    """Recommends items to users, and stores the histories that recommendations are made from.
     """
 
     @staticmethod

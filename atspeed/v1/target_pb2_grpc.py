@@ -59,9 +59,9 @@ class TargetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request_iterator, context):
-        """One stream per request. The first message carries the prompt; every message names the trie nodes to evaluate in one pass and
-        gets one reply. The keys and values of evaluated nodes stay until the stream ends, so a later message may name their descendants.
-        Where the start says so, the first message is answered by the passes of a whole beam search.
+        """Evaluates nodes, on one stream per request. The first message carries the prompt. Every message names the trie nodes to evaluate
+        in one pass, and gets one reply. The keys and values of evaluated nodes are kept until the stream ends, so that a later message
+        may name their descendants. If start.beam_width is set, the first reply holds the passes of an autonomous search too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

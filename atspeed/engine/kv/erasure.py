@@ -1,4 +1,4 @@
-"""Erasure of a user's KV in every tier (right to erasure, GDPR Art. 17).
+"""Erasure of a user's KV in every tier (right to erasure, GDPR Article 17).
 
 Block keys of a stored user's prompts begin with the user key (`memory_cache.block_keys`); in Redis these blocks are one hash.
 `publish_erasure` erases that hash and appends the user key to a Redis stream. Each model replica reads the stream, drops the

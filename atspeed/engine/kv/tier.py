@@ -25,7 +25,7 @@ class TierStatistics:
 class KvTier(Protocol):
     """A tier below memory. `PrefixCache` reads the tiers in order and writes to all of them.
 
-    A new tier is a class with these members, and an entry in the list that `KvTiers.weights` builds
+    A new tier is a class with these members, and an entry in the list that `KvTiers.host` builds
     (`atspeed/model_host/loaded_model.py`). Metrics, traces and replies take its name from here.
 
     Except for `erase`, no method raises because of the state of the storage: a failure is a miss. The keys of one call belong
