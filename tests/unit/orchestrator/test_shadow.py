@@ -59,6 +59,7 @@ class Table:
         max_children: int | None,
         beam_width: int | None,
         prefetches: bool,
+        speculates: bool,
     ) -> Table:
         self.prefetches = prefetches
         self.request, self.limit = request, max_children or 1_000_000
