@@ -31,10 +31,12 @@ def inflate_bundle(
 ) -> Path:
     """Write out/bundle, and out/ROLE-checkpoint for every inflated model; the bundle's path. Other models are kept as they are.
 
-    label: added to the bundle's name. Raises InflationError when a checkpoint is not the bundle's or does not fit its shape.
+    label: added to the bundle's name. Raises InflationError when a checkpoint is not the bundle's or does not fit its shape,
+    or when `out` is where the bundle or a checkpoint lies.
     """
     manifest = bundle.manifest
     trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
+    _check_apart(bundle, out, inflations)
     partial, folder = out / "bundle.partial", out / "bundle"
     remove(partial)
     link_files(bundle.root, [name for name in manifest.files if name.partition("/")[0] not in inflations], partial)
@@ -56,6 +58,15 @@ def inflate_bundle(
     remove(folder)
     partial.rename(folder)
     return folder
+
+
+def _check_apart(bundle: Bundle, out: Path, inflations: Mapping[Role, Inflation]) -> None:
+    """Raise InflationError when what is written would replace, or stand inside, what is read."""
+    written = [out / "bundle", *(out / f"{role}-checkpoint" for role in inflations)]
+    read = [bundle.root, *(inflation.checkpoint for inflation in inflations.values())]
+    for source in read:
+        if any(path.resolve().is_relative_to(source.resolve()) for path in written):
+            raise InflationError(f"{out}: would overwrite or spoil {source}; give another folder")
 
 
 def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:

@@ -174,5 +174,5 @@ def test_a_title_that_is_no_text_names_its_line(folder: Path) -> None:
 def test_an_index_code_that_is_no_small_number_is_refused(tmp_path: Path, token: str) -> None:
     path = tmp_path / "index.json"
     path.write_text(f'{{"7": ["{token}"]}}', encoding="utf-8")
-    with pytest.raises(DataError, match="item '7': .* is not a code token of level 1"):
+    with pytest.raises(DataError, match=r"item '7': .* is not a code token of level 1"):
         read_index(path)
