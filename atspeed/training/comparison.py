@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from atspeed.engine.files.atomic_write import replace_text
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
-from atspeed.training.data_check import check_data, print_skipped_steps
+from atspeed.training.data_check import check_data, check_run_folder, print_skipped_steps
 from atspeed.training.errors import RecipeError
 from atspeed.training.pipeline import Folders, TrainingRun, load_dataset
 from atspeed.training.processes import is_main
@@ -196,6 +196,7 @@ def train_drafts(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    check_run_folder(run_folder)
     dataset = load_dataset(comparison.base, data)
     for recipe in (comparison.base, *(variant.recipe for variant in comparison.variants)):
         check_data(recipe, dataset, data)

@@ -7,11 +7,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from atspeed.engine.bundle.manifest import MANIFEST
 from atspeed.training.data import Dataset, SplitName
 from atspeed.training.errors import DataError, RecipeError
 from atspeed.training.processes import is_main
 from atspeed.training.recipe import QuantisedCodes, Recipe
 from atspeed.training.semantic_ids import given_codes
+
+
+def check_run_folder(run_folder: Path) -> None:
+    """Raise RecipeError if a run would write into a bundle, which could then no longer be verified."""
+    folder = run_folder.resolve()
+    for place in (folder, *folder.parents):
+        if (place / MANIFEST).exists():
+            raise RecipeError(f"{run_folder}: inside the bundle {place}; give another run folder")
 
 
 def check_data(recipe: Recipe, dataset: Dataset, data: Path | None) -> None:

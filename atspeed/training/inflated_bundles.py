@@ -46,10 +46,12 @@ def inflate_bundle(
         precision: the number format of the exported weights.
         seed: the seed of the random weights.
 
-    Raises InflationError when a checkpoint does not belong to the bundle or does not fit its shape.
+    Raises InflationError when a checkpoint does not belong to the bundle or does not fit its shape, or when the bundle or a
+    checkpoint is inside `out`.
     """
     manifest = bundle.manifest
     trained = {role: _trained(bundle, role, inflation.checkpoint) for role, inflation in inflations.items()}
+    _check_apart(bundle, out, inflations)
     partial, folder = out / "bundle.partial", out / "bundle"
     remove(partial)
     link_files(bundle.root, [name for name in manifest.files if name.partition("/")[0] not in inflations], partial)
@@ -71,6 +73,15 @@ def inflate_bundle(
     remove(folder)
     partial.rename(folder)
     return folder
+
+
+def _check_apart(bundle: Bundle, out: Path, inflations: Mapping[Role, Inflation]) -> None:
+    """Raise InflationError when what is written would replace, or stand inside, what is read."""
+    written = [out / "bundle", *(out / f"{role}-checkpoint" for role in inflations)]
+    read = [bundle.root, *(inflation.checkpoint for inflation in inflations.values())]
+    for source in read:
+        if any(path.resolve().is_relative_to(source.resolve()) for path in written):
+            raise InflationError(f"{out}: would overwrite or spoil {source}; give another folder")
 
 
 def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:

@@ -39,7 +39,7 @@ from atspeed.training.bundles import provenance_of, write_bundle
 from atspeed.training.calibration import Calibration
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
-from atspeed.training.data_check import check_data, print_skipped_steps
+from atspeed.training.data_check import check_data, check_run_folder, print_skipped_steps
 from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import AgreementValidation, ModelRecommender, Validation
 from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
@@ -86,6 +86,7 @@ def train(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    check_run_folder(run_folder)
     dataset = load_dataset(recipe, data)
     check_data(recipe, dataset, data)
     print_skipped_steps(recipe, dataset)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
+from atspeed.cli import display
 from atspeed.engine.bundle.manifest import read_manifest, write_manifest
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import TestBundle, random_catalogue, write_bundle
 from tests.command_line import one_line, run
 from tests.conftest import mended
@@ -167,3 +171,11 @@ def test_a_refused_call_shows_its_status(arguments: list[object], status: str, a
 def test_unreachable_service_is_unavailable() -> None:
     """No service at the address."""
     assert "UNAVAILABLE" in one_line(run("info", "--address", "127.0.0.1:1"))
+
+
+def test_a_long_id_is_shown_whole() -> None:
+    console = Console(width=80, file=io.StringIO())
+    reply = pb.RecommendResponse(items=[pb.RecommendedItem(rank=1, item_id="x" * 200, code_path=[1, 2, 3])])
+    with console.capture() as shown:
+        console.print(display.recommendation_table(reply))
+    assert shown.get().count("x") == 200

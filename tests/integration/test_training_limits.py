@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 from atspeed.cli.main import app
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.training.data_check import check_run_folder
+from atspeed.training.errors import RecipeError
 from tests.bundles import random_catalogue, random_history
 from tests.recipes import short_recipe
 
@@ -271,3 +273,13 @@ def test_epoch_emptied_by_dropout_ends_the_training_in_one_line(training: Traini
     result = training.train()
     assert result.exit_code == 1, repr(result.exception)
     assert "target epoch 1/2: schedule.item_dropout, 0.999, left no sequence" in result.stderr
+
+
+@pytest.mark.parametrize("inside", [".", "run", "target/run"])
+def test_train_into_a_bundle_is_refused_before_anything_is_written(tmp_path: Path, inside: str) -> None:
+    bundle = tmp_path / "bundle"
+    (bundle / "target").mkdir(parents=True)
+    (bundle / "manifest.json").write_text("{}")
+    with pytest.raises(RecipeError, match="inside the bundle"):
+        check_run_folder(bundle / inside)
+    assert sorted(path.name for path in bundle.rglob("*")) == ["manifest.json", "target"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.provenance import provenance
 from atspeed.cli.main import app
-from atspeed.engine.bundle.manifest import Bundle, Role
+from atspeed.engine.bundle.manifest import Bundle, Role, hash_files
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.tree_session import Selection
@@ -231,6 +231,17 @@ def test_another_checkpoint_is_refused(run: TestBundle, tmp_path: Path) -> None:
     }
     with pytest.raises(InflationError, match="differs from"):
         inflate_bundle(run.bundle, tmp_path, inflations, label="x", precision="float32", seed=1)
+
+
+@pytest.mark.parametrize("inside", ["..", ".", "deeper"])
+def test_a_folder_in_which_the_source_lies_is_refused(run: TestBundle, inside: str) -> None:
+    inflations: dict[Role, Inflation] = {
+        "target": Inflation(run.root.parent / "target-checkpoint", LARGER["same heads"])
+    }
+    before = hash_files(run.root.parent)
+    with pytest.raises(InflationError, match="would overwrite or spoil"):
+        inflate_bundle(run.bundle, run.root / inside, inflations, label="x", precision="float32", seed=1)
+    assert hash_files(run.root.parent) == before
 
 
 def test_an_inflation_that_computes_something_else_leaves_no_bundle(

@@ -232,7 +232,7 @@ class Bundle:
             if not _is_in(name, later):
                 check_digest(self.root, name, sha256_of(self.root, name), digests)
         for name in files_below(self.root):
-            if name not in digests and name != MANIFEST:
+            if name not in digests and name != MANIFEST and not _is_note(name):
                 raise BundleError(f"{self.root}/{name}: not in the manifest")
         for role, model in self.manifest.models.items():
             if model.fingerprint != fingerprint(digests, _folder_of(model)):
@@ -253,6 +253,11 @@ class Bundle:
             name[len(folder) + 1 :]: digest for name, digest in self.manifest.files.items() if _is_in(name, folder)
         }
         return ModelFiles.read(self.model_path(role), digests if verified else None)
+
+
+def _is_note(name: str) -> bool:
+    """Return whether a file belongs to a hub or to people. A model hub adds these to a snapshot, and no service reads them."""
+    return name.startswith(".") or name in {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
 
 def read_manifest(root: Path) -> Manifest:

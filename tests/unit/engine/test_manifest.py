@@ -211,6 +211,13 @@ def test_verify_finds_every_kind_of_change(root: Path, edit: Callable[[Path], ob
         bundle.verify()
 
 
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".cache/huggingface/download/x.lock"])
+def test_verify_accepts_the_notes_that_a_hub_adds(root: Path, name: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(b"anything")
+    Bundle(root).verify()
+
+
 def test_version_depends_on_served_content_only(root: Path) -> None:
     """A new name or note keeps it; a changed file, rule or template does not."""
     manifest = Bundle(root).manifest

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
+from pydantic import ValidationError
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
@@ -240,3 +241,8 @@ async def test_bad_canary_does_not_stop_the_start(root: Path, tmp_path: Path) ->
     assert 'atspeed_bundle_changes_total{result="refused",track="canary"} 1.0' in exposed
     assert 'atspeed_bundle_served{track="canary"} 0.0' in exposed
     assert 'atspeed_bundle_served{track="stable"} 1.0' in exposed
+
+
+def test_a_time_to_live_that_redis_would_refuse_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="kv_ttl_seconds"):
+        ModelSettings(bundle=tmp_path, kv_ttl_seconds=10**16)

@@ -172,6 +172,7 @@ def test_new_files_are_used_once_they_fit_together(tmp_path: Path) -> None:
         "",
         "[a",
         "a = 1",
+        f"a = {'[' * 5000}",
         '[a]\nsha256 = "hush"\nscopes = ["read"]',
         f'[a]\nsha256 = "{"0" * 64}"\nscopes = []',
         f'[a]\nsha256 = "{"0" * 64}"\nscopes = ["all"]',
