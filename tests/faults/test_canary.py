@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Self
 
 import pytest
@@ -89,28 +90,39 @@ class Shop:
 class Load:
     """The users ask both orchestrators without a pause until the block ends; none may meet an error or another's list.
 
-    answers: user and bundle version, as they came.
+    answers: user and bundle version, as they came. begun: when each of these requests began. A request keeps its bundle to its
+    end, so only requests that begin after a change can tell of it.
     """
 
     def __init__(self, shop: Shop, callers: int = 4) -> None:
         self._shop, self._client = shop, Client.of_replicas(shop.both)
         self._pool, self._stop = ThreadPoolExecutor(callers), Event()
         self._turns = itertools.count()
+        self._lock = Lock()
         self._callers = [self._pool.submit(self._call) for _ in range(callers)]
         self.answers: list[tuple[User, str]] = []
+        self.begun: list[float] = []
 
     def _call(self) -> None:
         while not self._stop.is_set():
             user = self._shop.users[next(self._turns) % USERS]
+            begun = time.monotonic()
             reply = self._client.recommend(user.history, k=K)
             self._shop.check(user, reply)
-            self.answers.append((user, reply.versions.bundle))
+            with self._lock:
+                self.begun.append(begun)
+                self.answers.append((user, reply.versions.bundle))
 
     def round(self) -> list[tuple[User, str]]:
         """What the users get from now on until each has asked once or more."""
-        first = len(self.answers) + len(self._callers)  # those on their way began before
-        until(lambda: len(self.answers) >= first + USERS or any(caller.done() for caller in self._callers))
-        return self.answers[first:]
+        now, first = time.monotonic(), len(self.answers)
+        most = first + len(self._callers) + USERS  # those on their way began before
+        until(lambda: len(self.answers) >= most or any(caller.done() for caller in self._callers))
+        return [
+            answer
+            for answer, begun in zip(self.answers[first:most], self.begun[first:most], strict=True)
+            if begun >= now
+        ]
 
     def __enter__(self) -> Self:
         return self
