@@ -83,7 +83,7 @@ class ModelChannels:
             await channel.wait_for_state_change(state)
 
     def _token(self) -> TokenFile | None:
-        """What targets and drafts are shown. Raises TokenError naming the setting."""
+        """Return the token file that calls to targets and drafts use. Raises TokenError naming the setting."""
         if self.settings.model_token_file is None:
             return None
         try:
