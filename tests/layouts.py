@@ -10,7 +10,7 @@ Layout = Callable[[Path, Path], Path]
 
 
 def download_cache(source: Path, place: Path) -> Path:
-    """As the Hugging Face hub keeps a snapshot: each file a relative link to a blob."""
+    """Lay a bundle out like a snapshot of the Hugging Face hub: each file is a relative link to a blob."""
     blobs, snapshot = place / "blobs", place / "snapshots" / "main"
     blobs.mkdir(parents=True)
     for number, path in enumerate(sorted(path for path in source.rglob("*") if path.is_file())):
@@ -22,7 +22,7 @@ def download_cache(source: Path, place: Path) -> Path:
 
 
 def mounted_volume(source: Path, place: Path) -> Path:
-    """As Kubernetes mounts a volume: what stands at its top are links into a folder that another link names."""
+    """Lay a bundle out like a Kubernetes volume: its top entries are links into a folder that another link names."""
     shutil.copytree(source, place / "..2026_01_01")
     (place / "..data").symlink_to("..2026_01_01")
     for entry in (place / "..data").iterdir():

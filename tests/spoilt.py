@@ -63,7 +63,7 @@ class Spoilt:
 
 
 async def next_in_line(models: Models, width: int, most: int, histories: int = 40) -> Spoilt:
-    """Of these random histories, those with a code that is among their best `most` and not among their best `width`."""
+    """Return the random histories with a code that is among their best `most` and not among their best `width`."""
     catalogue, entry = models.catalogue, models.bundle.bundle.manifest.target
     wanted: dict[int, list[list[str]]] = {}
     evaluator = models.evaluator("target")
@@ -81,7 +81,7 @@ async def next_in_line(models: Models, width: int, most: int, histories: int = 4
 
 
 async def root_evaluation(evaluator: TreeEvaluator, prompt: Int64, limit: int) -> Evaluation:
-    """Of the root alone."""
+    """Evaluate the root alone."""
     tree = await evaluator.open(prompt)
     try:
         found, _ = await evaluator.evaluate(tree, np.array([ROOT]), Selection(Pruning.none(), limit))

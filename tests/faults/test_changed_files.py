@@ -57,7 +57,7 @@ def stack(link: Link, redis_server: LocalRedis) -> Iterator[LocalStack]:
 
 
 def overwrite(path: Path, other: Path) -> None:
-    """As `cp` and `rsync --inplace` do."""
+    """Overwrite a file in place, like `cp` and `rsync --inplace`."""
     with path.open("r+b") as file:
         file.write(other.read_bytes())
 

@@ -196,7 +196,7 @@ REASONS = {
 
 
 def blames_the_draft(reply: pb.RecommendResponse) -> bool:
-    """Whether every reason of a reply is a failure of the draft."""
+    """Return whether every reason of a reply is a failure of the draft."""
     names = [pb.DegradedReason.Name(reason) for reason in reply.degraded_reasons]
     return all(name.startswith("DEGRADED_REASON_DRAFT_") for name in names)
 

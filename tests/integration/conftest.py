@@ -59,7 +59,7 @@ def stack(redis_url: str, shared_stack: LocalStack) -> LocalStack:
 
 @pytest.fixture
 def owned() -> Iterator[ExitStack]:
-    """What is to be let go of at the test's end, however it ends."""
+    """Resources that are released at the end of the test, also after a failure."""
     with ExitStack() as owned:
         yield owned
 

@@ -157,7 +157,7 @@ def more_root(folder: Path) -> Path:
 def test_update_with_an_item_that_cannot_be_one_is_refused(
     made: TestBundle, tmp_path: Path, items: list[dict[str, object]], problem: str
 ) -> None:
-    """Of an id that stood twice the last codes won."""
+    """An id that stood twice once got the last codes."""
     add = lines_of(tmp_path / "add.jsonl", *items)
     code, said = run("catalogue", "update", made.root, tmp_path / "new", "--add", add)
     assert (code, problem in said, said.count("\n")) == (1, True, 1), said

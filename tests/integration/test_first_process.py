@@ -120,7 +120,7 @@ def test_a_first_process_ends_at_a_signal_whatever_it_is_at(bundle: Path, module
 
 
 def test_a_first_process_that_runs_services_stops_them_at_sigterm() -> None:
-    """As a benchmark or the demo does: its code says that a signal ended it, and what it holds is let go of in order."""
+    """Its exit code says that a signal ended it, and it releases its resources in order, like a benchmark or the demo."""
     with first_process("-c", HOLDER) as process:
         assert process.outer.stdout is not None
         assert process.outer.stdout.readline().startswith("redis://")

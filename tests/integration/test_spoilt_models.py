@@ -60,7 +60,7 @@ def copy(whole: Models, folder: Path, role: Role, tokens: Sequence[int]) -> Path
 
 @pytest.fixture(scope="module", params=["target", "draft"])
 def role(request: pytest.FixtureRequest) -> Role:
-    """Of the model that is spoilt."""
+    """Role of the spoilt model."""
     role: Role = request.param
     return role
 

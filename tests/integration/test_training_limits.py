@@ -129,7 +129,7 @@ def test_train_without_eval_examples_equals_an_empty_split(training: Training, l
 
 
 def test_stage_with_a_measure_that_is_not_finite_runs_again(training: Training) -> None:
-    """As runs of before stand on disk: a NaN in the stage, null in the manifest, and done."""
+    """Older runs left this on disk: a NaN in the stage, null in the manifest, and a stage marked as done."""
     training.succeeds()
     for path in (training.run / "stages" / "evaluation.json", training.run / "bundle" / "manifest.json"):
         number = "NaN" if path.name == "evaluation.json" else "null"

@@ -88,6 +88,7 @@ class AutonomousSearch:
         nodes = np.sort(self._beams.node[missing])
         if self._prefetcher is None:
             return nodes
-        unknown = np.setdiff1d(self._nodes.missing(self._beams), missing)  # beams below which nothing can be chosen
-        through = self._beams.take(np.setdiff1d(np.arange(len(self._beams)), unknown))
-        return self._prefetcher.nodes(through, nodes, self._nodes.evaluated)
+        spared = np.ones(len(self._beams), dtype=bool)  # beams below which nothing can be chosen
+        spared[[self._nodes.knows(node) for node in self._beams.node.tolist()]] = False
+        spared[missing] = False
+        return self._prefetcher.nodes(self._beams.take(np.flatnonzero(~spared)), nodes, self._nodes.evaluated)
