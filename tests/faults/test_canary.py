@@ -99,9 +99,9 @@ class Load:
         self._pool, self._stop = ThreadPoolExecutor(callers), Event()
         self._turns = itertools.count()
         self._lock = Lock()
-        self._callers = [self._pool.submit(self._call) for _ in range(callers)]
         self.answers: list[tuple[User, str]] = []
         self.begun: list[float] = []
+        self._callers = [self._pool.submit(self._call) for _ in range(callers)]  # last: they use all of the above
 
     def _call(self) -> None:
         while not self._stop.is_set():
