@@ -35,7 +35,7 @@ from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run
 
 MILLISECOND = 1_000_000
 PROMPT_TOKENS = 8
-Spoil = Callable[[Plan], Plan]
+Distort = Callable[[Plan], Plan]
 
 
 def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
@@ -108,7 +108,7 @@ class SimulatedDraft:
     """Drafter over a table, with the interface of a draft session."""
 
     def __init__(
-        self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, spoil: Spoil
+        self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, distort: Distort
     ) -> None:
         self.usage = Usage()
         self.prompt_tokens = PROMPT_TOKENS
@@ -120,7 +120,7 @@ class SimulatedDraft:
         self._machine = machine
         self._proposal = proposal
         self._noise = noise
-        self._spoil = spoil
+        self._distort = distort
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         """Return a plan, and record the call."""
@@ -132,7 +132,7 @@ class SimulatedDraft:
         if self._machine.draft_fails:
             return Plan.empty(below)
         self.usage.costs.append(cost)
-        plan = self._spoil(drafted.plan)
+        plan = self._distort(drafted.plan)
         plan.check(self.trie, limit=size.max_nodes)
         return plan
 
@@ -191,14 +191,14 @@ class Simulation:
         *,
         mode: Mode = Mode.STRICT,
         width: int = 10,
-        spoil: Spoil = lambda plan: plan,
+        distort: Distort = lambda plan: plan,
     ) -> Served:
         """Serve one request; without a planner, by the target alone."""
         target_world, draft_world = self._worlds(user)
         policy = _policy(mode, width)
         table = TableTarget(target_world, Pruning.none(), policy.max_children, policy.noise)
         target = SimulatedTarget(table, self.machine)
-        draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, spoil)
+        draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, distort)
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
         sizer = planner.sizer(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
         behind = SizedDraft(draft, sizer, table) if sizer else alone

@@ -239,7 +239,7 @@ def test_a_folder_in_which_the_source_lies_is_refused(run: TestBundle, inside: s
         "target": Inflation(run.root.parent / "target-checkpoint", LARGER["same heads"])
     }
     before = hash_files(run.root.parent)
-    with pytest.raises(InflationError, match="would overwrite or spoil"):
+    with pytest.raises(InflationError, match="would overwrite or corrupt"):
         inflate_bundle(run.bundle, run.root / inside, inflations, label="x", precision="float32", seed=1)
     assert hash_files(run.root.parent) == before
 

@@ -48,10 +48,10 @@ def mean_ms(served: list[Served]) -> float:
 
 
 def both(
-    simulation: Simulation, planner: Planner, users: range, spoil: Callable[[Plan], Plan] = lambda plan: plan
+    simulation: Simulation, planner: Planner, users: range, distort: Callable[[Plan], Plan] = lambda plan: plan
 ) -> tuple[list[Served], list[Served]]:
     """Serve users with a planner, and by the target alone; the lists are the same."""
-    planned = [simulation.serve(planner, user, spoil=spoil) for user in users]
+    planned = [simulation.serve(planner, user, distort=distort) for user in users]
     alone = [simulation.serve(None, user) for user in users]
     assert [one.list for one in planned] == [one.list for one in alone]
     return planned, alone
@@ -221,14 +221,14 @@ def _upside_down(plan: Plan) -> Plan:
     return replace(plan, margin=np.asarray(-100.0 * depth - np.clip(plan.margin, -40.0, 40.0)))
 
 
-@pytest.mark.parametrize("spoil", [_all_alike, _upside_down])
+@pytest.mark.parametrize("distort", [_all_alike, _upside_down])
 @pytest.mark.parametrize("machine", [STEEP, FLAT])
-def test_planner_with_misleading_margins_loses_little(machine: Machine, spoil: Callable[[Plan], Plan]) -> None:
+def test_planner_with_misleading_margins_loses_little(machine: Machine, distort: Callable[[Plan], Plan]) -> None:
     """The planner learns the value of such plans too."""
     simulation = Simulation(machine, noise=0.5)
     planner = adaptive(simulation)
-    both(simulation, planner, range(60), spoil)
-    planned, alone = both(simulation, planner, range(60, 90), spoil)
+    both(simulation, planner, range(60), distort)
+    planned, alone = both(simulation, planner, range(60, 90), distort)
     assert mean_ms(planned) <= 1.02 * mean_ms(alone)
 
 
