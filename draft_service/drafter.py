@@ -38,7 +38,7 @@ class DraftRequest:
         noise: seed and temperature, for the proposals PERTURBED and SAMPLE.
         with_evaluation: True to return the draft's log-probabilities too.
         tenant: tenant of the cached KV.
-        owner: user key of the cached KV.
+        user_key: user key of the cached KV.
     """
 
     prompt: Int64
@@ -49,7 +49,7 @@ class DraftRequest:
     noise: Perturbation | None = None
     with_evaluation: bool = False
     tenant: str = ""
-    owner: bytes = NO_USER_KEY
+    user_key: bytes = NO_USER_KEY
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Drafter:
         Raises PromptError or CapacityError for a prompt or beams that do not fit the model, OverloadedError when it is busy.
         """
         growth = _PlanGrowth(request, self._trie, self._free, self._scale)
-        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, user_key=request.owner)
+        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, user_key=request.user_key)
         try:
             plan, cost = await self._evaluator.run_steps(tree, growth.steps(), self._selection(request))
         finally:

@@ -85,7 +85,7 @@ class _RequestParser:
             noise=noise,
             with_evaluation=request.with_evaluation,
             tenant=request.tenant,
-            owner=wire.owner(request.owner, "owner"),
+            user_key=wire.user_key(request.user_key, "user_key"),
         )
 
     def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:

@@ -18,6 +18,7 @@ from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rpc.channels import health_name
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import EOH, write_bundle
+from tests.corrupt_models import CorruptCode, corrupt, next_in_line
 from tests.oracles.models import Models
 from tests.serving import (
     MODES,
@@ -34,7 +35,6 @@ from tests.serving import (
     request_of,
     until,
 )
-from tests.corrupt_models import CorruptCode, corrupt, next_in_line
 
 K = 4
 NOT_SERVING = int(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -151,7 +151,9 @@ def test_replies_name_the_failure_and_speculation_stays_on(
         assert check_health(channel, TARGET) == SERVING
 
 
-def test_requests_that_share_passes_each_get_their_list(speculating: Client, alone: Client, corrupt_code: CorruptCode) -> None:
+def test_requests_that_share_passes_each_get_their_list(
+    speculating: Client, alone: Client, corrupt_code: CorruptCode
+) -> None:
     """A batch's requests run side by side, so that one's corrupt node is in a pass with the others' nodes."""
     expected = [alone.recommend(history, k=K, beam_width=K) for history in corrupt_code.histories]
     answers = speculating.batch([request_of(history, k=K, beam_width=K) for history in corrupt_code.histories[:16]])

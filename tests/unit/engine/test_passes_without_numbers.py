@@ -20,10 +20,10 @@ from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import BOS, EOH, random_catalogue, write_bundle
+from tests.corrupt_models import corrupt
 from tests.oracles.models import DictStore, Models
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World
-from tests.corrupt_models import corrupt
 
 EVERYTHING = Selection(Pruning.none(), limit=100)
 PAD = 0
