@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +68,15 @@ class Drafted:
     passes: int
 
 
-class Drafter:
+class Drafter(Protocol):
     """Proposes the nodes that the target's search will probably need."""
+
+    async def plan(self, request: DraftRequest) -> Drafted:
+        """Make a plan. Raises PromptError or CapacityError for a request that does not fit, OverloadedError when busy."""
+
+
+class LanguageModelDrafter:
+    """Proposes nodes by beam search with a language model."""
 
     def __init__(self, evaluator: TreeEvaluator) -> None:
         self._evaluator = evaluator

@@ -28,6 +28,7 @@ from atspeed.training.bundles import entry_of
 from atspeed.training.export import export_decoder
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
+from tests.serving import WINDOW
 
 SPECIALS = 3  # pad, bos, end of history
 BOS, EOH = 1, 2
@@ -60,13 +61,6 @@ def random_model(architecture: str, vocab_size: int, seed: int, **overrides: obj
     built: PreTrainedModel = model(config(**shape))
     built.train(False)
     return built
-
-
-def random_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> Catalogue:
-    """Random code paths, some of them shared, under ids `item-<n>`."""
-    rng = np.random.default_rng(seed)
-    codes = np.stack([np.minimum(rng.geometric(0.15, items) - 1, size - 1) for size in codebook_sizes], axis=1)
-    return Catalogue.build([f"item-{n}" for n in range(items)], codes, codebook_sizes)
 
 
 @dataclass(frozen=True)
@@ -154,3 +148,8 @@ def random_history(catalogue: Catalogue, length: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     chosen: npt.NDArray[np.int64] = rng.integers(0, catalogue.items, length)
     return [catalogue.id_of(int(item)) for item in chosen]
+
+
+def new_bundle(root: Path, catalogue: Catalogue) -> Path:
+    """The bundle that all these tests serve."""
+    return write_bundle(root, catalogue, max_items=WINDOW).root

@@ -20,8 +20,9 @@ from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import RecommendParams
 from orchestrator.serving.track_router import bucket
 from tests.bundles import random_history, write_bundle
+from tests.catalogues import new_catalogue
 from tests.observed import scrape
-from tests.serving import WINDOW, Client, Link, assert_same_list, new_catalogue, request_of, until
+from tests.serving import WINDOW, Client, Link, assert_same_list, request_of, until
 
 K, USERS, SHARE, LARGER_SHARE = 20, 16, 0.4, 0.8
 

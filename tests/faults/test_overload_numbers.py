@@ -18,7 +18,8 @@ import pytest
 
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack
-from tests.bundles import random_catalogue, random_history, write_bundle
+from tests.bundles import random_history, write_bundle
+from tests.catalogues import random_catalogue
 from tests.faults.offered import Caller, Outcome
 from tests.serving import RECOMMENDATION, SERVING, check_health, request_of
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from atspeed.cli import main
 from atspeed.engine.bundle.manifest import Bundle
-from tests.bundles import TestBundle, random_catalogue, random_model, write_bundle
+from tests.bundles import TestBundle, random_model, write_bundle
+from tests.catalogues import random_catalogue
 from tests.layouts import LAYOUTS, Layout, download_cache
 
 ROOT = Path(__file__).parents[2]

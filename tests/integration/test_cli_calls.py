@@ -16,7 +16,8 @@ from atspeed.engine.bundle.manifest import read_manifest, write_manifest
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from atspeed.v1 import recommendation_pb2 as pb
-from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.bundles import TestBundle, write_bundle
+from tests.catalogues import random_catalogue
 from tests.command_line import one_line, run
 from tests.conftest import mended
 

@@ -11,7 +11,8 @@ from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.export import load_checkpoint
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 
 USERS = 12
 

@@ -16,7 +16,8 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
-from tests.bundles import random_history
+from tests.bundles import new_bundle, random_history
+from tests.catalogues import new_catalogue
 from tests.messages import array, first_message, next_message
 from tests.serving import (
     DRAFT,
@@ -34,8 +35,6 @@ from tests.serving import (
     draft_stub,
     empty_plan,
     models,
-    new_bundle,
-    new_catalogue,
     target_stub,
     until,
 )

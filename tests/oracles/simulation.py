@@ -21,7 +21,7 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner
@@ -29,7 +29,7 @@ from orchestrator.planning.sized_draft import SizedDraft
 from orchestrator.planning.usage import Usage
 from orchestrator.search.beam_loop import Draft, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict, Tolerance
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run_steps
 
@@ -126,7 +126,7 @@ class SimulatedDraft:
         """Return a plan, and record the call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
         asked = DraftRequest(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
-        drafted = await Drafter(self).plan(asked)  # type: ignore[arg-type]
+        drafted = await LanguageModelDrafter(self).plan(asked)  # type: ignore[arg-type]
         cost = replace(drafted.cost, queue_ns=int(drafted.passes * self._machine.draft_queue_ms * MILLISECOND))
         self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self._machine.call_ms * MILLISECOND))
         if self._machine.draft_fails:

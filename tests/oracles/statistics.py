@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Outcome = TypeVar("Outcome", bound=Hashable)
 
@@ -38,3 +38,14 @@ def same_law_p(first: Counter[Outcome], second: Counter[Outcome]) -> float:
         row.append(sample.total() - sum(row))
     columns = np.array(table)
     return float(stats.chi2_contingency(columns[:, columns.sum(axis=0) > 0]).pvalue)
+
+
+def detectable_effect(draws: int, outcomes: int, significance: float, power: float = 0.99) -> float:
+    """The least effect size that `chi_square_p` finds with this power: Cohen's w, sqrt(sum((p' - p)^2 / p)).
+
+    A law that differs by w from the expected one makes the statistic noncentral by draws * w^2.
+    """
+    freedom = outcomes - 1
+    threshold = stats.chi2.isf(significance, freedom)
+    noncentrality = optimize.brentq(lambda value: stats.ncx2.sf(threshold, freedom, value) - power, 1e-6, 1e6)
+    return float(np.sqrt(noncentrality / draws))

@@ -61,6 +61,7 @@ class World:
     rule: ScoringRule
     logits: Float32
     log_normalizer: Float32
+    _evaluated: dict[tuple[bytes, int], Evaluation] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def random(cls, naive: NaiveTrie, rule: ScoringRule, seed: int, *, coarse: bool = False) -> World:
@@ -93,8 +94,12 @@ class World:
     def evaluate(
         self, nodes: Int64, pruning: Pruning, limit: int, perturbation: Perturbation | None = None
     ) -> Evaluation:
-        """What the model says about some nodes."""
-        return best_children(
+        """What the model says about some nodes. Laws ask the same thousands of times, so plain answers are kept."""
+        key = (nodes.tobytes(), limit)
+        plain = pruning.is_none and perturbation is None
+        if plain and key in self._evaluated:
+            return self._evaluated[key]
+        evaluation = best_children(
             self.trie,
             nodes,
             self.logits[nodes],
@@ -104,6 +109,9 @@ class World:
             limit=limit,
             perturbation=perturbation,
         )
+        if plain:
+            self._evaluated[key] = evaluation
+        return evaluation
 
 
 @dataclass

@@ -28,7 +28,8 @@ from atspeed.training.inflation import SHAPES, InflationError, ModelShape, write
 from atspeed.training.parity import RandomTree, checkpoint_outputs
 from atspeed.training.sequences import Spelling
 from research.shared_tree_models import load_decoder_of, prefix_cache, shared_evaluator
-from tests.bundles import TestBundle, random_catalogue, random_history, random_model, write_run
+from tests.bundles import TestBundle, random_history, random_model, write_run
+from tests.catalogues import random_catalogue
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +12,12 @@ from atspeed.cli.main import app
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.errors import StartupError
-from atspeed.local.redis_server import LocalRedis, LocalRedisError, local_redis, server_binary
+from atspeed.local.redis_server import LocalRedisError, local_redis
 from atspeed.observability.otlp_variables import check_otlp_variables
 from atspeed.rpc.channels import target_uri
 from atspeed.security.tls import TlsError
 from orchestrator.settings import OrchestratorSettings
 from target_service.settings import TargetSettings
-from tests.serving import until
 
 BAD_URLS = {
     "redis://:Secret#1@127.0.0.1:6379/0": "%23",
@@ -118,19 +113,6 @@ def test_a_url_that_names_a_redis_is_taken_as_it_is(url: str, tmp_path: Path) ->
     connect(url, timeout_seconds=1.0)
 
 
-def test_a_service_ends_with_2_for_a_bad_url(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "target_service", "--bundle", str(tmp_path)],
-        env=os.environ | {"ATSPEED_TARGET_REDIS_URL": "redis://:Secret#1@127.0.0.1:6379/0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "--redis-url (ATSPEED_TARGET_REDIS_URL)" in done.stderr
-    assert "Secret" not in done.stderr
-
-
 def test_commands_refuse_a_bad_url_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = "redis://:Secret#1@127.0.0.1:6379/0"
     done = CliRunner().invoke(app, ["up", str(tmp_path), "--redis-url", url])
@@ -141,35 +123,6 @@ def test_commands_refuse_a_bad_url_too(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(LocalRedisError, match=r"REDIS_URL: must hold no #") as refusal, local_redis():
         pass
     assert "Secret" not in str(refusal.value)
-
-
-@pytest.fixture
-def redis_socket(tmp_path: Path) -> Iterator[Path]:
-    """A Redis that listens on a socket of this machine alone."""
-    path = tmp_path / "redis.sock"
-    options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(tmp_path)]
-    with subprocess.Popen([server_binary(), *options], stdout=subprocess.DEVNULL) as server:
-        until(path.exists)
-        yield path
-        server.terminate()
-
-
-async def test_a_unix_socket_is_spoken_to(redis_socket: Path) -> None:
-    async with connect(f"unix://{redis_socket}?db=3", timeout_seconds=10) as client:
-        await client.set("a", "b")
-        assert (await client.info("keyspace"))["db3"]["keys"] == 1
-
-
-@pytest.mark.parametrize(
-    "url", ["redis://:p%23a%2Fb@127.0.0.1:{port}/1", "redis://default:p%23a%2Fb@127.0.0.1:{port}?db=1"]
-)
-async def test_a_percent_encoded_password_is_the_right_one(url: str) -> None:
-    with LocalRedis() as server:
-        async with connect(server.url, timeout_seconds=10) as client:
-            await client.config_set("requirepass", "p#a/b")
-        port = server.url.rpartition(":")[2].partition("/")[0]
-        async with connect(url.format(port=port), timeout_seconds=10) as client:
-            assert await client.set("a", "b")
 
 
 @pytest.mark.parametrize(

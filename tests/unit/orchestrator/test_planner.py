@@ -21,7 +21,7 @@ from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
 from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind, refresh_curves
 from orchestrator.planning.planner_state import SkipBackoff
 from orchestrator.serving.snapshots import Planners
-from tests.bundles import random_catalogue, write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.simulation import (
     DEAR,
     FLAT,
@@ -32,6 +32,7 @@ from tests.oracles.simulation import (
     Simulation,
     curve,
 )
+from tests.placeholder_bundles import placeholder_bundle
 
 NOISE = Perturbation(seed=5, temperature=0.8)
 USELESS = 30.0
@@ -300,7 +301,7 @@ def test_planner_with_a_failing_draft_keeps_the_list() -> None:
 
 def test_planners_of_the_same_models_share_estimates(tmp_path: Path) -> None:
     """A changed catalogue keeps the estimates of its models; other models begin anew."""
-    manifest = write_bundle(tmp_path, random_catalogue(20, (4, 4, 4), seed=0)).bundle.manifest
+    manifest = placeholder_bundle(tmp_path, random_catalogue(20, (4, 4, 4), seed=0)).manifest
     trie = random_catalogue(30, (4, 4, 4), seed=1).trie
     planners, context = Planners(PlanLimits()), PlanContext(beam_width=4, prompt_tokens=8)
     first = planners.of(manifest, trie)

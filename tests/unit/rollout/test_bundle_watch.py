@@ -13,7 +13,8 @@ from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track
-from tests.bundles import random_catalogue, write_bundle
+from tests.catalogues import random_catalogue
+from tests.placeholder_bundles import placeholder_bundle
 from tests.serving import LIVENESS_SECONDS
 
 
@@ -60,7 +61,7 @@ class Host:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifests of several versions."""
     root = tmp_path_factory.mktemp("bundles")
-    first = write_bundle(root / "first", random_catalogue(20, (4, 4), seed=0)).bundle
+    first = placeholder_bundle(root / "first", random_catalogue(20, (4, 4), seed=0))
     for name in ("second", "bad", "slow"):
         (root / name).mkdir()
         write_manifest(root / name, first.manifest.model_copy(update={"catalogue_version": name}))

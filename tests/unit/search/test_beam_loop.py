@@ -30,6 +30,7 @@ from tests.oracles.worlds import (
     nothing,
     only,
 )
+from tests.profiles import either
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def expected_levels(world: World, width: int, excluded: Sequence[str]) -> list[l
     return naive_beam_search(world.naive, world.model, width, lambda path: world.naive.alive(path, excluded))
 
 
-@settings(max_examples=200)
+@settings(max_examples=either(40, 200))
 @given(worlds(), st.integers(1, 8), choices(), st.data())
 def test_a_strict_list_is_the_naive_beam_search(world: World, width: int, choice: Choice, data: st.DataObject) -> None:
     """THE promise: paths, order and scores are equal, with any plan, rule, width and exclusion."""

@@ -19,7 +19,7 @@ from atspeed.engine.search.beams import Beams, children_by_gumbel, children_by_s
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft
@@ -27,6 +27,7 @@ from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_steps
+from tests.profiles import either
 
 AMPLE = 1_000
 NOISE = Perturbation(seed=5, temperature=0.8)
@@ -122,7 +123,7 @@ def drafted(case: Case, below: Beams | None = None) -> tuple[Plan, list[list[int
     """The drafter's plan, checked as the orchestrator does, and what its passes read."""
     evaluator = TableEvaluator(case.world, case.scales)
     order = case.order if below is None else DraftRequest(**{**vars(case.order), "below": below})
-    made = asyncio.run(Drafter(evaluator).plan(order))  # type: ignore[arg-type]
+    made = asyncio.run(LanguageModelDrafter(evaluator).plan(order))  # type: ignore[arg-type]
     made.plan.check(case.world.trie, limit=case.size.max_nodes)
     assert made.passes == len(evaluator.asked)
     return made.plan, evaluator.asked
@@ -155,7 +156,7 @@ def test_the_best_of_some_rows_are_those_that_sorting_would_take(scores: list[in
     assert sorted(node[some.best_among(rows, width)]) == sorted(some.take(rows).best(width).node)
 
 
-@settings(max_examples=400)
+@settings(max_examples=either(80, 400))
 @given(cases())
 def test_a_plan_is_what_its_definition_says(case: Case) -> None:
     """The nodes, and what was expanded on the way to them: nothing that had been cut already."""
@@ -165,7 +166,7 @@ def test_a_plan_is_what_its_definition_says(case: Case) -> None:
     assert [case.world.paths(np.array(nodes)) for nodes in asked] == expected.expanded
 
 
-@settings(max_examples=200)
+@settings(max_examples=either(40, 200))
 @given(cases(), st.data())
 def test_a_plan_below_deep_beams_is_what_its_definition_says(case: Case, data: st.DataObject) -> None:
     """After a miss, with the target's scores at the start in place of the draft's."""
@@ -298,7 +299,7 @@ def policies(draw: st.DrawFn) -> Policy:
     return draw(st.sampled_from(both))
 
 
-@settings(max_examples=200)
+@settings(max_examples=either(40, 200))
 @given(cases(), policies(), st.integers(0, 2**32))
 def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> None:
     """A draft with another table than the target's, or the same one: lists are the target's own, score for score."""
@@ -312,7 +313,7 @@ def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> N
 
     alone = search(ScriptedDraft(truth.trie, nothing))
     for table in (case.world, truth):
-        drafter = Drafter(TableEvaluatorPerPlan(table, case.scales))  # type: ignore[arg-type]
+        drafter = LanguageModelDrafter(TableEvaluatorPerPlan(table, case.scales))  # type: ignore[arg-type]
         order = DraftRequest(**{**vars(case.order), "proposal": policy.proposal})
         assert search(ModelDraft(drafter, truth.trie, order)) == alone
 

@@ -32,6 +32,7 @@ from tests.oracles.simulation import (
     curve,
 )
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
+from tests.profiles import either
 
 NOISE = Perturbation(seed=5, temperature=0.8)
 USELESS = 30.0
@@ -52,7 +53,7 @@ class RandomSizer(FixedPlanSizer):
         return plan.take(np.sort(PlanPrefixes.of(plan, complete=True).order[:count]))
 
 
-@settings(max_examples=100)
+@settings(max_examples=either(25, 100))
 @given(
     naive_tries(levels=(2, 3, 4), max_items=30),
     st.sampled_from(ScoringRule),
@@ -77,7 +78,7 @@ def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: 
     assert planned == search(ScriptedDraft(truth.trie, nothing))
 
 
-@settings(max_examples=30)
+@settings(max_examples=either(15, 30))
 @given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0.0, 2.0))
 def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, ms_per_token: float) -> None:
     """Every cut, of the first levels and of all levels, is evaluated from the definition: the pass, and each first miss."""

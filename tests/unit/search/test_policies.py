@@ -40,11 +40,22 @@ from tests.oracles.naive_search import (
 )
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.policies import NAIVE, search
-from tests.oracles.statistics import chi_square_p, same_law_p
+from tests.oracles.statistics import chi_square_p, detectable_effect, same_law_p
 from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, naive_tries, nothing
+from tests.profiles import either
 
 SIGNIFICANT = 0.01
-SEEDS = 20_000
+SEEDS = either(2_500, 20_000)
+RELAXED_SEEDS = either(700, 2_000)
+
+
+def test_laws_find_small_differences() -> None:
+    """Effect sizes that a chi-square over these draws finds in 99 of 100 cases; 0.1 is a small effect, 0.3 a medium one.
+
+    The lists have at most 7 first places and 21 sets of two.
+    """
+    assert detectable_effect(SEEDS, 7, SIGNIFICANT) < 0.12
+    assert detectable_effect(RELAXED_SEEDS, 21, SIGNIFICANT / 3) < 0.3
 
 
 def lists(
@@ -106,7 +117,7 @@ class _Everything:
 def test_an_exact_sample_has_the_law_of_draws_without_replacement(
     rule: ScoringRule, temperature: float, excluded: tuple[str, ...]
 ) -> None:
-    """Four statistics of lists of three, over 20,000 seeds, against the enumerated law.
+    """Four statistics of lists of three, over many seeds, against the enumerated law.
 
     The first place; the ordered pair of the first two; the set of all three; and each path's inclusion in the list,
     whose seven tests share one threshold (Bonferroni). The law is the product of the steps' probabilities, at the
@@ -232,9 +243,9 @@ def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSam
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_without_a_plan_every_level_is_an_exact_draw_from_p(temperature: float) -> None:
-    """Lists of two as sets, over 1,500 seeds, against the law of drawing level by level."""
+    """Lists of two as sets, over many seeds, against the law of drawing level by level."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    drawn = lists(world, relaxed(2, 1500, temperature), ScriptedDraft(world.trie, nothing))
+    drawn = lists(world, relaxed(2, RELAXED_SEEDS, temperature), ScriptedDraft(world.trie, nothing))
     law = level_by_level_sets(NAIVE, world.model, temperature, 2)
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT
 
@@ -266,7 +277,7 @@ def test_a_draft_that_is_the_target_is_always_accepted() -> None:
 def test_a_draft_that_is_the_target_leaves_its_law(proposals: int) -> None:
     """q = p: drawing more than K and keeping the first K is drawing K. Three cases, a third of the threshold each."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    drawn = drafted_lists(world, world, relaxed(2, 1500), proposals)
+    drawn = drafted_lists(world, world, relaxed(2, RELAXED_SEEDS), proposals)
     law = level_by_level_sets(NAIVE, world.model, 1.0, 2)
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT / 3
 
@@ -301,23 +312,23 @@ NAIVE_TRIE = World.random(NAIVE, ScoringRule.VOCAB, seed=5).trie
 
 @pytest.mark.parametrize(("width", "proposals"), [(1, 1), (1, 3), (2, 3), (2, 4), (3, 3)])
 def test_relaxed_sampling_follows_its_written_rule(width: int, proposals: int) -> None:
-    """Accept by u <= p / q, keep the first K of the accepted, else fill from the residual: 1,500 runs of ours, 6,000 of it.
+    """Accept by u <= p / q, keep the first K of the accepted, else fill from the residual.
 
     Loss included: this is the rule's law and not p's. Five cases, so each has a fifth of the threshold.
     """
     target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
     p, q = (_first_level(world) for world in (target, other))
     assert np.abs(p - q).sum() > 0.5
-    ours = drafted_lists(target, other, relaxed(width, 1500), proposals)
+    ours = drafted_lists(target, other, relaxed(width, RELAXED_SEEDS), proposals)
     rng = np.random.default_rng(4)
-    theirs = Counter(relaxed_rule(rng, p, q, proposals, width) for _ in range(6000))
+    theirs = Counter(relaxed_rule(rng, p, q, proposals, width) for _ in range(4 * RELAXED_SEEDS))
     assert same_law_p(Counter(frozenset(path[0] for path in draw) for draw in ours), theirs) > SIGNIFICANT / 5
 
 
 def test_one_proposal_of_one_is_drawn_from_p() -> None:
     """K = N = 1 is ordinary speculative sampling, the one case in which the rule keeps the target's law."""
     target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
-    drawn = Counter(draw[0][0] for draw in drafted_lists(target, other, relaxed(1, 2000), 1))
+    drawn = Counter(draw[0][0] for draw in drafted_lists(target, other, relaxed(1, RELAXED_SEEDS), 1))
     assert chi_square_p(drawn, dict(enumerate(_first_level(target).tolist()))) > SIGNIFICANT
 
 
@@ -327,12 +338,13 @@ def _first_level(world: World) -> npt.NDArray[np.float64]:
 
 @pytest.mark.parametrize("stream", [Stream.PROPOSAL, Stream.RESIDUAL])
 def test_sampling_without_replacement_has_its_law(stream: Stream) -> None:
-    """Ordered pairs of four weights, one of them zero, over 10,000 seeds."""
+    """Ordered pairs of four weights, one of them zero, over many seeds."""
     probability = np.array([0.5, 0.0, 0.3, 0.2])
     node = np.array([1, 2, 3, 4])
     law = draws_without_replacement({(0,): 0.5, (2,): 0.3, (3,): 0.2}, 2)
     drawn = Counter(
-        tuple((row,) for row in _draw(node, probability, 2, seed, stream).tolist()) for seed in range(10_000)
+        tuple((row,) for row in _draw(node, probability, 2, seed, stream).tolist())
+        for seed in range(either(2_000, 10_000))
     )
     assert chi_square_p(drawn, law) > SIGNIFICANT
     assert sorted(_draw(node, probability, 9, 0, stream).tolist()) == [0, 2, 3]

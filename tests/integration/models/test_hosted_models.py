@@ -27,7 +27,8 @@ from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_m
 from atspeed.model_host.settings import ModelSettings
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.serving import LIVENESS_SECONDS
 
 

@@ -19,7 +19,8 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import BOS, EOH, random_catalogue, write_bundle
+from tests.bundles import BOS, EOH, write_bundle
+from tests.catalogues import random_catalogue
 from tests.corrupt_models import corrupt
 from tests.oracles.models import DictStore, Models
 from tests.oracles.naive_trie import NaiveTrie
