@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ from orchestrator.search.beam_loop import Draft, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict, Tolerance
 from tests.catalogues import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run_steps
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run_now, run_steps
 
 MILLISECOND = 1_000_000
 PROMPT_TOKENS = 8
@@ -183,6 +182,8 @@ class Simulation:
         self.catalogue = random_catalogue(items, codes, seed=1)
         paths = {self.catalogue.id_of(n): tuple(self.catalogue.codes[n].tolist()) for n in range(items)}
         self._naive = NaiveTrie(paths, codes)
+        # Requests of one user follow each other: with and without a planner, and again.
+        self._worlds = lru_cache(maxsize=64)(self._new_worlds)
 
     def serve(
         self,
@@ -202,7 +203,7 @@ class Simulation:
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
         sizer = planner.sizer(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
         behind = SizedDraft(draft, sizer, table) if sizer else alone
-        result = asyncio.run(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
+        result = run_now(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
         if sizer:
             sizer.learn(result.memo, target.usage, draft.usage)
         leaves = result.leaves
@@ -213,7 +214,7 @@ class Simulation:
         """Return the draft of a user."""
         return SimulatedDraft(self._worlds(user)[1], self.machine, proposal, None, lambda plan: plan)
 
-    def _worlds(self, user: int) -> tuple[World, World]:
+    def _new_worlds(self, user: int) -> tuple[World, World]:
         rng, trie = np.random.default_rng(user), self.catalogue.trie
         logits = rng.normal(size=(trie.nodes, trie.columns)) * 1.5
         drafted = logits + self.noise * rng.normal(size=logits.shape)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,24 @@ from atspeed.engine.search.trie import Pruning, Trie
 from tests.oracles.naive_search import NaiveModel
 from tests.oracles.naive_trie import NaiveTrie, Path
 
+Result = TypeVar("Result")
 Choice = Callable[[Int64], npt.NDArray[np.bool_]]
 """Which of some inner nodes a fake draft plans."""
 
 # Anything that UTF-8 can spell, but for NUL, which the catalogue refuses at the end of an id.
 item_ids = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
+
+
+def run_now(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine that never waits, such as a search over these fakes.
+
+    `asyncio.run` takes a millisecond for an event loop, and more to print the result for a signal handler.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return cast("Result", end.value)
+    raise AssertionError("the coroutine waits")
 
 
 def run_steps(steps: PassProgram[Found], evaluate: Callable[[Int64], Evaluation]) -> Found:

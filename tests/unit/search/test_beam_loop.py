@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +28,7 @@ from tests.oracles.worlds import (
     naive_tries,
     nothing,
     only,
+    run_now,
 )
 from tests.profiles import either
 
@@ -52,7 +52,7 @@ def search(world: World, policy: Policy, draft: Draft | Choice, excluded: Sequen
     noise = policy.noise if policy.perturbed else None
     target = TableTarget(world, world.pruning(excluded), policy.max_children, noise)
     used = ScriptedDraft(world.trie, draft) if callable(draft) else draft
-    result = asyncio.run(beam_search(world.trie, world.rule, policy, target, used))
+    result = run_now(beam_search(world.trie, world.rule, policy, target, used))
     return Run(result, target.asked)
 
 
@@ -234,7 +234,7 @@ def test_a_failing_target_fails_the_search() -> None:
     world = World.random(naive, ScoringRule.VOCAB, 0)
     draft = ScriptedDraft(world.trie, nothing)
     with pytest.raises(ConnectionError):
-        asyncio.run(beam_search(world.trie, world.rule, Strict(1), Broken(), draft))  # type: ignore[arg-type]
+        run_now(beam_search(world.trie, world.rule, Strict(1), Broken(), draft))  # type: ignore[arg-type]
 
 
 @given(naive_tries())

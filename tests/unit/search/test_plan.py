@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from tests.oracles.models import ModelDraft
 from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_steps
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now, run_steps
 from tests.profiles import either
 
 AMPLE = 1_000
@@ -123,7 +122,7 @@ def drafted(case: Case, below: Beams | None = None) -> tuple[Plan, list[list[int
     """The drafter's plan, checked as the orchestrator does, and what its passes read."""
     evaluator = TableEvaluator(case.world, case.scales)
     order = case.order if below is None else DraftRequest(**{**vars(case.order), "below": below})
-    made = asyncio.run(LanguageModelDrafter(evaluator).plan(order))  # type: ignore[arg-type]
+    made = run_now(LanguageModelDrafter(evaluator).plan(order))  # type: ignore[arg-type]
     made.plan.check(case.world.trie, limit=case.size.max_nodes)
     assert made.passes == len(evaluator.asked)
     return made.plan, evaluator.asked
@@ -308,7 +307,7 @@ def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> N
 
     def search(draft: Any) -> list[tuple[int, float]]:
         target = TableTarget(truth, case.pruning, policy.max_children, noise)
-        leaves = asyncio.run(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
+        leaves = run_now(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
         return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
 
     alone = search(ScriptedDraft(truth.trie, nothing))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,7 +29,7 @@ from tests.oracles.simulation import (
     Simulation,
     curve,
 )
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now
 from tests.profiles import either
 
 NOISE = Perturbation(seed=5, temperature=0.8)
@@ -69,7 +67,7 @@ def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: 
 
     def search(draft) -> list[tuple[int, float]]:  # type: ignore[no-untyped-def]
         target = TableTarget(truth, Pruning.none(), policy.max_children, noise)
-        leaves = asyncio.run(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
+        leaves = run_now(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
         return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
 
     drafting = SimulatedDraft(guess, FLAT, policy.proposal, policy.noise, lambda plan: plan)
@@ -87,7 +85,7 @@ def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, m
     context = PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)
     drafting = simulation.draft(int(rng.integers(100)), Proposal.TOP)
     asked = PlanSize(width, int(rng.integers(1, 100)), 100)
-    plan = asyncio.run(drafting.plan(Beams.root(), asked))
+    plan = run_now(drafting.plan(Beams.root(), asked))
     sizer = AdaptivePlanSizer(simulation.catalogue.trie, context, 40, 240, workload, state)
     kept = sizer.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
     kept.check(simulation.catalogue.trie, limit=len(plan.node))

@@ -6,7 +6,6 @@ A p-value is a function of the code alone; one below its threshold means that th
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from tests.oracles.naive_search import (
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.policies import NAIVE, search
 from tests.oracles.statistics import chi_square_p, detectable_effect, same_law_p
-from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, naive_tries, nothing
+from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, naive_tries, nothing, run_now
 from tests.profiles import either
 
 SIGNIFICANT = 0.01
@@ -69,7 +68,7 @@ def lists(
         leaves = [(await search(world, policy, draft, pruning)).leaves for policy in policies]
         return [tuple(world.paths(listed.node)) for listed in leaves]
 
-    return asyncio.run(run())
+    return run_now(run())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_the_children_of_an_evaluated_level_are_built_once(
 
     monkeypatch.setattr(search_rules, builder, counted)
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    asyncio.run(search(world, policy, ScriptedDraft(world.trie, everything)))
+    run_now(search(world, policy, ScriptedDraft(world.trie, everything)))
     assert sum(count > 0 for count in built) == NAIVE.levels
 
 
@@ -125,7 +124,7 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
     makes one pass of three and changes no list (held by the next test and in test_beam_loop).
     """
     world = World.random(NAIVE, rule, seed=5)
-    draft = _Everything(asyncio.run(ScriptedDraft(world.trie, everything).plan(Beams.root())))
+    draft = _Everything(run_now(ScriptedDraft(world.trie, everything).plan(Beams.root())))
     policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(SEEDS))
     drawn = lists(world, policies, draft, excluded)
 
@@ -234,7 +233,7 @@ def drafted_lists(
         found = [await search(target, policy, SamplingDraft(draft, proposals, policy.noise)) for policy in policies]
         return [tuple(target.paths(result.leaves.node)) for result in found]
 
-    return asyncio.run(run())
+    return run_now(run())
 
 
 def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSampling]:
@@ -255,7 +254,7 @@ def test_a_low_temperature_still_fills_the_list() -> None:
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
     draft = ScriptedDraft(world.trie, nothing)
     for seed in range(20):
-        result = asyncio.run(search(world, RelaxedSampling(5, Perturbation(seed, 0.001)), draft))
+        result = run_now(search(world, RelaxedSampling(5, Perturbation(seed, 0.001)), draft))
         assert len(result.leaves) == 5
 
 
@@ -270,7 +269,7 @@ def test_a_draft_that_is_the_target_is_always_accepted() -> None:
             assert result.memo.passes == 1
             assert len(result.leaves) == 3
 
-    asyncio.run(run())
+    run_now(run())
 
 
 @pytest.mark.parametrize("proposals", [3, 5, 9])
@@ -294,7 +293,7 @@ def test_an_exhausted_residual_is_filled_from_p(planned: int) -> None:
             assert len(result.leaves) == 4
             assert result.leaves.score.tolist() == sorted(result.leaves.score.tolist(), reverse=True)
 
-    asyncio.run(run())
+    run_now(run())
 
 
 def test_plan_without_evaluations_is_no_proposal() -> None:
