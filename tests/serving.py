@@ -219,7 +219,7 @@ def storm(
 
 
 def until(condition: Callable[[], bool], *, pause: float = 0.01) -> None:
-    """Return when a condition holds that nobody announces."""
+    """Return when a condition holds that has no event."""
     end = time.monotonic() + LIVENESS_SECONDS
     while not condition():
         assert time.monotonic() < end, "it never came"

@@ -94,7 +94,7 @@ class Prober:
         return wire.to_array(model.prompt.tokens(list(tokens)))
 
 
-def test_nothing_of_a_forgotten_user_is_found_anywhere(
+def test_no_block_of_an_erased_user_is_found(
     client: Client, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue
 ) -> None:
     """Another user with the very same history keeps everything: users share no block."""
@@ -138,9 +138,9 @@ class Gate:
         self._loop.call_soon_threadsafe(self._event.set)
 
 
-@pytest.mark.parametrize("heard", [False, True])
-async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
-    heard: bool,
+@pytest.mark.parametrize("applied", [False, True])
+async def test_shadow_check_restores_no_block_of_an_erased_user(
+    applied: bool,
     replicas: LocalStack,
     redis_url: str,
     bundle: Path,
@@ -149,7 +149,7 @@ async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
 ) -> None:
     """A shadow check makes a list again after its reply; its user is forgotten between the two.
 
-    heard: whether the replicas know by then, or only Redis does. The models are processes; the orchestrator is in this one.
+    applied: whether the replicas know by then, or only Redis does. The models are processes; the orchestrator is in this one.
     """
     ours = replicas.orchestrators[0].flags
     settings = OrchestratorSettings.model_validate(
@@ -168,15 +168,15 @@ async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
     )
     gate = Gate(monkeypatch)
     async with application(settings) as registrations, running(settings, registrations) as server:
-        await asyncio.to_thread(live_through, server.address, gate, replicas, redis_url, bundle, catalogue, heard)
+        await asyncio.to_thread(live_through, server.address, gate, replicas, redis_url, bundle, catalogue, applied)
 
 
 def live_through(
-    address: str, gate: Gate, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue, heard: bool
+    address: str, gate: Gate, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue, applied: bool
 ) -> None:
     """Blocking, beside the orchestrator's event loop."""
-    user = f"leaver-{heard}"
-    history = random_history(catalogue, WINDOW, seed=5000 + heard)
+    user = f"leaver-{applied}"
+    history = random_history(catalogue, WINDOW, seed=5000 + applied)
     probe = Prober(bundle, catalogue, user_cache_key("", user), history)
     with Client(address) as client, redis.Redis.from_url(redis_url) as store:
         client.record(user, history)
@@ -184,7 +184,7 @@ def live_through(
         until(lambda: gate.waiting == 1)
         until(lambda: bool(store.exists(user_blocks_name(user_cache_key("", user)))))
         client.stub.ForgetUser(pb.ForgetUserRequest(user_id=user), timeout=LIVENESS_SECONDS)
-        if heard:
+        if applied:
             until(lambda: not any(probe.everywhere(replicas)))
         gate.open()
         until(lambda: client.info().shadow_checks.identical == 1)

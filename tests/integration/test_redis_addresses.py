@@ -24,7 +24,7 @@ def redis_socket(tmp_path: Path) -> Iterator[Path]:
         server.terminate()
 
 
-async def test_a_unix_socket_is_spoken_to(redis_socket: Path) -> None:
+async def test_unix_socket_is_used(redis_socket: Path) -> None:
     async with connect(f"unix://{redis_socket}?db=3", timeout_seconds=10) as client:
         await client.set("a", "b")
         assert (await client.info("keyspace"))["db3"]["keys"] == 1
@@ -33,7 +33,7 @@ async def test_a_unix_socket_is_spoken_to(redis_socket: Path) -> None:
 @pytest.mark.parametrize(
     "url", ["redis://:p%23a%2Fb@127.0.0.1:{port}/1", "redis://default:p%23a%2Fb@127.0.0.1:{port}?db=1"]
 )
-async def test_a_percent_encoded_password_is_the_right_one(url: str) -> None:
+async def test_percent_encoded_password_is_decoded(url: str) -> None:
     with LocalRedis() as server:
         async with connect(server.url, timeout_seconds=10) as client:
             await client.config_set("requirepass", "p#a/b")

@@ -73,14 +73,14 @@ async def evaluate(evaluator: TreeEvaluator, prompt: Int64, nodes: Sequence[int]
     return found
 
 
-def sound_prompt(models: Models, seed: int = 0) -> Int64:
+def valid_prompt(models: Models, seed: int = 0) -> Int64:
     """Of a history without the corrupt code."""
     prompts = (models.prompt(3, seed=number) for number in range(seed * 100, (seed + 1) * 100))
     return next(prompt for prompt in prompts if token_of(models, 2) not in prompt)
 
 
 async def test_a_pass_that_reads_a_corrupt_code_has_no_numbers_and_others_do(whole: Models, corrupted: Models) -> None:
-    prompt = sound_prompt(corrupted)
+    prompt = valid_prompt(corrupted)
     async with opened(corrupted) as evaluator, opened(whole) as expected:
         with pytest.raises(NoNumbersError, match="evaluation: some of 2 nodes"):
             await evaluate(evaluator, prompt, [ROOT, 2])
@@ -91,7 +91,7 @@ async def test_a_pass_that_reads_a_corrupt_code_has_no_numbers_and_others_do(who
 
 async def test_what_an_invalid_pass_computed_of_the_prompt_is_in_no_cache(whole: Models, corrupted: Models) -> None:
     """It once was: from then on no pass of that user had numbers, planned or not."""
-    prompt, store = sound_prompt(corrupted), DictStore()
+    prompt, store = valid_prompt(corrupted), DictStore()
     async with opened(corrupted, store) as evaluator:
         with pytest.raises(NoNumbersError):
             await evaluate(evaluator, prompt, [ROOT, 2])
@@ -107,7 +107,7 @@ async def test_what_an_invalid_pass_computed_of_the_prompt_is_in_no_cache(whole:
 
 async def test_what_shares_a_pass_with_an_invalid_one_is_judged_by_itself(corrupted: Models) -> None:
     """Whatever their lengths, so with padding in both: padding is made of tokens of the tree itself."""
-    prompts = [sound_prompt(corrupted, seed) for seed in range(3)]
+    prompts = [valid_prompt(corrupted, seed) for seed in range(3)]
     nodes = [[ROOT, 1, 3, 4], [ROOT, 2], [ROOT]]
     async with opened(corrupted) as evaluator:
         alone = [await evaluate(evaluator, prompts[row], nodes[row]) for row in (0, 2)]
@@ -130,7 +130,7 @@ async def test_plain_passes_work_beside_a_corrupt_code_and_its_cost_is_measured(
 
 
 @pytest.mark.parametrize("what", ["first of a prompt", "last of a prompt", 0, 1], ids=str)
-async def test_plain_passes_do_not_work_where_nobody_s_search_comes_to_an_end(
+async def test_plain_passes_fail_where_no_search_ends(
     whole: Models, tmp_path_factory: pytest.TempPathFactory, what: str | int
 ) -> None:
     trie, tokens = whole.catalogue.trie, whole.bundle.bundle.manifest.target.code_tokens

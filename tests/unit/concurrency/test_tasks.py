@@ -28,7 +28,7 @@ async def test_the_task_ends_with_the_block() -> None:
     assert logged == []
 
 
-async def test_a_task_that_fails_is_heard_of_and_the_block_goes_on() -> None:
+async def test_failed_task_is_logged_and_the_block_continues() -> None:
     async def work() -> None:
         raise ValueError("broken")
 

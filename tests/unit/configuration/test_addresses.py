@@ -107,7 +107,7 @@ def test_a_url_from_a_file_with_more_than_the_url_in_it_is_refused(url: str, tmp
 
 
 @pytest.mark.parametrize("url", GOOD_URLS)
-def test_a_url_that_names_a_redis_is_taken_as_it_is(url: str, tmp_path: Path) -> None:
+def test_valid_redis_url_is_kept(url: str, tmp_path: Path) -> None:
     assert check_redis_url(url) == url
     assert TargetSettings.load([f"--bundle={tmp_path}", f"--redis-url={url}"]).redis_url.get_secret_value() == url
     connect(url, timeout_seconds=1.0)
@@ -154,7 +154,7 @@ def test_commands_refuse_a_bad_url_too(tmp_path: Path, monkeypatch: pytest.Monke
         "127.1:5",
     ],
 )
-def test_an_address_that_grpc_would_refuse_later_is_refused(
+def test_invalid_grpc_address_is_refused_at_start(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"PORT|socket"):
@@ -176,7 +176,7 @@ def test_an_address_that_grpc_would_refuse_later_is_refused(
         "unix:a",
     ],
 )
-def test_an_address_in_grpcs_spelling_is_taken_as_it_is(address: str) -> None:
+def test_valid_grpc_address_is_kept(address: str) -> None:
     assert target_uri(address) == address
 
 
@@ -216,9 +216,7 @@ def test_a_ca_of_redis_that_is_none_is_named_before_redis_is_asked(tmp_path: Pat
         ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere/ca.pem"),
     ],
 )
-def test_a_variable_of_the_exporter_that_it_would_misread_is_named(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_exporter_variable_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(StartupError, match=f"^{name}: must be") as refusal:
         check_otlp_variables()
@@ -228,6 +226,6 @@ def test_a_variable_of_the_exporter_that_it_would_misread_is_named(
 @pytest.mark.parametrize(
     "endpoint", ["http://jaeger:4317", "https://otel.example.com", "collector:4317", "http://[::1]:4317/v1/traces"]
 )
-def test_an_endpoint_that_the_exporter_understands_is_taken(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_exporter_endpoint_is_accepted(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     check_otlp_variables()

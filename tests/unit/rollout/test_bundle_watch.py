@@ -129,7 +129,7 @@ async def test_path_missing_once_is_ignored(link: Path) -> None:
 
 
 async def test_circle_of_links_is_rejected_until_repaired(link: Path) -> None:
-    """They once ended the watch, and nobody was told."""
+    """They once ended the watch without an error."""
     host = Host(link)
     host.move_to(link.name)
     for _ in range(3):
@@ -193,5 +193,5 @@ async def test_sighup_checks_at_once(link: Path) -> None:
     async with watch_bundles([host.watch], poll_seconds=3600), asyncio.timeout(LIVENESS_SECONDS):
         host.move_to("second")
         os.kill(os.getpid(), signal.SIGHUP)
-        while host.activated != ["second"]:  # noqa: ASYNC110 - nobody announces it
+        while host.activated != ["second"]:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)

@@ -157,7 +157,7 @@ def test_the_best_of_some_rows_are_those_that_sorting_would_take(scores: list[in
 
 @settings(max_examples=either(80, 400))
 @given(cases())
-def test_a_plan_is_what_its_definition_says(case: Case) -> None:
+def test_plan_matches_its_definition(case: Case) -> None:
     """The nodes, and what was expanded on the way to them: nothing that had been cut already."""
     plan, asked = drafted(case)
     expected = by_definition(case, Beams.root())
@@ -167,7 +167,7 @@ def test_a_plan_is_what_its_definition_says(case: Case) -> None:
 
 @settings(max_examples=either(40, 200))
 @given(cases(), st.data())
-def test_a_plan_below_deep_beams_is_what_its_definition_says(case: Case, data: st.DataObject) -> None:
+def test_plan_below_deep_beams_matches_its_definition(case: Case, data: st.DataObject) -> None:
     """After a miss, with the target's scores at the start in place of the draft's."""
     depth = data.draw(st.integers(1, case.world.naive.levels - 1))
     there = [path for path in case.inner if len(path) == depth]
