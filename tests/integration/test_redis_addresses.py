@@ -1,4 +1,4 @@
-"""Addresses of Redis that a client uses as they are meant: a Unix socket, a percent-encoded password."""
+"""Addresses of Redis that a client uses as they are meant: a Unix socket, a percent-encoded password; commands refuse others."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from atspeed.cli.main import app
 from atspeed.engine.kv.redis_client import connect
-from atspeed.local.redis_server import LocalRedis, server_binary
+from atspeed.local.redis_server import LocalRedis, LocalRedisError, local_redis, server_binary
 from tests.serving import until
 
 
@@ -40,3 +42,15 @@ async def test_percent_encoded_password_is_decoded(url: str) -> None:
         port = server.url.rpartition(":")[2].partition("/")[0]
         async with connect(url.format(port=port), timeout_seconds=10) as client:
             assert await client.set("a", "b")
+
+
+def test_commands_refuse_a_bad_url_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis://:Secret#1@127.0.0.1:6379/0"
+    done = CliRunner().invoke(app, ["up", str(tmp_path), "--redis-url", url])
+    assert done.exit_code == 2
+    assert "--redis-url" in done.output
+    assert "Secret" not in done.output
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(LocalRedisError, match=r"REDIS_URL: must hold no #") as refusal, local_redis():
+        pass
+    assert "Secret" not in str(refusal.value)

@@ -183,7 +183,7 @@ class Simulation:
         paths = {self.catalogue.id_of(n): tuple(self.catalogue.codes[n].tolist()) for n in range(items)}
         self._naive = NaiveTrie(paths, codes)
         # Requests of one user follow each other: with and without a planner, and again.
-        self._worlds = lru_cache(maxsize=64)(self._new_worlds)
+        self._worlds = lru_cache(maxsize=128)(self._new_worlds)
 
     def serve(
         self,

@@ -138,8 +138,8 @@ def test_planner_finds_a_draft_that_becomes_useful() -> None:
     It takes as many plans as the planner needed to learn that the draft is useless, and a good part of that again.
     """
     machine = Machine(curve(20, 24, 0.6), curve(10, 64, 0.05))
+    useless, useful = (_with_a_wide_first_level(machine, noise=noise) for noise in (USELESS, 0.0))
     for share, found in ((0.5, True), (0.0, False)):
-        useless, useful = (_with_a_wide_first_level(machine, noise=noise) for noise in (USELESS, 0.0))
         planner = adaptive(useless, explored_share=share)
         asked = [useless.serve(planner, user).report.nodes_asked > 0 for user in range(40)]
         assert share or not any(asked[32:])

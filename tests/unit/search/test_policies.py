@@ -44,8 +44,8 @@ from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, na
 from tests.profiles import either
 
 SIGNIFICANT = 0.01
-SEEDS = either(2_500, 20_000)
-RELAXED_SEEDS = either(700, 2_000)
+SEEDS = either(2_000, 20_000)
+RELAXED_SEEDS = either(500, 2_000)
 
 
 def test_laws_find_small_differences() -> None:
@@ -53,8 +53,8 @@ def test_laws_find_small_differences() -> None:
 
     The lists have at most 7 first places and 21 sets of two.
     """
-    assert detectable_effect(SEEDS, 7, SIGNIFICANT) < 0.12
-    assert detectable_effect(RELAXED_SEEDS, 21, SIGNIFICANT / 3) < 0.3
+    assert detectable_effect(SEEDS, 7, SIGNIFICANT) < 0.14
+    assert detectable_effect(RELAXED_SEEDS, 21, SIGNIFICANT / 3) < 0.34
 
 
 def lists(
@@ -149,9 +149,9 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
 
 @pytest.mark.parametrize("excluded", [(), ("b", "d", "f")])
 def test_a_draft_of_random_nodes_changes_no_exact_sample(excluded: tuple[str, ...]) -> None:
-    """For every seed of the first 150: the same list without a plan, with random ones and with all nodes planned."""
+    """For every seed of the first ones: the same list without a plan, with random ones and with all nodes planned."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    policies = [ExactSampling(3, Perturbation(seed, 0.8)) for seed in range(150)]
+    policies = [ExactSampling(3, Perturbation(seed, 0.8)) for seed in range(either(50, 150))]
     alone = lists(world, policies, ScriptedDraft(world.trie, nothing), excluded)
     for choice in (at_random(11, 0.5), everything):
         assert lists(world, policies, ScriptedDraft(world.trie, choice), excluded) == alone
