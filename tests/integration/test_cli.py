@@ -237,7 +237,7 @@ def read_line(process: subprocess.Popen[str], seconds: float = 120.0) -> str:
 
 
 def alive(number: int) -> bool:
-    """Whether a process runs; one that nobody has waited for yet does not."""
+    """Return whether a process runs. A zombie does not."""
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         try:

@@ -134,7 +134,7 @@ def lenient(made: TestBundle, redis_server: LocalRedis, tmp_path_factory: pytest
     ],
 )
 def test_list_without_history_warns(arguments: list[str], reason: str, said: str, lenient: str) -> None:
-    """It is the list of whoever has no history, not this user's."""
+    """It is the list of users without a history, not this user's."""
     shown = run("recommend", *arguments, "--address", lenient)
     assert shown.exit_code == 0, shown.output
     assert shown.stderr.startswith(f"warning: {said}: this list is the same for every user without a history\n")

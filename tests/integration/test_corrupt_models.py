@@ -173,7 +173,7 @@ def every_code(whole: Models, level: int) -> list[int]:
 def test_a_target_whose_plain_passes_give_no_numbers_is_unhealthy_from_the_start(
     whole: Models, tmp_path: Path, what: str | int
 ) -> None:
-    """A token of every prompt, or all codes of a level: nobody's list can be made. The service runs, and says so."""
+    """A token of every prompt, or all codes of a level: no list can be made. The service runs and reports it."""
     tokens = [EOH] if isinstance(what, str) else every_code(whole, what)
     bundle = copy(whole, tmp_path / "bundle", "target", tokens)
     version = Bundle(bundle).manifest.model_version("target")

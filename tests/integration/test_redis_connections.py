@@ -52,7 +52,7 @@ async def new_master(other_server: LocalRedis) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def demote(redis_client: Redis) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Make the old master a replica that keeps its connections and its data, and hears nothing of the new master's."""
+    """Make the old master a replica that keeps its connections and its data, and gets nothing of the new master's."""
 
     async def demoted() -> None:
         await redis_client.replicaof("127.0.0.1", 1)
@@ -271,7 +271,7 @@ class TestSilence:
             assert store.statistics.failures == 0
 
     async def test_an_event_whose_answer_was_lost_is_not_sent_again(self, proxy: RedisProxy) -> None:
-        """The call fails, as nobody knows; and then the event is there, once."""
+        """The call fails, as its outcome is unknown. Then the event is there, once."""
         async with connect(proxy.url, timeout_seconds=0.5) as client:
             histories = HistoryStore(client, 100, timeout_seconds=0.5)
             await histories.append("u", ["a"])

@@ -111,7 +111,7 @@ class TestEnd:
     def test_an_orchestrator_answers_what_it_has_begun(
         self, owned: ExitStack, stack: LocalStack, client: Client, catalogue: Catalogue, log_folder: Path
     ) -> None:
-        """Calls that wait for their plan when the signal comes get their lists; later ones find nobody."""
+        """Calls that wait for their plan at the signal get their lists. Later calls find no server."""
         histories = [random_history(catalogue, WINDOW, seed=seed) for seed in range(3)]
         expected = [client.recommend(history) for history in histories]
         release = threading.Event()

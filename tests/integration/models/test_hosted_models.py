@@ -153,7 +153,7 @@ async def evaluated(model: HostedModel[TreeEvaluator]) -> PassStats:
 
 
 async def test_new_catalogue_shares_weights_and_prefix_cache(bundle: Bundle, root: Path, tmp_path: Path) -> None:
-    """Nothing is loaded twice; who asks for the old version is still served, until nobody has for a while."""
+    """Nothing is loaded twice. The old version is served until it has been unused for a while."""
     other = update_catalogue(bundle, tmp_path / "other", {"new": (1, 2)}, ["item-3"])
     async with served(bundle=root, keep_version_seconds=0.2) as models:
         old = models.stable

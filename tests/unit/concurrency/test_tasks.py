@@ -34,7 +34,7 @@ async def test_failed_task_is_logged_and_the_block_continues() -> None:
 
     with capture_logs() as logged:
         async with background_task(work(), "work"):
-            while not logged:  # noqa: ASYNC110 - a log tells nobody when it has grown
+            while not logged:  # noqa: ASYNC110 - a log has no event
                 await asyncio.sleep(0)
             (entry,) = logged
             assert (entry["log_level"], entry["task"], str(entry["exc_info"])) == ("error", "work", "broken")

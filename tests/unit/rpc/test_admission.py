@@ -176,7 +176,7 @@ async def test_slot_that_comes_with_a_cancellation_is_passed_on() -> None:
     steps=st.lists(st.tuples(st.sampled_from(["arrive", "leave", "cancel"]), st.integers(0, 9), st.booleans())),
 )
 def test_invariants(slots: int, queue: int, steps: list[tuple[str, int, bool]]) -> None:
-    """No place too many is given and none is lost, nobody waits beside a free place, no batch request overtakes."""
+    """No slot too many is given and none is lost, no call waits beside a free slot, no batch request overtakes."""
     asyncio.run(hold(Admission(slots, queue), steps))
 
 

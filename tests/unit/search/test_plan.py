@@ -129,7 +129,7 @@ def drafted(case: Case, below: Beams | None = None) -> tuple[Plan, list[list[int
 
 
 def whole_tree(case: Case, start: Beams) -> dict[int, Beams]:
-    """Every live node below some beams as a beam of its own, whoever would ever expand it."""
+    """Every live node below some beams as a beam of its own."""
     trie, noise = case.world.trie, NOISE if case.proposal is Proposal.PERTURBED else None
     found, level = {int(node): start.take(np.array([row])) for row, node in enumerate(start.node)}, start
     for _ in range(int(trie.depth(start.node[:1])[0]), trie.levels - 1):
