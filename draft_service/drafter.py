@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ class DraftRequest:
         noise: seed and temperature, for the proposals PERTURBED and SAMPLE.
         with_evaluation: True to return the draft's log-probabilities too.
         tenant: tenant of the cached KV.
-        owner: user key of the cached KV.
+        user_key: user key of the cached KV.
     """
 
     prompt: Int64
@@ -49,7 +50,7 @@ class DraftRequest:
     noise: Perturbation | None = None
     with_evaluation: bool = False
     tenant: str = ""
-    owner: bytes = NO_USER_KEY
+    user_key: bytes = NO_USER_KEY
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,15 @@ class Drafted:
     passes: int
 
 
-class Drafter:
+class Drafter(Protocol):
     """Proposes the nodes that the target's search will probably need."""
+
+    async def plan(self, request: DraftRequest) -> Drafted:
+        """Make a plan. Raises PromptError or CapacityError for a request that does not fit, OverloadedError when busy."""
+
+
+class LanguageModelDrafter:
+    """Proposes nodes by beam search with a language model."""
 
     def __init__(self, evaluator: TreeEvaluator) -> None:
         self._evaluator = evaluator
@@ -83,7 +91,7 @@ class Drafter:
         Raises PromptError or CapacityError for a prompt or beams that do not fit the model, OverloadedError when it is busy.
         """
         growth = _PlanGrowth(request, self._trie, self._free, self._scale)
-        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, user_key=request.owner)
+        tree = await self._evaluator.open(request.prompt, tenant=request.tenant, user_key=request.user_key)
         try:
             plan, cost = await self._evaluator.run_steps(tree, growth.steps(), self._selection(request))
         finally:

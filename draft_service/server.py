@@ -20,6 +20,7 @@ from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.server import Registration
 from atspeed.v1 import draft_pb2, draft_pb2_grpc
+from draft_service.draft_kinds import make_drafter
 from draft_service.drafter import Drafter, DraftRequest
 from draft_service.metrics import PlanMetrics
 from draft_service.settings import DraftSettings
@@ -85,7 +86,7 @@ class _RequestParser:
             noise=noise,
             with_evaluation=request.with_evaluation,
             tenant=request.tenant,
-            owner=wire.owner(request.owner, "owner"),
+            user_key=wire.user_key(request.user_key, "user_key"),
         )
 
     def _size(self, request: draft_pb2.PlanRequest) -> PlanSize:
@@ -120,7 +121,7 @@ class _RequestParser:
 @asynccontextmanager
 async def application(settings: DraftSettings) -> AsyncIterator[list[Registration]]:
     """Load the draft model of the settings' bundle and yield its service."""
-    async with served_models(settings, "draft", lambda evaluator, _: Drafter(evaluator)) as models:
+    async with served_models(settings, "draft", make_drafter) as models:
         admission = Admission(settings.max_running, settings.max_queued)
         add = draft_pb2_grpc.add_DraftServiceServicer_to_server
         metrics = models.metrics.registry

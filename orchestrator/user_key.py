@@ -18,5 +18,5 @@ def user_cache_key(tenant: str, user_id: str) -> bytes:
 
 
 def digest(*parts: str) -> bytes:
-    """Return a hash of texts, USER_KEY_BYTES bytes. It hides the texts, but whoever knows them can compute it."""
+    """Return a hash of texts, USER_KEY_BYTES bytes. It hides the texts; those who know them can compute it."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=USER_KEY_BYTES, person=b"atspeed-identity").digest()

@@ -45,6 +45,14 @@ RunFolder = Annotated[Path, typer.Option(help="A finished run of `atspeed train`
 RunData = Annotated[Path | None, typer.Option(help="The data that the run's recipe reads.")]
 
 
+DataFolder = Annotated[
+    Path,
+    typer.Option(
+        help="The data set: a folder with items.jsonl and train/valid/test.txt.", exists=True, file_okay=False
+    ),
+]
+
+
 def _speculative(modes: list[Mode] | None) -> list[Mode] | None:
     if Mode.TARGET_ONLY in (modes or ()):
         raise typer.BadParameter("target-only does not speculate: the other modes are compared with it")
@@ -54,12 +62,7 @@ def _speculative(modes: list[Mode] | None) -> list[Mode] | None:
 @app.command("acceptance")
 def run_acceptance(
     bundle: BundleFolder,
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="The data set: a folder with items.jsonl and train/valid/test.txt.", exists=True, file_okay=False
-        ),
-    ],
+    data: DataFolder,
     users: Users = 1000,
     draft: Annotated[
         list[str] | None,

@@ -24,7 +24,7 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
@@ -201,7 +201,7 @@ class _Searcher:
             noise=policy.noise,
             with_evaluation=policy.proposal is Proposal.SAMPLE,
         )
-        draft = SharedTreeDraft(Drafter(drafting), trie, request)
+        draft = SharedTreeDraft(LanguageModelDrafter(drafting), trie, request)
         result = await beam_search(trie, self._rule, policy, target, draft)
         return _FinishedSearch(result, tuple(target.pass_levels), draft.passes)
 

@@ -250,7 +250,7 @@ def write(result: Result, folder: Path) -> Path:
 def _page(header: Mapping[str, Any], rows: Sequence[PrecisionRow]) -> Iterator[str]:
     asked = header["question"]
     yield from paragraphs(
-        "# What a number format costs and gives",
+        "# Cost and benefit of a number format",
         f"The bundle's target, exported anew in each format: lists of {rows[0].users} users of the test split, K = {asked['k']}, "
         f"by the target alone. Passes, with {asked['cached']} cached tokens and every new token's logits wanted, are timed of "
         f"{header['timed']}; formats take turns.",
@@ -263,7 +263,7 @@ def _page(header: Mapping[str, Any], rows: Sequence[PrecisionRow]) -> Iterator[s
         [(row.precision, *(_time(row, reference, str(new)) for new in TOKENS), f"{row.megabytes:.1f}") for row in rows],
     )
     yield from paragraphs(
-        "## What company changes",
+        "## Effect of co-batched requests",
         "Largest change of a log-probability between a node alone behind its prompt and the same node among 19 others.",
     )
     yield from markdown.table(("", "moved by"), [(row.precision, f"{row.moved_by_company:.1e}") for row in rows])

@@ -89,10 +89,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     async def _open(self, model: HostedModel[SearchRunner], start: target_pb2.EvaluateStart) -> _Opened:
         selection = self._selection(start, model.evaluator.trie)
         prompt = wire.vector(start.prompt, "start.prompt", "int64").astype(np.int64)
-        owner = wire.owner(start.owner, "start.owner")
+        user_key = wire.user_key(start.user_key, "start.user_key")
         if start.beam_width > model.info.max_nodes:
             raise InvalidArgumentError("start.beam_width", f"must be at most {model.info.max_nodes}")
-        return _Opened(model, await model.evaluator.open(prompt, tenant=start.tenant, user_key=owner), selection)
+        return _Opened(model, await model.evaluator.open(prompt, tenant=start.tenant, user_key=user_key), selection)
 
     def _selection(self, start: target_pb2.EvaluateStart, trie: Trie) -> Selection:
         return Selection(

@@ -28,6 +28,7 @@ from atspeed.training.bundles import entry_of
 from atspeed.training.export import export_decoder
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
+from tests.serving import WINDOW
 
 SPECIALS = 3  # pad, bos, end of history
 BOS, EOH = 1, 2
@@ -60,30 +61,6 @@ def random_model(architecture: str, vocab_size: int, seed: int, **overrides: obj
     built: PreTrainedModel = model(config(**shape))
     built.train(False)
     return built
-
-
-def random_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> Catalogue:
-    """Random code paths, some of them shared, under ids `item-<n>`."""
-    rng = np.random.default_rng(seed)
-    codes = np.stack([np.minimum(rng.geometric(0.15, items) - 1, size - 1) for size in codebook_sizes], axis=1)
-    return Catalogue.build([f"item-{n}" for n in range(items)], codes, codebook_sizes)
-
-
-def tailed_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> Catalogue:
-    """Random paths of one to L codes, each with a scored tail token behind it: the last code of every level but the first.
-
-    The items of a path are in a random order.
-    """
-    rng = np.random.default_rng(seed)
-    codes = np.full((items, len(codebook_sizes) + 1), -1)
-    for level, size in enumerate(codebook_sizes):
-        codes[:, level] = np.minimum(rng.geometric(0.3, items) - 1, size - 1)
-    ends, tails = rng.integers(1, len(codebook_sizes) + 1, items), np.array([*codebook_sizes, 0])
-    for path, end in zip(codes, ends.tolist(), strict=True):
-        path[end:] = [tails[end], *[-1] * (len(path) - end - 1)]
-    sizes = (codebook_sizes[0], *(size + 1 for size in codebook_sizes[1:]), 1)
-    ids, rank = [f"item-{n}" for n in range(items)], rng.permutation(items)
-    return Catalogue.build(ids, codes, sizes, tail_start=[*codebook_sizes, 0], rank=rank)
 
 
 def shared_tokens(catalogue: Catalogue) -> tuple[int, ...]:
@@ -185,3 +162,8 @@ def random_history(catalogue: Catalogue, length: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     chosen: npt.NDArray[np.int64] = rng.integers(0, catalogue.items, length)
     return [catalogue.id_of(int(item)) for item in chosen]
+
+
+def new_bundle(root: Path, catalogue: Catalogue) -> Path:
+    """The bundle that all these tests serve."""
+    return write_bundle(root, catalogue, max_items=WINDOW).root

@@ -9,17 +9,15 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
-from hypothesis import settings
 from redis.asyncio import Redis
 
 from atspeed.engine.kv.redis_client import connect
 from atspeed.local.redis_server import LocalRedis
+from tests.profiles import register
 
 MAX_MEMORY = "256mb"
 
-# How long an example takes says more about the machine than about the code.
-settings.register_profile("atspeed", deadline=None)
-settings.load_profile("atspeed")
+register()
 
 
 @pytest.fixture(scope="session")

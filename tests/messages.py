@@ -1,4 +1,4 @@
-"""Messages to the model services: good ones, and what spoils them."""
+"""Messages to the model services: good ones, and mutations that make them invalid."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import ServiceProcess
 from atspeed.rpc.channels import channel_options, target_uri
@@ -33,7 +32,6 @@ from atspeed.v1 import (
     target_pb2_grpc,
 )
 from atspeed.v1 import recommendation_pb2 as pb
-from tests.bundles import random_catalogue, write_bundle
 
 # For what must end at all, on however slow a machine.
 LIVENESS_SECONDS = 60.0
@@ -54,16 +52,6 @@ MODES = [
 ]
 SAMPLING = [pb.MODE_RELAXED_SAMPLING, pb.MODE_EXACT_SAMPLING]
 PLAIN = [mode for mode in MODES if mode not in SAMPLING]
-
-
-def new_catalogue(seed: int = 1, items: int = 400) -> Catalogue:
-    """Random items, several of which share a code path."""
-    return random_catalogue(items, (16, 12, 10, 8), seed)
-
-
-def new_bundle(root: Path, catalogue: Catalogue) -> Path:
-    """The bundle that all these tests serve."""
-    return write_bundle(root, catalogue, max_items=WINDOW).root
 
 
 class Link:
@@ -231,7 +219,7 @@ def storm(
 
 
 def until(condition: Callable[[], bool], *, pause: float = 0.01) -> None:
-    """Return when a condition holds that nobody announces."""
+    """Return when a condition holds that has no event."""
     end = time.monotonic() + LIVENESS_SECONDS
     while not condition():
         assert time.monotonic() < end, "it never came"

@@ -45,8 +45,9 @@ def _page(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[str]:
         f"Poisson arrivals through the real services, K = {header['k']}, histories from {header['data']}, mix of users: {mix}. "
         f"A step lasts {header['seconds']:g} s after {header['settle_seconds']:g} s that do not count, and has users of its own. "
         "Latency counts from the moment at which a request was planned to leave; one that failed is infinitely late. "
-        f"Goodput: replies per second within {LIMIT_FACTOR:g} times the unloaded median of target-only. Bare: the best closed "
-        "loop of target-only searches in one process, on the same threads, without gRPC, orchestrator and Redis.",
+        f"Goodput: replies per second within {LIMIT_FACTOR:g} times the unloaded median of target-only. In-process baseline: "
+        "the best closed loop of target-only searches in one process, on the same threads, without gRPC, orchestrator and "
+        "Redis.",
     )
     yield from origin(header, [("threads", f"{header['threads']} per target replica")])
     yield from figures(_figures(header, rows))
@@ -57,12 +58,13 @@ def _page(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[str]:
 
 def _figures(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[tuple[str, str]]:
     for replicas in _replicas(rows):
-        bare = header["bare"][str(replicas)]["searches_per_second"]
+        baseline = header["bare"][str(replicas)]["searches_per_second"]
         for mode in _modes(rows):
             best = sustained(rows, replicas, mode)
+            name = "goodput at rates whose p99 is within the limit, and its share of the in-process baseline"
             yield (
-                f"{replicas} replica(s), {mode}: goodput at rates whose p99 is within the limit, and its share of bare's",
-                f"{best:.1f} of {bare:.1f} per second, {best / bare:.0%}",
+                f"{replicas} replica(s), {mode}: {name}",
+                f"{best:.1f} of {baseline:.1f} per second, {best / baseline:.0%}",
             )
         some = [row for row in rows if row.replicas == replicas]
         on, off = ({row.offered_rps: row.goodput_rps for row in some if row.mode == mode} for mode in MODES[::-1])
@@ -90,7 +92,9 @@ def _draw_goodput(rows: Sequence[LoadRow], baseline: Mapping[str, Any] | None, a
         some = [row for row in rows if row.mode == mode]
         line(axis, [row.offered_rps for row in some], [row.goodput_rps for row in some], label=mode)
     if baseline:
-        axis.axhline(baseline["searches_per_second"], color="grey", linestyle="--", label="bare, closed loop")
+        axis.axhline(
+            baseline["searches_per_second"], color="grey", linestyle="--", label="in-process baseline, closed loop"
+        )
     axis.set_xlabel("offered 1/s")
     axis.set_ylabel("goodput 1/s")
 

@@ -183,17 +183,17 @@ def write(result: Result, folder: Path) -> Path:
 
 def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[str]:
     yield from paragraphs(
-        "# What the services add to the models' time",
+        "# Overhead of the services over the models' time",
         f"{header['users']} users with {item_range(header['items'])}, of {header['histories']}, who return with one new "
         "item; their histories are in Redis. One request at a time. In ms; medians where nothing else is said. *Models*: the "
-        "passes of draft and target, as these measured them. *Added*: what the caller waits beyond. *In process*: the same "
-        "target-only search as a function call; *over*: how much longer the caller of the services waits for it.",
+        "passes of draft and target, as these measured them. *Added*: the rest of the caller's latency. *In process*: the same "
+        "target-only search as a function call; *over*: the caller's latency over it.",
     )
     yield from origin(header, [("threads", f"{header['threads']} for each model"), ("provider", header["provider"])])
     yield from figures(_figures(rows))
     yield from row_table(COLUMNS, rows)
     yield from paragraphs(
-        "Where it is added: transport, queue and the choice of children for target and draft; the loop; the caller's gRPC."
+        "Overhead by place: transport, queue and selection of children for target and draft; the loop; the caller's gRPC."
     )
     parts = list(rows[0].parts_ms)
     yield from markdown.table(
@@ -208,5 +208,5 @@ def _figures(rows: Sequence[OverheadRow]) -> Iterator[tuple[str, str]]:
         yield f"{mode}: added to the models' time, p50, and its share of the caller's", "; ".join(shares)
         over = [f"K = {row.k}: {row.over_in_process_ms:.1f} ms" for row in some if row.over_in_process_ms is not None]
         if over:
-            name = f"{mode}: what the caller waits longer than for the same search as a function call, p50"
+            name = f"{mode}: caller's latency over that of the same search as a function call, p50"
             yield name, "; ".join(over)

@@ -281,9 +281,9 @@ def write(result: Result, folder: Path) -> Path:
 def _page(header: Mapping[str, Any], rows: Sequence[PrefixRow]) -> Iterator[str]:
     asked, users = header["question"], rows[0].users
     yield from paragraphs(
-        "# What a cached prefix is worth",
+        "# Benefit of a cached prefix",
         f"A request's first pass of the {asked['role']} in one process, the prompt's last token and some nodes of the trie "
-        "besides the root (0: as plain beam search begins), by what is kept of the prompt and where. "
+        "besides the root (0: as plain beam search begins), by the cached part of the prompt and its tier. "
         f"{users} users with {item_range(header['items'])}, of {header['histories']}; every user in every state before the next.",
     )
     yield from origin(header, [("threads", str(asked["threads"]))])
@@ -303,7 +303,7 @@ def _figures(nodes: int, rows: Mapping[str, PrefixRow]) -> Iterator[tuple[str, s
     yield f"all of the prompt in memory against a cold prefix{suffix}", rows[PrefixState.MEMORY].speedup
     yield f"all of the prompt in Redis, always read, against a cold prefix{suffix}", rows[PrefixState.REDIS].speedup
     yield (
-        f"of these users, for how many Redis is read where measured costs decide{suffix}",
+        f"users for whom the measured fetch policy reads Redis{suffix}",
         f"{measured.redis_users} of {measured.users}",
     )
-    yield f"their prefix, so decided, against a cold one{suffix}", measured.speedup
+    yield f"a prefix under the measured fetch policy against a cold prefix{suffix}", measured.speedup

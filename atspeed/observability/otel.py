@@ -34,7 +34,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class OpenTelemetry:
-    """Makes the spans of this process; see `tracing.Backend`."""
+    """Makes the spans of this process. `tracing` calls it."""
 
     def __init__(self, service: str) -> None:
         name = os.environ.get("OTEL_SERVICE_NAME") or f"atspeed-{service}"

@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from atspeed.errors import StartupError
+
+if TYPE_CHECKING:  # its packages are an extra
+    from atspeed.observability.otel import OpenTelemetry
 
 Value = str | bool | int | float
 Metadata = tuple[tuple[str, str], ...]
@@ -23,35 +26,13 @@ class Span(Protocol):
         """Add attributes."""
 
 
-class Backend(Protocol):
-    """The maker of spans. `atspeed.observability.otel` implements it."""
-
-    def span(self, name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[Span]:
-        """Start a span inside the current one."""
-
-    def past_span(self, name: str, begun_ns: int, ended_ns: int, attributes: Mapping[str, Value]) -> None:
-        """Record a finished span inside the current one. Times are those of `time.perf_counter_ns`."""
-
-    def call(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> AbstractContextManager[Span]:
-        """Start the span of a served call, inside the caller's span from the metadata."""
-
-    def metadata(self) -> Metadata:
-        """Return the metadata of a call to another service."""
-
-    def ids(self) -> Mapping[str, str]:
-        """Return trace_id and span_id of the current span; empty without one."""
-
-    def stop(self) -> None:
-        """Send the remaining spans. Blocks for some seconds at most."""
-
-
 class _NoSpan:
     def set(self, **attributes: Value) -> None:
         """Ignore the attributes."""
 
 
 class _Process:
-    backend: Backend | None = None
+    backend: OpenTelemetry | None = None
 
 
 _NO_SPAN: AbstractContextManager[Span] = nullcontext(_NoSpan())
@@ -67,7 +48,7 @@ def started(service: str, *, on: bool) -> Iterator[None]:
         otel = importlib.import_module("atspeed.observability.otel")
     except ImportError as error:
         raise StartupError(f"tracing needs the extra `otel`: {error}") from error
-    _Process.backend = backend = cast("Backend", otel.OpenTelemetry(service))
+    _Process.backend = backend = otel.OpenTelemetry(service)
     try:
         yield
     finally:

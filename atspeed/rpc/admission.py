@@ -18,14 +18,15 @@ from typing import Any
 
 import grpc
 
+from atspeed.engine.ewma import Ewma
 from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 
 PRIORITY_HEADER = "x-atspeed-priority"
 # Bounds of the retry hint in seconds. A shorter hint makes clients spin, and a longer one wastes a replica that recovers.
 _MIN_HINT_SECONDS = 0.05
 _MAX_HINT_SECONDS = 10.0
-# Weight of the newest duration in the EWMA, so about the last ten calls decide.
-_EWMA_WEIGHT = 0.1
+# Calls whose durations the EWMA remembers: few, so that it follows a change of load within a queue's length.
+_MEMORY = 10
 
 
 class Priority(IntEnum):
@@ -72,6 +73,7 @@ class Admission:
         slots: number of calls that may run at once.
         queue_limit: number of calls that may wait.
         running: number of calls that run.
+        seconds: EWMA of durations; 0 before the first one.
     """
 
     def __init__(self, slots: int, queue_limit: int) -> None:
@@ -79,7 +81,7 @@ class Admission:
         self.queue_limit = queue_limit
         self.running = 0
         self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
-        self._mean_seconds: float | None = None
+        self.seconds = Ewma(0.0, _MEMORY)
 
     @property
     def queued(self) -> int:
@@ -94,30 +96,19 @@ class Admission:
         try:
             yield Admitted(waited)
         except (asyncio.CancelledError, GeneratorExit, DeadlineExceededError):
-            self._observe(max(time.monotonic() - begun, self.expected_seconds))  # a cut call lasts at least that long
+            self.seconds.add(max(time.monotonic() - begun, self.seconds.value))  # a cut call lasts at least that long
             raise
         else:  # the duration of another failure says nothing about the duration of work
-            self._observe(time.monotonic() - begun)
+            self.seconds.add(time.monotonic() - begun)
         finally:
             self._leave()
-
-    @property
-    def expected_seconds(self) -> float:
-        """Return the EWMA of durations; 0 before the first one."""
-        return self._mean_seconds or 0.0
-
-    def _observe(self, seconds: float) -> None:
-        if not self._mean_seconds:
-            self._mean_seconds = seconds
-        else:
-            self._mean_seconds += _EWMA_WEIGHT * (seconds - self._mean_seconds)
 
     async def _enter(self, priority: Priority, seconds_left: float | None) -> bool:
         """Take a slot, and wait for one if none is free. Returns True if the call waited."""
         if self.running < self.slots:
             self.running += 1
             return False
-        if seconds_left is not None and self._wait_seconds(priority) + self.expected_seconds > seconds_left:
+        if seconds_left is not None and self._wait_seconds(priority) + self.seconds.value > seconds_left:
             raise self._refusal("cannot serve this request before its deadline")
         if self.queued >= self.queue_limit and not self._displaced(priority):
             raise self._refusal("serves as many requests as it may")
@@ -164,7 +155,7 @@ class Admission:
     def _wait_seconds(self, priority: Priority) -> float:
         """Return the predicted wait of a call that arrives now."""
         ahead = sum(len(waiting) for other, waiting in self._waiting.items() if other >= priority)
-        return (ahead + 1) * self.expected_seconds / self.slots
+        return (ahead + 1) * self.seconds.value / self.slots
 
     def _refusal(self, problem: str) -> ResourceExhaustedError:
         hint = min(max(self._wait_seconds(Priority.BATCH), _MIN_HINT_SECONDS), _MAX_HINT_SECONDS)

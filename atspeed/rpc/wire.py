@@ -202,11 +202,11 @@ def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
     )
 
 
-def owner(tag: bytes, field: str) -> bytes:
+def user_key(key: bytes, field: str) -> bytes:
     """Decode the user key of a prompt's cached KV. Raises InvalidArgumentError naming `field`."""
-    if len(tag) not in (0, USER_KEY_BYTES):
-        raise InvalidArgumentError(field, f"must have {USER_KEY_BYTES} bytes or none, got {len(tag)}")
-    return tag or NO_USER_KEY
+    if len(key) not in (0, USER_KEY_BYTES):
+        raise InvalidArgumentError(field, f"must have {USER_KEY_BYTES} bytes or none, got {len(key)}")
+    return key or NO_USER_KEY
 
 
 def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:

@@ -81,7 +81,7 @@ def _check_apart(bundle: Bundle, out: Path, inflations: Mapping[Role, Inflation]
     read = [bundle.root, *(inflation.checkpoint for inflation in inflations.values())]
     for source in read:
         if any(path.resolve().is_relative_to(source.resolve()) for path in written):
-            raise InflationError(f"{out}: would overwrite or spoil {source}; give another folder")
+            raise InflationError(f"{out}: would overwrite or corrupt {source}; give another folder")
 
 
 def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:

@@ -86,7 +86,7 @@ class EvaluateStart(_message.Message):
     PERTURBATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
+    USER_KEY_FIELD_NUMBER: _builtins.int
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     PREFETCHES_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
@@ -95,7 +95,7 @@ class EvaluateStart(_message.Message):
     """Maximum number of children in the reply for each node, best first. 0 means all."""
     tenant: _builtins.str
     """Tenant of the request. Tenants share no cached keys and values."""
-    owner: _builtins.bytes
+    user_key: _builtins.bytes
     """User key of the stored user whose prompt this is, 8 bytes. Empty for a history that came with its request. The cached keys and
     values of a prompt carry its user key, except those of the template's words before the first item, which all users share.
     An erasure of the user removes all keys and values with this user key.
@@ -137,13 +137,13 @@ class EvaluateStart(_message.Message):
         perturbation: _types_pb2.Perturbation | None = ...,
         tenant: _builtins.str = ...,
         kept: _types_pb2.Array | None = ...,
-        owner: _builtins.bytes = ...,
+        user_key: _builtins.bytes = ...,
         beam_width: _builtins.int = ...,
         prefetches: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "owner", b"owner", "perturbation", b"perturbation", "prefetches", b"prefetches", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prefetches", b"prefetches", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant", "user_key", b"user_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -183,7 +183,7 @@ class DraftSession:
             perturbation=wire.to_perturbation(request.noise),
             with_evaluation=self._proposal is Proposal.SAMPLE,
             tenant=request.tenant,
-            owner=request.user_key or b"",
+            user_key=request.user_key or b"",
         )
 
     def _read(self, reply: object, below: Beams, size: PlanSize) -> Plan:

@@ -303,7 +303,7 @@ class TargetSession:
             max_children=self._max_children or 0,
             perturbation=wire.to_perturbation(request.noise),
             tenant=request.tenant,
-            owner=request.user_key or b"",
+            user_key=request.user_key or b"",
             beam_width=(self._beam_width or 0) if autonomous else 0,
             prefetches=autonomous and self._prefetches,
         )

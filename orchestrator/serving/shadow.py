@@ -115,7 +115,7 @@ class ShadowChecks:
         except ServiceError as error:
             outcome = "failed"
             _log.warning("shadow_check_failed", code=error.code)
-        except Exception as error:  # noqa: BLE001 - nobody awaits this task
+        except Exception as error:  # noqa: BLE001 - this task has no awaiter
             outcome = "failed"
             _log.error("shadow_check_failed", exc_info=error)
         self.outcomes[outcome] += 1

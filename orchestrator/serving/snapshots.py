@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 
+from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import TaskSet, background_task
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
@@ -37,6 +38,7 @@ class Snapshot:
         version: version of the bundle; every reply names it.
         resources: channels and tasks that close with the snapshot.
         since: Unix time of the first request.
+        refcount: the running requests.
     """
 
     manifest: Manifest
@@ -48,8 +50,7 @@ class Snapshot:
     channels: ModelChannels
     resources: AsyncExitStack
     since: float = 0.0
-    _holders: int = 0
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    refcount: RefCount = field(default_factory=RefCount)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -59,19 +60,12 @@ class Snapshot:
     @contextmanager
     def in_use(self) -> Iterator[Snapshot]:
         """Keep the snapshot open for the length of a request."""
-        self._holders += 1
-        self._idle.clear()
-        try:
+        with self.refcount.held():
             yield self
-        finally:
-            self._holders -= 1
-            if not self._holders:
-                self._idle.set()
 
     async def close(self) -> None:
         """Wait for the last request, then close."""
-        while self._holders:
-            await self._idle.wait()
+        await self.refcount.wait_unused()
         await self.target.settle()
         await self.resources.aclose()
 

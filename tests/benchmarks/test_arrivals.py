@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atspeed.benchmarks.arrivals import Mix, UserKind, plan_arrivals
@@ -15,6 +15,7 @@ shares = st.floats(0, 1).filter(lambda share: share == 0 or share > 1e-3)
 mixes = st.builds(Mix, shares, shares, shares).filter(lambda mix: mix.new + mix.returning + mix.refreshing > 0)
 
 
+@settings(max_examples=100)
 @given(mixes, st.integers(0, 2**32), st.floats(0.5, 60))
 def test_returning_users_keep_their_history(mix: Mix, seed: int, rate: float) -> None:
     """Everybody is new once; a refreshing user has what the last request had, a returning one exactly one item more."""
@@ -33,6 +34,7 @@ def test_returning_users_keep_their_history(mix: Mix, seed: int, rate: float) ->
         assert arrival.history == whole[: len(arrival.history)]
 
 
+@settings(max_examples=100)
 @given(mixes, st.integers(0, 2**32))
 def test_arrivals_are_a_function_of_the_seed(mix: Mix, seed: int) -> None:
     first, again = (plan_arrivals(HISTORIES, mix, rate=20, seconds=3.0, seed=seed) for _ in range(2))

@@ -27,7 +27,8 @@ from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 
 STAGES = dict.fromkeys(("history", "draft", "draft_forward", "target", "target_forward", "selection", "total"), 1.0)
 

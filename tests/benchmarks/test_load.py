@@ -11,7 +11,7 @@ from typing import cast
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atspeed.benchmarks import load, load_report
@@ -34,6 +34,7 @@ def outcome(
     return RequestOutcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
 
 
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.floats(0, 1e6), st.just(math.inf)), min_size=1), st.floats(1, 100))
 def test_percentile_is_exact(values: list[float], percent: float) -> None:
     value = percentile(values, percent)

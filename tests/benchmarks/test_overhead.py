@@ -15,7 +15,8 @@ from atspeed.benchmarks.services import ServiceOptions
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 
 
 def reply(*, total: int = 28, extra: int = 0) -> pb.RecommendResponse:

@@ -13,7 +13,8 @@ from atspeed.benchmarks.catalogue_probe import Probe
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result
 from atspeed.benchmarks.scaling import CatalogueConfig, CatalogueRow, SearchConfig, SearchRow, synthetic_catalogue
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 
 EXCLUDED = {"excluded_constraint_ms": 1.0, "excluded_selection_ms": 1.0}
 CONFIG = CatalogueConfig(sizes=(300,), codebook=8, k=5, excluded=200)

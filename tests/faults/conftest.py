@@ -14,8 +14,9 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
-from tests.bundles import random_history
-from tests.serving import Client, FakeDraft, assert_same_list, new_bundle, new_catalogue, resume
+from tests.bundles import new_bundle, random_history
+from tests.catalogues import new_catalogue
+from tests.serving import Client, FakeDraft, assert_same_list, resume
 
 
 @dataclass(frozen=True)

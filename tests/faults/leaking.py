@@ -30,7 +30,7 @@ def fail() -> None:
 
 
 async def fail_later() -> None:
-    """In a task that nobody awaits."""
+    """In a task without an awaiter."""
     fail()
 
 

@@ -1,4 +1,4 @@
-"""A target that is flooded with passes: whoever gives up, or is late, leaves the queue, and all memory is free again."""
+"""A target that is flooded with passes: a request that is cancelled or late leaves the queue, and all memory is free again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.observed import scrape
 from tests.serving import LIVENESS_SECONDS, EvaluateStream, models, until
 
 SHORT, LONG, PLACES = 8, 60, 11
-# A short pass waits a minute for company, and never has enough: so many rows are less than a full batch. A long one fills
+# A short pass waits a minute for others, and never has enough: so many rows are less than a full batch. A long one fills
 # a batch by itself.
 PATIENT = {"batch-delay-ms": 60_000, "batch-tokens": 100, "batch-requests": 64, "max-queued-passes": PLACES}
 

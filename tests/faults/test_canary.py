@@ -20,8 +20,9 @@ from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import RecommendParams
 from orchestrator.serving.track_router import bucket
 from tests.bundles import random_history, write_bundle
+from tests.catalogues import new_catalogue
 from tests.observed import scrape
-from tests.serving import WINDOW, Client, Link, assert_same_list, new_catalogue, request_of, until
+from tests.serving import WINDOW, Client, Link, assert_same_list, request_of, until
 
 K, USERS, SHARE, LARGER_SHARE = 20, 16, 0.4, 0.8
 
@@ -70,7 +71,7 @@ class Shop:
         until(lambda: not any(info.canary.share_now or info.canary.pending_bundle for info in self.infos()))
 
     def make_stable(self, bundle: Bundle) -> None:
-        """Until both orchestrators serve it to whoever is not the canary's."""
+        """Wait until both orchestrators serve it to all users of the stable track."""
         self.stable.point_to(bundle)
         until(lambda: {info.versions.bundle for info in self.infos()} == {bundle.manifest.version})
 
@@ -209,7 +210,7 @@ def test_a_share_of_the_users_is_served_by_the_canary_and_always_the_same(shop: 
 
 @pytest.mark.parametrize("track", ["canary", "stable"])
 def test_who_asks_for_a_track_gets_it(shop: Shop, track: str) -> None:
-    """Alone and in a batch, whoever's it is."""
+    """Alone and in a batch, for users of both tracks."""
     shop.begin_canary()
     wanted = (shop.new if track == "canary" else shop.old).manifest.version
     users = shop.users[:6]
@@ -225,7 +226,7 @@ def test_who_asks_for_a_track_gets_it(shop: Shop, track: str) -> None:
 
 
 def test_a_canary_comes_grows_is_promoted_and_is_rolled_back_under_load(shop: Shop) -> None:
-    """Nobody meets an error, and nobody whom the canary serves is served by anything else before it is stable."""
+    """No call fails, and users of the canary get no other bundle before it is stable."""
     new = shop.new.manifest.version
     with Load(shop) as load:
         assert {version for _, version in load.round()} == {shop.old.manifest.version}

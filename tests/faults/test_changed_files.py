@@ -39,9 +39,9 @@ def other(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Pat
 
 @pytest.fixture
 def root(tmp_path: Path, bundle: Path) -> Path:
-    """A bundle that a test may spoil, under a link."""
-    shutil.copytree(bundle, tmp_path / "spoilt")
-    return tmp_path / "spoilt"
+    """A bundle that a test may corrupt, under a link."""
+    shutil.copytree(bundle, tmp_path / "corrupt")
+    return tmp_path / "corrupt"
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_served_bundle_changed_in_place_keeps_its_lists_and_is_refused_afresh(
         target.start()
 
 
-def test_a_bundle_that_shares_spoilt_weights_is_refused(
+def test_a_bundle_that_shares_corrupt_weights_is_refused(
     stack: LocalStack, link: Link, root: Path, other: Path, tmp_path: Path
 ) -> None:
     """Weights that are in memory are not read again for another catalogue, but their files are checked all the same."""

@@ -33,7 +33,7 @@ from tests.bundles import SPECIALS, TestBundle, random_history, write_bundle
 from tests.serving import LEVELS, WINDOW, EvaluateStream, models, until
 
 BLOCK = LEVELS  # tokens: an item's
-OWNERS = (b"", b"owner--a", b"owner--b")
+USER_KEYS = (b"", b"owner--a", b"owner--b")
 # A random model's scores go down to -30; float16 rounds them that much, keys and values of another prompt change them by several.
 TOLERANCE = {"float32": 1e-3, "float16": 2.0}
 Logp = npt.NDArray[np.float32]
@@ -66,10 +66,10 @@ class World:
             logp = self.model(input_ids=torch.from_numpy(prompt)[None]).logits[0, -1].log_softmax(-1)
         return np.asarray(logp.numpy()[tokens[trie.column(trie.children(ROOT))]])
 
-    def blocks(self, prompt: npt.NDArray[np.int64], owner: bytes) -> list[tuple[object, ...]]:
+    def blocks(self, prompt: npt.NDArray[np.int64], user_key: bytes) -> list[tuple[object, ...]]:
         """What each whole block of a prompt depends on. A catalogue and a tokenizer do so by the tokens alone."""
         target = self.bundle.manifest.target
-        same = (target.fingerprint, target.kv_dtype, self.tenant, owner)
+        same = (target.fingerprint, target.kv_dtype, self.tenant, user_key)
         return [(*same, prompt[: end + BLOCK].tobytes()) for end in range(0, len(prompt) - BLOCK, BLOCK)]
 
 
@@ -81,10 +81,10 @@ class Answer:
     cached: int
 
 
-def asked(world: World, replica: grpc.Channel, prompt: npt.NDArray[np.int64], owner: bytes) -> Answer:
+def asked(world: World, replica: grpc.Channel, prompt: npt.NDArray[np.int64], user_key: bytes) -> Answer:
     version = world.bundle.manifest.model_version("target")
     start = target_pb2.EvaluateStart(
-        model_version=version, prompt=wire.to_array(prompt), tenant=world.tenant, owner=owner
+        model_version=version, prompt=wire.to_array(prompt), tenant=world.tenant, user_key=user_key
     )
     with EvaluateStream(replica) as stream:
         reply = stream.ask(target_pb2.EvaluateRequest(start=start, nodes=wire.to_array(np.zeros(1, dtype=np.int32))))
@@ -173,13 +173,13 @@ class Trials:
         self._truths: dict[tuple[int, bytes], Logp] = {}
         self.found = self.foreign = 0
 
-    def ask(self, name: str, history: Sequence[str], owner: bytes, number: int) -> None:
+    def ask(self, name: str, history: Sequence[str], user_key: bytes, number: int) -> None:
         """By one of the world's replicas."""
         world = self.worlds[name]
         replica = number % len(world.replicas)
         prompt = world.prompt(history)
-        answer = asked(world, world.replicas[replica], prompt, owner)
-        blocks = world.blocks(prompt, owner)
+        answer = asked(world, world.replicas[replica], prompt, user_key)
+        blocks = world.blocks(prompt, user_key)
         usable = next((at for at, block in enumerate(blocks) if block not in self._computed), len(blocks))
         assert answer.cached <= usable * BLOCK, f"{name}: {answer.cached} tokens of {usable} blocks"
         np.testing.assert_allclose(answer.logp, self._truth(world, prompt), atol=self._tolerance(world), rtol=0)
@@ -217,14 +217,14 @@ def test_nothing_is_found_that_was_computed_for_another(
     10,000 in the ten long runs.
     """
     source = random.Random(seed)
-    combinations = [(name, owner) for name in trials.worlds for owner in OWNERS]
+    combinations = [(name, user_key) for name in trials.worlds for user_key in USER_KEYS]
     assert len(combinations) + AGAIN == 25
     before = trials.found
     for number in range(rounds):
         history = random_history(catalogue, 2 + number % (WINDOW - 1), seed=1000 * seed + number)
         order = source.sample(combinations, len(combinations))
-        for turn, (name, owner) in enumerate([*order, *source.sample(order, AGAIN)]):
-            trials.ask(name, history, owner, number + turn)
+        for turn, (name, user_key) in enumerate([*order, *source.sample(order, AGAIN)]):
+            trials.ask(name, history, user_key, number + turn)
     # Whoever is asked again finds what there was, unless it is still being written.
     assert trials.found - before >= rounds * AGAIN / 2
 

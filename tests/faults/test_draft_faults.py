@@ -1,4 +1,4 @@
-"""A draft that dies, hangs or talks nonsense costs passes, never a list (method, section 4)."""
+"""A draft that dies, hangs or sends invalid replies costs passes, never a list (method, section 4)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def lone_evaluation(trie: Trie, **wrong: types_pb2.Array) -> types_pb2.Evaluatio
     return types_pb2.Evaluation(**(parts | wrong))
 
 
-def nonsense(trie: Trie) -> dict[str, draft_pb2.PlanResponse | bytes]:
+def invalid_replies(trie: Trie) -> dict[str, draft_pb2.PlanResponse | bytes]:
     """Replies that no honest draft gives."""
     first = int(trie.level_start[1])
     inner = int(trie.level_start[LEVELS])
@@ -182,7 +182,7 @@ def nonsense(trie: Trie) -> dict[str, draft_pb2.PlanResponse | bytes]:
     }
 
 
-NONSENSE = sorted(nonsense(Trie.from_paths(np.array([[0] * LEVELS, [1] * LEVELS]), (2,) * LEVELS)))
+INVALID = sorted(invalid_replies(Trie.from_paths(np.array([[0] * LEVELS, [1] * LEVELS]), (2,) * LEVELS)))
 ERRORS = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 REASONS = {
     grpc.StatusCode.UNAVAILABLE: pb.DEGRADED_REASON_DRAFT_UNAVAILABLE,
@@ -202,12 +202,12 @@ def blames_the_draft(reply: pb.RecommendResponse) -> bool:
 
 
 class TestNonsense:
-    @pytest.mark.parametrize("name", NONSENSE)
+    @pytest.mark.parametrize("name", INVALID)
     def test_is_noticed(
         self, misled: Client, fake_draft: FakeDraft, catalogue: Catalogue, cases: list[Case], name: str
     ) -> None:
         """Lists are the target's own, and the reply says that the draft was of no help."""
-        fake_draft.answer = saying(nonsense(catalogue.trie)[name])
+        fake_draft.answer = saying(invalid_replies(catalogue.trie)[name])
         replies = storm(asking(misled, cases[:4]), {})
         assert fake_draft.was_asked()
         assert_all_right(replies, cases[:4])
@@ -217,11 +217,11 @@ class TestNonsense:
             assert reply.statistics.nodes_drafted == 0
             assert reply.versions.draft_model == ""
 
-    @pytest.mark.parametrize("name", NONSENSE)
+    @pytest.mark.parametrize("name", INVALID)
     def test_relaxed_sampling_answers_too(
         self, misled: Client, fake_draft: FakeDraft, catalogue: Catalogue, cases: list[Case], name: str
     ) -> None:
-        fake_draft.answer = saying(nonsense(catalogue.trie)[name])
+        fake_draft.answer = saying(invalid_replies(catalogue.trie)[name])
         reply = misled.recommend(cases[0].history, mode=pb.MODE_RELAXED_SAMPLING, seed=1)
         assert fake_draft.was_asked()
         assert (len(reply.items), reply.degraded) == (5, True)

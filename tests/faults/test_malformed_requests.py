@@ -1,4 +1,4 @@
-"""Requests that no client should send: each gets its status, and whoever comes next is served."""
+"""Requests that no client should send: each gets its status, and the next request is served."""
 
 from __future__ import annotations
 

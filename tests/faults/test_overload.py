@@ -88,7 +88,7 @@ def trailers(status: grpc.Call) -> dict[str, str | bytes]:
     return dict(status.trailing_metadata() or ())
 
 
-def test_what_is_too_much_is_refused_with_a_hint_and_the_rest_is_served(
+def test_excess_calls_are_refused_with_a_hint_and_others_are_served(
     stack: LocalStack, small: Client, cases: list[Case], waiting: ThreadPoolExecutor
 ) -> None:
     held = [queued(waiting, small, lambda case=case: small.recommend(case.history, k=20)) for case in cases[:2]]  # type: ignore[misc]

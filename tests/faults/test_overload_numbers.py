@@ -18,7 +18,8 @@ import pytest
 
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack
-from tests.bundles import random_catalogue, random_history, write_bundle
+from tests.bundles import random_history, write_bundle
+from tests.catalogues import random_catalogue
 from tests.faults.offered import Caller, Outcome
 from tests.serving import RECOMMENDATION, SERVING, check_health, request_of
 
@@ -109,7 +110,7 @@ def test_five_times_the_limit(large_bundle: Bundle, small_stack: LocalStack) -> 
         after = caller.at_once(PLACES + QUEUE, SECONDS).result()
     refused = flood.seconds["RESOURCE_EXHAUSTED"]
     decided = refusals_ms(small_stack, logged)
-    print(  # noqa: T201 - numbers for whoever runs `make faults`
+    print(  # noqa: T201 - numbers for readers of `make faults`
         f"peak {peak.goodput:.1f}/s, offered {5 * peak.goodput:.0f}/s: goodput {flood.goodput:.1f}/s; {len(refused)} refusals: "
         f"{told(refused)}, of which the server's {told([ms / 1000 for ms in decided])}; answers: {told(flood.seconds['OK'])}; "
         f"{len(probes)} probes: {told(probes)}; memory {grown:+.1f} MiB; afterwards {after.goodput:.1f}/s"

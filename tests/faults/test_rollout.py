@@ -20,9 +20,10 @@ from atspeed.engine.bundle.catalogue_update import update_catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
-from tests.bundles import random_history
+from tests.bundles import new_bundle, random_history
+from tests.catalogues import new_catalogue
 from tests.observed import scrape
-from tests.serving import Client, Link, assert_same_list, ids, new_bundle, new_catalogue, until
+from tests.serving import Client, Link, assert_same_list, ids, until
 
 K = 20
 

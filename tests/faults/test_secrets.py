@@ -1,4 +1,4 @@
-"""What an exception says reaches nobody: no status and no trailer, neither standard output nor the log, no span and no metric."""
+"""The text of an exception is in no status, trailer, standard output, log, span or metric."""
 
 from __future__ import annotations
 

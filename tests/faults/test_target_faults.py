@@ -15,8 +15,10 @@ from atspeed.engine.bundle.manifest import Manifest, read_manifest, write_manife
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
+from tests.bundles import new_bundle
+from tests.catalogues import new_catalogue
 from tests.faults.conftest import Case, asking, assert_all_right
-from tests.serving import Client, ids, new_bundle, new_catalogue, recovered, resume, storm, suspend, until
+from tests.serving import Client, ids, recovered, resume, storm, suspend, until
 
 
 def evaluations(target: ServiceProcess) -> int:

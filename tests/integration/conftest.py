@@ -11,8 +11,9 @@ import pytest
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
-from tests.bundles import random_history
-from tests.serving import WINDOW, Client, new_bundle, new_catalogue
+from tests.bundles import new_bundle, random_history
+from tests.catalogues import new_catalogue
+from tests.serving import WINDOW, Client
 
 LIMITS = {"max-history-items": 60, "max-candidate-items": 500, "max-batch": 16, "max-k": 50, "max-beam-width": 100}
 

@@ -88,7 +88,7 @@ async def placement(channel: grpc.aio.Channel) -> dict[str, str]:
     return dict(zip(KEYS, await asyncio.gather(*(served_by(channel, key) for key in KEYS)), strict=True))
 
 
-async def test_a_key_has_its_replica_and_every_client_knows_it(target: str) -> None:
+async def test_key_has_one_replica_for_all_clients(target: str) -> None:
     async with open_channel(target, SERVICE, by_key=True) as one, open_channel(target, SERVICE, by_key=True) as other:
         placed = await placement(one)
         assert await placement(one) == placed
@@ -96,7 +96,7 @@ async def test_a_key_has_its_replica_and_every_client_knows_it(target: str) -> N
     assert min(Counter(placed.values())[name] for name in "abc") >= len(KEYS) // 10
 
 
-async def test_a_replica_that_leaves_moves_its_own_keys_alone(target: str, replicas: dict[str, Replica]) -> None:
+async def test_removed_replica_moves_only_its_own_keys(target: str, replicas: dict[str, Replica]) -> None:
     """No call fails while it drains, the keys of the others stay where they are, and its own come back with it."""
     async with open_channel(target, SERVICE, by_key=True) as channel:
         before = await placement(channel)
@@ -110,7 +110,7 @@ async def test_a_replica_that_leaves_moves_its_own_keys_alone(target: str, repli
         assert set(after.values()) == {"b", "c"}
         await replicas["a"].start()
         async with asyncio.timeout(60):
-            while await placement(channel) != before:  # noqa: ASYNC110  nobody announces it
+            while await placement(channel) != before:  # noqa: ASYNC110  it has no event
                 await asyncio.sleep(0.05)
 
 

@@ -14,7 +14,8 @@ from atspeed.engine.bundle.item_ids import MAX_ID_BYTES
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.conftest import mended
 from tests.layouts import LAYOUTS, Layout
 from tests.serving import Client, ids

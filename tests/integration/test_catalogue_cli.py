@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from atspeed.cli import main
 from atspeed.engine.bundle.manifest import Bundle
-from tests.bundles import TestBundle, random_catalogue, random_model, write_bundle
+from tests.bundles import TestBundle, random_model, write_bundle
+from tests.catalogues import random_catalogue
 from tests.layouts import LAYOUTS, Layout, download_cache
 
 ROOT = Path(__file__).parents[2]
@@ -83,18 +84,18 @@ def dangling(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
+    ("corrupt", "problem"),
     [
         (changed, "draft/model.onnx: its SHA-256 differs from the manifest's"),
         (dangling, "draft/model.onnx: a link to gone, which does not exist"),
     ],
 )
 def test_update_of_a_bundle_that_no_service_takes_is_refused(
-    made: TestBundle, tmp_path: Path, spoil: Callable[[Path], None], problem: str
+    made: TestBundle, tmp_path: Path, corrupt: Callable[[Path], None], problem: str
 ) -> None:
     old, place = download_cache(made.root, tmp_path / "old"), tmp_path / "place"
     place.mkdir()
-    spoil(old)
+    corrupt(old)
     code, said = run("catalogue", "update", old, place / "new")
     assert (code, said) == (1, f"atspeed: {old}/{problem}\n")
     assert not list(place.iterdir())

@@ -20,7 +20,8 @@ import redis
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
-from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.bundles import TestBundle, write_bundle
+from tests.catalogues import random_catalogue
 from tests.command_line import one_line, run
 from tests.conftest import mended
 
@@ -236,7 +237,7 @@ def read_line(process: subprocess.Popen[str], seconds: float = 120.0) -> str:
 
 
 def alive(number: int) -> bool:
-    """Whether a process runs; one that nobody has waited for yet does not."""
+    """Return whether a process runs. A zombie does not."""
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         try:

@@ -16,7 +16,8 @@ from atspeed.engine.bundle.manifest import read_manifest, write_manifest
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from atspeed.v1 import recommendation_pb2 as pb
-from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.bundles import TestBundle, write_bundle
+from tests.catalogues import random_catalogue
 from tests.command_line import one_line, run
 from tests.conftest import mended
 
@@ -133,7 +134,7 @@ def lenient(made: TestBundle, redis_server: LocalRedis, tmp_path_factory: pytest
     ],
 )
 def test_list_without_history_warns(arguments: list[str], reason: str, said: str, lenient: str) -> None:
-    """It is the list of whoever has no history, not this user's."""
+    """It is the list of users without a history, not this user's."""
     shown = run("recommend", *arguments, "--address", lenient)
     assert shown.exit_code == 0, shown.output
     assert shown.stderr.startswith(f"warning: {said}: this list is the same for every user without a history\n")

@@ -12,7 +12,8 @@ from atspeed.engine.search.scoring import ScoringRule
 from atspeed.local.stack import LocalStack
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import types_pb2
-from tests.bundles import TestBundle, random_history, shared_tokens, tailed_catalogue, write_bundle
+from tests.bundles import TestBundle, random_history, shared_tokens, write_bundle
+from tests.catalogues import tailed_catalogue
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.sequence_model import SequenceModel

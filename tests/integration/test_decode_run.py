@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from atspeed.benchmarks.decode_peers import built_for_genai
 from atspeed.cli.main import app
-from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.bundles import TestBundle, write_bundle
+from tests.catalogues import random_catalogue
 
 
 @pytest.fixture(scope="module")

@@ -292,9 +292,7 @@ def test_a_replica_that_is_healthy_and_cannot_be_called_is_ejected(
     until_asked(behind, edge, edge_cases[0])
 
 
-def test_answers_that_are_the_clients_own_mistake_eject_nobody(
-    envoy: Envoy, edge: Client, edge_cases: list[Case]
-) -> None:
+def test_client_errors_eject_no_replica(envoy: Envoy, edge: Client, edge_cases: list[Case]) -> None:
     """To Envoy they are server errors: one client that asked for a method that there is not took all replicas away."""
     unknown: Any = edge.channel.unary_unary(f"/{RECOMMENDATION}/Nothing")
     late: Any = edge.channel.unary_unary(f"/{RECOMMENDATION}/Recommend")

@@ -128,7 +128,7 @@ def test_a_first_process_that_runs_services_stops_them_at_sigterm() -> None:
         assert process.ended() == (128 + signal.SIGTERM, "")
 
 
-def test_a_command_that_is_still_loading_says_that_a_signal_ended_it() -> None:
+def test_loading_command_names_the_signal_that_ended_it() -> None:
     with first_process("-m", "atspeed.cli", "bench", "lossless") as process:
         until(lambda: process.handles_sigterm, pause=0.001)
         os.kill(process.number, signal.SIGTERM)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import redis
-from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from structlog.testing import capture_logs
 
-from atspeed.engine.arrays import Int64, KvArray
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest
-from atspeed.engine.kv.erasure import STREAM, ErasureSubscriber, publish_erasure
-from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys
-from atspeed.engine.kv.prefix_cache import PrefixCache
-from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.kv.redis_store import RedisKvStore, user_blocks_name
+from atspeed.engine.kv.erasure import STREAM
+from atspeed.engine.kv.redis_store import user_blocks_name
 from atspeed.engine.search.trie import ROOT
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
@@ -37,9 +30,6 @@ from orchestrator.settings import OrchestratorSettings
 from orchestrator.user_key import user_cache_key
 from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until
-
-LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=2, dtype="float32", block_tokens=4)
-USER_KEY = user_cache_key("", "listener")
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +53,14 @@ def client(redis_url: str, replicas: LocalStack) -> Iterator[Client]:
 class Prober:
     """Asks replicas directly how much of a user's prompt they find; what they do not find they compute and keep."""
 
-    def __init__(self, bundle: Path, catalogue: Catalogue, owner: bytes, history: list[str]) -> None:
+    def __init__(self, bundle: Path, catalogue: Catalogue, user_key: bytes, history: list[str]) -> None:
         self._manifest: Manifest = Bundle(bundle).manifest
-        self._catalogue, self._owner, self._history = catalogue, owner, history
+        self._catalogue, self._user_key, self._history = catalogue, user_key, history
 
     def target(self, replica: ServiceProcess) -> int:
         """Cached tokens that a target finds, in memory or Redis."""
         start = target_pb2.EvaluateStart(
-            model_version=self._manifest.model_version("target"), prompt=self._prompt("target"), owner=self._owner
+            model_version=self._manifest.model_version("target"), prompt=self._prompt("target"), user_key=self._user_key
         )
         nodes = wire.to_array(np.array([ROOT], dtype=np.int32))
         with models(replica.address) as channel, EvaluateStream(channel) as stream:
@@ -82,7 +72,7 @@ class Prober:
         request = draft_pb2.PlanRequest(
             model_version=self._manifest.model_version("draft"),
             prompt=self._prompt("draft"),
-            owner=self._owner,
+            user_key=self._user_key,
             beams=wire.to_array(np.array([ROOT], dtype=np.int32)),
             scores=wire.to_array(np.zeros(1)),
             width=4,
@@ -104,7 +94,7 @@ class Prober:
         return wire.to_array(model.prompt.tokens(list(tokens)))
 
 
-def test_nothing_of_a_forgotten_user_is_found_anywhere(
+def test_no_block_of_an_erased_user_is_found(
     client: Client, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue
 ) -> None:
     """Another user with the very same history keeps everything: users share no block."""
@@ -148,9 +138,9 @@ class Gate:
         self._loop.call_soon_threadsafe(self._event.set)
 
 
-@pytest.mark.parametrize("heard", [False, True])
-async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
-    heard: bool,
+@pytest.mark.parametrize("applied", [False, True])
+async def test_shadow_check_restores_no_block_of_an_erased_user(
+    applied: bool,
     replicas: LocalStack,
     redis_url: str,
     bundle: Path,
@@ -159,7 +149,7 @@ async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
 ) -> None:
     """A shadow check makes a list again after its reply; its user is forgotten between the two.
 
-    heard: whether the replicas know by then, or only Redis does. The models are processes; the orchestrator is in this one.
+    applied: whether the replicas know by then, or only Redis does. The models are processes; the orchestrator is in this one.
     """
     ours = replicas.orchestrators[0].flags
     settings = OrchestratorSettings.model_validate(
@@ -178,15 +168,15 @@ async def test_a_replay_brings_nothing_of_a_forgotten_user_back(
     )
     gate = Gate(monkeypatch)
     async with application(settings) as registrations, running(settings, registrations) as server:
-        await asyncio.to_thread(live_through, server.address, gate, replicas, redis_url, bundle, catalogue, heard)
+        await asyncio.to_thread(live_through, server.address, gate, replicas, redis_url, bundle, catalogue, applied)
 
 
 def live_through(
-    address: str, gate: Gate, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue, heard: bool
+    address: str, gate: Gate, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue, applied: bool
 ) -> None:
     """Blocking, beside the orchestrator's event loop."""
-    user = f"leaver-{heard}"
-    history = random_history(catalogue, WINDOW, seed=5000 + heard)
+    user = f"leaver-{applied}"
+    history = random_history(catalogue, WINDOW, seed=5000 + applied)
     probe = Prober(bundle, catalogue, user_cache_key("", user), history)
     with Client(address) as client, redis.Redis.from_url(redis_url) as store:
         client.record(user, history)
@@ -194,7 +184,7 @@ def live_through(
         until(lambda: gate.waiting == 1)
         until(lambda: bool(store.exists(user_blocks_name(user_cache_key("", user)))))
         client.stub.ForgetUser(pb.ForgetUserRequest(user_id=user), timeout=LIVENESS_SECONDS)
-        if heard:
+        if applied:
             until(lambda: not any(probe.everywhere(replicas)))
         gate.open()
         until(lambda: client.info().shadow_checks.identical == 1)
@@ -204,199 +194,3 @@ def live_through(
         until(lambda: set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()})
         assert not any(probe.everywhere(replicas))
         assert set(store.scan_iter()) == {STREAM.encode(), LIMIT_KEY.encode()}
-
-
-def prompt(user_key: bytes = USER_KEY) -> tuple[list[bytes], list[KvArray]]:
-    keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens, user_key)
-    return keys, [np.full(LAYOUT.block_shape, index, dtype=np.float32) for index in range(2)]
-
-
-async def becomes(condition: Callable[[], bool]) -> None:
-    """Return when a condition holds that nobody announces."""
-    async with asyncio.timeout(LIVENESS_SECONDS):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-class Failing(RedisKvStore):
-    """Redis refuses erasures until the test says otherwise."""
-
-    failing = True
-
-    async def erase(self, user_keys: Collection[bytes]) -> None:
-        if self.failing:
-            raise RedisConnectionError
-        await super().erase(user_keys)
-
-
-class Counting(PrefixCache):
-    """Counts how many are forgotten at once."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.steps: list[int] = []
-
-    async def erase(self, user_keys: Collection[bytes]) -> None:
-        self.steps.append(len(user_keys))
-        await super().erase(user_keys)
-
-
-class Swallowing(PrefixCache):
-    """What is cancelled in it fails instead, as in a client of Redis whose timeout ends at that moment."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.asked = asyncio.Event()
-
-    async def erase(self, user_keys: Collection[bytes]) -> None:
-        self.asked.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            raise RedisConnectionError from None
-
-
-class TestListener:
-    @pytest.fixture
-    async def redis_client(self, redis_url: str) -> AsyncIterator[Redis]:
-        """Of a database that the replicas do not follow: they would erase what these tests write."""
-        async with connect(redis_url.removesuffix("/0") + "/1", timeout_seconds=5.0) as client:
-            yield client
-
-    async def test_a_cancellation_that_fails_something_ends_it(self, redis_client: Redis) -> None:
-        """Also without `close`: an event loop that ends cancels its tasks once and waits."""
-        cache = Swallowing(LAYOUT, MemoryKvCache(10**6))
-        listener = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
-        await listener.start()
-        await publish_erasure(redis_client, USER_KEY)
-        await cache.asked.wait()
-        (following,) = [task for task in asyncio.all_tasks() if task.get_name() == "erasure-subscriber"]
-        following.cancel()
-        async with asyncio.timeout(LIVENESS_SECONDS):
-            await asyncio.wait([following])
-        await listener.close()
-
-    async def test_it_hears_of_users_forgotten_before_it_came(self, redis_client: Redis) -> None:
-        """A replica that starts while a pass for the user is still under way must not keep what that brings."""
-        await publish_erasure(redis_client, USER_KEY)
-        cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ErasureSubscriber(redis_client, cache)
-        await listener.start()
-        cache.remember(*prompt())
-        assert len(tier) == 0
-        cache.remember(*prompt(user_cache_key("", "another")))
-        assert len(tier) == 2
-        await listener.close()
-
-    async def test_a_write_that_comes_late_is_erased_too(self, redis_client: Redis) -> None:
-        """It reached Redis after the orchestrator had erased the user there."""
-        store = RedisKvStore(redis_client, LAYOUT, 60, 5.0)
-        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), [store])
-        await publish_erasure(redis_client, USER_KEY)
-        await store.put(dict(zip(*prompt(), strict=True)))
-        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
-        listener = ErasureSubscriber(redis_client, cache)
-        await listener.start()
-        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
-        await listener.close()
-
-    async def test_cut_off_for_too_long_it_drops_all_stored_users(
-        self, redis_url: str, redis_server: LocalRedis
-    ) -> None:
-        """And keeps none until it hears again; histories that came with their requests are nobody's and stay."""
-        async with connect(redis_url, timeout_seconds=1.0) as client:
-            cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-            listener = ErasureSubscriber(client, cache, max_lag_seconds=1.0, poll_seconds=0.02)
-            await listener.start()
-            shared_keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
-            cache.remember(*prompt())
-            cache.remember(shared_keys, prompt()[1])
-            assert len(tier) == 4
-            await asyncio.to_thread(redis_server.kill)
-            await becomes(lambda: not cache.accepts_user_blocks)
-            assert [key in tier for key in (*prompt()[0], *shared_keys)] == [False, False, True, True]
-            cache.remember(*prompt())
-            assert len(tier) == 2
-            await asyncio.to_thread(redis_server.start)
-            await becomes(lambda: cache.accepts_user_blocks)
-            cache.remember(*prompt())
-            assert len(tier) == 4
-            await listener.close()
-
-    async def test_without_redis_at_the_start_nothing_of_stored_users_is_kept(
-        self, redis_url: str, redis_server: LocalRedis
-    ) -> None:
-        redis_server.kill()
-        async with connect(redis_url, timeout_seconds=1.0) as client:
-            cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-            listener = ErasureSubscriber(client, cache)
-            await listener.start()
-            cache.remember(*prompt())
-            assert len(tier) == 0
-            await listener.close()
-
-    async def test_an_erasure_that_fails_is_tried_again(self, redis_client: Redis) -> None:
-        """What a pass wrote after the user was gone stayed for a day where Redis failed the replica's own erasure once."""
-        store = Failing(redis_client, LAYOUT, 60, 5.0)
-        cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), [store])
-        await publish_erasure(redis_client, USER_KEY)
-        await store.put(dict(zip(*prompt(), strict=True)))
-        listener = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
-        await listener.start()
-        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
-        assert not cache.accepts_user_blocks
-        store.failing = False
-        await becomes(lambda: cache.accepts_user_blocks)
-        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
-        await listener.close()
-
-    async def test_a_bug_counts_as_deafness_and_does_not_end_it(
-        self, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ErasureSubscriber(redis_client, cache, max_lag_seconds=1.0, poll_seconds=0.01)
-        await listener.start()
-        cache.remember(*prompt())
-        assert len(tier) == 2
-        with monkeypatch.context() as patched, capture_logs() as logged:
-            patched.setattr(redis_client, "xrange", None)
-            await becomes(lambda: not cache.accepts_user_blocks)
-            assert len(tier) == 0
-            assert listener.lag_seconds > 1.0
-        await becomes(lambda: cache.accepts_user_blocks)
-        failed, dropped = logged
-        assert failed["event"] == "erasure_stream_failed"
-        assert failed["exc_info"], "a bug without a trace"
-        assert dropped["event"] == "user_kv_dropped"
-        await listener.close()
-
-    async def test_many_are_heard_in_steps(self, redis_client: Redis) -> None:
-        """As one answer they would be too long for a replica's timeout, which would then never hear again."""
-        user_keys = [user_cache_key("", f"user {number}") for number in range(600)]
-        for user_key in user_keys:
-            await publish_erasure(redis_client, user_key)
-        cache = Counting(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ErasureSubscriber(redis_client, cache)
-        await listener.start()
-        assert cache.steps == [256, 256, 88]
-        for user_key in user_keys:
-            cache.remember(*prompt(user_key))
-        assert len(tier) == 0
-        await listener.close()
-
-    async def test_what_is_not_a_tag_is_passed_over(self, redis_client: Redis) -> None:
-        await redis_client.xadd(STREAM, {"owner": b"short"})
-        await redis_client.xadd(STREAM, {"something": b"else"})
-        await publish_erasure(redis_client, USER_KEY)
-        cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        listener = ErasureSubscriber(redis_client, cache)
-        await listener.start()
-        cache.remember(*prompt())
-        assert len(tier) == 0
-        await listener.close()
-
-    async def test_the_stream_forgets_too(self, redis_client: Redis) -> None:
-        """Tags older than an hour go when a new one comes."""
-        await redis_client.xadd(STREAM, {"owner": USER_KEY}, id="5-0")
-        await publish_erasure(redis_client, USER_KEY)
-        assert await redis_client.xlen(STREAM) == 1

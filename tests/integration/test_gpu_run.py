@@ -14,7 +14,8 @@ from atspeed.benchmarks.model_probe import bytes_per_second, bytes_read, probe_b
 from atspeed.cli.main import app
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training.inflation import SHAPES, ModelShape
-from tests.bundles import TestBundle, random_catalogue, random_model, write_run
+from tests.bundles import TestBundle, random_model, write_run
+from tests.catalogues import random_catalogue
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.export import load_checkpoint
-from tests.bundles import random_catalogue, shared_tokens, tailed_catalogue, write_bundle
+from tests.bundles import shared_tokens, write_bundle
+from tests.catalogues import random_catalogue, tailed_catalogue
 
 USERS = 12
 

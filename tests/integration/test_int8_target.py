@@ -11,7 +11,8 @@ from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, servi
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 
 USERS = 24
 

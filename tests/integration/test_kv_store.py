@@ -125,10 +125,10 @@ class TestOwned:
         assert_run(await store.get_chain(yours), yours)
         assert_run(await store.get_chain(chain(3)), chain(3))
 
-    async def test_forgetting_asks_a_redis_that_is_left_alone_and_says_when_it_failed(
+    async def test_erasure_asks_redis_despite_the_open_circuit_and_raises_its_errors(
         self, store: RedisKvStore, redis_client: Redis, redis_server: LocalRedis
     ) -> None:
-        """Passed over in silence, a user's blocks would stay for a day, and nobody would try again."""
+        """A skipped erasure would not be tried again, and the user's blocks would stay for a day."""
         keys = self.chain(3, b"me------")
         await store.put(content(keys))
         await redis_client.rename(user_blocks_name(b"me------"), "aside")

@@ -20,12 +20,12 @@ from tests.kv_chains import LAYOUT, LIVENESS_SECONDS, Clock, assert_run, chain, 
 async def grown(counter: Callable[[], int], *, by: int) -> None:
     """Return when a counter has grown so far."""
     goal = counter() + by
-    while counter() < goal:  # noqa: ASYNC110  it is a statistic and tells nobody when it changes
+    while counter() < goal:  # noqa: ASYNC110  a statistic has no event
         await asyncio.sleep(0.001)
 
 
 class Speaker(asyncio.Protocol):
-    """Says the same whatever it hears, and hangs up soon after."""
+    """A server that sends the same reply to every command and closes the connection soon after."""
 
     def __init__(self, text: bytes) -> None:
         self.text = text

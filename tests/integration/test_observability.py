@@ -1,4 +1,4 @@
-"""Metrics, traces and logs of real services: what an operator sees of a request, and that it is nobody's history."""
+"""Metrics, traces and logs of real services: what an operator sees of a request, and that no history is in it."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ HANGING = ["says half a line", "says nothing", "closes its output"]
 
 
 def children() -> set[int]:
-    """Processes whose parent is this one; also those that have ended and that nobody has waited for."""
+    """Child processes of this one, zombies included."""
     own = Path(f"/proc/{os.getpid()}/task")
     return {int(n) for task in own.iterdir() for n in (task / "children").read_text(encoding="ascii").split()}
 
@@ -152,7 +152,7 @@ def test_service_that_fails_to_start_reports_its_reason(
 def test_interrupted_start_of_a_stack_leaves_no_process(
     tmp_path: Path, does: Callable[[str, str], None], name: str
 ) -> None:
-    """Ctrl-C while it waits for one of them: all of them are gone when the caller hears of it."""
+    """Ctrl-C during the wait for one of them: all have ended when the caller gets the exception."""
     does(name, "interrupts")
     stack = new_stack(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -240,7 +240,7 @@ def test_a_service_that_does_not_end_in_time_is_killed(
 
 @pytest.mark.parametrize("name", ["draft_service", "target_service", "orchestrator"])
 def test_interrupted_stop_leaves_no_process(tmp_path: Path, does: Callable[[str, str], None], name: str) -> None:
-    """Ctrl-C while it waits for one that drains: nobody waits any more, and all are gone."""
+    """Ctrl-C during the wait for a drain ends the wait, and all have ended."""
     does(name, "interrupts when it is to end")
     stack = new_stack(tmp_path)
     stack.start()
@@ -294,7 +294,7 @@ class TestRedis:
         assert process.returncode == 0
 
     def test_whose_stop_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """SIGKILL takes the place of an orderly end that nobody waits for."""
+        """SIGKILL replaces a graceful stop without a wait."""
         server = LocalRedis()
         server.start()
         process = server._server.process

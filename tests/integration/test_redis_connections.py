@@ -52,7 +52,7 @@ async def new_master(other_server: LocalRedis) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def demote(redis_client: Redis) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Make the old master a replica that keeps its connections and its data, and hears nothing of the new master's."""
+    """Make the old master a replica that keeps its connections and its data, and gets nothing of the new master's."""
 
     async def demoted() -> None:
         await redis_client.replicaof("127.0.0.1", 1)
@@ -68,7 +68,7 @@ def url_of(client: Redis) -> str:
 
 async def becomes(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(LIVENESS_SECONDS):
-        while not condition():  # noqa: ASYNC110  nobody announces it
+        while not condition():  # noqa: ASYNC110  it has no event
             await asyncio.sleep(0.01)
 
 
@@ -152,14 +152,14 @@ class TestReplica:
             assert len(await new_master.keys("kv:*")) == 3
             assert_run(await store.get_chain(chain(3, seed=2)), chain(3, seed=2))
 
-    async def test_a_listener_before_a_cut_off_replica_is_deaf_until_it_hears_a_master(
+    async def test_subscriber_of_a_cut_off_replica_lags_until_it_reaches_a_master(
         self, proxy: RedisProxy, new_master: Redis, demote: Callable[[], Awaitable[None]]
     ) -> None:
-        """The replica answers reads of the stream for ever, and shows nothing of what is announced elsewhere."""
+        """The replica answers reads of the stream for ever, and shows no erasure that is published elsewhere."""
         async with connect(proxy.url, timeout_seconds=10) as client:
             cache = PrefixCache(LAYOUT, MemoryKvCache(2**20))
-            listener = ErasureSubscriber(client, cache, max_lag_seconds=0.5, poll_seconds=0.02)
-            await listener.start()
+            subscriber = ErasureSubscriber(client, cache, max_lag_seconds=0.5, poll_seconds=0.02)
+            await subscriber.start()
             assert cache.accepts_user_blocks
             await demote()
             await becomes(lambda: not cache.accepts_user_blocks)
@@ -167,7 +167,7 @@ class TestReplica:
             proxy.leads_to(url_of(new_master))
             await becomes(lambda: cache.accepts_user_blocks)
             assert user_cache_key("", "leaver") in cache._held_until
-            await listener.close()
+            await subscriber.close()
 
     async def test_a_replica_without_its_master_is_left(
         self, proxy: RedisProxy, redis_client: Redis, new_master: Redis, demote: Callable[[], Awaitable[None]]
@@ -198,7 +198,7 @@ class TestRefusals:
             assert sorted(await histories.get("u") or []) == sorted(f"item-{number}" for number in range(20))
 
     @pytest.mark.parametrize("text", REFUSALS)
-    async def test_a_server_that_refuses_on_every_connection_says_so(self, text: str) -> None:
+    async def test_refusal_on_every_connection_is_raised(self, text: str) -> None:
         """And each connection that said it is closed."""
         asked = 0
 
@@ -271,7 +271,7 @@ class TestSilence:
             assert store.statistics.failures == 0
 
     async def test_an_event_whose_answer_was_lost_is_not_sent_again(self, proxy: RedisProxy) -> None:
-        """The call fails, as nobody knows; and then the event is there, once."""
+        """The call fails, as its outcome is unknown. Then the event is there, once."""
         async with connect(proxy.url, timeout_seconds=0.5) as client:
             histories = HistoryStore(client, 100, timeout_seconds=0.5)
             await histories.append("u", ["a"])

@@ -248,7 +248,7 @@ class TestBatch:
 class TestDeadlines:
     @pytest.mark.parametrize("seconds", [0.0001, 0.001])
     def test_too_little_time_is_an_end_not_a_fault(self, client: Client, history: list[str], seconds: float) -> None:
-        """The caller learns that its time was over; whoever asks next is served."""
+        """The caller gets DEADLINE_EXCEEDED, and the next call is served."""
         for _ in range(10):
             with pytest.raises(grpc.RpcError) as late:
                 client.recommend(history, timeout=seconds, k=50, beam_width=100)

@@ -50,7 +50,7 @@ def test_each_service_has_a_folder_of_its_own_as_a_secret_names_its_files(folder
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    """Certificates of a new CA beside those of an old one: nobody would believe anybody."""
+    """Certificates of a new CA beside those of an old one: no connection would work."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert f"{folder}: is not empty" in refusal(run("certificates", folder))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

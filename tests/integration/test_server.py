@@ -206,7 +206,7 @@ async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
     assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 
 
-async def test_draining_tells_watchers_and_lets_running_calls_end(echo: Echo, tmp_path: Path) -> None:
+async def test_drain_notifies_watchers_and_running_calls_end(echo: Echo, tmp_path: Path) -> None:
     """Watchers used to keep a draining server up for its whole grace period."""
     states: list[int] = []
     manager = running(settings(tmp_path, drain_seconds=60), [echo.registration()])
@@ -240,7 +240,7 @@ async def test_a_call_that_outlasts_the_drain_is_cancelled(echo: Echo, tmp_path:
 # Tokens
 
 
-async def test_whoever_called_before_says_nothing_of_who_may_call_now(echo: Echo, tmp_path: Path) -> None:
+async def test_permission_is_checked_on_every_call(echo: Echo, tmp_path: Path) -> None:
     """An interceptor that kept one handler for a method once let callers without a token in after one with a token."""
     token, service = "t" * 43, "atspeed.v1.RecommendationService"
     file = tmp_path / "tokens.toml"

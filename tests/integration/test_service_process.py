@@ -35,7 +35,7 @@ async def echo(settings):
         raise BundleError("manifest.json: not there")
     if (settings.bundle / "slow").exists():
         print("loading", flush=True)
-        while not (settings.bundle / "deaf").exists():
+        while not (settings.bundle / "unresponsive").exists():
             await asyncio.sleep(0.01)
         while True:  # as code does that does not let the event loop run
             pass
@@ -72,7 +72,7 @@ async def ended(*arguments: str) -> tuple[int | None, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_process_says_where_it_listens_and_leaves_at_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+async def test_process_prints_its_address_and_ends_at_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     async with process("--bundle", str(tmp_path), "--port", "0", "--redis-url", "redis://:hidden@localhost") as child:
         assert child.stdout is not None
         line = json.loads(await asyncio.wait_for(child.stdout.readline(), 30))
@@ -108,7 +108,7 @@ async def test_a_signal_ends_the_start(tmp_path: Path) -> None:
 
 async def test_a_second_signal_ends_the_process_whatever_it_does(tmp_path: Path) -> None:
     (tmp_path / "slow").touch()
-    (tmp_path / "deaf").touch()
+    (tmp_path / "unresponsive").touch()
     async with process("--bundle", str(tmp_path)) as child:
         assert child.stdout is not None
         assert await asyncio.wait_for(child.stdout.readline(), 30) == b"loading\n"

@@ -16,7 +16,8 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
-from tests.bundles import random_history
+from tests.bundles import new_bundle, random_history
+from tests.catalogues import new_catalogue
 from tests.messages import array, first_message, next_message
 from tests.serving import (
     DRAFT,
@@ -34,8 +35,6 @@ from tests.serving import (
     draft_stub,
     empty_plan,
     models,
-    new_bundle,
-    new_catalogue,
     target_stub,
     until,
 )
@@ -112,7 +111,7 @@ class TestEnd:
     def test_an_orchestrator_answers_what_it_has_begun(
         self, owned: ExitStack, stack: LocalStack, client: Client, catalogue: Catalogue, log_folder: Path
     ) -> None:
-        """Calls that wait for their plan when the signal comes get their lists; later ones find nobody."""
+        """Calls that wait for their plan at the signal get their lists. Later calls find no server."""
         histories = [random_history(catalogue, WINDOW, seed=seed) for seed in range(3)]
         expected = [client.recommend(history) for history in histories]
         release = threading.Event()

@@ -217,7 +217,7 @@ class TestTarget:
         assert {reply.model_version for reply in apart} == {together.model_version}
 
     @pytest.mark.parametrize("noise", [None, types_pb2.Perturbation(seed=7, temperature=1.5)])
-    def test_a_search_that_it_goes_on_with_is_the_one_that_is_asked_for_pass_by_pass(
+    def test_autonomous_search_equals_the_search_pass_by_pass(
         self, target: grpc.Channel, version: str, catalogue: Catalogue, noise: types_pb2.Perturbation | None
     ) -> None:
         """The model gives the same numbers either way. Tests of the autonomous search compare its nodes with the loop's."""

@@ -15,7 +15,8 @@ from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.data_check import check_run_folder
 from atspeed.training.errors import RecipeError
-from tests.bundles import random_catalogue, random_history
+from tests.bundles import random_history
+from tests.catalogues import random_catalogue
 from tests.recipes import short_recipe
 
 ITEMS, USERS = 12, 10

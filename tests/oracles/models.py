@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +22,10 @@ from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Trie
 from draft_service.drafter import Drafter, DraftRequest
-from tests.bundles import TestBundle
 from tests.oracles.naive_trie import NaiveTrie
+
+if TYPE_CHECKING:  # it imports torch, which unit tests do without
+    from tests.bundles import TestBundle
 
 BLOCK_TOKENS = 4
 

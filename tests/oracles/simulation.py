@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner
@@ -29,13 +28,13 @@ from orchestrator.planning.sized_draft import SizedDraft
 from orchestrator.planning.usage import Usage
 from orchestrator.search.beam_loop import Draft, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict, Tolerance
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run_steps
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, nothing, run_now, run_steps
 
 MILLISECOND = 1_000_000
 PROMPT_TOKENS = 8
-Spoil = Callable[[Plan], Plan]
+Distort = Callable[[Plan], Plan]
 
 
 def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
@@ -108,7 +107,7 @@ class SimulatedDraft:
     """Drafter over a table, with the interface of a draft session."""
 
     def __init__(
-        self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, spoil: Spoil
+        self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, distort: Distort
     ) -> None:
         self.usage = Usage()
         self.prompt_tokens = PROMPT_TOKENS
@@ -120,19 +119,19 @@ class SimulatedDraft:
         self._machine = machine
         self._proposal = proposal
         self._noise = noise
-        self._spoil = spoil
+        self._distort = distort
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         """Return a plan, and record the call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
         asked = DraftRequest(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
-        drafted = await Drafter(self).plan(asked)  # type: ignore[arg-type]
+        drafted = await LanguageModelDrafter(self).plan(asked)  # type: ignore[arg-type]
         cost = replace(drafted.cost, queue_ns=int(drafted.passes * self._machine.draft_queue_ms * MILLISECOND))
         self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self._machine.call_ms * MILLISECOND))
         if self._machine.draft_fails:
             return Plan.empty(below)
         self.usage.costs.append(cost)
-        plan = self._spoil(drafted.plan)
+        plan = self._distort(drafted.plan)
         plan.check(self.trie, limit=size.max_nodes)
         return plan
 
@@ -183,6 +182,8 @@ class Simulation:
         self.catalogue = random_catalogue(items, codes, seed=1)
         paths = {self.catalogue.id_of(n): tuple(self.catalogue.codes[n].tolist()) for n in range(items)}
         self._naive = NaiveTrie(paths, codes)
+        # Requests of one user follow each other: with and without a planner, and again.
+        self._worlds = lru_cache(maxsize=128)(self._new_worlds)
 
     def serve(
         self,
@@ -191,18 +192,18 @@ class Simulation:
         *,
         mode: Mode = Mode.STRICT,
         width: int = 10,
-        spoil: Spoil = lambda plan: plan,
+        distort: Distort = lambda plan: plan,
     ) -> Served:
         """Serve one request; without a planner, by the target alone."""
         target_world, draft_world = self._worlds(user)
         policy = _policy(mode, width)
         table = TableTarget(target_world, Pruning.none(), policy.max_children, policy.noise)
         target = SimulatedTarget(table, self.machine)
-        draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, spoil)
+        draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, distort)
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
         sizer = planner.sizer(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
         behind = SizedDraft(draft, sizer, table) if sizer else alone
-        result = asyncio.run(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
+        result = run_now(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
         if sizer:
             sizer.learn(result.memo, target.usage, draft.usage)
         leaves = result.leaves
@@ -213,7 +214,7 @@ class Simulation:
         """Return the draft of a user."""
         return SimulatedDraft(self._worlds(user)[1], self.machine, proposal, None, lambda plan: plan)
 
-    def _worlds(self, user: int) -> tuple[World, World]:
+    def _new_worlds(self, user: int) -> tuple[World, World]:
         rng, trie = np.random.default_rng(user), self.catalogue.trie
         logits = rng.normal(size=(trie.nodes, trie.columns)) * 1.5
         drafted = logits + self.noise * rng.normal(size=logits.shape)

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+import numpy.typing as npt
+from scipy import special
 
 Outcome = TypeVar("Outcome", bound=Hashable)
 
@@ -26,7 +27,8 @@ def chi_square_p(observed: Counter[Outcome], law: Mapping[Outcome, float]) -> fl
     if rare:
         cells.append((sum(count for count, _ in rare), sum(expected for _, expected in rare)))
     counts, expected = np.array(cells).T
-    return float(stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue)
+    expected = expected * counts.sum() / expected.sum()
+    return _chi_square_tail(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)
 
 
 def same_law_p(first: Counter[Outcome], second: Counter[Outcome]) -> float:
@@ -36,5 +38,35 @@ def same_law_p(first: Counter[Outcome], second: Counter[Outcome]) -> float:
     table = [[sample[outcome] for outcome in common] for sample in (first, second)]
     for row, sample in zip(table, (first, second), strict=True):
         row.append(sample.total() - sum(row))
-    columns = np.array(table)
-    return float(stats.chi2_contingency(columns[:, columns.sum(axis=0) > 0]).pvalue)
+    columns = np.array(table, dtype=np.float64)
+    columns = columns[:, columns.sum(axis=0) > 0]
+    expected = np.outer(columns.sum(axis=1), columns.sum(axis=0)) / columns.sum()
+    return _chi_square_tail(((columns - expected) ** 2 / expected).sum(), columns.shape[1] - 1)
+
+
+def uniform_cells_p(cells: npt.NDArray[np.integer]) -> float:
+    """p-value of counts whose cells are equally likely."""
+    expected = cells.sum() / cells.size
+    return _chi_square_tail(((cells - expected) ** 2 / expected).sum(), cells.size - 1)
+
+
+def uniform_p(values: npt.NDArray[np.float64]) -> float:
+    """p-value of values that are uniform in (0, 1): Kolmogorov and Smirnov's test, by its limit law."""
+    ordered, ranks = np.sort(values), np.arange(len(values) + 1) / len(values)
+    distance = max((ranks[1:] - ordered).max(), (ordered - ranks[:-1]).max())
+    return float(special.kolmogorov(np.sqrt(len(values)) * distance))
+
+
+def detectable_effect(draws: int, outcomes: int, significance: float, power: float = 0.99) -> float:
+    """The least effect size that `chi_square_p` finds with this power: Cohen's w, sqrt(sum((p' - p)^2 / p)).
+
+    A law that differs by w from the expected one makes the statistic noncentral by draws * w^2.
+    """
+    freedom = outcomes - 1
+    threshold = special.chdtri(freedom, significance)
+    noncentrality = special.chndtrinc(threshold, freedom, 1 - power)
+    return float(np.sqrt(noncentrality / draws))
+
+
+def _chi_square_tail(statistic: float, freedom: int) -> float:
+    return float(special.chdtrc(freedom, statistic))

@@ -9,7 +9,7 @@ from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.trie import Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import Policy
@@ -43,7 +43,7 @@ async def cold_search(models: Models, case: HeldOutCase, policy: Policy, size: P
     else:
         sample = policy.proposal is Proposal.SAMPLE
         order = DraftRequest(prompt, Beams.root(), size, policy.proposal, Pruning.none(), noise, with_evaluation=sample)
-        drafting = CountingDraft(Drafter(draft), trie, order)
+        drafting = CountingDraft(LanguageModelDrafter(draft), trie, order)
         result = await beam_search(trie, models.rule, policy, asked, drafting)
         passes = drafting.passes
     await target.close()

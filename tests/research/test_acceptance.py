@@ -30,7 +30,8 @@ from research.__main__ import app
 from research.acceptance import AcceptanceConfig, AcceptanceRow, parse_budget
 from research.acceptance_search import NO_DRAFT
 from research.eval_examples import HeldOutCase, choose_cases, quality
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.datasets import write_dataset
 from tests.oracles.models import Models
 from tests.research.cold_search import cold_search

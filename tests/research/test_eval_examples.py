@@ -13,7 +13,7 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.training import evaluate
 from atspeed.training.data import CatalogueItem, Dataset, read_atspeed
 from research.eval_examples import choose_cases, quality
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 from tests.datasets import write_dataset
 
 CATALOGUE = random_catalogue(80, (6, 5, 4, 4), seed=4)

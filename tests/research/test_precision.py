@@ -15,7 +15,8 @@ from atspeed.training.sequences import Spelling
 from research import precision
 from research.eval_examples import HeldOutCase
 from research.precision import PrecisionConfig, PrecisionRow, TrainedTarget
-from tests.bundles import TestBundle, random_catalogue, write_bundle
+from tests.bundles import TestBundle, write_bundle
+from tests.catalogues import random_catalogue
 
 USERS = 6
 

@@ -12,7 +12,8 @@ from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
 from research.shared_tree_models import SharedTreeEvaluator, load_decoder_of, prefix_cache, shared_evaluator
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.models import Models
 
 

@@ -17,8 +17,9 @@ from atspeed.engine.search.trie import Pruning
 from atspeed.training.calibration import Calibration, _plan
 from atspeed.training.evaluate import EvalExample, ModelRecommender
 from atspeed.training.sequences import Sequencer, Spelling
-from draft_service.drafter import Drafter, DraftRequest
-from tests.bundles import random_catalogue, write_bundle
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.models import Models
 
 SIZES = (PlanSize(3, 20, 20), PlanSize(5, 40, 40), PlanSize(2, 4, 12))
@@ -45,7 +46,7 @@ def planned(models: Models, question: EvalExample, size: PlanSize, scales: tuple
     """By the draft service's drafter, on the exported model."""
 
     async def plan(evaluator: TreeEvaluator) -> Int64:
-        drafter = Drafter(evaluator)
+        drafter = LanguageModelDrafter(evaluator)
         drafter._scale = scales
         prompt = recommender(models, "draft").sequencer.prompt(question.history)
         order = DraftRequest(prompt, Beams.root(), size, Proposal.TOP, Pruning.none())

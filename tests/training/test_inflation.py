@@ -28,7 +28,8 @@ from atspeed.training.inflation import SHAPES, InflationError, ModelShape, write
 from atspeed.training.parity import RandomTree, checkpoint_outputs
 from atspeed.training.sequences import Spelling
 from research.shared_tree_models import load_decoder_of, prefix_cache, shared_evaluator
-from tests.bundles import TestBundle, random_catalogue, random_history, random_model, write_run
+from tests.bundles import TestBundle, random_history, random_model, write_run
+from tests.catalogues import random_catalogue
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -239,7 +240,7 @@ def test_a_folder_in_which_the_source_lies_is_refused(run: TestBundle, inside: s
         "target": Inflation(run.root.parent / "target-checkpoint", LARGER["same heads"])
     }
     before = hash_files(run.root.parent)
-    with pytest.raises(InflationError, match="would overwrite or spoil"):
+    with pytest.raises(InflationError, match="would overwrite or corrupt"):
         inflate_bundle(run.bundle, run.root / inside, inflations, label="x", precision="float32", seed=1)
     assert hash_files(run.root.parent) == before
 

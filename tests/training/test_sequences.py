@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.training.sequences import IGNORED, Batch, Sequencer, Spelling, WindowBatches, index_histories
-from tests.bundles import SPECIALS, shared_tokens, tailed_catalogue
+from tests.bundles import SPECIALS, shared_tokens
+from tests.catalogues import tailed_catalogue
 
 ITEMS, LEVELS, CODES = 30, 3, 5
 CATALOGUE = Catalogue.build(
@@ -51,6 +52,7 @@ def test_the_prompt_is_the_templates_of_the_newest_items(length: int) -> None:
     np.testing.assert_array_equal(made.prompt(items), made.spelling.prompt.tokens(shown))
 
 
+@settings(max_examples=100)
 @given(st.integers(1, 7))
 def test_every_label_follows_a_prompt_of_serving_time(length: int) -> None:
     """Up to where an item's labels begin, the sequence is exactly the prompt that serving builds for the items before it."""
@@ -63,6 +65,7 @@ def test_every_label_follows_a_prompt_of_serving_time(length: int) -> None:
         np.testing.assert_array_equal(example.labels[begins : begins + LEVELS], made.item_tokens[items[index]])
 
 
+@settings(max_examples=100)
 @given(st.integers(0, 30))
 def test_an_evaluation_sees_the_serving_prompt_and_predicts_the_item_alone(length: int) -> None:
     made, items = sequencer(separator=(37, 38), suffix=(39,)), history(length)
@@ -102,6 +105,7 @@ def test_longest_sequence_fits_the_longest_prompt() -> None:
     assert len(made.example(history(made.window)).tokens) == made.spelling.prompt.max_tokens(LEVELS) + LEVELS
 
 
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 3))
 def test_windows_predict_every_item_once_per_epoch(lengths: list[int], epoch: int) -> None:
     made = sequencer()

@@ -1,4 +1,4 @@
-"""The loop: a killed or paused run goes on to the identical weights; the best epoch wins; the loss can be swapped."""
+"""The loop: a killed or paused run continues to the identical weights; the best epoch wins; the loss can be swapped."""
 
 import json
 import os

@@ -195,16 +195,16 @@ def bench_prefix(
         raise CommandError(f"evaluations differ from the cold one's: {', '.join(wrong)}")
 
 
+TrainedBundle = Annotated[
+    Path,
+    typer.Option(
+        "--bundle", help="A bundle that `atspeed train` wrote, next to its checkpoints.", exists=True, file_okay=False
+    ),
+]
+
+
 def bench_gpu(
-    bundle: Annotated[
-        Path,
-        typer.Option(
-            "--bundle",
-            help="A bundle that `atspeed train` wrote, next to its checkpoints.",
-            exists=True,
-            file_okay=False,
-        ),
-    ],
+    bundle: TrainedBundle,
     work: Annotated[Path, typer.Option(help="Folder in which inflated bundles are kept; 40 GB.", file_okay=False)],
     histories: Histories = None,
     size: Annotated[
@@ -230,7 +230,6 @@ def bench_gpu(
 ) -> None:
     """Measure on a GPU: exactness against the CPU, lists and single passes at the size of large models."""
     gpu = optional("atspeed.benchmarks.gpu")
-
     optional("transformers.utils.logging").disable_progress_bar()
     opened = Bundle(bundle)
     config = gpu.GpuConfig(

@@ -44,6 +44,8 @@ MANIFEST = "manifest.json"
 Precision = Literal["float32", "float16", "int8"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
+LANGUAGE_MODEL = "language-model"
+"""The draft kind of a language model that is served by its own decoder."""
 PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -86,9 +88,11 @@ class ModelEntry(_Part):
     prompt: PromptTemplate
     fingerprint: str
     """The hash of the model's files: part of the keys of its prefix cache."""
-    # The fields below are not written when they are None: a bundle without them keeps its version.
+    # The fields below are not written when they have their default: a bundle without them keeps its version.
     plan_scale: tuple[PlanScale, ...] | None = Field(default=None, exclude_if=lambda scale: scale is None)
     """The draft's plan scale: the unit of a plan's margins, per level 1..L-1."""
+    draft_kind: str = Field(default=LANGUAGE_MODEL, exclude_if=lambda kind: kind == LANGUAGE_MODEL)
+    """How the draft proposes nodes: a kind of draft_service/draft_kinds.py."""
     inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
     """The parameters of the trained model, if this one is its inflation (atspeed.training.inflation)."""
 
@@ -143,6 +147,8 @@ class Manifest(_Part):
     def _only_a_draft_plans(self) -> Manifest:
         if self.target.plan_scale is not None:
             raise ValueError("target.plan_scale: only a draft has one")
+        if self.target.draft_kind != LANGUAGE_MODEL:
+            raise ValueError("target.draft_kind: only a draft has one")
         return self
 
     @property

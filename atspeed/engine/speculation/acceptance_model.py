@@ -153,7 +153,7 @@ class SurvivalCurve:
         """Return P(required depth > d) for every depth d of the grid: float64 [197]."""
         if self._survived is None:
             events = self._events + PRIOR
-            # At risk at d: all observations that end at d or deeper. Of these, the share 1 - events / at_risk goes on.
+            # At risk at d: all observations that end at d or deeper. Of these, the share 1 - events / at_risk survives.
             at_risk = np.cumsum((events + self._censored)[::-1])[::-1]
             self._survived = np.asarray(np.cumprod(1.0 - events / at_risk), dtype=np.float64)
         return self._survived

@@ -27,7 +27,7 @@ async def test_calls() -> None:
 
 
 async def test_a_tenants_users_are_its_own() -> None:
-    """Every call about a stored history says whose user it is; without a tenant, nobody's."""
+    """Every call about a stored history carries the tenant, or none."""
     service = FakeService()
     async with connected(service) as client:
         for tenant in ("shop", ""):

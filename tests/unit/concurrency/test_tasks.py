@@ -28,13 +28,13 @@ async def test_the_task_ends_with_the_block() -> None:
     assert logged == []
 
 
-async def test_a_task_that_fails_is_heard_of_and_the_block_goes_on() -> None:
+async def test_failed_task_is_logged_and_the_block_continues() -> None:
     async def work() -> None:
         raise ValueError("broken")
 
     with capture_logs() as logged:
         async with background_task(work(), "work"):
-            while not logged:  # noqa: ASYNC110 - a log tells nobody when it has grown
+            while not logged:  # noqa: ASYNC110 - a log has no event
                 await asyncio.sleep(0)
             (entry,) = logged
             assert (entry["log_level"], entry["task"], str(entry["exc_info"])) == ("error", "work", "broken")

@@ -36,7 +36,7 @@ def survival(curve: SurvivalCurve, depth: Float64) -> Float64:
 
 
 def kaplan_meier(observed: Sequence[RequiredDepth], depth: float) -> float:
-    """Return P(required > depth) from the definition: at every depth with an event, the share that goes on.
+    """Return P(required > depth) from the definition: at every depth with an event, the share that survives.
 
     Required depths are rounded up to the grid and censored ones down. An observation weighs less with each later one.
     """

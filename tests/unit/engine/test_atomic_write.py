@@ -13,7 +13,7 @@ import pytest
 from atspeed.benchmarks.results import Result
 from atspeed.engine.files.atomic_write import replace_text, replacing
 from atspeed.local.certificates import LocalCertificates
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 
 
 def test_file_until_the_block_ends_keeps_its_old_content(tmp_path: Path) -> None:

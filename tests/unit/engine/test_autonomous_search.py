@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator
 
 import numpy as np
@@ -16,12 +15,12 @@ from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now
 
 
 def asked_by_the_loop(target: TableTarget, policy: Policy) -> list[list[int]]:
     world = target.world
-    asyncio.run(beam_search(world.trie, world.rule, policy, target, ScriptedDraft(world.trie, nothing)))
+    run_now(beam_search(world.trie, world.rule, policy, target, ScriptedDraft(world.trie, nothing)))
     return target.asked
 
 
@@ -36,7 +35,7 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     passes = search()
     nodes: Int64 | None = next(passes)
     while nodes is not None:
-        nodes = sent(passes, asyncio.run(target.evaluate(nodes)))
+        nodes = sent(passes, run_now(target.evaluate(nodes)))
     assert [evaluation.node.tolist() for evaluation in found] == target.asked
     return target.asked
 

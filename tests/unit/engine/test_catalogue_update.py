@@ -15,7 +15,8 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue, updated_catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import CatalogueError
-from tests.bundles import random_catalogue, write_bundle
+from tests.catalogues import random_catalogue
+from tests.placeholder_bundles import placeholder_bundle
 
 SIZES = (3, 4)
 PATHS = st.tuples(*(st.integers(0, size - 1) for size in SIZES))
@@ -91,7 +92,7 @@ def test_a_path_with_several_possible_tails_is_refused() -> None:
 
 
 def test_updated_bundle_is_complete_and_shares_its_models(tmp_path: Path) -> None:
-    old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
+    old = placeholder_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0))
     new = update_catalogue(old, tmp_path / "new", {"new": (1, 2)}, ["item-3"])
     Bundle(new.root).verify()
     expected = {item: path for item, path in items(old.catalogue()).items() if item != "item-3"} | {"new": (1, 2)}
@@ -103,7 +104,7 @@ def test_updated_bundle_is_complete_and_shares_its_models(tmp_path: Path) -> Non
 
 def test_update_without_hard_links_copies_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from one disk to another."""
-    old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
+    old = placeholder_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0))
 
     def refuse(source: Path, _path: Path) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))

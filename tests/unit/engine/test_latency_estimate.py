@@ -14,7 +14,7 @@ from atspeed.engine.speculation.latency_estimate import (
     RemainingWorkRatio,
 )
 from orchestrator.planning import adaptive_sizer
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 
 WIDTH, COMPUTED_TOKENS = 10, 5
 

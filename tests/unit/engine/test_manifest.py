@@ -14,55 +14,20 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
     MANIFEST,
     Bundle,
-    Manifest,
-    ModelEntry,
     fingerprint,
     hash_files,
     write_manifest,
 )
-from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError, CatalogueError
 from atspeed.engine.search.scoring import ScoringRule
+from tests.placeholder_bundles import placeholder_bundle, placeholder_entry
 
 CATALOGUE = Catalogue.build(["a", "b", "c"], np.array([[0, 0], [0, 1], [1, 1]]), (2, 2))
 
 
-def entry(role: str, files: dict[str, str]) -> ModelEntry:
-    return ModelEntry(
-        path=f"{role}/model.onnx",
-        architecture="llama",
-        precision="float32",
-        parameters=10,
-        vocab_size=8,
-        layers=1,
-        kv_heads=1,
-        head_dim=2,
-        max_positions=64,
-        code_tokens=(3, 4, 5, 6),
-        prompt=PromptTemplate(prefix=(1,)),
-        fingerprint=fingerprint(files, role),
-    )
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A bundle whose model files are not models: nothing here loads them."""
-    CATALOGUE.save(tmp_path / "catalogue")
-    for role in ("target", "draft"):
-        (tmp_path / role).mkdir()
-        (tmp_path / role / "model.onnx").write_bytes(role.encode())
-        (tmp_path / role / "model.onnx.data").write_bytes(bytes(100))
-    files = hash_files(tmp_path)
-    manifest = Manifest(
-        name="small",
-        scoring_rule=ScoringRule.VOCAB,
-        catalogue_version=CATALOGUE.version,
-        target=entry("target", files),
-        draft=entry("draft", files),
-        files=files,
-    )
-    write_manifest(tmp_path, manifest)
-    return tmp_path
+    return placeholder_bundle(tmp_path, CATALOGUE).root
 
 
 def change(root: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -77,7 +42,7 @@ def test_written_bundle_opens_and_verifies(root: Path) -> None:
     bundle.verify()
     assert bundle.catalogue().version == CATALOGUE.version
     assert bundle.model_path("draft") == root / "draft/model.onnx"
-    assert bundle.model("target") == entry("target", bundle.manifest.files)
+    assert bundle.model("target") == placeholder_entry("target", bundle.manifest.files, columns=4)
     assert not list(root.glob("*.partial"))
 
 
@@ -270,3 +235,21 @@ def test_foreign_fingerprint_is_refused(root: Path) -> None:
     change(root, lambda document: document["target"].update(fingerprint=document["draft"]["fingerprint"]))
     with pytest.raises(BundleError, match=r"target\.fingerprint"):
         Bundle(root).verify()
+
+
+def test_default_draft_kind_is_not_written_and_keeps_the_version(root: Path) -> None:
+    manifest = Bundle(root).manifest
+    assert "draft_kind" not in (root / MANIFEST).read_text()
+    assert manifest.draft is not None
+    other = manifest.model_copy(update={"draft": manifest.draft.model_copy(update={"draft_kind": "other"})})
+    write_manifest(root, other)
+    read = Bundle(root).manifest
+    assert read.draft is not None
+    assert read.draft.draft_kind == "other"
+    assert read.model_version("draft") != manifest.model_version("draft")
+
+
+def test_target_has_no_draft_kind(root: Path) -> None:
+    change(root, lambda document: document["target"].update(draft_kind="other"))
+    with pytest.raises(BundleError, match=r"target\.draft_kind: only a draft has one"):
+        Bundle(root)

@@ -20,9 +20,10 @@ from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
 from atspeed.engine.speculation.prefix_prior import PrefixPrior
 from atspeed.engine.speculation.target_prefetch import TargetPrefetcher
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World, naive_tries
+from tests.profiles import either
 
 
 def latency_of(floor_ms: float, ms_per_token: float, *, occupancy: int = 1) -> LatencyModel:
@@ -72,7 +73,7 @@ def users(naive: NaiveTrie, rule: ScoringRule, count: int, noise: float) -> list
     return worlds
 
 
-@settings(max_examples=60)
+@settings(max_examples=either(20, 60))
 @given(
     naive_tries(levels=(1, 2, 3, 4), max_items=30),
     st.sampled_from(ScoringRule),

@@ -87,7 +87,7 @@ async def test_close_makes_the_version_healthy(model: Model) -> None:
 
 
 async def test_passes_without_numbers_make_it_unhealthy_only_if_the_probe_fails(model: Model) -> None:
-    """One node may spoil every pass that is planned, and plain passes go on serving all."""
+    """One node may make every pass invalid that is planned, and plain passes go on serving all."""
     model.works = True
     for attempt in range(1, 4):
         for _ in range(3):

@@ -21,7 +21,7 @@ from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
 from orchestrator.planning.planner import PlanLimits, Planner, PlannerKind, refresh_curves
 from orchestrator.planning.planner_state import SkipBackoff
 from orchestrator.serving.snapshots import Planners
-from tests.bundles import random_catalogue, write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.simulation import (
     DEAR,
     FLAT,
@@ -32,6 +32,7 @@ from tests.oracles.simulation import (
     Simulation,
     curve,
 )
+from tests.placeholder_bundles import placeholder_bundle
 
 NOISE = Perturbation(seed=5, temperature=0.8)
 USELESS = 30.0
@@ -48,10 +49,10 @@ def mean_ms(served: list[Served]) -> float:
 
 
 def both(
-    simulation: Simulation, planner: Planner, users: range, spoil: Callable[[Plan], Plan] = lambda plan: plan
+    simulation: Simulation, planner: Planner, users: range, distort: Callable[[Plan], Plan] = lambda plan: plan
 ) -> tuple[list[Served], list[Served]]:
     """Serve users with a planner, and by the target alone; the lists are the same."""
-    planned = [simulation.serve(planner, user, spoil=spoil) for user in users]
+    planned = [simulation.serve(planner, user, distort=distort) for user in users]
     alone = [simulation.serve(None, user) for user in users]
     assert [one.list for one in planned] == [one.list for one in alone]
     return planned, alone
@@ -137,8 +138,8 @@ def test_planner_finds_a_draft_that_becomes_useful() -> None:
     It takes as many plans as the planner needed to learn that the draft is useless, and a good part of that again.
     """
     machine = Machine(curve(20, 24, 0.6), curve(10, 64, 0.05))
+    useless, useful = (_with_a_wide_first_level(machine, noise=noise) for noise in (USELESS, 0.0))
     for share, found in ((0.5, True), (0.0, False)):
-        useless, useful = (_with_a_wide_first_level(machine, noise=noise) for noise in (USELESS, 0.0))
         planner = adaptive(useless, explored_share=share)
         asked = [useless.serve(planner, user).report.nodes_asked > 0 for user in range(40)]
         assert share or not any(asked[32:])
@@ -221,14 +222,14 @@ def _upside_down(plan: Plan) -> Plan:
     return replace(plan, margin=np.asarray(-100.0 * depth - np.clip(plan.margin, -40.0, 40.0)))
 
 
-@pytest.mark.parametrize("spoil", [_all_alike, _upside_down])
+@pytest.mark.parametrize("distort", [_all_alike, _upside_down])
 @pytest.mark.parametrize("machine", [STEEP, FLAT])
-def test_planner_with_misleading_margins_loses_little(machine: Machine, spoil: Callable[[Plan], Plan]) -> None:
+def test_planner_with_misleading_margins_loses_little(machine: Machine, distort: Callable[[Plan], Plan]) -> None:
     """The planner learns the value of such plans too."""
     simulation = Simulation(machine, noise=0.5)
     planner = adaptive(simulation)
-    both(simulation, planner, range(60), spoil)
-    planned, alone = both(simulation, planner, range(60, 90), spoil)
+    both(simulation, planner, range(60), distort)
+    planned, alone = both(simulation, planner, range(60, 90), distort)
     assert mean_ms(planned) <= 1.02 * mean_ms(alone)
 
 
@@ -300,7 +301,7 @@ def test_planner_with_a_failing_draft_keeps_the_list() -> None:
 
 def test_planners_of_the_same_models_share_estimates(tmp_path: Path) -> None:
     """A changed catalogue keeps the estimates of its models; other models begin anew."""
-    manifest = write_bundle(tmp_path, random_catalogue(20, (4, 4, 4), seed=0)).bundle.manifest
+    manifest = placeholder_bundle(tmp_path, random_catalogue(20, (4, 4, 4), seed=0)).manifest
     trie = random_catalogue(30, (4, 4, 4), seed=1).trie
     planners, context = Planners(PlanLimits()), PlanContext(beam_width=4, prompt_tokens=8)
     first = planners.of(manifest, trie)

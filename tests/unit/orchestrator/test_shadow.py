@@ -223,7 +223,7 @@ async def test_target_whose_scores_depend_on_the_pass_is_detected_and_speculatio
 
 @pytest.mark.parametrize(("gap", "outcome"), [(1e-6, "near-tie"), (1e-3, "different")])
 async def test_lists_that_part_at_tied_beams_are_near_ties(gap: float, outcome: str) -> None:
-    """One beam goes on of two with the same score but for the gap, and the items below them have nothing in common."""
+    """One of two beams survives whose scores differ by the gap. The items below them differ."""
     even = World.random(NaiveTrie({"left": (0, 0), "right": (1, 1)}, (2, 2)), ScoringRule.VOCAB, 0)
     even.logits[:] = [[1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, -2], *[[0] * 4] * (len(even.logits) - 3)]
     tilted = even.logits.copy()

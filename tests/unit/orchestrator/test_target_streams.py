@@ -21,7 +21,7 @@ async def messages(*sent: target_pb2.EvaluateRequest) -> AsyncIterator[target_pb
 
 
 async def first_answer(idle_seconds: float, *sent: target_pb2.EvaluateRequest) -> object:
-    """Where the only place is taken and nobody may wait for it."""
+    """The only slot is taken, and no call may wait."""
     admission = Admission(slots=1, queue_limit=0)
     servicer = TargetServicer(cast("Any", None), admission, idle_seconds)  # no model: it is not asked for one
     async with admission.slot(Priority.INTERACTIVE):

@@ -13,7 +13,8 @@ from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track
-from tests.bundles import random_catalogue, write_bundle
+from tests.catalogues import random_catalogue
+from tests.placeholder_bundles import placeholder_bundle
 from tests.serving import LIVENESS_SECONDS
 
 
@@ -60,7 +61,7 @@ class Host:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifests of several versions."""
     root = tmp_path_factory.mktemp("bundles")
-    first = write_bundle(root / "first", random_catalogue(20, (4, 4), seed=0)).bundle
+    first = placeholder_bundle(root / "first", random_catalogue(20, (4, 4), seed=0))
     for name in ("second", "bad", "slow"):
         (root / name).mkdir()
         write_manifest(root / name, first.manifest.model_copy(update={"catalogue_version": name}))
@@ -128,7 +129,7 @@ async def test_path_missing_once_is_ignored(link: Path) -> None:
 
 
 async def test_circle_of_links_is_rejected_until_repaired(link: Path) -> None:
-    """They once ended the watch, and nobody was told."""
+    """They once ended the watch without an error."""
     host = Host(link)
     host.move_to(link.name)
     for _ in range(3):
@@ -192,5 +193,5 @@ async def test_sighup_checks_at_once(link: Path) -> None:
     async with watch_bundles([host.watch], poll_seconds=3600), asyncio.timeout(LIVENESS_SECONDS):
         host.move_to("second")
         os.kill(os.getpid(), signal.SIGHUP)
-        while host.activated != ["second"]:  # noqa: ASYNC110 - nobody announces it
+        while host.activated != ["second"]:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.ewma import Ewma
 from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.grpc_status import PUSHBACK_HEADER, STATUS_HEADER, call_status
@@ -116,7 +117,7 @@ async def test_call_that_would_miss_its_deadline_is_refused_on_arrival() -> None
     admission = Admission(1, 10)
     async with admission.slot(INTERACTIVE, 0.001):
         pass  # a free place is given to everybody: what it takes is known only by trying
-    admission._mean_seconds = 2.0  # as after work that took two seconds
+    admission.seconds = Ewma(2.0)  # as after work that took two seconds
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(admission.slot(INTERACTIVE))
         with pytest.raises(ResourceExhaustedError, match="deadline"):
@@ -144,10 +145,10 @@ async def test_cancelled_call_counts_at_least_the_expected_duration(
 
     await work(1.0)
     await work(0.1, end())  # says nothing: it may have been cut off early
-    assert admission.expected_seconds == 1.0
+    assert admission.seconds.value == 1.0
     for _ in range(50):
         await work(5.0, end())
-    assert admission.expected_seconds == pytest.approx(5.0, rel=0.02)
+    assert admission.seconds.value == pytest.approx(5.0, rel=0.02)
 
 
 async def test_deadline_ends_the_wait() -> None:
@@ -175,7 +176,7 @@ async def test_slot_that_comes_with_a_cancellation_is_passed_on() -> None:
     steps=st.lists(st.tuples(st.sampled_from(["arrive", "leave", "cancel"]), st.integers(0, 9), st.booleans())),
 )
 def test_invariants(slots: int, queue: int, steps: list[tuple[str, int, bool]]) -> None:
-    """No place too many is given and none is lost, nobody waits beside a free place, no batch request overtakes."""
+    """No slot too many is given and none is lost, no call waits beside a free slot, no batch request overtakes."""
     asyncio.run(hold(Admission(slots, queue), steps))
 
 

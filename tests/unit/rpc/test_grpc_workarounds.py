@@ -99,7 +99,7 @@ async def test_cancelled_batch_frees_at_its_end(core: Core, *, fails: bool) -> N
     assert core.freed == 0
     assert not core.begun[0].cancelled()  # gRPC does not end a cancelled future
     if fails:
-        core.begun[0].set_exception(ValueError("nobody hears of it"))
+        core.begun[0].set_exception(ValueError("not reported"))
     else:
         core.begun[0].set_result(None)
     assert core.freed == 1

@@ -46,7 +46,7 @@ def test_every_mode_of_the_contract_has_a_name() -> None:
     assert {value: wire.mode(value, "mode") for value in values} == values
 
 
-def test_lists_are_strict_where_nothing_is_said_and_no_mode_is_made_up() -> None:
+def test_unspecified_mode_is_strict_and_unknown_modes_are_refused() -> None:
     assert wire.mode(recommendation_pb2.MODE_UNSPECIFIED, "mode") is Mode.STRICT
     unknown: recommendation_pb2.Mode.ValueType = max(recommendation_pb2.Mode.values()) + 1  # type: ignore[assignment]
     with pytest.raises(InvalidArgumentError, match=r"some\.mode: .* is not a mode of this service"):

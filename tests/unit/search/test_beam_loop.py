@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +28,9 @@ from tests.oracles.worlds import (
     naive_tries,
     nothing,
     only,
+    run_now,
 )
+from tests.profiles import either
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def search(world: World, policy: Policy, draft: Draft | Choice, excluded: Sequen
     noise = policy.noise if policy.perturbed else None
     target = TableTarget(world, world.pruning(excluded), policy.max_children, noise)
     used = ScriptedDraft(world.trie, draft) if callable(draft) else draft
-    result = asyncio.run(beam_search(world.trie, world.rule, policy, target, used))
+    result = run_now(beam_search(world.trie, world.rule, policy, target, used))
     return Run(result, target.asked)
 
 
@@ -89,7 +90,7 @@ def expected_levels(world: World, width: int, excluded: Sequence[str]) -> list[l
     return naive_beam_search(world.naive, world.model, width, lambda path: world.naive.alive(path, excluded))
 
 
-@settings(max_examples=200)
+@settings(max_examples=either(40, 200))
 @given(worlds(), st.integers(1, 8), choices(), st.data())
 def test_a_strict_list_is_the_naive_beam_search(world: World, width: int, choice: Choice, data: st.DataObject) -> None:
     """THE promise: paths, order and scores are equal, with any plan, rule, width and exclusion."""
@@ -236,7 +237,7 @@ def test_a_failing_target_fails_the_search() -> None:
     world = World.random(naive, ScoringRule.VOCAB, 0)
     draft = ScriptedDraft(world.trie, nothing)
     with pytest.raises(ConnectionError):
-        asyncio.run(beam_search(world.trie, world.rule, Strict(1), Broken(), draft))  # type: ignore[arg-type]
+        run_now(beam_search(world.trie, world.rule, Strict(1), Broken(), draft))  # type: ignore[arg-type]
 
 
 @given(naive_tries())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -19,14 +18,15 @@ from atspeed.engine.search.beams import Beams, children_by_gumbel, children_by_s
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import DraftRequest, LanguageModelDrafter
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft
 from tests.oracles.naive_plan import NaivePlan, naive_plan, never_needs_a_pass
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_steps
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now, run_steps
+from tests.profiles import either
 
 AMPLE = 1_000
 NOISE = Perturbation(seed=5, temperature=0.8)
@@ -122,14 +122,14 @@ def drafted(case: Case, below: Beams | None = None) -> tuple[Plan, list[list[int
     """The drafter's plan, checked as the orchestrator does, and what its passes read."""
     evaluator = TableEvaluator(case.world, case.scales)
     order = case.order if below is None else DraftRequest(**{**vars(case.order), "below": below})
-    made = asyncio.run(Drafter(evaluator).plan(order))  # type: ignore[arg-type]
+    made = run_now(LanguageModelDrafter(evaluator).plan(order))  # type: ignore[arg-type]
     made.plan.check(case.world.trie, limit=case.size.max_nodes)
     assert made.passes == len(evaluator.asked)
     return made.plan, evaluator.asked
 
 
 def whole_tree(case: Case, start: Beams) -> dict[int, Beams]:
-    """Every live node below some beams as a beam of its own, whoever would ever expand it."""
+    """Every live node below some beams as a beam of its own."""
     trie, noise = case.world.trie, NOISE if case.proposal is Proposal.PERTURBED else None
     found, level = {int(node): start.take(np.array([row])) for row, node in enumerate(start.node)}, start
     for _ in range(int(trie.depth(start.node[:1])[0]), trie.levels - 1):
@@ -155,9 +155,9 @@ def test_the_best_of_some_rows_are_those_that_sorting_would_take(scores: list[in
     assert sorted(node[some.best_among(rows, width)]) == sorted(some.take(rows).best(width).node)
 
 
-@settings(max_examples=400)
+@settings(max_examples=either(80, 400))
 @given(cases())
-def test_a_plan_is_what_its_definition_says(case: Case) -> None:
+def test_plan_matches_its_definition(case: Case) -> None:
     """The nodes, and what was expanded on the way to them: nothing that had been cut already."""
     plan, asked = drafted(case)
     expected = by_definition(case, Beams.root())
@@ -165,9 +165,9 @@ def test_a_plan_is_what_its_definition_says(case: Case) -> None:
     assert [case.world.paths(np.array(nodes)) for nodes in asked] == expected.expanded
 
 
-@settings(max_examples=200)
+@settings(max_examples=either(40, 200))
 @given(cases(), st.data())
-def test_a_plan_below_deep_beams_is_what_its_definition_says(case: Case, data: st.DataObject) -> None:
+def test_plan_below_deep_beams_matches_its_definition(case: Case, data: st.DataObject) -> None:
     """After a miss, with the target's scores at the start in place of the draft's."""
     depth = data.draw(st.integers(1, case.world.naive.levels - 1))
     there = [path for path in case.inner if len(path) == depth]
@@ -252,7 +252,7 @@ def test_a_sample_keeps_within_its_budget(case: Case) -> None:
 def test_a_sample_says_all_that_the_draft_knew(case: Case) -> None:
     """All live children of every node that was expanded, those whose path has ended included: q is a whole distribution."""
     order = replace(case.order, with_evaluation=True)
-    plan = asyncio.run(Drafter(TableEvaluator(case.world)).plan(order)).plan  # type: ignore[arg-type]
+    plan = run_now(LanguageModelDrafter(TableEvaluator(case.world)).plan(order)).plan  # type: ignore[arg-type]
     depth = case.world.trie.depth(plan.node)
     expanded = {ROOT, *plan.node[depth < case.size.last_depth(case.world.trie, 0)].tolist()}
     assert set(plan.evaluated) <= expanded
@@ -316,7 +316,7 @@ def policies(draw: st.DrawFn) -> Policy:
     return draw(st.sampled_from(both))
 
 
-@settings(max_examples=200)
+@settings(max_examples=either(40, 200))
 @given(cases(), policies(), st.integers(0, 2**32))
 def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> None:
     """A draft with another table than the target's, or the same one: lists are the target's own, score for score."""
@@ -325,12 +325,12 @@ def test_no_plan_size_changes_a_list(case: Case, policy: Policy, seed: int) -> N
 
     def search(draft: Any) -> list[tuple[int, float]]:
         target = TableTarget(truth, case.pruning, policy.max_children, noise)
-        leaves = asyncio.run(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
+        leaves = run_now(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
         return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
 
     alone = search(ScriptedDraft(truth.trie, nothing))
     for table in (case.world, truth):
-        drafter = Drafter(TableEvaluatorPerPlan(table, case.scales))  # type: ignore[arg-type]
+        drafter = LanguageModelDrafter(TableEvaluatorPerPlan(table, case.scales))  # type: ignore[arg-type]
         order = DraftRequest(**{**vars(case.order), "proposal": policy.proposal})
         assert search(ModelDraft(drafter, truth.trie, order)) == alone
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,7 +29,8 @@ from tests.oracles.simulation import (
     Simulation,
     curve,
 )
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now
+from tests.profiles import either
 
 NOISE = Perturbation(seed=5, temperature=0.8)
 USELESS = 30.0
@@ -52,7 +51,7 @@ class RandomSizer(FixedPlanSizer):
         return plan.take(np.sort(PlanPrefixes.of(plan, complete=True).order[:count]))
 
 
-@settings(max_examples=100)
+@settings(max_examples=either(25, 100))
 @given(
     naive_tries(levels=(2, 3, 4), max_items=30),
     st.sampled_from(ScoringRule),
@@ -68,7 +67,7 @@ def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: 
 
     def search(draft) -> list[tuple[int, float]]:  # type: ignore[no-untyped-def]
         target = TableTarget(truth, Pruning.none(), policy.max_children, noise)
-        leaves = asyncio.run(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
+        leaves = run_now(beam_search(truth.trie, truth.rule, policy, target, draft)).leaves
         return list(zip(leaves.node.tolist(), leaves.score.tolist(), strict=True))
 
     drafting = SimulatedDraft(guess, FLAT, policy.proposal, policy.noise, lambda plan: plan)
@@ -77,7 +76,7 @@ def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: 
     assert planned == search(ScriptedDraft(truth.trie, nothing))
 
 
-@settings(max_examples=30)
+@settings(max_examples=either(15, 30))
 @given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0.0, 2.0))
 def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, ms_per_token: float) -> None:
     """Every cut, of the first levels and of all levels, is evaluated from the definition: the pass, and each first miss."""
@@ -86,7 +85,7 @@ def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, m
     context = PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)
     drafting = simulation.draft(int(rng.integers(100)), Proposal.TOP)
     asked = PlanSize(width, int(rng.integers(1, 100)), 100)
-    plan = asyncio.run(drafting.plan(Beams.root(), asked))
+    plan = run_now(drafting.plan(Beams.root(), asked))
     sizer = AdaptivePlanSizer(simulation.catalogue.trie, context, 40, 240, workload, state)
     kept = sizer.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
     kept.check(simulation.catalogue.trie, limit=len(plan.node))

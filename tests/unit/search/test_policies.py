@@ -6,7 +6,6 @@ A p-value is a function of the code alone; one below its threshold means that th
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,11 +40,22 @@ from tests.oracles.naive_search import (
 )
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.policies import NAIVE, RAGGED, search
-from tests.oracles.statistics import chi_square_p, same_law_p
-from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, naive_tries, nothing
+from tests.oracles.statistics import chi_square_p, detectable_effect, same_law_p
+from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, naive_tries, nothing, run_now
+from tests.profiles import either
 
 SIGNIFICANT = 0.01
-SEEDS = 20_000
+SEEDS = either(2_000, 20_000)
+RELAXED_SEEDS = either(500, 2_000)
+
+
+def test_laws_find_small_differences() -> None:
+    """Effect sizes that a chi-square over these draws finds in 99 of 100 cases; 0.1 is a small effect, 0.3 a medium one.
+
+    The lists have at most 7 first places and 21 sets of two.
+    """
+    assert detectable_effect(SEEDS, 7, SIGNIFICANT) < 0.14
+    assert detectable_effect(RELAXED_SEEDS, 21, SIGNIFICANT / 3) < 0.34
 
 
 def lists(
@@ -59,7 +69,7 @@ def lists(
         leaves = [(await search(world, policy, draft, pruning)).leaves for policy in policies]
         return [tuple(world.paths(listed.node)) for listed in leaves]
 
-    return asyncio.run(run())
+    return run_now(run())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +90,7 @@ def test_the_children_of_an_evaluated_level_are_built_once(
 
     monkeypatch.setattr(search_rules, builder, counted)
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    asyncio.run(search(world, policy, ScriptedDraft(world.trie, everything)))
+    run_now(search(world, policy, ScriptedDraft(world.trie, everything)))
     assert sum(count > 0 for count in built) == NAIVE.levels
 
 
@@ -108,7 +118,7 @@ class _Everything:
 def test_an_exact_sample_has_the_law_of_draws_without_replacement(
     naive: NaiveTrie, rule: ScoringRule, temperature: float, excluded: tuple[str, ...]
 ) -> None:
-    """Four statistics of lists of three, over 20,000 seeds, against the enumerated law.
+    """Four statistics of lists of three, over many seeds, against the enumerated law.
 
     The first place; the ordered pair of the first two; the set of all three; and each path's inclusion in the list,
     whose seven tests share one threshold (Bonferroni). The law is the product of the steps' probabilities, at the
@@ -116,7 +126,7 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
     makes one pass of three and changes no list (held by the next test and in test_beam_loop).
     """
     world = World.random(naive, rule, seed=5)
-    draft = _Everything(asyncio.run(ScriptedDraft(world.trie, everything).plan(Beams.root())))
+    draft = _Everything(run_now(ScriptedDraft(world.trie, everything).plan(Beams.root())))
     policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(SEEDS))
     drawn = lists(world, policies, draft, excluded)
 
@@ -141,9 +151,9 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
 
 @pytest.mark.parametrize("excluded", [(), ("b", "d", "f")])
 def test_a_draft_of_random_nodes_changes_no_exact_sample(excluded: tuple[str, ...]) -> None:
-    """For every seed of the first 150: the same list without a plan, with random ones and with all nodes planned."""
+    """For every seed of the first ones: the same list without a plan, with random ones and with all nodes planned."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    policies = [ExactSampling(3, Perturbation(seed, 0.8)) for seed in range(150)]
+    policies = [ExactSampling(3, Perturbation(seed, 0.8)) for seed in range(either(50, 150))]
     alone = lists(world, policies, ScriptedDraft(world.trie, nothing), excluded)
     for choice in (at_random(11, 0.5), everything):
         assert lists(world, policies, ScriptedDraft(world.trie, choice), excluded) == alone
@@ -226,7 +236,7 @@ def drafted_lists(
         found = [await search(target, policy, SamplingDraft(draft, proposals, policy.noise)) for policy in policies]
         return [tuple(target.paths(result.leaves.node)) for result in found]
 
-    return asyncio.run(run())
+    return run_now(run())
 
 
 def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSampling]:
@@ -235,9 +245,9 @@ def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSam
 
 @pytest.mark.parametrize(("naive", "temperature"), [(NAIVE, 1.0), (NAIVE, 0.5), (RAGGED, 1.0)])
 def test_without_a_plan_every_level_is_an_exact_draw_from_p(naive: NaiveTrie, temperature: float) -> None:
-    """Lists of two as sets, over 1,500 seeds, against the law of drawing level by level."""
+    """Lists of two as sets, over many seeds, against the law of drawing level by level."""
     world = World.random(naive, ScoringRule.VOCAB, seed=5)
-    drawn = lists(world, relaxed(2, 1500, temperature), ScriptedDraft(world.trie, nothing))
+    drawn = lists(world, relaxed(2, RELAXED_SEEDS, temperature), ScriptedDraft(world.trie, nothing))
     law = level_by_level_sets(naive, world.model, temperature, 2)
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT
 
@@ -247,7 +257,7 @@ def test_a_low_temperature_still_fills_the_list() -> None:
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
     draft = ScriptedDraft(world.trie, nothing)
     for seed in range(20):
-        result = asyncio.run(search(world, RelaxedSampling(5, Perturbation(seed, 0.001)), draft))
+        result = run_now(search(world, RelaxedSampling(5, Perturbation(seed, 0.001)), draft))
         assert len(result.leaves) == 5
 
 
@@ -262,14 +272,14 @@ def test_a_draft_that_is_the_target_is_always_accepted() -> None:
             assert result.memo.passes == 1
             assert len(result.leaves) == 3
 
-    asyncio.run(run())
+    run_now(run())
 
 
 @pytest.mark.parametrize("proposals", [3, 5, 9])
 def test_a_draft_that_is_the_target_leaves_its_law(proposals: int) -> None:
     """q = p: drawing more than K and keeping the first K is drawing K. Three cases, a third of the threshold each."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    drawn = drafted_lists(world, world, relaxed(2, 1500), proposals)
+    drawn = drafted_lists(world, world, relaxed(2, RELAXED_SEEDS), proposals)
     law = level_by_level_sets(NAIVE, world.model, 1.0, 2)
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT / 3
 
@@ -286,7 +296,7 @@ def test_an_exhausted_residual_is_filled_from_p(planned: int) -> None:
             assert len(result.leaves) == 4
             assert result.leaves.score.tolist() == sorted(result.leaves.score.tolist(), reverse=True)
 
-    asyncio.run(run())
+    run_now(run())
 
 
 def test_plan_without_evaluations_is_no_proposal() -> None:
@@ -304,23 +314,23 @@ NAIVE_TRIE = World.random(NAIVE, ScoringRule.VOCAB, seed=5).trie
 
 @pytest.mark.parametrize(("width", "proposals"), [(1, 1), (1, 3), (2, 3), (2, 4), (3, 3)])
 def test_relaxed_sampling_follows_its_written_rule(width: int, proposals: int) -> None:
-    """Accept by u <= p / q, keep the first K of the accepted, else fill from the residual: 1,500 runs of ours, 6,000 of it.
+    """Accept by u <= p / q, keep the first K of the accepted, else fill from the residual.
 
     Loss included: this is the rule's law and not p's. Five cases, so each has a fifth of the threshold.
     """
     target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
     p, q = (_first_level(world) for world in (target, other))
     assert np.abs(p - q).sum() > 0.5
-    ours = drafted_lists(target, other, relaxed(width, 1500), proposals)
+    ours = drafted_lists(target, other, relaxed(width, RELAXED_SEEDS), proposals)
     rng = np.random.default_rng(4)
-    theirs = Counter(relaxed_rule(rng, p, q, proposals, width) for _ in range(6000))
+    theirs = Counter(relaxed_rule(rng, p, q, proposals, width) for _ in range(4 * RELAXED_SEEDS))
     assert same_law_p(Counter(frozenset(path[0] for path in draw) for draw in ours), theirs) > SIGNIFICANT / 5
 
 
 def test_one_proposal_of_one_is_drawn_from_p() -> None:
     """K = N = 1 is ordinary speculative sampling, the one case in which the rule keeps the target's law."""
     target, other = (World.random(ONE_LEVEL, ScoringRule.TRIE, seed) for seed in (1, 2))
-    drawn = Counter(draw[0][0] for draw in drafted_lists(target, other, relaxed(1, 2000), 1))
+    drawn = Counter(draw[0][0] for draw in drafted_lists(target, other, relaxed(1, RELAXED_SEEDS), 1))
     assert chi_square_p(drawn, dict(enumerate(_first_level(target).tolist()))) > SIGNIFICANT
 
 
@@ -330,12 +340,13 @@ def _first_level(world: World) -> npt.NDArray[np.float64]:
 
 @pytest.mark.parametrize("stream", [Stream.PROPOSAL, Stream.RESIDUAL])
 def test_sampling_without_replacement_has_its_law(stream: Stream) -> None:
-    """Ordered pairs of four weights, one of them zero, over 10,000 seeds."""
+    """Ordered pairs of four weights, one of them zero, over many seeds."""
     probability = np.array([0.5, 0.0, 0.3, 0.2])
     node = np.array([1, 2, 3, 4])
     law = draws_without_replacement({(0,): 0.5, (2,): 0.3, (3,): 0.2}, 2)
     drawn = Counter(
-        tuple((row,) for row in _draw(node, probability, 2, seed, stream).tolist()) for seed in range(10_000)
+        tuple((row,) for row in _draw(node, probability, 2, seed, stream).tolist())
+        for seed in range(either(2_000, 10_000))
     )
     assert chi_square_p(drawn, law) > SIGNIFICANT
     assert sorted(_draw(node, probability, 9, 0, stream).tolist()) == [0, 2, 3]

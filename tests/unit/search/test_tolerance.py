@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 from hypothesis import given
@@ -19,7 +18,7 @@ from tests.oracles.naive_search import (
 )
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.policies import NAIVE, search
-from tests.oracles.worlds import ScriptedDraft, World, at_random, naive_tries
+from tests.oracles.worlds import ScriptedDraft, World, at_random, naive_tries, run_now
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def test_the_tolerance_bounds_every_replacement(
     """
     world = World.random(naive, rule, seed)
     policy = Recorded(width, tolerance)
-    result = asyncio.run(search(world, policy, ScriptedDraft(world.trie, at_random(seed, density))))
+    result = run_now(search(world, policy, ScriptedDraft(world.trie, at_random(seed, density))))
     gaps: list[float] = []
     for beams, known, chosen in policy.levels:
         strict = _strict_choice(world, beams, width)
@@ -88,7 +87,7 @@ def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, width: int) -> No
     """List, scores, passes and counters, under the same plans, ties included."""
     world = World.random(naive, ScoringRule.VOCAB, seed, coarse=True)
     results = [
-        asyncio.run(search(world, policy, ScriptedDraft(world.trie, at_random(seed, 0.5))))
+        run_now(search(world, policy, ScriptedDraft(world.trie, at_random(seed, 0.5))))
         for policy in (Strict(width), Tolerance(width, 0.0))
     ]
     strict, tolerant = results
@@ -104,7 +103,7 @@ def test_a_large_tolerance_saves_passes() -> None:
     strict = naive_beam_search(NAIVE, world.model, 1, lambda _: True)
     best = NAIVE.id_of[strict[1][0][0]]
     draft = ScriptedDraft(world.trie, lambda inner: inner != best)
-    result = asyncio.run(search(world, Tolerance(1, 100.0), draft))
+    result = run_now(search(world, Tolerance(1, 100.0), draft))
     assert result.memo.passes == 1
     assert result.memo.substitutions == 1
-    assert asyncio.run(search(world, Strict(1), draft)).memo.passes > 1
+    assert run_now(search(world, Strict(1), draft)).memo.passes > 1

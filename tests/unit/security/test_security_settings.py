@@ -145,7 +145,7 @@ def test_an_encrypted_key_is_refused_and_asks_nobody(tmp_path: Path, certificate
 
 
 def test_new_files_are_used_once_they_fit_together(tmp_path: Path) -> None:
-    """A certificate and its key are two files: whoever replaces them leaves a moment with one of each."""
+    """A certificate and its key are two files: a replacement has a moment with one of each."""
     ours, theirs = LocalCertificates(tmp_path / "a"), LocalCertificates(tmp_path / "b")
     own, new = ours.files("target"), theirs.files("target")
     assert own.certificate and own.key and new.certificate and new.key  # noqa: PT018

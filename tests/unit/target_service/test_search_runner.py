@@ -15,7 +15,7 @@ from atspeed.engine.model.tree_session import CompletedPass, PassProgram, Select
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from target_service.search_runner import Search, SearchRunner
-from tests.bundles import random_catalogue
+from tests.catalogues import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World, run_steps
 

@@ -22,7 +22,8 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import random_catalogue, shared_tokens, tailed_catalogue, write_bundle
+from tests.bundles import shared_tokens, write_bundle
+from tests.catalogues import random_catalogue, tailed_catalogue
 from tests.oracles.models import BLOCK_TOKENS, DictStore, Models
 from tests.oracles.sequence_model import SequenceModel
 

@@ -19,11 +19,12 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import BOS, EOH, random_catalogue, write_bundle
+from tests.bundles import BOS, EOH, write_bundle
+from tests.catalogues import random_catalogue
+from tests.corrupt_models import corrupt
 from tests.oracles.models import DictStore, Models
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World
-from tests.spoilt import spoil
 
 EVERYTHING = Selection(Pruning.none(), limit=100)
 PAD = 0
@@ -39,12 +40,12 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def damaged(tmp_path_factory: pytest.TempPathFactory, rule: ScoringRule, tokens: Sequence[int]) -> Models:
     made = write_bundle(tmp_path_factory.mktemp("damaged"), random_catalogue(40, (6, 5, 4), seed=2), rule=rule)
-    spoil(made.root, "target", tokens)
+    corrupt(made.root, "target", tokens)
     return Models.load(replace(made, bundle=Bundle(made.root)))
 
 
 @pytest.fixture(scope="module")
-def spoilt(whole: Models, tmp_path_factory: pytest.TempPathFactory) -> Models:
+def corrupted(whole: Models, tmp_path_factory: pytest.TempPathFactory) -> Models:
     """With one code of the first level that is NaN, and the token that nothing is made of but padding."""
     return damaged(tmp_path_factory, whole.rule, [PAD, token_of(whole, 2)])
 
@@ -72,15 +73,15 @@ async def evaluate(evaluator: TreeEvaluator, prompt: Int64, nodes: Sequence[int]
     return found
 
 
-def sound_prompt(models: Models, seed: int = 0) -> Int64:
-    """Of a history without the spoilt code."""
+def valid_prompt(models: Models, seed: int = 0) -> Int64:
+    """Of a history without the corrupt code."""
     prompts = (models.prompt(3, seed=number) for number in range(seed * 100, (seed + 1) * 100))
     return next(prompt for prompt in prompts if token_of(models, 2) not in prompt)
 
 
-async def test_a_pass_that_reads_a_spoilt_code_has_no_numbers_and_others_do(whole: Models, spoilt: Models) -> None:
-    prompt = sound_prompt(spoilt)
-    async with opened(spoilt) as evaluator, opened(whole) as expected:
+async def test_a_pass_that_reads_a_corrupt_code_has_no_numbers_and_others_do(whole: Models, corrupted: Models) -> None:
+    prompt = valid_prompt(corrupted)
+    async with opened(corrupted) as evaluator, opened(whole) as expected:
         with pytest.raises(NoNumbersError, match="evaluation: some of 2 nodes"):
             await evaluate(evaluator, prompt, [ROOT, 2])
         found, right = await evaluate(evaluator, prompt, [ROOT, 1, 3]), await evaluate(expected, prompt, [ROOT, 1, 3])
@@ -88,10 +89,10 @@ async def test_a_pass_that_reads_a_spoilt_code_has_no_numbers_and_others_do(whol
         np.testing.assert_array_equal(found.logp, right.logp)
 
 
-async def test_what_a_spoilt_pass_computed_of_the_prompt_is_in_no_cache(whole: Models, spoilt: Models) -> None:
+async def test_what_an_invalid_pass_computed_of_the_prompt_is_in_no_cache(whole: Models, corrupted: Models) -> None:
     """It once was: from then on no pass of that user had numbers, planned or not."""
-    prompt, store = sound_prompt(spoilt), DictStore()
-    async with opened(spoilt, store) as evaluator:
+    prompt, store = valid_prompt(corrupted), DictStore()
+    async with opened(corrupted, store) as evaluator:
         with pytest.raises(NoNumbersError):
             await evaluate(evaluator, prompt, [ROOT, 2])
         tree = await evaluator.open(prompt)
@@ -104,24 +105,24 @@ async def test_what_a_spoilt_pass_computed_of_the_prompt_is_in_no_cache(whole: M
     assert store.blocks
 
 
-async def test_what_shares_a_pass_with_a_spoilt_one_is_judged_by_itself(spoilt: Models) -> None:
+async def test_what_shares_a_pass_with_an_invalid_one_is_judged_by_itself(corrupted: Models) -> None:
     """Whatever their lengths, so with padding in both: padding is made of tokens of the tree itself."""
-    prompts = [sound_prompt(spoilt, seed) for seed in range(3)]
+    prompts = [valid_prompt(corrupted, seed) for seed in range(3)]
     nodes = [[ROOT, 1, 3, 4], [ROOT, 2], [ROOT]]
-    async with opened(spoilt) as evaluator:
+    async with opened(corrupted) as evaluator:
         alone = [await evaluate(evaluator, prompts[row], nodes[row]) for row in (0, 2)]
-    async with opened(spoilt, requests=3) as evaluator:
+    async with opened(corrupted, requests=3) as evaluator:
         asked = [evaluate(evaluator, prompt, some) for prompt, some in zip(prompts, nodes, strict=True)]
-        first, spoilt_one, last = await asyncio.gather(*asked, return_exceptions=True)
-    assert isinstance(spoilt_one, NoNumbersError)
+        first, invalid, last = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(invalid, NoNumbersError)
     for found, right in zip((first, last), alone, strict=True):
         assert isinstance(found, Evaluation), found
         np.testing.assert_array_equal(found.child, right.child)
         np.testing.assert_allclose(found.logp, right.logp, rtol=5e-5, atol=5e-5)
 
 
-async def test_plain_passes_work_beside_a_spoilt_code_and_its_cost_is_measured(spoilt: Models) -> None:
-    async with opened(spoilt) as evaluator:
+async def test_plain_passes_work_beside_a_corrupt_code_and_its_cost_is_measured(corrupted: Models) -> None:
+    async with opened(corrupted) as evaluator:
         await evaluator.warm_up()
         await check_plain_passes(evaluator)
         curve = await evaluator.cost_curve(0)
@@ -129,7 +130,7 @@ async def test_plain_passes_work_beside_a_spoilt_code_and_its_cost_is_measured(s
 
 
 @pytest.mark.parametrize("what", ["first of a prompt", "last of a prompt", 0, 1], ids=str)
-async def test_plain_passes_do_not_work_where_nobody_s_search_comes_to_an_end(
+async def test_plain_passes_fail_where_no_search_ends(
     whole: Models, tmp_path_factory: pytest.TempPathFactory, what: str | int
 ) -> None:
     trie, tokens = whole.catalogue.trie, whole.bundle.bundle.manifest.target.code_tokens

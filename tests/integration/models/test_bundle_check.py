@@ -18,7 +18,8 @@ from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training import export
 from atspeed.training.export import ExportError, export_decoder
-from tests.bundles import BOS, EOH, SPECIALS, TestBundle, random_catalogue, random_model, write_bundle
+from tests.bundles import BOS, EOH, SPECIALS, TestBundle, random_model, write_bundle
+from tests.catalogues import random_catalogue
 
 SIZES = (256, 256, 256)
 VOCAB = SPECIALS + sum(SIZES)

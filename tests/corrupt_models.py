@@ -28,7 +28,7 @@ from tests.oracles.models import Models
 from tests.serving import WINDOW
 
 
-def spoil(root: Path, role: Role, tokens: Iterable[int]) -> None:
+def corrupt(root: Path, role: Role, tokens: Iterable[int]) -> None:
     """Make these embeddings NaN, in a bundle that `write_bundle` has written: the manifest is that of the new files."""
     manifest = read_manifest(root)
     entry = manifest.models[role]
@@ -46,13 +46,13 @@ def spoil(root: Path, role: Role, tokens: Iterable[int]) -> None:
     weights.flush()
     files = hash_files(root)
     assert MANIFEST not in files
-    spoilt = entry.model_copy(update={"fingerprint": fingerprint(files, role)})
-    write_manifest(root, manifest.model_copy(update={"files": files, role: spoilt}))
+    corrupted = entry.model_copy(update={"fingerprint": fingerprint(files, role)})
+    write_manifest(root, manifest.model_copy(update={"files": files, role: corrupted}))
     Bundle(root).verify()
 
 
 @dataclass(frozen=True)
-class Spoilt:
+class CorruptCode:
     """A code of the first level that lists of these histories do without, though it is next in line for them.
 
     token: of the target. histories: none holds the code.
@@ -62,7 +62,7 @@ class Spoilt:
     histories: Sequence[Sequence[str]]
 
 
-async def next_in_line(models: Models, width: int, most: int, histories: int = 40) -> Spoilt:
+async def next_in_line(models: Models, width: int, most: int, histories: int = 40) -> CorruptCode:
     """Return the random histories with a code that is among their best `most` and not among their best `width`."""
     catalogue, entry = models.catalogue, models.bundle.bundle.manifest.target
     wanted: dict[int, list[list[str]]] = {}
@@ -77,7 +77,7 @@ async def next_in_line(models: Models, width: int, most: int, histories: int = 4
                 wanted.setdefault(code, []).append(history)
     await evaluator.close()
     code = max(wanted, key=lambda code: len(wanted[code]))
-    return Spoilt(entry.code_tokens[code], wanted[code])
+    return CorruptCode(entry.code_tokens[code], wanted[code])
 
 
 async def root_evaluation(evaluator: TreeEvaluator, prompt: Int64, limit: int) -> Evaluation:

@@ -25,7 +25,8 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import ProgramRun, Selection
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.models import DictStore, Models
 
 EVERYTHING = Selection(Pruning.none(), limit=100)

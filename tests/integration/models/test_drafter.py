@@ -16,11 +16,12 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import Drafter, DraftRequest
+from draft_service.drafter import Drafter, DraftRequest, LanguageModelDrafter
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
 SIZE = PlanSize(beam_width=3, width=6, max_nodes=100)
@@ -35,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @asynccontextmanager
 async def drafter(models: Models, role: str = "draft") -> AsyncIterator[Drafter]:
     evaluator = models.evaluator(role, memory_blocks=100)
-    yield Drafter(evaluator)
+    yield LanguageModelDrafter(evaluator)
     await evaluator.close()
 
 

@@ -11,7 +11,8 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.models import BLOCK_TOKENS, Models
 
 MAX_ITEMS, DROP_BLOCK, LEVELS, EVENTS = 8, 4, BLOCK_TOKENS, 30

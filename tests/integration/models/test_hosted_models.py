@@ -27,7 +27,8 @@ from atspeed.model_host.hosted_models import HostedModel, HostedModels, served_m
 from atspeed.model_host.settings import ModelSettings
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.serving import LIVENESS_SECONDS
 
 
@@ -152,7 +153,7 @@ async def evaluated(model: HostedModel[TreeEvaluator]) -> PassStats:
 
 
 async def test_new_catalogue_shares_weights_and_prefix_cache(bundle: Bundle, root: Path, tmp_path: Path) -> None:
-    """Nothing is loaded twice; who asks for the old version is still served, until nobody has for a while."""
+    """Nothing is loaded twice. The old version is served until it has been unused for a while."""
     other = update_catalogue(bundle, tmp_path / "other", {"new": (1, 2)}, ["item-3"])
     async with served(bundle=root, keep_version_seconds=0.2) as models:
         old = models.stable
@@ -168,7 +169,7 @@ async def test_new_catalogue_shares_weights_and_prefix_cache(bundle: Bundle, roo
             await evaluated(models.find(old.version, "field"))
             assert models.versions.served == {old.version, models.stable.version}
         async with asyncio.timeout(LIVENESS_SECONDS):
-            while _serves(models, old.version):  # noqa: ASYNC110 - nobody announces it
+            while _serves(models, old.version):  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.01)
         assert models.versions.served == {models.stable.version}
         with pytest.raises(FailedPreconditionError, match=f"^field: this replica serves {models.stable.version}$"):
@@ -210,11 +211,11 @@ async def test_canary_is_served_until_it_is_deactivated(bundle: Bundle, root: Pa
         await evaluated(models.find(canary, "field"))
         await models.activate(third)
         await models.activate(bundle)
-        while _serves(models, third.manifest.model_version("target")):  # noqa: ASYNC110 - nobody announces it
+        while _serves(models, third.manifest.model_version("target")):  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)
         assert models.versions.served == {models.stable.version, canary}
         link.unlink()
-        while _serves(models, canary):  # noqa: ASYNC110 - nobody announces it
+        while _serves(models, canary):  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)
         assert models.versions.served == {models.stable.version}
 
@@ -226,7 +227,7 @@ async def test_promoted_canary_is_not_loaded_again(bundle: Bundle, root: Path, t
         await asyncio.gather(models.activate(other, Track.CANARY), models.activate(other))
         assert models.stable is models.find(other.manifest.model_version("target"), "field")
         models.deactivate(Track.CANARY)
-        while _serves(models, old):  # noqa: ASYNC110 - nobody announces it
+        while _serves(models, old):  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)
         assert models.versions.served == {models.stable.version}
         await evaluated(models.stable)

@@ -21,7 +21,8 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import PassProgram, Selection, TreeSession
 from atspeed.engine.search.scoring import Children
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.oracles.models import BLOCK_TOKENS, Models
 from tests.serving import LIVENESS_SECONDS
 

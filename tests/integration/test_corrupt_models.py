@@ -18,6 +18,7 @@ from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rpc.channels import health_name
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import EOH, write_bundle
+from tests.corrupt_models import CorruptCode, corrupt, next_in_line
 from tests.oracles.models import Models
 from tests.serving import (
     MODES,
@@ -34,7 +35,6 @@ from tests.serving import (
     request_of,
     until,
 )
-from tests.spoilt import Spoilt, next_in_line, spoil
 
 K = 4
 NOT_SERVING = int(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -43,34 +43,34 @@ UNANSWERED, DRAFT_FAILED = pb.DEGRADED_REASON_PLAN_UNANSWERED, pb.DEGRADED_REASO
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Models:
-    """The models before they are spoilt."""
+    """The models before they are corrupted."""
     return Models.load(write_bundle(tmp_path_factory.mktemp("whole"), catalogue, max_items=WINDOW))
 
 
 @pytest.fixture(scope="module")
-def spoilt(whole: Models) -> Spoilt:
+def corrupt_code(whole: Models) -> CorruptCode:
     return asyncio.run(next_in_line(whole, K, 2 * K))
 
 
 def copy(whole: Models, folder: Path, role: Role, tokens: Sequence[int]) -> Path:
     shutil.copytree(whole.bundle.root, folder)
-    spoil(folder, role, tokens)
+    corrupt(folder, role, tokens)
     return folder
 
 
 @pytest.fixture(scope="module", params=["target", "draft"])
 def role(request: pytest.FixtureRequest) -> Role:
-    """Role of the spoilt model."""
+    """Role of the corrupt model."""
     role: Role = request.param
     return role
 
 
 @pytest.fixture(scope="module")
-def spoilt_stack(
-    role: Role, whole: Models, spoilt: Spoilt, tmp_path_factory: pytest.TempPathFactory
+def corrupt_stack(
+    role: Role, whole: Models, corrupt_code: CorruptCode, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalStack]:
     """One replica of each, which is asked once, and which one bad pass would make unhealthy."""
-    bundle = copy(whole, tmp_path_factory.mktemp("spoilt") / "bundle", role, [spoilt.token])
+    bundle = copy(whole, tmp_path_factory.mktemp("corrupt") / "bundle", role, [corrupt_code.token])
     flags: dict[str, dict[str, object]] = {
         "target": {"threads": 1, "unhealthy-after": 1},
         "draft": {"threads": 1, "unhealthy-after": 1},
@@ -88,15 +88,15 @@ def spoilt_stack(
 
 
 @pytest.fixture(scope="module")
-def speculating(spoilt_stack: LocalStack) -> Iterator[Client]:
-    with Client(spoilt_stack.address) as client:
+def speculating(corrupt_stack: LocalStack) -> Iterator[Client]:
+    with Client(corrupt_stack.address) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def alone(spoilt_stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def alone(corrupt_stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """An orchestrator before the same target that has nothing to plan with, and that keeps to itself what it caches."""
-    flags = {name: value for name, value in spoilt_stack.orchestrators[0].flags.items() if name != "draft"}
+    flags = {name: value for name, value in corrupt_stack.orchestrators[0].flags.items() if name != "draft"}
     log = tmp_path_factory.mktemp("alone") / "log"
     service = ServiceProcess("orchestrator", {**flags, "target-prefetch": False, "shadow-share": 0}, log)
     with service, Client(service.address) as client:
@@ -113,20 +113,20 @@ def answer(client: Client, history: Sequence[str], mode: pb.Mode.ValueType) -> p
 
 @pytest.mark.parametrize("mode", MODES, ids=pb.Mode.Name)
 def test_a_list_in_every_mode_where_there_is_one_without_plans(
-    speculating: Client, alone: Client, spoilt: Spoilt, mode: pb.Mode.ValueType
+    speculating: Client, alone: Client, corrupt_code: CorruptCode, mode: pb.Mode.ValueType
 ) -> None:
-    """The list, too. Speculation comes first: what its passes leave in a cache must not spoil the others."""
+    """The list, too. Speculation comes first: what its passes leave in a cache must not corrupt the others."""
     answered = 0
-    for history in spoilt.histories:
+    for history in corrupt_code.histories:
         reply, expected = answer(speculating, history, mode), answer(alone, history, mode)
         if isinstance(expected, grpc.StatusCode):
-            assert mode in SAMPLING  # which may draw the spoilt code itself: then no target has a list
+            assert mode in SAMPLING  # which may draw the corrupt code itself: then no target has a list
             assert reply is expected
             continue
         assert isinstance(reply, pb.RecommendResponse), reply
         answered += 1
         assert_unharmed(reply, expected, mode)
-    assert answered > len(spoilt.histories) / 2
+    assert answered > len(corrupt_code.histories) / 2
 
 
 def assert_unharmed(reply: pb.RecommendResponse, expected: pb.RecommendResponse, mode: pb.Mode.ValueType) -> None:
@@ -138,23 +138,25 @@ def assert_unharmed(reply: pb.RecommendResponse, expected: pb.RecommendResponse,
 
 
 def test_replies_name_the_failure_and_speculation_stays_on(
-    role: Role, spoilt_stack: LocalStack, speculating: Client, spoilt: Spoilt
+    role: Role, corrupt_stack: LocalStack, speculating: Client, corrupt_code: CorruptCode
 ) -> None:
-    replies = [speculating.recommend(history, k=K, beam_width=K) for history in spoilt.histories]
+    replies = [speculating.recommend(history, k=K, beam_width=K) for history in corrupt_code.histories]
     reasons = {reason for reply in replies for reason in reply.degraded_reasons}
     assert reasons == ({UNANSWERED} if role == "target" else {DRAFT_FAILED})
     checks = speculating.info().shadow_checks
     assert (checks.different, checks.speculation_off) == (0, False)
-    version = Bundle(Path(str(spoilt_stack.targets[0].flags["bundle"]))).manifest.model_version("target")
-    with models(spoilt_stack.targets[0].address) as channel:
+    version = Bundle(Path(str(corrupt_stack.targets[0].flags["bundle"]))).manifest.model_version("target")
+    with models(corrupt_stack.targets[0].address) as channel:
         until(lambda: check_health(channel, health_name(TARGET, version)) == SERVING)
         assert check_health(channel, TARGET) == SERVING
 
 
-def test_requests_that_share_passes_each_get_their_list(speculating: Client, alone: Client, spoilt: Spoilt) -> None:
-    """A batch's requests run side by side, so that one's spoilt node is in a pass with the others' nodes."""
-    expected = [alone.recommend(history, k=K, beam_width=K) for history in spoilt.histories]
-    answers = speculating.batch([request_of(history, k=K, beam_width=K) for history in spoilt.histories[:16]])
+def test_requests_that_share_passes_each_get_their_list(
+    speculating: Client, alone: Client, corrupt_code: CorruptCode
+) -> None:
+    """A batch's requests run side by side, so that one's corrupt node is in a pass with the others' nodes."""
+    expected = [alone.recommend(history, k=K, beam_width=K) for history in corrupt_code.histories]
+    answers = speculating.batch([request_of(history, k=K, beam_width=K) for history in corrupt_code.histories[:16]])
     for index, one in answers.items():
         assert one.WhichOneof("result") == "response", one.error
         assert ids(one.response) == ids(expected[index])
@@ -171,7 +173,7 @@ def every_code(whole: Models, level: int) -> list[int]:
 def test_a_target_whose_plain_passes_give_no_numbers_is_unhealthy_from_the_start(
     whole: Models, tmp_path: Path, what: str | int
 ) -> None:
-    """A token of every prompt, or all codes of a level: nobody's list can be made. The service runs, and says so."""
+    """A token of every prompt, or all codes of a level: no list can be made. The service runs and reports it."""
     tokens = [EOH] if isinstance(what, str) else every_code(whole, what)
     bundle = copy(whole, tmp_path / "bundle", "target", tokens)
     version = Bundle(bundle).manifest.model_version("target")
@@ -182,31 +184,31 @@ def test_a_target_whose_plain_passes_give_no_numbers_is_unhealthy_from_the_start
         assert check_health(channel, "") == SERVING
 
 
-def test_a_redis_that_has_seen_spoilt_passes_keeps_none_of_them(
-    whole: Models, spoilt: Spoilt, tmp_path: Path, redis_server: LocalRedis, redis_url: str
+def test_a_redis_that_has_seen_invalid_passes_keeps_none_of_them(
+    whole: Models, corrupt_code: CorruptCode, tmp_path: Path, redis_server: LocalRedis, redis_url: str
 ) -> None:
-    """The prompt's keys and values of a pass that had a spoilt node in it are no numbers either."""
-    bundle = copy(whole, tmp_path / "bundle", "target", [spoilt.token])
+    """The prompt's keys and values of a pass that had a corrupt node in it are no numbers either."""
+    bundle = copy(whole, tmp_path / "bundle", "target", [corrupt_code.token])
     flags: dict[str, dict[str, object]] = {
         "target": {"threads": 1, "kv-redis": "always", "kv-block-tokens": 2, "kv-memory-mb": 0},
         "orchestrator": {"planner": "fixed", "draft-timeout-seconds": 30},
     }
     with LocalStack(bundle, redis_url=redis_server.url, flags=flags) as stack, Client(stack.address) as client:
         for _ in range(2):
-            for history in spoilt.histories:
+            for history in corrupt_code.histories:
                 client.recommend(history, k=K, beam_width=K)
                 assert not client.recommend(history, k=K, beam_width=K, mode=pb.MODE_TARGET_ONLY).degraded
 
 
 def test_a_plan_that_is_larger_than_the_target_takes_costs_no_list(
-    whole: Models, spoilt: Spoilt, tmp_path: Path
+    whole: Models, corrupt_code: CorruptCode, tmp_path: Path
 ) -> None:
     flags: dict[str, dict[str, object]] = {
         "target": {"threads": 1, "max-nodes": 16},
         "orchestrator": {"planner": "fixed", "draft-timeout-seconds": 30, "target-attempts": 1},
     }
     with LocalStack(whole.bundle.root, log_folder=tmp_path, flags=flags) as stack, Client(stack.address) as client:
-        for history in spoilt.histories[:3]:
+        for history in corrupt_code.histories[:3]:
             expected = client.recommend(history, k=K, beam_width=K, mode=pb.MODE_TARGET_ONLY)
             reply = client.recommend(history, k=K, beam_width=K)
             assert_same_list(reply, expected)
@@ -214,7 +216,7 @@ def test_a_plan_that_is_larger_than_the_target_takes_costs_no_list(
 
 
 def test_a_bundle_whose_target_gives_no_numbers_is_never_swapped_to(
-    whole: Models, spoilt: Spoilt, tmp_path: Path
+    whole: Models, corrupt_code: CorruptCode, tmp_path: Path
 ) -> None:
     """The orchestrator waits for a target that serves it, and none says so."""
     link = Link(tmp_path / "link", whole.bundle.bundle)
@@ -226,14 +228,14 @@ def test_a_bundle_whose_target_gives_no_numbers_is_never_swapped_to(
     }
     unfit = health_name(TARGET, broken.manifest.model_version("target"))
     with LocalStack(link.path, drafts=0, log_folder=tmp_path, flags=flags) as stack, Client(stack.address) as client:
-        before = client.recommend(spoilt.histories[0])
+        before = client.recommend(corrupt_code.histories[0])
         link.point_to(broken)
         with models(stack.targets[0].address) as channel:
             until(lambda: known(channel, unfit))
             assert check_health(channel, unfit) == NOT_SERVING
             assert check_health(channel, TARGET) == SERVING
         until(lambda: client.info().pending_bundle == broken.manifest.version)
-        for history in spoilt.histories:
+        for history in corrupt_code.histories:
             assert client.recommend(history).versions == before.versions
 
 

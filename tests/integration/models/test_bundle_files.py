@@ -13,7 +13,8 @@ from atspeed.engine.bundle.manifest import MANIFEST, Bundle, hash_files
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import write_bundle
+from tests.catalogues import random_catalogue
 from tests.layouts import LAYOUTS, Layout, download_cache
 
 
