@@ -13,6 +13,7 @@ import pytest
 
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
@@ -218,7 +219,7 @@ async def test_channel_closed_during_a_call_is_an_unavailable_service() -> None:
     for _ in range(3):
         draft = client.session(model_request(), Proposal.TOP)
         assert not client.circuit.is_open
-        assert not len((await draft.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
+        assert not len((await draft.plan(Beams.root(), PlanSize(BeamWidths.of(5), 10, 10), SECONDS)).node)
         assert draft.degraded_reason is DegradedReason.DRAFT_UNAVAILABLE
     assert client.circuit.is_open
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -41,7 +42,7 @@ class RandomSizer(FixedPlanSizer):
     """Plan sizer that decides at random: to draft or not, how much, and which cut the target gets."""
 
     def __init__(self, world: World, width: int, seed: int) -> None:
-        super().__init__(world.trie, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS), 1, None)
+        super().__init__(world.trie, PlanContext(BeamWidths.of(width), PROMPT_TOKENS, PROMPT_TOKENS), 1, None)
         self._rng = np.random.default_rng(seed)
 
     def size(self, below: Beams) -> PlanSize | None:
@@ -63,7 +64,7 @@ class RandomSizer(FixedPlanSizer):
 def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
     """The draft is unrelated to the target, and every decision is random."""
     truth, guess = World.random(naive, rule, seed), World.random(naive, rule, seed + 1)
-    policy: Policy = ExactSampling(width, NOISE) if sampled else Strict(width)
+    policy: Policy = ExactSampling(BeamWidths.of(width), NOISE) if sampled else Strict(BeamWidths.of(width))
     noise = policy.noise if policy.perturbed else None
 
     def search(draft) -> list[tuple[int, float]]:  # type: ignore[no-untyped-def]
@@ -83,9 +84,9 @@ def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, m
     """Every cut, of the first levels and of all levels, is evaluated from the definition: the pass, and each first miss."""
     rng, simulation = np.random.default_rng(seed), SIMULATION
     state, workload = _state(rng, curve(10, 8, ms_per_token), width)
-    context = PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)
+    context = PlanContext(BeamWidths.of(width), PROMPT_TOKENS, PROMPT_TOKENS)
     drafting = simulation.draft(int(rng.integers(100)), Proposal.TOP)
-    asked = PlanSize(width, int(rng.integers(1, 100)), 100)
+    asked = PlanSize(BeamWidths.of(width), int(rng.integers(1, 100)), 100)
     plan = asyncio.run(drafting.plan(Beams.root(), asked))
     sizer = AdaptivePlanSizer(simulation.catalogue.trie, context, 40, 240, workload, state)
     kept = sizer.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
@@ -110,7 +111,10 @@ SIMULATION = Simulation(STEEP, noise=0.7)
 def _state(rng: np.random.Generator, target: object, width: int) -> tuple[PlannerState, WorkloadKey]:
     trie = SIMULATION.catalogue.trie
     latencies = ModelLatencies(LatencyModel(target), LatencyModel(STEEP.draft))  # type: ignore[arg-type]
-    state, workload = PlannerState(latencies, trie.levels, 240, 0.01, 4.0), WorkloadKey.of(Mode.STRICT, width)
+    state, workload = (
+        PlannerState(latencies, trie.levels, 240, 0.01, 4.0),
+        WorkloadKey.of(Mode.STRICT, BeamWidths.of(width)),
+    )
     for _ in range(50):
         seen = [
             RequiredDepth(float(rng.exponential()), censored=bool(rng.random() < 0.3)) for _ in range(trie.levels - 1)

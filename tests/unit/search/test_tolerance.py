@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import (
     Beams,
 )
@@ -80,7 +81,7 @@ def _strict_choice(world: World, beams: Beams, width: int) -> dict[int, float]:
 
 
 def _strict_list(world: World, width: int) -> list[Path]:
-    return [path for path, _ in naive_beam_search(world.naive, world.model, width, lambda _: True)[-1]]
+    return [path for path, _ in naive_beam_search(world.naive, world.model, [width], lambda _: True)[-1]]
 
 
 @given(naive_tries(), st.integers(0, 2**32), st.integers(1, 5))
@@ -89,7 +90,7 @@ def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, width: int) -> No
     world = World.random(naive, ScoringRule.VOCAB, seed, coarse=True)
     results = [
         asyncio.run(search(world, policy, ScriptedDraft(world.trie, at_random(seed, 0.5))))
-        for policy in (Strict(width), Tolerance(width, 0.0))
+        for policy in (Strict(BeamWidths.of(width)), Tolerance(BeamWidths.of(width), 0.0))
     ]
     strict, tolerant = results
     assert strict.leaves.node.tolist() == tolerant.leaves.node.tolist()
@@ -101,10 +102,10 @@ def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, width: int) -> No
 def test_a_large_tolerance_saves_passes() -> None:
     """A plan with enough nodes of every level needs one pass when any of them may stand in."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    strict = naive_beam_search(NAIVE, world.model, 1, lambda _: True)
+    strict = naive_beam_search(NAIVE, world.model, [1], lambda _: True)
     best = NAIVE.id_of[strict[1][0][0]]
     draft = ScriptedDraft(world.trie, lambda inner: inner != best)
-    result = asyncio.run(search(world, Tolerance(1, 100.0), draft))
+    result = asyncio.run(search(world, Tolerance(BeamWidths.of(1), 100.0), draft))
     assert result.memo.passes == 1
     assert result.memo.substitutions == 1
-    assert asyncio.run(search(world, Strict(1), draft)).memo.passes > 1
+    assert asyncio.run(search(world, Strict(BeamWidths.of(1)), draft)).memo.passes > 1
