@@ -33,6 +33,7 @@ from tests.oracles.worlds import World
 VERSION, ATTEMPTS, SECONDS = "table", 4, 60.0
 WORLD = World.random(NaiveTrie({"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (2, 1)}, (3, 2)), ScoringRule.VOCAB, seed=1)
 NOTHING = Pruning.none()
+WIDE = BeamWidths.of(100)
 
 
 @dataclass
@@ -96,7 +97,11 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 @asynccontextmanager
 async def asking(
-    table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100, *, speculates: bool = False
+    table: Table,
+    pruning: Pruning = NOTHING,
+    beam_widths: BeamWidths | None = WIDE,
+    *,
+    speculates: bool = False,
 ) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
@@ -109,7 +114,7 @@ async def asking(
         session = client.session(
             model_request(pruning),
             max_children=100,
-            beam_width=beam_width,
+            beam_widths=beam_widths,
             prefetches=speculates,
             speculates=speculates,
         )
@@ -163,7 +168,7 @@ async def test_autonomous_pass_answers_the_next_call_without_a_message() -> None
 
 
 async def test_reply_with_unrequested_passes_is_invalid() -> None:
-    async with asking(Table(autonomous=[1, 2], always=True), beam_width=None) as session:
+    async with asking(Table(autonomous=[1, 2], always=True), beam_widths=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []

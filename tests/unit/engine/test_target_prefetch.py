@@ -114,7 +114,13 @@ def naive_catalogue() -> NaiveTrie:
 @pytest.mark.parametrize(("machine", "noise"), [(FLAT, 0.1), ((10.0, 0.3), 0.1), (STEEP, 0.1), ((10.0, 2.0), 3.0)])
 def test_prefetched_levels_need_no_pass(machine: tuple[float, float], noise: float) -> None:
     """If passes pay by the token, or users differ, prefetch costs nothing."""
-    widths, latency, took, alone, made = BeamWidths.of(6), latency_of(*machine), list[float](), list[float](), list[int]()
+    widths, latency, took, alone, made = (
+        BeamWidths.of(6),
+        latency_of(*machine),
+        list[float](),
+        list[float](),
+        list[int](),
+    )
     worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=120, noise=noise)
     prefetcher = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, latency, max_nodes=100)
     for number, world in enumerate(worlds):
@@ -172,7 +178,7 @@ def test_prefix_prior_learns_nothing_of_pruned_nodes(way: str) -> None:
         everything.learn(dict(world.evaluate(parents, Pruning.none(), limit=100).items()), Pruning.none())
         rest.learn(dict(world.evaluate(parents, Pruning.none(), limit=100).items()), pruning)
     beams = Beams(parents, *(np.zeros(len(parents)) for _ in range(3)))
-    full, partial = (one.plan(beams, {}, 10, 10_000, Pruning.none()) for one in (everything, rest))
+    full, partial = (one.plan(beams, {}, BeamWidths.of(10), 10_000, Pruning.none()) for one in (everything, rest))
     level = trie.depth(full.node) == 2
     live = pruning.live(full.node)
     assert partial.node.tolist() == full.node.tolist()
@@ -191,7 +197,10 @@ def test_beams_without_past_evaluations_prefetch_nothing() -> None:
 def test_disabled_prefetcher_still_learns() -> None:
     world = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)[0]
     prefetcher = TargetPrefetcher(world.trie, ScoringRule.VOCAB, latency_of(*FLAT), max_nodes=100)
-    made = [searched(world, BeamWidths.of(6), Pruning.none(), prefetcher, enabled=enabled)[1] for enabled in (False, False, True)]
+    made = [
+        searched(world, BeamWidths.of(6), Pruning.none(), prefetcher, enabled=enabled)[1]
+        for enabled in (False, False, True)
+    ]
     assert [len(made[0]), len(made[1]), len(made[2]) < 4] == [4, 4, True]
 
 

@@ -58,7 +58,7 @@ class Table:
         request: ModelRequest,
         *,
         max_children: int | None,
-        beam_width: int | None,
+        beam_widths: BeamWidths | None,
         prefetches: bool,
         speculates: bool,
     ) -> Table:

@@ -88,7 +88,9 @@ def expected_levels(world: World, widths: BeamWidths, excluded: Sequence[str]) -
 
 @settings(max_examples=200)
 @given(worlds(), beam_widths, choices(), st.data())
-def test_a_strict_list_is_the_naive_beam_search(world: World, widths: BeamWidths, choice: Choice, data: st.DataObject) -> None:
+def test_a_strict_list_is_the_naive_beam_search(
+    world: World, widths: BeamWidths, choice: Choice, data: st.DataObject
+) -> None:
     """THE promise: paths, order and scores are equal, with any plan, rule, widths and exclusion."""
     excluded = data.draw(exclusions(world.naive))
     run = search(world, Strict(widths), choice, excluded)
@@ -98,7 +100,9 @@ def test_a_strict_list_is_the_naive_beam_search(world: World, widths: BeamWidths
 
 
 @given(worlds(), beam_widths, choices(), st.data())
-def test_no_plan_costs_a_pass_or_a_node_too_many(world: World, widths: BeamWidths, choice: Choice, data: st.DataObject) -> None:
+def test_no_plan_costs_a_pass_or_a_node_too_many(
+    world: World, widths: BeamWidths, choice: Choice, data: st.DataObject
+) -> None:
     """At most one pass per level, no node twice, and no node that is forced under rule `trie`."""
     run = search(world, Strict(widths), choice, data.draw(exclusions(world.naive)))
     asked = [node for nodes in run.passes for node in nodes]
@@ -123,7 +127,9 @@ def test_a_plan_of_the_beams_themselves_needs_one_pass(world: World, widths: Bea
 
 
 @given(worlds(), beam_widths, st.data())
-def test_without_a_plan_every_level_that_needs_one_has_a_pass(world: World, widths: BeamWidths, data: st.DataObject) -> None:
+def test_without_a_plan_every_level_that_needs_one_has_a_pass(
+    world: World, widths: BeamWidths, data: st.DataObject
+) -> None:
     """Target-only beam search is the same loop: its passes ask for the beams, level by level."""
     excluded = data.draw(exclusions(world.naive))
     levels = [{world.naive.id_of[path] for path, _ in level} for level in expected_levels(world, widths, excluded)[:-1]]
@@ -253,7 +259,9 @@ def test_a_beam_below_which_nothing_can_be_chosen_is_never_evaluated(likelier: b
     logits[0, :2] = (4.0, 0.0) if likelier else (1.0, 0.9)
     world = replace(world, logits=logits, log_normalizer=np.log(np.exp(logits).sum(axis=1)))
     run = search(world, Strict(BeamWidths.of(2)), only({1}))
-    assert [(world.naive.nodes[leaf], score) for leaf, score in run.list] == expected_levels(world, BeamWidths.of(2), ())[-1]
+    assert [(world.naive.nodes[leaf], score) for leaf, score in run.list] == expected_levels(
+        world, BeamWidths.of(2), ()
+    )[-1]
     assert run.passes == ([[0, 1]] if likelier else [[0, 1], [2]])
     assert run.result.memo.spared == (1 if likelier else 0)
 
