@@ -102,9 +102,9 @@ class EvaluateStart(_message.Message):
     An erasure of the user removes all keys and values with this user key.
     """
     beam_width: _builtins.int
-    """Beam width of the autonomous search, the largest of all levels; 0 means none. After the first pass the target runs the remaining passes of plain beam search
-    of this width. On each level down to the last inner one, it chooses the next beams and evaluates those that are not evaluated yet.
-    There is no message between two passes. With a perturbation, beams are chosen by perturbed score.
+    """Beam width of the autonomous search, the largest of all levels; 0 means none. After the first pass the target runs the remaining
+    passes of plain beam search of this width. On each level down to the last inner one, it chooses the next beams and evaluates those
+    that are not evaluated yet. There is no message between two passes. With a perturbation, beams are chosen by perturbed score.
     """
     prefetches: _builtins.bool
     """True if the passes of the autonomous search may hold prefetched nodes: nodes of deeper levels that the search is likely to reach,

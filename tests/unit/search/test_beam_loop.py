@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -147,11 +148,7 @@ def test_no_policy_ever_lists_an_invalid_path(
     """Lossy or not: leaves of the catalogue, none twice, none excluded, none missing while there are enough."""
     excluded = data.draw(exclusions(world.naive))
     noise = Perturbation(data.draw(st.integers(0, 2**64)), data.draw(st.sampled_from([0.3, 1.0, 2.0])))
-    for policy in (
-        Tolerance(widths, tolerance),
-        ExactSampling(widths, noise),
-        RelaxedSampling(widths, noise),
-    ):
+    for policy in (Tolerance(widths, tolerance), ExactSampling(widths, noise), RelaxedSampling(widths, noise)):
         listed = [leaf for leaf, _ in search(world, policy, choice, excluded).list]
         paths = [world.naive.nodes[leaf] for leaf in listed]
         assert all(len(path) == world.naive.levels and world.naive.alive(path, excluded) for path in paths)
@@ -168,10 +165,7 @@ def test_an_exact_sample_does_not_depend_on_the_draft(
     world: World, widths: BeamWidths, choice: Choice, seed: int, temperature: float, data: st.DataObject
 ) -> None:
     """The noise is a function of seed and path, so the list is one with any plan, scores included."""
-    excluded, policy = (
-        data.draw(exclusions(world.naive)),
-        ExactSampling(widths, Perturbation(seed, temperature)),
-    )
+    excluded, policy = data.draw(exclusions(world.naive)), ExactSampling(widths, Perturbation(seed, temperature))
     assert search(world, policy, choice, excluded).list == search(world, policy, nothing, excluded).list
 
 
@@ -187,14 +181,8 @@ def test_an_exact_sample_is_the_naive_one(
         return float(gumbel(seed, Stream.GUMBEL, world.trie.path_hash(node))[0])
 
     run = search(world, ExactSampling(widths, Perturbation(seed, temperature)), choice, excluded)
-    expected = naive_exact_sample(
-        world.naive,
-        world.model,
-        widths.listed,
-        lambda path: world.naive.alive(path, excluded),
-        temperature,
-        noise,
-    )
+    alive = partial(world.naive.alive, excluded=excluded)
+    expected = naive_exact_sample(world.naive, world.model, widths.listed, alive, temperature, noise)
     assert [(world.naive.nodes[leaf], score) for leaf, score in run.list] == expected
 
 
@@ -211,10 +199,7 @@ def test_an_exact_sample_of_k_needs_k_beams_on_every_level_and_no_more(
 @given(worlds(), beam_widths, st.integers(0, 2**64))
 def test_scores_of_samples_are_the_targets_own(world: World, widths: BeamWidths, seed: int) -> None:
     """Noise and temperature choose; what is reported is the log-probability of the path."""
-    for policy in (
-        ExactSampling(widths, Perturbation(seed, 0.7)),
-        RelaxedSampling(widths, Perturbation(seed, 0.7)),
-    ):
+    for policy in (ExactSampling(widths, Perturbation(seed, 0.7)), RelaxedSampling(widths, Perturbation(seed, 0.7))):
         for leaf, score in search(world, policy, nothing).list:
             path, total = world.naive.nodes[leaf], 0.0
             for depth, code in enumerate(path):
