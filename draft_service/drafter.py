@@ -99,7 +99,7 @@ class LanguageModelDrafter:
         return Drafted(plan, cost, growth.passes)
 
     def _selection(self, request: DraftRequest) -> Selection:
-        limit = max(request.size.width, request.size.beam_width)
+        limit = max(request.size.width, request.size.beam_widths.largest)
         # Any number of a node's children may be free and better than the first planned one.
         if request.with_evaluation or self._has_free:
             limit = max(self._trie.codebook_sizes)
@@ -166,7 +166,7 @@ class _PlanGrowth:
         else:
             drawn = self._sample(children_by_score(frontier, evaluation), most - len(shortlist.beams), noise)
             # The first K accepted draws survive, and nearly all of them are among the first 2K draws.
-            likely = np.sort(drawn.node[: 2 * request.size.beam_width])
+            likely = np.sort(drawn.node[: 2 * request.size.beam_widths.at(depth + 1)])
             return replace(shortlist.with_level(self._trie, drawn), deepest=likely)
         return shortlist.grown(self._trie, children, request.size, self._scale[depth], self._free).cut(self._trie, most)
 

@@ -100,7 +100,8 @@ class _RequestParser:
             if not least <= value <= most:
                 raise InvalidArgumentError(name, f"must be between {least} and {most}, got {value}")
         max_nodes = request.max_nodes or min(nodes, request.width * self._trie.levels)
-        return PlanSize(request.beam_width, request.width, max_nodes, request.levels or None)
+        beam_widths = wire.beam_widths(request, "", self._trie)
+        return PlanSize(beam_widths, request.width, max_nodes, request.levels or None)
 
     def _beams(self, request: draft_pb2.PlanRequest) -> Beams:
         node = wire.node_ids(request.beams, "beams", self._trie, limit=self._max_nodes)

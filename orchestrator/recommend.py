@@ -67,12 +67,14 @@ class Recommender:
 
         Raises:
             NotFoundError: nothing is stored for the user.
-            InvalidArgumentError: the history has no known item, and the bundle does not allow an empty one.
+            InvalidArgumentError: there are more beam widths than levels, or the history has no known item and the bundle
+                does not allow an empty one.
             UnimplementedError: the request names a user, and the service keeps no histories.
             UnavailableError: the target or the history store is unavailable.
             DeadlineExceededError: the request's time is up.
         """
         started_ns = time.perf_counter_ns()
+        self._check_widths(params)
         history = await self._history(params)
         candidates = self._candidates(params, history)
         session = self._open_session(PromptBuilder.of(self.catalogue, params, history, candidates, deadline))
@@ -84,6 +86,11 @@ class Recommender:
         target, draft, planning = session.target.usage, session.draft.usage, session.sizer.report
         diagnostics = Diagnostics(result.memo, session.prompt_tokens, target, draft, planning, times)
         return self._recommendation(session, items, session.degraded_reasons(reason), diagnostics)
+
+    def _check_widths(self, params: RecommendParams) -> None:
+        widths, levels = len(params.beam_widths.listed), self.catalogue.trie.levels
+        if widths > levels:
+            raise InvalidArgumentError("beam_widths", f"has {widths} widths, but code paths have {levels} levels")
 
     async def _history(self, params: RecommendParams) -> SubjectHistory:
         with tracing.span("history") as span:
@@ -139,13 +146,13 @@ class Recommender:
         target = self._target.session(
             request,
             max_children=policy.max_children,
-            beam_width=policy.beam_width,
+            beam_widths=policy.beam_widths,
             prefetches=speculates and self._target_prefetch,
             speculates=speculates and (self._target_prefetch or self._draft is not None),
         )
         source = self._draft_session(prompts) if speculates else None
         prompt_tokens = len(request.prompt)
-        context = PlanContext(prompts.params.beam_width, prompt_tokens, source.prompt_tokens if source else 0)
+        context = PlanContext(prompts.params.beam_widths, prompt_tokens, source.prompt_tokens if source else 0)
         sizer = self._planner.sizer(mode, context)
         draft = SizedDraft(source, sizer, target) if source else NoDraft()
         has_draft = self._draft is not None and self.manifest.draft is not None

@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Guarantee, Mode
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Priority
@@ -36,25 +37,26 @@ class ColdStart(StrEnum):
 
 @dataclass(frozen=True)
 class RecommendParams:
-    """Checked parameters of a request: beam_width >= k >= 1, and user_id or history is set.
+    """Checked parameters of a request: the last beam width >= k >= 1, and user_id or history is set.
 
     A shadow check sets both. Its history is then the one that was read for the user, and the prompt's keys and values still
     belong to the user, so that they are erased with the user.
 
     Attributes:
+        beam_widths: the beam widths of the search.
         user_id: a user whose history is stored.
         history: item ids, oldest first.
         tolerance: largest score gap of a substitution, in log-probability.
         excluded: item ids that must not be recommended.
         allowed: the only item ids that may be recommended; empty for all.
         exclude_seen: exclude the items of the history too.
-        least_beam_width: fewest beams that the request accepts when the service is busy; None for no fewer than beam_width.
+        least_beam_width: fewest beams that the request accepts when the service is busy; None for no fewer than requested.
         items_per_path: most items of one code path in the list; None for the bundle's limit.
-        requested_beam_width: beam width before it was narrowed; None if it was not.
+        requested_beam_widths: the beam widths before they were narrowed; None if they were not.
     """
 
     k: int
-    beam_width: int
+    beam_widths: BeamWidths
     mode: Mode = Mode.STRICT
     user_id: str | None = None
     history: Sequence[str] | None = None
@@ -68,13 +70,14 @@ class RecommendParams:
     priority: Priority = Priority.INTERACTIVE
     least_beam_width: int | None = None
     items_per_path: int | None = None
-    requested_beam_width: int | None = None
+    requested_beam_widths: BeamWidths | None = None
 
     def narrowed(self) -> RecommendParams:
         """Return the request with the fewest beams that it accepts."""
-        if self.least_beam_width is None or self.least_beam_width >= self.beam_width:
+        if self.least_beam_width is None or self.least_beam_width >= self.beam_widths.largest:
             return self
-        return replace(self, beam_width=self.least_beam_width, requested_beam_width=self.beam_width)
+        narrowed = self.beam_widths.narrowed(self.least_beam_width)
+        return replace(self, beam_widths=narrowed, requested_beam_widths=self.beam_widths)
 
     @property
     def user_key(self) -> bytes | None:

@@ -80,7 +80,7 @@ class PromptBuilder:
             # 63 bits: the seed travels in a uint64 and is an int64 in numpy.
             seed = params.seed if params.seed is not None else secrets.randbits(63)
             noise = Perturbation(seed, params.temperature)
-        policy = POLICIES[params.mode](params.beam_width, params.tolerance, noise)
+        policy = POLICIES[params.mode](params.beam_widths, params.tolerance, noise)
         return PromptBuilder(catalogue, params, history, candidates, deadline, noise, policy)
 
     def window(self, model: ModelEntry) -> Int64:
@@ -154,7 +154,7 @@ class RequestSession:
 
     def degraded_reasons(self, search: DegradedReason | None) -> list[DegradedReason]:
         """Return all reasons why the list is degraded. search: the reason that the search returned."""
-        narrowed = self.prompts.params.requested_beam_width is not None
+        narrowed = self.prompts.params.requested_beam_widths is not None
         reasons = [
             DegradedReason.BEAM_WIDTH_NARROWED if narrowed else None,
             DegradedReason.SPECULATION_DISABLED if self.speculation_disabled else None,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
@@ -17,6 +18,7 @@ from orchestrator.settings import OrchestratorSettings
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
 _DEFAULT_BEAM_WIDTH = 20  # the contract's default: wide enough for lists of up to 20 items
+_MAX_BEAM_WIDTHS = 64  # bounds the work of a bad request; paths have a few codes, and `recommend` checks their number
 
 
 def parse_request(
@@ -28,10 +30,9 @@ def parse_request(
     """
     mode = wire.mode(request.mode, "mode")
     _in_range("k", request.k, 1, limits.max_k)
-    beam_width = request.beam_width or max(request.k, _DEFAULT_BEAM_WIDTH)
-    _in_range("beam_width", beam_width, request.k, limits.max_beam_width)
+    beam_widths = _beam_widths(request, mode, limits.max_beam_width)
     if request.least_beam_width:
-        _in_range("least_beam_width", request.least_beam_width, request.k, beam_width)
+        _in_range("least_beam_width", request.least_beam_width, request.k, beam_widths.largest)
     if request.priority not in (*PRIORITIES, pb.PRIORITY_UNSPECIFIED):
         raise InvalidArgumentError("priority", f"{request.priority} is not a priority of this service")
     _check_mode_fields(request, mode)
@@ -41,7 +42,7 @@ def parse_request(
     user_id, history = _subject(request, limits.max_history_items)
     return RecommendParams(
         k=request.k,
-        beam_width=beam_width,
+        beam_widths=beam_widths,
         mode=mode,
         user_id=user_id,
         history=history,
@@ -89,6 +90,25 @@ def check_ids(field: str, values: Sequence[str], limit: int) -> None:
         # The length is checked here first: ten thousand field names would cost more than the checks.
         if not 0 < len(value.encode()) <= MAX_ID_BYTES:
             check_id(f"{field}[{index}]", value)
+
+
+def _beam_widths(request: pb.RecommendRequest, mode: Mode, most: int) -> BeamWidths:
+    """Return the beam widths of a request, each at most `most`."""
+    if not request.beam_widths:
+        beam_width = request.beam_width or max(request.k, _DEFAULT_BEAM_WIDTH)
+        _in_range("beam_width", beam_width, request.k, most)
+        return BeamWidths.of(beam_width)
+    if request.beam_width:
+        raise InvalidArgumentError("beam_widths", "must not be set beside beam_width")
+    if len(request.beam_widths) > _MAX_BEAM_WIDTHS:
+        count = len(request.beam_widths)
+        raise InvalidArgumentError("beam_widths", f"has {count} widths, at most {_MAX_BEAM_WIDTHS} are allowed")
+    last = len(request.beam_widths) - 1
+    for index, width in enumerate(request.beam_widths):
+        # A sample of k is exact only if every level keeps the ancestors of all k.
+        least = request.k if index == last or mode is Mode.EXACT_SAMPLING else 1
+        _in_range(f"beam_widths[{index}]", width, least, most)
+    return BeamWidths.of(*request.beam_widths)
 
 
 def _subject(request: pb.RecommendRequest, max_items: int) -> tuple[str | None, list[str] | None]:

@@ -48,7 +48,7 @@ class OrchestratorSettings(ServiceSettings):
     max_k: int = Field(default=100, ge=1, le=10_000)
     """Largest k of a request."""
     max_beam_width: int = Field(default=256, ge=1, le=4_096)
-    """Largest beam width of a request."""
+    """Largest beam width of a request, on any level."""
     max_history_items: int = Field(default=500, ge=1, le=100_000)
     """Most items of a history, in a request or stored. A stored history keeps its newest items. If several deployments share a
     Redis, the largest of their limits applies to stored histories.

@@ -18,6 +18,7 @@ from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.tree_session import Selection
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
 from atspeed.engine.search.mode import Mode
@@ -62,9 +63,9 @@ class Budget:
     def size(self, k: int, levels: int) -> PlanSize:
         """Return the plan size for K beams over a trie of so many levels. Leaves are never planned."""
         if self.unit is BudgetUnit.IN_ALL:
-            return PlanSize(beam_width=k, width=self.count, max_nodes=self.count)
+            return PlanSize(beam_widths=BeamWidths.of(k), width=self.count, max_nodes=self.count)
         width = self.count * (k if self.unit is BudgetUnit.BEAM_WIDTHS else 1)
-        return PlanSize(beam_width=k, width=width, max_nodes=width * max(1, levels - 1))
+        return PlanSize(beam_widths=BeamWidths.of(k), width=width, max_nodes=width * max(1, levels - 1))
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,12 @@ class _Searcher:
     def _policy(self, configuration: Configuration, seed: int) -> Policy:
         width, noise = configuration.k, Perturbation(seed, TEMPERATURE)
         if configuration.mode is Mode.TOLERANCE:
-            return Tolerance(width, self._setup.tolerance)
+            return Tolerance(BeamWidths.of(width), self._setup.tolerance)
         if configuration.mode is Mode.EXACT_SAMPLING:
-            return ExactSampling(width, noise)
+            return ExactSampling(BeamWidths.of(width), noise)
         if configuration.mode is Mode.RELAXED_SAMPLING:
-            return RelaxedSampling(width, noise)
-        return Strict(width)
+            return RelaxedSampling(BeamWidths.of(width), noise)
+        return Strict(BeamWidths.of(width))
 
     def _outcome(
         self, case: HeldOutCase, configuration: Configuration, found: _FinishedSearch, reference: _FinishedSearch

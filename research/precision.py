@@ -27,6 +27,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Precision
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.tree_session import Selection
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.trie import Pruning
 from atspeed.training.decoder_graph import DATA_FILE
 from atspeed.training.export import MODEL_FILE, export_decoder
@@ -163,7 +164,7 @@ async def _lists(opened: TrainedTarget, export: _Exported, cases: Sequence[HeldO
         target = SharedTreeTarget(
             evaluator, prompt_tokens(catalogue, entry, case.history), Selection(Pruning.none(), k)
         )
-        leaves = (await beam_search(catalogue.trie, rule, Strict(k), target, NoDraft())).leaves
+        leaves = (await beam_search(catalogue.trie, rule, Strict(BeamWidths.of(k)), target, NoDraft())).leaves
         items = (item for leaf in leaves.node.tolist() for item in catalogue.items_of(leaf))
         found.append(list(islice(items, k)))
     await evaluator.close()

@@ -9,6 +9,7 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import CompletedPass, Selection, TreeSession
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
@@ -20,11 +21,11 @@ class Search:
     """A plain beam search.
 
     Attributes:
-        width: beam width.
+        widths: the beam widths.
         prefetches: True if a pass may contain prefetched nodes.
     """
 
-    width: int
+    widths: BeamWidths
     prefetches: bool
 
 
@@ -64,9 +65,9 @@ class SearchRunner:
         if noise is None:  # the next beams of a sample depend on its noise, so the prior cannot predict them
             prompt_tokens = len(tree.tokens.prompt)
             prefetch = self._prefetcher.for_search(
-                search.width, selection.pruning, prompt_tokens, enabled=search.prefetches
+                search.widths, selection.pruning, prompt_tokens, enabled=search.prefetches
             )
-        steps = AutonomousSearch(trie, rule, search.width, noise, prefetch).steps(nodes)
+        steps = AutonomousSearch(trie, rule, search.widths, noise, prefetch).steps(nodes)
         evaluations, _ = await self._evaluator.run_steps(tree, steps, selection)
         passes = tree.passes[made:]
         self._observe(passes)

@@ -78,7 +78,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     ) -> AsyncGenerator[target_pb2.EvaluateResponse, None]:
         opened = await self._open(model, first.start)
         try:
-            yield await opened.evaluate(first, _search(first.start))
+            yield await opened.evaluate(first, opened.search)
             async for request in later:
                 if request.HasField("start"):
                     raise InvalidArgumentError("start", _START_RULE)
@@ -92,7 +92,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         user_key = wire.user_key(start.user_key, "start.user_key")
         if start.beam_width > model.info.max_nodes:
             raise InvalidArgumentError("start.beam_width", f"must be at most {model.info.max_nodes}")
-        return _Opened(model, await model.evaluator.open(prompt, tenant=start.tenant, user_key=user_key), selection)
+        widths = wire.beam_widths(start, "start.", model.evaluator.trie)
+        search = Search(widths, start.prefetches) if start.beam_width else None
+        tree = await model.evaluator.open(prompt, tenant=start.tenant, user_key=user_key)
+        return _Opened(model, tree, selection, search)
 
     def _selection(self, start: target_pb2.EvaluateStart, trie: Trie) -> Selection:
         return Selection(
@@ -110,11 +113,13 @@ class _Opened:
         model: the model that serves the stream to its end.
         tree: the token tree.
         selection: the children that an evaluation returns.
+        search: the autonomous search after the first pass; None for none.
     """
 
     model: HostedModel[SearchRunner]
     tree: TreeSession
     selection: Selection
+    search: Search | None
 
     async def evaluate(
         self, request: target_pb2.EvaluateRequest, search: Search | None = None
@@ -136,10 +141,6 @@ class _Opened:
             statistics=wire.to_statistics(cost),
             model_version=self.model.info.model_version,
         )
-
-
-def _search(start: target_pb2.EvaluateStart) -> Search | None:
-    return Search(start.beam_width, start.prefetches) if start.beam_width else None
 
 
 async def _with_idle_timeout(

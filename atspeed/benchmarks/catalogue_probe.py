@@ -19,6 +19,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
 from atspeed.engine.search.trie import Pruning
 from orchestrator.planning.sized_draft import NoDraft
@@ -120,7 +121,7 @@ def _search_ms(catalogue: Catalogue, pruning: Pruning, k: int, rng: np.random.Ge
     for _ in range(_REPEATS):
         target = NoisyTarget(catalogue, ScoringRule.VOCAB, pruning, k, rng)
         begun = time.perf_counter_ns()
-        asyncio.run(beam_search(catalogue.trie, ScoringRule.VOCAB, Strict(k), target, NoDraft()))
+        asyncio.run(beam_search(catalogue.trie, ScoringRule.VOCAB, Strict(BeamWidths.of(k)), target, NoDraft()))
         total, passes = time.perf_counter_ns() - begun, len(target.model_ns)
         constraint.append(sum(target.constraint_ns) / passes)
         rest.append((total - sum(target.model_ns) - sum(target.constraint_ns)) / passes)

@@ -21,6 +21,7 @@ from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection, TreeSession
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import Pruning
 from atspeed.model_host.hosted_models import served_models
@@ -98,7 +99,7 @@ class InProcessBaseline:
         self._searches += 1
         target = LocalTarget(evaluator, prompt, limit=k)
         try:
-            await beam_search(self.catalogue.trie, self._rule, Strict(k), target, NoDraft())
+            await beam_search(self.catalogue.trie, self._rule, Strict(BeamWidths.of(k)), target, NoDraft())
         finally:
             target.close()
         return target

@@ -24,6 +24,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
@@ -80,7 +81,7 @@ class OraclePlans:
         """Find the nodes that a search with K beams for this history needs, and plan them."""
         tokens = prompt_tokens(self._catalogue, self._bundle.manifest.target, self._catalogue.find(history).tolist())
         request = ModelRequest(tokens, Pruning.none(), Deadline(PATIENCE_SECONDS), tenant=_TENANT)
-        policy, rule = Strict(k), self._bundle.manifest.scoring_rule
+        policy, rule = Strict(BeamWidths.of(k)), self._bundle.manifest.scoring_rule
         target = self._target.session(request, max_children=policy.max_children)
         try:
             found = await beam_search(self._catalogue.trie, rule, policy, target, NoDraft())

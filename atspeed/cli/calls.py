@@ -37,7 +37,15 @@ def recommend(
     user: Annotated[str | None, typer.Argument(help="A user with a stored history.", callback=_named)] = None,
     history: History = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_UINT32, help="Number of items.")] = 10,
-    beam_width: Annotated[int, typer.Option(min=0, max=MAX_UINT32, help="Beam width; 0 means max(k, 20).")] = 0,
+    beam_width: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            max=MAX_UINT32,
+            help="Beam width. Several: the widths of levels 1, 2, ...; the last one holds for all further levels.  "
+            "[default: max(k, 20)]",
+        ),
+    ] = None,
     mode: Annotated[Mode, typer.Option(help="Verification policy.")] = Mode.STRICT,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest accepted score gap.")] = 0.0,
     temperature: Annotated[float | None, typer.Option(min=0.01, max=100, help="Sampling modes: temperature.")] = None,
@@ -63,7 +71,8 @@ def recommend(
         raise typer.BadParameter("give either a user or --history")
     options: Options = {
         "k": k,
-        "beam_width": beam_width,
+        "beam_width": beam_width[0] if beam_width and len(beam_width) == 1 else 0,
+        "beam_widths": beam_width if beam_width and len(beam_width) > 1 else None,
         "mode": mode,
         "tolerance": tolerance,
         "temperature": temperature,

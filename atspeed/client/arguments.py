@@ -71,6 +71,12 @@ def whole(field: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def wholes(field: str, values: Any, low: int, high: int) -> list[int]:
+    """Check whole numbers between low and high, of any iterable, and keep their order."""
+    listed = _listed(field, values, "whole numbers", ordered=True)
+    return [whole(f"{field}[{place}]", value, low, high) for place, value in enumerate(listed)]
+
+
 def number(
     field: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> float:

@@ -47,7 +47,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"].full_name
 _RETRIED = ("Recommend", "GetHistory", "ForgetUser", "GetServiceInfo")
 _MAX_MESSAGE_BYTES = 33_554_432  # 32 MiB, more than any list or history needs
 _MAX_TIMEOUT_SECONDS = 86_400.0  # gRPC treats a value too large for its clock as an expired deadline
-_NULLABLE = {"history", "temperature", "seed", "excluded", "allowed"}
+_NULLABLE = {"history", "temperature", "seed", "excluded", "allowed", "beam_widths"}
 _Reply = TypeVar("_Reply")
 
 
@@ -71,6 +71,7 @@ class Options(TypedDict, total=False):
     batch_priority: bool
     least_beam_width: int
     items_per_path: int
+    beam_widths: Iterable[int] | None
 
 
 def recommend_request(user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendRequest:
@@ -94,7 +95,10 @@ def recommend_request(user_id: str | None = None, **options: Unpack[Options]) ->
         tenant=arguments.text("tenant", given.get("tenant", ""), required=False),
         least_beam_width=arguments.whole("least_beam_width", given.get("least_beam_width", 0), 0, MAX_UINT32),
         items_per_path=arguments.whole("items_per_path", given.get("items_per_path", 0), 0, MAX_UINT32),
+        beam_widths=arguments.wholes("beam_widths", given.get("beam_widths", ()), 1, MAX_UINT32),
     )
+    if request.beam_width and request.beam_widths:
+        raise ArgumentValueError("beam_widths", "give either beam_width or beam_widths")
     if arguments.flag("batch_priority", given.get("batch_priority", False)):
         request.priority = pb.PRIORITY_BATCH
     if "temperature" in given:

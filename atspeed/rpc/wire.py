@@ -15,6 +15,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, USER_KEY_BYTES
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import COUNTS, PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
@@ -115,6 +116,19 @@ def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateSt
     if not 0 < noise.temperature < math.inf:
         raise InvalidArgumentError(f"{field}.temperature", f"must be above 0 and finite, got {noise.temperature}")
     return Perturbation(noise.seed, noise.temperature)
+
+
+def beam_widths(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, prefix: str, trie: Trie) -> BeamWidths:
+    """Decode the beam widths of a search. `beam_width` has been checked; the largest of `beam_widths` must equal it.
+
+    Raises InvalidArgumentError naming `prefix` and the field.
+    """
+    largest, listed = message.beam_width, message.beam_widths
+    if len(listed) > trie.levels:
+        raise InvalidArgumentError(f"{prefix}beam_widths", f"has {len(listed)} widths for {trie.levels} levels")
+    if listed and not (min(listed) > 0 and max(listed) == largest):
+        raise InvalidArgumentError(f"{prefix}beam_widths", f"must be above 0, and beam_width ({largest}) the largest")
+    return BeamWidths.of(*(listed or [largest]))
 
 
 def to_proposal(proposal: Proposal) -> draft_pb2.Proposal.ValueType:

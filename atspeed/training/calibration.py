@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 
 from atspeed.engine.arrays import Bools, Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Shortlist, free_nodes
 from atspeed.engine.search.trie import Trie
@@ -41,7 +42,9 @@ class Calibration:
     @classmethod
     def usual(cls) -> Calibration:
         """Return lists of 10 and 20 items, with the usual number of planned nodes and with half as many."""
-        sizes = (PlanSize(beam_width=k, width=n, max_nodes=n) for k, n in product(_BEAM_WIDTHS, _PLAN_SIZES))
+        sizes = (
+            PlanSize(beam_widths=BeamWidths.of(k), width=n, max_nodes=n) for k, n in product(_BEAM_WIDTHS, _PLAN_SIZES)
+        )
         return cls(tuple(sizes), width=_LIST_LENGTH)
 
     def scales(
@@ -53,7 +56,10 @@ class Calibration:
             return ()
         free = free_nodes(draft.catalogue.trie, draft.rule)
         lists = draft.search(examples, beams=self.width)[:levels]
-        wanted = {size.beam_width: target.beams(examples, beams=size.beam_width)[:levels] for size in self.sizes}
+        wanted = {
+            size.beam_widths.largest: target.beams(examples, beams=size.beam_widths.largest)[:levels]
+            for size in self.sizes
+        }
         # Try every combination of ratios; the first best one stays.
         best = (1.0,) * levels
         most = self._single_pass_requests(draft, lists, wanted, best, free)
@@ -77,7 +83,7 @@ class Calibration:
         for size in self.sizes:
             plans = (_plan(draft.catalogue.trie, lists, row, size, scales, free) for row in range(len(lists[0].node)))
             for row, planned in enumerate(plans):
-                beams = np.concatenate([level[row] for level in wanted[size.beam_width]])
+                beams = np.concatenate([level[row] for level in wanted[size.beam_widths.largest]])
                 whole += bool(np.isin(beams[beams >= 0], planned).all())
         return whole
 

@@ -25,23 +25,23 @@ _sym_db = _symbol_database.Default()
 from atspeed.v1 import types_pb2 as atspeed_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61tspeed/v1/draft.proto\x12\natspeed.v1\x1a\x16\x61tspeed/v1/types.proto\"8\n\x1f\x44raftServiceGetModelInfoRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\"`\n DraftServiceGetModelInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.atspeed.v1.ModelInfo\x12\x16\n\x0emodel_versions\x18\x02 \x03(\t\"\xf4\x03\n\x0bPlanRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06pruned\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\x12 \n\x05\x62\x65\x61ms\x18\x04 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06scores\x18\x05 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\"\n\x07weights\x18\x06 \x01(\x0b\x32\x11.atspeed.v1.Array\x12%\n\npriorities\x18\x07 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\r\n\x05width\x18\x08 \x01(\r\x12\x11\n\tmax_nodes\x18\t \x01(\r\x12&\n\x08proposal\x18\n \x01(\x0e\x32\x14.atspeed.v1.Proposal\x12.\n\x0cperturbation\x18\x0b \x01(\x0b\x32\x18.atspeed.v1.Perturbation\x12\x17\n\x0fwith_evaluation\x18\x0c \x01(\x08\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\x12\n\nbeam_width\x18\x0e \x01(\r\x12\x1f\n\x04kept\x18\x0f \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x10\n\x08user_key\x18\x10 \x01(\x0c\x12\x0e\n\x06levels\x18\x11 \x01(\r\"\xfa\x01\n\x0cPlanResponse\x12 \n\x05nodes\x18\x01 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06scores\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12*\n\nevaluation\x18\x03 \x01(\x0b\x32\x16.atspeed.v1.Evaluation\x12.\n\nstatistics\x18\x04 \x01(\x0b\x32\x1a.atspeed.v1.PassStatistics\x12\x0e\n\x06passes\x18\x05 \x01(\r\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\"\n\x07margins\x18\x07 \x01(\x0b\x32\x11.atspeed.v1.Array*c\n\x08Proposal\x12\x18\n\x14PROPOSAL_UNSPECIFIED\x10\x00\x12\x10\n\x0cPROPOSAL_TOP\x10\x01\x12\x16\n\x12PROPOSAL_PERTURBED\x10\x02\x12\x13\n\x0fPROPOSAL_SAMPLE\x10\x03\x32\xb4\x01\n\x0c\x44raftService\x12i\n\x0cGetModelInfo\x12+.atspeed.v1.DraftServiceGetModelInfoRequest\x1a,.atspeed.v1.DraftServiceGetModelInfoResponse\x12\x39\n\x04Plan\x12\x17.atspeed.v1.PlanRequest\x1a\x18.atspeed.v1.PlanResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61tspeed/v1/draft.proto\x12\natspeed.v1\x1a\x16\x61tspeed/v1/types.proto\"8\n\x1f\x44raftServiceGetModelInfoRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\"`\n DraftServiceGetModelInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.atspeed.v1.ModelInfo\x12\x16\n\x0emodel_versions\x18\x02 \x03(\t\"\x89\x04\n\x0bPlanRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06pruned\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\x12 \n\x05\x62\x65\x61ms\x18\x04 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06scores\x18\x05 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\"\n\x07weights\x18\x06 \x01(\x0b\x32\x11.atspeed.v1.Array\x12%\n\npriorities\x18\x07 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\r\n\x05width\x18\x08 \x01(\r\x12\x11\n\tmax_nodes\x18\t \x01(\r\x12&\n\x08proposal\x18\n \x01(\x0e\x32\x14.atspeed.v1.Proposal\x12.\n\x0cperturbation\x18\x0b \x01(\x0b\x32\x18.atspeed.v1.Perturbation\x12\x17\n\x0fwith_evaluation\x18\x0c \x01(\x08\x12\x0e\n\x06tenant\x18\r \x01(\t\x12\x12\n\nbeam_width\x18\x0e \x01(\r\x12\x1f\n\x04kept\x18\x0f \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x10\n\x08user_key\x18\x10 \x01(\x0c\x12\x0e\n\x06levels\x18\x11 \x01(\r\x12\x13\n\x0b\x62\x65\x61m_widths\x18\x12 \x03(\r\"\xfa\x01\n\x0cPlanResponse\x12 \n\x05nodes\x18\x01 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06scores\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12*\n\nevaluation\x18\x03 \x01(\x0b\x32\x16.atspeed.v1.Evaluation\x12.\n\nstatistics\x18\x04 \x01(\x0b\x32\x1a.atspeed.v1.PassStatistics\x12\x0e\n\x06passes\x18\x05 \x01(\r\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\"\n\x07margins\x18\x07 \x01(\x0b\x32\x11.atspeed.v1.Array*c\n\x08Proposal\x12\x18\n\x14PROPOSAL_UNSPECIFIED\x10\x00\x12\x10\n\x0cPROPOSAL_TOP\x10\x01\x12\x16\n\x12PROPOSAL_PERTURBED\x10\x02\x12\x13\n\x0fPROPOSAL_SAMPLE\x10\x03\x32\xb4\x01\n\x0c\x44raftService\x12i\n\x0cGetModelInfo\x12+.atspeed.v1.DraftServiceGetModelInfoRequest\x1a,.atspeed.v1.DraftServiceGetModelInfoResponse\x12\x39\n\x04Plan\x12\x17.atspeed.v1.PlanRequest\x1a\x18.atspeed.v1.PlanResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atspeed.v1.draft_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROPOSAL']._serialized_start=974
-  _globals['_PROPOSAL']._serialized_end=1073
+  _globals['_PROPOSAL']._serialized_start=995
+  _globals['_PROPOSAL']._serialized_end=1094
   _globals['_DRAFTSERVICEGETMODELINFOREQUEST']._serialized_start=62
   _globals['_DRAFTSERVICEGETMODELINFOREQUEST']._serialized_end=118
   _globals['_DRAFTSERVICEGETMODELINFORESPONSE']._serialized_start=120
   _globals['_DRAFTSERVICEGETMODELINFORESPONSE']._serialized_end=216
   _globals['_PLANREQUEST']._serialized_start=219
-  _globals['_PLANREQUEST']._serialized_end=719
-  _globals['_PLANRESPONSE']._serialized_start=722
-  _globals['_PLANRESPONSE']._serialized_end=972
-  _globals['_DRAFTSERVICE']._serialized_start=1076
-  _globals['_DRAFTSERVICE']._serialized_end=1256
+  _globals['_PLANREQUEST']._serialized_end=740
+  _globals['_PLANRESPONSE']._serialized_start=743
+  _globals['_PLANRESPONSE']._serialized_end=993
+  _globals['_DRAFTSERVICE']._serialized_start=1097
+  _globals['_DRAFTSERVICE']._serialized_end=1277
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,7 @@ class PlanRequest(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     USER_KEY_FIELD_NUMBER: _builtins.int
     LEVELS_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTHS_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that node ids refer to. FAILED_PRECONDITION if this replica does not serve it."""
     width: _builtins.int
@@ -140,7 +141,7 @@ class PlanRequest(_message.Message):
     tenant: _builtins.str
     """Tenant of the request. Tenants share no cached keys and values."""
     beam_width: _builtins.int
-    """`K`: the beam width of the search. The plan is for a search that needs the K best nodes of every level."""
+    """`K`: the beam width of the search, the largest of all levels. The plan is for a search that needs the K best nodes of every level."""
     user_key: _builtins.bytes
     """User key of the stored user whose prompt this is, 8 bytes. Empty for a history that came with its request. The cached keys and
     values of a prompt carry its user key, except those of the template's words before the first item, which all users share.
@@ -184,6 +185,10 @@ class PlanRequest(_message.Message):
         is empty.
         """
 
+    @_builtins.property
+    def beam_widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """`K` of each level of the trie; the last one holds for all further levels. Empty: beam_width on every level."""
+
     def __init__(
         self,
         *,
@@ -204,10 +209,11 @@ class PlanRequest(_message.Message):
         kept: _types_pb2.Array | None = ...,
         user_key: _builtins.bytes = ...,
         levels: _builtins.int = ...,
+        beam_widths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "kept", b"kept", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "pruned", b"pruned", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beams", b"beams", "kept", b"kept", "levels", b"levels", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "user_key", b"user_key", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beam_widths", b"beam_widths", "beams", b"beams", "kept", b"kept", "levels", b"levels", "max_nodes", b"max_nodes", "model_version", b"model_version", "perturbation", b"perturbation", "priorities", b"priorities", "prompt", b"prompt", "proposal", b"proposal", "pruned", b"pruned", "scores", b"scores", "tenant", b"tenant", "user_key", b"user_key", "weights", b"weights", "width", b"width", "with_evaluation", b"with_evaluation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -277,6 +277,7 @@ class RecommendRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LEAST_BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     ITEMS_PER_PATH_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTHS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose history is stored. NOT_FOUND if no history is stored, unless the bundle allows an empty history."""
     k: _builtins.int
@@ -298,8 +299,9 @@ class RecommendRequest(_message.Message):
     priority: Global___Priority.ValueType
     """Priority when the service is busy."""
     least_beam_width: _builtins.int
-    """Smallest beam width that the request accepts when the service is busy. A request that had to wait is searched with this width. It
-    is at least k and at most beam_width. 0 means beam_width. The reply has the beam width of the search.
+    """Smallest beam width that the request accepts when the service is busy. A request that had to wait is searched with at most this
+    width on every level. It is at least k and at most the largest beam width. 0 means no fewer beams. The reply has the beam widths of
+    the search.
     """
     items_per_path: _builtins.int
     """Maximum number of items of one code path in the list. 0 means the bundle's limit, if it has one. The list may then hold fewer than
@@ -321,6 +323,13 @@ class RecommendRequest(_message.Message):
     def reply_options(self) -> Global___ReplyOptions:
         """Optional parts of the reply."""
 
+    @_builtins.property
+    def beam_widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Beam width of each level of the code path; the last one holds for all further levels. Not together with beam_width. The last one is
+        at least k; with MODE_EXACT_SAMPLING each one is, since a level must keep the ancestors of all k items. Empty: beam_width on every
+        level.
+        """
+
     def __init__(
         self,
         *,
@@ -340,10 +349,11 @@ class RecommendRequest(_message.Message):
         priority: Global___Priority.ValueType = ...,
         least_beam_width: _builtins.int = ...,
         items_per_path: _builtins.int = ...,
+        beam_widths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "history", b"history", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "items_per_path", b"items_per_path", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "beam_widths", b"beam_widths", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "items_per_path", b"items_per_path", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -492,6 +502,7 @@ class RecommendResponse(_message.Message):
     UNKNOWN_EXCLUDED_ITEMS_FIELD_NUMBER: _builtins.int
     UNKNOWN_ALLOWED_ITEMS_FIELD_NUMBER: _builtins.int
     DEGRADED_REASONS_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTHS_FIELD_NUMBER: _builtins.int
     scoring_rule: _types_pb2.ScoringRule.ValueType
     """The rule that scores follow."""
     mode: Global___Mode.ValueType
@@ -508,7 +519,9 @@ class RecommendResponse(_message.Message):
     seed: _builtins.int
     """Seed of a sampling mode."""
     beam_width: _builtins.int
-    """Beam width of the search: the request's beam_width, unless the service was busy and the request allowed fewer beams."""
+    """Beam width of the search: the request's, unless the service was busy and the request allowed fewer beams. It is the largest of
+    beam_widths if that is set.
+    """
     cold_start: Global___ColdStart.ValueType
     """Reason for a list without any item of the history, if the bundle allows that; not set for other lists."""
     unknown_excluded_items: _builtins.int
@@ -543,6 +556,10 @@ class RecommendResponse(_message.Message):
     def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___DegradedReason.ValueType]:
         """Reasons why the list is degraded; empty if it is not. The values are also label values of the metric atspeed_degraded_total."""
 
+    @_builtins.property
+    def beam_widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Beam width of each level of the search; the last one holds for all further levels. Empty if all levels have the width beam_width."""
+
     def __init__(
         self,
         *,
@@ -563,10 +580,11 @@ class RecommendResponse(_message.Message):
         unknown_excluded_items: _builtins.int = ...,
         unknown_allowed_items: _builtins.int = ...,
         degraded_reasons: _abc.Iterable[Global___DegradedReason.ValueType] | None = ...,
+        beam_widths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "exactness", b"exactness", "seed", b"seed", "statistics", b"statistics", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_descriptions", b"degraded_descriptions", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "beam_width", b"beam_width", "beam_widths", b"beam_widths", "cold_start", b"cold_start", "degraded", b"degraded", "degraded_descriptions", b"degraded_descriptions", "degraded_reasons", b"degraded_reasons", "exactness", b"exactness", "fewer_than_k_reason", b"fewer_than_k_reason", "history_items_used", b"history_items_used", "items", b"items", "mode", b"mode", "scoring_rule", b"scoring_rule", "seed", b"seed", "statistics", b"statistics", "unknown_allowed_items", b"unknown_allowed_items", "unknown_excluded_items", b"unknown_excluded_items", "unknown_history_item_ids", b"unknown_history_item_ids", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015

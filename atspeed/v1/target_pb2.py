@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from atspeed.v1 import types_pb2 as atspeed_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61tspeed/v1/target.proto\x12\natspeed.v1\x1a\x16\x61tspeed/v1/types.proto\"9\n TargetServiceGetModelInfoRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\"a\n!TargetServiceGetModelInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.atspeed.v1.ModelInfo\x12\x16\n\x0emodel_versions\x18\x02 \x03(\t\"\x9d\x02\n\rEvaluateStart\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06pruned\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x14\n\x0cmax_children\x18\x04 \x01(\r\x12.\n\x0cperturbation\x18\x05 \x01(\x0b\x32\x18.atspeed.v1.Perturbation\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x1f\n\x04kept\x18\x07 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x10\n\x08user_key\x18\x08 \x01(\x0c\x12\x12\n\nbeam_width\x18\t \x01(\r\x12\x12\n\nprefetches\x18\n \x01(\x08\"]\n\x0f\x45valuateRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x19.atspeed.v1.EvaluateStart\x12 \n\x05nodes\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\"\xaf\x01\n\x10\x45valuateResponse\x12*\n\nevaluation\x18\x01 \x01(\x0b\x32\x16.atspeed.v1.Evaluation\x12.\n\nstatistics\x18\x02 \x01(\x0b\x32\x1a.atspeed.v1.PassStatistics\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12(\n\x07\x66urther\x18\x04 \x03(\x0b\x32\x17.atspeed.v1.FurtherPass\"i\n\x0b\x46urtherPass\x12*\n\nevaluation\x18\x01 \x01(\x0b\x32\x16.atspeed.v1.Evaluation\x12.\n\nstatistics\x18\x02 \x01(\x0b\x32\x1a.atspeed.v1.PassStatistics2\xc7\x01\n\rTargetService\x12k\n\x0cGetModelInfo\x12,.atspeed.v1.TargetServiceGetModelInfoRequest\x1a-.atspeed.v1.TargetServiceGetModelInfoResponse\x12I\n\x08\x45valuate\x12\x1b.atspeed.v1.EvaluateRequest\x1a\x1c.atspeed.v1.EvaluateResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61tspeed/v1/target.proto\x12\natspeed.v1\x1a\x16\x61tspeed/v1/types.proto\"9\n TargetServiceGetModelInfoRequest\x12\x15\n\rmodel_version\x18\x01 \x01(\t\"a\n!TargetServiceGetModelInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.atspeed.v1.ModelInfo\x12\x16\n\x0emodel_versions\x18\x02 \x03(\t\"\xb2\x02\n\rEvaluateStart\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12!\n\x06pruned\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x14\n\x0cmax_children\x18\x04 \x01(\r\x12.\n\x0cperturbation\x18\x05 \x01(\x0b\x32\x18.atspeed.v1.Perturbation\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x1f\n\x04kept\x18\x07 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x10\n\x08user_key\x18\x08 \x01(\x0c\x12\x12\n\nbeam_width\x18\t \x01(\r\x12\x12\n\nprefetches\x18\n \x01(\x08\x12\x13\n\x0b\x62\x65\x61m_widths\x18\x0b \x03(\r\"]\n\x0f\x45valuateRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x19.atspeed.v1.EvaluateStart\x12 \n\x05nodes\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\"\xaf\x01\n\x10\x45valuateResponse\x12*\n\nevaluation\x18\x01 \x01(\x0b\x32\x16.atspeed.v1.Evaluation\x12.\n\nstatistics\x18\x02 \x01(\x0b\x32\x1a.atspeed.v1.PassStatistics\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12(\n\x07\x66urther\x18\x04 \x03(\x0b\x32\x17.atspeed.v1.FurtherPass\"i\n\x0b\x46urtherPass\x12*\n\nevaluation\x18\x01 \x01(\x0b\x32\x16.atspeed.v1.Evaluation\x12.\n\nstatistics\x18\x02 \x01(\x0b\x32\x1a.atspeed.v1.PassStatistics2\xc7\x01\n\rTargetService\x12k\n\x0cGetModelInfo\x12,.atspeed.v1.TargetServiceGetModelInfoRequest\x1a-.atspeed.v1.TargetServiceGetModelInfoResponse\x12I\n\x08\x45valuate\x12\x1b.atspeed.v1.EvaluateRequest\x1a\x1c.atspeed.v1.EvaluateResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TARGETSERVICEGETMODELINFORESPONSE']._serialized_start=122
   _globals['_TARGETSERVICEGETMODELINFORESPONSE']._serialized_end=219
   _globals['_EVALUATESTART']._serialized_start=222
-  _globals['_EVALUATESTART']._serialized_end=507
-  _globals['_EVALUATEREQUEST']._serialized_start=509
-  _globals['_EVALUATEREQUEST']._serialized_end=602
-  _globals['_EVALUATERESPONSE']._serialized_start=605
-  _globals['_EVALUATERESPONSE']._serialized_end=780
-  _globals['_FURTHERPASS']._serialized_start=782
-  _globals['_FURTHERPASS']._serialized_end=887
-  _globals['_TARGETSERVICE']._serialized_start=890
-  _globals['_TARGETSERVICE']._serialized_end=1089
+  _globals['_EVALUATESTART']._serialized_end=528
+  _globals['_EVALUATEREQUEST']._serialized_start=530
+  _globals['_EVALUATEREQUEST']._serialized_end=623
+  _globals['_EVALUATERESPONSE']._serialized_start=626
+  _globals['_EVALUATERESPONSE']._serialized_end=801
+  _globals['_FURTHERPASS']._serialized_start=803
+  _globals['_FURTHERPASS']._serialized_end=908
+  _globals['_TARGETSERVICE']._serialized_start=911
+  _globals['_TARGETSERVICE']._serialized_end=1110
 # @@protoc_insertion_point(module_scope)

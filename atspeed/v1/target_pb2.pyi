@@ -89,6 +89,7 @@ class EvaluateStart(_message.Message):
     USER_KEY_FIELD_NUMBER: _builtins.int
     BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     PREFETCHES_FIELD_NUMBER: _builtins.int
+    BEAM_WIDTHS_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The model version that scores and node ids refer to. FAILED_PRECONDITION if this replica does not serve it."""
     max_children: _builtins.int
@@ -101,9 +102,9 @@ class EvaluateStart(_message.Message):
     An erasure of the user removes all keys and values with this user key.
     """
     beam_width: _builtins.int
-    """Beam width of the autonomous search; 0 means none. After the first pass the target runs the remaining passes of plain beam search
-    of this width. On each level down to the last inner one, it chooses the next beams and evaluates those that are not evaluated yet.
-    There is no message between two passes. With a perturbation, beams are chosen by perturbed score.
+    """Beam width of the autonomous search, the largest of all levels; 0 means none. After the first pass the target runs the remaining
+    passes of plain beam search of this width. On each level down to the last inner one, it chooses the next beams and evaluates those
+    that are not evaluated yet. There is no message between two passes. With a perturbation, beams are chosen by perturbed score.
     """
     prefetches: _builtins.bool
     """True if the passes of the autonomous search may hold prefetched nodes: nodes of deeper levels that the search is likely to reach,
@@ -127,6 +128,10 @@ class EvaluateStart(_message.Message):
         is empty.
         """
 
+    @_builtins.property
+    def beam_widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Beam width of each level of the autonomous search; the last one holds for all further levels. Empty: beam_width on every level."""
+
     def __init__(
         self,
         *,
@@ -140,10 +145,11 @@ class EvaluateStart(_message.Message):
         user_key: _builtins.bytes = ...,
         beam_width: _builtins.int = ...,
         prefetches: _builtins.bool = ...,
+        beam_widths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "perturbation", b"perturbation", "prompt", b"prompt", "pruned", b"pruned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prefetches", b"prefetches", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant", "user_key", b"user_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_width", b"beam_width", "beam_widths", b"beam_widths", "kept", b"kept", "max_children", b"max_children", "model_version", b"model_version", "perturbation", b"perturbation", "prefetches", b"prefetches", "prompt", b"prompt", "pruned", b"pruned", "tenant", b"tenant", "user_key", b"user_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,6 +25,7 @@ from atspeed.concurrency.tasks import TaskSet
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Trie, among
 from atspeed.errors import (
@@ -114,7 +115,7 @@ class TargetClient:
         request: ModelRequest,
         *,
         max_children: int | None,
-        beam_width: int | None = None,
+        beam_widths: BeamWidths | None = None,
         prefetches: bool = False,
         speculates: bool = False,
     ) -> TargetSession:
@@ -123,12 +124,12 @@ class TargetClient:
         Args:
             request: the prompt and everything else that the model needs.
             max_children: number of children per node that the target returns; None for all.
-            beam_width: beam width of the target's autonomous search; None for no such search.
+            beam_widths: beam widths of the target's autonomous search; None for no such search.
             prefetches: whether the target may evaluate nodes in advance.
             speculates: whether the caller may ask for more nodes than the search needs. If the target has no valid answer to
                 those, the caller asks again without them.
         """
-        return TargetSession(self, request, max_children, beam_width, prefetches=prefetches, speculates=speculates)
+        return TargetSession(self, request, max_children, beam_widths, prefetches=prefetches, speculates=speculates)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class TargetSession:
         client: TargetClient,
         request: ModelRequest,
         max_children: int | None,
-        beam_width: int | None = None,
+        beam_widths: BeamWidths | None = None,
         *,
         prefetches: bool = False,
         speculates: bool = False,
@@ -159,7 +160,7 @@ class TargetSession:
         self._client = client
         self._request = request
         self._max_children = max_children
-        self._beam_width = beam_width
+        self._beam_widths = beam_widths
         self._prefetches = prefetches
         self._speculates = speculates
         self._autonomous_passes: deque[_PassReply] = deque()  # passes that no call has asked for yet
@@ -258,7 +259,7 @@ class TargetSession:
 
     def _is_autonomous(self, nodes: Int64) -> bool:
         """Return whether the target may search autonomously after this pass: only after the first one, without a retry."""
-        return self._beam_width is not None and int(nodes[0]) == ROOT and not self.usage.retries
+        return self._beam_widths is not None and int(nodes[0]) == ROOT and not self.usage.retries
 
     def _max_passes(self, nodes: Int64) -> int:
         return self._client.trie.levels if self._is_autonomous(nodes) else 1
@@ -294,7 +295,7 @@ class TargetSession:
         return route.stub.Evaluate(timeout=self._request.deadline.left(), metadata=metadata)
 
     def _start(self, *, autonomous: bool) -> target_pb2.EvaluateStart:
-        request = self._request
+        request, widths = self._request, self._beam_widths if autonomous else None
         return target_pb2.EvaluateStart(
             model_version=self._client.model_version,
             prompt=wire.to_array(request.prompt),
@@ -304,7 +305,8 @@ class TargetSession:
             perturbation=wire.to_perturbation(request.noise),
             tenant=request.tenant,
             user_key=request.user_key or b"",
-            beam_width=(self._beam_width or 0) if autonomous else 0,
+            beam_width=widths.largest if widths else 0,
+            beam_widths=widths.per_level if widths else (),
             prefetches=autonomous and self._prefetches,
         )
 

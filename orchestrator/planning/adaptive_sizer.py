@@ -253,7 +253,7 @@ class AdaptivePlanSizer(FixedPlanSizer):
         """Return the most nodes of a plan. After a miss it is the share of the missing beams and the levels that are left."""
         if start == 0:
             return self._max_nodes
-        share = beams / self._context.beam_width * (self._trie.levels - 1 - start) / (self._trie.levels - 1)
+        share = beams / self._context.beam_widths.at(start) * (self._trie.levels - 1 - start) / (self._trie.levels - 1)
         return max(1, min(self._max_nodes - 1, round(self._max_nodes * share)))
 
     def _estimate(self, start: int, beams: int, draft_was_cached: bool | None) -> ExpectedLatency:
@@ -283,7 +283,7 @@ class AdaptivePlanSizer(FixedPlanSizer):
         """Return the passes of plain beam search."""
         target, prompt = self._state.latencies.target, self._context.prompt_tokens
         return BaselinePasses.of(
-            self._trie, self._context.beam_width, lambda beams: target.call_ns(beams, prompt, beams)
+            self._trie, self._context.beam_widths, lambda beams: target.call_ns(beams, prompt, beams)
         )
 
     def _used(self, memo: Memo) -> list[Int64]:

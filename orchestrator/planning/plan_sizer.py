@@ -10,6 +10,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
 from atspeed.engine.search.trie import Trie
@@ -29,14 +30,19 @@ class PlanContext:
     """Request that plans are made for.
 
     Attributes:
-        beam_width: K of the search.
+        beam_widths: K of each level.
         prompt_tokens: length of the target's prompt.
         draft_prompt_tokens: length of the draft's prompt; 0 without a draft.
     """
 
-    beam_width: int
+    beam_widths: BeamWidths
     prompt_tokens: int
     draft_prompt_tokens: int = 0
+
+    @property
+    def beam_width(self) -> int:
+        """Return the largest beam width."""
+        return self.beam_widths.largest
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class FixedPlanSizer:
     def _asked(self, nodes: int, levels: int | None = None) -> PlanSize:
         """Return a size and count it as asked for."""
         self.report.nodes_asked += nodes
-        return PlanSize(beam_width=self._context.beam_width, width=nodes, max_nodes=nodes, levels=levels)
+        return PlanSize(beam_widths=self._context.beam_widths, width=nodes, max_nodes=nodes, levels=levels)
 
     def _keep(self, below: Beams, asked: PlanSize, plan: Plan, cost: PassStats) -> Plan:  # noqa: ARG002
         return plan

@@ -95,7 +95,7 @@ class Planner:
         fixed = self._limits.kind is PlannerKind.FIXED or not mode.properties.sized
         if state is None or fixed or self._trie.levels == 1:
             return FixedPlanSizer(self._trie, context, nodes, state.latencies if state else None)
-        workload = WorkloadKey.of(mode, context.beam_width)
+        workload = WorkloadKey.of(mode, context.beam_widths)
         return AdaptivePlanSizer(self._trie, context, nodes, self._limits.max_nodes, workload, state)
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams, children_by_score, level_log_distribution, sample_without_replacement
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
@@ -33,7 +34,7 @@ class Policy(Protocol):
         noise: seed and temperature of a sampling policy, else None.
         perturbed: whether the target's choice of children follows the noise.
         max_children: number of children per node that the target returns; None for all.
-        beam_width: beam width of the plain beam search that the policy equals without a draft; None if it equals none.
+        beam_widths: beam widths of the plain beam search that the policy equals without a draft; None if it equals none.
     """
 
     @property
@@ -45,7 +46,7 @@ class Policy(Protocol):
     @property
     def max_children(self) -> int | None: ...  # noqa: D102
     @property
-    def beam_width(self) -> int | None: ...  # noqa: D102
+    def beam_widths(self) -> BeamWidths | None: ...  # noqa: D102
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """Return the rows of the beams that must be evaluated before the next level can be chosen."""
@@ -54,7 +55,7 @@ class Policy(Protocol):
         """Return the beams below which the draft proposes nodes when the rows `missing` must be evaluated."""
 
     def select(self, beams: Beams, memo: Memo) -> Beams:
-        """Return the beams of the next level, at most the width. The memo knows all of `beams`."""
+        """Return the beams of the next level, at most its width. The memo knows all of `beams`."""
 
     def final(self, beams: Beams) -> Beams:
         """Return the leaves in the order of the list."""
@@ -62,9 +63,9 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Strict:
-    """The best `width` of all valid children of the beams: exactly the target's beam search."""
+    """The best of all valid children of the beams, as many as the width: exactly the target's beam search."""
 
-    width: int
+    widths: BeamWidths
     noise: Perturbation | None = field(default=None, init=False)
 
     proposal: ClassVar[Proposal] = Proposal.TOP
@@ -72,17 +73,17 @@ class Strict:
 
     @property
     def max_children(self) -> int | None:
-        """Return the width: no node can have more than `width` of its children among the best `width`."""
-        return self.width
+        """Return the largest width: a level of n beams holds at most n children of a node."""
+        return self.widths.largest
 
     @property
-    def beam_width(self) -> int | None:
-        """Return the width."""
-        return self.width
+    def beam_widths(self) -> BeamWidths | None:
+        """Return the widths."""
+        return self.widths
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """Return the rows whose children could be among the best."""
-        return TopChildren(self.width, self.noise).missing(beams, memo)
+        return TopChildren(self.widths, self.noise).missing(beams, memo)
 
     def to_plan(self, beams: Beams, missing: Int64) -> Beams:
         """Return the missing beams only: a plan below the others was made before."""
@@ -90,7 +91,7 @@ class Strict:
 
     def select(self, beams: Beams, memo: Memo) -> Beams:
         """Return the best children."""
-        return TopChildren(self.width, self.noise).select(beams, memo)
+        return TopChildren(self.widths, self.noise).select(beams, memo)
 
     def final(self, beams: Beams) -> Beams:
         """Return the leaves in the order of their selection."""
@@ -108,11 +109,11 @@ class Tolerance(Strict):
 
     @property
     def max_children(self) -> int | None:
-        """Return twice the width: the runners-up are the substitutes."""
-        return 2 * self.width
+        """Return twice the largest width: the runners-up are the substitutes."""
+        return 2 * self.widths.largest
 
     @property
-    def beam_width(self) -> int | None:
+    def beam_widths(self) -> BeamWidths | None:
         """Return None: an evaluated node may replace a beam, so the policy equals no plain beam search."""
         return None
 
@@ -120,8 +121,9 @@ class Tolerance(Strict):
         """Return the strict choice, with missing nodes replaced by the best evaluated runners-up within the tolerance."""
         if self.tolerance == 0:
             return super().select(beams, memo)
-        ranked = TopChildren(2 * self.width).select(beams, memo)
-        rows = list(range(min(self.width, len(ranked))))
+        width = self.widths.below(memo.trie, beams.node)
+        ranked = TopChildren(BeamWidths.of(2 * width)).select(beams, memo)
+        rows = list(range(min(width, len(ranked))))
         if memo.trie.depth(ranked.node[:1]).tolist() == [memo.trie.levels]:
             return ranked.take(np.asarray(rows))  # leaves are never evaluated, so none is missing
         spare = [row for row in range(len(rows), len(ranked)) if memo.knows(int(ranked.node[row]))]
@@ -131,7 +133,7 @@ class Tolerance(Strict):
                 break
             memo.substitute(slack)
             rows[row] = spare.pop(0)
-        return ranked.take(np.asarray(rows, dtype=np.int64)).best(self.width)
+        return ranked.take(np.asarray(rows, dtype=np.int64)).best(width)
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,19 @@ class ExactSampling(Strict):
 class RelaxedSampling:
     """AtSpeed-R's rule (arXiv 2410.05165): a sample y of the draft stays with probability min(1, p(y) / q(y)).
 
-    If more than `width` samples stay, the first `width` drawn are kept. The paper keeps a random `width` of them. That is no
+    If more than K samples stay, the first K drawn are kept. The paper keeps a random K of them. That is no
     sample of p even if q = p, because the draft's N samples hold more improbable nodes than K samples would; the first K
     drawn are a sample. If fewer stay, the rest is drawn from the residual norm(max(p - q, 0)). Accepting candidates one by
     one does not preserve the target's distribution of sets: the rule is lossy, and replies state it.
     """
 
-    width: int
+    widths: BeamWidths
     noise: Perturbation
 
     proposal = Proposal.SAMPLE
     perturbed = False
     max_children = None
-    beam_width = None
+    beam_widths = None
 
     def missing(self, beams: Beams, memo: Memo) -> Int64:
         """Return all rows that are not evaluated: p is one distribution over the whole level."""
@@ -177,31 +179,34 @@ class RelaxedSampling:
     def select(self, beams: Beams, memo: Memo) -> Beams:
         """Accept, reject and draw from the residual on one level. The last level, and one without a plan, draws from p."""
         trie, temperature = memo.trie, self.noise.temperature
+        width = self.widths.below(trie, beams.node)
         candidates = children_by_score(beams, memo.evaluated)
         log_p = level_log_distribution(candidates, temperature)
         proposed, log_q = memo.plan.proposals(trie, candidates.node, temperature)
         if not len(proposed):
-            return candidates.take(self._draw(trie, candidates, log_p, self.width))
+            return candidates.take(self._draw(trie, candidates, log_p, width))
         log_ratio = log_p[proposed] - log_q[proposed]
         accepted = proposed[np.log(self._uniform(trie, candidates.node[proposed], Stream.ACCEPT)) <= log_ratio]
-        if len(accepted) >= self.width:
+        if len(accepted) >= width:
             # The noise is that of the draft's draw, so this is the order of the draw.
-            first = self._draw(trie, candidates.take(accepted), log_q[accepted], self.width, Stream.PROPOSAL)
+            first = self._draw(trie, candidates.take(accepted), log_q[accepted], width, Stream.PROPOSAL)
             return candidates.take(accepted[first])
-        return candidates.take(self._fill(trie, candidates, log_p, log_q, accepted))
+        return candidates.take(self._fill(trie, candidates, log_p, log_q, accepted, width))
 
     def final(self, beams: Beams) -> Beams:
         """Return the leaves in the order of the target's score."""
         return beams.by_score()
 
-    def _fill(self, trie: Trie, candidates: Beams, log_p: Float64, log_q: Float64, accepted: Int64) -> Int64:
+    def _fill(
+        self, trie: Trie, candidates: Beams, log_p: Float64, log_q: Float64, accepted: Int64, width: int
+    ) -> Int64:
         """Return the accepted rows and draws from the residual; from p when the residual is exhausted."""
         with np.errstate(divide="ignore"):  # log 0: not in the residual
             residual = np.log(np.maximum(np.exp(log_p) - np.exp(log_q), 0.0))
         rows = accepted
         for log_weight in (residual, log_p.copy()):
             log_weight[rows] = -np.inf
-            rows = np.concatenate([rows, self._draw(trie, candidates, log_weight, self.width - len(rows))])
+            rows = np.concatenate([rows, self._draw(trie, candidates, log_weight, width - len(rows))])
         return rows
 
     def _draw(
@@ -214,21 +219,21 @@ class RelaxedSampling:
         return uniform(self.noise.seed, stream, trie.path_hash(node))
 
 
-def _sampling(policy: Callable[[int, Perturbation], Policy]) -> PolicyBuilder:
-    def build(width: int, tolerance: float, noise: Perturbation | None) -> Policy:  # noqa: ARG001
+def _sampling(policy: Callable[[BeamWidths, Perturbation], Policy]) -> PolicyBuilder:
+    def build(widths: BeamWidths, tolerance: float, noise: Perturbation | None) -> Policy:  # noqa: ARG001
         if noise is None:
             raise ValueError("noise: a sampling policy needs a seed and a temperature")
-        return policy(width, noise)
+        return policy(widths, noise)
 
     return build
 
 
-# Builds the policy of a mode from beam width, tolerance and noise. The modes' properties are in `atspeed/engine/search/mode.py`.
-PolicyBuilder = Callable[[int, float, Perturbation | None], Policy]
+# Builds the policy of a mode from beam widths, tolerance and noise. The modes' properties are in `atspeed/engine/search/mode.py`.
+PolicyBuilder = Callable[[BeamWidths, float, Perturbation | None], Policy]
 POLICIES: dict[Mode, PolicyBuilder] = {
-    Mode.TARGET_ONLY: lambda width, _tolerance, _noise: Strict(width),
-    Mode.STRICT: lambda width, _tolerance, _noise: Strict(width),
-    Mode.TOLERANCE: lambda width, tolerance, _noise: Tolerance(width, tolerance),
+    Mode.TARGET_ONLY: lambda widths, _tolerance, _noise: Strict(widths),
+    Mode.STRICT: lambda widths, _tolerance, _noise: Strict(widths),
+    Mode.TOLERANCE: lambda widths, tolerance, _noise: Tolerance(widths, tolerance),
     Mode.EXACT_SAMPLING: _sampling(ExactSampling),
     Mode.RELAXED_SAMPLING: _sampling(RelaxedSampling),
 }

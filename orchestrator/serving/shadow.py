@@ -138,7 +138,7 @@ class ShadowChecks:
         _log.error(
             "shadow_check_mismatch",
             k=served.params.k,
-            beam_width=served.params.beam_width,
+            beam_widths=served.params.beam_widths.listed,
             strict=_leaf_scores(sent, catalogue),
             target_only=_leaf_scores(expected, catalogue),
             target_passes=diagnostics.memo.passes,

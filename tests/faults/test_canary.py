@@ -14,6 +14,7 @@ from typing import Self
 import pytest
 
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rollout.release_track import TRACK_HEADER
 from atspeed.v1 import recommendation_pb2 as pb
@@ -165,7 +166,9 @@ def shop(log_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with LocalStack(links[0].path, targets=2, orchestrators=2, log_folder=logs, flags=flags) as stack:
         shop = Shop(stack, bundles, links)
         histories = [random_history(bundles[0].catalogue(), 6, seed) for seed in range(USERS)]
-        places = [bucket(RecommendParams(k=K, beam_width=K, history=history).subject) for history in histories]
+        places = [
+            bucket(RecommendParams(k=K, beam_widths=BeamWidths.of(K), history=history).subject) for history in histories
+        ]
         shop.users = [User(history, at, {}) for history, at in zip(histories, places, strict=True)]
         with Client(stack.address) as client:
             for bundle in reversed(bundles):

@@ -58,6 +58,7 @@ def user_requests(cases: Sequence[Case]) -> Mapping[str, list[Message]]:
             history=history, k=2, mode=pb.MODE_TOLERANCE, tolerance=0.5, allowed_item_ids=["item-1", "item-2"]
         ),
         pb.RecommendRequest(history=history, k=2, mode=pb.MODE_EXACT_SAMPLING, seed=3, temperature=0.7),
+        pb.RecommendRequest(history=history, k=3, beam_widths=[1, 4, 3], least_beam_width=3),
         pb.RecommendRequest(history=history, k=2, mode=pb.MODE_RELAXED_SAMPLING, excluded_item_ids=["item-1"]),
     ]
     return {
@@ -77,6 +78,7 @@ def draft_requests(version: str) -> Mapping[str, list[Message]]:
         beams=wire.to_array(np.zeros(1, dtype=np.int32)),
         scores=wire.to_array(np.zeros(1)),
         beam_width=4,
+        beam_widths=[2, 4],
         width=4,
         max_nodes=16,
         proposal=draft_pb2.PROPOSAL_TOP,
@@ -88,7 +90,9 @@ def draft_requests(version: str) -> Mapping[str, list[Message]]:
 def target_requests(version: str) -> Mapping[str, list[Message]]:
     start = target_pb2.EvaluateStart(model_version=version, prompt=wire.to_array(np.arange(1, 9)), max_children=8)
     evaluate = target_pb2.EvaluateRequest(start=start, nodes=wire.to_array(np.arange(4, dtype=np.int32)))
-    return {"GetModelInfo": [target_pb2.TargetServiceGetModelInfoRequest()], "Evaluate": [evaluate]}
+    search = target_pb2.EvaluateRequest(nodes=evaluate.nodes, start=start)
+    search.start.MergeFrom(target_pb2.EvaluateStart(beam_width=4, beam_widths=[2, 4], prefetches=True))
+    return {"GetModelInfo": [target_pb2.TargetServiceGetModelInfoRequest()], "Evaluate": [evaluate, search]}
 
 
 @pytest.fixture(scope="module")

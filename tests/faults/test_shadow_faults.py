@@ -14,6 +14,7 @@ import pytest
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import ScoringRule, best_children
 from atspeed.engine.search.trie import ROOT, Trie
 from atspeed.local.stack import ServiceProcess
@@ -173,7 +174,9 @@ def test_wrong_lists_of_a_canary_are_held_against_the_canary_alone(
     orchestrator.flags["canary-share"] = 0.5
     orchestrator.start()
     histories = [random_history(catalogue, 4, seed) for seed in range(40)]
-    places = [bucket(RecommendParams(k=1, beam_width=1, history=history).subject) for history in histories]
+    places = [
+        bucket(RecommendParams(k=1, beam_widths=BeamWidths.of(1), history=history).subject) for history in histories
+    ]
     of_canary, of_stable = (
         [history for history, at in zip(histories, places, strict=True) if (at < 0.5) is wanted]
         for wanted in (True, False)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -70,6 +71,18 @@ def test_item_lists_have_one_form_for_all_commands(written: list[str], items: li
     answered = json.loads(reply.stdout)
     assert answered["unknown_history_item_ids"] == [item for item in items if item not in known]
     assert answered["history_items_used"] == len(known)
+
+
+def test_beam_widths_are_given_level_by_level(address: str) -> None:
+    def reply(*options: object) -> dict[str, Any]:
+        asked = run("recommend", "--history=item-3", "-k", 4, "--json", "--address", address, *options)
+        return json.loads(asked.stdout)  # type: ignore[no-any-return]
+
+    assert reply("--beam-width", 6)["beam_width"] == 6
+    per_level = reply("--beam-width", 2, "--beam-width", 6, "--beam-width", 5)
+    assert (per_level["beam_width"], per_level["beam_widths"]) == (6, [2, 6, 5])
+    refused = run("recommend", "--history=item-3", "--beam-width", 0, "--beam-width", 6, "--address", address)
+    assert (refused.exit_code, "beam_widths[0]: must be between 1" in refused.stderr) == (2, True)
 
 
 def test_a_tenants_users_are_its_own(address: str) -> None:

@@ -53,7 +53,7 @@ def naive_list(made: TestBundle, history: Sequence[str], width: int, limit: int)
     entry = made.bundle.manifest.target
     prompt = entry.prompt.tokens(CATALOGUE.spelled_tokens(CATALOGUE.find(history), entry.code_tokens))
     model = SequenceModel(made.target, NAIVE, entry.code_tokens, prompt, ScoringRule.CODES)
-    leaves = naive_beam_search(NAIVE, model, width, NAIVE.alive)[-1]
+    leaves = naive_beam_search(NAIVE, model, [width], NAIVE.alive)[-1]
     return [(item, score) for path, score in leaves for item in in_order(path)[:limit]]
 
 

@@ -63,6 +63,10 @@ class TestDraftRefuses:
         (INVALID, "prompt", put("prompt", array([1, -1], "int64"))),
         (INVALID, "prompt", put("prompt", array([1, 10_000], "int64"))),
         (INVALID, "prompt", put("prompt", array([3] * 254, "int64"))),
+        *[
+            (INVALID, "beam_widths", lambda request, widths=widths: request.beam_widths.extend(widths))
+            for widths in ([0, 5], [6, 2], [5] * (LEVELS + 1))
+        ],
         (INVALID, "pruned", put("pruned", array([3, 2], "int32"))),
         (INVALID, "pruned", put("pruned", array([-3], "int32"))),
         (INVALID, "kept", put("kept", array([10**6], "int32"))),
@@ -192,6 +196,15 @@ class TestDraft:
             for k in (1, 20)
         ]
         assert plans[0].nodes != plans[1].nodes
+
+    def test_a_plan_is_for_the_beam_widths_of_its_levels(self, draft: grpc.Channel, version: str) -> None:
+        """Equal widths are one width; a wider level gets more of the budget."""
+        fields = {"max_nodes": 20, "width": 20, "beam_width": 20}
+        plans = [
+            draft_stub(draft).Plan(plan_request(version, **fields, beam_widths=widths), timeout=LIVENESS_SECONDS)
+            for widths in ([], [20], [20, 20], [1, 20])
+        ]
+        assert plans[0].nodes == plans[1].nodes == plans[2].nodes != plans[3].nodes
 
     def test_weights_and_priorities_belong_to_perturbed_plans(
         self, draft: grpc.Channel, version: str, catalogue: Catalogue

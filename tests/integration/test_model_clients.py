@@ -13,6 +13,7 @@ import pytest
 
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
@@ -32,6 +33,7 @@ from tests.oracles.worlds import World
 VERSION, ATTEMPTS, SECONDS = "table", 4, 60.0
 WORLD = World.random(NaiveTrie({"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (2, 1)}, (3, 2)), ScoringRule.VOCAB, seed=1)
 NOTHING = Pruning.none()
+WIDE = BeamWidths.of(100)
 
 
 @dataclass
@@ -95,7 +97,11 @@ class Table(target_pb2_grpc.TargetServiceServicer):
 
 @asynccontextmanager
 async def asking(
-    table: Table, pruning: Pruning = NOTHING, beam_width: int | None = 100, *, speculates: bool = False
+    table: Table,
+    pruning: Pruning = NOTHING,
+    beam_widths: BeamWidths | None = WIDE,
+    *,
+    speculates: bool = False,
 ) -> AsyncIterator[TargetSession]:
     """A session with it, over gRPC."""
     server = grpc.aio.server()
@@ -108,7 +114,7 @@ async def asking(
         session = client.session(
             model_request(pruning),
             max_children=100,
-            beam_width=beam_width,
+            beam_widths=beam_widths,
             prefetches=speculates,
             speculates=speculates,
         )
@@ -162,7 +168,7 @@ async def test_autonomous_pass_answers_the_next_call_without_a_message() -> None
 
 
 async def test_reply_with_unrequested_passes_is_invalid() -> None:
-    async with asking(Table(autonomous=[1, 2], always=True), beam_width=None) as session:
+    async with asking(Table(autonomous=[1, 2], always=True), beam_widths=None) as session:
         with pytest.raises(UnavailableError, match="invalid answer"):
             await session.evaluate(np.array([ROOT]))
     assert session.usage.costs == []
@@ -218,7 +224,7 @@ async def test_channel_closed_during_a_call_is_an_unavailable_service() -> None:
     for _ in range(3):
         draft = client.session(model_request(), Proposal.TOP)
         assert not client.circuit.is_open
-        assert not len((await draft.plan(Beams.root(), PlanSize(5, 10, 10), SECONDS)).node)
+        assert not len((await draft.plan(Beams.root(), PlanSize(BeamWidths.of(5), 10, 10), SECONDS)).node)
         assert draft.degraded_reason is DegradedReason.DRAFT_UNAVAILABLE
     assert client.circuit.is_open
 

@@ -57,6 +57,10 @@ class TestTargetRefuses:
         (INVALID, "start.kept", put("start.kept", array([3, 2], "int32"))),
         (INVALID, "start.beam_width", put("start.beam_width", 2**31)),
         *[
+            (INVALID, "start.beam_widths", lambda request, widths=widths: request.start.beam_widths.extend(widths))
+            for widths in ([0, 3], [4, 2], [3] * (LEVELS + 1))
+        ],
+        *[
             (
                 INVALID,
                 "start.perturbation.temperature",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from atspeed.engine.search.plan import PlanSize
 from atspeed.engine.search.scoring import ScoringRule
+from tests.oracles.naive_search import width_of
 from tests.oracles.naive_trie import NaiveTrie, Path
 
 
@@ -52,8 +53,9 @@ def naive_plan(
             key=lambda path: (-priority[path], path),
         )
         below = [path for path in candidates if path[:-1] in deepest]
-        threshold = priority[below[size.beam_width - 1]] if len(below) >= size.beam_width else -math.inf
-        deepest = set(below[: size.beam_width])
+        beams = width_of(size.beam_widths.listed, level)
+        threshold = priority[below[beams - 1]] if len(below) >= beams else -math.inf
+        deepest = set(below[:beams])
         own |= deepest
         by_preference = sorted(candidates, key=lambda path: path not in own)
         wanted = [path for path in by_preference if not free(path)][: size.width]

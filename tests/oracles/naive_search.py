@@ -59,18 +59,54 @@ class NaiveModel:
         return float(self._logits[self.trie.id_of[path], column])
 
 
-def naive_beam_search(trie: NaiveTrie, logp: LogProb, width: int, alive: Alive) -> list[list[tuple[Path, float]]]:
-    """The beams (path, score) of every level from the root's to the leaves'."""
+def width_of(widths: Sequence[int], level: int) -> int:
+    """The beams of a level, 1 for the first code: the last width holds for all further levels."""
+    return widths[level - 1] if level <= len(widths) else widths[-1]
+
+
+def naive_beam_search(
+    trie: NaiveTrie, logp: LogProb, widths: Sequence[int], alive: Alive
+) -> list[list[tuple[Path, float]]]:
+    """The beams (path, score) of every level from the root's to the leaves'. widths: see `width_of`."""
     levels: list[list[tuple[Path, float]]] = [[((), 0.0)]]
-    for _ in range(trie.levels):
+    for level in range(1, trie.levels + 1):
         candidates = [
             ((*path, code), score + logp(path, code))
             for path, score in levels[-1]
             for code in trie.children(path)
             if alive((*path, code))
         ]
-        levels.append(sorted(candidates, key=lambda beam: (-beam[1], beam[0]))[:width])
+        levels.append(sorted(candidates, key=lambda beam: (-beam[1], beam[0]))[: width_of(widths, level)])
     return levels
+
+
+def naive_exact_sample(
+    trie: NaiveTrie,
+    logp: LogProb,
+    widths: Sequence[int],
+    alive: Alive,
+    temperature: float,
+    noise: Callable[[Path], float],
+) -> list[tuple[Path, float]]:
+    """The leaves and scores of stochastic beam search, as Kool et al. (2019) write it. noise: the Gumbel noise of a path.
+
+    A beam is (path, score, phi, G): log-probability, the same under the law of the steps, and perturbed phi.
+    """
+    beams: list[tuple[Path, float, float, float]] = [((), 0.0, 0.0, 0.0)]
+    for level in range(1, trie.levels + 1):
+        candidates = []
+        for path, score, phi, above in beams:
+            steps = _step_law(trie, logp, path, temperature, alive)
+            phis = {code: phi + math.log(share) for code, share in steps.items()}
+            drawn = {code: own + noise((*path, code)) for code, own in phis.items()}
+            peak = max(drawn.values())
+            for code, own in phis.items():
+                # Conditioned on a maximum of `above`: the best child has it, and exp is taken relative to it.
+                others = math.exp(above - drawn[code]) - math.exp(above - peak)
+                perturbed = above - math.log(1.0 + others)
+                candidates.append(((*path, code), score + logp(path, code), own, perturbed))
+        beams = sorted(candidates, key=lambda beam: (-beam[3], beam[0]))[: width_of(widths, level)]
+    return [(path, score) for path, score, _, _ in beams]
 
 
 def path_law(trie: NaiveTrie, logp: LogProb, temperature: float, alive: Alive) -> Law[Path]:

@@ -15,6 +15,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_session import Found, PassProgram, Selection
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -201,7 +202,9 @@ class Simulation:
         target = SimulatedTarget(table, self.machine)
         draft = SimulatedDraft(draft_world, self.machine, policy.proposal, policy.noise, distort)
         alone: Draft = ScriptedDraft(target_world.trie, nothing)
-        sizer = planner.sizer(mode, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
+        sizer = (
+            planner.sizer(mode, PlanContext(BeamWidths.of(width), PROMPT_TOKENS, PROMPT_TOKENS)) if planner else None
+        )
         behind = SizedDraft(draft, sizer, table) if sizer else alone
         result = run_now(beam_search(target_world.trie, ScoringRule.VOCAB, policy, target, behind))
         if sizer:
@@ -229,5 +232,5 @@ class Simulation:
 
 def _policy(mode: Mode, width: int) -> Policy:
     if mode is Mode.EXACT_SAMPLING:
-        return ExactSampling(width, Perturbation(seed=5, temperature=0.8))
-    return Tolerance(width, 0.3) if mode is Mode.TOLERANCE else Strict(width)
+        return ExactSampling(BeamWidths.of(width), Perturbation(seed=5, temperature=0.8))
+    return Tolerance(BeamWidths.of(width), 0.3) if mode is Mode.TOLERANCE else Strict(BeamWidths.of(width))

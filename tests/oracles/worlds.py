@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Float32, Float64, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.model.tree_session import Found, PassProgram
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children, codes_normalizer
@@ -26,6 +27,9 @@ Choice = Callable[[Int64], npt.NDArray[np.bool_]]
 
 # Anything that UTF-8 can spell, but for NUL, which the catalogue refuses at the end of an id.
 item_ids = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
+
+# One width for all levels, and one per level; more widths than levels too.
+beam_widths = st.lists(st.integers(1, 8), min_size=1, max_size=4).map(lambda widths: BeamWidths.of(*widths))
 
 
 def run_now(coroutine: Coroutine[Any, Any, Result]) -> Result:

@@ -18,6 +18,7 @@ from atspeed.benchmarks import results
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize
@@ -85,11 +86,11 @@ def rows(models: Models, other: Bundle, cases: list[HeldOutCase], config: Accept
 def policy_of(mode: Mode, k: int, seed: int) -> Policy:
     noise = Perturbation(seed, 1.0)
     policies: dict[Mode, Callable[[], Policy]] = {
-        Mode.TARGET_ONLY: lambda: Strict(k),
-        Mode.STRICT: lambda: Strict(k),
-        Mode.TOLERANCE: lambda: Tolerance(k, TOLERANCE),
-        Mode.EXACT_SAMPLING: lambda: ExactSampling(k, noise),
-        Mode.RELAXED_SAMPLING: lambda: RelaxedSampling(k, noise),
+        Mode.TARGET_ONLY: lambda: Strict(BeamWidths.of(k)),
+        Mode.STRICT: lambda: Strict(BeamWidths.of(k)),
+        Mode.TOLERANCE: lambda: Tolerance(BeamWidths.of(k), TOLERANCE),
+        Mode.EXACT_SAMPLING: lambda: ExactSampling(BeamWidths.of(k), noise),
+        Mode.RELAXED_SAMPLING: lambda: RelaxedSampling(BeamWidths.of(k), noise),
     }
     return policies[mode]()
 
@@ -182,7 +183,7 @@ def test_forced_nodes_under_rule_trie_take_no_pass(models: Models, data: Path, t
     rows = acceptance.run(bundle, {"a": bundle}, cases, AcceptanceConfig([budget], WIDTHS, [Mode.STRICT]))
     for row in rows:
         size = None if row.draft == NO_DRAFT else budget.size(row.k, LEVELS)
-        cold = [asyncio.run(cold_search(forced, case, Strict(row.k), size)) for case in cases]
+        cold = [asyncio.run(cold_search(forced, case, Strict(BeamWidths.of(row.k)), size)) for case in cases]
         assert row.per_user is not None
         assert row.per_user["target_passes"] == [search.passes for search in cold]
         assert (row.identical + row.near_ties, row.different) == (USERS, 0)
@@ -203,12 +204,12 @@ def test_rows_are_independent_of_processes(
 @pytest.mark.parametrize(
     ("label", "size"),
     [
-        ("2k", PlanSize(5, 10, 30)),
-        ("40", PlanSize(5, 40, 120)),
-        ("120", PlanSize(5, 120, 120)),
-        ("240", PlanSize(5, 240, 240)),
-        ("7/level", PlanSize(5, 7, 21)),
-        ("60/all", PlanSize(5, 60, 60)),
+        ("2k", PlanSize(BeamWidths.of(5), 10, 30)),
+        ("40", PlanSize(BeamWidths.of(5), 40, 120)),
+        ("120", PlanSize(BeamWidths.of(5), 120, 120)),
+        ("240", PlanSize(BeamWidths.of(5), 240, 240)),
+        ("7/level", PlanSize(BeamWidths.of(5), 7, 21)),
+        ("60/all", PlanSize(BeamWidths.of(5), 60, 60)),
     ],
 )
 def test_budget_sets_plan_size(label: str, size: PlanSize) -> None:

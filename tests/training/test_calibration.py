@@ -10,6 +10,7 @@ import pytest
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal, free_nodes
 from atspeed.engine.search.scoring import ScoringRule
@@ -22,7 +23,7 @@ from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
 from tests.oracles.models import Models
 
-SIZES = (PlanSize(3, 20, 20), PlanSize(5, 40, 40), PlanSize(2, 4, 12))
+SIZES = (PlanSize(BeamWidths.of(3), 20, 20), PlanSize(BeamWidths.of(5), 40, 40), PlanSize(BeamWidths.of(2), 4, 12))
 ASKED = [EvalExample(np.random.default_rng(seed).integers(0, 60, 1 + seed % 8), targets=(seed,)) for seed in range(24)]
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -77,7 +78,7 @@ def test_chosen_scales_cover_the_most_requests(models: Models) -> None:
         pytest.skip("free nodes are not in the drafter's plans; the rule is covered above")
     target, draft, size = recommender(models, "target"), recommender(models, "draft"), SIZES[0]
     found = Calibration((size,), width=60).scales(target, draft, ASKED)
-    wanted = target.beams(ASKED, beams=size.beam_width)[:3]
+    wanted = target.beams(ASKED, beams=size.beam_widths.largest)[:3]
 
     def whole(scales: tuple[float, ...]) -> int:
         plans = [planned(models, question, size, scales) for question in ASKED]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams, children_by_score, level_log_distribution
 from atspeed.engine.search.scoring import Children, ScoringRule
 from atspeed.engine.search.trie import Trie, among
@@ -31,13 +32,13 @@ class PlanSize:
     max_nodes, the plan is the best-first cut alone.
 
     Attributes:
-        beam_width: `K`, the beam width of the search.
+        beam_widths: `K` of each level, the beam widths of the search.
         width: `N`, the maximum of nodes per level.
         max_nodes: the maximum of nodes in all.
         levels: the maximum of levels below the beams; None for all of them.
     """
 
-    beam_width: int
+    beam_widths: BeamWidths
     width: int
     max_nodes: int
     levels: int | None = None
@@ -125,14 +126,15 @@ class Shortlist:
             candidates = Beams.joined([children, forced])
         # The draft's own K beams of this level are the best below its own beams of the level above. The last is the threshold.
         below_own = np.flatnonzero(among(self.deepest, trie.parent[candidates.node]))
-        beam = candidates.best_among(below_own, size.beam_width)
-        threshold = candidates.priority[beam].min() if len(below_own) >= size.beam_width else -np.inf
+        beam_width = size.beam_widths.below(trie, self.deepest)
+        beam = candidates.best_among(below_own, beam_width)
+        threshold = candidates.priority[beam].min() if len(below_own) >= beam_width else -np.inf
         own, costs_nothing = np.zeros(len(candidates), dtype=bool), free[candidates.node]
         own[beam] = True
         # The plan's nodes of this level: those that need a pass.
         level = _best_own_first(candidates, ~costs_nothing, own, size.width)
         # Only children of the K best free nodes can be among the K best of a deeper level.
-        unpaid = _best_own_first(candidates, costs_nothing, own, size.beam_width)
+        unpaid = _best_own_first(candidates, costs_nothing, own, beam_width)
         deepest = np.sort(candidates.node[beam])
         grown = self.with_level(trie, candidates.take(level), float(threshold), scale)
         return replace(grown, own=np.append(self.own, deepest), deepest=deepest, free=candidates.take(unpaid))

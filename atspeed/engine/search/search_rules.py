@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams, Evaluated, children_by_gumbel, children_by_score
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule, certain
 from atspeed.engine.search.trie import Trie
@@ -56,31 +57,32 @@ class EvaluatedNodes:
 
 @dataclass(frozen=True)
 class TopChildren:
-    """The choice of beam search: the best `width` children of all beams of a level.
+    """The choice of beam search: the best children of all beams of a level, as many as the width of the next level.
 
     Attributes:
-        width: the beam width.
+        widths: the beam widths.
         noise: None for the order by score; else the order by perturbed score (stochastic beam search, arXiv 1903.06059).
     """
 
-    width: int
+    widths: BeamWidths
     noise: Perturbation | None = None
 
     def missing(self, beams: Beams, nodes: EvaluatedNodes) -> Int64:
         """Return the rows of the beams that are not evaluated and whose children could be chosen, ties included.
 
-        No child has a higher priority than its parent. So a beam that `width` known children exceed needs no evaluation.
+        No child has a higher priority than its parent. So a beam that enough known children exceed needs no evaluation.
         """
         missing = nodes.missing(beams)
         # The usual case, when a plan covered the level: `select` builds the children, and no comparison is needed.
         if not len(missing):
             return missing
         children = self._children(nodes.known(beams), nodes.evaluated, nodes.trie)
-        return missing[beams.priority[missing] >= children.threshold(self.width)]
+        return missing[beams.priority[missing] >= children.threshold(self.widths.below(nodes.trie, beams.node))]
 
     def select(self, beams: Beams, nodes: EvaluatedNodes) -> Beams:
         """Return the beams of the next level. All of `beams` are evaluated."""
-        return self._children(beams, nodes.evaluated, nodes.trie).best(self.width)
+        children = self._children(beams, nodes.evaluated, nodes.trie)
+        return children.best(self.widths.below(nodes.trie, beams.node))
 
     def _children(self, beams: Beams, evaluated: Evaluated, trie: Trie) -> Beams:
         if self.noise is None:

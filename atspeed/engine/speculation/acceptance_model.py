@@ -16,6 +16,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.ewma import MEMORY
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.trie import among
 
@@ -170,16 +171,18 @@ class WorkloadKey:
 
     Attributes:
         mode: the request's mode.
-        width: exponent of the power of two up to which the beam width is rounded.
+        width: exponent of the power of two up to which the largest beam width is rounded.
+        per_level: true if the levels differ in width.
     """
 
     mode: str
     width: int
+    per_level: bool = False
 
     @classmethod
-    def of(cls, mode: str, beam_width: int) -> WorkloadKey:
+    def of(cls, mode: str, beam_widths: BeamWidths) -> WorkloadKey:
         """Return the key of a request."""
-        return cls(mode, (beam_width - 1).bit_length())
+        return cls(mode, (beam_widths.largest - 1).bit_length(), bool(beam_widths.per_level))
 
 
 class _SizeProfile:

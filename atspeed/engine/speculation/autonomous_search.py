@@ -9,6 +9,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.tree_session import PassProgram
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.search_rules import EvaluatedNodes, TopChildren
@@ -22,7 +23,7 @@ class AutonomousSearch:
     Args:
         trie: the catalogue's trie.
         rule: the scoring rule of the bundle.
-        width: the beam width.
+        widths: the beam widths.
         noise: the perturbation of exact sampling.
         prefetcher: adds the nodes to a pass that the next passes probably need.
     """
@@ -31,12 +32,12 @@ class AutonomousSearch:
         self,
         trie: Trie,
         rule: ScoringRule,
-        width: int,
+        widths: BeamWidths,
         noise: Perturbation | None = None,
         prefetcher: SearchPrefetcher | None = None,
     ) -> None:
         self._nodes = EvaluatedNodes(trie, rule)
-        self._choice = TopChildren(width, noise)
+        self._choice = TopChildren(widths, noise)
         self._prefetcher = prefetcher
         self._beams = Beams.root()
         self._level = 0

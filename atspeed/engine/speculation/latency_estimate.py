@@ -9,6 +9,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.ewma import Ewma
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import PlanPrefixes, WorkloadKey
 
@@ -41,9 +42,9 @@ class BaselinePasses:
     remaining_ns: Float64
 
     @classmethod
-    def of(cls, trie: Trie, beam_width: int, pass_ns: Callable[[Int64], Float64]) -> BaselinePasses:
+    def of(cls, trie: Trie, beam_widths: BeamWidths, pass_ns: Callable[[Int64], Float64]) -> BaselinePasses:
         """Return the passes of a search. pass_ns: time of passes over so many beams."""
-        widths = np.minimum(np.diff(trie.level_start)[1 : trie.levels], beam_width)
+        widths = np.minimum(np.diff(trie.level_start)[1 : trie.levels], beam_widths.inner(trie))
         return cls(widths, np.cumsum(pass_ns(widths)[::-1])[::-1])
 
     def is_mostly_missed(self, level: int, missing: int) -> bool:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.ewma import MEMORY
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, free_nodes
 from atspeed.engine.search.scoring import Children, ScoringRule
@@ -57,7 +58,7 @@ class PrefixPrior:
         return 2 * int(np.count_nonzero(self._seen[beams.node])) > len(beams)
 
     def plan(
-        self, beams: Beams, evaluated: Mapping[int, Children], beam_width: int, max_nodes: int, pruning: Pruning
+        self, beams: Beams, evaluated: Mapping[int, Children], widths: BeamWidths, max_nodes: int, pruning: Pruning
     ) -> Plan:
         """Return a plan of at most `max_nodes` nodes below the beams of an inner level, with the margins of a draft's plan.
 
@@ -65,8 +66,8 @@ class PrefixPrior:
         """
         levels = []
         level = _Level.of(beams)
-        for _ in range(int(self._trie.depth(beams.node[:1])[0]), self._trie.levels - 1):
-            level = self._expanded(level, evaluated, pruning).best(beam_width, max_nodes)
+        for depth in range(int(self._trie.depth(beams.node[:1])[0]), self._trie.levels - 1):
+            level = self._expanded(level, evaluated, pruning).best(widths.at(depth + 1), max_nodes)
             levels.append(level)
         node = np.concatenate([level.node for level in levels])
         score = np.concatenate([level.score for level in levels])

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Children, ScoringRule
 from atspeed.engine.search.trie import Pruning, Trie
@@ -52,28 +53,30 @@ class TargetPrefetcher:
         self.acceptance = AcceptanceModel(trie.levels, max_nodes)
         self.remaining_work = RemainingWorkRatio()
 
-    def for_search(self, width: int, pruning: Pruning, prompt_tokens: int, *, enabled: bool) -> SearchPrefetcher:
-        """Return the prefetcher of one search of beam width `width`.
+    def for_search(
+        self, widths: BeamWidths, pruning: Pruning, prompt_tokens: int, *, enabled: bool
+    ) -> SearchPrefetcher:
+        """Return the prefetcher of one search with these beam widths.
 
         If not `enabled` it only learns. The same holds while the target is saturated. Throughput then depends on the work of each
         request, and an unused node adds work.
         """
-        saturated = self.latency.is_saturated(Pass(width, prompt_tokens, width))
-        return SearchPrefetcher(self, width, pruning, prompt_tokens, enabled=enabled and not saturated)
+        saturated = self.latency.is_saturated(Pass(widths.largest, prompt_tokens, widths.largest))
+        return SearchPrefetcher(self, widths, pruning, prompt_tokens, enabled=enabled and not saturated)
 
 
 class SearchPrefetcher:
     """Prefetcher of one search."""
 
     def __init__(
-        self, shared: TargetPrefetcher, width: int, pruning: Pruning, prompt_tokens: int, *, enabled: bool
+        self, shared: TargetPrefetcher, widths: BeamWidths, pruning: Pruning, prompt_tokens: int, *, enabled: bool
     ) -> None:
         self._shared = shared
-        self._width = width
+        self._widths = widths
         self._pruning = pruning
         self._prompt_tokens = prompt_tokens
         self._enabled = enabled
-        self._workload = WorkloadKey.of(_MODE, width)
+        self._workload = WorkloadKey.of(_MODE, widths)
         self._plans: list[ProposedPlan] = []
         self._passes: list[ObservedPass] = []
 
@@ -105,10 +108,10 @@ class SearchPrefetcher:
         """Return the prefix of the prior's plan with the least expected latency."""
         shared = self._shared
         levels = shared.trie.levels - 1 - level
-        max_nodes = min(_MAX_NODES_PER_BEAM * self._width, shared.max_nodes - len(missing))
+        max_nodes = min(_MAX_NODES_PER_BEAM * self._widths.largest, shared.max_nodes - len(missing))
         if level == 0 or levels <= 0 or max_nodes <= 0 or not shared.prior.knows_most(beams):
             return np.empty(0, dtype=np.int64)
-        plan = shared.prior.plan(beams, evaluated, self._width, max_nodes, self._pruning)
+        plan = shared.prior.plan(beams, evaluated, self._widths, max_nodes, self._pruning)
         proposed = ProposedPlan(level, plan, max_nodes, levels, frozenset(evaluated))
         self._plans.append(proposed)
         prefixes = proposed.prefixes()
@@ -135,7 +138,7 @@ class SearchPrefetcher:
         them all.
         """
         occupancy = self._shared.latency.batch_occupancy
-        return BaselinePasses.of(self._shared.trie, self._width, lambda beams: self._pass_ns(beams) / occupancy)
+        return BaselinePasses.of(self._shared.trie, self._widths, lambda beams: self._pass_ns(beams) / occupancy)
 
     def _pass_ns(self, tokens: Int64) -> Float64:
         """Return the time of passes without the queue: it consists of other requests' passes, and longer passes lengthen it."""

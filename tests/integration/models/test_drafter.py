@@ -12,6 +12,7 @@ import pytest
 
 from atspeed.engine.arrays import Float64, Int64
 from atspeed.engine.model.tree_session import Selection
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
@@ -24,7 +25,7 @@ from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
-SIZE = PlanSize(beam_width=3, width=6, max_nodes=100)
+SIZE = PlanSize(beam_widths=BeamWidths.of(3), width=6, max_nodes=100)
 NOISE = Perturbation(seed=3, temperature=0.8)
 
 
@@ -62,7 +63,7 @@ async def test_a_plan_is_closed_sorted_and_within_its_width(models: Models, prop
 
     Of a sample only the first 2K draws of a level are expanded, whatever their number of children.
     """
-    made = await plan(models, proposal=proposal, noise=NOISE, size=PlanSize(3, width, 1000))
+    made = await plan(models, proposal=proposal, noise=NOISE, size=PlanSize(BeamWidths.of(3), width, 1000))
     made.check(models.catalogue.trie, limit=width * models.naive.levels)
     levels = by_level(models, made)
     children = len(models.naive.children(()))
@@ -82,7 +83,7 @@ async def test_a_plan_spends_its_budget_and_stays_closed(models: Models, proposa
     whole = await plan(models, proposal=proposal, noise=NOISE)
     for count in range(1, len(whole.node) + 1):
         for width in (SIZE.width, 100):
-            size = PlanSize(SIZE.beam_width, width, count)
+            size = PlanSize(SIZE.beam_widths, width, count)
             part = await plan(models, proposal=proposal, noise=NOISE, size=size)
             part.check(models.catalogue.trie, limit=count)
             assert len(part.node) == count
@@ -177,9 +178,9 @@ async def search(models: Models, policy: Policy, draft_role: str | None, size: P
 @pytest.mark.parametrize("width", [1, 5, 10])
 async def test_a_draft_that_is_the_target_foresees_everything(models: Models, width: int) -> None:
     """One pass for the strict rule and for every seed of exact sampling: draft and target perturb alike."""
-    size = PlanSize(width, width, width * models.naive.levels)
-    policies: list[Policy] = [Strict(width), Tolerance(width, 0.1)]
-    policies += [ExactSampling(width, Perturbation(seed, 0.7)) for seed in range(8)]
+    size = PlanSize(BeamWidths.of(width), width, width * models.naive.levels)
+    policies: list[Policy] = [Strict(BeamWidths.of(width)), Tolerance(BeamWidths.of(width), 0.1)]
+    policies += [ExactSampling(BeamWidths.of(width), Perturbation(seed, 0.7)) for seed in range(8)]
     for policy in policies:
         result, passes = await search(models, policy, "target", size)
         assert passes == 1
@@ -190,13 +191,16 @@ async def test_a_draft_that_is_the_target_foresees_everything(models: Models, wi
 @pytest.mark.parametrize("width", [1, 5, 10])
 async def test_a_draft_that_errs_costs_passes_and_no_list_changes(models: Models, width: int) -> None:
     """The real draft, whose weights are the target's with noise: fewer passes than levels, the same lists as alone."""
-    policies: list[Policy] = [Strict(width), *(ExactSampling(width, Perturbation(seed, 0.7)) for seed in range(5))]
+    policies: list[Policy] = [
+        Strict(BeamWidths.of(width)),
+        *(ExactSampling(BeamWidths.of(width), Perturbation(seed, 0.7)) for seed in range(5)),
+    ]
     passes = []
     for policy in policies:
         alone, levels = await search(models, policy, None, SIZE)
         budget = 2 * width * (models.naive.levels - 1)
-        drafted, needed = await search(models, policy, "draft", PlanSize(width, 2 * width, 1000))
-        best_first, _ = await search(models, policy, "draft", PlanSize(width, budget, budget))
+        drafted, needed = await search(models, policy, "draft", PlanSize(BeamWidths.of(width), 2 * width, 1000))
+        best_first, _ = await search(models, policy, "draft", PlanSize(BeamWidths.of(width), budget, budget))
         assert best_first.leaves.node.tolist() == alone.leaves.node.tolist()
         assert drafted.leaves.node.tolist() == alone.leaves.node.tolist()
         assert drafted.leaves.score == pytest.approx(alone.leaves.score, abs=1e-4)
@@ -208,7 +212,10 @@ async def test_a_draft_that_errs_costs_passes_and_no_list_changes(models: Models
 async def test_relaxed_sampling_runs_on_real_models(models: Models) -> None:
     for seed in range(5):
         result, passes = await search(
-            models, RelaxedSampling(5, Perturbation(seed, 1.0)), "draft", PlanSize(5, 10, 1000)
+            models,
+            RelaxedSampling(BeamWidths.of(5), Perturbation(seed, 1.0)),
+            "draft",
+            PlanSize(BeamWidths.of(5), 10, 1000),
         )
         assert 1 <= passes <= models.naive.levels
         assert len(set(result.leaves.node.tolist())) == 5

@@ -13,6 +13,7 @@ from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, TensorSpec, graph_inputs, graph_outputs
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
@@ -64,7 +65,7 @@ async def test_table_proposes_its_best_codes(tmp_path: Path) -> None:
     cache = PrefixCache(layout, MemoryKvCache(0))
     evaluator = TreeEvaluator(decoder, entry, trie, ScoringRule.VOCAB, layout, cache)
     prompt = np.array([1, entry.code_tokens[3]])
-    request = DraftRequest(prompt, Beams.root(), PlanSize(2, 2, 4), Proposal.TOP, Pruning.none())
+    request = DraftRequest(prompt, Beams.root(), PlanSize(BeamWidths.of(2), 2, 4), Proposal.TOP, Pruning.none())
     plan = (await LanguageModelDrafter(evaluator).plan(request)).plan
     await evaluator.close()
 

@@ -59,6 +59,7 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
         "beam_width": NOT_WHOLE,
         "least_beam_width": NOT_WHOLE,
         "items_per_path": NOT_WHOLE,
+        "beam_widths": NOT_LISTS,
         "seed": [*(bad for bad in NOT_WHOLE if bad is not None and bad != 2**32), 2**64],
         "mode": ["magic", "STRICT", "", 2, None, b"strict", pb.MODE_STRICT],
         "tolerance": [*NOT_NUMBERS, -0.1],
@@ -77,6 +78,8 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
     cases += [("history", {"history": bad}) for bad in NOT_LISTS]
     cases += [(f"{name}[1]", {"user_id": "a", name: ["x", bad]}) for name in ("excluded", "allowed") for bad in NOT_IDS]
     cases += [("history[1]", {"history": ["x", bad]}) for bad in NOT_IDS]
+    cases += [("beam_widths[1]", {"user_id": "a", "beam_widths": [5, bad]}) for bad in [*NOT_WHOLE, 0]]
+    cases += [("beam_widths", {"user_id": "a", "beam_width": 5, "beam_widths": [5]})]
     cases += [("user_id", {"user_id": bad}) for bad in ["", LONE, *(bad for bad in NOT_TEXT if bad is not None)]]
     return [*cases, ("user_id", {}), ("user_id", {"user_id": "a", "history": ["b"]}), ("user_id", {"history": None})]
 

@@ -110,6 +110,7 @@ def test_requests() -> None:
         allowed_item_ids=["c"],
         tenant="t",
     )
+    assert recommend_request("u", beam_widths=(2, 9)).beam_widths == [2, 9]
     assert recommend_request("u") == pb.RecommendRequest(user_id="u", k=10, mode=pb.MODE_STRICT)
     assert recommend_request(history=[]).WhichOneof("subject") == "history"
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from atspeed.engine.arrays import Float64
 from atspeed.engine.ewma import MEMORY
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.speculation.acceptance_model import (
@@ -153,5 +154,7 @@ def test_size_profile_is_the_mean_over_plans_of_that_size() -> None:
 
 
 def test_workload_key_groups_widths_by_powers_of_two() -> None:
-    assert len({WorkloadKey.of("strict", width) for width in (9, 10, 16)}) == 1
-    assert len({WorkloadKey.of("strict", width) for width in (1, 2, 3, 5, 9, 17)}) == 6
+    assert len({WorkloadKey.of("strict", BeamWidths.of(width)) for width in (9, 10, 16)}) == 1
+    assert len({WorkloadKey.of("strict", BeamWidths.of(width)) for width in (1, 2, 3, 5, 9, 17)}) == 6
+    assert WorkloadKey.of("strict", BeamWidths.of(2, 16)) == WorkloadKey.of("strict", BeamWidths.of(12, 5))
+    assert WorkloadKey.of("strict", BeamWidths.of(2, 16)) != WorkloadKey.of("strict", BeamWidths.of(16))

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, beam_widths, naive_tries, nothing, run_now
 
 
 def asked_by_the_loop(target: TableTarget, policy: Policy) -> list[list[int]]:
@@ -29,7 +30,7 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
     found: list[Evaluation] = []
 
     def search() -> Generator[Int64, Evaluation, None]:
-        search = AutonomousSearch(world.trie, world.rule, policy.beam_width or 0, target.noise)
+        search = AutonomousSearch(world.trie, world.rule, policy.beam_widths or BeamWidths.of(0), target.noise)
         found.extend((yield from search.steps(np.array([ROOT]))))
 
     passes = search()
@@ -58,17 +59,17 @@ def sent(passes: Generator[Int64, Evaluation, None], evaluation: Evaluation) -> 
         return None
 
 
-@given(naive_tries(), st.sampled_from(ScoringRule), st.integers(1, 6), st.integers(0, 2**32), st.data())
+@given(naive_tries(), st.sampled_from(ScoringRule), beam_widths, st.integers(0, 2**32), st.data())
 def test_autonomous_search_makes_the_passes_of_the_loop(
-    naive: NaiveTrie, rule: ScoringRule, width: int, seed: int, data: st.DataObject
+    naive: NaiveTrie, rule: ScoringRule, widths: BeamWidths, seed: int, data: st.DataObject
 ) -> None:
     """Coarse logits make ties; under rule `trie` some nodes need no pass, and some beams cannot matter."""
     items = sorted(naive.items)
     excluded = data.draw(st.lists(st.sampled_from(items), max_size=len(items) - 1, unique=True))
     world = World.random(naive, rule, seed, coarse=data.draw(st.booleans()))
-    for policy in (Strict(width), ExactSampling(width, Perturbation(seed, 0.7))):
+    for policy in (Strict(widths), ExactSampling(widths, Perturbation(seed, 0.7))):
         noise = policy.noise if policy.perturbed else None
-        one, other = (TableTarget(world, world.pruning(excluded), width, noise) for _ in range(2))
+        one, other = (TableTarget(world, world.pruning(excluded), widths.largest, noise) for _ in range(2))
         asked = asked_by_the_loop(other, policy)
         if asked[:1] == [[ROOT]]:  # else, under rule `trie`, the root has a single child and needs no pass
             assert made_alone(one, policy) == on_a_stream(world, asked)
@@ -78,4 +79,4 @@ def test_autonomous_search_of_a_root_without_children_makes_no_pass() -> None:
     naive = NaiveTrie({"a": (0, 0), "b": (1, 1)}, (2, 2))
     world = World.random(naive, ScoringRule.VOCAB, seed=1)
     target = TableTarget(world, Pruning(world.trie.children(ROOT).astype(np.int32)), 2)
-    assert made_alone(target, Strict(2)) == [[ROOT]]
+    assert made_alone(target, Strict(BeamWidths.of(2))) == [[ROOT]]

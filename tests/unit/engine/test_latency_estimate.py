@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from atspeed.engine.arrays import Float64, Int64
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.speculation.acceptance_model import WorkloadKey
 from atspeed.engine.speculation.latency_estimate import (
     BaselinePasses,
@@ -33,13 +34,13 @@ def test_expected_latency_of_the_worked_example_is_as_documented() -> None:
     margin, nodes, *missed, first_pass_ms, later_ms, total_ms = np.array(example_rows()).T
     assert (np.diff(margin) < 0).all()
     trie = random_catalogue(500, (12, 10, 8, 8), seed=0).trie
-    baseline = BaselinePasses.of(trie, WIDTH, pass_ms)
+    baseline = BaselinePasses.of(trie, BeamWidths.of(WIDTH), pass_ms)
     estimate = ExpectedLatency.below(
         start=0,
         missing=1,
         baseline=baseline,
         ratios=RemainingWorkRatio(),
-        workload=WorkloadKey.of("strict", WIDTH),
+        workload=WorkloadKey.of("strict", BeamWidths.of(WIDTH)),
         first_pass_ns=lambda planned: pass_ms(COMPUTED_TOKENS + planned),
     )
     assert baseline.remaining_ns.tolist() == pytest.approx([33.3, 22.2, 11.1])

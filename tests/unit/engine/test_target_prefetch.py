@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
@@ -22,7 +23,7 @@ from atspeed.engine.speculation.prefix_prior import PrefixPrior
 from atspeed.engine.speculation.target_prefetch import TargetPrefetcher
 from tests.catalogues import random_catalogue
 from tests.oracles.naive_trie import NaiveTrie
-from tests.oracles.worlds import World, naive_tries
+from tests.oracles.worlds import World, beam_widths, naive_tries
 from tests.profiles import either
 
 
@@ -45,17 +46,17 @@ FLAT, STEEP = (10.0, 0.0), (0.01, 1.0)
 
 
 def searched(
-    world: World, width: int, pruning: Pruning, prefetcher: TargetPrefetcher | None, *, enabled: bool = True
+    world: World, widths: BeamWidths, pruning: Pruning, prefetcher: TargetPrefetcher | None, *, enabled: bool = True
 ) -> tuple[Beams, list[Int64]]:
     """Return a search's list and the nodes of each pass."""
-    ahead = prefetcher.for_search(width, pruning, prompt_tokens=0, enabled=enabled) if prefetcher else None
-    search, passes = AutonomousSearch(world.trie, world.rule, width, prefetcher=ahead), list[Int64]()
+    ahead = prefetcher.for_search(widths, pruning, prompt_tokens=0, enabled=enabled) if prefetcher else None
+    search, passes = AutonomousSearch(world.trie, world.rule, widths, prefetcher=ahead), list[Int64]()
     steps = search.steps(np.array([ROOT]))
     nodes = next(steps)
     while True:
         passes.append(nodes)
         try:
-            nodes = steps.send(world.evaluate(nodes, pruning, limit=width))
+            nodes = steps.send(world.evaluate(nodes, pruning, limit=widths.largest))
         except StopIteration:
             return search.beams, passes
 
@@ -77,12 +78,12 @@ def users(naive: NaiveTrie, rule: ScoringRule, count: int, noise: float) -> list
 @given(
     naive_tries(levels=(1, 2, 3, 4), max_items=30),
     st.sampled_from(ScoringRule),
-    st.integers(1, 6),
+    beam_widths,
     st.sampled_from([FLAT, STEEP, (3.0, 1.0)]),
     st.data(),
 )
 def test_prefetch_of_any_nodes_keeps_every_list(
-    naive: NaiveTrie, rule: ScoringRule, width: int, machine: tuple[float, float], data: st.DataObject
+    naive: NaiveTrie, rule: ScoringRule, widths: BeamWidths, machine: tuple[float, float], data: st.DataObject
 ) -> None:
     """No pass holds a node twice, or a node whose parent is not evaluated."""
     items, prefetcher = sorted(naive.items), None
@@ -91,8 +92,8 @@ def test_prefetch_of_any_nodes_keeps_every_list(
             world.trie, rule, latency_of(*machine), max_nodes=data.draw(st.integers(1, 40))
         )
         pruning = world.pruning(data.draw(st.lists(st.sampled_from(items), max_size=len(items) - 1, unique=True)))
-        expected, _ = searched(world, width, pruning, None)
-        found, passes = searched(world, width, pruning, prefetcher)
+        expected, _ = searched(world, widths, pruning, None)
+        found, passes = searched(world, widths, pruning, prefetcher)
         assert found.node.tolist() == expected.node.tolist()
         assert found.score.tolist() == expected.score.tolist()
         evaluated: set[int] = set()
@@ -114,12 +115,18 @@ def naive_catalogue() -> NaiveTrie:
 @pytest.mark.parametrize(("machine", "noise"), [(FLAT, 0.1), ((10.0, 0.3), 0.1), (STEEP, 0.1), ((10.0, 2.0), 3.0)])
 def test_prefetched_levels_need_no_pass(machine: tuple[float, float], noise: float) -> None:
     """If passes pay by the token, or users differ, prefetch costs nothing."""
-    width, latency, took, alone, made = 6, latency_of(*machine), list[float](), list[float](), list[int]()
+    widths, latency, took, alone, made = (
+        BeamWidths.of(6),
+        latency_of(*machine),
+        list[float](),
+        list[float](),
+        list[int](),
+    )
     worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=120, noise=noise)
     prefetcher = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, latency, max_nodes=100)
     for number, world in enumerate(worlds):
-        _, plain = searched(world, width, Pruning.none(), None)
-        _, passes = searched(world, width, Pruning.none(), prefetcher)
+        _, plain = searched(world, widths, Pruning.none(), None)
+        _, passes = searched(world, widths, Pruning.none(), prefetcher)
         if number >= 80:
             made.append(len(passes))
             alone.append(milliseconds(latency, plain))
@@ -145,7 +152,7 @@ def test_prefix_prior_is_the_mean_of_evaluated_probabilities() -> None:
             said = dict(zip(children.node.tolist(), np.exp(children.logp).tolist(), strict=True))
             returned.setdefault(node, []).append(said)
     beams = Beams(parents[:1], np.array([-1.5]), np.array([-1.5]), np.array([-1.5]))
-    plan = prior.plan(beams, {}, width, 1000, Pruning.none())
+    plan = prior.plan(beams, {}, BeamWidths.of(width), 1000, Pruning.none())
     plan.check(trie, limit=1000)
     parent = int(parents[0])
     for child in trie.children(parent).tolist():
@@ -172,7 +179,7 @@ def test_prefix_prior_learns_nothing_of_pruned_nodes(way: str) -> None:
         everything.learn(dict(world.evaluate(parents, Pruning.none(), limit=100).items()), Pruning.none())
         rest.learn(dict(world.evaluate(parents, Pruning.none(), limit=100).items()), pruning)
     beams = Beams(parents, *(np.zeros(len(parents)) for _ in range(3)))
-    full, partial = (one.plan(beams, {}, 10, 10_000, Pruning.none()) for one in (everything, rest))
+    full, partial = (one.plan(beams, {}, BeamWidths.of(10), 10_000, Pruning.none()) for one in (everything, rest))
     level = trie.depth(full.node) == 2
     live = pruning.live(full.node)
     assert partial.node.tolist() == full.node.tolist()
@@ -183,26 +190,29 @@ def test_prefix_prior_learns_nothing_of_pruned_nodes(way: str) -> None:
 def test_beams_without_past_evaluations_prefetch_nothing() -> None:
     naive: Sequence[World] = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)
     prefetcher = TargetPrefetcher(naive[0].trie, ScoringRule.VOCAB, latency_of(*FLAT), max_nodes=100)
-    _, first = searched(naive[0], 6, Pruning.none(), prefetcher)
-    _, again = searched(naive[0], 6, Pruning.none(), prefetcher)
+    _, first = searched(naive[0], BeamWidths.of(6), Pruning.none(), prefetcher)
+    _, again = searched(naive[0], BeamWidths.of(6), Pruning.none(), prefetcher)
     assert (len(first), len(again) < 4) == (4, True)
 
 
 def test_disabled_prefetcher_still_learns() -> None:
     world = users(naive_catalogue(), ScoringRule.VOCAB, count=1, noise=0.0)[0]
     prefetcher = TargetPrefetcher(world.trie, ScoringRule.VOCAB, latency_of(*FLAT), max_nodes=100)
-    made = [searched(world, 6, Pruning.none(), prefetcher, enabled=enabled)[1] for enabled in (False, False, True)]
+    made = [
+        searched(world, BeamWidths.of(6), Pruning.none(), prefetcher, enabled=enabled)[1]
+        for enabled in (False, False, True)
+    ]
     assert [len(made[0]), len(made[1]), len(made[2]) < 4] == [4, 4, True]
 
 
 def test_co_batched_requests_prefetch_less() -> None:
     """All of them wait for the nodes that are prefetched for one."""
-    width, tokens = 6, []
+    widths, tokens = BeamWidths.of(6), []
     for occupancy in (1, 4):
         worlds = users(naive_catalogue(), ScoringRule.VOCAB, count=100, noise=0.1)
         latency = latency_of(10.0, 0.5, occupancy=occupancy)
         prefetcher = TargetPrefetcher(worlds[0].trie, ScoringRule.VOCAB, latency, max_nodes=100)
-        made = [searched(world, width, Pruning.none(), prefetcher)[1] for world in worlds]
+        made = [searched(world, widths, Pruning.none(), prefetcher)[1] for world in worlds]
         tokens.append(float(np.mean([sum(len(nodes) for nodes in passes) for passes in made[60:]])))
-        plain = sum(len(nodes) for nodes in searched(worlds[0], width, Pruning.none(), None)[1])
+        plain = sum(len(nodes) for nodes in searched(worlds[0], widths, Pruning.none(), None)[1])
     assert tokens[1] <= plain + 1 < tokens[0]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.search.beam_widths import BeamWidths
 from orchestrator.recommendation import RecommendParams
 from orchestrator.serving.track_router import bucket
 from orchestrator.user_key import user_cache_key
@@ -18,7 +19,7 @@ ITEMS = st.lists(st.text(min_size=1, max_size=4), max_size=8)
 
 
 def params(**subject: object) -> RecommendParams:
-    return RecommendParams(k=1, beam_width=1, **subject)  # type: ignore[arg-type]
+    return RecommendParams(k=1, beam_widths=BeamWidths.of(1), **subject)  # type: ignore[arg-type]
 
 
 @given(st.binary(), SHARES, SHARES)

@@ -13,6 +13,7 @@ import pytest
 
 from atspeed.concurrency.circuit_breaker import CircuitBreaker
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
@@ -63,7 +64,7 @@ def plan_once(draft: DraftClient, seconds: float = math.inf, affinity: str = "an
     """One request's plan: why it was none."""
     request = ModelRequest(np.array([1]), Pruning.none(), Deadline(100.0), affinity=affinity)
     session = draft.session(request, Proposal.TOP)
-    asyncio.run(session.plan(Beams.root(), PlanSize(1, 2, 2), seconds))
+    asyncio.run(session.plan(Beams.root(), PlanSize(BeamWidths.of(1), 2, 2), seconds))
     assert len(session.usage.waits) == (0 if session.degraded_reason is DegradedReason.DRAFT_CIRCUIT_OPEN else 1)
     return session.degraded_reason
 
@@ -138,7 +139,7 @@ def test_plan_with_more_levels_than_requested_is_cut(levels: int | None, planned
     """A draft of an older release does not know of the limit and plans all levels."""
     replica, request = Replica(nodes=[1, 2, 3, 4]), ModelRequest(np.array([1]), Pruning.none(), Deadline(100.0))
     session = client(replica).session(request, Proposal.TOP)
-    plan = asyncio.run(session.plan(Beams.root(), PlanSize(2, 4, 4, levels), math.inf))
+    plan = asyncio.run(session.plan(Beams.root(), PlanSize(BeamWidths.of(2), 4, 4, levels), math.inf))
     assert (plan.node.tolist(), replica.levels) == (planned, [levels or 0])
 
 

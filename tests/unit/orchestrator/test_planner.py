@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from atspeed.engine.model.cost_curve import CostCurve
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize
@@ -196,7 +197,7 @@ def test_patience_is_a_multiple_of_the_target_alone() -> None:
     """The target takes 60 ms for three passes, and 3 ms; the least patience is 0.1 s."""
     for floor_ms, patience in ((20, 0.24), (1, 0.1)):
         simulation = Simulation(Machine(curve(floor_ms, 1000, 0.0), FLAT.draft), noise=0.0)
-        sizer = adaptive(simulation).sizer(Mode.STRICT, PlanContext(10, PROMPT_TOKENS, PROMPT_TOKENS))
+        sizer = adaptive(simulation).sizer(Mode.STRICT, PlanContext(BeamWidths.of(10), PROMPT_TOKENS, PROMPT_TOKENS))
         assert sizer.size(Beams.root()) is not None
         assert sizer.patience_seconds == pytest.approx(patience)
 
@@ -257,7 +258,7 @@ def test_plan_after_a_miss_has_a_share_of_the_nodes() -> None:
     simulation = Simulation(FLAT, noise=1.0)
     planner = adaptive(simulation)
     trie = simulation.catalogue.trie
-    sizer = planner.sizer(Mode.STRICT, PlanContext(10, PROMPT_TOKENS, PROMPT_TOKENS))
+    sizer = planner.sizer(Mode.STRICT, PlanContext(BeamWidths.of(10), PROMPT_TOKENS, PROMPT_TOKENS))
     first = sizer.size(Beams.root())
     children = trie.children(0)[:5].astype(np.int64)
     second = sizer.size(Beams(children, *(np.zeros(5) for _ in range(3))))
@@ -273,14 +274,14 @@ def test_fixed_size_grows_with_the_beams(beam_width: int, levels: int, nodes: in
     """A plan has two nodes for each beam of each planned level, at most 240, and no share per level."""
     simulation = Simulation(FLAT, noise=0.0, items=30, codes=(4,) * levels)
     planner = Planner(simulation.catalogue.trie, PlanLimits(kind=PlannerKind.FIXED))
-    sized = planner.sizer(Mode.STRICT, PlanContext(beam_width, 1, 1)).size(Beams.root())
-    assert sized == PlanSize(beam_width, width=nodes, max_nodes=nodes)
+    sized = planner.sizer(Mode.STRICT, PlanContext(BeamWidths.of(beam_width), 1, 1)).size(Beams.root())
+    assert sized == PlanSize(BeamWidths.of(beam_width), width=nodes, max_nodes=nodes)
 
 
 @pytest.mark.parametrize("mode", [Mode.RELAXED_SAMPLING, Mode.TARGET_ONLY])
 def test_modes_that_cannot_be_cut_have_a_fixed_size(mode: Mode) -> None:
     planner = adaptive(Simulation(STEEP, noise=0.0))
-    assert type(planner.sizer(mode, PlanContext(10, 8, 8))) is FixedPlanSizer
+    assert type(planner.sizer(mode, PlanContext(BeamWidths.of(10), 8, 8))) is FixedPlanSizer
 
 
 def test_planner_without_curves_uses_the_fixed_size() -> None:
@@ -303,7 +304,7 @@ def test_planners_of_the_same_models_share_estimates(tmp_path: Path) -> None:
     """A changed catalogue keeps the estimates of its models; other models begin anew."""
     manifest = placeholder_bundle(tmp_path, random_catalogue(20, (4, 4, 4), seed=0)).manifest
     trie = random_catalogue(30, (4, 4, 4), seed=1).trie
-    planners, context = Planners(PlanLimits()), PlanContext(beam_width=4, prompt_tokens=8)
+    planners, context = Planners(PlanLimits()), PlanContext(beam_widths=BeamWidths.of(4), prompt_tokens=8)
     first = planners.of(manifest, trie)
     first.set_curves(STEEP.target, STEEP.draft)
     other = manifest.model_copy(update={"target": manifest.target.model_copy(update={"fingerprint": "other"})})

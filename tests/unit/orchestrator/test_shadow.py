@@ -17,6 +17,7 @@ from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Manifest, ModelEntry, Precision
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -57,7 +58,7 @@ class Table:
         request: ModelRequest,
         *,
         max_children: int | None,
-        beam_width: int | None,
+        beam_widths: BeamWidths | None,
         prefetches: bool,
         speculates: bool,
     ) -> Table:
@@ -180,7 +181,9 @@ class Service:
         """A random request, offered to the checks."""
         rng = np.random.default_rng(seed)
         chosen = rng.choice(sorted(self.world.naive.items), 12, replace=False).tolist()
-        params = RecommendParams(k=5, beam_width=5, mode=mode, history=chosen[:6], excluded=chosen[6:], **fields)
+        params = RecommendParams(
+            k=5, beam_widths=BeamWidths.of(5), mode=mode, history=chosen[:6], excluded=chosen[6:], **fields
+        )
         made = await self.recommender.recommend(params, Deadline(SECONDS))
         self.shadow.offer(made, self)
         return made
@@ -233,7 +236,7 @@ async def test_lists_that_part_at_tied_beams_are_near_ties(gap: float, outcome: 
     made = None
     while made is None or not made.diagnostics.memo.drafted:  # the draft plans at random
         made = await service.recommender.recommend(
-            RecommendParams(k=1, beam_width=1, history=["left"]), Deadline(SECONDS)
+            RecommendParams(k=1, beam_widths=BeamWidths.of(1), history=["left"]), Deadline(SECONDS)
         )
     assert [item.item_id for item in made.items] == ["right"]
     service.shadow.offer(made, service)
@@ -319,7 +322,7 @@ async def test_check_of_a_stored_users_list_keeps_the_user_key() -> None:
     """Without the key, the check once cached the prompt where no erasure reached it, and on other replicas than the list's."""
     service = Service()
     made = await service.recommender.recommend(
-        RecommendParams(k=5, beam_width=5, user_id=USER, tenant="t"), Deadline(SECONDS)
+        RecommendParams(k=5, beam_widths=BeamWidths.of(5), user_id=USER, tenant="t"), Deadline(SECONDS)
     )
     service.shadow.offer(made, service)
     await service.shadow.settle()
@@ -333,7 +336,9 @@ async def test_check_of_a_stored_users_list_keeps_the_user_key() -> None:
 async def test_check_uses_the_history_that_the_list_was_made_from() -> None:
     """Events that came in since then do not matter."""
     service = Service()
-    made = await service.recommender.recommend(RecommendParams(k=5, beam_width=5, user_id=USER), Deadline(SECONDS))
+    made = await service.recommender.recommend(
+        RecommendParams(k=5, beam_widths=BeamWidths.of(5), user_id=USER), Deadline(SECONDS)
+    )
     service.recommender.histories = None
     service.shadow.offer(made, service)
     await service.shadow.settle()
@@ -360,7 +365,7 @@ async def test_list_is_exact_only_if_rounding_does_not_depend_on_the_plan(precis
 
 
 def _params(service: Service) -> RecommendParams:
-    return RecommendParams(k=5, beam_width=5, history=sorted(service.world.naive.items)[:6])
+    return RecommendParams(k=5, beam_widths=BeamWidths.of(5), history=sorted(service.world.naive.items)[:6])
 
 
 @pytest.mark.parametrize(

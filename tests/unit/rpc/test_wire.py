@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError
 from atspeed.rpc import wire
-from atspeed.v1 import recommendation_pb2, types_pb2
+from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
+from tests.catalogues import random_catalogue
+from tests.oracles.worlds import beam_widths
 
 COUNTS = st.integers(0, 2**32 - 1)
+FOUR_LEVELS = random_catalogue(20, (4, 4, 4, 4), seed=1).trie
 TIERS = st.dictionaries(st.text(max_size=8), COUNTS, max_size=4)
 
 
@@ -37,6 +41,22 @@ def test_pass_stats_beyond_all_bounds_are_refused(cached: dict[str, int]) -> Non
     message = types_pb2.PassStatistics(cached_tokens=cached)
     with pytest.raises(InvalidArgumentError, match="statistics"):
         wire.pass_stats(message, "statistics")
+
+
+@given(beam_widths)
+def test_beam_widths_survive_the_wire(widths: BeamWidths) -> None:
+    """One width for all levels is sent as before there were others."""
+    start = target_pb2.EvaluateStart(beam_width=widths.largest, beam_widths=widths.per_level)
+    assert wire.beam_widths(start, "start.", FOUR_LEVELS) == widths
+    single = target_pb2.EvaluateStart(beam_width=widths.largest)
+    assert (start == single) == (wire.beam_widths(single, "start.", FOUR_LEVELS) == widths)
+
+
+@pytest.mark.parametrize("widths", [[0, 5], [4, 3], [6, 5], [5] * 5])
+def test_beam_widths_that_are_none_are_refused(widths: list[int]) -> None:
+    message = draft_pb2.PlanRequest(beam_width=5, beam_widths=widths)
+    with pytest.raises(InvalidArgumentError, match="beam_widths: "):
+        wire.beam_widths(message, "", FOUR_LEVELS)
 
 
 def test_every_mode_of_the_contract_has_a_name() -> None:

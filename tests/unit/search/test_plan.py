@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_session import Found, PassProgram, Selection
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams, children_by_gumbel, children_by_score
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
@@ -25,7 +26,16 @@ from tests.oracles.models import ModelDraft
 from tests.oracles.naive_plan import NaivePlan, naive_plan, never_needs_a_pass
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now, run_steps
+from tests.oracles.worlds import (
+    ScriptedDraft,
+    TableTarget,
+    World,
+    beam_widths,
+    naive_tries,
+    nothing,
+    run_now,
+    run_steps,
+)
 from tests.profiles import either
 
 AMPLE = 1_000
@@ -113,7 +123,7 @@ def cases(draw: st.DrawFn, proposals: Sequence[Proposal] = (Proposal.TOP, Propos
     excluded = draw(st.lists(st.sampled_from(items), max_size=min(len(items) - 1, 4), unique=True))
     max_nodes = draw(st.integers(1, 20))
     width = draw(st.sampled_from([1, 2, 5, max_nodes, AMPLE]))
-    size = PlanSize(draw(st.integers(1, 8)), width, max_nodes, draw(st.none() | st.integers(1, naive.levels)))
+    size = PlanSize(draw(beam_widths), width, max_nodes, draw(st.none() | st.integers(1, naive.levels)))
     scales = draw(st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=naive.levels - 1, max_size=naive.levels - 1))
     return Case(world, excluded, size, scales, draw(st.sampled_from(list(proposals))))
 
@@ -210,17 +220,17 @@ def test_an_ample_budget_lists_every_level_whole(case: Case) -> None:
     assert case.world.paths(plan.node) == case.plannable
 
 
-@given(cases(proposals=[Proposal.TOP]), st.integers(1, 6), st.integers(0, 6))
-def test_a_draft_that_agrees_with_the_target_is_never_wrong(case: Case, beam_width: int, more: int) -> None:
+@given(cases(proposals=[Proposal.TOP]), st.integers(0, 6))
+def test_a_draft_that_agrees_with_the_target_is_never_wrong(case: Case, more: int) -> None:
     """The draft's own K beams of every level are planned, whatever the scales, in shares per level and without.
 
     Its N best of a level, N > K, need not hold them: a node may be good enough below a parent that is not.
     """
-    naive, levels = case.world.naive, case.world.naive.levels
-    own = naive_beam_search(naive, case.world.model, beam_width, case.alive)[1:-1]
+    naive, levels, widths = case.world.naive, case.world.naive.levels, case.size.beam_widths
+    own = naive_beam_search(naive, case.world.model, widths.listed, case.alive)[1:-1]
     expected = {path for level in own for path, _ in level if not case.free(path)}
-    width, room = beam_width + more, beam_width * (levels - 1) + more
-    for size in (PlanSize(beam_width, width, width * (levels - 1)), PlanSize(beam_width, AMPLE, room)):
+    width, room = widths.largest + more, sum(widths.at(level) for level in range(1, levels)) + more
+    for size in (PlanSize(widths, width, width * (levels - 1)), PlanSize(widths, AMPLE, room)):
         plan, _ = drafted(Case(case.world, case.excluded, size, case.scales, case.proposal))
         assert expected <= set(case.world.paths(plan.node))
         assert size.width == AMPLE or np.bincount(case.world.trie.depth(plan.node), minlength=1).max() <= width
@@ -230,9 +240,9 @@ def test_a_draft_that_agrees_with_the_target_is_never_wrong(case: Case, beam_wid
 def test_a_plan_of_k_per_level_is_the_drafts_beam_search(case: Case, width: int) -> None:
     """Nothing else has a place in it, unless a beam needs no pass."""
     levels = case.world.naive.levels
-    size = PlanSize(width, width, width * (levels - 1))
+    size = PlanSize(BeamWidths.of(width), width, width * (levels - 1))
     plan, _ = drafted(Case(case.world, case.excluded, size, case.scales, case.proposal))
-    own = naive_beam_search(case.world.naive, case.world.model, width, case.alive)[1:-1]
+    own = naive_beam_search(case.world.naive, case.world.model, [width], case.alive)[1:-1]
     beams = {path for level in own for path, _ in level}
     planned = set(case.world.paths(plan.node))
     assert {path for path in beams if not case.free(path)} <= planned
@@ -243,7 +253,7 @@ def test_a_plan_of_k_per_level_is_the_drafts_beam_search(case: Case, width: int)
 def test_a_sample_keeps_within_its_budget(case: Case) -> None:
     """Level for level an equal share, and no more in all than asked for, however small that is; 2K of a level are expanded."""
     plan, asked = drafted(case)
-    assert all(len(nodes) <= 2 * case.size.beam_width for nodes in asked[1:])
+    assert all(len(nodes) <= 2 * case.size.beam_widths.at(level) for level, nodes in enumerate(asked[1:], start=1))
     share = max(1, case.size.max_nodes // case.size.last_depth(case.world.trie, 0))
     assert np.bincount(case.world.trie.depth(plan.node)).max() <= min(share, case.size.width)
 
@@ -278,9 +288,11 @@ def test_a_forced_tail_neither_costs_nor_hides_a_node() -> None:
     naive = NaiveTrie({"a": (0, 0, 0), "b": (1, 0, 0), "c": (2, 0, 0), "d": (2, 0, 1), "e": (2, 1, 0)}, (3, 2, 2))
     world = World.random(naive, ScoringRule.TRIE, 0)
     for count in (1, 2):
-        plan, _ = drafted(Case(world, [], PlanSize(3, count, count), [1.0, 1.0], Proposal.TOP))
+        plan, _ = drafted(Case(world, [], PlanSize(BeamWidths.of(3), count, count), [1.0, 1.0], Proposal.TOP))
         assert world.paths(plan.node) == [(2,), (2, 0)][:count]
-    evaluated, _ = drafted(Case(World.random(naive, ScoringRule.VOCAB, 0), [], PlanSize(3, 9, 9), [1, 1], Proposal.TOP))
+    evaluated, _ = drafted(
+        Case(World.random(naive, ScoringRule.VOCAB, 0), [], PlanSize(BeamWidths.of(3), 9, 9), [1, 1], Proposal.TOP)
+    )
     assert len(evaluated.node) == 7
 
 
@@ -288,7 +300,8 @@ def test_a_forced_tail_keeps_its_place_among_the_beams_of_every_level() -> None:
     """The only beam of the search goes down it, so all that is below the other node has to clear its score."""
     naive = NaiveTrie({"a": (0, 0, 0, 0), "b": (1, 0, 0, 0), "c": (1, 1, 0, 0), "d": (1, 1, 0, 1)}, (2, 2, 1, 2))
     trie = World.random(naive, ScoringRule.TRIE, 0).trie
-    free, listed, size = free_nodes(trie, ScoringRule.TRIE), Shortlist.of(Beams.root()), PlanSize(1, 9, 9)
+    free, listed = free_nodes(trie, ScoringRule.TRIE), Shortlist.of(Beams.root())
+    size = PlanSize(BeamWidths.of(1), 9, 9)
     for paths, scores in (([(0,), (1,)], [-1.0, -2.0]), ([(1, 0), (1, 1)], [-4.0, -3.0]), ([(1, 1, 0)], [-3.0])):
         score = np.array(scores)
         children = Beams(np.array([naive.id_of[path] for path in paths]), score, score, score)
@@ -303,7 +316,7 @@ def test_the_scale_of_a_level_draws_nodes_to_it() -> None:
     world = World.random(naive, ScoringRule.VOCAB, 1)
     deep = []
     for scale in (0.1, 1.0, 10.0):
-        plan, _ = drafted(Case(world, [], PlanSize(2, 10, 10), [1.0, scale], Proposal.TOP))
+        plan, _ = drafted(Case(world, [], PlanSize(BeamWidths.of(2), 10, 10), [1.0, scale], Proposal.TOP))
         deep.append(int((world.trie.depth(plan.node) == 2).sum()))
     assert deep == sorted(deep)
     assert deep[0] < deep[-1]
@@ -312,7 +325,7 @@ def test_the_scale_of_a_level_draws_nodes_to_it() -> None:
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     width = draw(st.integers(1, 6))
-    both: list[Policy] = [Strict(width), ExactSampling(width, NOISE)]
+    both: list[Policy] = [Strict(BeamWidths.of(width)), ExactSampling(BeamWidths.of(width), NOISE)]
     return draw(st.sampled_from(both))
 
 

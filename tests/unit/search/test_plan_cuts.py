@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
@@ -29,7 +30,7 @@ from tests.oracles.simulation import (
     Simulation,
     curve,
 )
-from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_now
+from tests.oracles.worlds import ScriptedDraft, TableTarget, World, beam_widths, naive_tries, nothing, run_now
 from tests.profiles import either
 
 NOISE = Perturbation(seed=5, temperature=0.8)
@@ -39,8 +40,8 @@ USELESS = 30.0
 class RandomSizer(FixedPlanSizer):
     """Plan sizer that decides at random: to draft or not, how much, and which cut the target gets."""
 
-    def __init__(self, world: World, width: int, seed: int) -> None:
-        super().__init__(world.trie, PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS), 1, None)
+    def __init__(self, world: World, widths: BeamWidths, seed: int) -> None:
+        super().__init__(world.trie, PlanContext(widths, PROMPT_TOKENS, PROMPT_TOKENS), 1, None)
         self._rng = np.random.default_rng(seed)
 
     def size(self, below: Beams) -> PlanSize | None:
@@ -55,14 +56,14 @@ class RandomSizer(FixedPlanSizer):
 @given(
     naive_tries(levels=(2, 3, 4), max_items=30),
     st.sampled_from(ScoringRule),
-    st.integers(1, 6),
+    beam_widths,
     st.integers(0, 2**32),
     st.booleans(),
 )
-def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
+def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, widths: BeamWidths, seed: int, sampled: bool) -> None:  # type: ignore[no-untyped-def]
     """The draft is unrelated to the target, and every decision is random."""
     truth, guess = World.random(naive, rule, seed), World.random(naive, rule, seed + 1)
-    policy: Policy = ExactSampling(width, NOISE) if sampled else Strict(width)
+    policy: Policy = ExactSampling(widths, NOISE) if sampled else Strict(widths)
     noise = policy.noise if policy.perturbed else None
 
     def search(draft) -> list[tuple[int, float]]:  # type: ignore[no-untyped-def]
@@ -72,19 +73,19 @@ def test_plan_cut_by_any_decision_keeps_the_list(naive, rule, width: int, seed: 
 
     drafting = SimulatedDraft(guess, FLAT, policy.proposal, policy.noise, lambda plan: plan)
     alone = TableTarget(truth, Pruning.none(), None)
-    planned = search(SizedDraft(drafting, RandomSizer(truth, width, seed), alone))
+    planned = search(SizedDraft(drafting, RandomSizer(truth, widths, seed), alone))
     assert planned == search(ScriptedDraft(truth.trie, nothing))
 
 
 @settings(max_examples=either(15, 30))
-@given(st.integers(0, 2**32), st.integers(1, 20), st.floats(0.0, 2.0))
-def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, ms_per_token: float) -> None:
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 20), min_size=1, max_size=3), st.floats(0.0, 2.0))
+def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, listed: list[int], ms_per_token: float) -> None:
     """Every cut, of the first levels and of all levels, is evaluated from the definition: the pass, and each first miss."""
-    rng, simulation = np.random.default_rng(seed), SIMULATION
-    state, workload = _state(rng, curve(10, 8, ms_per_token), width)
-    context = PlanContext(width, PROMPT_TOKENS, PROMPT_TOKENS)
+    rng, simulation, widths = np.random.default_rng(seed), SIMULATION, BeamWidths.of(*listed)
+    state, workload = _state(rng, curve(10, 8, ms_per_token), widths)
+    context = PlanContext(widths, PROMPT_TOKENS, PROMPT_TOKENS)
     drafting = simulation.draft(int(rng.integers(100)), Proposal.TOP)
-    asked = PlanSize(width, int(rng.integers(1, 100)), 100)
+    asked = PlanSize(widths, int(rng.integers(1, 100)), 100)
     plan = run_now(drafting.plan(Beams.root(), asked))
     sizer = AdaptivePlanSizer(simulation.catalogue.trie, context, 40, 240, workload, state)
     kept = sizer.cut(Beams.root(), asked, plan, drafting.usage.costs[-1])
@@ -106,10 +107,10 @@ def test_cut_has_the_least_expected_latency_of_all_cuts(seed: int, width: int, m
 SIMULATION = Simulation(STEEP, noise=0.7)
 
 
-def _state(rng: np.random.Generator, target: object, width: int) -> tuple[PlannerState, WorkloadKey]:
+def _state(rng: np.random.Generator, target: object, widths: BeamWidths) -> tuple[PlannerState, WorkloadKey]:
     trie = SIMULATION.catalogue.trie
     latencies = ModelLatencies(LatencyModel(target), LatencyModel(STEEP.draft))  # type: ignore[arg-type]
-    state, workload = PlannerState(latencies, trie.levels, 240, 0.01, 4.0), WorkloadKey.of(Mode.STRICT, width)
+    state, workload = PlannerState(latencies, trie.levels, 240, 0.01, 4.0), WorkloadKey.of(Mode.STRICT, widths)
     for _ in range(50):
         seen = [
             RequiredDepth(float(rng.exponential()), censored=bool(rng.random() < 0.3)) for _ in range(trie.levels - 1)
@@ -133,7 +134,8 @@ def _expected_ns(
 ) -> float:
     """Return the expected time of the target with a part of a plan. complete: true if the draft had room for more nodes."""
     trie, target = SIMULATION.catalogue.trie, state.latencies.target
-    sizes = [min(context.beam_width, int(np.diff(trie.level_start)[level])) for level in range(trie.levels)]
+    beams = [1, *(context.beam_widths.at(level) for level in range(1, trie.levels))]
+    sizes = np.minimum(beams, np.diff(trie.level_start)[: trie.levels]).tolist()
     without = [
         sum(float(target.call_ns(size, PROMPT_TOKENS, size)) for size in sizes[level:]) for level in range(trie.levels)
     ]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.search import search_rules
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import (
     Beams,
     children_by_gumbel,
@@ -74,7 +75,10 @@ def lists(
 
 @pytest.mark.parametrize(
     ("policy", "builder"),
-    [(Strict(3), "children_by_score"), (ExactSampling(3, Perturbation(1, 1.0)), "children_by_gumbel")],
+    [
+        (Strict(BeamWidths.of(3)), "children_by_score"),
+        (ExactSampling(BeamWidths.of(3), Perturbation(1, 1.0)), "children_by_gumbel"),
+    ],
 )
 def test_the_children_of_an_evaluated_level_are_built_once(
     policy: Policy, builder: str, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +131,7 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
     """
     world = World.random(naive, rule, seed=5)
     draft = _Everything(run_now(ScriptedDraft(world.trie, everything).plan(Beams.root())))
-    policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(SEEDS))
+    policies = (ExactSampling(BeamWidths.of(3), Perturbation(seed, temperature)) for seed in range(SEEDS))
     drawn = lists(world, policies, draft, excluded)
 
     law = path_law(naive, world.model, temperature, lambda path: naive.alive(path, excluded))
@@ -153,7 +157,7 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
 def test_a_draft_of_random_nodes_changes_no_exact_sample(excluded: tuple[str, ...]) -> None:
     """For every seed of the first ones: the same list without a plan, with random ones and with all nodes planned."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    policies = [ExactSampling(3, Perturbation(seed, 0.8)) for seed in range(either(50, 150))]
+    policies = [ExactSampling(BeamWidths.of(3), Perturbation(seed, 0.8)) for seed in range(either(50, 150))]
     alone = lists(world, policies, ScriptedDraft(world.trie, nothing), excluded)
     for choice in (at_random(11, 0.5), everything):
         assert lists(world, policies, ScriptedDraft(world.trie, choice), excluded) == alone
@@ -163,7 +167,8 @@ def test_wider_exact_samples_begin_with_the_narrower_ones() -> None:
     """One seed's sample of three is the beginning of its sample of five: beams are an exact prefix of the same draw."""
     world, draft = World.random(NAIVE, ScoringRule.VOCAB, seed=5), ScriptedDraft(NAIVE_TRIE, everything)
     wide, narrow = (
-        lists(world, [ExactSampling(width, Perturbation(seed, 1.0)) for seed in range(50)], draft) for width in (5, 3)
+        lists(world, [ExactSampling(BeamWidths.of(width), Perturbation(seed, 1.0)) for seed in range(50)], draft)
+        for width in (5, 3)
     )
     assert [draw[:3] for draw in wide] == narrow
 
@@ -171,7 +176,7 @@ def test_wider_exact_samples_begin_with_the_narrower_ones() -> None:
 def test_an_exact_sample_of_everything_is_everything() -> None:
     """Also where one path takes nearly all of the probability: at temperature 0.05 perturbed scores span hundreds."""
     world, draft = World.random(NAIVE, ScoringRule.VOCAB, seed=5), ScriptedDraft(NAIVE_TRIE, nothing)
-    for drawn in lists(world, [ExactSampling(9, Perturbation(seed, 0.05)) for seed in range(50)], draft):
+    for drawn in lists(world, [ExactSampling(BeamWidths.of(9), Perturbation(seed, 0.05)) for seed in range(50)], draft):
         assert sorted(drawn) == sorted(set(NAIVE.items.values()))
 
 
@@ -240,7 +245,7 @@ def drafted_lists(
 
 
 def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSampling]:
-    return [RelaxedSampling(width, Perturbation(seed, temperature)) for seed in range(seeds)]
+    return [RelaxedSampling(BeamWidths.of(width), Perturbation(seed, temperature)) for seed in range(seeds)]
 
 
 @pytest.mark.parametrize(("naive", "temperature"), [(NAIVE, 1.0), (NAIVE, 0.5), (RAGGED, 1.0)])
@@ -257,7 +262,7 @@ def test_a_low_temperature_still_fills_the_list() -> None:
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
     draft = ScriptedDraft(world.trie, nothing)
     for seed in range(20):
-        result = run_now(search(world, RelaxedSampling(5, Perturbation(seed, 0.001)), draft))
+        result = run_now(search(world, RelaxedSampling(BeamWidths.of(5), Perturbation(seed, 0.001)), draft))
         assert len(result.leaves) == 5
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import (
     Beams,
 )
@@ -18,7 +19,7 @@ from tests.oracles.naive_search import (
 )
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.policies import NAIVE, search
-from tests.oracles.worlds import ScriptedDraft, World, at_random, naive_tries, run_now
+from tests.oracles.worlds import ScriptedDraft, World, at_random, beam_widths, naive_tries, run_now
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,23 @@ class Recorded(Tolerance):
     naive=naive_tries(max_items=25),
     rule=st.sampled_from(ScoringRule),
     seed=st.integers(0, 2**32),
-    width=st.integers(1, 5),
+    widths=beam_widths,
     tolerance=st.sampled_from([0.0, 0.2, 1.0, 3.0, 100.0]),
     density=st.sampled_from([0.3, 0.6, 0.9]),
 )
 def test_the_tolerance_bounds_every_replacement(
-    naive: NaiveTrie, rule: ScoringRule, seed: int, width: int, tolerance: float, density: float
+    naive: NaiveTrie, rule: ScoringRule, seed: int, widths: BeamWidths, tolerance: float, density: float
 ) -> None:
     """Level by level: only unforeseen nodes make way, for foreseen ones, by at most the tolerance; the largest is told.
 
     Gaps are counted as the rule pairs them: the worst of the replaced with the best that stands in, and so on upwards.
     """
     world = World.random(naive, rule, seed)
-    policy = Recorded(width, tolerance)
+    policy = Recorded(widths, tolerance)
     result = run_now(search(world, policy, ScriptedDraft(world.trie, at_random(seed, density))))
     gaps: list[float] = []
-    for beams, known, chosen in policy.levels:
-        strict = _strict_choice(world, beams, width)
+    for level, (beams, known, chosen) in enumerate(policy.levels, start=1):
+        strict = _strict_choice(world, beams, widths.at(level))
         scores = dict(zip(chosen.node.tolist(), chosen.score.tolist(), strict=True))
         replaced = sorted((score, node) for node, score in strict.items() if node not in scores)
         standing_in = sorted(((score, node) for node, score in scores.items() if node not in strict), reverse=True)
@@ -66,7 +67,7 @@ def test_the_tolerance_bounds_every_replacement(
     assert result.memo.substitutions == len(gaps)
     assert result.memo.largest_slack == max(gaps, default=0.0)
     if not gaps:
-        assert world.paths(result.leaves.node) == _strict_list(world, width)
+        assert world.paths(result.leaves.node) == _strict_list(world, widths)
 
 
 def _strict_choice(world: World, beams: Beams, width: int) -> dict[int, float]:
@@ -78,17 +79,17 @@ def _strict_choice(world: World, beams: Beams, width: int) -> dict[int, float]:
     return {node: -negative for negative, node in sorted(candidates)[:width]}
 
 
-def _strict_list(world: World, width: int) -> list[Path]:
-    return [path for path, _ in naive_beam_search(world.naive, world.model, width, lambda _: True)[-1]]
+def _strict_list(world: World, widths: BeamWidths) -> list[Path]:
+    return [path for path, _ in naive_beam_search(world.naive, world.model, widths.listed, lambda _: True)[-1]]
 
 
-@given(naive_tries(), st.integers(0, 2**32), st.integers(1, 5))
-def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, width: int) -> None:
+@given(naive_tries(), st.integers(0, 2**32), beam_widths)
+def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, widths: BeamWidths) -> None:
     """List, scores, passes and counters, under the same plans, ties included."""
     world = World.random(naive, ScoringRule.VOCAB, seed, coarse=True)
     results = [
         run_now(search(world, policy, ScriptedDraft(world.trie, at_random(seed, 0.5))))
-        for policy in (Strict(width), Tolerance(width, 0.0))
+        for policy in (Strict(widths), Tolerance(widths, 0.0))
     ]
     strict, tolerant = results
     assert strict.leaves.node.tolist() == tolerant.leaves.node.tolist()
@@ -100,10 +101,10 @@ def test_tolerance_zero_is_strict(naive: NaiveTrie, seed: int, width: int) -> No
 def test_a_large_tolerance_saves_passes() -> None:
     """A plan with enough nodes of every level needs one pass when any of them may stand in."""
     world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
-    strict = naive_beam_search(NAIVE, world.model, 1, lambda _: True)
+    strict = naive_beam_search(NAIVE, world.model, [1], lambda _: True)
     best = NAIVE.id_of[strict[1][0][0]]
     draft = ScriptedDraft(world.trie, lambda inner: inner != best)
-    result = run_now(search(world, Tolerance(1, 100.0), draft))
+    result = run_now(search(world, Tolerance(BeamWidths.of(1), 100.0), draft))
     assert result.memo.passes == 1
     assert result.memo.substitutions == 1
-    assert run_now(search(world, Strict(1), draft)).memo.passes > 1
+    assert run_now(search(world, Strict(BeamWidths.of(1)), draft)).memo.passes > 1

@@ -12,6 +12,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_session import CompletedPass, PassProgram, Selection
+from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from target_service.search_runner import Search, SearchRunner
@@ -59,7 +60,7 @@ def world() -> World:
 async def passes(runner: SearchRunner, *, prefetches: bool = True) -> int:
     tree = SimpleNamespace(passes=[], tokens=SimpleNamespace(prompt=np.zeros(4)))
     selection = Selection(Pruning.none(), WIDTH)
-    search = Search(WIDTH, prefetches)
+    search = Search(BeamWidths.of(WIDTH), prefetches)
     found = await runner.search(cast("Any", tree), np.array([ROOT]), selection, search)
     assert [len(one.evaluation.node) for one in found] == [record.nodes for record in tree.passes]
     return len(found)
