@@ -14,7 +14,7 @@ QUICK = "quick"
 def register() -> None:
     """Register both profiles and load `quick`; pytest's option `--hypothesis-profile` loads the other one after that."""
     # How long an example takes says more about the machine than about the code.
-    settings.register_profile(QUICK, deadline=None, max_examples=25)
+    settings.register_profile(QUICK, deadline=None, max_examples=20)
     settings.register_profile(DEEP, deadline=None, max_examples=100)
     settings.load_profile(QUICK)
 
