@@ -16,7 +16,7 @@ from tests.bundles import random_catalogue, write_bundle
 USERS = 12
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "t5"])
 async def test_lists_equal_generate(architecture: str, tmp_path: Path) -> None:
     """Target-only and strict, every K: the same items in the same order, with the same scores."""
     catalogue = random_catalogue(300, (16, 12, 10), seed=3)
