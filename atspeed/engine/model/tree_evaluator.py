@@ -235,7 +235,8 @@ class TreeEvaluator:
         forward = PassStats(
             forward_ns=time.perf_counter_ns() - begun,
             batch_requests=len(ready),
-            batch_tokens=len(ready) * max((len(step.tokens) for _, step in ready), default=0),
+            batch_tokens=len(ready) * max((len(step.tokens) for _, step in ready), default=0)
+            + sum(run.tree.lookup_stats.new_tokens for run, _ in ready),
         )
         for run, step in zip(runs, steps, strict=True):
             if isinstance(step, TreePass):
