@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,8 @@ _T5_SHAPE = {
 def random_t5(vocab_size: int, seed: int, **overrides: object) -> PreTrainedModel:
     """A tiny random T5. Its norms and position biases are random too: ones and small numbers would hide a missing one."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = T5ForConditionalGeneration(T5Config(**{**_T5_SHAPE, "vocab_size": vocab_size, **overrides}))
+    shape: dict[str, Any] = {**_T5_SHAPE, "vocab_size": vocab_size, **overrides}
+    model: PreTrainedModel = T5ForConditionalGeneration(T5Config(**shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "relative" in name:
@@ -150,9 +152,7 @@ def write_bundle(
         spelling = Spelling(code_tokens=tuple(range(SPECIALS, vocab)), prompt=prompt, pad_token=0, vocab_size=vocab)
         models[role] = SpelledModel(model, spelling)
     reports = {
-        role: export_decoder(
-            spelled.model, root / role, code_tokens=spelled.spelling.code_tokens, precision=precision
-        )
+        role: export_decoder(spelled.model, root / role, code_tokens=spelled.spelling.code_tokens, precision=precision)
         for role, spelled in models.items()
     }
     files = hash_files(root)

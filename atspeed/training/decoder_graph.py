@@ -124,8 +124,8 @@ class GraphBuilder:
         self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
     ) -> onnx.ModelProto:
         """Return the graph as a model with these inputs and outputs."""
-        values = [[_value_info(*one) for one in specs.items()] for specs in (inputs, outputs)]
-        graph = helper.make_graph(self.nodes, name, *values, self.initializers)
+        fed, fetched = ([_value_info(*one) for one in specs.items()] for specs in (inputs, outputs))
+        graph = helper.make_graph(self.nodes, name, fed, fetched, self.initializers)
         domains = sorted({"", *(node.domain for node in self.nodes)})
         opsets = [helper.make_opsetid(domain, 1 if domain else _OPSET) for domain in domains]
         return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")

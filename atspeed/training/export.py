@@ -209,7 +209,9 @@ def _check_t5(model: PreTrainedModel, precision: Precision) -> None:
         raise ExportError(f"config.feed_forward_proj: {config.dense_act_fn!r}, supported are {', '.join(ACTIVATIONS)}")
     start = config.decoder_start_token_id
     if start is None or not 0 <= start < config.vocab_size:
-        raise ExportError(f"config.decoder_start_token_id: {start}, must be a token of the vocabulary of {config.vocab_size}")
+        raise ExportError(
+            f"config.decoder_start_token_id: {start}, must be a token of the vocabulary of {config.vocab_size}"
+        )
 
 
 def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision) -> None:

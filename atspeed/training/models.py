@@ -132,6 +132,8 @@ def _from_base(base: PretrainedBase, catalogue: Catalogue, window: PromptWindow)
         max_items=window.max_items,
         drop_block=window.drop_block,
     )
+    if not prompt.prefix:
+        raise RecipeError("base.prefix: gives the prompt no token, and an empty history would have none")
     if _longest_sequence(prompt, catalogue) > model.config.max_position_embeddings:
         raise RecipeError(f"prompt.max_items: {window.max_items} items do not fit the positions of {base.folder}")
     vocabulary = tokenizer.get_vocab()

@@ -95,10 +95,7 @@ def log_probabilities(outputs: Outputs) -> Outputs:
 
 def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Sequence[int]) -> Outputs:
     """Return the checkpoint's outputs, from one pass over prefix and tree."""
-    if model.config.is_encoder_decoder:
-        logits = _path_logits(model, tree)
-    else:
-        logits = _tree_logits(model, tree)
+    logits = (_path_logits if model.config.is_encoder_decoder else _tree_logits)(model, tree)
     outputs: Outputs = torch.cat([logits[:, list(code_tokens)], logits.logsumexp(1, keepdim=True)], dim=1).numpy()
     return outputs
 

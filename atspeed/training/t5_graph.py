@@ -32,7 +32,10 @@ from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, Module
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
 
 # Operators by name of the activation, with their attributes.
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {"relu": ("Relu", {}), "gelu_new": ("Gelu", {"approximate": "tanh"})}
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu": ("Relu", {}),
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+}
 
 _END = np.iinfo(np.int64).max  # of a slice without an end
 
@@ -87,7 +90,9 @@ class T5EncoderGraph(_T5Blocks):
         crossing = [block.layer[1].EncDecAttention for block in model.decoder.block]
         rows = self.project(hidden, *(layer for cross in crossing for layer in (cross.k, cross.v)))
         shape = self.shape
-        for part, name in zip(rows, encoder_outputs(shape.layers, shape.kv_heads, shape.head_dim, "float32"), strict=True):
+        for part, name in zip(
+            rows, encoder_outputs(shape.layers, shape.kv_heads, shape.head_dim, "float32"), strict=True
+        ):
             self.op("Reshape", part, self.integers(-1, shape.kv_heads, shape.head_dim), name=name)
         sizes = (shape.layers, shape.kv_heads, shape.head_dim, "float32")
         return self.finished("encoder", ENCODER_INPUTS, encoder_outputs(*sizes))
@@ -97,9 +102,7 @@ class T5EncoderGraph(_T5Blocks):
         count = self.op("Squeeze", self.op("Shape", "input_ids"))
         zero, one = (self.tensor(torch.tensor(number)) for number in (0, 1))
         place = self.op("Range", zero, count, one)
-        distance = self.op(
-            "Sub", *(self.op("Unsqueeze", place, self.integers(*axes)) for axes in ((0, 1), (0, 2)))
-        )
+        distance = self.op("Sub", *(self.op("Unsqueeze", place, self.integers(*axes)) for axes in ((0, 1), (0, 2))))
         reach = self.model.config.relative_attention_max_distance
         return self.bias_of(distance, encoder, back=reach, ahead=reach)
 
@@ -149,9 +152,7 @@ class T5DecoderGraph(_T5Blocks):
 
     def rows(self, decoder: Module) -> _Rows:
         """Tell encoder rows from the decoder's own, and write both biases; see the module."""
-        zero, lowest, one = (
-            self.tensor(torch.tensor(number)) for number in (0.0, torch.finfo(torch.float32).min, 1.0)
-        )
+        zero, lowest, one = (self.tensor(torch.tensor(number)) for number in (0.0, torch.finfo(torch.float32).min, 1.0))
         visible = self.op("Cast", self.op("Equal", "attn_bias", zero), to=TensorProto.FLOAT)
         # A row's place among the rows that a token sees, from 1; float32 counts exactly.
         place = self.op("CumSum", visible, self.tensor(torch.tensor(3)))
@@ -161,7 +162,8 @@ class T5DecoderGraph(_T5Blocks):
         # Of each tree. A padding token sees only itself, so its number is 0 or less.
         by_tree = self.op("ReduceMax", encoded, self.integers(1, 2, 3), keepdims=0)
         least, most = (
-            self.op("Cast", self.op(pick, by_tree, keepdims=1), to=TensorProto.INT64) for pick in ("ReduceMin", "ReduceMax")
+            self.op("Cast", self.op(pick, by_tree, keepdims=1), to=TensorProto.INT64)
+            for pick in ("ReduceMin", "ReduceMax")
         )
         is_encoded = self.op("LessOrEqual", place, encoded)
         cross_bias = self.before(self.op("Where", is_encoded, "attn_bias", lowest), most, axis=3)
@@ -203,8 +205,9 @@ class T5DecoderGraph(_T5Blocks):
 
     def final(self, hidden: str) -> str:
         """Write the last norm, scaled where the config says so."""
-        normed = self.norm(self.model.decoder.final_layer_norm, hidden)
-        if not self.model.config.scale_decoder_outputs:
+        model: Any = self.model
+        normed = self.norm(model.decoder.final_layer_norm, hidden)
+        if not model.config.scale_decoder_outputs:
             return normed
         return self.op("Mul", normed, self.tensor(torch.tensor(self.shape.hidden**-0.5)))
 

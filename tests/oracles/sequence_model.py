@@ -55,7 +55,9 @@ class SequenceModel:
         """After every token of the prompt and of paths, or of the paths if an encoder reads the prompt."""
         config = self._model.config
         prompts = torch.tensor([self._prompt] * len(codes))
-        if not config.is_encoder_decoder:
-            return self._model(torch.cat([prompts, torch.tensor(codes, dtype=torch.int64)], dim=1)).logits
-        started = torch.tensor([[config.decoder_start_token_id, *path] for path in codes])
-        return self._model(input_ids=prompts, decoder_input_ids=started).logits
+        if config.is_encoder_decoder:
+            started = torch.tensor([[config.decoder_start_token_id, *path] for path in codes])
+            logits: torch.Tensor = self._model(input_ids=prompts, decoder_input_ids=started).logits
+        else:
+            logits = self._model(torch.cat([prompts, torch.tensor(codes, dtype=torch.int64)], dim=1)).logits
+        return logits

@@ -159,14 +159,12 @@ Change = Callable[[Any], object]
 CHANGES: dict[str, Change] = {
     "cross-attention": lambda model: model.decoder.block[1].layer[1].EncDecAttention.v.weight.mul_(1.1),
     "encoder": lambda model: model.encoder.block[0].layer[1].DenseReluDense.wo.weight.mul_(1.1),
-    "position bias of the encoder": lambda model: model.encoder.block[0]
-    .layer[0]
-    .SelfAttention.relative_attention_bias.weight[3]
-    .add_(0.5),
-    "position bias of the decoder": lambda model: model.decoder.block[0]
-    .layer[0]
-    .SelfAttention.relative_attention_bias.weight[1]
-    .add_(0.5),
+    "position bias of the encoder": lambda model: (
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[3].add_(0.5)
+    ),
+    "position bias of the decoder": lambda model: (
+        model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight[1].add_(0.5)
+    ),
 }
 
 
@@ -185,7 +183,10 @@ def test_a_wrong_weight_fails_the_export(name: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda model: model.shared.weight[60].fill_(torch.nan), r"token 60 \(code column 20\): nan or inf in its pass"),
+        (
+            lambda model: model.shared.weight[60].fill_(torch.nan),
+            r"token 60 \(code column 20\): nan or inf in its pass",
+        ),
         (lambda model: model.encoder.final_layer_norm.weight[1].fill_(torch.nan), "the shared weights are at fault"),
         (lambda model: model.decoder.final_layer_norm.weight[1].fill_(torch.nan), "the shared weights are at fault"),
     ],

@@ -12,7 +12,6 @@ import numpy as np
 
 from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.model_files import ModelFiles
-from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import (
     Decoder,
     RuntimeOptions,

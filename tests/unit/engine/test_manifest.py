@@ -94,8 +94,14 @@ def test_written_bundle_opens_and_verifies(root: Path) -> None:
         (lambda m: m["target"].update(layers=0), r"target\.layers"),
         (lambda m: m["target"]["prompt"].update(prefix=[]), r"target.*prompt\.prefix"),
         (lambda m: m["target"].update(encoder={"path": "draft/e.onnx", "decoder_start": 0}), r"target.*encoder\.path"),
-        (lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": 8}), r"target.*encoder\.decoder_start"),
-        (lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": -1}), r"target\.encoder\.decoder_start"),
+        (
+            lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": 8}),
+            r"target.*encoder\.decoder_start",
+        ),
+        (
+            lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": -1}),
+            r"target\.encoder\.decoder_start",
+        ),
         (lambda m: m["target"].update(encoder={"path": "target/e"}), r"target\.encoder\.decoder_start"),
         (
             lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": 0}, prompt={"prefix": []}),
