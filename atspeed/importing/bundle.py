@@ -121,6 +121,7 @@ def import_checkpoint(
     manifest = Manifest(
         name=choices.name,
         scoring_rule=choices.scoring_rule,
+        items_per_path=choices.items_per_path,
         catalogue_version=read.catalogue.version,
         target=entry_of("target", SpelledModel(model, read.spelling), report, hashes),
         draft=None,
@@ -183,8 +184,7 @@ def _spelling(columns: CodeColumns, template: PromptTemplate, tokenizer: Any, vo
 
 def _check_fits(config: Any, spelling: Spelling, catalogue: Catalogue) -> None:
     """Raise ImportingError when the longest prompt with its codes has more tokens than the model has positions."""
-    levels = catalogue.trie.levels
-    longest = spelling.prompt.max_tokens(levels) + levels - 1
+    longest = spelling.prompt.max_tokens(catalogue.longest_spelling) + catalogue.trie.levels - 1
     if longest > config.max_position_embeddings:
         raise ImportingError(
             f"prompt: {spelling.prompt.max_items} items take up to {longest} tokens, the model has "

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.importing.layouts import EOS, HISTORY, ITEM, PromptLayout
 
@@ -72,16 +70,9 @@ def user_prompt(layout: PromptLayout, tokenizer: Any, catalogue: Catalogue, code
 
     code_tokens: the token of each code column.
     """
-    names = np.asarray(tokenizer.convert_ids_to_tokens(list(code_tokens)), dtype=object)
 
     def semantic_id(item: str) -> str:
-        index = int(catalogue.find([item])[0])
-        return "".join(names[spelled_columns(catalogue, index)])
+        (tokens,) = catalogue.spelled_tokens(catalogue.find([item]), code_tokens)
+        return "".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
 
     return UserPrompt(layout, tokenizer, semantic_id)
-
-
-def spelled_columns(catalogue: Catalogue, item: int) -> list[int]:
-    """Return the code columns of an item that prompts spell."""
-    columns: list[int] = (catalogue.codes[item] + catalogue.trie.codebook_offset).tolist()
-    return columns

@@ -162,7 +162,7 @@ def code_names(level: int, size: int) -> list[str]:
 
 def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
     """Return the number of tokens of the longest prompt with its codes."""
-    return prompt.max_tokens(catalogue.trie.levels) + catalogue.trie.levels
+    return prompt.max_tokens(catalogue.longest_spelling) + catalogue.trie.levels
 
 
 def train_model(
@@ -202,7 +202,7 @@ def train_model(
     spelled = build_model(part, catalogue, recipe.prompt, seed)
     if start is not None:
         spelled.model.load_state_dict(start.model.state_dict())
-    sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), recipe.allow_empty_history)
+    sequencer = Sequencer.of(spelled.spelling, catalogue, recipe.allow_empty_history)
     windows = WindowBatches(
         sequencer,
         index_histories(catalogue, dataset.train),
