@@ -20,14 +20,22 @@ def import_checkpoint(
         typer.Argument(help="Folder of a Hugging Face checkpoint with its tokenizer.", exists=True, file_okay=False),
     ],
     index: Annotated[
-        Path, typer.Option(help="Codes of the items: index.json, id2sid.json, info/*.txt, sid2pid.json.", exists=True, dir_okay=False)
+        Path,
+        typer.Option(
+            help="Codes of the items: index.json, id2sid.json, info/*.txt, sid2pid.json.", exists=True, dir_okay=False
+        ),
     ],
     prompt: Annotated[
         str,
-        typer.Option(help="Name of a layout (lc-rec, minionerec, mimigenrec, openonerec), or a file: the text with {history}."),
+        typer.Option(
+            help="Name of a layout (lc-rec, minionerec, mimigenrec, openonerec), or a file: the text with {history}."
+        ),
     ],
     histories: Annotated[
-        Path, typer.Option(help="Histories whose prompts are compared: .csv, .jsonl, inter.json.", exists=True, dir_okay=False)
+        Path,
+        typer.Option(
+            help="Histories whose prompts are compared: .csv, .jsonl, inter.json.", exists=True, dir_okay=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle. It must not exist.", file_okay=False)],
     items: Annotated[
@@ -56,10 +64,13 @@ def import_checkpoint(
     ] = None,
     popularity: Annotated[
         str | None,
-        typer.Option(help="Order of the items of one path: a file of items and counts, or a column of --items or of the index."),
+        typer.Option(
+            help="Order of the items of one path: a file of items and counts, or a column of --items or of the index."
+        ),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Folder of a LoRA adapter, merged into CHECKPOINT.", exists=True, file_okay=False)
+        Path | None,
+        typer.Option(help="Folder of a LoRA adapter, merged into CHECKPOINT.", exists=True, file_okay=False),
     ] = None,
     base: Annotated[
         Path | None,
@@ -79,7 +90,11 @@ def import_checkpoint(
         raise typer.BadParameter("--tail and --no-tail: give only one of them")
     importing, layouts = optional("atspeed.importing.bundle"), optional("atspeed.importing.layouts")
     optional("transformers.utils.logging").disable_progress_bar()
-    given: dict[str, Any] = {"separator": _text(separator), "tail": "" if no_tail else _text(tail), "max_items": max_items}
+    given: dict[str, Any] = {
+        "separator": _text(separator),
+        "tail": "" if no_tail else _text(tail),
+        "max_items": max_items,
+    }
     layout = layouts.read_layout(prompt, {field: value for field, value in given.items() if value is not None})
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
     read, manifest = importing.import_checkpoint(

@@ -15,7 +15,14 @@ from atspeed.engine.errors import CatalogueError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.importing.checkpoint import Source
-from atspeed.importing.code_tokens import CodeColumns, SpelledItems, check_labels, code_columns, name_tokens, tail_tokens
+from atspeed.importing.code_tokens import (
+    CodeColumns,
+    SpelledItems,
+    check_labels,
+    code_columns,
+    name_tokens,
+    tail_tokens,
+)
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.histories import read_histories
 from atspeed.importing.index import Index, check_lengths, read_index

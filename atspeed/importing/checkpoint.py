@@ -79,23 +79,25 @@ class Source:
             return self._added(self.base)
         model = load_checkpoint(self.checkpoint)
         last: Any = model.model
-        if float(last.norm.weight.abs().mean()) < _DELTA_NORM:
-            raise ImportingError(f"{self.checkpoint}: its norm weights are near 0, as in a delta; give its base with --base")
+        if float(last.norm.weight.detach().abs().mean()) < _DELTA_NORM:
+            raise ImportingError(
+                f"{self.checkpoint}: its norm weights are near 0, as in a delta; give its base with --base"
+            )
         return model
 
     def _merged(self, adapter: Path, rows: int) -> PreTrainedModel:
         try:
-            from peft import PeftModel  # noqa: PLC0415 - only adapters need the package
+            from peft import PeftModel  # only adapters need the package
         except ImportError:
             raise ImportingError("peft is not installed: pip install 'atspeed-serving[train]'") from None
         model = load_checkpoint(self.checkpoint)
         if rows != model.config.vocab_size:
             model.resize_token_embeddings(rows, mean_resizing=False)
         try:
-            merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ImportingError(f"{adapter}: the adapter does not fit {self.checkpoint}: {_line(error)}") from error
-        return merged.float().train(mode=False)
+        return _ready(merged)
 
     def _added(self, base: Path) -> PreTrainedModel:
         """Add the base's weights to the delta, in the delta's own number format, as LC-Rec does.
@@ -111,7 +113,7 @@ class Source:
                 if weight.shape == weights[name].shape:
                     weight += weights[name]
         drop_generation_defaults(delta, str(self.checkpoint))
-        return delta.float().train(mode=False)
+        return _ready(delta)
 
     def digest(self) -> str:
         """Return a hash of all files of the model and its tokenizer."""
@@ -150,6 +152,11 @@ def _loaded(folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ImportingError(f"{folder}: transformers cannot load it: {_line(error)}") from error
     return model
+
+
+def _ready(model: Any) -> PreTrainedModel:
+    ready: PreTrainedModel = model.float().train(mode=False)
+    return ready
 
 
 def _adapter_rows(adapter: Path) -> int | None:

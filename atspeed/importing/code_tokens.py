@@ -63,7 +63,8 @@ class SpelledItems:
 
     def _path(self, item: str) -> list[int]:
         path = self.index.paths[self.index.rows[item]]
-        return path[path >= 0].tolist()
+        numbers: list[int] = path[path >= 0].tolist()
+        return numbers
 
 
 def tail_tokens(user: UserPrompt, spelled: SpelledItems) -> list[int]:
@@ -81,7 +82,9 @@ def tail_tokens(user: UserPrompt, spelled: SpelledItems) -> list[int]:
         tail = whole[len(codes) :]
         if whole[: len(codes)] != codes or tail != (found or tail):
             names = user.tokenizer.convert_ids_to_tokens(whole)
-            raise ImportingError(f"tail: {layout.tail!r} behind item {shown(item)} encodes to {names}, not as behind others")
+            raise ImportingError(
+                f"tail: {layout.tail!r} behind item {shown(item)} encodes to {names}, not as behind others"
+            )
         found = tail
     return found or []
 

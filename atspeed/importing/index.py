@@ -110,7 +110,9 @@ def _of_info(path: Path) -> Index:
         parts = line.split("\t")
         names = _BRACKETED.findall(parts[0])
         if len(parts) < 3 or "".join(names) != parts[0].strip():
-            raise ImportingError(f"{path}:{number}: not a semantic ID such as <a_1><b_2>, a title and an item, with tabs between")
+            raise ImportingError(
+                f"{path}:{number}: not a semantic ID such as <a_1><b_2>, a title and an item, with tabs between"
+            )
         ids.append(parts[-1].strip())
         rows.append(names)
     if not ids:
@@ -126,11 +128,15 @@ def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout
     """Build an index from items by the number of their path."""
     levels = len(_code_names(path, layout))
     if not all(key.isdecimal() for key in content):
-        raise ImportingError(f"{path}: {shown(next(key for key in content if not key.isdecimal()))}: not the number of a path")
+        raise ImportingError(
+            f"{path}: {shown(next(key for key in content if not key.isdecimal()))}: not the number of a path"
+        )
     entries = list(chain.from_iterable(content.values()))
     try:
         ids = [str(entry["pid"] if "pid" in entry else entry["iid"]) for entry in entries]
-        counted = [name for name, value in entries[0].items() if name not in {"pid", "iid"} and isinstance(value, int | float)]
+        counted = [
+            name for name, value in entries[0].items() if name not in {"pid", "iid"} and isinstance(value, int | float)
+        ]
         columns = {name: np.array([entry[name] for entry in entries], dtype=np.float64) for name in counted}
     except (KeyError, TypeError, ValueError) as error:
         raise ImportingError(f"{path}: an item lacks {error}") from error
@@ -142,13 +148,16 @@ def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout
 
 def _of_parquet(path: Path, layout: PromptLayout) -> Index:
     try:
-        import pyarrow.parquet  # noqa: PLC0415 - only this format needs the package
+        import pyarrow.parquet  # only this format needs the package
     except ImportError:
         raise ImportingError(f"{path}: pyarrow is not installed, and reads .parquet files") from None
     try:
         table = pyarrow.parquet.read_table(path, columns=["pid", "sid"])
         ids, sids = [str(item) for item in table.column("pid").to_pylist()], table.column("sid").combine_chunks()
-        lengths, flat = sids.value_lengths().to_numpy(zero_copy_only=False), sids.flatten().to_numpy(zero_copy_only=False)
+        lengths, flat = (
+            sids.value_lengths().to_numpy(zero_copy_only=False),
+            sids.flatten().to_numpy(zero_copy_only=False),
+        )
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise ImportingError(f"{path}: columns pid and sid cannot be read: {error}") from error
     levels = len(_code_names(path, layout))
@@ -184,4 +193,3 @@ def check_lengths(index: Index, *, unequal: bool) -> None:
         raise ImportingError(
             f"{index.path}: item {item}: a path of {length} codes, others have {usual}; --unequal-paths allows it"
         )
-

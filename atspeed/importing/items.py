@@ -67,9 +67,13 @@ def popularity_rank(given: str, index: Index, items: Items, rows: Int64) -> Int6
 
 def _column(name: str, ids: list[str], items: Items) -> Numbers:
     numbers = [items.get(item, {}).get(name) for item in ids]
-    lacking = next((item for item, number in zip(ids, numbers, strict=True) if not isinstance(number, int | float)), None)
+    lacking = next(
+        (item for item, number in zip(ids, numbers, strict=True) if not isinstance(number, int | float)), None
+    )
     if lacking is not None:
-        raise ImportingError(f"--popularity {name}: no file and no column of the index, and item {shown(lacking)} has no such number")
+        raise ImportingError(
+            f"--popularity {name}: no file and no column of the index, and item {shown(lacking)} has no such number"
+        )
     return np.array(numbers, dtype=np.float64)
 
 

@@ -49,7 +49,7 @@ class PromptLayout(BaseModel):
             if other:
                 raise ValueError(f"{field}: {other} would change from prompt to prompt, which no bundle can hold")
             if len(found) != len(places):
-                raise ValueError(f"{field}: must hold {places[0]} exactly once")
+                raise ValueError(f"{field}: must hold {' '.join(places)} exactly once")
         if EOS in self.tail.removesuffix(EOS):
             raise ValueError(f"tail: {EOS} must be its end")
         for name in self.code_names:
@@ -120,10 +120,7 @@ def read_layout(given: str, changes: dict[str, Any] | None = None) -> PromptLayo
 
     Raises ImportingError.
     """
-    if given in LAYOUTS:
-        fields = LAYOUTS[given].model_dump()
-    else:
-        fields = _fields_of(Path(given))
+    fields = LAYOUTS[given].model_dump() if given in LAYOUTS else _fields_of(Path(given))
     try:
         return PromptLayout(**(fields | (changes or {})))
     except ValidationError as error:

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.item_ids import shown
+from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.user_prompt import UserPrompt
 
@@ -87,4 +87,7 @@ def _difference(user: UserPrompt, rendered: Sequence[int], expected: Sequence[in
 
 
 def _names(user: UserPrompt, tokens: Sequence[int]) -> str:
-    return " ".join(f"{name!r} ({token})" for name, token in zip(user.tokenizer.convert_ids_to_tokens(list(tokens)), tokens, strict=True))
+    return " ".join(
+        f"{name!r} ({token})"
+        for name, token in zip(user.tokenizer.convert_ids_to_tokens(list(tokens)), tokens, strict=True)
+    )

@@ -60,7 +60,9 @@ class UserPrompt:
         if len(texts[0]) == 1:
             whole: list[list[int]] = self.tokenizer([text for (text,) in texts])["input_ids"]
             return whole
-        parts = [self.tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*texts, strict=True)]
+        parts = [
+            self.tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*texts, strict=True)
+        ]
         first = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         return [[*first, *(token for part in row for token in part)] for row in zip(*parts, strict=True)]
 
