@@ -32,7 +32,9 @@ def bpe_tokenizer(names: Sequence[str]) -> Any:
     """A byte-level BPE like Qwen's, without a BOS, with the code names added as their authors do."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
