@@ -14,6 +14,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -75,13 +77,14 @@ def random_t5(vocab_size: int, seed: int, **overrides: object) -> PreTrainedMode
 
 
 def random_model(architecture: str, vocab_size: int, seed: int, **overrides: object) -> PreTrainedModel:
-    """A tiny random checkpoint of an architecture: llama, qwen2, qwen3 or t5."""
+    """A tiny random checkpoint of an architecture."""
     if architecture == "t5":
         return random_t5(vocab_size, seed, **overrides)
     torch.manual_seed(seed)
     shape = {**_SHAPE, "vocab_size": vocab_size, **overrides}
     models = {
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }

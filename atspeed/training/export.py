@@ -35,7 +35,8 @@ from atspeed.training.parity import compare
 from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "t5")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "t5")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 # The longest sequence of a T5 whose config has no n_positions: that of the original T5. Its position bias has no end.
@@ -119,8 +120,8 @@ def export_decoder(
     """
     check_supported(model, precision)
     shape = DecoderShape.of(model)
-    if not code_tokens or len(set(code_tokens)) < len(code_tokens):
-        raise ExportError("code_tokens: must be distinct, and at least one")
+    if not code_tokens:
+        raise ExportError("code_tokens: must be at least one")
     if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
         raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
     error = _write_checked(model, folder, code_tokens, precision, prompt)
@@ -177,34 +178,42 @@ def _write_checked(
     return error
 
 
-def check_supported(model: PreTrainedModel, precision: Precision = "float32") -> None:
-    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
-    config = model.config
+def check_architecture(config: Any) -> None:
+    """Raise ExportError, naming the config field, when no graph would compute what a model of this config computes."""
+    if any(getattr(config, field, None) for field in _EXPERTS):
+        raise ExportError(f"config.model_type: {config.model_type!r} is a mixture of experts, which no graph computes")
     if config.model_type not in ARCHITECTURES:
         raise ExportError(f"config.model_type: {config.model_type!r}, supported are {', '.join(ARCHITECTURES)}")
-    if model.dtype != torch.float32 or model.training:
-        raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
     if config.model_type == "t5":
-        _check_t5(model, precision)
+        _check_t5(config)
         return
     if config.hidden_act != "silu":
         raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is 'silu'")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
-    if 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim:
+    window = getattr(config, "sliding_window", None)
+    # Mistral has no layer types: every layer slides. Llama has neither field.
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    if window is not None and slides and window < config.max_position_embeddings:
+        raise ExportError(f"config.sliding_window: {window}, attention must see the whole sequence")
+
+
+def check_supported(model: PreTrainedModel, precision: Precision = "float32") -> None:
+    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
+    check_architecture(model.config)
+    if model.config.is_encoder_decoder:
+        if precision != "float32":
+            raise ExportError(f"precision: {precision}, a t5 is exported in float32 only")
+    elif 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim:
         raise ExportError("config.rope_parameters: rotates a part of each head only")
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # Llama has no such field
-    if slides and config.sliding_window < config.max_position_embeddings:
-        raise ExportError(f"config.sliding_window: {config.sliding_window}, attention must see the whole sequence")
+    if model.dtype != torch.float32 or model.training:
+        raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
 
 
-def _check_t5(model: PreTrainedModel, precision: Precision) -> None:
-    config = model.config
-    if precision != "float32":
-        raise ExportError(f"precision: {precision}, a t5 is exported in float32 only")
-    if not config.is_encoder_decoder or not hasattr(model, "lm_head"):
-        raise ExportError("model: a t5 without encoder, decoder and head; supported is T5ForConditionalGeneration")
+def _check_t5(config: Any) -> None:
+    if not config.is_encoder_decoder:
+        raise ExportError("config.is_encoder_decoder: false, a t5 needs its encoder and its decoder")
     if config.dense_act_fn not in ACTIVATIONS:
         raise ExportError(f"config.feed_forward_proj: {config.dense_act_fn!r}, supported are {', '.join(ACTIVATIONS)}")
     start = config.decoder_start_token_id

@@ -22,7 +22,7 @@ _TARGET_BEAMS = 10  # K of the agreement measure
 
 def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> ModelRecommender:
     """Build the recommender of a model under a recipe."""
-    sequencer = Sequencer(model.spelling, model.spelling.item_tokens(catalogue), recipe.allow_empty_history)
+    sequencer = Sequencer.of(model.spelling, catalogue, recipe.allow_empty_history)
     return ModelRecommender(model.model, sequencer, catalogue, recipe.scoring_rule)
 
 

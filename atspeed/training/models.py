@@ -117,8 +117,13 @@ def _from_base(base: PretrainedBase, catalogue: Catalogue, window: PromptWindow)
     model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
     drop_generation_defaults(model, f"base.folder: {base.folder}")
     names = [name for level, size in enumerate(catalogue.trie.codebook_sizes) for name in code_names(level, size)]
-    if tokenizer.add_tokens(names, special_tokens=True) != len(names):
-        raise RecipeError(f"base.folder: the tokenizer of {base.folder} already has tokens such as {names[0]}")
+    known = next(filter(tokenizer.get_vocab().__contains__, names), None)
+    # `add_tokens` would also count tokens that exist and only make them special.
+    if known:
+        raise RecipeError(
+            f"base.folder: {base.folder} already has the code token {known}; `atspeed import` serves such a checkpoint as it is"
+        )
+    tokenizer.add_tokens(names, special_tokens=True)
     # Some bases have more rows than their tokenizer has tokens; these rows are kept.
     model.resize_token_embeddings(max(len(tokenizer), _vocab_size(model)))
 
@@ -159,7 +164,7 @@ def code_names(level: int, size: int) -> list[str]:
 
 def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
     """Return the number of tokens of the longest prompt with its codes."""
-    return prompt.max_tokens(catalogue.trie.levels) + catalogue.trie.levels
+    return prompt.max_tokens(catalogue.longest_spelling) + catalogue.trie.levels
 
 
 def train_model(
@@ -199,7 +204,7 @@ def train_model(
     spelled = build_model(part, catalogue, recipe.prompt, seed)
     if start is not None:
         spelled.model.load_state_dict(start.model.state_dict())
-    sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), recipe.allow_empty_history)
+    sequencer = Sequencer.of(spelled.spelling, catalogue, recipe.allow_empty_history)
     windows = WindowBatches(
         sequencer,
         index_histories(catalogue, dataset.train),
