@@ -103,6 +103,32 @@ def random_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> 
     return Catalogue.build([f"item-{n}" for n in range(items)], codes, codebook_sizes)
 
 
+def tailed_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> Catalogue:
+    """Random paths of one to L codes, each with a scored tail token behind it: the last code of every level but the first.
+
+    The items of a path are in a random order.
+    """
+    rng = np.random.default_rng(seed)
+    codes = np.full((items, len(codebook_sizes) + 1), -1)
+    for level, size in enumerate(codebook_sizes):
+        codes[:, level] = np.minimum(rng.geometric(0.3, items) - 1, size - 1)
+    ends, tails = rng.integers(1, len(codebook_sizes) + 1, items), np.array([*codebook_sizes, 0])
+    for path, end in zip(codes, ends.tolist(), strict=True):
+        path[end:] = [tails[end], *[-1] * (len(path) - end - 1)]
+    sizes = (codebook_sizes[0], *(size + 1 for size in codebook_sizes[1:]), 1)
+    ids, rank = [f"item-{n}" for n in range(items)], rng.permutation(items)
+    return Catalogue.build(ids, codes, sizes, tail_start=[*codebook_sizes, 0], rank=rank)
+
+
+def shared_tokens(catalogue: Catalogue) -> tuple[int, ...]:
+    """Tokens that all levels share: one for each code, and one for the tail."""
+    return tuple(
+        SPECIALS if code >= tail else SPECIALS + 1 + code
+        for size, tail in zip(catalogue.trie.codebook_sizes, catalogue.tail_start.tolist(), strict=True)
+        for code in range(size)
+    )
+
+
 @dataclass(frozen=True)
 class TestBundle:
     """A bundle on disk and the checkpoints that it was exported from."""
@@ -133,13 +159,17 @@ def write_bundle(
     drop_block: int = 1,
     target_shape: Mapping[str, object] = MappingProxyType({}),
     precision: Precision = "float32",
+    code_tokens: tuple[int, ...] | None = None,
+    items_per_path: int | None = None,
 ) -> TestBundle:
     """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1.
 
     target_shape: what of the target's config is not as usual; its draft then stays tiny and knows nothing of it.
     draft_architecture: another one than the target's, for a draft that knows nothing of it.
+    code_tokens: those of both models; by default each code column has its own.
     """
     vocab = SPECIALS + catalogue.trie.columns
+    code_tokens = code_tokens or tuple(range(SPECIALS, vocab))
     target = random_model(architecture, vocab, seed, **target_shape)
     draft = random_model(draft_architecture or architecture, vocab, seed)
     torch.manual_seed(seed + 1)
@@ -152,7 +182,7 @@ def write_bundle(
     for role, model in made:
         prefix = () if model.config.is_encoder_decoder else (BOS,)
         prompt = PromptTemplate(prefix=prefix, suffix=(EOH,), max_items=max_items, drop_block=drop_block)
-        spelling = Spelling(code_tokens=tuple(range(SPECIALS, vocab)), prompt=prompt, pad_token=0, vocab_size=vocab)
+        spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
         models[role] = SpelledModel(model, spelling)
     reports = {
         role: export_decoder(spelled.model, root / role, code_tokens=spelled.spelling.code_tokens, precision=precision)
@@ -164,6 +194,7 @@ def write_bundle(
         name="random",
         scoring_rule=rule,
         allow_empty_history=allow_empty_history,
+        items_per_path=items_per_path,
         catalogue_version=catalogue.version,
         target=entries["target"],
         draft=entries["draft"],

@@ -22,7 +22,7 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import random_catalogue, shared_tokens, tailed_catalogue, write_bundle
 from tests.oracles.models import BLOCK_TOKENS, DictStore, Models
 from tests.oracles.sequence_model import SequenceModel
 
@@ -31,17 +31,22 @@ EVERYTHING = Selection(Pruning.none(), limit=100)
 ABSOLUTE, RELATIVE = 1e-4, 1e-5
 
 
-DECODERS = [(ScoringRule.VOCAB, "llama"), (ScoringRule.TRIE, "qwen3")]
+DECODERS = [(ScoringRule.VOCAB, "llama"), (ScoringRule.TRIE, "qwen3"), (ScoringRule.CODES, "qwen2")]
 
 
 def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     rule, architecture = request.param
-    catalogue = random_catalogue(40, (6, 5, 4), seed=2)
+    catalogue, tokens = random_catalogue(40, (6, 5, 4), seed=2), None
+    if rule is ScoringRule.CODES:
+        catalogue = tailed_catalogue(40, (6, 5, 4), seed=2)
+        tokens = shared_tokens(catalogue)
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture))
+    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, code_tokens=tokens))
 
 
-@pytest.fixture(scope="module", params=[*DECODERS, (ScoringRule.TRIE, "t5")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")], ids="-".join
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     return bundle_of(request, tmp_path_factory)
 
@@ -83,8 +88,7 @@ async def test_every_node_is_evaluated_as_the_checkpoint_reads_its_path(models: 
     """The whole trie in one pass, against the torch model on every prefix as a plain sequence."""
     naive, prompt = models.naive, models.prompt(items, seed=items)
     code_tokens = models.bundle.bundle.manifest.target.code_tokens
-    over_children = models.rule is ScoringRule.TRIE
-    oracle = SequenceModel(models.bundle.target, naive, code_tokens, prompt, over_children=over_children)
+    oracle = SequenceModel(models.bundle.target, naive, code_tokens, prompt, models.rule)
     async with opened(models) as evaluator:
         found = await evaluate(evaluator, prompt, naive.inner())
     for node, children in found.items():
@@ -117,7 +121,7 @@ async def test_co_batched_nodes_and_order_of_passes_change_no_result(models: Mod
 
 async def test_every_state_of_the_cache_gives_the_same_result(decoders: Models) -> None:
     """Cold; all in memory; part in memory; all in the store; and a prefix of another user's longer history."""
-    prompt, longer = decoders.prompt(7, seed=3), decoders.prompt(8, seed=3)
+    prompt, longer = decoders.prompt(10, seed=3), decoders.prompt(11, seed=3)
     blocks = (len(prompt) - 1) // BLOCK_TOKENS
     assert blocks >= 4
     nodes, store = decoders.naive.inner(), DictStore()
