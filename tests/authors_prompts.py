@@ -76,8 +76,15 @@ def mimigenrec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int
     return tokens
 
 
+def letter_tiger(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int]:
+    """What the encoder reads: no text and no separator; the tokenizer ends it."""
+    tokens: list[int] = tokenizer("".join("".join(paths[item]) for item in history[-20:]))["input_ids"]
+    return tokens
+
+
 PROMPTS: dict[str, Callable[[Any, Paths, Sequence[str]], list[int]]] = {
     "lc-rec": lc_rec,
+    "letter-tiger": letter_tiger,
     "mimigenrec": mimigenrec,
     "minionerec": minionerec,
 }

@@ -61,7 +61,20 @@ def unigram_tokenizer(names: Sequence[str]) -> Any:
     return _with_names(made(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"), names)
 
 
-TOKENIZERS = {"bpe": bpe_tokenizer, "unigram": unigram_tokenizer}
+def t5_tokenizer(names: Sequence[str]) -> Any:
+    """A SentencePiece-like tokenizer as T5's: no BOS, and `</s>` behind every text."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=140, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made: Any = PreTrainedTokenizerFast
+    return _with_names(made(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"), names)
+
+
+TOKENIZERS = {"bpe": bpe_tokenizer, "t5": t5_tokenizer, "unigram": unigram_tokenizer}
 
 
 def _with_names(tokenizer: Any, names: Sequence[str]) -> Any:

@@ -28,7 +28,7 @@ def import_checkpoint(
     prompt: Annotated[
         str,
         typer.Option(
-            help="Name of a layout (lc-rec, minionerec, mimigenrec, openonerec), or a file: the text with {history}."
+            help="Name of a layout (lc-rec, minionerec, mimigenrec, openonerec, letter-tiger), or a file: the text with {history}."
         ),
     ],
     histories: Annotated[

@@ -31,7 +31,7 @@ from atspeed.importing.layouts import PromptLayout
 from atspeed.importing.template import check_prompts, split_prompt
 from atspeed.importing.user_prompt import UserPrompt
 from atspeed.training.bundles import entry_of, versions
-from atspeed.training.export import export_decoder
+from atspeed.training.export import check_precision, export_decoder, max_positions
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
 from atspeed.training.stages import remove
@@ -144,6 +144,7 @@ def import_checkpoint(
 def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
     """Read everything but the weights, and compare the prompts. Raises ImportingError or ExportError."""
     config = files.source.config()
+    check_precision(config, choices.precision)
     layout = choices.layout
     index = read_index(files.index, layout)
     check_lengths(index, unequal=choices.unequal_paths)
@@ -190,12 +191,18 @@ def _spelling(columns: CodeColumns, template: PromptTemplate, tokenizer: Any, vo
 
 
 def _check_fits(config: Any, spelling: Spelling, catalogue: Catalogue) -> None:
-    """Raise ImportingError when the longest prompt with its codes has more tokens than the model has positions."""
+    """Raise ImportingError when the longest prompt with its codes has more tokens than the model has positions.
+
+    A prompt without an item must hold a token, too.
+    """
+    template = spelling.prompt
+    if not template.prefix and not (config.is_encoder_decoder and template.suffix):
+        raise ImportingError("prompt: no token stands before the history, and a decoder must begin with one")
     longest = spelling.prompt.max_tokens(catalogue.longest_spelling) + catalogue.trie.levels - 1
-    if longest > config.max_position_embeddings:
+    if longest > max_positions(config):
         raise ImportingError(
             f"prompt: {spelling.prompt.max_items} items take up to {longest} tokens, the model has "
-            f"{config.max_position_embeddings} positions; --max-items takes fewer"
+            f"{max_positions(config)} positions; --max-items takes fewer"
         )
 
 

@@ -78,8 +78,9 @@ class Source:
         if self.base:
             return self._added(self.base)
         model = load_checkpoint(self.checkpoint)
-        last: Any = model.model
-        if float(last.norm.weight.detach().abs().mean()) < _DELTA_NORM:
+        whole: Any = model
+        norm = whole.decoder.final_layer_norm if model.config.is_encoder_decoder else whole.model.norm
+        if float(norm.weight.detach().abs().mean()) < _DELTA_NORM:
             raise ImportingError(
                 f"{self.checkpoint}: its norm weights are near 0, as in a delta; give its base with --base"
             )

@@ -106,6 +106,8 @@ LAYOUTS: dict[str, PromptLayout] = {
         max_items=512,
         code_names=("<s_a_{}>", "<s_b_{}>", "<s_c_{}>"),
     ),
+    # For the encoder of a T5, whose tokenizer ends the text itself.
+    "letter-tiger": PromptLayout(segments=(HISTORY,), separator="", tail=EOS, max_items=20),
 }
 
 

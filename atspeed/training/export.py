@@ -133,14 +133,14 @@ def export_decoder(
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        max_positions=_max_positions(model),
+        max_positions=max_positions(model.config),
         max_logit_error=error,
         decoder_start=_decoder_start(model),
     )
 
 
-def _max_positions(model: PreTrainedModel) -> int:
-    config = model.config
+def max_positions(config: Any) -> int:
+    """Return the longest sequence of a model, prompt and codes together."""
     if config.is_encoder_decoder:
         return int(getattr(config, "n_positions", None) or _T5_POSITIONS)
     return int(config.max_position_embeddings)
@@ -202,13 +202,20 @@ def check_architecture(config: Any) -> None:
 def check_supported(model: PreTrainedModel, precision: Precision = "float32") -> None:
     """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
     check_architecture(model.config)
-    if model.config.is_encoder_decoder:
-        if precision != "float32":
-            raise ExportError(f"precision: {precision}, a t5 is exported in float32 only")
-    elif 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim:
+    check_precision(model.config, precision)
+    if (
+        not model.config.is_encoder_decoder
+        and 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim
+    ):
         raise ExportError("config.rope_parameters: rotates a part of each head only")
     if model.dtype != torch.float32 or model.training:
         raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
+
+
+def check_precision(config: Any, precision: Precision) -> None:
+    """Raise ExportError when a model of this config has no graph in a precision."""
+    if config.is_encoder_decoder and precision != "float32":
+        raise ExportError(f"precision: {precision}, a {config.model_type} is exported in float32 only")
 
 
 def _check_t5(config: Any) -> None:

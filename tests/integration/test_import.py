@@ -28,6 +28,7 @@ CASES = [
     ("lc-rec", "llama", "unigram", {}),
     ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
     ("mimigenrec", "qwen2", "bpe", {}),
+    ("letter-tiger", "t5", "t5", {}),
 ]
 
 
@@ -82,7 +83,7 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
     beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0} if k > 1 else {}
     model: Any = made.model
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    start = len(prompt)
+    start = 1 if model.config.is_encoder_decoder else len(prompt)
     output = model.generate(
         torch.tensor([list(prompt)]),
         attention_mask=torch.ones(1, start, dtype=torch.int64),
@@ -90,6 +91,7 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
             max_new_tokens=levels,
             do_sample=False,
             pad_token_id=0,
+            decoder_start_token_id=model.config.decoder_start_token_id if model.config.is_encoder_decoder else None,
             return_dict_in_generate=True,
             output_scores=True,
             **beams,
@@ -99,13 +101,18 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
     found: list[tuple[str, float]] = []
     for row in output.sequences[:, start:].tolist():
         if tuple(row) in whole:  # generate fills its beams with impossible ones where fewer paths exist
-            score = _score(model, [*prompt, *row], start)
+            score = _score(model, prompt, row)
             found += [(item, score) for item in whole[tuple(row)]]
     return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
 
 
 @torch.inference_mode()
-def _score(model: Any, tokens: Sequence[int], start: int) -> float:
-    """The log-probability of what follows `start` tokens, over the whole vocabulary."""
-    logp = model(torch.tensor([list(tokens)])).logits[0].log_softmax(-1)
-    return sum(float(logp[place - 1, tokens[place]]) for place in range(start, len(tokens)))
+def _score(model: Any, prompt: Sequence[int], path: Sequence[int]) -> float:
+    """The log-probability of a path behind a prompt, over the whole vocabulary."""
+    if model.config.is_encoder_decoder:
+        begun = [model.config.decoder_start_token_id, *path[:-1]]
+        output = model(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=torch.tensor([begun]))
+    else:
+        output = model(torch.tensor([[*prompt, *path[:-1]]]))
+    logp = output.logits[0, -len(path) :].log_softmax(-1)
+    return sum(float(logp[place, token]) for place, token in enumerate(path))

@@ -82,7 +82,7 @@ class ModelEntry(_Part):
     path: ModelPath
     """The .onnx file: FOLDER/FILE inside the bundle."""
     architecture: str
-    """Hugging Face model type of the checkpoint: llama, qwen2, qwen3, t5."""
+    """Hugging Face model type of the checkpoint, such as llama or t5."""
     precision: Precision
     parameters: PositiveInt
     vocab_size: PositiveInt

@@ -44,9 +44,7 @@ def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, code_tokens=tokens))
 
 
-@pytest.fixture(
-    scope="module", params=[*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")], ids="-".join
-)
+@pytest.fixture(scope="module", params=[*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")], ids="-".join)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     return bundle_of(request, tmp_path_factory)
 
