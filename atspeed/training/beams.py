@@ -18,7 +18,7 @@ from torch import Tensor, inf
 from transformers import DynamicCache, PreTrainedModel
 
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import Pruning, Trie
+from atspeed.engine.search.trie import ENDED, Pruning, Trie
 from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
 
@@ -108,7 +108,7 @@ class BeamSearch:
             logits = logits.gather(1, by_path.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
             # Their children [b, f, codes] and the best K of them. Node -1 takes the last row, which has no children.
             child = self._child_of[level][node]
-            logp = self._log_probabilities(level, logits, child >= 0)
+            logp = self._log_probabilities(level, logits, child)
             best, value, parent = self._select(score, child, logp, dead)
             yield BeamLevel(node, logp, best, value)
             if level + 1 == self.trie.levels:
@@ -124,7 +124,10 @@ class BeamSearch:
             logits = self._logits_of(level, node, sees, prompt_length, cache)
 
     def _logits_of(self, level: int, node: Tensor, sees: Tensor, prompt_length: int, cache: DynamicCache) -> Tensor:
-        """Compute the logits [b, K, V] after each beam. sees: bool [b, K, cached tokens with these]."""
+        """Compute the logits [b, K, V] after each beam. sees: bool [b, K, cached tokens with these].
+
+        The logits after an ended place, which has no token, mean nothing and are not used.
+        """
         tokens = self._column[level][self._code[node.clamp(min=0)].clamp(min=0)]
         dtype = self.model.dtype
         bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
@@ -152,14 +155,17 @@ class BeamSearch:
         chosen = child.flatten(1).gather(1, index).masked_fill(value == -inf, -1)
         return chosen, value, index // child.shape[-1]
 
-    def _log_probabilities(self, level: int, logits: Tensor, valid: Tensor) -> Tensor:
-        """Return the log-probability of each code, [b, f, codes]. valid: the codes in the catalogue."""
-        if self.rule is ScoringRule.VOCAB:
-            every = logits.float()
-            logp = every[..., self._column[level]] - every.logsumexp(-1, keepdim=True)
+    def _log_probabilities(self, level: int, logits: Tensor, child: Tensor) -> Tensor:
+        """Return the log-probability of each child, [b, f, codes]; -inf where there is none, 0 for an ended place."""
+        every, valid = logits.float(), child >= 0
+        logp = every[..., self._column[level]]
+        if self.rule is ScoringRule.TRIE:
+            logp = logp.masked_fill(~valid, -inf).log_softmax(-1)
         else:
-            logp = logits.float()[..., self._column[level]].masked_fill(~valid, -inf).log_softmax(-1)
-        logp = logp.masked_fill(~valid, -inf)
+            among = every if self.rule is ScoringRule.VOCAB else every[..., self._code_token]
+            logp = logp - among.logsumexp(-1, keepdim=True)
+        ended = self._code[child.clamp(min=0)] == ENDED
+        logp = logp.masked_fill(ended, 0.0).masked_fill(~valid, -inf)
         if logp.isnan().any():
             raise TrainingError(
                 "the model's log-probabilities are not numbers; its schedule.learning_rate may be too large"
@@ -182,12 +188,20 @@ class BeamSearch:
         return tuple(torch.split(tokens, list(self.trie.codebook_sizes)))
 
     @cached_property
+    def _code_token(self) -> Tensor:
+        """Distinct token ids of all codes."""
+        return torch.tensor(sorted(set(self.spelling.code_tokens)), device=self.model.device)
+
+    @cached_property
     def _code(self) -> Tensor:
         return torch.from_numpy(self.trie.code.astype(np.int64)).to(self.model.device)
 
     @cached_property
     def _child_of(self) -> tuple[Tensor, ...]:
-        """int64 [nodes + 1, codes] per level: the child under each code, or -1. The last row is for node -1."""
+        """int64 [nodes + 1, codes] per level: the child under each code, or -1. The last row is for node -1.
+
+        An ended place takes the last code's place: it is an only child.
+        """
         tables = []
         for level, size in enumerate(self.trie.codebook_sizes):
             table = np.full((self.trie.nodes + 1, size), -1, dtype=np.int64)

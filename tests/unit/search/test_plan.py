@@ -23,7 +23,7 @@ from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft
-from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
+from tests.oracles.naive_plan import NaivePlan, naive_plan, never_needs_a_pass
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_steps
@@ -84,7 +84,7 @@ class Case:
         return DraftRequest(prompt, Beams.root(), self.size, self.proposal, self.pruning, NOISE)
 
     def free(self, path: Path) -> bool:
-        return self.world.rule is ScoringRule.TRIE and has_one_path(self.world.naive, path)
+        return never_needs_a_pass(self.world.naive, self.world.rule, path)
 
     def alive(self, path: Path) -> bool:
         return self.world.naive.alive(path, self.excluded)
@@ -104,7 +104,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, proposals: Sequence[Proposal] = (Proposal.TOP, Proposal.PERTURBED)) -> Case:
-    """Either rule; coarse logits make ties; budgets from one node to more than there are, on all levels or the first few."""
+    """Every rule; coarse logits make ties; budgets from one node to more than there are, on all levels or the first few."""
     naive = draw(naive_tries(levels=(2, 3, 4), max_items=30))
     world = World.random(
         naive, draw(st.sampled_from(ScoringRule)), draw(st.integers(0, 2**32)), coarse=draw(st.booleans())
@@ -228,13 +228,15 @@ def test_a_draft_that_agrees_with_the_target_is_never_wrong(case: Case, beam_wid
 
 @given(cases(proposals=[Proposal.TOP]), st.integers(1, 6))
 def test_a_plan_of_k_per_level_is_the_drafts_beam_search(case: Case, width: int) -> None:
-    """Nothing else has a place in it."""
+    """Nothing else has a place in it, unless a beam needs no pass."""
     levels = case.world.naive.levels
     size = PlanSize(width, width, width * (levels - 1))
     plan, _ = drafted(Case(case.world, case.excluded, size, case.scales, case.proposal))
     own = naive_beam_search(case.world.naive, case.world.model, width, case.alive)[1:-1]
-    if case.world.rule is ScoringRule.VOCAB:
-        assert set(case.world.paths(plan.node)) == {path for level in own for path, _ in level}
+    beams = {path for level in own for path, _ in level}
+    planned = set(case.world.paths(plan.node))
+    assert {path for path in beams if not case.free(path)} <= planned
+    assert planned <= beams or any(map(case.free, beams))
 
 
 @given(cases(proposals=[Proposal.SAMPLE]))
@@ -246,12 +248,28 @@ def test_a_sample_keeps_within_its_budget(case: Case) -> None:
     assert np.bincount(case.world.trie.depth(plan.node)).max() <= min(share, case.size.width)
 
 
+@given(cases(proposals=[Proposal.SAMPLE]))
+def test_a_sample_says_all_that_the_draft_knew(case: Case) -> None:
+    """All live children of every node that was expanded, those whose path has ended included: q is a whole distribution."""
+    order = replace(case.order, with_evaluation=True)
+    plan = asyncio.run(Drafter(TableEvaluator(case.world)).plan(order)).plan  # type: ignore[arg-type]
+    depth = case.world.trie.depth(plan.node)
+    expanded = {ROOT, *plan.node[depth < case.size.last_depth(case.world.trie, 0)].tolist()}
+    assert set(plan.evaluated) <= expanded
+    for node, children in plan.evaluated.items():
+        path = case.world.naive.nodes[node]
+        live = {code for code in case.world.naive.children(path) if case.alive((*path, code))}
+        assert {code for *_, code in case.world.paths(children.node)} == live
+        for child, logp in zip(case.world.paths(children.node), children.logp.tolist(), strict=True):
+            assert logp == case.world.model(path, child[-1])
+
+
 @given(naive_tries(), st.sampled_from(ScoringRule))
 def test_free_nodes_are_those_with_one_path_below(naive: NaiveTrie, rule: ScoringRule) -> None:
-    """Under rule `trie`; under `vocab` every node has to be evaluated."""
+    """Under rule `trie`; under the others every node has to be evaluated whose path goes on."""
     world = World.random(naive, rule, 0)
     free = free_nodes(world.trie, rule)
-    expected = [rule is ScoringRule.TRIE and has_one_path(naive, path) for path in naive.nodes]
+    expected = [never_needs_a_pass(naive, rule, path) for path in naive.nodes]
     assert free.tolist() == expected
 
 
