@@ -55,8 +55,12 @@ def naive(
             logits = model(input_ids=torch.tensor([tokens])).logits[0, -1].double()
             children = TRIE.children(node)
             child_logits = logits[[SPELLING.code_tokens[int(column)] for column in TRIE.column(children)]]
-            normaliser = logits if rule is ScoringRule.VOCAB else child_logits
-            logp = child_logits - normaliser.logsumexp(0)
+            normaliser = {
+                ScoringRule.VOCAB: logits,
+                ScoringRule.TRIE: child_logits,
+                ScoringRule.CODES: logits[list(SPELLING.code_tokens)],
+            }
+            logp = child_logits - normaliser[rule].logsumexp(0)
             found += [
                 (int(child), score + float(value))
                 for child, value in zip(children, logp, strict=True)
