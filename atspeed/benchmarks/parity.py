@@ -110,7 +110,7 @@ class Reference:
         drop_generation_defaults(model, "Hugging Face generate")
         self._entry = entry
         self._catalogue = bundle.catalogue()
-        self._rule = bundle.manifest.scoring_rule
+        self._rule, self._items_per_path = bundle.manifest.scoring_rule, bundle.manifest.items_per_path
         self._tries = _TokenTries.of(self._catalogue, entry)
 
     def lists(self, histories: Sequence[History], k: int, progress: Progress) -> list[RankedList]:
@@ -155,7 +155,7 @@ class Reference:
         for path, score in ranked:
             if score < _MASKED:
                 continue
-            found += [(self._catalogue.id_of(item), score) for item in self._tries.items[path]]
+            found += [(self._catalogue.id_of(item), score) for item in self._tries.items[path][: self._items_per_path]]
         return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
 
 

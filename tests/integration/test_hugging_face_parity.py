@@ -95,9 +95,17 @@ async def test_a_tail_that_prompts_do_not_spell_is_scored(architecture: str, tmp
 async def test_paths_of_unequal_lengths_and_shared_tokens_under_every_rule(
     rule: ScoringRule, architecture: str, tmp_path: Path
 ) -> None:
+    """Items of a path stand in the order of their ranks, and the bundle lists two of them at most."""
     catalogue = tailed_catalogue(150, (8, 7, 6), seed=3)
-    tokens = shared_tokens(catalogue)
-    made = write_bundle(tmp_path, catalogue, rule=rule, architecture=architecture, seed=5, code_tokens=tokens)
+    made = write_bundle(
+        tmp_path,
+        catalogue,
+        rule=rule,
+        architecture=architecture,
+        seed=5,
+        code_tokens=shared_tokens(catalogue),
+        items_per_path=2,
+    )
     rows = await run(made.root, made.target, choose_histories(catalogue, None, USERS, seed=7), widths=[1, 10])
     assert [row.different for row in rows] == [0] * len(rows)
     assert max(row.largest_score_gap for row in rows) < 1e-3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.engine.search.mode import Mode
+from atspeed.training.export import load_checkpoint
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.authors_prompts import PROMPTS, tokens_of_tail
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
@@ -29,6 +32,7 @@ CASES = [
     ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
     ("mimigenrec", "qwen2", "bpe", {}),
     ("letter-tiger", "t5", "t5", {}),
+    ("openonerec", "qwen3", "bpe", {"names": ["<|sid_begin|>", "<|sid_end|>"], "max_position_embeddings": 4096}),
 ]
 
 
@@ -51,6 +55,41 @@ async def test_lists_are_those_of_generate_on_the_authors_prompts(
                     replies = await ask(client, requests, progress=progress, title="lists")
                 assert_equal(replies, expected)
     assert read_manifest(bundle).provenance.imported["layout"] == layout
+
+
+async def test_an_adapter_a_prompt_file_and_popular_items(tmp_path: Path) -> None:
+    """A merged adapter, a prompt that is no layout, and the more popular one of two items that share a path."""
+    peft = pytest.importorskip("peft")
+    made = make_checkpoint(tmp_path, random_paths(40, 3))
+    made.model.generation_config.repetition_penalty = 1.8  # dropped: a prompt that repeats codes would tell
+    made.model.generation_config.save_pretrained(made.folder)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        adapted = peft.get_peft_model(made.model, peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "prompt.txt").write_text("Items: {history}\n\n### Response:")
+    (tmp_path / "counts.txt").write_text("0 1\n1 5\n")  # items 0 and 1 share their path
+    bundle = imported(
+        made, tmp_path / "bundle", "--adapter", tmp_path / "adapter", "--prompt", tmp_path / "prompt.txt", "--separator", " ",
+        "--tail", r"\n{eos}", "--popularity", tmp_path / "counts.txt", "--save-checkpoint", tmp_path / "merged",
+    )  # fmt: skip
+    merged = load_checkpoint(tmp_path / "merged")
+    made = replace(made, model=merged, paths={item: made.paths[item] for item in ["1", "0", *list(made.paths)[2:]]})
+    users = made.users[:6]
+    prompts = [
+        made.tokenizer("Items: " + " ".join("".join(made.paths[item]) for item in user[-20:]) + "\n\n### Response:")[
+            "input_ids"
+        ]
+        for user in users
+    ]
+    expected = [generated(made, prompt, tokens_of_tail("minionerec", made.tokenizer), 20) for prompt in prompts]
+    assert any({"0", "1"} <= set(wanted.items) for wanted in expected)
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        requests = [recommend_request(history=user, k=20, beam_width=20, mode=Mode.STRICT) for user in users]
+        with progress_bar() as progress:
+            assert_equal(await ask(client, requests, progress=progress, title="lists"), expected)
 
 
 async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: Path) -> None:
@@ -99,7 +138,7 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
     """The list of `generate`: children restricted to the tokens of items and their tail."""
     whole: dict[tuple[int, ...], list[str]] = {}
     children: dict[tuple[int, ...], set[int]] = {}
-    for item, names in sorted(made.paths.items()):
+    for item, names in made.paths.items():
         path = (*made.tokenizer.convert_tokens_to_ids(names), *tail)
         whole.setdefault(path, []).append(item)
         for length, token in enumerate(path):
@@ -111,7 +150,7 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
     start = 1 if model.config.is_encoder_decoder else len(prompt)
     output = model.generate(
         torch.tensor([list(prompt)]),
-        attention_mask=torch.ones(1, start, dtype=torch.int64),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=levels,
             do_sample=False,
@@ -139,7 +178,7 @@ def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequen
         grown = {beam: score for beam, score in beams.items() if beam in paths}
         for beam in beams.keys() - grown.keys():
             for child in {path[: length + 1] for path in paths if path[:length] == beam}:
-                grown[child] = beams[beam] + _score(made.model, [*prompt, *child], len(prompt) + length)
+                grown[child] = beams[beam] + _score(made.model, [*prompt, *beam], child[length:])
         beams = dict(sorted(grown.items(), key=lambda entry: -entry[1])[:k])
     return RankedList(tuple(paths[beam] for beam in beams), tuple(beams.values()))
 
