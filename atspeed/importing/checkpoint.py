@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     `AutoTokenizer` of transformers 5 builds some tokenizers anew from their vocabulary, and so changes how they split a text.
     """
-    loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    whole = (folder / "tokenizer.json").is_file()
+    if not whole and any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
+        raise ImportingError(f"{folder}: has no tokenizer.json, and its *.model needs: pip install sentencepiece")
+    loader: Any = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
         return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:

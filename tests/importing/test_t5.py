@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from atspeed.importing import checkpoint
+from atspeed.importing.errors import ImportingError
 from tests.checkpoints import make_checkpoint, random_paths
 from tests.command_line import run
 
@@ -30,3 +32,11 @@ def test_the_reason_is_one_line(
     assert said in done.output
     assert len(done.output.strip().splitlines()) == 1
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_package_that_a_slow_tokenizer_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers itself names another one."""
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr(checkpoint, "find_spec", lambda _: None)
+    with pytest.raises(ImportingError, match=r"no tokenizer\.json.*pip install sentencepiece"):
+        checkpoint.load_tokenizer(tmp_path)
