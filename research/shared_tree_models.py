@@ -16,7 +16,8 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions, load_decoder
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.loading import load_decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Found, PassProgram, Selection, TreeSession

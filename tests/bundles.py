@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,15 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from atspeed.engine.bundle.catalogue import Catalogue
@@ -46,12 +51,41 @@ _SHAPE = {
 }
 
 
+_T5_SHAPE = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def random_t5(vocab_size: int, seed: int, **overrides: object) -> PreTrainedModel:
+    """A tiny random T5. Its norms and position biases are random too: ones and small numbers would hide a missing one."""
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {**_T5_SHAPE, "vocab_size": vocab_size, **overrides}
+    model: PreTrainedModel = T5ForConditionalGeneration(T5Config(**shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "relative" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.train(False)
+    return model
+
+
 def random_model(architecture: str, vocab_size: int, seed: int, **overrides: object) -> PreTrainedModel:
-    """A tiny random checkpoint of an architecture: llama, qwen2 or qwen3."""
+    """A tiny random checkpoint of an architecture."""
+    if architecture == "t5":
+        return random_t5(vocab_size, seed, **overrides)
     torch.manual_seed(seed)
     shape = {**_SHAPE, "vocab_size": vocab_size, **overrides}
     models = {
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
@@ -94,6 +128,7 @@ def write_bundle(
     *,
     rule: ScoringRule = ScoringRule.VOCAB,
     architecture: str = "llama",
+    draft_architecture: str = "",
     seed: int = 0,
     draft_noise: float = 0.02,
     allow_empty_history: bool = False,
@@ -107,25 +142,27 @@ def write_bundle(
     """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1.
 
     target_shape: what of the target's config is not as usual; its draft then stays tiny and knows nothing of it.
+    draft_architecture: another one than the target's, for a draft that knows nothing of it.
     code_tokens: those of both models; by default each code column has its own.
     """
     vocab = SPECIALS + catalogue.trie.columns
     code_tokens = code_tokens or tuple(range(SPECIALS, vocab))
     target = random_model(architecture, vocab, seed, **target_shape)
-    draft = random_model(architecture, vocab, seed)
+    draft = random_model(draft_architecture or architecture, vocab, seed)
     torch.manual_seed(seed + 1)
     with torch.no_grad():
         for weight in draft.parameters():
             weight.add_(torch.randn_like(weight) * draft_noise)
     catalogue.save(root / "catalogue")
-    prompt = PromptTemplate(prefix=(BOS,), suffix=(EOH,), max_items=max_items, drop_block=drop_block)
-    spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
-    models: dict[Role, SpelledModel] = {
-        "target": SpelledModel(target, spelling),
-        "draft": SpelledModel(draft, spelling),
-    }
+    models: dict[Role, SpelledModel] = {}
+    made: tuple[tuple[Role, PreTrainedModel], ...] = (("target", target), ("draft", draft))
+    for role, model in made:
+        prefix = () if model.config.is_encoder_decoder else (BOS,)
+        prompt = PromptTemplate(prefix=prefix, suffix=(EOH,), max_items=max_items, drop_block=drop_block)
+        spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
+        models[role] = SpelledModel(model, spelling)
     reports = {
-        role: export_decoder(spelled.model, root / role, code_tokens=spelling.code_tokens, precision=precision)
+        role: export_decoder(spelled.model, root / role, code_tokens=spelled.spelling.code_tokens, precision=precision)
         for role, spelled in models.items()
     }
     files = hash_files(root)

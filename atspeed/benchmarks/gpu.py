@@ -35,7 +35,8 @@ from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, servi
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Provider, RuntimeOptions, load_decoder
+from atspeed.engine.model.decoder import Provider, RuntimeOptions
+from atspeed.engine.model.loading import load_decoder
 from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.engine.search.mode import Mode
 from atspeed.training.export import load_checkpoint

@@ -30,6 +30,7 @@ from atspeed.engine.bundle.manifest import Bundle, ModelEntry
 from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
+from atspeed.training.decoder_graph import DecoderShape
 from atspeed.training.generation import drop_generation_defaults
 from atspeed.v1 import recommendation_pb2 as pb
 
@@ -102,8 +103,8 @@ class Reference:
     """Hugging Face `generate` over a bundle's catalogue. Raises BenchmarkError if the bundle is not the checkpoint's."""
 
     def __init__(self, bundle: Bundle, model: PreTrainedModel) -> None:
-        entry = bundle.manifest.target
-        if (model.config.vocab_size, model.config.num_hidden_layers) != (entry.vocab_size, entry.layers):
+        entry, shape = bundle.manifest.target, DecoderShape.of(model)
+        if (shape.vocab_size, shape.layers) != (entry.vocab_size, entry.layers):
             raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
         self._model: Any = model  # transformers' type of `generate` has lost its self
         drop_generation_defaults(model, "Hugging Face generate")
@@ -131,13 +132,14 @@ class Reference:
 
     def generate(self, prompts: torch.Tensor, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
         """Return each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
-        prompts, length = prompts.to(self._model.device), prompts.shape[1]
+        prompts, encoder = prompts.to(self._model.device), self._entry.encoder
+        length = 1 if encoder else prompts.shape[1]  # of what generate returns before the codes
         levels = self._catalogue.trie.levels
         with torch.inference_mode():
             output = self._model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                generation_config=_settings(k, levels),
+                generation_config=_settings(k, levels, encoder.decoder_start if encoder else None),
                 logits_processor=LogitsProcessorList([_Scores(self._tries, self._rule, length, k)]),
             )
         paths = [tuple(row) for row in output.sequences[:, length:].tolist()]
@@ -157,13 +159,14 @@ class Reference:
         return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
 
 
-def _settings(k: int, levels: int) -> GenerationConfig:
+def _settings(k: int, levels: int, decoder_start: int | None) -> GenerationConfig:
     """Return the settings of a beam search of width k; for width 1 those of greedy search, which has no beam settings."""
     beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0, "early_stopping": False} if k > 1 else {}
     return GenerationConfig(  # type: ignore[no-untyped-call] # transformers'
         max_new_tokens=levels,
         do_sample=False,
         pad_token_id=0,
+        decoder_start_token_id=decoder_start,
         return_dict_in_generate=True,
         output_scores=True,
         **beams,

@@ -34,7 +34,8 @@ from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_store import RedisKvStore
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
+from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.engine.model.loading import load_decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection

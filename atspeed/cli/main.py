@@ -3,6 +3,7 @@
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers            catalogue update        other items, same models
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
+import                            a checkpoint as a bundle           extra `train`, atspeed/cli/import_checkpoint.py
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 
 A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training that stopped
@@ -30,6 +31,7 @@ from atspeed.cli.bench.main import bench_commands
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
 from atspeed.cli.errors import Commands
+from atspeed.cli.import_checkpoint import import_checkpoint
 from atspeed.cli.inflate import inflate
 from atspeed.cli.options import (
     MAX_MINUTES,
@@ -59,6 +61,7 @@ app.add_typer(catalogue_commands, name="catalogue")
 app.add_typer(bench_commands, name="bench")
 for command in (recommend, record, history, forget, info, inflate, certificates, token):
     app.command()(command)
+app.command("import")(import_checkpoint)
 
 
 def _redis_url(value: str | None) -> str | None:
@@ -324,7 +327,13 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     numbers = all(re.fullmatch("[0-9]{1,7}", number) for number in (first, last))
     if not (colon and numbers and int(first) <= int(last)):
         raise typer.BadParameter(f"--code-tokens: {given[:40]!r} is not FIRST:LAST, two token ids of at most 7 digits")
-    return list(range(int(first), int(last) + 1))
+    tokens = list(range(int(first), int(last) + 1))
+    if any(checkpoint.glob("tokenizer*")):
+        tokenizer = optional("atspeed.importing.checkpoint").load_tokenizer(checkpoint)
+        optional("atspeed.importing.code_tokens").check_order(
+            [str(name) for name in tokenizer.convert_ids_to_tokens(tokens)]
+        )
+    return tokens
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_decoder, load_decoder
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.loading import check_decoder, load_decoder
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.trie import Trie
 from atspeed.errors import FailedPreconditionError

@@ -10,6 +10,7 @@ from pathlib import Path
 from atspeed.engine.bundle.bundle_files import link_or_copy
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
+    EncoderEntry,
     Manifest,
     ModelEntry,
     Provenance,
@@ -21,6 +22,7 @@ from atspeed.engine.bundle.manifest import (
 )
 from atspeed.engine.files.json_file import finite
 from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.engine.model.encoder_decoder import ENCODER_FILE
 from atspeed.training.data import Dataset
 from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder
 from atspeed.training.models import SpelledModel
@@ -124,6 +126,9 @@ def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> Ex
 
 def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mapping[str, str]) -> ModelEntry:
     """Build the manifest's entry of an exported model. files: the bundle's hashes."""
+    encoder = None
+    if report.decoder_start is not None:
+        encoder = EncoderEntry(path=f"{role}/{ENCODER_FILE}", decoder_start=report.decoder_start)
     return ModelEntry(
         path=f"{role}/{MODEL_FILE}",
         architecture=report.architecture,
@@ -137,4 +142,5 @@ def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mappi
         code_tokens=model.spelling.code_tokens,
         prompt=model.spelling.prompt,
         fingerprint=fingerprint(dict(files), role),
+        encoder=encoder,
     )

@@ -23,7 +23,7 @@ Weights are in a file beside the graph, whatever their size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
@@ -59,9 +59,12 @@ class DecoderShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> DecoderShape:
-        """Read the sizes of a Llama, Qwen2 or Qwen3."""
+        """Read the sizes of a Llama, Qwen2 or Qwen3, or of a T5's decoder."""
         config = model.config
         heads = config.num_attention_heads
+        if config.is_encoder_decoder:
+            layers, epsilon = config.num_decoder_layers, config.layer_norm_epsilon
+            return cls(layers, heads, heads, config.d_kv, config.d_model, config.vocab_size, epsilon)
         return cls(
             layers=config.num_hidden_layers,
             heads=heads,
@@ -76,10 +79,11 @@ class DecoderShape:
 class GraphBuilder:
     """Collects nodes and initializers: small integers in the graph itself, weights in the data file."""
 
-    def __init__(self, data: BinaryIO) -> None:
+    def __init__(self, data: BinaryIO, data_file: str = DATA_FILE) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
         self._data = data
+        self._data_file = data_file
 
     def op(self, op_type: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Append a node with one output, called `name` or numbered. Returns the output's name."""
@@ -107,7 +111,7 @@ class GraphBuilder:
         array = tensor.detach().cpu().contiguous().numpy()
         name = f"weight_{len(self.initializers)}"
         self._data.write(bytes(-self._data.tell() % _PAGE))
-        place = {"location": DATA_FILE, "offset": self._data.tell(), "length": array.nbytes}
+        place = {"location": self._data_file, "offset": self._data.tell(), "length": array.nbytes}
         self._data.write(array.data)
         proto = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
         proto.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -115,6 +119,16 @@ class GraphBuilder:
             proto.external_data.add(key=key, value=str(value))
         self.initializers.append(proto)
         return name
+
+    def finished(
+        self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> onnx.ModelProto:
+        """Return the graph as a model with these inputs and outputs."""
+        fed, fetched = ([_value_info(*one) for one in specs.items()] for specs in (inputs, outputs))
+        graph = helper.make_graph(self.nodes, name, fed, fetched, self.initializers)
+        domains = sorted({"", *(node.domain for node in self.nodes)})
+        opsets = [helper.make_opsetid(domain, 1 if domain else _OPSET) for domain in domains]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
 
 
 class Arithmetic(Protocol):
@@ -198,9 +212,13 @@ class DecoderGraph(GraphBuilder):
     """
 
     def __init__(
-        self, model: PreTrainedModel, data: BinaryIO, arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic]
+        self,
+        model: PreTrainedModel,
+        data: BinaryIO,
+        arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic],
+        data_file: str = DATA_FILE,
     ) -> None:
-        super().__init__(data)
+        super().__init__(data, data_file)
         self.model = model
         self.shape = DecoderShape.of(model)
         self.arithmetic = arithmetic(self, self.shape)
@@ -257,8 +275,7 @@ class DecoderGraph(GraphBuilder):
 
     def head(self, hidden: str, code_tokens: Sequence[int]) -> None:
         """Write code logits and log-normalizer of the requested rows, float32."""
-        normed = self.norm(self.model.model.norm, self.op("Gather", hidden, "out_index"))
-        logits = self.arithmetic.logits(self.model.lm_head, normed)
+        logits = self.arithmetic.logits(self.model.lm_head, self.final(self.op("Gather", hidden, "out_index")))
         self.op("ReduceLogSumExp", logits, self.integers(1), name="log_normalizer", keepdims=0)
         first, last = code_tokens[0], code_tokens[-1]
         if list(code_tokens) == list(range(first, last + 1)):
@@ -266,6 +283,10 @@ class DecoderGraph(GraphBuilder):
             self.op("Slice", logits, *span, name="code_logits")
         else:
             self.op("Gather", logits, self.integers(*code_tokens), name="code_logits", axis=1)
+
+    def final(self, hidden: str) -> str:
+        """Write what follows the last layer, before the head."""
+        return self.norm(self.model.model.norm, hidden)
 
     def norm(self, norm: Module, hidden: str) -> str:
         """Write RMS norm over the last axis, computed in float32."""
@@ -306,12 +327,7 @@ class DecoderGraph(GraphBuilder):
     def to_model(self, columns: int) -> onnx.ModelProto:
         """Return the finished model with the contract's inputs and outputs."""
         sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
-        inputs = [_value_info(name, spec) for name, spec in graph_inputs(*sizes).items()]
-        outputs = [_value_info(name, spec) for name, spec in graph_outputs(*sizes, columns).items()]
-        graph = helper.make_graph(self.nodes, "token_tree_decoder", inputs, outputs, self.initializers)
-        domains = sorted({"", *(node.domain for node in self.nodes)})
-        opsets = [helper.make_opsetid(domain, 1 if domain else _OPSET) for domain in domains]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
+        return self.finished("token_tree_decoder", graph_inputs(*sizes), graph_outputs(*sizes, columns))
 
 
 def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:

@@ -19,22 +19,28 @@ from typing import Any, BinaryIO
 import onnx
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.encoder_decoder import ENCODER_FILE, EncoderDecoder
 from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.int8_graph import Int8Arithmetic, rounded
 from atspeed.training.parity import compare
+from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "t5")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+# The longest sequence of a T5 whose config has no n_positions: that of the original T5. Its position bias has no end.
+_T5_POSITIONS = 512
 
 # Largest error of a logit in the parity check, relative to the largest logit (or to 1, if that is larger). Rounding stays
 # several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with its
@@ -61,6 +67,7 @@ class ExportReport:
         head_dim: the size of a head.
         max_positions: the longest sequence.
         max_logit_error: the largest absolute difference in the parity check.
+        decoder_start: the token that a decoder with an encoder begins with; None for a decoder alone.
     """
 
     architecture: str
@@ -72,16 +79,20 @@ class ExportReport:
     head_dim: int
     max_positions: int
     max_logit_error: float
+    decoder_start: int | None = None
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:
-    """Load a causal language model from a local directory, in float32 and eval mode. Raises ExportError; never downloads."""
+    """Load a language model, causal or T5, from a local directory, in float32 and eval mode.
+
+    Raises ExportError; never downloads.
+    """
     if not (path / "config.json").is_file():
         raise ExportError(f"{path}: no config.json: not a Hugging Face checkpoint")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded = family.from_pretrained(path, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{path}: transformers cannot load it: {error}") from error
     model: PreTrainedModel = loaded[0]
@@ -100,14 +111,14 @@ def export_decoder(
     precision: Precision = "float32",
     prompt: PromptTemplate | None = None,
 ) -> ExportReport:
-    """Write folder/model.onnx and folder/model.onnx.data, and check them against the model.
+    """Write folder/model.onnx and folder/model.onnx.data, and check them against the model. A T5's encoder is beside them.
 
     model: float32, eval mode. code_tokens: the token id of each code column, [C]. prompt: whose tokens are tried as well.
     Raises ExportError, naming the config field, when the model has something that the graph does not, naming the token, when
     a pass over it is not finite, and when the parity check fails. The files take the place of what is there once they are
     checked; otherwise nothing changes.
     """
-    check_supported(model)
+    check_supported(model, precision)
     shape = DecoderShape.of(model)
     if not code_tokens:
         raise ExportError("code_tokens: must be at least one")
@@ -122,9 +133,21 @@ def export_decoder(
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        max_positions=model.config.max_position_embeddings,
+        max_positions=max_positions(model.config),
         max_logit_error=error,
+        decoder_start=_decoder_start(model),
     )
+
+
+def max_positions(config: Any) -> int:
+    """Return the longest sequence of a model, prompt and codes together."""
+    if config.is_encoder_decoder:
+        return int(getattr(config, "n_positions", None) or _T5_POSITIONS)
+    return int(config.max_position_embeddings)
+
+
+def _decoder_start(model: PreTrainedModel) -> int | None:
+    return model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
 
 
 def _write_checked(
@@ -140,8 +163,10 @@ def _write_checked(
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         write_graph(model, partial, code_tokens, precision)
-        _check_finite(partial / MODEL_FILE, code_tokens, prompt)
+        _check_finite(model, partial / MODEL_FILE, code_tokens, prompt)
         error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
+        for name in (ENCODER_DATA_FILE, ENCODER_FILE) if model.config.is_encoder_decoder else ():
+            (partial / name).replace(folder / name)
         for name in (DATA_FILE, MODEL_FILE):
             (partial / name).replace(folder / name)
     except ExportError as failure:
@@ -153,27 +178,65 @@ def _write_checked(
     return error
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
-    config = model.config
+def check_architecture(config: Any) -> None:
+    """Raise ExportError, naming the config field, when no graph would compute what a model of this config computes."""
+    if any(getattr(config, field, None) for field in _EXPERTS):
+        raise ExportError(f"config.model_type: {config.model_type!r} is a mixture of experts, which no graph computes")
     if config.model_type not in ARCHITECTURES:
         raise ExportError(f"config.model_type: {config.model_type!r}, supported are {', '.join(ARCHITECTURES)}")
+    if config.model_type == "t5":
+        _check_t5(config)
+        return
     if config.hidden_act != "silu":
         raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is 'silu'")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
-    if 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim:
+    window = getattr(config, "sliding_window", None)
+    # Mistral has no layer types: every layer slides. Llama has neither field.
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    if window is not None and slides and window < config.max_position_embeddings:
+        raise ExportError(f"config.sliding_window: {window}, attention must see the whole sequence")
+
+
+def check_supported(model: PreTrainedModel, precision: Precision = "float32") -> None:
+    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
+    check_architecture(model.config)
+    check_precision(model.config, precision)
+    if (
+        not model.config.is_encoder_decoder
+        and 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim
+    ):
         raise ExportError("config.rope_parameters: rotates a part of each head only")
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # Llama has no such field
-    if slides and config.sliding_window < config.max_position_embeddings:
-        raise ExportError(f"config.sliding_window: {config.sliding_window}, attention must see the whole sequence")
     if model.dtype != torch.float32 or model.training:
         raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
 
 
+def check_precision(config: Any, precision: Precision) -> None:
+    """Raise ExportError when a model of this config has no graph in a precision."""
+    if config.is_encoder_decoder and precision != "float32":
+        raise ExportError(f"precision: {precision}, a {config.model_type} is exported in float32 only")
+
+
+def _check_t5(config: Any) -> None:
+    if not config.is_encoder_decoder:
+        raise ExportError("config.is_encoder_decoder: false, a t5 needs its encoder and its decoder")
+    if config.dense_act_fn not in ACTIVATIONS:
+        raise ExportError(f"config.feed_forward_proj: {config.dense_act_fn!r}, supported are {', '.join(ACTIVATIONS)}")
+    start = config.decoder_start_token_id
+    if start is None or not 0 <= start < config.vocab_size:
+        raise ExportError(
+            f"config.decoder_start_token_id: {start}, must be a token of the vocabulary of {config.vocab_size}"
+        )
+
+
 def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision) -> None:
-    """Write the two files. The weights are converted and written one at a time."""
+    """Write the two files of each graph. The weights are converted and written one at a time."""
+    if model.config.is_encoder_decoder:
+        with (folder / ENCODER_DATA_FILE).open("wb") as data:
+            encoder = T5EncoderGraph(model, data).write_encoder()
+        (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
+        onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
         graph = _graph(model, precision, data)
         graph.write(code_tokens)
@@ -182,16 +245,25 @@ def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int]
 
 
 def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
+    if model.config.is_encoder_decoder:
+        return T5DecoderGraph(model, data)
     if precision == "int8":
         return DecoderGraph(model, data, Int8Arithmetic)
     dtype = torch.float16 if precision == "float16" else torch.float32
     return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
 
 
-def _check_finite(path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None) -> None:
+def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:
+    return EncoderDecoder(path, options) if model.config.is_encoder_decoder else Decoder(path, options)
+
+
+def _check_finite(
+    model: PreTrainedModel, path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None
+) -> None:
     """Raise ExportError when a pass over a token is not finite: the parity check asks a few random ones only."""
     try:
-        check_finite(Decoder(path, RuntimeOptions(intra_op_threads=torch.get_num_threads())), code_tokens, prompt)
+        decoder = _open(model, path, RuntimeOptions(intra_op_threads=torch.get_num_threads()))
+        check_finite(decoder, code_tokens, prompt, decoder_start=_decoder_start(model))
     except BundleError as error:
         raise ExportError(str(error)) from error
 
@@ -202,7 +274,7 @@ def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int],
     Raises ExportError when it is above TOLERANCE, or when the file cannot be loaded.
     """
     try:
-        decoder = Decoder(path, RuntimeOptions())
+        decoder = _open(model, path, RuntimeOptions())
     except BundleError as error:
         raise ExportError(str(error)) from error
     with rounded(model) if precision == "int8" else nullcontext():

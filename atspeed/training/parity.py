@@ -3,6 +3,9 @@
 The trees follow a cached prefix. The checkpoint reads prefix and tree at once, with an explicit mask and explicit positions.
 The file reads the prefix in one pass and the tree in another, with the keys and values of the first: so the comparison
 includes the cache.
+
+With an encoder, the last token of the prefix is the decoder's first, and the encoder reads the others. The checkpoint then
+reads each path alone: its position bias counts tokens by their order.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.encoder_decoder import EncoderDecoder
 
 Outputs = npt.NDArray[np.float32]
 """[nodes + 1, C + 1]: code logits and log-normalizer of the prefix's last token and of every node of the tree."""
@@ -72,7 +76,10 @@ def compare_checkpoints(
 
 
 def _tree_of(model: PreTrainedModel, seed: int) -> RandomTree:
-    return RandomTree.grow(np.random.default_rng(seed), model.config.vocab_size)
+    tree = RandomTree.grow(np.random.default_rng(seed), model.config.vocab_size)
+    if model.config.is_encoder_decoder:
+        tree.tokens[tree.prefix - 1] = model.config.decoder_start_token_id
+    return tree
 
 
 def _difference(expected: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[float, float]:
@@ -88,6 +95,13 @@ def log_probabilities(outputs: Outputs) -> Outputs:
 
 def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Sequence[int]) -> Outputs:
     """Return the checkpoint's outputs, from one pass over prefix and tree."""
+    logits = (_path_logits if model.config.is_encoder_decoder else _tree_logits)(model, tree)
+    outputs: Outputs = torch.cat([logits[:, list(code_tokens)], logits.logsumexp(1, keepdim=True)], dim=1).numpy()
+    return outputs
+
+
+def _tree_logits(model: PreTrainedModel, tree: RandomTree) -> torch.Tensor:
+    """Return the logits of a decoder, [nodes + 1, vocab]."""
     bias = torch.where(torch.from_numpy(tree.visible), 0.0, torch.finfo(model.dtype).min)
     tokens, positions = torch.from_numpy(tree.tokens), torch.from_numpy(tree.positions)
     with torch.inference_mode():
@@ -97,22 +111,41 @@ def checkpoint_outputs(model: PreTrainedModel, tree: RandomTree, code_tokens: Se
             attention_mask=bias[None, None].to(model.device),
             use_cache=False,
         )
-    logits = result.logits[0, tree.prefix - 1 :].cpu()
-    outputs: Outputs = torch.cat([logits[:, list(code_tokens)], logits.logsumexp(1, keepdim=True)], dim=1).numpy()
-    return outputs
+    logits: torch.Tensor = result.logits[0, tree.prefix - 1 :].cpu()
+    return logits
+
+
+def _path_logits(model: PreTrainedModel, tree: RandomTree) -> torch.Tensor:
+    """Return the logits of an encoder-decoder model, [nodes + 1, vocab]."""
+    encoded = tree.prefix - 1
+    paths = [torch.from_numpy(tree.tokens[encoded:][row[encoded:]]) for row in tree.visible[encoded:]]
+    ends = torch.tensor([len(path) - 1 for path in paths])
+    prompt = torch.from_numpy(tree.tokens[:encoded]).expand(len(paths), -1)
+    with torch.inference_mode():
+        result = model(
+            input_ids=prompt.to(model.device),
+            decoder_input_ids=torch.nn.utils.rnn.pad_sequence(paths, batch_first=True).to(model.device),
+            use_cache=False,
+        )
+    logits: torch.Tensor = result.logits.cpu()[torch.arange(len(paths)), ends]
+    return logits
 
 
 def decoder_outputs(decoder: Decoder, tree: RandomTree) -> Outputs:
     """Return the exported file's outputs, from a pass over the prefix and one over the tree."""
     kv = decoder.empty_kv(len(tree.tokens))
+    encoded = 0
+    if isinstance(decoder, EncoderDecoder):
+        encoded = tree.prefix - 1
+        decoder.encode(tree.tokens[:encoded], kv[:, :, :encoded])
     parts = []
-    for start, end in ((0, tree.prefix), (tree.prefix, len(tree.tokens))):
+    for start, end in ((encoded, tree.prefix), (tree.prefix, len(tree.tokens))):
         logits, log_normalizer = decoder.run(
             tree.tokens[start:end],
-            tree.positions[start:end],
+            tree.positions[start:end] - encoded,
             tree.visible[start:end, :end],
             kv[:, :, :start],
-            np.arange(end - start) if start else np.array([end - 1]),
+            np.arange(end - start) if start == tree.prefix else np.array([end - start - 1]),
             kv[:, :, start:end],
         )
         parts.append(np.column_stack([logits, log_normalizer]))

@@ -219,7 +219,7 @@ class ModelInfo(_message.Message):
     scoring_rule: Global___ScoringRule.ValueType
     """The rule by which log-probabilities are normalised."""
     architecture: _builtins.str
-    """Hugging Face architecture of the checkpoint: llama, qwen2, qwen3."""
+    """Hugging Face architecture of the checkpoint, such as llama or t5."""
     precision: _builtins.str
     """Number format of the weights: float32, float16 or int8."""
     parameters: _builtins.int

@@ -20,11 +20,13 @@ from tests.catalogues import random_catalogue, tailed_catalogue
 USERS = 12
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-async def test_lists_equal_generate(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "draft"), [("llama", ""), ("qwen2", ""), ("qwen3", ""), ("t5", ""), ("t5", "llama")]
+)
+async def test_lists_equal_generate(architecture: str, draft: str, tmp_path: Path) -> None:
     """Target-only and strict, every K: the same items in the same order, with the same scores."""
     catalogue = random_catalogue(300, (16, 12, 10), seed=3)
-    made = write_bundle(tmp_path, catalogue, architecture=architecture, seed=5)
+    made = write_bundle(tmp_path, catalogue, architecture=architecture, draft_architecture=draft, seed=5)
     rows = await run(made.root, made.target, choose_histories(catalogue, None, USERS, seed=7))
     assert [(row.k, row.mode) for row in rows] == [(k, mode) for k in WIDTHS for mode in MODES]
     assert [row.different for row in rows] == [0] * len(rows)
@@ -67,13 +69,14 @@ async def test_generation_defaults_of_a_checkpoint_change_no_list(
         assert f"{name}={value}" in said
 
 
-async def test_a_tail_that_prompts_do_not_spell_is_scored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+async def test_a_tail_that_prompts_do_not_spell_is_scored(architecture: str, tmp_path: Path) -> None:
     """Every path ends in one token more than prompts hold, as in checkpoints that were trained to write a line break."""
     paths = random_catalogue(200, (12, 10, 8), seed=3)
     ids = [paths.id_of(item) for item in range(paths.items)]
     codes = np.pad(paths.codes, ((0, 0), (0, 1)))
     catalogue = Catalogue.build(ids, codes, (12, 10, 8, 1), tail_start=(12, 10, 8, 0))
-    made = write_bundle(tmp_path, catalogue, seed=5)
+    made = write_bundle(tmp_path, catalogue, architecture=architecture, seed=5)
     histories = choose_histories(catalogue, None, USERS, seed=7)
     rows = await run(made.root, made.target, histories, widths=[1, 10])
     assert [row.different for row in rows] == [0] * len(rows)
@@ -87,12 +90,23 @@ async def test_a_tail_that_prompts_do_not_spell_is_scored(tmp_path: Path) -> Non
     assert {path[-1] for path, _ in beams} == {tail}
 
 
-@pytest.mark.parametrize("rule", ScoringRule)
-async def test_paths_of_unequal_lengths_and_shared_tokens_under_every_rule(rule: ScoringRule, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "architecture"), [*((rule, "llama") for rule in ScoringRule), (ScoringRule.CODES, "t5")]
+)
+async def test_paths_of_unequal_lengths_and_shared_tokens_under_every_rule(
+    rule: ScoringRule, architecture: str, tmp_path: Path
+) -> None:
     """Items of a path stand in the order of their ranks, and the bundle lists two of them at most."""
     catalogue = tailed_catalogue(150, (8, 7, 6), seed=3)
-    tokens = shared_tokens(catalogue)
-    made = write_bundle(tmp_path, catalogue, rule=rule, seed=5, code_tokens=tokens, items_per_path=2)
+    made = write_bundle(
+        tmp_path,
+        catalogue,
+        rule=rule,
+        architecture=architecture,
+        seed=5,
+        code_tokens=shared_tokens(catalogue),
+        items_per_path=2,
+    )
     rows = await run(made.root, made.target, choose_histories(catalogue, None, USERS, seed=7), widths=[1, 10])
     assert [row.different for row in rows] == [0] * len(rows)
     assert max(row.largest_score_gap for row in rows) < 1e-3

@@ -15,6 +15,7 @@ from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.tier import KvTier, TierStatistics
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.loading import load_decoder
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.beams import Beams
@@ -81,8 +82,8 @@ class Models:
         catalogue = bundle.bundle.catalogue()
         items = {catalogue.id_of(n): tuple(catalogue.codes[n].tolist()) for n in range(catalogue.items)}
         decoders = {
-            "target": Decoder(bundle.bundle.model_path("target"), RuntimeOptions()),
-            "draft": Decoder(bundle.bundle.model_path("draft"), RuntimeOptions()),
+            "target": load_decoder(bundle.bundle, "target", RuntimeOptions()),
+            "draft": load_decoder(bundle.bundle, "draft", RuntimeOptions()),
         }
         return cls(bundle, catalogue, NaiveTrie(items, catalogue.trie.codebook_sizes), decoders)
 

@@ -1,4 +1,7 @@
-"""A checkpoint read as a plain sequence: prompt, then the codes of a path, one causal pass, no tree and no cache."""
+"""A checkpoint read as a plain sequence: prompt, then the codes of a path, no tree and no cache.
+
+An encoder reads the prompt alone, and the decoder its first token and the codes.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ class SequenceModel:
 
     def _read(self, paths: Sequence[Path]) -> None:
         """Paths of one length, as a batch of independent sequences."""
-        tokens = [self._prompt + [self._token(level, code) for level, code in enumerate(path)] for path in paths]
+        codes = [[self._token(level, code) for level, code in enumerate(path)] for path in paths]
         with torch.no_grad():
-            last = self._model(torch.tensor(tokens)).logits[:, -1].double()
+            last = self._logits(codes)[:, -1].double()
         for path, logits in zip(paths, last, strict=True):
             children = self._trie.children(path)
             if children == [-1]:
@@ -54,3 +57,14 @@ class SequenceModel:
             }
             normalizer = torch.logsumexp(among[self._rule], dim=0)
             self._known[path] = dict(zip(children, (wanted - normalizer).tolist(), strict=True))
+
+    def _logits(self, codes: Sequence[list[int]]) -> torch.Tensor:
+        """After every token of the prompt and of paths, or of the paths if an encoder reads the prompt."""
+        config = self._model.config
+        prompts = torch.tensor([self._prompt] * len(codes))
+        if config.is_encoder_decoder:
+            started = torch.tensor([[config.decoder_start_token_id, *path] for path in codes])
+            logits: torch.Tensor = self._model(input_ids=prompts, decoder_input_ids=started).logits
+        else:
+            logits = self._model(torch.cat([prompts, torch.tensor(codes, dtype=torch.int64)], dim=1)).logits
+        return logits

@@ -3,7 +3,7 @@
     bundle/
         manifest.json           this module's `Manifest`
         catalogue/*.npy         `atspeed.engine.bundle.catalogue.Catalogue`
-        target/model.onnx(.data)
+        target/model.onnx(.data)      and encoder.onnx(.data), if the model has an encoder
         draft/model.onnx(.data)
 
 The manifest holds the SHA-256 of every file. The bundle's version is a hash of these, so two bundles with the same version serve
@@ -41,6 +41,7 @@ from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 Precision = Literal["float32", "float16", "int8"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
@@ -57,6 +58,7 @@ def _inside(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_inside)]
+ModelPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")]
 
 
 class _Part(BaseModel):
@@ -65,16 +67,25 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class EncoderEntry(_Part):
+    """The encoder of an encoder-decoder model, beside its decoder."""
+
+    path: ModelPath
+    """The .onnx file: FOLDER/FILE inside the bundle, in the decoder's folder."""
+    decoder_start: NonNegativeInt
+    """The token id that the decoder begins with. It evaluates the root."""
+
+
 class ModelEntry(_Part):
     """One exported decoder: its files, its shape, and its tokens for prompts and codes.
 
     Draft and target share the catalogue. Their vocabularies and prompts may differ.
     """
 
-    path: str = Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")
+    path: ModelPath
     """The .onnx file: FOLDER/FILE inside the bundle."""
     architecture: str
-    """Hugging Face model type of the checkpoint: llama, qwen2, qwen3."""
+    """Hugging Face model type of the checkpoint, such as llama or t5."""
     precision: Precision
     parameters: PositiveInt
     vocab_size: PositiveInt
@@ -95,6 +106,8 @@ class ModelEntry(_Part):
     """How the draft proposes nodes: a kind of draft_service/draft_kinds.py."""
     inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
     """The parameters of the trained model, if this one is its inflation (atspeed.training.inflation)."""
+    encoder: EncoderEntry | None = Field(default=None, exclude_if=lambda encoder: encoder is None)
+    """The encoder, if prompts are read by one."""
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:
@@ -108,9 +121,16 @@ class ModelEntry(_Part):
 
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:
-        around = self.prompt.prefix + self.prompt.separator + self.prompt.suffix
-        for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around)):
-            if max(tokens) >= self.vocab_size:
+        prompt, encoder = self.prompt, self.encoder
+        if not (prompt.prefix or (encoder and prompt.suffix)):
+            needed = "suffix: must hold a token if the prefix holds none" if encoder else "prefix: must hold a token"
+            raise ValueError(f"prompt.{needed}")
+        if encoder and _folder_of(encoder.path) != _folder_of(self.path):
+            raise ValueError(f"encoder.path: not in the folder of {self.path}")
+        started = (encoder.decoder_start,) if encoder else ()
+        around = prompt.prefix + prompt.separator + prompt.suffix
+        for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around), ("encoder.decoder_start", started)):
+            if max(tokens, default=0) >= self.vocab_size:
                 raise ValueError(f"{name}: a token id is outside the vocabulary of {self.vocab_size}")
         return self
 
@@ -125,13 +145,15 @@ class Provenance(_Part):
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
+    imported: dict[str, str] = Field(default_factory=dict, exclude_if=lambda facts: not facts)
+    """The checkpoint, index and prompt of an imported target."""
 
 
 class Manifest(_Part):
     """The content of manifest.json."""
 
     format_version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     scoring_rule: ScoringRule
     allow_empty_history: bool = False
     items_per_path: PositiveInt | None = Field(default=None, exclude_if=lambda items: items is None)
@@ -237,7 +259,7 @@ class Bundle:
         but: a role whose files are checked elsewhere, by `model_files` or `verify_model`.
         """
         digests = self.manifest.files
-        later = _folder_of(self.model(but)) if but else None
+        later = _folder_of(self.model(but).path) if but else None
         for name in digests:
             if not _is_in(name, later):
                 check_digest(self.root, name, sha256_of(self.root, name), digests)
@@ -245,24 +267,27 @@ class Bundle:
             if name not in digests and name != MANIFEST and not _is_note(name):
                 raise BundleError(f"{self.root}/{name}: not in the manifest")
         for role, model in self.manifest.models.items():
-            if model.fingerprint != fingerprint(digests, _folder_of(model)):
+            if model.fingerprint != fingerprint(digests, _folder_of(model.path)):
                 raise BundleError(
                     f"{self.root}/{MANIFEST}: {role}.fingerprint: differs from the hash of the model's files"
                 )
 
     def verify_model(self, role: Role) -> None:
         """Compare the hashes of one role's files. Raises BundleError naming the first that differs."""
-        digests, folder = self.manifest.files, _folder_of(self.model(role))
+        digests, folder = self.manifest.files, _folder_of(self.model(role).path)
         for name in (name for name in digests if _is_in(name, folder)):
             check_digest(self.root, name, sha256_of(self.root, name), digests)
 
-    def model_files(self, role: Role, *, verified: bool = False) -> ModelFiles:
-        """Read a role's model. Raises BundleError naming the file. verified: compare the bytes with the manifest's hashes."""
-        folder = _folder_of(self.model(role))
+    def model_files(self, path: str, *, verified: bool = False) -> ModelFiles:
+        """Read a graph of the bundle and its weights. Raises BundleError naming the file.
+
+        verified: compare the bytes with the manifest's hashes.
+        """
+        folder = _folder_of(path)
         digests = {
             name[len(folder) + 1 :]: digest for name, digest in self.manifest.files.items() if _is_in(name, folder)
         }
-        return ModelFiles.read(self.model_path(role), digests if verified else None)
+        return ModelFiles.read(self.root / path, digests if verified else None)
 
 
 def _is_note(name: str) -> bool:
@@ -318,8 +343,8 @@ def fingerprint(files: dict[str, str], folder: str) -> str:
     return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
 
 
-def _folder_of(model: ModelEntry) -> str:
-    return model.path.partition("/")[0]
+def _folder_of(path: str) -> str:
+    return path.partition("/")[0]
 
 
 def _is_in(name: str, folder: str | None) -> bool:

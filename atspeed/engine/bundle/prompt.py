@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 
 class PromptTemplate(BaseModel):
@@ -19,8 +19,8 @@ class PromptTemplate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prefix: tuple[NonNegativeInt, ...] = Field(min_length=1)
-    """Tokens before the history; at least a BOS."""
+    prefix: tuple[NonNegativeInt, ...]
+    """Tokens before the history; at least a BOS, unless the model has an encoder."""
     separator: tuple[NonNegativeInt, ...] = ()
     """Tokens between two items."""
     suffix: tuple[NonNegativeInt, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +18,9 @@ from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.bundle.manifest import ROLES, Bundle
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions, load_decoder
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.encoder_decoder import EncoderDecoder
+from atspeed.engine.model.loading import load_decoder
 
 # Tokens of a pass. More are not faster, and each has a logit for every code.
 _TOKENS_PER_PASS = 64
@@ -37,18 +39,33 @@ def verify_bundle(root: Path, *, passes: bool = True) -> Bundle:
             decoder = load_decoder(bundle, role, RuntimeOptions(intra_op_threads=os.cpu_count() or 1))
             if passes:
                 entry = bundle.model(role)
-                check_finite(decoder, entry.code_tokens, entry.prompt)
+                start = entry.encoder.decoder_start if entry.encoder else None
+                check_finite(decoder, entry.code_tokens, entry.prompt, decoder_start=start)
     return bundle
 
 
-def check_finite(decoder: Decoder, code_tokens: Sequence[int], prompt: PromptTemplate | None = None) -> None:
-    """Run every code token and every prompt token once. Raises BundleError naming one whose pass is not finite."""
+def check_finite(
+    decoder: Decoder,
+    code_tokens: Sequence[int],
+    prompt: PromptTemplate | None = None,
+    *,
+    decoder_start: int | None = None,
+) -> None:
+    """Run every code token and every prompt token once. Raises BundleError naming one whose pass is not finite.
+
+    decoder_start: the token that the decoder of an encoder-decoder model begins with.
+    """
     before = np.asarray(prompt.prefix if prompt else (), dtype=np.int64)
     around = (*prompt.separator, *prompt.suffix) if prompt else ()
-    _Passes(decoder, code_tokens, before[:0]).check(np.unique(before))
-    _Passes(decoder, code_tokens, before).check(
-        np.asarray(list(dict.fromkeys((*around, *code_tokens))), dtype=np.int64)
-    )
+    tokens = np.asarray(list(dict.fromkeys((*around, *code_tokens))), dtype=np.int64)
+    if isinstance(decoder, EncoderDecoder):
+        _EncoderPasses(decoder, code_tokens, before[:0]).check(np.unique(np.append(before, tokens)))
+        # The decoder reads no prompt: its first token takes the place of one.
+        before, tokens, encoded = np.array([decoder_start]), np.unique(code_tokens), tokens[:1]
+    else:
+        encoded = tokens[:0]
+    _Passes(decoder, code_tokens, before[:0], encoded).check(np.unique(before))
+    _Passes(decoder, code_tokens, before, encoded).check(tokens)
 
 
 @dataclass(frozen=True)
@@ -68,11 +85,12 @@ class _Outputs:
 
 @dataclass(frozen=True)
 class _Passes:
-    """Passes over tokens that each attend to `before` and to themselves."""
+    """Passes over tokens that each attend to `before` and to themselves; `encoded` is read by an encoder."""
 
     decoder: Decoder
     code_tokens: Sequence[int]
     before: Int64
+    encoded: Int64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def check(self, tokens: Int64) -> None:
         """Raise BundleError when the pass of one of the tokens is not finite."""
@@ -110,16 +128,31 @@ class _Passes:
         return f"token {token}" + (f" (code column {known[token]})" if token in known else "")
 
     def _run(self, tokens: Int64) -> _Outputs:
-        prompt, count = len(self.before), len(tokens)
-        visible = np.zeros((prompt + count, prompt + count), dtype=bool)
+        encoded, prompt, count = len(self.encoded), len(self.before), len(tokens)
+        visible = np.zeros((prompt + count, encoded + prompt + count), dtype=bool)
+        visible[:, :encoded] = True
         # The prompt is causal; each token sees the whole prompt and itself.
-        visible[:, :prompt] = np.tri(prompt + count, prompt, dtype=bool)
-        visible[prompt:, prompt:] = np.eye(count, dtype=bool)
+        visible[:, encoded : encoded + prompt] = np.tri(prompt + count, prompt, dtype=bool)
+        visible[prompt:, encoded + prompt :] = np.eye(count, dtype=bool)
         positions = np.minimum(np.arange(prompt + count), prompt)
-        kv = self.decoder.empty_kv(prompt + count)
+        kv = self.decoder.empty_kv(encoded + prompt + count)
+        if isinstance(self.decoder, EncoderDecoder):
+            self.decoder.encode(self.encoded, kv[:, :, :encoded])
         rows = np.arange(prompt, prompt + count)
         every = np.concatenate([self.before, tokens])
-        logits, normalizer = self.decoder.run(every, positions, visible, kv[:, :, :0], rows, kv)
+        past, new_kv = kv[:, :, :encoded], kv[:, :, encoded:]
+        logits, normalizer = self.decoder.run(every, positions, visible, past, rows, new_kv)
         kv_finite = bool(np.isfinite(kv).all())
         scores_finite = bool(np.isfinite(logits).all() and np.isfinite(normalizer).all())
         return _Outputs(logits, kv_finite and scores_finite, kv_finite)
+
+
+class _EncoderPasses(_Passes):
+    """Passes of an encoder over tokens that all attend to each other."""
+
+    def _run(self, tokens: Int64) -> _Outputs:
+        kv = self.decoder.empty_kv(len(tokens))
+        if isinstance(self.decoder, EncoderDecoder):
+            self.decoder.encode(tokens, kv)
+        finite = bool(np.isfinite(kv).all())
+        return _Outputs(np.zeros((len(tokens), self.decoder.columns), dtype=np.float32), finite, finite)

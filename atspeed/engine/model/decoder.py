@@ -15,7 +15,6 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
-from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Role
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 
@@ -100,7 +99,7 @@ def graph_outputs(layers: int, kv_heads: int, head_dim: int, dtype: str, columns
     }
 
 
-def kv_names(prefix: Literal["past", "new"], layers: int) -> list[tuple[str, str]]:
+def kv_names(prefix: Literal["past", "new", "cross"], layers: int) -> list[tuple[str, str]]:
     """Return the (key, value) tensor names of each layer."""
     return [(f"{prefix}_key.{layer}", f"{prefix}_value.{layer}") for layer in range(layers)]
 
@@ -120,9 +119,8 @@ class Decoder:
 
     def __init__(self, path: Path, options: RuntimeOptions, files: ModelFiles | None = None) -> None:
         self.path = path
-        self._session = _open_session(files or ModelFiles.read(path), options)
-        inputs = {arg.name: _spec(arg) for arg in self._session.get_inputs()}
-        outputs = {arg.name: _spec(arg) for arg in self._session.get_outputs()}
+        self._session = open_session(files or ModelFiles.read(path), options)
+        inputs, outputs = graph_specs(self._session)
         for kind, found, name, rank in (("input", inputs, "past_key.0", 4), ("output", outputs, "code_logits", 2)):
             if name not in found or len(found[name].axes) != rank or not isinstance(found[name].axes[-1], int):
                 raise BundleError(f"{path}: {kind} {name}: missing, or its last axis has no fixed size")
@@ -133,8 +131,8 @@ class Decoder:
         self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)
         shape = (self.layers, self.kv_heads, self.head_dim, self.dtype.name)
-        _check_contract(path, "input", inputs, graph_inputs(*shape))
-        _check_contract(path, "output", outputs, graph_outputs(*shape, self.columns))
+        check_contract(path, "input", inputs, graph_inputs(*shape))
+        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns))
         # The attention bias by visibility. The lowest finite number, not -inf, so that a masked score never makes a row NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
@@ -195,21 +193,10 @@ class Decoder:
         }
         feeds |= self._by_layer("past", past)
         fetches |= self._by_layer("new", new_kv)
-        self._run_bound(feeds, fetches)
+        run_bound(self._session, feeds, fetches)
         return fetches["code_logits"], fetches["log_normalizer"]
 
-    def _run_bound(self, feeds: Mapping[str, npt.NDArray[Any]], fetches: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Run on the arrays' own memory. On CUDA the same calls copy: feeds at binding, fetches after the pass."""
-        binding = self._session.io_binding()
-        for name, array in feeds.items():
-            _bind(binding.bind_input, name, array)
-        for name, array in fetches.items():
-            _bind(binding.bind_output, name, array)
-        binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    def _by_layer(self, prefix: Literal["past", "new"], kv: KvArray) -> dict[str, KvArray]:
+    def _by_layer(self, prefix: Literal["past", "new", "cross"], kv: KvArray) -> dict[str, KvArray]:
         names = kv_names(prefix, self.layers)
         return {name: kv[layer, j] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
 
@@ -221,37 +208,8 @@ class Decoder:
             raise ValueError(f"{name}: the tokens of a layer are not contiguous")
 
 
-def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verified: bool = False) -> Decoder:
-    """Load a bundle's decoder. verified: compare the loaded bytes with the manifest's hashes.
-
-    Raises BundleError, naming the field, when a file cannot be loaded, when the graph contradicts the manifest, or when the
-    provider cannot multiply 8-bit integers: onnxruntime would run those nodes on the CPU.
-    """
-    if bundle.model(role).precision == "int8" and options.provider != "cpu":
-        raise BundleError(
-            f"{bundle.root}/{MANIFEST}: {role}.precision: int8 is for provider cpu, this is {options.provider}"
-        )
-    decoder = Decoder(bundle.model_path(role), options, bundle.model_files(role, verified=verified))
-    check_decoder(bundle, role, decoder)
-    return decoder
-
-
-def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
-    """Raise BundleError, naming the field, when the graph contradicts the manifest."""
-    entry = bundle.model(role)
-    columns = len(entry.code_tokens)
-    for field, said, found in (
-        ("layers", entry.layers, decoder.layers),
-        ("kv_heads", entry.kv_heads, decoder.kv_heads),
-        ("head_dim", entry.head_dim, decoder.head_dim),
-        ("precision", entry.kv_dtype, decoder.dtype.name),
-        ("code_tokens", f"{columns} code columns", f"{decoder.columns} code columns"),
-    ):
-        if said != found:
-            raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")
-
-
-def _open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSession:
+def open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSession:
+    """Open a session on the options' provider. Raises BundleError when the file or the provider cannot be used."""
     path, providers = files.path, _PROVIDERS[options.provider]
     wanted = providers[0][0]
     if options.provider == "cuda" and hasattr(ort, "preload_dlls"):
@@ -297,12 +255,18 @@ def _session_options(options: RuntimeOptions) -> ort.SessionOptions:
     return settings
 
 
+def graph_specs(session: ort.InferenceSession) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Return a session's inputs and outputs by name."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    return {arg.name: _spec(arg) for arg in inputs}, {arg.name: _spec(arg) for arg in outputs}
+
+
 def _spec(arg: ort.NodeArg) -> TensorSpec:
     dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}.get(arg.type, arg.type)
     return TensorSpec(dtype, tuple(axis if isinstance(axis, int) else str(axis) for axis in arg.shape))
 
 
-def _check_contract(path: Path, kind: str, found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> None:
+def check_contract(path: Path, kind: str, found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> None:
     """Raise BundleError at the first name that is missing, unknown or of another type or shape."""
     for name in expected.keys() | found.keys():
         if name not in found:
@@ -311,6 +275,22 @@ def _check_contract(path: Path, kind: str, found: dict[str, TensorSpec], expecte
             raise BundleError(f"{path}: {kind} {name}: not one that a decoder has")
         if (found[name].dtype, found[name].fixed) != (expected[name].dtype, expected[name].fixed):
             raise BundleError(f"{path}: {kind} {name}: {found[name]}, expected {expected[name]}")
+
+
+def run_bound(
+    session: ort.InferenceSession,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    fetches: Mapping[str, npt.NDArray[Any]],
+) -> None:
+    """Run on the arrays' own memory. On CUDA the same calls copy: feeds at binding, fetches after the pass."""
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        _bind(binding.bind_input, name, array)
+    for name, array in fetches.items():
+        _bind(binding.bind_output, name, array)
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
 
 
 def _bind(bind: Callable[..., None], name: str, array: npt.NDArray[Any]) -> None:

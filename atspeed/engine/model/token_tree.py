@@ -58,10 +58,13 @@ class TokenTree:
         return old
 
     def fill_prefix(self, blocks: Sequence[KvArray]) -> None:
-        """Copy in cached blocks [layers, 2, block, kv_heads, head_dim] of the prompt's beginning."""
+        """Copy in cached blocks [layers, 2, block, kv_heads, head_dim] of the prompt's beginning.
+
+        The last prompt token is always computed: it evaluates the root.
+        """
         for block in blocks:
-            end = self.length + block.shape[2]
-            self.kv[:, :, self.length : end] = block
+            end = min(self.length + block.shape[2], len(self.prompt) - 1)
+            self.kv[:, :, self.length : end] = block[:, :, : end - self.length]
             self.length = end
 
     def plan_pass(self, trie: Trie, nodes: Int64, code_tokens: Int64) -> TreePass:

@@ -16,13 +16,14 @@ from atspeed.engine.arrays import Float32, Float64, Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
-from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, block_keys, copy_blocks, namespace
+from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.prompt_kv import prompt_kv
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children, codes_normalizer
@@ -67,7 +68,7 @@ class TreeEvaluator:
         self.rule = rule
         self.open_kv = BufferPool(decoder.empty_kv, open_kv_bytes)
         self._layout = layout
-        self._cache = cache
+        self._prompts = prompt_kv(decoder, entry, layout, cache)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
@@ -91,13 +92,10 @@ class TreeEvaluator:
         """
         self._check_prompt(prompt)
         begun = time.perf_counter_ns()
-        step = self._layout.block_tokens
-        chain = namespace(self.entry.fingerprint, self._layout, tenant)
-        keys = block_keys(chain, prompt, step, user_key, template_tokens=self._template_tokens(prompt))
-        # The last prompt token is always computed: its logits evaluate the root.
-        cached = await self._cache.lookup(keys[: (len(prompt) - 1) // step])
+        keys = self._prompts.keys(prompt, tenant, user_key)
+        cached = await self._prompts.lookup(prompt, keys)
         stats = PassStats(lookup_ns=time.perf_counter_ns() - begun, cached_tokens_by_tier=cached.tokens_by_tier)
-        return TreeSession(self._empty_tree(prompt), keys, cached.blocks, stats)
+        return TreeSession(self._prompts.tree(prompt), keys, cached.blocks, stats)
 
     async def evaluate(self, tree: TreeSession, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassStats]:
         """Make one pass: the best children of `nodes`, int64 [n], ascending inner nodes, not evaluated before on this tree.
@@ -139,7 +137,7 @@ class TreeEvaluator:
 
     async def warm_up(self) -> None:
         """Run one pass of each kind, so that the first request does not wait for allocations."""
-        prompt = np.full(self._layout.block_tokens + 1, self.entry.prompt.prefix[0], dtype=np.int64)
+        prompt = self._prompts.filler(self._layout.block_tokens)
         everything = Selection(Pruning.none(), limit=1)
         tree = self.open_synthetic(prompt[: self.entry.max_positions - self.trie.levels + 1])
         try:
@@ -152,7 +150,7 @@ class TreeEvaluator:
 
     def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
         """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
-        return TreeSession(self._empty_tree(prompt), [], cached_blocks, PassStats(), synthetic=True)
+        return TreeSession(self._prompts.tree(prompt), [], cached_blocks, PassStats(), synthetic=True)
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure the cost curve, for about `seconds`. No other pass should run on the model meanwhile."""
@@ -167,7 +165,7 @@ class TreeEvaluator:
     async def _measured_pass(self, nodes: Int64, new: int, cached: int) -> PassStats:
         """Make a first pass over `new` tokens on `cached` ones, a multiple of a block. The first of `nodes` come first."""
         nodes = nodes[:new]
-        prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
+        prompt = self._prompts.filler(cached + new - len(nodes))
         block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
         tree = self.open_synthetic(prompt, (block,) * (cached // self._layout.block_tokens))
         try:
@@ -181,15 +179,12 @@ class TreeEvaluator:
         """Run the queued passes, and stop. The cache stays the caller's to close."""
         await self._batcher.close()
 
-    def _empty_tree(self, prompt: Int64) -> TokenTree:
-        return TokenTree(prompt, self.decoder.empty_kv(0))
-
     def _remember(self, tree: TreeSession) -> None:
         """Hand the new blocks of a first pass to the cache, even if a later pass failed."""
         blocks = tree.new_blocks
         tree.new_blocks = []
         if blocks:
-            self._cache.remember(tree.keys, blocks)
+            self._prompts.remember(tree.keys, blocks)
 
     def _admitted(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Check a pass and reserve its memory; return its size. Raises CapacityError and OverloadedError, see `evaluate`."""
@@ -200,8 +195,9 @@ class TreeEvaluator:
 
     def _size(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Return the size of a pass, cached blocks included that the first pass still has to copy into the tree."""
-        cached = tree.tokens.length or len(tree.cached_blocks) * self._layout.block_tokens
-        new_prompt = max(0, len(tree.tokens.prompt) - cached)
+        step, prompt = self._layout.block_tokens, len(tree.tokens.prompt)
+        cached = tree.tokens.length or min(len(tree.cached_blocks) * step, prompt - 1)
+        new_prompt = max(0, prompt - cached)
         # The root has no token of its own: its logits are the last prompt token's.
         return PassSize(new_prompt + len(nodes) - int(nodes[0] == ROOT), cached)
 
@@ -243,7 +239,8 @@ class TreeEvaluator:
         forward = PassStats(
             forward_ns=time.perf_counter_ns() - begun,
             batch_requests=len(ready),
-            batch_tokens=len(ready) * max((len(step.tokens) for _, step in ready), default=0),
+            batch_tokens=len(ready) * max((len(step.tokens) for _, step in ready), default=0)
+            + sum(run.tree.lookup_stats.new_tokens for run, _ in ready),
         )
         for run, step in zip(runs, steps, strict=True):
             if isinstance(step, TreePass):
@@ -260,7 +257,7 @@ class TreeEvaluator:
             if outgrown.size:
                 self.open_kv.give_back(outgrown)
         if not tree.tokens.length:
-            tree.tokens.fill_prefix(tree.cached_blocks)
+            self._prompts.fill(tree)
         return tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
 
     def _finish(self, run: ProgramRun, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
@@ -272,14 +269,15 @@ class TreeEvaluator:
         evaluation = self._evaluation(run, output)
         valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()
         if first and valid:  # a node that makes scores NaN may have done so to the prompt's keys and values
-            tree.new_blocks = self._new_blocks(tree)
+            tree.new_blocks = self._prompts.new_blocks(tree)
+            tree.cached_blocks = ()
         done = time.perf_counter_ns()
         stats = replace(
             tree.lookup_stats,
             queue_ns=begun - run.queued_ns,
             forward_ns=forward.forward_ns + done - copying,
             selection_ns=copying - selecting,
-            new_tokens=len(step.tokens),
+            new_tokens=tree.lookup_stats.new_tokens + len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
         )
@@ -315,17 +313,6 @@ class TreeEvaluator:
         size = self._admitted(run.tree, run.nodes)
         run.queued_ns = time.perf_counter_ns()
         return Reschedule(size)
-
-    def _new_blocks(self, tree: TreeSession) -> list[KvArray]:
-        """Copy the prompt's blocks that no cache had, and drop the references to the cached ones."""
-        blocks = copy_blocks(self._layout, tree.tokens.kv, len(tree.cached_blocks), len(tree.keys))
-        tree.cached_blocks = ()
-        return blocks
-
-    def _template_tokens(self, prompt: Int64) -> int:
-        """Return the number of tokens at the beginning of a prompt that are the template's and not the user's."""
-        prefix = self.entry.prompt.prefix
-        return len(prefix) if tuple(prompt[: len(prefix)].tolist()) == prefix else 0
 
     def _check_prompt(self, prompt: Int64) -> None:
         longest = self.entry.max_positions - (self.trie.levels - 1)

@@ -64,7 +64,7 @@ class TreeSession:
         tokens: the token tree.
         keys: the block keys of the prompt's whole blocks.
         cached_blocks: the blocks that the prefix cache had, until the first pass has read them.
-        lookup_stats: the statistics of the lookup, until a pass reports them as part of its own.
+        lookup_stats: the statistics of the lookup and of the encoder, until a pass reports them as part of its own.
         opened_at: the time by `time.monotonic`. Passes of older sessions come first.
         synthetic: true for measurements and checks, which no request waits for: their passes wait for no co-batched request.
         capacity: tokens of KV that are reserved.

@@ -39,13 +39,17 @@ FIRST_BUFFER = 192  # tokens: a short prompt, its nodes and room for 128 more
 
 @pytest.fixture(
     scope="module",
-    params=[(ScoringRule.VOCAB, "float32"), (ScoringRule.TRIE, "float32"), (ScoringRule.VOCAB, "int8")],
-    ids=lambda param: "-".join(param),
+    params=[
+        (ScoringRule.VOCAB, "float32", "llama"),
+        (ScoringRule.TRIE, "float32", "qwen3"),
+        (ScoringRule.VOCAB, "int8", "llama"),
+        (ScoringRule.VOCAB, "float32", "t5"),
+    ],
+    ids="-".join,
 )
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    rule, precision = request.param
+    rule, precision, architecture = request.param
     catalogue = random_catalogue(40, (6, 5, 4), seed=2)
-    architecture = {ScoringRule.VOCAB: "llama", ScoringRule.TRIE: "qwen3"}[rule]
     root = tmp_path_factory.mktemp("bundle")
     return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, precision=precision))
 

@@ -12,7 +12,8 @@ import pytest
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle, hash_files
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import RuntimeOptions, load_decoder
+from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.engine.model.loading import load_decoder
 from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
 from tests.layouts import LAYOUTS, Layout, download_cache
@@ -103,10 +104,10 @@ def test_loaded_bytes_are_the_checked_bytes(plain: Bundle, tmp_path: Path, name:
         file.write(b"x")
     bundle.verify(but="target")
     with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 differs from the manifest's"):
-        bundle.model_files("target", verified=True)
+        bundle.model_files("target/model.onnx", verified=True)
     with pytest.raises(BundleError, match=f"target/{name}: its SHA-256 differs from the manifest's"):
         bundle.verify_model("target")
-    bundle.model_files("draft", verified=True)
+    bundle.model_files("draft/model.onnx", verified=True)
     bundle.verify_model("draft")
 
 

@@ -16,7 +16,7 @@ from atspeed.engine.errors import CapacityError, PromptError
 from atspeed.engine.kv import memory_cache
 from atspeed.engine.kv.buffer_pool import BufferPool
 from atspeed.engine.kv.tier import KvTier
-from atspeed.engine.model import tree_evaluator
+from atspeed.engine.model import prompt_kv
 from atspeed.engine.model.token_tree import TokenTree
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
@@ -32,15 +32,28 @@ EVERYTHING = Selection(Pruning.none(), limit=100)
 ABSOLUTE, RELATIVE = 1e-4, 1e-5
 
 
-@pytest.fixture(scope="module", params=ScoringRule)
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+DECODERS = [(ScoringRule.VOCAB, "llama"), (ScoringRule.TRIE, "qwen3"), (ScoringRule.CODES, "qwen2")]
+
+
+def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    rule, architecture = request.param
     catalogue, tokens = random_catalogue(40, (6, 5, 4), seed=2), None
-    if request.param is ScoringRule.CODES:
+    if rule is ScoringRule.CODES:
         catalogue = tailed_catalogue(40, (6, 5, 4), seed=2)
         tokens = shared_tokens(catalogue)
-    architecture = {ScoringRule.VOCAB: "llama", ScoringRule.TRIE: "qwen3", ScoringRule.CODES: "qwen2"}[request.param]
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=request.param, architecture=architecture, code_tokens=tokens))
+    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, code_tokens=tokens))
+
+
+@pytest.fixture(scope="module", params=[*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")], ids="-".join)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return bundle_of(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=DECODERS, ids="-".join)
+def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Without an encoder: the beginning of a prompt can be cached alone."""
+    return bundle_of(request, tmp_path_factory)
 
 
 @asynccontextmanager
@@ -105,28 +118,28 @@ async def test_co_batched_nodes_and_order_of_passes_change_no_result(models: Mod
             assert_same(await evaluate(evaluator, prompt, chain), alone)
 
 
-async def test_every_state_of_the_cache_gives_the_same_result(models: Models) -> None:
+async def test_every_state_of_the_cache_gives_the_same_result(decoders: Models) -> None:
     """Cold; all in memory; part in memory; all in the store; and a prefix of another user's longer history."""
-    prompt, longer = models.prompt(10, seed=3), models.prompt(11, seed=3)
+    prompt, longer = decoders.prompt(10, seed=3), decoders.prompt(11, seed=3)
     blocks = (len(prompt) - 1) // BLOCK_TOKENS
     assert blocks >= 4
-    nodes, store = models.naive.inner(), DictStore()
-    async with opened(models) as cold:
+    nodes, store = decoders.naive.inner(), DictStore()
+    async with opened(decoders) as cold:
         expected = await evaluate(cold, prompt, nodes)
-    async with opened(models, 100, store) as warm:
+    async with opened(decoders, 100, store) as warm:
         assert_same(await evaluate(warm, prompt, nodes), expected)
         tree = await warm.open(prompt)
         assert tree.lookup_stats.cached_tokens_by_tier["memory"] == blocks * BLOCK_TOKENS
         assert_same(await evaluate(warm, prompt, nodes), expected)
         _, cost = await warm.evaluate(tree, np.array(nodes), EVERYTHING)
         assert cost.new_tokens == len(prompt) - blocks * BLOCK_TOKENS + len(nodes) - 1
-    async with opened(models, 2, store) as narrow:
+    async with opened(decoders, 2, store) as narrow:
         assert_same(await evaluate(narrow, prompt, nodes), expected)
         tree = await narrow.open(prompt)
         assert tree.lookup_stats.cached_tokens_by_tier["memory"] == 2 * BLOCK_TOKENS
         assert tree.lookup_stats.cached_tokens_by_tier[store.name] == (blocks - 2) * BLOCK_TOKENS
         assert_same(await evaluate(narrow, prompt, nodes), expected)
-    async with opened(models, 100) as shared:
+    async with opened(decoders, 100) as shared:
         await evaluate(shared, longer, [ROOT])
         assert (await shared.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] > 0
         assert_same(await evaluate(shared, prompt, nodes), expected)
@@ -149,7 +162,7 @@ async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, m
     watch(TokenTree, "move_to")
     watch(BufferPool, "take")
     watch(TokenTree, "fill_prefix")
-    watch(tree_evaluator, "copy_blocks")
+    watch(prompt_kv, "copy_blocks")
     watch(memory_cache, "_read_only_copy")
     async with opened(models, 100) as evaluator:
         for _ in range(2):
@@ -161,7 +174,7 @@ async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, m
     assert all(thread.startswith("onnx") for _, thread in moves), moves
 
 
-async def test_only_the_blocks_that_no_cache_had_are_written(models: Models) -> None:
+async def test_only_the_blocks_that_no_cache_had_are_written(decoders: Models) -> None:
     """Those of a longer history, on top of a shorter one's; and none twice, whatever else the tree evaluates."""
     written: list[list[bytes]] = []
 
@@ -170,10 +183,10 @@ async def test_only_the_blocks_that_no_cache_had_are_written(models: Models) -> 
             written.append(list(blocks))
             await super().put(blocks)
 
-    inner = models.naive.inner()
-    short, longer = models.prompt(4, seed=3)[:-1], models.prompt(8, seed=3)
+    inner = decoders.naive.inner()
+    short, longer = decoders.prompt(4, seed=3)[:-1], decoders.prompt(8, seed=3)
     longer[: len(short)] = short
-    async with opened(models, 100, Recorder()) as evaluator:
+    async with opened(decoders, 100, Recorder()) as evaluator:
         for prompt in (short, longer, longer):
             await evaluate(evaluator, prompt, [ROOT], inner[1:])
         expected = (await evaluator.open(longer)).keys

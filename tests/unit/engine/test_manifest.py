@@ -58,7 +58,21 @@ def test_written_bundle_opens_and_verifies(root: Path) -> None:
         (lambda m: m.update(items_per_path=0), "items_per_path"),
         (lambda m: m["draft"].update(precision="float8"), r"draft\.precision"),
         (lambda m: m["target"].update(layers=0), r"target\.layers"),
-        (lambda m: m["target"]["prompt"].update(prefix=[]), r"target\.prompt\.prefix"),
+        (lambda m: m["target"]["prompt"].update(prefix=[]), r"target.*prompt\.prefix"),
+        (lambda m: m["target"].update(encoder={"path": "draft/e.onnx", "decoder_start": 0}), r"target.*encoder\.path"),
+        (
+            lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": 8}),
+            r"target.*encoder\.decoder_start",
+        ),
+        (
+            lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": -1}),
+            r"target\.encoder\.decoder_start",
+        ),
+        (lambda m: m["target"].update(encoder={"path": "target/e"}), r"target\.encoder\.decoder_start"),
+        (
+            lambda m: m["target"].update(encoder={"path": "target/e", "decoder_start": 0}, prompt={"prefix": []}),
+            r"target.*prompt\.suffix",
+        ),
         (lambda m: m["target"]["prompt"].update(drop_block=99), r"target\.prompt.*drop_block"),
         (lambda m: m["target"].update(code_tokens=[3, 4, 5, 8]), r"target.*code_tokens"),
         (lambda m: m["draft"].update(code_tokens=[3, 4, 5, 8]), r"draft.*code_tokens"),

@@ -73,7 +73,6 @@ def test_tokens_are_prefix_items_and_suffix_in_order() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"prefix": ()}, "prefix"),
         ({"prefix": (1,), "suffix": (-1,)}, "suffix"),
         ({"prefix": (1,), "max_items": 0}, "max_items"),
         ({"prefix": (1,), "drop_block": 0}, "drop_block"),

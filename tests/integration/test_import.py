@@ -1,0 +1,195 @@
+"""An imported checkpoint is served, and its lists are those of `generate` on the authors' own prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
+from atspeed.client.recommender import recommend_request
+from atspeed.engine.bundle.manifest import read_manifest
+from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.mode import Mode
+from atspeed.training.export import load_checkpoint
+from atspeed.v1 import recommendation_pb2 as pb
+from tests.authors_prompts import PROMPTS, tokens_of_tail
+from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
+from tests.command_line import run
+
+WIDTHS = (1, 10, 20)
+USERS = 10
+CASES = [
+    ("minionerec", "qwen2", "bpe", {}),
+    ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
+    ("lc-rec", "llama", "unigram", {}),
+    ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
+    ("mimigenrec", "qwen2", "bpe", {}),
+    ("letter-tiger", "t5", "t5", {}),
+    ("openonerec", "qwen3", "bpe", {"names": ["<|sid_begin|>", "<|sid_end|>"], "max_position_embeddings": 4096}),
+]
+
+
+@pytest.mark.parametrize("no_tail", [False, True], ids=["tail", "no tail"])
+@pytest.mark.parametrize(("layout", "architecture", "tokenizer", "overrides"), CASES)
+async def test_lists_are_those_of_generate_on_the_authors_prompts(
+    layout: str, architecture: str, tokenizer: str, overrides: dict[str, Any], no_tail: bool, tmp_path: Path
+) -> None:
+    made = make_checkpoint(tmp_path, random_paths(60, 3), architecture=architecture, tokenizer=tokenizer, **overrides)
+    bundle = imported(made, tmp_path / "bundle", "--prompt", layout, *(["--no-tail"] if no_tail else []))
+    tail = [] if no_tail else tokens_of_tail(layout, made.tokenizer)
+    users = made.users[:USERS]
+    prompts = [PROMPTS[layout](made.tokenizer, made.paths, history) for history in users]
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        for k in WIDTHS:
+            expected = [generated(made, prompt, tail, k) for prompt in prompts]
+            for mode in (Mode.TARGET_ONLY, Mode.STRICT):
+                requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user in users]
+                with progress_bar() as progress:
+                    replies = await ask(client, requests, progress=progress, title="lists")
+                assert_equal(replies, expected)
+    assert read_manifest(bundle).provenance.imported["layout"] == layout
+
+
+async def test_an_adapter_a_prompt_file_and_popular_items(tmp_path: Path) -> None:
+    """A merged adapter, a prompt that is no layout, and the more popular one of two items that share a path."""
+    peft = pytest.importorskip("peft")
+    made = make_checkpoint(tmp_path, random_paths(40, 3))
+    made.model.generation_config.repetition_penalty = 1.8  # dropped: a prompt that repeats codes would tell
+    made.model.generation_config.save_pretrained(made.folder)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        adapted = peft.get_peft_model(made.model, peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "prompt.txt").write_text("Items: {history}\n\n### Response:")
+    (tmp_path / "counts.txt").write_text("0 1\n1 5\n")  # items 0 and 1 share their path
+    bundle = imported(
+        made, tmp_path / "bundle", "--adapter", tmp_path / "adapter", "--prompt", tmp_path / "prompt.txt", "--separator", " ",
+        "--tail", r"\n{eos}", "--popularity", tmp_path / "counts.txt", "--save-checkpoint", tmp_path / "merged",
+    )  # fmt: skip
+    merged = load_checkpoint(tmp_path / "merged")
+    made = replace(made, model=merged, paths={item: made.paths[item] for item in ["1", "0", *list(made.paths)[2:]]})
+    users = made.users[:6]
+    prompts = [
+        made.tokenizer("Items: " + " ".join("".join(made.paths[item]) for item in user[-20:]) + "\n\n### Response:")[
+            "input_ids"
+        ]
+        for user in users
+    ]
+    expected = [generated(made, prompt, tokens_of_tail("minionerec", made.tokenizer), 20) for prompt in prompts]
+    assert any({"0", "1"} <= set(wanted.items) for wanted in expected)
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        requests = [recommend_request(history=user, k=20, beam_width=20, mode=Mode.STRICT) for user in users]
+        with progress_bar() as progress:
+            assert_equal(await ask(client, requests, progress=progress, title="lists"), expected)
+
+
+async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: Path) -> None:
+    """A digit only where items collide: the tail ends short paths a level earlier, and their beams keep their places."""
+    paths = random_paths(40, 3, codes=6)
+    taken: dict[tuple[str, ...], int] = {}
+    for item, path in paths.items():
+        times = taken[tuple(path)] = taken.get(tuple(path), -1) + 1
+        if times or item == "0":  # item 1 shares its three codes, so that only the tail tells their paths apart
+            paths[item] = [*path, f"<d_{times}>"]
+    made = make_checkpoint(tmp_path, paths)
+    assert {len(path) for path in made.paths.values()} == {3, 4}
+    bundle = imported(made, tmp_path / "bundle", "--prompt", "minionerec", "--unequal-paths")
+    tail = tokens_of_tail("minionerec", made.tokenizer)
+    users = made.users[:4]
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        for k in (1, 5, 20):
+            expected = [
+                padded_beam_search(made, PROMPTS["minionerec"](made.tokenizer, paths, user), tail, k) for user in users
+            ]
+            for mode in (Mode.TARGET_ONLY, Mode.STRICT):
+                requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user in users]
+                with progress_bar() as progress:
+                    replies = await ask(client, requests, progress=progress, title="lists")
+                assert_equal(replies, expected)
+
+
+def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
+    """Import a checkpoint by the command."""
+    files = ("--index", made.index, "--histories", made.histories, "--out", out)
+    done = run("import", made.folder, *files, *options)
+    assert done.exit_code == 0, done.output
+    assert f"equal the tokenizer's on {len(made.users)} of {len(made.users)} histories" in done.output
+    return out
+
+
+def assert_equal(replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> None:
+    """Every list has the expected items, near-ties apart, with the expected scores."""
+    for reply, wanted in zip(replies, expected, strict=True):
+        found = RankedList.of(reply.items)
+        assert str(compare(found, wanted)) != "different", (found, wanted)
+        assert found.scores == pytest.approx(wanted.scores, abs=1e-3)
+
+
+def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
+    """The list of `generate`: children restricted to the tokens of items and their tail."""
+    whole: dict[tuple[int, ...], list[str]] = {}
+    children: dict[tuple[int, ...], set[int]] = {}
+    for item, names in made.paths.items():
+        path = (*made.tokenizer.convert_tokens_to_ids(names), *tail)
+        whole.setdefault(path, []).append(item)
+        for length, token in enumerate(path):
+            children.setdefault(path[:length], set()).add(token)
+    levels = len(next(iter(whole)))
+    beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0} if k > 1 else {}
+    model: Any = made.model
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    start = 1 if model.config.is_encoder_decoder else len(prompt)
+    output = model.generate(
+        torch.tensor([list(prompt)]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=levels,
+            do_sample=False,
+            pad_token_id=0,
+            decoder_start_token_id=model.config.decoder_start_token_id if model.config.is_encoder_decoder else None,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **beams,
+        ),
+        prefix_allowed_tokens_fn=lambda _, row: sorted(children.get(tuple(row[start:].tolist()), {0})),
+    )
+    found: list[tuple[str, float]] = []
+    for row in output.sequences[:, start:].tolist():
+        if tuple(row) in whole:  # generate fills its beams with impossible ones where fewer paths exist
+            score = _score(model, prompt, row)
+            found += [(item, score) for item in whole[tuple(row)]]
+    return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
+
+
+def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
+    """The list of a beam search in which an ended path stays a beam, from passes of the checkpoint alone."""
+    paths = {(*made.tokenizer.convert_tokens_to_ids(names), *tail): item for item, names in made.paths.items()}
+    beams: dict[tuple[int, ...], float] = {(): 0.0}
+    for length in range(max(map(len, paths))):
+        grown = {beam: score for beam, score in beams.items() if beam in paths}
+        for beam in beams.keys() - grown.keys():
+            for child in {path[: length + 1] for path in paths if path[:length] == beam}:
+                grown[child] = beams[beam] + _score(made.model, [*prompt, *beam], child[length:])
+        beams = dict(sorted(grown.items(), key=lambda entry: -entry[1])[:k])
+    return RankedList(tuple(paths[beam] for beam in beams), tuple(beams.values()))
+
+
+@torch.inference_mode()
+def _score(model: Any, prompt: Sequence[int], path: Sequence[int]) -> float:
+    """The log-probability of a path behind a prompt, over the whole vocabulary."""
+    if model.config.is_encoder_decoder:
+        begun = [model.config.decoder_start_token_id, *path[:-1]]
+        output = model(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=torch.tensor([begun]))
+    else:
+        output = model(torch.tensor([[*prompt, *path[:-1]]]))
+    logp = output.logits[0, -len(path) :].log_softmax(-1)
+    return sum(float(logp[place, token]) for place, token in enumerate(path))
