@@ -34,16 +34,18 @@ class NewItem(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     item_id: Annotated[str, AfterValidator(_item_id)]
-    codes: tuple[int, ...] | tuple[str, ...]
+    codes: tuple[int | str, ...]
 
     def path(self, by_name: list[dict[str, int]]) -> tuple[int, ...]:
         """Return the codes, looked up if they are names. Raises ValueError naming a code that has no token."""
         path: list[int] = []
         for level, code in enumerate(self.codes):
-            known = by_name[level] if level < len(by_name) else {}
-            if isinstance(code, str) and code not in known:
-                raise ValueError(f"codes: {shown(code)} is no code {level + 1} of the bundle, which reads no other")
-            path.append(known[code] if isinstance(code, str) else code)
+            if isinstance(code, str):
+                known = by_name[level] if level < len(by_name) else {}
+                if code not in known:
+                    raise ValueError(f"codes.{level}: {shown(code)} is no code of the bundle, which reads no other")
+                code = known[code]
+            path.append(code)
         return tuple(path)
 
 
@@ -106,7 +108,7 @@ def _new_item(path: Path, number: int, line: str) -> NewItem:
         return NewItem.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(str(part) for part in first["loc"] if part not in {"int", "str"})  # of a code, either would do
         problem = f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
         raise CommandError(f"{path}: line {number}: {problem}") from error
     except ValueError as error:

@@ -74,14 +74,14 @@ def test_items_are_added_by_the_names_of_their_codes(tmp_path: Path) -> None:
     wrong = [*made.paths["7"][:2], "<c_999>"]
     (tmp_path / "new.jsonl").write_text(json.dumps({"item_id": "new", "codes": wrong}))
     line = one_line(run("catalogue", "update", bundle, tmp_path / "other", "--add", tmp_path / "new.jsonl"))
-    assert "line 1: codes: '<c_999>' is no code 3 of the bundle, which reads no other" in line
+    assert "line 1: codes.2: '<c_999>' is no code of the bundle, which reads no other" in line
 
 
 async def test_an_adapter_a_prompt_file_and_popular_items(tmp_path: Path) -> None:
     """A merged adapter, a prompt that is no layout, and the more popular one of two items that share a path."""
     peft = pytest.importorskip("peft")
     made = make_checkpoint(tmp_path, random_paths(40, 3))
-    made.model.generation_config.update(repetition_penalty=1.8)  # dropped: a prompt that repeats codes would tell
+    made.model.generation_config = GenerationConfig(repetition_penalty=1.8)  # type: ignore[no-untyped-call]
     made.model.generation_config.save_pretrained(made.folder)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         adapted = peft.get_peft_model(made.model, peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
