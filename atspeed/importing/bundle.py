@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.bundle_files import sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue_update import CODE_NAMES
 from atspeed.engine.bundle.manifest import Manifest, Precision, Provenance, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import CatalogueError
+from atspeed.engine.files.json_file import write_json
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.importing.checkpoint import Source
@@ -111,20 +115,34 @@ def import_checkpoint(
             raise ImportingError(f"{folder}: exists already")
     read = read_files(files, choices)
     model = files.source.load(read.spelling.vocab_size)
-    if save_checkpoint:
-        model.save_pretrained(save_checkpoint)
-        read.tokenizer.save_pretrained(save_checkpoint)
     partial = out.with_name(f"{out.name}.partial")
-    remove(partial)
-    read.catalogue.save(partial / "catalogue")
+    remove(partial)  # left by an import that was killed
+    try:
+        manifest = _write(model, files, choices, read, partial)
+        verify_bundle(partial, passes=False)  # the export has run passes over its tokens
+        if save_checkpoint:
+            model.save_pretrained(save_checkpoint)
+            read.tokenizer.save_pretrained(save_checkpoint)
+        partial.rename(out)
+    finally:
+        remove(partial)
+    return read, manifest
+
+
+def _write(
+    model: PreTrainedModel, files: ImportFiles, choices: ImportChoices, read: ReadFiles, folder: Path
+) -> Manifest:
+    """Write all files of a bundle, the manifest last."""
+    read.catalogue.save(folder / "catalogue")
+    write_json(folder / CODE_NAMES, _code_names(read))
     report = export_decoder(
         model,
-        partial / "target",
+        folder / "target",
         code_tokens=read.spelling.code_tokens,
         precision=choices.precision,
         prompt=read.spelling.prompt,
     )
-    hashes = hash_files(partial)
+    hashes = hash_files(folder)
     manifest = Manifest(
         name=choices.name,
         scoring_rule=choices.scoring_rule,
@@ -135,10 +153,16 @@ def import_checkpoint(
         provenance=_provenance(files, choices, read),
         files=hashes,
     )
-    write_manifest(partial, manifest)
-    verify_bundle(partial, passes=False)  # the export has run passes over its tokens
-    partial.rename(out)
-    return read, manifest
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _code_names(read: ReadFiles) -> list[list[str]]:
+    """Return the names of each level's codes, without tail codes."""
+    names = read.tokenizer.convert_ids_to_tokens(list(read.spelling.code_tokens))
+    starts, tails = read.catalogue.trie.codebook_offset.tolist(), read.catalogue.tail_start.tolist()
+    levels = [names[start : start + tail] for start, tail in zip(starts, tails, strict=True)]
+    return [level for level in levels if level]
 
 
 def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:

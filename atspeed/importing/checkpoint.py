@@ -78,7 +78,8 @@ class Source:
         model = load_checkpoint(self.checkpoint)
         whole: Any = model
         norm = whole.decoder.final_layer_norm if model.config.is_encoder_decoder else whole.model.norm
-        if float(norm.weight.detach().abs().mean()) < _DELTA_NORM:
+        offset = 1.0 if model.config.model_type == "gemma" else 0.0  # whose norm weights are stored around 0
+        if float((norm.weight.detach() + offset).abs().mean()) < _DELTA_NORM:
             raise ImportingError(
                 f"{self.checkpoint}: its norm weights are near 0, as in a delta; give its base with --base"
             )

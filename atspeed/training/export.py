@@ -35,7 +35,7 @@ from atspeed.training.parity import compare
 from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "t5")
+ARCHITECTURES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "t5")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -187,8 +187,9 @@ def check_architecture(config: Any) -> None:
     if config.model_type == "t5":
         _check_t5(config)
         return
-    if config.hidden_act != "silu":
-        raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is 'silu'")
+    activation = "gelu_pytorch_tanh" if config.model_type == "gemma" else "silu"
+    if config.hidden_act != activation:
+        raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is {activation!r}")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
