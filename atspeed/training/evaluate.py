@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.beams import BeamSearch, batches_of_equal_length
+from atspeed.training.beams import BeamSearch, batches_of_equal_length, prompts_at_once
 from atspeed.training.data import Case, Dataset, SplitName
 from atspeed.training.recipe import Recipe, Schedule
 from atspeed.training.sequences import Batch, Sequencer
@@ -31,7 +31,7 @@ Scorer = Callable[["EvalExample"], npt.NDArray[np.float64]]  # a score for every
 CUTOFFS = (5, 10, 20)  # recall and NDCG are reported at these
 BEAMS = 20  # the AtSpeed paper's beam width
 _TIE_BREAK = 1000  # divides the share covered, so that it decides only between equal acceptance
-_BATCH = 64  # prompts per pass; affects speed and memory only
+_BATCH = 64  # sequences per pass of a loss; affects speed and memory only
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ModelRecommender:
         prompts = [self.sequencer.prompt(example.history) for example in examples]
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, beams)
         found = [SearchedLevel.empty(len(examples), beams) for _ in range(self.catalogue.trie.levels)]
-        for group in batches_of_equal_length(prompts, _BATCH):
+        for group in batches_of_equal_length(prompts, prompts_at_once(self.sequencer.spelling.vocab_size, beams)):
             seen = (
                 [self.catalogue.pruning(excluded=examples[index].history) for index in group] if exclude_seen else None
             )

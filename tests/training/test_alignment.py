@@ -114,11 +114,12 @@ def test_batch_holds_the_values_of_its_shard(folder: Path) -> None:
                     assert level.wanted[row, slot][kept].tolist() == wanted
                     assert bool(level.on_beam[row, slot]) == (nodes[at] == 0 or nodes[at] in shard.beams[place, :-1])
                     assert bool(level.on_gold[row, slot]) == (TRIE.path(nodes[at]) in prefixes)
+                assert not level.ended.any()
                 for part in (level.allowed, level.wanted, level.on_beam, level.on_gold):
                     assert not part[row, len(here) :].any()
             assert next(told, None) is None
             for path, leaf in enumerate(shard.beams[place, -1].tolist()):
-                assert bool(batch.beams.valid[row, path]) == (leaf >= 0)
+                assert batch.beams.scored[row, path].tolist() == [leaf >= 0] * 3
                 found = [TRIE.path(nodes[at]) for at in batch.beams.row[row, path].tolist()]
                 assert leaf < 0 or found == [TRIE.path(leaf)[:depth] for depth in range(3)]
 
