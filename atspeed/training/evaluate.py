@@ -22,7 +22,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.beams import BeamSearch, batches_of_equal_length, prompts_at_once
 from atspeed.training.data import Case, Dataset, SplitName
-from atspeed.training.recipe import Recipe, Schedule
+from atspeed.training.recipe import RunSettings, Schedule
 from atspeed.training.sequences import Batch, Sequencer
 from atspeed.training.trainer import cross_entropy
 
@@ -171,21 +171,21 @@ class Validation:
 
     @classmethod
     def of(
-        cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, recipe: Recipe, schedule: Schedule
+        cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, settings: RunSettings, schedule: Schedule
     ) -> Validation:
         """Build it from the validation split, with at most `schedule.validation_users` users."""
         examples = eval_examples(
             dataset.cases("valid"),
             catalogue,
-            allow_empty=recipe.allow_empty_history,
+            allow_empty=settings.allow_empty_history,
             limit=schedule.validation_users,
-            seed=recipe.seed,
+            seed=settings.seed,
         )
         sequences = [sequencer.last_of(example.history, example.targets[0]) for example in examples]
         sequences.sort(key=lambda sequence: len(sequence.tokens))
         pad = sequencer.spelling.pad_token
         batches = [Batch.of(sequences[start : start + _BATCH], pad) for start in range(0, len(sequences), _BATCH)]
-        return cls(examples, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
+        return cls(examples, batches, sequencer, catalogue, settings.scoring_rule, schedule.select_by == "loss")
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Measure the model; empty without examples. The epoch with the largest `score` is the best."""

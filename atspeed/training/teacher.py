@@ -147,7 +147,9 @@ class Teacher:
         beams = np.full((count, self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
         logp: dict[int, npt.NDArray[np.float16]] = {}
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)
-        for group in batches_of_equal_length(tokens, prompts_at_once(self.sequencer.spelling.vocab_size, self.beams + 1)):
+        for group in batches_of_equal_length(
+            tokens, prompts_at_once(self.sequencer.spelling.vocab_size, self.beams + 1)
+        ):
             found, values = self._search(search, np.stack([tokens[index] for index in group]), gold[group])
             beams[group, :, : found.shape[2]] = found
             logp |= zip(group, values, strict=True)
