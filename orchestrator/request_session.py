@@ -98,14 +98,11 @@ class PromptBuilder:
 
     def _request(self, model: ModelEntry, noise: Perturbation | None) -> ModelRequest:
         window, params = self.window(model), self.params
-        # [n, levels]: every code's column among all codes of all levels, then the model's token of the column.
-        columns = self.catalogue.codes[window] + self.catalogue.trie.codebook_offset
-        tokens = np.asarray(model.code_tokens, dtype=np.int64)[columns]
         user_key = params.user_key
         # Prompts of histories in requests are told apart by the first items of the window, which stay while the window stands.
         affinity = user_key or digest(params.tenant, *map(str, window[:FIRST_ITEMS].tolist()))
         return ModelRequest(
-            prompt=model.prompt.tokens(list(tokens)),
+            prompt=model.prompt.tokens(self.catalogue.spelled_tokens(window, model.code_tokens)),
             pruning=self.candidates.pruning,
             deadline=self.deadline,
             noise=noise,

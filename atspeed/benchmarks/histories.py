@@ -76,5 +76,4 @@ def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items:
 def prompt_tokens(catalogue: Catalogue, entry: ModelEntry, history: Sequence[int]) -> Int64:
     """Return a model's prompt for a history of item indices, as serving builds it; int64 [prompt]."""
     window = np.asarray(history, dtype=np.int64)[entry.prompt.window_start(len(history)) :]
-    columns = catalogue.codes[window] + catalogue.trie.codebook_offset
-    return entry.prompt.tokens(list(np.asarray(entry.code_tokens, dtype=np.int64)[columns]))
+    return entry.prompt.tokens(catalogue.spelled_tokens(window, entry.code_tokens))

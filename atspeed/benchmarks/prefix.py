@@ -158,7 +158,7 @@ class PrefixMeter:
         self._decoder = load_decoder(bundle, config.role, RuntimeOptions(intra_op_threads=config.threads))
         self._rule = bundle.manifest.scoring_rule
         levels = self._catalogue.trie.levels
-        step = config.block_tokens or entry.prompt.item_stride(levels)
+        step = config.block_tokens or entry.prompt.item_stride(self._catalogue.longest_spelling)
         self._layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=step)
         timeout = _REDIS_TIMEOUT_SECONDS
         self._store = RedisKvStore(redis, self._layout, _TTL_SECONDS, timeout, write_timeout_seconds=timeout)

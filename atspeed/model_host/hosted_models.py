@@ -178,9 +178,10 @@ class HostedModels(Generic[Worker]):
     async def _load(self, bundle: Bundle) -> HostedModel[Worker]:
         """Load a model while others are served. Weights that are loaded already are shared."""
         decoders = {model.weights.key: model.weights.decoder for model in self._models}
-        trie, key, decoder = await asyncio.to_thread(self._read, bundle, decoders)
+        trie, item_codes, decoder = await asyncio.to_thread(self._read, bundle, decoders)
+        entry = bundle.model(self._role)
         async with AsyncExitStack() as undo:
-            prompt_tokens = bundle.model(self._role).prompt.max_tokens(trie.levels)
+            prompt_tokens, key = entry.prompt.max_tokens(item_codes), weights_key(self._settings, entry, item_codes)
             weights = await self._weights(key, decoder, prompt_tokens)
             undo.push_async_callback(weights.release, self.metrics)
             evaluator = self._evaluator(bundle, trie, weights)
@@ -195,19 +196,21 @@ class HostedModels(Generic[Worker]):
         self.metrics.add(reads)
         return HostedModel(evaluator.entry, weights, evaluator, worker, info, reads)
 
-    def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, Decoder]) -> tuple[Trie, WeightsKey, Decoder]:
+    def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, Decoder]) -> tuple[Trie, int, Decoder]:
+        """Return the trie, the codes of the longest item in a prompt, and the decoder: one of `decoders` if it is there."""
         settings, role = self._settings, self._role
         if settings.verify_bundle:
             bundle.verify(but=role)
-        trie = bundle.catalogue().trie  # a model needs no items, so the catalogue itself is freed
-        key = weights_key(settings, bundle.model(role), trie.levels)
+        catalogue = bundle.catalogue()  # a model needs no items, so the catalogue itself is freed
+        trie, item_codes = catalogue.trie, catalogue.longest_spelling
+        key = weights_key(settings, bundle.model(role), item_codes)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
         if key not in decoders:
-            return trie, key, load_decoder(bundle, role, options, verified=settings.verify_bundle)
+            return trie, item_codes, load_decoder(bundle, role, options, verified=settings.verify_bundle)
         if settings.verify_bundle:
             bundle.verify_model(role)
         check_decoder(bundle, role, decoders[key])
-        return trie, key, decoders[key]
+        return trie, item_codes, decoders[key]
 
     async def _weights(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int) -> LoadedModel:
         """Return the loaded weights with one more reference, or new ones."""

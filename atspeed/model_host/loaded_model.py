@@ -41,9 +41,12 @@ class WeightsKey:
     layout: KvLayout
 
 
-def weights_key(settings: ModelSettings, entry: ModelEntry, levels: int) -> WeightsKey:
-    """Return the key of a bundle's model. By default a block holds one item, so a new item costs one block."""
-    block_tokens = settings.kv_block_tokens or entry.prompt.item_stride(levels)
+def weights_key(settings: ModelSettings, entry: ModelEntry, item_codes: int) -> WeightsKey:
+    """Return the key of a bundle's model. By default a block holds one item, so a new item costs one block.
+
+    item_codes: the codes of an item in a prompt.
+    """
+    block_tokens = settings.kv_block_tokens or entry.prompt.item_stride(item_codes)
     layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=block_tokens)
     return WeightsKey(entry.fingerprint, layout)
 

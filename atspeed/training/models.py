@@ -46,7 +46,7 @@ class SpelledModel:
 
     def recommender(self, settings: RunSettings, catalogue: Catalogue) -> ModelRecommender:
         """Build the model's recommender under the settings of a run."""
-        sequencer = Sequencer(self.spelling, self.spelling.item_tokens(catalogue), settings.allow_empty_history)
+        sequencer = Sequencer.of(self.spelling, catalogue, settings.allow_empty_history)
         return ModelRecommender(self.model, sequencer, catalogue, settings.scoring_rule)
 
     def to(self, device: torch.device) -> SpelledModel:
@@ -167,7 +167,7 @@ def code_names(level: int, size: int) -> list[str]:
 
 def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
     """Return the number of tokens of the longest prompt with its codes."""
-    return prompt.max_tokens(catalogue.trie.levels) + catalogue.trie.levels
+    return prompt.max_tokens(catalogue.longest_spelling) + catalogue.trie.levels
 
 
 def train_model(
@@ -207,7 +207,7 @@ def train_model(
     spelled = build_model(part, catalogue, settings.prompt, seed)
     if start is not None:
         spelled.model.load_state_dict(start.model.state_dict())
-    sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(catalogue), settings.allow_empty_history)
+    sequencer = Sequencer.of(spelled.spelling, catalogue, settings.allow_empty_history)
     windows = WindowBatches(
         sequencer,
         index_histories(catalogue, dataset.train),

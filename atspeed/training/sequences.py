@@ -21,6 +21,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.files.atomic_write import replace_text
+from atspeed.engine.search.trie import ENDED
 from atspeed.training.data import Histories
 
 IGNORED = -100  # the label of a token that is not predicted; torch's default
@@ -44,12 +45,6 @@ class Spelling(BaseModel):
     prompt: PromptTemplate
     pad_token: NonNegativeInt
     vocab_size: PositiveInt
-
-    def item_tokens(self, catalogue: Catalogue) -> Int64:
-        """Return the code tokens of every item of the catalogue, [items, L], by item index."""
-        columns = catalogue.codes + catalogue.trie.codebook_offset
-        tokens: Int64 = np.asarray(self.code_tokens, dtype=np.int64)[columns]
-        return tokens
 
     def save(self, checkpoint: Path) -> None:
         """Write the spelling beside the model's weights."""
@@ -112,13 +107,23 @@ class Sequencer:
 
     Attributes:
         spelling: the tokens of prompts and codes.
-        item_tokens: int64 [items, L]. The code tokens of every item.
+        item_tokens: int64 [items, L]. The tokens of every item's path, its tail included; -1 after the end of a path.
+        spelled: int64 [items]. The tokens of each item in a prompt: those before its tail.
         predict_first: whether a window's first item is predicted, from an empty history.
     """
 
     spelling: Spelling
     item_tokens: Int64
+    spelled: Int64
     predict_first: bool
+
+    @classmethod
+    def of(cls, spelling: Spelling, catalogue: Catalogue, predict_first: bool) -> Self:
+        """Return the sequencer of a catalogue's items."""
+        columns = catalogue.codes + catalogue.trie.codebook_offset
+        tokens = np.asarray(spelling.code_tokens, dtype=np.int64)[columns]
+        spelled = catalogue.spelled_lengths(np.arange(catalogue.items))
+        return cls(spelling, np.where(catalogue.codes == ENDED, -1, tokens), spelled, predict_first)
 
     @property
     def window(self) -> int:
@@ -128,7 +133,7 @@ class Sequencer:
     def prompt(self, history: Int64) -> Int64:
         """Build the prompt [s] of a whole history [h] as serving does: its newest items, in the template."""
         template = self.spelling.prompt
-        return template.tokens(list(self.item_tokens[history[template.window_start(len(history)) :]]))
+        return template.tokens(self._spelled_tokens(history[template.window_start(len(history)) :]))
 
     def example(self, items: Int64, *, only_last: bool = False) -> Example:
         """Build an example: the prompt of all but the last of `items` (at most `window` of them), then the last one's codes.
@@ -136,11 +141,11 @@ class Sequencer:
         only_last: predict only the last item, as an evaluation does.
         """
         context, target = items[:-1], self.item_tokens[items[-1]]
-        template = self.spelling.prompt
-        tokens = np.concatenate([template.tokens(list(self.item_tokens[context])), target])
+        target = target[target >= 0]
+        tokens = np.concatenate([self.spelling.prompt.tokens(self._spelled_tokens(context)), target])
         labels = np.full(len(tokens), IGNORED)
         if not only_last:
-            self._label_context(tokens, labels, len(context))
+            self._label_context(tokens, labels, context)
         labels[-len(target) :] = target
         return Example(tokens, labels)
 
@@ -149,13 +154,17 @@ class Sequencer:
         start = self.spelling.prompt.window_start(len(history))
         return self.example(np.append(history[start:], item), only_last=True)
 
-    def _label_context(self, tokens: Int64, labels: Int64, items: int) -> None:
+    def _spelled_tokens(self, items: Int64) -> list[Int64]:
+        return [self.item_tokens[item, : self.spelled[item]] for item in items]
+
+    def _label_context(self, tokens: Int64, labels: Int64, items: Int64) -> None:
         """Label the codes of the prompt's items; the first one only if an empty history is allowed."""
-        template, levels = self.spelling.prompt, self.item_tokens.shape[1]
-        stride = levels + len(template.separator)
-        for index in range(0 if self.predict_first else 1, items):
-            start = len(template.prefix) + index * stride
-            labels[start : start + levels] = tokens[start : start + levels]
+        template = self.spelling.prompt
+        start = len(template.prefix)
+        for index, codes in enumerate(self.spelled[items].tolist()):
+            if index or self.predict_first:
+                labels[start : start + codes] = tokens[start : start + codes]
+            start += codes + len(template.separator)
 
 
 def index_histories(catalogue: Catalogue, histories: Histories) -> list[Int64]:

@@ -113,8 +113,7 @@ class Models:
         """The target's prompt of a random history."""
         entry = self.bundle.bundle.manifest.target
         chosen = np.random.default_rng(seed).integers(0, self.catalogue.items, items)
-        columns = self.catalogue.codes[chosen] + self.catalogue.trie.codebook_offset
-        return entry.prompt.tokens(list(np.array(entry.code_tokens)[columns]))
+        return entry.prompt.tokens(self.catalogue.spelled_tokens(chosen, entry.code_tokens))
 
 
 @dataclass

@@ -43,7 +43,7 @@ def model(seed: int) -> PreTrainedModel:
 
 
 def sequencer(spelling: Spelling) -> Sequencer:
-    return Sequencer(spelling, spelling.item_tokens(CATALOGUE), predict_first=True)
+    return Sequencer.of(spelling, CATALOGUE, predict_first=True)
 
 
 @pytest.fixture(scope="module")

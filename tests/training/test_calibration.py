@@ -36,7 +36,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def recommender(models: Models, role: str) -> ModelRecommender:
     entry = models.bundle.bundle.model("draft")  # spelled as the target
     spelling = Spelling(code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size)
-    sequencer = Sequencer(spelling, spelling.item_tokens(models.catalogue), predict_first=False)
+    sequencer = Sequencer.of(spelling, models.catalogue, predict_first=False)
     model = models.bundle.draft if role == "draft" else models.bundle.target
     return ModelRecommender(model, sequencer, models.catalogue, models.rule)
 

@@ -61,7 +61,7 @@ def test_a_models_ranking_is_that_of_all_items(rule: ScoringRule, *, exclude_see
         ModelRecipe(shape=shape, schedule=Schedule(epochs=1)), CATALOGUE, PromptWindow(max_items=3), 1
     )
     torch.nn.init.normal_(spelled.model.lm_head.weight)
-    sequencer = Sequencer(spelled.spelling, spelled.spelling.item_tokens(CATALOGUE), predict_first=True)
+    sequencer = Sequencer.of(spelled.spelling, CATALOGUE, predict_first=True)
     asked = [question("bd", "c"), question("", "a"), question("abcde", "f")]
     rankings = ModelRecommender(spelled.model, sequencer, CATALOGUE, rule).rank(asked, exclude_seen=exclude_seen)
     for ranking, asking in zip(rankings, asked, strict=True):

@@ -26,7 +26,7 @@ def sequencer(*, predict_first: bool = True, **template: Any) -> Sequencer:
     # Not in the order of the columns, so that a mix-up of columns and tokens shows.
     tokens = tuple(range(2 + LEVELS * CODES, 2, -1))
     spelling = Spelling(code_tokens=tokens, prompt=prompt, pad_token=0, vocab_size=40)
-    return Sequencer(spelling, spelling.item_tokens(CATALOGUE), predict_first)
+    return Sequencer.of(spelling, CATALOGUE, predict_first)
 
 
 def history(length: int) -> npt.NDArray[np.int64]:

@@ -28,7 +28,7 @@ SPELLING = Spelling(
     pad_token=0,
     vocab_size=16,
 )
-SEQUENCER = Sequencer(SPELLING, SPELLING.item_tokens(CATALOGUE), predict_first=True)
+SEQUENCER = Sequencer.of(SPELLING, CATALOGUE, predict_first=True)
 HISTORIES = [RNG.integers(len(PATHS), size=length) for length in (7, 1, 3, 5)]
 
 

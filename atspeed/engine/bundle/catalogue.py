@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from atspeed.engine.bundle.id_index import IdIndex, Ids
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES, id_problem, shown
 from atspeed.engine.errors import CatalogueError
 from atspeed.engine.files.atomic_write import replacing
-from atspeed.engine.search.trie import Pruning, Trie
+from atspeed.engine.search.trie import ENDED, Pruning, Trie
 
 Codes = npt.NDArray[np.int32]
 
@@ -27,16 +28,17 @@ _CHUNK = 1 << 16  # ids checked at once: some megabytes of temporary arrays
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in the order of (code path, id), so that the items of one path are neighbours.
+    """Items in the order of (code path, rank, id), so that the items of one path are neighbours.
 
     Ten million items take less than a gigabyte, so no method may keep a Python object per item.
 
     Attributes:
         ids: bytes [items], UTF-8.
-        codes: int32 [items, L], 0-based within each level.
+        codes: int32 [items, L], 0-based within each level; -1 in the places after the end of a shorter path.
         item_start: int32 [paths + 1]; the items of path i (leaf i of the trie) are item_start[i] .. item_start[i + 1] - 1.
         item_path: the path of each item, int32 [items].
         trie: the trie of the distinct paths.
+        tail_start: int64 [L]; codes from tail_start[level] on are tail tokens, which are scored and which prompts do not hold.
     """
 
     ids: Ids
@@ -44,21 +46,40 @@ class Catalogue:
     item_start: Int32
     item_path: Int32
     trie: Trie
+    tail_start: Int64
 
     @classmethod
     def build(
-        cls, ids: Sequence[str] | Ids, codes: npt.NDArray[np.integer], codebook_sizes: Sequence[int]
+        cls,
+        ids: Sequence[str] | Ids,
+        codes: npt.NDArray[np.integer],
+        codebook_sizes: Sequence[int],
+        *,
+        tail_start: Sequence[int] | None = None,
+        rank: npt.NDArray[np.number] | None = None,
     ) -> Catalogue:
-        """Build a catalogue from items in any order. ids: strings, or UTF-8 bytes [items].
+        """Build a catalogue from items in any order.
 
-        Raises CatalogueError when an id is invalid or occurs twice, or when a code is outside its codebook.
+        Raises CatalogueError when an id is invalid or occurs twice, when a code is outside its codebook, when a path is the
+        beginning of another, and when a code stands behind a tail token.
+
+        Args:
+            ids: strings, or UTF-8 bytes [items].
+            codes: integers [items, L]; -1 in the places after the end of a shorter path.
+            codebook_sizes: codes per level, tail tokens included.
+            tail_start: the first tail token of each level; None without tails.
+            rank: [items]; items of one path stand in ascending order of it. None: in the order of their ids.
         """
         if len(ids) != len(codes) or not len(ids):
             raise CatalogueError(f"items: {len(ids)} ids for {len(codes)} code paths")
+        if rank is not None and rank.shape != (len(ids),):
+            raise CatalogueError(f"rank: shape {list(rank.shape)} for {len(ids)} items")
         encoded = _encode(ids)
-        order = np.lexsort((encoded, *codes.T[::-1]))  # by code path, then by id
+        within = (encoded,) if rank is None else (encoded, rank)
+        order = np.lexsort((*within, *codes.T[::-1]))  # by code path, then by rank and id
         encoded = encoded[order]
-        catalogue = cls._assemble(encoded, codes[order], tuple(codebook_sizes))
+        sizes = tuple(codebook_sizes)
+        catalogue = cls._assemble(encoded, codes[order], sizes, np.asarray(sizes if tail_start is None else tail_start))
         ordered = np.sort(encoded)
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
         if len(repeated):
@@ -66,7 +87,13 @@ class Catalogue:
         return catalogue
 
     @classmethod
-    def _assemble(cls, ids: Ids, codes: npt.NDArray[np.integer], codebook_sizes: tuple[int, ...]) -> Catalogue:
+    def _assemble(
+        cls,
+        ids: Ids,
+        codes: npt.NDArray[np.integer],
+        codebook_sizes: tuple[int, ...],
+        tail_start: npt.NDArray[np.integer],
+    ) -> Catalogue:
         if ids.ndim != 1 or ids.dtype.kind != "S" or codes.ndim != 2 or codes.dtype.kind not in "iu":
             raise CatalogueError("ids and codes: not byte strings [items] and integers [items, L]")
         if len(ids) != len(codes):
@@ -80,13 +107,35 @@ class Catalogue:
             raise CatalogueError(f"codes: {error}") from error
         item_start = np.append(np.flatnonzero(first), len(codes)).astype(np.int32)
         item_path = np.cumsum(first, dtype=np.int32) - np.int32(1)
-        return cls(ids, codes.astype(np.int32, copy=False), item_start, item_path, trie)
+        catalogue = cls(
+            ids, codes.astype(np.int32, copy=False), item_start, item_path, trie, tail_start.astype(np.int64)
+        )
+        catalogue._check_tails()
+        return catalogue
+
+    def _check_tails(self) -> None:
+        """Raise CatalogueError unless every path is one or more codes and then tail tokens only."""
+        sizes = np.asarray(self.trie.codebook_sizes)
+        if self.tail_start.shape != sizes.shape or (self.tail_start < 0).any() or (self.tail_start > sizes).any():
+            starts = self.tail_start.tolist()
+            raise CatalogueError(f"tails: {starts} are not the first tail tokens of the codebooks {sizes.tolist()}")
+        if not self.has_tails:
+            return
+        paths = self.codes[self.item_start[:-1]]
+        if (paths[:, 0] >= self.tail_start[0]).any():
+            raise CatalogueError("codes: a path without a code before its tail")
+        tail = paths >= self.tail_start
+        if (np.logical_or.accumulate(tail, axis=1) & ~tail & (paths != ENDED)).any():
+            raise CatalogueError("codes: a code stands after a tail token")
 
     def save(self, folder: Path) -> None:
-        """Write ids.npy, codes.npy and codebooks.npy, each in one step."""
+        """Write ids.npy, codes.npy and codebooks.npy, and tails.npy if there are tails, each in one step."""
         folder.mkdir(parents=True, exist_ok=True)
         sizes = np.asarray(self.trie.codebook_sizes, dtype=np.int64)
-        for name, array in (("ids", self.ids), ("codes", self.codes), ("codebooks", sizes)):
+        arrays = {"ids": self.ids, "codes": self.codes, "codebooks": sizes}
+        if self.has_tails:
+            arrays["tails"] = self.tail_start
+        for name, array in arrays.items():
             with replacing(folder / f"{name}.npy") as file:
                 # Through `write` alone: numpy writes into a real file by itself, and reports no error when the disk is full.
                 np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
@@ -95,10 +144,12 @@ class Catalogue:
     def load(cls, folder: Path) -> Catalogue:
         """Read a catalogue that `save` wrote. Raises CatalogueError naming the file."""
         ids, codes, codebooks = (_read_array(folder / f"{name}.npy") for name in ("ids", "codes", "codebooks"))
-        if codebooks.ndim != 1 or codebooks.dtype.kind not in "iu":
-            raise CatalogueError(f"{folder}/codebooks.npy: not integers [L]")
+        tails = _read_array(folder / "tails.npy") if os.path.lexists(folder / "tails.npy") else codebooks
+        for name, array in (("codebooks", codebooks), ("tails", tails)):
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise CatalogueError(f"{folder}/{name}.npy: not integers [L]")
         try:
-            catalogue = cls._assemble(ids, codes, tuple(codebooks.tolist()))
+            catalogue = cls._assemble(ids, codes, tuple(codebooks.tolist()), tails)
             _check_ids(catalogue.ids)
         except CatalogueError as error:
             raise CatalogueError(f"{folder}: {error}") from error
@@ -110,7 +161,21 @@ class Catalogue:
         digest = hashlib.sha256(repr((self.trie.codebook_sizes, self.ids.dtype.str, self.codes.shape)).encode())
         digest.update(np.ascontiguousarray(self.ids).data)
         digest.update(np.ascontiguousarray(self.codes).data)
+        if self.has_tails:
+            digest.update(np.ascontiguousarray(self.tail_start).data)
         return digest.hexdigest()[:16]
+
+    @property
+    def has_tails(self) -> bool:
+        """Return whether some level has tail tokens."""
+        return tuple(self.tail_start.tolist()) != self.trie.codebook_sizes
+
+    @cached_property
+    def longest_spelling(self) -> int:
+        """Return the most codes of a path before its tail."""
+        if not self.has_tails:
+            return self.trie.levels
+        return int(self.spelled_lengths(self.item_start[:-1]).max())
 
     @property
     def items(self) -> int:
@@ -142,8 +207,24 @@ class Catalogue:
         leaf: Int64 = self.item_path[items].astype(np.int64) + self.trie.level_start[self.trie.levels]
         return leaf
 
+    def spelled_lengths(self, items: npt.NDArray[np.integer]) -> Int64:
+        """Return the number of codes of each item before its tail, [n]."""
+        codes = self.codes[items]
+        spelled = np.logical_and.accumulate((codes != ENDED) & (codes < self.tail_start), axis=1)
+        return np.asarray(spelled.sum(axis=1), dtype=np.int64)
+
+    def spelled_codes(self, items: npt.NDArray[np.integer]) -> list[Codes]:
+        """Return the codes of each item before its tail: those that prompts and replies hold."""
+        lengths = self.spelled_lengths(items).tolist()
+        return [path[:length] for path, length in zip(self.codes[items], lengths, strict=True)]
+
+    def spelled_tokens(self, items: npt.NDArray[np.integer], code_tokens: Sequence[int]) -> list[Int64]:
+        """Return the tokens of each item in a prompt. code_tokens: the token id of each code column, [C]."""
+        tokens, offset = np.asarray(code_tokens, dtype=np.int64), self.trie.codebook_offset
+        return [tokens[codes + offset[: len(codes)]] for codes in self.spelled_codes(items)]
+
     def items_of(self, leaf: int) -> range:
-        """Return the indices of the items of a leaf's code path, in id order."""
+        """Return the indices of the items of a leaf's code path, in order."""
         path = leaf - int(self.trie.level_start[self.trie.levels])
         return range(int(self.item_start[path]), int(self.item_start[path + 1]))
 

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -81,7 +82,7 @@ class ModelEntry(_Part):
     max_positions: PositiveInt
     """The longest sequence, prompt and codes together."""
     code_tokens: tuple[NonNegativeInt, ...] = Field(min_length=1)
-    """The token id of each code column, level by level, [C]."""
+    """The token id of each code column, level by level, [C]. Levels may share tokens."""
     prompt: PromptTemplate
     fingerprint: str
     """The hash of the model's files: part of the keys of its prefix cache."""
@@ -103,8 +104,6 @@ class ModelEntry(_Part):
 
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:
-        if len(set(self.code_tokens)) < len(self.code_tokens):
-            raise ValueError("code_tokens: a token is used for two codes")
         around = self.prompt.prefix + self.prompt.separator + self.prompt.suffix
         for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around)):
             if max(tokens) >= self.vocab_size:
@@ -131,6 +130,8 @@ class Manifest(_Part):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     scoring_rule: ScoringRule
     allow_empty_history: bool = False
+    items_per_path: PositiveInt | None = Field(default=None, exclude_if=lambda items: items is None)
+    """The most items of one code path in a list, for requests that do not set their own; None: no limit."""
     catalogue_version: str
     target: ModelEntry
     draft: ModelEntry | None
@@ -203,19 +204,22 @@ class Bundle:
     def _check_reads(self, role: str, model: ModelEntry, catalogue: Catalogue) -> None:
         """Raise BundleError unless a model fits the catalogue.
 
-        It needs a token for every code, positions for every prompt with its code path, and a plan scale for every planned level,
-        if it has one.
+        It needs a token for every code, and codes of one level need different ones. It needs positions for every prompt with its
+        code path, and a plan scale for every planned level, if it has one.
         """
         manifest, trie = self.root / MANIFEST, catalogue.trie
         if len(model.code_tokens) != trie.columns:
             count = len(model.code_tokens)
             raise BundleError(f"{manifest}: {role}.code_tokens: {count} tokens for {trie.columns} code columns")
+        for level, tokens in enumerate(np.split(np.asarray(model.code_tokens), trie.codebook_offset[1:])):
+            if len(np.unique(tokens)) < len(tokens):
+                raise BundleError(f"{manifest}: {role}.code_tokens: a token is used for two codes of level {level}")
         if model.plan_scale is not None and len(model.plan_scale) != trie.levels - 1:
             count, levels = len(model.plan_scale), trie.levels
             raise BundleError(
                 f"{manifest}: {role}.plan_scale: {count} scales for the {levels - 1} levels that are planned"
             )
-        longest = model.prompt.max_tokens(trie.levels) + trie.levels - 1
+        longest = model.prompt.max_tokens(catalogue.longest_spelling) + trie.levels - 1
         if longest > model.max_positions:
             raise BundleError(
                 f"{manifest}: {role}.max_positions: {model.max_positions}, but prompt and codes take up to {longest}"

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 
 class PromptTemplate(BaseModel):
-    """The form of a prompt: prefix + item (+ separator + item)* + suffix, where an item is its `L` code tokens.
+    """The form of a prompt: prefix + item (+ separator + item)* + suffix.
 
-    Training fixes the segments. A prompt holds the newest items of a history. Beyond `max_items` items the oldest are dropped,
-    `drop_block` at a time, so that the beginning of the prompt, and its cached KV, stays the same for `drop_block` new items.
-    `drop_block = 1` is the sliding window of the AtSpeed paper.
+    An item is the tokens of its codes, without its tail. Training fixes the segments. A prompt holds the newest items of a history.
+    Beyond `max_items` items the oldest are dropped, `drop_block` at a time. So the beginning of the prompt, and its cached KV, stays
+    the same for `drop_block` new items. `drop_block = 1` is the sliding window of the AtSpeed paper.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class PromptTemplate(BaseModel):
         return -(-excess // self.drop_block) * self.drop_block
 
     def tokens(self, items: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-        """Return the prompt of a window of items, int64 [prompt length]. Each item is given as its `L` code tokens."""
+        """Return the prompt of a window of items, int64 [prompt length]. Each item is given as its code tokens."""
         parts: list[npt.NDArray[np.int64] | tuple[int, ...]] = [self.prefix]
         for index, item in enumerate(items):
             if index:
@@ -49,12 +49,10 @@ class PromptTemplate(BaseModel):
         parts.append(self.suffix)
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
-    def item_stride(self, levels: int) -> int:
-        """Return the tokens from the beginning of an item to that of the next."""
-        return levels + len(self.separator)
+    def item_stride(self, codes: int) -> int:
+        """Return the tokens from the beginning of an item of so many codes to that of the next."""
+        return codes + len(self.separator)
 
-    def max_tokens(self, levels: int) -> int:
-        """Return the length of the longest prompt."""
-        return (
-            len(self.prefix) + len(self.suffix) + self.max_items * levels + (self.max_items - 1) * len(self.separator)
-        )
+    def max_tokens(self, codes: int) -> int:
+        """Return the length of the longest prompt. codes: those of the longest item."""
+        return len(self.prefix) + len(self.suffix) + self.max_items * codes + (self.max_items - 1) * len(self.separator)

@@ -26,7 +26,7 @@ from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
-from atspeed.engine.search.trie import ROOT, Pruning, Trie
+from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 
 # Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
 _NODE_ROOM = 128
@@ -155,14 +155,17 @@ class TreeEvaluator:
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure the cost curve, for about `seconds`. No other pass should run on the model meanwhile."""
         block, levels = self._layout.block_tokens, self.trie.levels
-        blocks = (self.entry.prompt.max_tokens(levels) - 1) // block
+        longest = self.entry.max_positions - (levels - 1)
+        blocks = (min(self.entry.prompt.max_tokens(levels), longest) - 1) // block
         cached = sorted({0, blocks // 2 * block, blocks * block})
-        most = self.entry.max_positions - (levels - 1) - cached[-1] + int(self.trie.level_start[levels]) - 1
-        return await measure(self._measured_pass, most, cached, seconds)
+        inner = np.arange(self.trie.level_start[levels])
+        nodes = inner[(self.trie.code[inner] != ENDED) | (inner == ROOT)]
+        most = longest - cached[-1] + len(nodes) - 1
+        return await measure(partial(self._measured_pass, nodes), most, cached, seconds)
 
-    async def _measured_pass(self, new: int, cached: int) -> PassStats:
-        """Make a first pass over `new` tokens on `cached` ones, a multiple of a block. Nodes of the trie come first."""
-        nodes = np.arange(min(new, int(self.trie.level_start[self.trie.levels])))
+    async def _measured_pass(self, nodes: Int64, new: int, cached: int) -> PassStats:
+        """Make a first pass over `new` tokens on `cached` ones, a multiple of a block. The first of `nodes` come first."""
+        nodes = nodes[:new]
         prompt = np.full(cached + new - len(nodes) + 1, self.entry.prompt.prefix[0], dtype=np.int64)
         block = np.zeros(self._layout.block_shape, dtype=self.decoder.dtype)
         tree = self.open_synthetic(prompt, (block,) * (cached // self._layout.block_tokens))
@@ -334,6 +337,8 @@ class TreeEvaluator:
         started = tree.length >= len(tree.prompt)
         if started != (nodes[0] != ROOT):
             raise CapacityError("nodes: the root belongs to the first pass of a tree, and only to it")
+        if (self.trie.code[nodes[nodes != ROOT]] == ENDED).any():
+            raise CapacityError("nodes: an ended place has no token, and needs no evaluation")
         if not tree.slots.keys().isdisjoint(nodes.tolist()):
             raise CapacityError("nodes: a node was evaluated before on this tree")
 

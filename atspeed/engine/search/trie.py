@@ -18,6 +18,7 @@ from atspeed.engine.arrays import Int32, Int64, UInt64
 from atspeed.engine.search.sampling import mix64
 
 ROOT = 0
+ENDED = -1  # the code of the places after the end of a path
 _ROOT_HASH = 0x9E3779B97F4A7C15  # the increment of SplitMix64; any fixed number would do
 
 
@@ -25,10 +26,13 @@ _ROOT_HASH = 0x9E3779B97F4A7C15  # the increment of SplitMix64; any fixed number
 class Trie:
     """A catalogue's distinct code paths. Node 0 is the root; nodes of depth `L` are whole paths ("leaves").
 
+    A path of fewer than `L` codes is padded with ended places. An ended place is a node with code -1. It is the only child of its
+    parent, it has no token, and it scores 0 under every rule. So beam search keeps an ended path as a beam.
+
     Attributes:
         level_start: int64 [L + 2]; nodes of depth d are level_start[d] .. level_start[d + 1] - 1.
         parent: int32 [n]; -1 for the root.
-        code: int32 [n]; the code on the edge from the parent, 0-based within its level; -1 for the root.
+        code: int32 [n]; the code on the edge from the parent, 0-based within its level; -1 for the root and ended places.
         child_start: int64 [n + 1]; the children of node i are the nodes child_start[i] .. child_start[i + 1] - 1.
         codebook_sizes: codes per level; the column of a code is codebook_offset[level] + code.
     """
@@ -41,14 +45,19 @@ class Trie:
 
     @classmethod
     def from_paths(cls, paths: npt.NDArray[np.integer], codebook_sizes: tuple[int, ...]) -> Trie:
-        """Build a trie from distinct paths [p, L] in lexicographic order. Raises ValueError for other paths."""
+        """Build a trie from distinct paths [p, L] in lexicographic order; -1 stands in the places after a path's end.
+
+        Raises ValueError for other paths, and when a path is the beginning of another.
+        """
         count, levels = paths.shape
         if count == 0:
             raise ValueError("paths: a trie needs at least one path")
         if levels != len(codebook_sizes):
             raise ValueError(f"paths: {levels} codes per path, but {len(codebook_sizes)} codebooks")
-        if (paths < 0).any() or (paths >= np.asarray(codebook_sizes)).any():
+        if (paths < ENDED).any() or (paths[:, 0] == ENDED).any() or (paths >= np.asarray(codebook_sizes)).any():
             raise ValueError("paths: a code is outside its codebook")
+        if ((paths[:, :-1] == ENDED) & (paths[:, 1:] != ENDED)).any():
+            raise ValueError("paths: a code stands after the end of its path")
         # first_change[i]: the first level at which path i differs from path i - 1.
         changed = np.ones((count, levels), dtype=bool)
         changed[1:] = np.logical_or.accumulate(paths[1:] != paths[:-1], axis=1)
@@ -71,11 +80,14 @@ class Trie:
         # Children are numbered in the order of their parents, from node 1 on.
         child_start = np.ones(nodes + 1, dtype=np.int64)
         child_start[1:] += np.cumsum(np.bincount(parent[1:], minlength=nodes))
-        return cls(level_start, parent, code, child_start, tuple(int(size) for size in codebook_sizes))
+        trie = cls(level_start, parent, code, child_start, tuple(int(size) for size in codebook_sizes))
+        if (trie.child_count[parent[1:][code[1:] == ENDED]] > 1).any():
+            raise ValueError("paths: one is the beginning of another")
+        return trie
 
     @property
     def levels(self) -> int:
-        """Return `L`, the codes per item."""
+        """Return `L`, the codes of the longest path."""
         return len(self.codebook_sizes)
 
     @property
@@ -98,6 +110,13 @@ class Trie:
         """Return the number of children of each node in the whole catalogue, int32 [n]."""
         return np.diff(self.child_start).astype(np.int32)
 
+    @cached_property
+    def ends(self) -> npt.NDArray[np.bool_]:
+        """Return which nodes have an ended place as their only child, bool [n]. Ended places above a leaf are among them."""
+        ends = np.zeros(self.nodes, dtype=bool)
+        ends[self.parent[1:][self.code[1:] == ENDED]] = True
+        return ends
+
     def level(self, depth: int) -> slice:
         """Return the nodes of a depth as a slice of node ids."""
         return slice(int(self.level_start[depth]), int(self.level_start[depth + 1]))
@@ -107,7 +126,7 @@ class Trie:
         return np.searchsorted(self.level_start, nodes, side="right").astype(np.int64) - 1
 
     def column(self, nodes: npt.NDArray[np.integer]) -> Int64:
-        """Return the code column of each node's own code, [n]. The root has none."""
+        """Return the code column of each node's own code, [n]. The root and ended places have none."""
         column: Int64 = self.codebook_offset[self.depth(nodes) - 1] + self.code[nodes]
         return column
 
@@ -172,8 +191,17 @@ class Trie:
         if not (count[: starts[self.levels]] > 0).all() or (depth[self.parent[1:]] != depth[1:] - 1).any():
             raise ValueError("child_start: an inner node has no child, or one of another depth")
         code = self.code[1:]
-        if self.code[ROOT] != -1 or (code < 0).any() or (code >= np.asarray(self.codebook_sizes)[depth[1:] - 1]).any():
+        ended = code == ENDED
+        if (
+            self.code[ROOT] != -1
+            or (code < ENDED).any()
+            or (code >= np.asarray(self.codebook_sizes)[depth[1:] - 1]).any()
+        ):
             raise ValueError("code: outside its codebook")
+        if ended[: starts[2] - 1].any() or (count[self.parent[1:][ended]] != 1).any():
+            raise ValueError("code: an ended place that is not the only child of a code")
+        if (code[self.child_start[np.flatnonzero(ended[: starts[self.levels] - 1]) + 1] - 1] != ENDED).any():
+            raise ValueError("code: a code below an ended place")
         if not (np.diff(code)[self.parent[2:] == self.parent[1:-1]] > 0).all():
             raise ValueError("code: siblings not in ascending order")
 

@@ -141,13 +141,73 @@ def test_invalid_items_are_refused(
         Catalogue.build(ids, codes, (2, 2))
 
 
-@pytest.mark.parametrize("name", ["ids", "codes", "codebooks"])
+# Levels [a][b or "\n"]["\n" or EOS][EOS or ended]: two codes, or one, and then a scored tail.
+TAILED = np.array([[0, 1, 1, 1], [0, 2, 2, -1], [1, 0, 1, 1], [1, 0, 1, 1]])
+TAIL_START = (2, 2, 1, 1)
+
+
+def tailed() -> Catalogue:
+    return Catalogue.build(
+        ["a", "b", "c", "d"], TAILED, (2, 3, 3, 2), tail_start=TAIL_START, rank=np.array([0, 1, 3, 2])
+    )
+
+
+def test_prompts_and_replies_hold_the_codes_before_the_tail(tmp_path: Path) -> None:
+    made = tailed()
+    made.save(tmp_path)
+    for catalogue in (made, Catalogue.load(tmp_path)):
+        assert [codes.tolist() for codes in catalogue.spelled_codes(np.arange(4))] == [[0, 1], [0], [1, 0], [1, 0]]
+        tokens = [100, 101, 100, 101, 102, 100, 102, 103, 104, 103]  # levels may share tokens
+        assert [t.tolist() for t in catalogue.spelled_tokens(np.arange(3), tokens)] == [[100, 101], [100], [101, 100]]
+        assert catalogue.longest_spelling == 2
+        assert [catalogue.id_of(item) for item in range(4)] == ["a", "b", "d", "c"]
+        assert catalogue.version == made.version
+
+
+def test_tails_are_part_of_the_version_where_there_are_some(tmp_path: Path) -> None:
+    """Catalogues of bundles that were written before there were tails keep their versions."""
+    plain = Catalogue.build(["a", "b", "c"], CODES, (2, 2))
+    assert plain.version == "6abf89beed6a1a82"
+    plain.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codebooks.npy", "codes.npy", "ids.npy"]
+    versions = {
+        Catalogue.build(["a", "b", "c"], CODES, (2, 2), tail_start=start).version for start in ((2, 2), (2, 1), (2, 0))
+    }
+    assert len(versions) == 3
+    assert plain.version in versions
+
+
+@pytest.mark.parametrize(
+    ("codes", "start", "problem"),
+    [
+        ([[0, 1], [1, 0]], (2, 3), r"tails: \[2, 3\] are not the first tail tokens of the codebooks \[2, 2\]"),
+        ([[0, 1], [1, 0]], (2,), "tails: "),
+        ([[0, 1], [1, 0]], (1, 1), "codes: a path without a code before its tail"),
+        ([[0, 1, 0], [0, 0, 1]], (2, 1, 1), "codes: a code stands after a tail token"),
+        ([[0, -1], [0, 1]], (2, 2), "codes: .*one is the beginning of another"),
+        ([[0, -1, 1]], (2, 2, 2), "codes: .*a code stands after the end of its path"),
+    ],
+)
+def test_invalid_tails_and_ends_are_refused(codes: list[list[int]], start: tuple[int, ...], problem: str) -> None:
+    ids, sizes = [str(item) for item in range(len(codes))], (2,) * len(codes[0])
+    with pytest.raises(CatalogueError, match=problem):
+        Catalogue.build(ids, np.array(codes), sizes, tail_start=start)
+
+
+def test_ranks_that_are_not_one_for_each_item_are_refused() -> None:
+    with pytest.raises(CatalogueError, match=r"rank: shape \[2\] for 3 items"):
+        Catalogue.build(["a", "b", "c"], CODES, (2, 2), rank=np.arange(2))
+
+
+@pytest.mark.parametrize("name", ["ids", "codes", "codebooks", "tails"])
 def test_missing_or_invalid_array_file_is_named(name: str, tmp_path: Path) -> None:
-    Catalogue.build(["a", "b", "c"], CODES, (2, 2)).save(tmp_path)
+    tailed().save(tmp_path)
     (tmp_path / f"{name}.npy").write_bytes(b"not numpy")
     with pytest.raises(CatalogueError, match=rf"{name}\.npy"):
         Catalogue.load(tmp_path)
     (tmp_path / f"{name}.npy").unlink()
+    if name == "tails":
+        return  # without this file there is no tail, and the version is another
     with pytest.raises(CatalogueError, match=rf"{name}\.npy"):
         Catalogue.load(tmp_path)
 

@@ -90,6 +90,7 @@ def test_written_bundle_opens_and_verifies(root: Path) -> None:
         (lambda m: m.pop("catalogue_version"), "catalogue_version"),
         (lambda m: m.pop("target"), "target"),
         (lambda m: m.update(surprise=1), "surprise"),
+        (lambda m: m.update(items_per_path=0), "items_per_path"),
         (lambda m: m["draft"].update(precision="float8"), r"draft\.precision"),
         (lambda m: m["target"].update(layers=0), r"target\.layers"),
         (lambda m: m["target"]["prompt"].update(prefix=[]), r"target\.prompt\.prefix"),
@@ -98,7 +99,6 @@ def test_written_bundle_opens_and_verifies(root: Path) -> None:
         (lambda m: m["draft"].update(code_tokens=[3, 4, 5, 8]), r"draft.*code_tokens"),
         (lambda m: m["draft"].update(code_tokens=[]), r"draft.*code_tokens"),
         (lambda m: m["target"].update(code_tokens=[3, 4, 5, -1]), r"target.*code_tokens"),
-        (lambda m: m["target"].update(code_tokens=[3, 4, 5, 5]), r"target.*code_tokens"),
         (lambda m: m["target"]["prompt"].update(suffix=[8]), r"target.*prompt"),
         (lambda m: m["target"].update(plan_scale=[1.0]), r"target\.plan_scale"),
         *[
@@ -147,6 +147,28 @@ def test_a_model_with_too_few_code_tokens_for_the_catalogue_is_refused(root: Pat
     change(root, lambda m: m[role].update(code_tokens=[3, 4, 5]))
     with pytest.raises(BundleError, match=rf"manifest\.json: {role}\.code_tokens: 3 tokens for 4 code columns"):
         Bundle(root).catalogue()
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_levels_may_share_tokens_and_codes_of_a_level_may_not(root: Path, role: str) -> None:
+    change(root, lambda m: m[role].update(code_tokens=[3, 4, 4, 3]))
+    Bundle(root).catalogue()
+    change(root, lambda m: m[role].update(code_tokens=[3, 4, 5, 5]))
+    with pytest.raises(
+        BundleError, match=rf"manifest\.json: {role}\.code_tokens: a token is used for two codes of level 1"
+    ):
+        Bundle(root).catalogue()
+
+
+def test_a_limit_of_items_per_path_is_served_and_written_only_where_it_is_set(root: Path) -> None:
+    plain = Bundle(root).manifest
+    assert plain.items_per_path is None
+    assert "items_per_path" not in (root / MANIFEST).read_text()
+    write_manifest(root, plain.model_copy(update={"items_per_path": 2}))
+    limited = Bundle(root).manifest
+    assert limited.items_per_path == 2
+    assert limited.version != plain.version
+    assert limited.model_version("target") == plain.model_version("target")
 
 
 @pytest.mark.parametrize("scales", [[], [1.0, 1.0]])

@@ -65,7 +65,7 @@ def test_tokens_are_prefix_items_and_suffix_in_order() -> None:
     template = PromptTemplate(prefix=(1, 2), separator=(3,), suffix=(4, 5), max_items=3)
     items = [np.array([10, 11]), np.array([12, 13]), np.array([14, 15])]
     assert template.tokens(items).tolist() == [1, 2, 10, 11, 3, 12, 13, 3, 14, 15, 4, 5]
-    assert len(template.tokens(items)) == template.max_tokens(levels=2)
+    assert len(template.tokens(items)) == template.max_tokens(codes=2)
     assert template.tokens([]).tolist() == [1, 2, 4, 5]
     assert template.tokens([]).dtype == np.int64
 

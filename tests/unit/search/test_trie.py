@@ -88,11 +88,18 @@ def test_hashes_of_a_full_trie_are_distinct() -> None:
         (np.array([[0, 1], [0, 1]]), "distinct"),
         (np.array([[0, 1], [0, 0]]), "lexicographic"),
         (np.array([[1, 0], [0, 1]]), "lexicographic"),
+        (np.array([[0, -2]]), "outside its codebook"),
+        (np.array([[0, -1], [0, 0]]), "one is the beginning of another"),
     ],
 )
 def test_invalid_paths_are_refused(paths: np.ndarray[tuple[int, int], np.dtype[np.int64]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Trie.from_paths(paths, (4, 4))
+
+
+def test_a_code_after_the_end_of_a_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="after the end of its path"):
+        Trie.from_paths(np.array([[0, -1, 0]]), (4, 4, 4))
 
 
 @given(naive_tries(), st.data())
