@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +82,12 @@ class DraftStages:
             batches=batches,
             validate=validate,
         )
+
+    def agreement(self) -> Measures:
+        """Return how well the kept epoch of an aligned draft covers the target's beams; empty where nothing was measured."""
+        epochs = json.loads((self.run.folders.run / "draft-log.json").read_text())
+        best = max(epochs, key=lambda epoch: epoch.get("score", -math.inf))
+        return {f"agreement.{name}": best[name] for name in ("accepted", "covered") if name in best}
 
     def pretrained(self) -> SpelledModel:
         """Train the draft on the histories alone. Every alignment of it begins here."""

@@ -121,6 +121,8 @@ class Provenance(_Part):
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
+    draft: str = Field(default="", exclude_if=lambda draft: not draft)
+    """The recipe and the histories of a draft that was trained for a given target."""
 
 
 class Manifest(_Part):
