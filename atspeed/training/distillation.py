@@ -65,9 +65,7 @@ class GivenTarget:
     def spelling(self) -> Spelling:
         """The tokens of the bundle's prompts and codes."""
         entry = self.bundle.model("target")
-        return Spelling(
-            code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size
-        )
+        return Spelling(code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size)
 
     def check(self, sequencer: Sequencer, examples: Dataset, catalogue: Catalogue) -> Measures:
         """Raise EngineError for a damaged bundle, and ExportError when the checkpoint is another one."""
@@ -107,6 +105,7 @@ def distill(
         torch.set_num_threads(threads)
     disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
     _check_folders(target.bundle, out, run_folder)
+    run_folder.mkdir(parents=True, exist_ok=True)
     manifest = target.bundle.manifest
     if manifest.target.inflated_from is not None:
         raise RecipeError(f"{target.bundle.root}: its target is inflated; distil from the bundle that was trained")
@@ -130,7 +129,9 @@ def split(histories: Histories, source: str, settings: RunSettings, *, held: int
     ordered = sorted(histories.items(), key=lambda user: user[1])
     longer = [*(history for _, history in ordered[1:]), ()]
     kept = {
-        user: history for (user, history), after in zip(ordered, longer, strict=True) if after[: len(history)] != history
+        user: history
+        for (user, history), after in zip(ordered, longer, strict=True)
+        if after[: len(history)] != history
     }
     shortest = 1 if settings.allow_empty_history else 2
     train = {user: history for user, history in kept.items() if len(history) >= shortest}

@@ -35,7 +35,8 @@ from atspeed.training.int8_graph import Int8Arithmetic, rounded
 from atspeed.training.parity import compare
 
 MODEL_FILE = "model.onnx"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 # Largest error of a logit in the parity check, relative to the largest logit (or to 1, if that is larger). Rounding stays
@@ -155,9 +156,10 @@ def _write_checked(
     return error
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
-    config = model.config
+def check_architecture(config: Any) -> None:
+    """Raise ExportError, naming the config field, when no graph would compute what a model of this config computes."""
+    if any(getattr(config, field, None) for field in _EXPERTS):
+        raise ExportError(f"config.model_type: {config.model_type!r} is a mixture of experts, which no graph computes")
     if config.model_type not in ARCHITECTURES:
         raise ExportError(f"config.model_type: {config.model_type!r}, supported are {', '.join(ARCHITECTURES)}")
     if config.hidden_act != "silu":
@@ -165,11 +167,18 @@ def check_supported(model: PreTrainedModel) -> None:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
+    window = getattr(config, "sliding_window", None)
+    # Mistral has no layer types: every layer slides. Llama has neither field.
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    if window is not None and slides and window < config.max_position_embeddings:
+        raise ExportError(f"config.sliding_window: {window}, attention must see the whole sequence")
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
+    check_architecture(model.config)
     if 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim:
         raise ExportError("config.rope_parameters: rotates a part of each head only")
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # Llama has no such field
-    if slides and config.sliding_window < config.max_position_embeddings:
-        raise ExportError(f"config.sliding_window: {config.sliding_window}, attention must see the whole sequence")
     if model.dtype != torch.float32 or model.training:
         raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
 

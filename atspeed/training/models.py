@@ -127,8 +127,13 @@ def _from_base(base: PretrainedBase, catalogue: Catalogue, window: PromptWindow)
     model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
     drop_generation_defaults(model, f"base.folder: {base.folder}")
     names = [name for level, size in enumerate(catalogue.trie.codebook_sizes) for name in code_names(level, size)]
-    if tokenizer.add_tokens(names, special_tokens=True) != len(names):
-        raise RecipeError(f"base.folder: the tokenizer of {base.folder} already has tokens such as {names[0]}")
+    known = next(filter(tokenizer.get_vocab().__contains__, names), None)
+    # `add_tokens` would also count tokens that exist and only make them special.
+    if known:
+        raise RecipeError(
+            f"base.folder: {base.folder} already has the code token {known}; `atspeed import` serves such a checkpoint as it is"
+        )
+    tokenizer.add_tokens(names, special_tokens=True)
     # Some bases have more rows than their tokenizer has tokens; these rows are kept.
     model.resize_token_embeddings(max(len(tokenizer), _vocab_size(model)))
 

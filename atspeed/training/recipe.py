@@ -314,6 +314,11 @@ def read_recipe(path: Path) -> Recipe:
     return read_toml(Recipe, path)
 
 
+def read_distill_recipe(path: Path | None) -> DistillRecipe:
+    """Parse and validate a draft's recipe; None is the default one. Raises RecipeError naming the file and the key at fault."""
+    return DistillRecipe() if path is None else read_toml(DistillRecipe, path)
+
+
 def read_toml(kind: type[_Read], path: Path) -> _Read:
     """Parse and validate a file. Raises RecipeError naming it and the key at fault."""
     try:

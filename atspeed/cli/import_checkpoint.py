@@ -1,0 +1,124 @@
+"""`atspeed import`: a checkpoint that exists, served as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atspeed.cli.options import optional
+from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.search.scoring import ScoringRule
+
+MAX_ITEMS = 100_000  # of a history; catches typing errors
+
+
+def import_checkpoint(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Folder of a Hugging Face checkpoint with its tokenizer.", exists=True, file_okay=False),
+    ],
+    index: Annotated[
+        Path,
+        typer.Option(
+            help="Codes of the items: index.json, id2sid.json, info/*.txt, sid2pid.json.", exists=True, dir_okay=False
+        ),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Name of a layout (lc-rec, minionerec, mimigenrec, openonerec), or a file: the text with {history}."
+        ),
+    ],
+    histories: Annotated[
+        Path,
+        typer.Option(
+            help="Histories whose prompts are compared: .csv, .jsonl, inter.json.", exists=True, dir_okay=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle. It must not exist.", file_okay=False)],
+    items: Annotated[
+        Path | None, typer.Option(help="Items to serve; by default all of the index.", exists=True, dir_okay=False)
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
+    scoring_rule: Annotated[
+        ScoringRule, typer.Option(help="Tokens over which a code's log-probability is normalised.")
+    ] = ScoringRule.VOCAB,
+    separator: Annotated[
+        str | None, typer.Option(help="Text between two items; the layout's by default. \\n is a line feed.")
+    ] = None,
+    tail: Annotated[
+        str | None,
+        typer.Option(help="Text that is scored behind the codes, such as '\\n{eos}'; the layout's by default."),
+    ] = None,
+    no_tail: Annotated[bool, typer.Option("--no-tail", help="Score the codes only.")] = False,
+    max_items: Annotated[
+        int | None, typer.Option(min=1, max=MAX_ITEMS, help="Newest items in a prompt; the layout's by default.")
+    ] = None,
+    unequal_paths: Annotated[
+        bool, typer.Option("--unequal-paths", help="Allow items with more or fewer codes than others.")
+    ] = False,
+    items_per_path: Annotated[
+        int | None, typer.Option(min=1, max=MAX_ITEMS, help="Most items of one code path in a list; all by default.")
+    ] = None,
+    popularity: Annotated[
+        str | None,
+        typer.Option(
+            help="Order of the items of one path: a file of items and counts, or a column of --items or of the index."
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a LoRA adapter, merged into CHECKPOINT.", exists=True, file_okay=False),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the base to which CHECKPOINT is added as a delta.", exists=True, file_okay=False),
+    ] = None,
+    save_checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the model as it was exported, with its tokenizer.", file_okay=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; by default that of OUT.")] = None,
+) -> None:
+    """Import a checkpoint of a generative recommender as a bundle without a draft.
+
+    Every history is rendered by the checkpoint's own tokenizer and compared, token by token, with the prompt that the bundle
+    serves.
+    """
+    if no_tail and tail is not None:
+        raise typer.BadParameter("--tail and --no-tail: give only one of them")
+    importing, layouts = optional("atspeed.importing.bundle"), optional("atspeed.importing.layouts")
+    optional("transformers.utils.logging").disable_progress_bar()
+    given: dict[str, Any] = {
+        "separator": _text(separator),
+        "tail": "" if no_tail else _text(tail),
+        "max_items": max_items,
+    }
+    layout = layouts.read_layout(prompt, {field: value for field, value in given.items() if value is not None})
+    source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
+    read, manifest = importing.import_checkpoint(
+        importing.ImportFiles(source, index, histories, items=items, popularity=popularity),
+        importing.ImportChoices(
+            name=name or out.resolve().name,
+            layout=layout,
+            layout_name=prompt if prompt in layouts.LAYOUTS else Path(prompt).name,
+            precision=precision,
+            scoring_rule=scoring_rule,
+            unequal_paths=unequal_paths,
+            items_per_path=items_per_path,
+        ),
+        out,
+        save_checkpoint=save_checkpoint,
+    )
+    scored = f"then {' '.join(map(repr, read.tail))}" if read.tail else "no tail"
+    print(
+        f"{out}: {manifest.target.architecture}, {manifest.target.parameters:,} parameters, {read.catalogue.items:,} items, "
+        f"{read.catalogue.trie.levels - len(read.tail)} codes, {scored}; prompts equal the tokenizer's on "
+        f"{read.prompts:,} of {read.prompts:,} histories"
+    )
+
+
+def _text(value: str | None) -> str | None:
+    """Return an option's text with its line feeds and tabs."""
+    return None if value is None else value.replace("\\n", "\n").replace("\\t", "\t")

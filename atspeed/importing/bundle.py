@@ -1,0 +1,216 @@
+"""Imports a checkpoint as a bundle without a draft. All files are read and compared before the weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.bundle_files import sha256_of
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Manifest, Precision, Provenance, hash_files, write_manifest
+from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.errors import CatalogueError
+from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.importing.checkpoint import Source
+from atspeed.importing.code_tokens import (
+    CodeColumns,
+    SpelledItems,
+    check_labels,
+    code_columns,
+    name_tokens,
+    tail_tokens,
+)
+from atspeed.importing.errors import ImportingError
+from atspeed.importing.histories import read_histories
+from atspeed.importing.index import Index, check_lengths, read_index
+from atspeed.importing.items import popularity_rank, read_items, served_rows
+from atspeed.importing.layouts import PromptLayout
+from atspeed.importing.template import check_prompts, split_prompt
+from atspeed.importing.user_prompt import UserPrompt
+from atspeed.training.bundles import entry_of, versions
+from atspeed.training.export import export_decoder
+from atspeed.training.models import SpelledModel
+from atspeed.training.sequences import Spelling
+from atspeed.training.stages import remove
+
+
+@dataclass(frozen=True)
+class ImportFiles:
+    """The files of an import.
+
+    Attributes:
+        source: the checkpoint.
+        index: the codes of the items.
+        histories: histories on which prompts are compared.
+        items: the items to serve; all of the index without it.
+        popularity: a file or a column.
+    """
+
+    source: Source
+    index: Path
+    histories: Path
+    items: Path | None = None
+    popularity: str | None = None
+
+
+@dataclass(frozen=True)
+class ImportChoices:
+    """How a checkpoint is served.
+
+    Attributes:
+        name: the name of the bundle.
+        layout: the prompt.
+        layout_name: where it comes from, for the manifest.
+        precision: the number format of the weights.
+        scoring_rule: over which tokens log-probabilities are normalised.
+        unequal_paths: whether items may have paths of other lengths.
+        items_per_path: how many items of one path a list may hold.
+    """
+
+    name: str
+    layout: PromptLayout
+    layout_name: str
+    precision: Precision = "float32"
+    scoring_rule: ScoringRule = ScoringRule.VOCAB
+    unequal_paths: bool = False
+    items_per_path: int | None = None
+
+
+@dataclass(frozen=True)
+class ReadFiles:
+    """What was read and compared before the weights.
+
+    Attributes:
+        catalogue: the catalogue.
+        spelling: the tokens of prompts and codes.
+        tail: the names of the tokens that are scored behind the codes.
+        prompts: the histories whose prompts are the user's.
+        tokenizer: the tokenizer.
+    """
+
+    catalogue: Catalogue
+    spelling: Spelling
+    tail: tuple[str, ...]
+    prompts: int
+    tokenizer: Any
+
+
+def import_checkpoint(
+    files: ImportFiles, choices: ImportChoices, out: Path, *, save_checkpoint: Path | None = None
+) -> tuple[ReadFiles, Manifest]:
+    """Write the bundle `out`, which appears in one step. Return what was read, and the manifest.
+
+    save_checkpoint: a folder for the model as it was exported, with its tokenizer. Other commands need it where an adapter or
+    a base was applied. Raises ImportingError, ExportError or BundleError.
+    """
+    for folder in (out, save_checkpoint):
+        if folder and folder.exists():
+            raise ImportingError(f"{folder}: exists already")
+    read = read_files(files, choices)
+    model = files.source.load(read.spelling.vocab_size)
+    if save_checkpoint:
+        model.save_pretrained(save_checkpoint)
+        read.tokenizer.save_pretrained(save_checkpoint)
+    partial = out.with_name(f"{out.name}.partial")
+    remove(partial)
+    read.catalogue.save(partial / "catalogue")
+    report = export_decoder(
+        model,
+        partial / "target",
+        code_tokens=read.spelling.code_tokens,
+        precision=choices.precision,
+        prompt=read.spelling.prompt,
+    )
+    hashes = hash_files(partial)
+    manifest = Manifest(
+        name=choices.name,
+        scoring_rule=choices.scoring_rule,
+        items_per_path=choices.items_per_path,
+        catalogue_version=read.catalogue.version,
+        target=entry_of("target", SpelledModel(model, read.spelling), report, hashes),
+        draft=None,
+        provenance=_provenance(files, choices, read),
+        files=hashes,
+    )
+    write_manifest(partial, manifest)
+    verify_bundle(partial, passes=False)  # the export has run passes over its tokens
+    partial.rename(out)
+    return read, manifest
+
+
+def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
+    """Read everything but the weights, and compare the prompts. Raises ImportingError or ExportError."""
+    config = files.source.config()
+    layout = choices.layout
+    index = read_index(files.index, layout)
+    check_lengths(index, unequal=choices.unequal_paths)
+    check_labels(index)
+    items = read_items(files.items) if files.items else {}
+    rows = served_rows(index, items, files.items)
+    rank = popularity_rank(files.popularity, index, items, rows) if files.popularity else None
+    histories = read_histories(files.histories, index.rows, index.path)
+    tokenizer = files.source.tokenizer()
+    vocab_size = files.source.rows(config, tokenizer)
+    tokens = name_tokens(index, tokenizer, vocab_size)
+    spelled = SpelledItems(index, tokens)
+    user = UserPrompt(layout, tokenizer, spelled.text)
+    tail = tail_tokens(user, spelled)
+    columns = code_columns(index, tokens, tail)
+    template = split_prompt(user, spelled.tokens, next(iter(histories.values()))[0])
+    prompts = check_prompts(user, template, spelled.tokens, histories, files.histories)
+    catalogue = _catalogue(index, columns, rows, rank)
+    spelling = _spelling(columns, template, tokenizer, vocab_size)
+    _check_fits(config, spelling, catalogue)
+    return ReadFiles(catalogue, spelling, tuple(tokenizer.convert_ids_to_tokens(tail)), prompts, tokenizer)
+
+
+def _catalogue(index: Index, columns: CodeColumns, rows: Int64, rank: Int64 | None) -> Catalogue:
+    ids = [index.ids[row] for row in rows.tolist()]
+    try:
+        return Catalogue.build(ids, columns.codes[rows], columns.sizes, tail_start=columns.tail_start, rank=rank)
+    except CatalogueError as error:
+        raise ImportingError(f"{index.path}: {error}") from error
+
+
+def _spelling(columns: CodeColumns, template: PromptTemplate, tokenizer: Any, vocab_size: int) -> Spelling:
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    around = (*template.prefix, *template.separator, *template.suffix, *columns.tokens)
+    if (largest := max(around)) >= vocab_size:
+        name = tokenizer.convert_ids_to_tokens(largest)
+        raise ImportingError(f"prompt: token {name!r} is {largest}, but the embedding has {vocab_size} rows")
+    return Spelling(
+        code_tokens=columns.tokens,
+        prompt=template,
+        pad_token=next(token for token in pads if token is not None),
+        vocab_size=vocab_size,
+    )
+
+
+def _check_fits(config: Any, spelling: Spelling, catalogue: Catalogue) -> None:
+    """Raise ImportingError when the longest prompt with its codes has more tokens than the model has positions."""
+    longest = spelling.prompt.max_tokens(catalogue.longest_spelling) + catalogue.trie.levels - 1
+    if longest > config.max_position_embeddings:
+        raise ImportingError(
+            f"prompt: {spelling.prompt.max_items} items take up to {longest} tokens, the model has "
+            f"{config.max_position_embeddings} positions; --max-items takes fewer"
+        )
+
+
+def _provenance(files: ImportFiles, choices: ImportChoices, read: ReadFiles) -> Provenance:
+    source = files.source
+    imported = {
+        "checkpoint": source.checkpoint.resolve().name,
+        "checkpoint_sha256": source.digest(),
+        "index_sha256": sha256_of(files.index.parent, files.index.name),
+        "layout": choices.layout_name,
+        "prompt": choices.layout.model_dump_json(),
+        "tail": " ".join(map(repr, read.tail)),
+        "equal_prompts": str(read.prompts),
+    }
+    for name, folder in (("adapter", source.adapter), ("base", source.base)):
+        if folder:
+            imported[name] = folder.resolve().name
+    return Provenance(imported=imported, versions=versions())

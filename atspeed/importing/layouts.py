@@ -1,0 +1,144 @@
+"""Prompt layouts: the texts around a history, as the authors of a model write them.
+
+A layout is data. `LAYOUTS` holds those of known projects; a file holds any other one (`read_layout`).
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from atspeed.importing.errors import ImportingError
+
+HISTORY, ITEM, EOS = "{history}", "{item}", "{eos}"
+_PLACEHOLDER = re.compile(r"\{[A-Za-z_]+\}")
+
+
+class PromptLayout(BaseModel):
+    """The texts of a prompt and of what is scored behind an item's codes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    segments: tuple[str, ...] = Field(min_length=1)
+    """Texts that are tokenised apart. One of them holds `{history}`."""
+    separator: str = ", "
+    """The text between two items."""
+    item: str = ITEM
+    """The text of an item; `{item}` stands for its code tokens."""
+    tail: str = ""
+    """The text that is scored behind the codes; `{eos}` stands for the end-of-sequence token."""
+    max_items: PositiveInt = 20
+    """The newest items that a prompt holds."""
+    code_names: tuple[str, ...] = ()
+    """The token of a code per level, such as `<s_a_{}>`, for an index of numbers."""
+
+    @model_validator(mode="after")
+    def _places(self) -> PromptLayout:
+        for field, texts, places in (
+            ("segments", self.segments, (HISTORY,)),
+            ("item", (self.item,), (ITEM,)),
+            ("separator", (self.separator,), ()),
+            ("tail", (self.tail.replace(EOS, ""),), ()),
+        ):
+            found = [place for text in texts for place in _PLACEHOLDER.findall(text)]
+            other = next((place for place in found if place not in places), None)
+            if other:
+                raise ValueError(f"{field}: {other} would change from prompt to prompt, which no bundle can hold")
+            if len(found) != len(places):
+                raise ValueError(f"{field}: must hold {' '.join(places)} exactly once")
+        if EOS in self.tail.removesuffix(EOS):
+            raise ValueError(f"tail: {EOS} must be its end")
+        for name in self.code_names:
+            if name.count("{}") != 1:
+                raise ValueError(f"code_names: {name!r} must hold {{}} exactly once")
+        return self
+
+
+_ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+_NEXT_ITEM = "Can you predict the next possible item that the user may expect?"
+_GIVEN_HISTORY = (
+    f"Can you predict the next possible item the user may expect, given the following chronological interaction "
+    f"history: {HISTORY}"
+)
+
+# To add a project, add an entry. The texts are those of the project's own evaluation.
+LAYOUTS: dict[str, PromptLayout] = {
+    "lc-rec": PromptLayout(
+        segments=(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"\n\n### Instruction:\nThe user has interacted with items {HISTORY} in chronological order. {_NEXT_ITEM}"
+            "\n\n### Response:",
+        ),
+        tail=EOS,
+        max_items=20,
+    ),
+    "minionerec": PromptLayout(
+        segments=(
+            f"{_ALPACA} \n\n### Instruction:\n{_NEXT_ITEM}\n\n",
+            f"### User Input: \n{_GIVEN_HISTORY}\n\n### Response:\n",
+        ),
+        tail=f"\n{EOS}",
+        max_items=10,
+    ),
+    "mimigenrec": PromptLayout(
+        segments=(
+            f"<|im_start|>system\n{_ALPACA}<|im_end|>\n<|im_start|>user\n{_NEXT_ITEM}\n\n{_GIVEN_HISTORY}<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+        tail=EOS,
+        max_items=10,
+    ),
+    "openonerec": PromptLayout(
+        segments=(
+            "<|im_start|>system\n你是一个智能推荐助手，能够根据用户的浏览历史预测用户可能感兴趣的下一个内容。<|im_end|>\n"
+            f"<|im_start|>user\n根据以下用户浏览记录，请预测用户接下来可能观看的内容：\n{HISTORY}/no_think<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n<|sid_begin|>",
+        ),
+        separator="",
+        item=f"<|sid_begin|>{ITEM}<|sid_end|>",
+        max_items=512,
+        code_names=("<s_a_{}>", "<s_b_{}>", "<s_c_{}>"),
+    ),
+}
+
+
+def read_layout(given: str, changes: dict[str, Any] | None = None) -> PromptLayout:
+    """Return the layout of a name of `LAYOUTS`, or that of a file.
+
+    A .toml file holds the fields of a layout. Any other file is the prompt's text with `{history}`.
+
+    Args:
+        given: the name or the path.
+        changes: fields that take the place of the layout's own.
+
+    Raises ImportingError.
+    """
+    fields = LAYOUTS[given].model_dump() if given in LAYOUTS else _fields_of(Path(given))
+    try:
+        return PromptLayout(**(fields | (changes or {})))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise ImportingError(f"{given}: {place}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _fields_of(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:  # a prompt's line ends are part of it
+            text = file.read()
+        return tomllib.loads(text) if path.suffix == ".toml" else {"segments": (text,)}
+    except FileNotFoundError:
+        raise ImportingError(f"{path}: no such file, and no layout; layouts are {', '.join(LAYOUTS)}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ImportingError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ImportingError(f"{path}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    except OSError as error:
+        raise ImportingError(f"{path}: {error.strerror}") from error

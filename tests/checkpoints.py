@@ -1,0 +1,140 @@
+"""Tiny checkpoints with real tokenizers, in the form that authors of generative recommenders publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.bundles import random_model
+
+# What tokenizers are trained on: words of prompts, line ends and punctuation, so that merges cross their boundaries.
+TEXT = [
+    "Below is an instruction that describes a task, paired with an input that provides further context. \n\n",
+    "### Instruction:\nCan you predict the next possible item that the user may expect?\n\n### User Input: \n",
+    "The user has interacted with items in chronological order. \n\n### Response:\n system user assistant You are\n",
+    "given the following chronological interaction history: , . 1. 2. 3. \n\n\n### Response: <a> <b_> <c_1 2 >",
+]
+# The words of Qwen's tokenizer.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def bpe_tokenizer(names: Sequence[str]) -> Any:
+    """A byte-level BPE like Qwen's, without a BOS, with the code names added as their authors do."""
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    made: Any = PreTrainedTokenizerFast
+    return _with_names(made(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"), names)
+
+
+def unigram_tokenizer(names: Sequence[str]) -> Any:
+    """A SentencePiece-like tokenizer as LLaMA's: `▁` for spaces, a BOS, with the code names added."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=140, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made: Any = PreTrainedTokenizerFast
+    return _with_names(made(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"), names)
+
+
+TOKENIZERS = {"bpe": bpe_tokenizer, "unigram": unigram_tokenizer}
+
+
+def _with_names(tokenizer: Any, names: Sequence[str]) -> Any:
+    tokenizer.add_tokens(sorted(set(names)))
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class MadeCheckpoint:
+    """A checkpoint on disk with an index and histories.
+
+    Attributes:
+        folder: of the checkpoint.
+        index: the index file.
+        histories: JSON lines of users and items.
+        paths: the names of each item's codes.
+        users: the histories.
+        tokenizer: the tokenizer.
+        model: the model, as it was saved.
+    """
+
+    folder: Path
+    index: Path
+    histories: Path
+    paths: dict[str, list[str]]
+    users: list[list[str]]
+    tokenizer: Any
+    model: PreTrainedModel
+
+
+def random_paths(items: int, seed: int, *, levels: int = 3, codes: int = 30) -> dict[str, list[str]]:
+    """Paths with gaps between the numbers of codes, and some items that share a path."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.choice(rng.permutation(256)[:codes], size=(items, levels))
+    numbers[1] = numbers[0]
+    return {
+        str(item): [f"<{chr(ord('a') + level)}_{number}>" for level, number in enumerate(row)]
+        for item, row in enumerate(numbers.tolist())
+    }
+
+
+def random_users(items: Sequence[str], count: int, seed: int, longest: int = 13) -> list[list[str]]:
+    """Histories of 1 to `longest` items, every length among the first ones."""
+    rng = np.random.default_rng(seed)
+    return [[str(item) for item in rng.choice(list(items), size=1 + user % longest)] for user in range(count)]
+
+
+def make_checkpoint(
+    folder: Path,
+    paths: dict[str, list[str]],
+    *,
+    architecture: str = "qwen2",
+    tokenizer: str = "bpe",
+    users: int = 40,
+    padding: int = 5,
+    **overrides: Any,
+) -> MadeCheckpoint:
+    """Write a random checkpoint. padding: rows of the embedding beyond the tokenizer."""
+    made = TOKENIZERS[tokenizer]([name for path in paths.values() for name in path])
+    settings: dict[str, Any] = {"max_position_embeddings": 512, "initializer_range": 0.3} | overrides
+    model = random_model(architecture, len(made) + padding, 1, **settings)
+    histories = random_users(list(paths), users, 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder / "checkpoint")
+    made.save_pretrained(folder / "checkpoint")
+    (folder / "index.json").write_text(json.dumps(paths))
+    lines = (json.dumps({"user": str(user), "items": items}) for user, items in enumerate(histories))
+    (folder / "histories.jsonl").write_text("\n".join(lines))
+    return MadeCheckpoint(
+        folder / "checkpoint", folder / "index.json", folder / "histories.jsonl", paths, histories, made, model
+    )
+
+
+def torch_tokens(tokens: Sequence[int]) -> torch.Tensor:
+    """A batch of one prompt."""
+    return torch.tensor([list(tokens)])
