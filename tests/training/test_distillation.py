@@ -274,7 +274,8 @@ def test_the_split_leaves_out_histories_without_a_prompt_of_their_own() -> None:
 def test_a_recipe_holds_the_draft_only(tmp_path: Path) -> None:
     assert read_distill_recipe(None).draft.alignment is not None
     path = tmp_path / "recipe.toml"
-    draft = "[draft.shape]\nhidden_size = 8\nintermediate_size = 8\nlayers = 1\nheads = 1\nkv_heads = 1\n[draft.schedule]\nepochs = 1\n"
+    shape = "hidden_size = 8\nintermediate_size = 8\nlayers = 1\nheads = 1\nkv_heads = 1"
+    draft = f"[draft.shape]\n{shape}\n[draft.schedule]\nepochs = 1\n"
     path.write_text(draft)
     with pytest.raises(RecipeError, match="alignment: is missing"):
         read_distill_recipe(path)

@@ -50,7 +50,7 @@ print(json.dumps({"nodes": catalogue.trie.nodes, "before": before, "after": peak
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in kilobytes on Linux only")
 def test_a_million_items_fit_into_a_small_machine() -> None:
     """Well below 4 GiB in all; the work itself takes no more for the catalogue's size than a few arrays of its nodes."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["nodes"] > 2_000_000
     assert found["children"] > 0
