@@ -13,6 +13,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -46,11 +48,12 @@ _SHAPE = {
 
 
 def random_model(architecture: str, vocab_size: int, seed: int, **overrides: object) -> PreTrainedModel:
-    """A tiny random checkpoint of an architecture: llama, qwen2 or qwen3."""
+    """A tiny random checkpoint of an architecture."""
     torch.manual_seed(seed)
     shape = {**_SHAPE, "vocab_size": vocab_size, **overrides}
     models = {
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }

@@ -1,0 +1,89 @@
+"""Prompts as the authors' own evaluation code makes them, independent of this project's layouts.
+
+The texts are written out again here, in the form that the code of each project has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Paths = Mapping[str, Sequence[str]]
+
+
+def lc_rec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int]:
+    """One string."""
+    inters = ", ".join("".join(paths[item]) for item in history[-20:])
+    instruction = (
+        f"The user has interacted with items {inters} in chronological order. "
+        "Can you predict the next possible item that the user may expect?"
+    )
+    text = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\n{instruction}\n\n### Response:"
+    )
+    tokens: list[int] = tokenizer(text)["input_ids"]
+    return tokens
+
+
+def minionerec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int]:
+    """Two strings, tokenised apart; the histories of its data hold at most ten items."""
+    instruction = """Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request. 
+
+### Instruction:
+Can you predict the next possible item that the user may expect?
+
+"""  # noqa: E501, W291 - the authors' text
+    spelled = ""
+    for place, item in enumerate(history[-10:]):
+        spelled += ("" if place == 0 else ", ") + "".join(paths[item])
+    asked = f"Can you predict the next possible item the user may expect, given the following chronological interaction history: {spelled}"
+    prompt = f"""### User Input: 
+{asked}
+
+### Response:\n"""  # noqa: W291 - the authors' text
+    return _bare(tokenizer, instruction, bos=True) + _bare(tokenizer, prompt, bos=False)
+
+
+def _bare(tokenizer: Any, text: str, *, bos: bool) -> list[int]:
+    """MiniOneRec's `Tokenizer.encode`."""
+    tokens: list[int] = tokenizer.encode(text)
+    while tokens[0] == tokenizer.bos_token_id:
+        tokens = tokens[1:]
+    while tokens[-1] == tokenizer.eos_token_id:
+        tokens = tokens[:-1]
+    return [tokenizer.bos_token_id, *tokens] if bos and tokenizer.bos_token_id is not None else tokens
+
+
+def mimigenrec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int]:
+    """The chat template of Qwen2.5."""
+    inters = ", ".join("".join(paths[item]) for item in history[-10:])
+    messages = [
+        (
+            "system",
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.",
+        ),
+        (
+            "user",
+            "Can you predict the next possible item that the user may expect?\n\n"
+            "Can you predict the next possible item the user may expect, given the following chronological interaction "
+            f"history: {inters}",
+        ),
+    ]
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+    tokens: list[int] = tokenizer(f"{text}<|im_start|>assistant\n")["input_ids"]
+    return tokens
+
+
+PROMPTS: dict[str, Callable[[Any, Paths, Sequence[str]], list[int]]] = {
+    "lc-rec": lc_rec,
+    "mimigenrec": mimigenrec,
+    "minionerec": minionerec,
+}
+
+
+def tokens_of_tail(layout: str, tokenizer: Any) -> list[int]:
+    """What the authors score behind the codes."""
+    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if layout == "minionerec" else []
+    return [*line, tokenizer.eos_token_id]

@@ -1,0 +1,111 @@
+"""An imported checkpoint is served, and its lists are those of `generate` on the authors' own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
+from atspeed.client.recommender import recommend_request
+from atspeed.engine.bundle.manifest import read_manifest
+from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.mode import Mode
+from atspeed.v1 import recommendation_pb2 as pb
+from tests.authors_prompts import PROMPTS, tokens_of_tail
+from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
+from tests.command_line import run
+
+WIDTHS = (1, 10, 20)
+USERS = 10
+CASES = [
+    ("minionerec", "qwen2", "bpe", {}),
+    ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
+    ("lc-rec", "llama", "unigram", {}),
+    ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
+    ("mimigenrec", "qwen2", "bpe", {}),
+]
+
+
+@pytest.mark.parametrize("no_tail", [False, True], ids=["tail", "no tail"])
+@pytest.mark.parametrize(("layout", "architecture", "tokenizer", "overrides"), CASES)
+async def test_lists_are_those_of_generate_on_the_authors_prompts(
+    layout: str, architecture: str, tokenizer: str, overrides: dict[str, Any], no_tail: bool, tmp_path: Path
+) -> None:
+    made = make_checkpoint(tmp_path, random_paths(60, 3), architecture=architecture, tokenizer=tokenizer, **overrides)
+    bundle = imported(made, tmp_path / "bundle", "--prompt", layout, *(["--no-tail"] if no_tail else []))
+    tail = [] if no_tail else tokens_of_tail(layout, made.tokenizer)
+    users = made.users[:USERS]
+    prompts = [PROMPTS[layout](made.tokenizer, made.paths, history) for history in users]
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        for k in WIDTHS:
+            expected = [generated(made, prompt, tail, k) for prompt in prompts]
+            for mode in (Mode.TARGET_ONLY, Mode.STRICT):
+                requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user in users]
+                with progress_bar() as progress:
+                    replies = await ask(client, requests, progress=progress, title="lists")
+                assert_equal(replies, expected)
+    assert read_manifest(bundle).provenance.imported["layout"] == layout
+
+
+def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
+    """Import a checkpoint by the command."""
+    files = ("--index", made.index, "--histories", made.histories, "--out", out)
+    done = run("import", made.folder, *files, *options)
+    assert done.exit_code == 0, done.output
+    assert f"equal the tokenizer's on {len(made.users)} of {len(made.users)} histories" in done.output
+    return out
+
+
+def assert_equal(replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> None:
+    """Every list has the expected items, near-ties apart, with the expected scores."""
+    for reply, wanted in zip(replies, expected, strict=True):
+        found = RankedList.of(reply.items)
+        assert str(compare(found, wanted)) != "different", (found, wanted)
+        assert found.scores == pytest.approx(wanted.scores, abs=1e-3)
+
+
+def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
+    """The list of `generate`: children restricted to the tokens of items and their tail."""
+    whole: dict[tuple[int, ...], list[str]] = {}
+    children: dict[tuple[int, ...], set[int]] = {}
+    for item, names in sorted(made.paths.items()):
+        path = (*made.tokenizer.convert_tokens_to_ids(names), *tail)
+        whole.setdefault(path, []).append(item)
+        for length, token in enumerate(path):
+            children.setdefault(path[:length], set()).add(token)
+    levels = len(next(iter(whole)))
+    beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0} if k > 1 else {}
+    model: Any = made.model
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    start = len(prompt)
+    output = model.generate(
+        torch.tensor([list(prompt)]),
+        attention_mask=torch.ones(1, start, dtype=torch.int64),
+        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=levels,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **beams,
+        ),
+        prefix_allowed_tokens_fn=lambda _, row: sorted(children.get(tuple(row[start:].tolist()), {0})),
+    )
+    found: list[tuple[str, float]] = []
+    for row in output.sequences[:, start:].tolist():
+        if tuple(row) in whole:  # generate fills its beams with impossible ones where fewer paths exist
+            score = _score(model, [*prompt, *row], start)
+            found += [(item, score) for item in whole[tuple(row)]]
+    return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
+
+
+@torch.inference_mode()
+def _score(model: Any, tokens: Sequence[int], start: int) -> float:
+    """The log-probability of what follows `start` tokens, over the whole vocabulary."""
+    logp = model(torch.tensor([list(tokens)])).logits[0].log_softmax(-1)
+    return sum(float(logp[place - 1, tokens[place]]) for place in range(start, len(tokens)))
