@@ -21,7 +21,7 @@ from atspeed.engine.search.beams import (
 )
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.sampling import Stream
-from atspeed.engine.search.scoring import Children, Evaluation, Perturbation, ScoringRule
+from atspeed.engine.search.scoring import Children, Evaluation, Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning, Trie, among
 
 
@@ -74,6 +74,7 @@ class Drafter:
         self._evaluator = evaluator
         self._trie = evaluator.trie
         self._free = free_nodes(evaluator.trie, evaluator.rule)
+        self._has_free = bool(self._free[: evaluator.trie.level_start[evaluator.trie.levels]].any())
         self._scale = evaluator.entry.plan_scale or (1.0,) * (evaluator.trie.levels - 1)
 
     async def plan(self, request: DraftRequest) -> Drafted:
@@ -91,8 +92,8 @@ class Drafter:
 
     def _selection(self, request: DraftRequest) -> Selection:
         limit = max(request.size.width, request.size.beam_width)
-        # Under the rule `trie` any number of a node's children may be forced and better than the first planned one.
-        if request.with_evaluation or self._evaluator.rule is ScoringRule.TRIE:
+        # Any number of a node's children may be free and better than the first planned one.
+        if request.with_evaluation or self._has_free:
             limit = max(self._trie.codebook_sizes)
         return Selection(request.pruning, limit, request.noise if request.proposal is Proposal.PERTURBED else None)
 
@@ -124,16 +125,19 @@ class _PlanGrowth:
         trie, request = self._trie, self._request
         start = int(trie.depth(request.below.node[:1])[0])
         frontier = self._shortlist.beams
-        asked = np.append(ROOT, trie.with_ancestors(frontier.node)).astype(np.int64) if start else frontier.node
         for depth in range(start, request.size.last_depth(trie, start)):
-            evaluation = yield asked
-            self.passes += 1
+            evaluation = Evaluation.of({})
+            if len(asked := frontier.node[~trie.ends[frontier.node]]):
+                first = start and not self.passes
+                evaluation = yield np.append(ROOT, trie.with_ancestors(asked)).astype(np.int64) if first else asked
+                self.passes += 1
+            expanded = evaluation.last(len(asked)).with_ended(trie, frontier.node)
             if request.with_evaluation:
                 self._evaluated.update(evaluation.items())
-            self._shortlist = self._grown(frontier, evaluation.last(len(frontier)), depth)
+                self._evaluated.update(expanded.items())
+            self._shortlist = self._grown(frontier, expanded, depth)
             frontier = self._frontier(depth + 1)
-            asked = frontier.node
-            if not len(asked):
+            if not len(frontier):
                 break
         return self._plan(start)
 

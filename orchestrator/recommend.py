@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import structlog
@@ -12,6 +13,7 @@ from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Manifest
+from atspeed.engine.search.trie import ENDED
 from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from orchestrator.degraded_reason import DegradedReason
@@ -77,7 +79,7 @@ class Recommender:
         searched_ns = time.perf_counter_ns()
         result, reason = await session.search(self.catalogue.trie, self.manifest.scoring_rule)
         session.learn(result.memo)
-        items = self._items(result, candidates)[: params.k]
+        items = self._items(result, candidates, self._items_per_path(params))[: params.k]
         times = session.stage_times(started_ns, searched_ns, time.perf_counter_ns())
         target, draft, planning = session.target.usage, session.draft.usage, session.sizer.report
         diagnostics = Diagnostics(result.memo, session.prompt_tokens, target, draft, planning, times)
@@ -155,15 +157,21 @@ class Recommender:
             return None
         return self._draft.session(prompts.draft_request(self.manifest.draft), prompts.policy.proposal)
 
-    def _items(self, result: SearchResult, candidates: Candidates) -> list[Item]:
-        """Return the leaves' candidates, leaf by leaf, in id order within a leaf."""
-        trie = self.catalogue.trie
-        items: list[Item] = []
-        for leaf, score in zip(result.leaves.node.tolist(), result.leaves.score.tolist(), strict=True):
-            path, origin = trie.path(leaf), _origin(result.memo, leaf)
-            permitted = (item for item in self.catalogue.items_of(leaf) if item in candidates)
-            items.extend(Item(self.catalogue.id_of(item), score, path, origin) for item in permitted)
+    def _items(self, result: SearchResult, candidates: Candidates, limit: int | None) -> list[Item]:
+        """Return the leaves' candidates, leaf by leaf, at most `limit` of a leaf, in the catalogue's order within a leaf."""
+        catalogue, items = self.catalogue, list[Item]()
+        found = [catalogue.items_of(leaf) for leaf in result.leaves.node.tolist()]
+        paths = catalogue.spelled_codes(np.array([of_path[0] for of_path in found], dtype=np.int64))
+        for leaf, score, path, of_path in zip(
+            result.leaves.node.tolist(), result.leaves.score.tolist(), paths, found, strict=True
+        ):
+            shown, origin = tuple(path.tolist()), _origin(result.memo, leaf)
+            permitted = islice((item for item in of_path if item in candidates), limit)
+            items += [Item(catalogue.id_of(item), score, shown, len(of_path), origin) for item in permitted]
         return items
+
+    def _items_per_path(self, params: RecommendParams) -> int | None:
+        return params.items_per_path or self.manifest.items_per_path
 
     def _recommendation(
         self, session: RequestSession, items: list[Item], reasons: list[DegradedReason], diagnostics: Diagnostics
@@ -174,6 +182,7 @@ class Recommender:
             params=prompts.params,
             seed=prompts.noise.seed if prompts.noise else None,
             history=prompts.history,
+            items_per_path=self._items_per_path(prompts.params),
             history_items_used=len(prompts.window(self.manifest.target)),
             degraded_reasons=reasons,
             plan_invariant=self.manifest.target.plan_invariant,
@@ -186,4 +195,7 @@ class Recommender:
 def _origin(memo: Memo, leaf: int) -> Origin:
     if memo.was_recovered(leaf):
         return Origin.RECOVERED
-    return Origin.FORCED if memo.is_forced(int(memo.trie.parent[leaf])) else Origin.DRAFTED
+    last, trie = leaf, memo.trie
+    while trie.code[last] == ENDED:
+        last = int(trie.parent[last])
+    return Origin.FORCED if memo.is_forced(int(trie.parent[last])) else Origin.DRAFTED

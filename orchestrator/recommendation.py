@@ -49,6 +49,7 @@ class RecommendParams:
         allowed: the only item ids that may be recommended; empty for all.
         exclude_seen: exclude the items of the history too.
         least_beam_width: fewest beams that the request accepts when the service is busy; None for no fewer than beam_width.
+        items_per_path: most items of one code path in the list; None for the bundle's limit.
         requested_beam_width: beam width before it was narrowed; None if it was not.
     """
 
@@ -66,6 +67,7 @@ class RecommendParams:
     tenant: str = ""
     priority: Priority = Priority.INTERACTIVE
     least_beam_width: int | None = None
+    items_per_path: int | None = None
     requested_beam_width: int | None = None
 
     def narrowed(self) -> RecommendParams:
@@ -112,12 +114,14 @@ class Item:
 
     Attributes:
         score: log-probability of its code path.
-        path: its codes, one per level.
+        path: its codes before the tail.
+        path_items: items of the catalogue with this path.
     """
 
     item_id: str
     score: float
     path: tuple[int, ...]
+    path_items: int
     origin: Origin
 
 
@@ -172,6 +176,7 @@ class Recommendation:
 
     Attributes:
         seed: seed of a sampling mode, else None.
+        items_per_path: most items of one code path in the list; None without a limit.
         history_items_used: number of history items in the target's prompt.
         degraded_reasons: reasons why the list is degraded; empty if it is not.
         plan_invariant: whether the target's scores do not depend on other nodes of a pass; see `ModelEntry`.
@@ -183,6 +188,7 @@ class Recommendation:
     params: RecommendParams
     seed: int | None
     history: SubjectHistory
+    items_per_path: int | None
     history_items_used: int
     degraded_reasons: Sequence[DegradedReason]
     plan_invariant: bool
@@ -213,7 +219,8 @@ class Recommendation:
             return None
         restricted = bool(params.excluded or params.allowed or params.exclude_seen)
         left = "are left after exclusions and filters" if restricted else "came out of the search"
-        return f"only {len(self.items)} of {params.k} items {left}"
+        limit = "" if self.items_per_path is None else f", at most {self.items_per_path} of a code path"
+        return f"only {len(self.items)} of {params.k} items {left}{limit}"
 
     @property
     def trace_attributes(self) -> dict[str, tracing.Value]:

@@ -80,6 +80,7 @@ def _item(rank: int, item: Item, options: pb.ReplyOptions) -> pb.RecommendedItem
         score=item.score,
         code_path=() if options.omit_code_paths else item.path,
         origin=_ORIGINS[item.origin],
+        path_items=item.path_items,
     )
 
 

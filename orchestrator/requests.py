@@ -54,6 +54,7 @@ def parse_request(
         tenant=request.tenant,
         priority=PRIORITIES.get(request.priority, usual),
         least_beam_width=request.least_beam_width or None,
+        items_per_path=request.items_per_path or None,
     )
 
 

@@ -72,6 +72,32 @@ def random_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> 
     return Catalogue.build([f"item-{n}" for n in range(items)], codes, codebook_sizes)
 
 
+def tailed_catalogue(items: int, codebook_sizes: tuple[int, ...], seed: int) -> Catalogue:
+    """Random paths of one to L codes, each with a scored tail token behind it: the last code of every level but the first.
+
+    The items of a path are in a random order.
+    """
+    rng = np.random.default_rng(seed)
+    codes = np.full((items, len(codebook_sizes) + 1), -1)
+    for level, size in enumerate(codebook_sizes):
+        codes[:, level] = np.minimum(rng.geometric(0.3, items) - 1, size - 1)
+    ends, tails = rng.integers(1, len(codebook_sizes) + 1, items), np.array([*codebook_sizes, 0])
+    for path, end in zip(codes, ends.tolist(), strict=True):
+        path[end:] = [tails[end], *[-1] * (len(path) - end - 1)]
+    sizes = (codebook_sizes[0], *(size + 1 for size in codebook_sizes[1:]), 1)
+    ids, rank = [f"item-{n}" for n in range(items)], rng.permutation(items)
+    return Catalogue.build(ids, codes, sizes, tail_start=[*codebook_sizes, 0], rank=rank)
+
+
+def shared_tokens(catalogue: Catalogue) -> tuple[int, ...]:
+    """Tokens that all levels share: one for each code, and one for the tail."""
+    return tuple(
+        SPECIALS if code >= tail else SPECIALS + 1 + code
+        for size, tail in zip(catalogue.trie.codebook_sizes, catalogue.tail_start.tolist(), strict=True)
+        for code in range(size)
+    )
+
+
 @dataclass(frozen=True)
 class TestBundle:
     """A bundle on disk and the checkpoints that it was exported from."""
@@ -101,12 +127,16 @@ def write_bundle(
     drop_block: int = 1,
     target_shape: Mapping[str, object] = MappingProxyType({}),
     precision: Precision = "float32",
+    code_tokens: tuple[int, ...] | None = None,
+    items_per_path: int | None = None,
 ) -> TestBundle:
     """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1.
 
     target_shape: what of the target's config is not as usual; its draft then stays tiny and knows nothing of it.
+    code_tokens: those of both models; by default each code column has its own.
     """
     vocab = SPECIALS + catalogue.trie.columns
+    code_tokens = code_tokens or tuple(range(SPECIALS, vocab))
     target = random_model(architecture, vocab, seed, **target_shape)
     draft = random_model(architecture, vocab, seed)
     torch.manual_seed(seed + 1)
@@ -115,7 +145,7 @@ def write_bundle(
             weight.add_(torch.randn_like(weight) * draft_noise)
     catalogue.save(root / "catalogue")
     prompt = PromptTemplate(prefix=(BOS,), suffix=(EOH,), max_items=max_items, drop_block=drop_block)
-    spelling = Spelling(code_tokens=tuple(range(SPECIALS, vocab)), prompt=prompt, pad_token=0, vocab_size=vocab)
+    spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
     models: dict[Role, SpelledModel] = {
         "target": SpelledModel(target, spelling),
         "draft": SpelledModel(draft, spelling),
@@ -130,6 +160,7 @@ def write_bundle(
         name="random",
         scoring_rule=rule,
         allow_empty_history=allow_empty_history,
+        items_per_path=items_per_path,
         catalogue_version=catalogue.version,
         target=entries["target"],
         draft=entries["draft"],

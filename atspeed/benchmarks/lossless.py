@@ -140,10 +140,10 @@ def _draw(rng: np.random.Generator, recommended: Sequence[str], catalogue: Catal
 def invalid_paths(reply: pb.RecommendResponse, excluded: Sequence[str], catalogue: Catalogue) -> int:
     """Count the items of a reply that are excluded, or that have another path in the catalogue."""
     index = catalogue.find([item.item_id for item in reply.items])
-    banned = set(excluded)
+    banned, paths = set(excluded), catalogue.spelled_codes(index)
     return sum(
-        position < 0 or item.item_id in banned or list(item.code_path) != catalogue.codes[position].tolist()
-        for item, position in zip(reply.items, index.tolist(), strict=True)
+        position < 0 or item.item_id in banned or list(item.code_path) != path.tolist()
+        for item, position, path in zip(reply.items, index.tolist(), paths, strict=True)
     )
 
 

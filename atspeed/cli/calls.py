@@ -45,6 +45,10 @@ def recommend(
     exclude: Excluded = None,
     only: Allowed = None,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the history.")] = False,
+    items_per_path: Annotated[
+        int,
+        typer.Option(min=0, max=MAX_UINT32, help="Most items of one code path; 0 means the bundle's limit, if any."),
+    ] = 0,
     tenant: Tenant = "",
     track: Annotated[
         Track | None,
@@ -68,6 +72,7 @@ def recommend(
         "excluded": split(exclude),
         "allowed": split(only),
         "exclude_seen": exclude_seen,
+        "items_per_path": items_per_path,
         "tenant": tenant,
     }
     reply = _call(connection, lambda client: client.recommend(user, track=track, **options))

@@ -89,6 +89,7 @@ def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
         "scoring rule": str(manifest.scoring_rule),
         "catalogue": f"{items} items under {paths} code paths, version {manifest.catalogue_version}",
         "empty history": "allowed" if manifest.allow_empty_history else "refused",
+        "items per path": f"at most {manifest.items_per_path} in a list" if manifest.items_per_path else "",
     }
     for role, model in manifest.models.items():
         rows[role] = (

@@ -70,6 +70,7 @@ class Options(TypedDict, total=False):
     tenant: str
     batch_priority: bool
     least_beam_width: int
+    items_per_path: int
 
 
 def recommend_request(user_id: str | None = None, **options: Unpack[Options]) -> pb.RecommendRequest:
@@ -92,6 +93,7 @@ def recommend_request(user_id: str | None = None, **options: Unpack[Options]) ->
         exclude_seen=arguments.flag("exclude_seen", given.get("exclude_seen", False)),
         tenant=arguments.text("tenant", given.get("tenant", ""), required=False),
         least_beam_width=arguments.whole("least_beam_width", given.get("least_beam_width", 0), 0, MAX_UINT32),
+        items_per_path=arguments.whole("items_per_path", given.get("items_per_path", 0), 0, MAX_UINT32),
     )
     if arguments.flag("batch_priority", given.get("batch_priority", False)):
         request.priority = pb.PRIORITY_BATCH

@@ -38,6 +38,7 @@ _PROPOSALS: Final[dict[Proposal, draft_pb2.Proposal.ValueType]] = {
 _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
     ScoringRule.VOCAB: types_pb2.SCORING_RULE_VOCAB,
     ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
+    ScoringRule.CODES: types_pb2.SCORING_RULE_CODES,
 }
 _MODES: Final = {recommendation_pb2.Mode.Value(f"MODE_{mode.name}"): mode for mode in Mode}
 

@@ -125,11 +125,12 @@ def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> list
         rule: the scoring rule.
     """
     logits = logits.float()
-    total = logits.logsumexp(-1)
+    among = logits[..., batch.code_token] if rule is ScoringRule.CODES else logits
+    total = among.logsumexp(-1)
     reached: tuple[Tensor, Tensor] | None = None  # the cumulative scores of the children above, [b, f * c] each
     rows = []
     for level in batch.levels[:-1]:
-        # Log-probabilities of the children over the vocabulary, or over their siblings with the rule `trie`.
+        # Log-probabilities of the children over the vocabulary or the codes, or over their siblings with the rule `trie`.
         draft, target = level.of_children(logits) - level.of_nodes(total).unsqueeze(2), level.target
         if rule is ScoringRule.TRIE:
             draft, target = (_over_children(logp, level.allowed) for logp in (draft, target))

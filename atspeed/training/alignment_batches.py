@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atspeed.engine.arrays import Bools, Int64
-from atspeed.engine.search.trie import ROOT, Trie
+from atspeed.engine.search.trie import ENDED, ROOT, Trie
 from atspeed.training.prompt_trees import PromptTrees, row_of
 from atspeed.training.sequences import Sequencer, batches_of_like_length
 from atspeed.training.teacher import TeacherShard, TrainingPrompts, ancestors, shards, tree_nodes
@@ -51,7 +51,7 @@ class Paths:
             parent = np.maximum(trie.parent[node], ROOT).astype(np.int64)
             rows.append(row_of(nodes, parent))
             tokens.append(_tokens(trie, node, code_tokens))
-            scored.append((leaves >= 0) & (trie.code[node] >= 0))
+            scored.append((leaves >= 0) & (trie.code[node] != ENDED))
             node = parent
         return cls(*(torch.from_numpy(np.stack(parts[::-1], axis=2)) for parts in (rows, tokens, scored)))
 
@@ -112,12 +112,14 @@ class AlignmentBatch:
         levels: the nodes of each depth.
         beams: the target's K complete beams.
         gold: the path of the gold item.
+        code_token: int64 [c]. The draft's distinct code tokens, ascending.
     """
 
     trees: PromptTrees
     levels: tuple[TreeLevel, ...]
     beams: Paths
     gold: Paths
+    code_token: Tensor
 
     def inputs(self, dtype: torch.dtype, /) -> dict[str, Any]:
         """Return the arguments of the draft; its logits are [b, m, V], one row per node."""
@@ -130,6 +132,7 @@ class AlignmentBatch:
             tuple(level.to(device) for level in self.levels),
             self.beams.to(device),
             self.gold.to(device),
+            self.code_token.to(device),
         )
 
 
@@ -205,6 +208,7 @@ class AlignmentBatches:
             levels=tuple(self._levels(nodes, beams, gold, logp)),
             beams=Paths.of(beams[:, -1], nodes, self.trie, self._code_tokens),
             gold=Paths.of(gold[:, None], nodes, self.trie, self._code_tokens),
+            code_token=torch.from_numpy(np.unique(self._code_tokens)),
         )
 
     def _levels(self, nodes: Int64, beams: Int64, gold: Int64, logp: npt.NDArray[np.float16]) -> Iterator[TreeLevel]:
@@ -248,7 +252,7 @@ class AlignmentBatches:
                 place=torch.from_numpy(place),
                 token=torch.from_numpy(_tokens(trie, child, self._code_tokens)),
                 allowed=torch.from_numpy(allowed),
-                ended=torch.from_numpy(found & (trie.code[trie.child_start[node]] < 0)),
+                ended=torch.from_numpy(found & (trie.code[trie.child_start[node]] == ENDED)),
                 target=torch.from_numpy(target),
                 on_beam=torch.from_numpy(found & ((node == ROOT) | _among(beams, node, trie))),
                 on_gold=torch.from_numpy(found & (node == golden[:, level, None])),
@@ -263,7 +267,7 @@ class AlignmentBatches:
 
 def _tokens(trie: Trie, nodes: Int64, code_tokens: Int64) -> Int64:
     """Return the token of each node's own code; any token for the root and for a path that has ended."""
-    tokens: Int64 = code_tokens[np.where(trie.code[nodes] < 0, 0, trie.column(nodes))]
+    tokens: Int64 = code_tokens[np.where(trie.code[nodes] == ENDED, 0, trie.column(nodes))]
     return tokens
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, inf
 from transformers import DynamicCache, PreTrainedModel
 
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.engine.search.trie import Pruning, Trie
+from atspeed.engine.search.trie import ENDED, Pruning, Trie
 from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
 
@@ -129,7 +129,10 @@ class BeamSearch:
             logits = self._logits_of(level, node, sees, prompt_length, cache)
 
     def _logits_of(self, level: int, node: Tensor, sees: Tensor, prompt_length: int, cache: DynamicCache) -> Tensor:
-        """Compute the logits [b, K, V] after each beam. sees: bool [b, K, cached tokens with these]."""
+        """Compute the logits [b, K, V] after each beam. sees: bool [b, K, cached tokens with these].
+
+        The logits after an ended place, which has no token, mean nothing and are not used.
+        """
         tokens = self._column[level][self._code[node.clamp(min=0)].clamp(min=0)]
         dtype = self.model.dtype
         bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
@@ -165,7 +168,7 @@ class BeamSearch:
         return torch.where(within < count.unsqueeze(-1), self._child_start[known].unsqueeze(-1) + within, -1)
 
     def _log_probabilities(self, level: int, logits: Tensor, by_path: Tensor, child: Tensor) -> Tensor:
-        """Return the log-probability of each child, [b, f, c]; -inf where there is none.
+        """Return the log-probability of each child, [b, f, c]; -inf where there is none, 0 for an ended place.
 
         Args:
             level: the level of the children's codes.
@@ -179,9 +182,9 @@ class BeamSearch:
         if self.rule is ScoringRule.TRIE:
             logp = logp.masked_fill(~real, -inf).log_softmax(-1)
         else:
-            logp = logp - logits.float().logsumexp(-1).gather(1, by_path).unsqueeze(-1)
-        # A path that has ended scores 0 under every rule.
-        logp = logp.masked_fill(~real, -inf).masked_fill(real & (code < 0), 0.0)
+            among = logits if self.rule is ScoringRule.VOCAB else logits[..., self._code_token]
+            logp = logp - among.float().logsumexp(-1).gather(1, by_path).unsqueeze(-1)
+        logp = logp.masked_fill(code == ENDED, 0.0).masked_fill(~real, -inf)
         if logp.isnan().any():
             raise TrainingError(
                 "the model's log-probabilities are not numbers; its schedule.learning_rate may be too large"
@@ -203,6 +206,11 @@ class BeamSearch:
         """Token ids of each level's codes."""
         tokens = torch.tensor(self.spelling.code_tokens, device=self.model.device)
         return tuple(torch.split(tokens, list(self.trie.codebook_sizes)))
+
+    @cached_property
+    def _code_token(self) -> Tensor:
+        """Distinct token ids of all codes."""
+        return torch.tensor(sorted(set(self.spelling.code_tokens)), device=self.model.device)
 
     @cached_property
     def _code(self) -> Tensor:

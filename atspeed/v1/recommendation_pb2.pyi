@@ -276,6 +276,7 @@ class RecommendRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LEAST_BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    ITEMS_PER_PATH_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose history is stored. NOT_FOUND if no history is stored, unless the bundle allows an empty history."""
     k: _builtins.int
@@ -299,6 +300,10 @@ class RecommendRequest(_message.Message):
     least_beam_width: _builtins.int
     """Smallest beam width that the request accepts when the service is busy. A request that had to wait is searched with this width. It
     is at least k and at most beam_width. 0 means beam_width. The reply has the beam width of the search.
+    """
+    items_per_path: _builtins.int
+    """Maximum number of items of one code path in the list. 0 means the bundle's limit, if it has one. The list may then hold fewer than
+    k items.
     """
     @_builtins.property
     def history(self) -> Global___History:
@@ -334,10 +339,11 @@ class RecommendRequest(_message.Message):
         tenant: _builtins.str = ...,
         priority: Global___Priority.ValueType = ...,
         least_beam_width: _builtins.int = ...,
+        items_per_path: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "history", b"history", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "items_per_path", b"items_per_path", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -365,17 +371,22 @@ class RecommendedItem(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    PATH_ITEMS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank in the list, from 1."""
     item_id: _builtins.str
     """The item."""
     score: _builtins.float
-    """Log-probability of its code path under the target."""
+    """Log-probability of its code path under the target, with the path's scored tail if the catalogue has tails."""
     origin: Global___Origin.ValueType
     """Way in which the search found the item."""
+    path_items: _builtins.int
+    """Number of items of the catalogue with this code path, this one included."""
     @_builtins.property
     def code_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Its semantic ID: `L` codes. Items with the same code path have the same score, and follow each other in the order of their ids."""
+        """Its semantic ID: up to `L` codes, without a scored tail. Items with the same code path have the same score. They follow each other
+        in the catalogue's order, which is that of their ids if the bundle sets no other.
+        """
 
     def __init__(
         self,
@@ -385,10 +396,11 @@ class RecommendedItem(_message.Message):
         score: _builtins.float = ...,
         code_path: _abc.Iterable[_builtins.int] | None = ...,
         origin: Global___Origin.ValueType = ...,
+        path_items: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_path", b"code_path", "item_id", b"item_id", "origin", b"origin", "rank", b"rank", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_path", b"code_path", "item_id", b"item_id", "origin", b"origin", "path_items", b"path_items", "rank", b"rank", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,7 +504,7 @@ class RecommendResponse(_message.Message):
     history_items_used: _builtins.int
     """Number of history items in the prompt: the newest ones that fit the window."""
     fewer_than_k_reason: _builtins.str
-    """Reason for fewer than k items: exclusions and filters, or the search. Empty if there are k items."""
+    """Reason for fewer than k items: exclusions and filters, the limit of items per code path, or the search. Empty if there are k."""
     seed: _builtins.int
     """Seed of a sampling mode."""
     beam_width: _builtins.int
@@ -1059,7 +1071,7 @@ class GetServiceInfoResponse(_message.Message):
     catalogue_items: _builtins.int
     """Items in the catalogue."""
     levels: _builtins.int
-    """`L`: codes per item."""
+    """`L`: levels of the trie, which are the codes of the longest path with its scored tail."""
     max_k: _builtins.int
     """Largest k."""
     max_beam_width: _builtins.int

@@ -163,7 +163,7 @@ class EvaluateRequest(_message.Message):
 
     @_builtins.property
     def nodes(self) -> _types_pb2.Array:
-        """int32 [n], ascending: the nodes to evaluate, of depth 0 to L-1. Every node's parent is the root, one of these nodes, or evaluated
+        """int32 [n], ascending: the nodes to evaluate, of depth 0 to L-1, without ended places. Every node's parent is the root, one of these nodes, or evaluated
         earlier on this stream. Node 0, the root, belongs to the first message and only to it.
         """
 

@@ -63,6 +63,8 @@ class _ScoringRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScoringRu
     """Over the whole vocabulary. Invalid children are removed without renormalisation."""
     SCORING_RULE_TRIE: _ScoringRule.ValueType  # 2
     """Over the children that the catalogue holds. A forced node's log-probability is exactly 0."""
+    SCORING_RULE_CODES: _ScoringRule.ValueType  # 3
+    """Over the code tokens of all levels, scored tails included. Invalid children are removed without renormalisation."""
 
 class ScoringRule(_ScoringRule, metaclass=_ScoringRuleEnumTypeWrapper):
     """Rule by which a code's log-probability is normalised."""
@@ -73,6 +75,8 @@ SCORING_RULE_VOCAB: ScoringRule.ValueType  # 1
 """Over the whole vocabulary. Invalid children are removed without renormalisation."""
 SCORING_RULE_TRIE: ScoringRule.ValueType  # 2
 """Over the children that the catalogue holds. A forced node's log-probability is exactly 0."""
+SCORING_RULE_CODES: ScoringRule.ValueType  # 3
+"""Over the code tokens of all levels, scored tails included. Invalid children are removed without renormalisation."""
 Global___ScoringRule: _TypeAlias = ScoringRule  # noqa: Y015
 
 @_typing.final
@@ -162,7 +166,9 @@ class Evaluation(_message.Message):
 
     @_builtins.property
     def logp(self) -> Global___Array:
-        """float32 [m]: log-probability of each child under the bundle's scoring rule, never perturbed."""
+        """float32 [m]: log-probability of each child under the bundle's scoring rule, never perturbed. That of an ended place, which stands
+        after the last code of a shorter path, is 0.
+        """
 
     @_builtins.property
     def log_mass(self) -> Global___Array:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from atspeed.engine.search.plan import PlanSize
+from atspeed.engine.search.scoring import ScoringRule
 from tests.oracles.naive_trie import NaiveTrie, Path
 
 
@@ -24,6 +25,11 @@ class NaivePlan:
 def has_one_path(trie: NaiveTrie, path: Path) -> bool:
     """Whether the catalogue, exclusions or not, leaves no choice below a path."""
     return len({own for own in trie.items.values() if own[: len(path)] == path}) == 1
+
+
+def never_needs_a_pass(trie: NaiveTrie, rule: ScoringRule, path: Path) -> bool:
+    """Whether the target knows all below a path without a pass."""
+    return trie.has_ended(path) or (rule is ScoringRule.TRIE and has_one_path(trie, path))
 
 
 def naive_plan(

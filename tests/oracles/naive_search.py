@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from atspeed.engine.search.scoring import ScoringRule
 from tests.oracles.naive_trie import NaiveTrie, Path
 
 Key = TypeVar("Key", int, Path)
@@ -21,28 +22,36 @@ Alive = Callable[[Path], bool]
 
 
 class NaiveModel:
-    """Log-probabilities of codes from a table of logits [nodes, C] and their normalizers [nodes]."""
+    """Log-probabilities of codes from a table of logits [nodes, C] and their normalizers over the vocabulary [nodes].
+
+    tokens: the token of each code column, [C].
+    """
 
     def __init__(
         self,
         trie: NaiveTrie,
         logits: npt.NDArray[np.float32],
         log_normalizer: npt.NDArray[np.float32],
-        *,
-        over_children: bool,
+        rule: ScoringRule,
+        tokens: Sequence[int],
     ) -> None:
-        self.trie, self.over_children = trie, over_children
+        self.trie, self._rule, self._tokens = trie, rule, tokens
         self._logits, self._log_normalizer = logits, log_normalizer
 
     def __call__(self, path: Path, code: int) -> float:
         """Rounded to float32 and never positive, as an evaluation declares its log-probabilities."""
         children = self.trie.children(path)
-        if self.over_children and len(children) == 1:
+        if code < 0 or (self._rule is ScoringRule.TRIE and len(children) == 1):
             return 0.0
-        if self.over_children:
+        node = self.trie.id_of[path]
+        if self._rule is ScoringRule.TRIE:
             normalizer = math.log(math.fsum(math.exp(self._logit(path, child)) for child in children))
+        elif self._rule is ScoringRule.CODES:
+            logits = dict(zip(self._tokens, self._logits[node].tolist(), strict=True)).values()
+            most = max(logits)  # so that a single token scores exactly 0
+            normalizer = most + math.log(math.fsum(math.exp(logit - most) for logit in logits))
         else:
-            normalizer = float(self._log_normalizer[self.trie.id_of[path]])
+            normalizer = float(self._log_normalizer[node])
         return min(0.0, float(np.float32(self._logit(path, code) - normalizer)))
 
     def _logit(self, path: Path, code: int) -> float:

@@ -9,7 +9,10 @@ Tree = dict[int, "Tree"]
 
 
 class NaiveTrie:
-    """The trie over some items' code paths. `nodes` lists all paths by length, then lexicographically: the node ids."""
+    """The trie over some items' code paths, padded with -1.
+
+    `nodes` lists all paths by length, then lexicographically: the node ids.
+    """
 
     def __init__(self, items: Mapping[str, Path], codebook_sizes: Sequence[int]) -> None:
         self.items, self.codebook_sizes = dict(items), tuple(codebook_sizes)
@@ -29,9 +32,13 @@ class NaiveTrie:
             below = below[code]
         return sorted(below)
 
+    def has_ended(self, path: Path) -> bool:
+        """Whether no code follows a path that has places left."""
+        return self.children(path) == [-1]
+
     def inner(self) -> list[int]:
-        """Ids of all nodes that are not whole paths."""
-        return [node for node, path in enumerate(self.nodes) if len(path) < self.levels]
+        """Ids of all nodes that a model can evaluate: neither whole paths nor places after the end of a path."""
+        return [node for node, path in enumerate(self.nodes) if len(path) < self.levels and path[-1:] != (-1,)]
 
     def items_of(self, path: Path) -> list[str]:
         """The items of a whole path, in the order of their UTF-8 bytes."""

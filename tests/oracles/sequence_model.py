@@ -9,11 +9,12 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from atspeed.engine.search.scoring import ScoringRule
 from tests.oracles.naive_trie import NaiveTrie, Path
 
 
 class SequenceModel:
-    """Log-probabilities of codes after a path, from the torch model itself; see `NaiveModel` for the two rules."""
+    """Log-probabilities of codes after a path, from the torch model itself; see `NaiveModel`."""
 
     def __init__(
         self,
@@ -21,14 +22,13 @@ class SequenceModel:
         trie: NaiveTrie,
         code_tokens: Sequence[int],
         prompt: npt.NDArray[np.int64],
-        *,
-        over_children: bool,
+        rule: ScoringRule,
     ) -> None:
         self._model, self._trie, self._code_tokens = model, trie, code_tokens
-        self._prompt, self._over_children = prompt.tolist(), over_children
+        self._prompt, self._rule = prompt.tolist(), rule
         self._known: dict[Path, dict[int, float]] = {}
         for depth in range(trie.levels):
-            self._read([path for path in trie.nodes if len(path) == depth])
+            self._read([path for path in trie.nodes if len(path) == depth and -1 not in path])
 
     def __call__(self, path: Path, code: int) -> float:
         """Of one code."""
@@ -44,6 +44,14 @@ class SequenceModel:
             last = self._model(torch.tensor(tokens)).logits[:, -1].double()
         for path, logits in zip(paths, last, strict=True):
             children = self._trie.children(path)
+            if children == [-1]:
+                self._known[path] = {-1: 0.0}
+                continue
             wanted = logits[torch.tensor([self._token(len(path), code) for code in children])]
-            normalizer = torch.logsumexp(wanted if self._over_children else logits, dim=0)
+            among = {
+                ScoringRule.VOCAB: logits,
+                ScoringRule.TRIE: wanted,
+                ScoringRule.CODES: logits[torch.tensor(sorted(set(self._code_tokens)))],
+            }
+            normalizer = torch.logsumexp(among[self._rule], dim=0)
             self._known[path] = dict(zip(children, (wanted - normalizer).tolist(), strict=True))

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.arrays import Float32, Float64, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.model.tree_session import Found, PassProgram
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan
-from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children
+from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, best_children, codes_normalizer
 from atspeed.engine.search.trie import Pruning, Trie
 from tests.oracles.naive_search import NaiveModel
 from tests.oracles.naive_trie import NaiveTrie, Path
@@ -39,11 +39,24 @@ def run_steps(steps: PassProgram[Found], evaluate: Callable[[Int64], Evaluation]
 
 @st.composite
 def naive_tries(draw: st.DrawFn, levels: Sequence[int] = (1, 2, 3, 4), max_items: int = 12) -> NaiveTrie:
-    """Random catalogues: narrow codebooks, so that items share paths and prefixes; some with a single-child chain."""
+    """Random catalogues: narrow codebooks, so that items share paths and prefixes; some with a single-child chain.
+
+    In some of them paths end early. Where one is the beginning of another, its items are left out.
+    """
     depth = draw(st.sampled_from(list(levels)))
     sizes = draw(st.lists(st.integers(1, 4), min_size=depth, max_size=depth))
     paths = st.tuples(*(st.integers(0, size - 1) for size in sizes))
-    return NaiveTrie(draw(st.dictionaries(item_ids, paths, min_size=1, max_size=max_items)), sizes)
+    items = draw(st.dictionaries(item_ids, paths, min_size=1, max_size=max_items))
+    if draw(st.booleans()):
+        ends = draw(st.lists(st.integers(1, depth), min_size=len(items), max_size=len(items)))
+        cut = {item: path[:end] for (item, path), end in zip(items.items(), ends, strict=True)}
+        whole = [path for path in cut.values() if not any(_begins(path, other) for other in cut.values())]
+        items = {item: (*path, *[-1] * (depth - len(path))) for item, path in cut.items() if path in whole}
+    return NaiveTrie(items, sizes)
+
+
+def _begins(path: Path, other: Path) -> bool:
+    return len(path) < len(other) and other[: len(path)] == path
 
 
 def build(naive: NaiveTrie) -> Catalogue:
@@ -54,22 +67,31 @@ def build(naive: NaiveTrie) -> Catalogue:
 
 @dataclass(frozen=True)
 class World:
-    """A catalogue and a model of it as a table: logits [nodes, C] with their log-normalizers [nodes], as if V > C."""
+    """A catalogue and a model of it as a table: logits [nodes, C] with their log-normalizers [nodes], as if V > C.
+
+    tokens: the token of each code column; equal tokens have equal logits. Empty: all are distinct.
+    """
 
     naive: NaiveTrie
     catalogue: Catalogue
     rule: ScoringRule
     logits: Float32
     log_normalizer: Float32
+    tokens: tuple[int, ...] = ()
 
     @classmethod
     def random(cls, naive: NaiveTrie, rule: ScoringRule, seed: int, *, coarse: bool = False) -> World:
-        """Normal logits, or coarse ones: then many scores are equal and the order of ties decides."""
+        """Normal logits, or coarse ones: then many scores are equal and the order of ties decides. Levels share tokens."""
         rng, catalogue = np.random.default_rng(seed), build(naive)
         shape = (catalogue.trie.nodes, catalogue.trie.columns)
         logits = (rng.integers(-2, 3, shape) if coarse else rng.normal(size=shape) * 1.5).astype(np.float32)
+        tokens = [
+            int(token) for size in naive.codebook_sizes for token in rng.permutation(max(naive.codebook_sizes))[:size]
+        ]
+        logits = logits[:, [tokens.index(token) for token in tokens]]
         log_normalizer = np.log(np.exp(logits.astype(np.float64)).sum(axis=1) + 1).astype(np.float32)
-        return cls(naive, catalogue, rule, logits, np.ceil(log_normalizer) if coarse else log_normalizer)
+        log_normalizer = np.ceil(log_normalizer) if coarse else log_normalizer
+        return cls(naive, catalogue, rule, logits, log_normalizer, tuple(tokens))
 
     @property
     def trie(self) -> Trie:
@@ -79,8 +101,11 @@ class World:
     @property
     def model(self) -> NaiveModel:
         """The same table for the naive searches."""
-        over_children = self.rule is ScoringRule.TRIE
-        return NaiveModel(self.naive, self.logits, self.log_normalizer, over_children=over_children)
+        return NaiveModel(self.naive, self.logits, self.log_normalizer, self.rule, self._tokens)
+
+    @property
+    def _tokens(self) -> Sequence[int]:
+        return self.tokens or range(self.trie.columns)
 
     def pruning(self, excluded: Sequence[str]) -> Pruning:
         """Without these items."""
@@ -94,11 +119,14 @@ class World:
         self, nodes: Int64, pruning: Pruning, limit: int, perturbation: Perturbation | None = None
     ) -> Evaluation:
         """What the model says about some nodes."""
+        log_normalizer: Float32 | Float64 = self.log_normalizer[nodes]
+        if self.rule is ScoringRule.CODES:
+            log_normalizer = codes_normalizer(self.logits[nodes][:, np.unique(self._tokens, return_index=True)[1]])
         return best_children(
             self.trie,
             nodes,
             self.logits[nodes],
-            self.log_normalizer[nodes],
+            log_normalizer,
             rule=self.rule,
             pruning=pruning,
             limit=limit,

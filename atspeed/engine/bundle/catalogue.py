@@ -170,6 +170,11 @@ class Catalogue:
         """Return whether some level has tail tokens."""
         return tuple(self.tail_start.tolist()) != self.trie.codebook_sizes
 
+    @property
+    def in_order_of_ids(self) -> bool:
+        """Return whether the items of every path stand in the order of their ids."""
+        return bool(((self.ids[1:] > self.ids[:-1]) | (self.item_path[1:] != self.item_path[:-1])).all())
+
     @cached_property
     def longest_spelling(self) -> int:
         """Return the most codes of a path before its tail."""
@@ -188,7 +193,7 @@ class Catalogue:
 
     def warm_up(self) -> None:
         """Build the index, which the first request would otherwise wait for. O(items), once."""
-        _ = self._index, self.trie.child_count
+        _ = self._index, self.trie.child_count, self.trie.ends
 
     def find(self, ids: Iterable[str]) -> Int64:
         """Return the item index of each id, [len(ids)]; -1 for an unknown id. O(ids), however large the catalogue."""

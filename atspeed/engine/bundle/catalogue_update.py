@@ -22,6 +22,9 @@ from atspeed.engine.errors import BundleError, CatalogueError, EngineError
 def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Catalogue:
     """Return the catalogue with items added, by id with their code paths, and others removed.
 
+    A code path is given without its tail. It ends as the catalogue's other paths of so many codes do. Added items come last
+    among those of their path, unless the catalogue has the order of ids.
+
     Raises CatalogueError, naming the item, when an item to remove is unknown, an item to add is known, or a code path does not
     fit the codebooks.
     """
@@ -29,13 +32,29 @@ def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]]
     index = catalogue.find(gone)
     if len(index) and index.min() < 0:
         raise CatalogueError(f"remove: {shown(gone[int(index.argmin())])} is not in the catalogue")
+    endings, tails = _endings(catalogue), catalogue.tail_start.tolist()
+    new = []
     for item, path in added.items():
-        if len(path) != len(sizes) or any(not 0 <= code < size for code, size in zip(path, sizes, strict=True)):
+        if len(path) not in endings or any(not 0 <= code < tail for code, tail in zip(path, tails, strict=False)):
             raise CatalogueError(f"add: {shown(item)}: {list(path)} is not a code path of the codebooks {list(sizes)}")
+        if len(endings[len(path)]) > 1:
+            raise CatalogueError(f"add: {shown(item)}: paths of {len(path)} codes have several tails in the catalogue")
+        new.append((*path, *endings[len(path)][0]))
     kept = np.setdiff1d(np.arange(catalogue.items), index)
     ids = [catalogue.id_of(int(item)) for item in kept] + list(added)
-    codes = [catalogue.codes[kept], np.array(list(added.values()), dtype=np.int32).reshape(-1, len(sizes))]
-    return Catalogue.build(ids, np.concatenate(codes), sizes)
+    codes = np.concatenate([catalogue.codes[kept], np.array(new, dtype=np.int32).reshape(-1, len(sizes))])
+    rank = None if catalogue.in_order_of_ids else np.append(kept, np.full(len(new), catalogue.items))
+    return Catalogue.build(ids, codes, sizes, tail_start=tails, rank=rank)
+
+
+def _endings(catalogue: Catalogue) -> dict[int, list[tuple[int, ...]]]:
+    """Return what follows the codes in the catalogue's paths, tail and ended places, by the number of codes."""
+    first = catalogue.item_start[:-1]
+    paths, lengths = catalogue.codes[first], catalogue.spelled_lengths(first)
+    return {
+        length: [tuple(ending) for ending in np.unique(paths[lengths == length, length:], axis=0).tolist()]
+        for length in np.unique(lengths).tolist()
+    }
 
 
 def update_catalogue(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Bundle:

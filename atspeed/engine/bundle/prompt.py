@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 class PromptTemplate(BaseModel):
     """The form of a prompt: prefix + item (+ separator + item)* + suffix.
 
-    An item is the tokens of its codes, without its tail. Training fixes the segments. A prompt holds the newest items of a history.
-    Beyond `max_items` items the oldest are dropped, `drop_block` at a time. So the beginning of the prompt, and its cached KV, stays
-    the same for `drop_block` new items. `drop_block = 1` is the sliding window of the AtSpeed paper.
+    An item is the tokens of its codes, without its tail. Training fixes the segments. A prompt holds the newest items of a
+    history. Beyond `max_items` items the oldest are dropped, `drop_block` at a time. So the beginning of the prompt, and its
+    cached KV, stays the same for `drop_block` new items. `drop_block = 1` is the sliding window of the AtSpeed paper.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

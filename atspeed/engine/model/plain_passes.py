@@ -8,7 +8,7 @@ from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import ROOT, Pruning
+from atspeed.engine.search.trie import ENDED, ROOT, Pruning
 
 _TRIED = 8  # children of a node; a model whose best 8 children all fail is damaged beyond single codes
 
@@ -22,6 +22,8 @@ async def check_plain_passes(evaluator: TreeEvaluator) -> None:
     trie = evaluator.trie
     found = await _evaluation(evaluator, ROOT)
     for _ in range(trie.levels - 1):
+        if trie.code[found.child[0]] == ENDED:
+            return  # the path has ended
         found = await _below(evaluator, found)
 
 

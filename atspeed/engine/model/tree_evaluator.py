@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from atspeed.engine.arrays import Int64, KvArray
+from atspeed.engine.arrays import Float32, Float64, Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
@@ -25,7 +25,7 @@ from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
-from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
+from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children, codes_normalizer
 from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 
 # Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
@@ -69,6 +69,8 @@ class TreeEvaluator:
         self._layout = layout
         self._cache = cache
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
+        # One column of each code token: levels may share tokens.
+        self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
         self._batch_decoder = BatchDecoder(decoder)
         self._batcher = Batcher(self._run, limits or BatchLimits())
 
@@ -288,12 +290,15 @@ class TreeEvaluator:
 
     def _evaluation(self, run: ProgramRun, output: TreeOutput) -> Evaluation | NoNumbersError:
         selection = run.selection
+        log_normalizer: Float32 | Float64 = output.log_normalizer
+        if self.rule is ScoringRule.CODES:
+            log_normalizer = codes_normalizer(output.code_logits[:, self._distinct_columns])
         try:
             return best_children(
                 self.trie,
                 run.nodes,
                 output.code_logits,
-                output.log_normalizer,
+                log_normalizer,
                 rule=self.rule,
                 pruning=selection.pruning,
                 limit=selection.limit,

@@ -49,12 +49,13 @@ class PlanSize:
 
 
 def free_nodes(trie: Trie, rule: ScoringRule) -> npt.NDArray[np.bool_]:
-    """Return the nodes that never need a target pass, bool [n]: under rule `trie`, those with a single path below them.
+    """Return the nodes that never need a target pass, bool [n].
 
-    A node with one child and a branch further down is not among them: the nodes below it need its keys and values.
+    They are the nodes above ended places, and under rule `trie` all with a single path below them. A node with one child and a
+    branch further down is not among them: the nodes below it need its keys and values.
     """
-    if rule is ScoringRule.VOCAB:
-        return np.zeros(trie.nodes, dtype=bool)
+    if rule is not ScoringRule.TRIE:
+        return trie.ends
     free = trie.child_count <= 1
     # From the deepest inner level upwards: a node is free if its only child is.
     for depth in reversed(range(trie.levels)):

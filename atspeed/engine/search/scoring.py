@@ -12,7 +12,7 @@ import numpy.typing as npt
 from atspeed.engine.arrays import Float32, Float64, Int64
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.search.sampling import Stream, gumbel
-from atspeed.engine.search.trie import Pruning, Trie
+from atspeed.engine.search.trie import ENDED, Pruning, Trie
 
 
 class ScoringRule(StrEnum):
@@ -20,6 +20,7 @@ class ScoringRule(StrEnum):
 
     VOCAB = "vocab"  # over the whole vocabulary; invalid children removed, no renormalisation (Hugging Face, AtSpeed)
     TRIE = "trie"  # over the children in the catalogue only; a single child scores exactly 0
+    CODES = "codes"  # over the code tokens of all levels, tails included; invalid children removed, no renormalisation
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Children:
     node: Int64
     logp: Float32
     log_mass: float
+
+    @classmethod
+    def certain(cls, trie: Trie, node: int) -> Children:
+        """Return the only child of a node, which scores 0."""
+        return cls(trie.children(node), np.zeros(1, dtype=np.float32), 0.0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,13 @@ class Evaluation:
             span = slice(start[row], start[row + 1])
             yield node, Children(child[span], self.logp[span], log_mass)
 
+    def with_ended(self, trie: Trie, nodes: Int64) -> Evaluation:
+        """Return the evaluation of ascending `nodes`, of which this one lacks those above an ended place."""
+        ended = nodes[trie.ends[nodes]].tolist()
+        if not ended:
+            return self
+        return Evaluation.of(dict(self.items()) | {node: Children.certain(trie, node) for node in ended})
+
     def last(self, count: int) -> Evaluation:
         """Return the evaluation of the last `count` nodes."""
         if count == len(self.node):
@@ -124,13 +137,27 @@ class Evaluation:
             raise ValueError("evaluation.child: a child occurs twice")
         if not (self.logp.min() > -np.inf and self.logp.max() <= 1e-3):  # NaN fails both comparisons
             raise ValueError("evaluation.logp: not log-probabilities")
+        if self.logp[trie.code[self.child] == ENDED].any():
+            raise ValueError("evaluation.logp: an ended place does not score 0")
+
+
+def certain(trie: Trie, rule: ScoringRule, nodes: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """Return which nodes, [n], never need a pass: those above an ended place, and under rule `trie` those with one child."""
+    return np.asarray(trie.child_count[nodes] == 1 if rule is ScoringRule.TRIE else trie.ends[nodes])
+
+
+def codes_normalizer(logits: Float32) -> Float64:
+    """Return the log-sum-exp over the distinct code tokens, float64 [n], from their logits [n, tokens]; for rule `codes`."""
+    peak = logits.max(axis=1, keepdims=True).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which `best_children` refuses
+        return np.asarray(peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=1)))
 
 
 def best_children(
     trie: Trie,
     nodes: Int64,
     logits: Float32,
-    log_normalizer: Float32,
+    log_normalizer: Float32 | Float64,
     *,
     rule: ScoringRule,
     pruning: Pruning,
@@ -146,26 +173,25 @@ def best_children(
         trie: the catalogue's trie.
         nodes: ascending inner nodes, int64 [n].
         logits: the model's code logits, float32 [n, C].
-        log_normalizer: log-sum-exp over the whole vocabulary, float32 [n].
+        log_normalizer: log-sum-exp over the whole vocabulary, or over the code tokens under rule `codes`, floats [n].
         rule: the scoring rule.
         pruning: the nodes that the request removes.
         limit: children per node.
         perturbation: None for the order by log-probability.
     """
-    # The logit of each child: row * C + its code column, in the flattened logits.
+    # The logit of each child: row * C + its code column, in the flattened logits. An ended place has none, and is set to 0 below.
     row, child = trie.children_of(nodes)
     first_column = trie.codebook_offset[trie.depth(nodes)] + np.arange(0, logits.size, logits.shape[1])
     value = logits.take(first_column[row] + trie.code[child]).astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is refused below
-        if rule is ScoringRule.VOCAB:
-            logp = value - log_normalizer[row]
-        else:
+        if rule is ScoringRule.TRIE:
             logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
+        else:
+            logp = value - log_normalizer[row]
     # Checked before pruning: NaN in one row of a pass may also be in the keys and values that the cache would keep.
     if np.isnan(logp).any():
         raise NoNumbersError(f"evaluation: some of {len(nodes)} nodes have scores that are NaN")
-    if rule is ScoringRule.TRIE:
-        logp[trie.child_count[nodes][row] == 1] = 0.0
+    logp[certain(trie, rule, nodes)[row]] = 0.0
     # Rounding may leave a near-certain code slightly above 0; a log-probability is never positive.
     rounded: Float32 = np.minimum(logp, 0.0).astype(np.float32)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.search.beams import Beams, Evaluated, children_by_gumbel, children_by_score
-from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
+from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule, certain
 from atspeed.engine.search.trie import Trie
 
 
@@ -35,14 +35,15 @@ class EvaluatedNodes:
         """Return whether a node needs no target pass."""
         if node in self.evaluated:
             return True
-        if self.rule is ScoringRule.TRIE and self.trie.child_count[node] == 1:
-            self.evaluated[node] = Children(self.trie.children(node), np.zeros(1, dtype=np.float32), 0.0)
+        # As `certain`, without arrays: a search asks for every beam of every level.
+        if self.trie.ends[node] or (self.rule is ScoringRule.TRIE and self.trie.child_count[node] == 1):
+            self.evaluated[node] = Children.certain(self.trie, node)
             return True
         return False
 
     def certain(self, nodes: Int64) -> npt.NDArray[np.bool_]:
-        """Return which of the nodes [n] never need a pass: under rule `trie`, those with a single child."""
-        return np.asarray((self.trie.child_count[nodes] == 1) & (self.rule is ScoringRule.TRIE))
+        """Return which of the nodes [n] never need a pass."""
+        return certain(self.trie, self.rule, nodes)
 
     def missing(self, beams: Beams) -> Int64:
         """Return the rows of the beams that are not evaluated."""

@@ -64,7 +64,7 @@ class AutonomousSearch:
 
     def _with_ancestors(self, nodes: Int64) -> Int64:
         """Add the ancestors that no pass has computed, since they are certain: their descendants attend to their keys."""
-        if self._nodes.rule is ScoringRule.VOCAB or not len(nodes):
+        if self._nodes.rule is not ScoringRule.TRIE or not len(nodes):
             return nodes
         closed = self._nodes.trie.with_ancestors(nodes).tolist()
         return np.array([node for node in closed if node not in self._computed], dtype=np.int64)

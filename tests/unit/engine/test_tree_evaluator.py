@@ -22,7 +22,7 @@ from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Children, Evaluation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import random_catalogue, shared_tokens, tailed_catalogue, write_bundle
 from tests.oracles.models import BLOCK_TOKENS, DictStore, Models
 from tests.oracles.sequence_model import SequenceModel
 
@@ -33,10 +33,13 @@ ABSOLUTE, RELATIVE = 1e-4, 1e-5
 
 @pytest.fixture(scope="module", params=ScoringRule)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    catalogue = random_catalogue(40, (6, 5, 4), seed=2)
-    architecture = {ScoringRule.VOCAB: "llama", ScoringRule.TRIE: "qwen3"}[request.param]
+    catalogue, tokens = random_catalogue(40, (6, 5, 4), seed=2), None
+    if request.param is ScoringRule.CODES:
+        catalogue = tailed_catalogue(40, (6, 5, 4), seed=2)
+        tokens = shared_tokens(catalogue)
+    architecture = {ScoringRule.VOCAB: "llama", ScoringRule.TRIE: "qwen3", ScoringRule.CODES: "qwen2"}[request.param]
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=request.param, architecture=architecture))
+    return Models.load(write_bundle(root, catalogue, rule=request.param, architecture=architecture, code_tokens=tokens))
 
 
 @asynccontextmanager
@@ -70,8 +73,7 @@ async def test_every_node_is_evaluated_as_the_checkpoint_reads_its_path(models: 
     """The whole trie in one pass, against the torch model on every prefix as a plain sequence."""
     naive, prompt = models.naive, models.prompt(items, seed=items)
     code_tokens = models.bundle.bundle.manifest.target.code_tokens
-    over_children = models.rule is ScoringRule.TRIE
-    oracle = SequenceModel(models.bundle.target, naive, code_tokens, prompt, over_children=over_children)
+    oracle = SequenceModel(models.bundle.target, naive, code_tokens, prompt, models.rule)
     async with opened(models) as evaluator:
         found = await evaluate(evaluator, prompt, naive.inner())
     for node, children in found.items():

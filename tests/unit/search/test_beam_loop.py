@@ -57,7 +57,7 @@ def search(world: World, policy: Policy, draft: Draft | Choice, excluded: Sequen
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    """Catalogues of 1 to 4 levels under either rule; coarse logits make ties."""
+    """Catalogues of 1 to 4 levels under every rule; coarse logits make ties."""
     naive = draw(naive_tries())
     return World.random(
         naive, draw(st.sampled_from(ScoringRule)), draw(st.integers(0, 2**32)), coarse=draw(st.booleans())
@@ -79,6 +79,12 @@ def choices(draw: st.DrawFn) -> Choice:
     return chosen
 
 
+def needs_a_pass(world: World, node: int) -> bool:
+    """Whether only the model knows how likely the children are."""
+    children = world.naive.children(world.naive.nodes[node])
+    return children != [-1] and (len(children) > 1 or world.rule is not ScoringRule.TRIE)
+
+
 def expected_levels(world: World, width: int, excluded: Sequence[str]) -> list[list[tuple[Path, float]]]:
     return naive_beam_search(world.naive, world.model, width, lambda path: world.naive.alive(path, excluded))
 
@@ -96,14 +102,13 @@ def test_a_strict_list_is_the_naive_beam_search(world: World, width: int, choice
 
 @given(worlds(), st.integers(1, 8), choices(), st.data())
 def test_no_plan_costs_a_pass_or_a_node_too_many(world: World, width: int, choice: Choice, data: st.DataObject) -> None:
-    """At most one pass per level, no node twice, and no node that is forced under rule `trie`."""
+    """At most one pass per level, no node twice, and none whose only child is certain."""
     run = search(world, Strict(width), choice, data.draw(exclusions(world.naive)))
     asked = [node for nodes in run.passes for node in nodes]
     assert len(run.passes) == run.result.memo.passes <= world.naive.levels
     assert len(asked) == len(set(asked))
     assert all(nodes == sorted(nodes) and nodes for nodes in run.passes)
-    if world.rule is ScoringRule.TRIE:
-        assert all(world.trie.child_count[node] > 1 for node in asked)
+    assert all(needs_a_pass(world, node) for node in asked)
     assert run.result.memo.used <= set(run.result.memo.evaluated)
 
 
@@ -114,8 +119,7 @@ def test_a_plan_of_the_beams_themselves_needs_one_pass(world: World, width: int,
     inner = expected_levels(world, width, excluded)[1:-1]
     perfect = {world.naive.id_of[path] for level in inner for path, _ in level}
     run = search(world, Strict(width), only(perfect), excluded)
-    free = world.rule is ScoringRule.TRIE and all(world.trie.child_count[node] == 1 for node in [0, *perfect])
-    assert len(run.passes) == (0 if free else 1)
+    assert len(run.passes) == any(needs_a_pass(world, node) for node in [0, *perfect])
     assert run.result.memo.drafted <= perfect
 
 
@@ -124,8 +128,7 @@ def test_without_a_plan_every_level_that_needs_one_has_a_pass(world: World, widt
     """Target-only beam search is the same loop: its passes ask for the beams, level by level."""
     excluded = data.draw(exclusions(world.naive))
     levels = [{world.naive.id_of[path] for path, _ in level} for level in expected_levels(world, width, excluded)[:-1]]
-    if world.rule is ScoringRule.TRIE:
-        levels = [{node for node in level if world.trie.child_count[node] > 1} for level in levels]
+    levels = [{node for node in level if needs_a_pass(world, node)} for level in levels]
     run = search(world, Strict(width), nothing, excluded)
     assert [set(nodes) for nodes in run.passes] == [level for level in levels if level]
     assert run.result.memo.drafted == set()

@@ -23,7 +23,7 @@ from draft_service.drafter import Drafter, DraftRequest
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft
-from tests.oracles.naive_plan import NaivePlan, has_one_path, naive_plan
+from tests.oracles.naive_plan import NaivePlan, naive_plan, never_needs_a_pass
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie, Path
 from tests.oracles.worlds import ScriptedDraft, TableTarget, World, naive_tries, nothing, run_steps
@@ -84,7 +84,7 @@ class Case:
         return DraftRequest(prompt, Beams.root(), self.size, self.proposal, self.pruning, NOISE)
 
     def free(self, path: Path) -> bool:
-        return self.world.rule is ScoringRule.TRIE and has_one_path(self.world.naive, path)
+        return never_needs_a_pass(self.world.naive, self.world.rule, path)
 
     def alive(self, path: Path) -> bool:
         return self.world.naive.alive(path, self.excluded)
@@ -104,7 +104,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, proposals: Sequence[Proposal] = (Proposal.TOP, Proposal.PERTURBED)) -> Case:
-    """Either rule; coarse logits make ties; budgets from one node to more than there are, on all levels or the first few."""
+    """Every rule; coarse logits make ties; budgets from one node to more than there are, on all levels or the first few."""
     naive = draw(naive_tries(levels=(2, 3, 4), max_items=30))
     world = World.random(
         naive, draw(st.sampled_from(ScoringRule)), draw(st.integers(0, 2**32)), coarse=draw(st.booleans())
@@ -233,8 +233,9 @@ def test_a_plan_of_k_per_level_is_the_drafts_beam_search(case: Case, width: int)
     size = PlanSize(width, width, width * (levels - 1))
     plan, _ = drafted(Case(case.world, case.excluded, size, case.scales, case.proposal))
     own = naive_beam_search(case.world.naive, case.world.model, width, case.alive)[1:-1]
-    if case.world.rule is ScoringRule.VOCAB:
-        assert set(case.world.paths(plan.node)) == {path for level in own for path, _ in level}
+    if case.world.rule is not ScoringRule.TRIE:
+        expected = {path for level in own for path, _ in level if not case.free(path)}
+        assert set(case.world.paths(plan.node)) == expected
 
 
 @given(cases(proposals=[Proposal.SAMPLE]))
@@ -248,10 +249,10 @@ def test_a_sample_keeps_within_its_budget(case: Case) -> None:
 
 @given(naive_tries(), st.sampled_from(ScoringRule))
 def test_free_nodes_are_those_with_one_path_below(naive: NaiveTrie, rule: ScoringRule) -> None:
-    """Under rule `trie`; under `vocab` every node has to be evaluated."""
+    """Under rule `trie`; under the others every node has to be evaluated whose path goes on."""
     world = World.random(naive, rule, 0)
     free = free_nodes(world.trie, rule)
-    expected = [rule is ScoringRule.TRIE and has_one_path(naive, path) for path in naive.nodes]
+    expected = [never_needs_a_pass(naive, rule, path) for path in naive.nodes]
     assert free.tolist() == expected
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.engine.search.trie import ROOT, Trie
+from atspeed.engine.search.trie import ENDED, ROOT, Trie
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import build, naive_tries
 
@@ -40,8 +40,10 @@ def test_children_depths_and_columns_are_those_of_the_paths(naive: NaiveTrie) ->
         assert [naive.nodes[node] for node in everything[trie.level(depth)]] == [
             path for path in naive.nodes if len(path) == depth
         ]
-    columns = [sum(naive.codebook_sizes[: len(path) - 1]) + path[-1] for path in naive.nodes[1:]]
-    assert trie.column(everything[1:]).tolist() == columns
+    real = np.array([node for node, path in enumerate(naive.nodes) if path and path[-1] != ENDED])
+    columns = [sum(naive.codebook_sizes[: len(naive.nodes[node]) - 1]) + naive.nodes[node][-1] for node in real]
+    assert trie.column(real).tolist() == columns
+    assert trie.ends.tolist() == [len(path) < naive.levels and naive.has_ended(path) for path in naive.nodes]
 
 
 @given(naive_tries(), st.lists(st.integers(-1, 5), max_size=6))
@@ -123,8 +125,12 @@ def _paths(trie: Trie) -> list[tuple[int, ...]] | None:
     """The whole paths of a trie whose codes were changed, or None when they are not sorted, distinct and in range."""
     nodes = [trie.path(node) for node in range(trie.nodes)]
     leaves = [path for path in nodes if len(path) == trie.levels]
-    in_range = all(0 <= code < size for path in leaves for code, size in zip(path, trie.codebook_sizes, strict=True))
-    intact = trie.code[ROOT] == -1 and in_range and leaves == sorted(set(leaves)) and nodes == _breadth_first(leaves)
+    in_range = all(-1 <= code < size for path in leaves for code, size in zip(path, trie.codebook_sizes, strict=True))
+    spelled = [path[: path.index(-1)] if -1 in path else path for path in leaves]
+    ends = all(set(path[len(codes) :]) <= {-1} and codes for path, codes in zip(leaves, spelled, strict=True))
+    ends = ends and not any(one != other and other[: len(one)] == one for one in spelled for other in spelled)
+    in_order = leaves == sorted(set(leaves)) and nodes == _breadth_first(leaves)
+    intact = trie.code[ROOT] == -1 and in_range and ends and in_order
     return leaves if intact else None
 
 
