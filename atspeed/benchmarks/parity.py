@@ -1,8 +1,9 @@
 """Comparison of our lists with Hugging Face `generate` on the same checkpoint.
 
-Our lists come from the real services. `generate` runs with num_beams = num_return_sequences = K, children restricted by
-`prefix_allowed_tokens_fn`, and log-softmax over the whole vocabulary. That is the scoring rule `vocab`. It cannot compute the
-rule `trie`, so bundles that declare it are refused. All paths have L codes, so a length penalty has no effect.
+Our lists come from the real services. `generate` runs with num_beams = num_return_sequences = K, log-softmax over the whole
+vocabulary, and children restricted by the logits processor of `prefix_allowed_tokens_fn`. That is the scoring rule `vocab`. For
+the other rules our subclass of the processor normalises the scores again. All paths have L places, so a length penalty has no
+effect: after the end of a shorter path, one token stands for the ended place and scores 0.
 
 Where fewer than K paths exist, `generate` fills its beams with masked ones, whose score is below -1e8; they are left out.
 Users are batched by prompt length, so that no prompt needs padding.
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor, PreTrainedModel
 
 from atspeed.benchmarks.histories import History, prompt_tokens
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
@@ -35,6 +36,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 REFERENCE = "Hugging Face generate"
 WIDTHS = (1, 5, 10, 20)
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
+_Tokens = tuple[int, ...]
 _MASKED = -1e8  # generate's scores of masked beams are near -1e9
 _BEAMS_AT_ONCE = 320  # bounds the memory of a batch
 
@@ -100,16 +102,15 @@ class Reference:
     """Hugging Face `generate` over a bundle's catalogue. Raises BenchmarkError if the bundle is not the checkpoint's."""
 
     def __init__(self, bundle: Bundle, model: PreTrainedModel) -> None:
-        entry, rule = bundle.manifest.target, bundle.manifest.scoring_rule
-        if rule is not ScoringRule.VOCAB:
-            raise BenchmarkError(f"the bundle's scoring rule is {rule}; Hugging Face generate computes vocab only")
+        entry = bundle.manifest.target
         if (model.config.vocab_size, model.config.num_hidden_layers) != (entry.vocab_size, entry.layers):
             raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
         self._model: Any = model  # transformers' type of `generate` has lost its self
         drop_generation_defaults(model, "Hugging Face generate")
         self._entry = entry
         self._catalogue = bundle.catalogue()
-        self._children = _children(self._catalogue, entry)
+        self._rule = bundle.manifest.scoring_rule
+        self._tries = _TokenTries.of(self._catalogue, entry)
 
     def lists(self, histories: Sequence[History], k: int, progress: Progress) -> list[RankedList]:
         """Return the K best paths of each history, as items."""
@@ -132,32 +133,27 @@ class Reference:
         """Return each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
         prompts, length = prompts.to(self._model.device), prompts.shape[1]
         levels = self._catalogue.trie.levels
-        nowhere = [self._entry.code_tokens[0]]  # below a masked beam generate requires some token
         with torch.inference_mode():
             output = self._model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=_settings(k, levels),
-                prefix_allowed_tokens_fn=lambda _, row: self._children.get(tuple(row[length:].tolist()), nowhere),
+                logits_processor=LogitsProcessorList([_Scores(self._tries, self._rule, length, k)]),
             )
         paths = [tuple(row) for row in output.sequences[:, length:].tolist()]
         scores = (
-            output.sequences_scores.tolist() if k > 1 else _greedy_scores(output.logits, output.sequences[:, length:])
+            output.sequences_scores.tolist() if k > 1 else _greedy_scores(output.scores, output.sequences[:, length:])
         )
         ranked = list(zip(paths, scores, strict=True))
         return [ranked[start : start + k] for start in range(0, len(ranked), k)]
 
     def items(self, ranked: Sequence[tuple[tuple[int, ...], float]], k: int) -> RankedList:
-        """Convert paths to items. Items of one path are adjacent and in id order, as in the contract."""
-        trie = self._catalogue.trie
-        column = {token: index for index, token in enumerate(self._entry.code_tokens)}
+        """Convert paths to items. Items of one path are adjacent and in the catalogue's order, as in the contract."""
         found: list[tuple[str, float]] = []
         for path, score in ranked:
             if score < _MASKED:
                 continue
-            codes = [column[token] - int(offset) for token, offset in zip(path, trie.codebook_offset, strict=True)]
-            items = np.flatnonzero((self._catalogue.codes == codes).all(axis=1))
-            found += [(self._catalogue.id_of(int(item)), score) for item in items]
+            found += [(self._catalogue.id_of(item), score) for item in self._tries.items[path]]
         return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
 
 
@@ -170,32 +166,73 @@ def _settings(k: int, levels: int) -> GenerationConfig:
         pad_token_id=0,
         return_dict_in_generate=True,
         output_scores=True,
-        output_logits=k == 1,  # greedy search reports no scores
         **beams,
     )
 
 
-def _greedy_scores(logits: Sequence[torch.Tensor], tokens: torch.Tensor) -> list[float]:
-    """Return each path's log-probability over the whole vocabulary. Greedy search reports none.
+def _greedy_scores(scores: Sequence[torch.Tensor], tokens: torch.Tensor) -> list[float]:
+    """Return each path's score, which greedy search does not report.
 
-    logits: L times float [users, V], before any mask. tokens: int64 [users, L].
+    scores: L times float [users, V], as the processor left them. tokens: int64 [users, L].
     """
-    chosen = [
-        torch.log_softmax(level.float(), dim=-1).gather(1, tokens[:, index : index + 1])[:, 0]
-        for index, level in enumerate(logits)
-    ]
+    chosen = [level.gather(1, tokens[:, index : index + 1])[:, 0] for index, level in enumerate(scores)]
     sums: list[float] = torch.stack(chosen).sum(dim=0).tolist()
     return sums
 
 
-def _children(catalogue: Catalogue, entry: ModelEntry) -> dict[tuple[int, ...], list[int]]:
-    """Return the allowed tokens after each prefix of code tokens. Built from the item table, independent of the engine's trie."""
-    tokens = np.asarray(entry.code_tokens)[catalogue.codes + catalogue.trie.codebook_offset]
-    following: dict[tuple[int, ...], set[int]] = {}
-    for path in tokens.tolist():
-        for level, token in enumerate(path):
-            following.setdefault(tuple(path[:level]), set()).add(token)
-    return {prefix: sorted(allowed) for prefix, allowed in following.items()}
+@dataclass(frozen=True)
+class _TokenTries:
+    """The catalogue over tokens, built from the item table and independent of the engine's trie.
+
+    Attributes:
+        children: the allowed tokens after each prefix of tokens.
+        ended: the prefixes at which a path has ended; the token `nowhere` follows.
+        items: the items of each whole path.
+        codes: the distinct code tokens.
+        nowhere: the token of places without a code, and below masked beams, where generate requires some token.
+    """
+
+    children: dict[_Tokens, list[int]]
+    ended: set[_Tokens]
+    items: dict[_Tokens, list[int]]
+    codes: list[int]
+    nowhere: int
+
+    @classmethod
+    def of(cls, catalogue: Catalogue, entry: ModelEntry) -> _TokenTries:
+        nowhere = entry.code_tokens[0]
+        tokens = np.asarray(entry.code_tokens)[catalogue.codes + catalogue.trie.codebook_offset]
+        paths = np.where(catalogue.codes < 0, nowhere, tokens).tolist()
+        following, ended, items = dict[_Tokens, set[int]](), set[_Tokens](), dict[_Tokens, list[int]]()
+        for item, (path, codes) in enumerate(zip(paths, catalogue.codes.tolist(), strict=True)):
+            items.setdefault(tuple(path), []).append(item)
+            for level, (token, code) in enumerate(zip(path, codes, strict=True)):
+                following.setdefault(tuple(path[:level]), set()).add(token)
+                if code < 0:
+                    ended.add(tuple(path[:level]))
+        children = {prefix: sorted(allowed) for prefix, allowed in following.items()}
+        return cls(children, ended, items, sorted(set(entry.code_tokens)), nowhere)
+
+
+class _Scores(PrefixConstrainedLogitsProcessor):
+    """Scores of the allowed tokens under a rule. prompt: the length of the prompts."""
+
+    def __init__(self, tries: _TokenTries, rule: ScoringRule, prompt: int, k: int) -> None:
+        super().__init__(lambda _, row: tries.children.get(tuple(row[prompt:].tolist()), [tries.nowhere]), k)
+        self._tries, self._rule, self._prompt, self._greedy = tries, rule, prompt, k == 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._rule is ScoringRule.CODES:
+            scores = scores - scores[:, self._tries.codes].logsumexp(-1, keepdim=True)
+        elif self._greedy:  # beam search passes log-probabilities, greedy search logits
+            scores = scores.log_softmax(-1)
+        masked: torch.Tensor = super().__call__(input_ids, scores)
+        if self._rule is ScoringRule.TRIE:
+            masked = masked.log_softmax(-1)
+        if self._tries.ended:
+            paths = enumerate(input_ids[:, self._prompt :].tolist())
+            masked[[row for row, path in paths if tuple(path) in self._tries.ended], self._tries.nowhere] = 0.0
+        return masked
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

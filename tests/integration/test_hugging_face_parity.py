@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
 from atspeed.benchmarks.results import BenchmarkError
+from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.export import load_checkpoint
-from tests.bundles import random_catalogue, write_bundle
+from tests.bundles import random_catalogue, shared_tokens, tailed_catalogue, write_bundle
 
 USERS = 12
 
@@ -63,11 +66,33 @@ async def test_generation_defaults_of_a_checkpoint_change_no_list(
         assert f"{name}={value}" in said
 
 
-def test_rule_trie_is_refused(tmp_path: Path) -> None:
-    """`generate` does not compute it, so a comparison would say nothing."""
-    made = write_bundle(tmp_path, random_catalogue(20, (4, 4), seed=1), rule=ScoringRule.TRIE)
-    with pytest.raises(BenchmarkError, match="scoring rule is trie"):
-        Reference(made.bundle, made.target)
+async def test_a_tail_that_prompts_do_not_spell_is_scored(tmp_path: Path) -> None:
+    """Every path ends in one token more than prompts hold, as in checkpoints that were trained to write a line break."""
+    paths = random_catalogue(200, (12, 10, 8), seed=3)
+    ids = [paths.id_of(item) for item in range(paths.items)]
+    codes = np.pad(paths.codes, ((0, 0), (0, 1)))
+    catalogue = Catalogue.build(ids, codes, (12, 10, 8, 1), tail_start=(12, 10, 8, 0))
+    made = write_bundle(tmp_path, catalogue, seed=5)
+    histories = choose_histories(catalogue, None, USERS, seed=7)
+    rows = await run(made.root, made.target, histories, widths=[1, 10])
+    assert [row.different for row in rows] == [0] * len(rows)
+    assert max(row.largest_score_gap for row in rows) < 1e-3
+    entry = made.bundle.manifest.target
+    tail = entry.code_tokens[-1]
+    reference = Reference(made.bundle, made.target)
+    prompts = [reference.prompt(history) for history in histories]
+    assert all(tail not in prompt for prompt in prompts)
+    (beams,) = reference.generate(torch.tensor(prompts[:1]), 10)
+    assert {path[-1] for path, _ in beams} == {tail}
+
+
+@pytest.mark.parametrize("rule", ScoringRule)
+async def test_paths_of_unequal_lengths_and_shared_tokens_under_every_rule(rule: ScoringRule, tmp_path: Path) -> None:
+    catalogue = tailed_catalogue(150, (8, 7, 6), seed=3)
+    made = write_bundle(tmp_path, catalogue, rule=rule, seed=5, code_tokens=shared_tokens(catalogue))
+    rows = await run(made.root, made.target, choose_histories(catalogue, None, USERS, seed=7), widths=[1, 10])
+    assert [row.different for row in rows] == [0] * len(rows)
+    assert max(row.largest_score_gap for row in rows) < 1e-3
 
 
 def test_other_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ async def test_co_batched_nodes_and_order_of_passes_change_no_result(models: Mod
 
 async def test_every_state_of_the_cache_gives_the_same_result(models: Models) -> None:
     """Cold; all in memory; part in memory; all in the store; and a prefix of another user's longer history."""
-    prompt, longer = models.prompt(7, seed=3), models.prompt(8, seed=3)
+    prompt, longer = models.prompt(10, seed=3), models.prompt(11, seed=3)
     blocks = (len(prompt) - 1) // BLOCK_TOKENS
     assert blocks >= 4
     nodes, store = models.naive.inner(), DictStore()

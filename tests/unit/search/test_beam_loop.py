@@ -240,12 +240,12 @@ def test_a_failing_target_fails_the_search() -> None:
 
 
 @given(naive_tries())
-def test_under_rule_trie_the_memo_knows_single_children_by_itself(naive: NaiveTrie) -> None:
+def test_the_memo_knows_ended_paths_by_itself_and_under_rule_trie_single_children(naive: NaiveTrie) -> None:
     world = World.random(naive, ScoringRule.TRIE, 0)
     trie, vocab = Memo(world.trie, ScoringRule.TRIE), Memo(world.trie, ScoringRule.VOCAB)
     for node in naive.inner():
         assert trie.knows(node) == (len(naive.children(naive.nodes[node])) == 1)
-        assert not vocab.knows(node)
+        assert vocab.knows(node) == naive.has_ended(naive.nodes[node])
     for node, children in trie.evaluated.items():
         honest = dict(world.evaluate(np.array([node]), world.pruning([]), 9).items())[node]
         assert (children.node.tolist(), children.logp.tolist()) == (honest.node.tolist(), honest.logp.tolist())

@@ -228,14 +228,15 @@ def test_a_draft_that_agrees_with_the_target_is_never_wrong(case: Case, beam_wid
 
 @given(cases(proposals=[Proposal.TOP]), st.integers(1, 6))
 def test_a_plan_of_k_per_level_is_the_drafts_beam_search(case: Case, width: int) -> None:
-    """Nothing else has a place in it."""
+    """Nothing else has a place in it, unless a beam needs no pass."""
     levels = case.world.naive.levels
     size = PlanSize(width, width, width * (levels - 1))
     plan, _ = drafted(Case(case.world, case.excluded, size, case.scales, case.proposal))
     own = naive_beam_search(case.world.naive, case.world.model, width, case.alive)[1:-1]
-    if case.world.rule is not ScoringRule.TRIE:
-        expected = {path for level in own for path, _ in level if not case.free(path)}
-        assert set(case.world.paths(plan.node)) == expected
+    beams = {path for level in own for path, _ in level}
+    planned = set(case.world.paths(plan.node))
+    assert {path for path in beams if not case.free(path)} <= planned
+    assert planned <= beams or any(map(case.free, beams))
 
 
 @given(cases(proposals=[Proposal.SAMPLE]))
