@@ -50,20 +50,47 @@ def bench_parity(
             help="The Hugging Face checkpoint that the target was exported from.", exists=True, file_okay=False
         ),
     ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own prompt, which generate then reads: a layout's name, or a file of `atspeed import`."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its tokenizer; by default the checkpoint.", exists=True, file_okay=False),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Index of the items, to compare the bundle's code tokens with.", exists=True, dir_okay=False),
+    ] = None,
+    counts: Annotated[
+        bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
+    ] = True,
     users: Users = 200,
     histories: Histories = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare lists with Hugging Face generate; exits with 1 if one differs beyond near-ties."""
+    """Compare lists with Hugging Face generate; exits with 1 if one differs beyond near-ties.
 
+    Without --prompt, generate reads the prompts of the bundle, so a wrong prompt is not found.
+    """
+    if prompt is None and (tokenizer or index):
+        raise typer.BadParameter("--tokenizer and --index need --prompt")
     parity, exporter = optional("atspeed.benchmarks.parity"), optional("atspeed.training.export")
+    reference = optional("atspeed.benchmarks.generate_reference").REFERENCE
     optional("transformers.utils.logging").disable_progress_bar()  # loading takes a moment only
     opened = Bundle(bundle)
+    render = None
+    if prompt is not None:
+        authors = optional("atspeed.importing.authors_prompt")
+        render = authors.authors_prompt(opened, prompt, tokenizer or checkpoint, index)
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
-    rows = event_loop.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
-    out.print(terminal_table(f"Comparison with {parity.REFERENCE}, {len(chosen)} users", parity.COLUMNS, rows))
-    print_identity(parity.REFERENCE, rows)
+    model = exporter.load_checkpoint(checkpoint)
+    rows = event_loop.run(parity.run(bundle, model, chosen, render=render, counts=counts))
+    out.print(terminal_table(f"Comparison with {reference}, {len(chosen)} users", parity.COLUMNS, rows))
+    print_identity(reference, rows)
     save(json_file, opened, seed, to_json(rows))
     if different := sum(row.different for row in rows):
         raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties")
