@@ -1,9 +1,9 @@
 """Hugging Face `generate` over the catalogue of a bundle.
 
 `generate` runs with num_beams = num_return_sequences = K, log-softmax over the whole vocabulary, and children restricted by the
-logits processor of `prefix_allowed_tokens_fn`. That is the scoring rule `vocab`. For the other rules our subclass of the processor
-normalises the scores again. All paths have L places, so a length penalty has no effect: after the end of a shorter path, one token
-stands for the ended place and scores 0.
+logits processor of `prefix_allowed_tokens_fn`. That is the scoring rule `vocab`. For the other rules our subclass of the
+processor normalises the scores again. All paths have L places, so a length penalty has no effect: after the end of a shorter
+path, one token stands for the ended place and scores 0.
 
 Where fewer than K paths exist, `generate` fills its beams with masked ones, whose score is below -1e8; they are left out.
 Users are batched by prompt length, so that no prompt needs padding.

@@ -51,8 +51,8 @@ def distill(
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
     settings = optional("atspeed.training.recipe").read_distill_recipe(recipe)
     opened = Bundle(bundle)
-    ids = {item.decode() for item in opened.catalogue().ids.tolist()}
-    read = optional("atspeed.importing.histories").read_histories(histories, ids, bundle)
+    known = opened.catalogue().known_ids()
+    read = optional("atspeed.importing.histories").read_histories(histories, known, bundle)
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
     source.config()
     distillation = optional("atspeed.training.distillation")

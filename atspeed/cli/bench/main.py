@@ -24,7 +24,7 @@ from atspeed.cli.bench.options import (
 )
 from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
-from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out
+from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
@@ -85,7 +85,11 @@ def bench_parity(
     render = None
     if prompt is not None:
         authors = optional("atspeed.importing.authors_prompt")
-        render = authors.authors_prompt(opened, prompt, tokenizer or checkpoint, index)
+        written = authors.authors_prompt(opened, prompt, tokenizer or checkpoint, index)
+        render = written.tokens
+        if written.tail != written.bundle_tail:
+            tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
+            warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
     model = exporter.load_checkpoint(checkpoint)
     rows = event_loop.run(parity.run(bundle, model, chosen, render=render, counts=counts))
