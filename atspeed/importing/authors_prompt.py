@@ -1,4 +1,4 @@
-"""The prompts of a bundle's users as their authors write them, for a comparison with the bundle."""
+"""The prompts of a bundle as their authors write them, for a comparison with it."""
 
 from __future__ import annotations
 
