@@ -37,7 +37,10 @@ Can you predict the next possible item that the user may expect?
     spelled = ""
     for place, item in enumerate(history[-10:]):
         spelled += ("" if place == 0 else ", ") + "".join(paths[item])
-    asked = f"Can you predict the next possible item the user may expect, given the following chronological interaction history: {spelled}"
+    asked = (
+        "Can you predict the next possible item the user may expect, given the following chronological interaction "
+        f"history: {spelled}"
+    )
     prompt = f"""### User Input: 
 {asked}
 
@@ -76,14 +79,26 @@ def mimigenrec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int
     return tokens
 
 
+def openonerec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int]:
+    """Qwen3's chat template with `enable_thinking=False` and the soft switch, then the prompt token."""
+    query = "".join(f"<|sid_begin|>{''.join(paths[item])}<|sid_end|>" for item in history[-512:])
+    system = "你是一个智能推荐助手，能够根据用户的浏览历史预测用户可能感兴趣的下一个内容。"
+    user = f"根据以下用户浏览记录，请预测用户接下来可能观看的内容：\n{query}"
+    text = f"<|im_start|>system\n{system}<|im_end|>\n" + f"<|im_start|>user\n{user}/no_think<|im_end|>\n"
+    text += "<|im_start|>assistant\n" + "<think>\n\n</think>\n\n"
+    tokens: list[int] = tokenizer(f"{text}<|sid_begin|>")["input_ids"]
+    return tokens
+
+
 PROMPTS: dict[str, Callable[[Any, Paths, Sequence[str]], list[int]]] = {
     "lc-rec": lc_rec,
     "mimigenrec": mimigenrec,
     "minionerec": minionerec,
+    "openonerec": openonerec,
 }
 
 
 def tokens_of_tail(layout: str, tokenizer: Any) -> list[int]:
     """What the authors score behind the codes."""
     line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if layout == "minionerec" else []
-    return [*line, tokenizer.eos_token_id]
+    return [*line, *([] if layout == "openonerec" else [tokenizer.eos_token_id])]

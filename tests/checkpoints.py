@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from tests.bundles import random_model
 
@@ -117,10 +117,12 @@ def make_checkpoint(
     tokenizer: str = "bpe",
     users: int = 40,
     padding: int = 5,
+    names: Sequence[str] = (),
     **overrides: Any,
 ) -> MadeCheckpoint:
-    """Write a random checkpoint. padding: rows of the embedding beyond the tokenizer."""
-    made = TOKENIZERS[tokenizer]([name for path in paths.values() for name in path])
+    """Write a random checkpoint. padding: rows of the embedding beyond the tokenizer. names: of further tokens."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    made = TOKENIZERS[tokenizer]([*(name for path in paths.values() for name in path), *names])
     settings: dict[str, Any] = {"max_position_embeddings": 512, "initializer_range": 0.3} | overrides
     model = random_model(architecture, len(made) + padding, 1, **settings)
     histories = random_users(list(paths), users, 2)
@@ -133,8 +135,3 @@ def make_checkpoint(
     return MadeCheckpoint(
         folder / "checkpoint", folder / "index.json", folder / "histories.jsonl", paths, histories, made, model
     )
-
-
-def torch_tokens(tokens: Sequence[int]) -> torch.Tensor:
-    """A batch of one prompt."""
-    return torch.tensor([list(tokens)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from atspeed.cli.options import optional
-from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.bundle.manifest import NAME_PATTERN, Precision
 from atspeed.engine.search.scoring import ScoringRule
 
 MAX_ITEMS = 100_000  # of a history; catches typing errors
@@ -100,7 +101,7 @@ def import_checkpoint(
     read, manifest = importing.import_checkpoint(
         importing.ImportFiles(source, index, histories, items=items, popularity=popularity),
         importing.ImportChoices(
-            name=name or out.resolve().name,
+            name=_name(name or out.resolve().name),
             layout=layout,
             layout_name=prompt if prompt in layouts.LAYOUTS else Path(prompt).name,
             precision=precision,
@@ -117,6 +118,12 @@ def import_checkpoint(
         f"{read.catalogue.trie.levels - len(read.tail)} codes, {scored}; prompts equal the tokenizer's on "
         f"{read.prompts:,} of {read.prompts:,} histories"
     )
+
+
+def _name(name: str) -> str:
+    if not re.match(NAME_PATTERN, name):
+        raise typer.BadParameter(f"--name: {name[:60]!r} is not made of lower-case letters, digits, '.', '_' and '-'")
+    return name
 
 
 def _text(value: str | None) -> str | None:

@@ -315,7 +315,13 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     numbers = all(re.fullmatch("[0-9]{1,7}", number) for number in (first, last))
     if not (colon and numbers and int(first) <= int(last)):
         raise typer.BadParameter(f"--code-tokens: {given[:40]!r} is not FIRST:LAST, two token ids of at most 7 digits")
-    return list(range(int(first), int(last) + 1))
+    tokens = list(range(int(first), int(last) + 1))
+    if any(checkpoint.glob("tokenizer*")):
+        tokenizer = optional("atspeed.importing.checkpoint").load_tokenizer(checkpoint)
+        optional("atspeed.importing.code_tokens").check_order(
+            [str(name) for name in tokenizer.convert_ids_to_tokens(tokens)]
+        )
+    return tokens
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import read_json
@@ -58,11 +59,7 @@ class Source:
     def tokenizer(self) -> Any:
         """Load the tokenizer: the adapter's if it has one, since its tokens were added in training."""
         own = self.adapter is not None and any(self.adapter.glob("tokenizer*"))
-        folder = self.adapter if own else self.checkpoint
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise ImportingError(f"{folder}: its tokenizer cannot be loaded: {_line(error)}") from error
+        return load_tokenizer(self.adapter if self.adapter and own else self.checkpoint)
 
     def rows(self, config: Any, tokenizer: Any) -> int:
         """Return the rows of the embedding. An adapter with own embeddings changes them."""
@@ -94,7 +91,8 @@ class Source:
         if rows != model.config.vocab_size:
             model.resize_token_embeddings(rows, mean_resizing=False)
         try:
-            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of transformers' names
+                merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ImportingError(f"{adapter}: the adapter does not fit {self.checkpoint}: {_line(error)}") from error
         return _ready(merged)
@@ -123,6 +121,18 @@ class Source:
                 with path.open("rb") as file:
                     digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer as tokenizer.json has it. Raises ImportingError.
+
+    `AutoTokenizer` of transformers 5 builds some tokenizers anew from their vocabulary, and so changes how they split a text.
+    """
+    loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ImportingError(f"{folder}: its tokenizer cannot be loaded: {_line(error)}") from error
 
 
 def _check_folder(folder: Path, *, adapter: bool) -> None:

@@ -124,6 +124,19 @@ def check_labels(index: Index) -> None:
                 )
 
 
+def check_order(names: Sequence[str]) -> None:
+    """Raise ImportingError when names with one letter, in the order of columns, are not in the order of their codes."""
+    last: dict[str, str] = {}
+    for name in names:
+        label = _DIGITS.sub("", name)
+        if label in last and _natural(name) < _natural(last[label]):
+            raise ImportingError(
+                f"code {shown(last[label])} stands before {shown(name)}: token ids are not in the order of the codes; "
+                "`atspeed import` looks tokens up by name"
+            )
+        last[label] = name
+
+
 def code_columns(index: Index, tokens: Int64, tail: Sequence[int]) -> CodeColumns:
     """Return dense columns. tokens: of each name. tail: the tokens that are scored behind every path."""
     lengths, levels = index.lengths, index.paths.shape[1]

@@ -52,6 +52,31 @@ async def test_lists_are_those_of_generate_on_the_authors_prompts(
     assert read_manifest(bundle).provenance.imported["layout"] == layout
 
 
+async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: Path) -> None:
+    """A digit only where items collide: the tail ends short paths a level earlier, and their beams keep their places."""
+    paths = random_paths(40, 3, codes=6)
+    taken: dict[tuple[str, ...], int] = {}
+    for item, path in paths.items():
+        times = taken[tuple(path)] = taken.get(tuple(path), -1) + 1
+        if times or item == "0":  # item 1 shares its three codes, so that only the tail tells their paths apart
+            paths[item] = [*path, f"<d_{times}>"]
+    made = make_checkpoint(tmp_path, paths)
+    assert {len(path) for path in made.paths.values()} == {3, 4}
+    bundle = imported(made, tmp_path / "bundle", "--prompt", "minionerec", "--unequal-paths")
+    tail = tokens_of_tail("minionerec", made.tokenizer)
+    users = made.users[:4]
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        for k in (1, 5, 20):
+            expected = [
+                padded_beam_search(made, PROMPTS["minionerec"](made.tokenizer, paths, user), tail, k) for user in users
+            ]
+            for mode in (Mode.TARGET_ONLY, Mode.STRICT):
+                requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user in users]
+                with progress_bar() as progress:
+                    replies = await ask(client, requests, progress=progress, title="lists")
+                assert_equal(replies, expected)
+
+
 def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
     """Import a checkpoint by the command."""
     files = ("--index", made.index, "--histories", made.histories, "--out", out)
@@ -102,6 +127,19 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
             score = _score(model, [*prompt, *row], start)
             found += [(item, score) for item in whole[tuple(row)]]
     return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
+
+
+def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
+    """The list of a beam search in which an ended path stays a beam, from passes of the checkpoint alone."""
+    paths = {(*made.tokenizer.convert_tokens_to_ids(names), *tail): item for item, names in made.paths.items()}
+    beams: dict[tuple[int, ...], float] = {(): 0.0}
+    for length in range(max(map(len, paths))):
+        grown = {beam: score for beam, score in beams.items() if beam in paths}
+        for beam in beams.keys() - grown.keys():
+            for child in {path[: length + 1] for path in paths if path[:length] == beam}:
+                grown[child] = beams[beam] + _score(made.model, [*prompt, *child], len(prompt) + length)
+        beams = dict(sorted(grown.items(), key=lambda entry: -entry[1])[:k])
+    return RankedList(tuple(paths[beam] for beam in beams), tuple(beams.values()))
 
 
 @torch.inference_mode()

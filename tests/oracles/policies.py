@@ -24,6 +24,11 @@ NAIVE = NaiveTrie(
     (3, 2, 2),
 )
 
+# Six paths of one to three codes.
+RAGGED = NaiveTrie(
+    {"a": (0, -1, -1), "b": (1, 0, 0), "c": (1, 0, 1), "d": (1, 1, -1), "e": (2, 0, -1), "f": (2, 1, 0)}, (3, 2, 2)
+)
+
 
 async def search(world: World, policy: Policy, draft: Draft, pruning: Pruning = NOTHING_PRUNED) -> SearchResult:
     target = TableTarget(world, pruning, policy.max_children, policy.noise if policy.perturbed else None)

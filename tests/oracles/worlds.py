@@ -119,6 +119,7 @@ class World:
         self, nodes: Int64, pruning: Pruning, limit: int, perturbation: Perturbation | None = None
     ) -> Evaluation:
         """What the model says about some nodes."""
+        assert not any(self.naive.nodes[node][-1:] == (-1,) for node in nodes.tolist())  # a place without a token
         log_normalizer: Float32 | Float64 = self.log_normalizer[nodes]
         if self.rule is ScoringRule.CODES:
             log_normalizer = codes_normalizer(self.logits[nodes][:, np.unique(self._tokens, return_index=True)[1]])

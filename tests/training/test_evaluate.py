@@ -80,7 +80,8 @@ def _score(model: torch.nn.Module, sequencer: Sequencer, asking: EvalExample, it
         at = logits[len(example.tokens) - 3 + level].double()
         siblings = {int(codes[level]) for codes in CATALOGUE.codes if (codes[:level] == path[:level]).all()}
         tokens = [sequencer.spelling.code_tokens[3 * level + code] for code in siblings]
-        among = at if rule is ScoringRule.VOCAB else at[tokens]
+        codes = list(sequencer.spelling.code_tokens)
+        among = {ScoringRule.VOCAB: at, ScoringRule.TRIE: at[tokens], ScoringRule.CODES: at[codes]}[rule]
         total += float(at[example.tokens[len(example.tokens) - 2 + level]] - among.logsumexp(0))
     return total
 

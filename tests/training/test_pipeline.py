@@ -226,6 +226,15 @@ def test_missing_base_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
         build_model(part_of(tmp_path / "none"), catalogue, PromptWindow(), seed=1)
 
 
+def test_a_base_that_is_a_recommender_already_is_not_retrained(base: Path, catalogue: Catalogue) -> None:
+    """Its authors added code tokens as ordinary ones, which `add_tokens(..., special_tokens=True)` would count as new."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<a_0>", "<a_1>", "<b_0>"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(RecipeError, match="already has the code token <a_0>; `atspeed import` serves such a checkpoint"):
+        build_model(part_of(base), catalogue, PromptWindow(), seed=1)
+
+
 def test_window_that_does_not_fit_the_base_is_refused(base: Path, catalogue: Catalogue) -> None:
     with pytest.raises(RecipeError, match=r"prompt\.max_items: 2000 items do not fit"):
         build_model(part_of(base), catalogue, PromptWindow(max_items=2000), seed=1)

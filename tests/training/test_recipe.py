@@ -24,7 +24,7 @@ def test_shipped_recipes_are_valid_and_named_after_their_file(path: Path) -> Non
         ("epochs = 8", "epochs = 8\nepoch = 8", r"target.schedule.epoch: Extra inputs are not permitted"),
         ("drop_block = 2", "drop_block = 9", r"prompt: Value error, drop_block: 9 is larger than max_items, 8"),
         ('source = "synthetic"', 'source = "kaggle"', r"data: Input tag 'kaggle'"),
-        ('rule = "vocab"', 'rule = "word"', r"scoring_rule: Input should be 'vocab' or 'trie'"),
+        ('rule = "vocab"', 'rule = "word"', r"scoring_rule: Input should be 'vocab', 'trie' or 'codes'"),
         ("heads = 2", "heads = 3", r"hidden_size: 32 is not a multiple of heads, 3"),
         (
             "[draft.shape]",

@@ -41,6 +41,7 @@ from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 Precision = Literal["float32", "float16", "int8"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
@@ -131,7 +132,7 @@ class Manifest(_Part):
     """The content of manifest.json."""
 
     format_version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     scoring_rule: ScoringRule
     allow_empty_history: bool = False
     items_per_path: PositiveInt | None = Field(default=None, exclude_if=lambda items: items is None)

@@ -58,6 +58,7 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
         "k": [*NOT_WHOLE, 0],
         "beam_width": NOT_WHOLE,
         "least_beam_width": NOT_WHOLE,
+        "items_per_path": NOT_WHOLE,
         "seed": [*(bad for bad in NOT_WHOLE if bad is not None and bad != 2**32), 2**64],
         "mode": ["magic", "STRICT", "", 2, None, b"strict", pb.MODE_STRICT],
         "tolerance": [*NOT_NUMBERS, -0.1],
@@ -175,6 +176,7 @@ async def test_valid_arguments_are_sent_unchanged() -> None:
             excluded={"b"},
             allowed=np.array(["c", "c"]),
             exclude_seen=np.bool_(True),  # type: ignore[arg-type]
+            items_per_path=np.int64(2),  # type: ignore[arg-type]
         )
         await client.recommend("a", history=None, excluded=None, allowed=None, temperature=None, seed=None)
         await client.record("bob", iter(["172", "172"]))
@@ -189,6 +191,7 @@ async def test_valid_arguments_are_sent_unchanged() -> None:
             excluded_item_ids=["b"],
             allowed_item_ids=["c", "c"],
             exclude_seen=True,
+            items_per_path=2,
         ),
         pb.RecommendRequest(user_id="a", k=10, mode=pb.MODE_STRICT),
     ]

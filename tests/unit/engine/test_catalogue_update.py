@@ -57,6 +57,39 @@ def test_update_that_does_not_fit_names_the_item(
         updated_catalogue(random_catalogue(20, (4, 4), seed=0), added, removed)
 
 
+def tailed() -> Catalogue:
+    """One code or two, and then a scored tail: the last code of its level. Items of a path are not in the order of ids."""
+    codes = np.array([[0, 3, -1], [0, 3, -1], [1, 2, 0]])
+    return Catalogue.build(["x", "m", "z"], codes, (3, 4, 1), tail_start=(3, 3, 0), rank=np.array([0, 1, 2]))
+
+
+def test_added_items_get_the_tail_of_their_length_and_the_last_place_of_their_path() -> None:
+    changed = updated_catalogue(tailed(), {"a": (0,), "b": (2, 1)}, ["m"])
+    assert [changed.id_of(item) for item in range(4)] == ["x", "a", "z", "b"]
+    assert changed.codes.tolist() == [[0, 3, -1], [0, 3, -1], [1, 2, 0], [2, 1, 0]]
+    assert changed.tail_start.tolist() == [3, 3, 0]
+    assert updated_catalogue(changed, {"m": (0,)}, ["a", "b"]).codes.tolist() == tailed().codes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ((0, 3), r"add: 'new': \[0, 3\] is not a code path of the codebooks \[3, 4, 1\]"),
+        ((0, 1, 0), "add: 'new'"),
+        ((), "add: 'new'"),
+    ],
+)
+def test_tail_or_length_that_the_catalogue_does_not_have_is_refused(path: tuple[int, ...], problem: str) -> None:
+    with pytest.raises(CatalogueError, match=problem):
+        updated_catalogue(tailed(), {"new": path}, [])
+
+
+def test_a_path_with_several_possible_tails_is_refused() -> None:
+    made = Catalogue.build(["a", "b"], np.array([[0, 0], [1, 1]]), (2, 2), tail_start=(2, 0))
+    with pytest.raises(CatalogueError, match="add: 'new': paths of 1 codes have several tails in the catalogue"):
+        updated_catalogue(made, {"new": (1,)}, [])
+
+
 def test_updated_bundle_is_complete_and_shares_its_models(tmp_path: Path) -> None:
     old = write_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0)).bundle
     new = update_catalogue(old, tmp_path / "new", {"new": (1, 2)}, ["item-3"])

@@ -250,6 +250,17 @@ async def test_orphan_or_leaf_is_refused_and_the_session_stays_usable(models: Mo
         assert_same(dict(found.items()), expected)
 
 
+async def test_a_place_after_the_end_of_a_path_is_refused(models: Models) -> None:
+    ended = [node for node, path in enumerate(models.naive.nodes) if path[-1:] == (-1,) and len(path) < 4]
+    assert bool(ended) == (models.rule is ScoringRule.CODES)
+    async with opened(models) as evaluator:
+        for node in ended[:3]:
+            tree = await evaluator.open(models.prompt(2, seed=0))
+            parent = models.catalogue.trie.with_ancestors([node])
+            with pytest.raises(CapacityError, match="an ended place has no token"):
+                await evaluator.evaluate(tree, np.append(ROOT, parent).astype(np.int64), EVERYTHING)
+
+
 async def test_prompts_that_the_model_cannot_read_are_refused(models: Models) -> None:
     """And the longest one that it can read leaves room for a whole path."""
     entry = models.bundle.bundle.manifest.target

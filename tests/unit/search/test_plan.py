@@ -248,6 +248,22 @@ def test_a_sample_keeps_within_its_budget(case: Case) -> None:
     assert np.bincount(case.world.trie.depth(plan.node)).max() <= min(share, case.size.width)
 
 
+@given(cases(proposals=[Proposal.SAMPLE]))
+def test_a_sample_says_all_that_the_draft_knew(case: Case) -> None:
+    """All live children of every node that was expanded, those whose path has ended included: q is a whole distribution."""
+    order = replace(case.order, with_evaluation=True)
+    plan = asyncio.run(Drafter(TableEvaluator(case.world)).plan(order)).plan  # type: ignore[arg-type]
+    depth = case.world.trie.depth(plan.node)
+    expanded = {ROOT, *plan.node[depth < case.size.last_depth(case.world.trie, 0)].tolist()}
+    assert set(plan.evaluated) <= expanded
+    for node, children in plan.evaluated.items():
+        path = case.world.naive.nodes[node]
+        live = {code for code in case.world.naive.children(path) if case.alive((*path, code))}
+        assert {code for *_, code in case.world.paths(children.node)} == live
+        for child, logp in zip(case.world.paths(children.node), children.logp.tolist(), strict=True):
+            assert logp == case.world.model(path, child[-1])
+
+
 @given(naive_tries(), st.sampled_from(ScoringRule))
 def test_free_nodes_are_those_with_one_path_below(naive: NaiveTrie, rule: ScoringRule) -> None:
     """Under rule `trie`; under the others every node has to be evaluated whose path goes on."""

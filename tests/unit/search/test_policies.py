@@ -30,6 +30,7 @@ from atspeed.engine.search.beams import (
 from atspeed.engine.search.plan import Plan
 from atspeed.engine.search.sampling import Stream
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
+from atspeed.engine.search.search_rules import EvaluatedNodes
 from orchestrator.search.beam_loop import Draft
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict
 from tests.oracles.naive_search import (
@@ -39,7 +40,7 @@ from tests.oracles.naive_search import (
     relaxed_rule,
 )
 from tests.oracles.naive_trie import NaiveTrie, Path
-from tests.oracles.policies import NAIVE, search
+from tests.oracles.policies import NAIVE, RAGGED, search
 from tests.oracles.statistics import chi_square_p, same_law_p
 from tests.oracles.worlds import ScriptedDraft, World, at_random, everything, naive_tries, nothing
 
@@ -97,14 +98,15 @@ class _Everything:
 
 
 @pytest.mark.parametrize(
-    ("rule", "temperature", "excluded"),
+    ("naive", "rule", "temperature", "excluded"),
     [
-        (ScoringRule.VOCAB, 1.0, ()),
-        (ScoringRule.TRIE, 0.6, ("b", "d", "f")),
+        (NAIVE, ScoringRule.VOCAB, 1.0, ()),
+        (NAIVE, ScoringRule.TRIE, 0.6, ("b", "d", "f")),
+        (RAGGED, ScoringRule.CODES, 0.8, ("e",)),
     ],
 )
 def test_an_exact_sample_has_the_law_of_draws_without_replacement(
-    rule: ScoringRule, temperature: float, excluded: tuple[str, ...]
+    naive: NaiveTrie, rule: ScoringRule, temperature: float, excluded: tuple[str, ...]
 ) -> None:
     """Four statistics of lists of three, over 20,000 seeds, against the enumerated law.
 
@@ -113,12 +115,12 @@ def test_an_exact_sample_has_the_law_of_draws_without_replacement(
     temperature and renormalised over the children that the request leaves alive. The draft plans everything, which
     makes one pass of three and changes no list (held by the next test and in test_beam_loop).
     """
-    world = World.random(NAIVE, rule, seed=5)
+    world = World.random(naive, rule, seed=5)
     draft = _Everything(asyncio.run(ScriptedDraft(world.trie, everything).plan(Beams.root())))
     policies = (ExactSampling(3, Perturbation(seed, temperature)) for seed in range(SEEDS))
     drawn = lists(world, policies, draft, excluded)
 
-    law = path_law(NAIVE, world.model, temperature, lambda path: NAIVE.alive(path, excluded))
+    law = path_law(naive, world.model, temperature, lambda path: naive.alive(path, excluded))
     assert 4 <= len(law) <= 7
     triples = draws_without_replacement(law, 3)
     sets: defaultdict[frozenset[Path], float] = defaultdict(float)
@@ -168,10 +170,11 @@ def test_perturbed_scores_fall_from_parent_to_child(naive: NaiveTrie, seed: int,
     """The best child inherits its parent's perturbed score exactly, the others lie below: what cutting a plan relies on."""
     world, noise = World.random(naive, ScoringRule.VOCAB, seed), Perturbation(seed, temperature)
     inner = np.array(naive.inner())
-    evaluated = dict(world.evaluate(inner, world.pruning([]), 100, noise).items())
+    nodes = EvaluatedNodes(world.trie, world.rule)
+    nodes.evaluated |= world.evaluate(inner, world.pruning([]), 100, noise).items()
     beams = Beams.root()
     for _ in range(naive.levels):
-        below = children_by_gumbel(world.trie, beams, evaluated, noise)
+        below = children_by_gumbel(world.trie, nodes.known(beams), nodes.evaluated, noise)
         assert np.isfinite(below.priority).all()
         for node, priority in zip(beams.node.tolist(), beams.priority.tolist(), strict=True):
             children = below.priority[world.trie.parent[below.node] == node]
@@ -230,12 +233,12 @@ def relaxed(width: int, seeds: int, temperature: float = 1.0) -> list[RelaxedSam
     return [RelaxedSampling(width, Perturbation(seed, temperature)) for seed in range(seeds)]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_without_a_plan_every_level_is_an_exact_draw_from_p(temperature: float) -> None:
+@pytest.mark.parametrize(("naive", "temperature"), [(NAIVE, 1.0), (NAIVE, 0.5), (RAGGED, 1.0)])
+def test_without_a_plan_every_level_is_an_exact_draw_from_p(naive: NaiveTrie, temperature: float) -> None:
     """Lists of two as sets, over 1,500 seeds, against the law of drawing level by level."""
-    world = World.random(NAIVE, ScoringRule.VOCAB, seed=5)
+    world = World.random(naive, ScoringRule.VOCAB, seed=5)
     drawn = lists(world, relaxed(2, 1500, temperature), ScriptedDraft(world.trie, nothing))
-    law = level_by_level_sets(NAIVE, world.model, temperature, 2)
+    law = level_by_level_sets(naive, world.model, temperature, 2)
     assert chi_square_p(Counter(frozenset(draw) for draw in drawn), law) > SIGNIFICANT
 
 

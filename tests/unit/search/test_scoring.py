@@ -109,6 +109,26 @@ def test_an_evaluation_survives_its_dictionary_form(naive: NaiveTrie, rule: Scor
     Evaluation.of({}).validate(world.trie)
 
 
+def test_an_ended_place_scores_zero_whatever_the_logits_are() -> None:
+    """A path of one code beside one of two; the model's logits at the place after it are not looked at."""
+    naive = NaiveTrie({"a": (0, -1), "b": (1, 0), "c": (1, 1)}, (2, 2))
+    for rule in ScoringRule:
+        world = World.random(naive, rule, 0)
+        nodes = np.array([naive.id_of[0,], naive.id_of[1,]])
+        evaluation = world.evaluate(nodes, world.pruning([]), 3)
+        evaluation.validate(world.trie)
+        assert evaluation.child[0] == naive.id_of[0, -1]
+        assert evaluation.logp[0] == evaluation.log_mass[0] == 0.0
+        alone = Evaluation.of({}).with_ended(world.trie, nodes[:1])
+        both = world.evaluate(nodes[1:], world.pruning([]), 3).with_ended(world.trie, nodes)
+        for made, expected in ((alone, evaluation.last(2)), (both, evaluation)):
+            assert made.node.tolist() == expected.node[: len(made.node)].tolist()
+            assert made.logp.tolist() == expected.logp[: len(made.logp)].tolist()
+        changed = dataclasses.replace(evaluation, logp=np.append(np.float32(-1), evaluation.logp[1:]))
+        with pytest.raises(ValueError, match="an ended place does not score 0"):
+            changed.validate(world.trie)
+
+
 def test_extreme_logits_stay_log_probabilities() -> None:
     """A certain code, one that is impossible in float32, and a normalizer that rounding puts below its logit."""
     naive = NaiveTrie({"a": (0,), "b": (1,), "c": (2,)}, (3,))

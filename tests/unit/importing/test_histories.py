@@ -1,0 +1,56 @@
+"""Every history format gives the same items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atspeed.importing.errors import ImportingError
+from atspeed.importing.histories import read_histories
+from atspeed.importing.index import Index
+
+INDEX = Index(Path("index.json"), ["1", "22", "3"], ["<a_1>"], np.zeros((3, 1), dtype=np.int32))
+EXPECTED = [("1", "22"), ("3",)]
+FILES = {
+    "h.csv": (
+        "user_id,history_item_title,item_title,history_item_id,item_id\n"
+        'A1,"[\'Clips, ""large""\', \'x\']","t, u","[1, 22]",3\n'
+        "A2,['y'],t,['3'],1\n"
+        "A3,[],t,[],1\n"
+    ),
+    "h.jsonl": '{"user": "A1", "items": [1, 22]}\n{"history": ["3"], "target": 1}\n{"user": "A3", "items": []}\n',
+    "h.inter.json": '{"0": [1, 22], "1": [3], "2": []}',
+    "h.txt": "A1 1 22\nA2 3\nA3\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(FILES[name])
+    assert list(read_histories(tmp_path / name, INDEX).values()) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("h.csv", "user,items\nA,[1]\n", "no column history_item_id"),
+        ("h.csv", "history_item_id\n[1\n", "row 1: history_item_id is not a list"),
+        ("h.csv", "history_item_id\n[4]\n", "row 1: item '4' is not in index.json"),
+        ("h.jsonl", '{"items": [1]}\n{"items": [22, 4]}\n', "line 2: item '4' is not in index.json"),
+        ("h.jsonl", '{"user": 1}\n', "line 1: no list under items or history"),
+        ("h.jsonl", '{"items": [1.5]}\n', "line 1: 1.5 is not an item"),
+        ("h.jsonl", "{\n", "line 1: "),
+        ("h.json", '{"u": [9]}', "user u: item '9' is not in index.json"),
+        ("h.json", "[]", "not an object"),
+        ("h.json", '{"u": 9}', "user 'u': not a list of items"),
+        ("h.txt", "A1\n", "holds no history with an item"),
+    ],
+)
+def test_a_mistake_names_the_place(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ImportingError) as caught:
+        read_histories(tmp_path / name, INDEX)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
