@@ -157,13 +157,12 @@ class PrefixMeter:
         self._catalogue = bundle.catalogue()
         self._decoder = load_decoder(bundle, config.role, RuntimeOptions(intra_op_threads=config.threads))
         self._rule = bundle.manifest.scoring_rule
-        levels = self._catalogue.trie.levels
         step = config.block_tokens or entry.prompt.item_stride(self._catalogue.longest_spelling)
         self._layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=step)
         timeout = _REDIS_TIMEOUT_SECONDS
         self._store = RedisKvStore(redis, self._layout, _TTL_SECONDS, timeout, write_timeout_seconds=timeout)
         self._fetch_policy = FetchPolicy(self._layout.bytes_per_token)
-        self._inner_nodes = int(self._catalogue.trie.level_start[levels])
+        self._nodes = self._catalogue.trie.readable()
 
     async def warm_up(self) -> CostCurve:
         """Run what the first request would pay for, and measure the cost curve."""
@@ -175,7 +174,7 @@ class PrefixMeter:
 
     async def measure(self, history: Int64, nodes: int) -> dict[PrefixState, PassSample]:
         """Measure one user's pass over so many nodes in every state. The user has two items at least."""
-        evaluated = np.arange(min(1 + nodes, self._inner_nodes))
+        evaluated = self._nodes[: 1 + nodes]
         prompt, before = (
             prompt_tokens(self._catalogue, self._entry, items.tolist()) for items in (history, history[:-1])
         )

@@ -31,8 +31,8 @@ class SequenceModel:
             self._read([path for path in trie.nodes if len(path) == depth and -1 not in path])
 
     def __call__(self, path: Path, code: int) -> float:
-        """Of one code."""
-        return self._known[path][code]
+        """Of one code; a path that has ended stays as it is."""
+        return 0.0 if code == -1 else self._known[path][code]
 
     def _token(self, level: int, code: int) -> int:
         return self._code_tokens[sum(self._trie.codebook_sizes[:level]) + code]
@@ -45,7 +45,6 @@ class SequenceModel:
         for path, logits in zip(paths, last, strict=True):
             children = self._trie.children(path)
             if children == [-1]:
-                self._known[path] = {-1: 0.0}
                 continue
             wanted = logits[torch.tensor([self._token(len(path), code) for code in children])]
             among = {

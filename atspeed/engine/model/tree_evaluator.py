@@ -160,8 +160,7 @@ class TreeEvaluator:
         longest = self.entry.max_positions - (levels - 1)
         blocks = (min(self.entry.prompt.max_tokens(levels), longest) - 1) // block
         cached = sorted({0, blocks // 2 * block, blocks * block})
-        inner = np.arange(self.trie.level_start[levels])
-        nodes = inner[(self.trie.code[inner] != ENDED) | (inner == ROOT)]
+        nodes = self.trie.readable()
         most = longest - cached[-1] + len(nodes) - 1
         return await measure(partial(self._measured_pass, nodes), most, cached, seconds)
 

@@ -121,6 +121,11 @@ class Trie:
         """Return the nodes of a depth as a slice of node ids."""
         return slice(int(self.level_start[depth]), int(self.level_start[depth + 1]))
 
+    def readable(self) -> Int64:
+        """Return the nodes that a pass can hold, ascending: all but leaves and ended places."""
+        inner = np.arange(self.level_start[self.levels])
+        return inner[(self.code[inner] != ENDED) | (inner == ROOT)]
+
     def depth(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Return the depth of each node, [n]; 0 for the root."""
         return np.searchsorted(self.level_start, nodes, side="right").astype(np.int64) - 1

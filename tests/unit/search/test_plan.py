@@ -58,7 +58,7 @@ class TableEvaluator:
         """One pass, over nodes that none has seen and whose parents one has."""
         seen = {node for asked in self.asked for node in asked}
         assert nodes.tolist() == sorted(set(nodes.tolist()) - seen)
-        assert len(nodes)
+        assert 0 < len(nodes) == len(set(nodes.tolist()) & set(self.world.naive.inner()))
         assert {int(self.trie.parent[node]) for node in nodes.tolist() if node != ROOT} <= seen | set(nodes.tolist())
         self.asked.append(nodes.tolist())
         return self.world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation)

@@ -43,6 +43,7 @@ def test_children_depths_and_columns_are_those_of_the_paths(naive: NaiveTrie) ->
     real = np.array([node for node, path in enumerate(naive.nodes) if path and path[-1] != ENDED])
     columns = [sum(naive.codebook_sizes[: len(naive.nodes[node]) - 1]) + naive.nodes[node][-1] for node in real]
     assert trie.column(real).tolist() == columns
+    assert trie.readable().tolist() == naive.inner()
     assert trie.ends.tolist() == [len(path) < naive.levels and naive.has_ended(path) for path in naive.nodes]
 
 
