@@ -231,7 +231,9 @@ def test_a_base_that_is_a_recommender_already_is_not_retrained(base: Path, catal
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<a_0>", "<a_1>", "<b_0>"])
     tokenizer.save_pretrained(base)
-    with pytest.raises(RecipeError, match="already has the code token <a_0>; `atspeed import` serves such a checkpoint"):
+    with pytest.raises(
+        RecipeError, match="already has the code token <a_0>; `atspeed import` serves such a checkpoint"
+    ):
         build_model(part_of(base), catalogue, PromptWindow(), seed=1)
 
 
