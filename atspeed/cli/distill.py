@@ -52,7 +52,7 @@ def distill(
     settings = optional("atspeed.training.recipe").read_distill_recipe(recipe)
     opened = Bundle(bundle)
     known = opened.catalogue().known_ids()
-    read = optional("atspeed.importing.histories").read_histories(histories, known, bundle)
+    read = optional("atspeed.importing.histories").histories_of(histories, known, bundle, with_targets=True)
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
     source.config()
     distillation = optional("atspeed.training.distillation")

@@ -151,7 +151,7 @@ def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
     items = read_items(files.items) if files.items else {}
     rows = served_rows(index, items, files.items)
     rank = popularity_rank(files.popularity, index, items, rows) if files.popularity else None
-    histories = read_histories(files.histories, index.rows, index.path)
+    histories = read_histories(files.histories, index)
     tokenizer = files.source.tokenizer()
     vocab_size = files.source.rows(config, tokenizer)
     tokens = name_tokens(index, tokenizer, vocab_size)
