@@ -67,6 +67,9 @@ def bench_parity(
     counts: Annotated[
         bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
     ] = True,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 5 10 20]")
+    ] = None,
     users: Users = 200,
     histories: Histories = None,
     seed: Seed = 1,
@@ -92,12 +95,14 @@ def bench_parity(
             warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
     model = exporter.load_checkpoint(checkpoint)
-    rows = event_loop.run(parity.run(bundle, model, chosen, render=render, counts=counts))
+    rows = event_loop.run(parity.run(bundle, model, chosen, k or parity.WIDTHS, render=render, counts=counts))
     out.print(terminal_table(f"Comparison with {reference}, {len(chosen)} users", parity.COLUMNS, rows))
     print_identity(reference, rows)
     save(json_file, opened, seed, to_json(rows))
     if different := sum(row.different for row in rows):
-        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties")
+        other = rows[0].prompts_different
+        why = f"; {other} of {len(chosen)} prompts are not the bundle's" if other else ""
+        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties{why}")
 
 
 RuleChoice = Literal["bundle", "vocab", "trie", "both"]
