@@ -94,14 +94,15 @@ def read_users(made: MadeCheckpoint, bundle: Path) -> list[list[str]]:
 def test_a_wrong_separator_fails_on_the_users_prompt_only(made: MadeCheckpoint, tmp_path: Path) -> None:
     """On the bundle's own prompts all lists are identical, and say nothing."""
     wrong = imported(made, tmp_path / "wrong", "--separator", "; ")
-    options = ("--prompt", "minionerec", "--no-counts", "--json", tmp_path / "parity.json")
+    options = ("--prompt", "minionerec", "--no-counts", "-k", 10, "--json", tmp_path / "parity.json")
     done = parity(made, wrong, *options)
     assert done.exit_code == 1
-    assert "lists differ from Hugging Face generate" in done.stderr
-    rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
     longer = sum(len(history) > 1 for history in read_users(made, wrong))
+    assert f"beyond near-ties; {longer} of {USERS} prompts are not the bundle's" in done.stderr
+    rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
+    assert [row["k"] for row in rows] == [10, 10]
     assert {row["prompts_different"] for row in rows} == {longer}
-    assert parity(made, wrong, "--no-counts").exit_code == 0
+    assert parity(made, wrong, "--no-counts", "-k", 10).exit_code == 0
 
 
 def test_code_tokens_in_another_order_are_found_by_the_index(
@@ -133,7 +134,7 @@ def np_columns(used: list[int]) -> tuple[int, int]:
 def test_another_tail_is_told(made: MadeCheckpoint, tmp_path: Path) -> None:
     """The lists are those of the bundle's own rule; that it is not the authors' is a warning."""
     without = imported(made, tmp_path / "without", "--no-tail")
-    done = parity(made, without, "--prompt", "minionerec", "--no-counts")
+    done = parity(made, without, "--prompt", "minionerec", "--no-counts", "-k", 1)
     assert done.exit_code == 0, done.output
     assert (
         "warning: the prompt's layout scores '\u010a' '<|endoftext|>' behind the codes, the bundle nothing"

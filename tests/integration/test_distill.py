@@ -95,7 +95,7 @@ async def test_strict_lists_with_the_draft_are_those_of_the_target_alone(made: M
 
 
 def test_lists_of_the_new_bundle_are_those_of_generate(made: MadeCheckpoint, distilled: Path) -> None:
-    options = ("--prompt", "minionerec", "--histories", made.histories, "--users", 6, "--no-counts")
+    options = ("--prompt", "minionerec", "--histories", made.histories, "--users", 6, "--no-counts", "-k", 10)
     done = run("bench", "parity", "--bundle", distilled, "--checkpoint", made.folder, *options)
     assert done.exit_code == 0, done.output
 
