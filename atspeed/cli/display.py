@@ -99,6 +99,7 @@ def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
         if model.inflated_from is not None:
             rows[role] += f"; inflated from {model.inflated_from:,} parameters, for benchmarks of cost"
     source = manifest.provenance
+    rows |= {f"imported {name.replace('_', ' ')}": fact for name, fact in source.imported.items() if name != "prompt"}
     rows |= {"recipe": source.recipe, "data": source.data, "terms": source.terms}
     rows["created"] = source.created_at.isoformat(timespec="seconds")
     rows |= {name: f"{value:.4f}" for name, value in source.metrics.items()}

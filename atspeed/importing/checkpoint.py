@@ -1,4 +1,4 @@
-"""Reads a checkpoint of any usual form: sharded, bf16, a delta on a base, or a base with a LoRA adapter."""
+"""Reads checkpoints: sharded, bf16, a delta on a base, or with a LoRA adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits a user's prompt into the parts of a PromptTemplate, and proves that both are equal.
+"""Splits a user's prompt into the parts of a PromptTemplate; proves both equal.
 
 The parts are read from rendered prompts, not reasoned: a tokenizer may merge tokens at the ends of texts, or put one behind an
 added token. Then every history is rendered both ways and compared token by token.

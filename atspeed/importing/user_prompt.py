@@ -1,4 +1,4 @@
-"""Renders prompts as the authors of a checkpoint do: a text, through their tokenizer.
+"""Renders prompts as a checkpoint's authors do: a text, through their tokenizer.
 
 It knows nothing of a bundle's PromptTemplate, so it can be compared with one.
 """

@@ -48,7 +48,7 @@ def edit_config(folder: Path, **fields: Any) -> None:
 def test_shards_in_bfloat16(architecture: str, tmp_path: Path) -> None:
     overrides = {"sliding_window": None} if architecture == "mistral" else {}
     model, expected = (random_model(architecture, 40, 1, **overrides) for _ in range(2))
-    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    model.bfloat16().save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     expected.load_state_dict(model.state_dict())  # rounded; rotary frequencies stay as they were
     assert torch.equal(logits(loaded(Source(tmp_path))), logits(expected))
@@ -77,8 +77,8 @@ def test_rope_of_every_version(key: str, kind: str, tmp_path: Path) -> None:
 
 def test_a_delta_is_added_to_its_base_in_its_own_format(tmp_path: Path) -> None:
     """As LC-Rec adds it: same shapes are summed in the delta's format; grown tables are whole in the delta."""
-    base = random_model("llama", 30, 1).to(torch.bfloat16)
-    tuned = random_model("llama", 40, 2).to(torch.bfloat16)
+    base = random_model("llama", 30, 1).bfloat16()
+    tuned = random_model("llama", 40, 2).bfloat16()
     base.save_pretrained(tmp_path / "base")
     delta, expected = tuned.state_dict(), {}
     for name, weight in base.state_dict().items():
