@@ -89,8 +89,10 @@ async def test_a_tail_that_prompts_do_not_spell_is_scored(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("rule", ScoringRule)
 async def test_paths_of_unequal_lengths_and_shared_tokens_under_every_rule(rule: ScoringRule, tmp_path: Path) -> None:
+    """Items of a path stand in the order of their ranks, and the bundle lists two of them at most."""
     catalogue = tailed_catalogue(150, (8, 7, 6), seed=3)
-    made = write_bundle(tmp_path, catalogue, rule=rule, seed=5, code_tokens=shared_tokens(catalogue))
+    tokens = shared_tokens(catalogue)
+    made = write_bundle(tmp_path, catalogue, rule=rule, seed=5, code_tokens=tokens, items_per_path=2)
     rows = await run(made.root, made.target, choose_histories(catalogue, None, USERS, seed=7), widths=[1, 10])
     assert [row.different for row in rows] == [0] * len(rows)
     assert max(row.largest_score_gap for row in rows) < 1e-3

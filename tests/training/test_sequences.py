@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.training.sequences import IGNORED, Batch, Sequencer, Spelling, WindowBatches, index_histories
+from tests.bundles import SPECIALS, shared_tokens, tailed_catalogue
 
 ITEMS, LEVELS, CODES = 30, 3, 5
 CATALOGUE = Catalogue.build(
@@ -76,6 +77,23 @@ def test_only_codes_are_labels_under_a_template_in_words() -> None:
     example = made.example(items)
     labelled = example.labels[example.labels != IGNORED]
     np.testing.assert_array_equal(labelled, made.item_tokens[items[1:]].ravel())
+    np.testing.assert_array_equal(example.tokens[example.labels != IGNORED], labelled)
+
+
+def test_prompts_hold_no_tail_and_the_next_item_is_predicted_with_its_own() -> None:
+    """Items of one to three codes, each with a scored tail."""
+    catalogue = tailed_catalogue(ITEMS, (4, 3, 3), seed=1)
+    tokens = shared_tokens(catalogue)
+    prompt = PromptTemplate(prefix=(1,), separator=(30,), suffix=(31,), max_items=6)
+    spelling = Spelling(code_tokens=tokens, prompt=prompt, pad_token=0, vocab_size=40)
+    made, items = Sequencer.of(spelling, catalogue, predict_first=True), history(5)
+    np.testing.assert_array_equal(made.prompt(items), prompt.tokens(catalogue.spelled_tokens(items, tokens)))
+    *context, last = catalogue.spelled_tokens(items, tokens)
+    tail = SPECIALS
+    example = made.example(items)
+    np.testing.assert_array_equal(example.tokens, [*prompt.tokens(context), *last, tail])
+    labelled = example.labels[example.labels != IGNORED]
+    np.testing.assert_array_equal(labelled, np.concatenate([*context, last, [tail]]))
     np.testing.assert_array_equal(example.tokens[example.labels != IGNORED], labelled)
 
 
