@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,14 +86,7 @@ def bench_parity(
     reference = optional("atspeed.benchmarks.generate_reference").REFERENCE
     optional("transformers.utils.logging").disable_progress_bar()  # loading takes a moment only
     opened = Bundle(bundle)
-    render = None
-    if prompt is not None:
-        authors = optional("atspeed.importing.authors_prompt")
-        written = authors.authors_prompt(opened, prompt, tokenizer or checkpoint, index)
-        render = written.tokens
-        if written.tail != written.bundle_tail:
-            tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
-            warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")
+    render = _authors_render(opened, prompt, tokenizer or checkpoint, index) if prompt is not None else None
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
     model = exporter.load_checkpoint(checkpoint)
     rows = event_loop.run(parity.run(bundle, model, chosen, k or parity.WIDTHS, render=render, counts=counts))
@@ -103,6 +97,16 @@ def bench_parity(
         other = rows[0].prompts_different
         why = f"; {other} of {len(chosen)} prompts are not the bundle's" if other else ""
         raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties{why}")
+
+
+def _authors_render(bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None) -> Callable[..., list[int]]:
+    """Return the function that renders a history as its authors do. Warns of a tail that is not the bundle's."""
+    written = optional("atspeed.importing.authors_prompt").authors_prompt(bundle, prompt, tokenizer, index)
+    if written.tail != written.bundle_tail:
+        tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
+        warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")
+    render: Callable[..., list[int]] = written.tokens
+    return render
 
 
 RuleChoice = Literal["bundle", "vocab", "trie", "both"]
