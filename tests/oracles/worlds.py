@@ -81,14 +81,18 @@ class World:
 
     @classmethod
     def random(cls, naive: NaiveTrie, rule: ScoringRule, seed: int, *, coarse: bool = False) -> World:
-        """Normal logits, or coarse ones: then many scores are equal and the order of ties decides. Levels share tokens."""
+        """Normal logits, or coarse ones: then many scores are equal and the order of ties decides.
+
+        Under rule `codes` levels share tokens.
+        """
         rng, catalogue = np.random.default_rng(seed), build(naive)
         shape = (catalogue.trie.nodes, catalogue.trie.columns)
         logits = (rng.integers(-2, 3, shape) if coarse else rng.normal(size=shape) * 1.5).astype(np.float32)
-        tokens = [
-            int(token) for size in naive.codebook_sizes for token in rng.permutation(max(naive.codebook_sizes))[:size]
-        ]
-        logits = logits[:, [tokens.index(token) for token in tokens]]
+        tokens = list(range(catalogue.trie.columns))
+        if rule is ScoringRule.CODES:
+            most = max(naive.codebook_sizes)
+            tokens = [int(token) for size in naive.codebook_sizes for token in rng.permutation(most)[:size]]
+            logits = logits[:, [tokens.index(token) for token in tokens]]
         log_normalizer = np.log(np.exp(logits.astype(np.float64)).sum(axis=1) + 1).astype(np.float32)
         log_normalizer = np.ceil(log_normalizer) if coarse else log_normalizer
         return cls(naive, catalogue, rule, logits, log_normalizer, tuple(tokens))

@@ -124,7 +124,8 @@ class Trie:
     def readable(self) -> Int64:
         """Return the nodes that a pass can hold, ascending: all but leaves and ended places."""
         inner = np.arange(self.level_start[self.levels])
-        return inner[(self.code[inner] != ENDED) | (inner == ROOT)]
+        readable: Int64 = inner[(self.code[inner] != ENDED) | (inner == ROOT)]
+        return readable
 
     def depth(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Return the depth of each node, [n]; 0 for the root."""
