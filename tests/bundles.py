@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -52,13 +54,14 @@ def random_model(architecture: str, vocab_size: int, seed: int, **overrides: obj
     torch.manual_seed(seed)
     shape = {**_SHAPE, "vocab_size": vocab_size, **overrides}
     models = {
+        "gemma": (GemmaConfig, GemmaForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
     config, model = models[architecture]
-    if architecture == "qwen3":
+    if architecture in {"gemma", "qwen3"}:
         shape["head_dim"] = 16
     built: PreTrainedModel = model(config(**shape))
     built.train(False)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from atspeed.cli.errors import Commands
 from atspeed.cli.options import CommandError
-from atspeed.engine.bundle.catalogue_update import update_catalogue
+from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalogue
 from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.files.lines import parse_json, read_lines
@@ -34,7 +34,19 @@ class NewItem(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     item_id: Annotated[str, AfterValidator(_item_id)]
-    codes: tuple[int, ...]
+    codes: tuple[int | str, ...]
+
+    def path(self, by_name: list[dict[str, int]]) -> tuple[int, ...]:
+        """Return the codes, looked up if they are names. Raises ValueError naming a code that has no token."""
+        path: list[int] = []
+        for level, code in enumerate(self.codes):
+            if isinstance(code, str):
+                known = by_name[level] if level < len(by_name) else {}
+                if code not in known:
+                    raise ValueError(f"codes.{level}: {shown(code)} is no code of the bundle, which reads no other")
+                code = known[code]
+            path.append(code)
+        return tuple(path)
 
 
 @catalogue_commands.command("update")
@@ -50,7 +62,8 @@ def catalogue_update(
     add: Annotated[
         Path | None,
         typer.Option(
-            help='File of new items: one JSON object per line, {"item_id": "a", "codes": [3, 0, 7]}.',
+            help='File of new items: one JSON object per line, {"item_id": "a", "codes": [3, 0, 7]}. '
+            "An imported bundle also takes the names of codes.",
             exists=True,
             dir_okay=False,
         ),
@@ -62,7 +75,7 @@ def catalogue_update(
     """Add items with code paths of the bundle's codebooks, and remove others. An item in both files gets its new codes."""
     if os.path.lexists(out):
         raise CommandError(f"{out}: exists already")
-    added = _new_items(add) if add else {}
+    added = _new_items(add, codes_by_name(Bundle(bundle))) if add else {}
     removed = [item for _, item in read_lines(remove)] if remove else []
     try:
         made = update_catalogue(Bundle(bundle), out, added, removed)
@@ -71,7 +84,7 @@ def catalogue_update(
     print(f"{out}: catalogue {made.manifest.catalogue_version}, bundle {made.manifest.version}")
 
 
-def _new_items(path: Path) -> dict[str, tuple[int, ...]]:
+def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int, ...]]:
     """Read code paths by id."""
     items: dict[str, tuple[int, ...]] = {}
     lines: dict[str, int] = {}
@@ -82,7 +95,10 @@ def _new_items(path: Path) -> dict[str, tuple[int, ...]]:
             raise CommandError(
                 f"{path}: lines {first} and {number}: item_id {shown(item.item_id)} occurs more than once"
             )
-        items[item.item_id], lines[item.item_id] = item.codes, number
+        try:
+            items[item.item_id], lines[item.item_id] = item.path(by_name), number
+        except ValueError as error:
+            raise CommandError(f"{path}: line {number}: {error}") from error
     return items
 
 
@@ -92,7 +108,7 @@ def _new_item(path: Path, number: int, line: str) -> NewItem:
         return NewItem.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(str(part) for part in first["loc"] if part not in {"int", "str"})  # of a code, either would do
         problem = f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
         raise CommandError(f"{path}: line {number}: {problem}") from error
     except ValueError as error:

@@ -9,9 +9,11 @@ from typing import Any
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.bundle_files import sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.catalogue_update import CODE_NAMES
 from atspeed.engine.bundle.manifest import Manifest, Precision, Provenance, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import CatalogueError
+from atspeed.engine.files.json_file import write_json
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.importing.checkpoint import Source
@@ -117,6 +119,7 @@ def import_checkpoint(
     partial = out.with_name(f"{out.name}.partial")
     remove(partial)
     read.catalogue.save(partial / "catalogue")
+    write_json(partial / CODE_NAMES, _code_names(read))
     report = export_decoder(
         model,
         partial / "target",
@@ -139,6 +142,14 @@ def import_checkpoint(
     verify_bundle(partial, passes=False)  # the export has run passes over its tokens
     partial.rename(out)
     return read, manifest
+
+
+def _code_names(read: ReadFiles) -> list[list[str]]:
+    """Return the names of each level's codes, without tail codes."""
+    names = read.tokenizer.convert_ids_to_tokens(list(read.spelling.code_tokens))
+    starts, tails = read.catalogue.trie.codebook_offset.tolist(), read.catalogue.tail_start.tolist()
+    levels = [names[start : start + tail] for start, tail in zip(starts, tails, strict=True)]
+    return [level for level in levels if level]
 
 
 def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:

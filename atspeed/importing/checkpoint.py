@@ -76,7 +76,8 @@ class Source:
             return self._added(self.base)
         model = load_checkpoint(self.checkpoint)
         last: Any = model.model
-        if float(last.norm.weight.detach().abs().mean()) < _DELTA_NORM:
+        offset = 1.0 if model.config.model_type == "gemma" else 0.0  # whose norm weights are stored around 0
+        if float((last.norm.weight.detach() + offset).abs().mean()) < _DELTA_NORM:
             raise ImportingError(
                 f"{self.checkpoint}: its norm weights are near 0, as in a delta; give its base with --base"
             )

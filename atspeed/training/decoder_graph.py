@@ -59,7 +59,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> DecoderShape:
-        """Read the sizes of a Llama, Qwen2 or Qwen3."""
+        """Read the sizes of a decoder of one of the supported families."""
         config = model.config
         heads = config.num_attention_heads
         return cls(
@@ -212,6 +212,8 @@ class DecoderGraph(GraphBuilder):
         """Write the whole forward pass."""
         decoder = self.model.model
         hidden = self.arithmetic.embed(decoder.embed_tokens, self.op("Reshape", "input_ids", self.integers(-1)))
+        if (scale := getattr(decoder.embed_tokens, "embed_scale", None)) is not None:  # Gemma
+            hidden = self.op("Mul", hidden, self.cast_weight(scale))
         rotation = self.rotation(decoder.rotary_emb)
         past, new = kv_names("past", self.shape.layers), kv_names("new", self.shape.layers)
         for layer, past_kv, new_kv in zip(decoder.layers, past, new, strict=True):
@@ -249,10 +251,13 @@ class DecoderGraph(GraphBuilder):
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
 
     def mlp(self, layer: Module, hidden: str) -> str:
-        """Write down(silu(gate(x)) * up(x))."""
+        """Write down(act(gate(x)) * up(x)); act is silu, or the tanh form of gelu (Gemma)."""
         normed = self.norm(layer.post_attention_layernorm, hidden)
         gate, up = self.project(normed, layer.mlp.gate_proj, layer.mlp.up_proj)
-        activated = self.op("Mul", gate, self.op("Sigmoid", gate))
+        if self.model.config.hidden_act == "silu":
+            activated = self.op("Mul", gate, self.op("Sigmoid", gate))
+        else:
+            activated = self.op("Gelu", gate, approximate="tanh")
         return self.project(self.op("Mul", activated, up), layer.mlp.down_proj)[0]
 
     def head(self, hidden: str, code_tokens: Sequence[int]) -> None:
@@ -269,7 +274,10 @@ class DecoderGraph(GraphBuilder):
 
     def norm(self, norm: Module, hidden: str) -> str:
         """Write RMS norm over the last axis, computed in float32."""
-        return self.op("RMSNormalization", hidden, self.cast_weight(norm.weight), epsilon=self.shape.norm_epsilon)
+        weight = (
+            norm.weight + 1.0 if self.model.config.model_type == "gemma" else norm.weight
+        )  # Gemma stores it around 0
+        return self.op("RMSNormalization", hidden, self.cast_weight(weight), epsilon=self.shape.norm_epsilon)
 
     def head_norm(self, block: Module, name: str, projected: str, heads: int) -> str:
         """Write RMS norm of each head separately, if the model has one (Qwen3)."""

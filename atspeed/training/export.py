@@ -35,7 +35,7 @@ from atspeed.training.int8_graph import Int8Arithmetic, rounded
 from atspeed.training.parity import compare
 
 MODEL_FILE = "model.onnx"
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -162,8 +162,9 @@ def check_architecture(config: Any) -> None:
         raise ExportError(f"config.model_type: {config.model_type!r} is a mixture of experts, which no graph computes")
     if config.model_type not in ARCHITECTURES:
         raise ExportError(f"config.model_type: {config.model_type!r}, supported are {', '.join(ARCHITECTURES)}")
-    if config.hidden_act != "silu":
-        raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is 'silu'")
+    activation = "gelu_pytorch_tanh" if config.model_type == "gemma" else "silu"
+    if config.hidden_act != activation:
+        raise ExportError(f"config.hidden_act: {config.hidden_act!r}, supported is {activation!r}")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")

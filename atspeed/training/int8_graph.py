@@ -185,7 +185,7 @@ def _again_finely(part: torch.nn.Linear | torch.nn.Embedding, inputs: tuple[Tens
     codes, scale = quantise_rows_finely(part.weight)
     weight = (codes * scale[:, None]).view(2, *part.weight.shape).sum(0)
     if isinstance(part, torch.nn.Embedding):
-        return functional.embedding(inputs[0], weight)
+        return functional.embedding(inputs[0], weight) * getattr(part, "embed_scale", 1.0)
     return functional.linear(_in_steps(inputs[0], 2 * _ACTIVATION_MAX**2), weight, part.bias)
 
 

@@ -44,7 +44,7 @@ def edit_config(folder: Path, **fields: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["gemma", "llama", "mistral", "qwen2", "qwen3"])
 def test_shards_in_bfloat16(architecture: str, tmp_path: Path) -> None:
     overrides = {"sliding_window": None} if architecture == "mistral" else {}
     model, expected = (random_model(architecture, 40, 1, **overrides) for _ in range(2))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +15,33 @@ from transformers import GenerationConfig
 
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.client.recommender import recommend_request
-from atspeed.engine.bundle.manifest import read_manifest
+from atspeed.engine.bundle.manifest import Bundle, read_manifest
 from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.engine.search.mode import Mode
+from atspeed.importing.layouts import LAYOUTS
+from atspeed.training.export import load_checkpoint
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.authors_prompts import PROMPTS, tokens_of_tail
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
-from tests.command_line import run
+from tests.command_line import one_line, run
 
 WIDTHS = (1, 10, 20)
-USERS = 10
+USERS = 6
 CASES = [
     ("minionerec", "qwen2", "bpe", {}),
     ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
     ("lc-rec", "llama", "unigram", {}),
     ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
+    ("lc-rec", "gemma", "unigram", {"tie_word_embeddings": True}),
     ("mimigenrec", "qwen2", "bpe", {}),
+    ("openonerec", "qwen3", "bpe", {"names": ["<|sid_begin|>", "<|sid_end|>"], "max_position_embeddings": 4096}),
 ]
 
 
-@pytest.mark.parametrize("no_tail", [False, True], ids=["tail", "no tail"])
-@pytest.mark.parametrize(("layout", "architecture", "tokenizer", "overrides"), CASES)
+@pytest.mark.parametrize(
+    ("layout", "architecture", "tokenizer", "overrides", "no_tail"),
+    [(*case, no_tail) for case in CASES for no_tail in (False, True) if not no_tail or LAYOUTS[case[0]].tail],
+)
 async def test_lists_are_those_of_generate_on_the_authors_prompts(
     layout: str, architecture: str, tokenizer: str, overrides: dict[str, Any], no_tail: bool, tmp_path: Path
 ) -> None:
@@ -50,6 +59,58 @@ async def test_lists_are_those_of_generate_on_the_authors_prompts(
                     replies = await ask(client, requests, progress=progress, title="lists")
                 assert_equal(replies, expected)
     assert read_manifest(bundle).provenance.imported["layout"] == layout
+
+
+def test_items_are_added_by_the_names_of_their_codes(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, random_paths(40, 3), users=3)
+    bundle = imported(made, tmp_path / "bundle", "--prompt", "minionerec")
+    (tmp_path / "new.jsonl").write_text(json.dumps({"item_id": "new", "codes": made.paths["7"]}))
+    done = run(
+        "catalogue", "update", bundle, tmp_path / "next", "--add", tmp_path / "new.jsonl", "--remove", "/dev/null"
+    )
+    assert done.exit_code == 0, done.output
+    catalogue = Bundle(tmp_path / "next").catalogue()
+    new, known = catalogue.find(["new", "7"])
+    assert catalogue.codes[new].tolist() == catalogue.codes[known].tolist()
+    wrong = [*made.paths["7"][:2], "<c_999>"]
+    (tmp_path / "new.jsonl").write_text(json.dumps({"item_id": "new", "codes": wrong}))
+    line = one_line(run("catalogue", "update", bundle, tmp_path / "other", "--add", tmp_path / "new.jsonl"))
+    assert "line 1: codes.2: '<c_999>' is no code of the bundle, which reads no other" in line
+
+
+async def test_an_adapter_a_prompt_file_and_popular_items(tmp_path: Path) -> None:
+    """A merged adapter, a prompt that is no layout, and the more popular one of two items that share a path."""
+    peft = pytest.importorskip("peft")
+    made = make_checkpoint(tmp_path, random_paths(40, 3))
+    made.model.generation_config = GenerationConfig(repetition_penalty=1.8)  # type: ignore[no-untyped-call]
+    made.model.generation_config.save_pretrained(made.folder)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        adapted = peft.get_peft_model(made.model, peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "prompt.txt").write_text("Items: {history}\n\n### Response:")
+    (tmp_path / "counts.txt").write_text("0 1\n1 5\n")  # items 0 and 1 share their path
+    bundle = imported(
+        made, tmp_path / "bundle", "--adapter", tmp_path / "adapter", "--prompt", tmp_path / "prompt.txt", "--separator", " ",
+        "--tail", r"\n{eos}", "--popularity", tmp_path / "counts.txt", "--save-checkpoint", tmp_path / "merged",
+    )  # fmt: skip
+    merged = load_checkpoint(tmp_path / "merged")
+    made = replace(made, model=merged, paths={item: made.paths[item] for item in ["1", "0", *list(made.paths)[2:]]})
+    users = made.users[:6]
+    prompts = [
+        made.tokenizer("Items: " + " ".join("".join(made.paths[item]) for item in user[-20:]) + "\n\n### Response:")[
+            "input_ids"
+        ]
+        for user in users
+    ]
+    expected = [generated(made, prompt, tokens_of_tail("minionerec", made.tokenizer), 20) for prompt in prompts]
+    assert any({"0", "1"} <= set(wanted.items) for wanted in expected)
+    async with services(bundle, ServiceOptions(planner="fixed")) as client:
+        requests = [recommend_request(history=user, k=20, beam_width=20, mode=Mode.STRICT) for user in users]
+        with progress_bar() as progress:
+            assert_equal(await ask(client, requests, progress=progress, title="lists"), expected)
 
 
 async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: Path) -> None:
@@ -98,7 +159,7 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
     """The list of `generate`: children restricted to the tokens of items and their tail."""
     whole: dict[tuple[int, ...], list[str]] = {}
     children: dict[tuple[int, ...], set[int]] = {}
-    for item, names in sorted(made.paths.items()):
+    for item, names in made.paths.items():
         path = (*made.tokenizer.convert_tokens_to_ids(names), *tail)
         whole.setdefault(path, []).append(item)
         for length, token in enumerate(path):

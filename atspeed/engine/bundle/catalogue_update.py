@@ -6,6 +6,7 @@ The codebooks stay, so both models can read the new items without training. The 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,10 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
+from atspeed.engine.bundle.bundle_files import read_file
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_ids import shown
 from atspeed.engine.bundle.manifest import Bundle, hash_files, link_files, write_manifest
 from atspeed.engine.errors import BundleError, CatalogueError, EngineError
+
+CODE_NAMES = "code_names.json"  # in an imported bundle: the names of each level's codes
+
+
+def codes_by_name(bundle: Bundle) -> list[dict[str, int]]:
+    """Return the codes of each level by name; empty for a bundle whose codes have none. Raises BundleError."""
+    if CODE_NAMES not in bundle.manifest.files:
+        return []
+    levels = json.loads(read_file(bundle.root, CODE_NAMES, bundle.manifest.files))
+    return [{name: code for code, name in enumerate(names)} for names in levels]
 
 
 def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Catalogue:

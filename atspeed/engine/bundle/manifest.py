@@ -73,7 +73,7 @@ class ModelEntry(_Part):
     path: str = Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")
     """The .onnx file: FOLDER/FILE inside the bundle."""
     architecture: str
-    """Hugging Face model type of the checkpoint: llama, qwen2, qwen3."""
+    """Hugging Face model type of the checkpoint, such as llama."""
     precision: Precision
     parameters: PositiveInt
     vocab_size: PositiveInt
