@@ -109,7 +109,7 @@ def _authors_render(bundle: Bundle, prompt: str, tokenizer: Path, index: Path | 
     return render
 
 
-RuleChoice = Literal["bundle", "vocab", "trie", "both"]
+RuleChoice = Literal["bundle", "vocab", "trie", "codes", "all"]
 
 
 @bench_commands.command("lossless")
@@ -155,6 +155,6 @@ def bench_report(
 
 
 def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
-    if choice == "both":
+    if choice == "all":
         return list(ScoringRule)
     return [bundle.manifest.scoring_rule if choice == "bundle" else ScoringRule(choice)]
