@@ -29,7 +29,7 @@ from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import versions, write_with_draft
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, Histories
-from atspeed.training.data_check import check_run_folder
+from atspeed.training.data_check import check_loss, check_run_folder
 from atspeed.training.draft_stages import DraftStages
 from atspeed.training.errors import DataError, RecipeError
 from atspeed.training.evaluate import ModelRecommender
@@ -117,8 +117,10 @@ def distill(
         prompt=recipe.prompt or PromptWindow(max_items=prompt.max_items, drop_block=prompt.drop_block),
     )
     dataset = split(histories, source, settings, held=recipe.draft.schedule.validation_users)
+    catalogue = target.bundle.catalogue()
+    check_loss(recipe.draft, catalogue.trie.levels)
     run = Run(settings, Folders.one(run_folder), dataset, checkpoints or Checkpoints())
-    return Distillation(run, target, recipe, target.bundle.catalogue(), out).bundle()
+    return Distillation(run, target, recipe, catalogue, out).bundle()
 
 
 def split(histories: Histories, source: str, settings: RunSettings, *, held: int) -> Dataset:

@@ -248,6 +248,20 @@ def test_an_inflated_target_is_refused(plain: TestBundle, tmp_path: Path) -> Non
         distill(inflated, HISTORIES, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
 
 
+@pytest.mark.parametrize("loss", ["level-kd", "coverage"])
+def test_paths_of_one_code(loss: str, tmp_path: Path) -> None:
+    """Nothing is planned on them: there are no plan scales, and coverage has nothing to compare."""
+    catalogue = Catalogue.build([f"item-{n}" for n in range(6)], np.arange(6)[:, None], (6,))
+    made = write_bundle(tmp_path / "given", catalogue, seed=3)
+    histories = {f"u{n}": tuple(random_history(catalogue, 4, seed=n)) for n in range(8)}
+    at = partial(distill, given(made), histories, a_recipe(loss=loss), tmp_path / "out", tmp_path / "run", source="h")
+    if loss == "coverage":
+        with pytest.raises(RecipeError, match="coverage needs planned levels"):
+            at()
+    else:
+        assert Bundle(at()).model("draft").plan_scale in {None, ()}
+
+
 def test_the_split_holds_out_last_items_of_a_fifth_of_the_users() -> None:
     histories = {f"u{n}": tuple(f"i{n}-{place}" for place in range(4)) for n in range(20)}
     dataset = split(histories, "h", RunSettings(), held=300)
