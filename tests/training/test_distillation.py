@@ -30,6 +30,7 @@ from atspeed.training.recipe import (
     Shape,
     read_distill_recipe,
 )
+from atspeed.training.sequences import Sequencer
 from atspeed.training.teacher import Teacher
 from tests.bundles import TestBundle, random_history, random_model, write_bundle
 
@@ -211,6 +212,17 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(plain: TestBundle, tmp
     assert "its layers is 3, the bundle's 2" in refused(plain, deeper, tmp_path)
     other = random_model("qwen2", vocabulary, seed=3)
     assert "its architecture is qwen2, the bundle's llama" in refused(plain, other, tmp_path)
+
+
+def test_the_checkpoint_of_an_int8_target_is_known_from_another(tmp_path: Path) -> None:
+    """The bundle's rounding is no difference; other weights are."""
+    made = write_bundle(tmp_path / "given", CATALOGUE, seed=3, precision="int8")
+    spelled = Sequencer.of(given(made).spelling, CATALOGUE, False)
+    dataset = split(HISTORIES, "h", RunSettings(), held=3)
+    assert given(made).check(spelled, dataset, CATALOGUE)["largest logit error"] > 0
+    other = random_model("llama", made.bundle.model("target").vocab_size, seed=4)
+    with pytest.raises(ExportError, match="not the checkpoint that the target of"):
+        given(made, other).check(spelled, dataset, CATALOGUE)
 
 
 def test_a_damaged_bundle_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
