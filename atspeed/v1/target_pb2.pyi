@@ -163,8 +163,8 @@ class EvaluateRequest(_message.Message):
 
     @_builtins.property
     def nodes(self) -> _types_pb2.Array:
-        """int32 [n], ascending: the nodes to evaluate, of depth 0 to L-1, without ended places. Every node's parent is the root, one of these nodes, or evaluated
-        earlier on this stream. Node 0, the root, belongs to the first message and only to it.
+        """int32 [n], ascending: the nodes to evaluate, of depth 0 to L-1, without ended places. Every node's parent is the root, one of these
+        nodes, or evaluated earlier on this stream. Node 0, the root, belongs to the first message and only to it.
         """
 
     def __init__(
