@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
@@ -61,11 +61,30 @@ def unigram_tokenizer(names: Sequence[str]) -> Any:
     return _with_names(made(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"), names)
 
 
-TOKENIZERS = {"bpe": bpe_tokenizer, "unigram": unigram_tokenizer}
+def normalising_tokenizer(names: Sequence[str], *, normalized: bool = False) -> Any:
+    """A BPE with byte fallback that prepends `▁` in its normalizer, as the converted tokenizer of LLaMA 2.
+
+    normalized: whether added names are matched in normalised text, where they begin with `▁` themselves.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_of], show_progress=False
+    )
+    tokenizer.train_from_iterator([line.replace("\n", " ") for line in TEXT], trainer)  # a line feed is a byte
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made: Any = PreTrainedTokenizerFast
+    added = [AddedToken(name, normalized=normalized) for name in names]
+    return _with_names(made(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"), added)
 
 
-def _with_names(tokenizer: Any, names: Sequence[str]) -> Any:
-    tokenizer.add_tokens(sorted(set(names)))
+TOKENIZERS = {"bpe": bpe_tokenizer, "unigram": unigram_tokenizer, "normalising": normalising_tokenizer}
+
+
+def _with_names(tokenizer: Any, names: Sequence[str | AddedToken]) -> Any:
+    tokenizer.add_tokens(sorted({str(name): name for name in names}.values(), key=str))
     return tokenizer
 
 

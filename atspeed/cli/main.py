@@ -306,7 +306,9 @@ def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
     if given is None:
         sequences = optional("atspeed.training.sequences")
         if not (checkpoint / sequences.SPELLING).exists():
-            raise CommandError(f"{checkpoint}: no {sequences.SPELLING}; give --code-tokens FIRST:LAST")
+            raise CommandError(
+                f"{checkpoint}: no {sequences.SPELLING}; give --code-tokens FIRST:LAST, or make a bundle with `atspeed import`"
+            )
         try:
             return list(sequences.Spelling.load(checkpoint).code_tokens)
         except ValidationError as error:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.bundle_files import sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
@@ -113,21 +115,34 @@ def import_checkpoint(
             raise ImportingError(f"{folder}: exists already")
     read = read_files(files, choices)
     model = files.source.load(read.spelling.vocab_size)
-    if save_checkpoint:
-        model.save_pretrained(save_checkpoint)
-        read.tokenizer.save_pretrained(save_checkpoint)
     partial = out.with_name(f"{out.name}.partial")
-    remove(partial)
-    read.catalogue.save(partial / "catalogue")
-    write_json(partial / CODE_NAMES, _code_names(read))
+    remove(partial)  # left by an import that was killed
+    try:
+        manifest = _write(model, files, choices, read, partial)
+        verify_bundle(partial, passes=False)  # the export has run passes over its tokens
+        if save_checkpoint:
+            model.save_pretrained(save_checkpoint)
+            read.tokenizer.save_pretrained(save_checkpoint)
+        partial.rename(out)
+    finally:
+        remove(partial)
+    return read, manifest
+
+
+def _write(
+    model: PreTrainedModel, files: ImportFiles, choices: ImportChoices, read: ReadFiles, folder: Path
+) -> Manifest:
+    """Write all files of a bundle, the manifest last."""
+    read.catalogue.save(folder / "catalogue")
+    write_json(folder / CODE_NAMES, _code_names(read))
     report = export_decoder(
         model,
-        partial / "target",
+        folder / "target",
         code_tokens=read.spelling.code_tokens,
         precision=choices.precision,
         prompt=read.spelling.prompt,
     )
-    hashes = hash_files(partial)
+    hashes = hash_files(folder)
     manifest = Manifest(
         name=choices.name,
         scoring_rule=choices.scoring_rule,
@@ -138,10 +153,8 @@ def import_checkpoint(
         provenance=_provenance(files, choices, read),
         files=hashes,
     )
-    write_manifest(partial, manifest)
-    verify_bundle(partial, passes=False)  # the export has run passes over its tokens
-    partial.rename(out)
-    return read, manifest
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _code_names(read: ReadFiles) -> list[list[str]]:

@@ -80,8 +80,12 @@ def tail_tokens(user: UserPrompt, spelled: SpelledItems) -> list[int]:
     for item in (index.ids[row] for row in rows.tolist()):
         codes, whole = spelled.tokens(item).tolist(), user.tail(spelled.text(item))
         tail = whole[len(codes) :]
-        if whole[: len(codes)] != codes or tail != (found or tail):
-            names = user.tokenizer.convert_ids_to_tokens(whole)
+        names = " ".join(map(repr, user.tokenizer.convert_ids_to_tokens(whole)))
+        if whole[: len(codes)] != codes:
+            raise ImportingError(
+                f"{index.path}: the codes of item {shown(item)} do not encode to their tokens, but to {names}"
+            )
+        if tail != (found or tail):
             raise ImportingError(
                 f"tail: {layout.tail!r} behind item {shown(item)} encodes to {names}, not as behind others"
             )

@@ -125,7 +125,7 @@ def provenance_of(recipe: Recipe, dataset: Dataset, measures: Measures) -> Prove
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that trained the bundle."""
-    names = ("atspeed-serving", "faiss-cpu", "numpy", "onnx", "torch", "transformers")
+    names = ("atspeed-serving", "faiss-cpu", "numpy", "onnx", "tokenizers", "torch", "transformers")
     found = {"python": platform.python_version()}
     for name in names:
         try:

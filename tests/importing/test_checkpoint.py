@@ -87,6 +87,9 @@ def test_a_delta_is_added_to_its_base_in_its_own_format(tmp_path: Path) -> None:
         expected[name] = delta[name] + weight if weight.shape == delta[name].shape else delta[name]
     tuned.load_state_dict(delta)
     tuned.save_pretrained(tmp_path / "delta")
+    # Older checkpoints hold tensors as torch.save wrote them; transformers reads them without unpickling code.
+    (tmp_path / "delta" / "model.safetensors").unlink()
+    torch.save(tuned.state_dict(), tmp_path / "delta" / "pytorch_model.bin")
     found = loaded(Source(tmp_path / "delta", base=tmp_path / "base"))
     for name, weight in found.state_dict().items():
         assert torch.equal(weight, expected[name].float()), name

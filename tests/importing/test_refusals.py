@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
@@ -140,6 +142,19 @@ def test_a_name_that_no_bundle_can_have_is_refused(name: str, made: MadeCheckpoi
                  "--out", tmp_path / "b", f"--name={name}")  # fmt: skip
     assert result.exit_code == 2
     assert "--name" in result.stderr
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """A weight that is not finite is found by the export's own passes."""
+    made = make_checkpoint(tmp_path / "made", random_paths(30, 5), users=2)
+    table: Any = made.model.get_input_embeddings()
+    with torch.no_grad():
+        table.weight[made.tokenizer.convert_tokens_to_ids(made.paths["3"][0])] = float("nan")
+    made.model.save_pretrained(made.folder)
+    files = ("--index", made.index, "--histories", made.histories, "--prompt", "lc-rec")
+    line = one_line(run("import", made.folder, *files, "--out", tmp_path / "b", "--save-checkpoint", tmp_path / "c"))
+    assert "nan or inf in its pass" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_tail_and_no_tail_contradict(made: MadeCheckpoint, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from atspeed.importing.layouts import LAYOUTS, PromptLayout
 from atspeed.importing.template import split_prompt
 from atspeed.importing.user_prompt import UserPrompt, user_prompt
 from tests.authors_prompts import PROMPTS
-from tests.checkpoints import TOKENIZERS, MadeCheckpoint, make_checkpoint, random_paths, random_users
+from tests.checkpoints import (
+    TOKENIZERS,
+    MadeCheckpoint,
+    make_checkpoint,
+    normalising_tokenizer,
+    random_paths,
+    random_users,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,24 @@ def test_a_bundle_serves_the_users_tokens(layout: str, made: MadeCheckpoint) -> 
         served = template.tokens(found.catalogue.spelled_tokens(window, found.spelling.code_tokens))
         assert served.tolist() == expected
         assert user.tokens(history) == expected
+
+
+def test_names_that_only_match_behind_a_blank_are_refused(tmp_path: Path) -> None:
+    """transformers adds names as normalised ones; LLaMA's normalizer then finds the first code of an item and no other."""
+    made = make_checkpoint(tmp_path, random_paths(10, 5), architecture="llama")
+    names = [name for path in made.paths.values() for name in path]
+    normalising_tokenizer(names, normalized=True).save_pretrained(made.folder)
+    edit_vocabulary(made.folder)
+    with pytest.raises(ImportingError, match=r"the codes of item '.*' do not encode to their tokens, but to '▁<a_"):
+        read(made, LAYOUTS["lc-rec"])
+    with pytest.raises(ImportingError, match=r"the codes of item '.*' stand 0 times in a prompt of that item"):
+        read(made, LAYOUTS["lc-rec"].model_copy(update={"tail": ""}))
+
+
+def edit_vocabulary(folder: Path) -> None:
+    """Give the config as many rows as any tokenizer here needs."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2000}))
 
 
 class Numbered(UserPrompt):
