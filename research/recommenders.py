@@ -25,7 +25,6 @@ from atspeed.engine.bundle.manifest import Bundle
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
 from atspeed.training.evaluate import EvalExample, ModelRecommender, Ranking, Scorer
-from atspeed.training.final_evaluation import recommender
 from atspeed.training.models import SpelledModel
 from atspeed.training.pipeline import load_dataset
 from atspeed.training.recipe import Recipe
@@ -150,7 +149,7 @@ def own_methods(opened: TrainedRun) -> Iterator[Method]:
         checkpoint = opened.folder / f"{role}-checkpoint"
         if not checkpoint.is_dir():
             raise BenchmarkError(f"--run-folder {opened.folder}: it has no {checkpoint.name}")
-        yield Method(role, _of_model(recommender(opened.recipe, opened.catalogue, SpelledModel.load(checkpoint))))
+        yield Method(role, _of_model(SpelledModel.load(checkpoint).recommender(opened.recipe, opened.catalogue)))
     recent = opened.recipe.prompt.max_items
     yield _counted("popularity", lambda: evaluate.popularity(opened.dataset, opened.catalogue))
     yield _counted(REFERENCE, lambda: evaluate.item_knn(opened.dataset, opened.catalogue, recent=recent))

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from atspeed.benchmarks.decode_rows import HUGGING_FACE, ListSample
+from atspeed.benchmarks.generate_reference import Reference
 from atspeed.benchmarks.histories import History, prompt_tokens
-from atspeed.benchmarks.parity import Reference
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.manifest import Bundle
 

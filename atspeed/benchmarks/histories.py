@@ -13,6 +13,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import LineError
 from atspeed.engine.files.lines import read_lines, words
+from atspeed.importing.histories import FORMATS, histories_of
 
 History = tuple[str, ...]
 _LONGEST_RANDOM = 30  # longer than the prompts of the trained bundles, so that their window is used
@@ -50,7 +51,12 @@ def choose_histories(
 
 
 def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
-    """Read lines of `user item item ...`. Users without items are left out. Raises BenchmarkError that names file and line."""
+    """Read lines of `user item item ...`, or a file that `atspeed import` reads. Users without items are left out.
+
+    Raises BenchmarkError that names file and line, or ImportingError.
+    """
+    if path.suffix in FORMATS:
+        return list(histories_of(path, catalogue.known_ids(), Path("the bundle's catalogue")).values())
     try:
         lines = list(read_lines(path))
     except LineError as error:

@@ -1,50 +1,46 @@
 """Comparison of our lists with Hugging Face `generate` on the same checkpoint.
 
-Our lists come from the real services. `generate` runs with num_beams = num_return_sequences = K, log-softmax over the whole
-vocabulary, and children restricted by the logits processor of `prefix_allowed_tokens_fn`. That is the scoring rule `vocab`. For
-the other rules our subclass of the processor normalises the scores again. All paths have L places, so a length penalty has no
-effect: after the end of a shorter path, one token stands for the ended place and scores 0.
+Our lists come from the real services. With `render`, `generate` reads the prompts that the user's own text and tokenizer give,
+whatever the bundle's template says.
 
-Where fewer than K paths exist, `generate` fills its beams with masked ones, whose score is below -1e8; they are left out.
-Users are batched by prompt length, so that no prompt needs padding.
+Three things are counted and fail no comparison: prompts that are not the bundle's, lists that differ when the checkpoint runs
+in bfloat16, and illegal items, which are paths that no item has. These appear when each level allows all of its codes, the
+constraint of some authors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from rich.progress import Progress
-from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from atspeed.benchmarks.histories import History, prompt_tokens
-from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
+from atspeed.benchmarks.generate_reference import Reference, Render
+from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.results import COMPARISON_COLUMNS, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import recommend_request
-from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry
+from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
 from atspeed.engine.search.mode import Mode
-from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.decoder_graph import DecoderShape
-from atspeed.training.generation import drop_generation_defaults
 from atspeed.v1 import recommendation_pb2 as pb
 
-REFERENCE = "Hugging Face generate"
 WIDTHS = (1, 5, 10, 20)
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
-_Tokens = tuple[int, ...]
-_MASKED = -1e8  # generate's scores of masked beams are near -1e9
-_BEAMS_AT_ONCE = 320  # bounds the memory of a batch
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One K in one mode. largest_score_gap: the largest difference of scores at the same rank, over all users."""
+    """One K in one mode. The last three counts are those of the reference alone.
+
+    Attributes:
+        largest_score_gap: the largest difference of scores at the same rank, over all users.
+        prompts_different: users whose prompt is not the bundle's.
+        bfloat16_different: lists of the checkpoint in bfloat16 that differ from those in float32; None if not counted.
+        illegal_items: paths of no item among users x K, with sets of codes per level; None if not counted.
+    """
 
     k: int
     mode: str
@@ -55,23 +51,51 @@ class ParityRow:
     largest_score_gap: float
     target_passes_mean: float
     accepted_levels_mean: float
+    prompts_different: int
+    bfloat16_different: int | None
+    illegal_items: int | None
 
 
 async def run(
-    root: Path, model: PreTrainedModel, histories: Sequence[History], widths: Sequence[int] = WIDTHS
+    root: Path,
+    model: PreTrainedModel,
+    histories: Sequence[History],
+    widths: Sequence[int] = WIDTHS,
+    *,
+    render: Render | None = None,
+    counts: bool = False,
 ) -> list[ParityRow]:
-    """Compare every K in both modes. Raises BenchmarkError if bundle and checkpoint cannot be compared."""
+    """Compare every K in both modes.
+
+    Args:
+        root: the bundle.
+        model: its checkpoint, in float32.
+        histories: the users.
+        widths: the values of K.
+        render: the user's own prompts; None: those of the bundle.
+        counts: whether lists in bfloat16 and illegal items are counted, with two more searches per K.
+
+    Raises BenchmarkError if bundle and checkpoint cannot be compared.
+    """
     bundle = Bundle(root)
-    reference = Reference(bundle, model)
+    reference = Reference(bundle, model, render)
+    other_prompts = sum(reference.prompt(history) != reference.bundle_prompt(history) for history in histories)
     rows = []
     with progress_bar() as progress:
         async with services(root, ServiceOptions(planner="fixed")) as client:
             for k in widths:
                 expected = reference.lists(histories, k, progress)
+                counted = {
+                    "prompts_different": other_prompts,
+                    "bfloat16_different": reference.bfloat16_different(histories, expected, k, progress)
+                    if counts
+                    else None,
+                    "illegal_items": reference.illegal_items(histories, k, progress) if counts else None,
+                }
                 for mode in MODES:
                     requests = [recommend_request(history=h, k=k, beam_width=k, mode=mode) for h in histories]
                     replies = await ask(client, requests, progress=progress, title=f"services, K = {k}, {mode}")
-                    rows.append(_row(k, mode, replies, expected))
+                    rows.append(_row(k, mode, replies, expected, counted))
     return rows
 
 
@@ -82,10 +106,23 @@ COLUMNS: Columns[ParityRow] = (
     ("score gap", lambda row: f"{row.largest_score_gap:.0e}"),
     ("target passes", lambda row: f"{row.target_passes_mean:.2f}"),
     ("levels accepted", lambda row: f"{row.accepted_levels_mean:.2f}"),
+    ("other prompts", lambda row: str(row.prompts_different)),
+    ("bfloat16 differ", lambda row: _count(row.bfloat16_different)),
+    ("illegal items", lambda row: _count(row.illegal_items)),
 )
 
 
-def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> ParityRow:
+def _count(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _row(
+    k: int,
+    mode: Mode,
+    replies: Sequence[pb.RecommendResponse],
+    expected: Sequence[RankedList],
+    counted: Mapping[str, Any],
+) -> ParityRow:
     lists = [RankedList.of(reply.items) for reply in replies]
     verdicts = [compare(actual, wanted) for actual, wanted in zip(lists, expected, strict=True)]
     return ParityRow(
@@ -96,150 +133,5 @@ def _row(k: int, mode: Mode, replies: Sequence[pb.RecommendResponse], expected: 
         largest_score_gap=max(map(largest_gap, lists, expected), default=0.0),
         target_passes_mean=mean([reply.statistics.target_passes for reply in replies]),
         accepted_levels_mean=mean([reply.statistics.accepted_levels for reply in replies]),
+        **counted,
     )
-
-
-class Reference:
-    """Hugging Face `generate` over a bundle's catalogue. Raises BenchmarkError if the bundle is not the checkpoint's."""
-
-    def __init__(self, bundle: Bundle, model: PreTrainedModel) -> None:
-        entry, shape = bundle.manifest.target, DecoderShape.of(model)
-        if (shape.vocab_size, shape.layers) != (entry.vocab_size, entry.layers):
-            raise BenchmarkError("the checkpoint is not the one that the bundle's target was exported from")
-        self._model: Any = model  # transformers' type of `generate` has lost its self
-        drop_generation_defaults(model, "Hugging Face generate")
-        self._entry = entry
-        self._catalogue = bundle.catalogue()
-        self._rule, self._items_per_path = bundle.manifest.scoring_rule, bundle.manifest.items_per_path
-        self._tries = _TokenTries.of(self._catalogue, entry)
-
-    def lists(self, histories: Sequence[History], k: int, progress: Progress) -> list[RankedList]:
-        """Return the K best paths of each history, as items."""
-        prompts = [self.prompt(history) for history in histories]
-        task = progress.add_task(f"Hugging Face generate, K = {k}", total=len(prompts))
-        lists: dict[int, RankedList] = {}
-        for batch in _batches([len(prompt) for prompt in prompts], max(1, _BEAMS_AT_ONCE // k)):
-            paths = self.generate(torch.tensor([prompts[index] for index in batch]), k)
-            lists.update(zip(batch, (self.items(user, k) for user in paths), strict=True))
-            progress.advance(task, len(batch))
-        progress.remove_task(task)
-        return [lists[index] for index in range(len(prompts))]
-
-    def prompt(self, history: History) -> list[int]:
-        """Return the prompt's tokens, as serving builds them."""
-        tokens = prompt_tokens(self._catalogue, self._entry, self._catalogue.find(history).tolist())
-        return [int(token) for token in tokens]
-
-    def generate(self, prompts: torch.Tensor, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
-        """Return each user's paths (as code tokens) and scores, best first. prompts: int64 [users, prompt]."""
-        prompts, encoder = prompts.to(self._model.device), self._entry.encoder
-        length = 1 if encoder else prompts.shape[1]  # of what generate returns before the codes
-        levels = self._catalogue.trie.levels
-        with torch.inference_mode():
-            output = self._model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                generation_config=_settings(k, levels, encoder.decoder_start if encoder else None),
-                logits_processor=LogitsProcessorList([_Scores(self._tries, self._rule, length, k)]),
-            )
-        paths = [tuple(row) for row in output.sequences[:, length:].tolist()]
-        scores = (
-            output.sequences_scores.tolist() if k > 1 else _greedy_scores(output.scores, output.sequences[:, length:])
-        )
-        ranked = list(zip(paths, scores, strict=True))
-        return [ranked[start : start + k] for start in range(0, len(ranked), k)]
-
-    def items(self, ranked: Sequence[tuple[tuple[int, ...], float]], k: int) -> RankedList:
-        """Convert paths to items. Items of one path are adjacent and in the catalogue's order, as in the contract."""
-        found: list[tuple[str, float]] = []
-        for path, score in ranked:
-            if score < _MASKED:
-                continue
-            found += [(self._catalogue.id_of(item), score) for item in self._tries.items[path][: self._items_per_path]]
-        return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
-
-
-def _settings(k: int, levels: int, decoder_start: int | None) -> GenerationConfig:
-    """Return the settings of a beam search of width k; for width 1 those of greedy search, which has no beam settings."""
-    beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0, "early_stopping": False} if k > 1 else {}
-    return GenerationConfig(  # type: ignore[no-untyped-call] # transformers'
-        max_new_tokens=levels,
-        do_sample=False,
-        pad_token_id=0,
-        decoder_start_token_id=decoder_start,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **beams,
-    )
-
-
-def _greedy_scores(scores: Sequence[torch.Tensor], tokens: torch.Tensor) -> list[float]:
-    """Return each path's score, which greedy search does not report.
-
-    scores: L times float [users, V], as the processor left them. tokens: int64 [users, L].
-    """
-    chosen = [level.gather(1, tokens[:, index : index + 1])[:, 0] for index, level in enumerate(scores)]
-    sums: list[float] = torch.stack(chosen).sum(dim=0).tolist()
-    return sums
-
-
-@dataclass(frozen=True)
-class _TokenTries:
-    """The catalogue over tokens, built from the item table and independent of the engine's trie.
-
-    Attributes:
-        children: the allowed tokens after each prefix of tokens.
-        ended: the prefixes at which a path has ended; the token `nowhere` follows.
-        items: the items of each whole path.
-        codes: the distinct code tokens.
-        nowhere: the token of places without a code, and below masked beams, where generate requires some token.
-    """
-
-    children: dict[_Tokens, list[int]]
-    ended: set[_Tokens]
-    items: dict[_Tokens, list[int]]
-    codes: list[int]
-    nowhere: int
-
-    @classmethod
-    def of(cls, catalogue: Catalogue, entry: ModelEntry) -> _TokenTries:
-        nowhere = entry.code_tokens[0]
-        tokens = np.asarray(entry.code_tokens)[catalogue.codes + catalogue.trie.codebook_offset]
-        paths = np.where(catalogue.codes < 0, nowhere, tokens).tolist()
-        following, ended, items = dict[_Tokens, set[int]](), set[_Tokens](), dict[_Tokens, list[int]]()
-        for item, (path, codes) in enumerate(zip(paths, catalogue.codes.tolist(), strict=True)):
-            items.setdefault(tuple(path), []).append(item)
-            for level, (token, code) in enumerate(zip(path, codes, strict=True)):
-                following.setdefault(tuple(path[:level]), set()).add(token)
-                if code < 0:
-                    ended.add(tuple(path[:level]))
-        children = {prefix: sorted(allowed) for prefix, allowed in following.items()}
-        return cls(children, ended, items, sorted(set(entry.code_tokens)), nowhere)
-
-
-class _Scores(PrefixConstrainedLogitsProcessor):
-    """Scores of the allowed tokens under a rule. prompt: the length of the prompts."""
-
-    def __init__(self, tries: _TokenTries, rule: ScoringRule, prompt: int, k: int) -> None:
-        super().__init__(lambda _, row: tries.children.get(tuple(row[prompt:].tolist()), [tries.nowhere]), k)
-        self._tries, self._rule, self._prompt, self._greedy = tries, rule, prompt, k == 1
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._rule is ScoringRule.CODES:
-            scores = scores - scores[:, self._tries.codes].logsumexp(-1, keepdim=True)
-        elif self._greedy:  # beam search passes log-probabilities, greedy search logits
-            scores = scores.log_softmax(-1)
-        masked: torch.Tensor = super().__call__(input_ids, scores)
-        if self._rule is ScoringRule.TRIE:
-            masked = masked.log_softmax(-1)
-        if self._tries.ended:
-            paths = enumerate(input_ids[:, self._prompt :].tolist())
-            masked[[row for row, path in paths if tuple(path) in self._tries.ended], self._tries.nowhere] = 0.0
-        return masked
-
-
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield batches of at most `size` indices of equal length."""
-    for length in sorted(set(lengths)):
-        group = [index for index, other in enumerate(lengths) if other == length]
-        yield from (group[start : start + size] for start in range(0, len(group), size))

@@ -3,7 +3,7 @@
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers            catalogue update        other items, same models
 bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
-import                            a checkpoint as a bundle           extra `train`, atspeed/cli/import_checkpoint.py
+import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 
 A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training that stopped
@@ -30,16 +30,19 @@ from atspeed.cli import display
 from atspeed.cli.bench.main import bench_commands
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
+from atspeed.cli.distill import distill
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import import_checkpoint
 from atspeed.cli.inflate import inflate
 from atspeed.cli.options import (
-    MAX_MINUTES,
     MAX_REPLICAS,
     MAX_THREADS,
     AsJson,
     BundleFolder,
+    CheckpointMinutes,
     CommandError,
+    Minutes,
+    Threads,
     err,
     optional,
     out,
@@ -59,7 +62,7 @@ bundle_commands = Commands(help="Inspect and verify a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
 app.add_typer(bench_commands, name="bench")
-for command in (recommend, record, history, forget, info, inflate, certificates, token):
+for command in (recommend, record, history, forget, info, distill, inflate, certificates, token):
     app.command()(command)
 app.command("import")(import_checkpoint)
 
@@ -209,21 +212,6 @@ def bundle_verify(folder: ShownBundle) -> None:
 
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run; a run in it is resumed.", file_okay=False)]
 Data = Annotated[Path | None, typer.Option(help="Data that the recipe reads.")]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default. Another number rounds differently."),
-]
-Minutes = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=MAX_MINUTES,
-        help="Stop after so many minutes with exit code 75 and keep everything; the same command continues.",
-    ),
-]
-CheckpointMinutes = Annotated[
-    float, typer.Option(min=0, max=MAX_MINUTES, help="Minutes between two saved states inside an epoch.")
-]
 
 
 @app.command()

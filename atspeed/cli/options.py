@@ -22,6 +22,22 @@ MAX_MINUTES = 525_600  # a year
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Directory of the bundle.", exists=True, file_okay=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")]
 
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="CPU threads; all cores by default. Another number rounds differently."),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=MAX_MINUTES,
+        help="Stop after so many minutes with exit code 75 and keep everything; the same command continues.",
+    ),
+]
+CheckpointMinutes = Annotated[
+    float, typer.Option(min=0, max=MAX_MINUTES, help="Minutes between two saved states inside an epoch.")
+]
+
 out, err = Console(), Console(stderr=True)
 
 # The extra that installs a package; all other packages belong to `train`.

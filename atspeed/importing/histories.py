@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,34 @@ from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import Index, read_json
 
 History = tuple[str, ...]
-_COLUMN = "history_item_id"
+FORMATS = frozenset({".csv", ".json", ".jsonl"})
+"""The endings of files in others' formats."""
+_COLUMN, _TARGET_COLUMN = "history_item_id", "item_id"
 csv.field_size_limit(1 << 24)  # titles of long histories exceed the default of 128 KiB
 
 
 def read_histories(path: Path, index: Index) -> dict[str, History]:
+    """Read the histories of items of an index; see `histories_of`."""
+    return histories_of(path, index.rows, index.path)
+
+
+def histories_of(path: Path, known: Container[str], source: Path, *, with_targets: bool = False) -> dict[str, History]:
     """Read the histories, by user or line, oldest item first. Empty ones are left out.
 
-    Raises ImportingError naming the line, or the user, and an item that the index lacks.
+    Args:
+        path: the file.
+        known: the ids of all items.
+        source: what holds these items, for messages.
+        with_targets: whether the item that follows a history, in a field of its own, is its newest item. Training wants it.
+
+    Raises ImportingError naming the line, or the user, and an unknown item.
     """
-    known = index.rows
     found: dict[str, History] = {}
-    for place, items in _rows(path):
+    for place, items in _rows(path, with_targets):
         history = tuple(_item(path, place, item) for item in items)
         unknown = next((item for item in history if item not in known), None)
         if unknown is not None:
-            raise ImportingError(f"{path}: {place}: item {shown(unknown)} is not in {index.path}")
+            raise ImportingError(f"{path}: {place}: item {shown(unknown)} is not in {source}")
         if history:
             found[place] = history
     if not found:
@@ -46,21 +58,21 @@ def read_histories(path: Path, index: Index) -> dict[str, History]:
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[str, list[Any]]]:
+def _rows(path: Path, with_targets: bool) -> Iterator[tuple[str, list[Any]]]:
     match path.suffix:
         case ".csv":
-            yield from _csv_rows(path)
+            yield from _csv_rows(path, with_targets)
         case ".json":
             yield from _users(path, read_json(path))
         case ".jsonl":
             for number, line in read_lines(path):
-                yield f"line {number}", _items_of(path, number, line)
+                yield f"line {number}", _items_of(path, number, line, with_targets)
         case _:
             for number, line in read_lines(path):
                 yield f"line {number}", list(words(line)[1:])
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, list[Any]]]:
+def _csv_rows(path: Path, with_targets: bool) -> Iterator[tuple[str, list[Any]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +87,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[Any]]]:
             items = None
         if not isinstance(items, list):
             raise ImportingError(f"{path}: row {number}: {_COLUMN} is not a list")
-        yield f"row {number}", items
+        yield f"row {number}", [*items, row[_TARGET_COLUMN]] if with_targets and row.get(_TARGET_COLUMN) else items
 
 
 def _users(path: Path, content: Any) -> Iterator[tuple[str, list[Any]]]:
@@ -87,7 +99,7 @@ def _users(path: Path, content: Any) -> Iterator[tuple[str, list[Any]]]:
         yield f"user {user}", items
 
 
-def _items_of(path: Path, number: int, line: str) -> list[Any]:
+def _items_of(path: Path, number: int, line: str, with_targets: bool) -> list[Any]:
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -95,7 +107,7 @@ def _items_of(path: Path, number: int, line: str) -> list[Any]:
     items = row.get("items", row.get("history")) if isinstance(row, dict) else None
     if not isinstance(items, list):
         raise ImportingError(f"{path}: line {number}: no list under items or history")
-    return items
+    return [*items, row["target"]] if with_targets and "target" in row else items
 
 
 def _item(path: Path, place: str, item: Any) -> str:

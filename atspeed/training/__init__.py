@@ -10,5 +10,7 @@ losses.py                 formulas of the losses        stages.py        stages 
 checkpoints.py            when a run saves and stops    processes.py     the processes of a distributed run
 bases.py                  pretrained models by name     workers.py       several runs at once, a process each
 comparison.py             drafts by losses and seeds    final_evaluation.py  the test split, before the bundle
+run.py                    folders and settings of a run distillation.py  a draft for a bundle's target
+draft_stages.py           the stages of a draft
 bundles.py                writes the bundle             inflated_bundles.py  writes a bundle of inflated models
 """

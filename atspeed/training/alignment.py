@@ -77,7 +77,11 @@ Rows = tuple[Tensor, Tensor, Tensor]  # draft, target and which columns are allo
 
 
 def _rows(logits: Tensor, level: TreeLevel, where: Tensor) -> Rows:
-    """Select the nodes `where` bool [b, f]: the draft's and the target's values and the mask of children, each [n, c]."""
+    """Select the nodes `where` bool [b, f]: the draft's and the target's values and the mask of children, each [n, c].
+
+    Nodes whose path has ended are left out: nothing is predicted after them.
+    """
+    where = where & ~level.ended
     return level.of_children(logits.float())[where], level.target[where], level.allowed[where]
 
 
@@ -92,7 +96,7 @@ def _mean_over_positions(loss: Callable[[Tensor, Tensor, Tensor], Tensor], parts
 
 
 def _cross_entropy(logits: Tensor, paths: Paths) -> Tensor:
-    return path_cross_entropy(logits.float(), paths.row, paths.token, paths.valid)
+    return path_cross_entropy(logits.float(), paths.row, paths.token, paths.scored)
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,16 @@ def level_rows(logits: Tensor, batch: AlignmentBatch, rule: ScoringRule) -> list
         rule: the scoring rule.
     """
     logits = logits.float()
-    total = logits.logsumexp(-1)
+    among = logits[..., batch.code_token] if rule is ScoringRule.CODES else logits
+    total = among.logsumexp(-1)
     reached: tuple[Tensor, Tensor] | None = None  # the cumulative scores of the children above, [b, f * c] each
     rows = []
     for level in batch.levels[:-1]:
-        # Log-probabilities of the children over the vocabulary, or over their siblings with the rule `trie`.
+        # Log-probabilities of the children over the vocabulary or the codes, or over their siblings with the rule `trie`.
         draft, target = level.of_children(logits) - level.of_nodes(total).unsqueeze(2), level.target
         if rule is ScoringRule.TRIE:
             draft, target = (_over_children(logp, level.allowed) for logp in (draft, target))
+        draft = draft.masked_fill(level.ended.unsqueeze(2), 0.0)  # as the target's is
         # Cumulative scores: the score of the node itself, looked up among the children above, is added.
         if reached is not None:
             above = [scores.gather(1, level.place).unsqueeze(2) for scores in reached]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atspeed.engine.arrays import Bools, Int64
-from atspeed.engine.search.trie import ROOT, Trie
+from atspeed.engine.search.trie import ENDED, ROOT, Trie
 from atspeed.training.prompt_trees import PromptTrees, row_of
 from atspeed.training.sequences import Sequencer, batches_of_like_length
 from atspeed.training.teacher import TeacherShard, TrainingPrompts, ancestors, shards, tree_nodes
@@ -27,37 +27,37 @@ class Paths:
     Attributes:
         row: int64 [b, P, L]. The prefix before each code, as an index among the nodes of its tree.
         token: int64 [b, P, L]. The token of each code.
-        valid: bool [b, P]. True where there is a path.
+        scored: bool [b, P, L]. True where there is a path that has not ended before.
     """
 
     row: Tensor
     token: Tensor
-    valid: Tensor
+    scored: Tensor
 
     @classmethod
-    def of(cls, leaves: Int64, nodes: Int64, trie: Trie, token_of: Int64) -> Self:
+    def of(cls, leaves: Int64, nodes: Int64, trie: Trie, code_tokens: Int64) -> Self:
         """Build the paths from their leaves.
 
         Args:
             leaves: int64 [b, P], -1 where there is none.
             nodes: int64 [b, m], the nodes of the trees.
             trie: the catalogue's trie.
-            token_of: int64 [nodes of the trie], the token of each node's own code.
+            code_tokens: int64 [C], the token of each code column.
         """
         # Walk from the leaves up to the root; the levels are collected in reverse.
         node = np.where(leaves < 0, ROOT, leaves)
-        rows, tokens = [], []
+        rows, tokens, scored = [], [], []
         for _ in range(trie.levels):
             parent = np.maximum(trie.parent[node], ROOT).astype(np.int64)
             rows.append(row_of(nodes, parent))
-            tokens.append(token_of[node])
+            tokens.append(_tokens(trie, node, code_tokens))
+            scored.append((leaves >= 0) & (trie.code[node] != ENDED))
             node = parent
-        row, token = (torch.from_numpy(np.stack(parts[::-1], axis=2)) for parts in (rows, tokens))
-        return cls(row, token, torch.from_numpy(leaves >= 0))
+        return cls(*(torch.from_numpy(np.stack(parts[::-1], axis=2)) for parts in (rows, tokens, scored)))
 
     def to(self, device: torch.device) -> Self:
         """Move the paths to a device."""
-        return type(self)(self.row.to(device), self.token.to(device), self.valid.to(device))
+        return type(self)(self.row.to(device), self.token.to(device), self.scored.to(device))
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class TreeLevel:
         place: int64 [b, f]. Its index among the f * c children of the depth above; 0 at the root.
         token: int64 [b, f, c]. The token of each child.
         allowed: bool [b, f, c]. True where there is a child.
+        ended: bool [b, f]. True for the nodes whose path has ended: their one child scores 0 and is not predicted.
         target: float32 [b, f, c]. The target's log-probability of each child; 0 where there is none.
         on_beam: bool [b, f]. True for the prefixes of the target's beams.
         on_gold: bool [b, f]. True for the prefixes of the gold item.
@@ -82,6 +83,7 @@ class TreeLevel:
     place: Tensor
     token: Tensor
     allowed: Tensor
+    ended: Tensor
     target: Tensor
     on_beam: Tensor
     on_gold: Tensor
@@ -110,12 +112,14 @@ class AlignmentBatch:
         levels: the nodes of each depth.
         beams: the target's K complete beams.
         gold: the path of the gold item.
+        code_token: int64 [c]. The draft's distinct code tokens, ascending.
     """
 
     trees: PromptTrees
     levels: tuple[TreeLevel, ...]
     beams: Paths
     gold: Paths
+    code_token: Tensor
 
     def inputs(self, dtype: torch.dtype, /) -> dict[str, Any]:
         """Return the arguments of the draft; its logits are [b, m, V], one row per node."""
@@ -128,6 +132,7 @@ class AlignmentBatch:
             tuple(level.to(device) for level in self.levels),
             self.beams.to(device),
             self.gold.to(device),
+            self.code_token.to(device),
         )
 
 
@@ -201,8 +206,9 @@ class AlignmentBatches:
         return AlignmentBatch(
             trees=PromptTrees.of(prompts, nodes, self.trie, self.sequencer.spelling),
             levels=tuple(self._levels(nodes, beams, gold, logp)),
-            beams=Paths.of(beams[:, -1], nodes, self.trie, self._token_of),
-            gold=Paths.of(gold[:, None], nodes, self.trie, self._token_of),
+            beams=Paths.of(beams[:, -1], nodes, self.trie, self._code_tokens),
+            gold=Paths.of(gold[:, None], nodes, self.trie, self._code_tokens),
+            code_token=torch.from_numpy(np.unique(self._code_tokens)),
         )
 
     def _levels(self, nodes: Int64, beams: Int64, gold: Int64, logp: npt.NDArray[np.float16]) -> Iterator[TreeLevel]:
@@ -244,8 +250,9 @@ class AlignmentBatches:
             yield TreeLevel(
                 row=torch.from_numpy(row),
                 place=torch.from_numpy(place),
-                token=torch.from_numpy(self._token_of[child]),
+                token=torch.from_numpy(_tokens(trie, child, self._code_tokens)),
                 allowed=torch.from_numpy(allowed),
+                ended=torch.from_numpy(found & (trie.code[trie.child_start[node]] == ENDED)),
                 target=torch.from_numpy(target),
                 on_beam=torch.from_numpy(found & ((node == ROOT) | _among(beams, node, trie))),
                 on_gold=torch.from_numpy(found & (node == golden[:, level, None])),
@@ -254,10 +261,14 @@ class AlignmentBatches:
             above, widest = np.where(found, node, -1), len(within)
 
     @cached_property
-    def _token_of(self) -> Int64:
-        """int64 [nodes of the trie]: the token of each node's own code. The root's entry is unused."""
-        tokens = np.asarray(self.sequencer.spelling.code_tokens, dtype=np.int64)
-        return np.append(tokens[:1], tokens[self.trie.column(np.arange(1, self.trie.nodes))])
+    def _code_tokens(self) -> Int64:
+        return np.asarray(self.sequencer.spelling.code_tokens, dtype=np.int64)
+
+
+def _tokens(trie: Trie, nodes: Int64, code_tokens: Int64) -> Int64:
+    """Return the token of each node's own code; any token for the root and for a path that has ended."""
+    tokens: Int64 = code_tokens[np.where(trie.code[nodes] == ENDED, 0, trie.column(nodes))]
+    return tokens
 
 
 def _ragged(where: Bools) -> tuple[Int64, Bools]:
@@ -271,12 +282,10 @@ def _ragged(where: Bools) -> tuple[Int64, Bools]:
 
 def _among(beams: Int64, nodes: Int64, trie: Trie) -> Bools:
     """Mark the nodes [b, ...] that are beams [b, L, K] of their prompt; False for the root and for -1."""
-    rows = np.arange(len(beams))
-    # One flag per prompt and node; the last column is for -1.
-    table = np.zeros((len(beams), trie.nodes + 1), dtype=bool)
-    table[rows[:, None, None], beams] = True
-    table[:, -1] = False
-    found: Bools = table[rows.reshape(-1, *[1] * (nodes.ndim - 1)), nodes]
+    # Numbers of (prompt, node) pairs, so that one search serves all prompts.
+    first = np.arange(len(beams)) * trie.nodes
+    known = (beams + first[:, None, None])[beams >= 0]
+    found: Bools = np.isin(nodes + first.reshape(-1, *[1] * (nodes.ndim - 1)), known) & (nodes >= 0)
     return found
 
 

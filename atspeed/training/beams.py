@@ -3,6 +3,9 @@
 Evaluation and the draft's teacher use it. The prompt's keys and values are computed once. The beams of a level are one
 row of tokens per prompt, and each beam attends to the prompt and to its own ancestors (tree attention), so nothing is
 copied per beam. Scores and order are those of serving: log-probability descending, then code path ascending.
+
+The children of a level's beams are gathered from the trie's flat arrays. No table holds an entry per node and code, so the
+memory beside the trie depends on the batch, never on the catalogue.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import ENDED, Pruning, Trie
 from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
+
+_PROMPTS_AT_ONCE = 64  # affects speed and memory only
+_LOGITS_AT_ONCE = 1 << 26  # likewise; a quarter of a gigabyte in float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class BeamLevel:
 
     Attributes:
         prefix: int64 [b, f]. The evaluated nodes in the order of their paths, -1 where there is none.
-        logp: float [b, f, codes]. The log-probability of every code of the level; -inf where the catalogue has none.
+        logp: float [b, f, c]. The log-probability of each prefix's children, in code order; -inf where there are fewer.
         node: int64 [b, K]. The chosen children, best first; -1 where there are fewer.
         score: float [b, K]. Their cumulative log-probabilities.
     """
@@ -105,10 +111,9 @@ class BeamSearch:
             # Sort the prefixes by path, so that a stable sort leaves ties in the declared order.
             by_path = node.argsort(dim=1)
             node, score = node.gather(1, by_path), score.gather(1, by_path)
-            logits = logits.gather(1, by_path.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-            # Their children [b, f, codes] and the best K of them. Node -1 takes the last row, which has no children.
-            child = self._child_of[level][node]
-            logp = self._log_probabilities(level, logits, child)
+            # Their children [b, f, c] and the best K of them.
+            child = self._children(node)
+            logp = self._log_probabilities(level, logits, by_path, child)
             best, value, parent = self._select(score, child, logp, dead)
             yield BeamLevel(node, logp, best, value)
             if level + 1 == self.trie.levels:
@@ -146,26 +151,40 @@ class BeamSearch:
         # Children that exist and are not excluded.
         live = child >= 0
         if dead is not None:
-            rows = torch.arange(len(child), device=child.device)[:, None, None]
-            live = live & ~dead[rows, child.clamp(min=0)]
-        # Cumulative scores of all candidates of a prompt in one row, [b, f * codes].
+            place = torch.searchsorted(dead, child.flatten(1)).clamp(max=dead.shape[1] - 1)
+            live = live & (dead.gather(1, place).view_as(child) != child)
+        # Cumulative scores of all candidates of a prompt in one row, [b, f * c].
         total = (score.unsqueeze(-1) + logp).masked_fill(~live, -inf).flatten(1)
         index = _first_best(total, self.width)
         value = total.gather(1, index)
         chosen = child.flatten(1).gather(1, index).masked_fill(value == -inf, -1)
         return chosen, value, index // child.shape[-1]
 
-    def _log_probabilities(self, level: int, logits: Tensor, child: Tensor) -> Tensor:
-        """Return the log-probability of each child, [b, f, codes]; -inf where there is none, 0 for an ended place."""
-        every, valid = logits.float(), child >= 0
-        logp = every[..., self._column[level]]
+    def _children(self, node: Tensor) -> Tensor:
+        """Return the children of nodes [b, f] in code order, [b, f, c]; -1 where there are fewer. Node -1 has none."""
+        known = node.clamp(min=0)
+        count = (self._child_start[known + 1] - self._child_start[known]).masked_fill(node < 0, 0)
+        within = torch.arange(max(1, int(count.max())), device=node.device)
+        return torch.where(within < count.unsqueeze(-1), self._child_start[known].unsqueeze(-1) + within, -1)
+
+    def _log_probabilities(self, level: int, logits: Tensor, by_path: Tensor, child: Tensor) -> Tensor:
+        """Return the log-probability of each child, [b, f, c]; -inf where there is none, 0 for an ended place.
+
+        Args:
+            level: the level of the children's codes.
+            logits: float [b, f, V], after each prefix, in the order of the last pass.
+            by_path: int64 [b, f]. The place in `logits` of each prefix.
+            child: int64 [b, f, c].
+        """
+        real, code = child >= 0, self._code[child.clamp(min=0)]
+        place = by_path.unsqueeze(-1) * logits.shape[-1] + self._column[level][code.clamp(min=0)]
+        logp = logits.flatten(1).gather(1, place.flatten(1)).view_as(place).float()
         if self.rule is ScoringRule.TRIE:
-            logp = logp.masked_fill(~valid, -inf).log_softmax(-1)
+            logp = logp.masked_fill(~real, -inf).log_softmax(-1)
         else:
-            among = every if self.rule is ScoringRule.VOCAB else every[..., self._code_token]
-            logp = logp - among.logsumexp(-1, keepdim=True)
-        ended = self._code[child.clamp(min=0)] == ENDED
-        logp = logp.masked_fill(ended, 0.0).masked_fill(~valid, -inf)
+            among = logits if self.rule is ScoringRule.VOCAB else logits[..., self._code_token]
+            logp = logp - among.float().logsumexp(-1).gather(1, by_path).unsqueeze(-1)
+        logp = logp.masked_fill(code == ENDED, 0.0).masked_fill(~real, -inf)
         if logp.isnan().any():
             raise TrainingError(
                 "the model's log-probabilities are not numbers; its schedule.learning_rate may be too large"
@@ -173,13 +192,14 @@ class BeamSearch:
         return logp
 
     def _dead(self, prunings: Sequence[Pruning] | None, count: int) -> Tensor | None:
-        """bool [b, nodes]: the topmost excluded nodes of each prompt. A search never gets below them."""
+        """Return the topmost excluded nodes of each prompt, ascending, int64 [b, n]. A search never gets below them."""
         if prunings is None:
             return None
-        dead = torch.zeros((count, self.trie.nodes), dtype=torch.bool)
+        longest = max(1, max(len(pruning.cut) for pruning in prunings))
+        dead = np.full((count, longest), self.trie.nodes, dtype=np.int64)  # no node has this number
         for row, pruning in enumerate(prunings):
-            dead[row, torch.from_numpy(pruning.cut.astype(np.int64))] = True
-        return dead.to(self.model.device)
+            dead[row, : len(pruning.cut)] = pruning.cut
+        return torch.from_numpy(dead).to(self.model.device)
 
     @cached_property
     def _column(self) -> tuple[Tensor, ...]:
@@ -197,18 +217,8 @@ class BeamSearch:
         return torch.from_numpy(self.trie.code.astype(np.int64)).to(self.model.device)
 
     @cached_property
-    def _child_of(self) -> tuple[Tensor, ...]:
-        """int64 [nodes + 1, codes] per level: the child under each code, or -1. The last row is for node -1.
-
-        An ended place takes the last code's place: it is an only child.
-        """
-        tables = []
-        for level, size in enumerate(self.trie.codebook_sizes):
-            table = np.full((self.trie.nodes + 1, size), -1, dtype=np.int64)
-            children = np.arange(*self.trie.level_start[level + 1 : level + 3])
-            table[self.trie.parent[children], self.trie.code[children]] = children
-            tables.append(torch.from_numpy(table).to(self.model.device))
-        return tuple(tables)
+    def _child_start(self) -> Tensor:
+        return torch.from_numpy(self.trie.child_start).to(self.model.device)
 
 
 def _first_best(values: Tensor, count: int) -> Tensor:
@@ -231,6 +241,11 @@ def _seen_by_children(sees: Tensor, parent: Tensor) -> Tensor:
     inherited = sees.gather(1, parent.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
     own = torch.eye(width, dtype=torch.bool, device=sees.device).expand(count, -1, -1)
     return torch.cat([inherited, own], dim=-1)
+
+
+def prompts_at_once(vocab_size: int, width: int) -> int:
+    """Return the number of prompts of one pass, so that the logits of its beams stay small."""
+    return max(1, min(_PROMPTS_AT_ONCE, _LOGITS_AT_ONCE // (vocab_size * (width + 1))))
 
 
 def batches_of_equal_length(prompts: Sequence[npt.NDArray[np.int64]], size: int) -> Iterator[list[int]]:

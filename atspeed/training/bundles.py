@@ -7,17 +7,19 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from atspeed.engine.bundle.bundle_files import link_or_copy
+from atspeed.engine.bundle.bundle_files import files_below, sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
+    Bundle,
     EncoderEntry,
     Manifest,
     ModelEntry,
+    Precision,
     Provenance,
     Role,
     fingerprint,
     hash_files,
-    read_manifest,
+    link_files,
     write_manifest,
 )
 from atspeed.engine.files.json_file import finite
@@ -38,7 +40,6 @@ def write_bundle(
     *,
     scales: tuple[float, ...] | None,
     provenance: Provenance,
-    target_from: Path | None = None,
 ) -> None:
     """Write a recipe's bundle. It appears in one step.
 
@@ -49,21 +50,12 @@ def write_bundle(
         models: the trained models by role.
         scales: the draft's plan scales.
         provenance: the origin that the manifest records.
-        target_from: a bundle with the same catalogue and target, whose files this bundle shares.
     """
-    partial = folder.with_suffix(".partial")
-    remove(partial)
-    if target_from is None:
-        catalogue.save(partial / "catalogue")
-    else:
-        for part in ("catalogue", "target"):
-            share_files(target_from / part, partial / part)
-    exported = {role: model for role, model in models.items() if role != "target" or target_from is None}
-    reports = {role: _export(role, model, recipe, partial) for role, model in exported.items()}
+    partial = _partial(folder)
+    catalogue.save(partial / "catalogue")
+    reports = {role: _export(role, model, recipe.parts[role].precision, partial) for role, model in models.items()}
     files = hash_files(partial)
     entries = {role: entry_of(role, models[role], report, files) for role, report in reports.items()}
-    if target_from is not None:
-        entries["target"] = read_manifest(target_from).target
     if scales is not None:
         entries["draft"] = entries["draft"].model_copy(update={"plan_scale": scales})
     manifest = Manifest(
@@ -76,6 +68,46 @@ def write_bundle(
         provenance=provenance,
         files=files,
     )
+    _finish(partial, folder, manifest)
+
+
+def write_with_draft(
+    folder: Path,
+    source: Bundle,
+    draft: SpelledModel,
+    precision: Precision,
+    scales: tuple[float, ...] | None,
+    **changes: object,
+) -> None:
+    """Write a bundle of another bundle's target and catalogue, whose files it shares, with a draft. It appears in one step.
+
+    Args:
+        folder: the folder of the new bundle.
+        source: the other bundle. Its own draft, if there is one, is left out.
+        draft: the trained draft.
+        precision: the number format of the draft's export.
+        scales: the draft's plan scales.
+        changes: fields of the manifest that differ.
+    """
+    partial = _partial(folder)
+    left_out = {model.path.partition("/")[0] for model in (source.manifest.draft,) if model}
+    kept = {name: digest for name, digest in source.manifest.files.items() if name.partition("/")[0] not in left_out}
+    link_files(source.root, kept, partial)
+    report = _export("draft", draft, precision, partial)
+    files = kept | {name: sha256_of(partial, name) for name in files_below(partial) if name not in kept}
+    entry = entry_of("draft", draft, report, files).model_copy(update={"plan_scale": scales})
+    _finish(partial, folder, source.manifest.model_copy(update={"draft": entry, "files": files, **changes}))
+
+
+def _partial(folder: Path) -> Path:
+    """Return an empty place beside a bundle's folder."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    remove(partial)
+    return partial
+
+
+def _finish(partial: Path, folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, read the bundle back, and move it into its place."""
     write_manifest(partial, manifest)
     verify_bundle(partial, passes=False)  # each export has run passes over its tokens
     remove(folder)
@@ -105,21 +137,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def share_files(source: Path, folder: Path) -> None:
-    """Link the files of a folder into another one, or copy them; see `link_or_copy`."""
-    folder.mkdir(parents=True)
-    for path in source.iterdir():
-        link_or_copy(path, folder / path.name)
-
-
-def _export(role: Role, model: SpelledModel, recipe: Recipe, bundle: Path) -> ExportReport:
-    part = recipe.parts[role]
+def _export(role: Role, model: SpelledModel, precision: Precision, bundle: Path) -> ExportReport:
     spelling = model.spelling
     return export_decoder(
         model.model,
         bundle / role,
         code_tokens=spelling.code_tokens,
-        precision=part.precision,
+        precision=precision,
         prompt=spelling.prompt,
     )
 

@@ -84,14 +84,15 @@ class Calibration:
             plans = (_plan(draft.catalogue.trie, lists, row, size, scales, free) for row in range(len(lists[0].node)))
             for row, planned in enumerate(plans):
                 beams = np.concatenate([level[row] for level in wanted[size.beam_widths.largest]])
-                whole += bool(np.isin(beams[beams >= 0], planned).all())
+                beams = beams[beams >= 0]
+                whole += bool((free[beams] | np.isin(beams, planned)).all())
         return whole
 
 
 def _plan(
     trie: Trie, lists: Sequence[SearchedLevel], row: int, size: PlanSize, scales: tuple[float, ...], free: Bools
 ) -> Int64:
-    """Return the nodes that the draft service would plan, within the draft's lists, and all free nodes."""
+    """Return the nodes that the draft service would plan, within the draft's lists. Free nodes need no plan."""
     listed = Shortlist.of(Beams.root())
     # Grow the plan level by level, as the draft service does: children of the planned nodes only, then the cut.
     for depth, (children, scale) in enumerate(zip(_levels(lists, row), scales, strict=True)):
@@ -99,7 +100,7 @@ def _plan(
         reached = children.take(np.flatnonzero(np.isin(trie.parent[children.node], expanded)))
         listed = listed.grown(trie, reached, size, scale, free).cut(trie, size.max_nodes + 1)
     # The first entry is the root, which needs no plan.
-    return np.append(listed.beams.node[1:], np.flatnonzero(free))
+    return listed.beams.node[1:]
 
 
 def _levels(lists: Sequence[SearchedLevel], row: int) -> Iterator[Beams]:

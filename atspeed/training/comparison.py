@@ -36,9 +36,10 @@ from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
 from atspeed.training.data_check import check_data, check_run_folder, print_skipped_steps
 from atspeed.training.errors import RecipeError
-from atspeed.training.pipeline import Folders, TrainingRun, load_dataset
+from atspeed.training.pipeline import TrainingRun, load_dataset
 from atspeed.training.processes import is_main
 from atspeed.training.recipe import Alignment, DraftRecipe, Recipe, problems, read_recipe, read_toml
+from atspeed.training.run import Folders
 from atspeed.training.workers import bundle_all
 
 _OF_THE_TEACHER = {"beams", "prompts"}  # keys of the teacher's data, which all losses share

@@ -11,7 +11,7 @@ from atspeed.engine.bundle.manifest import MANIFEST
 from atspeed.training.data import Dataset, SplitName
 from atspeed.training.errors import DataError, RecipeError
 from atspeed.training.processes import is_main
-from atspeed.training.recipe import QuantisedCodes, Recipe
+from atspeed.training.recipe import DraftRecipe, QuantisedCodes, Recipe
 from atspeed.training.semantic_ids import given_codes
 
 
@@ -37,7 +37,13 @@ def check_data(recipe: Recipe, dataset: Dataset, data: Path | None) -> None:
         levels = recipe.codes.levels
     else:
         levels = given_codes(dataset, recipe.codes, data).shape[1]
-    if levels == 1 and recipe.draft and recipe.draft.alignment and recipe.draft.alignment.loss == "coverage":
+    if recipe.draft is not None:
+        check_loss(recipe.draft, levels)
+
+
+def check_loss(draft: DraftRecipe, levels: int) -> None:
+    """Raise RecipeError if the loss of a draft has nothing to compare. levels: L, of the code paths."""
+    if levels == 1 and draft.alignment is not None and draft.alignment.loss == "coverage":
         raise RecipeError("draft.alignment.loss: coverage needs planned levels, and code paths of one level have none")
 
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.beams import BeamSearch, batches_of_equal_length
+from atspeed.training.beams import BeamSearch, batches_of_equal_length, prompts_at_once
 from atspeed.training.data import Case, Dataset, SplitName
-from atspeed.training.recipe import Recipe, Schedule
+from atspeed.training.recipe import RunSettings, Schedule
 from atspeed.training.sequences import Batch, Sequencer
 from atspeed.training.trainer import cross_entropy
 
@@ -31,7 +31,7 @@ Scorer = Callable[["EvalExample"], npt.NDArray[np.float64]]  # a score for every
 CUTOFFS = (5, 10, 20)  # recall and NDCG are reported at these
 BEAMS = 20  # the AtSpeed paper's beam width
 _TIE_BREAK = 1000  # divides the share covered, so that it decides only between equal acceptance
-_BATCH = 64  # prompts per pass; affects speed and memory only
+_BATCH = 64  # sequences per pass of a loss; affects speed and memory only
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ModelRecommender:
         prompts = [self.sequencer.prompt(example.history) for example in examples]
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, beams)
         found = [SearchedLevel.empty(len(examples), beams) for _ in range(self.catalogue.trie.levels)]
-        for group in batches_of_equal_length(prompts, _BATCH):
+        for group in batches_of_equal_length(prompts, prompts_at_once(self.sequencer.spelling.vocab_size, beams)):
             seen = (
                 [self.catalogue.pruning(excluded=examples[index].history) for index in group] if exclude_seen else None
             )
@@ -171,21 +171,21 @@ class Validation:
 
     @classmethod
     def of(
-        cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, recipe: Recipe, schedule: Schedule
+        cls, dataset: Dataset, catalogue: Catalogue, sequencer: Sequencer, settings: RunSettings, schedule: Schedule
     ) -> Validation:
         """Build it from the validation split, with at most `schedule.validation_users` users."""
         examples = eval_examples(
             dataset.cases("valid"),
             catalogue,
-            allow_empty=recipe.allow_empty_history,
+            allow_empty=settings.allow_empty_history,
             limit=schedule.validation_users,
-            seed=recipe.seed,
+            seed=settings.seed,
         )
         sequences = [sequencer.last_of(example.history, example.targets[0]) for example in examples]
         sequences.sort(key=lambda sequence: len(sequence.tokens))
         pad = sequencer.spelling.pad_token
         batches = [Batch.of(sequences[start : start + _BATCH], pad) for start in range(0, len(sequences), _BATCH)]
-        return cls(examples, batches, sequencer, catalogue, recipe.scoring_rule, schedule.select_by == "loss")
+        return cls(examples, batches, sequencer, catalogue, settings.scoring_rule, schedule.select_by == "loss")
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Measure the model; empty without examples. The epoch with the largest `score` is the best."""

@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
@@ -269,8 +271,42 @@ def _check_finite(
         raise ExportError(str(error)) from error
 
 
-def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision) -> float:
-    """The largest absolute error of a code logit or log-normalizer of an exported file, on random token trees.
+def check_origin(
+    model: PreTrainedModel, name: str, bundle: Bundle, role: Role, prompts: Sequence[npt.NDArray[np.int64]] = ()
+) -> float:
+    """Return the largest error of a bundle's model against the checkpoint that it was exported from.
+
+    name: the checkpoint's name in messages. prompts: token ids that are tried beside random token trees.
+    Raises ExportError when the checkpoint is another one.
+    """
+    check_supported(model)
+    entry, shape = bundle.model(role), DecoderShape.of(model)
+    other = f"{name}: not the checkpoint that the {role} of {bundle.root} was exported from"
+    found = {
+        "architecture": model.config.model_type,
+        "vocab_size": shape.vocab_size,
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    for field, value in found.items():
+        if value != getattr(entry, field):
+            raise ExportError(f"{other}: its {field} is {value}, the bundle's {getattr(entry, field)}")
+    try:
+        return check_parity(model, bundle.model_path(role), entry.code_tokens, entry.precision, prompts)
+    except ExportError as error:
+        raise ExportError(f"{other}: {error}") from error
+
+
+def check_parity(
+    model: PreTrainedModel,
+    path: Path,
+    code_tokens: Sequence[int],
+    precision: Precision,
+    prompts: Sequence[npt.NDArray[np.int64]] = (),
+) -> float:
+    """The largest absolute error of a code logit or log-normalizer of an exported file, on random token trees and `prompts`.
 
     Raises ExportError when it is above TOLERANCE, or when the file cannot be loaded.
     """
@@ -279,7 +315,7 @@ def check_parity(model: PreTrainedModel, path: Path, code_tokens: Sequence[int],
     except BundleError as error:
         raise ExportError(str(error)) from error
     with rounded(model) if precision == "int8" else nullcontext():
-        worst, largest = compare(model, decoder, code_tokens)
+        worst, largest = compare(model, decoder, code_tokens, prompts=prompts)
     if not worst <= TOLERANCE[precision] * max(1.0, largest):  # negated, so that NaN fails too
         raise ExportError(
             f"{path}: differs from its checkpoint by {worst:.2g} in a logit (the largest is {largest:.2g})"

@@ -10,20 +10,12 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Role
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
-from atspeed.training.evaluate import ModelRecommender
 from atspeed.training.models import SpelledModel
 from atspeed.training.recipe import Recipe
-from atspeed.training.sequences import Sequencer
 from atspeed.training.stages import Measures
 
 _DRAFT_WIDTH = 40  # N of the agreement measure, the AtSpeed paper's
 _TARGET_BEAMS = 10  # K of the agreement measure
-
-
-def recommender(recipe: Recipe, catalogue: Catalogue, model: SpelledModel) -> ModelRecommender:
-    """Build the recommender of a model under a recipe."""
-    sequencer = Sequencer.of(model.spelling, catalogue, recipe.allow_empty_history)
-    return ModelRecommender(model.model, sequencer, catalogue, recipe.scoring_rule)
 
 
 def evaluate_models(
@@ -43,7 +35,7 @@ def evaluate_models(
     )
     if not examples:
         return {}
-    recommenders = {role: recommender(recipe, catalogue, model) for role, model in models.items()}
+    recommenders = {role: model.recommender(recipe, catalogue) for role, model in models.items()}
     baselines = {
         "popularity": evaluate.popularity(dataset, catalogue),
         "item-knn": evaluate.item_knn(dataset, catalogue, recent=recipe.prompt.max_items),

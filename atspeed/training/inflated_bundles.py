@@ -11,7 +11,7 @@ import torch
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, link_files, write_manifest
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import entry_of
-from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_parity, export_decoder
+from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_origin, export_decoder
 from atspeed.training.inflation import InflationError, ModelShape, write_inflated
 from atspeed.training.models import SpelledModel
 from atspeed.training.parity import compare_checkpoints
@@ -90,14 +90,12 @@ def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
     if entry.inflated_from is not None:
         raise InflationError(f"{bundle.root}: its {role} is already inflated")
     model = SpelledModel.load(checkpoint)
-    if (model.spelling.code_tokens, model.parameters) != (entry.code_tokens, entry.parameters):
+    if model.spelling.code_tokens != entry.code_tokens:
         raise InflationError(f"{checkpoint}: not the checkpoint that the {role} of {bundle.root} was exported from")
     try:
-        check_parity(model.model, bundle.model_path(role), entry.code_tokens, entry.precision)
+        check_origin(model.model, str(checkpoint), bundle, role)
     except ExportError as error:
-        raise InflationError(
-            f"{checkpoint}: not the checkpoint that the {role} of {bundle.root} was exported from: {error}"
-        ) from error
+        raise InflationError(str(error)) from error
     return model
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, inf
 TOP = 20  # K of AtSpeed-S; a recipe's `beams` replaces it
 
 
-def path_cross_entropy(logits: Tensor, row: Tensor, token: Tensor, valid: Tensor) -> Tensor:
+def path_cross_entropy(logits: Tensor, row: Tensor, token: Tensor, scored: Tensor) -> Tensor:
     """Mean negative log-likelihood per token of whole code paths, softmax over the whole vocabulary.
 
         L = - mean_paths mean_l log q(token_l | prefix_l)
@@ -40,14 +40,12 @@ def path_cross_entropy(logits: Tensor, row: Tensor, token: Tensor, valid: Tensor
         logits: float [b, m, V], of m prefixes per prompt.
         row: int64 [b, P, L], the prefix before each code of a path.
         token: int64 [b, P, L], that code's token.
-        valid: bool [b, P], True where there is a path; at least one.
+        scored: bool [b, P, L], True for the codes that count; at least one. A missing path has none.
     """
-    # The logits of every valid path's prefixes, and the tokens that follow them: one row per code.
-    batch, _, length = row.shape
-    chosen = logits.gather(1, row.reshape(batch, -1, 1).expand(-1, -1, logits.shape[-1]))[
-        valid.repeat_interleave(length, 1)
-    ]
-    wanted = token.reshape(batch, -1)[valid.repeat_interleave(length, 1)]
+    # The logits of the prefixes, and the tokens that follow them: one row per code.
+    kept = scored.flatten(1)
+    chosen = logits.gather(1, row.flatten(1).unsqueeze(-1).expand(-1, -1, logits.shape[-1]))[kept]
+    wanted = token.flatten(1)[kept]
     return -chosen.log_softmax(-1).gather(1, wanted.unsqueeze(1)).mean()
 
 

@@ -16,10 +16,10 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
 from atspeed.training.errors import RecipeError
-from atspeed.training.evaluate import Validation
+from atspeed.training.evaluate import ModelRecommender, Validation
 from atspeed.training.export import load_checkpoint
 from atspeed.training.generation import drop_generation_defaults
-from atspeed.training.recipe import ModelRecipe, PretrainedBase, PromptWindow, Recipe, Shape
+from atspeed.training.recipe import ModelRecipe, PretrainedBase, PromptWindow, RunSettings, Shape
 from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
 
@@ -43,6 +43,16 @@ class SpelledModel:
     def parameters(self) -> int:
         """Number of weights, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def recommender(self, settings: RunSettings, catalogue: Catalogue) -> ModelRecommender:
+        """Build the model's recommender under the settings of a run."""
+        sequencer = Sequencer.of(self.spelling, catalogue, settings.allow_empty_history)
+        return ModelRecommender(self.model, sequencer, catalogue, settings.scoring_rule)
+
+    def to(self, device: torch.device) -> SpelledModel:
+        """Move the model to a device."""
+        self.model.to(device)  # type: ignore[arg-type] # transformers wraps the method and loses its self
+        return self
 
     def save(self, checkpoint: Path) -> None:
         """Write a Hugging Face checkpoint with the spelling beside it."""
@@ -169,7 +179,7 @@ def _longest_sequence(prompt: PromptTemplate, catalogue: Catalogue) -> int:
 
 def train_model(
     part: ModelRecipe,
-    recipe: Recipe,
+    settings: RunSettings,
     dataset: Dataset,
     catalogue: Catalogue,
     folder: Path,
@@ -182,11 +192,11 @@ def train_model(
     start: SpelledModel | None = None,
     seed: int | None = None,
 ) -> tuple[SpelledModel, FitState]:
-    """Train the target or the draft of a recipe on the train histories. A run in `folder` is resumed.
+    """Train a model on the train histories. A run in `folder` is resumed.
 
     Args:
         part: the model's part of the recipe.
-        recipe: the recipe.
+        settings: the settings of the run.
         dataset: the data set.
         catalogue: the catalogue.
         folder: the folder of the training's state.
@@ -196,15 +206,15 @@ def train_model(
         batches: builds each epoch's batches from the model's sequencer; by default windows of the histories.
         validate: wraps the validation that chooses the best epoch.
         start: the same model with other weights to begin from.
-        seed: the seed; the recipe's by default.
+        seed: the seed; the run's by default.
 
     Raises Paused when the checkpoints say so.
     """
-    seed = recipe.seed if seed is None else seed
-    spelled = build_model(part, catalogue, recipe.prompt, seed)
+    seed = settings.seed if seed is None else seed
+    spelled = build_model(part, catalogue, settings.prompt, seed)
     if start is not None:
         spelled.model.load_state_dict(start.model.state_dict())
-    sequencer = Sequencer.of(spelled.spelling, catalogue, recipe.allow_empty_history)
+    sequencer = Sequencer.of(spelled.spelling, catalogue, settings.allow_empty_history)
     windows = WindowBatches(
         sequencer,
         index_histories(catalogue, dataset.train),
@@ -213,7 +223,7 @@ def train_model(
         seed,
         run=batches_per_step(part.schedule),
     )
-    validation = Validation.of(dataset, catalogue, sequencer, recipe, part.schedule)
+    validation = Validation.of(dataset, catalogue, sequencer, settings, part.schedule)
     trainer: Trainer[Any] = Trainer(
         model=spelled.model,
         batches=batches(sequencer) if batches else windows,

@@ -51,6 +51,12 @@ class RandomTree:
             visible[token] |= visible[parent]
         return cls(prefix, random.integers(0, vocab_size, total), visible.sum(axis=1) - 1, visible)
 
+    @classmethod
+    def chain(cls, tokens: npt.NDArray[np.int64]) -> RandomTree:
+        """Return a prompt as a prefix with its last token below; at least two tokens."""
+        count = len(tokens)
+        return cls(count - 1, tokens, np.arange(count), np.tri(count, dtype=bool))
+
     def alone(self, node: int) -> RandomTree:
         """Return a node, by its place among the tokens, with only the prefix and its ancestors."""
         path = np.flatnonzero(self.visible[node])
@@ -58,10 +64,19 @@ class RandomTree:
 
 
 def compare(
-    model: PreTrainedModel, decoder: Decoder, code_tokens: Sequence[int], *, trees: int = 3
+    model: PreTrainedModel,
+    decoder: Decoder,
+    code_tokens: Sequence[int],
+    *,
+    trees: int = 3,
+    prompts: Sequence[npt.NDArray[np.int64]] = (),
 ) -> tuple[float, float]:
-    """Return the largest absolute difference and the largest absolute value of all outputs; NaN if one is NaN."""
+    """Return the largest absolute difference and the largest absolute value of all outputs; NaN if one is NaN.
+
+    prompts: token ids that are tried as well.
+    """
     grown = [_tree_of(model, seed) for seed in range(trees)]
+    grown += [RandomTree.chain(prompt) for prompt in prompts if len(prompt) > 1]
     expected = [checkpoint_outputs(model, tree, code_tokens) for tree in grown]
     return _difference(expected, [decoder_outputs(decoder, tree) for tree in grown])
 

@@ -1,6 +1,6 @@
 """Turns a recipe into a bundle, in stages that are kept and resumed.
 
-A stage is skipped while its inputs stay the same.
+A stage is skipped while its inputs stay the same. Those of the draft are in atspeed/training/draft_stages.py.
 
 run/
     catalogue/                              data -> semantic IDs
@@ -19,48 +19,34 @@ does the rest while the others wait. Several drafts of one target: atspeed/train
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Role
+from atspeed.engine.bundle.manifest import Bundle, Role
 from atspeed.engine.files.json_file import finite, write_json
 from atspeed.engine.model.bundle_check import verify_bundle
-from atspeed.training.alignment import AlignmentObjective
-from atspeed.training.alignment_batches import AlignmentBatches
-from atspeed.training.bundles import provenance_of, write_bundle
-from atspeed.training.calibration import Calibration
+from atspeed.training.bundles import provenance_of, write_bundle, write_with_draft
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset, movielens_wheel, read_atspeed, read_movielens
 from atspeed.training.data_check import check_data, check_run_folder, print_skipped_steps
+from atspeed.training.draft_stages import DraftStages
 from atspeed.training.errors import RecipeError
-from atspeed.training.evaluate import AgreementValidation, ModelRecommender, Validation
-from atspeed.training.final_evaluation import evaluate_models, flat, recommender, show
-from atspeed.training.models import SpelledModel, train_model
+from atspeed.training.evaluate import ModelRecommender
+from atspeed.training.final_evaluation import evaluate_models, flat, show
+from atspeed.training.models import SpelledModel
 from atspeed.training.processes import device, is_main
-from atspeed.training.recipe import (
-    Alignment,
-    AtspeedData,
-    DraftRecipe,
-    GivenCodes,
-    ModelRecipe,
-    MovielensData,
-    Recipe,
-    SyntheticData,
-)
+from atspeed.training.recipe import AtspeedData, GivenCodes, MovielensData, Recipe, SyntheticData
+from atspeed.training.run import Folders, Run
 from atspeed.training.semantic_ids import build_catalogue
-from atspeed.training.sequences import Sequencer, index_histories
-from atspeed.training.stages import Measures, Stage, key_of, remove
+from atspeed.training.stages import Measures, key_of
 from atspeed.training.synthetic import synthetic
-from atspeed.training.teacher import Teacher, TrainingPrompts, check_teacher_data, write_teacher_data
-from atspeed.training.trainer import batches_per_step
 
 
 def train(
@@ -107,28 +93,6 @@ def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
 
 
 @dataclass(frozen=True)
-class Folders:
-    """The folders of a run's stages. Compared drafts share some of them; otherwise all are the same.
-
-    Attributes:
-        run: the draft, its plan scales, the evaluation, the bundle.
-        shared: the catalogue and the target.
-        teacher: the teacher's data.
-        pretrained: the draft before its alignment.
-    """
-
-    run: Path
-    shared: Path
-    teacher: Path
-    pretrained: Path
-
-    @classmethod
-    def one(cls, folder: Path) -> Self:
-        """Use one folder for all stages."""
-        return cls(folder, folder, folder, folder)
-
-
-@dataclass(frozen=True)
 class TrainingRun:
     """The stages of a recipe.
 
@@ -161,42 +125,51 @@ class TrainingRun:
             write_json(self.folders.run / "recipe.json", self.recipe.model_dump(mode="json"))
         catalogue = self._catalogue()
         models: dict[Role, SpelledModel] = {"target": self._target(catalogue)}
-        if self.recipe.draft is not None:
-            models["draft"] = self._draft(self.recipe.draft, catalogue)
-        measures = self._evaluation(models, catalogue) if self.evaluated else {}
-        scales = self._plan_scale(self.recipe.draft, catalogue) if self.recipe.draft else None
-        return self._bundle(models, catalogue, measures, scales)
+        keys = [self.target_key(catalogue)]
+        draft = self.draft_stages(catalogue)
+        if draft is not None:
+            models["draft"] = draft.draft()
+            keys.append(draft.key)
+        measures = self._evaluation(models, catalogue, keys) if self.evaluated else {}
+        scales = draft.plan_scales() if draft else None
+        return self._bundle(models, catalogue, keys, measures, scales)
 
     def teacher(self) -> None:
         """Run the stages up to the teacher's, if the draft is aligned."""
         catalogue = self._catalogue()
         self._target(catalogue)
-        if self.recipe.draft is not None and self.recipe.draft.alignment is not None:
-            self._teacher(self.recipe.draft.alignment, catalogue)
+        draft = self.draft_stages(catalogue)
+        if draft is not None and draft.part.alignment is not None:
+            draft.teacher(draft.part.alignment)
 
     def pretrain(self) -> None:
         """Train the draft before its alignment, if the recipe pretrains it. Other stages before are not run."""
-        if self.recipe.draft is not None and self.recipe.draft.pretraining is not None:
-            self._pretrained(self.recipe.draft, self._catalogue())
+        draft = self.draft_stages(self._catalogue())
+        if draft is not None and draft.part.pretraining is not None:
+            draft.pretrained()
 
-    def _stage(
-        self,
-        name: str,
-        key: str,
-        folder: Path,
-        *outputs: str,
-        read: Callable[[], object] = lambda: None,
-        scratch: tuple[str, ...] = (),
-    ) -> Stage:
-        return Stage(
-            title=f"{self.title} {name}".lstrip(),
-            marker=folder / "stages" / f"{name}.json",
-            key=key,
-            outputs=tuple(folder / path for path in outputs),
-            read=read,
-            scratch=tuple(folder / path for path in scratch),
-            checkpoints=None if name == "bundle" and self.last else self.checkpoints,
-        )
+    @property
+    def _run(self) -> Run:
+        return Run(self.recipe, self.folders, self.dataset, self.checkpoints, self.title, self.last)
+
+    def draft_stages(self, catalogue: Catalogue) -> DraftStages | None:
+        """Return the stages of the draft, if the recipe has one."""
+        if self.recipe.draft is None:
+            return None
+
+        def target() -> ModelRecommender:
+            trained = SpelledModel.load(self.folders.shared / "target-checkpoint").to(device())
+            return trained.recommender(self.recipe, catalogue)
+
+        return DraftStages(self._run, self.recipe.draft, catalogue, target, self.target_key(catalogue))
+
+    def target_key(self, catalogue: Catalogue) -> str:
+        """Hash all that the target is trained from."""
+        return self._run.model_key(self.recipe.target, catalogue)
+
+    def _target(self, catalogue: Catalogue) -> SpelledModel:
+        key = self.target_key(catalogue)
+        return self._run.model("target", self.folders.shared, self.recipe.target, key, catalogue)
 
     def _catalogue(self) -> Catalogue:
         folder = self.folders.shared / "catalogue"
@@ -213,131 +186,10 @@ class TrainingRun:
             return trie_shape(catalogue)
 
         read = cache(lambda: Catalogue.load(folder))
-        self._stage("catalogue", key, self.folders.shared, "catalogue", read=read).run(work)
+        self._run.stage("catalogue", key, self.folders.shared, "catalogue", read=read).run(work)
         return read()
 
-    def _model_key(self, part: ModelRecipe, catalogue: Catalogue) -> str:
-        included = {"seed", "scoring_rule", "allow_empty_history", "prompt"}
-        shared = self.recipe.model_dump(mode="json", include=included)
-        key = key_of(
-            self.dataset.digest, catalogue.version, shared, part.model_dump(mode="json", exclude={"precision"})
-        )
-        if isinstance(part, DraftRecipe) and part.alignment is not None:
-            return key_of(key, self._teacher_key(part.alignment, catalogue))
-        return key
-
-    def _model_keys(self, catalogue: Catalogue) -> list[str]:
-        return [self._model_key(part, catalogue) for part in self.recipe.parts.values()]
-
-    def _teacher_key(self, alignment: Alignment, catalogue: Catalogue) -> str:
-        """Hash the target and the teacher's settings. The loss is left out, since one teacher serves all losses."""
-        return key_of(self._model_key(self.recipe.target, catalogue), alignment.beams, alignment.prompts)
-
-    def _target(self, catalogue: Catalogue) -> SpelledModel:
-        return self._model("target", self.folders.shared, self.recipe.target, catalogue)
-
-    def _draft(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
-        """Train the draft, after its teacher data if it is aligned."""
-        if part.alignment is None:
-            return self._model("draft", self.folders.run, part, catalogue)
-        alignment, prompts = part.alignment, self._teacher(part.alignment, catalogue)
-        seed = self.recipe.seed if part.seed is None else part.seed
-
-        def batches(sequencer: Sequencer) -> AlignmentBatches:
-            size, run = part.schedule.batch_size, batches_per_step(part.schedule)
-            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed, run)
-
-        def validate(validation: Validation) -> AgreementValidation:
-            target = self._load_target(catalogue)
-            return AgreementValidation.of(validation, target, beams=alignment.beams, width=alignment.budget)
-
-        return self._model(
-            "draft",
-            self.folders.run,
-            part,
-            catalogue,
-            start=self._pretrained(part, catalogue) if part.pretraining else None,
-            seed=seed,
-            loss=AlignmentObjective(alignment, self.recipe.scoring_rule),
-            batches=batches,
-            validate=validate,
-        )
-
-    def _pretrained(self, part: DraftRecipe, catalogue: Catalogue) -> SpelledModel:
-        """Train the draft as the target is trained. Every alignment of it begins here."""
-        plain = part.model_copy(update={"schedule": part.pretraining, "alignment": None, "pretraining": None})
-        return self._model("pretrained-draft", self.folders.pretrained, plain, catalogue, seed=part.seed)
-
-    def _load_target(self, catalogue: Catalogue) -> ModelRecommender:
-        """Load the trained target on the device."""
-        return self._load("target", catalogue)
-
-    def _load(self, role: Role, catalogue: Catalogue) -> ModelRecommender:
-        folder = self.folders.shared if role == "target" else self.folders.run
-        loaded = recommender(self.recipe, catalogue, SpelledModel.load(folder / f"{role}-checkpoint"))
-        loaded.model.to(device())  # type: ignore[arg-type] # transformers wraps the method and loses its self
-        return loaded
-
-    def _plan_scale(self, part: DraftRecipe, catalogue: Catalogue) -> tuple[float, ...]:
-        """Choose the plan scales on the validation's users."""
-
-        def work() -> Measures:
-            target, draft = self._load("target", catalogue), self._load("draft", catalogue)
-            examples = Validation.of(self.dataset, catalogue, draft.sequencer, self.recipe, part.schedule).examples
-            scales = Calibration.usual().scales(target, draft, examples)
-            return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
-
-        key = key_of(*self._model_keys(catalogue), part.schedule.validation_users)
-        measures = self._stage("plan-scale", key, self.folders.run).run(work)
-        return tuple(measures.values())
-
-    @property
-    def _teacher_folder(self) -> Path:
-        return self.folders.teacher / "teacher"
-
-    def _teacher(self, alignment: Alignment, catalogue: Catalogue) -> TrainingPrompts:
-        """Write the target's answers to training prompts. Returns the prompts."""
-        recipe = self.recipe
-        histories = index_histories(catalogue, self.dataset.train)
-        prompts = TrainingPrompts.draw(
-            histories, allow_empty=recipe.allow_empty_history, limit=alignment.prompts, seed=recipe.seed
-        )
-
-        def work() -> Measures:
-            target = self._load_target(catalogue)
-            teacher = Teacher(target.model, target.sequencer, catalogue, target.rule, alignment.beams)
-            write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.checkpoints)
-            return {"prompts": len(prompts)}
-
-        key = self._teacher_key(alignment, catalogue)
-        read = partial(check_teacher_data, self._teacher_folder, len(prompts))
-        stage = self._stage("teacher", key, self.folders.teacher, self._teacher_folder.name, read=read)
-        stage.run(work, together=True)
-        return prompts
-
-    def _model(
-        self, name: str, folder: Path, part: ModelRecipe, catalogue: Catalogue, **objective: Any
-    ) -> SpelledModel:
-        """Train a model and keep its checkpoint and its log. objective: further arguments of `train_model`."""
-        training, checkpoint = folder / f"{name}-training", folder / f"{name}-checkpoint"
-        title = f"{self.title} {name}".lstrip()
-
-        def work() -> Measures:
-            shared = self.recipe, self.dataset, catalogue, training
-            model, state = train_model(part, *shared, title=title, checkpoints=self.checkpoints, **objective)
-            if is_main():
-                remove(checkpoint)
-                model.save(checkpoint)
-                write_json(folder / f"{name}-log.json", state.log)
-            return {"parameters": model.parameters, "epochs": state.epoch, "best_epoch": state.best_epoch + 1}
-
-        key = self._model_key(part, catalogue)
-        read = cache(lambda: SpelledModel.load(checkpoint))
-        stage = self._stage(name, key, folder, checkpoint.name, f"{name}-log.json", read=read, scratch=(training.name,))
-        stage.run(work, together=True)
-        return read()
-
-    def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue) -> Measures:
+    def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue, keys: Sequence[str]) -> Measures:
         """Evaluate on the test split. Returns flat names for the manifest."""
 
         def work() -> Measures:
@@ -347,34 +199,33 @@ class TrainingRun:
             show(report)
             return flat(report)
 
-        key = key_of(*self._model_keys(catalogue), self.recipe.evaluation_users)
-        return self._stage("evaluation", key, self.folders.run, "metrics.json").run(work)
+        key = key_of(*keys, self.recipe.evaluation_users)
+        return self._run.stage("evaluation", key, self.folders.run, "metrics.json").run(work)
 
     def _bundle(
         self,
         models: Mapping[Role, SpelledModel],
         catalogue: Catalogue,
+        keys: Sequence[str],
         measures: Measures,
         scales: tuple[float, ...] | None,
     ) -> Path:
         folder = self.folders.run / "bundle"
 
         def work() -> Measures:
-            write_bundle(
-                folder,
-                self.recipe,
-                catalogue,
-                models,
-                scales=scales,
-                provenance=provenance_of(self.recipe, self.dataset, measures),
-                target_from=self.target_from,
-            )
+            provenance = provenance_of(self.recipe, self.dataset, measures)
+            if self.target_from is None or self.recipe.draft is None:
+                write_bundle(folder, self.recipe, catalogue, models, scales=scales, provenance=provenance)
+            else:
+                changes = {"name": self.recipe.name, "provenance": provenance}
+                precision = self.recipe.draft.precision
+                write_with_draft(folder, Bundle(self.target_from), models["draft"], precision, scales, **changes)
             return {"bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
 
         served = self.recipe.model_dump(mode="json", exclude={"data", "codes"})
-        key = key_of(served, catalogue.version, self._model_keys(catalogue), measures, scales)
+        key = key_of(served, catalogue.version, list(keys), measures, scales)
         read = partial(verify_bundle, folder, passes=False)
-        self._stage("bundle", key, self.folders.run, "bundle", read=read).run(work)
+        self._run.stage("bundle", key, self.folders.run, "bundle", read=read).run(work)
         return folder
 
 

@@ -256,16 +256,21 @@ class DraftRecipe(ModelRecipe):
         return written
 
 
-class Recipe(_Part):
-    """A training run: data -> semantic IDs -> target -> draft -> bundle."""
+class RunSettings(_Part):
+    """The settings that both models of a run share."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     seed: Seed = 1
     scoring_rule: ScoringRule = ScoringRule.VOCAB
     allow_empty_history: bool = False
+    prompt: PromptWindow = PromptWindow()
+
+
+class Recipe(RunSettings):
+    """A training run: data -> semantic IDs -> target -> draft -> bundle."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     data: Annotated[MovielensData | AtspeedData | SyntheticData, Field(discriminator="source")]
     codes: Annotated[GivenCodes | QuantisedCodes, Field(discriminator="kind")]
-    prompt: PromptWindow = PromptWindow()
     target: ModelRecipe
     draft: DraftRecipe | None = None
     evaluation_users: PositiveInt = 5000
@@ -280,9 +285,38 @@ class Recipe(_Part):
         return parts
 
 
+class DistillRecipe(_Part):
+    """A draft for the target of a bundle, which also gives the scoring rule and the catalogue."""
+
+    seed: Seed = 1
+    prompt: PromptWindow | None = None
+    """The draft's window of history; by default the target's."""
+    draft: DraftRecipe = DraftRecipe(
+        # About two million parameters beside the code tokens: small enough for a CPU, and for a target of 20M and more.
+        shape=Shape(hidden_size=192, intermediate_size=512, layers=4, heads=3, kv_heads=3),
+        # The schedules of runs/beauty-small.toml, whose losses were compared in docs/benchmarks.
+        pretraining=Schedule(
+            epochs=6, batch_size=32, learning_rate=2e-3, item_dropout=0.1, select_by="loss", validation_users=500
+        ),
+        schedule=Schedule(epochs=5, batch_size=32, learning_rate=1.5e-3, weight_decay=0.01, validation_users=300),
+        alignment=Alignment(loss="level-kd", weight=1.0, beams=20, budget=80),
+    )
+
+    @model_validator(mode="after")
+    def _learns_from_the_target(self) -> DistillRecipe:
+        if self.draft.alignment is None:
+            raise ValueError("draft.alignment: is missing, so the draft would not learn from the target")
+        return self
+
+
 def read_recipe(path: Path) -> Recipe:
     """Parse and validate a recipe. Raises RecipeError naming the file and the key at fault."""
     return read_toml(Recipe, path)
+
+
+def read_distill_recipe(path: Path | None) -> DistillRecipe:
+    """Parse and validate a draft's recipe; None is the default one. Raises RecipeError naming the file and the key at fault."""
+    return DistillRecipe() if path is None else read_toml(DistillRecipe, path)
 
 
 def read_toml(kind: type[_Read], path: Path) -> _Read:

@@ -24,14 +24,13 @@ from atspeed.engine.arrays import Int32, Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Trie
-from atspeed.training.beams import BeamSearch, batches_of_equal_length
+from atspeed.training.beams import BeamSearch, batches_of_equal_length, prompts_at_once
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.errors import DataError, Paused
 from atspeed.training.processes import processes, wait_for_all
 from atspeed.training.sequences import Sequencer
 
 SHARD = 2048  # prompts per file; a killed run loses at most the work on one
-_BATCH = 64  # prompts per pass; affects speed and memory only
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,12 @@ class TrainingPrompts:
     def draw(cls, histories: Sequence[Int64], *, allow_empty: bool, limit: int, seed: int) -> Self:
         """Take every place of every history, or `limit` drawn by the seed; the first place only if `allow_empty`."""
         first = 0 if allow_empty else 1
-        every = [(index, cut) for index, history in enumerate(histories) for cut in range(first, len(history))]
-        order = np.random.default_rng(seed).permutation(len(every))[:limit]
-        return cls(histories, np.asarray(every, dtype=np.int64).reshape(-1, 2)[order])
+        count = np.maximum(np.array([len(history) for history in histories], dtype=np.int64) - first, 0)
+        ends = np.cumsum(count)
+        order = np.random.default_rng(seed).permutation(int(count.sum()))[:limit]
+        # A place's history is the first whose places end after it.
+        index = np.searchsorted(ends, order, side="right")
+        return cls(histories, np.stack([index, order - (ends - count)[index] + first], axis=1))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -76,7 +78,7 @@ class TeacherShard:
     Attributes:
         beams: int32 [n, L, K]. Trie nodes of each level, best first, -1 where there are fewer.
         gold: int32 [n]. The gold items' leaves.
-        logp: float16, nats, over the whole vocabulary: the children of `tree_nodes`, in order, prompt after prompt.
+        logp: float16, nats, under the scoring rule: the children of `tree_nodes`, in order, prompt after prompt.
         start: int64 [n + 1]. Prompt i has logp[start[i] : start[i + 1]].
     """
 
@@ -145,7 +147,9 @@ class Teacher:
         beams = np.full((count, self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
         logp: dict[int, npt.NDArray[np.float16]] = {}
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)
-        for group in batches_of_equal_length(tokens, _BATCH):
+        for group in batches_of_equal_length(
+            tokens, prompts_at_once(self.sequencer.spelling.vocab_size, self.beams + 1)
+        ):
             found, values = self._search(search, np.stack([tokens[index] for index in group]), gold[group])
             beams[group, :, : found.shape[2]] = found
             logp |= zip(group, values, strict=True)
@@ -169,7 +173,8 @@ class Teacher:
             row, place = np.nonzero(kept)
             # All children of the kept prefixes, and their values. Rows are ascending, so they split by prompt.
             which, child = trie.children_of(prefix[row, place])
-            values = logp[row[which], place[which], trie.code[child]]
+            above = prefix[row, place][which]
+            values = logp[row[which], place[which], child - trie.child_start[above]]
             ends = np.cumsum(np.bincount(row[which], minlength=len(prompts)))[:-1]
             for part, found in zip(parts, np.split(values, ends), strict=True):
                 part.append(found)

@@ -96,14 +96,16 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_bench_lossless(made: TestBundle, tmp_path: Path) -> None:
-    """Both rules; the result file says where it comes from."""
+    """All rules; the result file says where it comes from."""
     out = tmp_path / "lossless.json"
-    options = ["--users", 6, "-k", 5, "--excluded", 10, "--rule", "both", "--json", out]
+    options = ["--users", 6, "-k", 5, "--excluded", 10, "--rule", "all", "--json", out]
     result = run("bench", "lossless", "--bundle", made.root, *options)
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text())
-    assert {row["rule"]: row["identical"] + row["near_ties"] for row in written["rows"]} == {"vocab": 6, "trie": 6}
-    assert [row["invalid_paths"] for row in written["rows"]] == [0, 0]
+    assert {row["rule"]: row["identical"] + row["near_ties"] for row in written["rows"]} == dict.fromkeys(
+        ("vocab", "trie", "codes"), 6
+    )
+    assert [row["invalid_paths"] for row in written["rows"]] == [0, 0, 0]
     assert re.search(
         r"identical to target-only: (yes|near-tie) \(\d+ identical, \d+ near-tie, 0 different\)", result.stdout
     )

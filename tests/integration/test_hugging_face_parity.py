@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from atspeed.benchmarks.generate_reference import Reference
 from atspeed.benchmarks.histories import choose_histories
-from atspeed.benchmarks.parity import MODES, WIDTHS, Reference, run
+from atspeed.benchmarks.parity import MODES, WIDTHS, run
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule

@@ -9,10 +9,11 @@ from typing import Any, get_args
 import pytest
 
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.training import pipeline
+from atspeed.training import draft_stages, pipeline
 from atspeed.training.errors import RecipeError
-from atspeed.training.pipeline import Folders, load_dataset, train
+from atspeed.training.pipeline import load_dataset, train
 from atspeed.training.recipe import AlignmentLoss, Recipe, read_recipe
+from atspeed.training.run import Folders
 from atspeed.training.semantic_ids import build_catalogue
 from atspeed.training.teacher import Teacher, TeacherShard, TrainingPrompts, write_teacher_data
 from tests.recipes import RUNS, TINY, fitted_titles, short_recipe
@@ -83,7 +84,7 @@ def test_killed_while_the_teacher_answers_gives_the_same_bundle(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second shard kills the run; the first is kept and not asked for again."""
-    monkeypatch.setattr(pipeline, "write_teacher_data", partial(write_teacher_data, shard=40))
+    monkeypatch.setattr(draft_stages, "write_teacher_data", partial(write_teacher_data, shard=40))
     whole = Path(shutil.copytree(copied, tmp_path / "whole"))
     asked = aligned(tmp_path, loss="atspeed-s", prompts=100)
     expected = Bundle(train(asked, whole, threads=1)).manifest.version
@@ -111,9 +112,10 @@ def test_recipes_without_alignment_keep_their_keys() -> None:
     dataset = load_dataset(TINY, None)
     run = pipeline.TrainingRun(TINY, Folders.one(Path("unused")), None, dataset)
     catalogue = build_catalogue(dataset, TINY.codes, data=None, seed=TINY.seed)
-    assert TINY.draft is not None
-    assert run._model_key(TINY.target, catalogue) == "57b8e5da7c51e664"
-    assert run._model_key(TINY.draft, catalogue) == "a35c0ae364bd022f"
+    stages = run.draft_stages(catalogue)
+    assert run.target_key(catalogue) == "57b8e5da7c51e664"
+    assert stages is not None
+    assert stages.key == "a35c0ae364bd022f"
     for path in (RUNS / f"{name}.toml" for name in ("tiny", "movielens-100k")):
         if (draft := read_recipe(path).draft) is not None and draft.alignment is None:
             assert list(draft.model_dump(mode="json")) == ["shape", "base", "schedule", "precision"]

@@ -114,11 +114,12 @@ def test_batch_holds_the_values_of_its_shard(folder: Path) -> None:
                     assert level.wanted[row, slot][kept].tolist() == wanted
                     assert bool(level.on_beam[row, slot]) == (nodes[at] == 0 or nodes[at] in shard.beams[place, :-1])
                     assert bool(level.on_gold[row, slot]) == (TRIE.path(nodes[at]) in prefixes)
+                assert not level.ended.any()
                 for part in (level.allowed, level.wanted, level.on_beam, level.on_gold):
                     assert not part[row, len(here) :].any()
             assert next(told, None) is None
             for path, leaf in enumerate(shard.beams[place, -1].tolist()):
-                assert bool(batch.beams.valid[row, path]) == (leaf >= 0)
+                assert batch.beams.scored[row, path].tolist() == [leaf >= 0] * 3
                 found = [TRIE.path(nodes[at]) for at in batch.beams.row[row, path].tolist()]
                 assert leaf < 0 or found == [TRIE.path(leaf)[:depth] for depth in range(3)]
 
@@ -173,9 +174,14 @@ def test_batch_moves_to_a_device_completely(folder: Path) -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-@pytest.mark.parametrize("rule", [ScoringRule.VOCAB, ScoringRule.TRIE])
-def test_a_level_is_all_children_of_the_targets_beams_with_their_whole_scores(folder: Path, rule: ScoringRule) -> None:
+@pytest.mark.parametrize("rule", list(ScoringRule))
+def test_a_level_is_all_children_of_the_targets_beams_with_their_whole_scores(
+    folder: Path, tmp_path: Path, rule: ScoringRule
+) -> None:
     """Against whole passes, path by path; the target's are as exact as three float16 numbers together, 2e-2."""
+    if rule is ScoringRule.CODES:  # the others renormalise what is there
+        teacher = Teacher(model(1), sequencer(TARGET_SPELLING), CATALOGUE, rule, beams=4)
+        write_teacher_data(teacher, PROMPTS, folder := tmp_path, shard=5)
     draft, target, made = model(2), model(1), batches(folder, TARGET_SPELLING)
     shard = TeacherShard.load(folder / "000000000.safetensors")
     batch = made._batch(_Group(0, np.arange(5)))
@@ -208,6 +214,47 @@ def path_score(asked: PreTrainedModel, prompt: list[int], node: int, rule: Scori
         above = TRIE.find(path[:level])
         assert above is not None
         siblings = [TARGET_SPELLING.code_tokens[int(column)] for column in TRIE.column(TRIE.children(above))]
-        normaliser = at if rule is ScoringRule.VOCAB else at[siblings]
+        normaliser = {"vocab": at, "trie": at[siblings], "codes": at[list(TARGET_SPELLING.code_tokens)]}[rule]
         total += float(at[tokens[level]] - normaliser.logsumexp(0))
     return total
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, None])
+def test_places_after_the_end_of_a_path_count_in_no_loss(tmp_path: Path, loss: AlignmentLoss | None) -> None:
+    """The same paths with an ended level behind them; whole levels are then one more, so they are compared apart."""
+    ended = Catalogue.build(
+        [CATALOGUE.id_of(item) for item in range(CATALOGUE.items)],
+        np.column_stack([CATALOGUE.codes, np.full(CATALOGUE.items, -1)]),
+        (*SIZES, 1),
+    )
+    found = []
+    for catalogue, folder in ((CATALOGUE, tmp_path / "whole"), (ended, tmp_path / "ended")):
+        extra = catalogue.trie.columns - TRIE.columns
+        spelling = TARGET_SPELLING.model_copy(update={"code_tokens": (*TARGET_SPELLING.code_tokens, *[14] * extra)})
+        spelled = Sequencer.of(spelling, catalogue, predict_first=True)
+        write_teacher_data(Teacher(model(1), spelled, catalogue, ScoringRule.VOCAB, beams=4), PROMPTS, folder)
+        made = AlignmentBatches(folder, PROMPTS, spelled, catalogue.trie, 16, seed=1)
+        batch = made._batch(_Group(0, np.arange(len(PROMPTS))))
+        logits = draft_logits(model(2), batch)
+        if loss in {"level-kd", "coverage"}:
+            rows = level_rows(logits, batch, ScoringRule.VOCAB)[:2]
+            found.append(torch.cat([part[row.allowed] for row in rows for part in (row.draft, row.target, row.wanted)]))
+        else:
+            found.append(objective(loss=loss, beams=4)(logits, batch))
+    torch.testing.assert_close(*found)
+
+
+def test_ended_paths_keep_their_scores(tmp_path: Path) -> None:
+    """A level of ended and of real places: the draft's and the target's score of an ended one is that of its path."""
+    paths = np.array([(0, -1, -1), (1, 0, -1), (1, 1, 0), (1, 1, 2), (2, 3, 4)])
+    catalogue = Catalogue.build(list("abcde"), paths, SIZES)
+    spelled = Sequencer.of(TARGET_SPELLING, catalogue, predict_first=True)
+    prompts = TrainingPrompts.draw([np.arange(5)], allow_empty=True, limit=9, seed=1)
+    write_teacher_data(Teacher(model(1), spelled, catalogue, ScoringRule.VOCAB, beams=5), prompts, tmp_path)
+    batch = AlignmentBatches(tmp_path, prompts, spelled, catalogue.trie, 9, seed=1)(0)[0]
+    first, second = level_rows(draft_logits(model(2), batch), batch, ScoringRule.VOCAB)
+    for one, two in ((first.draft, second.draft), (first.target, second.target)):
+        # The first child of the second level is the ended place below the first node of the first level.
+        torch.testing.assert_close(two[:, 0], one[:, 0])
+    assert batch.levels[1].ended.tolist() == [[True, False, False]] * 5
+    assert batch.beams.scored.sum().item() == 5 * int((paths >= 0).sum())

@@ -131,15 +131,17 @@ def test_path_cross_entropy(seed: int, batch: int, paths: int, length: int) -> N
     logits = torch.randn(batch, prefixes, vocabulary, generator=generator, dtype=torch.float64).requires_grad_()
     row = torch.randint(prefixes, (batch, paths, length), generator=generator)
     token = torch.randint(vocabulary, (batch, paths, length), generator=generator)
-    valid = torch.rand(batch, paths, generator=generator) < 0.7
-    valid[0, 0] = True
+    scored = torch.rand(batch, paths, length, generator=generator) < 0.7
+    scored[0, 0, 0] = True
     terms = []
     for prompt in range(batch):
         for path in range(paths):
-            for place in range(length if valid[prompt, path] else 0):
+            for place in range(length):
+                if not scored[prompt, path, place]:
+                    continue
                 q = softmax(list(logits[prompt, row[prompt, path, place]]))
                 terms.append(-q[int(token[prompt, path, place])].log())
-    expected, found = mean(terms), path_cross_entropy(logits, row, token, valid)
+    expected, found = mean(terms), path_cross_entropy(logits, row, token, scored)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     gradients = [torch.autograd.grad(value, logits)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)

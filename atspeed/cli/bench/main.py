@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +25,7 @@ from atspeed.cli.bench.options import (
 )
 from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
-from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out
+from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
@@ -50,26 +51,65 @@ def bench_parity(
             help="The Hugging Face checkpoint that the target was exported from.", exists=True, file_okay=False
         ),
     ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own prompt, which generate then reads: a layout's name, or a file of `atspeed import`."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its tokenizer; by default the checkpoint.", exists=True, file_okay=False),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Index of the items, to compare the bundle's code tokens with.", exists=True, dir_okay=False),
+    ] = None,
+    counts: Annotated[
+        bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
+    ] = True,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 5 10 20]")
+    ] = None,
     users: Users = 200,
     histories: Histories = None,
     seed: Seed = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare lists with Hugging Face generate; exits with 1 if one differs beyond near-ties."""
+    """Compare lists with Hugging Face generate; exits with 1 if one differs beyond near-ties.
 
+    Without --prompt, generate reads the prompts of the bundle, so a wrong prompt is not found.
+    """
+    if prompt is None and (tokenizer or index):
+        raise typer.BadParameter("--tokenizer and --index need --prompt")
     parity, exporter = optional("atspeed.benchmarks.parity"), optional("atspeed.training.export")
+    reference = optional("atspeed.benchmarks.generate_reference").REFERENCE
     optional("transformers.utils.logging").disable_progress_bar()  # loading takes a moment only
     opened = Bundle(bundle)
+    render = _authors_render(opened, prompt, tokenizer or checkpoint, index) if prompt is not None else None
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
-    rows = event_loop.run(parity.run(bundle, exporter.load_checkpoint(checkpoint), chosen))
-    out.print(terminal_table(f"Comparison with {parity.REFERENCE}, {len(chosen)} users", parity.COLUMNS, rows))
-    print_identity(parity.REFERENCE, rows)
+    model = exporter.load_checkpoint(checkpoint)
+    rows = event_loop.run(parity.run(bundle, model, chosen, k or parity.WIDTHS, render=render, counts=counts))
+    out.print(terminal_table(f"Comparison with {reference}, {len(chosen)} users", parity.COLUMNS, rows))
+    print_identity(reference, rows)
     save(json_file, opened, seed, to_json(rows))
     if different := sum(row.different for row in rows):
-        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties")
+        other = rows[0].prompts_different
+        why = f"; {other} of {len(chosen)} prompts are not the bundle's" if other else ""
+        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties{why}")
 
 
-RuleChoice = Literal["bundle", "vocab", "trie", "both"]
+def _authors_render(bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None) -> Callable[..., list[int]]:
+    """Return the function that renders a history as its authors do. Warns of a tail that is not the bundle's."""
+    written = optional("atspeed.importing.authors_prompt").authors_prompt(bundle, prompt, tokenizer, index)
+    if written.tail != written.bundle_tail:
+        tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
+        warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")
+    render: Callable[..., list[int]] = written.tokens
+    return render
+
+
+RuleChoice = Literal["bundle", "vocab", "trie", "codes", "all"]
 
 
 @bench_commands.command("lossless")
@@ -115,6 +155,6 @@ def bench_report(
 
 
 def _rules(bundle: Bundle, choice: RuleChoice) -> list[ScoringRule]:
-    if choice == "both":
+    if choice == "all":
         return list(ScoringRule)
     return [bundle.manifest.scoring_rule if choice == "bundle" else ScoringRule(choice)]

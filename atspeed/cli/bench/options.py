@@ -40,7 +40,10 @@ JsonFile = Annotated[
 Histories = Annotated[
     Path | None,
     typer.Option(
-        "--histories", help="Lines of `user item item ...`; random histories without it.", exists=True, dir_okay=False
+        "--histories",
+        help="Lines of `user item item ...`, or a .csv, .jsonl or .json of `atspeed import`; random histories without it.",
+        exists=True,
+        dir_okay=False,
     ),
 ]
 Users = Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Number of users.")]

@@ -203,6 +203,10 @@ class Catalogue:
         keys = [key if len(key) <= width and not key.endswith(b"\0") else b"" for key in wanted]
         return self._index.find(np.array(keys, dtype=self.ids.dtype))
 
+    def known_ids(self) -> set[str]:
+        """Return all ids: an object per item, which serving never needs."""
+        return {item.decode() for item in self.ids.tolist()}
+
     def id_of(self, item: int) -> str:
         """Return the id of an item index."""
         return bytes(self.ids[item]).decode()

@@ -145,6 +145,8 @@ class Provenance(_Part):
     created_at: datetime = Field(default_factory=lambda: datetime.now(tz=UTC))
     versions: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
+    draft: str = Field(default="", exclude_if=lambda draft: not draft)
+    """The recipe and the histories of a draft that was trained for a given target."""
     imported: dict[str, str] = Field(default_factory=dict, exclude_if=lambda facts: not facts)
     """The checkpoint, index and prompt of an imported target."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atspeed.importing.errors import ImportingError
-from atspeed.importing.histories import read_histories
+from atspeed.importing.histories import histories_of, read_histories
 from atspeed.importing.index import Index
 
 INDEX = Index(Path("index.json"), ["1", "22", "3"], ["<a_1>"], np.zeros((3, 1), dtype=np.int32))
@@ -54,3 +54,14 @@ def test_a_mistake_names_the_place(name: str, content: str, message: str, tmp_pa
         read_histories(tmp_path / name, INDEX)
     assert message in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "follows"), [("h.csv", [("3",), ("1",), ("1",)]), ("h.jsonl", [(), ("1",), ()])])
+def test_training_takes_the_item_that_follows_a_history(
+    name: str, follows: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    """In a field of its own, it ends the history; where the history is empty, it is all there is."""
+    (tmp_path / name).write_text(FILES[name])
+    found = histories_of(tmp_path / name, INDEX.rows, INDEX.path, with_targets=True)
+    whole = [(*history, *more) for history, more in zip([*EXPECTED, ()], follows, strict=True)]
+    assert list(found.values()) == [history for history in whole if history]

@@ -1,0 +1,134 @@
+"""The stages of a draft: the target's answers, pretraining, alignment, plan scales.
+
+`train` runs them for a target that it has trained, `distill` for the target of a bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.training.alignment import AlignmentObjective
+from atspeed.training.alignment_batches import AlignmentBatches
+from atspeed.training.calibration import Calibration
+from atspeed.training.evaluate import AgreementValidation, ModelRecommender, Validation
+from atspeed.training.models import SpelledModel
+from atspeed.training.processes import device
+from atspeed.training.recipe import Alignment, DraftRecipe
+from atspeed.training.run import Run
+from atspeed.training.sequences import Sequencer, index_histories
+from atspeed.training.stages import Measures, key_of
+from atspeed.training.teacher import Teacher, TrainingPrompts, check_teacher_data, write_teacher_data
+from atspeed.training.trainer import batches_per_step
+
+
+@dataclass(frozen=True)
+class DraftStages:
+    """The stages of one draft of a target.
+
+    Attributes:
+        run: folders, data and settings.
+        part: the draft's part of the recipe.
+        catalogue: the catalogue.
+        target: loads the target onto the device.
+        target_key: the hash of all that the target's answers depend on.
+    """
+
+    run: Run
+    part: DraftRecipe
+    catalogue: Catalogue
+    target: Callable[[], ModelRecommender]
+    target_key: str
+
+    @property
+    def key(self) -> str:
+        """The hash of all that the draft is trained from."""
+        key = self.run.model_key(self.part, self.catalogue)
+        return key if self.part.alignment is None else key_of(key, self._teacher_key(self.part.alignment))
+
+    def _teacher_key(self, alignment: Alignment) -> str:
+        """Hash the target and the teacher's settings. The loss is left out, since one teacher serves all losses."""
+        return key_of(self.target_key, alignment.beams, alignment.prompts)
+
+    def draft(self) -> SpelledModel:
+        """Train the draft, after its teacher data if it is aligned."""
+        part, run, catalogue = self.part, self.run, self.catalogue
+        if part.alignment is None:
+            return run.model("draft", run.folders.run, part, self.key, catalogue)
+        alignment, prompts = part.alignment, self.teacher(part.alignment)
+        seed = run.settings.seed if part.seed is None else part.seed
+
+        def batches(sequencer: Sequencer) -> AlignmentBatches:
+            size, neighbours = part.schedule.batch_size, batches_per_step(part.schedule)
+            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed, neighbours)
+
+        def validate(validation: Validation) -> AgreementValidation:
+            return AgreementValidation.of(validation, self.target(), beams=alignment.beams, width=alignment.budget)
+
+        return run.model(
+            "draft",
+            run.folders.run,
+            part,
+            self.key,
+            catalogue,
+            start=self.pretrained() if part.pretraining else None,
+            seed=seed,
+            loss=AlignmentObjective(alignment, run.settings.scoring_rule),
+            batches=batches,
+            validate=validate,
+        )
+
+    def agreement(self) -> Measures:
+        """Return how well the kept epoch of an aligned draft covers the target's beams; empty where nothing was measured."""
+        epochs = json.loads((self.run.folders.run / "draft-log.json").read_text())
+        best = max(epochs, key=lambda epoch: epoch.get("score", -math.inf))
+        return {f"agreement.{name}": best[name] for name in ("accepted", "covered") if name in best}
+
+    def pretrained(self) -> SpelledModel:
+        """Train the draft on the histories alone. Every alignment of it begins here."""
+        plain = self.part.model_copy(update={"schedule": self.part.pretraining, "alignment": None, "pretraining": None})
+        key, folder = self.run.model_key(plain, self.catalogue), self.run.folders.pretrained
+        return self.run.model("pretrained-draft", folder, plain, key, self.catalogue, seed=self.part.seed)
+
+    @property
+    def _teacher_folder(self) -> Path:
+        return self.run.folders.teacher / "teacher"
+
+    def teacher(self, alignment: Alignment) -> TrainingPrompts:
+        """Write the target's answers to training prompts. Returns the prompts."""
+        settings = self.run.settings
+        histories = index_histories(self.catalogue, self.run.dataset.train)
+        prompts = TrainingPrompts.draw(
+            histories, allow_empty=settings.allow_empty_history, limit=alignment.prompts, seed=settings.seed
+        )
+
+        def work() -> Measures:
+            target = self.target()
+            teacher = Teacher(target.model, target.sequencer, self.catalogue, target.rule, alignment.beams)
+            write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.run.checkpoints)
+            return {"prompts": len(prompts)}
+
+        key, folder = self._teacher_key(alignment), self._teacher_folder
+        read = partial(check_teacher_data, folder, len(prompts))
+        self.run.stage("teacher", key, folder.parent, folder.name, read=read).run(work, together=True)
+        return prompts
+
+    def plan_scales(self) -> tuple[float, ...]:
+        """Choose the plan scales on the validation's users."""
+        run, schedule = self.run, self.part.schedule
+
+        def work() -> Measures:
+            target = self.target()
+            spelled = SpelledModel.load(run.folders.run / "draft-checkpoint").to(device())
+            draft = spelled.recommender(run.settings, self.catalogue)
+            examples = Validation.of(run.dataset, self.catalogue, draft.sequencer, run.settings, schedule).examples
+            scales = Calibration.usual().scales(target, draft, examples)
+            return {f"level{level}": scale for level, scale in enumerate(scales, start=1)}
+
+        key = key_of(self.target_key, self.key, schedule.validation_users)
+        return tuple(run.stage("plan-scale", key, run.folders.run).run(work).values())
