@@ -127,10 +127,12 @@ def _of_info(path: Path) -> Index:
 def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout) -> Index:
     """Build an index from items by the number of their path."""
     levels = len(_code_names(path, layout))
-    if not all(key.isdecimal() for key in content):
-        raise ImportingError(
-            f"{path}: {shown(next(key for key in content if not key.isdecimal()))}: not the number of a path"
-        )
+    wrong = next((key for key in content if not (key.isdecimal() and int(key) < _SID_BASE**levels)), None)
+    if wrong is not None:
+        raise ImportingError(f"{path}: {shown(wrong)}: not the number of a path of {levels} codes below {_SID_BASE:,}")
+    wrong = next((key for key, items in content.items() if not isinstance(items, list)), None)
+    if wrong is not None:
+        raise ImportingError(f"{path}: {shown(wrong)}: not a list of items")
     entries = list(chain.from_iterable(content.values()))
     try:
         ids = [str(entry["pid"] if "pid" in entry else entry["iid"]) for entry in entries]
@@ -179,7 +181,7 @@ def _of_codes(path: Path, ids: list[str], codes: npt.NDArray[np.integer], layout
     for level, form in enumerate(_code_names(path, layout)):
         found, place = np.unique(codes[:, level], return_inverse=True)
         paths[:, level] = place + len(names)
-        names += [form.format(code) for code in found.tolist()]
+        names += [form.replace("{}", str(code)) for code in found.tolist()]
     return Index(path, ids, names, paths)
 
 
