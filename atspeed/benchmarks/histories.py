@@ -11,9 +11,7 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import ModelEntry
-from atspeed.engine.errors import LineError
-from atspeed.engine.files.lines import read_lines, words
-from atspeed.importing.histories import FORMATS, histories_of
+from atspeed.importing.histories import histories_of
 
 History = tuple[str, ...]
 _LONGEST_RANDOM = 30  # longer than the prompts of the trained bundles, so that their window is used
@@ -51,27 +49,8 @@ def choose_histories(
 
 
 def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
-    """Read lines of `user item item ...`, or a file that `atspeed import` reads. Users without items are left out.
-
-    Raises BenchmarkError that names file and line, or ImportingError.
-    """
-    if path.suffix in FORMATS:
-        return list(histories_of(path, catalogue.known_ids(), Path("the bundle's catalogue")).values())
-    try:
-        lines = list(read_lines(path))
-    except LineError as error:
-        raise BenchmarkError(str(error)) from error
-    histories = []
-    for number, line in lines:
-        _, *items = words(line)
-        unknown = next((item for item, index in zip(items, catalogue.find(items), strict=True) if index < 0), None)
-        if unknown is not None:
-            raise BenchmarkError(f"{path}:{number}: item {unknown!r} is not in the bundle's catalogue")
-        if items:
-            histories.append(tuple(items))
-    if not histories:
-        raise BenchmarkError(f"{path}: no user with an item")
-    return histories
+    """Read a file of histories that `atspeed import` reads. Raises ImportingError or LineError that names file and line."""
+    return list(histories_of(path, catalogue.known_ids(), Path("the bundle's catalogue")).values())
 
 
 def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int, longest: int) -> History:

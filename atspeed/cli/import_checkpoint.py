@@ -9,78 +9,93 @@ from typing import Annotated, Any
 import typer
 
 from atspeed.cli.options import optional
-from atspeed.engine.bundle.manifest import NAME_PATTERN, Precision
+from atspeed.engine.bundle.manifest import NAME_PATTERN, ModelEntry, Precision
 from atspeed.engine.search.scoring import ScoringRule
 
 MAX_ITEMS = 100_000  # of a history; catches typing errors
 
 
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder of a Hugging Face checkpoint with its tokenizer.", exists=True, file_okay=False)
+]
+Index = Annotated[
+    Path,
+    typer.Option(
+        help="Codes of the items: index.json, id2sid.json, info/*.txt, sid2pid.json.", exists=True, dir_okay=False
+    ),
+]
+Prompt = Annotated[
+    str,
+    typer.Option(
+        help="A layout (lc-rec, minionerec, mimigenrec, openonerec, letter-tiger), or a file: the text with {history}."
+    ),
+]
+Histories = Annotated[
+    Path,
+    typer.Option(help="Histories whose prompts are compared: .csv, .jsonl, inter.json.", exists=True, dir_okay=False),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the bundle. It must not exist.", file_okay=False)]
+Items = Annotated[
+    Path | None, typer.Option(help="Items to serve; by default all of the index.", exists=True, dir_okay=False)
+]
+WeightFormat = Annotated[Precision, typer.Option(help="Number format of the weights.")]
+Rule = Annotated[ScoringRule, typer.Option(help="Tokens over which a code's log-probability is normalised.")]
+Separator = Annotated[
+    str | None, typer.Option(help="Text between two items; the layout's by default. \\n is a line feed.")
+]
+Tail = Annotated[
+    str | None,
+    typer.Option(help="Text that is scored behind the codes, such as '\\n{eos}'; the layout's by default."),
+]
+NoTail = Annotated[bool, typer.Option("--no-tail", help="Score the codes only.")]
+MaxItems = Annotated[
+    int | None, typer.Option(min=1, max=MAX_ITEMS, help="Newest items in a prompt; the layout's by default.")
+]
+UnequalPaths = Annotated[
+    bool, typer.Option("--unequal-paths", help="Allow items with more or fewer codes than others.")
+]
+ItemsPerPath = Annotated[
+    int | None, typer.Option(min=1, max=MAX_ITEMS, help="Most items of one code path in a list; all by default.")
+]
+Popularity = Annotated[
+    str | None,
+    typer.Option(
+        help="Order of the items of one path: a file of items and counts, or a column of --items or of the index."
+    ),
+]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder of a LoRA adapter, merged into CHECKPOINT.", exists=True, file_okay=False)
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the base to which CHECKPOINT is added as a delta.", exists=True, file_okay=False),
+]
+SaveCheckpoint = Annotated[
+    Path | None, typer.Option(help="Folder for the model as it was exported, with its tokenizer.", file_okay=False)
+]
+Name = Annotated[str | None, typer.Option(help="Name of the bundle; by default that of OUT.")]
+
+
 def import_checkpoint(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(help="Folder of a Hugging Face checkpoint with its tokenizer.", exists=True, file_okay=False),
-    ],
-    index: Annotated[
-        Path,
-        typer.Option(
-            help="Codes of the items: index.json, id2sid.json, info/*.txt, sid2pid.json.", exists=True, dir_okay=False
-        ),
-    ],
-    prompt: Annotated[
-        str,
-        typer.Option(
-            help="A layout (lc-rec, minionerec, mimigenrec, openonerec, letter-tiger), or a file: the text with {history}."
-        ),
-    ],
-    histories: Annotated[
-        Path,
-        typer.Option(
-            help="Histories whose prompts are compared: .csv, .jsonl, inter.json.", exists=True, dir_okay=False
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the bundle. It must not exist.", file_okay=False)],
-    items: Annotated[
-        Path | None, typer.Option(help="Items to serve; by default all of the index.", exists=True, dir_okay=False)
-    ] = None,
-    precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
-    scoring_rule: Annotated[
-        ScoringRule, typer.Option(help="Tokens over which a code's log-probability is normalised.")
-    ] = ScoringRule.VOCAB,
-    separator: Annotated[
-        str | None, typer.Option(help="Text between two items; the layout's by default. \\n is a line feed.")
-    ] = None,
-    tail: Annotated[
-        str | None,
-        typer.Option(help="Text that is scored behind the codes, such as '\\n{eos}'; the layout's by default."),
-    ] = None,
-    no_tail: Annotated[bool, typer.Option("--no-tail", help="Score the codes only.")] = False,
-    max_items: Annotated[
-        int | None, typer.Option(min=1, max=MAX_ITEMS, help="Newest items in a prompt; the layout's by default.")
-    ] = None,
-    unequal_paths: Annotated[
-        bool, typer.Option("--unequal-paths", help="Allow items with more or fewer codes than others.")
-    ] = False,
-    items_per_path: Annotated[
-        int | None, typer.Option(min=1, max=MAX_ITEMS, help="Most items of one code path in a list; all by default.")
-    ] = None,
-    popularity: Annotated[
-        str | None,
-        typer.Option(
-            help="Order of the items of one path: a file of items and counts, or a column of --items or of the index."
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a LoRA adapter, merged into CHECKPOINT.", exists=True, file_okay=False),
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the base to which CHECKPOINT is added as a delta.", exists=True, file_okay=False),
-    ] = None,
-    save_checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder for the model as it was exported, with its tokenizer.", file_okay=False)
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the bundle; by default that of OUT.")] = None,
+    checkpoint: Checkpoint,
+    index: Index,
+    prompt: Prompt,
+    histories: Histories,
+    out: Out,
+    items: Items = None,
+    precision: WeightFormat = "float32",
+    scoring_rule: Rule = ScoringRule.VOCAB,
+    separator: Separator = None,
+    tail: Tail = None,
+    no_tail: NoTail = False,
+    max_items: MaxItems = None,
+    unequal_paths: UnequalPaths = False,
+    items_per_path: ItemsPerPath = None,
+    popularity: Popularity = None,
+    adapter: Adapter = None,
+    base: Base = None,
+    save_checkpoint: SaveCheckpoint = None,
+    name: Name = None,
 ) -> None:
     """Import a checkpoint of a generative recommender as a bundle without a draft.
 
@@ -112,11 +127,17 @@ def import_checkpoint(
         out,
         save_checkpoint=save_checkpoint,
     )
-    scored = f"then {' '.join(map(repr, read.tail))}" if read.tail else "no tail"
-    print(
-        f"{out}: {manifest.target.architecture}, {manifest.target.parameters:,} parameters, {read.catalogue.items:,} items, "
-        f"{read.catalogue.trie.levels - len(read.tail)} codes, {scored}; prompts equal the tokenizer's on "
-        f"{read.prompts:,} of {read.prompts:,} histories"
+    print(f"{out}: {_summary(read, manifest.target)}")
+
+
+def _summary(read: Any, target: ModelEntry) -> str:
+    """Describe an imported bundle. read: what was read and compared, `ReadFiles` of atspeed/importing/bundle.py."""
+    tail = f"then {' '.join(map(repr, read.tail))}" if read.tail else "no tail"
+    unserved = f"; {read.unserved:,} of them hold items that are not served" if read.unserved else ""
+    return (
+        f"{target.architecture}, {target.parameters:,} parameters, {read.catalogue.items:,} items, "
+        f"{read.catalogue.trie.levels - len(read.tail)} codes, {tail}; prompts equal the tokenizer's on "
+        f"{read.prompts:,} of {read.prompts:,} histories{unserved}"
     )
 
 

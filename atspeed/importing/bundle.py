@@ -92,6 +92,7 @@ class ReadFiles:
         spelling: the tokens of prompts and codes.
         tail: the names of the tokens that are scored behind the codes.
         prompts: the histories whose prompts are the user's.
+        unserved: those with an item that is not served. Served prompts leave it out.
         tokenizer: the tokenizer.
     """
 
@@ -99,6 +100,7 @@ class ReadFiles:
     spelling: Spelling
     tail: tuple[str, ...]
     prompts: int
+    unserved: int
     tokenizer: Any
 
 
@@ -189,7 +191,8 @@ def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
     catalogue = _catalogue(index, columns, rows, rank)
     spelling = _spelling(columns, template, tokenizer, vocab_size)
     _check_fits(config, spelling, catalogue)
-    return ReadFiles(catalogue, spelling, tuple(tokenizer.convert_ids_to_tokens(tail)), prompts, tokenizer)
+    unserved = sum(bool((catalogue.find(history) < 0).any()) for history in histories.values())
+    return ReadFiles(catalogue, spelling, tuple(tokenizer.convert_ids_to_tokens(tail)), prompts, unserved, tokenizer)
 
 
 def _catalogue(index: Index, columns: CodeColumns, rows: Int64, rank: Int64 | None) -> Catalogue:

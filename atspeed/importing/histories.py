@@ -23,8 +23,6 @@ from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import Index, read_json
 
 History = tuple[str, ...]
-FORMATS = frozenset({".csv", ".json", ".jsonl"})
-"""The endings of files in others' formats."""
 _COLUMN, _TARGET_COLUMN = "history_item_id", "item_id"
 csv.field_size_limit(1 << 24)  # titles of long histories exceed the default of 128 KiB
 

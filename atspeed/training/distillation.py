@@ -109,6 +109,10 @@ def distill(
     manifest = target.bundle.manifest
     if manifest.target.inflated_from is not None:
         raise RecipeError(f"{target.bundle.root}: its target is inflated; distil from the bundle that was trained")
+    if manifest.target.encoder is not None:  # the teacher's search (atspeed/training/beams.py) reads decoders only
+        raise RecipeError(
+            f"{target.bundle.root}: its target has an encoder, and no draft learns from such a target yet"
+        )
     prompt = manifest.target.prompt
     settings = RunSettings(
         seed=recipe.seed,

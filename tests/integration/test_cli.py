@@ -125,7 +125,7 @@ def test_bench_parity(made: TestBundle, tmp_path: Path) -> None:
     assert [row["users"] for row in rows] == [2] * 8
     assert re.search(r"identical to Hugging Face generate: (yes|near-tie) \(", result.stdout)
     histories.write_text("u1 item-1\nu2 item-x\n")
-    assert "test.txt:2: item 'item-x' is not in the bundle's catalogue" in one_line(run(*arguments))
+    assert "test.txt: line 2: item 'item-x' is not in the bundle's catalogue" in one_line(run(*arguments))
 
 
 def test_up_serves_until_interrupted(made: TestBundle) -> None:

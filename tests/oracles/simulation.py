@@ -108,7 +108,13 @@ class SimulatedDraft:
     """Drafter over a table, with the interface of a draft session."""
 
     def __init__(
-        self, world: World, machine: Machine, proposal: Proposal, noise: Perturbation | None, distort: Distort
+        self,
+        world: World,
+        machine: Machine,
+        proposal: Proposal,
+        noise: Perturbation | None,
+        distort: Distort = lambda plan: plan,
+        pruning: Pruning | None = None,
     ) -> None:
         self.usage = Usage()
         self.prompt_tokens = PROMPT_TOKENS
@@ -121,11 +127,12 @@ class SimulatedDraft:
         self._proposal = proposal
         self._noise = noise
         self._distort = distort
+        self._pruning = pruning or Pruning.none()
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         """Return a plan, and record the call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
-        asked = DraftRequest(prompt, below.take(order), size, self._proposal, Pruning.none(), self._noise)
+        asked = DraftRequest(prompt, below.take(order), size, self._proposal, self._pruning, self._noise)
         drafted = await LanguageModelDrafter(self).plan(asked)  # type: ignore[arg-type]
         cost = replace(drafted.cost, queue_ns=int(drafted.passes * self._machine.draft_queue_ms * MILLISECOND))
         self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self._machine.call_ms * MILLISECOND))

@@ -147,7 +147,7 @@ class World:
             return self._evaluated[key]
         log_normalizer: Float32 | Float64 = self.log_normalizer[nodes]
         if self.rule is ScoringRule.CODES:
-            log_normalizer = codes_normalizer(self.logits[nodes][:, np.unique(self._tokens, return_index=True)[1]])
+            log_normalizer = codes_normalizer(self.logits[nodes], np.unique(self._tokens, return_index=True)[1])
         evaluation = best_children(
             self.trie,
             nodes,

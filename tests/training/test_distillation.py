@@ -260,6 +260,13 @@ def test_an_inflated_target_is_refused(plain: TestBundle, tmp_path: Path) -> Non
         distill(inflated, HISTORIES, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
 
 
+def test_a_target_with_an_encoder_is_refused(tmp_path: Path) -> None:
+    """The teacher searches with decoders only."""
+    made = write_bundle(tmp_path / "given", CATALOGUE, architecture="t5", seed=3)
+    with pytest.raises(RecipeError, match="its target has an encoder"):
+        run(made, tmp_path)
+
+
 @pytest.mark.parametrize("loss", ["level-kd", "coverage"])
 def test_paths_of_one_code(loss: str, tmp_path: Path) -> None:
     """Nothing is planned on them: there are no plan scales, and coverage has nothing to compare."""

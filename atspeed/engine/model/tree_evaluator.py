@@ -289,7 +289,7 @@ class TreeEvaluator:
         selection = run.selection
         log_normalizer: Float32 | Float64 = output.log_normalizer
         if self.rule is ScoringRule.CODES:
-            log_normalizer = codes_normalizer(output.code_logits[:, self._distinct_columns])
+            log_normalizer = codes_normalizer(output.code_logits, self._distinct_columns)
         try:
             return best_children(
                 self.trie,

@@ -146,8 +146,13 @@ def certain(trie: Trie, rule: ScoringRule, nodes: npt.NDArray[np.integer]) -> np
     return np.asarray(trie.child_count[nodes] == 1 if rule is ScoringRule.TRIE else trie.ends[nodes])
 
 
-def codes_normalizer(logits: Float32) -> Float64:
-    """Return the log-sum-exp over the distinct code tokens, float64 [n], from their logits [n, tokens]; for rule `codes`."""
+def codes_normalizer(logits: Float32, columns: npt.NDArray[np.integer]) -> Float64:
+    """Return the log-sum-exp over the distinct code tokens, float64 [n]; for rule `codes`.
+
+    logits: float32 [n, C]. columns: one column of each token.
+    """
+    # `take` lays out row after row, unlike an index: so a node's sum does not depend on the other nodes of the pass.
+    logits = logits.take(columns, axis=1)
     peak = logits.max(axis=1, keepdims=True).astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which `best_children` refuses
         return np.asarray(peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=1)))
@@ -179,19 +184,8 @@ def best_children(
         limit: children per node.
         perturbation: None for the order by log-probability.
     """
-    # The logit of each child: row * C + its code column, in the flattened logits. An ended place has none, and is set to 0 below.
     row, child = trie.children_of(nodes)
-    first_column = trie.codebook_offset[trie.depth(nodes)] + np.arange(0, logits.size, logits.shape[1])
-    value = logits.take(first_column[row] + trie.code[child]).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is refused below
-        if rule is ScoringRule.TRIE:
-            logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
-        else:
-            logp = value - log_normalizer[row]
-    # Checked before pruning: NaN in one row of a pass may also be in the keys and values that the cache would keep.
-    if np.isnan(logp).any():
-        raise NoNumbersError(f"evaluation: some of {len(nodes)} nodes have scores that are NaN")
-    logp[certain(trie, rule, nodes)[row]] = 0.0
+    logp = _log_probabilities(trie, nodes, row, child, logits, log_normalizer, rule)
     # Rounding may leave a near-certain code slightly above 0; a log-probability is never positive.
     rounded: Float32 = np.minimum(logp, 0.0).astype(np.float32)
 
@@ -217,6 +211,31 @@ def best_children(
         logp=rounded[kept],
         log_mass=mass,
     )
+
+
+def _log_probabilities(
+    trie: Trie,
+    nodes: Int64,
+    row: Int64,
+    child: Int64,
+    logits: Float32,
+    log_normalizer: Float32 | Float64,
+    rule: ScoringRule,
+) -> Float64:
+    """Return the log-probability of every child [m], before rounding. row: its parent's place in `nodes`; see `best_children`."""
+    # The logit of each child: row * C + its code column, in the flattened logits. An ended place has none, and is set to 0 below.
+    first_column = trie.codebook_offset[trie.depth(nodes)] + np.arange(0, logits.size, logits.shape[1])
+    value = logits.take(first_column[row] + trie.code[child]).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is refused below
+        if rule is ScoringRule.TRIE:
+            logp = value - _segment_logsumexp(value, trie.child_count[nodes])[row]
+        else:
+            logp = value - log_normalizer[row]
+    # Checked before pruning: NaN in one row of a pass may also be in the keys and values that the cache would keep.
+    if np.isnan(logp).any():
+        raise NoNumbersError(f"evaluation: some of {len(nodes)} nodes have scores that are NaN")
+    logp[certain(trie, rule, nodes)[row]] = 0.0
+    return np.asarray(logp)
 
 
 def _first_of_rows(values: Float64, counts: npt.NDArray[np.integer], limit: int) -> Int64:

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.benchmarks.histories import read_histories
-from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.errors import LineError
 from atspeed.engine.files.lines import parse_json, read_lines, words
+from atspeed.importing.errors import ImportingError
 from atspeed.training.data import read_atspeed, read_index
 from atspeed.training.errors import DataError
 
@@ -104,10 +104,10 @@ def test_the_same_file_is_the_same_histories_for_benchmarks(folder: Path) -> Non
     catalogue = Catalogue.build(ids, np.array([[n, 0] for n in range(len(ids))]), (len(ids), 1))
     assert read_histories(folder / "train.txt", catalogue) == [dataset.train["5"]]
     (folder / "train.txt").write_bytes(b"\n\n5 nobody\n")
-    with pytest.raises(BenchmarkError, match=r"train\.txt:3: item 'nobody'"):
+    with pytest.raises(ImportingError, match=r"train\.txt: line 3: item 'nobody'"):
         read_histories(folder / "train.txt", catalogue)
     (folder / "train.txt").write_bytes(b"5 \xff\n")
-    with pytest.raises(BenchmarkError, match=r"train\.txt:1: not UTF-8"):
+    with pytest.raises(LineError, match=r"train\.txt:1: not UTF-8"):
         read_histories(folder / "train.txt", catalogue)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.engine.search.sampling import Stream, gumbel
-from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
+from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule, codes_normalizer
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import World, naive_tries
 
@@ -193,6 +193,14 @@ def test_invalid_evaluation_is_refused(field: str, change: Change, problem: str)
     """A child named twice would have put one item twice into a list."""
     with pytest.raises(ValueError, match=problem):
         dataclasses.replace(HONEST, **{field: change(getattr(HONEST, field))}).validate(WORLD.trie)
+
+
+def test_a_normalizer_over_codes_does_not_depend_on_the_other_nodes_of_a_pass() -> None:
+    """To the last bit, as int8 targets promise; sums over columns that lie apart would be added in another order."""
+    logits = np.random.default_rng(0).normal(size=(40, 900)).astype(np.float32) * 3
+    columns = np.arange(0, 900, 2)
+    together = codes_normalizer(logits, columns)
+    assert together.tolist() == [codes_normalizer(row[None], columns)[0] for row in logits]
 
 
 @given(st.data())
