@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atspeed.cli.options import optional
+from atspeed.cli.options import optional, warn
 from atspeed.engine.bundle.manifest import NAME_PATTERN, ModelEntry, Precision
 from atspeed.engine.search.scoring import ScoringRule
 
@@ -112,6 +112,8 @@ def import_checkpoint(
         "max_items": max_items,
     }
     layout = layouts.read_layout(prompt, {field: value for field, value in given.items() if value is not None})
+    if any("\r" in segment for segment in layout.segments):
+        warn(f"{prompt}: its lines end with carriage returns, which are part of the prompt")
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
     read, manifest = importing.import_checkpoint(
         importing.ImportFiles(source, index, histories, items=items, popularity=popularity),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,10 @@ from atspeed.importing.layouts import PromptLayout
 from atspeed.importing.template import check_prompts, split_prompt
 from atspeed.importing.user_prompt import UserPrompt
 from atspeed.training.bundles import entry_of, versions
-from atspeed.training.export import check_precision, export_decoder, max_positions
+from atspeed.training.export import ExportError, check_precision, export_decoder, max_positions
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
-from atspeed.training.stages import remove
+from atspeed.training.stages import partial_of, remove
 
 
 @dataclass(frozen=True)
@@ -112,23 +115,52 @@ def import_checkpoint(
     save_checkpoint: a folder for the model as it was exported, with its tokenizer. Other commands need it where an adapter or
     a base was applied. Raises ImportingError, ExportError or BundleError.
     """
-    for folder in (out, save_checkpoint):
-        if folder and folder.exists():
-            raise ImportingError(f"{folder}: exists already")
+    _check_folders(out, save_checkpoint)
     read = read_files(files, choices)
-    model = files.source.load(read.spelling.vocab_size)
-    partial = out.with_name(f"{out.name}.partial")
-    remove(partial)  # left by an import that was killed
-    try:
+    with _appearing(out) as partial, _appearing(save_checkpoint) if save_checkpoint else nullcontext() as saved:
+        model = files.source.load(read.spelling.vocab_size)
         manifest = _write(model, files, choices, read, partial)
         verify_bundle(partial, passes=False)  # the export has run passes over its tokens
-        if save_checkpoint:
-            model.save_pretrained(save_checkpoint)
-            read.tokenizer.save_pretrained(save_checkpoint)
-        partial.rename(out)
+        if saved:
+            model.save_pretrained(saved)
+            read.tokenizer.save_pretrained(saved)
+    return read, manifest
+
+
+def _check_folders(out: Path, save_checkpoint: Path | None) -> None:
+    """Raise ImportingError unless both folders are new, and apart."""
+    for folder in filter(None, (out, save_checkpoint)):
+        if os.path.lexists(folder):
+            raise ImportingError(f"{folder}: exists already")
+    if save_checkpoint:
+        one, other = out.resolve(), save_checkpoint.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise ImportingError(
+                f"--save-checkpoint {save_checkpoint}: must be another folder than --out, and not in it"
+            )
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` at the end of the block, and is removed if the block fails.
+
+    It is made before the weights are read, so that a folder that cannot be written is known by then.
+    """
+    partial = partial_of(folder)
+    try:
+        remove(partial)  # left by an import that was killed
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ImportingError(f"{folder}: not written: {error.strerror or error}") from error
+    try:
+        yield partial
+        partial.rename(folder)
+    except ExportError as error:
+        raise ExportError(str(error).replace(str(partial), str(folder))) from error
+    except OSError as error:
+        raise ImportingError(f"{folder}: not written: {error.strerror or error}") from error
     finally:
         remove(partial)
-    return read, manifest
 
 
 def _write(

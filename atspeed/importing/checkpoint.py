@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import read_json
-from atspeed.training.export import check_architecture, load_checkpoint
+from atspeed.training.export import check_architecture, first_line, load_checkpoint, load_whole, quiet_transformers
 from atspeed.training.generation import drop_generation_defaults
 
 _ADAPTER = "adapter_config.json"
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 _HASHED = ("*.json", "*.safetensors", "*.bin", "*.model")
 _DELTA_NORM = 0.05
 """Largest mean size of the last norm's weights in a delta: trained ones are near 1 (LLaMA, Qwen), differences near 0."""
@@ -51,9 +52,10 @@ class Source:
         for folder in self.folders:
             _check_folder(folder, adapter=folder == self.adapter)
         try:
-            config = AutoConfig.from_pretrained(self.checkpoint, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ImportingError(f"{self.checkpoint}: config.json: {_line(error)}") from error
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(self.checkpoint, local_files_only=True)
+        except Exception as error:  # transformers raises almost any kind for a field that it cannot use
+            raise ImportingError(f"{self.checkpoint}: config.json: {' '.join(str(error).split())}") from error
         check_architecture(config)
         return config
 
@@ -96,8 +98,10 @@ class Source:
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of transformers' names
                 merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ImportingError(f"{adapter}: the adapter does not fit {self.checkpoint}: {_line(error)}") from error
+        except Exception as error:  # peft raises almost any kind, too
+            raise ImportingError(
+                f"{adapter}: the adapter does not fit {self.checkpoint}: {first_line(error)}"
+            ) from error
         return _ready(merged)
 
     def _added(self, base: Path) -> PreTrainedModel:
@@ -105,7 +109,7 @@ class Source:
 
         Weights of another shape are those of the grown vocabulary: the delta holds them whole.
         """
-        delta, given = (_loaded(folder) for folder in (self.checkpoint, base))
+        delta, given = (load_whole(folder, "auto") for folder in (self.checkpoint, base))
         weights = given.state_dict()
         if missing := sorted(set(delta.state_dict()) - set(weights)):
             raise ImportingError(f"{base}: not the base of {self.checkpoint}: it lacks {missing[0]}")
@@ -131,6 +135,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     `AutoTokenizer` of transformers 5 builds some tokenizers anew from their vocabulary, and so changes how they split a text.
     """
+    if not any(path.is_file() for name in _TOKENIZERS for path in folder.glob(name)):
+        raise ImportingError(f"{folder}: no tokenizer, which is one of {', '.join(_TOKENIZERS)}")
     whole = (folder / "tokenizer.json").is_file()
     if not whole and any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
         raise ImportingError(f"{folder}: has no tokenizer.json, and its *.model needs: pip install sentencepiece")
@@ -138,13 +144,14 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ImportingError(f"{folder}: its tokenizer cannot be loaded: {_line(error)}") from error
+        raise ImportingError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def _check_folder(folder: Path, *, adapter: bool) -> None:
     """Raise ImportingError unless a folder holds an adapter, or a checkpoint with weights."""
     if adapter:
-        kind = read_json(folder / _ADAPTER).get("peft_type")
+        content = read_json(folder / _ADAPTER)
+        kind = content.get("peft_type") if isinstance(content, dict) else None
         if kind != "LORA":
             raise ImportingError(f"{folder / _ADAPTER}: peft_type {kind!r}, only LORA adapters are merged")
         return
@@ -154,20 +161,14 @@ def _check_folder(folder: Path, *, adapter: bool) -> None:
         )
     if not (folder / "config.json").is_file():
         raise ImportingError(f"{folder}: no config.json: not a Hugging Face checkpoint")
+    if (folder / _ADAPTER).is_file():  # transformers would apply it, or not, as peft is installed
+        raise ImportingError(f"{folder}: holds a checkpoint and {_ADAPTER}; keep them in two folders")
     if not any(path.suffix in {".safetensors", ".bin"} for path in folder.iterdir()):
         raise ImportingError(f"{folder}: no weights (*.safetensors)")
 
 
 def _hashed_files(folder: Path) -> Iterator[Path]:
     yield from sorted({path for pattern in _HASHED for path in folder.glob(pattern)})
-
-
-def _loaded(folder: Path) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ImportingError(f"{folder}: transformers cannot load it: {_line(error)}") from error
-    return model
 
 
 def _ready(model: Any) -> PreTrainedModel:
@@ -180,12 +181,11 @@ def _adapter_rows(adapter: Path) -> int | None:
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 - no dictionary
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")) and "lora" not in name:
-                return int(weights.get_slice(name).get_shape()[0])
+    try:
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no dictionary
+                if name.endswith(("embed_tokens.weight", "lm_head.weight")) and "lora" not in name:
+                    return int(weights.get_slice(name).get_shape()[0])
+    except (OSError, SafetensorError) as error:
+        raise ImportingError(f"{path}: {first_line(error)}") from error
     return None
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import csv
 import io
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def histories_of(path: Path, known: Container[str], source: Path, *, with_target
 
 
 def _rows(path: Path, with_targets: bool) -> Iterator[tuple[str, list[Any]]]:
-    match path.suffix:
+    match path.suffix.lower():
         case ".csv":
             yield from _csv_rows(path, with_targets)
         case ".json":
@@ -75,13 +75,20 @@ def _csv_rows(path: Path, with_targets: bool) -> Iterator[tuple[str, list[Any]]]
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ImportingError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if _COLUMN not in (rows.fieldnames or ()):
-        raise ImportingError(f"{path}: no column {_COLUMN}")
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        if _COLUMN not in (rows.fieldnames or ()):
+            raise ImportingError(f"{path}: no column {_COLUMN}")
+        yield from _lists(path, rows, with_targets)
+    except csv.Error as error:
+        raise ImportingError(f"{path}: {error}") from error
+
+
+def _lists(path: Path, rows: Iterable[dict[str, Any]], with_targets: bool) -> Iterator[tuple[str, list[Any]]]:
     for number, row in enumerate(rows, start=1):
         try:
             items = ast.literal_eval(row[_COLUMN])
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested too deeply
             items = None
         if not isinstance(items, list):
             raise ImportingError(f"{path}: row {number}: {_COLUMN} is not a list")

@@ -64,9 +64,9 @@ class Index:
 
 def read_index(path: Path, layout: PromptLayout) -> Index:
     """Read the index file. layout: names the tokens where the file holds numbers. Raises ImportingError."""
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return _of_info(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _of_parquet(path, layout)
     content = read_json(path)
     if not isinstance(content, dict) or not content:
@@ -98,10 +98,20 @@ def _of_names(path: Path, ids: list[str], rows: Sequence[Any]) -> Index:
             raise ImportingError(f"{path}: item {shown(item)}: an empty path, it has no codes")
     names: dict[str, int] = {}
     flat = np.fromiter((names.setdefault(name, len(names)) for name in chain.from_iterable(rows)), dtype=np.int32)
+    if (wrong := next((name for name in names if not _is_text(name)), None)) is not None:
+        raise ImportingError(f"{path}: code {shown(wrong)}: not text that UTF-8 can hold")
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     paths = np.full((len(rows), int(lengths.max())), -1, dtype=np.int32)
     paths[np.arange(paths.shape[1]) < lengths[:, None]] = flat
     return Index(path, ids, list(names), paths)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return False
+    return True
 
 
 def _of_info(path: Path) -> Index:
@@ -127,21 +137,27 @@ def _of_info(path: Path) -> Index:
 def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout) -> Index:
     """Build an index from items by the number of their path."""
     levels = len(_code_names(path, layout))
-    wrong = next((key for key in content if not (key.isdecimal() and int(key) < _SID_BASE**levels)), None)
+    most = _SID_BASE**levels
+    digits = len(str(most))
+    wrong = next((key for key in content if not (key.isdecimal() and len(key) <= digits and int(key) < most)), None)
     if wrong is not None:
         raise ImportingError(f"{path}: {shown(wrong)}: not the number of a path of {levels} codes below {_SID_BASE:,}")
     wrong = next((key for key, items in content.items() if not isinstance(items, list)), None)
     if wrong is not None:
         raise ImportingError(f"{path}: {shown(wrong)}: not a list of items")
     entries = list(chain.from_iterable(content.values()))
+    if (other := next((entry for entry in entries if not isinstance(entry, dict)), None)) is not None:
+        raise ImportingError(f"{path}: {other!r:.60}: not an item with pid or iid")
     try:
         ids = [str(entry["pid"] if "pid" in entry else entry["iid"]) for entry in entries]
         counted = [
             name for name, value in entries[0].items() if name not in {"pid", "iid"} and isinstance(value, int | float)
         ]
         columns = {name: np.array([entry[name] for entry in entries], dtype=np.float64) for name in counted}
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise ImportingError(f"{path}: an item lacks {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ImportingError(f"{path}: {', '.join(counted)}: not a number for every item: {error}") from error
     keys = np.fromiter(map(int, content), dtype=np.int64, count=len(content))
     number = np.repeat(keys, np.fromiter(map(len, content.values()), dtype=np.int64, count=len(content)))
     codes = np.stack([number // _SID_BASE ** (levels - 1 - level) % _SID_BASE for level in range(levels)], axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ Items = dict[str, dict[str, Any]]
 
 def read_items(path: Path) -> Items:
     """Read an item file: a JSON object by item, JSON lines with `id` or `item_id`, or an id per line."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         content = read_json(path)
         if not isinstance(content, dict):
             raise ImportingError(f"{path}: not an object with an item per key")
         return {item: fields if isinstance(fields, dict) else {} for item, fields in content.items()}
     items: Items = {}
     for number, line in read_lines(path):
-        fields = _json_line(path, number, line) if path.suffix == ".jsonl" else {"id": line.strip()}
+        fields = _json_line(path, number, line) if path.suffix.lower() == ".jsonl" else {"id": line.strip()}
         item = fields.get("id", fields.get("item_id"))
         if item is None or str(item) in items:
             problem = "no id or item_id" if item is None else f"item {shown(str(item))} occurs more than once"
@@ -59,6 +60,8 @@ def popularity_rank(given: str, index: Index, items: Items, rows: Int64) -> Int6
     if path.is_file():
         counts = _counts(path)
         popularity = np.array([counts.get(item, 0.0) for item in ids])
+        if counts.keys().isdisjoint(ids):
+            raise ImportingError(f"{path}: holds no item that is served")
     else:
         popularity = index.columns[given][rows] if given in index.columns else _column(given, ids, items)
     rank: Int64 = np.unique(-popularity, return_inverse=True)[1].astype(np.int64)
@@ -67,14 +70,19 @@ def popularity_rank(given: str, index: Index, items: Items, rows: Int64) -> Int6
 
 def _column(name: str, ids: list[str], items: Items) -> Numbers:
     numbers = [items.get(item, {}).get(name) for item in ids]
-    lacking = next(
-        (item for item, number in zip(ids, numbers, strict=True) if not isinstance(number, int | float)), None
-    )
+    lacking = next((item for item, number in zip(ids, numbers, strict=True) if not _is_number(number)), None)
     if lacking is not None:
         raise ImportingError(
             f"--popularity {name}: no file and no column of the index, and item {shown(lacking)} has no such number"
         )
-    return np.array(numbers, dtype=np.float64)
+    try:
+        return np.array(numbers, dtype=np.float64)
+    except OverflowError as error:
+        raise ImportingError(f"--popularity {name}: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value))
 
 
 def _counts(path: Path) -> dict[str, float]:
@@ -82,10 +90,14 @@ def _counts(path: Path) -> dict[str, float]:
     for number, line in read_lines(path):
         parts = words(line)
         try:
-            item, count = parts
-            counts[item] = float(count)
-        except ValueError:
+            item, count = parts[0], float(parts[1])
+        except (ValueError, IndexError):
             raise ImportingError(f"{path}:{number}: not an item and a number") from None
+        if len(parts) != 2 or not _is_number(count):
+            raise ImportingError(f"{path}:{number}: not an item and a number")
+        if item in counts:
+            raise ImportingError(f"{path}:{number}: item {shown(item)} occurs more than once")
+        counts[item] = count
     return counts
 
 

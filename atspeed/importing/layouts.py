@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from atspeed.importing.errors import ImportingError
 
 HISTORY, ITEM, EOS = "{history}", "{item}", "{eos}"
-_PLACEHOLDER = re.compile(r"\{[A-Za-z_]+\}")
+# A name, a number or a field between braces, also between the two of Jinja: formatting would put something there.
+_PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\{\w[\w.\-]*(?:\[\w*\])?\}")
 
 
 class PromptLayout(BaseModel):
@@ -31,7 +32,7 @@ class PromptLayout(BaseModel):
     """The text of an item; `{item}` stands for its code tokens."""
     tail: str = ""
     """The text that is scored behind the codes; `{eos}` stands for the end-of-sequence token."""
-    max_items: PositiveInt = 20
+    max_items: PositiveInt = Field(20, strict=True)
     """The newest items that a prompt holds."""
     code_names: tuple[str, ...] = ()
     """The token of a code per level, such as `<s_a_{}>`, for an index of numbers."""
@@ -133,12 +134,12 @@ def read_layout(given: str, changes: dict[str, Any] | None = None) -> PromptLayo
 
 def _fields_of(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:  # a prompt's line ends are part of it
+        with path.open(encoding="utf-8-sig", newline="") as file:  # a prompt's line ends are part of it
             text = file.read()
-        return tomllib.loads(text) if path.suffix == ".toml" else {"segments": (text,)}
+        return tomllib.loads(text) if path.suffix.lower() == ".toml" else {"segments": (text,)}
     except FileNotFoundError:
         raise ImportingError(f"{path}: no such file, and no layout; layouts are {', '.join(LAYOUTS)}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:  # the second: nested too deeply
         raise ImportingError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise ImportingError(f"{path}: not UTF-8: {error.reason} at byte {error.start + 1}") from error

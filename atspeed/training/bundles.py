@@ -29,7 +29,7 @@ from atspeed.training.data import Dataset
 from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder
 from atspeed.training.models import SpelledModel
 from atspeed.training.recipe import Recipe
-from atspeed.training.stages import Measures, remove
+from atspeed.training.stages import Measures, partial_of, remove
 
 
 def write_bundle(
@@ -101,7 +101,7 @@ def write_with_draft(
 
 def _partial(folder: Path) -> Path:
     """Return an empty place beside a bundle's folder."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = partial_of(folder)
     remove(partial)
     return partial
 

@@ -9,8 +9,8 @@ the checkpoint's, and on a CPU its passes take half the time where products domi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import logging
 
 from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
@@ -89,20 +89,49 @@ def load_checkpoint(path: Path) -> PreTrainedModel:
 
     Raises ExportError; never downloads.
     """
+    model = load_whole(path, torch.float32)
+    drop_generation_defaults(model, str(path))
+    return model
+
+
+def load_whole(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a language model that has the weights of its config, no fewer and no more. dtype: or "auto", as stored.
+
+    Raises ExportError.
+    """
     if not (path / "config.json").is_file():
         raise ExportError(f"{path}: no config.json: not a Hugging Face checkpoint")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        loaded = family.from_pretrained(path, local_files_only=True, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"{path}: transformers cannot load it: {error}") from error
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            loaded = family.from_pretrained(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers raises almost any kind for a file that it cannot use
+        raise ExportError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
-    drop_generation_defaults(model, str(path))
-    # transformers fills missing weights with random numbers and only logs a warning.
+    # transformers fills missing weights with random numbers, and leaves others out; it only logs a warning.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
+    parts = {name.partition(".")[0] for name in model.state_dict()}  # a value head, say, is no part of the model
+    if unknown := sorted(name for name in loaded[1]["unexpected_keys"] if name.partition(".")[0] in parts):
+        raise ExportError(f"{path}: config.json has no place for weights of the checkpoint: {', '.join(unknown[:5])}")
     return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the warnings of transformers: what they say of a checkpoint is checked, and said in one line."""
+    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind if it has no text."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def export_decoder(

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 _USUAL = {
     "_from_model_config",
     "bos_token_id",
+    "decoder_start_token_id",
     "eos_token_id",
     "output_attentions",
     "output_hidden_states",

@@ -122,6 +122,11 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def partial_of(folder: Path) -> Path:
+    """Return where a folder is written before it appears. The name is hidden, so that no folder of a user has it."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it exists."""
     if path.is_dir():
