@@ -32,7 +32,7 @@ class PromptLayout(BaseModel):
     """The text of an item; `{item}` stands for its code tokens."""
     tail: str = ""
     """The text that is scored behind the codes; `{eos}` stands for the end-of-sequence token."""
-    max_items: PositiveInt = Field(20, strict=True)
+    max_items: PositiveInt = Field(default=20, strict=True)
     """The newest items that a prompt holds."""
     code_names: tuple[str, ...] = ()
     """The token of a code per level, such as `<s_a_{}>`, for an index of numbers."""

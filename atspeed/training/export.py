@@ -121,7 +121,7 @@ def load_whole(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the warnings of transformers: what they say of a checkpoint is checked, and said in one line."""
-    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
