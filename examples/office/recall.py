@@ -41,11 +41,11 @@ class ItemKnn:
 
     def best(self, history: Sequence[str]) -> list[str]:
         """Return the K best items; the most popular ones fill the list."""
-        score = Counter[str]()
+        score = defaultdict[str, float](float)
         for item in history:
             for other, together in self._pairs[item].items():
                 score[other] += together / math.sqrt(self.count[item] * self.count[other])
-        found = [item for item, _ in score.most_common(K)]
+        found = sorted(score, key=lambda item: -score[item])[:K]
         return found + [item for item, _ in self.count.most_common(2 * K) if item not in found][: K - len(found)]
 
 

@@ -119,9 +119,7 @@ def train(model: Qwen2ForCausalLM, examples: Sequence[tuple[Tokens, Tokens]], op
     """Train with AdamW, a warm-up of a tenth of the steps, and a cosine down to zero."""
     steps = options.epochs * math.ceil(len(examples) / options.batch_size)
     optimiser = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, options.learning_rate, total_steps=steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, options.learning_rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(options.seed)
     model.train()
     for epoch in range(options.epochs):
