@@ -123,4 +123,5 @@ def _kept_as(precision: Precision) -> Precision:
 
 def _kept(trained: ModelEntry) -> dict[str, object]:
     """Return the fields that the inflated model takes from the trained one. Plan scales fit, as the scores are the same."""
-    return {"plan_scale": trained.plan_scale, "inflated_from": trained.parameters}
+    kept = trained.model_dump(include={"plan_scale", "draft_kind"})
+    return {**kept, "inflated_from": trained.parameters}

@@ -29,11 +29,18 @@ HISTORIES = [random_history(CATALOGUE, 2 + seed, seed) for seed in range(4)]
 NO_LIMIT = 1000  # of a path; more than there are items
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
     root: Path = tmp_path_factory.mktemp("paths")
     tokens = shared_tokens(CATALOGUE)
-    return write_bundle(root, CATALOGUE, rule=ScoringRule.CODES, code_tokens=tokens, items_per_path=PER_PATH)
+    return write_bundle(
+        root,
+        CATALOGUE,
+        architecture=request.param,
+        rule=ScoringRule.CODES,
+        code_tokens=tokens,
+        items_per_path=PER_PATH,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +55,21 @@ def in_order(path: tuple[int, ...]) -> list[str]:
     return [CATALOGUE.id_of(item) for item in range(CATALOGUE.items) if tuple(CATALOGUE.codes[item]) == path]
 
 
-def naive_list(made: TestBundle, history: Sequence[str], width: int, limit: int) -> list[tuple[str, float]]:
+def naive_list(made: TestBundle, history: Sequence[str], widths: list[int], limit: int) -> list[tuple[str, float]]:
     """The list from its definition: whole passes over plain sequences, and beam search over padded paths."""
     entry = made.bundle.manifest.target
     prompt = entry.prompt.tokens(CATALOGUE.spelled_tokens(CATALOGUE.find(history), entry.code_tokens))
     model = SequenceModel(made.target, NAIVE, entry.code_tokens, prompt, ScoringRule.CODES)
-    leaves = naive_beam_search(NAIVE, model, [width], NAIVE.alive)[-1]
+    leaves = naive_beam_search(NAIVE, model, widths, NAIVE.alive)[-1]
     return [(item, score) for path, score in leaves for item in in_order(path)[:limit]]
 
 
 @pytest.mark.parametrize("history", HISTORIES)
 def test_lists_are_those_of_the_naive_search(served: Client, made: TestBundle, history: list[str]) -> None:
-    for width in (3, 10, 30):
-        expected = naive_list(made, history, width, PER_PATH)[:width]
+    for widths in ([3], [10], [30], [2, 7, 12], [6, 3, 9, 20]):
+        expected = naive_list(made, history, widths, PER_PATH)[: widths[-1]]
         for mode in (pb.MODE_TARGET_ONLY, pb.MODE_STRICT):
-            reply = served.recommend(history, k=width, beam_width=width, mode=mode)
+            reply = served.recommend(history, k=widths[-1], beam_widths=widths, mode=mode)
             assert ids(reply) == [item for item, _ in expected]
             assert [item.score for item in reply.items] == pytest.approx([s for _, s in expected], abs=NEAR_TIE)
             assert reply.scoring_rule == types_pb2.SCORING_RULE_CODES
@@ -97,7 +104,7 @@ def test_replies_hold_the_codes_before_the_tail_and_count_the_items_of_a_path(se
 def test_a_request_may_set_its_own_limit_of_items_per_path(served: Client, made: TestBundle) -> None:
     for limit in (1, 3, NO_LIMIT):
         reply = served.recommend(HISTORIES[1], k=30, beam_width=30, items_per_path=limit)
-        assert ids(reply) == [item for item, _ in naive_list(made, HISTORIES[1], 30, limit)][:30]
+        assert ids(reply) == [item for item, _ in naive_list(made, HISTORIES[1], [30], limit)][:30]
 
 
 def test_excluded_items_do_not_count_against_the_limit(served: Client) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.provenance import provenance
 from atspeed.cli.main import app
-from atspeed.engine.bundle.manifest import Bundle, Role, hash_files
+from atspeed.engine.bundle.manifest import Bundle, Role, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.tree_session import Selection
@@ -153,8 +153,11 @@ def _parameters(shape: ModelShape) -> int:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
-    """A bundle beside its checkpoints, as training leaves them."""
-    return write_run(tmp_path_factory.mktemp("run"), random_catalogue(300, (16, 12, 10), seed=3), seed=5)
+    """A bundle beside its checkpoints, as training leaves them, with a draft of another kind."""
+    made = write_run(tmp_path_factory.mktemp("run"), random_catalogue(300, (16, 12, 10), seed=3), seed=5)
+    draft = made.bundle.model("draft").model_copy(update={"draft_kind": "other"})
+    write_manifest(made.root, made.bundle.manifest.model_copy(update={"draft": draft}))
+    return replace(made, bundle=Bundle(made.root))
 
 
 @pytest.fixture
@@ -183,6 +186,7 @@ async def test_a_bundle_is_inflated_from_the_command_line(run: TestBundle, tmp_p
         small, large = trained.models[role], manifest.models[role]
         assert large.inflated_from == small.parameters < large.parameters
         assert (large.code_tokens, large.prompt) == (small.code_tokens, small.prompt)
+        assert large.draft_kind == small.draft_kind
         assert (tmp_path / "out" / f"{role}-checkpoint" / "config.json").exists()
         small_evaluation, large_evaluation = [await _upper_trie(one, role) for one in (run.bundle, bundle)]
         assert [node for node, _ in small_evaluation.items()] == [node for node, _ in large_evaluation.items()]

@@ -178,7 +178,7 @@ def served(
     return Recommender(manifest, world.catalogue, target, draft, planner, None, SpeculationBreaker()), world
 
 
-@settings(max_examples=either(40, 200))
+@settings(max_examples=either(20, 200))
 @given(st.integers(0, 2**32 - 2), st.sampled_from(ScoringRule), st.sampled_from([None, 0.0, 0.7, 1.0]))
 def test_lists_of_paths_with_everything_at_once_are_those_of_the_naive_search(
     seed: int, rule: ScoringRule, agreement: float | None
