@@ -133,7 +133,9 @@ def _check_folders(out: Path, save_checkpoint: Path | None) -> None:
     if save_checkpoint:
         one, other = out.resolve(), save_checkpoint.resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
-            raise ImportingError(f"--save-checkpoint {save_checkpoint}: must be another folder than --out, and not in it")
+            raise ImportingError(
+                f"--save-checkpoint {save_checkpoint}: must be another folder than --out, and not in it"
+            )
 
 
 @contextmanager

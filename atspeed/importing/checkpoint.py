@@ -103,7 +103,9 @@ class Source:
                 given = set(load_peft_weights(str(adapter), device="cpu"))
                 merged: Any = peft.merge_and_unload()
         except Exception as error:  # peft raises almost any kind, too
-            raise ImportingError(f"{adapter}: the adapter does not fit {self.checkpoint}: {first_line(error)}") from error
+            raise ImportingError(
+                f"{adapter}: the adapter does not fit {self.checkpoint}: {first_line(error)}"
+            ) from error
         # peft leaves a weight that the file lacks as it is, and ignores one that the model has no place for.
         if wrong := sorted((expected - given) | {name for name in given - expected if "lora_" in name}):
             place = "model" if wrong[0] in given else "adapter"

@@ -139,9 +139,7 @@ def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout
     levels = len(_code_names(path, layout))
     most = _SID_BASE**levels
     digits = len(str(most))
-    wrong = next(
-        (key for key in content if not (key.isdecimal() and len(key) <= digits and int(key) < most)), None
-    )
+    wrong = next((key for key in content if not (key.isdecimal() and len(key) <= digits and int(key) < most)), None)
     if wrong is not None:
         raise ImportingError(f"{path}: {shown(wrong)}: not the number of a path of {levels} codes below {_SID_BASE:,}")
     wrong = next((key for key, items in content.items() if not isinstance(items, list)), None)

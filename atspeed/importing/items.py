@@ -70,9 +70,7 @@ def popularity_rank(given: str, index: Index, items: Items, rows: Int64) -> Int6
 
 def _column(name: str, ids: list[str], items: Items) -> Numbers:
     numbers = [items.get(item, {}).get(name) for item in ids]
-    lacking = next(
-        (item for item, number in zip(ids, numbers, strict=True) if not _is_number(number)), None
-    )
+    lacking = next((item for item, number in zip(ids, numbers, strict=True) if not _is_number(number)), None)
     if lacking is not None:
         raise ImportingError(
             f"--popularity {name}: no file and no column of the index, and item {shown(lacking)} has no such number"
