@@ -106,12 +106,8 @@ def import_checkpoint(
         raise typer.BadParameter("--tail and --no-tail: give only one of them")
     importing, layouts = optional("atspeed.importing.bundle"), optional("atspeed.importing.layouts")
     optional("transformers.utils.logging").disable_progress_bar()
-    given: dict[str, Any] = {
-        "separator": _text(separator),
-        "tail": "" if no_tail else _text(tail),
-        "max_items": max_items,
-    }
-    layout = layouts.read_layout(prompt, {field: value for field, value in given.items() if value is not None})
+    changes = layout_changes(separator=separator, tail="" if no_tail else tail, max_items=max_items)
+    layout = layouts.read_layout(prompt, changes)
     if any("\r" in segment for segment in layout.segments):
         warn(f"{prompt}: its lines end with carriage returns, which are part of the prompt")
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
@@ -149,6 +145,10 @@ def _name(name: str) -> str:
     return name
 
 
-def _text(value: str | None) -> str | None:
-    """Return an option's text with its line feeds and tabs."""
-    return None if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
+def layout_changes(**given: str | int | None) -> dict[str, Any]:
+    """Return the given fields of a layout, texts with their line feeds and tabs."""
+    return {
+        field: value.replace("\\n", "\n").replace("\\t", "\t") if isinstance(value, str) else value
+        for field, value in given.items()
+        if value is not None
+    }

@@ -40,7 +40,9 @@ class AuthorsPrompt:
         return self.user.tokens(history)
 
 
-def authors_prompt(bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None) -> AuthorsPrompt:
+def authors_prompt(
+    bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None, changes: dict[str, Any] | None = None
+) -> AuthorsPrompt:
     """Return the authors' prompt for the items of a bundle.
 
     Args:
@@ -48,10 +50,11 @@ def authors_prompt(bundle: Bundle, prompt: str, tokenizer: Path, index: Path | N
         prompt: the name of a layout, or a file.
         tokenizer: the folder of the tokenizer.
         index: the index file that names the codes; None: the tokenizer names the code tokens of the bundle.
+        changes: fields that take the place of the layout's own.
 
     Raises ImportingError when the tokens of an item are not those of the index.
     """
-    layout, loaded = read_layout(prompt), Source(tokenizer).tokenizer()
+    layout, loaded = read_layout(prompt, changes), Source(tokenizer).tokenizer()
     entry, catalogue = bundle.model("target"), bundle.catalogue()
     if index is None:
         return _with_tails(user_prompt(layout, loaded, catalogue, entry.code_tokens), bundle, catalogue)

@@ -89,19 +89,27 @@ class Source:
 
     def _merged(self, adapter: Path, rows: int) -> PreTrainedModel:
         try:
-            from peft import PeftModel  # only adapters need the package
+            from peft import PeftModel, get_peft_model_state_dict  # only adapters need the package
+            from peft.utils import load_peft_weights
         except ImportError:
             raise ImportingError("peft is not installed: pip install 'atspeed-serving[train]'") from None
         model = load_checkpoint(self.checkpoint)
         if rows != model.config.vocab_size:
             model.resize_token_embeddings(rows, mean_resizing=False)
         try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of transformers' names
-                merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            with warnings.catch_warnings(action="ignore"):  # peft's; what they say of weights is checked
+                peft = PeftModel.from_pretrained(model, str(adapter))
+                expected = set(get_peft_model_state_dict(peft, save_embedding_layers=False))
+                given = set(load_peft_weights(str(adapter), device="cpu"))
+                merged: Any = peft.merge_and_unload()
         except Exception as error:  # peft raises almost any kind, too
             raise ImportingError(
                 f"{adapter}: the adapter does not fit {self.checkpoint}: {first_line(error)}"
             ) from error
+        # peft leaves a weight that the file lacks as it is, and ignores one that the model has no place for.
+        if wrong := sorted((expected - given) | {name for name in given - expected if "lora_" in name}):
+            place = "model" if wrong[0] in given else "adapter"
+            raise ImportingError(f"{adapter}: does not fit {self.checkpoint}: the {place} has no {wrong[0]}")
         return _ready(merged)
 
     def _added(self, base: Path) -> PreTrainedModel:

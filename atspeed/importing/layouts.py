@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -32,7 +32,7 @@ class PromptLayout(BaseModel):
     """The text of an item; `{item}` stands for its code tokens."""
     tail: str = ""
     """The text that is scored behind the codes; `{eos}` stands for the end-of-sequence token."""
-    max_items: PositiveInt = Field(default=20, strict=True)
+    max_items: Annotated[PositiveInt, Field(strict=True)] = 20
     """The newest items that a prompt holds."""
     code_names: tuple[str, ...] = ()
     """The token of a code per level, such as `<s_a_{}>`, for an index of numbers."""

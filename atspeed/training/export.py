@@ -37,6 +37,8 @@ from atspeed.training.parity import compare
 from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
+_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Arguments of `from_pretrained` that return what does not fit, instead of an error that points to a log."""
 ARCHITECTURES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "t5")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -105,11 +107,13 @@ def load_whole(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            loaded = family.from_pretrained(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+            loaded = family.from_pretrained(path, local_files_only=True, dtype=dtype, **_REPORTED)
     except Exception as error:  # transformers raises almost any kind for a file that it cannot use
         raise ExportError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     # transformers fills missing weights with random numbers, and leaves others out; it only logs a warning.
+    if other := sorted(name for name, *_ in loaded[1]["mismatched_keys"]):
+        raise ExportError(f"{path}: weights of another shape than in config.json: {', '.join(other[:5])}")
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ExportError(f"{path}: weights missing from the checkpoint: {', '.join(missing[:5])}")
     parts = {name.partition(".")[0] for name in model.state_dict()}  # a value head, say, is no part of the model
@@ -130,8 +134,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind if it has no text."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Return the first line of an error's text, with the next one if it ends in a colon; its kind if it has no text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def export_decoder(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MT5Config
 
 from atspeed.importing.checkpoint import Source
@@ -31,6 +32,12 @@ def loaded(source: Source) -> Any:
 
 
 @torch.inference_mode()
+def imported(source: Source) -> Any:
+    """The model, with its config read first as an import does."""
+    source.config()
+    return loaded(source)
+
+
 def logits(model: Any) -> torch.Tensor:
     computed: torch.Tensor = model(torch.arange(1, 30)[None]).logits
     return computed
@@ -141,6 +148,90 @@ def test_an_adapter_is_merged(grown: bool, tmp_path: Path) -> None:
         Source(tmp_path / "adapter").config()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize(
+    ("layers", "message"), [(1, "the adapter has no base_model"), (3, "the model has no base_model")]
+)
+def test_an_adapter_of_another_model_is_refused(layers: int, message: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    saved(tmp_path / "base", num_hidden_layers=2)
+    saved(tmp_path / "other", num_hidden_layers=layers)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ImportingError, match=message):
+        Source(tmp_path / "base", adapter=tmp_path / "adapter").load(40)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_an_adapter_config_of_another_shape_is_refused(content: str, tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    with pytest.raises(ImportingError, match="peft_type None, only LORA adapters are merged"):
+        Source(tmp_path / "base", adapter=tmp_path / "adapter").config()
+
+
+def test_an_adapter_beside_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ImportingError, match=r"holds a checkpoint and adapter_config\.json; keep them in two folders"):
+        Source(tmp_path).config()
+
+
+def test_weights_that_the_config_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    """transformers would leave them out, and compute another model."""
+    saved(tmp_path, num_hidden_layers=2)
+    edit_config(tmp_path, num_hidden_layers=1)
+    with pytest.raises(ExportError, match=r"config.json has no place for .*: model.layers.1.input_layernorm.weight"):
+        loaded(Source(tmp_path))
+
+
+def test_weights_beside_the_model_change_nothing(tmp_path: Path) -> None:
+    saved(tmp_path)
+    expected = logits(loaded(Source(tmp_path)))
+    weights = load_file(tmp_path / "model.safetensors")
+    beside = {"v_head.summary.weight": torch.ones(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    save_file(weights | beside, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(loaded(Source(tmp_path))), expected)
+
+
+def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "delta")
+    saved(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"weights missing from the checkpoint: model\.norm\.weight"):
+        loaded(Source(tmp_path / "delta", base=tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "64"}, "config.json: .*hidden_size"),
+        ({"vocab_size": "40"}, "config.json: .*vocab_size"),
+        ({"vocab_size": 41}, "weights of another shape than in config.json: lm_head.weight, model.embed_tokens.weight"),
+        ({"dtype": "float7"}, "float7"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "transformers cannot load it: .*GPTQ"),
+        ({"num_attention_heads": 0}, "config.json: integer modulo by zero"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_a_line(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(TrainingError, match=message) as caught:
+        imported(Source(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"weight": Path("x")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ExportError, match="transformers cannot load it: Weights only load failed"):
+        loaded(Source(tmp_path))
+
+
 def test_another_kind_of_adapter_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "base")
     (tmp_path / "adapter").mkdir()
@@ -177,5 +268,8 @@ def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(TrainingError, match="transformers cannot load it"):
         loaded(Source(tmp_path))
+    with pytest.raises(ImportingError, match=r"no tokenizer, which is one of tokenizer\.json"):
+        Source(tmp_path).tokenizer()
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ImportingError, match="its tokenizer cannot be loaded"):
         Source(tmp_path).tokenizer()

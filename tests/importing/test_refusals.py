@@ -170,3 +170,54 @@ def test_export_refuses_ids_that_are_not_in_the_order_of_codes(made: MadeCheckpo
     first, last = (made.tokenizer.convert_tokens_to_ids(name) for name in (names[0], names[-1]))
     line = one_line(run("export", made.folder, tmp_path / "out", "--code-tokens", f"{first}:{last}"))
     assert "token ids are not in the order of the codes; `atspeed import` looks tokens up by name" in line
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_weights(made: MadeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = one_line(
+        run(
+            *("import", made.folder, "--index", made.index, "--histories", made.histories, "--prompt", "minionerec"),
+            *("--out", tmp_path / "file" / "bundle"),
+        )
+    )
+    assert f"{tmp_path / 'file' / 'bundle'}: not written: Not a directory" in line
+
+
+@pytest.mark.parametrize("saved", ["bundle", "bundle/checkpoint", "."])
+def test_a_saved_checkpoint_stands_apart_from_the_bundle(saved: str, made: MadeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bundle"
+    line = one_line(
+        run(
+            *("import", made.folder, "--index", made.index, "--histories", made.histories, "--prompt", "minionerec"),
+            *("--out", out, "--save-checkpoint", tmp_path / "new" / saved),
+        )
+    )
+    assert "must be another folder than --out, and not in it" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_of_a_user_are_never_replaced(tmp_path: Path) -> None:
+    """A folder beside the new one keeps its content, and one that a killed import left does not."""
+    made = make_checkpoint(tmp_path, random_paths(10, 5), users=3)
+    (tmp_path / "bundle.partial").mkdir()
+    (tmp_path / "bundle.partial" / "mine").write_text("")
+    (tmp_path / ".bundle.partial").mkdir()
+    (tmp_path / ".bundle.partial" / "left").write_text("")
+    done = run(
+        *("import", made.folder, "--index", made.index, "--histories", made.histories, "--prompt", "minionerec"),
+        *("--out", tmp_path / "bundle", "--save-checkpoint", tmp_path / "saved"),
+    )
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "bundle.partial" / "mine").exists()
+    assert not (tmp_path / ".bundle.partial").exists()
+    assert not (tmp_path / "bundle" / "left").exists()
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+
+
+def test_a_prompt_with_carriage_returns_is_a_warning(made: MadeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"Items:\r\n{history}\r\n")
+    done = run(
+        *("import", made.folder, "--index", made.index, "--histories", made.histories),
+        *("--prompt", tmp_path / "prompt.txt", "--out", tmp_path / "bundle"),
+    )
+    assert "its lines end with carriage returns, which are part of the prompt" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ from atspeed.cli.bench.options import (
 )
 from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
+from atspeed.cli.import_checkpoint import layout_changes
 from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.scoring import ScoringRule
@@ -65,6 +66,12 @@ def bench_parity(
         Path | None,
         typer.Option(help="Index of the items, to compare the bundle's code tokens with.", exists=True, dir_okay=False),
     ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Text between two items; the layout's by default. As for `atspeed import`.")
+    ] = None,
+    max_items: Annotated[
+        int | None, typer.Option(min=1, help="Newest items in a prompt; the layout's by default. Likewise.")
+    ] = None,
     counts: Annotated[
         bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
     ] = True,
@@ -80,13 +87,14 @@ def bench_parity(
 
     Without --prompt, generate reads the prompts of the bundle, so a wrong prompt is not found.
     """
-    if prompt is None and (tokenizer or index):
-        raise typer.BadParameter("--tokenizer and --index need --prompt")
+    changes = layout_changes(separator=separator, max_items=max_items)
+    if prompt is None and (tokenizer or index or changes):
+        raise typer.BadParameter("--tokenizer, --index, --separator and --max-items need --prompt")
     parity, exporter = optional("atspeed.benchmarks.parity"), optional("atspeed.training.export")
     reference = optional("atspeed.benchmarks.generate_reference").REFERENCE
     optional("transformers.utils.logging").disable_progress_bar()  # loading takes a moment only
     opened = Bundle(bundle)
-    render = _authors_render(opened, prompt, tokenizer or checkpoint, index) if prompt is not None else None
+    render = _authors_render(opened, prompt, tokenizer or checkpoint, index, changes) if prompt is not None else None
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
     model = exporter.load_checkpoint(checkpoint)
     rows = event_loop.run(parity.run(bundle, model, chosen, k or parity.WIDTHS, render=render, counts=counts))
@@ -99,9 +107,11 @@ def bench_parity(
         raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties{why}")
 
 
-def _authors_render(bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None) -> Callable[..., list[int]]:
+def _authors_render(
+    bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None, changes: dict[str, Any]
+) -> Callable[..., list[int]]:
     """Return the function that renders a history as its authors do. Warns of a tail that is not the bundle's."""
-    written = optional("atspeed.importing.authors_prompt").authors_prompt(bundle, prompt, tokenizer, index)
+    written = optional("atspeed.importing.authors_prompt").authors_prompt(bundle, prompt, tokenizer, index, changes)
     if written.tail != written.bundle_tail:
         tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
         warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")

@@ -53,6 +53,8 @@ def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]]
             raise CatalogueError(f"add: {shown(item)}: paths of {len(path)} codes have several tails in the catalogue")
         new.append((*path, *endings[len(path)][0]))
     kept = np.setdiff1d(np.arange(catalogue.items), index)
+    if not len(kept) and not added:
+        raise CatalogueError("remove: no item would be left")
     ids = [catalogue.id_of(int(item)) for item in kept] + list(added)
     codes = np.concatenate([catalogue.codes[kept], np.array(new, dtype=np.int32).reshape(-1, len(sizes))])
     rank = None if catalogue.in_order_of_ids else np.append(kept, np.full(len(new), catalogue.items))

@@ -23,6 +23,7 @@ FILES = {
     "h.jsonl": '{"user": "A1", "items": [1, 22]}\n{"history": ["3"], "target": 1}\n{"user": "A3", "items": []}\n',
     "h.inter.json": '{"0": [1, 22], "1": [3], "2": []}',
     "h.txt": "A1 1 22\nA2 3\nA3\n",
+    "H.JSONL": '{"items": [1, 22]}\n{"items": ["3"]}\n',
 }
 
 
@@ -38,6 +39,8 @@ def test_every_format(name: str, tmp_path: Path) -> None:
         ("h.csv", "user,items\nA,[1]\n", "no column history_item_id"),
         ("h.csv", "history_item_id\n[1\n", "row 1: history_item_id is not a list"),
         ("h.csv", "history_item_id\n[4]\n", "row 1: item '4' is not in index.json"),
+        ("h.csv", "history_item_id\n" + "-" * 100_000 + "1\n", "row 1: history_item_id is not a list"),
+        ("h.csv", "history_item_id\n[" + "1" * (1 << 24) + "]\n", "field larger than field limit"),
         ("h.jsonl", '{"items": [1]}\n{"items": [22, 4]}\n', "line 2: item '4' is not in index.json"),
         ("h.jsonl", '{"user": 1}\n', "line 1: no list under items or history"),
         ("h.jsonl", '{"items": [1.5]}\n', "line 1: 1.5 is not an item"),

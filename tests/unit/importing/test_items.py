@@ -46,6 +46,31 @@ def test_popularity_is_a_column_or_a_file(tmp_path: Path) -> None:
     assert popularity_rank(str(tmp_path / "counts.txt"), INDEX, {}, ALL).tolist() == [2, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1 nan\n", "counts.txt:1: not an item and a number"),
+        ("1\n", "counts.txt:1: not an item and a number"),
+        ("1 2 3\n", "counts.txt:1: not an item and a number"),
+        ("1 2\n1 3\n", "counts.txt:2: item '1' occurs more than once"),
+        ("", "counts.txt: holds no item that is served"),
+        ("other 3\n", "counts.txt: holds no item that is served"),
+    ],
+)
+def test_counts_that_order_nothing_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "counts.txt").write_text(content)
+    with pytest.raises(ImportingError, match=message):
+        popularity_rank(str(tmp_path / "counts.txt"), INDEX, {}, ALL)
+
+
+@pytest.mark.parametrize(
+    ("sold", "message"), [(float("nan"), "item '1' has no such number"), (10**400, "--popularity sold")]
+)
+def test_a_column_without_an_order_is_refused(sold: float, message: str) -> None:
+    with pytest.raises(ImportingError, match=message):
+        popularity_rank("sold", INDEX, {"1": {"sold": sold}, "3": {"sold": 2}}, np.array([0, 2]))
+
+
 def test_mistakes_name_the_item(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text('{"id": 4}\n')

@@ -43,7 +43,12 @@ def test_a_toml_file_holds_every_field(tmp_path: Path) -> None:
         ('segments = ["{history}"]\ntail = "{eos} "', "tail: {eos} must be its end"),
         ('segments = ["{history}"]\ncode_names = ["<a>"]', "code_names: '<a>' must hold {} exactly once"),
         ('segments = ["{history}"]\nmax_items = 0', "max_items: "),
+        ('segments = ["{history}"]\nmax_items = true', "max_items: "),
         ("segments = [", "prompt.toml: "),
+        ("segments = " + "[" * 10_000, "prompt.toml: "),
+        ('segments = ["{{history}}"]', "segments: {{history}} would change from prompt to prompt"),
+        ('segments = ["{0} {history}"]', "segments: {0} would change from prompt to prompt"),
+        ('segments = ["{user-id} {history}"]', "segments: {user-id} would change from prompt to prompt"),
         ('separator = ""', "segments: Field required"),
         ('segments = ["{history}"]\nother = 1', "other: "),
     ],
@@ -55,6 +60,17 @@ def test_a_mistake_in_a_file_names_the_field(content: str, message: str, tmp_pat
     assert message in str(caught.value)
     assert "prompt.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["prompt.txt", "prompt.toml"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name: str, tmp_path: Path) -> None:
+    text = "A: {history}" if name.endswith(".txt") else 'segments = ["A: {history}"]'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_layout(str(tmp_path / name)).segments == ("A: {history}",)
+
+
+def test_an_object_in_braces_is_text() -> None:
+    assert PromptLayout(segments=('Answer {"item": 1} or {} to {history}',)).segments
 
 
 def test_an_unknown_name_lists_the_layouts() -> None:
