@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.manifest import Bundle, EncoderEntry
 from atspeed.engine.errors import BundleError
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.checkpoints import Checkpoints
@@ -258,6 +258,24 @@ def test_an_inflated_target_is_refused(plain: TestBundle, tmp_path: Path) -> Non
     inflated = replace(given(plain), bundle=bundle)
     with pytest.raises(RecipeError, match="its target is inflated"):
         distill(inflated, HISTORIES, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
+
+
+def test_a_target_with_an_encoder_is_refused(plain: TestBundle, tmp_path: Path) -> None:
+    bundle = Bundle(plain.root)
+    encoder = EncoderEntry(path="target/encoder.onnx", decoder_start=0)
+    entry = bundle.manifest.target.model_copy(update={"encoder": encoder})
+    bundle.manifest = bundle.manifest.model_copy(update={"target": entry})
+    with pytest.raises(RecipeError, match="its target has an encoder"):
+        distill(
+            replace(given(plain), bundle=bundle), HISTORIES, a_recipe(), tmp_path / "out", tmp_path / "run", source="h"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_histories_without_a_prompt_leave_no_folder(plain: TestBundle, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to learn from"):
+        distill(given(plain), {"u": ("0",)}, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("loss", ["level-kd", "coverage"])
