@@ -112,7 +112,7 @@ def _items_of(path: Path, number: int, line: str, with_targets: bool) -> list[An
     items = row.get("items", row.get("history")) if isinstance(row, dict) else None
     if not isinstance(items, list):
         raise ImportingError(f"{path}: line {number}: no list under items or history")
-    return [*items, row["target"]] if with_targets and "target" in row else items
+    return [*items, row["target"]] if with_targets and row.get("target") is not None else items
 
 
 def _item(path: Path, place: str, item: Any) -> str:

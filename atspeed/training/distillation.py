@@ -105,14 +105,11 @@ def distill(
         torch.set_num_threads(threads)
     disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
     _check_folders(target.bundle, out, run_folder)
-    run_folder.mkdir(parents=True, exist_ok=True)
     manifest = target.bundle.manifest
+    if manifest.target.encoder is not None:
+        raise RecipeError(f"{target.bundle.root}: its target has an encoder, and a teacher must be a decoder alone")
     if manifest.target.inflated_from is not None:
         raise RecipeError(f"{target.bundle.root}: its target is inflated; distil from the bundle that was trained")
-    if manifest.target.encoder is not None:  # the teacher's search (atspeed/training/beams.py) reads decoders only
-        raise RecipeError(
-            f"{target.bundle.root}: its target has an encoder, and no draft learns from such a target yet"
-        )
     prompt = manifest.target.prompt
     settings = RunSettings(
         seed=recipe.seed,
@@ -123,6 +120,7 @@ def distill(
     dataset = split(histories, source, settings, held=recipe.draft.schedule.validation_users)
     catalogue = target.bundle.catalogue()
     check_loss(recipe.draft, catalogue.trie.levels)
+    run_folder.mkdir(parents=True, exist_ok=True)
     run = Run(settings, Folders.one(run_folder), dataset, checkpoints or Checkpoints())
     return Distillation(run, target, recipe, catalogue, out).bundle()
 

@@ -105,6 +105,15 @@ def test_a_wrong_separator_fails_on_the_users_prompt_only(made: MadeCheckpoint, 
     assert parity(made, wrong, "--no-counts", "-k", 10).exit_code == 0
 
 
+def test_the_options_of_an_import_are_those_of_the_comparison(made: MadeCheckpoint, tmp_path: Path) -> None:
+    options = ("--separator", "\\n", "--max-items", 3)
+    bundle = imported(made, tmp_path / "other", *options)
+    chosen = ("--prompt", "minionerec", "--k", 3, "--no-counts")
+    assert "prompts are not the bundle's" in one_line(parity(made, bundle, *chosen))
+    done = parity(made, bundle, *chosen, *options)
+    assert done.exit_code == 0, done.output
+
+
 def test_code_tokens_in_another_order_are_found_by_the_index(
     made: MadeCheckpoint, bundle: Path, tmp_path: Path
 ) -> None:
@@ -145,4 +154,4 @@ def test_another_tail_is_told(made: MadeCheckpoint, tmp_path: Path) -> None:
 def test_options_of_the_prompt_need_it(made: MadeCheckpoint, bundle: Path) -> None:
     done = parity(made, bundle, "--index", made.index)
     assert done.exit_code == 2
-    assert "--tokenizer and --index need --prompt" in done.stderr
+    assert "--tokenizer, --index, --separator and --max-items need --prompt" in done.stderr

@@ -267,6 +267,12 @@ def test_a_target_with_an_encoder_is_refused(tmp_path: Path) -> None:
         run(made, tmp_path)
 
 
+def test_histories_without_a_prompt_leave_no_folder(plain: TestBundle, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to learn from"):
+        distill(given(plain), {"u": ("0",)}, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("loss", ["level-kd", "coverage"])
 def test_paths_of_one_code(loss: str, tmp_path: Path) -> None:
     """Nothing is planned on them: there are no plan scales, and coverage has nothing to compare."""

@@ -46,6 +46,7 @@ def test_update_to_any_catalogue_has_its_version(
     ("added", "removed", "problem"),
     [
         ({}, ["nobody"], "remove: 'nobody' is not in the catalogue"),
+        ({}, [f"item-{item}" for item in range(20)], "remove: no item would be left"),
         ({"item-1": (0, 0)}, [], "'item-1' occurs more than once"),
         ({"new": (0, 9)}, [], r"add: 'new': \[0, 9\] is not a code path of the codebooks \[4, 4\]"),
         ({"new": (0,)}, [], "add: 'new'"),

@@ -59,6 +59,11 @@ def test_a_mistake_names_the_place(name: str, content: str, message: str, tmp_pa
     assert name in str(caught.value)
 
 
+def test_a_history_that_nothing_follows_is_read_for_training(tmp_path: Path) -> None:
+    (tmp_path / "h.jsonl").write_text('{"items": [1, 22], "target": null}\n')
+    assert histories_of(tmp_path / "h.jsonl", INDEX.rows, INDEX.path, with_targets=True) == {"line 1": ("1", "22")}
+
+
 @pytest.mark.parametrize(("name", "follows"), [("h.csv", [("3",), ("1",), ("1",)]), ("h.jsonl", [(), ("1",), ()])])
 def test_training_takes_the_item_that_follows_a_history(
     name: str, follows: list[tuple[str, ...]], tmp_path: Path
