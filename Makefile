@@ -5,7 +5,7 @@
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
-#   make faults          the fault tests with all repetitions and thresholds; up to an hour, on a machine that does nothing else
+#   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
@@ -46,7 +46,8 @@ pytest: $(DEV)/.installed tools
 
 .PHONY: faults
 faults: $(DEV)/.installed tools
-	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults $(FAULTS)
+	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
+	    tests/integration/test_deep_properties.py $(FAULTS)
 
 MINUTES ?= 30
 

@@ -1,4 +1,4 @@
-"""The unit tests' properties and laws again, with many examples and all draws (`tests/profiles.py`)."""
+"""The unit tests' properties and laws again, with many examples and all draws (`tests/profiles.py`): `make faults`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", PARTS, ids=["laws", "search", "others"])
 def test_properties_hold_for_many_examples(part: list[str]) -> None:

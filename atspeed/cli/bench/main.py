@@ -25,7 +25,7 @@ from atspeed.cli.bench.options import (
 )
 from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
-from atspeed.cli.import_checkpoint import layout_changes
+from atspeed.cli.import_checkpoint import MAX_ITEMS, layout_changes
 from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.scoring import ScoringRule
@@ -70,7 +70,8 @@ def bench_parity(
         str | None, typer.Option(help="Text between two items; the layout's by default. As for `atspeed import`.")
     ] = None,
     max_items: Annotated[
-        int | None, typer.Option(min=1, help="Newest items in a prompt; the layout's by default. Likewise.")
+        int | None,
+        typer.Option(min=1, max=MAX_ITEMS, help="Newest items in a prompt; the layout's by default. Likewise."),
     ] = None,
     counts: Annotated[
         bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
