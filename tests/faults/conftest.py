@@ -49,7 +49,7 @@ def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> It
         "target": {"redis-timeout-seconds": 1, "threads": 1, "kv-memory-mb": 0, "kv-redis": "always"},
         "orchestrator": {
             "redis-timeout-seconds": 1,
-            "draft-timeout-seconds": 2,
+            "draft-timeout-seconds": 4,  # half of it, which the first of two attempts has, is longer than a wait for Redis
             "draft-backoff-seconds": 0.2,
             "planner": "fixed",  # the draft is asked, whether it pays or not
         },
