@@ -80,7 +80,7 @@ def mimigenrec(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int
 
 
 def letter_tiger(tokenizer: Any, paths: Paths, history: Sequence[str]) -> list[int]:
-    """What the encoder reads: no text and no separator; the tokenizer ends it."""
+    """The encoder's prompt: no text and no separator; the tokenizer ends it."""
     tokens: list[int] = tokenizer("".join("".join(paths[item]) for item in history[-20:]))["input_ids"]
     return tokens
 
@@ -106,6 +106,6 @@ PROMPTS: dict[str, Callable[[Any, Paths, Sequence[str]], list[int]]] = {
 
 
 def tokens_of_tail(layout: str, tokenizer: Any) -> list[int]:
-    """What the authors score behind the codes."""
+    """The tokens that the authors score behind the codes."""
     line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if layout == "minionerec" else []
     return [*line, *([] if layout == "openonerec" else [tokenizer.eos_token_id])]

@@ -88,7 +88,7 @@ class ImportChoices:
 
 @dataclass(frozen=True)
 class ReadFiles:
-    """What was read and compared before the weights.
+    """The files that were read and compared before the weights.
 
     Attributes:
         catalogue: the catalogue.

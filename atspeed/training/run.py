@@ -42,7 +42,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of a run share.
+    """The state that the stages of a run share.
 
     Attributes:
         settings: the settings of both models.

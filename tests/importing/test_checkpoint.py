@@ -83,7 +83,7 @@ def test_rope_of_every_version(key: str, kind: str, tmp_path: Path) -> None:
 
 
 def test_a_delta_is_added_to_its_base_in_its_own_format(tmp_path: Path) -> None:
-    """As LC-Rec adds it: same shapes are summed in the delta's format; grown tables are whole in the delta."""
+    """The sum of LC-Rec's script: same shapes are summed in the delta's format; grown tables are whole in the delta."""
     base = random_model("llama", 30, 1).bfloat16()
     tuned = random_model("llama", 40, 2).bfloat16()
     base.save_pretrained(tmp_path / "base")

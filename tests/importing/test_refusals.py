@@ -1,4 +1,4 @@
-"""What `atspeed import` refuses: one line and exit code 1, before any weight is read."""
+"""Refusals of `atspeed import`: one line and exit code 1, before any weight is read."""
 
 from __future__ import annotations
 

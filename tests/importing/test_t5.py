@@ -1,4 +1,4 @@
-"""What of a T5, or of a model without an encoder, is refused before its weights are read."""
+"""Refusals of a T5, or of a model without an encoder, before the weights are read."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def naive(made: TestBundle) -> NaiveTrie:
 
 
 def log_probabilities(made: TestBundle, naive: NaiveTrie, history: list[str]) -> LogProb:
-    """What the checkpoint says after a history's prompt, one prefix at a time and without a cache."""
+    """Log-probabilities of the checkpoint after a history's prompt, one prefix at a time and without a cache."""
     entry, catalogue = made.bundle.manifest.target, made.bundle.catalogue()
     prompt = prompt_tokens(catalogue, entry, catalogue.find(history).tolist()).tolist()
     first = np.cumsum([0, *CODES])

@@ -63,7 +63,7 @@ def client(redis_url: str, stack: LocalStack) -> Iterator[Client]:
 
 
 def prompt_tokens(bundle: Path, history: list[str]) -> int:
-    """What the encoder reads of a full window's prompt, or of a shorter one."""
+    """The encoder's prompt of a full window's prompt, or of a shorter one."""
     prompt = Bundle(bundle).manifest.target.prompt
     return len(history) * 4 + len(prompt.suffix)
 

@@ -29,7 +29,7 @@ def has_one_path(trie: NaiveTrie, path: Path) -> bool:
 
 
 def never_needs_a_pass(trie: NaiveTrie, rule: ScoringRule, path: Path) -> bool:
-    """Whether the target knows all below a path without a pass."""
+    """Return whether the target knows all below a path without a pass."""
     return trie.has_ended(path) or (rule is ScoringRule.TRIE and has_one_path(trie, path))
 
 

@@ -33,7 +33,7 @@ class NaiveTrie:
         return sorted(below)
 
     def has_ended(self, path: Path) -> bool:
-        """Whether no code follows a path that has places left."""
+        """Return whether no code follows a path that has places left."""
         return self.children(path) == [-1]
 
     def inner(self) -> list[int]:

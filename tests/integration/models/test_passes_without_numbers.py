@@ -74,7 +74,7 @@ async def evaluate(evaluator: TreeEvaluator, prompt: Int64, nodes: Sequence[int]
 
 
 def valid_prompt(models: Models, seed: int = 0) -> Int64:
-    """Of a history without the corrupt code."""
+    """The prompt of a history without the corrupt code."""
     prompts = (models.prompt(3, seed=number) for number in range(seed * 100, (seed + 1) * 100))
     return next(prompt for prompt in prompts if token_of(models, 2) not in prompt)
 
