@@ -34,7 +34,7 @@ class SequenceModel:
             self._read([path for path in trie.nodes if len(path) == depth and -1 not in path])
 
     def __call__(self, path: Path, code: int) -> float:
-        """Of one code; a path that has ended stays as it is."""
+        """Return the log-probability of one code; a path that has ended stays as it is."""
         return 0.0 if code == -1 else self._known[path][code]
 
     def _token(self, level: int, code: int) -> int:

@@ -140,7 +140,7 @@ class World:
     def evaluate(
         self, nodes: Int64, pruning: Pruning, limit: int, perturbation: Perturbation | None = None
     ) -> Evaluation:
-        """What the model says about some nodes. Laws ask the same thousands of times, so plain answers are kept."""
+        """Return the model's evaluation of some nodes. Laws ask the same thousands of times, so plain answers are kept."""
         key = (nodes.tobytes(), limit)
         plain = pruning.is_none and perturbation is None
         if plain and key in self._evaluated:

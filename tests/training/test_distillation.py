@@ -197,7 +197,7 @@ def refused(plain: TestBundle, model: PreTrainedModel, folder: Path) -> str:
 
 
 def test_a_checkpoint_of_other_weights_is_refused(plain: TestBundle, tmp_path: Path) -> None:
-    """As of another epoch: one weight is changed a little."""
+    """A checkpoint as of another epoch: one weight is changed a little."""
     other = random_model("llama", plain.bundle.model("target").vocab_size, seed=3)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0] += 0.05

@@ -83,7 +83,7 @@ def test_node_result_is_independent_of_other_tokens(name: str, tmp_path: Path) -
 
 
 def test_trees_of_a_batch_are_as_alone(tmp_path: Path) -> None:
-    """Of other prompt lengths, and at other passes: the encoder rows of each tree are found in its own mask."""
+    """Trees of other prompt lengths and at other passes: the encoder rows of each tree are found in its own mask."""
     decoder = exported(checkpoint(), tmp_path)
     trees = [tree_of(seed, prefix=prefix, nodes=9) for seed, prefix in enumerate((3, 14, 25))]
     deepest, count = max(tree.prefix for tree in trees), 9

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,9 @@ from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandEr
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
+
+if TYPE_CHECKING:
+    from atspeed.benchmarks.parity import ParityRow
 
 _PAGES = {
     "decode": "atspeed.benchmarks.decode_report",
@@ -102,10 +105,15 @@ def bench_parity(
     out.print(terminal_table(f"Comparison with {reference}, {len(chosen)} users", parity.COLUMNS, rows))
     print_identity(reference, rows)
     save(json_file, opened, seed, to_json(rows))
+    _check_identical(reference, rows, len(chosen))
+
+
+def _check_identical(reference: str, rows: Sequence[ParityRow], users: int) -> None:
+    """Raise CommandError if a list differs beyond near-ties."""
     if different := sum(row.different for row in rows):
         other = rows[0].prompts_different
-        why = f"; {other} of {len(chosen)} prompts are not the bundle's" if other else ""
-        raise CommandError(f"{different} lists differ from Hugging Face generate beyond near-ties{why}")
+        why = f"; {other} of {users} prompts are not the bundle's" if other else ""
+        raise CommandError(f"{different} lists differ from {reference} beyond near-ties{why}")
 
 
 def _authors_render(

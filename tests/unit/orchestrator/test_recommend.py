@@ -111,7 +111,7 @@ class Target:
         return self
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
-        """As `TargetSession` asks and the service answers."""
+        """Answer the calls that `TargetSession` makes, as the service does."""
         if self.passes and among(self.passes[0].node, nodes).all():
             return self.passes.popleft()
         assert not self.passes

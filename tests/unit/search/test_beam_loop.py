@@ -85,7 +85,7 @@ def choices(draw: st.DrawFn) -> Choice:
 
 
 def needs_a_pass(world: World, node: int) -> bool:
-    """Whether only the model knows how likely the children are."""
+    """Return whether only the model knows how likely the children are."""
     children = world.naive.children(world.naive.nodes[node])
     return children != [-1] and (len(children) > 1 or world.rule is not ScoringRule.TRIE)
 
