@@ -18,11 +18,10 @@ from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from atspeed.observability import tracing
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.history import HistoryStore, HistoryUnavailable
-from orchestrator.model_clients.draft_client import DraftClient, DraftSession
-from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.model_clients.interfaces import DraftModel, TargetModel
 from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.sized_draft import NoDraft, SizedDraft
+from orchestrator.planning.sized_draft import DraftSource, NoDraft, SizedDraft
 from orchestrator.recommendation import Diagnostics, Item, Origin, Recommendation, RecommendParams, SubjectHistory
 from orchestrator.request_session import Candidates, PromptBuilder, RequestSession
 from orchestrator.search.beam_loop import SearchResult
@@ -45,8 +44,8 @@ class Recommender:
         self,
         manifest: Manifest,
         catalogue: Catalogue,
-        target: TargetClient,
-        draft: DraftClient | None,
+        target: TargetModel,
+        draft: DraftModel | None,
         planner: Planner,
         histories: HistoryStore | None,
         speculation_breaker: SpeculationBreaker,
@@ -159,7 +158,7 @@ class Recommender:
         disabled = mode.properties.speculates and has_draft and not enabled
         return RequestSession(prompts, target, draft, sizer, prompt_tokens, disabled)
 
-    def _draft_session(self, prompts: PromptBuilder) -> DraftSession | None:
+    def _draft_session(self, prompts: PromptBuilder) -> DraftSource | None:
         if self._draft is None or self.manifest.draft is None:
             return None
         return self._draft.session(prompts.draft_request(self.manifest.draft), prompts.policy.proposal)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from atspeed.engine.bundle.manifest import Manifest
 from atspeed.rpc import wire
 from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.degraded_reason import DegradedReason
@@ -25,9 +28,18 @@ _COLD_STARTS = {
 _DEGRADED_REASONS = {reason: pb.DegradedReason.Value(f"DEGRADED_REASON_{reason.name}") for reason in DegradedReason}
 
 
-def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.ReplyOptions) -> pb.RecommendResponse:
-    """Return the reply with a recommendation. snapshot: the one that made it."""
-    params, manifest = recommendation.params, snapshot.manifest
+class ServedBundle(Protocol):
+    """The bundle that a list comes from; a `Snapshot` is one."""
+
+    @property
+    def manifest(self) -> Manifest: ...  # noqa: D102
+    @property
+    def version(self) -> str: ...  # noqa: D102
+
+
+def to_reply(recommendation: Recommendation, bundle: ServedBundle, options: pb.ReplyOptions) -> pb.RecommendResponse:
+    """Return the reply with a recommendation. bundle: the one that it comes from."""
+    params, manifest = recommendation.params, bundle.manifest
     diagnostics, reasons = recommendation.diagnostics, recommendation.degraded_reasons
     return pb.RecommendResponse(
         items=[_item(rank, item, options) for rank, item in enumerate(recommendation.items, start=1)],
@@ -35,7 +47,7 @@ def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.Rep
             target_model=diagnostics.target.model_version or "",
             draft_model=diagnostics.draft.model_version or "",
             catalogue=manifest.catalogue_version,
-            bundle=snapshot.version,
+            bundle=bundle.version,
         ),
         scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
         mode=wire.to_mode(params.mode),

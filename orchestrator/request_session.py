@@ -16,8 +16,8 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning, Trie
 from orchestrator.degraded_reason import DegradedReason
+from orchestrator.model_clients.interfaces import RequestTarget
 from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
-from orchestrator.model_clients.target_client import TargetSession
 from orchestrator.planning.plan_sizer import FixedPlanSizer
 from orchestrator.planning.sized_draft import NoDraft, SizedDraft
 from orchestrator.recommendation import RecommendParams, StageTimes, SubjectHistory
@@ -119,7 +119,7 @@ class RequestSession:
 
     Attributes:
         prompts: the builder of the models' requests.
-        target: the target's stream.
+        target: the target for the request.
         draft: the sized draft, or none.
         sizer: the plan sizer.
         prompt_tokens: length of the target's prompt.
@@ -127,7 +127,7 @@ class RequestSession:
     """
 
     prompts: PromptBuilder
-    target: TargetSession
+    target: RequestTarget
     draft: SizedDraft | NoDraft
     sizer: FixedPlanSizer
     prompt_tokens: int
@@ -136,7 +136,7 @@ class RequestSession:
     async def search(self, trie: Trie, rule: ScoringRule) -> tuple[SearchResult, DegradedReason | None]:
         """Search with the draft's plans. If the target cannot answer a plan, search again without plans, and say so.
 
-        So a plan never decides whether there is a list. The target's stream is closed afterwards.
+        So a plan never decides whether there is a list. The target is closed afterwards.
         """
         if self.prompts.candidates.pruning.empties_catalogue:
             return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule)), None

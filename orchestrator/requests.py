@@ -14,15 +14,27 @@ from atspeed.rpc import wire
 from atspeed.rpc.admission import Priority
 from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.recommendation import RecommendParams
-from orchestrator.settings import OrchestratorSettings
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
 _DEFAULT_BEAM_WIDTH = 20  # the contract's default: wide enough for lists of up to 20 items
 _MAX_BEAM_WIDTHS = 64  # bounds the work of a bad request; paths have a few codes, and `recommend` checks their number
 
 
+class RequestLimits(Protocol):
+    """Limits of a request; see the settings of the same names."""
+
+    @property
+    def max_k(self) -> int: ...  # noqa: D102
+    @property
+    def max_beam_width(self) -> int: ...  # noqa: D102
+    @property
+    def max_candidate_items(self) -> int: ...  # noqa: D102
+    @property
+    def max_history_items(self) -> int: ...  # noqa: D102
+
+
 def parse_request(
-    request: pb.RecommendRequest, limits: OrchestratorSettings, usual: Priority = Priority.INTERACTIVE
+    request: pb.RecommendRequest, limits: RequestLimits, usual: Priority = Priority.INTERACTIVE
 ) -> RecommendParams:
     """Return the parameters of a request. Raises InvalidArgumentError with the name of the first invalid field.
 
