@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from pydantic import SecretStr
 
+from atspeed.client.errors import ClientStateError
 from atspeed.client.recommender import Options, recommend_request
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
@@ -116,17 +117,17 @@ class Recommender:
     def recommend(self, **options: Unpack[Options]) -> pb.RecommendResponse:
         """Return the list for `history=[...]`; the options are those of the client.
 
-        Raises UsageError for a mistaken option, and a ServiceError with the same name and text as the service's status.
+        Raises UsageError for a mistaken option, and a ServiceError whose name and text are those of the services' status.
         """
         return self.send(recommend_request(**options))
 
     def send(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
         """Return the list of a request made by `recommend_request`, or by hand."""
-        return self._wait(self._recommend(request))
+        return self._start(request).result()
 
     def recommend_many(
         self, requests: Iterable[pb.RecommendRequest], *, concurrency: int = 8
-    ) -> Iterator[pb.RecommendResponse]:
+    ) -> Generator[pb.RecommendResponse]:
         """Yield the lists of many requests in their order, `concurrency` of them at once. The first failure is raised.
 
         Requests that run at once share passes. `requests` is read as far as the lists are.
@@ -134,7 +135,7 @@ class Recommender:
         running: deque[Future[pb.RecommendResponse]] = deque()
         try:
             for request in requests:
-                running.append(asyncio.run_coroutine_threadsafe(self._recommend(request), self._loop))
+                running.append(self._start(request))
                 if len(running) >= concurrency:
                     yield running.popleft().result()
             while running:
@@ -159,6 +160,11 @@ class Recommender:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _start(self, request: pb.RecommendRequest) -> Future[pb.RecommendResponse]:
+        if self._loop.is_closed():
+            raise ClientStateError("the recommender is closed; create another one")
+        return asyncio.run_coroutine_threadsafe(self._recommend(request), self._loop)
 
     def _wait(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
