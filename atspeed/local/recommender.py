@@ -29,7 +29,7 @@ from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.errors import UnimplementedError
+from atspeed.errors import ServiceError, UnimplementedError
 from atspeed.local.in_process_models import InProcessDraft, InProcessTarget
 from atspeed.model_host.hosted_models import served_models
 from atspeed.rollout.bundle_watch import open_bundle
@@ -114,6 +114,11 @@ class Recommender:
         """Return the bundle's items."""
         return self._served.recommender.catalogue
 
+    @property
+    def version(self) -> str:
+        """Return the version of the bundle."""
+        return self._served.version
+
     def recommend(self, **options: Unpack[Options]) -> pb.RecommendResponse:
         """Return the list for `history=[...]`; the options are those of the client.
 
@@ -126,20 +131,20 @@ class Recommender:
         return self._start(request).result()
 
     def recommend_many(
-        self, requests: Iterable[pb.RecommendRequest], *, concurrency: int = 8
-    ) -> Generator[pb.RecommendResponse]:
-        """Yield the lists of many requests in their order, `concurrency` of them at once. The first failure is raised.
+        self, requests: Iterable[pb.RecommendRequest], *, concurrency: int = 16
+    ) -> Generator[pb.RecommendResponse | ServiceError]:
+        """Yield each request's list or its error, in the order of the requests.
 
-        Requests that run at once share passes. `requests` is read as far as the lists are.
+        `concurrency` of them run at once and share passes. `requests` is read as far as they are started.
         """
         running: deque[Future[pb.RecommendResponse]] = deque()
         try:
             for request in requests:
                 running.append(self._start(request))
                 if len(running) >= concurrency:
-                    yield running.popleft().result()
+                    yield _outcome(running.popleft())
             while running:
-                yield running.popleft().result()
+                yield _outcome(running.popleft())
         finally:
             for left in running:
                 left.cancel()
@@ -210,6 +215,13 @@ class Recommender:
         draft = InProcessDraft(drafts.stable)
         planner.set_curves(_curve(target), _curve(draft))
         return target, draft
+
+
+def _outcome(future: Future[pb.RecommendResponse]) -> pb.RecommendResponse | ServiceError:
+    try:
+        return future.result()
+    except ServiceError as error:
+        return error
 
 
 def _curve(model: InProcessTarget | InProcessDraft) -> CostCurve:

@@ -75,7 +75,17 @@ class TestLists:
         requests = [recommend_request(history=history, mode=Mode.TARGET_ONLY) for history in histories * 3]
         alone = [recommender.send(request) for request in requests[:HISTORIES]] * 3
         for reply, expected in zip(recommender.recommend_many(iter(requests), concurrency=5), alone, strict=True):
+            assert isinstance(reply, pb.RecommendResponse)
             assert_same_list(reply, expected)
+
+    def test_of_many_requests_fail_alone(self, recommender: Recommender, histories: list[list[str]]) -> None:
+        asked = [histories[0], ["no such item"], histories[1]]
+        outcomes = list(recommender.recommend_many(recommend_request(history=history) for history in asked))
+        assert [type(outcome) for outcome in outcomes] == [
+            pb.RecommendResponse,
+            InvalidArgumentError,
+            pb.RecommendResponse,
+        ]
 
     def test_restricted(self, recommender: Recommender, histories: list[list[str]]) -> None:
         """Exclusions and allow-lists: the list without them, filtered."""
@@ -112,6 +122,7 @@ class TestCallers:
         """The rest is cancelled, and the recommender serves on."""
         lists = recommender.recommend_many(recommend_request(history=history) for history in histories)
         first = next(lists)
+        assert isinstance(first, pb.RecommendResponse)
         lists.close()
         assert_same_list(recommender.recommend(history=histories[0]), first)
 

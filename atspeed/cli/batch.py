@@ -1,0 +1,83 @@
+"""`atspeed batch`: the lists of all users of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from atspeed.batch.lists import ListFolder, ListFormat
+from atspeed.batch.local_lists import local_lists
+from atspeed.batch.run import Batch, Shard
+from atspeed.batch.run import Progress as BatchProgress
+from atspeed.cli.interrupts import interruptible
+from atspeed.cli.options import MAX_THREADS, MAX_WIDTH, BundleFolder, err
+from atspeed.engine.bundle.manifest import read_manifest
+from atspeed.local.recommender import Recommender, RecommenderOptions
+from atspeed.training.errors import Paused
+
+_MAX_CHUNK_USERS = 1_000_000
+_MAX_CONCURRENCY = 1_024
+
+
+def batch(
+    users: Annotated[
+        Path,
+        typer.Argument(
+            help="Users and histories: .jsonl with user_id and history per line, or .parquet with these columns.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for the lists; a run in it is resumed.", file_okay=False)
+    ],
+    bundle: BundleFolder,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Number of items.")] = 10,
+    beam_width: Annotated[int, typer.Option(min=0, max=MAX_WIDTH, help="Beam width; 0 means max(k, 20).")] = 0,
+    mode: Annotated[
+        Literal["strict", "target-only"], typer.Option(help="Speculation or plain beam search; the lists are the same.")
+    ] = "strict",
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the history.")] = False,
+    shard: Annotated[str, typer.Option(help="Part of the users, I/N: for N processes or machines.")] = "1/1",
+    form: Annotated[ListFormat, typer.Option("--format", help="Format of the lists.")] = "parquet",
+    chunk_users: Annotated[
+        int,
+        typer.Option(
+            min=1, max=_MAX_CHUNK_USERS, help="Users of one file of lists. An interruption loses at most one."
+        ),
+    ] = 1_000,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=_MAX_CONCURRENCY, help="Lists at once; they share passes.")
+    ] = 16,
+    threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of one pass.")] = 2,
+) -> None:
+    """Write the lists of all users of a file.
+
+    A file of lists is complete or absent. After an interruption, exit code 75, the same command continues with what is missing.
+    A user without a list has a row with an error.
+    """
+    work = Batch(users, ListFolder(folder, form), chunk_users, Shard.parse(shard))
+    options: dict[str, Any] = {"k": k, "beam_width": beam_width, "mode": mode, "exclude_seen": exclude_seen}
+    total = work.begin({**options, "bundle": read_manifest(bundle).version, "format": form})
+    try:
+        with interruptible(), Recommender(bundle, RecommenderOptions(threads=threads)) as recommender, _bar() as bar:
+            task = bar.add_task("users", total=total)
+            done = work.run(
+                local_lists(recommender, options, concurrency=concurrency),
+                lambda progress: bar.update(task, completed=progress.users),
+            )
+    except KeyboardInterrupt:
+        raise Paused(f"{folder} holds the lists that are done") from None
+    print(_summary(folder, done))
+
+
+def _summary(folder: Path, done: BatchProgress) -> str:
+    return f"{folder}: {done.users} users, {done.failed} new ones without a list, {done.skipped} were there already"
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err)
