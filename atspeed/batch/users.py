@@ -71,7 +71,7 @@ def _users(path: Path) -> Iterator[User]:
         case _:
             raise BatchError(f"{path}: is neither .jsonl nor .parquet")
     for number, row in rows:
-        yield _user(f"{path}: {place} {number}", row)
+        yield parse_user(f"{path}: {place} {number}", row)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -82,7 +82,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise BatchError(f"{path}: line {number}: {error}") from None
 
 
-def _user(place: str, row: Any) -> User:
+def parse_user(place: str, row: Any) -> User:
+    """Read a row of users. place: where it stands, for messages. Raises BatchError."""
     if not isinstance(row, dict):
         raise BatchError(f"{place}: is not an object with user_id and history")
     user_id, history = row.get("user_id"), row.get("history")

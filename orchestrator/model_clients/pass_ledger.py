@@ -1,4 +1,4 @@
-"""Ledger of one request's passes: those that the search has used, and those that the target made in advance."""
+"""Ledger of the passes of one request, used ones and ones made in advance."""
 
 from __future__ import annotations
 
