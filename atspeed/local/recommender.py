@@ -1,4 +1,4 @@
-"""A recommender in this process, without gRPC and Redis: for notebooks, batch jobs and tests.
+"""A recommender in this process, without gRPC and Redis, for notebooks and batches.
 
     with Recommender("bundles/movielens-100k") as recommender:
         reply = recommender.recommend(history=["50", "172", "181"], k=10)
