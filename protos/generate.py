@@ -16,7 +16,7 @@ PACKAGES = ROOT.parent  # the stubs are modules of the package `atspeed`
 
 def generate(target: Path) -> list[Path]:
     """Write stubs and their types for every .proto under `target`; returns the files, relative to it."""
-    sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.proto"))
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "atspeed").rglob("*.proto"))
     include = str(files("grpc_tools") / "_proto")
     outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
     typed = [f"--mypy_out=quiet:{target}", f"--mypy_grpc_out=quiet:{target}"]

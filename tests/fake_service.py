@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
@@ -45,7 +46,7 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
         self, request: pb.RecommendBatchRequest, context: Context
     ) -> AsyncIterator[pb.RecommendBatchResponse]:
         self.calls.append(request)
-        yield pb.RecommendBatchResponse(index=1, error=pb.RequestError(code=3, message="k: too large"))
+        yield pb.RecommendBatchResponse(index=1, error=status_pb2.Status(code=3, message="k: too large"))
         yield pb.RecommendBatchResponse(index=0, response=pb.RecommendResponse(mode=request.requests[0].mode))
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:

@@ -219,10 +219,10 @@ def _sample(reply: pb.RecommendResponse, milliseconds: float) -> ListSample:
         prompt_tokens=took.prompt_tokens,
         cached_tokens=sum(took.cached_tokens.values()),
         expected_passes=took.expected_passes,
-        stages_ms={name: getattr(took.stage_times, f"{name}_ns") / 1e6 for name in STAGES},
+        stages_ms={name: getattr(took.stage_times, f"{name}_ms") for name in STAGES},
         predicted_ms={
-            name: nanoseconds / 1e6
-            for name, nanoseconds in (("target", took.target_predicted_ns), ("draft", took.draft_predicted_ns))
-            if nanoseconds
+            name: milliseconds
+            for name, milliseconds in (("target", took.target_predicted_ms), ("draft", took.draft_predicted_ms))
+            if milliseconds
         },
     )

@@ -47,16 +47,16 @@ class RequestOverhead:
     def of(cls, reply: pb.RecommendResponse, caller_ms: float) -> RequestOverhead:
         """Read a reply's stage times."""
         stages = reply.statistics.stage_times
-        forward = stages.target_forward_ns + stages.draft_forward_ns
+        forward = stages.target_forward_ms + stages.draft_forward_ms
         return cls(
             caller_ms=caller_ms,
-            models_ms=forward / 1e6,
+            models_ms=forward,
             parts={
-                "client": caller_ms - stages.total_ns / 1e6,
-                "history": stages.history_ns / 1e6,
-                "target": (stages.target_ns - stages.target_forward_ns) / 1e6,
-                "draft": (stages.draft_ns - stages.draft_forward_ns) / 1e6,
-                "selection": stages.selection_ns / 1e6,
+                "client": caller_ms - stages.total_ms,
+                "history": stages.history_ms,
+                "target": stages.target_ms - stages.target_forward_ms,
+                "draft": stages.draft_ms - stages.draft_forward_ms,
+                "selection": stages.selection_ms,
             },
         )
 

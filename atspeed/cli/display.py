@@ -19,7 +19,7 @@ def origin(item: pb.RecommendedItem) -> str:
 
 def milliseconds(reply: pb.RecommendResponse) -> float:
     """Return the time from the request's arrival at the service to its reply."""
-    return reply.statistics.stage_times.total_ns / 1e6
+    return reply.statistics.stage_times.total_ms
 
 
 def recommendation_table(reply: pb.RecommendResponse) -> Table:
@@ -47,16 +47,11 @@ def summary(reply: pb.RecommendResponse) -> str:
     if reply.exactness.largest_slack:
         lines.append(f"largest slack used: {reply.exactness.largest_slack:.4f}")
     lines += [f"degraded: {description}" for description in reply.degraded_descriptions]
-    if reply.fewer_than_k_reason:
-        lines.append(reply.fewer_than_k_reason)
+    if reply.fewer_than_k_description:
+        lines.append(reply.fewer_than_k_description)
     return "\n".join(lines)
 
 
-_COLD_STARTS = {
-    pb.COLD_START_NO_STORED_HISTORY: "no history is stored for this user",
-    pb.COLD_START_EMPTY_HISTORY: "the history is empty",
-    pb.COLD_START_UNKNOWN_ITEMS: "no item of the history is in the catalogue",
-}
 _SHOWN_IDS = 10  # keeps a warning on about one line
 
 
@@ -64,8 +59,7 @@ def warnings(reply: pb.RecommendResponse) -> list[str]:
     """Return reasons for which a list may be unexpected."""
     found = []
     if reply.cold_start:
-        reason = _COLD_STARTS.get(reply.cold_start, f"reason {reply.cold_start}")
-        found.append(f"{reason}: this list is the same for every user without a history")
+        found.append(f"{reply.cold_start_description}: this list is the same for every user without a history")
     if reply.unknown_history_item_ids:
         found.append(f"not in the catalogue: {shortened(reply.unknown_history_item_ids)}")
     for count, what in ((reply.unknown_excluded_items, "excluded"), (reply.unknown_allowed_items, "allowed")):

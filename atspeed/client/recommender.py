@@ -305,6 +305,5 @@ def _batch_result(one: pb.RecommendBatchResponse) -> pb.RecommendResponse | Call
     if one.WhichOneof("result") == "response":
         return one.response
     codes = {code.value[0]: code for code in grpc.StatusCode}
-    code, after = codes.get(one.error.code, grpc.StatusCode.UNKNOWN), one.error.retry_after_ms
-    message = one.error.message
-    return CallError(code, message, after / 1000 if after else None, field=field_at_fault(code, message))
+    code, message = codes.get(one.error.code, grpc.StatusCode.UNKNOWN), one.error.message
+    return CallError(code, message, field=field_at_fault(code, message))
