@@ -366,8 +366,8 @@ class RecommendRequest(_message.Message):
     @_builtins.property
     def beam_widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Beam width of each level of the code path, at most one for each level; the last one holds for all further levels. Not together with
-        beam_width. Each one is from 1 to max_beam_width of GetServiceInfo, and the last one is at least k; with MODE_EXACT_SAMPLING each one is, since a level must keep the ancestors of all k items. Empty: beam_width on every
-        level.
+        beam_width. Each one is from 1 to max_beam_width of GetServiceInfo. The last one is at least k; with MODE_EXACT_SAMPLING each one is,
+        since a level must keep the ancestors of all k items. Empty: beam_width on every level.
         """
 
     def __init__(
@@ -1035,8 +1035,8 @@ class GetHistoryResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
-        """Events of the user, oldest first, at most max_history_items of GetServiceInfo. Events that were stored before version 0.2 have no
-        time.
+        """Events of the user, oldest first, at most max_history_items of GetServiceInfo. Events that were stored before events had a
+        time come without one.
         """
 
     def __init__(
