@@ -14,7 +14,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Manifest
 from atspeed.engine.search.trie import ENDED
-from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
+from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.history import HistoryStore, HistoryUnavailable
@@ -101,7 +101,7 @@ class Recommender:
             if not len(known) and not self.manifest.allow_empty_history:
                 count = len(item_ids)
                 problem = f"none of its {count} history items is in the catalogue" if count else "the history is empty"
-                raise InvalidArgumentError(params.subject_field, problem)
+                raise InvalidArgumentError(params.subject_field, problem, reason=Reason.HISTORY_WITHOUT_KNOWN_ITEM)
             unknown = [item for item, found in zip(item_ids, index.tolist(), strict=True) if found < 0]
             span.set(known=len(known), stored=params.history is None)
         return SubjectHistory(known, unknown)
@@ -114,7 +114,10 @@ class Recommender:
         except HistoryUnavailable as error:
             _log.warning("history_store_unavailable", error=str(error))
             # With an empty history instead, the list would be another user's.
-            raise UnavailableError("user_id: histories are out of reach; send the history in the request") from None
+            raise UnavailableError(
+                "user_id: histories are out of reach; send the history in the request",
+                reason=Reason.HISTORIES_UNAVAILABLE,
+            ) from None
         if stored is None and not self.manifest.allow_empty_history:
             raise NotFoundError("user_id", "no history is stored for this user")
         return stored or ()

@@ -77,7 +77,7 @@ class PromptBuilder:
         """Return the builder of a request. A sampling mode without a seed gets a fresh one."""
         noise = None
         if params.mode.samples:
-            # 63 bits: the seed travels in a uint64 and is an int64 in numpy.
+            # 63 bits: the seed is not negative and travels in an int64.
             seed = params.seed if params.seed is not None else secrets.randbits(63)
             noise = Perturbation(seed, params.temperature)
         policy = POLICIES[params.mode](params.beam_widths, params.tolerance, noise)

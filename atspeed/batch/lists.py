@@ -10,11 +10,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from atspeed.batch.errors import BatchError
 from atspeed.batch.parquet import count_rows, write_rows
 from atspeed.engine.files.atomic_write import replace_text, replacing
+from atspeed_client import CallError, Recommendation
 
 ListFormat = Literal["parquet", "jsonl"]
 RUN = "run.json"
@@ -22,6 +23,7 @@ _COLUMNS = (
     ("user_id", "string"),
     ("item_ids", "list<string>"),
     ("scores", "list<double>"),
+    ("recommendation_id", "string"),
     ("error", "string"),
     ("exact", "bool"),
     ("degraded", "bool"),
@@ -39,6 +41,7 @@ class UserList:
     Attributes:
         item_ids: best first; empty without a list.
         scores: log-probabilities of the items' code paths.
+        recommendation_id: the id that events name for attribution.
         error: why there is no list, as CODE: text; None with a list.
         exact: whether it is the target's own list.
         degraded: whether the service did without something, such as its draft.
@@ -48,6 +51,7 @@ class UserList:
     user_id: str
     item_ids: Sequence[str] = ()
     scores: Sequence[float] = ()
+    recommendation_id: str = ""
     error: str | None = None
     exact: bool = False
     degraded: bool = False
@@ -55,6 +59,21 @@ class UserList:
     draft_model: str = ""
     catalogue: str = ""
     bundle: str = ""
+
+    @classmethod
+    def of(cls, user_id: str, outcome: Recommendation | CallError) -> Self:
+        """Return a user's row with a list, or with the reason why there is none."""
+        if isinstance(outcome, CallError):
+            return cls(user_id, error=str(outcome))
+        return cls(
+            user_id=user_id,
+            item_ids=outcome.item_ids,
+            scores=[item.score for item in outcome.items],
+            recommendation_id=outcome.recommendation_id,
+            exact=outcome.exactness.exact,
+            degraded=outcome.degraded,
+            **asdict(outcome.versions),
+        )
 
 
 class ListFolder:

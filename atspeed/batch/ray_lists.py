@@ -43,7 +43,7 @@ def lists_of(
     Args:
         users: rows with user_id (text) and history (list of item ids, oldest first).
         bundle: the folder of the bundle, on every machine.
-        options: those of `recommend_request`, without the user.
+        options: those of `RecommendRequest`, without the user.
         workers: processes; each loads the bundle once and has `threads` CPUs.
         threads: CPU threads of one pass.
         concurrency: lists at once in a worker; they share passes.

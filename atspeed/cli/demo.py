@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,8 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from atspeed.cli.display import milliseconds, origin
-from atspeed.client.recommender import Options, RecommenderClient, RecommenderError
+from atspeed.cli.display import milliseconds
 from atspeed.concurrency.early_signals import unwind_at_sigterm
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import EngineError
@@ -33,7 +33,7 @@ from atspeed.local.stack import LocalStack, LocalStackError
 from atspeed.rpc import event_loop
 from atspeed.training.data import Case, Dataset, Movie, movielens_titles, movielens_wheel, read_movielens
 from atspeed.training.errors import DataError
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommenderError
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "movielens-100k"
@@ -72,7 +72,7 @@ class Checks:
     near_ties: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def same(self, what: str, actual: pb.RecommendResponse, expected: pb.RecommendResponse) -> Verdict:
+    def same(self, what: str, actual: Recommendation, expected: Recommendation) -> Verdict:
         """Count a comparison of two lists. It holds unless they are different."""
         verdict = compare(RankedList.of(actual.items), RankedList.of(expected.items))
         self.near_ties += verdict is Verdict.NEAR_TIE
@@ -87,7 +87,7 @@ class Checks:
         return holds
 
 
-Replies = dict[tuple[Mode, int], list[pb.RecommendResponse]]
+Replies = dict[tuple[Mode, int], list[Recommendation]]
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Demo:
     """The steps of the demonstration."""
 
     console: Console
-    client: RecommenderClient
+    client: AsyncClient
     stack: LocalStack
     movies: Mapping[str, Movie]
     users: Sequence[Case]
@@ -141,7 +141,7 @@ class Demo:
             highlight=False,
         )
 
-    def movies_table(self, reply: pb.RecommendResponse) -> Table:
+    def movies_table(self, reply: Recommendation) -> Table:
         """Format a list with titles and genres."""
         shown = Table(box=box.SIMPLE_HEAD, show_edge=False)
         for name in ("#", "recommended", "year", "genres", "score", "origin"):
@@ -149,7 +149,7 @@ class Demo:
         for item in reply.items:
             movie = self.movies[item.item_id]
             about = (movie.title, str(movie.year or ""), ", ".join(movie.genres))
-            shown.add_row(str(item.rank), *map(Text, about), f"{item.score:.2f}", origin(item))
+            shown.add_row(str(item.rank), *map(Text, about), f"{item.score:.2f}", item.origin)
         return shown
 
     async def compare_modes(self) -> Replies:
@@ -222,11 +222,11 @@ class Demo:
                 f"{_near_ties(verdicts)}degraded: {_yes(degraded)}, {passes:.2f} target passes"
             )
 
-    async def _ask(self, mode: Mode, k: int) -> list[pb.RecommendResponse]:
+    async def _ask(self, mode: Mode, k: int) -> list[Recommendation]:
         return [await self.client.recommend(_user_id(case), **_options(mode, k)) for case in self.users]
 
     def _row(
-        self, mode: Mode, k: int, lists: Sequence[pb.RecommendResponse], alone: Sequence[pb.RecommendResponse]
+        self, mode: Mode, k: int, lists: Sequence[Recommendation], alone: Sequence[Recommendation]
     ) -> tuple[str, ...]:
         verdicts = [compare(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(lists, alone, strict=True)]
         return (
@@ -239,7 +239,7 @@ class Demo:
             str(verdicts.count(Verdict.NEAR_TIE)),
         )
 
-    def _next(self, case: Case, reply: pb.RecommendResponse) -> str:
+    def _next(self, case: Case, reply: Recommendation) -> str:
         places = {item.item_id: item.rank for item in reply.items}
         place = f", recommended in place {places[case.targets[0]]}" if case.targets[0] in places else ""
         return f"{escape(self.movies[case.targets[0]].title)}{place}"
@@ -248,8 +248,8 @@ class Demo:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _options(mode: Mode, k: int) -> Options:
-    options: Options = {"k": k, "beam_width": k, "mode": mode}
+def _options(mode: Mode, k: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"k": k, "beam_width": k, "mode": mode}
     if mode is Mode.TOLERANCE:
         options["tolerance"] = _TOLERANCE
     if mode.samples:
@@ -257,12 +257,12 @@ def _options(mode: Mode, k: int) -> Options:
     return options
 
 
-def _took(reply: pb.RecommendResponse) -> str:
+def _took(reply: Recommendation) -> str:
     took = reply.statistics
     return f"target passes {took.target_passes}, accepted levels {took.accepted_levels}, {milliseconds(reply):.1f} ms"
 
 
-def _median_ms(replies: Sequence[pb.RecommendResponse]) -> float:
+def _median_ms(replies: Sequence[Recommendation]) -> float:
     return statistics.median(map(milliseconds, replies))
 
 
@@ -304,7 +304,7 @@ async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: DemoSc
                 f"started in {time.monotonic() - started:.1f} s",
                 highlight=False,
             )
-            async with RecommenderClient(stack.address) as client:
+            async with AsyncClient(stack.address) as client:
                 users = choose_users(dataset, scale.compared)
                 demo = Demo(console, client, stack, movielens_titles(wheel), users, scale)
                 await demo.run()

@@ -18,12 +18,12 @@ from typer.core import TyperCommand, TyperGroup
 from atspeed.batch.errors import BatchError
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.cli.options import CommandError, err
-from atspeed.client.errors import RecommenderError, UsageError
 from atspeed.engine.errors import EngineError
 from atspeed.local.redis_server import LocalRedisError
 from atspeed.local.stack import LocalStackError
 from atspeed.security.tls import TlsError
 from atspeed.training.errors import Paused, TrainingError
+from atspeed_client import RecommenderError, UsageError
 
 PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
 _FORESEEN = (

@@ -1,8 +1,7 @@
 """A recommender in this process, without gRPC and Redis, for notebooks and batches.
 
     with Recommender("bundles/movielens-100k") as recommender:
-        reply = recommender.recommend(history=["50", "172", "181"], k=10)
-        print([item.item_id for item in reply.items])
+        print(recommender.recommend(["50", "172", "181"], k=10).item_ids)
 
 The beam loop, the verification policies, the planner and both model hosts are those of the services, so the lists are theirs too.
 Histories come with the request: nothing is stored.
@@ -11,6 +10,7 @@ Histories come with the request: nothing is stored.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable
@@ -19,12 +19,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import SecretStr
 
-from atspeed.client.errors import ClientStateError
-from atspeed.client.recommender import Options, recommend_request
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest
@@ -34,7 +32,11 @@ from atspeed.local.in_process_models import InProcessDraft, InProcessTarget
 from atspeed.model_host.hosted_models import served_models
 from atspeed.rollout.bundle_watch import open_bundle
 from atspeed.rpc import wire
+from atspeed.rpc.grpc_status import call_status
 from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import CallError, ClientStateError, Mode, Recommendation, RecommendRequest
+from atspeed_client.errors import status_error
+from atspeed_client.replies import to_recommendation
 from draft_service.draft_kinds import make_drafter
 from draft_service.settings import DraftSettings
 from orchestrator.planning.planner import PlanLimits, Planner
@@ -119,25 +121,54 @@ class Recommender:
         """Return the version of the bundle."""
         return self._served.version
 
-    def recommend(self, **options: Unpack[Options]) -> pb.RecommendResponse:
-        """Return the list for `history=[...]`; the options are those of the client.
+    def recommend(
+        self,
+        history: Iterable[str],
+        *,
+        k: int = 10,
+        beam_width: int = 0,
+        beam_widths: Iterable[int] | None = None,
+        mode: Mode | str = Mode.STRICT,
+        tolerance: float = 0.0,
+        temperature: float | None = None,
+        seed: int | None = None,
+        excluded: Iterable[str] | None = None,
+        allowed: Iterable[str] | None = None,
+        exclude_seen: bool = False,
+        items_per_path: int = 0,
+    ) -> Recommendation:
+        """Return the list of a history. See `atspeed_client.RecommendRequest` and `send`."""
+        request = RecommendRequest(
+            history=history,
+            k=k,
+            beam_width=beam_width,
+            beam_widths=beam_widths,
+            mode=mode,
+            tolerance=tolerance,
+            temperature=temperature,
+            seed=seed,
+            excluded=excluded,
+            allowed=allowed,
+            exclude_seen=exclude_seen,
+            items_per_path=items_per_path,
+        )
+        return self.send(request)
 
-        Raises UsageError for a mistaken option, and a ServiceError whose name and text are those of the services' status.
+    def send(self, request: RecommendRequest) -> Recommendation:
+        """Return the list of a request.
+
+        Raises CallError with the status of the services when there is no list, and UsageError for a mistake.
         """
-        return self.send(recommend_request(**options))
-
-    def send(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
-        """Return the list of a request made by `recommend_request`, or by hand."""
-        return self._start(request).result()
+        return _reply(self._start(request))
 
     def recommend_many(
-        self, requests: Iterable[pb.RecommendRequest], *, concurrency: int = 16
-    ) -> Generator[pb.RecommendResponse | ServiceError]:
+        self, requests: Iterable[RecommendRequest], *, concurrency: int = 16
+    ) -> Generator[Recommendation | CallError]:
         """Yield each request's list or its error, in the order of the requests.
 
         `concurrency` of them run at once and share passes. `requests` is read as far as they are started.
         """
-        running: deque[Future[pb.RecommendResponse]] = deque()
+        running: deque[Future[Recommendation]] = deque()
         try:
             for request in requests:
                 running.append(self._start(request))
@@ -166,20 +197,24 @@ class Recommender:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self, request: pb.RecommendRequest) -> Future[pb.RecommendResponse]:
+    def _start(self, request: RecommendRequest) -> Future[Recommendation]:
         if self._loop.is_closed():
             raise ClientStateError("the recommender is closed; create another one")
-        return asyncio.run_coroutine_threadsafe(self._recommend(request), self._loop)
+        return asyncio.run_coroutine_threadsafe(
+            self._recommend(cast("pb.RecommendRequest", request.message)), self._loop
+        )
 
     def _wait(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _recommend(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
+    # The stubs of the client and those of the services are of the same messages, which mypy cannot know.
+    async def _recommend(self, request: pb.RecommendRequest) -> Recommendation:
         if request.WhichOneof("subject") == "user_id":
             raise UnimplementedError("user_id: this recommender stores no histories; give the history")
         params = parse_request(request, self._options)
         recommendation = await self._served.recommender.recommend(params, Deadline(self._options.timeout_seconds))
-        return to_reply(recommendation, self._served, request.reply_options)
+        reply = to_reply(recommendation, secrets.token_hex(16), self._served, request.reply_options)
+        return to_recommendation(cast(Any, reply), request_id="")
 
     async def _load(self, root: Path) -> _Served:
         bundle, options = open_bundle(root), self._options
@@ -217,10 +252,17 @@ class Recommender:
         return target, draft
 
 
-def _outcome(future: Future[pb.RecommendResponse]) -> pb.RecommendResponse | ServiceError:
+def _reply(future: Future[Recommendation]) -> Recommendation:
     try:
         return future.result()
     except ServiceError as error:
+        raise status_error(call_status(error).message, request_id="", attempts=1) from error
+
+
+def _outcome(future: Future[Recommendation]) -> Recommendation | CallError:
+    try:
+        return _reply(future)
+    except CallError as error:
         return error
 
 

@@ -120,7 +120,7 @@ class Perturbation(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Seed of the noise."""
+    """Seed of the noise, at least 0."""
     temperature: _builtins.float
     """Temperature; above 0."""
     def __init__(
@@ -267,7 +267,7 @@ class CostCurve(_message.Message):
 
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    FORWARD_NS_FIELD_NUMBER: _builtins.int
+    FORWARD_MS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def new_tokens(self) -> Global___Array:
         """int64 [n], ascending: tokens computed in the pass."""
@@ -277,19 +277,19 @@ class CostCurve(_message.Message):
         """int64 [c], ascending: tokens whose keys and values were computed before the pass."""
 
     @_builtins.property
-    def forward_ns(self) -> Global___Array:
-        """float64 [n * c], row-major: nanoseconds, as in PassStatistics.forward_ns. They do not fall along either axis."""
+    def forward_ms(self) -> Global___Array:
+        """float64 [n * c], row-major: milliseconds, as in PassStatistics.forward_ms. They do not fall along either axis."""
 
     def __init__(
         self,
         *,
         new_tokens: Global___Array | None = ...,
         cached_tokens: Global___Array | None = ...,
-        forward_ns: Global___Array | None = ...,
+        forward_ms: Global___Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "new_tokens", b"new_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "new_tokens", b"new_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "new_tokens", b"new_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "new_tokens", b"new_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,30 +321,30 @@ class PassStatistics(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    QUEUE_NS_FIELD_NUMBER: _builtins.int
-    FORWARD_NS_FIELD_NUMBER: _builtins.int
-    SELECTION_NS_FIELD_NUMBER: _builtins.int
+    QUEUE_MS_FIELD_NUMBER: _builtins.int
+    FORWARD_MS_FIELD_NUMBER: _builtins.int
+    SELECTION_MS_FIELD_NUMBER: _builtins.int
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
     BATCH_REQUESTS_FIELD_NUMBER: _builtins.int
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
-    LOOKUP_NS_FIELD_NUMBER: _builtins.int
+    LOOKUP_MS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    queue_ns: _builtins.int
-    """Nanoseconds that the pass waited for the model."""
-    forward_ns: _builtins.int
-    """Nanoseconds in the model, with the copies of cached keys and values. Each of the co-batched requests has the time of the whole
+    queue_ms: _builtins.float
+    """Milliseconds that the pass waited for the model."""
+    forward_ms: _builtins.float
+    """Milliseconds in the model, with the copies of cached keys and values. Each of the co-batched requests has the time of the whole
     pass.
     """
-    selection_ns: _builtins.int
-    """Nanoseconds for the choice of the best children."""
+    selection_ms: _builtins.float
+    """Milliseconds for the choice of the best children."""
     new_tokens: _builtins.int
     """Tokens computed in the pass."""
     batch_requests: _builtins.int
     """Number of co-batched requests, this one included. For several passes it is the maximum."""
     batch_tokens: _builtins.int
     """Tokens computed for all co-batched requests, padding included. For several passes it is the sum."""
-    lookup_ns: _builtins.int
-    """Nanoseconds of the lookup of the prompt's cached keys and values, before the first pass waits for the model."""
+    lookup_ms: _builtins.float
+    """Milliseconds of the lookup of the prompt's cached keys and values, before the first pass waits for the model."""
     @_builtins.property
     def cached_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Prompt tokens whose keys and values were cached, by the name of the prefix cache's tier that held them: memory, redis."""
@@ -352,18 +352,18 @@ class PassStatistics(_message.Message):
     def __init__(
         self,
         *,
-        queue_ns: _builtins.int = ...,
-        forward_ns: _builtins.int = ...,
-        selection_ns: _builtins.int = ...,
+        queue_ms: _builtins.float = ...,
+        forward_ms: _builtins.float = ...,
+        selection_ms: _builtins.float = ...,
         new_tokens: _builtins.int = ...,
         batch_requests: _builtins.int = ...,
         batch_tokens: _builtins.int = ...,
-        lookup_ns: _builtins.int = ...,
+        lookup_ms: _builtins.float = ...,
         cached_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "lookup_ns", b"lookup_ns", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "selection_ns", b"selection_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "lookup_ms", b"lookup_ms", "new_tokens", b"new_tokens", "queue_ms", b"queue_ms", "selection_ms", b"selection_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atspeed.client import RecommenderClient
+from atspeed_client import AsyncClient
 
 K = 10
 
@@ -51,7 +51,7 @@ class ItemKnn:
 
 async def served(address: str, histories: Sequence[Sequence[str]]) -> tuple[list[list[str]], float]:
     """Return the served lists, and the mean number of target passes."""
-    async with RecommenderClient(address) as client:
+    async with AsyncClient(address) as client:
         replies = [await client.recommend(history=history, k=K) for history in histories]
     passes = sum(reply.statistics.target_passes for reply in replies) / len(replies)
     return [[item.item_id for item in reply.items] for reply in replies], passes

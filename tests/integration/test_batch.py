@@ -20,9 +20,10 @@ from typer.testing import Result
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.recommender import Recommender, RecommenderOptions
+from atspeed.local.stack import LocalStack
 from tests import command_line
 from tests.bundles import random_history
-from tests.serving import LIVENESS_SECONDS, ids
+from tests.serving import LIVENESS_SECONDS, Client
 
 USERS, CHUNK = 40, 4
 KILLS = [3, pytest.param(20, marks=pytest.mark.long)]
@@ -43,9 +44,7 @@ def users(tmp_path: Path, histories: dict[str, list[str]]) -> Path:
 def expected(bundle: Path, histories: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
     """The lists of target-only search, one at a time."""
     with Recommender(bundle, RecommenderOptions(threads=1, warm_up_seconds=0, draft=False)) as recommender:
-        yield {
-            user: ids(recommender.recommend(history=history, mode="target-only")) for user, history in histories.items()
-        }
+        yield {user: recommender.recommend(history, mode="target-only").item_ids for user, history in histories.items()}
 
 
 def write_users(path: Path, rows: Sequence[Row]) -> Path:
@@ -132,6 +131,38 @@ class TestLists:
         assert stranger["error"].startswith("INVALID_ARGUMENT: history: none of its 1 history items")
         assert new["error"] == "INVALID_ARGUMENT: history: the history is empty"
         assert (stranger["item_ids"], new["item_ids"], len(known["item_ids"]), known["error"]) == ([], [], 10, None)
+
+
+class TestFromAService:
+    """Without --bundle, a running service makes the lists."""
+
+    def run(self, users: Path, out: Path, address: str, *options: str) -> Result:
+        return command_line.run("batch", users, "--out", out, "--address", address, "--chunk-users", CHUNK, *options)
+
+    def test_are_those_of_target_only_search(
+        self, stack: LocalStack, users: Path, tmp_path: Path, expected: dict[str, list[str]]
+    ) -> None:
+        done = self.run(users, tmp_path / "lists", stack.address, "--timeout", "60")
+        assert done.exit_code == 0, done.stderr
+        assert_complete(tmp_path / "lists", expected)
+        assert len({row["recommendation_id"] for row in lists(tmp_path / "lists")}) == USERS
+
+    def test_of_stored_histories(self, client: Client, tmp_path: Path, histories: dict[str, list[str]]) -> None:
+        user, history = next(iter(histories.items()))
+        client.record(user, history)
+        users = write_users(tmp_path / "users.jsonl", [{"user_id": user}, {"user_id": "nobody"}])
+        done = self.run(users, tmp_path / "lists", client.address)
+        assert done.exit_code == 0, done.stderr
+        stored, nobody = lists(tmp_path / "lists")
+        assert stored["item_ids"] == [item.item_id for item in client.recommend(history, k=10).items]
+        assert nobody["error"] == "NOT_FOUND: user_id: no history is stored for this user"
+
+    def test_a_service_that_is_away_ends_the_batch(self, users: Path, tmp_path: Path) -> None:
+        """It is no user's fault, so no row says so: the same command continues when the service is back."""
+        done = self.run(users, tmp_path / "lists", "127.0.0.1:1", "--timeout", "0.5")
+        assert done.exit_code == 1
+        assert "UNAVAILABLE" in done.stderr or "DEADLINE_EXCEEDED" in done.stderr
+        assert lists(tmp_path / "lists") == []
 
 
 class TestInterrupted:

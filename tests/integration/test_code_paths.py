@@ -120,4 +120,7 @@ def test_a_list_that_the_limit_shortens_says_so(served: Client) -> None:
     paths = len(set(NAIVE.items.values()))
     reply = served.recommend(HISTORIES[0], k=100, beam_width=100, items_per_path=1)
     assert len(reply.items) == paths < 100
-    assert reply.fewer_than_k_reason == f"only {paths} of 100 items came out of the search, at most 1 of a code path"
+    assert list(reply.fewer_than_k_reasons) == [pb.FEWER_THAN_K_REASON_ITEMS_PER_PATH]
+    assert (
+        reply.fewer_than_k_description == f"only {paths} of 100 items came out of the search, at most 1 of a code path"
+    )

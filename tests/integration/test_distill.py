@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList, compare
 from atspeed.engine.search.mode import Mode
+from atspeed_client import RecommendRequest
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
 from tests.serving import LIVENESS_SECONDS
@@ -87,7 +87,7 @@ async def test_strict_lists_with_the_draft_are_those_of_the_target_alone(made: M
         bundle, mode = served
         async with services(bundle, ServiceOptions(planner="fixed")) as client:
             users = [(user, k) for user in made.users[:12] for k in (1, 10, 20)]
-            requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user, k in users]
+            requests = [RecommendRequest(history=user, k=k, beam_width=k, mode=mode) for user, k in users]
             with progress_bar() as progress:
                 replies = await ask(client, requests, progress=progress, title="lists")
         lists[served] = [RankedList.of(reply.items) for reply in replies]

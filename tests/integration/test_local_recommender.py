@@ -11,19 +11,18 @@ from typing import Any
 
 import pytest
 
-from atspeed.client import UsageError
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.errors import BundleError
 from atspeed.engine.search.mode import Mode
-from atspeed.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError, UnimplementedError
 from atspeed.local.recommender import Recommender, RecommenderOptions
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed.local.stack import LocalStack
+from atspeed_client import CallError, DegradedReason, Recommendation, RecommendRequest, UsageError
+from atspeed_client import Client as PythonClient
 from orchestrator.planning.planner import PlanLimits, PlannerKind
 from tests.bundles import random_history, write_bundle
 from tests.corrupt_models import corrupt, next_in_line
 from tests.oracles.models import Models
-from tests.serving import WINDOW, Client, assert_same_list, ids
+from tests.serving import NEAR_TIE, WINDOW
 
 # As the services of these tests: plans that no timing decides.
 OPTIONS = RecommenderOptions(
@@ -37,6 +36,19 @@ K = 4
 def recommender(bundle: Path) -> Iterator[Recommender]:
     with Recommender(bundle, OPTIONS) as recommender:
         yield recommender
+
+
+@pytest.fixture
+def client(stack: LocalStack) -> Iterator[PythonClient]:
+    with PythonClient(stack.address, timeout_seconds=60) as client:
+        yield client
+
+
+def assert_same_list(reply: Recommendation, expected: Recommendation) -> None:
+    """Equal items in equal order; near-ties alone may stand the other way."""
+    for got, want in zip(reply.items, expected.items, strict=True):
+        assert got.score == pytest.approx(want.score, abs=1e-3)
+        assert got.item_id == want.item_id or abs(got.score - want.score) < NEAR_TIE
 
 
 @pytest.fixture(scope="module")
@@ -55,47 +67,49 @@ OPTIONS_OF_REQUESTS: list[dict[str, Any]] = [
 class TestLists:
     @pytest.mark.parametrize("options", OPTIONS_OF_REQUESTS)
     def test_equal_the_services(
-        self, client: Client, recommender: Recommender, histories: list[list[str]], options: dict[str, Any]
+        self, client: PythonClient, recommender: Recommender, histories: list[list[str]], options: dict[str, Any]
     ) -> None:
         for history in histories:
-            request = recommend_request(history=history, **options)
-            assert_same_list(recommender.send(request), client.stub.Recommend(request, timeout=60))
+            request = RecommendRequest(history=history, **options)
+            assert_same_list(recommender.send(request), client.send(request))
 
     def test_without_the_draft(
-        self, client: Client, bundle: Path, recommender: Recommender, histories: list[list[str]]
+        self, client: PythonClient, bundle: Path, recommender: Recommender, histories: list[list[str]]
     ) -> None:
         with Recommender(bundle, RecommenderOptions(threads=1, draft=False, warm_up_seconds=0)) as alone:
             for history in histories:
-                request = recommend_request(history=history)
+                request = RecommendRequest(history=history)
                 reply = alone.send(request)
-                assert_same_list(reply, client.stub.Recommend(request, timeout=60))
+                assert_same_list(reply, client.send(request))
                 assert reply.statistics.draft_passes == 0
 
     def test_of_many_requests_come_in_their_order(self, recommender: Recommender, histories: list[list[str]]) -> None:
-        requests = [recommend_request(history=history, mode=Mode.TARGET_ONLY) for history in histories * 3]
+        requests = [RecommendRequest(history=history, mode=Mode.TARGET_ONLY) for history in histories * 3]
         alone = [recommender.send(request) for request in requests[:HISTORIES]] * 3
         for reply, expected in zip(recommender.recommend_many(iter(requests), concurrency=5), alone, strict=True):
-            assert isinstance(reply, pb.RecommendResponse)
+            assert isinstance(reply, Recommendation)
             assert_same_list(reply, expected)
 
     def test_of_many_requests_fail_alone(self, recommender: Recommender, histories: list[list[str]]) -> None:
         asked = [histories[0], ["no such item"], histories[1]]
-        outcomes = list(recommender.recommend_many(recommend_request(history=history) for history in asked))
+        outcomes = list(recommender.recommend_many(RecommendRequest(history=history) for history in asked))
         assert [type(outcome) for outcome in outcomes] == [
-            pb.RecommendResponse,
-            InvalidArgumentError,
-            pb.RecommendResponse,
+            Recommendation,
+            CallError,
+            Recommendation,
         ]
 
     def test_restricted(self, recommender: Recommender, histories: list[list[str]]) -> None:
         """Exclusions and allow-lists: the list without them, filtered."""
         for history in histories[:4]:
-            whole = ids(recommender.recommend(history=history, k=20))
-            assert ids(recommender.recommend(history=history, k=20, allowed=whole[3:9])) == whole[3:9]
-            assert not set(whole[:5]) & set(ids(recommender.recommend(history=history, k=20, excluded=whole[:5])))
+            whole = recommender.recommend(history, k=20).item_ids
+            assert recommender.recommend(history, k=20, allowed=whole[3:9]).item_ids == whole[3:9]
+            assert not set(whole[:5]) & set(recommender.recommend(history, k=20, excluded=whole[:5]).item_ids)
 
-    def test_say_what_served_them(self, recommender: Recommender, client: Client, histories: list[list[str]]) -> None:
-        reply = recommender.recommend(history=histories[0])
+    def test_say_what_served_them(
+        self, recommender: Recommender, client: PythonClient, histories: list[list[str]]
+    ) -> None:
+        reply = recommender.recommend(histories[0])
         assert reply.versions == client.info().versions
         assert reply.statistics.target_passes >= 1
         assert reply.exactness.exact
@@ -104,9 +118,9 @@ class TestLists:
 
 class TestCallers:
     def test_threads(self, recommender: Recommender, histories: list[list[str]]) -> None:
-        expected = [recommender.recommend(history=history) for history in histories]
+        expected = [recommender.recommend(history) for history in histories]
         with ThreadPoolExecutor(6) as pool:
-            replies = list(pool.map(lambda history: recommender.recommend(history=history), histories))
+            replies = list(pool.map(lambda history: recommender.recommend(history), histories))
         for reply, one in zip(replies, expected, strict=True):
             assert_same_list(reply, one)
 
@@ -114,31 +128,31 @@ class TestCallers:
         """A notebook's cell runs inside a loop."""
 
         async def cell() -> list[str]:
-            return ids(recommender.recommend(history=histories[0]))
+            return recommender.recommend(histories[0]).item_ids
 
-        assert asyncio.run(cell()) == ids(recommender.recommend(history=histories[0]))
+        assert asyncio.run(cell()) == recommender.recommend(histories[0]).item_ids
 
     def test_many_given_up_in_the_middle(self, recommender: Recommender, histories: list[list[str]]) -> None:
         """The rest is cancelled, and the recommender serves on."""
-        lists = recommender.recommend_many(recommend_request(history=history) for history in histories)
+        lists = recommender.recommend_many(RecommendRequest(history=history) for history in histories)
         first = next(lists)
-        assert isinstance(first, pb.RecommendResponse)
+        assert isinstance(first, Recommendation)
         lists.close()
-        assert_same_list(recommender.recommend(history=histories[0]), first)
+        assert_same_list(recommender.recommend(histories[0]), first)
 
 
 class TestErrors:
     def test_a_stored_user(self, recommender: Recommender) -> None:
-        with pytest.raises(UnimplementedError, match=r"user_id: .* give the history"):
-            recommender.send(recommend_request("alice"))
+        with pytest.raises(CallError, match=r"UNIMPLEMENTED: user_id: .* give the history"):
+            recommender.send(RecommendRequest("alice"))
 
     def test_a_history_without_a_known_item(self, recommender: Recommender) -> None:
-        with pytest.raises(InvalidArgumentError, match=r"history: none of its 1 history items is in the catalogue"):
-            recommender.recommend(history=["no such item"])
+        with pytest.raises(CallError, match=r"history: none of its 1 history items is in the catalogue"):
+            recommender.recommend(["no such item"])
 
     def test_a_limit(self, recommender: Recommender) -> None:
-        with pytest.raises(InvalidArgumentError, match=r"history: has 61 items, at most 60 are allowed"):
-            recommender.recommend(history=["item-1"] * 61)
+        with pytest.raises(CallError, match=r"history: has 61 items, at most 60 are allowed"):
+            recommender.recommend(["item-1"] * 61)
 
     def test_a_folder_without_a_bundle(self, tmp_path: Path) -> None:
         with pytest.raises(BundleError, match=r"manifest\.json"):
@@ -146,15 +160,15 @@ class TestErrors:
 
     def test_no_time_left(self, bundle: Path, histories: list[list[str]]) -> None:
         options = RecommenderOptions(threads=1, warm_up_seconds=0, timeout_seconds=1e-6)
-        with Recommender(bundle, options) as hurried, pytest.raises(DeadlineExceededError):
-            hurried.recommend(history=histories[0])
+        with Recommender(bundle, options) as hurried, pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
+            hurried.recommend(histories[0])
 
     def test_a_closed_recommender(self, bundle: Path) -> None:
         closed = Recommender(bundle, OPTIONS)
         closed.close()
         closed.close()
         with pytest.raises(UsageError, match="the recommender is closed"):
-            closed.recommend(history=["item-1"])
+            closed.recommend(["item-1"])
 
 
 def test_a_planned_code_without_numbers(tmp_path: Path, catalogue: Catalogue) -> None:
@@ -162,13 +176,13 @@ def test_a_planned_code_without_numbers(tmp_path: Path, catalogue: Catalogue) ->
     whole = Models.load(write_bundle(tmp_path / "whole", catalogue, max_items=WINDOW))
     corrupted = asyncio.run(next_in_line(whole, K, 2 * K))
     with Recommender(whole.bundle.root, OPTIONS) as healthy:
-        expected = [healthy.recommend(history=history, k=K, beam_width=K) for history in corrupted.histories]
+        expected = [healthy.recommend(history, k=K, beam_width=K) for history in corrupted.histories]
     shutil.copytree(whole.bundle.root, tmp_path / "corrupt")
     corrupt(tmp_path / "corrupt", "target", [corrupted.token])
     with Recommender(tmp_path / "corrupt", OPTIONS) as sick:
-        replies = [sick.recommend(history=history, k=K, beam_width=K) for history in corrupted.histories]
+        replies = [sick.recommend(history, k=K, beam_width=K) for history in corrupted.histories]
         for reply, one in zip(replies, expected, strict=True):
             assert_same_list(reply, one)
-        assert any(pb.DEGRADED_REASON_PLAN_UNANSWERED in reply.degraded_reasons for reply in replies)
-        with pytest.raises(UnavailableError, match="gives no list"):
-            sick.recommend(history=corrupted.histories[0], k=2 * K, beam_width=2 * K, mode=Mode.TARGET_ONLY)
+        assert any(DegradedReason.PLAN_UNANSWERED in reply.degraded_reasons for reply in replies)
+        with pytest.raises(CallError, match=r"UNAVAILABLE: .* gives no list"):
+            sick.recommend(corrupted.histories[0], k=2 * K, beam_width=2 * K, mode=Mode.TARGET_ONLY)

@@ -13,7 +13,6 @@ from atspeed.batch.ray_lists import lists_of
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.recommender import Recommender, RecommenderOptions
 from tests.bundles import random_history
-from tests.serving import ids
 
 ray: Any = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
@@ -44,8 +43,8 @@ class TestTwoWorkers:
         found = {row["user_id"]: list(row["item_ids"]) for row in rows}
         with Recommender(bundle, RecommenderOptions(threads=1, warm_up_seconds=0)) as recommender:
             for user in list(histories)[:20]:
-                alone = recommender.recommend(history=histories[user], k=7, mode="target-only")
-                assert found[user] == ids(alone)
+                alone = recommender.recommend(histories[user], k=7, mode="target-only")
+                assert found[user] == alone.item_ids
 
     def test_a_user_without_a_list_says_why(self, bundle: Path) -> None:
         users = ray.data.from_items([{"user_id": "stranger", "history": ["no such item"]}])

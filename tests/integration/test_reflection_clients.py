@@ -74,6 +74,16 @@ def test_grpc_js_gets_the_same_refusal(node_modules: Path, client: Client, histo
     assert reply["details"].startswith("k: ")
 
 
+def test_grpc_js_decodes_the_details_of_an_error(node_modules: Path, client: Client, history: list[str]) -> None:
+    reply = grpc_js(node_modules, client.address, {"history": {"itemIds": history}, "k": 0, "itemsPerPath": -1})
+    status = reply["status"]
+    assert (status["code"], status["message"]) == (reply["code"], reply["details"])
+    assert status["ErrorInfo"] == {"reason": "INVALID_REQUEST", "domain": "atspeed"}
+    violations = {one["field"]: one["description"] for one in status["BadRequest"]["fieldViolations"]}
+    assert violations["k"].startswith("must be between 1 and")
+    assert violations["items_per_path"] == "must be at least 0, got -1"
+
+
 def test_buf_gets_the_same_list_by_reflection(client: Client, history: list[str]) -> None:
     done = buf_curl(client.address, "Recommend", {"history": {"itemIds": history}, "k": 5})
     assert done.returncode == 0, done.stderr

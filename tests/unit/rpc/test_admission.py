@@ -107,7 +107,7 @@ async def test_refusal_has_both_retry_hints() -> None:
     trailers = dict(status.trailers)
     detail = status_pb2.Status.FromString(cast("bytes", trailers[STATUS_HEADER]))
     info = error_details_pb2.RetryInfo()
-    assert detail.details[0].Unpack(info)
+    assert detail.details[-1].Unpack(info)
     assert (status.code, detail.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 8)
     assert info.retry_delay.ToMilliseconds() == int(str(trailers[PUSHBACK_HEADER])) > 0
 

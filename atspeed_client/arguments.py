@@ -11,14 +11,13 @@ from enum import StrEnum
 from io import IOBase
 from numbers import Real
 from operator import index
+from os import PathLike
 from typing import Any, TypeVar
 
-import numpy as np
+from atspeed_client.errors import ArgumentTypeError, ArgumentValueError
 
-from atspeed.client.errors import ArgumentTypeError, ArgumentValueError
-
-MAX_UINT32 = 2**32 - 1
-MAX_UINT64 = 2**64 - 1
+MAX_INT32 = 2**31 - 1
+MAX_INT64 = 2**63 - 1
 _Choice = TypeVar("_Choice", bound=StrEnum)
 _Message = TypeVar("_Message")
 
@@ -36,19 +35,19 @@ def text(field: str, value: Any, *, required: bool = True) -> str:
 
 def item_ids(field: str, values: Any, *, ordered: bool = True, required: bool = False) -> list[str]:
     """Check item ids of any iterable and keep their order. required: at least one."""
-    listed = _listed(field, values, "item ids", ordered=ordered)
-    if required and not listed:
+    found = listed(field, values, "item ids", ordered=ordered)
+    if required and not found:
         raise ArgumentValueError(field, "must hold at least one item id")
     # A quick check of all ids first: building a name for each of ten thousand would cost more than the check.
-    if not all(type(value) is str and value and value.isascii() for value in listed):
-        return [text(f"{field}[{place}]", value) for place, value in enumerate(listed)]
-    return listed
+    if not all(type(value) is str and value and value.isascii() for value in found):
+        return [text(f"{field}[{place}]", value) for place, value in enumerate(found)]
+    return found
 
 
 def messages(field: str, values: Any, kind: type[_Message]) -> list[_Message]:
     """Check messages of one kind, of any iterable."""
-    listed = _listed(field, values, f"{kind.__name__} messages", ordered=True)
-    return [message(f"{field}[{place}]", value, kind) for place, value in enumerate(listed)]
+    found = listed(field, values, f"{kind.__name__} messages", ordered=True)
+    return [message(f"{field}[{place}]", value, kind) for place, value in enumerate(found)]
 
 
 def message(field: str, value: Any, kind: type[_Message]) -> _Message:
@@ -58,9 +57,16 @@ def message(field: str, value: Any, kind: type[_Message]) -> _Message:
     return value
 
 
+def path(field: str, value: Any) -> str | PathLike[str]:
+    """Check the path of a file."""
+    if not isinstance(value, (str, PathLike)):
+        raise ArgumentTypeError(field, f"must be a path, got {_kind(value)}")
+    return value
+
+
 def whole(field: str, value: Any, low: int, high: int) -> int:
     """Check a whole number between low and high, of Python or numpy."""
-    if isinstance(value, (bool, np.bool_)):
+    if _is_bool(value):
         raise ArgumentTypeError(field, "must be a whole number (int), got bool")
     try:
         number = index(value)
@@ -73,15 +79,15 @@ def whole(field: str, value: Any, low: int, high: int) -> int:
 
 def wholes(field: str, values: Any, low: int, high: int) -> list[int]:
     """Check whole numbers between low and high, of any iterable, and keep their order."""
-    listed = _listed(field, values, "whole numbers", ordered=True)
-    return [whole(f"{field}[{place}]", value, low, high) for place, value in enumerate(listed)]
+    found = listed(field, values, "whole numbers", ordered=True)
+    return [whole(f"{field}[{place}]", value, low, high) for place, value in enumerate(found)]
 
 
 def number(
     field: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> float:
     """Check a finite number, of Python or numpy."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+    if _is_bool(value) or not isinstance(value, Real):
         raise ArgumentTypeError(field, f"must be a number, got {_kind(value)}")
     try:
         converted = float(value)
@@ -96,7 +102,7 @@ def number(
 
 def flag(field: str, value: Any) -> bool:
     """Check a truth value."""
-    if not isinstance(value, (bool, np.bool_)):
+    if not _is_bool(value):
         raise ArgumentTypeError(field, f"must be True or False, got {_kind(value)}")
     return bool(value)
 
@@ -105,8 +111,9 @@ def choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
     """Check a member of an enum, or its value as text."""
     if not isinstance(value, str):
         raise ArgumentTypeError(field, f"must be a {choices.__name__} or its name, got {_kind(value)}")
-    if value not in set(choices):
-        raise ArgumentValueError(field, f"must be one of {', '.join(choices)}, got {value!a}")
+    if value not in set(choices) or value == "unknown":
+        names = ", ".join(one for one in choices if one != "unknown")
+        raise ArgumentValueError(field, f"must be one of {names}, got {value!a}")
     return choices(value)
 
 
@@ -121,7 +128,8 @@ def token(field: str, value: Any) -> str:
     return value
 
 
-def _listed(field: str, values: Any, what: str, *, ordered: bool) -> list[Any]:
+def listed(field: str, values: Any, what: str, *, ordered: bool = True) -> list[Any]:
+    """Check that values are an iterable of `what`, and not one of them."""
     if isinstance(values, (str, bytes, bytearray, memoryview)):
         raise ArgumentTypeError(field, f"must be a list of {what}, got one {_kind(values)}; put it into a list")
     if isinstance(values, (Mapping, IOBase)) or (ordered and isinstance(values, (set, frozenset))):
@@ -131,6 +139,11 @@ def _listed(field: str, values: Any, what: str, *, ordered: bool) -> list[Any]:
     except TypeError:
         raise ArgumentTypeError(field, f"must be a list of {what}, got {_kind(values)}") from None
     return list(iterator)
+
+
+def _is_bool(value: Any) -> bool:
+    """Return whether a value is a bool, of Python or of numpy, which the client does not import."""
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in {"bool", "bool_"})
 
 
 def _kind(value: Any) -> str:
