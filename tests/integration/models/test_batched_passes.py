@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import CapacityError, OverloadedError
-from atspeed.engine.model.batch_decoder import TreeInput, TreeOutput
-from atspeed.engine.model.batcher import BatchLimits, PassSize
+from atspeed.engine.model.batch_decoder import TreeOutput
+from atspeed.engine.model.batcher import BatchLimits
+from atspeed.engine.model.host_memory import HostMemory
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.token_tree import TreePass
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
-from atspeed.engine.model.tree_session import ProgramRun, Selection
+from atspeed.engine.model.tree_session import ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import write_bundle
@@ -60,6 +62,11 @@ async def opened(evaluator: TreeEvaluator) -> AsyncIterator[TreeEvaluator]:
     yield evaluator
     assert (evaluator.queued_passes, evaluator.open_kv.used_bytes) == (0, 0)
     await evaluator.close()
+
+
+def _idle_bytes(evaluator: TreeEvaluator) -> int:
+    assert isinstance(evaluator.open_kv, HostMemory)
+    return evaluator.open_kv.buffers.idle_bytes
 
 
 def co_batched(requests: int) -> BatchLimits:
@@ -273,7 +280,7 @@ async def test_memory_of_a_running_pass_is_freed_at_its_end(models: Models) -> N
             await asyncio.wait([cancelled])
             evaluator.end(tree)
             assert evaluator.open_kv.used_bytes > 0
-            assert evaluator.open_kv.idle_bytes == 0
+            assert _idle_bytes(evaluator) == 0
             go_on.set()
             await first_pass(evaluator, models.prompt(3, seed=2))
         assert (evaluator.open_kv.used_bytes, tree.tokens.kv.size) == (0, 0)
@@ -296,15 +303,15 @@ async def test_session_grows_while_new_ones_are_refused(models: Models, alone: A
     """At the limit running requests once failed in the middle, for others that had just come."""
     limit = 16 * FIRST_BUFFER * models.token_bytes
     with patch(
-        "atspeed.engine.model.tree_evaluator._NODE_ROOM", 120
+        "atspeed.engine.model.host_memory._NODE_ROOM", 120
     ):  # together with prompt and root a full first buffer, or nearly
         async with opened(models.evaluator("target", open_kv_bytes=limit)) as evaluator:
             trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(14)]
             for tree in trees:
-                evaluator._reserve(tree, PassSize(FIRST_BUFFER - 120, 0))
+                evaluator.open_kv.reserve(tree, FIRST_BUFFER - 120)
             with pytest.raises(OverloadedError, match="kv_open_mb"):
                 await first_pass(evaluator, models.prompt(3, seed=14))
-            evaluator._reserve(trees[0], PassSize(FIRST_BUFFER + 1, 0))
+            evaluator.open_kv.reserve(trees[0], FIRST_BUFFER + 1)
             evaluation, _ = await evaluator.evaluate(trees[0], np.array(models.naive.inner()), EVERYTHING)
             assert_same(models, dict(evaluation.items()), await alone(3, 0))
             for tree in trees:
@@ -316,10 +323,10 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
     """Of the model in a batch: all are run one by one. Of what follows for one of them: that one fails."""
     async with opened(models.evaluator("target", limits=co_batched(3))) as evaluator:
         trees = [await evaluator.open(models.prompt(items, seed=1)) for items in (4, 5, 6)]
-        decoder, finish = evaluator._batch_decoder, evaluator._finish
-        run = decoder.run
+        memory, finish = evaluator.open_kv, evaluator._finish
+        run = memory.run
 
-        def run_alone(inputs: Sequence[TreeInput]) -> list[TreeOutput]:
+        def run_alone(inputs: Sequence[tuple[TreeSession, TreePass]]) -> list[TreeOutput]:
             if len(inputs) > 1:
                 raise MemoryError
             return run(inputs)
@@ -330,7 +337,7 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
             return finish(work, *arguments, **named)
 
         breaks: dict[str, AbstractContextManager[object]] = {
-            "run": patch.object(decoder, "run", run_alone),
+            "run": patch.object(memory, "run", run_alone),
             "finish": patch.object(evaluator, "_finish", finish_but_second),
         }
         with breaks[broken]:
@@ -356,4 +363,4 @@ async def test_released_buffer_is_used_by_the_next_session(models: Models, alone
             assert_same(models, dict(evaluation.items()), await alone(items, 1))
             tree.tokens.kv[:] = np.nan
             evaluator.end(tree)
-        assert evaluator.open_kv.idle_bytes == FIRST_BUFFER * models.token_bytes
+        assert _idle_bytes(evaluator) == FIRST_BUFFER * models.token_bytes

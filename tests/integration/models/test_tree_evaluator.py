@@ -207,7 +207,7 @@ async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch:
     naive, prompt = models.naive, models.prompt(5, seed=1)
     async with opened(models) as evaluator:
         expected = await evaluate(evaluator, prompt, naive.inner())
-        monkeypatch.setattr("atspeed.engine.model.tree_evaluator._NODE_ROOM", 0)
+        monkeypatch.setattr("atspeed.engine.model.host_memory._NODE_ROOM", 0)
         assert_same(await evaluate(evaluator, prompt, *[[node] for node in naive.inner()]), expected)
 
 
