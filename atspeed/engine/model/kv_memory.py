@@ -15,10 +15,10 @@ from atspeed.engine.model.tree_session import TreeSession
 class KvMemory(Protocol):
     """The memory of open sessions, and the passes over it.
 
-    `HostMemory` holds one array per session; `DeviceMemory` holds pages of a pool on the model's device. A session takes part in
-    these steps: `lookup`, then `reserve` and `begin` before each pass, `run`, after the first pass `keep_prompt` and `remember`,
-    and `release` at its end. `begin`, `run` and `keep_prompt` are for the worker thread: they may copy keys and values. All others
-    are for the event loop and copy none; `reserve` is for both.
+    `HostMemory` holds one array per session; `DeviceMemory` holds pages of a pool on the model's device. The steps of a session:
+    `lookup`, then `reserve` and `begin` before each pass, `run`, after the first pass `keep_prompt` and `remember`, and `release`
+    at its end. `begin`, `run` and `keep_prompt` are for the worker thread: they may copy keys and values. All others are for the
+    event loop and copy none; `reserve` is for both.
     """
 
     @property
@@ -30,7 +30,7 @@ class KvMemory(Protocol):
         """Return the bytes that open sessions hold or have reserved."""
 
     async def lookup(self, prompt: Int64, keys: Sequence[bytes]) -> CachedPrefix:
-        """Return what the prefix cache holds of a prompt, int64 [prompt], with these block keys. `release` it with its session."""
+        """Return what the prefix cache holds of a prompt, int64 [prompt], with these keys. `release` frees it with its session."""
 
     def reserve(self, tree: TreeSession, tokens: int) -> None:
         """Reserve memory for a tree of so many tokens. Raises OverloadedError beyond the limit; the tree is unchanged then."""
