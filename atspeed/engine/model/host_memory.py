@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
@@ -10,7 +11,7 @@ from atspeed.engine.kv.prefix_cache import CachedPrefix
 from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.prompt_kv import PromptKv
-from atspeed.engine.model.token_tree import TokenTree, TreePass
+from atspeed.engine.model.token_tree import MaskedPass, TokenTree, TreePass
 from atspeed.engine.model.tree_session import TreeSession
 
 # Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
@@ -40,6 +41,10 @@ class HostMemory:
     def used_bytes(self) -> int:
         """Return the bytes that open sessions hold or have reserved."""
         return self.buffers.used_bytes
+
+    def tree(self, prompt: Int64) -> TokenTree:
+        """Return the token tree of a prompt, int64 [prompt], without memory."""
+        return self._prompts.tree(prompt)
 
     async def lookup(self, prompt: Int64, keys: Sequence[bytes]) -> CachedPrefix:
         """Return what the prefix cache holds of a prompt, int64 [prompt]."""
@@ -99,4 +104,4 @@ class HostMemory:
 
 def _input(tree: TokenTree, step: TreePass) -> TreeInput:
     end = tree.length + len(step.tokens)
-    return TreeInput(step, tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])
+    return TreeInput(cast("MaskedPass", step), tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])

@@ -8,7 +8,7 @@ from typing import Protocol
 from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.prefix_cache import CachedPrefix
 from atspeed.engine.model.batch_decoder import TreeOutput
-from atspeed.engine.model.token_tree import TreePass
+from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import TreeSession
 
 
@@ -29,8 +29,11 @@ class KvMemory(Protocol):
     def used_bytes(self) -> int:
         """Return the bytes that open sessions hold or have reserved."""
 
+    def tree(self, prompt: Int64) -> TokenTree:
+        """Return the token tree of a prompt, int64 [prompt], without memory."""
+
     async def lookup(self, prompt: Int64, keys: Sequence[bytes]) -> CachedPrefix:
-        """Return what the prefix cache holds of a prompt, int64 [prompt], with these keys. `release` frees it with its session."""
+        """Return what the prefix cache holds of a prompt, int64 [prompt], with these keys. `release` frees it."""
 
     def reserve(self, tree: TreeSession, tokens: int) -> None:
         """Reserve memory for a tree of so many tokens. Raises OverloadedError beyond the limit; the tree is unchanged then."""

@@ -21,10 +21,12 @@ from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
 from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.device_decoder import DeviceDecoder
+from atspeed.engine.model.device_memory import DeviceMemory
 from atspeed.engine.model.host_memory import HostMemory
 from atspeed.engine.model.kv_memory import KvMemory
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.prompt_kv import prompt_kv
+from atspeed.engine.model.prompt_kv import PromptKv, prompt_kv
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children, codes_normalizer
@@ -51,7 +53,7 @@ class TreeEvaluator:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | DeviceDecoder,
         entry: ModelEntry,
         trie: Trie,
         rule: ScoringRule,
@@ -67,7 +69,7 @@ class TreeEvaluator:
         self.rule = rule
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
-        self.open_kv: KvMemory = HostMemory(decoder, self._prompts, open_kv_bytes)
+        self.open_kv = _memory(decoder, self._prompts, layout, cache, open_kv_bytes)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
@@ -93,7 +95,8 @@ class TreeEvaluator:
         keys = self._prompts.keys(prompt, tenant, user_key)
         cached = await self.open_kv.lookup(prompt, keys)
         stats = PassStats(lookup_ns=time.perf_counter_ns() - begun, cached_tokens_by_tier=cached.tokens_by_tier)
-        return TreeSession(self._prompts.tree(prompt), keys, cached.blocks, stats)
+        known, pages = len(cached.pages) + len(cached.blocks), list(cached.pages)
+        return TreeSession(self.open_kv.tree(prompt), keys, cached.blocks, stats, pages=pages, known_blocks=known)
 
     async def evaluate(self, tree: TreeSession, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassStats]:
         """Make one pass: the best children of `nodes`, int64 [n], ascending inner nodes, not evaluated before on this tree.
@@ -148,7 +151,10 @@ class TreeEvaluator:
 
     def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
         """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
-        return TreeSession(self._prompts.tree(prompt), [], cached_blocks, PassStats(), synthetic=True)
+        known = len(cached_blocks)
+        return TreeSession(
+            self.open_kv.tree(prompt), [], cached_blocks, PassStats(), synthetic=True, known_blocks=known
+        )
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure the cost curve, for about `seconds`. No other pass should run on the model meanwhile."""
@@ -188,7 +194,7 @@ class TreeEvaluator:
     def _size(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Return the size of a pass, cached blocks included that the first pass still has to copy into the tree."""
         step, prompt = self._layout.block_tokens, len(tree.tokens.prompt)
-        cached = tree.tokens.length or min(len(tree.cached_blocks) * step, prompt - 1)
+        cached = tree.tokens.length or min(tree.known_blocks * step, prompt - 1)
         new_prompt = max(0, prompt - cached)
         # The root has no token of its own: its logits are the last prompt token's.
         return PassSize(new_prompt + len(nodes) - int(nodes[0] == ROOT), cached)
@@ -300,6 +306,14 @@ class TreeEvaluator:
 
 def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:
     return (yield nodes)
+
+
+def _memory(
+    decoder: Decoder | DeviceDecoder, prompts: PromptKv, layout: KvLayout, cache: PrefixCache, open_kv_bytes: int
+) -> KvMemory:
+    if isinstance(decoder, DeviceDecoder):
+        return DeviceMemory(decoder, prompts, layout, cache)
+    return HostMemory(decoder, prompts, open_kv_bytes)
 
 
 def _attempt(compute: Callable[[ProgramRun], Part], run: ProgramRun) -> Part | Exception:
