@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,13 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.device_graph import DEVICE_FILE, Head
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, EncoderDecoder
-from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic
+from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic
+from atspeed.training.device_graph import DeviceGraph
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
+from atspeed.training.graph_builder import DATA_FILE, WeightFile
 from atspeed.training.int8_graph import Int8Arithmetic, rounded
 from atspeed.training.parity import compare
 from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
@@ -50,7 +53,13 @@ _T5_POSITIONS = 512
 # several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with its
 # checkpoint computing from the same codes. The two usually agree to 1e-6. If float32 rounding moves an activation to another
 # step in only one of them, errors reached 0.03 in random models with logits of 10 and more.
-TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
+TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2, "int8": 1e-1}
+_STORED: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""The format of a precision's weights; int8 has codes."""
 
 
 class ExportError(TrainingError):
@@ -267,27 +276,40 @@ def _check_t5(config: Any) -> None:
         )
 
 
-def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision) -> None:
-    """Write the two files of each graph. The weights are converted and written one at a time."""
+def write_graph(
+    model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision, head: Head = "vocab"
+) -> None:
+    """Write the graphs and their weights. The weights are converted and written one at a time."""
     if model.config.is_encoder_decoder:
         with (folder / ENCODER_DATA_FILE).open("wb") as data:
-            encoder = T5EncoderGraph(model, data).write_encoder()
+            encoder = T5EncoderGraph(model, WeightFile(data, ENCODER_DATA_FILE)).write_encoder()
         (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
         onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
-        graph = _graph(model, precision, data)
-        graph.write(code_tokens)
-    (folder / MODEL_FILE).write_bytes(graph.to_model(len(code_tokens)).SerializeToString())
-    onnx.checker.check_model(str(folder / MODEL_FILE))
+        weights = WeightFile(data)
+        graphs = {MODEL_FILE: _graph(model, precision, weights)}
+        if has_device_graph(model.config, precision):
+            graphs[DEVICE_FILE] = DeviceGraph(model, weights, _STORED[precision], head)
+        for graph in graphs.values():
+            graph.write(code_tokens)
+    for name, graph in graphs.items():
+        (folder / name).write_bytes(graph.to_model(len(code_tokens)).SerializeToString())
+        onnx.checker.check_model(str(folder / name))
 
 
-def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
+def has_device_graph(config: Any, precision: Precision) -> bool:
+    """Return whether a model of this config has a graph for devices; a T5 has none, and int8 is for CPUs."""
+    return precision in _STORED and not config.is_encoder_decoder
+
+
+def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) -> DecoderGraph:
     if model.config.is_encoder_decoder:
-        return T5DecoderGraph(model, data)
+        return T5DecoderGraph(model, weights)
     if precision == "int8":
-        return DecoderGraph(model, data, Int8Arithmetic)
+        return DecoderGraph(model, weights, Int8Arithmetic)
+    # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
-    return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
+    return DecoderGraph(model, weights, partial(FloatArithmetic, dtype=dtype, stored=_STORED[precision]))
 
 
 def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:

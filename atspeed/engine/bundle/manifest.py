@@ -42,7 +42,7 @@ from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
 LANGUAGE_MODEL = "language-model"

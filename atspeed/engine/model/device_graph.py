@@ -14,7 +14,7 @@ A batch row is one tree. The `capacity` places of a row are its tokens in the or
 | position_ids    | int64 | batch, new                   | depth of each token, counted from the root                   |
 | write_slots     | int64 | batch, new                   | the slot that takes the token's key and value                |
 | slot_table      | int32 | batch, capacity              | the slot of each place; ZERO_SLOT where there is no token    |
-| prefix_lengths  | int32 | batch, new                   | n: the token sees the places 0 .. n - 1                      |
+| prefix_lengths  | int64 | batch, new                   | n: the token sees the places 0 .. n - 1                      |
 | ancestors       | int32 | batch, new, depth            | further places that it sees                                  |
 | out_index       | int64 | rows                         | into the flattened batch x new tokens                        |
 | key_pool.{i}    | T     | slots, kv_heads * head_dim   | keys of layer i, after the rotary embedding                  |
@@ -72,7 +72,7 @@ def device_inputs(layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict
         "position_ids": TensorSpec("int64", ("batch", "new")),
         "write_slots": TensorSpec("int64", ("batch", "new")),
         "slot_table": TensorSpec("int32", ("batch", "capacity")),
-        "prefix_lengths": TensorSpec("int32", ("batch", "new")),
+        "prefix_lengths": TensorSpec("int64", ("batch", "new")),
         "ancestors": TensorSpec("int32", ("batch", "new", "depth")),
         "out_index": TensorSpec("int64", ("rows",)),
         **_pools(pool_names(layers), kv_heads * head_dim, dtype),
