@@ -20,6 +20,7 @@ from atspeed.engine.model.decoder import RuntimeOptions, check_contract, graph_s
 from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, SCORES, Head, device_inputs, device_outputs
 from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS, BoundPass, PagedInput, PassShape
 from atspeed.engine.model.device_pools import DevicePools, host_dtype
+from atspeed.engine.model.free_memory import default_pool_bytes
 
 # Shapes whose buffers are kept, besides those of CUDA graphs. Chosen, not measured.
 _KEPT_SHAPES = 32
@@ -51,13 +52,15 @@ class DeviceDecoder:
         options: the options of onnxruntime.
         shape: the shape of keys and values.
         page_tokens: tokens of a page.
-        pool_bytes: bytes of the pools.
+        pool_bytes: bytes of the pools; None for a share of what is free beside the weights.
         files: the content of the model's files; read from `path` if None.
 
     Attributes:
         layers, kv_heads, head_dim: the shape of keys and values.
+        kv_dtype: their number format.
         dtype: numpy's number format of their bytes.
         columns: code tokens.
+        head: the tokens whose logits the graph computes.
         pages: the books of the pools' pages.
     """
 
@@ -68,7 +71,7 @@ class DeviceDecoder:
         shape: KvShape,
         *,
         page_tokens: int,
-        pool_bytes: int,
+        pool_bytes: int | None = None,
         files: ModelFiles | None = None,
     ) -> None:
         self.path = path
@@ -76,19 +79,23 @@ class DeviceDecoder:
         self._device, self._page_tokens = options.provider, page_tokens
         self._session = open_session(files or ModelFiles.read(path), options)
         inputs, outputs = graph_specs(self._session)
-        head: Head = "vocab" if SCORES["vocab"] in outputs else "codes"
+        self.head: Head = "vocab" if SCORES["vocab"] in outputs else "codes"
         dtype = inputs["key_pool.0"].dtype if "key_pool.0" in inputs else "float32"
-        self.dtype = host_dtype(dtype)
-        self.columns = int(outputs[SCORES[head]].fixed[1] or 0) if SCORES[head] in outputs else 0
+        self.kv_dtype, self.dtype = dtype, host_dtype(dtype)
+        scores = SCORES[self.head]
+        self.columns = int(outputs[scores].fixed[1] or 0) if scores in outputs else 0
         sizes = (shape.layers, shape.kv_heads, shape.head_dim, dtype)
         check_contract(path, "input", inputs, device_inputs(*sizes))
-        check_contract(path, "output", outputs, device_outputs(*sizes, self.columns, head))
-        self._scores = (SCORES[head], self.columns)
+        check_contract(path, "output", outputs, device_outputs(*sizes, self.columns, self.head))
+        self._scores = (scores, self.columns)
         width = shape.kv_heads * shape.head_dim
         page_bytes = 2 * shape.layers * page_tokens * width * self.dtype.itemsize
-        pages = pool_bytes // page_bytes
+        pages = (default_pool_bytes(options.provider) if pool_bytes is None else pool_bytes) // page_bytes
         if not pages:
-            raise BundleError(f"kv_device_mb: {pool_bytes} bytes hold no page of {page_bytes} bytes")
+            raise BundleError(
+                f"kv_device_mb: {(pool_bytes or 0) / 2**20:.0f} MiB hold no page of {page_tokens} tokens, "
+                f"which takes {page_bytes / 2**20:.2f} MiB"
+            )
         self._pools = DevicePools(shape.layers, width, dtype, FREE_SLOTS_FROM + pages * page_tokens, options)
         self.pages = PagePool(pages, page_bytes, self._zero)
         self._lock = threading.Lock()
