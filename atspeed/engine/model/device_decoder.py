@@ -142,7 +142,7 @@ class DeviceDecoder:
                 continue
             try:
                 with self._lock:
-                    made = self._make(shape, graph=len(self._graphs) + 1)
+                    made = self._buffers(shape, graph=len(self._graphs) + 1)
                     made.launch()
                     self._graphs[shape] = made
             except DeviceError as error:
@@ -168,11 +168,8 @@ class DeviceDecoder:
     def _zero(self, pages: Sequence[int]) -> None:
         self._pools.zero(self.slots(pages, len(pages) * self._page_tokens))
 
-    def _make(self, shape: PassShape, graph: int = -1) -> BoundPass:
-        try:
-            return BoundPass(self._session, self._pools, shape, self._scores, self._device, graph)
-        except Exception as error:
-            raise DeviceError(f"the device has no room for the buffers of {shape}: {error}") from error
+    def _buffers(self, shape: PassShape, graph: int = -1) -> BoundPass:
+        return BoundPass(self._session, self._pools, shape, self._scores, self._device, graph)
 
     def _pass(self, shape: PassShape) -> BoundPass:
         """Return the buffers of a shape: a captured one, else one that is kept, else a new one."""
@@ -181,5 +178,5 @@ class DeviceDecoder:
         found = self._bound.pop(shape, None)
         while found is None and len(self._bound) >= _KEPT_SHAPES:
             self._bound.popitem(last=False)
-        self._bound[shape] = found or self._make(shape)
+        self._bound[shape] = found or self._buffers(shape)
         return self._bound[shape]

@@ -13,17 +13,17 @@ import onnxruntime as ort
 from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.errors import DeviceError
 from atspeed.engine.model.device_graph import CAPACITY_STEP, SCRATCH_SLOT, ZERO_SLOT
-from atspeed.engine.model.device_pools import DevicePools
+from atspeed.engine.model.device_pools import DevicePools, allocate
 from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES
 from atspeed.engine.model.token_tree import PathPass
 
 # Alignment of the inputs in the copied buffer: that of CUDA's own allocations.
 _ALIGNMENT = 256
-# New tokens, and places, of the passes that a GPU replays as CUDA graphs.
+# New tokens, and places, of the passes that a GPU replays as CUDA graphs. Places are multiples of CAPACITY_STEP.
 NEW_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 CAPACITY_BUCKETS = (128, 256, 512, 1024, 2048)
 # Steps of the sizes of all other passes. Chosen, not measured: more sizes would mean less padding and more bindings.
-_NEW_STEP, _CAPACITY_STEP, _ROW_STEP = 8, 64, 8
+_NEW_STEP, _CAPACITY_STEP, _ROW_STEP = 8, 8 * CAPACITY_STEP, 8
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,10 @@ def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-assert all(size % CAPACITY_STEP == 0 for size in (*CAPACITY_BUCKETS, _CAPACITY_STEP))
-
-
 class BoundPass:
     """A pass of one shape. Its small inputs lie side by side in one buffer, so that one copy brings all of them.
 
-    All addresses are fixed, as a captured CUDA graph needs them. For one thread at a time.
+    All addresses are fixed, as a captured CUDA graph needs them. For one thread at a time. Raises DeviceError without room.
 
     Args:
         session: the model.
@@ -128,8 +125,8 @@ class BoundPass:
             offsets[name] = size
             size += _up(prod(axes) * np.dtype(dtype).itemsize, _ALIGNMENT)
         self._staged = np.zeros(size, dtype=np.uint8)
-        self._inputs = ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, device)
-        self._scores = ort.OrtValue.ortvalue_from_shape_and_type([shape.rows, scores[1]], np.float32, device)
+        self._inputs = allocate((size,), "uint8", device)
+        self._scores = allocate((shape.rows, scores[1]), "float32", device)
         self._arrays: dict[str, npt.NDArray[np.int64]] = {}
         self._binding = session.io_binding()
         for name, (dtype, axes) in shape.input_axes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,15 @@ _ZEROED_AT_ONCE = 4096
 def host_dtype(dtype: str) -> np.dtype[np.generic]:
     """Return numpy's number format for a tensor's bytes. numpy has no bfloat16: its bytes travel as uint16."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+def allocate(axes: Sequence[int], dtype: str, device: str) -> ort.OrtValue:
+    """Reserve memory on a device. Raises DeviceError with the number of bytes."""
+    try:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(axes), ELEMENT_TYPES[dtype], device)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types here
+        size = prod(axes) * host_dtype(dtype).itemsize
+        raise DeviceError(f"{device}: no room for {size / 2**20:.1f} MiB: {error}") from error
 
 
 class DevicePools:
@@ -48,14 +58,10 @@ class DevicePools:
         self._element, self._host_dtype = ELEMENT_TYPES[dtype], host_dtype(dtype)
         self.nbytes = 2 * layers * slots * width * self._host_dtype.itemsize
         try:
-            self._pools = [
-                ort.OrtValue.ortvalue_from_shape_and_type([slots, width], self._element, options.provider)
-                for _ in self._names
-            ]
-        except Exception as error:  # onnxruntime raises a dozen unrelated types here
+            self._pools = [allocate((slots, width), dtype, options.provider) for _ in self._names]
+        except DeviceError as error:
             raise BundleError(
-                f"kv_device_mb: the device has no room for keys and values of {self.nbytes / 2**20:.0f} MiB "
-                f"({slots} tokens): {error}"
+                f"kv_device_mb: keys and values of {slots} tokens take {self.nbytes / 2**20:.0f} MiB. {error}"
             ) from error
         self._gather = _session("gather", _gather_graph(self._names, self._outputs, dtype, width), options)
         self._scatter = _session("scatter", _scatter_graph(self._names, self._outputs, dtype, width), options)
