@@ -212,7 +212,7 @@ def _write_checked(
         error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
         for name in (ENCODER_DATA_FILE, ENCODER_FILE) if model.config.is_encoder_decoder else ():
             (partial / name).replace(folder / name)
-        for name in (DATA_FILE, DEVICE_FILE, MODEL_FILE):
+        for name in (DATA_FILE, MODEL_FILE):
             (partial / name).replace(folder / name)
     except ExportError as failure:
         raise ExportError(str(failure).replace(str(partial), str(folder))) from failure

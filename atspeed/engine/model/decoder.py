@@ -262,8 +262,7 @@ def graph_specs(session: ort.InferenceSession) -> tuple[dict[str, TensorSpec], d
 
 
 def _spec(arg: ort.NodeArg) -> TensorSpec:
-    dtype = arg.type.removeprefix("tensor(").removesuffix(")")
-    dtype = "float32" if dtype == "float" else dtype
+    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}.get(arg.type, arg.type)
     return TensorSpec(dtype, tuple(axis if isinstance(axis, int) else str(axis) for axis in arg.shape))
 
 

@@ -39,21 +39,24 @@ TOLERANCE: dict[Precision, float] = {"float32": 5e-5, "int8": 0}
 FIRST_BUFFER = 192  # tokens: a short prompt, its nodes and room for 128 more
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (ScoringRule.VOCAB, "float32", "llama"),
-        (ScoringRule.TRIE, "float32", "qwen3"),
-        (ScoringRule.VOCAB, "int8", "llama"),
-        (ScoringRule.VOCAB, "float32", "t5"),
-    ],
-    ids="-".join,
-)
+HOST: list[tuple[str, ...]] = [
+    (ScoringRule.VOCAB, "float32", "llama"),
+    (ScoringRule.TRIE, "float32", "qwen3"),
+    (ScoringRule.VOCAB, "int8", "llama"),
+    (ScoringRule.VOCAB, "float32", "t5"),
+]
+# Keys and values in pages, as on a GPU; here on the CPU.
+PAGED = [(ScoringRule.VOCAB, "float32", "llama", "paged")]
+of_buffers = pytest.mark.parametrize("models", HOST, indirect=True, ids="-".join)
+
+
+@pytest.fixture(scope="module", params=[*HOST, *PAGED], ids="-".join)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    rule, precision, architecture = request.param
+    rule, precision, architecture, *where = request.param
     catalogue = random_catalogue(40, (6, 5, 4), seed=2)
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, precision=precision))
+    made = write_bundle(root, catalogue, rule=rule, architecture=architecture, precision=precision)
+    return Models.load(made, paged="paged" in where)
 
 
 @asynccontextmanager
@@ -261,6 +264,7 @@ async def test_warm_up_waits_for_no_co_batched_request(models: Models) -> None:
         await evaluator.cost_curve(0)
 
 
+@of_buffers
 async def test_memory_of_a_running_pass_is_freed_at_its_end(models: Models) -> None:
     """A tree may end in the middle of its pass. Its buffer must not go to another one while the pass still writes to it."""
     async with opened(models.evaluator("target")) as evaluator:
@@ -286,6 +290,7 @@ async def test_memory_of_a_running_pass_is_freed_at_its_end(models: Models) -> N
         assert (evaluator.open_kv.used_bytes, tree.tokens.kv.size) == (0, 0)
 
 
+@of_buffers
 async def test_sessions_beyond_the_memory_are_refused_and_served_later(models: Models) -> None:
     async with opened(models.evaluator("target", open_kv_bytes=4 * FIRST_BUFFER * models.token_bytes)) as evaluator:
         trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(3)]
@@ -299,6 +304,7 @@ async def test_sessions_beyond_the_memory_are_refused_and_served_later(models: M
             evaluator.end(tree)
 
 
+@of_buffers
 async def test_session_grows_while_new_ones_are_refused(models: Models, alone: Alone) -> None:
     """At the limit running requests once failed in the middle, for others that had just come."""
     limit = 16 * FIRST_BUFFER * models.token_bytes
@@ -354,6 +360,7 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
         assert_same(models, dict(answer[0].items()), await alone(items, 1))
 
 
+@of_buffers
 async def test_released_buffer_is_used_by_the_next_session(models: Models, alone: Alone) -> None:
     """And what it held before shows in no answer, on a shorter prompt or a longer one."""
     async with opened(models.evaluator("target")) as evaluator:
