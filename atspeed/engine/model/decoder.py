@@ -262,7 +262,8 @@ def graph_specs(session: ort.InferenceSession) -> tuple[dict[str, TensorSpec], d
 
 
 def _spec(arg: ort.NodeArg) -> TensorSpec:
-    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}.get(arg.type, arg.type)
+    dtype = arg.type.removeprefix("tensor(").removesuffix(")")
+    dtype = "float32" if dtype == "float" else dtype
     return TensorSpec(dtype, tuple(axis if isinstance(axis, int) else str(axis) for axis in arg.shape))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Role
+from atspeed.engine.bundle.manifest import MANIFEST, Bundle, DeviceGraphEntry, Role
+from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session
+from atspeed.engine.model.device_graph import device_inputs, device_outputs
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
+from atspeed.engine.search.scoring import ScoringRule
 
 
 def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verified: bool = False) -> Decoder:
@@ -41,3 +44,42 @@ def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
     ):
         if said != found:
             raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")
+
+
+def device_graph_files(bundle: Bundle, role: Role, *, verified: bool = False) -> ModelFiles:
+    """Read a model's device graph and its weights. verified: compare the bytes with the manifest's hashes.
+
+    Raises BundleError, naming the field, when the model has no device graph, or one whose head does not do for the scoring rule.
+    """
+    return bundle.model_files(device_graph_entry(bundle, role).path, verified=verified)
+
+
+def device_graph_entry(bundle: Bundle, role: Role) -> DeviceGraphEntry:
+    """Return the manifest's entry of a model's device graph. Raises as `device_graph_files`."""
+    field, rule = f"{bundle.root}/{MANIFEST}: {role}.device_graph", bundle.manifest.scoring_rule
+    entry = bundle.model(role)
+    if entry.device_graph is None:
+        reason = "export the model again"
+        if entry.precision == "int8" or entry.encoder:
+            reason = f"a {entry.precision} {entry.architecture} is for provider cpu"
+        raise BundleError(f"{field}: the bundle has none; {reason}")
+    if rule is ScoringRule.VOCAB and entry.device_graph.head != "vocab":
+        raise BundleError(f"{field}.head: {entry.device_graph.head}, but scoring_rule {rule} sums over the vocabulary")
+    return entry.device_graph
+
+
+def check_device_graph(bundle: Bundle, role: Role) -> None:
+    """Load a model's device graph on the CPU and check it against the contract; nothing to do for a model without one.
+
+    Not in bfloat16, for which the CPU has no kernels. Raises BundleError, naming the input or output that is wrong.
+    """
+    entry = bundle.model(role)
+    if entry.device_graph is None:
+        return
+    files = device_graph_files(bundle, role)
+    if entry.precision == "bfloat16":
+        return
+    inputs, outputs = graph_specs(open_session(files, RuntimeOptions()))
+    sizes, columns = (entry.layers, entry.kv_heads, entry.head_dim, entry.precision), len(entry.code_tokens)
+    check_contract(files.path, "input", inputs, device_inputs(*sizes))
+    check_contract(files.path, "output", outputs, device_outputs(*sizes, columns, entry.device_graph.head))
