@@ -156,7 +156,7 @@ class FloatArithmetic:
         return self._graph.op("Cast", logits, to=TensorProto.FLOAT)
 
     def logits_of(self, head: Module, normed: str, tokens: Sequence[int]) -> str:
-        """Write the logits of some tokens, [rows, tokens], in the format of the products, by their rows of the head."""
+        """Write the logits of some tokens, T [rows, tokens], by their rows of the head."""
         first, end = tokens[0], tokens[-1] + 1
         if list(tokens) == list(range(first, end)):
             rows = self._in_dtype(self._graph.kept_rows(*self._table(head), first, end))
@@ -327,4 +327,3 @@ class DecoderGraph(GraphBuilder):
         """Return the finished model with the contract's inputs and outputs."""
         sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
         return self.finished("token_tree_decoder", graph_inputs(*sizes), graph_outputs(*sizes, columns))
-

@@ -23,9 +23,10 @@ import torch
 from onnx import TensorProto, helper
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.device_graph import SCORES, Head, device_inputs, device_outputs, pool_names
+from atspeed.engine.bundle.manifest import Head
+from atspeed.engine.model.device_graph import SCORES, device_inputs, device_outputs, pool_names
 from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, Module
-from atspeed.training.graph_builder import WeightFile, onnx_type
+from atspeed.training.graph_builder import WeightFile
 
 _CONTRIB = "com.microsoft"
 
@@ -55,6 +56,8 @@ class DeviceGraph(DecoderGraph):
         dtype: the format of weights and products.
         head: the tokens whose logits are computed.
     """
+
+    arithmetic: FloatArithmetic
 
     def __init__(self, model: PreTrainedModel, weights: WeightFile, dtype: torch.dtype, head: Head) -> None:
         super().__init__(model, weights, partial(FloatArithmetic, dtype=dtype))
@@ -101,7 +104,9 @@ class DeviceGraph(DecoderGraph):
             return "slot_table"
         # Head h reads the keys of head h / group: row slot * kv_heads + h / group of the pool, as [slots * kv_heads, head_dim].
         first = self.op(
-            "Mul", self.op("Unsqueeze", "slot_table", self.integers(2)), self.constant(np.int32([shape.kv_heads]))
+            "Mul",
+            self.op("Unsqueeze", "slot_table", self.integers(2)),
+            self.constant(np.asarray([shape.kv_heads], dtype=np.int32)),
         )
         read = np.arange(shape.heads, dtype=np.int32) // (shape.heads // shape.kv_heads)
         return self.op("Add", first, self.constant(read))
@@ -125,9 +130,7 @@ class DeviceGraph(DecoderGraph):
         )
         zeros = self.op("Expand", zero, self.op("Shape", "ancestors"))
         prefix = self.op("Where", in_prefix, zero, lowest)
-        return self.op(
-            "Unsqueeze", self.op("ScatterElements", prefix, "ancestors", zeros, axis=2), self.integers(1)
-        )
+        return self.op("Unsqueeze", self.op("ScatterElements", prefix, "ancestors", zeros, axis=2), self.integers(1))
 
     def paged_attention(
         self, block: Module, normed: str, rotation: tuple[str, str], places: _Places, layer: int
@@ -140,8 +143,8 @@ class DeviceGraph(DecoderGraph):
         key, value = (
             self.gathered(self.op("ScatterND", pool, places.slots, new, name=out), places) for pool, out, new in names
         )
-        heads = {"q_num_heads": shape.heads, "kv_num_heads": shape.heads}
-        mixed = self.op("Attention", query, key, value, places.bias, **heads)
+        heads = shape.heads
+        mixed = self.op("Attention", query, key, value, places.bias, q_num_heads=heads, kv_num_heads=heads)
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
 
     def gathered(self, pool: str, places: _Places) -> str:
@@ -171,6 +174,4 @@ class DeviceGraph(DecoderGraph):
     def to_model(self, columns: int) -> onnx.ModelProto:
         """Return the finished model with the contract's inputs and outputs."""
         sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
-        return self.finished(
-            "device_decoder", device_inputs(*sizes), device_outputs(*sizes, columns, self._head)
-        )
+        return self.finished("device_decoder", device_inputs(*sizes), device_outputs(*sizes, columns, self._head))

@@ -7,17 +7,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
 from atspeed.engine.arrays import Int64, KvArray
+from atspeed.engine.bundle.manifest import Head
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError, DeviceError
 from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.decoder import RuntimeOptions, check_contract, graph_specs, open_session
-from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, SCORES, Head, device_inputs, device_outputs
+from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, SCORES, device_inputs, device_outputs
 from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS, BoundPass, PagedInput, PassShape
 from atspeed.engine.model.device_pools import DevicePools, host_dtype
 from atspeed.engine.model.free_memory import default_pool_bytes
@@ -48,45 +48,43 @@ class DeviceDecoder:
     when the model or its pools do not fit the device.
 
     Args:
-        path: the device graph.
+        files: the device graph and its weights.
         options: the options of onnxruntime.
         shape: the shape of keys and values.
         page_tokens: tokens of a page.
         pool_bytes: bytes of the pools; None for a share of what is free beside the weights.
-        files: the content of the model's files; read from `path` if None.
 
     Attributes:
+        path: the device graph, for messages.
         layers, kv_heads, head_dim: the shape of keys and values.
         kv_dtype: their number format.
         dtype: numpy's number format of their bytes.
         columns: code tokens.
-        head: the tokens whose logits the graph computes.
         pages: the books of the pools' pages.
     """
 
     def __init__(
         self,
-        path: Path,
+        files: ModelFiles,
         options: RuntimeOptions,
         shape: KvShape,
         *,
         page_tokens: int,
         pool_bytes: int | None = None,
-        files: ModelFiles | None = None,
     ) -> None:
-        self.path = path
+        self.path = path = files.path
         self.layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
         self._device, self._page_tokens = options.provider, page_tokens
-        self._session = open_session(files or ModelFiles.read(path), options)
+        self._session = open_session(files, options)
         inputs, outputs = graph_specs(self._session)
-        self.head: Head = "vocab" if SCORES["vocab"] in outputs else "codes"
+        head: Head = "vocab" if SCORES["vocab"] in outputs else "codes"
         dtype = inputs["key_pool.0"].dtype if "key_pool.0" in inputs else "float32"
         self.kv_dtype, self.dtype = dtype, host_dtype(dtype)
-        scores = SCORES[self.head]
+        scores = SCORES[head]
         self.columns = int(outputs[scores].fixed[1] or 0) if scores in outputs else 0
         sizes = (shape.layers, shape.kv_heads, shape.head_dim, dtype)
         check_contract(path, "input", inputs, device_inputs(*sizes))
-        check_contract(path, "output", outputs, device_outputs(*sizes, self.columns, self.head))
+        check_contract(path, "output", outputs, device_outputs(*sizes, self.columns, head))
         self._scores = (scores, self.columns)
         width = shape.kv_heads * shape.head_dim
         page_bytes = 2 * shape.layers * page_tokens * width * self.dtype.itemsize

@@ -20,12 +20,12 @@ A batch row is one tree. The `capacity` places of a row are its tokens in the or
 | key_pool.{i}    | T     | slots, kv_heads * head_dim   | keys of layer i, after the rotary embedding                  |
 | value_pool.{i}  | T     | slots, kv_heads * head_dim   | values of layer i                                            |
 
-| output              | type    | axes                       |                                                            |
-|---------------------|---------|----------------------------|------------------------------------------------------------|
-| code_logits         | float32 | rows, C                    | of the code tokens; only in a graph of head "codes"        |
-| code_logp           | float32 | rows, C                    | log-softmax over the vocabulary, at the code tokens; only in a graph of head "vocab" |
-| key_pool_out.{i}    | T       | slots, kv_heads * head_dim | bind it to the memory of key_pool.{i}: else the pool is copied |
-| value_pool_out.{i}  | T       | slots, kv_heads * head_dim | bind it to the memory of value_pool.{i}                    |
+| output              | type    | axes                       |                                                              |
+|---------------------|---------|----------------------------|--------------------------------------------------------------|
+| code_logp           | float32 | rows, C                    | head "vocab": log-softmax over the vocabulary, at the codes  |
+| code_logits         | float32 | rows, C                    | head "codes", in place of code_logp: logits of the codes     |
+| key_pool_out.{i}    | T       | slots, kv_heads * head_dim | bound to the memory of key_pool.{i}: else the pool is copied |
+| value_pool_out.{i}  | T       | slots, kv_heads * head_dim | bound to the memory of value_pool.{i}                        |
 
 What the caller keeps:
 
@@ -41,8 +41,8 @@ What the caller keeps:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
+from atspeed.engine.bundle.manifest import Head
 from atspeed.engine.model.decoder import TensorSpec
 
 DEVICE_FILE = "device.onnx"
@@ -53,8 +53,6 @@ FREE_SLOTS_FROM = 2
 """The first slot that a token may have."""
 CAPACITY_STEP = 8
 
-Head = Literal["vocab", "codes"]
-"""The tokens whose logits are computed. Rule `vocab` needs the first, the others are the same under both."""
 SCORES: dict[Head, str] = {"vocab": "code_logp", "codes": "code_logits"}
 """The output that holds the scores of the code tokens."""
 
