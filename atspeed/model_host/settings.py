@@ -33,7 +33,7 @@ class ModelSettings(ServiceSettings):
     batch_requests: int | None = Field(default=None, ge=1, le=256)
     """Maximum number of co-batched requests. 1 turns batching off. The default is 16, and 64 in pages."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Maximum number of tokens in a shared pass, with padding. A pass of one request may have more. The default is 32, since larger
+    """Maximum number of tokens in a shared pass, with padding. A pass of one request may have more. The default is 32, as larger
     batches gain little on a CPU, and 512 in pages.
     """
     batch_delay_ms: float = Field(default=0.0, ge=0, le=60_000)

@@ -186,11 +186,16 @@ async def test_small_pool_evicts_prefixes_and_refuses_streams_beyond_it(host: Mo
             for prompt, right in zip(prompts, expected, strict=True):
                 assert_same(await answered(evaluator, prompt), right)
         assert decoder_of(evaluator).pages.statistics.evictions > 0
-        trees = []
-        with pytest.raises(OverloadedError, match="kv_device_mb"):
+        trees: list[TreeSession] = []
+
+        async def open_all() -> None:
             for prompt in prompts:
-                trees.append((await first_pass(evaluator, prompt, user_key=OTHER))[0])
-        assert trees
+                trees.append(await evaluator.open(prompt, user_key=OTHER))
+                await evaluator.evaluate(trees[-1], np.arange(4), EVERYTHING)
+
+        with pytest.raises(OverloadedError, match="kv_device_mb"):
+            await open_all()
+        assert len(trees) > 1
         # What is open goes on, on the share that is kept for it.
         evaluation, _ = await evaluator.evaluate(trees[0], np.arange(4, 6), EVERYTHING)
         assert len(evaluation.child)
