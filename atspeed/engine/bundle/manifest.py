@@ -127,6 +127,11 @@ class ModelEntry(_Part):
         return "float16" if self.precision == "float16" else "float32"
 
     @property
+    def device_kv_dtype(self) -> Literal["float32", "float16", "bfloat16"]:
+        """Return the number format of keys and values in the device graph, which computes in the stored precision."""
+        return "float32" if self.precision == "int8" else self.precision
+
+    @property
     def plan_invariant(self) -> bool:
         """Return whether the other tokens of a pass change a score by 1e-5 at most; in 16 bits they change it by 1e-2."""
         return self.precision in {"float32", "int8"}

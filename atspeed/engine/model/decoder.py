@@ -127,6 +127,7 @@ class Decoder:
         self.layers = sum(name.startswith("past_key.") for name in inputs)
         self.dtype = np.dtype(inputs["past_key.0"].dtype)
         past_shape = inputs["past_key.0"].fixed
+        self.kv_dtype = self.dtype.name
         self.kv_heads = int(past_shape[2] or 0)
         self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)

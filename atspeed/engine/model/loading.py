@@ -6,6 +6,7 @@ from atspeed.engine.bundle.manifest import MANIFEST, Bundle, DeviceGraphEntry, R
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session
+from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape
 from atspeed.engine.model.device_graph import device_inputs, device_outputs
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
 from atspeed.engine.search.scoring import ScoringRule
@@ -31,15 +32,43 @@ def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verifie
     return decoder
 
 
-def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
+def load_device_decoder(
+    bundle: Bundle,
+    role: Role,
+    options: RuntimeOptions,
+    *,
+    page_tokens: int,
+    pool_bytes: int | None = None,
+    verified: bool = False,
+) -> DeviceDecoder:
+    """Load a bundle's device graph, with pools of its keys and values on the options' provider.
+
+    Raises BundleError, naming the field or the setting, when the bundle has none, when it contradicts the manifest or the scoring
+    rule, or when the device has no room.
+
+    Args:
+        page_tokens: tokens of a page: those of a block of the prefix cache.
+        pool_bytes: bytes of the pools; None for a share of what is free beside the weights.
+        verified: compare the loaded bytes with the manifest's hashes.
+    """
+    entry = bundle.model(role)
+    files = device_graph_files(bundle, role, verified=verified)
+    shape = KvShape(entry.layers, entry.kv_heads, entry.head_dim)
+    decoder = DeviceDecoder(files, options, shape, page_tokens=page_tokens, pool_bytes=pool_bytes)
+    check_decoder(bundle, role, decoder)
+    return decoder
+
+
+def check_decoder(bundle: Bundle, role: Role, decoder: Decoder | DeviceDecoder) -> None:
     """Raise BundleError, naming the field, when the graph contradicts the manifest."""
     entry = bundle.model(role)
+    on_device = isinstance(decoder, DeviceDecoder)
     columns = len(entry.code_tokens)
     for field, said, found in (
         ("layers", entry.layers, decoder.layers),
         ("kv_heads", entry.kv_heads, decoder.kv_heads),
         ("head_dim", entry.head_dim, decoder.head_dim),
-        ("precision", entry.kv_dtype, decoder.dtype.name),
+        ("precision", entry.device_kv_dtype if on_device else entry.kv_dtype, decoder.kv_dtype),
         ("code_tokens", f"{columns} code columns", f"{decoder.columns} code columns"),
     ):
         if said != found:
