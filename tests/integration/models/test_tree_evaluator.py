@@ -45,6 +45,7 @@ def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     made = write_bundle(root, catalogue, rule=rule, architecture=architecture, code_tokens=tokens)
     return Models.load(made, paged="paged" in where)
 
+
 HOST = [*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")]
 # Keys and values in pages, as on a GPU; here on the CPU.
 PAGED = [(*of, "paged") for of in DECODERS]
