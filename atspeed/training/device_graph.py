@@ -113,21 +113,13 @@ class DeviceGraph(DecoderGraph):
 
     def bias(self) -> str:
         """Write the attention bias from the prefix lengths and the ancestors; see `_Places`."""
-        lowest, zero, first, step = (
-            self.tensor(torch.tensor(value, dtype=dtype))
-            for value, dtype in (
-                (torch.finfo(self.dtype).min, self.dtype),
-                (0.0, self.dtype),
-                (0, torch.int64),
-                (1, torch.int64),
-            )
+        lowest, zero = (
+            self.tensor(torch.tensor(value, dtype=self.dtype)) for value in (torch.finfo(self.dtype).min, 0)
         )
+        first, step = (self.constant(np.asarray(value)) for value in (0, 1))
         capacity = self.op("Squeeze", self.op("Shape", "slot_table", start=1, end=2))
-        in_prefix = self.op(
-            "Less",
-            self.op("Range", first, capacity, step),
-            self.op("Unsqueeze", "prefix_lengths", self.integers(2)),
-        )
+        place = self.op("Range", first, capacity, step)
+        in_prefix = self.op("Less", place, self.op("Unsqueeze", "prefix_lengths", self.integers(2)))
         zeros = self.op("Expand", zero, self.op("Shape", "ancestors"))
         prefix = self.op("Where", in_prefix, zero, lowest)
         return self.op("Unsqueeze", self.op("ScatterElements", prefix, "ancestors", zeros, axis=2), self.integers(1))
