@@ -1,8 +1,8 @@
 """Maps exceptions to gRPC statuses.
 
 `PromptError` and `CapacityError` of the engine are mistakes of the client and become INVALID_ARGUMENT.
-`OverloadedError` becomes RESOURCE_EXHAUSTED, and `DeviceError` UNAVAILABLE: another replica may serve the call. Every other exception is a defect of the service and becomes INTERNAL with an error
-id. The log has the traceback under this id.
+`OverloadedError` becomes RESOURCE_EXHAUSTED, and `DeviceError` UNAVAILABLE: another replica may serve the call. Every other
+exception is a defect of the service and becomes INTERNAL with an error id. The log has the traceback under this id.
 """
 
 from __future__ import annotations

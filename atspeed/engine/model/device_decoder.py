@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError, DeviceError
 from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.model.batch_decoder import TreeOutput
-from atspeed.engine.model.decoder import RuntimeOptions, check_contract, graph_specs, open_session
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session
 from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, SCORES, device_inputs, device_outputs
 from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS, BoundPass, PagedInput, PassShape
 from atspeed.engine.model.device_pools import DevicePools, host_dtype
@@ -178,3 +179,7 @@ class DeviceDecoder:
             self._bound.popitem(last=False)
         self._bound[shape] = found or self._buffers(shape)
         return self._bound[shape]
+
+
+ModelDecoder: TypeAlias = Decoder | DeviceDecoder
+"""A loaded model: its host's graph, or its device's."""

@@ -6,7 +6,7 @@ from atspeed.engine.bundle.manifest import MANIFEST, Bundle, DeviceGraphEntry, R
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session
-from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape
+from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape, ModelDecoder
 from atspeed.engine.model.device_graph import device_inputs, device_outputs
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
 from atspeed.engine.search.scoring import ScoringRule
@@ -59,7 +59,7 @@ def load_device_decoder(
     return decoder
 
 
-def check_decoder(bundle: Bundle, role: Role, decoder: Decoder | DeviceDecoder) -> None:
+def check_decoder(bundle: Bundle, role: Role, decoder: ModelDecoder) -> None:
     """Raise BundleError, naming the field, when the graph contradicts the manifest."""
     entry = bundle.model(role)
     on_device = isinstance(decoder, DeviceDecoder)

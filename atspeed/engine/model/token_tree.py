@@ -152,7 +152,12 @@ class PagedTree(TokenTree):
         total, prompt = len(step.tokens), len(self.prompt)
         prefix_lengths = np.full(total, prompt, dtype=np.int64)
         prefix_lengths[:new_prompt] = step.positions[:new_prompt] + 1
-        ancestors = np.zeros((total, max(1, trie.levels - 1)), dtype=np.int32)
+        ancestors = np.zeros((total, path_depth(trie)), dtype=np.int32)
         for level, (row, places) in enumerate(ancestry):
             ancestors[row, level] = places
         return PathPass(step.tokens, step.positions, step.rows, prefix_lengths, ancestors)
+
+
+def path_depth(trie: Trie) -> int:
+    """Return the places that a node's token sees besides the prompt: itself and its ancestors below the root."""
+    return max(1, trie.levels - 1)

@@ -20,8 +20,7 @@ from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
-from atspeed.engine.model.decoder import Decoder
-from atspeed.engine.model.device_decoder import DeviceDecoder
+from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
 from atspeed.engine.model.device_memory import DeviceMemory
 from atspeed.engine.model.host_memory import HostMemory
 from atspeed.engine.model.kv_memory import KvMemory
@@ -53,7 +52,7 @@ class TreeEvaluator:
 
     def __init__(
         self,
-        decoder: Decoder | DeviceDecoder,
+        decoder: ModelDecoder,
         entry: ModelEntry,
         trie: Trie,
         rule: ScoringRule,
@@ -309,7 +308,7 @@ def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:
 
 
 def _memory(
-    decoder: Decoder | DeviceDecoder, prompts: PromptKv, layout: KvLayout, cache: PrefixCache, open_kv_bytes: int
+    decoder: ModelDecoder, prompts: PromptKv, layout: KvLayout, cache: PrefixCache, open_kv_bytes: int
 ) -> KvMemory:
     if isinstance(decoder, DeviceDecoder):
         return DeviceMemory(decoder, prompts, layout, cache)

@@ -120,7 +120,9 @@ def test_the_end_of_the_oldest_chain_is_evicted_first() -> None:
 def test_an_eighth_is_for_trees_that_grow() -> None:
     pool = pool_of(16)
     first = pool.reserve(10)
-    with pytest.raises(OverloadedError, match="kv_device_mb: 5 pages of 0.00 MiB are wanted, 4 of 16 are free for new"):
+    with pytest.raises(
+        OverloadedError, match=r"kv_device_mb: 5 pages of 0\.00 MiB are wanted, 4 of 16 are free for new"
+    ):
         pool.reserve(5)
     assert len(pool.reserve(6, growing=True, owned=len(first))) == 6
     with pytest.raises(OverloadedError, match="0 of 16 are free for growing"):
