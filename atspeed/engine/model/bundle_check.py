@@ -20,7 +20,7 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, Provider, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
-from atspeed.engine.model.loading import load_decoder
+from atspeed.engine.model.loading import check_device_graph, load_decoder
 
 # Tokens of a pass. More are not faster, and each has a logit for every code.
 _TOKENS_PER_PASS = 64
@@ -36,6 +36,7 @@ def verify_bundle(root: Path, *, passes: bool = True, provider: Provider = "cpu"
     bundle.catalogue()
     for role in ROLES:
         if role in bundle.manifest.models:
+            check_device_graph(bundle, role)
             decoder = load_decoder(bundle, role, RuntimeOptions(provider, os.cpu_count() or 1))
             if passes:
                 entry = bundle.model(role)

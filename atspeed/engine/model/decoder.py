@@ -127,6 +127,7 @@ class Decoder:
         self.layers = sum(name.startswith("past_key.") for name in inputs)
         self.dtype = np.dtype(inputs["past_key.0"].dtype)
         past_shape = inputs["past_key.0"].fixed
+        self.kv_dtype = self.dtype.name
         self.kv_heads = int(past_shape[2] or 0)
         self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)
@@ -262,7 +263,8 @@ def graph_specs(session: ort.InferenceSession) -> tuple[dict[str, TensorSpec], d
 
 
 def _spec(arg: ort.NodeArg) -> TensorSpec:
-    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}.get(arg.type, arg.type)
+    dtype = arg.type.removeprefix("tensor(").removesuffix(")")
+    dtype = "float32" if dtype == "float" else dtype
     return TensorSpec(dtype, tuple(axis if isinstance(axis, int) else str(axis) for axis in arg.shape))
 
 
