@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ import numpy as np
 
 from atspeed.engine.model import decoder as decoder_module
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.device_decoder import DeviceDecoder
+from atspeed.engine.model.device_pass import PagedInput
+from atspeed.engine.model.token_tree import PathPass
 from tests.cuda.dry_run import Counts, counted
+from tests.cuda.shapes import PAGE
 
 
 def tree_pass(decoder: Decoder, cached: int, new: int, batch: int = 1) -> None:
@@ -36,6 +40,24 @@ def counted_pass(decoder: Decoder, cached: int, new: int, batch: int = 1) -> Cou
     return second(lambda: tree_pass(decoder, cached, new, batch))
 
 
+def paged_inputs(decoder: DeviceDecoder, trees: Sequence[tuple[int, int]], depth: int = 3) -> list[PagedInput]:
+    """Inputs of trees of (cached, new) tokens in pages of their own; new tokens are siblings."""
+    inputs, first = [], 0
+    for cached, new in trees:
+        pages = -(-(cached + new) // PAGE)
+        prefix, ancestors = np.full(new, max(cached, 1)), np.zeros((new, depth), np.int32)
+        step = PathPass(np.full(new, 5), np.full(new, cached), np.arange(new), prefix, ancestors)
+        inputs.append(PagedInput(step, decoder.slots(range(first, first + pages), cached + new)))
+        first += pages
+    return inputs
+
+
+def counted_paged(decoder: DeviceDecoder, *trees: tuple[int, int]) -> Counts:
+    """Count the calls of a pass over trees of (cached, new) tokens, the second of its kind."""
+    inputs = paged_inputs(decoder, trees)
+    return second(lambda: decoder.run(inputs))
+
+
 def second(call: Callable[[], object]) -> Counts:
     """Count the calls of CUDA that a second call makes."""
     call()
@@ -55,10 +77,7 @@ def profiled(prefix: Path) -> Iterator[None]:
         settings.profile_file_prefix = str(prefix)
         return settings
 
-    with (
-        patch.object(decoder_module, "_session_options", options),
-        patch("tests.cuda.shapes._session_options", options),
-    ):
+    with patch.object(decoder_module, "_session_options", options):
         yield
 
 

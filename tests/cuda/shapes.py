@@ -14,19 +14,23 @@ from unittest.mock import patch
 
 import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from atspeed.engine.bundle.manifest import Precision
+from atspeed.engine.bundle.manifest import Head, Precision
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.model import decoder
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions, _session_options
-from atspeed.training import decoder_graph
-from atspeed.training.export import write_graph
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape
+from atspeed.engine.model.device_graph import DEVICE_FILE
+from atspeed.training.export import MODEL_FILE, write_graph
+from atspeed.training.graph_builder import WeightFile, onnx_type
 from atspeed.training.inflation import ModelShape
 
 CODE_TOKENS = range(1000, 1768)
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PAGE = 8  # tokens of a page
 
 # Small models of each family whose heads are as wide as those of large ones: kernels are chosen by the width of a head.
 TINY = ModelShape(layers=2, hidden=512, intermediate=1024, heads=4, kv_heads=2, head_dim=128, vocab_size=4000)
@@ -58,22 +62,16 @@ def empty_model(family: str, shape: ModelShape, dtype: torch.dtype) -> PreTraine
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Within the block, graphs are written with holes in place of weights."""
-    with patch.object(decoder_graph.GraphBuilder, "tensor", _hole):
+    with patch.object(WeightFile, "add", _hole):
         yield
 
 
-def _hole(graph: decoder_graph.GraphBuilder, tensor: Tensor) -> str:
-    """Add a weight by its shape and type. Offsets are those of `GraphBuilder.tensor`."""
-    name, data = f"weight_{len(graph.initializers)}", graph._data
-    data.seek(-data.tell() % 4096, 1)
-    proto = TensorProto(name=name, dims=tensor.shape, data_location=TensorProto.EXTERNAL)
-    proto.data_type = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=tensor.dtype).numpy().dtype)
-    place = {"location": decoder_graph.DATA_FILE, "offset": data.tell(), "length": tensor.nbytes}
-    for key, value in place.items():
-        proto.external_data.add(key=key, value=str(value))
-    data.truncate(data.seek(tensor.nbytes, 1))
-    graph.initializers.append(proto)
-    return name
+def _hole(weights: WeightFile, tensor: Tensor) -> TensorProto:
+    """Add a weight by its shape and type, at the place where `WeightFile.add` puts it."""
+    file, length = weights._file, tensor.numel() * tensor.element_size()
+    offset = file.seek(-file.tell() % 4096, 1)
+    file.truncate(file.seek(length, 1))
+    return weights._proto(onnx_type(tensor.dtype), tensor.shape, offset, length)
 
 
 def write_shape(
@@ -82,20 +80,39 @@ def write_shape(
     precision: Precision,
     family: str = "llama",
     code_tokens: Sequence[int] = CODE_TOKENS,
+    head: Head = "vocab",
 ) -> Path:
-    """Write today's graph of that shape. Returns its path."""
-    dtype = torch.float16 if precision == "float16" else torch.float32
+    """Write both graphs of that shape. Returns the path of the host's graph; DEVICE_FILE lies beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     with without_weights():
-        write_graph(empty_model(family, shape, dtype), folder, code_tokens, precision)
-    return folder / "model.onnx"
+        write_graph(empty_model(family, shape, STORED[precision]), folder, code_tokens, precision, head)
+    return folder / MODEL_FILE
 
 
 def open_shape(path: Path, options: RuntimeOptions | None = None) -> Decoder:
-    """Open such a graph on the dry run's device. onnxruntime maps the file, so that its holes never come into memory."""
-
-    def by_path(files: ModelFiles, options: RuntimeOptions, providers: Any) -> onnxruntime.InferenceSession:
-        return onnxruntime.InferenceSession(str(files.path), _session_options(options), providers=providers)
-
-    with patch.object(decoder, "_session", by_path):
+    """Open such a graph of the host on the dry run's device."""
+    with by_path():
         return Decoder(path, options or RuntimeOptions(provider="cuda"), ModelFiles(path, b"", {}))
+
+
+def open_device_shape(path: Path, shape: ModelShape, pool_bytes: int = 1 << 30) -> DeviceDecoder:
+    """Open the graph for devices that lies beside it."""
+    files = ModelFiles(path.with_name(DEVICE_FILE), b"", {})
+    kv = KvShape(shape.layers, shape.kv_heads, shape.head_dim)
+    with by_path():
+        return DeviceDecoder(files, RuntimeOptions(provider="cuda"), kv, page_tokens=PAGE, pool_bytes=pool_bytes)
+
+
+@contextmanager
+def by_path() -> Iterator[None]:
+    """Within the block, onnxruntime opens graphs without bytes by their path, so that holes never come into memory."""
+    plain = decoder._session
+
+    def session(files: ModelFiles, options: RuntimeOptions, providers: Any) -> onnxruntime.InferenceSession:
+        if files.graph:
+            return plain(files, options, providers)
+        settings = decoder._session_options(options)
+        return onnxruntime.InferenceSession(str(files.path), settings, providers=providers)
+
+    with patch.object(decoder, "_session", session):
+        yield
