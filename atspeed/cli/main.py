@@ -51,6 +51,7 @@ from atspeed.cli.security import certificates, token
 from atspeed.engine.bundle.manifest import Bundle, Precision, read_manifest
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.engine.model.decoder import Provider
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 
@@ -187,9 +188,11 @@ def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
 
 
 @bundle_commands.command("verify")
-def bundle_verify(folder: ShownBundle) -> None:
+def bundle_verify(
+    folder: ShownBundle, provider: Annotated[Provider, typer.Option(help="Device of the passes.")] = "cpu"
+) -> None:
     """Check file hashes, catalogue version and graphs, and that a pass over each token of a request is finite."""
-    bundle = verify_bundle(folder)
+    bundle = verify_bundle(folder, provider=provider)
     print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}")
 
 
@@ -266,7 +269,9 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Local folder of a Hugging Face checkpoint.", exists=True, file_okay=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.", file_okay=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for model.onnx, device.onnx and model.onnx.data.", file_okay=False)
+    ],
     precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
     code_tokens: Annotated[
         str | None,

@@ -38,7 +38,7 @@ from atspeed.importing.layouts import PromptLayout
 from atspeed.importing.template import check_prompts, split_prompt
 from atspeed.importing.user_prompt import UserPrompt
 from atspeed.training.bundles import entry_of, versions
-from atspeed.training.export import ExportError, check_precision, export_decoder, max_positions
+from atspeed.training.export import ExportError, check_precision, export_decoder, head_of, max_positions
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
 from atspeed.training.stages import partial_of, remove
@@ -175,6 +175,7 @@ def _write(
         code_tokens=read.spelling.code_tokens,
         precision=choices.precision,
         prompt=read.spelling.prompt,
+        head=head_of(choices.scoring_rule),
     )
     hashes = hash_files(folder)
     manifest = Manifest(

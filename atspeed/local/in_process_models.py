@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.errors import EngineError, NoNumbersError, OverloadedError
+from atspeed.engine.errors import DeviceError, EngineError, NoNumbersError, OverloadedError
 from atspeed.engine.kv.memory_cache import NO_USER_KEY
 from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.beam_widths import BeamWidths
@@ -133,6 +133,8 @@ class InProcessTargetSession:
             yield
         except OverloadedError as error:
             raise ResourceExhaustedError(str(error)) from None
+        except DeviceError:
+            raise UnavailableError("the model's device failed") from None
         except TimeoutError:
             raise DeadlineExceededError("the request's deadline has passed") from None
         except NoNumbersError as error:

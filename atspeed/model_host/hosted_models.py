@@ -18,8 +18,10 @@ from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.engine.model.loading import check_decoder, load_decoder
+from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
+from atspeed.engine.model.loading import check_decoder, load_decoder, load_device_decoder
+from atspeed.engine.model.token_tree import path_depth
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.trie import Trie
 from atspeed.errors import FailedPreconditionError
@@ -187,6 +189,7 @@ class HostedModels(Generic[Worker]):
             undo.push_async_callback(weights.release, self.metrics)
             evaluator = self._evaluator(bundle, trie, weights)
             undo.push_async_callback(evaluator.close)
+            await asyncio.to_thread(_capture, decoder, trie, entry)
             await evaluator.warm_up()
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
@@ -197,7 +200,7 @@ class HostedModels(Generic[Worker]):
         self.metrics.add(reads)
         return HostedModel(evaluator.entry, weights, evaluator, worker, info, reads)
 
-    def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, Decoder]) -> tuple[Trie, int, Decoder]:
+    def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, ModelDecoder]) -> tuple[Trie, int, ModelDecoder]:
         """Return the trie, the codes of the longest item in a prompt, and the decoder: one of `decoders` if it is there."""
         settings, role = self._settings, self._role
         if settings.verify_bundle:
@@ -207,13 +210,21 @@ class HostedModels(Generic[Worker]):
         key = weights_key(settings, bundle.model(role), item_codes)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
         if key not in decoders:
-            return trie, item_codes, load_decoder(bundle, role, options, verified=settings.verify_bundle)
+            return trie, item_codes, self._decoder(bundle, options, key.layout.block_tokens)
         if settings.verify_bundle:
             bundle.verify_model(role)
         check_decoder(bundle, role, decoders[key])
         return trie, item_codes, decoders[key]
 
-    async def _weights(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int) -> LoadedModel:
+    def _decoder(self, bundle: Bundle, options: RuntimeOptions, page_tokens: int) -> ModelDecoder:
+        """Load the weights with the host's graph, or with the device's and the pools of its keys and values."""
+        settings, role, verified = self._settings, self._role, self._settings.verify_bundle
+        if not settings.paged:
+            return load_decoder(bundle, role, options, verified=verified)
+        size = None if settings.kv_device_mb is None else settings.kv_device_mb * 2**20
+        return load_device_decoder(bundle, role, options, page_tokens=page_tokens, pool_bytes=size, verified=verified)
+
+    async def _weights(self, key: WeightsKey, decoder: ModelDecoder, prompt_tokens: int) -> LoadedModel:
         """Return the loaded weights with one more reference, or new ones."""
         for model in self._models:
             if model.weights.key == key:
@@ -261,6 +272,12 @@ class HostedModels(Generic[Worker]):
             provider=settings.provider,
             cost_curve=wire.to_cost_curve(cost_curve),
         )
+
+
+def _capture(decoder: ModelDecoder, trie: Trie, entry: ModelEntry) -> None:
+    """Capture the CUDA graphs of a model on a GPU, for the depth of a trie."""
+    if isinstance(decoder, DeviceDecoder):
+        decoder.capture(path_depth(trie), entry.max_positions)
 
 
 @asynccontextmanager

@@ -2,8 +2,8 @@
 
 Every status carries the details that protos/atspeed/v1/errors.proto promises.
 `PromptError` and `CapacityError` of the engine are mistakes of the client and become INVALID_ARGUMENT.
-`OverloadedError` becomes RESOURCE_EXHAUSTED. Every other exception is a defect of the service and becomes INTERNAL with an error
-id. The log has the traceback under this id.
+`OverloadedError` becomes RESOURCE_EXHAUSTED, and `DeviceError` UNAVAILABLE: another replica may serve the call. Every other
+exception is a defect of the service and becomes INTERNAL with an error id. The log has the traceback under this id.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import grpc
 import structlog
 from google.rpc import error_details_pb2, status_pb2
 
-from atspeed.engine.errors import CapacityError, OverloadedError, PromptError
+from atspeed.engine.errors import CapacityError, DeviceError, OverloadedError, PromptError
 from atspeed.errors import FieldError, Reason, ServiceError, Violation
 
 # Bytes of UTF-8. HTTP/2 peers limit the trailers of a call to 8 KiB, and a longer status breaks the call itself. The text is
@@ -88,6 +88,9 @@ def call_status(error: Exception) -> CallStatus:
         return CallStatus(grpc.StatusCode.INVALID_ARGUMENT, _shortened(str(error)), Reason.INVALID_REQUEST)
     if isinstance(error, OverloadedError):
         return CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, _shortened(str(error)), Reason.OVERLOADED)
+    if isinstance(error, DeviceError):
+        _log.error("device_failed", error=str(error))
+        return CallStatus(grpc.StatusCode.UNAVAILABLE, "the model's device failed", Reason.UNAVAILABLE)
     error_id = secrets.token_hex(6)
     _log.error("internal_error", error_id=error_id, exc_info=error)
     return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}", Reason.INTERNAL)

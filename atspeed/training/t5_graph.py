@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from atspeed.engine.model.decoder import kv_names
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, ENCODER_INPUTS, encoder_outputs
 from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, Module
+from atspeed.training.graph_builder import WeightFile
 
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
 
@@ -42,6 +43,9 @@ _END = np.iinfo(np.int64).max  # of a slice without an end
 
 class _T5Blocks(DecoderGraph):
     """Blocks that encoder and decoder share."""
+
+    def __init__(self, model: PreTrainedModel, weights: WeightFile) -> None:
+        super().__init__(model, weights, FloatArithmetic)
 
     def attend(self, query: str, key: str, value: str, bias: str) -> str:
         """Write attention without a scale, float32 [tokens, heads * head_dim]. All inputs have a batch axis."""
@@ -67,15 +71,12 @@ class _T5Blocks(DecoderGraph):
         bias = stack.block[0].layer[0].SelfAttention.compute_bias(1, back + ahead + 1, past_seen_tokens=back)
         limits = (self.tensor(torch.tensor(limit)) for limit in (-back, ahead))
         index = self.op("Add", self.op("Clip", distance, *limits), self.integers(back))
-        looked_up = self.op("Gather", self.cast_weight(bias[0, :, 0].T), index)
+        looked_up = self.op("Gather", self.tensor(bias[0, :, 0].T), index)
         return self.op("Transpose", looked_up, perm=[0, 3, 1, 2])
 
 
 class T5EncoderGraph(_T5Blocks):
     """The encoder over one prompt, and the projections of its result to the decoder's cross-attention."""
-
-    def __init__(self, model: PreTrainedModel, data: BinaryIO) -> None:
-        super().__init__(model, data, FloatArithmetic, ENCODER_DATA_FILE)
 
     def write_encoder(self) -> onnx.ModelProto:
         """Write the forward pass, and return the model."""
@@ -133,9 +134,6 @@ class _Rows:
 
 class T5DecoderGraph(_T5Blocks):
     """The decoder over token trees."""
-
-    def __init__(self, model: PreTrainedModel, data: BinaryIO) -> None:
-        super().__init__(model, data, FloatArithmetic)
 
     def write(self, code_tokens: Sequence[int]) -> None:
         """Write the whole forward pass."""

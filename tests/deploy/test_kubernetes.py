@@ -24,6 +24,7 @@ from tests.kubernetes_manifests import (
     settings_of,
 )
 
+WEIGHTS_OF_7B = 13_500_000_000  # bytes, in float16
 MODULES = {"draft": "draft_service", "target": "target_service", "orchestrator": "orchestrator"}
 
 
@@ -229,17 +230,56 @@ def test_gpus_are_asked_for_in_their_overlay_alone(manifests: list[Manifest], ov
         assert data.get(f"ATSPEED_{name.upper()}_PROVIDER") == ("cuda" if on_gpu else None)
 
 
-# components/canary
+def test_a_target_on_a_gpu_has_time_and_memory_for_its_weights(manifests: list[Manifest], overlay: str) -> None:
+    """13 GB of weights: twice in memory while they load, beside the keys and values; minutes from a slow volume."""
+    if not overlay.startswith("gpu"):
+        return
+    container = containers(manifests)["target"]
+    kept = sum(limit(manifests, "target", setting) for setting in ("kv_open_mb", "kv_memory_mb", "batch_kv_mb"))
+    gib = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+    assert gib * 2**30 > kept * 2**20 + 2 * WEIGHTS_OF_7B
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 900
+    # The rollout must not be given up before the pod is.
+    assert of_kind(manifests, "Deployment")["target"]["spec"]["progressDeadlineSeconds"] > 900
+
+
+# components above overlays
+
+
+def above(tmp_path: Path, overlay: str, component: str) -> list[Manifest]:
+    """What an overlay of one's own applies: one of ours with a component."""
+    parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / component}
+    own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    return built(tmp_path)
+
+
+@pytest.mark.parametrize("overlay_with_gpu", ["gpu", "gpu-secure"])
+@pytest.mark.parametrize(
+    ("component", "target", "draft"),
+    [
+        ("gpu-mps", "nvidia.com/gpu.shared", "nvidia.com/gpu.shared"),
+        ("gpu-slices", "nvidia.com/mig-4g.71gb", "nvidia.com/mig-1g.18gb"),
+    ],
+)
+def test_draft_and_target_can_share_a_gpu(
+    component: str, target: str, draft: str, overlay_with_gpu: str, tmp_path: Path
+) -> None:
+    found = above(tmp_path, overlay_with_gpu, component)
+    for manifest in found:
+        kubernetes_validate.validate(manifest, "1.34", strict=True)
+    for name, asked in (("target", target), ("draft", draft)):
+        limits = containers(found)[name]["resources"]["limits"]
+        assert {kind: number for kind, number in limits.items() if kind.startswith("nvidia.com/")} == {asked: 1}
 
 
 def test_with_the_canary_component_all_follow_two_links_in_the_volume(
     manifests: list[Manifest], overlay: str, tmp_path: Path
 ) -> None:
-    parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / "canary"}
-    own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
-    own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    for name, found in of_kind(built(tmp_path), "ConfigMap").items():
+    component = "canary-gpu" if overlay.startswith("gpu") else "canary"
+    for name, found in of_kind(above(tmp_path, overlay, component), "ConfigMap").items():
         role = name.removeprefix("atspeed-")
         of, before = f"ATSPEED_{role.upper()}_", of_kind(manifests, "ConfigMap")[name]["data"]
         changed = {key: value for key, value in found["data"].items() if before.get(key) != value}

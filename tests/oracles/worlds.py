@@ -133,6 +133,10 @@ class World:
         """Without these items."""
         return self.catalogue.pruning(excluded=self.catalogue.find(excluded))
 
+    def allowed(self, items: Sequence[str]) -> Pruning:
+        """With these items only."""
+        return self.catalogue.pruning(allowed=self.catalogue.find(items))
+
     def paths(self, nodes: Int64) -> list[Path]:
         """The naive trie's paths of some node ids."""
         return [self.naive.nodes[node] for node in nodes.tolist()]

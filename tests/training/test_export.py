@@ -18,8 +18,8 @@ from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training import export
-from atspeed.training.decoder_graph import DATA_FILE
 from atspeed.training.export import MODEL_FILE, ExportError, check_parity, export_decoder, load_checkpoint
+from atspeed.training.graph_builder import DATA_FILE
 from atspeed.training.int8_graph import quantise_rows, quantise_rows_finely
 from atspeed.training.parity import Outputs, RandomTree, checkpoint_outputs, decoder_outputs, log_probabilities
 from tests.bundles import random_model
@@ -261,7 +261,9 @@ def test_weights_are_in_a_separate_file(tmp_path: Path) -> None:
     export_decoder(checkpoint(), tmp_path, code_tokens=CODES)
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    assert len(outside) == 3 + 2 * 6 + 2  # table, norm and head; of each layer norms and products; rotary's two
+    assert (
+        len(outside) == 3 + 2 * 6 + 1
+    )  # table, norm and head; of each layer norms and products; the rotary's frequencies
     assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {
         DATA_FILE
     }

@@ -3,7 +3,7 @@
     bundle/
         manifest.json           this module's `Manifest`
         catalogue/*.npy         `atspeed.engine.bundle.catalogue.Catalogue`
-        target/model.onnx(.data)      and encoder.onnx(.data), if the model has an encoder
+        target/model.onnx(.data)      device.onnx for devices; encoder.onnx(.data), if the model has an encoder
         draft/model.onnx(.data)
 
 The manifest holds the SHA-256 of every file. The bundle's version is a hash of these, so two bundles with the same version serve
@@ -42,7 +42,9 @@ from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Head = Literal["vocab", "codes"]
+"""The tokens whose logits a device graph computes. Rule `vocab` needs the first; the other rules are the same under both."""
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
 LANGUAGE_MODEL = "language-model"
@@ -74,6 +76,14 @@ class EncoderEntry(_Part):
     """The .onnx file: FOLDER/FILE inside the bundle, in the decoder's folder."""
     decoder_start: NonNegativeInt
     """The token id that the decoder begins with. It evaluates the root."""
+
+
+class DeviceGraphEntry(_Part):
+    """The graph that devices load, beside the host's; it has the same weights."""
+
+    path: ModelPath
+    """The .onnx file: FOLDER/FILE inside the bundle, in the folder of the host's graph."""
+    head: Head
 
 
 class ModelEntry(_Part):
@@ -108,15 +118,22 @@ class ModelEntry(_Part):
     """The parameters of the trained model, if this one is its inflation (atspeed.training.inflation)."""
     encoder: EncoderEntry | None = Field(default=None, exclude_if=lambda encoder: encoder is None)
     """The encoder, if prompts are read by one."""
+    device_graph: DeviceGraphEntry | None = Field(default=None, exclude_if=lambda graph: graph is None)
+    """The graph for devices, if the model has one."""
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:
-        """Return the number format of the model's keys and values."""
+        """Return the number format of keys and values on the host; a device keeps them in the model's precision."""
         return "float16" if self.precision == "float16" else "float32"
 
     @property
+    def device_kv_dtype(self) -> Literal["float32", "float16", "bfloat16"]:
+        """Return the number format of keys and values in the device graph, which computes in the stored precision."""
+        return "float32" if self.precision == "int8" else self.precision
+
+    @property
     def plan_invariant(self) -> bool:
-        """Return whether the other tokens of a pass change a score by 1e-5 at most; in float16 they change it by 1e-2."""
+        """Return whether the other tokens of a pass change a score by 1e-5 at most; in 16 bits they change it by 1e-2."""
         return self.precision in {"float32", "int8"}
 
     @model_validator(mode="after")
@@ -125,8 +142,9 @@ class ModelEntry(_Part):
         if not (prompt.prefix or (encoder and prompt.suffix)):
             needed = "suffix: must hold a token if the prefix holds none" if encoder else "prefix: must hold a token"
             raise ValueError(f"prompt.{needed}")
-        if encoder and _folder_of(encoder.path) != _folder_of(self.path):
-            raise ValueError(f"encoder.path: not in the folder of {self.path}")
+        for field, part in (("encoder", encoder), ("device_graph", self.device_graph)):
+            if part and _folder_of(part.path) != _folder_of(self.path):
+                raise ValueError(f"{field}.path: not in the folder of {self.path}")
         started = (encoder.decoder_start,) if encoder else ()
         around = prompt.prefix + prompt.separator + prompt.suffix
         for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around), ("encoder.decoder_start", started)):

@@ -9,7 +9,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.model.decoder import Decoder
-from atspeed.engine.model.token_tree import TreePass
+from atspeed.engine.model.token_tree import MaskedPass
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TreeInput:
         new_kv: KV of the new tokens, [layers, 2, S, kv_heads, head_dim]; it is overwritten.
     """
 
-    step: TreePass
+    step: MaskedPass
     past: KvArray
     new_kv: KvArray
 
@@ -109,7 +109,7 @@ def _padded(rows: Sequence[Int64], count: int) -> Int64:
     return array
 
 
-def _visible(steps: Sequence[TreePass], cached: int, count: int) -> Bools:
+def _visible(steps: Sequence[MaskedPass], cached: int, count: int) -> Bools:
     """Return the attention mask of a batch, bool [B, count, cached + count].
 
     The last axis holds a tree's cached tokens, padding, its new tokens, padding. A padding token attends to itself alone:

@@ -18,25 +18,26 @@ from atspeed.engine.arrays import Float32, Int64
 from atspeed.engine.bundle.manifest import ROLES, Bundle
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, Provider, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
-from atspeed.engine.model.loading import load_decoder
+from atspeed.engine.model.loading import check_device_graph, load_decoder
 
 # Tokens of a pass. More are not faster, and each has a logit for every code.
 _TOKENS_PER_PASS = 64
 
 
-def verify_bundle(root: Path, *, passes: bool = True) -> Bundle:
+def verify_bundle(root: Path, *, passes: bool = True, provider: Provider = "cpu") -> Bundle:
     """Read a bundle as services do. Raises BundleError or CatalogueError at the first part that they would refuse.
 
-    passes: try every token too.
+    passes: try every token too. provider: the hardware of the passes.
     """
     bundle = Bundle(root)
     bundle.verify()
     bundle.catalogue()
     for role in ROLES:
         if role in bundle.manifest.models:
-            decoder = load_decoder(bundle, role, RuntimeOptions(intra_op_threads=os.cpu_count() or 1))
+            check_device_graph(bundle, role)
+            decoder = load_decoder(bundle, role, RuntimeOptions(provider, os.cpu_count() or 1))
             if passes:
                 entry = bundle.model(role)
                 start = entry.encoder.decoder_start if entry.encoder else None

@@ -15,22 +15,22 @@ import numpy as np
 from atspeed.engine.arrays import Float32, Float64, Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
-from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
-from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
+from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
-from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
+from atspeed.engine.model.device_memory import DeviceMemory
+from atspeed.engine.model.host_memory import HostMemory
+from atspeed.engine.model.kv_memory import KvMemory
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.prompt_kv import prompt_kv
+from atspeed.engine.model.prompt_kv import PromptKv, prompt_kv
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children, codes_normalizer
 from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 
-# Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
-_NODE_ROOM = 128
 _OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
 Part = TypeVar("Part")
 
@@ -47,12 +47,12 @@ class TreeEvaluator:
         entry: its entry in the bundle's manifest.
         trie: the catalogue's trie.
         rule: the scoring rule.
-        open_kv: the memory of open sessions, at most `open_kv_bytes`.
+        open_kv: the memory of open sessions.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: ModelDecoder,
         entry: ModelEntry,
         trie: Trie,
         rule: ScoringRule,
@@ -66,13 +66,12 @@ class TreeEvaluator:
         self.entry = entry
         self.trie = trie
         self.rule = rule
-        self.open_kv = BufferPool(decoder.empty_kv, open_kv_bytes)
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
+        self.open_kv = _memory(decoder, self._prompts, layout, cache, open_kv_bytes)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
-        self._batch_decoder = BatchDecoder(decoder)
         self._batcher = Batcher(self._run, limits or BatchLimits())
 
     @property
@@ -93,9 +92,10 @@ class TreeEvaluator:
         self._check_prompt(prompt)
         begun = time.perf_counter_ns()
         keys = self._prompts.keys(prompt, tenant, user_key)
-        cached = await self._prompts.lookup(prompt, keys)
+        cached = await self.open_kv.lookup(prompt, keys)
         stats = PassStats(lookup_ns=time.perf_counter_ns() - begun, cached_tokens_by_tier=cached.tokens_by_tier)
-        return TreeSession(self._prompts.tree(prompt), keys, cached.blocks, stats)
+        known, pages = len(cached.pages) + len(cached.blocks), list(cached.pages)
+        return TreeSession(self.open_kv.tree(prompt), keys, cached.blocks, stats, pages=pages, known_blocks=known)
 
     async def evaluate(self, tree: TreeSession, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassStats]:
         """Make one pass: the best children of `nodes`, int64 [n], ascending inner nodes, not evaluated before on this tree.
@@ -125,7 +125,7 @@ class TreeEvaluator:
         try:
             found = await self._batcher.outcome(tree.last_request)
         finally:
-            self._remember(tree)
+            self.open_kv.remember(tree)  # the blocks of a first pass, even if a later pass failed
         return cast("Found", found), reduce(add, [done.stats for done in tree.passes[made:]])
 
     def end(self, tree: TreeSession) -> None:
@@ -150,7 +150,10 @@ class TreeEvaluator:
 
     def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
         """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
-        return TreeSession(self._prompts.tree(prompt), [], cached_blocks, PassStats(), synthetic=True)
+        known = len(cached_blocks)
+        return TreeSession(
+            self.open_kv.tree(prompt), [], cached_blocks, PassStats(), synthetic=True, known_blocks=known
+        )
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure the cost curve, for about `seconds`. No other pass should run on the model meanwhile."""
@@ -178,52 +181,25 @@ class TreeEvaluator:
     async def close(self) -> None:
         """Run the queued passes, and stop. The cache stays the caller's to close."""
         await self._batcher.close()
-
-    def _remember(self, tree: TreeSession) -> None:
-        """Hand the new blocks of a first pass to the cache, even if a later pass failed."""
-        blocks = tree.new_blocks
-        tree.new_blocks = []
-        if blocks:
-            self._prompts.remember(tree.keys, blocks)
+        await self.open_kv.close()
 
     def _admitted(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Check a pass and reserve its memory; return its size. Raises CapacityError and OverloadedError, see `evaluate`."""
         self._check_nodes(tree.tokens, nodes)
         size = self._size(tree, nodes)
-        self._reserve(tree, size)
+        self.open_kv.reserve(tree, size.cached_tokens + size.new_tokens)
         return size
 
     def _size(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Return the size of a pass, cached blocks included that the first pass still has to copy into the tree."""
         step, prompt = self._layout.block_tokens, len(tree.tokens.prompt)
-        cached = tree.tokens.length or min(len(tree.cached_blocks) * step, prompt - 1)
+        cached = tree.tokens.length or min(tree.known_blocks * step, prompt - 1)
         new_prompt = max(0, prompt - cached)
         # The root has no token of its own: its logits are the last prompt token's.
         return PassSize(new_prompt + len(nodes) - int(nodes[0] == ROOT), cached)
 
-    def _reserve(self, tree: TreeSession, size: PassSize) -> None:
-        """Reserve memory for the tree after the pass: `_NODE_ROOM` more at first, then half as much again."""
-        needed = size.cached_tokens + size.new_tokens
-        if needed <= tree.capacity:
-            return
-        grown = tree.capacity + tree.capacity // 2
-        capacity = capacity_for(max(needed, grown) if tree.capacity else needed + _NODE_ROOM)
-        self.open_kv.reserve(capacity, growing=tree.capacity > 0)
-        self._cancel_unused(tree)
-        tree.capacity = capacity
-
-    def _cancel_unused(self, tree: TreeSession) -> None:
-        """Cancel the reservation of a pass that never began."""
-        if tree.capacity > tree.tokens.kv.shape[2]:
-            self.open_kv.cancel(tree.capacity)
-
     def _release(self, tree: TreeSession) -> None:
-        self._cancel_unused(tree)
-        held = tree.tokens.kv
-        tree.tokens.kv = self.decoder.empty_kv(0)
-        if held.size:
-            self.open_kv.give_back(held)
-        tree.capacity = 0
+        self.open_kv.release(tree)
         tree.cached_blocks = ()
 
     def _run(self, runs: Sequence[ProgramRun]) -> Iterator[object]:
@@ -234,8 +210,7 @@ class TreeEvaluator:
         begun = time.perf_counter_ns()
         steps = [_attempt(self._prepare, run) for run in runs]
         ready = [(run, step) for run, step in zip(runs, steps, strict=True) if isinstance(step, TreePass)]
-        inputs = [_input(run.tree.tokens, step) for run, step in ready]
-        outputs = iter(self._batch_decoder.run(inputs) if inputs else ())
+        outputs = iter(self.open_kv.run([(run.tree, step) for run, step in ready]) if ready else ())
         forward = PassStats(
             forward_ns=time.perf_counter_ns() - begun,
             batch_requests=len(ready),
@@ -250,15 +225,9 @@ class TreeEvaluator:
                 yield step
 
     def _prepare(self, run: ProgramRun) -> TreePass:
-        """Move the tree into its reserved buffer, fill in the cached blocks before its first pass, and plan the pass."""
-        tree = run.tree
-        if tree.tokens.kv.shape[2] < tree.capacity:
-            outgrown = tree.tokens.move_to(self.open_kv.take(tree.capacity))
-            if outgrown.size:
-                self.open_kv.give_back(outgrown)
-        if not tree.tokens.length:
-            self._prompts.fill(tree)
-        return tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
+        """Give the tree its memory, with the cached blocks before its first pass, and plan the pass."""
+        self.open_kv.begin(run.tree)
+        return run.tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
 
     def _finish(self, run: ProgramRun, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
         """Commit a pass and advance the program: another pass, or its result."""
@@ -269,7 +238,7 @@ class TreeEvaluator:
         evaluation = self._evaluation(run, output)
         valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()
         if first and valid:  # a node that makes scores NaN may have done so to the prompt's keys and values
-            tree.new_blocks = self._prompts.new_blocks(tree)
+            self.open_kv.keep_prompt(tree)
             tree.cached_blocks = ()
         done = time.perf_counter_ns()
         stats = replace(
@@ -338,9 +307,12 @@ def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:
     return (yield nodes)
 
 
-def _input(tree: TokenTree, step: TreePass) -> TreeInput:
-    end = tree.length + len(step.tokens)
-    return TreeInput(step, tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])
+def _memory(
+    decoder: ModelDecoder, prompts: PromptKv, layout: KvLayout, cache: PrefixCache, open_kv_bytes: int
+) -> KvMemory:
+    if isinstance(decoder, DeviceDecoder):
+        return DeviceMemory(decoder, prompts, layout, cache)
+    return HostMemory(decoder, prompts, open_kv_bytes)
 
 
 def _attempt(compute: Callable[[ProgramRun], Part], run: ProgramRun) -> Part | Exception:

@@ -77,14 +77,14 @@ def exactly(found: dict[int, Children]) -> dict[int, tuple[bytes, bytes, float]]
 def passes_begin(evaluator: TreeEvaluator, on_pass: Callable[[int], None]) -> Iterator[list[int]]:
     """Calls `on_pass` in the worker thread before every pass, with its number from 1 on. Gives how many trees shared each."""
     shared: list[int] = []
-    run = evaluator._batch_decoder.run
+    run = evaluator.open_kv.run
 
     def watched(trees: Sequence[Any]) -> Any:
         shared.append(len(trees))
         on_pass(len(shared))
         return run(trees)
 
-    with patch.object(evaluator._batch_decoder, "run", watched):
+    with patch.object(evaluator.open_kv, "run", watched):
         yield shared
 
 
@@ -227,7 +227,7 @@ async def test_failure_below_the_first_level_fails_only_its_request(models: Mode
 
 async def test_program_that_outgrows_the_memory_is_refused(models: Models) -> None:
     """Room for the prompt, its first buffer with no place for nodes, and not for the next."""
-    with patch("atspeed.engine.model.tree_evaluator._NODE_ROOM", 0):
+    with patch("atspeed.engine.model.host_memory._NODE_ROOM", 0):
         async with opened(models, open_kv_bytes=64 * models.token_bytes) as evaluator:
             tree = await evaluator.open(np.resize(models.prompt(8, seed=1), 50))
             prompt = len(tree.tokens.prompt)
