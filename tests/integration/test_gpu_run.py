@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from atspeed.benchmarks import gpu, gpu_correctness, gpu_passes
+from atspeed.benchmarks import gpu, gpu_config, gpu_correctness, gpu_passes, model_probe
 from atspeed.benchmarks.gpu_config import GpuConfig
 from atspeed.benchmarks.made_models import large_checkpoint
 from atspeed.cli.main import app
@@ -18,16 +19,19 @@ from atspeed.engine.errors import DeviceError
 from atspeed.training.inflation import ModelShape
 
 SHAPE = ModelShape(2, 64, 96, heads=4, kv_heads=2, head_dim=16, vocab_size=1200)
+LENGTHS: dict[str, Any] = {"passes": ((40, 9), (17, 1), (40, 30), (1, 5)), "shared": ((40, 5), (3, 2))}
 CONFIG = GpuConfig(provider="cpu", sizes=["small"], precision="float32", repeats=1, pool_mb=16)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size that takes no time, in place of the large ones, and one family of models."""
+    """A size and passes that take no time, and one family of models."""
     for module in (gpu, gpu_passes):
         monkeypatch.setattr(module, "SHAPES", {"small": SHAPE})
     monkeypatch.setattr(gpu_correctness, "_MODELS", {"qwen3": gpu_correctness._MODELS["qwen3"]})
-    monkeypatch.setattr(gpu_passes, "_SECONDS", 0.01)
+    monkeypatch.setattr(gpu_passes, "_COPIED", 2**16)
+    monkeypatch.setattr(model_probe, "_COPIED_BYTES", 2**16)
+    monkeypatch.setattr(gpu_config, "GpuConfig", partial(GpuConfig, **LENGTHS))
 
 
 def run(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any], str]:
@@ -50,7 +54,7 @@ def test_a_whole_run_checks_first_and_measures_both_graphs(tmp_path: Path) -> No
     }
     assert all(row["right"] and max(row["worst"]) < 1e-4 for row in correct if row["precision"] == "float32")
     passes = Counter(row["graph"] for row in rows if row["kind"] == "pass")
-    assert passes == {"device": gpu_passes._EAGER, "host": len(CONFIG.passes)}
+    assert passes == {"device": gpu_passes._EAGER, "host": len(LENGTHS["passes"])}
     assert all(row["times_read"] > 0 for row in rows if row["kind"] == "pass")
     assert rows[-1] == {"kind": "end", "cut": []}
     assert written["header"]["benchmark"] == "gpu"
