@@ -32,7 +32,7 @@ from atspeed.engine.bundle.manifest import Bundle, Manifest, Precision, Role, ha
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.bundles import entry_of
-from atspeed.training.export import export_decoder
+from atspeed.training.export import export_decoder, head_of
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
 from tests.serving import WINDOW
@@ -165,7 +165,13 @@ def write_bundle(
         spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
         models[role] = SpelledModel(model, spelling)
     reports = {
-        role: export_decoder(spelled.model, root / role, code_tokens=spelled.spelling.code_tokens, precision=precision)
+        role: export_decoder(
+            spelled.model,
+            root / role,
+            code_tokens=spelled.spelling.code_tokens,
+            precision=precision,
+            head=head_of(rule),
+        )
         for role, spelled in models.items()
     }
     files = hash_files(root)

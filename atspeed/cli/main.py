@@ -286,7 +286,9 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Local folder of a Hugging Face checkpoint.", exists=True, file_okay=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.", file_okay=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for model.onnx, device.onnx and model.onnx.data.", file_okay=False)
+    ],
     precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
     code_tokens: Annotated[
         str | None,

@@ -209,10 +209,15 @@ class Decoder:
             raise ValueError(f"{name}: the tokens of a layer are not contiguous")
 
 
-def open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSession:
-    """Open a session on the options' provider. Raises BundleError when the file or the provider cannot be used."""
+def open_session(files: ModelFiles, options: RuntimeOptions, *, cuda_graphs: bool = False) -> ort.InferenceSession:
+    """Open a session on the options' provider. Raises BundleError when the file or the provider cannot be used.
+
+    cuda_graphs: let runs with a gpu_graph_id be captured on a GPU; that of the others must be -1 then.
+    """
     path, providers = files.path, _PROVIDERS[options.provider]
     wanted = providers[0][0]
+    if cuda_graphs and options.provider == "cuda":
+        providers = [(wanted, {**providers[0][1], "enable_cuda_graph": "1"}), *providers[1:]]
     if options.provider == "cuda" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from the wheels that the extra `gpu` installs
     if wanted not in ort.get_available_providers():
@@ -222,7 +227,9 @@ def open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSes
     try:
         session = _session(files, options, providers)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
-        raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
+        weights = sum(map(len, files.weights.values())) / 2**20
+        what = "it" if options.provider == "cpu" else f"its {weights:.0f} MiB of weights on the device"
+        raise BundleError(f"{path}: onnxruntime cannot load {what}: {error}") from error
     # onnxruntime only warns when CUDA is installed but does not work, and uses the CPU.
     if session.get_providers()[0] != wanted:
         raise BundleError(f"{path}: provider {options.provider}: it is installed but cannot be used")

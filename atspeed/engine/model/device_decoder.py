@@ -76,7 +76,7 @@ class DeviceDecoder:
         self.path = path = files.path
         self.layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
         self._device, self._page_tokens = options.provider, page_tokens
-        self._session = open_session(files, options)
+        self._session = open_session(files, options, cuda_graphs=True)
         inputs, outputs = graph_specs(self._session)
         head: Head = "vocab" if SCORES["vocab"] in outputs else "codes"
         dtype = inputs["key_pool.0"].dtype if "key_pool.0" in inputs else "float32"

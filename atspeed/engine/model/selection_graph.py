@@ -73,8 +73,8 @@ def selection_graph(rule: ScoringRule) -> bytes:
         "log_mass": float_row,
         "faults": float_row,
     }
-    specs = ([Tensor(name, *spec) for name, spec in tensors.items()] for tensors in (inputs, outputs))
-    return model_bytes(nodes, *specs, _CONSTANTS)
+    fed, fetched = ([Tensor(name, *spec) for name, spec in tensors.items()] for tensors in (inputs, outputs))
+    return model_bytes(nodes, fed, fetched, _CONSTANTS)
 
 
 def _node(operator: str, inputs: str, output: str, **attributes: int) -> Node:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.arrays import Float32, Float64, Int64
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.model.device_selection import DeviceSelection, RowSelection, Selected
 from atspeed.engine.model.selection_graph import selection_graph
@@ -56,7 +56,7 @@ def drawn(world: World, data: st.DataObject) -> RowSelection:
     return RowSelection(np.array(nodes), chosen)
 
 
-def order(world: World, part: RowSelection, child: Int64) -> Float32:
+def order(world: World, part: RowSelection, child: Int64) -> Float64:
     """The order of children under the part's perturbation, from the host's scores of all of them."""
     every = world.evaluate(part.nodes, Pruning.none(), world.trie.nodes)
     logp = dict(zip(every.child.tolist(), every.logp.tolist(), strict=True))
@@ -90,8 +90,8 @@ def test_trees_of_one_pass_get_the_children_that_the_host_chooses(
         assert found.child_start.tolist() == expected.child_start.tolist()
         np.testing.assert_allclose(found.log_mass, expected.log_mass, atol=1e-5, rtol=1e-6)
         # Near-ties may change places: the order of what is chosen is compared by value.
-        keys = (order(world, part, children.child.astype(np.int64)) for children in (found, expected))
-        np.testing.assert_allclose(*keys, atol=1e-4)
+        key, expected_key = (order(world, part, chosen.child.astype(np.int64)) for chosen in (found, expected))
+        np.testing.assert_allclose(key, expected_key, atol=1e-4)
         every = world.evaluate(part.nodes, Pruning.none(), world.trie.nodes)
         logp = dict(zip(every.child.tolist(), every.logp.tolist(), strict=True))
         np.testing.assert_allclose(found.logp, [logp[node] for node in found.child.tolist()], atol=1e-5)
