@@ -90,7 +90,7 @@ def call_status(error: Exception) -> CallStatus:
         return CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, _shortened(str(error)), Reason.OVERLOADED)
     if isinstance(error, DeviceError):
         _log.error("device_failed", error=str(error))
-        return CallStatus(grpc.StatusCode.UNAVAILABLE, "the model's device failed", Reason.UNAVAILABLE)
+        return CallStatus(grpc.StatusCode.UNAVAILABLE, "the model's device failed", Reason.BACKEND_UNAVAILABLE)
     error_id = secrets.token_hex(6)
     _log.error("internal_error", error_id=error_id, exc_info=error)
     return CallStatus(grpc.StatusCode.INTERNAL, f"internal error {error_id}", Reason.INTERNAL)
