@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging
 
+from atspeed.engine.bundle.item_texts import ItemTexts
 from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
@@ -146,10 +147,11 @@ def export_decoder(
     code_tokens: Sequence[int],
     precision: Precision = "float32",
     prompt: PromptTemplate | None = None,
+    texts: ItemTexts | None = None,
 ) -> ExportReport:
     """Write folder/model.onnx and folder/model.onnx.data, and check them against the model. A T5's encoder is beside them.
 
-    model: float32, eval mode. code_tokens: the token id of each code column, [C]. prompt: whose tokens are tried as well.
+    model: float32, eval mode. code_tokens: the token id of each code column, [C]. prompt, texts: whose tokens are tried as well.
     Raises ExportError, naming the config field, when the model has something that the graph does not, naming the token, when
     a pass over it is not finite, and when the parity check fails. The files take the place of what is there once they are
     checked; otherwise nothing changes.
@@ -160,7 +162,7 @@ def export_decoder(
         raise ExportError("code_tokens: must be at least one")
     if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
         raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
-    error = _write_checked(model, folder, code_tokens, precision, prompt)
+    error = _write_checked(model, folder, code_tokens, precision, (prompt, texts))
     return ExportReport(
         architecture=model.config.model_type,
         precision=precision,
@@ -191,7 +193,7 @@ def _write_checked(
     folder: Path,
     code_tokens: Sequence[int],
     precision: Precision,
-    prompt: PromptTemplate | None,
+    prompts: tuple[PromptTemplate | None, ItemTexts | None],
 ) -> float:
     """Write the files into a folder of their own, check them, and move them into place. Return the largest error."""
     partial = folder / ".export.partial"
@@ -199,7 +201,7 @@ def _write_checked(
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         write_graph(model, partial, code_tokens, precision)
-        _check_finite(model, partial / MODEL_FILE, code_tokens, prompt)
+        _check_finite(model, partial / MODEL_FILE, code_tokens, *prompts)
         error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
         for name in (ENCODER_DATA_FILE, ENCODER_FILE) if model.config.is_encoder_decoder else ():
             (partial / name).replace(folder / name)
@@ -295,12 +297,16 @@ def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decode
 
 
 def _check_finite(
-    model: PreTrainedModel, path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None
+    model: PreTrainedModel,
+    path: Path,
+    code_tokens: Sequence[int],
+    prompt: PromptTemplate | None,
+    texts: ItemTexts | None,
 ) -> None:
     """Raise ExportError when a pass over a token is not finite: the parity check asks a few random ones only."""
     try:
         decoder = _open(model, path, RuntimeOptions(intra_op_threads=torch.get_num_threads()))
-        check_finite(decoder, code_tokens, prompt, decoder_start=_decoder_start(model))
+        check_finite(decoder, code_tokens, prompt, texts, decoder_start=_decoder_start(model))
     except BundleError as error:
         raise ExportError(str(error)) from error
 

@@ -18,7 +18,8 @@ from redis.asyncio import Redis
 from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import TaskSet, background_task
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
+from atspeed.engine.bundle.manifest import ROLES, Bundle, Manifest, ModelEntry, Role
+from atspeed.engine.bundle.prompts import Prompts, prompts_of
 from atspeed.engine.search.trie import Trie
 from orchestrator.history import HistoryStore
 from orchestrator.model_clients.draft_client import DraftClient
@@ -164,7 +165,7 @@ class Snapshots:
 
     async def _open(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
         settings, manifest = self._settings, bundle.manifest
-        catalogue = await asyncio.to_thread(_warm_catalogue, bundle)
+        catalogue, prompts = await asyncio.to_thread(_read, bundle)
         channels = ModelChannels(settings, resources)
         target = await self._target(manifest, catalogue.trie, channels)
         draft = await self._draft(manifest, catalogue.trie, channels)
@@ -175,6 +176,7 @@ class Snapshots:
         recommender = Recommender(
             manifest,
             catalogue,
+            prompts,
             target,
             draft,
             planner,
@@ -207,7 +209,8 @@ class Snapshots:
         return HistoryStore(self._redis, max_items, trim_step=step, timeout_seconds=timeout)
 
 
-def _warm_catalogue(bundle: Bundle) -> Catalogue:
+def _read(bundle: Bundle) -> tuple[Catalogue, dict[Role, Prompts]]:
+    """Return the catalogue, ready for its first request, and the prompts of both models."""
     catalogue = bundle.catalogue()
     catalogue.warm_up()
-    return catalogue
+    return catalogue, {role: prompts_of(bundle, role, catalogue) for role in ROLES if role in bundle.manifest.models}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from atspeed.importing.bundle import ImportChoices, ImportFiles, read_files
 from atspeed.importing.checkpoint import Source
 from atspeed.importing.layouts import LAYOUTS
+from atspeed.importing.reading import ImportChoices, ImportFiles, read_files
 from tests.authors_prompts import PROMPTS
 from tests.checkpoints import make_checkpoint
 
