@@ -15,8 +15,11 @@ from atspeed.engine.bundle.item_ids import shown
 from atspeed.engine.bundle.item_texts import ItemTexts, TokenRows
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.importing.errors import ImportingError
-from atspeed.importing.template import template_of
+from atspeed.importing.layouts import ITEM
+from atspeed.importing.template import difference, template_of
 from atspeed.importing.user_prompt import UserPrompt
+
+_WINDOWS = 20_000  # prompts with an item at each place; those of larger catalogues are drawn
 
 
 def split_texts(user: UserPrompt, items: Sequence[str]) -> tuple[PromptTemplate, ItemTexts]:
@@ -31,12 +34,19 @@ def split_texts(user: UserPrompt, items: Sequence[str]) -> tuple[PromptTemplate,
     suffix = end[len(end) - behind :]
     if user.layout.max_items == 1:
         return template_of(user, items[0], first, [], end, suffix), ItemTexts(last, last)
-    pairs = TokenRows.of(_rendered(user, ([item, items[0]] for item in items)))
-    _check_ends(pairs, items, first, end)
-    pairs = _cut(pairs, before, len(end))
-    inner = _cut(pairs, 0, _common(pairs)[1])
+    inner = _before_another(user, items, first, end)
     template = template_of(user, items[0], first, inner.row(0).tolist(), end, suffix)
-    return template, ItemTexts(inner, last)
+    bounded = user.layout.item.startswith(ITEM) or user.layout.item.endswith(
+        ITEM
+    )  # by a code, which merges with nothing
+    if not template.before(1) and not bounded:
+        raise ImportingError(
+            "prompt: the prompt is not made of segments that stay what they are: no token stands between the texts of two "
+            "items, and each might change the other"
+        )
+    texts = ItemTexts(inner, last)
+    _check_windows(user, items, template, texts)
+    return template, texts
 
 
 def _rendered(user: UserPrompt, histories: Iterable[Sequence[str]]) -> Iterator[Int32]:
@@ -71,12 +81,38 @@ def _cut(rows: TokenRows, before: int, behind: int) -> TokenRows:
     )
 
 
-def _check_ends(pairs: TokenRows, items: Sequence[str], first: Sequence[int], end: Sequence[int]) -> None:
-    """Raise ImportingError, naming an item, when another one before it changes how it, or the prompt, begins or ends."""
+def _before_another(user: UserPrompt, items: Sequence[str], first: list[int], end: list[int]) -> TokenRows:
+    """Return the texts of items before the first one. first, end: what stands before and behind them then.
+
+    Raises ImportingError, naming an item, when it changes the tokens of the one behind it.
+    """
+    pairs = TokenRows.of(_rendered(user, ([item, items[0]] for item in items)))
     for place, item in enumerate(items):
         row = pairs.row(place).tolist()
-        if row[: len(first)] != [*first] or row[len(row) - len(end) :] != [*end] or len(row) < len(first) + len(end):
-            raise ImportingError(
-                f"prompt: item {shown(item)}: the prompt is not made of segments that stay what they are: behind this item, "
-                f"item {shown(items[0])} has other tokens than alone"
-            )
+        if row[: len(first)] != first or row[len(row) - len(end) :] != end or len(row) < len(first) + len(end):
+            raise _changes(item, items[0])
+    between = _cut(pairs, len(first), len(end))
+    return _cut(between, 0, _common(between)[1])
+
+
+def _check_windows(user: UserPrompt, items: Sequence[str], template: PromptTemplate, texts: ItemTexts) -> None:
+    """Render windows of neighbouring items, so that every item stands at every place: it may change the number behind it.
+
+    Raises ImportingError with the first difference.
+    """
+    rng, count = np.random.default_rng(0), min(len(items), _WINDOWS)
+    starts = rng.permutation(len(items))[:count].tolist()
+    windows = [[(start + place) % len(items) for place in range(template.max_items)] for start in starts]
+    rendered = _rendered(user, ([items[row] for row in window] for window in windows))
+    for window, row in zip(windows, rendered, strict=True):
+        expected = template.tokens(texts.of(np.asarray(window)))
+        if not np.array_equal(row, expected):
+            named = f"items {shown(items[window[0]])} to {shown(items[window[-1]])}"
+            raise ImportingError(f"prompt: {named}: {difference(user, row.tolist(), expected.tolist())}")
+
+
+def _changes(before: str, behind: str) -> ImportingError:
+    return ImportingError(
+        f"prompt: the prompt is not made of segments that stay what they are: behind item {shown(before)}, item "
+        f"{shown(behind)} has other tokens than alone"
+    )

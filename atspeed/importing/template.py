@@ -82,7 +82,7 @@ def template_of(
     for whole in rendered:
         if whole[: len(head)] != head or whole[len(whole) - len(end) :] != [*end] or len(whole) < len(head) + len(end):
             joined = [*(whole[: len(whole) - len(end)] if whole[: len(head)] == head else head), *end]
-            raise ImportingError(f"prompt: item {shown(item)}, repeated: {_difference(user, whole, joined)}")
+            raise ImportingError(f"prompt: item {shown(item)}, repeated: {difference(user, whole, joined)}")
         separators.append(tuple(whole[len(head) : len(whole) - len(end)]))
         head += [*separators[-1], *inner]
     parts: dict[str, Any] = {"separator": separators[0] if separators else ()}
@@ -113,7 +113,7 @@ def check_prompts(
             window = history[template.window_start(len(history)) :]
             expected = template.tokens(spelling.window(window)).tolist()
             if rendered != expected:
-                raise ImportingError(f"{path}: {place}: {_difference(user, rendered, expected)}")
+                raise ImportingError(f"{path}: {place}: {difference(user, rendered, expected)}")
             checked += 1
     return checked
 
@@ -126,7 +126,7 @@ def _places(tokens: Tokens, wanted: Tokens) -> list[int]:
     return np.flatnonzero((windows == np.asarray(wanted)).all(axis=1)).tolist()
 
 
-def _difference(user: UserPrompt, rendered: Tokens, expected: Tokens) -> str:
+def difference(user: UserPrompt, rendered: Tokens, expected: Tokens) -> str:
     """Describe the first difference of two prompts."""
     shorter = min(len(rendered), len(expected))
     at = next((place for place in range(shorter) if rendered[place] != expected[place]), shorter)
