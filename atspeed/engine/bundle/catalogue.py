@@ -182,6 +182,11 @@ class Catalogue:
             return self.trie.levels
         return int(self.spelled_lengths(self.item_start[:-1]).max())
 
+    @cached_property
+    def shortest_spelling(self) -> int:
+        """Return the fewest codes of a path before its tail."""
+        return int(self.spelled_lengths(self.item_start[:-1]).min())
+
     @property
     def items(self) -> int:
         """Return the number of items."""
@@ -193,7 +198,7 @@ class Catalogue:
 
     def warm_up(self) -> None:
         """Build the index, which the first request would otherwise wait for. O(items), once."""
-        _ = self._index, self.trie.child_count, self.trie.ends
+        _ = self._index, self.trie.child_count, self.trie.ends, self.shortest_spelling
 
     def find(self, ids: Iterable[str]) -> Int64:
         """Return the item index of each id, [len(ids)]; -1 for an unknown id. O(ids), however large the catalogue."""
