@@ -107,8 +107,6 @@ def distill(
     disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
     _check_folders(target.bundle, out, run_folder)
     manifest = target.bundle.manifest
-    if manifest.target.encoder is not None:
-        raise RecipeError(f"{target.bundle.root}: its target has an encoder, and a teacher must be a decoder alone")
     if manifest.target.inflated_from is not None:
         raise RecipeError(f"{target.bundle.root}: its target is inflated; distil from the bundle that was trained")
     prompt = manifest.target.prompt
