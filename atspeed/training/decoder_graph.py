@@ -160,6 +160,10 @@ class Arithmetic(Protocol):
         """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
 
 
+MakeArithmetic = Callable[["GraphBuilder", DecoderShape], Arithmetic]
+"""Makes the arithmetic of a graph."""
+
+
 class FloatArithmetic:
     """Products in float32 or float16."""
 
@@ -215,7 +219,7 @@ class DecoderGraph(GraphBuilder):
         self,
         model: PreTrainedModel,
         data: BinaryIO,
-        arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic],
+        arithmetic: MakeArithmetic,
         data_file: str = DATA_FILE,
     ) -> None:
         super().__init__(data, data_file)

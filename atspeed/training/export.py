@@ -30,7 +30,7 @@ from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, EncoderDecoder
-from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic
+from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic, MakeArithmetic
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.int8_graph import Int8Arithmetic, rounded
@@ -253,8 +253,8 @@ def check_supported(model: PreTrainedModel, precision: Precision = "float32") ->
 
 def check_precision(config: Any, precision: Precision) -> None:
     """Raise ExportError when a model of this config has no graph in a precision."""
-    if config.is_encoder_decoder and precision != "float32":
-        raise ExportError(f"precision: {precision}, a {config.model_type} is exported in float32 only")
+    if config.is_encoder_decoder and precision == "int8":
+        raise ExportError(f"precision: int8, a {config.model_type} is exported in float32 and float16 only")
 
 
 def _check_t5(config: Any) -> None:
@@ -273,7 +273,7 @@ def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int]
     """Write the two files of each graph. The weights are converted and written one at a time."""
     if model.config.is_encoder_decoder:
         with (folder / ENCODER_DATA_FILE).open("wb") as data:
-            encoder = T5EncoderGraph(model, data).write_encoder()
+            encoder = T5EncoderGraph(model, data, _arithmetic(precision)).write_encoder()
         (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
         onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
@@ -284,12 +284,14 @@ def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int]
 
 
 def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
-    if model.config.is_encoder_decoder:
-        return T5DecoderGraph(model, data)
+    graph = T5DecoderGraph if model.config.is_encoder_decoder else DecoderGraph
+    return graph(model, data, _arithmetic(precision))
+
+
+def _arithmetic(precision: Precision) -> MakeArithmetic:
     if precision == "int8":
-        return DecoderGraph(model, data, Int8Arithmetic)
-    dtype = torch.float16 if precision == "float16" else torch.float32
-    return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
+        return Int8Arithmetic
+    return partial(FloatArithmetic, dtype=torch.float16 if precision == "float16" else torch.float32)
 
 
 def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:
