@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -12,7 +12,8 @@ import structlog
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Manifest
+from atspeed.engine.bundle.manifest import Manifest, Role
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.trie import ENDED
 from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
@@ -44,6 +45,7 @@ class Recommender:
         self,
         manifest: Manifest,
         catalogue: Catalogue,
+        prompts: Mapping[Role, Prompts],
         target: TargetModel,
         draft: DraftModel | None,
         planner: Planner,
@@ -55,6 +57,7 @@ class Recommender:
         self.manifest = manifest
         self.catalogue = catalogue
         self.histories = histories
+        self._prompts = prompts
         self._target = target
         self._draft = draft
         self._planner = planner
@@ -142,7 +145,7 @@ class Recommender:
 
     def _open_session(self, prompts: PromptBuilder) -> RequestSession:
         mode, policy = prompts.params.mode, prompts.policy
-        request = prompts.target_request(self.manifest.target)
+        request = prompts.target_request(self._prompts["target"])
         enabled = self._speculation_breaker.enabled
         speculates = mode.properties.speculates and enabled
         target = self._target.session(
@@ -162,9 +165,9 @@ class Recommender:
         return RequestSession(prompts, target, draft, sizer, prompt_tokens, disabled)
 
     def _draft_session(self, prompts: PromptBuilder) -> DraftSource | None:
-        if self._draft is None or self.manifest.draft is None:
+        if self._draft is None or "draft" not in self._prompts:
             return None
-        return self._draft.session(prompts.draft_request(self.manifest.draft), prompts.policy.proposal)
+        return self._draft.session(prompts.draft_request(self._prompts["draft"]), prompts.policy.proposal)
 
     def _items(self, result: SearchResult, candidates: Candidates, limit: int | None) -> list[Item]:
         """Return the leaves' candidates, leaf by leaf, at most `limit` of a leaf, in the catalogue's order within a leaf."""
@@ -192,7 +195,7 @@ class Recommender:
             seed=prompts.noise.seed if prompts.noise else None,
             history=prompts.history,
             items_per_path=self._items_per_path(prompts.params),
-            history_items_used=len(prompts.window(self.manifest.target)),
+            history_items_used=len(prompts.window(self._prompts["target"])),
             degraded_reasons=reasons,
             plan_invariant=self.manifest.target.plan_invariant,
             unknown_excluded=prompts.candidates.unknown_excluded,

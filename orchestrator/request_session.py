@@ -11,7 +11,7 @@ import numpy as np
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import ModelEntry
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning, Trie
@@ -83,26 +83,25 @@ class PromptBuilder:
         policy = POLICIES[params.mode](params.beam_widths, params.tolerance, noise)
         return PromptBuilder(catalogue, params, history, candidates, deadline, noise, policy)
 
-    def window(self, model: ModelEntry) -> Int64:
+    def window(self, model: Prompts) -> Int64:
         """Return the history items in a model's prompt: int64 [n], oldest first."""
-        known = self.history.known
-        return known[model.prompt.window_start(len(known)) :]
+        return model.window(self.history.known)
 
-    def target_request(self, model: ModelEntry) -> ModelRequest:
+    def target_request(self, model: Prompts) -> ModelRequest:
         """Return the target's request. The target gets the noise only if the policy perturbs its choice of children."""
         return self._request(model, self.noise if self.policy.perturbed else None)
 
-    def draft_request(self, model: ModelEntry) -> ModelRequest:
+    def draft_request(self, model: Prompts) -> ModelRequest:
         """Return the draft's request."""
         return self._request(model, self.noise)
 
-    def _request(self, model: ModelEntry, noise: Perturbation | None) -> ModelRequest:
+    def _request(self, model: Prompts, noise: Perturbation | None) -> ModelRequest:
         window, params = self.window(model), self.params
         user_key = params.user_key
         # Prompts of histories in requests are told apart by the first items of the window, which stay while the window stands.
         affinity = user_key or digest(params.tenant, *map(str, window[:FIRST_ITEMS].tolist()))
         return ModelRequest(
-            prompt=model.prompt.tokens(self.catalogue.spelled_tokens(window, model.code_tokens)),
+            prompt=model.tokens(self.history.known),
             pruning=self.candidates.pruning,
             deadline=self.deadline,
             noise=noise,

@@ -140,6 +140,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             backends=await self._backends(snapshot),
             shadow_checks=self._shadow_checks(state),
             canary=self._canary(),
+            catalogue_paths=len(catalogue.item_start) - 1,
+            level_sizes=catalogue.tail_start.tolist(),
+            shortest_path=catalogue.shortest_spelling,
+            longest_path=catalogue.longest_spelling,
+            scores_tail=catalogue.has_tails,
+            items_per_path=manifest.items_per_path or 0,
         )
 
     async def publish_history_limit(self) -> None:

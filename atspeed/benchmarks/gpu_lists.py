@@ -31,7 +31,6 @@ from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, bytes_read, probe_beams, probe_passes
 from atspeed.benchmarks.results import BenchmarkError, comparison_counts, to_json
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Provider, RuntimeOptions
@@ -41,6 +40,7 @@ from atspeed.engine.search.mode import Mode
 from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle
 from atspeed.training.inflation import SHAPES
+from atspeed_client import RecommendRequest
 
 NAME = "gpu-lists"
 SIZES = ("1.7b+68m", "7b+68m")
@@ -163,7 +163,7 @@ async def _lists(
         # Plans of a fixed size, because lists with speculation are compared: an adaptive planner may skip the draft.
         async with services(root, replace(config.services, planner="fixed")) as client:
             for mode, k in variants:
-                requests = [recommend_request(history=own, k=k, beam_width=k, mode=mode) for own in histories]
+                requests = [RecommendRequest(history=own, k=k, beam_width=k, mode=mode) for own in histories]
                 title = f"{config.provider}, {mode}, K = {k}"
                 replies = await ask(client, requests, progress=progress, title=title)
                 found[mode, k] = [RankedList.of(reply.items) for reply in replies]

@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 import numpy as np
 
-from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.services import PATIENCE_SECONDS, Services
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.trie import ROOT, Pruning
@@ -79,7 +79,7 @@ class OraclePlans:
 
     async def prepare(self, history: Sequence[str], k: int) -> None:
         """Find the nodes that a search with K beams for this history needs, and plan them."""
-        tokens = prompt_tokens(self._catalogue, self._bundle.manifest.target, self._catalogue.find(history).tolist())
+        tokens = prompts_of(self._bundle, "target", self._catalogue).tokens(self._catalogue.find(history))
         request = ModelRequest(tokens, Pruning.none(), Deadline(PATIENCE_SECONDS), tenant=_TENANT)
         policy, rule = Strict(BeamWidths.of(k)), self._bundle.manifest.scoring_rule
         target = self._target.session(request, max_children=policy.max_children)

@@ -42,6 +42,7 @@ class Index:
         names: the distinct names of codes.
         paths: int32 [items, L]; indices into `names`, -1 behind the end of a shorter path.
         columns: numbers of each item by column name, such as counts.
+        titles: the title of each item, if the file has them.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Index:
     names: list[str]
     paths: Int32
     columns: dict[str, Numbers] = field(default_factory=dict)
+    titles: list[str] | None = None
 
     @property
     def lengths(self) -> Int64:
@@ -60,6 +62,11 @@ class Index:
     def rows(self) -> dict[str, int]:
         """Return the row of each item."""
         return {item: row for row, item in enumerate(self.ids)}
+
+    @property
+    def titles_by_item(self) -> dict[str, str]:
+        """Return the title of each item; empty if the file has none."""
+        return dict(zip(self.ids, self.titles, strict=True)) if self.titles is not None else {}
 
 
 def read_index(path: Path, layout: PromptLayout) -> Index:
@@ -115,7 +122,7 @@ def _is_text(name: str) -> bool:
 
 
 def _of_info(path: Path) -> Index:
-    ids, rows = [], []
+    ids, titles, rows = [], [], []
     for number, line in read_lines(path):
         parts = line.split("\t")
         names = _BRACKETED.findall(parts[0])
@@ -124,6 +131,7 @@ def _of_info(path: Path) -> Index:
                 f"{path}:{number}: not a semantic ID such as <a_1><b_2>, a title and an item, with tabs between"
             )
         ids.append(parts[-1].strip())
+        titles.append("\t".join(parts[1:-1]).strip())
         rows.append(names)
     if not ids:
         raise ImportingError(f"{path}: holds no item")
@@ -131,7 +139,7 @@ def _of_info(path: Path) -> Index:
         seen: set[str] = set()
         twice = next(item for item in ids if item in seen or seen.add(item))  # type: ignore[func-returns-value]
         raise ImportingError(f"{path}: item {shown(twice)} occurs more than once")
-    return _of_names(path, ids, rows)
+    return replace(_of_names(path, ids, rows), titles=titles)
 
 
 def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout) -> Index:

@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest
+from atspeed.engine.bundle.prompts import read_items
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.errors import ServiceError, UnimplementedError
 from atspeed.local.in_process_models import InProcessDraft, InProcessTarget
@@ -219,12 +220,18 @@ class Recommender:
     async def _load(self, root: Path) -> _Served:
         bundle, options = open_bundle(root), self._options
         manifest = bundle.manifest
-        catalogue = await asyncio.to_thread(bundle.catalogue)
-        await asyncio.to_thread(catalogue.warm_up)
+        catalogue, prompts = await asyncio.to_thread(read_items, bundle)
         planner = Planner(catalogue.trie, options.plan_limits)
         target, draft = await self._models(bundle, planner)
         recommender = RecommenderOfBundle(
-            manifest, catalogue, target, draft, planner, histories=None, speculation_breaker=SpeculationBreaker()
+            manifest,
+            catalogue,
+            prompts,
+            target,
+            draft,
+            planner,
+            histories=None,
+            speculation_breaker=SpeculationBreaker(),
         )
         return _Served(manifest, manifest.version, recommender)
 

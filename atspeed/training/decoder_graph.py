@@ -103,6 +103,10 @@ class Arithmetic(Protocol):
         """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
 
 
+MakeArithmetic = Callable[["GraphBuilder", DecoderShape], Arithmetic]
+"""Makes the arithmetic of a graph."""
+
+
 class FloatArithmetic:
     """Products in one floating-point format.
 
@@ -193,7 +197,7 @@ class DecoderGraph(GraphBuilder):
         self,
         model: PreTrainedModel,
         weights: WeightFile,
-        arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic],
+        arithmetic: MakeArithmetic,
     ) -> None:
         super().__init__(weights)
         self.model = model

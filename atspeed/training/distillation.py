@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Provenance
+from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.files.json_file import write_json
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import versions, write_with_draft
@@ -106,8 +107,6 @@ def distill(
     disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
     _check_folders(target.bundle, out, run_folder)
     manifest = target.bundle.manifest
-    if manifest.target.encoder is not None:
-        raise RecipeError(f"{target.bundle.root}: its target has an encoder, and a teacher must be a decoder alone")
     if manifest.target.inflated_from is not None:
         raise RecipeError(f"{target.bundle.root}: its target is inflated; distil from the bundle that was trained")
     prompt = manifest.target.prompt
@@ -184,7 +183,8 @@ class Distillation:
         if is_main():
             write_json(self.run.folders.run / "recipe.json", self.recipe.model_dump(mode="json"))
         spelled = self.target.spelling
-        sequencer = Sequencer.of(spelled, self.catalogue, self.run.settings.allow_empty_history)
+        texts = texts_of(self.target.bundle, "target")
+        sequencer = Sequencer.of(spelled, self.catalogue, self.run.settings.allow_empty_history, texts)
         target_key = key_of(self.target.bundle.manifest.model_version("target"), self.target.digest)
         stages = DraftStages(
             self.run,

@@ -26,6 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging
 
+from atspeed.engine.bundle.item_texts import ItemTexts
 from atspeed.engine.bundle.manifest import Bundle, Head, Precision, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
@@ -34,7 +35,7 @@ from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, EncoderDecoder
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic
+from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic, MakeArithmetic
 from atspeed.training.device_graph import DeviceGraph
 from atspeed.training.device_parity import compare_device
 from atspeed.training.errors import TrainingError
@@ -163,6 +164,7 @@ def export_decoder(
     precision: Precision = "float32",
     prompt: PromptTemplate | None = None,
     head: Head = "vocab",
+    texts: ItemTexts | None = None,
 ) -> ExportReport:
     """Write folder/model.onnx and folder/model.onnx.data, and check them against the model. A T5's encoder is beside them.
 
@@ -175,6 +177,7 @@ def export_decoder(
         precision: the number format of the weights.
         prompt: whose tokens are tried as well.
         head: the tokens whose logits the device graph computes; see `head_of`.
+        texts: the items' texts in prompts, whose tokens are tried too.
 
     Raises ExportError, naming the config field, when the model has something that the graph does not, naming the token, when
     a pass over it is not finite, and when the parity check fails. The files take the place of what is there once they are
@@ -186,7 +189,7 @@ def export_decoder(
         raise ExportError("code_tokens: must be at least one")
     if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
         raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
-    error = _write_checked(model, folder, code_tokens, precision, prompt, head)
+    error = _write_checked(model, folder, code_tokens, precision, (prompt, texts), head)
     return ExportReport(
         architecture=model.config.model_type,
         precision=precision,
@@ -223,7 +226,7 @@ def _write_checked(
     folder: Path,
     code_tokens: Sequence[int],
     precision: Precision,
-    prompt: PromptTemplate | None,
+    prompts: tuple[PromptTemplate | None, ItemTexts | None],
     head: Head,
 ) -> float:
     """Write the files into a folder of their own, check them, and move them into place. Return the largest error."""
@@ -232,7 +235,7 @@ def _write_checked(
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         write_graph(model, partial, code_tokens, precision, head)
-        _check_finite(model, partial / MODEL_FILE, code_tokens, prompt)
+        _check_finite(model, partial / MODEL_FILE, code_tokens, *prompts)
         error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
         if has_device_graph(model.config, precision):
             _check_device_graph(model, partial / DEVICE_FILE, code_tokens, precision, head)
@@ -287,8 +290,8 @@ def check_supported(model: PreTrainedModel, precision: Precision = "float32") ->
 
 def check_precision(config: Any, precision: Precision) -> None:
     """Raise ExportError when a model of this config has no graph in a precision."""
-    if config.is_encoder_decoder and precision != "float32":
-        raise ExportError(f"precision: {precision}, a {config.model_type} is exported in float32 only")
+    if config.is_encoder_decoder and precision == "int8":
+        raise ExportError(f"precision: int8, a {config.model_type} is exported in float32 and float16 only")
 
 
 def _check_t5(config: Any) -> None:
@@ -309,7 +312,7 @@ def write_graph(
     """Write the graphs and their weights. The weights are converted and written one at a time."""
     if model.config.is_encoder_decoder:
         with (folder / ENCODER_DATA_FILE).open("wb") as data:
-            encoder = T5EncoderGraph(model, WeightFile(data, ENCODER_DATA_FILE)).write_encoder()
+            encoder = T5EncoderGraph(model, WeightFile(data, ENCODER_DATA_FILE), _arithmetic(precision)).write_encoder()
         (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
         onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
@@ -341,13 +344,16 @@ def has_device_graph(config: Any, precision: Precision) -> bool:
 
 
 def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) -> DecoderGraph:
-    if model.config.is_encoder_decoder:
-        return T5DecoderGraph(model, weights)
+    graph = T5DecoderGraph if model.config.is_encoder_decoder else DecoderGraph
+    return graph(model, weights, _arithmetic(precision))
+
+
+def _arithmetic(precision: Precision) -> MakeArithmetic:
     if precision == "int8":
-        return DecoderGraph(model, weights, Int8Arithmetic)
+        return Int8Arithmetic
     # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
-    return DecoderGraph(model, weights, partial(FloatArithmetic, dtype=dtype, stored=STORED[precision]))
+    return partial(FloatArithmetic, dtype=dtype, stored=STORED[precision])
 
 
 def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:
@@ -355,12 +361,16 @@ def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decode
 
 
 def _check_finite(
-    model: PreTrainedModel, path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None
+    model: PreTrainedModel,
+    path: Path,
+    code_tokens: Sequence[int],
+    prompt: PromptTemplate | None,
+    texts: ItemTexts | None,
 ) -> None:
     """Raise ExportError when a pass over a token is not finite: the parity check asks a few random ones only."""
     try:
         decoder = _open(model, path, RuntimeOptions(intra_op_threads=torch.get_num_threads()))
-        check_finite(decoder, code_tokens, prompt, decoder_start=_decoder_start(model))
+        check_finite(decoder, code_tokens, prompt, texts, decoder_start=_decoder_start(model))
     except BundleError as error:
         raise ExportError(str(error)) from error
 

@@ -5,7 +5,7 @@ The encoder maps the tokens of one prompt to the keys and values of every cross-
 | tensor                         | type    | axes                       |
 |--------------------------------|---------|----------------------------|
 | input_ids                      | int64   | tokens                     |
-| cross_key.{i}, cross_value.{i} | float32 | tokens, kv_heads, head_dim |
+| cross_key.{i}, cross_value.{i} | T       | tokens, kv_heads, head_dim |
 
 The decoder has the inputs and outputs of every decoder (atspeed/training/decoder_graph.py). The first cached tokens of a tree
 are its encoder rows. All tokens of the tree see all of them, and position 0 is that of the decoder's first token. So the
@@ -23,12 +23,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from atspeed.engine.model.decoder import kv_names
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, ENCODER_INPUTS, encoder_outputs
-from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, Module
-from atspeed.training.graph_builder import WeightFile
+from atspeed.training.decoder_graph import DecoderGraph, Module
 
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
 
@@ -44,11 +43,12 @@ _END = np.iinfo(np.int64).max  # of a slice without an end
 class _T5Blocks(DecoderGraph):
     """Blocks that encoder and decoder share."""
 
-    def __init__(self, model: PreTrainedModel, weights: WeightFile) -> None:
-        super().__init__(model, weights, FloatArithmetic)
+    def cast_weight(self, weight: Tensor) -> str:
+        """Add a weight in T."""
+        return self.tensor(weight.detach().to(self.dtype))
 
     def attend(self, query: str, key: str, value: str, bias: str) -> str:
-        """Write attention without a scale, float32 [tokens, heads * head_dim]. All inputs have a batch axis."""
+        """Write attention without a scale, T [tokens, heads * head_dim]. All inputs have a batch axis."""
         heads = self.shape.heads
         mixed = self.op("Attention", query, key, value, bias, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
         return self.op("Reshape", mixed, self.integers(-1, heads * self.shape.head_dim))
@@ -64,7 +64,7 @@ class _T5Blocks(DecoderGraph):
         return self.project(self.op("Mul", inner, gates[0]) if gated else inner, block.wo)[0]
 
     def bias_of(self, distance: str, stack: Module, *, back: int, ahead: int) -> str:
-        """Look up the position bias: int64 distances [batch, new, all] -> float32 [batch, heads, new, all].
+        """Look up the position bias: int64 distances [batch, new, all] -> T [batch, heads, new, all].
 
         A distance counts tokens from a query to a key; it is cut to -back .. ahead.
         """
@@ -91,15 +91,13 @@ class T5EncoderGraph(_T5Blocks):
         crossing = [block.layer[1].EncDecAttention for block in model.decoder.block]
         rows = self.project(hidden, *(layer for cross in crossing for layer in (cross.k, cross.v)))
         shape = self.shape
-        for part, name in zip(
-            rows, encoder_outputs(shape.layers, shape.kv_heads, shape.head_dim, "float32"), strict=True
-        ):
+        outputs = encoder_outputs(shape.layers, shape.kv_heads, shape.head_dim, str(self.dtype).removeprefix("torch."))
+        for part, name in zip(rows, outputs, strict=True):
             self.op("Reshape", part, self.integers(-1, shape.kv_heads, shape.head_dim), name=name)
-        sizes = (shape.layers, shape.kv_heads, shape.head_dim, "float32")
-        return self.finished("encoder", ENCODER_INPUTS, encoder_outputs(*sizes))
+        return self.finished("encoder", ENCODER_INPUTS, outputs)
 
     def position_bias(self, encoder: Module) -> str:
-        """Write the position bias of all pairs of tokens, float32 [1, heads, tokens, tokens]."""
+        """Write the position bias of all pairs of tokens, T [1, heads, tokens, tokens]."""
         count = self.op("Squeeze", self.op("Shape", "input_ids"))
         zero, one = (self.tensor(torch.tensor(number)) for number in (0, 1))
         place = self.op("Range", zero, count, one)
@@ -122,8 +120,8 @@ class _Rows:
     Attributes:
         least: int64 [1], encoder rows of the tree that has the fewest.
         most: int64 [1], encoder rows of the tree that has the most.
-        self_bias: float32 [batch, heads, new, past+new - least].
-        cross_bias: float32 [batch, 1, new, most].
+        self_bias: T [batch, heads, new, past+new - least].
+        cross_bias: T [batch, 1, new, most].
     """
 
     least: str
@@ -150,7 +148,8 @@ class T5DecoderGraph(_T5Blocks):
 
     def rows(self, decoder: Module) -> _Rows:
         """Tell encoder rows from the decoder's own, and write both biases; see the module."""
-        zero, lowest, one = (self.tensor(torch.tensor(number)) for number in (0.0, torch.finfo(torch.float32).min, 1.0))
+        zero, lowest = (self.cast_weight(torch.tensor(number)) for number in (0.0, torch.finfo(self.dtype).min))
+        one = self.tensor(torch.tensor(1.0))
         visible = self.op("Cast", self.op("Equal", "attn_bias", zero), to=TensorProto.FLOAT)
         # A row's place among the rows that a token sees, from 1; float32 counts exactly.
         place = self.op("CumSum", visible, self.tensor(torch.tensor(3)))
@@ -207,7 +206,7 @@ class T5DecoderGraph(_T5Blocks):
         normed = self.norm(model.decoder.final_layer_norm, hidden)
         if not model.config.scale_decoder_outputs:
             return normed
-        return self.op("Mul", normed, self.tensor(torch.tensor(self.shape.hidden**-0.5)))
+        return self.op("Mul", normed, self.cast_weight(torch.tensor(self.shape.hidden**-0.5)))
 
     def queries(self, query: str) -> str:
         """Reshape [tokens, heads * head_dim] -> [batch, new, heads * head_dim]."""

@@ -1146,6 +1146,12 @@ class GetServiceInfoResponse(_message.Message):
     OPEN_BUNDLES_FIELD_NUMBER: _builtins.int
     SHADOW_CHECKS_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
+    CATALOGUE_PATHS_FIELD_NUMBER: _builtins.int
+    LEVEL_SIZES_FIELD_NUMBER: _builtins.int
+    SHORTEST_PATH_FIELD_NUMBER: _builtins.int
+    LONGEST_PATH_FIELD_NUMBER: _builtins.int
+    SCORES_TAIL_FIELD_NUMBER: _builtins.int
+    ITEMS_PER_PATH_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -1178,6 +1184,15 @@ class GetServiceInfoResponse(_message.Message):
     """Version of the bundle that is being loaded, or that waits until a target serves it. Empty if there is none."""
     open_bundles: _builtins.int
     """Number of bundles that requests use, the newest included. It is above 1 only for a short time after a change."""
+    catalogue_paths: _builtins.int
+    """Distinct code paths of the catalogue. Fewer than its items if some items share a path."""
+    shortest_path: _builtins.int
+    """Codes of the shortest path and of the longest one, without tail tokens. They differ if paths have unequal lengths."""
+    longest_path: _builtins.int
+    scores_tail: _builtins.bool
+    """True if tokens behind the codes of a path count in its score."""
+    items_per_path: _builtins.int
+    """Most items of one code path in a list, for requests that do not set their own. 0 if there is no limit."""
     @_builtins.property
     def versions(self) -> Global___Versions:
         """Versions of model, draft and catalogue for new requests."""
@@ -1206,6 +1221,10 @@ class GetServiceInfoResponse(_message.Message):
     def canary(self) -> Global___Canary:
         """The canary; not set if the service has no canary bundle."""
 
+    @_builtins.property
+    def level_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Codes of each level, without tail tokens. 0 for a level of tail tokens only."""
+
     def __init__(
         self,
         *,
@@ -1232,10 +1251,16 @@ class GetServiceInfoResponse(_message.Message):
         open_bundles: _builtins.int = ...,
         shadow_checks: Global___ShadowChecks | None = ...,
         canary: Global___Canary | None = ...,
+        catalogue_paths: _builtins.int = ...,
+        level_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        shortest_path: _builtins.int = ...,
+        longest_path: _builtins.int = ...,
+        scores_tail: _builtins.bool = ...,
+        items_per_path: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_since", b"bundle_since", "canary", b"canary", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "history_window", b"history_window", "levels", b"levels", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "catalogue_paths", b"catalogue_paths", "history_window", b"history_window", "items_per_path", b"items_per_path", "level_sizes", b"level_sizes", "levels", b"levels", "longest_path", b"longest_path", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scores_tail", b"scores_tail", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "shortest_path", b"shortest_path", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -101,6 +101,17 @@ def test_replies_hold_the_codes_before_the_tail_and_count_the_items_of_a_path(se
     assert max(item.path_items for item in reply.items) > PER_PATH
 
 
+def test_the_service_tells_the_form_of_its_paths(served: Client) -> None:
+    """Counted in the paths themselves."""
+    info, paths = served.info(), set(map(tuple, CATALOGUE.codes.tolist()))
+    lengths = {len(CATALOGUE.spelled_codes(np.array([item]))[0]) for item in range(CATALOGUE.items)}
+    assert info.items_per_path == PER_PATH
+    assert (info.catalogue_items, info.catalogue_paths) == (CATALOGUE.items, len(paths))
+    assert list(info.level_sizes) == CATALOGUE.tail_start.tolist()
+    assert (info.shortest_path, info.longest_path) == (min(lengths), max(lengths))
+    assert info.scores_tail
+
+
 def test_a_request_may_set_its_own_limit_of_items_per_path(served: Client, made: TestBundle) -> None:
     for limit in (1, 3, NO_LIMIT):
         reply = served.recommend(HISTORIES[1], k=30, beam_width=30, items_per_path=limit)

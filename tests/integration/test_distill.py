@@ -106,6 +106,20 @@ def test_lists_of_the_new_bundle_are_those_of_generate(made: MadeCheckpoint, dis
     assert done.exit_code == 0, done.output
 
 
+def test_a_t5_gets_a_draft(tmp_path: Path) -> None:
+    """From a checkpoint with an encoder to a bundle with a draft, whose lists are those of generate."""
+    made = make_checkpoint(tmp_path, random_paths(60, 3), architecture="t5", tokenizer="t5")
+    files = ("--index", made.index, "--histories", made.histories, "--out", tmp_path / "bundle")
+    assert run("import", made.folder, "--prompt", "letter-tiger", *files).exit_code == 0
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    done = run(*command(made, tmp_path / "distilled"))
+    assert done.exit_code == 0, done.output
+    assert Bundle(tmp_path / "distilled").manifest.draft is not None
+    options = ("--prompt", "letter-tiger", "--histories", made.histories, "--users", 6, "--no-counts", "-k", 10)
+    done = run("bench", "parity", "--bundle", tmp_path / "distilled", "--checkpoint", made.folder, *options)
+    assert done.exit_code == 0, done.output
+
+
 def test_a_killed_run_continues_to_the_same_bundle(made: MadeCheckpoint, distilled: Path, tmp_path: Path) -> None:
     """Killed while the draft is trained, by a signal that no process can catch."""
     out, training = tmp_path / "out", tmp_path / "out-run" / "draft-training"

@@ -139,6 +139,8 @@ class TestReply:
         assert (info.max_k, info.max_beam_width) == (LIMITS["max-k"], LIMITS["max-beam-width"])
         assert sorted(info.modes) == sorted(MODES)
         assert not info.allows_empty_history
+        assert (info.shortest_path, info.longest_path, info.scores_tail) == (LEVELS, LEVELS, False)
+        assert (list(info.level_sizes), info.items_per_path) == (list(catalogue.trie.codebook_sizes), 0)
         assert {backend.name: backend.available for backend in info.backends} == {
             "target": True,
             "draft": True,

@@ -260,11 +260,17 @@ def test_an_inflated_target_is_refused(plain: TestBundle, tmp_path: Path) -> Non
         distill(inflated, HISTORIES, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
 
 
-def test_a_target_with_an_encoder_is_refused(tmp_path: Path) -> None:
-    """The teacher searches with decoders only."""
+def test_a_target_with_an_encoder_gets_a_draft(tmp_path: Path) -> None:
+    """The draft is a decoder. Its prompts are its own, and the target's are those of its encoder."""
     made = write_bundle(tmp_path / "given", CATALOGUE, architecture="t5", seed=3)
-    with pytest.raises(RecipeError, match="its target has an encoder"):
-        run(made, tmp_path)
+    bundle = Bundle(run(made, tmp_path))
+    assert bundle.manifest.target == made.bundle.manifest.target
+    assert bundle.manifest.draft is not None
+    assert bundle.manifest.draft.encoder is None
+    log = json.loads((tmp_path / "run" / "draft-log.json").read_text())
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    other = random_model("t5", made.target.config.vocab_size, 9)
+    assert "not the checkpoint that the target of" in refused(made, other, tmp_path / "other")
 
 
 def test_histories_without_a_prompt_leave_no_folder(plain: TestBundle, tmp_path: Path) -> None:

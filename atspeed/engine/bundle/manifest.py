@@ -4,6 +4,7 @@
         manifest.json           this module's `Manifest`
         catalogue/*.npy         `atspeed.engine.bundle.catalogue.Catalogue`
         target/model.onnx(.data)      device.onnx for devices; encoder.onnx(.data), if the model has an encoder
+        prompts/target/*.npy          `atspeed.engine.bundle.item_texts.ItemTexts`, if items have texts
         draft/model.onnx(.data)
 
 The manifest holds the SHA-256 of every file. The bundle's version is a hash of these, so two bundles with the same version serve
@@ -146,8 +147,8 @@ class ModelEntry(_Part):
             if part and _folder_of(part.path) != _folder_of(self.path):
                 raise ValueError(f"{field}.path: not in the folder of {self.path}")
         started = (encoder.decoder_start,) if encoder else ()
-        around = prompt.prefix + prompt.separator + prompt.suffix
-        for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around), ("encoder.decoder_start", started)):
+        named = (("code_tokens", self.code_tokens), ("prompt", prompt.fixed_tokens), ("encoder.decoder_start", started))
+        for name, tokens in named:
             if max(tokens, default=0) >= self.vocab_size:
                 raise ValueError(f"{name}: a token id is outside the vocabulary of {self.vocab_size}")
         return self
@@ -266,6 +267,12 @@ class Bundle:
             count, levels = len(model.plan_scale), trie.levels
             raise BundleError(
                 f"{manifest}: {role}.plan_scale: {count} scales for the {levels - 1} levels that are planned"
+            )
+        texts = model.prompt.texts
+        if texts is not None and texts.catalogue != catalogue.version:
+            raise BundleError(
+                f"{manifest}: {role}.prompt.texts: are those of the items of catalogue {texts.catalogue}, not of "
+                f"{catalogue.version}; import the checkpoint with the new items"
             )
         longest = model.prompt.max_tokens(catalogue.longest_spelling) + trie.levels - 1
         if longest > model.max_positions:

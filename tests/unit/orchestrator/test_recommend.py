@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Manifest
+from atspeed.engine.bundle.manifest import ROLES, Manifest
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
@@ -175,7 +176,8 @@ def served(
     prefetcher = TargetPrefetcher(world.trie, rule, LatencyModel(FLAT.target), max_nodes=30)
     planner = Planner(world.trie, PlanLimits(nodes_per_beam=nodes))
     target, draft = cast("Any", Target(world, prefetcher)), cast("Any", None if agreement is None else Draft(other))
-    return Recommender(manifest, world.catalogue, target, draft, planner, None, SpeculationBreaker()), world
+    prompts = dict.fromkeys(ROLES, Prompts.of(entry, world.catalogue))
+    return Recommender(manifest, world.catalogue, prompts, target, draft, planner, None, SpeculationBreaker()), world
 
 
 @settings(max_examples=either(20, 200))

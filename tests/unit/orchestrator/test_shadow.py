@@ -15,8 +15,9 @@ import structlog
 
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
-from atspeed.engine.bundle.manifest import Manifest, ModelEntry, Precision
+from atspeed.engine.bundle.manifest import ROLES, Manifest, ModelEntry, Precision
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode
@@ -158,6 +159,7 @@ class Service:
         self.recommender = Recommender(
             manifest(self.world, precision),
             self.world.catalogue,
+            dict.fromkeys(ROLES, Prompts.of(manifest(self.world, precision).target, self.world.catalogue)),
             cast("Any", self.target),
             cast("Any", half),
             Planner(self.world.trie, PlanLimits()),
