@@ -71,7 +71,7 @@ class _T5Blocks(DecoderGraph):
         bias = stack.block[0].layer[0].SelfAttention.compute_bias(1, back + ahead + 1, past_seen_tokens=back)
         limits = (self.tensor(torch.tensor(limit)) for limit in (-back, ahead))
         index = self.op("Add", self.op("Clip", distance, *limits), self.integers(back))
-        looked_up = self.op("Gather", self.tensor(bias[0, :, 0].T), index)
+        looked_up = self.op("Gather", self.cast_weight(bias[0, :, 0].T), index)
         return self.op("Transpose", looked_up, perm=[0, 3, 1, 2])
 
 
