@@ -14,7 +14,7 @@ python3 -m venv "$environment"
 # torch first: without a version suffix an index may offer the wheel without CUDA. Then everything else keeps it.
 "$environment/bin/python" -m pip install --quiet --constraint constraints.txt torch
 "$environment/bin/python" -m pip install --quiet --constraint constraints.txt --constraint deploy/constraints-gpu.txt \
-    --editable '.[gpu,train,local,bench]'
+    --editable ./atspeed_client --editable '.[gpu,train,local,bench]'
 # onnxruntime-genai, of the extra `bench`, brings the wheel of onnxruntime for the CPU, which hides the one for the GPU.
 "$environment/bin/python" -m pip uninstall --quiet --yes onnxruntime onnxruntime-genai onnxruntime-gpu
 "$environment/bin/python" -m pip install --quiet --no-deps --constraint deploy/constraints-gpu.txt onnxruntime-gpu
