@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from grpc_tools import protoc
 
 from tests.deploy.test_wheel import ROOT, built_wheel, copied_sources
 
@@ -90,27 +88,3 @@ def test_the_distributions_fit_each_other_and_their_stubs() -> None:
     grpc_stub = (ROOT / "atspeed/v1/types_pb2_grpc.py").read_text(encoding="utf-8")
     (made_for,) = [line.split("'")[1] for line in grpc_stub.splitlines() if line.startswith("GRPC_GENERATED_VERSION")]
     assert f"grpcio>={made_for}" in projects["."]["dependencies"]
-
-
-def _generate(protos: Path, *arguments: str) -> None:
-    files = [f"atspeed/v1/{name}.proto" for name in PUBLIC]
-    include = str(Path(protoc.__file__).parent / "_proto")
-    assert protoc.main(["protoc", f"-I{protos}", f"-I{include}", *arguments, *files]) == 0
-
-
-def test_java_stubs_of_the_shipped_contract_compile(unpacked: Path, tmp_path: Path) -> None:
-    """With protoc's Java generator, and javac against protobuf-java of the machine."""
-    jars = _jars("protobuf", "proto-google-common-protos")
-    if shutil.which("javac") is None or len(jars) < 2:
-        pytest.skip("no javac, or no protobuf-java and proto-google-common-protos in /usr/share/java")
-    _generate(unpacked / "atspeed_client/protos", f"--java_out={tmp_path}")
-    sources = [str(path) for path in tmp_path.rglob("*.java")]
-    assert any(path.endswith("com/atspeed/v1/RecommendRequest.java") for path in sources)
-    command = ["javac", "-d", str(tmp_path / "classes"), "-cp", os.pathsep.join(jars), *sources]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def _jars(*names: str) -> list[str]:
-    folder = Path("/usr/share/java")
-    return [str(folder / f"{name}.jar") for name in names if (folder / f"{name}.jar").exists()]
