@@ -1,4 +1,4 @@
-"""Calls of the service: what both clients send, how a reply is read, and when a call is made again."""
+"""Calls of the service, as both clients make them, and when they are made again."""
 
 from __future__ import annotations
 
