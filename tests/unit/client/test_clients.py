@@ -165,12 +165,26 @@ async def test_retries_end() -> None:
         assert len(service.calls) == 1
 
 
-async def test_a_deadline_that_a_hint_exceeds_ends_the_call_at_once() -> None:
-    service = FakeService(failures=100, code=BUSY)
+async def test_a_hint_beyond_the_deadline_ends_the_call_at_once() -> None:
+    """Waiting for it could not help; the caller learns the hint instead."""
+    service = FakeService(failures=100, code=BUSY, hint=3600.0)
     async with connected(service) as client:
-        with pytest.raises(CallError, match="RESOURCE_EXHAUSTED"):
-            await client.recommend("a", timeout_seconds=0.015)
-    assert len(service.calls) <= 1
+        with pytest.raises(CallError, match="RESOURCE_EXHAUSTED") as caught:
+            await client.recommend("a")
+    assert (caught.value.retry_after_seconds, len(service.calls)) == (3600.0, 1)
+
+
+async def test_a_closed_client_ends_blocking_calls() -> None:
+    """They raise what closing means, and not an error of gRPC."""
+    service = FakeService(delay=60.0)
+    async with serving(service) as address:
+        client = Client(address)
+        call = asyncio.create_task(asyncio.to_thread(client.recommend, "a"))
+        await service.reached.wait()
+        client.close()
+        with pytest.raises(CallError, match="closed during the call") as caught:
+            await call
+    assert caught.value.code is grpc.StatusCode.CANCELLED
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

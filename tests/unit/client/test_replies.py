@@ -24,7 +24,7 @@ from atspeed_client import (
     Statistics,
     Versions,
     enums,
-    replies,
+    reading,
 )
 from atspeed_client.v1 import recommendation_pb2 as pb
 from atspeed_client.v1 import types_pb2
@@ -84,7 +84,7 @@ def test_an_enum_has_the_values_of_the_contract(kind: Any, name: str, file: Any)
 
 
 def test_a_reply_is_a_frozen_value() -> None:
-    reply = replies.to_recommendation(REPLY, "call-1")
+    reply = reading.to_recommendation(REPLY, "call-1")
     assert (reply.item_ids, reply.recommendation_id, reply.request_id) == (["a"], "r", "call-1")
     assert (reply.mode, reply.items[0].origin, reply.items[0].code_path) == ("exact-sampling", "forced", (3, 1))
     assert reply.degraded_reasons == (enums.DegradedReason.DRAFT_BUSY, enums.DegradedReason.UNKNOWN)
@@ -92,22 +92,22 @@ def test_a_reply_is_a_frozen_value() -> None:
     assert (reply.seed, reply.statistics.cached_tokens["redis"]) == (2**63 - 1, 5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         reply.degraded = True  # type: ignore[misc]
-    empty = replies.to_recommendation(pb.RecommendResponse(), "")
+    empty = reading.to_recommendation(pb.RecommendResponse(), "")
     assert (empty.cold_start, empty.seed, empty.items) == (None, None, ())
 
 
 def test_a_reply_is_written_as_json() -> None:
-    written = json.loads(json.dumps(replies.to_recommendation(REPLY, "call-1").to_dict()))
+    written = json.loads(json.dumps(reading.to_recommendation(REPLY, "call-1").to_dict()))
     assert written["items"] == [
         {"rank": 1, "item_id": "a", "score": -0.5, "code_path": [3, 1], "origin": "forced", "path_items": 2}
     ]
     assert written["statistics"]["stage_times"]["total_ms"] == 1.5
     assert written["cold_start"] == "empty-history"
     event = Event("i", datetime(2026, 1, 2, tzinfo=UTC), event_id="e")
-    history = replies.to_history(pb.GetHistoryResponse(events=[event.message("e")]), "call-2")
+    history = reading.to_history(pb.GetHistoryResponse(events=[event.message("e")]), "call-2")
     assert history.to_dict()["events"][0]["time"] == "2026-01-02T00:00:00+00:00"
     info = pb.GetServiceInfoResponse(max_k=5, started_at=Timestamp(seconds=1), modes=[pb.MODE_STRICT])
-    written = json.loads(json.dumps(replies.to_info(info, "").to_dict()))
+    written = json.loads(json.dumps(reading.to_info(info, "").to_dict()))
     assert (written["max_k"], written["started_at"], written["modes"]) == (5, "1970-01-01T00:00:01Z", ["MODE_STRICT"])
 
 
@@ -122,13 +122,13 @@ def test_a_reply_is_a_table_where_pandas_is(monkeypatch: pytest.MonkeyPatch) -> 
     """A row for each item or event, and the columns even without a row."""
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
-        replies.to_recommendation(REPLY, "").to_pandas()
+        reading.to_recommendation(REPLY, "").to_pandas()
     pandas = ModuleType("pandas")
     pandas.DataFrame = Frame  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pandas", pandas)
-    frame = replies.to_recommendation(REPLY, "").to_pandas()
+    frame = reading.to_recommendation(REPLY, "").to_pandas()
     assert [(row["item_id"], row["recommendation_id"]) for row in frame.rows] == [("a", "r")]
     assert set(frame.columns) == set(frame.rows[0])
-    table = replies.to_history(pb.GetHistoryResponse(events=[Event("i").message("e")]), "").to_pandas()
+    table = reading.to_history(pb.GetHistoryResponse(events=[Event("i").message("e")]), "").to_pandas()
     assert set(table.columns) == set(table.rows[0])
-    assert replies.to_history(pb.GetHistoryResponse(), "").to_pandas().columns == table.columns
+    assert reading.to_history(pb.GetHistoryResponse(), "").to_pandas().columns == table.columns
