@@ -11,7 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from atspeed.rpc.channels import target_uri
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed_client import (
     AsyncClient,
@@ -25,6 +28,7 @@ from atspeed_client import (
     RecommendRequest,
     Track,
     Violation,
+    addresses,
 )
 from tests.fake_service import FakeService, connected, serving
 
@@ -287,9 +291,6 @@ ADDRESSES: list[tuple[str, str]] = [
 @pytest.mark.parametrize(("address", "target"), ADDRESSES)
 def test_addresses(address: str, target: str) -> None:
     """As the services spell them."""
-    from atspeed.rpc.channels import target_uri
-    from atspeed_client import addresses
-
     assert addresses.target(address) == target == target_uri(address)
 
 
@@ -297,13 +298,41 @@ def test_addresses(address: str, target: str) -> None:
     "address", ["nowhere", "a:0", "a:99999", "a:x", ":1", "::1:1", "1.2.3:4", "a:1,b:2", "1.2.3.4:1,[::1]:1", "unix:"]
 )
 def test_addresses_that_are_none(address: str) -> None:
-    from atspeed.rpc.channels import target_uri
-    from atspeed_client import addresses
-
     reads: list[Callable[[str], str]] = [addresses.target, target_uri]
     for read in reads:
         with pytest.raises(ValueError, match=r"HOST:PORT|IP:PORT|no address|mixed"):
             read(address)
+
+
+HOSTS = ["a", "1.2.3.4", "[::1]", "::1", "a.b-c", "-x", ".y", "é", "1.2.3", "x_y", "", "999.1.1.1", " b", "a" * 70]
+PORTS = [":1", ":65535", ":65536", ":0", ":x", "", ":１"]
+SCHEMES = [
+    "",
+    "dns:",
+    "dns:///",
+    "dns://8.8.8.8/",
+    "dns://8.8.8.8:53/",
+    "ipv4:",
+    "ipv6:",
+    "unix:",
+    "unix:///",
+    "unix://",
+]
+endpoints = st.builds(str.__add__, st.sampled_from(HOSTS), st.sampled_from(PORTS))
+
+
+@given(st.builds(str.__add__, st.sampled_from(SCHEMES), st.lists(endpoints, max_size=3).map(",".join)))
+@settings(max_examples=200)
+def test_addresses_are_those_of_the_services(address: str) -> None:
+    """The client reads them by itself, since it imports nothing of the services."""
+
+    def outcome(read: Callable[[str], str]) -> str | None:
+        try:
+            return read(address)
+        except ValueError:
+            return None
+
+    assert outcome(addresses.target) == outcome(target_uri)
 
 
 @pytest.mark.parametrize(
