@@ -222,10 +222,10 @@ async def test_a_batch_that_stays_refused_says_so() -> None:
 async def test_the_deadline_travels_and_ends_the_call() -> None:
     """The service sees how long it has, and the caller never waits longer."""
     service = FakeService(delay=5.0)
-    for settings, call in (({"timeout_seconds": 0.3}, {}), ({}, {"timeout_seconds": 0.3})):
-        async with connected(service, **settings) as client:
+    for of_client, of_call in (({"timeout_seconds": 0.3}, {}), ({}, {"timeout_seconds": 0.3})):
+        async with connected(service, **of_client) as client:
             with pytest.raises(RecommenderError, match="DEADLINE_EXCEEDED"):
-                await client.recommend("alice", **call)  # type: ignore[arg-type]
+                await client.recommend("alice", **of_call)  # type: ignore[arg-type]
         assert service.time_left is not None
         assert service.time_left <= 0.3
 
