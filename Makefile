@@ -230,16 +230,16 @@ constraints: $(DEV)/.installed
 environments: $(DEV)/.installed $(DEMO)/.installed
 
 # torch first and by its exact version: an index may offer it with and without CUDA, and what is there already is kept.
-$(DEV)/.installed: pyproject.toml constraints.txt
+$(DEV)/.installed: pyproject.toml atspeed_client/pyproject.toml constraints.txt
 	@$(call environment,$(DEV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(sed -n '/^torch==/p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./atspeed_client --editable '.[cpu,dev]'
 	@touch $@
 
 # Neither torch nor transformers: serving needs none.
-$(DEMO)/.installed: pyproject.toml constraints.txt
+$(DEMO)/.installed: pyproject.toml atspeed_client/pyproject.toml constraints.txt
 	@$(call environment,$(DEMO))
-	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,local]'
+	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable ./atspeed_client --editable '.[cpu,local]'
 	@touch $@
 
 # The packages of $(DEV), with onnxruntime's wheel for CUDA before its wheel for the CPU. Nothing of CUDA: the tests bring stand-ins.
@@ -283,7 +283,7 @@ endef
 
 .PHONY: clean
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist *.egg-info atspeed_client/build atspeed_client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 .PHONY: distclean

@@ -16,12 +16,10 @@ _MAX_SOCKET_PATH = 107  # bytes of sun_path without the final zero, sockaddr_un(
 def target(address: str) -> str:
     """Return the gRPC target of an address. Raises ValueError with the mistake."""
     if address.startswith("dns:"):
-        _endpoint(address.removeprefix("dns:").rpartition("/")[2])
+        _check_dns(address.removeprefix("dns:"))
         return address
     if address.startswith("unix:"):
-        path = address.removeprefix("unix:").removeprefix("//")
-        if not path or not path.isprintable() or len(path.encode()) > _MAX_SOCKET_PATH:
-            raise ValueError(f"names no address: a socket is unix:PATH, at most {_MAX_SOCKET_PATH} bytes")
+        _check_socket(address.removeprefix("unix:"))
         return address
     scheme = next((one for one in _SCHEMES if address.startswith(one)), "")
     endpoints = [_endpoint(part.strip()) for part in address.removeprefix(scheme).split(",")]
@@ -32,6 +30,22 @@ def target(address: str) -> str:
         raise ValueError("several replicas need one IP:PORT each, all of IPv4 or all of IPv6")
     joined = (f"[{host}]:{port}" if version == 6 else f"{host}:{port}" for host, port, version in endpoints)
     return f"ipv{versions.pop()}:" + ",".join(joined)
+
+
+def _check_dns(rest: str) -> None:
+    server, name = "", rest
+    if rest.startswith("//"):
+        server, _, name = rest.removeprefix("//").partition("/")
+    _endpoint(name)
+    if server and _endpoint(server)[2] is None:
+        raise ValueError(f"{server!r} is not the IP:PORT of a DNS server")
+
+
+def _check_socket(rest: str) -> None:
+    path = rest.removeprefix("//")
+    relative = path != rest and not path.startswith("/")
+    if not path or relative or not path.isprintable() or len(path.encode()) > _MAX_SOCKET_PATH:
+        raise ValueError(f"names no address: a socket is unix:PATH or unix:///PATH, at most {_MAX_SOCKET_PATH} bytes")
 
 
 def _endpoint(text: str) -> tuple[str, int, int | None]:
@@ -47,13 +61,13 @@ def _endpoint(text: str) -> tuple[str, int, int | None]:
 
 
 def _is_name(host: str) -> bool:
-    letters = host.replace(".", "")
-    return (
-        bool(letters)
-        and not letters.isdecimal()
-        and host[0] not in ".-"
-        and all(letter.isalnum() or letter in ".-_" for letter in host)
-    )
+    try:
+        encoded = host.encode("idna")
+    except UnicodeError:
+        return False
+    numbers = host.replace(".", "").isdecimal()
+    letters = all(letter.isalnum() or letter in ".-_" for letter in host)
+    return bool(encoded) and not numbers and letters and host[0] not in ".-"
 
 
 def _version(host: str) -> int | None:

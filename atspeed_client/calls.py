@@ -1,4 +1,4 @@
-"""Calls of the service: what both clients send, how a reply is read, and when a call is made again."""
+"""Calls of the service, as both clients make them, and when they are made again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from atspeed_client import arguments, replies
+from atspeed_client import arguments, reading
 from atspeed_client.channels import SERVICE, Endpoint
 from atspeed_client.enums import Track
 from atspeed_client.errors import REQUEST_ID_HEADER, CallError, status_error
@@ -61,19 +61,19 @@ def recommend(request: RecommendRequest, track: Track | str | None) -> Call[Reco
     """Return the call for a list."""
     asked = arguments.message("request", request, RecommendRequest).message
     metadata = () if track is None else ((_TRACK_HEADER, arguments.choice("track", track, Track).value),)
-    return Call("Recommend", asked, pb.RecommendResponse, replies.to_recommendation, metadata)
+    return Call("Recommend", asked, pb.RecommendResponse, reading.to_recommendation, metadata)
 
 
 def record(user_id: str, items: Iterable[str | Event], tenant: str) -> Call[Recorded]:
     """Return the call that stores events."""
     request = pb.RecordEventsRequest(**_user(user_id, tenant), events=events("events", items))
     repeatable = all(event.event_id for event in request.events)
-    return Call("RecordEvents", request, pb.RecordEventsResponse, replies.to_recorded, repeatable=repeatable)
+    return Call("RecordEvents", request, pb.RecordEventsResponse, reading.to_recorded, repeatable=repeatable)
 
 
 def history(user_id: str, tenant: str) -> Call[History]:
     """Return the call for a stored history."""
-    return Call("GetHistory", pb.GetHistoryRequest(**_user(user_id, tenant)), pb.GetHistoryResponse, replies.to_history)
+    return Call("GetHistory", pb.GetHistoryRequest(**_user(user_id, tenant)), pb.GetHistoryResponse, reading.to_history)
 
 
 def forget(user_id: str, tenant: str) -> Call[bool]:
@@ -84,7 +84,7 @@ def forget(user_id: str, tenant: str) -> Call[bool]:
 
 def info() -> Call[ServiceInfo]:
     """Return the call for versions, limits and state."""
-    return Call("GetServiceInfo", pb.GetServiceInfoRequest(), pb.GetServiceInfoResponse, replies.to_info)
+    return Call("GetServiceInfo", pb.GetServiceInfoRequest(), pb.GetServiceInfoResponse, reading.to_info)
 
 
 class Batch:
@@ -107,7 +107,7 @@ class Batch:
         index = self._asked[one.index]
         if one.WhichOneof("result") == "response":
             del self._left[index]
-            return index, replies.to_recommendation(one.response, attempt.request_id)
+            return index, reading.to_recommendation(one.response, attempt.request_id)
         error = status_error(one.error, attempt.request_id, attempt.number)
         if (delay := attempt.delay(error)) is not None:
             self._refused.append(delay)

@@ -53,8 +53,6 @@ class RecommendRequest:
         code_paths: bool = True,
         statistics: bool = True,
     ) -> None:
-        if (user_id is None) == (history is None):
-            raise ArgumentValueError("user_id", "give either user_id or history")
         message = self.message = pb.RecommendRequest(
             k=arguments.whole("k", k, 1, MAX_INT32),
             beam_width=arguments.whole("beam_width", beam_width, 0, MAX_INT32),
@@ -81,15 +79,21 @@ class RecommendRequest:
             message.reply_options.omit_code_paths = True
         if not arguments.flag("statistics", statistics):
             message.reply_options.omit_statistics = True
-        if user_id is not None:
-            message.user_id = arguments.text("user_id", user_id)
-        else:
-            message.history.SetInParent()
-            message.history.item_ids.extend(arguments.item_ids("history", history))
+        _set_subject(message, user_id, history)
 
     def __repr__(self) -> str:
         subject = "history" if self.message.HasField("history") else repr(self.message.user_id)
         return f"RecommendRequest({subject}, k={self.message.k}, mode={MODES.value(self.message.mode).value!r})"
+
+
+def _set_subject(message: pb.RecommendRequest, user_id: str | None, history: Iterable[str] | None) -> None:
+    if (user_id is None) == (history is None):
+        raise ArgumentValueError("user_id", "give either user_id or history")
+    if user_id is not None:
+        message.user_id = arguments.text("user_id", user_id)
+    else:
+        message.history.SetInParent()
+        message.history.item_ids.extend(arguments.item_ids("history", history))
 
 
 def _new_event_id() -> str:

@@ -15,7 +15,7 @@ python3 -m venv "$environment"
 # torch first: without a version suffix an index may offer the wheel without CUDA. Then everything else keeps it.
 "$environment/bin/python" -m pip install --quiet --constraint constraints.txt torch
 "$environment/bin/python" -m pip install --quiet --constraint constraints.txt --constraint deploy/constraints-gpu.txt \
-    --editable '.[gpu,train,local]'
+    --editable ./atspeed_client --editable '.[gpu,train,local]'
 
 # A session on the device and passes through it, in a process without torch, as the services are. A list of providers would
 # prove nothing: onnxruntime offers CUDA without any driver.

@@ -27,7 +27,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
     """Answers from memory.
 
-    failures: how many calls fail first. code: their status, with a retry hint of 20 ms for RESOURCE_EXHAUSTED.
+    failures: how many calls fail first. code: their status, with a retry hint of `hint` seconds for RESOURCE_EXHAUSTED.
     delay: seconds before a list. refused: how often each request of a batch is refused first.
     """
 
@@ -38,8 +38,10 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
         code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE,
         delay: float = 0.0,
         refused: int = 0,
+        hint: float = 0.02,
     ) -> None:
         self.failures, self.code, self.delay, self.refused = failures, code, delay, refused
+        self.hint = hint
         self.request_ids: list[str] = []
         self.calls: list[Any] = []
         self.time_left: float | None = None
@@ -67,7 +69,7 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
                 error: ServiceError = InvalidArgumentError("k", "too large")
             elif self.refused:
                 self.refused -= 1
-                error = ResourceExhaustedError("busy", retry_after_seconds=0.02)
+                error = ResourceExhaustedError("busy", retry_after_seconds=self.hint)
             else:
                 reply = pb.RecommendResponse(mode=one.mode, beam_width=one.k)
                 yield pb.RecommendBatchResponse(index=index, response=reply)
@@ -95,7 +97,7 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
         self._note(request, context)
         if self.failures:
             self.failures -= 1
-            error = ResourceExhaustedError("busy", retry_after_seconds=0.02)
+            error = ResourceExhaustedError("busy", retry_after_seconds=self.hint)
             trailers = call_status(error).trailers if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED else ()
             await context.abort(self.code, "not now", trailers)
 

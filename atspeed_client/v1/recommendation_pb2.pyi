@@ -898,7 +898,8 @@ class Event(_message.Message):
     """Weight of the event in the caller's scale, finite."""
     event_id: _builtins.str
     """Idempotency key, unique among the events of the user; at most 256 bytes. An event whose key is stored changes nothing, whatever its
-    other fields. Empty: the event is always added.
+    other fields. Empty: the event is always added. An event that may be replayed long after should have a time too: without one it is
+    new again once a full history has dropped it.
     """
     recommendation_id: _builtins.str
     """The recommendation_id of the reply that the event follows from; at most 256 bytes. Empty: none is known."""

@@ -22,7 +22,7 @@ from atspeed.benchmarks.pass_metrics import SharedPasses
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed_client import AsyncClient, Recommendation, RecommenderError, RecommendRequest
-from atspeed_client.replies import to_recommendation
+from atspeed_client.reading import to_recommendation
 from atspeed_client.v1 import recommendation_pb2 as pb
 
 

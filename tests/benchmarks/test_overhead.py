@@ -15,7 +15,7 @@ from atspeed.benchmarks.services import ServiceOptions
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed_client import Recommendation
-from atspeed_client.replies import to_recommendation
+from atspeed_client.reading import to_recommendation
 from atspeed_client.v1 import recommendation_pb2 as pb
 from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue

@@ -14,7 +14,7 @@ from atspeed.cli.demo import BUNDLE, ROOT, Checks, choose_users, main
 from atspeed.engine.search.list_comparison import Verdict
 from atspeed.training.data import Dataset, leave_last_out
 from atspeed_client import Recommendation
-from atspeed_client.replies import to_recommendation
+from atspeed_client.reading import to_recommendation
 from atspeed_client.v1 import recommendation_pb2 as pb
 
 

@@ -16,7 +16,7 @@ from atspeed.cli import display
 from atspeed.engine.bundle.manifest import read_manifest, write_manifest
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
-from atspeed_client.replies import to_recommendation
+from atspeed_client.reading import to_recommendation
 from atspeed_client.v1 import recommendation_pb2 as pb
 from tests.bundles import TestBundle, write_bundle
 from tests.catalogues import random_catalogue

@@ -11,7 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from atspeed.rpc.channels import target_uri
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed_client import (
     AsyncClient,
@@ -25,6 +28,7 @@ from atspeed_client import (
     RecommendRequest,
     Track,
     Violation,
+    addresses,
 )
 from tests.fake_service import FakeService, connected, serving
 
@@ -165,12 +169,26 @@ async def test_retries_end() -> None:
         assert len(service.calls) == 1
 
 
-async def test_a_deadline_that_a_hint_exceeds_ends_the_call_at_once() -> None:
-    service = FakeService(failures=100, code=BUSY)
+async def test_a_hint_beyond_the_deadline_ends_the_call_at_once() -> None:
+    """Waiting for it could not help; the caller learns the hint instead."""
+    service = FakeService(failures=100, code=BUSY, hint=3600.0)
     async with connected(service) as client:
-        with pytest.raises(CallError, match="RESOURCE_EXHAUSTED"):
-            await client.recommend("a", timeout_seconds=0.015)
-    assert len(service.calls) <= 1
+        with pytest.raises(CallError, match="RESOURCE_EXHAUSTED") as caught:
+            await client.recommend("a")
+    assert (caught.value.retry_after_seconds, len(service.calls)) == (3600.0, 1)
+
+
+async def test_a_closed_client_ends_blocking_calls() -> None:
+    """They raise what closing means, and not an error of gRPC."""
+    service = FakeService(delay=60.0)
+    async with serving(service) as address:
+        client = Client(address)
+        call = asyncio.create_task(asyncio.to_thread(client.recommend, "a"))
+        await service.reached.wait()
+        client.close()
+        with pytest.raises(CallError, match="closed during the call") as caught:
+            await call
+    assert caught.value.code is grpc.StatusCode.CANCELLED
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -204,10 +222,10 @@ async def test_a_batch_that_stays_refused_says_so() -> None:
 async def test_the_deadline_travels_and_ends_the_call() -> None:
     """The service sees how long it has, and the caller never waits longer."""
     service = FakeService(delay=5.0)
-    for settings, call in (({"timeout_seconds": 0.3}, {}), ({}, {"timeout_seconds": 0.3})):
-        async with connected(service, **settings) as client:
+    for of_client, of_call in (({"timeout_seconds": 0.3}, {}), ({}, {"timeout_seconds": 0.3})):
+        async with connected(service, **of_client) as client:
             with pytest.raises(RecommenderError, match="DEADLINE_EXCEEDED"):
-                await client.recommend("alice", **call)  # type: ignore[arg-type]
+                await client.recommend("alice", **of_call)  # type: ignore[arg-type]
         assert service.time_left is not None
         assert service.time_left <= 0.3
 
@@ -273,9 +291,6 @@ ADDRESSES: list[tuple[str, str]] = [
 @pytest.mark.parametrize(("address", "target"), ADDRESSES)
 def test_addresses(address: str, target: str) -> None:
     """As the services spell them."""
-    from atspeed.rpc.channels import target_uri
-    from atspeed_client import addresses
-
     assert addresses.target(address) == target == target_uri(address)
 
 
@@ -283,13 +298,41 @@ def test_addresses(address: str, target: str) -> None:
     "address", ["nowhere", "a:0", "a:99999", "a:x", ":1", "::1:1", "1.2.3:4", "a:1,b:2", "1.2.3.4:1,[::1]:1", "unix:"]
 )
 def test_addresses_that_are_none(address: str) -> None:
-    from atspeed.rpc.channels import target_uri
-    from atspeed_client import addresses
-
     reads: list[Callable[[str], str]] = [addresses.target, target_uri]
     for read in reads:
         with pytest.raises(ValueError, match=r"HOST:PORT|IP:PORT|no address|mixed"):
             read(address)
+
+
+HOSTS = ["a", "1.2.3.4", "[::1]", "::1", "a.b-c", "-x", ".y", "é", "1.2.3", "x_y", "", "999.1.1.1", " b", "a" * 70]
+PORTS = [":1", ":65535", ":65536", ":0", ":x", "", ":１"]
+SCHEMES = [
+    "",
+    "dns:",
+    "dns:///",
+    "dns://8.8.8.8/",
+    "dns://8.8.8.8:53/",
+    "ipv4:",
+    "ipv6:",
+    "unix:",
+    "unix:///",
+    "unix://",
+]
+endpoints = st.builds(str.__add__, st.sampled_from(HOSTS), st.sampled_from(PORTS))
+
+
+@given(st.builds(str.__add__, st.sampled_from(SCHEMES), st.lists(endpoints, max_size=3).map(",".join)))
+@settings(max_examples=200)
+def test_addresses_are_those_of_the_services(address: str) -> None:
+    """The client reads them by itself, since it imports nothing of the services."""
+
+    def outcome(read: Callable[[str], str]) -> str | None:
+        try:
+            return read(address)
+        except ValueError:
+            return None
+
+    assert outcome(addresses.target) == outcome(target_uri)
 
 
 @pytest.mark.parametrize(
