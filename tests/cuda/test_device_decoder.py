@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -38,10 +37,10 @@ def opened(files: ModelFiles, pool_bytes: int = 2**28) -> DeviceDecoder:
 
 
 @pytest.fixture(scope="module")
-def decoder(files: ModelFiles) -> Iterator[DeviceDecoder]:
+def decoder(files: ModelFiles) -> DeviceDecoder:
     made = opened(files)
     made.capture(2, 2048)
-    yield made
+    return made
 
 
 def tree(cached: int, new: int) -> PagedInput:
@@ -116,7 +115,10 @@ def test_what_does_not_fit_the_device_is_refused_with_the_numbers(files: ModelFi
     refusal = r"kv_device_mb: keys and values of \d+ tokens take 4096 MiB\. cuda: no room for 1024\.0 MiB"
     with device_of(memory=device_bytes() + (300 << 20)), pytest.raises(BundleError, match=refusal):
         opened(files, pool_bytes=4 << 30)
-    with device_of(memory=1 << 20), pytest.raises(BundleError, match=r"cannot load its \d+ MiB of weights on the device"):
+    with (
+        device_of(memory=1 << 20),
+        pytest.raises(BundleError, match=r"cannot load its \d+ MiB of weights on the device"),
+    ):
         opened(files)
 
 
@@ -125,7 +127,7 @@ def test_a_device_that_fails_in_mid_pass_is_a_device_error(files: ModelFiles) ->
     decoder.run([tree(10, 3)])
     with failing("cudaLaunchKernel", after=10):
         for _ in range(2):
-            with pytest.raises(DeviceError, match="a pass of PassShape.* failed on the device"):
+            with pytest.raises(DeviceError, match=r"a pass of PassShape.* failed on the device"):
                 decoder.run([tree(10, 3)])
 
 
