@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +115,10 @@ def test_what_does_not_fit_the_device_is_refused_with_the_numbers(files: ModelFi
     refusal = r"kv_device_mb: keys and values of \d+ tokens take 4096 MiB\. cuda: no room for 1024\.0 MiB"
     with device_of(memory=device_bytes() + (300 << 20)), pytest.raises(BundleError, match=refusal):
         opened(files, pool_bytes=4 << 30)
-    with device_of(memory=1 << 20), pytest.raises(BundleError, match=r"cannot load its \d+ MiB of weights on the device"):
+    with (
+        device_of(memory=1 << 20),
+        pytest.raises(BundleError, match=r"cannot load its \d+ MiB of weights on the device"),
+    ):
         opened(files)
 
 
