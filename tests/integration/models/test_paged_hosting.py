@@ -46,7 +46,12 @@ def root(bundle: Bundle, tmp_path: Path) -> Path:
 @asynccontextmanager
 async def served(**settings: Any) -> AsyncIterator[HostedModels[TreeEvaluator]]:
     """The target of a bundle, in pages."""
-    paged = {"verify_bundle": False, "warm_up_seconds": 0, "kv_paged": "always", "kv_device_mb": 4} | settings
+    paged: dict[str, Any] = {
+        "verify_bundle": False,
+        "warm_up_seconds": 0,
+        "kv_paged": "always",
+        "kv_device_mb": 4,
+    } | settings
     async with served_models(ModelSettings(**paged), "target", lambda model, _: model) as models:
         yield models
 
@@ -136,14 +141,13 @@ async def test_new_weights_have_pages_of_their_own_and_the_old_ones_are_freed(ro
 def test_defaults_follow_the_place_of_keys_and_values() -> None:
     """On a GPU batches are large, and trees of any lengths share one; what is set stays."""
     layout = KvLayout(layers=4, kv_heads=2, head_dim=8, dtype="float16", block_tokens=4)
-    host, gpu, unpaged = (
-        ModelSettings(bundle=Path(__file__).parent, **given)
-        for given in ({}, {"provider": "cuda"}, {"provider": "cuda", "kv_paged": "never"})
-    )
+    bundle = Path(__file__).parent
+    host, gpu = ModelSettings(bundle=bundle), ModelSettings(bundle=bundle, provider="cuda")
+    unpaged = ModelSettings(bundle=bundle, provider="cuda", kv_paged="never")
     assert (host.paged, gpu.paged, unpaged.paged) == (False, True, False)
     found = [settings.batch_limits(layout) for settings in (host, gpu)]
     assert [(limits.requests, limits.tokens) for limits in found] == [(16, 32), (64, 512)]
     assert found[1].gathered_tokens == layout.layers * found[0].gathered_tokens
     assert (found[0].cached_padding, found[1].cached_padding) == (1.5, float("inf"))
-    chosen = ModelSettings(bundle=Path(__file__).parent, provider="cuda", batch_requests=3, batch_tokens=7)
+    chosen = ModelSettings(bundle=bundle, provider="cuda", batch_requests=3, batch_tokens=7)
     assert (chosen.batch_limits(layout).requests, chosen.batch_limits(layout).tokens) == (3, 7)
