@@ -1,4 +1,4 @@
-"""An exported decoder on a device: one pass over token trees of any lengths, KV in pages of a pool."""
+"""A decoder on a device: passes over token trees of any lengths, KV in pages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import numpy as np
 from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.manifest import Head
 from atspeed.engine.bundle.model_files import ModelFiles
-from atspeed.engine.errors import BundleError, DeviceError
+from atspeed.engine.errors import BundleError, DeviceError, NoNumbersError
 from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session
 from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, SCORES, device_inputs, device_outputs
 from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS, BoundPass, PagedInput, PassShape
 from atspeed.engine.model.device_pools import DevicePools, host_dtype
+from atspeed.engine.model.device_selection import RowSelection
+from atspeed.engine.model.device_selector import DeviceSelector
 from atspeed.engine.model.free_memory import default_pool_bytes
+from atspeed.engine.search.scoring import Evaluation
 
 # Shapes whose buffers are kept, besides those of CUDA graphs. Chosen, not measured.
 _KEPT_SHAPES = 32
@@ -57,6 +60,7 @@ class DeviceDecoder:
 
     Attributes:
         path: the device graph, for messages.
+        options: the options of onnxruntime.
         layers, kv_heads, head_dim: the shape of keys and values.
         kv_dtype: their number format.
         dtype: numpy's number format of their bytes.
@@ -75,6 +79,7 @@ class DeviceDecoder:
     ) -> None:
         self.path = path = files.path
         self.layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
+        self.options = options
         self._device, self._page_tokens = options.provider, page_tokens
         self._session = open_session(files, options, cuda_graphs=True)
         inputs, outputs = graph_specs(self._session)
@@ -118,10 +123,21 @@ class DeviceDecoder:
     def run(self, trees: Sequence[PagedInput]) -> list[TreeOutput]:
         """Make one pass over one tree or more, of any lengths. Keys and values stay on the device. Raises DeviceError."""
         with self._lock:
-            scores = self._pass(PassShape.of(trees)).run(trees)
+            made = self._pass(PassShape.of(trees))
+            made.run(trees)
+            scores = np.array(made.scores.numpy()[: sum(len(tree.step.rows) for tree in trees)])
         normalizer = np.zeros(len(scores), dtype=np.float32)  # scores are normalised, or their rule does not ask
         ends = np.cumsum([len(tree.step.rows) for tree in trees])[:-1]
         return [TreeOutput(*parts) for parts in zip(np.split(scores, ends), np.split(normalizer, ends), strict=True)]
+
+    def run_and_select(
+        self, trees: Sequence[PagedInput], selector: DeviceSelector, rows: Sequence[RowSelection]
+    ) -> list[Evaluation | NoNumbersError]:
+        """Make a pass and select the best children of its rows on the device; the scores stay there. Raises DeviceError."""
+        with self._lock:
+            made = self._pass(PassShape.of(trees))
+            made.run(trees)
+            return selector.select(made.scores, rows)
 
     def capture(self, depth: int, longest: int) -> None:
         """Capture the CUDA graphs of all buckets on a GPU; nothing on a CPU.

@@ -13,12 +13,14 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.memory_cache import KvLayout
 from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.kv.prefix_cache import CachedPrefix, PrefixCache
-from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.device_decoder import DeviceDecoder
 from atspeed.engine.model.device_pass import PagedInput
+from atspeed.engine.model.device_selection import RowSelection
+from atspeed.engine.model.device_selector import DeviceSelector
+from atspeed.engine.model.kv_memory import PassResult
 from atspeed.engine.model.prompt_kv import PromptKv
 from atspeed.engine.model.token_tree import PagedTree, PathPass, TreePass
-from atspeed.engine.model.tree_session import TreeSession
+from atspeed.engine.model.tree_session import ProgramRun, TreeSession
 
 # Prompts whose blocks are copied to the host at the same time; those of one more are not kept there. Chosen, not measured.
 _MAX_COPIES = 8
@@ -36,8 +38,16 @@ class DeviceMemory:
         dropped_copies: prompts whose blocks were not copied to the host, because too many were under way.
     """
 
-    def __init__(self, decoder: DeviceDecoder, prompts: PromptKv, layout: KvLayout, cache: PrefixCache) -> None:
+    def __init__(
+        self,
+        decoder: DeviceDecoder,
+        selector: DeviceSelector,
+        prompts: PromptKv,
+        layout: KvLayout,
+        cache: PrefixCache,
+    ) -> None:
         self._decoder = decoder
+        self._selector = selector
         self._prompts = prompts
         self._cache = cache
         self._pool: PagePool = decoder.pages
@@ -87,9 +97,13 @@ class DeviceMemory:
             self._decoder.write_pages(tree.pages[known - len(tree.cached_blocks) : known], tree.cached_blocks)
         tree.tokens.length = min(known * self._page_tokens, len(tree.tokens.prompt) - 1)
 
-    def run(self, passes: Sequence[tuple[TreeSession, TreePass]]) -> list[TreeOutput]:
-        """Make one pass over trees of any lengths, each by its own slots."""
-        return self._decoder.run([self._input(tree, cast("PathPass", step)) for tree, step in passes])
+    def run(self, passes: Sequence[tuple[ProgramRun, TreePass]]) -> list[PassResult]:
+        """Make one pass over trees of any lengths, each by its own slots, and select on the device where it can."""
+        inputs = [self._input(run.tree, cast("PathPass", step)) for run, step in passes]
+        rows = [RowSelection(run.nodes, run.selection) for run, _ in passes]
+        if self._selector.can_select(rows):
+            return [*self._decoder.run_and_select(inputs, self._selector, rows)]
+        return [*self._decoder.run(inputs)]
 
     def keep_prompt(self, tree: TreeSession) -> None:
         """Note which of the prompt's blocks no cache had."""

@@ -1,24 +1,20 @@
-"""Passes of one shape on a device: inputs and outputs at fixed addresses, one copy in and one copy out."""
+"""Passes of one shape on a device, with inputs and scores at fixed addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
-from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.arrays import Int64
 from atspeed.engine.errors import DeviceError
 from atspeed.engine.model.device_graph import CAPACITY_STEP, SCRATCH_SLOT, ZERO_SLOT
 from atspeed.engine.model.device_pools import DevicePools, allocate
-from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES
+from atspeed.engine.model.staged_inputs import Axes, StagedInputs
 from atspeed.engine.model.token_tree import PathPass
 
-# Alignment of the inputs in the copied buffer: that of CUDA's own allocations.
-_ALIGNMENT = 256
 # New tokens, and places, of the passes that a GPU replays as CUDA graphs. Places are multiples of CAPACITY_STEP.
 NEW_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 CAPACITY_BUCKETS = (128, 256, 512, 1024, 2048)
@@ -77,7 +73,7 @@ class PassShape:
         )
 
     @property
-    def input_axes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def input_axes(self) -> Axes:
         """Return the number format and axes of each small input."""
         tokens = (self.batch, self.new)
         return {
@@ -107,6 +103,10 @@ class BoundPass:
         scores: the output with the scores, and its columns.
         device: onnxruntime's name of the device.
         graph: the number of its CUDA graph, captured in its first run; -1 for none.
+
+    Attributes:
+        shape: the sizes.
+        scores: the scores of a pass, on the device, float32 [rows, columns].
     """
 
     def __init__(
@@ -120,48 +120,36 @@ class BoundPass:
     ) -> None:
         self.shape = shape
         self._session = session
-        offsets, size = {}, 0
-        for name, (dtype, axes) in shape.input_axes.items():
-            offsets[name] = size
-            size += _up(prod(axes) * np.dtype(dtype).itemsize, _ALIGNMENT)
-        self._staged = np.zeros(size, dtype=np.uint8)
-        self._inputs = allocate((size,), "uint8", device)
-        self._scores = allocate((shape.rows, scores[1]), "float32", device)
-        self._arrays: dict[str, npt.NDArray[np.int64]] = {}
         self._binding = session.io_binding()
-        for name, (dtype, axes) in shape.input_axes.items():
-            part = self._staged[offsets[name] : offsets[name] + prod(axes) * np.dtype(dtype).itemsize]
-            self._arrays[name] = part.view(dtype).reshape(axes)
-            address = self._inputs.data_ptr() + offsets[name]
-            self._binding.bind_input(name, device, 0, ELEMENT_TYPES[dtype], axes, address)
-        self._binding.bind_ortvalue_output(scores[0], self._scores)
+        self._inputs = StagedInputs(self._binding, shape.input_axes, device)
+        self.scores = allocate((shape.rows, scores[1]), "float32", device)
+        self._binding.bind_ortvalue_output(scores[0], self.scores)
         pools.bind(self._binding)
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(graph))
         self._fill_with_padding()
 
-    def run(self, trees: Sequence[PagedInput]) -> Float32:
-        """Make a pass; return the scores of all trees' rows, float32 [M, C]. Raises DeviceError."""
+    def run(self, trees: Sequence[PagedInput]) -> None:
+        """Make a pass: the first rows of `scores` are those of the trees, one after the other. Raises DeviceError."""
         self._fill(trees)
         self.launch()
-        return np.array(self._scores.numpy()[: sum(len(tree.step.rows) for tree in trees)])
 
     def launch(self) -> None:
         """Copy the inputs and run. Before any `run` it is a pass over padding alone. Raises DeviceError."""
         try:
-            self._inputs.update_inplace(self._staged)
+            self._inputs.copy()
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime raises a dozen unrelated types here
             raise DeviceError(f"a pass of {self.shape} failed on the device: {error}") from error
 
     def _fill_with_padding(self) -> None:
         """Let every token be one that sees the zero slot alone and is written to the scratch slot."""
-        self._arrays["write_slots"][:] = SCRATCH_SLOT
-        self._arrays["prefix_lengths"][:] = 1
+        self._inputs.arrays["write_slots"][:] = SCRATCH_SLOT
+        self._inputs.arrays["prefix_lengths"][:] = 1
 
     def _fill(self, trees: Sequence[PagedInput]) -> None:
         """Write the inputs. A padding token repeats its row's first token, and is written to the scratch slot."""
-        arrays = self._arrays
+        arrays = self._inputs.arrays
         for row, tree in enumerate(trees):
             step, new, places = tree.step, len(tree.step.tokens), len(tree.slots)
             for name, values in (

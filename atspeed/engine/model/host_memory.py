@@ -1,4 +1,4 @@
-"""Keys and values of open sessions in host arrays: one array per session, bound to the model as it is."""
+"""Keys and values of open sessions in host arrays: one array per session."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import cast
 from atspeed.engine.arrays import Int64
 from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
 from atspeed.engine.kv.prefix_cache import CachedPrefix
-from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
+from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput
 from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.kv_memory import PassResult
 from atspeed.engine.model.prompt_kv import PromptKv
 from atspeed.engine.model.token_tree import MaskedPass, TokenTree, TreePass
-from atspeed.engine.model.tree_session import TreeSession
+from atspeed.engine.model.tree_session import ProgramRun, TreeSession
 
 # Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
 _NODE_ROOM = 128
@@ -69,9 +70,9 @@ class HostMemory:
         if not tree.tokens.length:
             self._prompts.fill(tree)
 
-    def run(self, passes: Sequence[tuple[TreeSession, TreePass]]) -> list[TreeOutput]:
+    def run(self, passes: Sequence[tuple[ProgramRun, TreePass]]) -> list[PassResult]:
         """Make one pass over one tree or more, in their own buffers or in a padded copy."""
-        return self.batch_decoder.run([_input(tree.tokens, step) for tree, step in passes])
+        return [*self.batch_decoder.run([_input(run.tree.tokens, step) for run, step in passes])]
 
     def keep_prompt(self, tree: TreeSession) -> None:
         """Copy the prompt's blocks that no cache had."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.kv.prefix_cache import CachedPrefix
 from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.token_tree import TokenTree, TreePass
-from atspeed.engine.model.tree_session import TreeSession
+from atspeed.engine.model.tree_session import ProgramRun, TreeSession
+from atspeed.engine.search.scoring import Evaluation
+
+PassResult: TypeAlias = TreeOutput | Evaluation | NoNumbersError
+"""The scores of a tree's rows, or what was selected from them."""
 
 
 class KvMemory(Protocol):
@@ -41,9 +46,10 @@ class KvMemory(Protocol):
     def begin(self, tree: TreeSession) -> None:
         """Give a tree its reserved memory, and before its first pass the cached blocks of its prompt."""
 
-    def run(self, passes: Sequence[tuple[TreeSession, TreePass]]) -> list[TreeOutput]:
+    def run(self, passes: Sequence[tuple[ProgramRun, TreePass]]) -> list[PassResult]:
         """Make one pass over one tree or more. The new tokens' keys and values follow those that the tree has.
 
+        A device selects the children itself; a tree whose scores are no numbers has an error in place of its evaluation.
         Nothing is committed: a pass that failed can be repeated, alone or with others.
         """
 

@@ -22,10 +22,11 @@ from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Resched
 from atspeed.engine.model.cost_curve import CostCurve, measure
 from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
 from atspeed.engine.model.device_memory import DeviceMemory
+from atspeed.engine.model.device_selector import DeviceSelector
 from atspeed.engine.model.host_memory import HostMemory
-from atspeed.engine.model.kv_memory import KvMemory
+from atspeed.engine.model.kv_memory import KvMemory, PassResult
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.model.prompt_kv import PromptKv, prompt_kv
+from atspeed.engine.model.prompt_kv import prompt_kv
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram, ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children, codes_normalizer
@@ -68,8 +69,8 @@ class TreeEvaluator:
         self.rule = rule
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
-        self.open_kv = _memory(decoder, self._prompts, layout, cache, open_kv_bytes)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
+        self.open_kv = self._memory(cache, open_kv_bytes)
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
         self._batcher = Batcher(self._run, limits or BatchLimits())
@@ -183,6 +184,12 @@ class TreeEvaluator:
         await self._batcher.close()
         await self.open_kv.close()
 
+    def _memory(self, cache: PrefixCache, open_kv_bytes: int) -> KvMemory:
+        if not isinstance(self.decoder, DeviceDecoder):
+            return HostMemory(self.decoder, self._prompts, open_kv_bytes)
+        selector = DeviceSelector(self.trie, self.rule, self._code_tokens, self.decoder.options)
+        return DeviceMemory(self.decoder, selector, self._prompts, self._layout, cache)
+
     def _admitted(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Check a pass and reserve its memory; return its size. Raises CapacityError and OverloadedError, see `evaluate`."""
         self._check_nodes(tree.tokens, nodes)
@@ -210,7 +217,7 @@ class TreeEvaluator:
         begun = time.perf_counter_ns()
         steps = [_attempt(self._prepare, run) for run in runs]
         ready = [(run, step) for run, step in zip(runs, steps, strict=True) if isinstance(step, TreePass)]
-        outputs = iter(self.open_kv.run([(run.tree, step) for run, step in ready]) if ready else ())
+        outputs = iter(self.open_kv.run(ready) if ready else ())
         forward = PassStats(
             forward_ns=time.perf_counter_ns() - begun,
             batch_requests=len(ready),
@@ -229,7 +236,7 @@ class TreeEvaluator:
         self.open_kv.begin(run.tree)
         return run.tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
 
-    def _finish(self, run: ProgramRun, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
+    def _finish(self, run: ProgramRun, step: TreePass, output: PassResult, begun: int, forward: PassStats) -> object:
         """Commit a pass and advance the program: another pass, or its result."""
         tree = run.tree
         first = tree.tokens.length < len(tree.tokens.prompt)
@@ -254,7 +261,9 @@ class TreeEvaluator:
         tree.passes.append(CompletedPass(len(run.nodes), stats, run.queued_ns, done, valid))
         return self._next(run, evaluation) if isinstance(evaluation, Evaluation) else evaluation
 
-    def _evaluation(self, run: ProgramRun, output: TreeOutput) -> Evaluation | NoNumbersError:
+    def _evaluation(self, run: ProgramRun, output: PassResult) -> Evaluation | NoNumbersError:
+        if not isinstance(output, TreeOutput):
+            return output
         selection = run.selection
         log_normalizer: Float32 | Float64 = output.log_normalizer
         if self.rule is ScoringRule.CODES:
@@ -305,14 +314,6 @@ class TreeEvaluator:
 
 def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:
     return (yield nodes)
-
-
-def _memory(
-    decoder: ModelDecoder, prompts: PromptKv, layout: KvLayout, cache: PrefixCache, open_kv_bytes: int
-) -> KvMemory:
-    if isinstance(decoder, DeviceDecoder):
-        return DeviceMemory(decoder, prompts, layout, cache)
-    return HostMemory(decoder, prompts, open_kv_bytes)
 
 
 def _attempt(compute: Callable[[ProgramRun], Part], run: ProgramRun) -> Part | Exception:
