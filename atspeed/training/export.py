@@ -59,7 +59,7 @@ _T5_POSITIONS = 512
 # checkpoint computing from the same codes. The two usually agree to 1e-6. If float32 rounding moves an activation to another
 # step in only one of them, errors reached 0.03 in random models with logits of 10 and more.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2, "int8": 1e-1}
-_STORED: dict[Precision, torch.dtype] = {
+STORED: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -313,20 +313,31 @@ def write_graph(
         (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
         onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
-        weights = WeightFile(data)
-        graphs = {MODEL_FILE: _graph(model, precision, weights)}
-        if has_device_graph(model.config, precision):
-            graphs[DEVICE_FILE] = DeviceGraph(model, weights, _STORED[precision], head)
-        for graph in graphs.values():
-            graph.write(code_tokens)
+        graphs = build_graphs(model, WeightFile(data), code_tokens, precision, head)
     for name, graph in graphs.items():
-        (folder / name).write_bytes(graph.to_model(len(code_tokens)).SerializeToString())
+        (folder / name).write_bytes(graph.SerializeToString())
         onnx.checker.check_model(str(folder / name))
+
+
+def build_graphs(
+    model: PreTrainedModel,
+    weights: WeightFile,
+    code_tokens: Sequence[int],
+    precision: Precision,
+    head: Head = "vocab",
+) -> dict[str, onnx.ModelProto]:
+    """Build the graph of the host, and that of devices if the model has one, by file name; their weights go into one file."""
+    graphs = {MODEL_FILE: _graph(model, precision, weights)}
+    if has_device_graph(model.config, precision):
+        graphs[DEVICE_FILE] = DeviceGraph(model, weights, STORED[precision], head)
+    for graph in graphs.values():
+        graph.write(code_tokens)
+    return {name: graph.to_model(len(code_tokens)) for name, graph in graphs.items()}
 
 
 def has_device_graph(config: Any, precision: Precision) -> bool:
     """Return whether a model of this config has a graph for devices; a T5 has none, and int8 is for CPUs."""
-    return precision in _STORED and not config.is_encoder_decoder
+    return precision in STORED and not config.is_encoder_decoder
 
 
 def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) -> DecoderGraph:
@@ -336,7 +347,7 @@ def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) ->
         return DecoderGraph(model, weights, Int8Arithmetic)
     # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
-    return DecoderGraph(model, weights, partial(FloatArithmetic, dtype=dtype, stored=_STORED[precision]))
+    return DecoderGraph(model, weights, partial(FloatArithmetic, dtype=dtype, stored=STORED[precision]))
 
 
 def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:

@@ -11,6 +11,7 @@ import typer
 from atspeed.benchmarks import lossless
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.cli.bench.gpu import bench_gpu, bench_gpu_lists
 from atspeed.cli.bench.load import bench_load, bench_scaling
 from atspeed.cli.bench.options import (
     Histories,
@@ -23,7 +24,7 @@ from atspeed.cli.bench.options import (
     save,
     write_report,
 )
-from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
+from atspeed.cli.bench.speed import bench_decode, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import MAX_ITEMS, layout_changes
 from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
@@ -162,6 +163,7 @@ bench_commands.command("prefix")(bench_prefix)
 bench_commands.command("load")(bench_load)
 bench_commands.command("scaling")(bench_scaling)
 bench_commands.command("gpu")(bench_gpu)
+bench_commands.command("gpu-lists")(bench_gpu_lists)
 
 
 @bench_commands.command("report")
