@@ -257,7 +257,9 @@ class DecoderGraph(GraphBuilder):
         """Write grouped-query attention of the new tokens to the cached and the new ones."""
         block, shape = layer.self_attn, self.shape
         normed = self.norm(layer.input_layernorm, hidden)
-        query, key, value = self.project(normed, block.q_proj, block.k_proj, block.v_proj)
+        query, key, value = self.joined(
+            normed, block, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (shape.heads, shape.kv_heads, shape.kv_heads)
+        )
         query, key = (
             self.op("RotaryEmbedding", self.of_trees(part, heads * shape.head_dim), *rotation, num_heads=heads)
             for part, heads in (
@@ -275,7 +277,7 @@ class DecoderGraph(GraphBuilder):
     def mlp(self, layer: Module, hidden: str) -> str:
         """Write down(act(gate(x)) * up(x)); act is silu, or the tanh form of gelu (Gemma)."""
         normed = self.norm(layer.post_attention_layernorm, hidden)
-        gate, up = self.project(normed, layer.mlp.gate_proj, layer.mlp.up_proj)
+        gate, up = self.joined(normed, layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"), (1, 1))
         if self.model.config.hidden_act == "silu":
             activated = self.op("Mul", gate, self.op("Sigmoid", gate))
         else:
@@ -321,6 +323,14 @@ class DecoderGraph(GraphBuilder):
         if layers[0].bias is not None:
             result = self.op("Add", result, self.cast_weight(torch.cat([layer.bias.detach() for layer in layers])))
         return self.split(result, [len(layer.weight) for layer in layers])
+
+    def joined(self, hidden: str, block: Module, whole: str, parts: Sequence[str], shares: Sequence[int]) -> list[str]:
+        """Write the projections `parts` of a block. Phi stores them as one, `whole`, with these shares of its outputs."""
+        if not hasattr(block, whole):
+            return self.project(hidden, *(getattr(block, part) for part in parts))
+        layer = getattr(block, whole)
+        share = len(layer.weight) // sum(shares)
+        return self.split(self.project(hidden, layer)[0], [count * share for count in shares])
 
     def of_trees(self, flat: str, *sizes: int, name: str = "") -> str:
         """Reshape [tokens, ...] -> [batch, new, *sizes]."""
