@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -89,10 +91,13 @@ def random_model(architecture: str, vocab_size: int, seed: int, **overrides: obj
         "gemma": (GemmaConfig, GemmaForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "phi3": (Phi3Config, Phi3ForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
     config, model = models[architecture]
+    if architecture == "phi3":  # whose padding token is 32,000
+        shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if architecture in {"gemma", "qwen3"}:
         shape["head_dim"] = 16
     built: PreTrainedModel = model(config(**shape))

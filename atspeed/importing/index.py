@@ -6,6 +6,7 @@
 | *.json                | {"number": [{"pid": 7, "count": 3}, ...], ...}                 | OpenOneRec, sid2pid         |
 | *.txt                 | lines of `<a_1><b_2>`, title and item, with tabs between       | MiniOneRec, info            |
 | *.parquet             | columns pid and sid (a list of numbers)                        | OpenOneRec, pid2sid         |
+| *.pt, *.npy           | a tensor of numbers, [items, L] or [L, items]                  | GRID, merged_predictions_tensor |
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def read_index(path: Path, layout: PromptLayout) -> Index:
         return _of_info(path)
     if path.suffix.lower() == ".parquet":
         return _of_parquet(path, layout)
+    if path.suffix.lower() in {".pt", ".npy"}:
+        return _of_tensor(path, layout)
     content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise ImportingError(f"{path}: not an object with an item or a code path per key")
@@ -190,6 +193,34 @@ def _of_parquet(path: Path, layout: PromptLayout) -> Index:
     if (lengths != levels).any():
         raise ImportingError(f"{path}: item {shown(ids[int((lengths != levels).argmax())])}: not {levels} codes")
     return _of_codes(path, ids, flat.reshape(-1, levels), layout)
+
+
+def _of_tensor(path: Path, layout: PromptLayout) -> Index:
+    """Build an index from a tensor. Its items are the rows from 0 on. Nothing in the file is run."""
+    levels = len(_code_names(path, layout))
+    try:
+        if path.suffix.lower() == ".pt":
+            import torch  # histories are read without it
+
+            table = torch.load(path, map_location="cpu", weights_only=True).numpy()
+        else:
+            table = np.asarray(np.load(path, allow_pickle=False))
+    except Exception as error:  # torch and numpy raise almost any kind for a file that is none
+        raise ImportingError(
+            f"{path}: holds no tensor that can be read: {' '.join(str(error).split())[:200]}"
+        ) from error
+    shape = list(table.shape)
+    if len(shape) != 2 or table.dtype.kind not in "iuf" or levels not in shape or not table.size:
+        raise ImportingError(f"{path}: {table.dtype} {shape}, must be numbers [items, {levels}] or [{levels}, items]")
+    if shape[0] == shape[1]:
+        raise ImportingError(f"{path}: {shape}: has as many items as codes, so either axis could be that of the items")
+    codes = table.T if shape[0] == levels else table
+    if (wrong := np.flatnonzero(~((codes >= 0) & (codes == np.floor(codes))).all(axis=1))).size:
+        row = int(wrong[0])
+        raise ImportingError(
+            f"{path}: item '{row}': {codes[row].tolist()} are not codes, which are whole numbers from 0 on"
+        )
+    return _of_codes(path, list(map(str, range(len(codes)))), codes.astype(np.int64), layout)
 
 
 def _code_names(path: Path, layout: PromptLayout) -> tuple[str, ...]:

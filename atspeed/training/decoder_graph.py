@@ -248,7 +248,9 @@ class DecoderGraph(GraphBuilder):
     def rotated(self, block: Module, normed: str, rotation: tuple[str, str]) -> tuple[str, str, str]:
         """Write query and key after the rotary embedding, T [batch, new, heads * head_dim], and value, T [tokens, ...]."""
         shape = self.shape
-        query, key, value = self.project(normed, block.q_proj, block.k_proj, block.v_proj)
+        query, key, value = self.joined(
+            normed, block, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (shape.heads, shape.kv_heads, shape.kv_heads)
+        )
         query, key = (
             self.op("RotaryEmbedding", self.of_trees(part, heads * shape.head_dim), *rotation, num_heads=heads)
             for part, heads in (
@@ -260,7 +262,7 @@ class DecoderGraph(GraphBuilder):
 
     def mlp(self, layer: Module, normed: str) -> str:
         """Write down(act(gate(x)) * up(x))."""
-        gate, up = self.project(normed, layer.mlp.gate_proj, layer.mlp.up_proj)
+        gate, up = self.joined(normed, layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"), (1, 1))
         return self.project(self.op("Mul", self.activation(gate), up), layer.mlp.down_proj)[0]
 
     def activation(self, gate: str) -> str:
@@ -316,6 +318,14 @@ class DecoderGraph(GraphBuilder):
                 "Add", result, self.arithmetic.weight(key, lambda: torch.cat([layer.bias.detach() for layer in layers]))
             )
         return self.split(result, [len(layer.weight) for layer in layers])
+
+    def joined(self, hidden: str, block: Module, whole: str, parts: Sequence[str], shares: Sequence[int]) -> list[str]:
+        """Write the projections `parts` of a block. Phi stores them as one, `whole`, with these shares of its outputs."""
+        if not hasattr(block, whole):
+            return self.project(hidden, *(getattr(block, part) for part in parts))
+        layer = getattr(block, whole)
+        share = len(layer.weight) // sum(shares)
+        return self.split(self.project(hidden, layer)[0], [count * share for count in shares])
 
     def of_trees(self, flat: str, *sizes: int, name: str = "") -> str:
         """Reshape [tokens, ...] -> [batch, new, *sizes]."""

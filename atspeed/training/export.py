@@ -48,7 +48,7 @@ from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderG
 MODEL_FILE = "model.onnx"
 _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Arguments of `from_pretrained` that return what does not fit, instead of an error that points to a log."""
-ARCHITECTURES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "t5")
+ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3", "t5")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -268,6 +268,8 @@ def check_architecture(config: Any) -> None:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError("config.rope_parameters.partial_rotary_factor: rotates a part of each head only")
     window = getattr(config, "sliding_window", None)
     # Mistral has no layer types: every layer slides. Llama has neither field.
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))

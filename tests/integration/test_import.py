@@ -31,6 +31,7 @@ CASES = [
     ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
     ("lc-rec", "llama", "unigram", {}),
     ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
+    ("lc-rec", "phi3", "unigram", {"sliding_window": None}),
     ("lc-rec", "gemma", "unigram", {"tie_word_embeddings": True}),
     ("mimigenrec", "qwen2", "bpe", {}),
     ("letter-tiger", "t5", "t5", {}),

@@ -65,6 +65,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": None}),
+    "phi3": ("phi3", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     # A window that no sequence can reach changes nothing.
@@ -101,7 +102,7 @@ def test_the_file_computes_what_the_checkpoint_computes(name: str, tmp_path: Pat
 
 # Rounding of every layer's result, and with int8 of its inputs and weights.
 @pytest.mark.parametrize(("precision", "tolerance"), [("float16", 0.01), ("int8", 0.5)])
-@pytest.mark.parametrize("name", ["biases", "gemma", "qwen2 tied", "qwen3"])
+@pytest.mark.parametrize("name", ["biases", "gemma", "phi3", "qwen2 tied", "qwen3"])
 def test_lower_precisions_are_near_the_checkpoint(
     name: str, precision: Precision, tolerance: float, tmp_path: Path
 ) -> None:
@@ -365,6 +366,12 @@ def test_refuses_an_active_sliding_window(tmp_path: Path) -> None:
 def test_refuses_a_mistral_whose_window_slides(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"config\.sliding_window: 255"):
         export_decoder(checkpoint("mistral", sliding_window=255), tmp_path, code_tokens=CODES)
+
+
+def test_refuses_a_phi_that_rotates_a_part_of_each_head(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    with pytest.raises(ExportError, match=r"config\.rope_parameters\.partial_rotary_factor: rotates a part"):
+        export_decoder(checkpoint("phi3", rope_parameters=rope), tmp_path, code_tokens=CODES)
 
 
 def test_refuses_other_architectures(tmp_path: Path) -> None:

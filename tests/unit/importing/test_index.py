@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from atspeed.importing.errors import ImportingError
@@ -62,6 +64,53 @@ def test_a_table_of_items_and_numbers(tmp_path: Path) -> None:
     table = pyarrow.table({"pid": [7, 0, 30], "sid": [[12, 3, 8191], [2, 3, 0], [12, 3, 8191]]})
     parquet.write_table(table, tmp_path / "pid2sid.parquet")
     assert named(read_index(tmp_path / "pid2sid.parquet", LAYOUT)) == PATHS
+
+
+TENSOR = np.array([[12, 3, 8191], [2, 3, 0], [12, 3, 8191], [0, 0, 1]])
+
+
+def written(table: Any, path: Path) -> Path:
+    """Write a tensor as torch or numpy does."""
+    if path.suffix == ".pt":
+        torch = pytest.importorskip("torch")
+        torch.save(torch.from_numpy(table) if isinstance(table, np.ndarray) else table, path)
+    else:
+        np.save(path, table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["merged_predictions_tensor.pt", "sids.npy"])
+@pytest.mark.parametrize(
+    "table", [TENSOR, np.ascontiguousarray(TENSOR.T), TENSOR.astype(np.float32)], ids=["rows", "columns", "float"]
+)
+def test_a_tensor_of_items_and_numbers(name: str, table: Any, tmp_path: Path) -> None:
+    """Items are the rows, or the columns of GRID's files."""
+    expected = {
+        str(row): [f"<s_{'abc'[level]}_{code}>" for level, code in enumerate(path)]
+        for row, path in enumerate(TENSOR.tolist())
+    }
+    assert named(read_index(written(table, tmp_path / name), LAYOUT)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("i.npy", TENSOR[:3], "as many items as codes"),
+        ("i.npy", TENSOR[:, :2], r"int64 \[4, 2\], must be numbers \[items, 3\] or \[3, items\]"),
+        ("i.npy", TENSOR[:, :0], "must be numbers"),
+        ("i.npy", TENSOR - 1, r"item '1': \[1, 2, -1\] are not codes"),
+        ("i.pt", TENSOR / 2, r"item '0': \[6\.0, 1\.5, 4095\.5\] are not codes"),
+        ("i.npy", TENSOR.astype(str), "must be numbers"),
+        ("i.npy", np.array([[1, None]], dtype=object), "holds no tensor that can be read"),
+        ("i.pt", {"sem_ids": print}, "holds no tensor that can be read"),
+        ("i.pt", [1, 2], "holds no tensor that can be read"),
+    ],
+)
+def test_another_tensor_is_refused(name: str, table: Any, message: str, tmp_path: Path) -> None:
+    """Nothing in a file is run: an object of Python is no tensor."""
+    with pytest.raises(ImportingError, match=message) as caught:
+        read_index(written(table, tmp_path / name), LAYOUT)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
