@@ -155,6 +155,11 @@ def test_a_run_in_the_shortest_steps_gives_the_same_bundle(tmp_path: Path) -> No
     assert Bundle(stepped).manifest.version == Bundle(whole).manifest.version
 
 
+def test_data_that_a_generated_data_set_would_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.source: synthetic data is generated, and --data would not be read"):
+        load_dataset(TINY, tmp_path)
+
+
 def test_missing_data_folder_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.source: atspeed needs a data folder"):
         load_dataset(TINY.model_copy(update={"data": AtspeedData(source="atspeed")}), None)
