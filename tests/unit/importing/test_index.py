@@ -10,6 +10,7 @@ import pytest
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import Index, check_lengths, read_index
 from atspeed.importing.layouts import LAYOUTS
+from tests.unit.importing.refusals import refusal
 
 LAYOUT = LAYOUTS["openonerec"]
 PATHS = {
@@ -87,11 +88,7 @@ def test_a_table_of_items_and_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_names_the_file_and_the_item(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ImportingError) as caught:
-        read_index(tmp_path / name, LAYOUT)
-    assert message in str(caught.value)
-    assert name in str(caught.value)
+    assert message in refusal(lambda path: read_index(path, LAYOUT), tmp_path / name, content)
 
 
 def test_numbers_need_names(tmp_path: Path) -> None:
