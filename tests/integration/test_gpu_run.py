@@ -81,7 +81,7 @@ def test_unusable_options_are_refused_at_once(
 
 
 class RecordingDecoder(Decoder):
-    """Remembers what it was asked to read: positions, how many tokens each sees, how many are cached, rows."""
+    """Model that records its inputs: positions, visible tokens of each, cached tokens, rows."""
 
     def run(self, *arguments: Any) -> Any:
         _, positions, visible, past, rows, _ = arguments

@@ -57,7 +57,7 @@ def round_to_8_bits(model: PreTrainedModel) -> None:
 def test_int8_keys_are_the_same_bits_however_a_prompt_is_cut(
     cuts: tuple[int, ...], threads: int, tmp_path: Path
 ) -> None:
-    """So what a cache keeps of one pass is what another would have computed."""
+    """Cached keys and values of one pass are thus those that another pass would compute."""
     export_decoder(checkpoint("qwen3"), tmp_path, code_tokens=CODES, precision="int8")
     decoder = Decoder(tmp_path / MODEL_FILE, RuntimeOptions(intra_op_threads=threads))
     chain = RandomTree.grow(np.random.default_rng(5), VOCAB, prefix=40, nodes=0)
@@ -88,7 +88,7 @@ def test_int8_trees_of_a_batch_are_the_same_bits_as_alone(tmp_path: Path) -> Non
 
 
 def read(decoder: Decoder, tree: RandomTree, kv: KvArray, start: int, end: int) -> Outputs:
-    """A pass over these tokens, behind those before them; what it says of all of them."""
+    """Return the outputs of a pass over these tokens, behind those before them."""
     logits, normalizer = decoder.run(
         tree.tokens[start:end],
         tree.positions[start:end],

@@ -124,7 +124,7 @@ def test_the_state_of_another_recipe_is_not_resumed(tmp_path: Path, monkeypatch:
 
 
 class Impatient(Checkpoints):
-    """Wants to stop whenever it is asked."""
+    """Checkpoints that ask for a stop at every opportunity."""
 
     @property
     def stopping(self) -> bool:
@@ -167,7 +167,7 @@ def test_missing_data_folder_is_refused() -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A pretrained model's folder, with a tokenizer that knows a few words."""
+    """Folder of a pretrained model, with a tokenizer of a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "<s>", "items", ":", ",", "next"]
@@ -203,7 +203,7 @@ def test_a_pretrained_base_gets_code_tokens_and_a_prompt_in_words(base: Path, ca
 
 
 def test_a_base_trains_into_a_bundle(base: Path, tmp_path: Path) -> None:
-    """As runs/beauty-large.toml does it: half precision, several batches to a step."""
+    """The recipe trains like runs/beauty-large.toml: half precision, several batches to a step."""
     schedule = Schedule(epochs=1, batch_size=8, gradient_accumulation=2, mixed_precision="bf16")
     target = part_of(base).model_copy(update={"schedule": schedule})
     recipe = shorter(TINY).model_copy(update={"target": target, "draft": None})

@@ -78,7 +78,7 @@ async def test_unavailable_is_retried_but_not_for_records() -> None:
 
 
 async def test_the_deadline_travels_and_ends_the_call() -> None:
-    """The service sees how long it has, and the caller never waits longer."""
+    """The service gets the deadline, and the caller never waits longer."""
     service = FakeService(delay=5.0)
     async with connected(service, timeout_seconds=0.3) as client:
         with pytest.raises(RecommenderError, match="DEADLINE_EXCEEDED"):
@@ -117,7 +117,7 @@ def test_requests() -> None:
 
 @pytest.mark.parametrize("subject", [{}, {"user_id": "u", "history": ["a"]}])
 def test_a_request_has_one_subject(subject: Any) -> None:
-    """Neither or both would be refused by the service; it is a mistake in the calling program."""
+    """A user or a history is needed, and not both: anything else is a mistake in the calling program."""
     with pytest.raises(ValueError, match="either user_id or history"):
         recommend_request(**subject)
 

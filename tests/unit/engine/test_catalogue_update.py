@@ -1,4 +1,4 @@
-"""A updated_catalogue bundle: what a plain dictionary of items says, on the same model files."""
+"""Updated catalogues: the items of a plain dictionary, on the same model files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_updated_bundle_is_complete_and_shares_its_models(tmp_path: Path) -> Non
 
 
 def test_update_without_hard_links_copies_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from one disk to another."""
+    """Fail as from one disk to another."""
     old = placeholder_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0))
 
     def refuse(source: Path, _path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which items are served, and in which order those of one path stand."""
+"""Items that are served, and their order on one path."""
 
 from __future__ import annotations
 
