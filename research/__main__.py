@@ -217,13 +217,14 @@ def run_planner(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each setting, each with users of its own.")] = 3,
     settle: Annotated[
         int, typer.Option(min=0, max=MAX_USERS, help="Requests before these, from which planners learn.")
-    ] = 60,
-    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Requests that count, of each run.")] = 60,
+    ] = 40,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Requests that count, of each run.")] = 40,
+    workers: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Processes.")] = 1,
     json_file: JsonFile = None,
     report: PageFolder = None,
 ) -> None:
     """Compare planners by simulated lists, with recorded times of passes; exits with 1 if a list differs."""
-    config = study.StudyConfig(k or study.WIDTHS, seeds, settle, users)
+    config = study.StudyConfig(k or study.WIDTHS, seeds, settle, users, workers)
     with progress_bar() as bar:
         task = bar.add_task("planner", total=None)
         rows = study.run(config, benchmarks, lambda done, total: bar.update(task, completed=done, total=total))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
-from itertools import product
+from functools import lru_cache, partial
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,14 @@ class StudyConfig:
         seeds: runs of each setting, each with users and arrivals of its own.
         settle: requests before the counted ones: the candidates learn.
         users: counted requests of each run.
+        workers: processes; each makes the runs of one seed at a time.
     """
 
     widths: Sequence[int] = WIDTHS
     seeds: int = 3
-    settle: int = 60
-    users: int = 60
+    settle: int = 40
+    users: int = 40
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,24 +126,37 @@ def run(config: StudyConfig, benchmarks: Path, progress: Callable[[int, int], No
     Raises BenchmarkError when a file is missing, or when a list is not the target's own.
     """
     costs = {precision: Costs.recorded(benchmarks, precision) for precision in PRECISIONS}
-    settings = [Setting(*one) for one in product(PRECISIONS, config.widths, (False, True), Load)]
-    results: dict[Setting, list[Mapping[str, list[Served]]]] = {setting: [] for setting in settings}
-    done = 0
-    for seed in range(1, config.seeds + 1):
-        users = Users(seed)
-        for k in config.widths:
-            # What the draft proposes depends on the user and the size only, so all settings of a K share it.
-            plans: list[Plans] = [{} for _ in range(config.settle + config.users)]
-            for setting in settings:
-                if setting.k == k:
-                    served = _serve_all(setting, costs[setting.precision], users, seed, config, plans)
-                    results[setting].append(served)
-                    progress(done := done + 1, len(settings) * config.seeds)
-    return [row for setting, runs in results.items() for row in _rows(setting, runs)]
+    parts = [(config, costs, seed, k) for seed in range(1, config.seeds + 1) for k in config.widths]
+    runs: dict[Setting, list[Mapping[str, list[Served]]]] = {}
+    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(_run_part, *zip(*parts, strict=True)) if config.workers > 1 else starmap(_run_part, parts)
+        for done, part in enumerate(found, start=1):
+            for setting, lists in part.items():
+                runs.setdefault(setting, []).append(lists)
+            progress(done, len(parts))
+    settings = (Setting(*one) for one in product(PRECISIONS, config.widths, (False, True), Load))
+    return [row for setting in settings for row in _rows(setting, runs[setting])]
 
 
-def candidates(costs: Costs, users: Users, clock: Clock) -> Mapping[str, Candidate]:
-    """Return the candidates, each without anything learned."""
+def _run_part(
+    config: StudyConfig, costs: Mapping[str, Costs], seed: int, k: int
+) -> dict[Setting, Mapping[str, list[Served]]]:
+    """Return the lists of each candidate, in all settings of one K, for the users of one seed."""
+    users = _users(seed)
+    # What the draft proposes depends on the user and the size only, so all settings of a K share it.
+    plans: list[Plans] = [{} for _ in range(config.settle + config.users)]
+    settings = (Setting(*one) for one in product(PRECISIONS, [k], (False, True), Load))
+    return {one: _serve_all(one, costs[one.precision], users, seed, config, plans) for one in settings}
+
+
+@lru_cache(maxsize=1)
+def _users(seed: int) -> Users:
+    """Return the users of a seed; the parts of one follow each other."""
+    return Users(seed)
+
+
+def candidates(costs: Costs, users: Users, clock: Clock) -> Mapping[str, Callable[[], Candidate]]:
+    """Return the makers of the candidates. A candidate has nothing learned."""
     trie, model = users.trie, users.user(0).target
 
     def product_planner(kind: PlannerKind) -> Planner:
@@ -150,18 +167,20 @@ def candidates(costs: Costs, users: Users, clock: Clock) -> Mapping[str, Candida
     def prefetch() -> AdaptivePrefetch:
         return AdaptivePrefetch(model, costs.target)
 
-    means, simplest = DiscountedPlanner(trie, SIZES, clock), DiscountedPlanner(trie, SIZES, clock)
-    either = DiscountedPlanner(trie, (0.0, PlanLimits().nodes_per_beam), clock)
-    discounted = DiscountedPrefetcher(trie, RULE, MAX_NODES, clock)
+    def discounted(sizes: Sequence[float] = SIZES) -> DiscountedPlanner:
+        return DiscountedPlanner(trie, sizes, clock)
+
     return {
-        ADAPTIVE: Candidate(product_planner(PlannerKind.ADAPTIVE), prefetch()),
-        ALONE: Candidate(None, NoPrefetch()),
-        "prefetch, no draft": Candidate(None, prefetch()),
-        "fixed size": Candidate(product_planner(PlannerKind.FIXED), prefetch()),
-        FIXED_OR_NONE: Candidate(either, prefetch()),
-        "discounted means": Candidate(means, prefetch()),
-        "discounted means, prefetch too": Candidate(simplest, discounted),
-        "adaptive, drafts at any load": Candidate(DraftsAtAnyLoad(trie, costs), prefetch()),
+        ADAPTIVE: lambda: Candidate(product_planner(PlannerKind.ADAPTIVE), prefetch()),
+        ALONE: lambda: Candidate(None, NoPrefetch()),
+        "prefetch, no draft": lambda: Candidate(None, prefetch()),
+        "fixed size": lambda: Candidate(product_planner(PlannerKind.FIXED), prefetch()),
+        FIXED_OR_NONE: lambda: Candidate(discounted((0.0, PlanLimits().nodes_per_beam)), prefetch()),
+        "discounted means": lambda: Candidate(discounted(), prefetch()),
+        "discounted means, prefetch too": lambda: Candidate(
+            discounted(), DiscountedPrefetcher(trie, RULE, MAX_NODES, clock)
+        ),
+        "adaptive, drafts at any load": lambda: Candidate(DraftsAtAnyLoad(trie, costs), prefetch()),
     }
 
 
@@ -189,7 +208,7 @@ def _serve_all(
     for name in candidates(costs, users, Clock()):
         clock = Clock()
         machine = Machine(costs, clock, is_warm=setting.is_warm)
-        candidate = candidates(costs, users, clock)[name]
+        candidate = candidates(costs, users, clock)[name]()
         served: dict[int, Served] = {}
         for request in range(number):
             coroutine = serve(

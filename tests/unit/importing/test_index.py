@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_a_table_of_items_and_numbers(tmp_path: Path) -> None:
     table = pyarrow.table({"pid": [7, 0, 30], "sid": [[12, 3, 8191], [2, 3, 0], [12, 3, 8191]]})
     parquet.write_table(table, tmp_path / "pid2sid.parquet")
     assert named(read_index(tmp_path / "pid2sid.parquet", LAYOUT)) == PATHS
+
+
+def test_a_table_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refusal(lambda path: read_index(path, LAYOUT), tmp_path / "i.parquet", "")
+    assert "pyarrow is not installed (extra parquet)" in message
 
 
 @pytest.mark.parametrize(
