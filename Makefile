@@ -6,6 +6,7 @@
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
+#   make planner-ablation  today's planner beside simpler rules, by simulation; three minutes on one core
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
@@ -148,6 +149,13 @@ speed-load:
 
 speed-scaling:
 	$(bench) --bundle $(INFLATED)/bundle $(SPEED_ITEMS:%=--items %) --threads $(THREADS)
+
+# No time is measured, so the machine may do other work. More seeds: shorter intervals, and a minute each.
+PLANNER_SEEDS ?= 3
+
+.PHONY: planner-ablation
+planner-ablation: $(DEV)/.installed
+	$(BIN)/python -m research planner --seeds $(PLANNER_SEEDS) --json $(SPEED_OUT)/planner.json --report $(SPEED_OUT)
 
 .PHONY: beauty-data
 beauty-data:

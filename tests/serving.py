@@ -1,4 +1,4 @@
-"""What the tests of running services share: the random bundle, clients, and lists that can be compared.
+"""Parts of all tests of running services: the random bundle, clients, and lists that can be compared.
 
 The clients are gRPC's blocking ones: a test reads from top to bottom, and `submit` runs several calls at once.
 """
@@ -74,7 +74,7 @@ class Link:
 
 
 class Client:
-    """Calls of an orchestrator. What is not said otherwise has time enough for any machine."""
+    """Calls of an orchestrator. Without other arguments they have time enough for any machine."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, str | int]] = ()) -> None:
         self.address = address
@@ -306,7 +306,7 @@ class FakeDraft:
         return self.answer(request, context)
 
     def was_asked(self) -> bool:
-        """Whether a call came since the last time this was asked. Forgets all of them."""
+        """Return true if a call came since the last question, and count from now on."""
         count = 0
         while self.asked.acquire(blocking=False):
             count += 1

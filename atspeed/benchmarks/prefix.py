@@ -28,7 +28,7 @@ from atspeed.benchmarks.results import Columns, Result
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Bundle, Role
 from atspeed.engine.bundle.prompts import prompts_of
-from atspeed.engine.kv.fetch_cost import FetchPolicy
+from atspeed.engine.kv.fetch_policy import FetchPolicy
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
@@ -163,7 +163,7 @@ class PrefixMeter:
         self._layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=step)
         timeout = _REDIS_TIMEOUT_SECONDS
         self._store = RedisKvStore(redis, self._layout, _TTL_SECONDS, timeout, write_timeout_seconds=timeout)
-        self._fetch_policy = FetchPolicy(self._layout.bytes_per_token)
+        self._fetch_policy = FetchPolicy()
         self._nodes = self._catalogue.trie.readable()
 
     async def warm_up(self) -> CostCurve:

@@ -179,7 +179,7 @@ def _of_parquet(path: Path, layout: PromptLayout) -> Index:
     try:
         import pyarrow.parquet  # only this format needs the package
     except ImportError:
-        raise ImportingError(f"{path}: pyarrow is not installed, and reads .parquet files") from None
+        raise ImportingError(f"{path}: pyarrow is not installed (extra parquet), and reads .parquet files") from None
     try:
         table = pyarrow.parquet.read_table(path, columns=["pid", "sid"])
         ids, sids = [str(item) for item in table.column("pid").to_pylist()], table.column("sid").combine_chunks()

@@ -144,7 +144,7 @@ def test_each_service_listens_where_its_health_check_and_its_peers_look(ours: di
 
 @pytest.fixture(scope="module")
 def watching() -> dict[str, Service]:
-    """What the profile adds."""
+    """Return the services that the profile adds."""
     added = compose("--profile", "cpu", "--profile", "observability")["services"]
     return {name: service for name, service in added.items() if name not in compose()["services"]}
 

@@ -104,7 +104,7 @@ def test_wheel_top_level_names_are_the_four_packages(unpacked: Path) -> None:
 
 
 def test_wheel_holds_every_module_of_its_packages_and_nothing_else(unpacked: Path) -> None:
-    """Neither tests nor studies are in it, and every generated stub and the marker of typed packages are."""
+    """The wheel holds no test and no study, but every generated stub and the marker of typed packages."""
 
     def files(root: Path) -> set[str]:
         found = {path.relative_to(root) for package in PACKAGES for path in (root / package).rglob("*")}

@@ -20,7 +20,7 @@ from atspeed_client.v1 import recommendation_pb2 as pb
 
 @pytest.mark.skipif(not BUNDLE.is_dir(), reason="the shipped bundle is not trained yet")
 def test_the_demo_holds_on_the_shipped_bundle() -> None:
-    """Real data, real processes: every check holds, and it says what it shows."""
+    """With real data and real processes every check holds, and the output names each of them."""
     done = subprocess.run(
         [sys.executable, "-m", "atspeed.cli.demo"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

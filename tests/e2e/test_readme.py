@@ -1,4 +1,4 @@
-"""What the README shows of the service works as it stands there, on the shipped bundle."""
+"""Commands of the README, run as they are written there on the shipped bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever does not speak TLS as it should gets nowhere, and certificates change under load without an error."""
+"""Connections without valid TLS are refused, and certificates change under load without an error."""
 
 from __future__ import annotations
 

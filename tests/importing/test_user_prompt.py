@@ -115,7 +115,7 @@ def made_tokens(made: MadeCheckpoint, item: str) -> Any:
 
 
 def test_the_loaded_tokenizer_is_that_of_its_file(tmp_path: Path) -> None:
-    """transformers 5 builds a Qwen2 tokenizer anew, with other words; the file says how the model was trained."""
+    """transformers 5 builds a Qwen2 tokenizer anew, with other words. The file decides how the model was trained."""
     made = make_checkpoint(tmp_path, random_paths(10, 5), architecture="qwen2", tokenizer="unigram")
     loaded = Source(made.folder).tokenizer()
     text = "### Response:\n<a_1> items, and so on"

@@ -167,7 +167,7 @@ def test_a_refused_event_is_not_stored_in_part(client: Client, field: str, metho
 def test_without_redis_histories_come_with_the_request(
     without_redis: Client, client: Client, catalogue: Catalogue
 ) -> None:
-    """What needs a stored history says so; an inline one is served as ever."""
+    """Calls that need a stored history are refused with the reason; inline histories are served."""
     history = random_history(catalogue, 5, seed=6)
     with refused(grpc.StatusCode.UNIMPLEMENTED, "user_id"):
         without_redis.recommend(user_id="user")

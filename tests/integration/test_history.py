@@ -129,7 +129,7 @@ async def test_more_items_than_one_lua_call_takes(redis_client: Redis) -> None:
 async def test_deployments_with_two_limits_cut_nothing_that_either_shows(
     redis_client: Redis, own: tuple[int, int], others: tuple[int, int]
 ) -> None:
-    """Whoever stores, each has its own newest, from a multiple of its step on, as if it were alone."""
+    """Each writer keeps its own newest items, from a multiple of its step on, as if it were alone."""
     stores = [HistoryStore(redis_client, most, trim_step=step) for most, step in (own, others)]
     await stores[1].publish_limit()
     events: list[str] = []
@@ -170,7 +170,7 @@ async def test_a_smaller_limit_is_warned_of_once(redis_client: Redis) -> None:
 
 
 async def test_tenants_share_no_user(histories: HistoryStore, redis_client: Redis) -> None:
-    """Whatever their names hold; no two pairs of tenant and user are the same key."""
+    """Keys differ for any names: no two pairs of tenant and user have the same key."""
     pairs = [(t, u) for t in ("", "a", "a:b", "a%3Ab", ":", "%3A", "é") for u in ("", "u", "b:u", ":u", "a:u", "::")]
     for number, (tenant, user) in enumerate(pairs):
         assert await append(histories, user, [str(number)], tenant=tenant) == 1

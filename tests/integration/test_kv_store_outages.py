@@ -42,7 +42,7 @@ class Speaker(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def speaking(text: bytes) -> AsyncIterator[str]:
-    """The URL of something on a port that says `text`."""
+    """Return the URL of a port that answers with `text`."""
     speakers: list[Speaker] = []
 
     def answer() -> Speaker:

@@ -29,7 +29,7 @@ def planning(shared_stack: LocalStack, log_folder: Path) -> Iterator[Client]:
 
 
 def test_plans_are_decided_by_what_passes_cost(planning: Client, catalogue: Catalogue) -> None:
-    """Whatever this machine makes of it: once the curves are known, every reply says what was expected and predicted."""
+    """On any machine: once the curves are known, every reply has its expected and predicted times."""
     history = random_history(catalogue, 6, 1)
     until(lambda: planning.recommend(history).statistics.target_predicted_ms > 0)
     for seed in range(30):

@@ -200,7 +200,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("text", REFUSALS)
     async def test_refusal_on_every_connection_is_raised(self, text: str) -> None:
-        """And each connection that said it is closed."""
+        """Each connection with such a reply is closed."""
         asked = 0
 
         async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

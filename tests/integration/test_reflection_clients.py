@@ -28,7 +28,7 @@ def history(catalogue: Catalogue) -> list[str]:
 
 @pytest.fixture(scope="module")
 def node_modules() -> Path:
-    """Where grpc-js is installed."""
+    """Return the folder in which grpc-js is installed."""
     return fetched.node_modules()
 
 

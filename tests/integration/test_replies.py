@@ -1,4 +1,4 @@
-"""What a reply says: the list of each mode, its items, what exclusions leave of them, and what it took."""
+"""Replies of each mode: the list, its items, the effect of exclusions, and statistics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TestModes:
     def test_tolerance_reports_the_slack_that_it_used(
         self, client: Client, catalogue: Catalogue, tolerance: float
     ) -> None:
-        """A list that differs from the strict one says by how much a beam gave way, and never by more than allowed."""
+        """A list that differs from the strict one has the largest slack of its beams, never more than allowed."""
         for seed in range(5):
             history = random_history(catalogue, 6, seed)
             reply = client.recommend(history, k=10, beam_width=10, mode=pb.MODE_TOLERANCE, tolerance=tolerance)
@@ -203,7 +203,7 @@ class TestCandidates:
         assert (nothing.unknown_allowed_items, list(nothing.items)) == (1, [])
 
     def test_exclusion_changes_no_score(self, client: Client, history: list[str]) -> None:
-        """What is left keeps its order and its scores: nothing is renormalised."""
+        """The remaining items keep their order and their scores: nothing is renormalised."""
         before = client.recommend(history, k=20, beam_width=100)
         out = ids(before)[:3]
         after = client.recommend(history, k=17, beam_width=100, excluded_item_ids=out)
@@ -304,7 +304,7 @@ class TestStatistics:
         assert_same_list(second, first)
 
     def test_one_more_item_is_all_that_is_computed(self, client: Client, catalogue: Catalogue) -> None:
-        """And what follows the last item: this bundle's prompts begin with one token and end with another."""
+        """Besides the item its suffix is computed: this bundle's prompts begin with one token and end with another."""
         history = random_history(catalogue, WINDOW, seed=1004)
         client.recommend(history[:-1])
         longer = client.recommend(history).statistics

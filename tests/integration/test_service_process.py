@@ -1,4 +1,4 @@
-"""A service as a process: what it says where it listens, how signals end it, and why it does not start."""
+"""A service as a process: it prints its addresses, ends at signals, and names the reason if it does not start."""
 
 from __future__ import annotations
 

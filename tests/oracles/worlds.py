@@ -45,7 +45,7 @@ def run_now(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def run_steps(steps: PassProgram[Found], evaluate: Callable[[Int64], Evaluation]) -> Found:
-    """Where a TreeEvaluator's steps lead, with every pass looked up."""
+    """Return the result of a TreeEvaluator's steps, with every pass looked up."""
     try:
         nodes = next(steps)
         while True:

@@ -150,7 +150,7 @@ def test_the_teacher_reads_the_prompts_that_the_target_is_served(
 
 
 class Impatient(Checkpoints):
-    """Wants to stop whenever it is asked."""
+    """Checkpoints that ask for a stop at every opportunity."""
 
     @property
     def stopping(self) -> bool:

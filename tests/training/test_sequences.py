@@ -1,4 +1,4 @@
-"""What is trained on is what serving asks: prompts, labels and windows."""
+"""Training sequences are those that serving asks: prompts, labels and windows."""
 
 from typing import Any
 

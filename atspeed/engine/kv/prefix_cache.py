@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from atspeed.engine.arrays import KvArray
-from atspeed.engine.kv.fetch_cost import FetchPolicy, RecomputeNs
+from atspeed.engine.kv.fetch_policy import FetchPolicy, RecomputeNs
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, MemoryKvCache, shared_prefix_length, user_key_of
 from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.kv.tier import KvTier
@@ -70,7 +70,7 @@ class PrefixCache:
         self._memory = memory
         self.tiers = tuple(tiers)
         self.pages = pages
-        self.fetch_policies = {tier.name: FetchPolicy(layout.bytes_per_token) for tier in tiers}
+        self.fetch_policies = {tier.name: FetchPolicy() for tier in tiers}
         self.fetch_policies |= fetch_policies or {}
         self._max_pending_writes = max_pending_writes
         self._clock = clock

@@ -1,4 +1,4 @@
-"""What a request gets does not depend on whom it shares its passes with; and what it holds is free when it ends."""
+"""Results of a request do not depend on the requests of the same passes, and its memory is free when it ends."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def assert_same(models: Models, found: dict[int, Children], expected: dict[int, 
 
 @dataclass
 class Alone:
-    """What one-at-a-time evaluation says of all nodes of a prompt's tree, level by level."""
+    """Return the evaluation of all nodes of a prompt's tree, one at a time and level by level."""
 
     models: Models
     known: dict[tuple[int, int], dict[int, Children]] = field(default_factory=dict)
@@ -326,7 +326,7 @@ async def test_session_grows_while_new_ones_are_refused(models: Models, alone: A
 
 @pytest.mark.parametrize("broken", ["run", "finish"])
 async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, alone: Alone, broken: str) -> None:
-    """Of the model in a batch: all are run one by one. Of what follows for one of them: that one fails."""
+    """After a failure of the model in a batch all requests run one by one. After a later one only that request fails."""
     async with opened(models.evaluator("target", limits=co_batched(3))) as evaluator:
         trees = [await evaluator.open(models.prompt(items, seed=1)) for items in (4, 5, 6)]
         memory, finish = evaluator.open_kv, evaluator._finish
@@ -362,7 +362,7 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
 
 @of_buffers
 async def test_released_buffer_is_used_by_the_next_session(models: Models, alone: Alone) -> None:
-    """And what it held before shows in no answer, on a shorter prompt or a longer one."""
+    """Earlier content of the buffer changes no answer, on a shorter prompt or a longer one."""
     async with opened(models.evaluator("target")) as evaluator:
         for items in (5, 8, 2):
             tree = await evaluator.open(models.prompt(items, seed=1))

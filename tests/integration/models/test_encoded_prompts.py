@@ -141,7 +141,7 @@ async def test_tenants_share_nothing(models: Models) -> None:
 
 
 async def test_rows_that_are_not_finite_fail_their_request_alone(models: Models) -> None:
-    """And no cache keeps them."""
+    """No cache keeps such rows."""
     bad, good = models.prompt(5, seed=1), models.prompt(5, seed=2)
     limits = BatchLimits(requests=2, tokens=100_000, delay_seconds=3600, padding=1e9)
     async with opened(models) as cold:

@@ -94,7 +94,7 @@ def until_set(event: threading.Event) -> None:
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 async def test_program_runs_while_the_event_loop_is_blocked(models: Models, levels: int) -> None:
-    """And finds bit for bit what one call after the other does, for the same work."""
+    """The results are bit for bit those of one call after the other, for the same work."""
     async with opened(models) as evaluator:
         last_begun = threading.Event()
         tree = await evaluator.open(models.prompt(5, seed=1))

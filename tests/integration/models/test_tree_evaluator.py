@@ -283,7 +283,7 @@ async def test_a_place_after_the_end_of_a_path_is_refused(models: Models) -> Non
 
 
 async def test_prompts_that_the_model_cannot_read_are_refused(models: Models) -> None:
-    """And the longest one that it can read leaves room for a whole path."""
+    """The longest prompt that it can read leaves room for a whole path."""
     entry = models.bundle.bundle.manifest.target
     longest = entry.max_positions - (models.naive.levels - 1)
     async with opened(models) as evaluator:

@@ -268,7 +268,7 @@ OPTIONS = list(inspect.signature(RecommendRequest).parameters)
 
 @given(st.dictionaries(st.sampled_from(OPTIONS), anything, max_size=4))
 def test_request_of_arbitrary_options_is_complete_or_refused(options: dict[str, Any]) -> None:
-    """A request that is made says of each option what was given; there is no third way."""
+    """Each option of a request is either given or has its default."""
     made, mistake = outcome(options)
     if made is None:
         assert mistake.partition("[")[0] in {*options, "user_id"}

@@ -46,7 +46,7 @@ def test_equal_passes_share_a_batch_up_to_the_limits(count: int, size: PassSize,
 def test_pass_behind_n_others_runs_within_n_plus_one_batches(
     first: list[PassSize], later: list[list[PassSize]], limits: BatchLimits
 ) -> None:
-    """Whatever arrives between the batches: the one that found n others waiting is in the (n+1)-th batch, if not before."""
+    """With any arrivals between batches, the request that found n others waiting is in batch n + 1 at the latest."""
     queue = list(enumerate(first))
     for batches, arrivals in enumerate(later, start=1):
         for index in reversed(next_batch([size for _, size in queue], limits) if queue else []):
@@ -174,7 +174,7 @@ async def test_next_pass_of_an_older_request_comes_first() -> None:
 
 
 async def test_request_cancelled_between_passes_has_no_next_pass() -> None:
-    """Neither while a pass of its own runs nor while it waits for the next; its ticket is done when nothing runs for it."""
+    """The ticket is open while a pass runs and while the request waits for the next; it is done when nothing runs for it."""
     gate = Gate(runs=1, waits=1)
     batcher = Batcher(gate, BatchLimits(requests=1))
     runs, waits = (batcher.put(work, SMALL) for work in ("runs", "waits"))

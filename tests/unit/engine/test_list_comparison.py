@@ -1,4 +1,4 @@
-"""Which lists count as the same."""
+"""Lists that count as the same."""
 
 from __future__ import annotations
 

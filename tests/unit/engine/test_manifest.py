@@ -1,4 +1,4 @@
-"""A bundle's manifest and files: errors name the file and the field, and `verify` notices every change."""
+"""Manifest and files of a bundle: errors name the file and the field, and `verify` finds every change."""
 
 from __future__ import annotations
 

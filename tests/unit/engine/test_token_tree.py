@@ -1,4 +1,4 @@
-"""The layout of a pass: every token sees its prompt and its own prefix, at the position where a sequence has it."""
+"""Layout of a pass: every token attends to its prompt and its own prefix, at its position in a sequence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def closed(naive: NaiveTrie, nodes: list[int]) -> list[int]:
 
 @given(naive_tries(levels=(2, 3, 4)), st.integers(0, len(PROMPT) - 1), st.data())
 def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached: int, data: st.DataObject) -> None:
-    """What a row sees, ordered by position, is prompt and path as one sequence: from scratch, on a cache, in two passes."""
+    """The visible tokens of a row, by position, are prompt and path as one sequence: from scratch, on a cache, in two passes."""
     trie, inner = build(naive).trie, naive.inner()
     column_tokens = np.arange(trie.columns) + 1000
     tree = empty_tree(PROMPT)

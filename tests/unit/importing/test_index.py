@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import Index, check_lengths, read_index
 from atspeed.importing.layouts import LAYOUTS
+from tests.unit.importing.refusals import refusal
 
 LAYOUT = LAYOUTS["openonerec"]
 PATHS = {
@@ -113,6 +115,12 @@ def test_another_tensor_is_refused(name: str, table: Any, message: str, tmp_path
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refusal(lambda path: read_index(path, LAYOUT), tmp_path / "i.parquet", "")
+    assert "pyarrow is not installed (extra parquet)" in message
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -136,11 +144,7 @@ def test_another_tensor_is_refused(name: str, table: Any, message: str, tmp_path
     ],
 )
 def test_a_mistake_names_the_file_and_the_item(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ImportingError) as caught:
-        read_index(tmp_path / name, LAYOUT)
-    assert message in str(caught.value)
-    assert name in str(caught.value)
+    assert message in refusal(lambda path: read_index(path, LAYOUT), tmp_path / name, content)
 
 
 def test_numbers_need_names(tmp_path: Path) -> None:

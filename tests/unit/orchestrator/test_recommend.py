@@ -231,7 +231,7 @@ def items_of(made: Recommendation) -> Listed:
 
 
 def expected(made: Tailed, leaves: Sequence[tuple[Path, float]], params: RecommendParams, limit: int | None) -> Listed:
-    """The items of the leaves: by rank, without what the request refuses, and of each path as many as the limit says."""
+    """Items of the leaves, by rank: without those that the request refuses, and at most the limit of each path."""
     most, found = params.items_per_path or limit, Listed()
     for path, score in leaves:
         every = made.items_of(path)

@@ -113,7 +113,7 @@ async def test_refusal_has_both_retry_hints() -> None:
 
 
 async def test_call_that_would_miss_its_deadline_is_refused_on_arrival() -> None:
-    """As soon as the durations of late are known; a request that has time waits."""
+    """The rule begins when recent durations are known; a request that has time waits."""
     admission = Admission(1, 10)
     async with admission.slot(INTERACTIVE, 0.001):
         pass  # a free place is given to everybody: what it takes is known only by trying
