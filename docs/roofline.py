@@ -129,9 +129,7 @@ def _lists() -> Iterator[str]:
     strict = [row for row in measured if row["mode"] == "strict" and row["budget"] in PLANS]
     for name in KERNELS:
         for k in (5, 10, 20):
-            plans = [
-                Lists(name, k, PLANS[row["budget"]], row["target_passes_mean"]) for row in strict if row["k"] == k
-            ]
+            plans = [Lists(name, k, PLANS[row["budget"]], row["target_passes_mean"]) for row in strict if row["k"] == k]
             best = min(plans, key=lambda found: found.strict)
             yield (
                 f"| {name}, {k} | {best.plan} | {best.passes:.2f} | {1e3 * best.plain:.1f} | {1e3 * best.strict:.1f} "
