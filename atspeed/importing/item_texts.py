@@ -1,4 +1,4 @@
-"""Reads the texts of items from a user's prompts: titles and other fields, with the codes if they hold them.
+"""Reads the texts of items from rendered prompts: titles and other fields.
 
 A tokenizer may merge the end of a title with the text behind it. So texts are not tokenised alone: each item is rendered in a
 prompt of its own and in one before another item. All that these prompts have in common is prefix, separator and suffix.

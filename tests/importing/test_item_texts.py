@@ -111,7 +111,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def read(made: MadeCheckpoint, layout: PromptLayout, items: str | None = "items.jsonl") -> ReadFiles:
     """Read the files of a checkpoint as an import does."""
-    files = ImportFiles(Source(made.folder), made.index, made.histories, items and made.folder.parent / items)
+    files = ImportFiles(Source(made.folder), made.index, made.histories, made.folder.parent / items if items else None)
     return read_files(files, ImportChoices("made", layout, "test"))
 
 
@@ -119,7 +119,8 @@ def served(found: ReadFiles, history: Sequence[str]) -> list[int]:
     """The prompt that a bundle serves, from the catalogue, the template and the texts alone."""
     tokens = np.asarray(found.spelling.code_tokens)
     prompts = Prompts(found.spelling.prompt, found.catalogue, tokens, found.texts)
-    return prompts.tokens(found.catalogue.find(history)).tolist()
+    rendered: list[int] = prompts.tokens(found.catalogue.find(history)).tolist()
+    return rendered
 
 
 @pytest.mark.parametrize("made", ["bpe", "unigram"], indirect=True)

@@ -70,7 +70,7 @@ def test_every_prompt_is_the_authors(
     made = make_checkpoint(tmp_path, paths, tokenizer=tokenizer, users=1, max_position_embeddings=16384)
     compared = 0
     for split in ("valid", "test"):
-        own, form = USERS_OWN.get(layout, (None, LAYOUTS.get(layout)))
+        own, form = USERS_OWN[layout] if layout in USERS_OWN else (None, LAYOUTS[layout])
         files = ImportFiles(
             Source(made.folder), made.index, folder / f"{split}.jsonl", folder / "items.jsonl" if own else None
         )

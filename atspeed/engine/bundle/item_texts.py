@@ -1,4 +1,4 @@
-"""Texts of items in prompts, as token ids: titles and what else stands with the codes.
+"""Texts of items in prompts, as token ids: titles and other fields.
 
 A tokenizer may merge the end of a text with what follows it. So an item has two texts: one before another item, and one at the
 end of a history.
