@@ -86,7 +86,8 @@ class Learner:
             trainable_token_indices=list(range(self.first, base.config.vocab_size)),
         )
         self.model: Any = get_peft_model(base, config)
-        self._layers: Any = self.model.get_base_model().model
+        inner: Any = self.model.get_base_model()
+        self._layers = inner.model
         self._rows: torch.nn.Parameter = self._layers.embed_tokens.token_adapter.trainable_tokens_delta["default"]
         self.parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
 
@@ -121,8 +122,8 @@ class Learner:
 def grown_base(base: Path, out: Path) -> tuple[Any, Any, int]:
     """Return the base with one token per code, its tokenizer and the number of new tokens. Writes both to OUT/base.
 
-    Tokens are added as MiniOneRec's authors add them: sorted by name, not special. A new row is not random: it is the mean of the
-    words in the titles of the code's items, as far from the mean of all titles as a word is.
+    Tokens are added as MiniOneRec's authors add them: sorted by name, not special. A new row is not random: it is the row of
+    the level's letter, plus what the titles of the code's items have more of than all titles, as long as that of a word.
     """
     index: dict[str, list[str]] = json.loads((out / "Office.index.json").read_text(encoding="utf-8"))
     titles: dict[str, str] = json.loads((out / "titles.json").read_text(encoding="utf-8"))
@@ -141,7 +142,8 @@ def grown_base(base: Path, out: Path) -> tuple[Any, Any, int]:
         centre, distance = used.mean(0), (used - used.mean(0)).norm(dim=1).mean()
         for code, spelled in words.items():
             direction = table[torch.tensor(spelled)].mean(0) - centre
-            table[tokenizer.convert_tokens_to_ids(code)] = centre + direction * (distance / direction.norm())
+            letter = table[tokenizer(f" {code[1].upper()}")["input_ids"][-1]]
+            table[tokenizer.convert_tokens_to_ids(code)] = letter + direction * (distance / direction.norm())
     if not (out / "base" / "tokenizer.json").exists():
         model.save_pretrained(out / "base")
         tokenizer.save_pretrained(out / "base")
@@ -248,11 +250,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--held", type=int, default=100, help="histories that choose the epoch, and teach nothing")
+    parser.add_argument("--held", type=int, default=100, help="histories that choose the epoch; a tenth at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--save-steps", type=int, default=50)
@@ -270,7 +272,8 @@ def main() -> None:
     lines = (options.out / "histories.jsonl").read_text(encoding="utf-8").splitlines()
     histories = [[codes[item] for item in json.loads(line)["items"]] for line in lines]
     random.Random(options.seed).shuffle(histories)
-    held, train = histories[: options.held], histories[options.held :]
+    count = min(options.held, len(histories) // 10)
+    held, train = histories[:count], histories[count:]
     run = Run(
         Learner(base, new_tokens, options.rank),
         train=[example for history in train for example in windows(prefix, history)],
