@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def made_base(folder: Path) -> None:
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(vocab_size=280, special_tokens=["<|im_end|>"], initial_alphabet=ByteLevel.alphabet())
     bpe.train_from_iterator(["Item number", "Bought in this order"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    wrapped: Any = PreTrainedTokenizerFast
+    tokenizer = wrapped(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
