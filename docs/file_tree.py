@@ -34,7 +34,7 @@ PURPOSES = {
     "atspeed/": "what the services share, training, command line",
     "research/": "finished studies, outside of the product",
     "runs": "training recipes",
-    "examples": "a checkpoint in MiniOneRec's format: trained, imported, distilled, served",
+    "examples": "two checkpoints: trained, imported, distilled, served, compared",
     "bundles": "movielens-100k, the trained bundle that the demo serves",
     "deploy": "Dockerfile, GPU set-up and pins, Envoy, Kubernetes, Prometheus, Grafana",
     "docs": "architecture, decisions, method, operations, settings, log",

@@ -128,6 +128,20 @@ def test_a_finished_run_is_not_repeated(made: TestBundle, done: Path, monkeypatc
     assert run(made, done) == done / "out"
 
 
+def test_a_bundle_of_the_checkpoint_in_int8_gets_the_same_draft(
+    done: Path, made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run folder of the float32 bundle nothing is trained again."""
+    int8 = write_bundle(tmp_path / "int8", CATALOGUE, rule=made.bundle.manifest.scoring_rule, seed=3, precision="int8")
+    monkeypatch.setattr(Teacher, "shard", lambda *_: pytest.fail("asked again"))
+    run_folder = shutil.copytree(done / "run", tmp_path / "run")
+    out = distill(given(int8), HISTORIES, a_recipe(), tmp_path / "out", run_folder, source="h", threads=1)
+    one, other = Bundle(done / "out").manifest, Bundle(out).manifest
+    assert other.target == int8.bundle.manifest.target
+    assert other.target.precision == "int8"
+    assert other.draft == one.draft
+
+
 def test_the_teacher_reads_the_prompts_that_the_target_is_served(
     made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
