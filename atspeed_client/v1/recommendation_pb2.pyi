@@ -1188,8 +1188,9 @@ class GetServiceInfoResponse(_message.Message):
     catalogue_paths: _builtins.int
     """Distinct code paths of the catalogue. Fewer than its items if some items share a path."""
     shortest_path: _builtins.int
-    """Codes of the shortest path and of the longest one, without tail tokens. They differ if paths have unequal lengths."""
+    """Codes of the shortest path, without tail tokens. Fewer than `longest_path` if paths have unequal lengths."""
     longest_path: _builtins.int
+    """Codes of the longest path, without tail tokens."""
     scores_tail: _builtins.bool
     """True if tokens behind the codes of a path count in its score."""
     items_per_path: _builtins.int
