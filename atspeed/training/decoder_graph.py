@@ -2,7 +2,9 @@
 
 No tracer is involved, so every operator of the file is one written here. A batch row is one token tree: `new` tokens after
 `past` cached ones. Keys and values are token-major, so a prefix of a cache is one contiguous slice; keys are stored after
-the rotary embedding. T is float16 for precision "float16", else float32.
+the rotary embedding. T is float16 for precision "float16", else float32. This is the form for one batch row after the other;
+a graph of ordered sums (atspeed/training/ordered_attention.py) has keys and values [past, batch, ...], and a `node_bias`
+[batch, 1, new, last] for the last keys where prompts are long.
 
 | input                        | type  | axes                            |                                                |
 |------------------------------|-------|---------------------------------|------------------------------------------------|
@@ -34,7 +36,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.decoder import TensorSpec, graph_inputs, graph_outputs, kv_names
+from atspeed.engine.model.decoder import ORDERED, GraphForm, TensorSpec, graph_inputs, graph_outputs, kv_names
 
 Module = Any  # torch types a submodule as Tensor | Module, which fits neither
 
@@ -77,7 +79,7 @@ class DecoderShape:
 
 
 class GraphBuilder:
-    """Collects nodes and initializers: small integers in the graph itself, weights in the data file."""
+    """Collects nodes and initializers: small numbers in the graph itself, weights in the data file."""
 
     def __init__(self, data: BinaryIO, data_file: str = DATA_FILE) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -106,6 +108,12 @@ class GraphBuilder:
         self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
         return name
 
+    def floats(self, *values: float) -> str:
+        """Add a float32 vector."""
+        name = f"floats_{len(self.initializers)}"
+        self.initializers.append(helper.make_tensor(name, TensorProto.FLOAT, [len(values)], values))
+        return name
+
     def tensor(self, tensor: Tensor) -> str:
         """Append a weight to the data file, in its own dtype."""
         array = tensor.detach().cpu().contiguous().numpy()
@@ -121,14 +129,17 @@ class GraphBuilder:
         return name
 
     def finished(
-        self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+        self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], *, ordered: bool = False
     ) -> onnx.ModelProto:
-        """Return the graph as a model with these inputs and outputs."""
+        """Return the graph as a model with these inputs and outputs. ordered: whether its sums have one order."""
         fed, fetched = ([_value_info(*one) for one in specs.items()] for specs in (inputs, outputs))
         graph = helper.make_graph(self.nodes, name, fed, fetched, self.initializers)
         domains = sorted({"", *(node.domain for node in self.nodes)})
         opsets = [helper.make_opsetid(domain, 1 if domain else _OPSET) for domain in domains]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
+        if ordered:
+            helper.set_model_props(model, {ORDERED: "true"})
+        return model
 
 
 class Arithmetic(Protocol):
@@ -136,10 +147,16 @@ class Arithmetic(Protocol):
 
     Attributes:
         dtype: T, the type of hidden states and of the cache.
+        form: the form of the graph.
+        ordered: true if its sums have one order, whatever else is in a pass.
     """
 
     @property
     def dtype(self) -> torch.dtype: ...  # noqa: D102 - see the class
+    @property
+    def form(self) -> GraphForm: ...  # noqa: D102
+    @property
+    def ordered(self) -> bool: ...  # noqa: D102
 
     def embed(self, embedding: Module, tokens: str) -> str:
         """Look up the tokens' rows of the embedding, T [tokens, hidden]."""
@@ -152,8 +169,8 @@ class Arithmetic(Protocol):
 
         Args:
             query: [batch, new, heads * head_dim].
-            key: [batch, past+new, kv_heads, head_dim].
-            value: [batch, past+new, kv_heads, head_dim].
+            key: [batch, past+new, kv_heads, head_dim], or keys first.
+            value: as `key`.
         """
 
     def logits(self, head: Module, normed: str) -> str:
@@ -162,6 +179,9 @@ class Arithmetic(Protocol):
 
 class FloatArithmetic:
     """Products in float32 or float16."""
+
+    form = GraphForm()
+    ordered = False
 
     def __init__(self, graph: GraphBuilder, shape: DecoderShape, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
@@ -262,11 +282,22 @@ class DecoderGraph(GraphBuilder):
             )
         )
         key, value = (
-            self.op("Concat", past, self.of_trees(part, shape.kv_heads, shape.head_dim, name=new), axis=1)
-            for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
+            self.with_past(past, part, new) for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
         )
         mixed = self.arithmetic.attend(query, key, value)
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
+
+    def with_past(self, past: str, new: str, name: str) -> str:
+        """Append the keys or values of the new tokens, which are called `name`, to the cached ones."""
+        if not self.arithmetic.form.keys_first:
+            return self.op("Concat", past, self.of_trees(new, *self.kv_shape, name=name), axis=1)
+        tokens = self.op("Transpose", self.of_trees(new, *self.kv_shape), name=name, perm=[1, 0, 2, 3])
+        return self.op("Concat", past, tokens, axis=0)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Return the sizes of one token's keys in a layer."""
+        return self.shape.kv_heads, self.shape.head_dim
 
     def mlp(self, layer: Module, hidden: str) -> str:
         """Write down(act(gate(x)) * up(x)); act is silu, or the tanh form of gelu (Gemma)."""
@@ -334,8 +365,10 @@ class DecoderGraph(GraphBuilder):
 
     def to_model(self, columns: int) -> onnx.ModelProto:
         """Return the finished model with the contract's inputs and outputs."""
-        sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
-        return self.finished("token_tree_decoder", graph_inputs(*sizes), graph_outputs(*sizes, columns))
+        sizes = (self.shape.layers, *self.kv_shape, str(self.dtype).removeprefix("torch."))
+        form, ordered = self.arithmetic.form, self.arithmetic.ordered
+        inputs, outputs = graph_inputs(*sizes, form), graph_outputs(*sizes, columns, form)
+        return self.finished("token_tree_decoder", inputs, outputs, ordered=ordered)
 
 
 def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:

@@ -33,6 +33,7 @@ from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.int8_graph import Int8Arithmetic, rounded
+from atspeed.training.ordered_attention import OrderedArithmetic
 from atspeed.training.parity import compare
 from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
 
@@ -286,8 +287,9 @@ def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> Deco
         return T5DecoderGraph(model, data)
     if precision == "int8":
         return DecoderGraph(model, data, Int8Arithmetic)
-    dtype = torch.float16 if precision == "float16" else torch.float32
-    return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
+    if precision == "float16":
+        return DecoderGraph(model, data, partial(FloatArithmetic, dtype=torch.float16))
+    return DecoderGraph(model, data, partial(OrderedArithmetic, max_positions=max_positions(model.config)))
 
 
 def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:

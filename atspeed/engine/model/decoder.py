@@ -24,6 +24,12 @@ Spin = Literal["never", "brief", "always"]
 # Bytes of the largest tensor that onnxruntime takes from memory; a larger one is read from a private copy on disk.
 _LARGEST_TENSOR = 2**31
 
+BLOCK_KEYS = 1024
+"""Keys that a graph of ordered sums adds in one go (atspeed/training/ordered_attention.py)."""
+ORDERED = "ordered_sums"
+"""The metadata of a graph whose sums have one order; its value is "true"."""
+_UNLIMITED = 2**31
+
 # Names and options of onnxruntime's providers, by preference.
 _Providers: TypeAlias = list[tuple[str, dict[str, str]]]
 _PROVIDERS: dict[Provider, _Providers] = {
@@ -77,21 +83,48 @@ class TensorSpec:
         return f"{self.dtype}[{', '.join(map(str, self.axes))}]"
 
 
-def graph_inputs(layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[str, TensorSpec]:
+@dataclass(frozen=True)
+class GraphForm:
+    """The two forms that a graph may differ in.
+
+    Attributes:
+        keys_first: true if keys and values are [tokens, batch, ...] instead of [batch, tokens, ...].
+        node_bias: true if the keys of nodes have a bias of their own.
+    """
+
+    keys_first: bool = False
+    node_bias: bool = False
+
+    def kv(self, dtype: str, tokens: str, kv_heads: int, head_dim: int) -> TensorSpec:
+        """Return the keys or values of one layer."""
+        outer = (tokens, "batch") if self.keys_first else ("batch", tokens)
+        return TensorSpec(dtype, (*outer, kv_heads, head_dim))
+
+
+_BATCH_FIRST = GraphForm()
+
+
+def graph_inputs(
+    layers: int, kv_heads: int, head_dim: int, dtype: str, form: GraphForm = _BATCH_FIRST
+) -> dict[str, TensorSpec]:
     """Return the inputs of a decoder that computes in `dtype`, in order."""
-    past = TensorSpec(dtype, ("batch", "past", kv_heads, head_dim))
+    past = form.kv(dtype, "past", kv_heads, head_dim)
+    node_bias = {"node_bias": TensorSpec(dtype, ("batch", 1, "new", "last"))} if form.node_bias else {}
     return {
         "input_ids": TensorSpec("int64", ("batch", "new")),
         "position_ids": TensorSpec("int64", ("batch", "new")),
         "attn_bias": TensorSpec(dtype, ("batch", 1, "new", "past+new")),
+        **node_bias,
         **{name: past for names in kv_names("past", layers) for name in names},
         "out_index": TensorSpec("int64", ("rows",)),
     }
 
 
-def graph_outputs(layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int) -> dict[str, TensorSpec]:
+def graph_outputs(
+    layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int, form: GraphForm = _BATCH_FIRST
+) -> dict[str, TensorSpec]:
     """Return the outputs of a decoder with `columns` code tokens, in order."""
-    new = TensorSpec(dtype, ("batch", "new", kv_heads, head_dim))
+    new = form.kv(dtype, "new", kv_heads, head_dim)
     return {
         "code_logits": TensorSpec("float32", ("rows", columns)),
         "log_normalizer": TensorSpec("float32", ("rows",)),
@@ -115,6 +148,13 @@ class Decoder:
         options: the options of onnxruntime.
         files: the content of the model's files; read from `path` if None. The session keeps a copy, so later changes of the
             files have no effect.
+
+    Attributes:
+        layers, kv_heads, head_dim, columns: the sizes of the graph; columns are code tokens.
+        dtype: the number format of keys and values.
+        form: the form of the graph.
+        ordered: true if the graph says that its sums have one order, whatever else is in a pass.
+        shared_keys: the most keys of a tree in a pass of several trees, padding included.
     """
 
     def __init__(self, path: Path, options: RuntimeOptions, files: ModelFiles | None = None) -> None:
@@ -131,8 +171,11 @@ class Decoder:
         self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)
         shape = (self.layers, self.kv_heads, self.head_dim, self.dtype.name)
-        check_contract(path, "input", inputs, graph_inputs(*shape))
-        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns))
+        self.form = GraphForm(inputs["past_key.0"].axes[1] == "batch", "node_bias" in inputs)
+        self.ordered = self._session.get_modelmeta().custom_metadata_map.get(ORDERED) == "true"
+        self.shared_keys = BLOCK_KEYS if self.ordered else _UNLIMITED
+        check_contract(path, "input", inputs, graph_inputs(*shape, self.form))
+        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns, self.form))
         # The attention bias by visibility. The lowest finite number, not -inf, so that a masked score never makes a row NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
@@ -141,7 +184,14 @@ class Decoder:
         return np.empty((self.layers, 2, tokens, self.kv_heads, self.head_dim), dtype=self.dtype)
 
     def run(
-        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
+        self,
+        tokens: Int64,
+        positions: Int64,
+        visible: Bools,
+        past: KvArray,
+        rows: Int64,
+        new_kv: KvArray,
+        nodes: Bools | None = None,
     ) -> tuple[Float32, Float32]:
         """Make one pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
 
@@ -155,14 +205,33 @@ class Decoder:
             past: KV of the cached tokens, [layers, 2, P, kv_heads, head_dim] in the model's dtype; P may be 0.
             rows: the tokens whose logits are wanted, int64 [M].
             new_kv: [layers, 2, S, kv_heads, head_dim]; it is overwritten with the KV of the new tokens.
+            nodes: the cached and new tokens that are nodes, not prompt, bool [P + S]; None if there are none.
         """
         for name, kv in (("past", past), ("new_kv", new_kv)):
             if kv.ndim != 5:
                 raise ValueError(f"{name}: has {kv.ndim} axes instead of 5")
-        return self.run_batch(tokens[None], positions[None], visible[None], past[:, :, None], rows, new_kv[:, :, None])
+        alone = nodes if nodes is None else nodes[None]
+        by_tree = (self.with_batch(kv) for kv in (past, new_kv))
+        return self.run_batch(tokens[None], positions[None], visible[None], next(by_tree), rows, next(by_tree), alone)
+
+    def with_batch(self, kv: KvArray) -> KvArray:
+        """Add a batch axis of one tree to KV [layers, 2, tokens, ...]: a view with the axes of `batch_shape`."""
+        return kv[:, :, :, None] if self.form.keys_first else kv[:, :, None]
+
+    def batch_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        """Return the shape of the KV of several trees: [layers, 2, B, tokens, ...], or tokens before B if keys come first."""
+        outer = (tokens, batch) if self.form.keys_first else (batch, tokens)
+        return (self.layers, 2, *outer, self.kv_heads, self.head_dim)
 
     def run_batch(
-        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
+        self,
+        tokens: Int64,
+        positions: Int64,
+        visible: Bools,
+        past: KvArray,
+        rows: Int64,
+        new_kv: KvArray,
+        nodes: Bools | None = None,
     ) -> tuple[Float32, Float32]:
         """Make one pass over several trees, padded to the same lengths. Every argument of `run` but `rows` has a batch axis B.
 
@@ -172,11 +241,12 @@ class Decoder:
             tokens: int64 [B, S].
             positions: int64 [B, S].
             visible: bool [B, S, P + S].
-            past: [layers, 2, B, P, kv_heads, head_dim].
+            past: as `batch_shape` has it for P tokens.
             rows: int64 [M], into the flattened B * S tokens.
-            new_kv: [layers, 2, B, S, kv_heads, head_dim].
+            new_kv: as `batch_shape` has it for S tokens.
+            nodes: bool [B, P + S].
         """
-        (batch, count), cached = tokens.shape, past.shape[-3]
+        (batch, count), cached = tokens.shape, past.shape[2 if self.form.keys_first else -3]
         self._check_kv("past", past, (batch, cached))
         self._check_kv("new_kv", new_kv, (batch, count))
         if positions.shape != (batch, count) or visible.shape != (batch, count, cached + count):
@@ -184,7 +254,7 @@ class Decoder:
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
             "position_ids": np.ascontiguousarray(positions, dtype=np.int64),
-            "attn_bias": self._bias.take(np.ascontiguousarray(visible).view(np.uint8))[:, None],
+            **self._biases(visible, nodes),
             "out_index": np.ascontiguousarray(rows, dtype=np.int64),
         }
         fetches: dict[str, npt.NDArray[Any]] = {
@@ -196,12 +266,29 @@ class Decoder:
         run_bound(self._session, feeds, fetches)
         return fetches["code_logits"], fetches["log_normalizer"]
 
+    def _biases(self, visible: Bools, nodes: Bools | None) -> dict[str, npt.NDArray[Any]]:
+        """Return what is added to scores: one bias for all keys, or one for the prompt's and one for those of nodes."""
+        if not self.form.node_bias:
+            return {"attn_bias": self._bias_of(visible)}
+        if nodes is None:
+            nodes = np.zeros((len(visible), visible.shape[2]), dtype=bool)
+        # The last keys, from the first node on; without a node the last key, masked.
+        any_tree = nodes.any(axis=0)
+        first = int(any_tree.argmax()) if any_tree.any() else len(any_tree) - 1
+        return {
+            "attn_bias": self._bias_of(visible & ~nodes[:, None]),
+            "node_bias": self._bias_of((visible & nodes[:, None])[:, :, first:]),
+        }
+
+    def _bias_of(self, visible: Bools) -> npt.NDArray[Any]:
+        return self._bias.take(np.ascontiguousarray(visible).view(np.uint8))[:, None]
+
     def _by_layer(self, prefix: Literal["past", "new", "cross"], kv: KvArray) -> dict[str, KvArray]:
         names = kv_names(prefix, self.layers)
         return {name: kv[layer, j] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
 
     def _check_kv(self, name: str, kv: KvArray, tokens: tuple[int, int]) -> None:
-        expected = (self.layers, 2, *tokens, self.kv_heads, self.head_dim)
+        expected = self.batch_shape(*tokens)
         if kv.shape != expected or kv.dtype != self.dtype:
             raise ValueError(f"{name}: {kv.dtype}{list(kv.shape)}, the model takes {self.dtype}{list(expected)}")
         if not kv[0, 0].flags.c_contiguous:

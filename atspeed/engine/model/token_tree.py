@@ -26,12 +26,14 @@ class TreePass:
         positions: positions, int64 [S]. Nodes of one depth share a position.
         visible: the tree attention mask, bool [S, P + S]: true where a new token attends to a cached or new one.
         rows: the new tokens whose logits are wanted, int64 [M], in the order of the nodes of the pass.
+        nodes: bool [P + S]: true for nodes, false for prompt tokens.
     """
 
     tokens: Int64
     positions: Int64
     visible: npt.NDArray[np.bool_]
     rows: Int64
+    nodes: npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -100,7 +102,7 @@ class TokenTree:
         rows = np.arange(new_prompt, total)
         if len(nodes) and nodes[0] == ROOT:
             rows = np.concatenate([[new_prompt - 1], rows])
-        return TreePass(tokens, positions, visible, rows)
+        return TreePass(tokens, positions, visible, rows, np.arange(cached + total) >= prompt)
 
     def commit(self, trie_pass: TreePass, nodes: Int64) -> None:
         """Record a pass whose keys and values are in `kv` after `length`."""
