@@ -37,7 +37,8 @@ from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Provider, RuntimeOptions
 from atspeed.engine.model.loading import load_decoder
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
+from atspeed.benchmarks.near_ties import compare
 from atspeed.engine.search.mode import Mode
 from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle

@@ -23,7 +23,8 @@ from atspeed.benchmarks.results import COMPARISON_COLUMNS, Columns, comparison_c
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
+from atspeed.engine.search.list_comparison import RankedList, largest_gap
+from atspeed.benchmarks.near_ties import compare
 from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from atspeed.engine.files.json_file import with_nulls, write_json
-from atspeed.engine.search.list_comparison import Verdict
+from atspeed.benchmarks.near_ties import Verdict
 
 Row = TypeVar("Row")
 Columns = Sequence[tuple[str, Callable[[Row], str]]]

@@ -26,7 +26,8 @@ from atspeed.client.recommender import Options, RecommenderClient, RecommenderEr
 from atspeed.concurrency.early_signals import unwind_at_sigterm
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import EngineError
-from atspeed.engine.search.list_comparison import NEAR_TIE, RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList
+from atspeed.benchmarks.near_ties import NEAR_TIE, Verdict, compare
 from atspeed.engine.search.mode import Mode
 from atspeed.local.redis_server import LocalRedisError, local_redis
 from atspeed.local.stack import LocalStack, LocalStackError

@@ -167,4 +167,5 @@ def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mappi
         prompt=model.spelling.prompt,
         fingerprint=fingerprint(dict(files), role),
         encoder=encoder,
+        ordered_sums=report.ordered_sums,
     )

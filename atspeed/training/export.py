@@ -1,9 +1,10 @@
 """Exports a Hugging Face checkpoint as an ONNX token-tree decoder, and checks it.
 
-Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass, except for
-rounding, since a pass of another size adds in another order. The differences are about 1e-5 with float32, up to 1e-2 with
-float16, and none with int8 (atspeed/training/int8_graph.py). An int8 graph is a model of its own: its scores are close to
-the checkpoint's, and on a CPU its passes take half the time where products dominate.
+Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass. In float32 it is the
+same bit for bit, since every sum has one order (atspeed/training/ordered_attention.py), and with int8 too
+(atspeed/training/int8_graph.py). In float16 a pass of another size adds in another order, and differs by up to 1e-2. An int8
+graph is a model of its own: its scores are close to the checkpoint's, and on a CPU its passes take half the time where
+products dominate.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class ExportReport:
         max_positions: the longest sequence.
         max_logit_error: the largest absolute difference in the parity check.
         decoder_start: the token that a decoder with an encoder begins with; None for a decoder alone.
+        ordered_sums: true if every float sum has one order.
     """
 
     architecture: str
@@ -85,6 +87,7 @@ class ExportReport:
     max_positions: int
     max_logit_error: float
     decoder_start: int | None = None
+    ordered_sums: bool = False
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:
@@ -173,6 +176,7 @@ def export_decoder(
         max_positions=max_positions(model.config),
         max_logit_error=error,
         decoder_start=_decoder_start(model),
+        ordered_sums=precision == "float32",
     )
 
 

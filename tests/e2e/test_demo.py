@@ -11,7 +11,7 @@ import pytest
 
 from atspeed.cli import demo
 from atspeed.cli.demo import BUNDLE, ROOT, Checks, choose_users, main
-from atspeed.engine.search.list_comparison import Verdict
+from atspeed.benchmarks.near_ties import Verdict
 from atspeed.training.data import Dataset, leave_last_out
 from atspeed.v1 import recommendation_pb2 as pb
 

@@ -38,6 +38,7 @@ def check_decoder(bundle: Bundle, role: Role, decoder: Decoder) -> None:
         ("head_dim", entry.head_dim, decoder.head_dim),
         ("precision", entry.kv_dtype, decoder.dtype.name),
         ("code_tokens", f"{columns} code columns", f"{decoder.columns} code columns"),
+        ("ordered_sums", entry.ordered_sums, decoder.ordered),
     ):
         if said != found:
             raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutp
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
 from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.invariance import Moved, TreeSizes, check_invariance
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.prompt_kv import prompt_kv
 from atspeed.engine.model.token_tree import TokenTree, TreePass
@@ -32,6 +34,8 @@ from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 # Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
 _NODE_ROOM = 128
 _OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
+# Trees of the check at the load. Before the sums had an order, nearly every node of such a tree moved.
+_CHECKED_TREES, _CHECKED_PROMPT, _CHECKED_NODES = 4, 128, 24
 Part = TypeVar("Part")
 
 
@@ -48,6 +52,7 @@ class TreeEvaluator:
         trie: the catalogue's trie.
         rule: the scoring rule.
         open_kv: the memory of open sessions, at most `open_kv_bytes`.
+        plan_invariant: false if scores are known to depend on the other tokens of a pass.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class TreeEvaluator:
         self.entry = entry
         self.trie = trie
         self.rule = rule
+        self.plan_invariant = entry.plan_invariant
         self.open_kv = BufferPool(decoder.empty_kv, open_kv_bytes)
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
@@ -73,7 +79,7 @@ class TreeEvaluator:
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
         self._batch_decoder = BatchDecoder(decoder)
-        self._batcher = Batcher(self._run, limits or BatchLimits())
+        self._batcher = Batcher(self._run, replace(limits or BatchLimits(), row_keys=decoder.shared_keys))
 
     @property
     def queued_passes(self) -> int:
@@ -147,6 +153,19 @@ class TreeEvaluator:
                     await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
         finally:
             self.end(tree)
+
+    async def check_plan_invariance(self) -> Moved:
+        """Compare a few trees in company and alone, in a worker thread; `plan_invariant` is false if a bit moved."""
+        moved = await asyncio.to_thread(self._moved_bits)
+        self.plan_invariant = self.entry.plan_invariant and moved.none
+        return moved
+
+    def _moved_bits(self) -> Moved:
+        entry, levels = self.entry, self.trie.levels
+        prompt = min(entry.prompt.max_tokens(levels), entry.max_positions - levels, _CHECKED_PROMPT)
+        start = entry.encoder.decoder_start if entry.encoder else None
+        sizes = TreeSizes(max(1, prompt), _CHECKED_NODES, depth=max(1, levels - 1), trees=2)
+        return check_invariance([self.decoder], sizes, self._code_tokens, trees=_CHECKED_TREES, decoder_start=start)
 
     def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
         """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
@@ -280,6 +299,7 @@ class TreeEvaluator:
             new_tokens=tree.lookup_stats.new_tokens + len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
+            unordered_passes=int(not self.plan_invariant),
         )
         tree.lookup_stats = PassStats()
         tree.passes.append(CompletedPass(len(run.nodes), stats, run.queued_ns, done, valid))
