@@ -9,8 +9,8 @@ it stands. So two things could move a bit, and both are avoided:
 - A block may end between two keys of a path. The keys of nodes stand elsewhere in every pass, so they are summed apart from
   those of the prompt, whose places are fixed. A model whose prompts and nodes fit into one block needs no second sum.
 
-Products of a scale of 1 take another kernel for one row, so none has that scale. A factor of 2 loses no bit, and is in both
-parts of the quotient. A score is a sum over a head's columns, at most `_SCORE_COLUMNS` at a time, which is within a block.
+Products of a scale of 1 take another kernel for one row, so none has that scale: scores are negated, and the two parts of the
+quotient have a factor of 2, which loses no bit. A score is a sum over a head's columns, at most `_SCORE_COLUMNS` at a time, which is within a block.
 
 The constants are onnxruntime's (onnxruntime/core/mlas/lib/sgemm.cpp); `atspeed.engine.model.invariance` checks the result.
 """
@@ -80,18 +80,14 @@ class OrderedAttention:
         return graph.op("Transpose", split, perm=[0, 4, 1, 3, 2, 5])
 
     def _scores(self, query: str, key: str) -> str:
-        """Write scaled products of queries and keys, [batch, kv_heads, groups * new, keys]."""
+        """Write scaled products of queries and keys, negated, [batch, kv_heads, groups * new, keys]."""
         graph = self._graph
         split = graph.op("Reshape", query, graph.integers(0, 0, self._heads, self._groups, self._head_dim))
         rows = graph.op("Transpose", split, perm=[0, 2, 3, 1, 4])
         rows = graph.op("Reshape", rows, graph.integers(0, 0, -1, self._head_dim))
-        factor = self._scale
-        if factor == 1.0:
-            factor = _FACTOR
-            rows = graph.op("Mul", rows, graph.floats(1 / _FACTOR))
         sizes = [min(_SCORE_COLUMNS, self._head_dim - at) for at in range(0, self._head_dim, _SCORE_COLUMNS)]
         pairs = zip(graph.split(rows, sizes), graph.split(key, sizes), strict=True)
-        return self._sum([self._product(*pair, alpha=factor, transB=1, transBatchB=1) for pair in pairs])
+        return self._sum([self._product(*pair, alpha=-self._scale, transB=1, transBatchB=1) for pair in pairs])
 
     def _last(self, keys: str, axis: int) -> str:
         """Slice the keys that may be nodes."""
@@ -120,8 +116,8 @@ class _Keys:
         )
 
     def masked(self, scores: str) -> str:
-        """Add the bias, [batch, kv_heads, groups, new, keys]."""
-        return self._graph.op("Add", self._graph.op("Reshape", scores, self._by_group), self._bias)
+        """Add the bias to negated scores, [batch, kv_heads, groups, new, keys]."""
+        return self._graph.op("Sub", self._bias, self._graph.op("Reshape", scores, self._by_group))
 
     def rows(self, shares: str) -> str:
         """Reshape [batch, kv_heads, groups, new, keys] -> [batch, kv_heads, 1, groups * new, keys]."""
