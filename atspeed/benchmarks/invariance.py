@@ -1,4 +1,4 @@
-"""Count of nodes that company moves by a bit: random token trees of one bundle's target, on several threads."""
+"""Count of nodes that company moves by a bit, on random token trees."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ import numpy as np
 from rich.progress import Progress
 
 from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.near_ties import compare_bits
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.search.list_comparison import RankedList
-from atspeed.benchmarks.near_ties import compare_bits
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.v1 import recommendation_pb2 as pb
@@ -94,7 +94,9 @@ async def _compare(
         ]
         replies[mode] = await ask(client, requests, progress=progress, title=f"rule {rule}, {mode}")
     alone, strict = replies[Mode.TARGET_ONLY], replies[Mode.STRICT]
-    verdicts = [compare_bits(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)]
+    verdicts = [
+        compare_bits(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)
+    ]
     return LosslessRow(
         rule=str(rule),
         k=k,

@@ -1,4 +1,4 @@
-"""Comparison of two lists whose scores differ by rounding: identical, a near-tie, or different.
+"""Comparison of lists whose scores differ by rounding, up to near-ties.
 
 Other software, another device or another number format rounds differently. So two items whose scores are closer than rounding
 can swap, also across the end of the list. Such lists are near-ties: wherever they differ, the scores differ by less than

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from atspeed.benchmarks.generate_reference import Reference, Render
 from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList, largest_gap
-from atspeed.benchmarks.near_ties import compare
 from atspeed.engine.search.mode import Mode
 from atspeed.v1 import recommendation_pb2 as pb
 

@@ -1,4 +1,4 @@
-"""Attention in float32 whose sums have one order: scores do not depend on the other tokens of a pass.
+"""Attention in float32 whose sums have one order, whatever else is in a pass.
 
 Float sums depend on their order, so every sum of this attention has one that only the path of a token decides. onnxruntime's
 CPU kernel adds the products of one output element key by key, from 0, in blocks of keys. A masked key adds exactly 0, wherever
@@ -9,8 +9,9 @@ it stands. So two things could move a bit, and both are avoided:
 - A block may end between two keys of a path. The keys of nodes stand elsewhere in every pass, so they are summed apart from
   those of the prompt, whose places are fixed. A model whose prompts and nodes fit into one block needs no second sum.
 
-Products of a scale of 1 take another kernel for one row, so none has that scale: scores are negated, and the two parts of the
-quotient have a factor of 2, which loses no bit. A score is a sum over a head's columns, at most `_SCORE_COLUMNS` at a time, which is within a block.
+Products of a scale of 1 take another kernel for one row, so none has that scale. Scores are negated, and the two parts of the
+quotient have a factor of 2, which loses no bit. A score is a sum over a head's columns, at most `_SCORE_COLUMNS` at a time,
+which is within a block.
 
 The constants are onnxruntime's (onnxruntime/core/mlas/lib/sgemm.cpp); `atspeed.engine.model.invariance` checks the result.
 """
@@ -111,8 +112,7 @@ class _Keys:
         self.ones = graph.op("Expand", graph.floats(1.0), column)
         self._bias = graph.op("Unsqueeze", bias, graph.integers(2))
         self._by_group, self._by_row = (
-            graph.op("Concat", graph.integers(0, 0, *middle), self.count, axis=0)
-            for middle in ((groups, -1), (1, -1))
+            graph.op("Concat", graph.integers(0, 0, *middle), self.count, axis=0) for middle in ((groups, -1), (1, -1))
         )
 
     def masked(self, scores: str) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.list_comparison import RankedList
-from atspeed.benchmarks.near_ties import compare
 from atspeed.engine.search.mode import Mode
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run

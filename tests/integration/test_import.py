@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle, read_manifest
 from atspeed.engine.search.list_comparison import RankedList
-from atspeed.benchmarks.near_ties import compare
 from atspeed.engine.search.mode import Mode
 from atspeed.importing.layouts import LAYOUTS
 from atspeed.training.export import load_checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from atspeed.engine.search.list_comparison import RankedList, largest_gap
 from atspeed.benchmarks.near_ties import NEAR_TIE, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList, largest_gap
 
 A = RankedList(("x", "y", "z"), (-1.0, -2.0, -3.0))
 LITTLE, MUCH = NEAR_TIE / 10, NEAR_TIE * 10

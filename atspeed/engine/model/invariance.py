@@ -1,4 +1,4 @@
-"""Check that a model is plan-invariant on this machine: that company changes no bit of a token's results.
+"""Check that a model is plan-invariant on this machine, bit for bit.
 
 A token tree is computed twice. In company, random pieces of the prompt come first; then its rest and all nodes share one pass,
 with other trees. Alone, the prompt is cut elsewhere, and each node of a path has a pass of its own. Log-probabilities, keys and

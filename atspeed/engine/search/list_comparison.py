@@ -1,4 +1,4 @@
-"""Ranked lists that can be compared: they are equal if items, order and scores are, bit for bit."""
+"""Ranked lists, equal if items, order and scores are, bit for bit."""
 
 from __future__ import annotations
 
