@@ -36,7 +36,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.decoder import ORDERED, GraphForm, TensorSpec, graph_inputs, graph_outputs, kv_names
+from atspeed.engine.model.decoder import TensorSpec, graph_inputs, graph_outputs, kv_names
+from atspeed.engine.model.graph_form import ORDERED, GraphForm
 
 Module = Any  # torch types a submodule as Tensor | Module, which fits neither
 

@@ -27,7 +27,7 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.decoder import GraphForm
+from atspeed.engine.model.graph_form import GraphForm
 from atspeed.training.decoder_graph import DecoderShape, GraphBuilder, Module
 
 _CONTRIB = "com.microsoft"

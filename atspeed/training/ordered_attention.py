@@ -18,7 +18,7 @@ The constants are onnxruntime's (onnxruntime/core/mlas/lib/sgemm.cpp); `atspeed.
 
 from __future__ import annotations
 
-from atspeed.engine.model.decoder import BLOCK_KEYS, GraphForm
+from atspeed.engine.model.graph_form import BLOCK_KEYS, GraphForm
 from atspeed.training.decoder_graph import DecoderShape, FloatArithmetic, GraphBuilder
 
 _COLUMNS = 16  # of a product of values: the narrowest panel of the kernel

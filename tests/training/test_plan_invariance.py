@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.decoder import BLOCK_KEYS, Decoder, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
+from atspeed.engine.model.graph_form import BLOCK_KEYS
 from atspeed.engine.model.invariance import Moved, TreeSizes, check_invariance
 from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, FloatArithmetic
 from atspeed.training.export import MODEL_FILE, write_graph

@@ -66,7 +66,7 @@ class BatchDecoder:
         count, cached = max(len(step.tokens) for step in steps), max(tree.past.shape[2] for tree in trees)
         past, new_kv = self._buffers(len(trees), cached, count)
         for row, tree in enumerate(trees):
-            _fill(self._of_tree(past, row), tree.past)
+            _fill(self._decoder.form.of_tree(past, row), tree.past)
         logits, log_normalizer = self._decoder.run_batch(
             _padded([step.tokens for step in steps], count),
             _padded([step.positions for step in steps], count),
@@ -78,15 +78,11 @@ class BatchDecoder:
             _nodes(steps, cached, count),
         )
         for row, tree in enumerate(trees):
-            tree.new_kv[:] = self._of_tree(new_kv, row)[:, :, : len(tree.step.tokens)]
+            tree.new_kv[:] = self._decoder.form.of_tree(new_kv, row)[:, :, : len(tree.step.tokens)]
         ends = np.cumsum([len(step.rows) for step in steps])[:-1]  # of each tree's rows in the output
         return [
             TreeOutput(*parts) for parts in zip(np.split(logits, ends), np.split(log_normalizer, ends), strict=True)
         ]
-
-    def _of_tree(self, kv: KvArray, row: int) -> KvArray:
-        """Return the part of one tree, [layers, 2, tokens, kv_heads, head_dim]."""
-        return kv[:, :, :, row] if self._decoder.form.keys_first else kv[:, :, row]
 
     def _buffers(self, batch: int, cached: int, count: int) -> tuple[KvArray, KvArray]:
         """Return uninitialised arrays for `past` and `new_kv` of a batch. They reuse the memory of earlier batches."""

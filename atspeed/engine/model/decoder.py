@@ -17,6 +17,7 @@ import onnxruntime as ort
 from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
+from atspeed.engine.model.graph_form import BLOCK_KEYS, ORDERED, GraphForm
 
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
@@ -24,10 +25,6 @@ Spin = Literal["never", "brief", "always"]
 # Bytes of the largest tensor that onnxruntime takes from memory; a larger one is read from a private copy on disk.
 _LARGEST_TENSOR = 2**31
 
-BLOCK_KEYS = 1024
-"""Keys that a graph of ordered sums adds in one go (atspeed/training/ordered_attention.py)."""
-ORDERED = "ordered_sums"
-"""The metadata of a graph whose sums have one order; its value is "true"."""
 _UNLIMITED = 2**31
 
 # Names and options of onnxruntime's providers, by preference.
@@ -83,24 +80,6 @@ class TensorSpec:
         return f"{self.dtype}[{', '.join(map(str, self.axes))}]"
 
 
-@dataclass(frozen=True)
-class GraphForm:
-    """The two forms that a graph may differ in.
-
-    Attributes:
-        keys_first: true if keys and values are [tokens, batch, ...] instead of [batch, tokens, ...].
-        node_bias: true if the keys of nodes have a bias of their own.
-    """
-
-    keys_first: bool = False
-    node_bias: bool = False
-
-    def kv(self, dtype: str, tokens: str, kv_heads: int, head_dim: int) -> TensorSpec:
-        """Return the keys or values of one layer."""
-        outer = (tokens, "batch") if self.keys_first else ("batch", tokens)
-        return TensorSpec(dtype, (*outer, kv_heads, head_dim))
-
-
 _BATCH_FIRST = GraphForm()
 
 
@@ -108,7 +87,7 @@ def graph_inputs(
     layers: int, kv_heads: int, head_dim: int, dtype: str, form: GraphForm = _BATCH_FIRST
 ) -> dict[str, TensorSpec]:
     """Return the inputs of a decoder that computes in `dtype`, in order."""
-    past = form.kv(dtype, "past", kv_heads, head_dim)
+    past = TensorSpec(dtype, (*form.outer("batch", "past"), kv_heads, head_dim))
     node_bias = {"node_bias": TensorSpec(dtype, ("batch", 1, "new", "last"))} if form.node_bias else {}
     return {
         "input_ids": TensorSpec("int64", ("batch", "new")),
@@ -124,7 +103,7 @@ def graph_outputs(
     layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int, form: GraphForm = _BATCH_FIRST
 ) -> dict[str, TensorSpec]:
     """Return the outputs of a decoder with `columns` code tokens, in order."""
-    new = form.kv(dtype, "new", kv_heads, head_dim)
+    new = TensorSpec(dtype, (*form.outer("batch", "new"), kv_heads, head_dim))
     return {
         "code_logits": TensorSpec("float32", ("rows", columns)),
         "log_normalizer": TensorSpec("float32", ("rows",)),
@@ -211,17 +190,12 @@ class Decoder:
             if kv.ndim != 5:
                 raise ValueError(f"{name}: has {kv.ndim} axes instead of 5")
         alone = nodes if nodes is None else nodes[None]
-        by_tree = (self.with_batch(kv) for kv in (past, new_kv))
-        return self.run_batch(tokens[None], positions[None], visible[None], next(by_tree), rows, next(by_tree), alone)
-
-    def with_batch(self, kv: KvArray) -> KvArray:
-        """Add a batch axis of one tree to KV [layers, 2, tokens, ...]: a view with the axes of `batch_shape`."""
-        return kv[:, :, :, None] if self.form.keys_first else kv[:, :, None]
+        past, new_kv = (self.form.with_batch(kv) for kv in (past, new_kv))
+        return self.run_batch(tokens[None], positions[None], visible[None], past, rows, new_kv, alone)
 
     def batch_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
         """Return the shape of the KV of several trees: [layers, 2, B, tokens, ...], or tokens before B if keys come first."""
-        outer = (tokens, batch) if self.form.keys_first else (batch, tokens)
-        return (self.layers, 2, *outer, self.kv_heads, self.head_dim)
+        return (self.layers, 2, *self.form.outer(batch, tokens), self.kv_heads, self.head_dim)
 
     def run_batch(
         self,
@@ -254,7 +228,7 @@ class Decoder:
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
             "position_ids": np.ascontiguousarray(positions, dtype=np.int64),
-            **self._biases(visible, nodes),
+            **self.form.biases(self._bias, visible, nodes),
             "out_index": np.ascontiguousarray(rows, dtype=np.int64),
         }
         fetches: dict[str, npt.NDArray[Any]] = {
@@ -265,23 +239,6 @@ class Decoder:
         fetches |= self._by_layer("new", new_kv)
         run_bound(self._session, feeds, fetches)
         return fetches["code_logits"], fetches["log_normalizer"]
-
-    def _biases(self, visible: Bools, nodes: Bools | None) -> dict[str, npt.NDArray[Any]]:
-        """Return what is added to scores: one bias for all keys, or one for the prompt's and one for those of nodes."""
-        if not self.form.node_bias:
-            return {"attn_bias": self._bias_of(visible)}
-        if nodes is None:
-            nodes = np.zeros((len(visible), visible.shape[2]), dtype=bool)
-        # The last keys, from the first node on; without a node the last key, masked.
-        any_tree = nodes.any(axis=0)
-        first = int(any_tree.argmax()) if any_tree.any() else len(any_tree) - 1
-        return {
-            "attn_bias": self._bias_of(visible & ~nodes[:, None]),
-            "node_bias": self._bias_of((visible & nodes[:, None])[:, :, first:]),
-        }
-
-    def _bias_of(self, visible: Bools) -> npt.NDArray[Any]:
-        return self._bias.take(np.ascontiguousarray(visible).view(np.uint8))[:, None]
 
     def _by_layer(self, prefix: Literal["past", "new", "cross"], kv: KvArray) -> dict[str, KvArray]:
         names = kv_names(prefix, self.layers)
