@@ -70,8 +70,8 @@ DEGRADED = CounterOf(
 SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer than k items.")
 SHADOW = ReadCounter(
     "atspeed_shadow_checks_total",
-    "Shadow checks of strict lists by outcome: identical, near-tie, different, failed (the target made no second list), "
-    "dropped (too many checks or requests at once).",
+    "Shadow checks of strict lists by outcome: identical (bit for bit), different, failed (the target made no second "
+    "list), dropped (too many checks or requests at once).",
     ("track", "outcome"),
     essential=True,
 )

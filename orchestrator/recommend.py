@@ -197,7 +197,7 @@ class Recommender:
             items_per_path=self._items_per_path(prompts.params),
             history_items_used=len(prompts.window(self._prompts["target"])),
             degraded_reasons=reasons,
-            plan_invariant=self.manifest.target.plan_invariant,
+            plan_invariant=self.manifest.target.plan_invariant and not diagnostics.target.cost.unordered_passes,
             unknown_excluded=prompts.candidates.unknown_excluded,
             unknown_allowed=prompts.candidates.unknown_allowed,
             diagnostics=diagnostics,

@@ -202,7 +202,8 @@ class Recommendation:
         items_per_path: most items of one code path in the list; None without a limit.
         history_items_used: number of history items in the target's prompt.
         degraded_reasons: reasons why the list is degraded; empty if it is not.
-        plan_invariant: whether the target's scores do not depend on other nodes of a pass; see `ModelEntry`.
+        plan_invariant: whether the target's scores do not depend on other nodes of a pass: by its `ModelEntry`, and by the check
+            of every replica that answered.
         unknown_excluded: number of excluded ids that the catalogue does not know.
         unknown_allowed: number of allowed ids that the catalogue does not know.
     """

@@ -17,7 +17,6 @@ from redis.asyncio import Redis
 from atspeed.concurrency.bounded_as_completed import bounded_as_completed
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.search.list_comparison import Verdict
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
@@ -173,9 +172,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         outcomes = state.shadow.outcomes
         return pb.ShadowChecks(
             share=self._settings.shadow_share,
-            identical=outcomes[Verdict.IDENTICAL],
-            near_ties=outcomes[Verdict.NEAR_TIE],
-            different=outcomes[Verdict.DIFFERENT],
+            identical=outcomes["identical"],
+            different=outcomes["different"],
             speculation_off=not state.speculation_breaker.enabled,
         )
 

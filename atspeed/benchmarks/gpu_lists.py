@@ -29,13 +29,14 @@ from atspeed.benchmarks.decode_peers import HuggingFace
 from atspeed.benchmarks.decode_rows import DecodeRow
 from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, bytes_read, probe_beams, probe_passes
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import BenchmarkError, comparison_counts, to_json
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.engine.bundle.manifest import Bundle, Precision, Role
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Provider, RuntimeOptions
 from atspeed.engine.model.loading import load_decoder
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle

@@ -18,11 +18,12 @@ import numpy as np
 from rich.progress import Progress
 
 from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.near_ties import compare_bits
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed_client import AsyncClient, Recommendation, RecommendRequest
@@ -92,7 +93,9 @@ async def _compare(
         ]
         replies[mode] = await ask(client, requests, progress=progress, title=f"rule {rule}, {mode}")
     alone, strict = replies[Mode.TARGET_ONLY], replies[Mode.STRICT]
-    verdicts = [compare(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)]
+    verdicts = [
+        compare_bits(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)
+    ]
     return LosslessRow(
         rule=str(rule),
         k=k,

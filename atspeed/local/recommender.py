@@ -37,7 +37,7 @@ from atspeed.rpc.grpc_status import call_status
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed_client import CallError, ClientStateError, Mode, Recommendation, RecommendRequest
 from atspeed_client.errors import status_error
-from atspeed_client.replies import to_recommendation
+from atspeed_client.reading import to_recommendation
 from draft_service.draft_kinds import make_drafter
 from draft_service.settings import DraftSettings
 from orchestrator.planning.planner import PlanLimits, Planner

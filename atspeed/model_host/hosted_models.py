@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -200,7 +200,8 @@ class HostedModels(Generic[Worker]):
             await evaluator.warm_up()
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
-            info = self._info(bundle, curve)
+            await self._check_plan_invariance(evaluator)
+            info = self._info(bundle, curve, evaluator)
             await evaluator.probe_at_start()
             undo.pop_all()
         reads = served_reads(info)
@@ -256,6 +257,13 @@ class HostedModels(Generic[Worker]):
             on_health_change=partial(self.versions.set_healthy, bundle.manifest.model_version(self._role)),
         )
 
+    async def _check_plan_invariance(self, evaluator: InstrumentedEvaluator) -> None:
+        """Check that scores do not depend on the other tokens of a pass, if the bundle says so. Drafts need not keep that."""
+        if self._role == "target" and evaluator.plan_invariant:
+            moved = await evaluator.check_plan_invariance()
+            log = _log.info if moved.none else _log.error
+            log("plan_invariance_checked", holds=moved.none, **asdict(moved))
+
     async def _cost_curve(self, evaluator: TreeEvaluator, weights: LoadedModel) -> CostCurve:
         """Return the cost curve of the weights. Versions that share them measure it once."""
         if weights.cost_curve is None:
@@ -264,7 +272,7 @@ class HostedModels(Generic[Worker]):
                 weights.cache.set_recompute_cost(weights.cost_curve.saved)
         return weights.cost_curve
 
-    def _info(self, bundle: Bundle, cost_curve: CostCurve) -> types_pb2.ModelInfo:
+    def _info(self, bundle: Bundle, cost_curve: CostCurve, evaluator: TreeEvaluator) -> types_pb2.ModelInfo:
         manifest, entry, settings = bundle.manifest, bundle.model(self._role), self._settings
         return types_pb2.ModelInfo(
             model_version=manifest.model_version(self._role),
@@ -278,6 +286,7 @@ class HostedModels(Generic[Worker]):
             max_nodes=settings.max_nodes,
             provider=settings.provider,
             cost_curve=wire.to_cost_curve(cost_curve),
+            plan_invariant=evaluator.plan_invariant,
         )
 
 

@@ -96,19 +96,25 @@ MODEL = ReadGauge(
     "1, with the served model as labels.",
     ("bundle_name", "model_version", "catalogue_version", "architecture", "precision", "provider"),
 )
+PLAN_VARIANT = ReadGauge(
+    "atspeed_plan_variant_models",
+    "Served model versions whose scores depend on the other tokens of a pass: by their graph, or by the check at the load. "
+    "Lists of such a target are not called exact. Drafts are not checked.",
+    essential=True,
+)
 METRICS = (
     *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PASS_REQUESTS, PROMPT_TOKENS),
     *(WAITING, UNHEALTHY, TREES, TREE_BYTES, TREE_LIMIT),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
     *(KV_PAGES, KV_PAGE_EVICTIONS),
     *(KV_READS, KV_UNWRITTEN),
-    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, ERASURE_LAG, MODEL),
+    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, ERASURE_LAG, MODEL, PLAN_VARIANT),
 )
 
 
 # Metrics of one version. They are summed over the versions that are served.
 _BY_VERSION = (
-    *(WAITING, UNHEALTHY, TREE_BYTES, TREE_LIMIT, MODEL),
+    *(WAITING, UNHEALTHY, TREE_BYTES, TREE_LIMIT, MODEL, PLAN_VARIANT),
     *(KV_PAGES, KV_PAGE_EVICTIONS),
     *(KV_LOOKUPS, KV_READS, KV_UNWRITTEN, KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING),
 )
@@ -144,7 +150,7 @@ def prefix_cache_reads(cache: PrefixCache) -> Reads:
 def served_reads(info: types_pb2.ModelInfo) -> Reads:
     """Return the readings of a served version."""
     served = tuple(str(getattr(info, label)) for label in MODEL.labels)
-    return {MODEL: lambda: {served: 1}}
+    return {MODEL: lambda: {served: 1}, PLAN_VARIANT: lambda: int(not info.plan_invariant)}
 
 
 def _lookups(tiers: Sequence[MemoryKvCache | KvTier | PagePool]) -> dict[tuple[str, ...], float]:

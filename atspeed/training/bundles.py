@@ -176,4 +176,5 @@ def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mappi
         fingerprint=fingerprint(dict(files), role),
         encoder=encoder,
         device_graph=device_graph,
+        ordered_sums=report.ordered_sums,
     )

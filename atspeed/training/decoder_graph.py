@@ -2,7 +2,9 @@
 
 No tracer is involved, so every operator of the file is one written here. A batch row is one token tree: `new` tokens after
 `past` cached ones. Keys and values are token-major, so a prefix of a cache is one contiguous slice; keys are stored after
-the rotary embedding. T is float16 for precision "float16", else float32.
+the rotary embedding. T is float16 for precision "float16", else float32. This is the form for one batch row after the other;
+a graph of ordered sums (atspeed/training/ordered_attention.py) has keys and values [past, batch, ...], and a `node_bias`
+[batch, 1, new, last] for the last keys where prompts are long.
 
 | input                        | type  | axes                            |                                                |
 |------------------------------|-------|---------------------------------|------------------------------------------------|
@@ -35,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atspeed.engine.model.decoder import graph_inputs, graph_outputs, kv_names
+from atspeed.engine.model.graph_form import GraphForm
 from atspeed.training.graph_builder import GraphBuilder, WeightFile, onnx_type
 
 Module = Any  # torch types a submodule as Tensor | Module, which fits neither
@@ -76,10 +79,16 @@ class Arithmetic(Protocol):
 
     Attributes:
         dtype: T, the type of hidden states and of the cache.
+        form: the form of the graph.
+        ordered: true if its sums have one order, whatever else is in a pass.
     """
 
     @property
     def dtype(self) -> torch.dtype: ...  # noqa: D102 - see the class
+    @property
+    def form(self) -> GraphForm: ...  # noqa: D102
+    @property
+    def ordered(self) -> bool: ...  # noqa: D102
 
     def embed(self, embedding: Module, tokens: str) -> str:
         """Look up the tokens' rows of the embedding, T [tokens, hidden]."""
@@ -95,8 +104,8 @@ class Arithmetic(Protocol):
 
         Args:
             query: [batch, new, heads * head_dim].
-            key: [batch, past+new, kv_heads, head_dim].
-            value: [batch, past+new, kv_heads, head_dim].
+            key: [batch, past+new, kv_heads, head_dim], or keys first.
+            value: as `key`.
         """
 
     def logits(self, head: Module, normed: str) -> str:
@@ -118,6 +127,9 @@ class FloatArithmetic:
         dtype: the format of the products.
         stored: the format of the weights; None for that of the products.
     """
+
+    form = GraphForm()
+    ordered = False
 
     def __init__(
         self,
@@ -239,16 +251,27 @@ class DecoderGraph(GraphBuilder):
         block, shape = layer.self_attn, self.shape
         query, key, value = self.rotated(block, self.norm(layer.input_layernorm, hidden), rotation)
         key, value = (
-            self.op("Concat", past, self.of_trees(part, shape.kv_heads, shape.head_dim, name=new), axis=1)
-            for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
+            self.with_past(past, part, new) for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
         )
         mixed = self.arithmetic.attend(query, key, value)
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
 
+    def with_past(self, past: str, new: str, name: str) -> str:
+        """Append the keys or values of the new tokens, which are called `name`, to the cached ones."""
+        if not self.arithmetic.form.keys_first:
+            return self.op("Concat", past, self.of_trees(new, *self.kv_shape, name=name), axis=1)
+        tokens = self.op("Transpose", self.of_trees(new, *self.kv_shape), name=name, perm=[1, 0, 2, 3])
+        return self.op("Concat", past, tokens, axis=0)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Return the sizes of one token's keys in a layer."""
+        return self.shape.kv_heads, self.shape.head_dim
+
     def rotated(self, block: Module, normed: str, rotation: tuple[str, str]) -> tuple[str, str, str]:
         """Write query and key after the rotary embedding, T [batch, new, heads * head_dim], and value, T [tokens, ...]."""
         shape = self.shape
-        query, key, value = self.joined(
+        query, key, value = self.projections(
             normed, block, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (shape.heads, shape.kv_heads, shape.kv_heads)
         )
         query, key = (
@@ -262,7 +285,7 @@ class DecoderGraph(GraphBuilder):
 
     def mlp(self, layer: Module, normed: str) -> str:
         """Write down(act(gate(x)) * up(x))."""
-        gate, up = self.joined(normed, layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"), (1, 1))
+        gate, up = self.projections(normed, layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"), (1, 1))
         return self.project(self.op("Mul", self.activation(gate), up), layer.mlp.down_proj)[0]
 
     def activation(self, gate: str) -> str:
@@ -319,7 +342,9 @@ class DecoderGraph(GraphBuilder):
             )
         return self.split(result, [len(layer.weight) for layer in layers])
 
-    def joined(self, hidden: str, block: Module, whole: str, parts: Sequence[str], shares: Sequence[int]) -> list[str]:
+    def projections(
+        self, hidden: str, block: Module, whole: str, parts: Sequence[str], shares: Sequence[int]
+    ) -> list[str]:
         """Write the projections `parts` of a block. Phi stores them as one, `whole`, with these shares of its outputs."""
         if not hasattr(block, whole):
             return self.project(hidden, *(getattr(block, part) for part in parts))
@@ -339,5 +364,7 @@ class DecoderGraph(GraphBuilder):
 
     def to_model(self, columns: int) -> onnx.ModelProto:
         """Return the finished model with the contract's inputs and outputs."""
-        sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
-        return self.finished("token_tree_decoder", graph_inputs(*sizes), graph_outputs(*sizes, columns))
+        sizes = (self.shape.layers, *self.kv_shape, str(self.dtype).removeprefix("torch."))
+        form, ordered = self.arithmetic.form, self.arithmetic.ordered
+        inputs, outputs = graph_inputs(*sizes, form), graph_outputs(*sizes, columns, form)
+        return self.finished("token_tree_decoder", inputs, outputs, ordered=ordered)

@@ -1,9 +1,10 @@
 """Exports a Hugging Face checkpoint as an ONNX token-tree decoder, and checks it.
 
-Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass, except for
-rounding, since a pass of another size adds in another order. The differences are about 1e-5 with float32, up to 1e-2 with
-float16, and none with int8 (atspeed/training/int8_graph.py). An int8 graph is a model of its own: its scores are close to
-the checkpoint's, and on a CPU its passes take half the time where products dominate.
+Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass. In float32 it is the
+same bit for bit, since every sum has one order (atspeed/training/ordered_attention.py), and with int8 too
+(atspeed/training/int8_graph.py). In float16 a pass of another size adds in another order, and differs by up to 1e-2. An int8
+graph is a model of its own: its scores are close to the checkpoint's, and on a CPU its passes take half the time where
+products dominate.
 
 Decoders in a floating-point format have a second graph, for devices. In bfloat16 no CPU can run it, so it is not compared
 with the checkpoint there. The host's graph then computes in float32 from the same weights.
@@ -42,8 +43,9 @@ from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
 from atspeed.training.graph_builder import DATA_FILE, WeightFile
 from atspeed.training.int8_graph import Int8Arithmetic, rounded
+from atspeed.training.ordered_attention import OrderedArithmetic
 from atspeed.training.parity import compare
-from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
+from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, OrderedProducts, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
 _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -88,6 +90,7 @@ class ExportReport:
         max_logit_error: the largest absolute difference in the parity check.
         decoder_start: the token that a decoder with an encoder begins with; None for a decoder alone.
         head: the tokens whose logits the device graph computes; None for a model without one.
+        ordered_sums: true if every float sum has one order.
     """
 
     architecture: str
@@ -101,6 +104,7 @@ class ExportReport:
     max_logit_error: float
     decoder_start: int | None = None
     head: Head | None = None
+    ordered_sums: bool = False
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:
@@ -202,6 +206,7 @@ def export_decoder(
         max_logit_error=error,
         decoder_start=_decoder_start(model),
         head=head if has_device_graph(model.config, precision) else None,
+        ordered_sums=precision == "float32",
     )
 
 
@@ -314,7 +319,9 @@ def write_graph(
     """Write the graphs and their weights. The weights are converted and written one at a time."""
     if model.config.is_encoder_decoder:
         with (folder / ENCODER_DATA_FILE).open("wb") as data:
-            encoder = T5EncoderGraph(model, WeightFile(data, ENCODER_DATA_FILE), _arithmetic(precision)).write_encoder()
+            encoder = T5EncoderGraph(
+                model, WeightFile(data, ENCODER_DATA_FILE), _arithmetic(model.config, precision)
+            ).write_encoder()
         (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
         onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
@@ -347,12 +354,19 @@ def has_device_graph(config: Any, precision: Precision) -> bool:
 
 def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) -> DecoderGraph:
     graph = T5DecoderGraph if model.config.is_encoder_decoder else DecoderGraph
-    return graph(model, weights, _arithmetic(precision))
+    return graph(model, weights, _arithmetic(model.config, precision))
 
 
-def _arithmetic(precision: Precision) -> MakeArithmetic:
+def _arithmetic(config: Any, precision: Precision) -> MakeArithmetic:
+    """Return the arithmetic of the host's graph."""
     if precision == "int8":
         return Int8Arithmetic
+    if precision == "float32":
+        return (
+            OrderedProducts
+            if config.is_encoder_decoder
+            else partial(OrderedArithmetic, max_positions=max_positions(config))
+        )
     # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
     return partial(FloatArithmetic, dtype=dtype, stored=STORED[precision])

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from atspeed.engine.model.decoder import TensorSpec
+from atspeed.engine.model.graph_form import ORDERED
 
 DATA_FILE = "model.onnx.data"
 
@@ -92,6 +93,10 @@ class GraphBuilder:
         """Add an int64 vector."""
         return self.constant(np.asarray(values, dtype=np.int64))
 
+    def floats(self, *values: float) -> str:
+        """Add a float32 vector."""
+        return self.constant(np.asarray(values, dtype=np.float32))
+
     def constant(self, values: np.ndarray[Any, Any]) -> str:
         """Add a small array to the graph itself."""
         name = f"constant_{len(self.initializers)}"
@@ -117,14 +122,17 @@ class GraphBuilder:
         return proto.name
 
     def finished(
-        self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+        self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], *, ordered: bool = False
     ) -> onnx.ModelProto:
-        """Return the graph as a model with these inputs and outputs."""
+        """Return the graph as a model with these inputs and outputs. ordered: whether its sums have one order."""
         fed, fetched = ([_value_info(*one) for one in specs.items()] for specs in (inputs, outputs))
         graph = helper.make_graph(self.nodes, name, fed, fetched, self.initializers)
         domains = sorted({"", *(node.domain for node in self.nodes)})
         opsets = [helper.make_opsetid(domain, 1 if domain else _OPSET) for domain in domains]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
+        if ordered:
+            helper.set_model_props(model, {ORDERED: "true"})
+        return model
 
 
 def onnx_type(dtype: torch.dtype | str) -> int:

@@ -27,6 +27,7 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atspeed.engine.model.graph_form import GraphForm
 from atspeed.training.decoder_graph import DecoderShape, Module, stacked
 from atspeed.training.graph_builder import GraphBuilder
 
@@ -37,6 +38,9 @@ _WEIGHT_MAX = 63  # 7 bits; see the module
 
 class Int8Arithmetic:
     """Products with weights in integers, those of attention in float64; hidden states are float32."""
+
+    form = GraphForm()
+    ordered = False
 
     def __init__(self, graph: GraphBuilder, shape: DecoderShape) -> None:
         self.dtype = torch.float32

@@ -24,10 +24,13 @@ import onnx
 import torch
 from onnx import TensorProto
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from atspeed.engine.model.decoder import kv_names
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, ENCODER_INPUTS, encoder_outputs
-from atspeed.training.decoder_graph import DecoderGraph, Module
+from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, MakeArithmetic, Module
+from atspeed.training.graph_builder import WeightFile
+from atspeed.training.ordered_attention import OrderedAttention
 
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
 
@@ -40,18 +43,43 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 _END = np.iinfo(np.int64).max  # of a slice without an end
 
 
+class OrderedProducts(FloatArithmetic):
+    """Products in float32 beside attention whose sums have one order, which `_T5Blocks` writes."""
+
+    ordered = True
+
+
 class _T5Blocks(DecoderGraph):
     """Blocks that encoder and decoder share."""
+
+    def __init__(self, model: PreTrainedModel, weights: WeightFile, arithmetic: MakeArithmetic) -> None:
+        super().__init__(model, weights, arithmetic)
+        self._attention: dict[str, OrderedAttention] = {}
 
     def cast_weight(self, weight: Tensor) -> str:
         """Add a weight in T."""
         return self.tensor(weight.detach().to(self.dtype))
 
     def attend(self, query: str, key: str, value: str, bias: str) -> str:
-        """Write attention without a scale, T [tokens, heads * head_dim]. All inputs have a batch axis."""
-        heads = self.shape.heads
-        mixed = self.op("Attention", query, key, value, bias, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
-        return self.op("Reshape", mixed, self.integers(-1, heads * self.shape.head_dim))
+        """Write attention without a scale, T [tokens, heads * head_dim].
+
+        Args:
+            query: [batch, new, heads * head_dim].
+            key: [batch, rows, heads, head_dim].
+            value: as `key`.
+            bias: [batch, 1 or heads, new, rows].
+        """
+        heads, columns = self.shape.heads, self.integers(-1, self.shape.heads * self.shape.head_dim)
+        if not self.arithmetic.ordered:
+            merged = (
+                self.op("Reshape", part, self.integers(0, 0, heads * self.shape.head_dim)) for part in (key, value)
+            )
+            mixed = self.op("Attention", query, *merged, bias, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
+            return self.op("Reshape", mixed, columns)
+        if bias not in self._attention:
+            self._attention[bias] = OrderedAttention(self, self.shape, bias, None, scale=1.0)
+        keys_first = (self.op("Transpose", part, perm=[1, 0, 2, 3]) for part in (key, value))
+        return self.op("Reshape", self._attention[bias].attend(query, *keys_first), columns)
 
     def feed_forward(self, layer: Module, hidden: str) -> str:
         """Write wo(f(wi(x))), or wo(f(wi_0(x)) * wi_1(x)) with a gate."""
@@ -109,7 +137,10 @@ class T5EncoderGraph(_T5Blocks):
         """Write attention between all tokens of the prompt."""
         block = layer.SelfAttention
         parts = self.project(self.norm(layer.layer_norm, hidden), block.q, block.k, block.v)
-        query, key, value = (self.op("Unsqueeze", part, self.integers(0)) for part in parts)
+        query, *rows = (self.op("Unsqueeze", part, self.integers(0)) for part in parts)
+        key, value = (
+            self.op("Reshape", part, self.integers(0, 0, self.shape.heads, self.shape.head_dim)) for part in rows
+        )
         return self.project(self.attend(query, key, value, bias), block.o)[0]
 
 
@@ -178,16 +209,11 @@ class T5DecoderGraph(_T5Blocks):
         self, layer: Module, hidden: str, rows: _Rows, past_kv: tuple[str, str], new_kv: tuple[str, str]
     ) -> str:
         """Write attention of the new tokens to those of their paths."""
-        block, shape = layer.SelfAttention, self.shape
+        block = layer.SelfAttention
         query, *parts = self.project(self.norm(layer.layer_norm, hidden), block.q, block.k, block.v)
         key, value = (
-            self.merged(
-                self.op(
-                    "Concat",
-                    self.behind(past, rows.least, axis=1),
-                    self.of_trees(part, shape.kv_heads, shape.head_dim, name=new),
-                    axis=1,
-                )
+            self.op(
+                "Concat", self.behind(past, rows.least, axis=1), self.of_trees(part, *self.kv_shape, name=new), axis=1
             )
             for past, part, new in zip(past_kv, parts, new_kv, strict=True)
         )
@@ -197,7 +223,7 @@ class T5DecoderGraph(_T5Blocks):
         """Write attention of the new tokens to the encoder rows."""
         block = layer.EncDecAttention
         query = self.project(self.norm(layer.layer_norm, hidden), block.q)[0]
-        key, value = (self.merged(self.before(past, rows.most, axis=1)) for past in past_kv)
+        key, value = (self.before(past, rows.most, axis=1) for past in past_kv)
         return self.project(self.attend(self.queries(query), key, value, rows.cross_bias), block.o)[0]
 
     def final(self, hidden: str) -> str:
@@ -211,10 +237,6 @@ class T5DecoderGraph(_T5Blocks):
     def queries(self, query: str) -> str:
         """Reshape [tokens, heads * head_dim] -> [batch, new, heads * head_dim]."""
         return self.of_trees(query, self.shape.heads * self.shape.head_dim)
-
-    def merged(self, split: str) -> str:
-        """Reshape [batch, rows, kv_heads, head_dim] -> [batch, rows, kv_heads * head_dim]."""
-        return self.op("Reshape", split, self.integers(0, 0, self.shape.kv_heads * self.shape.head_dim))
 
     def before(self, value: str, end: str, *, axis: int) -> str:
         """Slice an axis up to `end`."""

@@ -499,9 +499,10 @@ class Exactness(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     LARGEST_SLACK_FIELD_NUMBER: _builtins.int
     exact: _builtins.bool
-    """True if the list is lossless: the list of the target's own beam search, or an exact sample from the target. It is never true for a
-    float16 target, whose rounding changes a log-probability by up to 0.01 with the other tokens of the pass. In float32 and with int8
-    weights the change is below 0.00001, so items whose scores are closer than that may swap.
+    """True if the list is lossless: identical to the list of the target's own beam search, items and scores bit for bit, or an exact
+    sample from the target. It needs a plan-invariant target: see ModelInfo.plan_invariant. It is never true for a float16 target, whose
+    rounding changes a log-probability by up to 0.01 with the other tokens of the pass, nor for a float32 target of an older bundle,
+    where the change is up to 0.00002.
     """
     largest_slack: _builtins.float
     """MODE_TOLERANCE: the largest score gap of a replaced beam."""
@@ -1326,15 +1327,12 @@ class ShadowChecks(_message.Message):
 
     SHARE_FIELD_NUMBER: _builtins.int
     IDENTICAL_FIELD_NUMBER: _builtins.int
-    NEAR_TIES_FIELD_NUMBER: _builtins.int
     DIFFERENT_FIELD_NUMBER: _builtins.int
     SPECULATION_OFF_FIELD_NUMBER: _builtins.int
     share: _builtins.float
     """Share of the strict lists that are checked."""
     identical: _builtins.int
-    """Lists that were equal to the target's own, item for item."""
-    near_ties: _builtins.int
-    """Lists that differed only at near-ties: scores that are closer than rounding."""
+    """Lists that were equal to the target's own: items, order and scores, bit for bit."""
     different: _builtins.int
     """Lists that differed."""
     speculation_off: _builtins.bool
@@ -1346,13 +1344,12 @@ class ShadowChecks(_message.Message):
         *,
         share: _builtins.float = ...,
         identical: _builtins.int = ...,
-        near_ties: _builtins.int = ...,
         different: _builtins.int = ...,
         speculation_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["different", b"different", "identical", b"identical", "near_ties", b"near_ties", "share", b"share", "speculation_off", b"speculation_off"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["different", b"different", "identical", b"identical", "share", b"share", "speculation_off", b"speculation_off"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

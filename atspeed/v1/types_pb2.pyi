@@ -208,6 +208,7 @@ class ModelInfo(_message.Message):
     MAX_NODES_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     COST_CURVE_FIELD_NUMBER: _builtins.int
+    PLAN_INVARIANT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Hash of everything that scores and node ids depend on: weights, scoring rule, prompt, code tokens, catalogue snapshot. Replicas of
     one version are interchangeable. grpc.health.v1 reports their health as <service>/<model_version>, too.
@@ -230,6 +231,10 @@ class ModelInfo(_message.Message):
     """Maximum number of trie nodes in one message."""
     provider: _builtins.str
     """ONNX Runtime execution provider in use."""
+    plan_invariant: _builtins.bool
+    """True if no bit of a score depends on the other tokens of a pass. The model is made for it, and a check on this replica found it so
+    when the model was loaded.
+    """
     @_builtins.property
     def cost_curve(self) -> Global___CostCurve:
         """Time of a pass on this replica, measured at its start."""
@@ -248,10 +253,11 @@ class ModelInfo(_message.Message):
         max_nodes: _builtins.int = ...,
         provider: _builtins.str = ...,
         cost_curve: Global___CostCurve | None = ...,
+        plan_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost_curve", b"cost_curve"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bundle_name", b"bundle_name", "catalogue_version", b"catalogue_version", "cost_curve", b"cost_curve", "max_nodes", b"max_nodes", "max_positions", b"max_positions", "model_version", b"model_version", "parameters", b"parameters", "precision", b"precision", "provider", b"provider", "scoring_rule", b"scoring_rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bundle_name", b"bundle_name", "catalogue_version", b"catalogue_version", "cost_curve", b"cost_curve", "max_nodes", b"max_nodes", "max_positions", b"max_positions", "model_version", b"model_version", "parameters", b"parameters", "plan_invariant", b"plan_invariant", "precision", b"precision", "provider", b"provider", "scoring_rule", b"scoring_rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,6 +335,7 @@ class PassStatistics(_message.Message):
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     LOOKUP_MS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    UNORDERED_PASSES_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """Milliseconds that the pass waited for the model."""
     forward_ms: _builtins.float
@@ -345,6 +352,8 @@ class PassStatistics(_message.Message):
     """Tokens computed for all co-batched requests, padding included. For several passes it is the sum."""
     lookup_ms: _builtins.float
     """Milliseconds of the lookup of the prompt's cached keys and values, before the first pass waits for the model."""
+    unordered_passes: _builtins.int
+    """Passes on a replica where the check of plan invariance failed: see ModelInfo.plan_invariant."""
     @_builtins.property
     def cached_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Prompt tokens whose keys and values were cached, by the name of the prefix cache's tier that held them: memory, redis."""
@@ -360,10 +369,11 @@ class PassStatistics(_message.Message):
         batch_tokens: _builtins.int = ...,
         lookup_ms: _builtins.float = ...,
         cached_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        unordered_passes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "lookup_ms", b"lookup_ms", "new_tokens", b"new_tokens", "queue_ms", b"queue_ms", "selection_ms", b"selection_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "lookup_ms", b"lookup_ms", "new_tokens", b"new_tokens", "queue_ms", b"queue_ms", "selection_ms", b"selection_ms", "unordered_passes", b"unordered_passes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

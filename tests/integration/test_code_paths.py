@@ -17,7 +17,7 @@ from tests.catalogues import tailed_catalogue
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.sequence_model import SequenceModel
-from tests.serving import NEAR_TIE, Client, assert_same_list, ids
+from tests.serving import ROUNDING, Client, assert_same_list, ids
 
 PER_PATH = 2
 CATALOGUE = tailed_catalogue(120, (7, 6, 5), seed=3)
@@ -71,7 +71,7 @@ def test_lists_are_those_of_the_naive_search(served: Client, made: TestBundle, h
         for mode in (pb.MODE_TARGET_ONLY, pb.MODE_STRICT):
             reply = served.recommend(history, k=widths[-1], beam_widths=widths, mode=mode)
             assert ids(reply) == [item for item, _ in expected]
-            assert [item.score for item in reply.items] == pytest.approx([s for _, s in expected], abs=NEAR_TIE)
+            assert [item.score for item in reply.items] == pytest.approx([s for _, s in expected], abs=ROUNDING)
             assert reply.scoring_rule == types_pb2.SCORING_RULE_CODES
             assert reply.exactness.exact
 

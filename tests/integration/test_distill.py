@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed_client import RecommendRequest
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.engine.bundle.manifest import Bundle, read_manifest
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.importing.layouts import LAYOUTS
 from atspeed.training.export import load_checkpoint

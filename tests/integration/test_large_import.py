@@ -17,8 +17,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed_client import RecommendRequest
 from tests.authors_prompts import minionerec, tokens_of_tail

@@ -22,7 +22,7 @@ from orchestrator.planning.planner import PlanLimits, PlannerKind
 from tests.bundles import random_history, write_bundle
 from tests.corrupt_models import corrupt, next_in_line
 from tests.oracles.models import Models
-from tests.serving import NEAR_TIE, WINDOW
+from tests.serving import WINDOW
 
 # As the services of these tests: plans that no timing decides.
 OPTIONS = RecommenderOptions(
@@ -45,10 +45,10 @@ def client(stack: LocalStack) -> Iterator[PythonClient]:
 
 
 def assert_same_list(reply: Recommendation, expected: Recommendation) -> None:
-    """Equal items in equal order; near-ties alone may stand the other way."""
-    for got, want in zip(reply.items, expected.items, strict=True):
-        assert got.score == pytest.approx(want.score, abs=1e-3)
-        assert got.item_id == want.item_id or abs(got.score - want.score) < NEAR_TIE
+    """Equal items in equal order, with the same scores bit for bit."""
+    assert [(item.item_id, item.score) for item in reply.items] == [
+        (item.item_id, item.score) for item in expected.items
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,8 @@ def test_lower_precisions_are_near_the_checkpoint(
     np.testing.assert_allclose(decoder_outputs(decoder, tree), expected, atol=tolerance)
 
 
-# The last bits only; float16 keeps 11 bits of every layer's result, and another order of adding may tip the last one.
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-2), ("int8", 0)])
+# float16 keeps 11 bits of every layer's result, and another order of adding may tip the last one.
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0), ("float16", 1e-2), ("int8", 0)])
 @pytest.mark.parametrize("name", ["one head per key", "biases", "qwen3"])
 def test_node_result_is_independent_of_other_tokens(
     name: str, precision: Precision, tolerance: float, tmp_path: Path

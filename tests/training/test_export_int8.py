@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atspeed.engine.arrays import KvArray
+from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training.export import MODEL_FILE, export_decoder
 from atspeed.training.int8_graph import quantise_rows, quantise_rows_finely
@@ -52,13 +53,14 @@ def round_to_8_bits(model: PreTrainedModel) -> None:
     head.register_forward_pre_hook(lambda _, inputs: in_steps(inputs[0], 127 * 254))
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("cuts", [(1,), (7, 8, 31), (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)])
-def test_int8_keys_are_the_same_bits_however_a_prompt_is_cut(
-    cuts: tuple[int, ...], threads: int, tmp_path: Path
+def test_keys_are_the_same_bits_however_a_prompt_is_cut(
+    cuts: tuple[int, ...], threads: int, precision: Precision, tmp_path: Path
 ) -> None:
     """Cached keys and values of one pass are thus those that another pass would compute."""
-    export_decoder(checkpoint("qwen3"), tmp_path, code_tokens=CODES, precision="int8")
+    export_decoder(checkpoint("qwen3"), tmp_path, code_tokens=CODES, precision=precision)
     decoder = Decoder(tmp_path / MODEL_FILE, RuntimeOptions(intra_op_threads=threads))
     chain = RandomTree.grow(np.random.default_rng(5), VOCAB, prefix=40, nodes=0)
     whole, parts = decoder.empty_kv(40), decoder.empty_kv(40)

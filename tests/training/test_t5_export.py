@@ -78,7 +78,7 @@ def test_node_result_is_independent_of_other_tokens(name: str, tmp_path: Path) -
     together = log_probabilities(decoder_outputs(decoder, tree))
     for node in range(tree.prefix, len(tree.tokens)):
         result = log_probabilities(decoder_outputs(decoder, tree.alone(node)))[-1]
-        np.testing.assert_allclose(result, together[node - tree.prefix + 1], atol=1e-5, rtol=0)
+        np.testing.assert_array_equal(result, together[node - tree.prefix + 1])
 
 
 def test_trees_of_a_batch_are_as_alone(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_trees_of_a_batch_are_as_alone(tmp_path: Path) -> None:
         np.arange(len(trees) * count),
         np.empty((decoder.layers, 2, len(trees), count, decoder.kv_heads, decoder.head_dim), dtype=np.float32),
     )
-    np.testing.assert_allclose(np.column_stack([logits, normalizer]), np.concatenate(expected), atol=1e-5)
+    np.testing.assert_array_equal(np.column_stack([logits, normalizer]), np.concatenate(expected))
 
 
 def test_report_describes_the_exported_model(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from atspeed.benchmarks import lossless
+from atspeed.benchmarks import invariance, lossless
 from atspeed.benchmarks.histories import History, choose_histories, served_parts
 from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.gpu import bench_gpu, bench_gpu_lists
@@ -27,8 +27,9 @@ from atspeed.cli.bench.options import (
 from atspeed.cli.bench.speed import bench_decode, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import Adapter, Base, ItemFile, ItemText, MaxItems, Separator, layout_changes
-from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
+from atspeed.cli.options import MAX_EXCLUDED, MAX_THREADS, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.model.invariance import TreeSizes
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
 
@@ -172,8 +173,33 @@ def bench_lossless(
     out.print(terminal_table(title, lossless.COLUMNS, rows))
     print_identity(lossless.REFERENCE, rows)
     save(json_file, opened, seed, to_json(rows))
-    if failures := sum(row.different + row.invalid_paths for row in rows):
-        raise CommandError(f"{failures} lists differ beyond near-ties or paths are invalid")
+    ties_fail = opened.manifest.target.plan_invariant  # its scores are promised bit for bit
+    if failures := sum(row.different + row.invalid_paths + row.near_ties * ties_fail for row in rows):
+        beyond = "" if ties_fail else " beyond near-ties"
+        raise CommandError(f"{failures} lists differ{beyond} or paths are invalid")
+
+
+@bench_commands.command("invariance")
+def bench_invariance(
+    bundle: BundleFolder,
+    trees: Annotated[int, typer.Option(min=1, max=1_000_000, help="Random token trees.")] = 1_000,
+    prompt: Annotated[int, typer.Option(min=1, max=65_536, help="Longest prompt, in tokens.")] = 4_096,
+    nodes: Annotated[int, typer.Option(min=1, max=65_536, help="Most nodes of a tree.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Most trees of a pass.")] = 16,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.  [default: 1 2 4]")
+    ] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare nodes of random token trees in company and alone, bit for bit; exits with 1 if one differs."""
+    opened, levels = Bundle(bundle), Bundle(bundle).catalogue().trie.levels
+    sizes = TreeSizes(prompt, nodes, depth=max(1, levels - 1), trees=batch)
+    row = invariance.run(opened, sizes, trees=trees, threads=threads or [1, 2, 4], seed=seed)
+    out.print(terminal_table("Nodes in company and alone", invariance.COLUMNS, [row]))
+    save(json_file, opened, seed, to_json([row]))
+    if moved := row.moved + row.prompts_moved:
+        raise CommandError(f"{moved} nodes or prompts differ by a bit or more")
 
 
 bench_commands.command("decode")(bench_decode)

@@ -38,6 +38,7 @@ class BatchLimits:
         padding: ratio of the batch's new tokens, padded to the longest row, to those of its passes one by one.
         cached_padding: the same of cached tokens.
         gathered_tokens: new and cached tokens of a batch, padding included, whose keys and values are copied side by side.
+        row_keys: new and cached tokens of one row of a batch, padding included.
     """
 
     requests: int = 16
@@ -47,10 +48,12 @@ class BatchLimits:
     padding: float = 1.5
     cached_padding: float = 1.5
     gathered_tokens: int = 1_000_000
+    row_keys: int = 1_000_000
 
     def allow(self, rows: int, longest: int, deepest: int) -> bool:
         """Return whether `rows` passes fit into a batch, padded to `longest` new and `deepest` cached tokens each."""
-        within = rows * longest <= self.tokens and rows * (longest + deepest) <= self.gathered_tokens
+        row = longest + deepest
+        within = rows * longest <= self.tokens and row <= self.row_keys and rows * row <= self.gathered_tokens
         return rows <= self.requests and within
 
 

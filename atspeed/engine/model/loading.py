@@ -79,6 +79,11 @@ def check_decoder(bundle: Bundle, role: Role, decoder: ModelDecoder) -> None:
         ("head_dim", entry.head_dim, decoder.head_dim),
         ("precision", entry.device_kv_dtype if on_device else entry.kv_dtype, decoder.kv_dtype),
         ("code_tokens", f"{columns} code columns", f"{decoder.columns} code columns"),
+        (
+            "ordered_sums",
+            entry.ordered_sums,
+            entry.ordered_sums if isinstance(decoder, DeviceDecoder) else decoder.ordered,
+        ),
     ):
         if said != found:
             raise BundleError(f"{bundle.root}/{MANIFEST}: {role}.{field}: {said}, but {entry.path} has {found}")

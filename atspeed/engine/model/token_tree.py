@@ -39,9 +39,11 @@ class MaskedPass(TreePass):
 
     Attributes:
         visible: bool [S, P + S]: true where a new token attends to a cached or new one.
+        nodes: bool [P + S]: true for nodes, false for prompt tokens.
     """
 
     visible: Bools
+    nodes: Bools
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class TokenTree:
         visible[new_prompt:, :prompt] = True
         for row, places in ancestry:
             visible[row, places] = True
-        return MaskedPass(step.tokens, step.positions, step.rows, visible)
+        return MaskedPass(step.tokens, step.positions, step.rows, visible, np.arange(cached + total) >= prompt)
 
     def _planned(self, trie: Trie, nodes: Int64, code_tokens: Int64) -> tuple[TreePass, int, _Ancestry]:
         """Return a pass without what its tokens see, the number of its prompt tokens, and the ancestry of its nodes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,10 +21,12 @@ from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
+from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
 from atspeed.engine.model.device_memory import DeviceMemory
 from atspeed.engine.model.device_selector import DeviceSelector
 from atspeed.engine.model.host_memory import HostMemory
+from atspeed.engine.model.invariance import Moved, TreeSizes, check_invariance
 from atspeed.engine.model.kv_memory import KvMemory, PassResult
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.prompt_kv import prompt_kv
@@ -33,6 +36,8 @@ from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
 from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 
 _OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
+# Trees of the check at the load. Before the sums had an order, nearly every node of such a tree moved.
+_CHECKED_TREES, _CHECKED_PROMPT, _CHECKED_NODES = 4, 128, 24
 Part = TypeVar("Part")
 
 
@@ -49,6 +54,7 @@ class TreeEvaluator:
         trie: the catalogue's trie.
         rule: the scoring rule.
         open_kv: the memory of open sessions.
+        plan_invariant: false if scores are known to depend on the other tokens of a pass, as on a device.
     """
 
     def __init__(
@@ -67,13 +73,14 @@ class TreeEvaluator:
         self.entry = entry
         self.trie = trie
         self.rule = rule
+        self.plan_invariant = entry.plan_invariant and not isinstance(decoder, DeviceDecoder)
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         self.open_kv = self._memory(cache, open_kv_bytes)
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
-        self._batcher = Batcher(self._run, limits or BatchLimits())
+        self._batcher = Batcher(self._run, _within_sums(limits or BatchLimits(), decoder))
 
     @property
     def queued_passes(self) -> int:
@@ -148,6 +155,24 @@ class TreeEvaluator:
                     await self.evaluate(tree, self.trie.children(ROOT)[:1], everything)
         finally:
             self.end(tree)
+
+    async def check_plan_invariance(self) -> Moved:
+        """Compare a few trees in company and alone, in a worker thread; `plan_invariant` is false if a bit moved.
+
+        The model is one of the host.
+        """
+        if isinstance(self.decoder, DeviceDecoder):
+            raise TypeError("a device's sums have no order that could be checked")
+        moved = await asyncio.to_thread(self._moved_bits, self.decoder)
+        self.plan_invariant = self.entry.plan_invariant and moved.none
+        return moved
+
+    def _moved_bits(self, decoder: Decoder) -> Moved:
+        entry, levels = self.entry, self.trie.levels
+        prompt = min(entry.prompt.max_tokens(levels), entry.max_positions - levels, _CHECKED_PROMPT)
+        start = entry.encoder.decoder_start if entry.encoder else None
+        sizes = TreeSizes(max(1, prompt), _CHECKED_NODES, depth=max(1, levels - 1), trees=2)
+        return check_invariance([decoder], sizes, self._code_tokens, trees=_CHECKED_TREES, decoder_start=start)
 
     def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
         """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
@@ -256,6 +281,7 @@ class TreeEvaluator:
             new_tokens=tree.lookup_stats.new_tokens + len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
+            unordered_passes=int(not self.plan_invariant),
         )
         tree.lookup_stats = PassStats()
         tree.passes.append(CompletedPass(len(run.nodes), stats, run.queued_ns, done, valid))
@@ -310,6 +336,11 @@ class TreeEvaluator:
             raise CapacityError("nodes: an ended place has no token, and needs no evaluation")
         if not tree.slots.keys().isdisjoint(nodes.tolist()):
             raise CapacityError("nodes: a node was evaluated before on this tree")
+
+
+def _within_sums(limits: BatchLimits, decoder: ModelDecoder) -> BatchLimits:
+    """Return the limits under which a host's graph keeps the order of its sums."""
+    return limits if isinstance(decoder, DeviceDecoder) else replace(limits, row_keys=decoder.shared_keys)
 
 
 def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:

@@ -191,6 +191,10 @@ def test_an_encoder_that_does_not_fit_is_refused(models: Models, tmp_path_factor
 def test_a_prompt_and_its_rows_must_match(models: Models) -> None:
     decoder = models.decoders["target"]
     assert isinstance(decoder, EncoderDecoder)
-    for kv in (decoder.empty_kv(3), decoder.empty_kv(4).astype(np.float64), decoder.empty_kv(8)[:, :, ::2]):
+    for kv in (
+        decoder.empty_kv(3),
+        np.zeros_like(decoder.empty_kv(4), dtype=np.float64),
+        decoder.empty_kv(8)[:, :, ::2],
+    ):
         with pytest.raises(ValueError, match="kv"):
             decoder.encode(np.array([3, 4, 5, 6]), kv)

@@ -16,7 +16,11 @@ from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Resched
 
 sizes = st.builds(PassSize, new_tokens=st.integers(1, 60), cached_tokens=st.integers(0, 200))
 limits = st.builds(
-    BatchLimits, requests=st.integers(1, 6), tokens=st.integers(1, 80), gathered_tokens=st.integers(0, 800)
+    BatchLimits,
+    requests=st.integers(1, 6),
+    tokens=st.integers(1, 80),
+    gathered_tokens=st.integers(0, 800),
+    row_keys=st.integers(0, 300),
 )
 SMALL = PassSize(1, 10)
 
@@ -31,6 +35,7 @@ def test_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSiz
         assert len(batch) <= limits.requests
         assert len(batch) * max(new) <= limits.tokens
         assert len(batch) * (max(new) + max(cached)) <= limits.gathered_tokens
+        assert max(new) + max(cached) <= limits.row_keys
         assert len(batch) * max(new) <= 1.5 * sum(new)
         assert len(batch) * max(cached) <= 1.5 * sum(cached)
 
@@ -38,7 +43,8 @@ def test_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSiz
 @given(st.integers(1, 12), sizes, limits)
 def test_equal_passes_share_a_batch_up_to_the_limits(count: int, size: PassSize, limits: BatchLimits) -> None:
     by_tokens = limits.tokens // size.new_tokens
-    by_memory = limits.gathered_tokens // (size.new_tokens + size.cached_tokens)
+    keys = size.new_tokens + size.cached_tokens
+    by_memory = limits.gathered_tokens // keys if keys <= limits.row_keys else 1
     assert len(next_batch([size] * count, limits)) == min(count, limits.requests, max(1, min(by_tokens, by_memory)))
 
 

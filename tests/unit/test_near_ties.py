@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from atspeed.engine.search.list_comparison import NEAR_TIE, RankedList, Verdict, compare, compare_searches, largest_gap
+from atspeed.benchmarks.near_ties import NEAR_TIE, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList, largest_gap
 
 A = RankedList(("x", "y", "z"), (-1.0, -2.0, -3.0))
 LITTLE, MUCH = NEAR_TIE / 10, NEAR_TIE * 10
@@ -37,31 +38,6 @@ def test_swapped_neighbours() -> None:
         assert compare(one, other) is verdict
 
 
-@pytest.mark.parametrize(
-    ("gap", "rounding", "verdict"),
-    [
-        (LITTLE, LITTLE, Verdict.NEAR_TIE),
-        (MUCH, LITTLE, Verdict.DIFFERENT),
-        (LITTLE, MUCH, Verdict.DIFFERENT),
-    ],
-)
-def test_searches_are_compared_at_the_first_difference(gap: float, rounding: float, verdict: Verdict) -> None:
-    """Beams that swapped over the end of an inner level may lead to any list; a level in another order leads to the same one."""
-    root = RankedList(("0",), (0.0,))
-    first, again = RankedList(("1", "2"), (-1.0, -2.0)), RankedList(("2", "1"), (-1.0, -2.0))
-    one, other = RankedList(("7", "8"), (-3.0, -4.0)), RankedList(("7", "9"), (-3.0 - rounding, -4.0 - gap))
-    assert (
-        compare_searches([root, first, one, A], [root, again, other, RankedList(("q", "r"), (-9.0, -9.5))]) is verdict
-    )
-    assert compare_searches([root, first, one, A], [root, again, other, A]) is Verdict.IDENTICAL
-
-
-def test_searches_that_differ_only_at_the_end_are_compared_by_lists() -> None:
-    root, other = RankedList(("0",), (0.0,)), RankedList(("x", "y", "w"), (-1.0, -2.0, -3.0 - MUCH))
-    assert compare_searches([root, A], [root, other]) is compare(A, other) is Verdict.DIFFERENT
-    assert compare_searches([A], [root, other]) is Verdict.DIFFERENT
-
-
 def test_largest_gap() -> None:
     """By place, not by item; empty lists have none."""
     assert largest_gap(A, RankedList(("q", "r"), (-1.0, -2.25))) == 0.25
@@ -85,7 +61,7 @@ def test_gap_and_rounding_below_the_limit() -> None:
 
 
 def test_near_tie_limit_is_the_contracts() -> None:
-    """Score gap < 0.0001, as README and demo say."""
+    """Score gap < 0.0001, as the pages about measurements say."""
     assert NEAR_TIE == 1e-4
 
 
