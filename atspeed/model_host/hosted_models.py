@@ -152,8 +152,15 @@ class HostedModels(Generic[Worker]):
         keep = self._settings.keep_version_seconds
         while True:
             await asyncio.sleep(min(_MAX_PAUSE_SECONDS, max(keep, 0.01)))
-            for model in [old for old in self._models if not self._is_current(old) and old.refcount.unused_for(keep)]:
-                await self._retire(model)
+            await self._retire_unused(keep)
+
+    async def _retire_unused(self, keep: float) -> None:
+        """Retire the models of no track that were unused for so many seconds.
+
+        A function of its own: a variable that outlived it would keep the last model, with its weights, in memory.
+        """
+        for model in [old for old in self._models if not self._is_current(old) and old.refcount.unused_for(keep)]:
+            await self._retire(model)
 
     async def _retire(self, model: HostedModel[Worker]) -> None:
         """Release a model after callers have been notified. A call in the meantime keeps it.

@@ -1,4 +1,4 @@
-"""Writes the graph of a decoder for devices: KV in a paged pool, few and fused kernels.
+"""Writes the graph of a decoder for devices: KV in a paged pool, few kernels.
 
 The contract is in atspeed/engine/model/device_graph.py. The weights are those that the host's graph has written. What differs
 from the host's graph, and why:

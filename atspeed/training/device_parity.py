@@ -1,4 +1,4 @@
-"""Compares a device graph with its checkpoint, on random token trees that share each pass.
+"""Compares a device graph with its checkpoint, on random trees that share passes.
 
 onnxruntime's CPU provider runs the graph, except in bfloat16, for which it lacks kernels. The slots of the trees are
 interleaved at random, the trees have different lengths, and prompt and nodes are read in a pass each.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -37,10 +37,10 @@ def opened(files: ModelFiles, pool_bytes: int = 2**28) -> DeviceDecoder:
 
 
 @pytest.fixture(scope="module")
-def decoder(files: ModelFiles) -> Iterator[DeviceDecoder]:
+def decoder(files: ModelFiles) -> DeviceDecoder:
     made = opened(files)
     made.capture(2, 2048)
-    yield made
+    return made
 
 
 def tree(cached: int, new: int) -> PagedInput:
@@ -127,7 +127,7 @@ def test_a_device_that_fails_in_mid_pass_is_a_device_error(files: ModelFiles) ->
     decoder.run([tree(10, 3)])
     with failing("cudaLaunchKernel", after=10):
         for _ in range(2):
-            with pytest.raises(DeviceError, match="a pass of PassShape.* failed on the device"):
+            with pytest.raises(DeviceError, match=r"a pass of PassShape.* failed on the device"):
                 decoder.run([tree(10, 3)])
 
 

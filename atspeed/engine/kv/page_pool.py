@@ -1,4 +1,4 @@
-"""Pages of a pool of keys and values on a device: holders, cached prefixes, erasure.
+"""Books of a device's pages: holders of KV, cached prefixes, erasure.
 
 A page has the size of a block of the prefix cache. This module keeps the books; `DevicePools` holds the keys and values.
 """

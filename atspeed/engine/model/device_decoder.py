@@ -1,4 +1,4 @@
-"""An exported decoder on a device: one pass over token trees of any lengths, KV in pages of a pool."""
+"""A decoder on a device: passes over token trees of any lengths, KV in pages."""
 
 from __future__ import annotations
 

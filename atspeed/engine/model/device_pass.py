@@ -1,4 +1,4 @@
-"""Passes of one shape on a device: inputs and outputs at fixed addresses, one copy in and one copy out."""
+"""Passes of one shape on a device, with inputs and scores at fixed addresses."""
 
 from __future__ import annotations
 

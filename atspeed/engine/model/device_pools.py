@@ -1,4 +1,4 @@
-"""Pools of keys and values on the model's device, and the way of rows between them and the host."""
+"""Pools of keys and values on a device, and the way of rows to and from the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection of the best children on the device of the scores: one copy in, one copy back."""
+"""Selection of the best children on a device: one copy in, one copy back."""
 
 from __future__ import annotations
 

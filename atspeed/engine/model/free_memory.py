@@ -1,4 +1,4 @@
-"""Free memory of a device, and the share of it that keys and values take by default."""
+"""Free memory of a device, and the share that keys and values take by default."""
 
 from __future__ import annotations
 

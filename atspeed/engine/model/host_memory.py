@@ -1,4 +1,4 @@
-"""Keys and values of open sessions in host arrays: one array per session, bound to the model as it is."""
+"""Keys and values of open sessions in host arrays: one array per session."""
 
 from __future__ import annotations
 

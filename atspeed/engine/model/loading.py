@@ -19,10 +19,7 @@ def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verifie
     provider cannot multiply 8-bit integers: onnxruntime would run those nodes on the CPU.
     """
     entry, path = bundle.model(role), bundle.model_path(role)
-    if entry.precision == "int8" and options.provider != "cpu":
-        raise BundleError(
-            f"{bundle.root}/{MANIFEST}: {role}.precision: int8 is for provider cpu, this is {options.provider}"
-        )
+    _check_int8(bundle, role, options)
     files = bundle.model_files(entry.path, verified=verified)
     if entry.encoder is None:
         decoder = Decoder(path, options, files)
@@ -52,11 +49,23 @@ def load_device_decoder(
         verified: compare the loaded bytes with the manifest's hashes.
     """
     entry = bundle.model(role)
+    _check_int8(bundle, role, options)
+    if entry.precision == "bfloat16" and options.provider == "cpu":
+        raise BundleError(
+            f"{bundle.root}/{MANIFEST}: {role}.precision: bfloat16 in pages is for a GPU; set kv_paged to never"
+        )
     files = device_graph_files(bundle, role, verified=verified)
     shape = KvShape(entry.layers, entry.kv_heads, entry.head_dim)
     decoder = DeviceDecoder(files, options, shape, page_tokens=page_tokens, pool_bytes=pool_bytes)
     check_decoder(bundle, role, decoder)
     return decoder
+
+
+def _check_int8(bundle: Bundle, role: Role, options: RuntimeOptions) -> None:
+    if bundle.model(role).precision == "int8" and options.provider != "cpu":
+        raise BundleError(
+            f"{bundle.root}/{MANIFEST}: {role}.precision: int8 is for provider cpu, this is {options.provider}"
+        )
 
 
 def check_decoder(bundle: Bundle, role: Role, decoder: ModelDecoder) -> None:
@@ -88,9 +97,9 @@ def device_graph_entry(bundle: Bundle, role: Role) -> DeviceGraphEntry:
     field, rule = f"{bundle.root}/{MANIFEST}: {role}.device_graph", bundle.manifest.scoring_rule
     entry = bundle.model(role)
     if entry.device_graph is None:
-        reason = "export the model again"
+        reason = "export the model again, or set kv_paged to never"
         if entry.precision == "int8" or entry.encoder:
-            reason = f"a {entry.precision} {entry.architecture} is for provider cpu"
+            reason = f"a {entry.precision} {entry.architecture} runs with kv_paged never"
         raise BundleError(f"{field}: the bundle has none; {reason}")
     if rule is ScoringRule.VOCAB and entry.device_graph.head != "vocab":
         raise BundleError(f"{field}.head: {entry.device_graph.head}, but scoring_rule {rule} sums over the vocabulary")

@@ -1,6 +1,6 @@
-"""Small ONNX models as bytes, written without the package onnx: serving does not need it.
+"""Small ONNX models as bytes, written without the package onnx.
 
-The field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
+Serving does not need it. The field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
 """
 
 from __future__ import annotations

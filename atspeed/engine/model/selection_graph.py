@@ -1,4 +1,4 @@
-"""Graph that selects the best children of trie nodes on a device, from the scores of a pass.
+"""Graph that selects the best children of trie nodes on a device, from scores.
 
 It computes what `atspeed.engine.search.scoring.best_children` computes, in float32. It knows neither model nor catalogue:
 their arrays are inputs that stay on the device, and the catalogue's are swapped with the catalogue. `width` is above the

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import CapacityError, OverloadedError
-from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.host_memory import HostMemory
+from atspeed.engine.model.kv_memory import PassResult
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TreePass
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
-from atspeed.engine.model.tree_session import ProgramRun, Selection, TreeSession
+from atspeed.engine.model.tree_session import ProgramRun, Selection
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
 from tests.bundles import write_bundle
@@ -332,7 +332,7 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
         memory, finish = evaluator.open_kv, evaluator._finish
         run = memory.run
 
-        def run_alone(inputs: Sequence[tuple[TreeSession, TreePass]]) -> list[TreeOutput]:
+        def run_alone(inputs: Sequence[tuple[ProgramRun, TreePass]]) -> list[PassResult]:
             if len(inputs) > 1:
                 raise MemoryError
             return run(inputs)

@@ -102,7 +102,7 @@ def test_a_bundle_without_device_graphs_is_for_the_cpu(made: TestBundle, tmp_pat
 def test_int8_and_t5_are_for_the_cpu(precision: Precision, architecture: str, tmp_path: Path) -> None:
     catalogue = random_catalogue(20, (4, 4), seed=0)
     bundle = write_bundle(tmp_path, catalogue, precision=precision, architecture=architecture).bundle
-    said = rf"target\.device_graph: the bundle has none; a {precision} {architecture} is for provider cpu"
+    said = rf"target\.device_graph: the bundle has none; a {precision} {architecture} runs with kv_paged never"
     with pytest.raises(BundleError, match=said):
         device_graph_files(bundle, "target")
 
