@@ -1,7 +1,7 @@
 """Write the predicted times of docs/gpu.md: arithmetic with counted kernels, nothing measured.
 
-`--check` fails when the tables are stale. The kernels are those that tests/cuda counts. A kernel takes the longest of three times:
-its bytes over the memory's speed, its operations over the processors' speed, and the least time of any kernel.
+`--check` fails when the tables are stale. The kernels are those that tests/cuda counts. A kernel takes the longest of three
+times: its bytes over the memory's speed, its operations over the processors' speed, and the least time of any kernel.
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ def _lists() -> Iterator[str]:
     strict = [row for row in measured if row["mode"] == "strict" and row["budget"] in PLANS]
     for name in KERNELS:
         for k in (5, 10, 20):
-            plans = [
-                Lists(name, k, PLANS[row["budget"]], row["target_passes_mean"]) for row in strict if row["k"] == k
-            ]
+            plans = [Lists(name, k, PLANS[row["budget"]], row["target_passes_mean"]) for row in strict if row["k"] == k]
             best = min(plans, key=lambda found: found.strict)
             yield (
                 f"| {name}, {k} | {best.plan} | {best.passes:.2f} | {1e3 * best.plain:.1f} | {1e3 * best.strict:.1f} "

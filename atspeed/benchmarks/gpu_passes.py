@@ -1,4 +1,4 @@
-"""Times of passes at the shapes of large models, with weights that are made in memory."""
+"""Times of passes at the shapes of large models, on a device."""
 
 from __future__ import annotations
 

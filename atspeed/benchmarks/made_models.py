@@ -1,4 +1,7 @@
-"""Models with random weights, made in memory in seconds: what a pass costs does not depend on their values."""
+"""Models with random weights, made in memory in seconds.
+
+What a pass costs does not depend on the values of weights.
+"""
 
 from __future__ import annotations
 
