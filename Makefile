@@ -13,6 +13,7 @@
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
 #   make metrics-docs    docs/metrics.md from what the services measure
+#   make gpu-page        the predicted times of docs/gpu.md, from counted kernels
 #   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
 #   make tree            the file tree of docs/architecture.md
 #   make constraints     constraints.txt from the development environment (make it afresh before)
@@ -55,9 +56,10 @@ faults: $(DEV)/.installed tools
 
 cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
 
+# With what takes minutes: full depths, and pip's resolver for deploy/gpu-setup.sh.
 .PHONY: cuda-tests
 cuda-tests: $(CUDA)/.built
-	$(cuda-pytest)
+	$(cuda-pytest) tests/deploy/test_gpu_setup.py -m "long or not long"
 
 MINUTES ?= 30
 
@@ -197,6 +199,7 @@ lint: $(DEV)/.installed
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
 	$(BIN)/python docs/prose.py --check
+	$(BIN)/python docs/roofline.py --check
 
 .PHONY: protos
 protos: $(DEV)/.installed
@@ -213,6 +216,10 @@ settings-docs: $(DEV)/.installed
 .PHONY: metrics-docs
 metrics-docs: $(DEV)/.installed
 	$(BIN)/python -m atspeed.observability.metrics_docs
+
+.PHONY: gpu-page
+gpu-page: $(DEV)/.installed
+	$(BIN)/python docs/roofline.py
 
 .PHONY: dashboard
 dashboard: $(DEV)/.installed
