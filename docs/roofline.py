@@ -1,8 +1,7 @@
 """Write the predicted times of docs/gpu.md: arithmetic with counted kernels, nothing measured.
 
-`--check` fails when the tables are stale. The kernels are those that tests/cuda counts.
-A kernel takes the longest of three times: its bytes over the memory's speed, its operations over the processors' speed, and the
-least time of any kernel.
+`--check` fails when the tables are stale. The kernels are those that tests/cuda counts. A kernel takes the longest of three
+times: its bytes over the memory's speed, its operations over the processors' speed, and the least time of any kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Measurements for a GPU that is there for minutes: what matters most comes first, and every row counts at once.
+"""Measurements on a GPU in minutes, the most important ones first.
+
+Every row is a result at once.
 
 1. Correctness of small models of every family and number format, against the CPU.
 2. Copies between host and device.

@@ -1,4 +1,4 @@
-"""Configuration of the measurements for a GPU that is there for minutes."""
+"""Configuration of the measurements on a GPU in minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of both graphs on a device with the host's graph in float32 on the CPU, for small models of every family."""
+"""Comparison of both graphs on a device with the CPU, for small models."""
 
 from __future__ import annotations
 

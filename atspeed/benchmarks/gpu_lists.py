@@ -1,4 +1,4 @@
-"""Lists at the size of large models, on a GPU: the longer part, for an hour.
+"""Lists on a GPU at the size of large models, in an hour.
 
 `atspeed.benchmarks.gpu` is the shorter one, for minutes. deploy/gpu-setup.sh prepares such a machine.
 

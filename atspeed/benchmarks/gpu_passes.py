@@ -1,4 +1,4 @@
-"""Times of passes at the shapes of large models, with weights that are made in memory."""
+"""Times of passes at the shapes of large models, on a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 
 from atspeed.benchmarks.gpu_config import GpuConfig
-from atspeed.benchmarks.made_models import PAGE_TOKENS, MadeModel, large_checkpoint, make_model
+from atspeed.benchmarks.made_models import PAGE_TOKENS, MadeModel, make_large
 from atspeed.benchmarks.model_probe import bytes_per_second, bytes_read
 from atspeed.benchmarks.probe_trees import HostPasses, PagedPasses, ProbeTree
 from atspeed.engine.bundle.manifest import Precision
@@ -43,7 +43,7 @@ def passes(size: str, config: GpuConfig) -> Iterator[dict[str, Any]]:
     """Yield the rows of one size: the graph for devices as it is served, then parts of it, then the host's graph."""
     begun = time.perf_counter()
     shape = replace(SHAPES[size], vocab_size=SHAPES[size].vocab_size or 32_000)
-    made = make_model(large_checkpoint("llama", shape, config.precision, config.seed), config.precision)
+    made = make_large("llama", shape, config.precision, config.seed)
     read_ms = None
     if _torch_sees_it(config):
         weights = bytes_read(shape, made.vocab_size, _BYTES[config.precision])

@@ -1,4 +1,4 @@
-"""Token trees of random tokens, and passes over them with a decoder of either graph."""
+"""Token trees of random tokens, and passes of either graph over them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ DATA_FILE = "model.onnx.data"
 
 _OPSET = 23  # the first opset with Attention, RotaryEmbedding and RMSNormalization
 _IR_VERSION = 11  # the IR version that onnx released together with opset 23
-_PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
+PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
 
 
 class WeightFile:
@@ -38,7 +38,7 @@ class WeightFile:
     def add(self, tensor: Tensor) -> TensorProto:
         """Append a weight in its own dtype."""
         tensor = tensor.detach().cpu().contiguous()
-        self._file.write(bytes(-self._file.tell() % _PAGE))
+        self._file.write(bytes(-self._file.tell() % PAGE))
         offset, length = self._file.tell(), tensor.numel() * tensor.element_size()
         self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
         return self._proto(onnx_type(tensor.dtype), tensor.shape, offset, length)

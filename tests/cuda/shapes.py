@@ -25,6 +25,7 @@ from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape
 from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.training.export import MODEL_FILE, write_graph
+from atspeed.training.graph_builder import PAGE as ALIGNMENT
 from atspeed.training.graph_builder import WeightFile, onnx_type
 from atspeed.training.inflation import ModelShape
 
@@ -69,7 +70,7 @@ def without_weights() -> Iterator[None]:
 def _hole(weights: WeightFile, tensor: Tensor) -> TensorProto:
     """Add a weight by its shape and type, at the place where `WeightFile.add` puts it."""
     file, length = weights._file, tensor.numel() * tensor.element_size()
-    offset = file.seek(-file.tell() % 4096, 1)
+    offset = file.seek(-file.tell() % ALIGNMENT, 1)
     file.truncate(file.seek(length, 1))
     return weights._proto(onnx_type(tensor.dtype), tensor.shape, offset, length)
 

@@ -1,4 +1,4 @@
-"""Forms of a decoder's graph: the order of keys and values, and the biases of attention."""
+"""Forms of a decoder graph: the order of keys and values, biases of attention."""
 
 from __future__ import annotations
 

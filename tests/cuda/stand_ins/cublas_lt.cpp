@@ -73,7 +73,8 @@ int cublasLtMatmulAlgoConfigSetAttribute(...) { return kSuccess; }
 
 int cublasLtMatmul(void*, void*, const void*, const void*, void* a, const void*, void* b, const void*, const void*,
                    void*, void*, void* d, ...) {
-  return trace::launch("cublasLtMatmul " + sizes(a) + " by " + sizes(b) + " to " + sizes(d)) ? kSuccess : kExecutionFailed;
+  return trace::launch("cublasLtMatmul " + sizes(a) + " by " + sizes(b) + " to " + sizes(d)) ? kSuccess
+                                                                                             : kExecutionFailed;
 }
 int cublasLtMatrixTransform(...) { return trace::launch("cublasLtMatrixTransform") ? kSuccess : kExecutionFailed; }
 

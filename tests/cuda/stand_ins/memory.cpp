@@ -1,9 +1,9 @@
 // Device memory, pinned memory and copies.
 //
-// Device memory is memory of this process that nobody can touch at its address: a host that reads or writes there dies of
-// SIGSEGV, much as it would with a GPU. Copies and fills go through a second mapping of the same pages. Pages that nobody
-// has written take no memory, so gigabytes of weights cost nothing: the contents of large copies are dropped, because no
-// kernel computes with them.
+// Device memory is memory of this process that nobody can touch at its address: a host that reads or writes there dies
+// of SIGSEGV, much as it would with a GPU. Copies and fills go through a second mapping of the same pages. Pages that
+// nobody has written take no memory, so gigabytes of weights cost nothing: the contents of large copies are dropped,
+// because no kernel computes with them.
 #include <sys/mman.h>
 #include <unistd.h>
 

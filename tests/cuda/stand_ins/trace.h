@@ -17,7 +17,8 @@ struct Event {
   Place to = Place::kPageable;
 };
 
-// Keeps an event while recording. Within a stream capture, kernels and copies are part of the graph and not of the record.
+// Keeps an event while recording. Within a stream capture, kernels and copies are part of the graph and not of the
+// record.
 void note(Event event);
 
 // Notes the launch of a kernel. Returns false, and notes nothing, when the device is broken.
