@@ -127,12 +127,12 @@ class Demo:
             await self.client.recommend(_user_id(case), k=_SHOWN_MOVIES, mode=mode, exclude_seen=True)
             for mode in (Mode.STRICT, Mode.TARGET_ONLY)
         ]
-        verdict = self.checks.same(f"user {case.user}: strict", strict, alone)
+        same = self.checks.same(f"user {case.user}: strict", strict, alone)
         self.console.print(f"\n[bold]User {case.user}[/bold] watched last: {watched}", highlight=False)
         self.console.print(self.movies_table(strict))
         self.console.print(
             f"watched next (held out): {self._next(case, strict)}\n{_took(strict)}\n"
-            f"target-only: {_took(alone)}\nidentical to target-only: [bold]{verdict.answer}[/bold]",
+            f"target-only: {_took(alone)}\nidentical to target-only: [bold]{_yes(same)}[/bold]",
             highlight=False,
         )
 

@@ -1,4 +1,4 @@
-"""Forms of a decoder's graph: the order of keys and values, and the biases of attention."""
+"""Forms of a decoder's graph: the order of keys and values, biases of attention."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class GraphForm:
         if nodes is None:
             nodes = np.zeros((len(visible), visible.shape[2]), dtype=bool)
         # The last keys, from the first node on; without a node the last key, masked.
-        any_tree = nodes.any(axis=0)
+        any_tree: Bools = nodes.any(axis=0)
         first = int(any_tree.argmax()) if any_tree.any() else len(any_tree) - 1
         return {
             "attn_bias": _bias(values, visible & ~nodes[:, None]),
