@@ -18,6 +18,8 @@ The constants are onnxruntime's (onnxruntime/core/mlas/lib/sgemm.cpp); `atspeed.
 
 from __future__ import annotations
 
+from typing import Any
+
 from atspeed.engine.model.graph_form import BLOCK_KEYS, GraphForm
 from atspeed.training.decoder_graph import DecoderShape, FloatArithmetic, GraphBuilder
 
@@ -97,7 +99,7 @@ class OrderedAttention:
     def _sum(self, parts: list[str]) -> str:
         return parts[0] if len(parts) == 1 else self._graph.op("Add", parts[0], self._sum(parts[1:]))
 
-    def _product(self, left: str, right: str, *, alpha: float = _FACTOR, **transposed: int) -> str:
+    def _product(self, left: str, right: str, *, alpha: float = _FACTOR, **transposed: Any) -> str:
         """Multiply. transBatchB: the right side has its rows first, [keys, batch, ...]."""
         return self._graph.op("FusedMatMul", left, right, domain="com.microsoft", alpha=alpha, **transposed)
 
