@@ -1,4 +1,4 @@
-"""Forms of a decoder graph: the order of keys and values, biases of attention."""
+"""Forms of a decoder's graph: the order of keys and values, biases of attention."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class GraphForm:
         if nodes is None:
             nodes = np.zeros((len(visible), visible.shape[2]), dtype=bool)
         # The last keys, from the first node on; without a node the last key, masked.
-        any_tree = np.asarray(nodes.any(axis=0))
-        first = int(any_tree.argmax()) if any_tree.any() else len(any_tree) - 1
+        found = np.flatnonzero(nodes.any(axis=0))
+        first = int(found[0]) if len(found) else nodes.shape[1] - 1
         return {
             "attn_bias": _bias(values, visible & ~nodes[:, None]),
             "node_bias": _bias(values, (visible & nodes[:, None])[:, :, first:]),
