@@ -1,1 +1,1 @@
-"""Planner ablation: today's planner and simpler rules, by simulation (docs/benchmarks/planner.md)."""
+"""Planner ablation: today's planner and simpler rules, by simulation."""
