@@ -55,7 +55,9 @@ class TestTargetRefuses:
         (INVALID, "start.pruned", put("start.pruned", array([3, 2], "int32"))),
         (INVALID, "start.pruned", put("start.pruned", array([10**6], "int32"))),
         (INVALID, "start.kept", put("start.kept", array([3, 2], "int32"))),
-        (INVALID, "start.beam_width", put("start.beam_width", 2**31)),
+        (INVALID, "start.beam_width", put("start.beam_width", 2**31 - 1)),
+        (INVALID, "start.beam_width", put("start.beam_width", -1)),
+        (INVALID, "start.max_children", put("start.max_children", -1)),
         *[
             (INVALID, "start.beam_widths", lambda request, widths=widths: request.start.beam_widths.extend(widths))
             for widths in ([0, 3], [4, 2], [3] * (LEVELS + 1))
