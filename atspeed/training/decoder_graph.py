@@ -45,6 +45,7 @@ DATA_FILE = "model.onnx.data"
 
 _OPSET = 23  # the first opset with Attention, RotaryEmbedding and RMSNormalization
 _IR_VERSION = 11  # the IR version that onnx released together with opset 23
+_VECTOR = 16  # float32 numbers of the widest vector
 _PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
 
 
@@ -263,9 +264,15 @@ class DecoderGraph(GraphBuilder):
     def rotation(self, rotary: Module) -> tuple[str, str]:
         """Compute cosine and sine of every new token's position, T [batch, new, head_dim / 2]; angles are float32."""
         position = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(2)), to=TensorProto.FLOAT)
-        angle = self.op("Mul", position, self.tensor(rotary.inv_freq))
+        # Cos and Sin round the last numbers of a tensor otherwise, if they do not fill a vector. So every token fills some.
+        frequencies = rotary.inv_freq
+        padded = torch.nn.functional.pad(frequencies, (0, -len(frequencies) % _VECTOR))
+        angle = self.op("Mul", position, self.tensor(padded))
         scale = self.tensor(torch.tensor([rotary.attention_scaling], dtype=torch.float32))
         cos, sin = (self.op("Mul", self.op(function, angle), scale) for function in ("Cos", "Sin"))
+        if len(padded) > len(frequencies):
+            span = (self.integers(0), self.integers(len(frequencies)), self.integers(2))
+            cos, sin = (self.op("Slice", part, *span) for part in (cos, sin))
         return self.cast(cos), self.cast(sin)
 
     def attention(
