@@ -42,6 +42,8 @@ from atspeed.training.graph_builder import GraphBuilder, WeightFile, onnx_type
 
 Module = Any  # torch types a submodule as Tensor | Module, which fits neither
 
+_VECTOR = 16  # float32 numbers of the widest vector
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -239,9 +241,15 @@ class DecoderGraph(GraphBuilder):
     def rotation(self, rotary: Module) -> tuple[str, str]:
         """Compute cosine and sine of every new token's position, T [batch, new, head_dim / 2]; angles are float32."""
         position = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(2)), to=TensorProto.FLOAT)
-        angle = self.op("Mul", position, self.kept(("inv_freq", id(rotary)), lambda: rotary.inv_freq))
+        # Cos and Sin round the last numbers of a tensor otherwise, if they do not fill a vector. So every token fills some.
+        frequencies = rotary.inv_freq
+        padded = torch.nn.functional.pad(frequencies, (0, -len(frequencies) % _VECTOR))
+        angle = self.op("Mul", position, self.kept(("inv_freq", id(rotary)), lambda: padded))
         scale = self.constant(np.asarray([rotary.attention_scaling], dtype=np.float32))
         cos, sin = (self.op("Mul", self.op(function, angle), scale) for function in ("Cos", "Sin"))
+        if len(padded) > len(frequencies):
+            span = (self.integers(0), self.integers(len(frequencies)), self.integers(2))
+            cos, sin = (self.op("Slice", part, *span) for part in (cos, sin))
         return self.cast(cos), self.cast(sin)
 
     def attention(

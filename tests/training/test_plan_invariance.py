@@ -89,6 +89,13 @@ def test_nodes_on_both_sides_of_a_block_are_summed_as_one_path_is(tmp_path: Path
     assert not found.moved
 
 
+def test_angles_of_one_token_are_those_of_many(tmp_path: Path) -> None:
+    """Heads of 12 have 6 angles a token: alone, the last two fill no vector, and onnxruntime rounds them otherwise."""
+    decoders = opened(checkpoint("biases", max_position_embeddings=LONG), tmp_path)
+    assert decoders[0].head_dim % 8
+    assert check_invariance(decoders, TreeSizes(250, 60, depth=8), TOKENS, trees=25, seed=3).none
+
+
 def test_the_check_finds_sums_without_an_order(tmp_path: Path) -> None:
     """The graph of older bundles, and of float16."""
     model = checkpoint("qwen3")
