@@ -74,7 +74,7 @@ def _idle_bytes(evaluator: TreeEvaluator) -> int:
 
 def co_batched(requests: int) -> BatchLimits:
     """Exactly so many passes run together: no padding is too much, and a smaller batch waits for the next pass."""
-    return BatchLimits(requests=requests, tokens=100_000, delay_seconds=HOUR, padding=1e9)
+    return BatchLimits(requests=requests, tokens=100_000, delay_seconds=HOUR, padding=1e9, cached_padding=1e9)
 
 
 @dataclass(frozen=True)
