@@ -55,6 +55,9 @@ def test_engine_errors_have_a_status(kind: type[Exception]) -> None:
         assert status == grpc_status.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private", Reason.INVALID_REQUEST)
     elif kind is engine_errors.OverloadedError:
         assert status == grpc_status.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private", Reason.OVERLOADED)
+    elif kind is engine_errors.DeviceError:
+        text = "the model's device failed"
+        assert status == grpc_status.CallStatus(grpc.StatusCode.UNAVAILABLE, text, Reason.BACKEND_UNAVAILABLE)
     else:
         assert status.code is grpc.StatusCode.INTERNAL
         assert re.fullmatch("internal error [0-9a-f]{12}", status.details)
