@@ -27,7 +27,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -224,8 +223,11 @@ class DecoderGraph(GraphBuilder):
         """Compute cosine and sine of every new token's position, T [batch, new, head_dim / 2]; angles are float32."""
         position = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(2)), to=TensorProto.FLOAT)
         angle = self.op("Mul", position, self.kept(("inv_freq", id(rotary)), lambda: rotary.inv_freq))
-        scale = self.constant(np.asarray([rotary.attention_scaling], dtype=np.float32))
-        cos, sin = (self.op("Mul", self.op(function, angle), scale) for function in ("Cos", "Sin"))
+        cos, sin = (self.op(function, angle) for function in ("Cos", "Sin"))
+        if rotary.attention_scaling != 1:  # yarn
+            scaling = torch.tensor([rotary.attention_scaling], dtype=torch.float32)
+            scale = self.kept(("attention_scaling", id(rotary)), lambda: scaling)
+            cos, sin = (self.op("Mul", part, scale) for part in (cos, sin))
         return self.cast(cos), self.cast(sin)
 
     def attention(

@@ -261,9 +261,7 @@ def test_weights_are_in_a_separate_file(tmp_path: Path) -> None:
     export_decoder(checkpoint(), tmp_path, code_tokens=CODES)
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    assert (
-        len(outside) == 3 + 2 * 6 + 1
-    )  # table, norm and head; of each layer norms and products; the rotary's frequencies
+    assert len(outside) == 3 + 2 * 6 + 1  # table, norm and head; of each layer norms and products; frequencies
     assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {
         DATA_FILE
     }
