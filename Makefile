@@ -52,7 +52,7 @@ pytest: $(DEV)/.installed tools
 .PHONY: faults
 faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
-	    tests/integration/test_deep_properties.py $(FAULTS)
+	    tests/integration/test_deep_properties.py tests/webgpu $(FAULTS)
 
 cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
 

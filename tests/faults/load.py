@@ -22,17 +22,30 @@ class Load:
         self._numbers, self._stop = itertools.count(), threading.Event()
         self._callers: list[Future[None]] = []
         self._begin = callers
+        self._open: dict[int, int] = {}  # by number of a call without an answer: the answers before it
         self.answers: list[tuple[Case, pb.RecommendResponse]] = []
 
     def _call(self) -> None:
         while not self._stop.is_set():
-            case = self._cases[next(self._numbers) % len(self._cases)]
+            number = next(self._numbers)
+            case = self._cases[number % len(self._cases)]
+            self._open[number] = len(self.answers)
             self.answers.append((case, self._client.recommend(case.history, **self._fields)))
+            del self._open[number]
 
     def goes_on(self, answers: int = 10) -> None:
         """Return when so many more requests have been answered; at once when a caller has failed."""
         wanted = len(self.answers) + answers
         until(lambda: len(self.answers) >= wanted or any(caller.done() for caller in self._callers))
+
+    def waits(self) -> None:
+        """Return when a call waits while as many others as there are callers were answered; at once when a caller has failed."""
+        until(
+            lambda: (
+                any(len(self.answers) - before >= self._begin for before in list(self._open.values()))
+                or any(caller.done() for caller in self._callers)
+            )
+        )
 
     @property
     def retries(self) -> int:

@@ -71,7 +71,7 @@ def test_a_target_killed_with_streams_open(trio: LocalStack, balanced: Client, c
         for number in range(times):
             victim = trio.targets[number % 3]
             suspend(victim)
-            load.goes_on(6)
+            load.waits()
             victim.kill()
             load.goes_on()
             victim.start()

@@ -26,20 +26,24 @@ def evaluations(target: ServiceProcess) -> int:
     return target.log.read_text().count('TargetService/Evaluate"')
 
 
-def all_reached(client: Client, targets: list[ServiceProcess], cases: list[Case]) -> None:
-    """Return when the orchestrator sends streams to all of these replicas: each history has its own.
+def replica_of(client: Client, targets: list[ServiceProcess], case: Case) -> ServiceProcess:
+    """The replica that serves a history now, by the replicas' logs."""
+    before = [evaluations(target) for target in targets]
+    recovered(client, case.history)
+    until(lambda: sum(map(evaluations, targets)) > sum(before))
+    return next(target for target, count in zip(targets, before, strict=True) if evaluations(target) > count)
 
-    The log of a stream may come late, so only the second round in a row tells where the streams of now went.
-    """
 
-    def all_served() -> bool:
-        before = [evaluations(target) for target in targets]
-        for case in cases:
-            recovered(client, case.history)
-        until(lambda: sum(map(evaluations, targets)) >= sum(before) + len(cases))
-        return all(evaluations(target) > count for target, count in zip(targets, before, strict=True))
+def all_reached(client: Client, targets: list[ServiceProcess], cases: list[Case]) -> list[ServiceProcess]:
+    """Return each case's replica, when the orchestrator sends streams to all replicas."""
+    replicas: list[ServiceProcess] = []
 
-    until(lambda: all_served() and all_served())
+    def all_serve() -> bool:
+        replicas[:] = [replica_of(client, targets, case) for case in cases]
+        return all(target in replicas for target in targets)
+
+    until(all_serve)
+    return replicas
 
 
 class TestOneOfTwo:
@@ -49,15 +53,19 @@ class TestOneOfTwo:
     ) -> None:
         """A replica that holds some of the streams dies, twice over; the other takes them up and no list changes."""
         for victim in stack.targets:
-            all_reached(client, stack.targets, cases)
+            replicas = all_reached(client, stack.targets, cases)
             suspend(victim)
+            # The victim's requests are sent first: when the others have been answered, these wait for the replica that hangs.
+            held = [case for case, replica in zip(cases, replicas, strict=True) if replica is victim]
+            others = [case for case, replica in zip(cases, replicas, strict=True) if replica is not victim]
             with ThreadPoolExecutor(len(cases)) as pool:
-                futures = [pool.submit(call) for call in asking(client, cases, mode=mode)]
-                # Each history has its replica: when some have been answered, others wait for the one that hangs.
-                until(lambda futures=futures: sum(future.done() for future in futures) >= 2)  # type: ignore[misc]
+                waiting, answered = (
+                    [pool.submit(call) for call in asking(client, group, mode=mode)] for group in (held, others)
+                )
+                wait(answered)
                 victim.kill()
-                replies = [future.result() for future in futures]
-            assert_all_right(replies, cases)
+                replies = [future.result() for future in [*waiting, *answered]]
+            assert_all_right(replies, held + others)
             assert sum(reply.statistics.target_retries for reply in replies) > 0
             assert not any(reply.degraded for reply in replies)
             victim.start()

@@ -199,7 +199,7 @@ def _is_immutable(block: KvArray) -> bool:
 
 def _check_array(layout: KvLayout, array: KvArray, *, block_tokens: int) -> None:
     expected = (layout.layers, 2, block_tokens, layout.kv_heads, layout.head_dim)
-    if array.shape != expected or array.dtype != layout.array_dtype:
+    if array.shape != expected or array.dtype.name != layout.array_dtype.name:
         raise ValueError(f"KV: {array.dtype} {array.shape}, but the layout has {layout.dtype} {expected}")
 
 

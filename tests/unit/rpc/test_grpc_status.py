@@ -51,6 +51,8 @@ def test_engine_errors_have_a_status(kind: type[Exception]) -> None:
         assert status == grpc_status.CallStatus(grpc.StatusCode.INVALID_ARGUMENT, "private")
     elif kind is engine_errors.OverloadedError:
         assert status == grpc_status.CallStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "private")
+    elif kind is engine_errors.DeviceError:
+        assert status == grpc_status.CallStatus(grpc.StatusCode.UNAVAILABLE, "the model's device failed")
     else:
         assert status.code is grpc.StatusCode.INTERNAL
         assert re.fullmatch("internal error [0-9a-f]{12}", status.details)
