@@ -29,7 +29,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -245,8 +244,11 @@ class DecoderGraph(GraphBuilder):
         frequencies = rotary.inv_freq
         padded = torch.nn.functional.pad(frequencies, (0, -len(frequencies) % _VECTOR))
         angle = self.op("Mul", position, self.kept(("inv_freq", id(rotary)), lambda: padded))
-        scale = self.constant(np.asarray([rotary.attention_scaling], dtype=np.float32))
-        cos, sin = (self.op("Mul", self.op(function, angle), scale) for function in ("Cos", "Sin"))
+        cos, sin = (self.op(function, angle) for function in ("Cos", "Sin"))
+        if rotary.attention_scaling != 1:  # yarn
+            scaling = torch.tensor([rotary.attention_scaling], dtype=torch.float32)
+            scale = self.kept(("attention_scaling", id(rotary)), lambda: scaling)
+            cos, sin = (self.op("Mul", part, scale) for part in (cos, sin))
         if len(padded) > len(frequencies):
             span = (self.integers(0), self.integers(len(frequencies)), self.integers(2))
             cos, sin = (self.op("Slice", part, *span) for part in (cos, sin))
