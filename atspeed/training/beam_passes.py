@@ -1,4 +1,4 @@
-"""Passes of a beam search in torch: the model's logits after each beam, level by level."""
+"""Passes of a beam search in torch: the logits after each beam, level by level."""
 
 from __future__ import annotations
 
