@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,13 @@ class NaiveCatalogue:
         paths: int64 [items, L], in lexicographic order.
         items: the item of each row.
         tail: the tokens behind every path.
+        found: the tokens that may follow, by prefix, as far as they were asked for.
     """
 
     paths: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
     tail: list[int]
+    found: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, made: MadeCheckpoint, codes: npt.NDArray[np.int64], tail: list[int]) -> NaiveCatalogue:
@@ -140,9 +142,11 @@ class NaiveCatalogue:
         """Return the tokens that may follow."""
         if len(path) >= LEVELS:
             return [self.tail[len(path) - LEVELS]]
-        start, stop = self.rows(path)
-        following: list[int] = np.unique(self.paths[start:stop, len(path)]).tolist()
-        return following or [0]  # below a beam that generate fills in
+        if tuple(path) not in self.found:
+            start, stop = self.rows(path)
+            following: list[int] = np.unique(self.paths[start:stop, len(path)]).tolist()
+            self.found[tuple(path)] = following or [0]  # the second: below a beam that generate fills in
+        return self.found[tuple(path)]
 
     def generated(self, made: MadeCheckpoint, prompt: list[int]) -> RankedList:
         """The list of `generate` over the trie of these paths."""
