@@ -1,1 +1,1 @@
-"""Planner ablation: today's planner and simpler rules, by simulation."""
+"""Study of the planner: today's and simpler rules, simulated."""

@@ -1,4 +1,4 @@
-"""Check of the simulated users: how often a plan of a recorded size covers a list, simulated and recorded."""
+"""Check of the simulated users: shares of lists that a plan covers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discrete events: a clock, and servers with a queue, for coroutines in place of requests."""
+"""Discrete events: a clock, and servers with a queue, for simulated requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded times of passes and calls: the cost curves and overheads of a simulated machine, from docs/benchmarks."""
+"""Recorded times of passes and calls, from docs/benchmarks."""
 
 from __future__ import annotations
 

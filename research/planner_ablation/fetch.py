@@ -1,4 +1,4 @@
-"""Reads of Redis, simulated: the mean time of reads, as in the product, beside a line in the bytes and beside reading always.
+"""Reads of Redis, simulated: the mean of reads beside a line in the bytes.
 
 The line was the product's rule before. It is fitted by least squares over decayed reads, with a prior that never fades.
 """

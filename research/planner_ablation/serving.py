@@ -1,4 +1,4 @@
-"""Simulated services: the product's loop, drafter, planner and target prefetch over simulated models and a simulated clock."""
+"""Simulated services: the product's code on a simulated machine."""
 
 from __future__ import annotations
 

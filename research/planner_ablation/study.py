@@ -1,4 +1,4 @@
-"""Planners compared by simulated lists: every candidate in every setting, for the same users and arrivals."""
+"""Planners compared by simulated lists, for the same users and arrivals."""
 
 from __future__ import annotations
 

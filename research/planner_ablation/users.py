@@ -1,4 +1,4 @@
-"""Simulated users: log-probabilities of a target and of a draft for every node of a catalogue.
+"""Simulated users: log-probabilities of a target and of a draft.
 
 A child's logit is a part that all users share and a part of the user's own. Deeper levels share more, so that target prefetch
 works as on real data. The draft has the target's logits and noise. `SHAPE` is chosen so that plans of the recorded sizes need the
