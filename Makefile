@@ -255,7 +255,7 @@ lint: $(DEV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
-	$(BIN)/python protos/breaking.py
+	$(BIN)/python protos/compatible.py
 	$(BIN)/hadolint deploy/Dockerfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
 	$(BIN)/python -m atspeed.configuration.settings_docs --check

@@ -52,7 +52,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 def breaking(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "protos/breaking.py"], cwd=folder, check=False, capture_output=True, text=True, timeout=120
+        [sys.executable, "protos/compatible.py"], cwd=folder, check=False, capture_output=True, text=True, timeout=120
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = "protos/atspeed"
-CHECK = "protos/breaking.py"
+CHECK = "protos/compatible.py"
 BUF = Path(sysconfig.get_path("scripts")) / "buf"  # comes as a wheel, beside this Python
 
 
