@@ -165,9 +165,7 @@ class _Files:
             if pems[0] is not None:
                 context.load_verify_locations(cadata=pems[0].decode("ascii"))
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "not PEM"
-            names = " and ".join(tls.paths)
-            raise CertificateError("tls", f"{names}: {str(reason).replace('_', ' ').lower()}") from None
+            raise CertificateError("tls", f"{' and '.join(tls.paths)}: {_problem(error)}") from None
         if pems != _bytes(tls):
             raise CertificateError("tls", "the files are being written")
         ca, certificate, key = pems
@@ -192,3 +190,9 @@ def _signature(path: str) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
+    return (error.strerror if isinstance(error, OSError) else None) or "not PEM"

@@ -32,6 +32,7 @@ from atspeed.engine.model.device_graph import (
 from atspeed.training.decoder_graph import DecoderShape
 from atspeed.training.parity import RandomTree, checkpoint_outputs, log_probabilities
 
+_FILLERS = {"float32": 1e4, "float16": 30.0}
 _TREES = ((12, 12), (7, 5), (10, 9))  # lengths of prefix and nodes
 
 
@@ -72,9 +73,10 @@ def device_scores(
     random = np.random.default_rng(seed)
     used = sum(len(tree.tokens) for tree in trees)
     slots = FREE_SLOTS_FROM + random.permutation(2 * used)[:used]
-    # Free slots hold large numbers: a graph that reads one would not compute the same.
+    # Other slots hold large numbers: a graph that reads one would not compute the same. Products with them must stay finite,
+    # as those with any keys of requests do: a mask cannot hide an infinite score.
     pools = {
-        name: np.full((FREE_SLOTS_FROM + 2 * used, spec.fixed[1] or 0), 1e4, dtype=spec.dtype)
+        name: np.full((FREE_SLOTS_FROM + 2 * used, spec.fixed[1] or 0), _FILLERS[spec.dtype], dtype=spec.dtype)
         for name, spec in inputs.items()
         if "_pool" in name
     }

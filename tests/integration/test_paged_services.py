@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import redis
 
+from atspeed.benchmarks.near_ties import Verdict, compare
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.kv.redis_store import user_blocks_name
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.trie import ROOT
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
@@ -28,11 +30,16 @@ from tests.serving import (
     WINDOW,
     Client,
     EvaluateStream,
-    assert_same_list,
     models,
     request_of,
     until,
 )
+
+
+def assert_near(reply: pb.RecommendResponse, expected: pb.RecommendResponse) -> None:
+    """Equal items in equal order, near-ties apart: the sums of a device have another order than those of the host."""
+    assert compare(RankedList.of(reply.items), RankedList.of(expected.items)) is not Verdict.DIFFERENT
+
 
 MODES = [pb.MODE_STRICT, pb.MODE_TARGET_ONLY, pb.MODE_TOLERANCE, pb.MODE_EXACT_SAMPLING]
 
@@ -66,7 +73,7 @@ def test_lists_are_those_of_the_host(
         history = random_history(catalogue, WINDOW - 1, seed=700 + seed)
         for items in (history, history, [*history, *random_history(catalogue, 1, seed=seed)]):
             expected = client.recommend(items, mode=mode, **drawn)
-            assert_same_list(paged.recommend(items, mode=mode, **drawn), expected)
+            assert_near(paged.recommend(items, mode=mode, **drawn), expected)
 
 
 def test_many_requests_at_once_share_passes_and_get_their_own_lists(
@@ -76,7 +83,7 @@ def test_many_requests_at_once_share_passes_and_get_their_own_lists(
     requests = [request_of(random_history(catalogue, 1 + n % WINDOW, seed=800 + n)) for n in range(16)]
     expected = client.batch(requests)
     for index, result in paged.batch(requests).items():
-        assert_same_list(result.response, expected[index].response)
+        assert_near(result.response, expected[index].response)
 
 
 def test_a_hit_is_on_the_device_and_another_replica_finds_it_in_redis(

@@ -19,6 +19,8 @@ from atspeed.cli.options import MAX_USERS, MAX_WIDTH, CommandError, optional, ou
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.rpc import event_loop
 
+_MAX_POOL_MB = 2**20  # a TiB, more than any device has
+
 Format = Literal["float32", "float16", "bfloat16"]
 TrainedBundle = Annotated[
     Path,
@@ -36,7 +38,9 @@ def bench_gpu(
     precision: Annotated[Format, typer.Option(help="Precision of the large models' weights.")] = "float16",
     provider: RunsOn = "cuda",
     repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Most repetitions of a measurement.")] = 20,
-    pool_mb: Annotated[int, typer.Option(min=1, help="Memory for keys and values on the device, in MiB.")] = 8192,
+    pool_mb: Annotated[
+        int, typer.Option(min=1, max=_MAX_POOL_MB, help="Memory for keys and values on the device, in MiB.")
+    ] = 8192,
     threads: Threads = None,
     seed: Seed = 1,
     json_file: Annotated[
