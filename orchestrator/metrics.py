@@ -70,8 +70,8 @@ DEGRADED = CounterOf(
 SHORT = CounterOf("atspeed_short_lists_total", "Lists with fewer than k items.")
 SHADOW = ReadCounter(
     "atspeed_shadow_checks_total",
-    "Shadow checks of strict lists by outcome: identical, near-tie, different, failed (the target made no second list), "
-    "dropped (too many checks or requests at once).",
+    "Shadow checks of strict lists by outcome: identical (bit for bit), different, failed (the target made no second "
+    "list), dropped (too many checks or requests at once).",
     ("track", "outcome"),
     essential=True,
 )
@@ -150,7 +150,7 @@ class OrchestratorMetrics:
         self._observe_prediction("target", diagnostics.target.cost, planning.target_predicted_ns)
         self._observe_prediction("draft", diagnostics.draft.cost, planning.draft_predicted_ns)
         self._retries.inc(diagnostics.target.retries)
-        self._short.inc(recommendation.fewer_than_k_reason is not None)
+        self._short.inc(bool(recommendation.fewer_than_k))
         for reason in recommendation.degraded_reasons:
             self._degraded.labels(track, reason).inc()
 

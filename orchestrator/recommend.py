@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -12,17 +12,17 @@ import structlog
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Manifest
+from atspeed.engine.bundle.manifest import Manifest, Role
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.trie import ENDED
-from atspeed.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnimplementedError
+from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.history import HistoryStore, HistoryUnavailable
-from orchestrator.model_clients.draft_client import DraftClient, DraftSession
-from orchestrator.model_clients.target_client import TargetClient
+from orchestrator.model_clients.interfaces import DraftModel, TargetModel
 from orchestrator.planning.plan_sizer import PlanContext
 from orchestrator.planning.planner import Planner
-from orchestrator.planning.sized_draft import NoDraft, SizedDraft
+from orchestrator.planning.sized_draft import DraftSource, NoDraft, SizedDraft
 from orchestrator.recommendation import Diagnostics, Item, Origin, Recommendation, RecommendParams, SubjectHistory
 from orchestrator.request_session import Candidates, PromptBuilder, RequestSession
 from orchestrator.search.beam_loop import SearchResult
@@ -45,8 +45,9 @@ class Recommender:
         self,
         manifest: Manifest,
         catalogue: Catalogue,
-        target: TargetClient,
-        draft: DraftClient | None,
+        prompts: Mapping[Role, Prompts],
+        target: TargetModel,
+        draft: DraftModel | None,
         planner: Planner,
         histories: HistoryStore | None,
         speculation_breaker: SpeculationBreaker,
@@ -56,6 +57,7 @@ class Recommender:
         self.manifest = manifest
         self.catalogue = catalogue
         self.histories = histories
+        self._prompts = prompts
         self._target = target
         self._draft = draft
         self._planner = planner
@@ -102,7 +104,7 @@ class Recommender:
             if not len(known) and not self.manifest.allow_empty_history:
                 count = len(item_ids)
                 problem = f"none of its {count} history items is in the catalogue" if count else "the history is empty"
-                raise InvalidArgumentError(params.subject_field, problem)
+                raise InvalidArgumentError(params.subject_field, problem, reason=Reason.HISTORY_WITHOUT_KNOWN_ITEM)
             unknown = [item for item, found in zip(item_ids, index.tolist(), strict=True) if found < 0]
             span.set(known=len(known), stored=params.history is None)
         return SubjectHistory(known, unknown)
@@ -115,7 +117,10 @@ class Recommender:
         except HistoryUnavailable as error:
             _log.warning("history_store_unavailable", error=str(error))
             # With an empty history instead, the list would be another user's.
-            raise UnavailableError("user_id: histories are out of reach; send the history in the request") from None
+            raise UnavailableError(
+                "user_id: histories are out of reach; send the history in the request",
+                reason=Reason.HISTORIES_UNAVAILABLE,
+            ) from None
         if stored is None and not self.manifest.allow_empty_history:
             raise NotFoundError("user_id", "no history is stored for this user")
         return stored or ()
@@ -140,7 +145,7 @@ class Recommender:
 
     def _open_session(self, prompts: PromptBuilder) -> RequestSession:
         mode, policy = prompts.params.mode, prompts.policy
-        request = prompts.target_request(self.manifest.target)
+        request = prompts.target_request(self._prompts["target"])
         enabled = self._speculation_breaker.enabled
         speculates = mode.properties.speculates and enabled
         target = self._target.session(
@@ -159,10 +164,10 @@ class Recommender:
         disabled = mode.properties.speculates and has_draft and not enabled
         return RequestSession(prompts, target, draft, sizer, prompt_tokens, disabled)
 
-    def _draft_session(self, prompts: PromptBuilder) -> DraftSession | None:
-        if self._draft is None or self.manifest.draft is None:
+    def _draft_session(self, prompts: PromptBuilder) -> DraftSource | None:
+        if self._draft is None or "draft" not in self._prompts:
             return None
-        return self._draft.session(prompts.draft_request(self.manifest.draft), prompts.policy.proposal)
+        return self._draft.session(prompts.draft_request(self._prompts["draft"]), prompts.policy.proposal)
 
     def _items(self, result: SearchResult, candidates: Candidates, limit: int | None) -> list[Item]:
         """Return the leaves' candidates, leaf by leaf, at most `limit` of a leaf, in the catalogue's order within a leaf."""
@@ -190,9 +195,9 @@ class Recommender:
             seed=prompts.noise.seed if prompts.noise else None,
             history=prompts.history,
             items_per_path=self._items_per_path(prompts.params),
-            history_items_used=len(prompts.window(self.manifest.target)),
+            history_items_used=len(prompts.window(self._prompts["target"])),
             degraded_reasons=reasons,
-            plan_invariant=self.manifest.target.plan_invariant,
+            plan_invariant=self.manifest.target.plan_invariant and not diagnostics.target.cost.unordered_passes,
             unknown_excluded=prompts.candidates.unknown_excluded,
             unknown_allowed=prompts.candidates.unknown_allowed,
             diagnostics=diagnostics,

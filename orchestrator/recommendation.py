@@ -34,6 +34,26 @@ class ColdStart(StrEnum):
     EMPTY_HISTORY = "empty-history"
     UNKNOWN_ITEMS = "unknown-items"
 
+    @property
+    def description(self) -> str:
+        """Return the reason as text for people."""
+        return _COLD_STARTS[self]
+
+
+_COLD_STARTS = {
+    ColdStart.NO_STORED_HISTORY: "no history is stored for this user",
+    ColdStart.EMPTY_HISTORY: "the history is empty",
+    ColdStart.UNKNOWN_ITEMS: "no item of the history is in the catalogue",
+}
+
+
+class FewerThanK(StrEnum):
+    """Reason for fewer than k items; see the proto's `FewerThanKReason`."""
+
+    FILTERED = "filtered"
+    ITEMS_PER_PATH = "items-per-path"
+    SEARCH = "search"
+
 
 @dataclass(frozen=True)
 class RecommendParams:
@@ -182,7 +202,8 @@ class Recommendation:
         items_per_path: most items of one code path in the list; None without a limit.
         history_items_used: number of history items in the target's prompt.
         degraded_reasons: reasons why the list is degraded; empty if it is not.
-        plan_invariant: whether the target's scores do not depend on other nodes of a pass; see `ModelEntry`.
+        plan_invariant: whether the target's scores do not depend on other nodes of a pass: by its `ModelEntry`, and by the check
+            of every replica that answered.
         unknown_excluded: number of excluded ids that the catalogue does not know.
         unknown_allowed: number of allowed ids that the catalogue does not know.
     """
@@ -215,15 +236,24 @@ class Recommendation:
         return exact and self.diagnostics.memo.substitutions == 0 and self.plan_invariant
 
     @property
-    def fewer_than_k_reason(self) -> str | None:
-        """Return why there are fewer than k items; None if there are k."""
+    def fewer_than_k(self) -> list[FewerThanK]:
+        """Return the reasons for fewer than k items; none if there are k."""
         params = self.params
         if len(self.items) >= params.k:
-            return None
-        restricted = bool(params.excluded or params.allowed or params.exclude_seen)
-        left = "are left after exclusions and filters" if restricted else "came out of the search"
+            return []
+        restricted = params.excluded or params.allowed or params.exclude_seen
+        reasons = [FewerThanK.FILTERED] if restricted else []
+        reasons += [] if self.items_per_path is None else [FewerThanK.ITEMS_PER_PATH]
+        return reasons or [FewerThanK.SEARCH]
+
+    @property
+    def fewer_than_k_description(self) -> str:
+        """Return the reasons for fewer than k items as text for people; empty if there are k."""
+        if not (reasons := self.fewer_than_k):
+            return ""
+        left = "are left after exclusions and filters" if FewerThanK.FILTERED in reasons else "came out of the search"
         limit = "" if self.items_per_path is None else f", at most {self.items_per_path} of a code path"
-        return f"only {len(self.items)} of {params.k} items {left}{limit}"
+        return f"only {len(self.items)} of {self.params.k} items {left}{limit}"
 
     @property
     def trace_attributes(self) -> dict[str, tracing.Value]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from atspeed.engine.bundle.manifest import Manifest
 from atspeed.rpc import wire
 from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.degraded_reason import DegradedReason
-from orchestrator.recommendation import ColdStart, Diagnostics, Item, Origin, Recommendation
+from orchestrator.events import StoredEvent
+from orchestrator.recommendation import ColdStart, Diagnostics, FewerThanK, Item, Origin, Recommendation
 from orchestrator.serving.snapshots import Snapshot
 
 _ORIGINS = {
@@ -22,20 +26,34 @@ _COLD_STARTS = {
     ColdStart.UNKNOWN_ITEMS: pb.COLD_START_UNKNOWN_ITEMS,
 }
 
+_FEWER_THAN_K = {reason: pb.FewerThanKReason.Value(f"FEWER_THAN_K_REASON_{reason.name}") for reason in FewerThanK}
 _DEGRADED_REASONS = {reason: pb.DegradedReason.Value(f"DEGRADED_REASON_{reason.name}") for reason in DegradedReason}
 
 
-def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.ReplyOptions) -> pb.RecommendResponse:
-    """Return the reply with a recommendation. snapshot: the one that made it."""
-    params, manifest = recommendation.params, snapshot.manifest
+class ServedBundle(Protocol):
+    """The bundle that a list comes from; a `Snapshot` is one."""
+
+    @property
+    def manifest(self) -> Manifest: ...  # noqa: D102
+    @property
+    def version(self) -> str: ...  # noqa: D102
+
+
+def to_reply(
+    recommendation: Recommendation, recommendation_id: str, bundle: ServedBundle, options: pb.ReplyOptions
+) -> pb.RecommendResponse:
+    """Return the reply with a recommendation. bundle: the one that it comes from."""
+    params, manifest = recommendation.params, bundle.manifest
     diagnostics, reasons = recommendation.diagnostics, recommendation.degraded_reasons
+    cold_start = recommendation.cold_start
     return pb.RecommendResponse(
+        recommendation_id=recommendation_id,
         items=[_item(rank, item, options) for rank, item in enumerate(recommendation.items, start=1)],
         versions=pb.Versions(
             target_model=diagnostics.target.model_version or "",
             draft_model=diagnostics.draft.model_version or "",
             catalogue=manifest.catalogue_version,
-            bundle=snapshot.version,
+            bundle=bundle.version,
         ),
         scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
         mode=wire.to_mode(params.mode),
@@ -45,12 +63,14 @@ def to_reply(recommendation: Recommendation, snapshot: Snapshot, options: pb.Rep
         degraded_descriptions=[reason.description for reason in reasons],
         unknown_history_item_ids=recommendation.history.unknown,
         history_items_used=recommendation.history_items_used,
-        fewer_than_k_reason=recommendation.fewer_than_k_reason or "",
+        fewer_than_k_reasons=[_FEWER_THAN_K[reason] for reason in recommendation.fewer_than_k],
+        fewer_than_k_description=recommendation.fewer_than_k_description,
         seed=recommendation.seed,
         statistics=None if options.omit_statistics else _statistics(diagnostics),
         beam_width=params.beam_widths.largest,
         beam_widths=params.beam_widths.per_level,
-        cold_start=_COLD_STARTS[recommendation.cold_start],
+        cold_start=_COLD_STARTS[cold_start],
+        cold_start_description="" if cold_start is None else cold_start.description,
         unknown_excluded_items=recommendation.unknown_excluded,
         unknown_allowed_items=recommendation.unknown_allowed,
     )
@@ -65,6 +85,20 @@ def to_versions(snapshot: Snapshot) -> pb.Versions:
         catalogue=manifest.catalogue_version,
         bundle=snapshot.version,
     )
+
+
+def to_event(event: StoredEvent) -> pb.Event:
+    """Return a stored event as a message."""
+    message = pb.Event(
+        item_id=event.item_id,
+        type=event.type,
+        weight=event.weight,
+        event_id=event.event_id,
+        recommendation_id=event.recommendation_id,
+    )
+    if event.time_us is not None:
+        message.time.FromMicroseconds(event.time_us)
+    return message
 
 
 def to_timestamp(seconds: float) -> Timestamp:
@@ -105,9 +139,9 @@ def _statistics(diagnostics: Diagnostics) -> pb.Statistics:
         nodes_asked=planning.nodes_asked,
         nodes_proposed=planning.nodes_proposed,
         expected_passes=planning.expected_passes or 0.0,
-        expected_ns=planning.expected_ns or 0.0,
-        target_predicted_ns=planning.target_predicted_ns or 0.0,
-        draft_predicted_ns=planning.draft_predicted_ns or 0.0,
+        expected_ms=_ms(planning.expected_ns or 0.0),
+        target_predicted_ms=_ms(planning.target_predicted_ns or 0.0),
+        draft_predicted_ms=_ms(planning.draft_predicted_ns or 0.0),
         stage_times=_stage_times(diagnostics),
     )
 
@@ -115,11 +149,15 @@ def _statistics(diagnostics: Diagnostics) -> pb.Statistics:
 def _stage_times(diagnostics: Diagnostics) -> pb.StageTimes:
     times, target, draft = diagnostics.times, diagnostics.target, diagnostics.draft
     return pb.StageTimes(
-        history_ns=times.history_ns,
-        draft_ns=draft.wait_ns,
-        target_ns=target.wait_ns,
-        target_forward_ns=target.cost.forward_ns,
-        draft_forward_ns=draft.cost.forward_ns,
-        selection_ns=times.selection_ns,
-        total_ns=times.total_ns,
+        history_ms=_ms(times.history_ns),
+        draft_ms=_ms(draft.wait_ns),
+        target_ms=_ms(target.wait_ns),
+        target_forward_ms=_ms(target.cost.forward_ns),
+        draft_forward_ms=_ms(draft.cost.forward_ns),
+        selection_ms=_ms(times.selection_ns),
+        total_ms=_ms(times.total_ns),
     )
+
+
+def _ms(nanoseconds: float) -> float:
+    return nanoseconds / wire.NS_PER_MS

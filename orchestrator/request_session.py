@@ -11,13 +11,13 @@ import numpy as np
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import ModelEntry
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning, Trie
 from orchestrator.degraded_reason import DegradedReason
+from orchestrator.model_clients.interfaces import RequestTarget
 from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
-from orchestrator.model_clients.target_client import TargetSession
 from orchestrator.planning.plan_sizer import FixedPlanSizer
 from orchestrator.planning.sized_draft import NoDraft, SizedDraft
 from orchestrator.recommendation import RecommendParams, StageTimes, SubjectHistory
@@ -77,32 +77,31 @@ class PromptBuilder:
         """Return the builder of a request. A sampling mode without a seed gets a fresh one."""
         noise = None
         if params.mode.samples:
-            # 63 bits: the seed travels in a uint64 and is an int64 in numpy.
+            # 63 bits: the seed is not negative and travels in an int64.
             seed = params.seed if params.seed is not None else secrets.randbits(63)
             noise = Perturbation(seed, params.temperature)
         policy = POLICIES[params.mode](params.beam_widths, params.tolerance, noise)
         return PromptBuilder(catalogue, params, history, candidates, deadline, noise, policy)
 
-    def window(self, model: ModelEntry) -> Int64:
+    def window(self, model: Prompts) -> Int64:
         """Return the history items in a model's prompt: int64 [n], oldest first."""
-        known = self.history.known
-        return known[model.prompt.window_start(len(known)) :]
+        return model.window(self.history.known)
 
-    def target_request(self, model: ModelEntry) -> ModelRequest:
+    def target_request(self, model: Prompts) -> ModelRequest:
         """Return the target's request. The target gets the noise only if the policy perturbs its choice of children."""
         return self._request(model, self.noise if self.policy.perturbed else None)
 
-    def draft_request(self, model: ModelEntry) -> ModelRequest:
+    def draft_request(self, model: Prompts) -> ModelRequest:
         """Return the draft's request."""
         return self._request(model, self.noise)
 
-    def _request(self, model: ModelEntry, noise: Perturbation | None) -> ModelRequest:
+    def _request(self, model: Prompts, noise: Perturbation | None) -> ModelRequest:
         window, params = self.window(model), self.params
         user_key = params.user_key
         # Prompts of histories in requests are told apart by the first items of the window, which stay while the window stands.
         affinity = user_key or digest(params.tenant, *map(str, window[:FIRST_ITEMS].tolist()))
         return ModelRequest(
-            prompt=model.prompt.tokens(self.catalogue.spelled_tokens(window, model.code_tokens)),
+            prompt=model.tokens(self.history.known),
             pruning=self.candidates.pruning,
             deadline=self.deadline,
             noise=noise,
@@ -119,7 +118,7 @@ class RequestSession:
 
     Attributes:
         prompts: the builder of the models' requests.
-        target: the target's stream.
+        target: the target for the request.
         draft: the sized draft, or none.
         sizer: the plan sizer.
         prompt_tokens: length of the target's prompt.
@@ -127,7 +126,7 @@ class RequestSession:
     """
 
     prompts: PromptBuilder
-    target: TargetSession
+    target: RequestTarget
     draft: SizedDraft | NoDraft
     sizer: FixedPlanSizer
     prompt_tokens: int
@@ -136,7 +135,7 @@ class RequestSession:
     async def search(self, trie: Trie, rule: ScoringRule) -> tuple[SearchResult, DegradedReason | None]:
         """Search with the draft's plans. If the target cannot answer a plan, search again without plans, and say so.
 
-        So a plan never decides whether there is a list. The target's stream is closed afterwards.
+        So a plan never decides whether there is a list. The target is closed afterwards.
         """
         if self.prompts.candidates.pruning.empties_catalogue:
             return SearchResult(Beams.root().take(np.empty(0, dtype=np.int64)), Memo(trie, rule)), None

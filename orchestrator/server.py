@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from importlib.metadata import version
@@ -17,9 +17,8 @@ from redis.asyncio import Redis
 from atspeed.concurrency.bounded_as_completed import bounded_as_completed
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.search.list_comparison import Verdict
 from atspeed.engine.search.mode import Mode
-from atspeed.errors import InvalidArgumentError, UnavailableError, UnimplementedError
+from atspeed.errors import InvalidArgumentError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track
@@ -31,8 +30,8 @@ from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.replies import to_reply, to_timestamp, to_versions
-from orchestrator.requests import check_ids, check_user, parse_request
+from orchestrator.replies import to_event, to_reply, to_timestamp, to_versions
+from orchestrator.requests import check_user, parse_events, parse_request
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
 from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
 from orchestrator.serving.track_router import TrackRouter, TrackState
@@ -85,23 +84,25 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 yield response
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
-        """Append events to a stored history."""
-        check_user(request)
-        item_ids = [event.item_id for event in request.events]
-        check_ids("events", item_ids, self._settings.max_history_items)
-        if not item_ids:
-            raise InvalidArgumentError("events", "must not be empty")
-        length = await self._history_call(self._histories.append(request.user_id, item_ids, tenant=request.tenant))
+        """Add events to a stored history."""
+        events = parse_events(request, self._settings)
+        item_ids = [event.item_id for event in events]
+        recorded = await self._history_call(self._histories.record(request.user_id, events, tenant=request.tenant))
         track = self._router.of(user_cache_key(request.tenant, request.user_id))
         index = track.snapshots.current.catalogue.find(item_ids).tolist()
         unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
-        return pb.RecordEventsResponse(history_length=length, unknown_item_ids=unknown)
+        return pb.RecordEventsResponse(
+            history_length=recorded.length,
+            unknown_item_ids=unknown,
+            duplicate_events=recorded.duplicates,
+            expired_events=recorded.expired,
+        )
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
         """Return a stored history; an empty one when nothing is stored."""
         check_user(request)
-        stored = await self._history_call(self._histories.get(request.user_id, tenant=request.tenant))
-        return pb.GetHistoryResponse(events=[pb.Event(item_id=item) for item in stored or ()])
+        stored = await self._history_call(self._histories.events(request.user_id, tenant=request.tenant))
+        return pb.GetHistoryResponse(events=map(to_event, stored))
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
         """Erase a user's history and cached keys and values."""
@@ -138,6 +139,12 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             backends=await self._backends(snapshot),
             shadow_checks=self._shadow_checks(state),
             canary=self._canary(),
+            catalogue_paths=len(catalogue.item_start) - 1,
+            level_sizes=catalogue.tail_start.tolist(),
+            shortest_path=catalogue.shortest_spelling,
+            longest_path=catalogue.longest_spelling,
+            scores_tail=catalogue.has_tails,
+            items_per_path=manifest.items_per_path or 0,
         )
 
     async def publish_history_limit(self) -> None:
@@ -165,9 +172,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         outcomes = state.shadow.outcomes
         return pb.ShadowChecks(
             share=self._settings.shadow_share,
-            identical=outcomes[Verdict.IDENTICAL],
-            near_ties=outcomes[Verdict.NEAR_TIE],
-            different=outcomes[Verdict.DIFFERENT],
+            identical=outcomes["identical"],
+            different=outcomes["different"],
             speculation_off=not state.speculation_breaker.enabled,
         )
 
@@ -175,6 +181,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
         params = parse_request(request, self._settings, usual)
+        recommendation_id = secrets.token_hex(16)
         state = self._router.of(params.subject, asked)
         with (
             state.snapshots.current.in_use() as snapshot,
@@ -186,9 +193,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 recommendation = await snapshot.recommender.recommend(params, deadline)
                 state.shadow.offer(recommendation, snapshot)
             if tracing.on():
-                span.set(**recommendation.trace_attributes)
+                span.set(recommendation_id=recommendation_id, **recommendation.trace_attributes)
         self.metrics.record(state.track, recommendation)
-        return to_reply(recommendation, snapshot, request.reply_options)
+        return to_reply(recommendation, recommendation_id, snapshot, request.reply_options)
 
     async def _recommend_one(
         self,
@@ -204,13 +211,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             response = await self._recommend(request, deadline, usual, asked)
             return pb.RecommendBatchResponse(index=index, response=response)
         except Exception as error:  # noqa: BLE001 - one failure must not end the batch; call_status logs defects
-            status = call_status(error)
-        failure = pb.RequestError(
-            code=status.code.value[0],
-            message=status.details,
-            retry_after_ms=math.ceil((status.retry_after_seconds or 0) * 1000),
-        )
-        return pb.RecommendBatchResponse(index=index, error=failure)
+            return pb.RecommendBatchResponse(index=index, error=call_status(error).message)
 
     def _time_left(self, context: Context) -> Deadline | None:
         left = cast("float | None", context.time_remaining())  # the stubs lack the None of calls without a deadline
@@ -231,7 +232,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             return await call
         except HistoryUnavailable as error:
             _log.warning("history_store_unavailable", error=str(error))
-            raise UnavailableError("histories are out of reach") from None
+            raise UnavailableError("histories are out of reach", reason=Reason.HISTORIES_UNAVAILABLE) from None
 
     async def _backends(self, snapshot: Snapshot) -> list[pb.Backend]:
         with snapshot.in_use():

@@ -102,8 +102,8 @@ class OrchestratorSettings(ServiceSettings):
     shadow_concurrency: int = Field(default=1, ge=1, le=64)
     """Number of shadow checks at once. Further lists are not checked."""
     shadow_mismatches: int = Field(default=3, ge=0, le=10_000)
-    """Number of differing lists within shadow_window_seconds that disables speculation until a restart. 0: never. Near-ties do
-    not count. Differences of a float16 target count in the metric only, since float16 rounds too coarsely for exact lists.
+    """Number of differing lists within shadow_window_seconds that disables speculation until a restart. 0: never. Differences of
+    a target that is not plan-invariant, such as a float16 one, count in the metric only.
     """
     shadow_window_seconds: float = Field(default=3_600.0, gt=0)
     """Time in seconds within which differing lists disable speculation."""

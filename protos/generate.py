@@ -1,8 +1,12 @@
-"""Generate the Python stubs of the .proto files, in `atspeed/v1`. `--check` fails when the committed ones are stale."""
+"""Generate the Python stubs of the .proto files. `--check` fails when the committed ones are stale.
+
+The services' stubs are `atspeed.v1`. Those of the public contract are in the client's distribution too, as `atspeed_client.v1`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from importlib.resources import files
@@ -11,18 +15,33 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
-PACKAGES = ROOT.parent  # the stubs are modules of the package `atspeed`
+PACKAGES = ROOT.parent
+PUBLIC = ("errors", "recommendation", "types")
 
 
 def generate(target: Path) -> list[Path]:
-    """Write stubs and their types for every .proto under `target`; returns the files, relative to it."""
-    sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.proto"))
+    """Write all stubs and their types under `target`; returns the files, relative to it."""
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "atspeed").rglob("*.proto"))
     include = str(files("grpc_tools") / "_proto")
     outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
     typed = [f"--mypy_out=quiet:{target}", f"--mypy_grpc_out=quiet:{target}"]
     if protoc.main(["protoc", f"-I{ROOT}", f"-I{include}", *outputs, *typed, *sources]):
         raise SystemExit("protoc failed")
-    return sorted(path.relative_to(target) for path in target.rglob("*_pb2*.py*") if path.suffix in {".py", ".pyi"})
+    services = sorted((target / "atspeed/v1").glob("*_pb2*.py*"))
+    stubs = [path.relative_to(target) for path in services if path.suffix in {".py", ".pyi"}]
+    return [*stubs, *_client_stubs(target)]
+
+
+def _client_stubs(target: Path) -> list[Path]:
+    """Copy the messages of the public contract into the client's package."""
+    folder = Path("atspeed_client/v1")
+    (target / folder).mkdir(parents=True, exist_ok=True)
+    copies = [folder / f"{name}_pb2{suffix}" for name in PUBLIC for suffix in (".py", ".pyi")]
+    for copy in copies:
+        text = (target / "atspeed/v1" / copy.name).read_text(encoding="utf-8")
+        imports = re.sub(r"^from atspeed\.v1 import ", "from atspeed_client.v1 import ", text, flags=re.MULTILINE)
+        (target / copy).write_text(imports, encoding="utf-8")
+    return copies
 
 
 def main() -> None:

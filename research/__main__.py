@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, recommenders, precision, report."""
+"""Command line of the studies: acceptance, recommenders, precision, planner, report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.benchmarks.services import progress_bar
 from atspeed.cli.bench.options import (
     JsonFile,
     OutFolder,
@@ -31,11 +32,13 @@ from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
 from research import acceptance
 from research.eval_examples import choose_cases
+from research.planner_ablation import calibration, fetch, study
 
 PAGES = {
     "acceptance": "research.acceptance_report",
     "recommenders": "research.recommenders",
     "precision": "research.precision",
+    "planner": "research.planner_ablation.report",
 }
 """The module that writes a result's page, by the `benchmark` of its header."""
 
@@ -200,6 +203,37 @@ def run_precision(
     out.print(terminal_table(f"Number formats, {len(cases)} users", precision.TERMINAL_COLUMNS, rows))
     about = precision.header(config, timed=f"a target of {measured.parameters:,} parameters")
     save(json_file, run.bundle, seed, to_json(rows), about, page=(report, PAGES["precision"]))
+
+
+@app.command("planner")
+def run_planner(
+    benchmarks: Annotated[
+        Path, typer.Option(help="Folder with the recorded times and acceptance.", exists=True, file_okay=False)
+    ] = Path("docs/benchmarks"),
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 3 5 10 20 50]"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each setting, each with users of its own.")] = 3,
+    settle: Annotated[
+        int, typer.Option(min=0, max=MAX_USERS, help="Requests before these, from which planners learn.")
+    ] = 40,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Requests that count, of each run.")] = 40,
+    workers: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Processes.")] = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Compare planners by simulated lists, with recorded times of passes; exits with 1 if a list differs."""
+    config = study.StudyConfig(k or study.WIDTHS, seeds, settle, users, workers)
+    with progress_bar() as bar:
+        task = bar.add_task("planner", total=None)
+        rows = study.run(config, benchmarks, lambda done, total: bar.update(task, completed=done, total=total))
+    reads = fetch.run(benchmarks)
+    out.print(terminal_table("Planners", study.TERMINAL_COLUMNS, rows))
+    out.print(terminal_table("Reads of Redis", fetch.COLUMNS, reads))
+    found = [*to_json(rows, kind=study.NAME), *to_json(reads, kind=fetch.NAME)]
+    found += to_json(calibration.run(benchmarks), kind=calibration.NAME)
+    save(json_file, None, 1, found, study.header(config), page=(report, PAGES["planner"]))
 
 
 @app.command("report")

@@ -15,12 +15,13 @@ from itertools import islice
 from pathlib import Path
 
 from atspeed.benchmarks.histories import prompt_tokens
+from atspeed.benchmarks.near_ties import Verdict, compare
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation

@@ -29,8 +29,8 @@ from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.trie import Pruning
-from atspeed.training.decoder_graph import DATA_FILE
 from atspeed.training.export import MODEL_FILE, export_decoder
+from atspeed.training.graph_builder import DATA_FILE
 from atspeed.training.models import SpelledModel
 from atspeed.training.parity import RandomTree, decoder_outputs, log_probabilities
 from orchestrator.planning.sized_draft import NoDraft

@@ -90,8 +90,10 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         selection = self._selection(start, model.evaluator.trie)
         prompt = wire.vector(start.prompt, "start.prompt", "int64").astype(np.int64)
         user_key = wire.user_key(start.user_key, "start.user_key")
-        if start.beam_width > model.info.max_nodes:
-            raise InvalidArgumentError("start.beam_width", f"must be at most {model.info.max_nodes}")
+        if not 0 <= start.beam_width <= model.info.max_nodes:
+            raise InvalidArgumentError("start.beam_width", f"must be between 0 and {model.info.max_nodes}")
+        if start.max_children < 0:
+            raise InvalidArgumentError("start.max_children", f"must be at least 0, got {start.max_children}")
         widths = wire.beam_widths(start, "start.", model.evaluator.trie)
         search = Search(widths, start.prefetches) if start.beam_width else None
         tree = await model.evaluator.open(prompt, tenant=start.tenant, user_key=user_key)

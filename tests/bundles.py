@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -32,7 +34,7 @@ from atspeed.engine.bundle.manifest import Bundle, Manifest, Precision, Role, ha
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.bundles import entry_of
-from atspeed.training.export import export_decoder
+from atspeed.training.export import export_decoder, head_of
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
 from tests.serving import WINDOW
@@ -89,10 +91,13 @@ def random_model(architecture: str, vocab_size: int, seed: int, **overrides: obj
         "gemma": (GemmaConfig, GemmaForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "phi3": (Phi3Config, Phi3ForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
     config, model = models[architecture]
+    if architecture == "phi3":  # whose padding token is 32,000
+        shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if architecture in {"gemma", "qwen3"}:
         shape["head_dim"] = 16
     built: PreTrainedModel = model(config(**shape))
@@ -165,7 +170,13 @@ def write_bundle(
         spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
         models[role] = SpelledModel(model, spelling)
     reports = {
-        role: export_decoder(spelled.model, root / role, code_tokens=spelled.spelling.code_tokens, precision=precision)
+        role: export_decoder(
+            spelled.model,
+            root / role,
+            code_tokens=spelled.spelling.code_tokens,
+            precision=precision,
+            head=head_of(rule),
+        )
         for role, spelled in models.items()
     }
     files = hash_files(root)

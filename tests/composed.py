@@ -1,4 +1,4 @@
-"""What docker-compose makes of the project's files."""
+"""Configuration that docker-compose makes of the project's files."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def failure(channel: grpc.aio.Channel, kind: str, message: bytes | str) -> grpc.aio.AioRpcError:
-    """What the call ends with."""
+    """Return the status with which the call ends."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(channel, kind, message)
     return caught.value

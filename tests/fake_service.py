@@ -9,22 +9,40 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from atspeed.client.recommender import SERVICE, RecommenderClient
+from atspeed.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, ServiceError
 from atspeed.rollout.release_track import TRACK_HEADER
+from atspeed.rpc.grpc_status import call_status
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
+from atspeed_client import AsyncClient
+from atspeed_client.channels import SERVICE
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
-    """Answers from memory. failures: how many calls end UNAVAILABLE first. delay: seconds before a list."""
+    """Answers from memory.
 
-    def __init__(self, *, failures: int = 0, delay: float = 0.0) -> None:
-        self.failures, self.delay = failures, delay
+    failures: how many calls fail first. code: their status, with a retry hint of `hint` seconds for RESOURCE_EXHAUSTED.
+    delay: seconds before a list. refused: how often each request of a batch is refused first.
+    """
+
+    def __init__(
+        self,
+        *,
+        failures: int = 0,
+        code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE,
+        delay: float = 0.0,
+        refused: int = 0,
+        hint: float = 0.02,
+    ) -> None:
+        self.failures, self.code, self.delay, self.refused = failures, code, delay, refused
+        self.hint = hint
+        self.request_ids: list[str] = []
         self.calls: list[Any] = []
         self.time_left: float | None = None
         self.tracks: list[Any] = []
@@ -37,16 +55,26 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
         self.reached.set()
         await asyncio.sleep(self.delay)
         if request.user_id == "nobody":
-            trailers = (("x-request-id", "r-1"),)
-            await context.abort(grpc.StatusCode.NOT_FOUND, "user_id: no history is stored for this user", trailers)
-        return pb.RecommendResponse(items=[pb.RecommendedItem(rank=1, item_id="i")], mode=request.mode)
+            status = call_status(NotFoundError("user_id", "no history is stored for this user"))
+            await context.abort(status.code, status.details, (("x-request-id", "r-1"), *status.trailers))
+        items = [pb.RecommendedItem(rank=1, item_id="i", score=-0.5, code_path=[1, 2], origin=pb.ORIGIN_DRAFTED)]
+        return pb.RecommendResponse(items=items, mode=request.mode, recommendation_id="rec-1")
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Context
     ) -> AsyncIterator[pb.RecommendBatchResponse]:
-        self.calls.append(request)
-        yield pb.RecommendBatchResponse(index=1, error=pb.RequestError(code=3, message="k: too large"))
-        yield pb.RecommendBatchResponse(index=0, response=pb.RecommendResponse(mode=request.requests[0].mode))
+        self._note(request, context)
+        for index, one in reversed(list(enumerate(request.requests))):
+            if one.k > 1000:
+                error: ServiceError = InvalidArgumentError("k", "too large")
+            elif self.refused:
+                self.refused -= 1
+                error = ResourceExhaustedError("busy", retry_after_seconds=self.hint)
+            else:
+                reply = pb.RecommendResponse(mode=one.mode, beam_width=one.k)
+                yield pb.RecommendBatchResponse(index=index, response=reply)
+                continue
+            yield pb.RecommendBatchResponse(index=index, error=call_status(error).message)
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         await self._maybe_fail(request, context)
@@ -54,7 +82,8 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
         self.calls.append(request)
-        return pb.GetHistoryResponse(events=[pb.Event(item_id=item_id) for item_id in ("a", "b")])
+        events = [pb.Event(item_id="a"), pb.Event(item_id="b", time=Timestamp(seconds=5), weight=0.0, event_id="e")]
+        return pb.GetHistoryResponse(events=events)
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
         self.calls.append(request)
@@ -65,15 +94,28 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
         return pb.GetServiceInfoResponse(bundle_name="fake")
 
     async def _maybe_fail(self, request: Any, context: Context) -> None:
-        self.calls.append(request)
+        self._note(request, context)
         if self.failures:
             self.failures -= 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+            error = ResourceExhaustedError("busy", retry_after_seconds=self.hint)
+            trailers = call_status(error).trailers if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED else ()
+            await context.abort(self.code, "not now", trailers)
+
+    def _note(self, request: Any, context: Context) -> None:
+        self.calls.append(request)
+        self.request_ids += [str(value) for key, value in context.invocation_metadata() or () if key == "x-request-id"]
 
 
 @asynccontextmanager
-async def connected(service: FakeService, **options: Any) -> AsyncIterator[RecommenderClient]:
+async def connected(service: FakeService, **options: Any) -> AsyncIterator[AsyncClient]:
     """A client with these options, of that service on a port of its own."""
+    async with serving(service) as address, AsyncClient(address, **options) as client:
+        yield client
+
+
+@asynccontextmanager
+async def serving(service: FakeService) -> AsyncIterator[str]:
+    """The address of that service, on a port of its own."""
     server = grpc.aio.server()
     recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(service, server)
     health = HealthServicer()
@@ -82,7 +124,6 @@ async def connected(service: FakeService, **options: Any) -> AsyncIterator[Recom
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with RecommenderClient(f"127.0.0.1:{port}", **options) as client:
-            yield client
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)

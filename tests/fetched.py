@@ -1,4 +1,4 @@
-"""What `make tools` fetches for tests: they find it here, or say why they are skipped. No test reaches for a registry."""
+"""Tools that `make tools` fetches for tests. A test without its tool is skipped with a reason; none uses a registry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def kubectl() -> str:
 
 
 def node_modules() -> Path:
-    """Where Node finds grpc-js."""
+    """Return the folder in which Node finds grpc-js."""
     if not _runs(["node", "--version"]):
         pytest.skip("node is not installed")
     if not _whole():

@@ -18,7 +18,7 @@ LIVENESS_SECONDS = 60.0
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """Clock that the test moves."""
 
     now = 1000.0
 

@@ -15,7 +15,7 @@ Change = Callable[[Any], object]
 
 
 def array(values: Any, dtype: str) -> types_pb2.Array:
-    """As a message has it."""
+    """Return the array as a message."""
     return wire.to_array(np.asarray(values, dtype=dtype))
 
 

@@ -1,4 +1,4 @@
-"""What tests see of services from outside: their metrics, and an OTLP collector that keeps the spans they send."""
+"""Services seen from outside: their metrics, and an OTLP collector that keeps the spans they send."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "a
 
 @dataclass(frozen=True)
 class Scrape:
-    """One look at a service's metrics. kinds: family -> type, by the names that Prometheus knows series by."""
+    """Metrics of a service at one time. kinds: type of each family, by the name of its series in Prometheus."""
 
     text: str
     kinds: Mapping[str, str]
@@ -43,13 +43,13 @@ class Scrape:
 
 
 def scrape(service: ServiceProcess) -> Scrape:
-    """What a service exposes now."""
+    """Return the metrics of a service."""
     assert service.metrics_port is not None
     return scrape_port(service.metrics_port)
 
 
 def scrape_port(port: int) -> Scrape:
-    """What stands on a metrics port."""
+    """Return the metrics of a port."""
     url = f"http://127.0.0.1:{port}/metrics"
     with urllib.request.urlopen(url, timeout=LIVENESS_SECONDS) as reply:
         text = reply.read().decode()
@@ -120,7 +120,7 @@ class Collector(otlp_grpc.TraceServiceServicer):
         return otlp.ExportTraceServiceResponse()
 
     def of(self, trace_id: str) -> list[ReceivedSpan]:
-        """What has come of a trace."""
+        """Return the spans of a trace so far."""
         with self._lock:
             return [span for span in self.spans if span.trace_id == trace_id]
 

@@ -29,7 +29,7 @@ def with_epochs(part: ModelRecipe, epochs: int) -> ModelRecipe:
 
 
 def fitted_titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of every model that is trained from now on."""
+    """Titles of the models that are trained from now on, in their order."""
     fitted: list[str] = []
     fit = Trainer.fit
 

@@ -1,4 +1,4 @@
-"""What the tests of running services share: the random bundle, clients, and lists that can be compared.
+"""Parts of all tests of running services: the random bundle, clients, and lists that can be compared.
 
 The clients are gRPC's blocking ones: a test reads from top to bottom, and `submit` runs several calls at once.
 """
@@ -37,7 +37,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 LIVENESS_SECONDS = 60.0
 WINDOW = 8
 LEVELS = 4
-NEAR_TIE = 1e-4
+ROUNDING = 1e-4  # between scores of our services and those of other software
 SERVING = int(health_pb2.HealthCheckResponse.SERVING)
 Reply = TypeVar("Reply")
 RECOMMENDATION = recommendation_pb2.DESCRIPTOR.services_by_name["RecommendationService"].full_name
@@ -74,7 +74,7 @@ class Link:
 
 
 class Client:
-    """Calls of an orchestrator. What is not said otherwise has time enough for any machine."""
+    """Calls of an orchestrator. Without other arguments they have time enough for any machine."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, str | int]] = ()) -> None:
         self.address = address
@@ -200,11 +200,10 @@ def ids(reply: pb.RecommendResponse) -> list[str]:
 
 
 def assert_same_list(reply: pb.RecommendResponse, expected: pb.RecommendResponse) -> None:
-    """Equal items in equal order. Passes of another shape round differently, so a near-tie alone may stand the other way."""
-    assert len(reply.items) == len(expected.items)
-    for got, want in zip(reply.items, expected.items, strict=True):
-        assert got.score == pytest.approx(want.score, abs=1e-3)
-        assert got.item_id == want.item_id or abs(got.score - want.score) < NEAR_TIE, (ids(reply), ids(expected))
+    """Equal items in equal order, with the same scores bit for bit."""
+    assert [(item.item_id, item.score) for item in reply.items] == [
+        (item.item_id, item.score) for item in expected.items
+    ]
 
 
 def storm(
@@ -306,7 +305,7 @@ class FakeDraft:
         return self.answer(request, context)
 
     def was_asked(self) -> bool:
-        """Whether a call came since the last time this was asked. Forgets all of them."""
+        """Return true if a call came since the last question, and count from now on."""
         count = 0
         while self.asked.acquire(blocking=False):
             count += 1

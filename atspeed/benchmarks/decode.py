@@ -39,11 +39,10 @@ from atspeed.benchmarks.decode_rows import (
 from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.oracle_plan import OraclePlans, oracle_plans
 from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_bar, running_services
-from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 WIDTHS = (1, 3, 5, 10, 20, 50)  # from one item to a page of candidates for a ranker
 MODES = tuple(Mode)
@@ -143,7 +142,7 @@ async def _settle(
 class _ListTimer:
     """Measures lists of the services and of other engines."""
 
-    def __init__(self, client: RecommenderClient, plans: OraclePlans | None, config: DecodeConfig) -> None:
+    def __init__(self, client: AsyncClient, plans: OraclePlans | None, config: DecodeConfig) -> None:
         self._client = client
         self._plans = plans
         self._config = config
@@ -161,7 +160,7 @@ class _ListTimer:
         return await self._own(self._client, variant, Mode(variant.mode), Mode(variant.mode), history, number)
 
     async def _own(
-        self, client: RecommenderClient, variant: Variant, mode: Mode, before: Mode, history: History, number: int
+        self, client: AsyncClient, variant: Variant, mode: Mode, before: Mode, history: History, number: int
     ) -> ListSample:
         """Measure a list of the services. before: the mode of the request that warms the prefix."""
         if variant.prefix is Prefix.WARM:
@@ -171,8 +170,8 @@ class _ListTimer:
         reply = await healthy_reply(client, request)
         return _sample(reply, 1e3 * (time.perf_counter() - begun))
 
-    def _request(self, mode: Mode, k: int, history: History, number: int) -> pb.RecommendRequest:
-        return recommend_request(
+    def _request(self, mode: Mode, k: int, history: History, number: int) -> RecommendRequest:
+        return RecommendRequest(
             history=history,
             k=k,
             beam_width=k,
@@ -208,7 +207,7 @@ def header(
     }
 
 
-def _sample(reply: pb.RecommendResponse, milliseconds: float) -> ListSample:
+def _sample(reply: Recommendation, milliseconds: float) -> ListSample:
     took = reply.statistics
     return ListSample(
         milliseconds=milliseconds,
@@ -219,10 +218,10 @@ def _sample(reply: pb.RecommendResponse, milliseconds: float) -> ListSample:
         prompt_tokens=took.prompt_tokens,
         cached_tokens=sum(took.cached_tokens.values()),
         expected_passes=took.expected_passes,
-        stages_ms={name: getattr(took.stage_times, f"{name}_ns") / 1e6 for name in STAGES},
+        stages_ms={name: getattr(took.stage_times, f"{name}_ms") for name in STAGES},
         predicted_ms={
-            name: nanoseconds / 1e6
-            for name, nanoseconds in (("target", took.target_predicted_ns), ("draft", took.draft_predicted_ns))
-            if nanoseconds
+            name: milliseconds
+            for name, milliseconds in (("target", took.target_predicted_ms), ("draft", took.draft_predicted_ms))
+            if milliseconds
         },
     )

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from atspeed.benchmarks.decode_rows import HUGGING_FACE, ListSample
 from atspeed.benchmarks.generate_reference import Reference
-from atspeed.benchmarks.histories import History, prompt_tokens
+from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.prompts import prompts_of
 
 
 class HuggingFace:
@@ -69,7 +70,7 @@ class GenAi:
     def __init__(self, bundle: Bundle, folder: Path, *, threads: int) -> None:
         self._genai = _library()
         self._catalogue = bundle.catalogue()
-        self._entry = bundle.manifest.target
+        self._prompts = prompts_of(bundle, "target", self._catalogue)
         self._levels = self._catalogue.trie.levels
         self._model = self._genai.Model(str(folder))
         self.about = (
@@ -78,7 +79,7 @@ class GenAi:
 
     def measure(self, history: History, k: int) -> ListSample:
         """Measure K paths. Their tokens need not be items."""
-        tokens = prompt_tokens(self._catalogue, self._entry, self._catalogue.find(history).tolist())
+        tokens = self._prompts.tokens(self._catalogue.find(history))
         prompt = tokens.astype(np.int32)[None]
         parameters = self._genai.GeneratorParams(self._model)
         parameters.set_search_options(

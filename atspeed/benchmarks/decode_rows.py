@@ -9,9 +9,10 @@ from enum import StrEnum
 import numpy as np
 from rich.console import Group
 
+from atspeed.benchmarks.near_ties import Verdict, compare
 from atspeed.benchmarks.results import Columns, terminal_table
 from atspeed.benchmarks.services import mean
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Guarantee, Mode
 
 NAME = "decode"

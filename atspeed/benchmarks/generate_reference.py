@@ -22,10 +22,11 @@ import torch
 from rich.progress import Progress
 from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor, PreTrainedModel
 
-from atspeed.benchmarks.histories import History, prompt_tokens
+from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry
+from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.decoder_graph import DecoderShape
@@ -52,6 +53,7 @@ class Reference:
         self._render = render
         self._items_per_path = bundle.manifest.items_per_path
         self._catalogue = bundle.catalogue()
+        self._prompts = prompts_of(bundle, "target", self._catalogue)
         self._rule = bundle.manifest.scoring_rule
         self._tries = _TokenTries.of(self._catalogue, entry)
 
@@ -102,8 +104,8 @@ class Reference:
 
     def bundle_prompt(self, history: History) -> list[int]:
         """Return the prompt's tokens, as serving builds them."""
-        tokens = prompt_tokens(self._catalogue, self._entry, self._catalogue.find(history).tolist())
-        return [int(token) for token in tokens]
+        tokens: list[int] = self._prompts.tokens(self._catalogue.find(history)).tolist()
+        return tokens
 
     def generate(
         self, prompts: torch.Tensor, k: int, *, model: Any = None, tries: _TokenTries | None = None

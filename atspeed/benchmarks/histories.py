@@ -11,6 +11,7 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import ModelEntry
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.importing.histories import histories_of
 
 History = tuple[str, ...]
@@ -25,10 +26,12 @@ def choose_histories(
     *,
     least_items: int = 1,
     most_items: int | None = None,
+    unserved: frozenset[str] = frozenset(),
 ) -> list[History]:
     """Return the histories of `users` users, drawn from a file, or random ones where there is no file.
 
-    A file with fewer such users gives all of them. Raises BenchmarkError when it has none.
+    A file with fewer such users gives all of them. unserved: items that the histories of the file may hold besides those of the
+    catalogue. Raises BenchmarkError when it has none.
     """
     if most_items is not None and most_items < least_items:
         raise BenchmarkError(f"--max-items {most_items} is less than --min-items {least_items}")
@@ -38,7 +41,7 @@ def choose_histories(
         return [_random_history(catalogue, rng, least_items, longest) for _ in range(users)]
     histories = [
         history
-        for history in read_histories(path, catalogue)
+        for history in read_histories(path, catalogue, unserved)
         if least_items <= len(history) <= (most_items or len(history))
     ]
     if not histories:
@@ -48,9 +51,16 @@ def choose_histories(
     return [histories[index] for index in chosen]
 
 
-def read_histories(path: Path, catalogue: Catalogue) -> list[History]:
+def read_histories(path: Path, catalogue: Catalogue, unserved: frozenset[str] = frozenset()) -> list[History]:
     """Read a file of histories that `atspeed import` reads. Raises ImportingError or LineError that names file and line."""
-    return list(histories_of(path, catalogue.known_ids(), Path("the bundle's catalogue")).values())
+    return list(histories_of(path, catalogue.known_ids() | unserved, Path("the bundle's catalogue")).values())
+
+
+def served_parts(histories: Sequence[History], catalogue: Catalogue) -> list[History]:
+    """Return histories without the items that the catalogue lacks, which serving leaves out too. Empty ones are dropped."""
+    known = catalogue.known_ids()
+    parts = (tuple(item for item in history if item in known) for history in histories)
+    return [history for history in parts if history]
 
 
 def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int, longest: int) -> History:
@@ -59,6 +69,5 @@ def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items:
 
 
 def prompt_tokens(catalogue: Catalogue, entry: ModelEntry, history: Sequence[int]) -> Int64:
-    """Return a model's prompt for a history of item indices, as serving builds it; int64 [prompt]."""
-    window = np.asarray(history, dtype=np.int64)[entry.prompt.window_start(len(history)) :]
-    return entry.prompt.tokens(catalogue.spelled_tokens(window, entry.code_tokens))
+    """Return the prompt of a model whose items are their codes, int64 [prompt]. history: item indices."""
+    return Prompts.of(entry, catalogue).tokens(np.asarray(history, dtype=np.int64))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection, TreeSession
@@ -80,18 +80,18 @@ class InProcessBaseline:
     def __init__(self, bundle: Bundle, catalogue: Catalogue, evaluators: Sequence[TreeEvaluator]) -> None:
         self.catalogue = catalogue
         self._evaluators = evaluators
-        self._entry = bundle.model("target")
+        self._prompts = prompts_of(bundle, "target", catalogue)
         self._rule = bundle.manifest.scoring_rule
         self._searches = 0
 
     @property
     def longest_history(self) -> int:
         """Largest number of items in a prompt."""
-        return self._entry.prompt.max_items
+        return self._prompts.template.max_items
 
     def prompt(self, history: Iterable[str], tenant: str = "") -> Prompt:
         """Return the target's prompt for a history."""
-        return Prompt(prompt_tokens(self.catalogue, self._entry, self.catalogue.find(history).tolist()), tenant)
+        return Prompt(self._prompts.tokens(self.catalogue.find(history)), tenant)
 
     async def search(self, prompt: Prompt, k: int) -> LocalTarget:
         """Search with K beams. Returns the target with its passes and their stats."""

@@ -26,10 +26,9 @@ from atspeed.benchmarks.in_process_baseline import Throughput, in_process_baseli
 from atspeed.benchmarks.pass_metrics import shared_passes
 from atspeed.benchmarks.results import Columns
 from atspeed.benchmarks.services import mean, progress_bar, started
-from atspeed.client.recommender import RecommenderClient, RecommenderError, recommend_request
 from atspeed.engine.search.mode import Mode
 from atspeed.local.stack import ServiceProcess
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommenderError, RecommendRequest
 
 NAME = "load"
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
@@ -82,7 +81,7 @@ class RequestOutcome:
     left_after: float
     answered_after: float
     code: str
-    reply: pb.RecommendResponse | None
+    reply: Recommendation | None
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _requests_in_order(histories: Sequence[History], config: LoadConfig, count: 
 class _StepRunner:
     """Runs the steps of one number of replicas."""
 
-    client: RecommenderClient
+    client: AsyncClient
     targets: Sequence[ServiceProcess]
     histories: Sequence[History]
     config: LoadConfig
@@ -263,18 +262,18 @@ class _StepRunner:
         )
 
 
-def _request(arrival: Arrival, k: int, mode: Mode, step: str) -> pb.RecommendRequest:
+def _request(arrival: Arrival, k: int, mode: Mode, step: str) -> RecommendRequest:
     tenant = f"{mode}/{step}/{arrival.cohort}"
-    return recommend_request(history=arrival.history, k=k, beam_width=k, mode=mode, tenant=tenant)
+    return RecommendRequest(history=arrival.history, k=k, beam_width=k, mode=mode, tenant=tenant)
 
 
 async def drive(
-    client: RecommenderClient, arrivals: Sequence[Arrival], requests: Sequence[pb.RecommendRequest]
+    client: AsyncClient, arrivals: Sequence[Arrival], requests: Sequence[RecommendRequest]
 ) -> list[RequestOutcome]:
     """Send every request at its moment. Returns the outcomes of all, in the order of the arrivals."""
     start = time.perf_counter()
 
-    async def one(arrival: Arrival, request: pb.RecommendRequest) -> RequestOutcome:
+    async def one(arrival: Arrival, request: RecommendRequest) -> RequestOutcome:
         left = time.perf_counter() - start - arrival.at
         try:
             reply = await client.send(request)

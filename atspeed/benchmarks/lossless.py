@@ -18,15 +18,15 @@ import numpy as np
 from rich.progress import Progress
 
 from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.near_ties import compare_bits
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
-from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 REFERENCE = "target-only"
 _MODES = (Mode.TARGET_ONLY, Mode.STRICT)
@@ -81,19 +81,21 @@ async def run(
 
 
 async def _compare(
-    client: RecommenderClient, bundle: Bundle, histories: Sequence[History], config: LosslessConfig, progress: Progress
+    client: AsyncClient, bundle: Bundle, histories: Sequence[History], config: LosslessConfig, progress: Progress
 ) -> LosslessRow:
     catalogue, rule, k = bundle.catalogue(), bundle.manifest.scoring_rule, config.k
     excluded = await _excluded(client, catalogue, histories, config, progress)
     replies = {}
     for mode in _MODES:
         requests = [
-            recommend_request(history=history, k=k, beam_width=k, mode=mode, excluded=out)
+            RecommendRequest(history=history, k=k, beam_width=k, mode=mode, excluded=out)
             for history, out in zip(histories, excluded, strict=True)
         ]
         replies[mode] = await ask(client, requests, progress=progress, title=f"rule {rule}, {mode}")
     alone, strict = replies[Mode.TARGET_ONLY], replies[Mode.STRICT]
-    verdicts = [compare(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)]
+    verdicts = [
+        compare_bits(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)
+    ]
     return LosslessRow(
         rule=str(rule),
         k=k,
@@ -112,7 +114,7 @@ async def _compare(
 
 
 async def _excluded(
-    client: RecommenderClient,
+    client: AsyncClient,
     catalogue: Catalogue,
     histories: Sequence[History],
     config: LosslessConfig,
@@ -123,7 +125,7 @@ async def _excluded(
         return [[] for _ in histories]
     rng = np.random.default_rng(config.seed)
     width = max(config.k, config.excluded)
-    requests = [recommend_request(history=history, k=width, mode=Mode.TARGET_ONLY) for history in histories]
+    requests = [RecommendRequest(history=history, k=width, mode=Mode.TARGET_ONLY) for history in histories]
     replies = await ask(client, requests, progress=progress, title="choosing exclusions")
     return [_draw(rng, RankedList.of(reply.items).items, catalogue, config.excluded) for reply in replies]
 
@@ -137,7 +139,7 @@ def _draw(rng: np.random.Generator, recommended: Sequence[str], catalogue: Catal
     return chosen + rest[: count - len(chosen)]
 
 
-def invalid_paths(reply: pb.RecommendResponse, excluded: Sequence[str], catalogue: Catalogue) -> int:
+def invalid_paths(reply: Recommendation, excluded: Sequence[str], catalogue: Catalogue) -> int:
     """Count the items of a reply that are excluded, or that have another path in the catalogue."""
     index = catalogue.find([item.item_id for item in reply.items])
     banned, paths = set(excluded), catalogue.spelled_codes(index)

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from atspeed.engine.arrays import KvArray
+from atspeed.benchmarks.probe_trees import HostPasses, ProbeTree
 from atspeed.engine.model.decoder import Decoder, Provider
 from atspeed.training.inflation import ModelShape
 
@@ -84,7 +84,7 @@ def probe_passes(
     """Measure every number of new tokens behind every number of cached ones. New tokens are siblings, as beams are."""
     rows = []
     for behind in cached:
-        tree = _Tree(decoder, vocab_size, behind, [*range(-1, behind - 1), *[behind - 1] * max(new)])
+        tree = HostPasses(decoder, ProbeTree.siblings(vocab_size, behind, max(new)))
         for count in new:
             p50 = _median_ms(partial(tree.run, behind, behind + count), repeats)
             rows.append(PassRow(name, count, behind, round(p50, 3), round(read_ms, 3), round(p50 / read_ms, 3)))
@@ -98,47 +98,20 @@ def probe_beams(
     parents = [*range(-1, prompt - 1)]
     for level in range(codes - 1):
         parents += [prompt - 1] * beams if level == 0 else range(len(parents) - beams, len(parents))
-    tree = _Tree(decoder, vocab_size, prompt, parents)
+    tree = HostPasses(decoder, ProbeTree(vocab_size, prompt, parents))
     ends = range(prompt, len(parents) + 1, beams)
+    first_row = prompt - 1  # scores are wanted of the prompt's last token and of every beam
 
     def level_by_level() -> None:
         for start, end in pairwise([0, *ends]):
-            tree.run(start, end)
+            tree.run(start, end, first_row=first_row)
 
-    at_once = partial(tree.run, 0, len(parents))
+    at_once = partial(tree.run, 0, len(parents), first_row=first_row)
     times = [round(_median_ms(run, repeats), 3) for run in (level_by_level, at_once)]
     return BeamsRow(name, prompt, beams, codes, *times)
 
 
-class _Tree:
-    """Token tree of random tokens with random KV.
-
-    prompt: number of tokens of the chain at its beginning. parents: parent of every token, -1 for the first.
-    """
-
-    def __init__(self, decoder: Decoder, vocab_size: int, prompt: int, parents: Sequence[int]) -> None:
-        random = np.random.default_rng(len(parents))
-        self._decoder = decoder
-        self._tokens = random.integers(0, vocab_size, len(parents))
-        self._visible = np.eye(len(parents), dtype=bool)
-        for token, parent in enumerate(parents):
-            if parent >= 0:
-                self._visible[token] |= self._visible[parent]
-        self._positions = self._visible.sum(axis=1) - 1
-        # Logits are needed at the last token of the prompt and at every beam.
-        self._first_row = prompt - 1
-        self._kv: KvArray = decoder.empty_kv(len(parents))
-        self._kv[:] = random.standard_normal(self._kv.shape[1:]) * 0.1
-
-    def run(self, start: int, end: int) -> None:
-        """Make a pass over these tokens, behind all before them."""
-        rows = np.arange(max(start, self._first_row), end) - start
-        past, new = self._kv[:, :, :start], self._kv[:, :, start:end]
-        span = slice(start, end)
-        self._decoder.run(self._tokens[span], self._positions[span], self._visible[span, :end], past, rows, new)
-
-
-def _median_ms(run: Callable[[], None], repeats: int) -> float:
+def _median_ms(run: Callable[[], object], repeats: int) -> float:
     """Return the median time in milliseconds, after one run that is not counted."""
     run()
     times = []

@@ -16,13 +16,12 @@ from typing import Any
 import grpc
 import numpy as np
 
-from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.services import PATIENCE_SECONDS, Services
-from atspeed.client.recommender import RecommenderClient
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.trie import ROOT, Pruning
@@ -30,6 +29,7 @@ from atspeed.rpc import wire
 from atspeed.rpc.affinity import Routes
 from atspeed.rpc.channels import open_channel
 from atspeed.v1 import draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from atspeed_client import AsyncClient
 from orchestrator.model_clients.model_request import ModelRequest
 from orchestrator.model_clients.target_client import TargetClient
 from orchestrator.planning.sized_draft import NoDraft
@@ -71,7 +71,7 @@ class StubDraft(draft_pb2_grpc.DraftServiceServicer):
 class OraclePlans:
     """Oracle plans and a client of the orchestrator that gets them."""
 
-    client: RecommenderClient
+    client: AsyncClient
     _bundle: Bundle
     _catalogue: Catalogue
     _target: TargetClient
@@ -79,7 +79,7 @@ class OraclePlans:
 
     async def prepare(self, history: Sequence[str], k: int) -> None:
         """Find the nodes that a search with K beams for this history needs, and plan them."""
-        tokens = prompt_tokens(self._catalogue, self._bundle.manifest.target, self._catalogue.find(history).tolist())
+        tokens = prompts_of(self._bundle, "target", self._catalogue).tokens(self._catalogue.find(history))
         request = ModelRequest(tokens, Pruning.none(), Deadline(PATIENCE_SECONDS), tenant=_TENANT)
         policy, rule = Strict(BeamWidths.of(k)), self._bundle.manifest.scoring_rule
         target = self._target.session(request, max_children=policy.max_children)
@@ -107,6 +107,6 @@ async def oracle_plans(root: Path, services: Services) -> AsyncIterator[OraclePl
         channel = await stack.enter_async_context(open_channel(services.target, _TARGET))
         routes = Routes(target_pb2_grpc.TargetServiceStub(channel))
         target = TargetClient(routes, catalogue.trie, version, attempts=1, pass_seconds=PATIENCE_SECONDS)
-        client = RecommenderClient(orchestrator.address, timeout_seconds=PATIENCE_SECONDS)
+        client = AsyncClient(orchestrator.address, timeout_seconds=PATIENCE_SECONDS)
         yield OraclePlans(await stack.enter_async_context(client), bundle, catalogue, target, draft)
         await target.settle()

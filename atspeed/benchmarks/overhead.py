@@ -21,9 +21,8 @@ from atspeed.benchmarks.in_process_baseline import InProcessBaseline, in_process
 from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs, row_table
 from atspeed.benchmarks.results import Columns, Result
 from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_bar, services
-from atspeed.client.recommender import RecommenderClient, recommend_request
 from atspeed.engine.search.mode import Mode
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 NAME = "overhead"
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
@@ -44,19 +43,19 @@ class RequestOverhead:
         return self.caller_ms - self.models_ms
 
     @classmethod
-    def of(cls, reply: pb.RecommendResponse, caller_ms: float) -> RequestOverhead:
+    def of(cls, reply: Recommendation, caller_ms: float) -> RequestOverhead:
         """Read a reply's stage times."""
         stages = reply.statistics.stage_times
-        forward = stages.target_forward_ns + stages.draft_forward_ns
+        forward = stages.target_forward_ms + stages.draft_forward_ms
         return cls(
             caller_ms=caller_ms,
-            models_ms=forward / 1e6,
+            models_ms=forward,
             parts={
-                "client": caller_ms - stages.total_ns / 1e6,
-                "history": stages.history_ns / 1e6,
-                "target": (stages.target_ns - stages.target_forward_ns) / 1e6,
-                "draft": (stages.draft_ns - stages.draft_forward_ns) / 1e6,
-                "selection": stages.selection_ns / 1e6,
+                "client": caller_ms - stages.total_ms,
+                "history": stages.history_ms,
+                "target": stages.target_ms - stages.target_forward_ms,
+                "draft": stages.draft_ms - stages.draft_forward_ms,
+                "selection": stages.selection_ms,
             },
         )
 
@@ -125,9 +124,9 @@ async def run(
     ]
 
 
-async def _returning(client: RecommenderClient, user: str, history: History, mode: Mode, k: int) -> RequestOverhead:
+async def _returning(client: AsyncClient, user: str, history: History, mode: Mode, k: int) -> RequestOverhead:
     """Measure the request of a user who returns with one new item."""
-    request = recommend_request(user, k=k, beam_width=k, mode=mode, tenant="overhead")
+    request = RecommendRequest(user, k=k, beam_width=k, mode=mode, tenant="overhead")
     await client.record(user, history[:-1], tenant="overhead")
     await healthy_reply(client, request)
     await client.record(user, history[-1:], tenant="overhead")

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from atspeed.benchmarks.generate_reference import Reference, Render
 from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.search.list_comparison import RankedList, compare, largest_gap
+from atspeed.engine.search.list_comparison import RankedList, largest_gap
 from atspeed.engine.search.mode import Mode
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import Recommendation, RecommendRequest
 
 WIDTHS = (1, 5, 10, 20)
 MODES = (Mode.TARGET_ONLY, Mode.STRICT)
@@ -93,7 +93,7 @@ async def run(
                     "illegal_items": reference.illegal_items(histories, k, progress) if counts else None,
                 }
                 for mode in MODES:
-                    requests = [recommend_request(history=h, k=k, beam_width=k, mode=mode) for h in histories]
+                    requests = [RecommendRequest(history=h, k=k, beam_width=k, mode=mode) for h in histories]
                     replies = await ask(client, requests, progress=progress, title=f"services, K = {k}, {mode}")
                     rows.append(_row(k, mode, replies, expected, counted))
     return rows
@@ -119,7 +119,7 @@ def _count(value: int | None) -> str:
 def _row(
     k: int,
     mode: Mode,
-    replies: Sequence[pb.RecommendResponse],
+    replies: Sequence[Recommendation],
     expected: Sequence[RankedList],
     counted: Mapping[str, Any],
 ) -> ParityRow:

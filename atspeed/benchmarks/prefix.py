@@ -22,13 +22,13 @@ import numpy as np
 from redis.asyncio import Redis
 
 from atspeed.benchmarks import markdown
-from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.intervals import Interval, bootstrap
 from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs, row_table
 from atspeed.benchmarks.results import Columns, Result
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Bundle, Role
-from atspeed.engine.kv.fetch_cost import FetchPolicy
+from atspeed.engine.bundle.prompts import prompts_of
+from atspeed.engine.kv.fetch_policy import FetchPolicy
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
@@ -156,13 +156,14 @@ class PrefixMeter:
         entry = bundle.model(config.role)
         self._entry = entry
         self._catalogue = bundle.catalogue()
+        self._prompts = prompts_of(bundle, config.role, self._catalogue)
         self._decoder = load_decoder(bundle, config.role, RuntimeOptions(intra_op_threads=config.threads))
         self._rule = bundle.manifest.scoring_rule
         step = config.block_tokens or entry.prompt.item_stride(self._catalogue.longest_spelling)
         self._layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=step)
         timeout = _REDIS_TIMEOUT_SECONDS
         self._store = RedisKvStore(redis, self._layout, _TTL_SECONDS, timeout, write_timeout_seconds=timeout)
-        self._fetch_policy = FetchPolicy(self._layout.bytes_per_token)
+        self._fetch_policy = FetchPolicy()
         self._nodes = self._catalogue.trie.readable()
 
     async def warm_up(self) -> CostCurve:
@@ -176,9 +177,7 @@ class PrefixMeter:
     async def measure(self, history: Int64, nodes: int) -> dict[PrefixState, PassSample]:
         """Measure one user's pass over so many nodes in every state. The user has two items at least."""
         evaluated = self._nodes[: 1 + nodes]
-        prompt, before = (
-            prompt_tokens(self._catalogue, self._entry, items.tolist()) for items in (history, history[:-1])
-        )
+        prompt, before = (self._prompts.tokens(items) for items in (history, history[:-1]))
         cold, expected = await self._pass(self._cache(0), prompt, evaluated, None)
         warm = self._cache(_MEMORY_BYTES, store=True)
         await self._pass(warm, prompt, evaluated, expected)

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.table import Table
 
+from atspeed.benchmarks.near_ties import Verdict
 from atspeed.engine.files.json_file import with_nulls, write_json
-from atspeed.engine.search.list_comparison import Verdict
 
 Row = TypeVar("Row")
 Columns = Sequence[tuple[str, Callable[[Row], str]]]

@@ -13,12 +13,11 @@ from typing import Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from atspeed.benchmarks.results import BenchmarkError
-from atspeed.client.recommender import RecommenderClient
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.model.decoder import Provider
 from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 # A shared machine may be slow. A request, plan or pass that ran out of time would distort the measurement.
 PATIENCE_SECONDS = 120.0
@@ -59,7 +58,7 @@ class ServiceOptions:
 class Services:
     """Draft, target, orchestrator and Redis as real processes, and a client of the orchestrator."""
 
-    client: RecommenderClient
+    client: AsyncClient
     local: LocalStack
     redis_url: str
 
@@ -96,20 +95,20 @@ async def started(
         drafts = 1 if read_manifest(bundle).draft else 0
         local = LocalStack(bundle, redis_url=redis_url, drafts=drafts, targets=targets, flags=flags)
         stack.enter_context(local)
-        client = RecommenderClient(local.address, timeout_seconds=timeout_seconds)
+        client = AsyncClient(local.address, timeout_seconds=timeout_seconds, retries=0)  # a refusal is a result
         yield Services(await stack.enter_async_context(client), local, redis_url)
 
 
 @asynccontextmanager
-async def services(bundle: Path, options: ServiceOptions | None = None) -> AsyncIterator[RecommenderClient]:
+async def services(bundle: Path, options: ServiceOptions | None = None) -> AsyncIterator[AsyncClient]:
     """Start the services and yield a client of them."""
     async with running_services(bundle, options) as running:
         yield running.client
 
 
 async def ask(
-    client: RecommenderClient, requests: Sequence[pb.RecommendRequest], *, progress: Progress, title: str
-) -> list[pb.RecommendResponse]:
+    client: AsyncClient, requests: Sequence[RecommendRequest], *, progress: Progress, title: str
+) -> list[Recommendation]:
     """Return the reply to each request, with as many at once as there are cores.
 
     Raises RecommenderError, or BenchmarkError for a degraded reply.
@@ -117,7 +116,7 @@ async def ask(
     task = progress.add_task(title, total=len(requests))
     slots = asyncio.Semaphore(os.cpu_count() or 1)
 
-    async def one(request: pb.RecommendRequest) -> pb.RecommendResponse:
+    async def one(request: RecommendRequest) -> Recommendation:
         async with slots:
             reply = await healthy_reply(client, request)
         progress.advance(task)
@@ -128,7 +127,7 @@ async def ask(
     return replies
 
 
-async def healthy_reply(client: RecommenderClient, request: pb.RecommendRequest) -> pb.RecommendResponse:
+async def healthy_reply(client: AsyncClient, request: RecommendRequest) -> Recommendation:
     """Return a reply that is not degraded. Raises BenchmarkError otherwise: a failure would distort the measurement."""
     reply = await client.send(request)
     if reply.degraded:

@@ -29,10 +29,10 @@ import numpy as np
 from atspeed.benchmarks.histories import History, choose_histories
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import Result
-from atspeed.client.recommender import RecommenderClient, RecommenderError
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed_client import AsyncClient, RecommenderError
 
 SAMPLE_SECONDS = 2.0  # 180 samples in each of the compared fifths of half an hour
 _FLAGS = {"target": {"kv-memory-mb": 16, "threads": 1}, "draft": {"kv-memory-mb": 16}, "orchestrator": {}}
@@ -164,7 +164,7 @@ async def soak(
     """Run load and crashing clients for so many seconds, and sample the processes."""
     record, begun = SoakRecord(), time.monotonic()
     names = {f"{service.module}-{number}": service for number, service in enumerate(stack.services)}
-    async with RecommenderClient(stack.address) as client:
+    async with AsyncClient(stack.address) as client:
         async with background(
             load(record, client, histories, rate, random.Random(seed), begun),  # noqa: S311 - no secret
             crashes(record, stack.address, histories[0], random.Random(seed), begun, crash_seconds),  # noqa: S311 - no secret
@@ -191,7 +191,7 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 async def load(
     record: SoakRecord,
-    client: RecommenderClient,
+    client: AsyncClient,
     histories: Sequence[History],
     rate: float,
     rng: random.Random,

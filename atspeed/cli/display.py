@@ -8,21 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from atspeed.engine.bundle.manifest import Manifest
-from atspeed.rpc import wire
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import Recommendation
 
 
-def origin(item: pb.RecommendedItem) -> str:
-    """Return the origin of an item in the search."""
-    return pb.Origin.Name(item.origin).removeprefix("ORIGIN_").lower()
-
-
-def milliseconds(reply: pb.RecommendResponse) -> float:
+def milliseconds(reply: Recommendation) -> float:
     """Return the time from the request's arrival at the service to its reply."""
-    return reply.statistics.stage_times.total_ns / 1e6
+    return reply.statistics.stage_times.total_ms
 
 
-def recommendation_table(reply: pb.RecommendResponse) -> Table:
+def recommendation_table(reply: Recommendation) -> Table:
     """Format the items of a reply."""
     shown = Table()
     for name in ("#", "item", "score", "codes", "origin"):
@@ -31,41 +25,35 @@ def recommendation_table(reply: pb.RecommendResponse) -> Table:
     for item in reply.items:
         codes = "-".join(map(str, item.code_path))
         # Text, since rich would read brackets in an id as markup.
-        shown.add_row(str(item.rank), Text(item.item_id), f"{item.score:.3f}", codes, origin(item))
+        shown.add_row(str(item.rank), Text(item.item_id), f"{item.score:.3f}", codes, item.origin)
     return shown
 
 
-def summary(reply: pb.RecommendResponse) -> str:
+def summary(reply: Recommendation) -> str:
     """Summarise a reply, one fact per line."""
-    took, mode = reply.statistics, wire.mode(reply.mode, "mode")
+    took = reply.statistics
     lines = [
-        f"{mode}, {'exact' if reply.exactness.exact else 'not exact'}: {took.target_passes} target passes, "
+        f"{reply.mode}, {'exact' if reply.exactness.exact else 'not exact'}: {took.target_passes} target passes, "
         f"{took.accepted_levels} levels accepted, {milliseconds(reply):.1f} ms",
     ]
-    if reply.HasField("seed"):
+    if reply.seed is not None:
         lines.append(f"seed: {reply.seed}")
     if reply.exactness.largest_slack:
         lines.append(f"largest slack used: {reply.exactness.largest_slack:.4f}")
     lines += [f"degraded: {description}" for description in reply.degraded_descriptions]
-    if reply.fewer_than_k_reason:
-        lines.append(reply.fewer_than_k_reason)
+    if reply.fewer_than_k_description:
+        lines.append(reply.fewer_than_k_description)
     return "\n".join(lines)
 
 
-_COLD_STARTS = {
-    pb.COLD_START_NO_STORED_HISTORY: "no history is stored for this user",
-    pb.COLD_START_EMPTY_HISTORY: "the history is empty",
-    pb.COLD_START_UNKNOWN_ITEMS: "no item of the history is in the catalogue",
-}
 _SHOWN_IDS = 10  # keeps a warning on about one line
 
 
-def warnings(reply: pb.RecommendResponse) -> list[str]:
+def warnings(reply: Recommendation) -> list[str]:
     """Return reasons for which a list may be unexpected."""
     found = []
     if reply.cold_start:
-        reason = _COLD_STARTS.get(reply.cold_start, f"reason {reply.cold_start}")
-        found.append(f"{reason}: this list is the same for every user without a history")
+        found.append(f"{reply.cold_start_description}: this list is the same for every user without a history")
     if reply.unknown_history_item_ids:
         found.append(f"not in the catalogue: {shortened(reply.unknown_history_item_ids)}")
     for count, what in ((reply.unknown_excluded_items, "excluded"), (reply.unknown_allowed_items, "allowed")):

@@ -1,6 +1,6 @@
 """Commands whose mistakes and failures end in one line.
 
-The exit code is 2 for a mistake in the command, 1 for a failure, and 75 for a training that paused.
+The exit code is 2 for a mistake in the command, 1 for a failure, and 75 for a training or a batch that stopped before its end.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from atspeed.batch.errors import BatchError
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.cli.options import CommandError, err
-from atspeed.client.errors import RecommenderError, UsageError
 from atspeed.engine.errors import EngineError
 from atspeed.local.redis_server import LocalRedisError
 from atspeed.local.stack import LocalStackError
 from atspeed.security.tls import TlsError
 from atspeed.training.errors import Paused, TrainingError
+from atspeed_client import RecommenderError, UsageError
 
 PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
 _FORESEEN = (
+    BatchError,
     BenchmarkError,
     CommandError,
     EngineError,

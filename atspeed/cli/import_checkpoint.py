@@ -35,13 +35,27 @@ Histories = Annotated[
     typer.Option(help="Histories whose prompts are compared: .csv, .jsonl, inter.json.", exists=True, dir_okay=False),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the bundle. It must not exist.", file_okay=False)]
+ItemFile = Annotated[
+    Path | None, typer.Option(help="Items with the fields that the prompt holds.", exists=True, dir_okay=False)
+]
 Items = Annotated[
-    Path | None, typer.Option(help="Items to serve; by default all of the index.", exists=True, dir_okay=False)
+    Path | None,
+    typer.Option(
+        help="Items to serve, with the fields that the prompt holds; by default all of the index.",
+        exists=True,
+        dir_okay=False,
+    ),
 ]
 WeightFormat = Annotated[Precision, typer.Option(help="Number format of the weights.")]
 Rule = Annotated[ScoringRule, typer.Option(help="Tokens over which a code's log-probability is normalised.")]
 Separator = Annotated[
     str | None, typer.Option(help="Text between two items; the layout's by default. \\n is a line feed.")
+]
+ItemText = Annotated[
+    str | None,
+    typer.Option(
+        help="Text of an item with {item} for its codes, {number} and fields of --items, such as '{number}. {title}'."
+    ),
 ]
 Tail = Annotated[
     str | None,
@@ -86,6 +100,7 @@ def import_checkpoint(
     precision: WeightFormat = "float32",
     scoring_rule: Rule = ScoringRule.VOCAB,
     separator: Separator = None,
+    item: ItemText = None,
     tail: Tail = None,
     no_tail: NoTail = False,
     max_items: MaxItems = None,
@@ -105,15 +120,16 @@ def import_checkpoint(
     if no_tail and tail is not None:
         raise typer.BadParameter("--tail and --no-tail: give only one of them")
     importing, layouts = optional("atspeed.importing.bundle"), optional("atspeed.importing.layouts")
+    reading = optional("atspeed.importing.reading")
     optional("transformers.utils.logging").disable_progress_bar()
-    changes = layout_changes(separator=separator, tail="" if no_tail else tail, max_items=max_items)
+    changes = layout_changes(separator=separator, item=item, tail="" if no_tail else tail, max_items=max_items)
     layout = layouts.read_layout(prompt, changes)
     if any("\r" in segment for segment in layout.segments):
         warn(f"{prompt}: its lines end with carriage returns, which are part of the prompt")
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
     read, manifest = importing.import_checkpoint(
-        importing.ImportFiles(source, index, histories, items=items, popularity=popularity),
-        importing.ImportChoices(
+        reading.ImportFiles(source, index, histories, items=items, popularity=popularity),
+        reading.ImportChoices(
             name=_name(name or out.resolve().name),
             layout=layout,
             layout_name=prompt if prompt in layouts.LAYOUTS else Path(prompt).name,
@@ -129,7 +145,7 @@ def import_checkpoint(
 
 
 def _summary(read: Any, target: ModelEntry) -> str:
-    """Describe an imported bundle. read: what was read and compared, `ReadFiles` of atspeed/importing/bundle.py."""
+    """Describe an imported bundle. read: what was read and compared, `ReadFiles` of atspeed/importing/reading.py."""
     tail = f"then {' '.join(map(repr, read.tail))}" if read.tail else "no tail"
     unserved = f"; {read.unserved:,} of them hold items that are not served" if read.unserved else ""
     return (

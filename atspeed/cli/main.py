@@ -2,31 +2,30 @@
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
 certificates, token               for TLS and for callers            catalogue update        other items, same models
-bundle inspect, bundle verify     what a bundle holds                train, train-drafts, export, base          extra `train`
+bundle inspect, bundle verify     what a bundle holds                batch                   lists for a file of users
+train, train-drafts, export, base                                                            extra `train`
 import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 
-A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training that stopped
-before its end, and continues when the command is given again, with code 75.
+A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training or a batch
+that stopped before its end, and continues when the command is given again, with code 75.
 """
 
 from __future__ import annotations
 
 import re
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
 
 from atspeed.cli import display
+from atspeed.cli.batch import batch
 from atspeed.cli.bench.main import bench_commands
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
@@ -34,6 +33,7 @@ from atspeed.cli.distill import distill
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import import_checkpoint
 from atspeed.cli.inflate import inflate
+from atspeed.cli.interrupts import interruptible
 from atspeed.cli.options import (
     MAX_REPLICAS,
     MAX_THREADS,
@@ -51,6 +51,7 @@ from atspeed.cli.security import certificates, token
 from atspeed.engine.bundle.manifest import Bundle, Precision, read_manifest
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.engine.model.decoder import Provider
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 
@@ -62,7 +63,7 @@ bundle_commands = Commands(help="Inspect and verify a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
 app.add_typer(bench_commands, name="bench")
-for command in (recommend, record, history, forget, info, distill, inflate, certificates, token):
+for command in (recommend, record, history, forget, info, batch, distill, inflate, certificates, token):
     app.command()(command)
 app.command("import")(import_checkpoint)
 
@@ -121,7 +122,7 @@ def up(
     if log_folder:
         log_folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as running:
-        running.enter_context(_interruptible())
+        running.enter_context(interruptible())
         try:
             kept = "in the Redis that you named"
             if not redis_url:
@@ -172,23 +173,6 @@ def _watch(stack: LocalStack) -> NoReturn:
         time.sleep(0.3)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, as a process manager expects. A second signal does not interrupt the draining."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 ShownBundle = Annotated[Path, typer.Argument(help="Folder of the bundle.", exists=True, file_okay=False)]
 
 
@@ -204,9 +188,11 @@ def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
 
 
 @bundle_commands.command("verify")
-def bundle_verify(folder: ShownBundle) -> None:
+def bundle_verify(
+    folder: ShownBundle, provider: Annotated[Provider, typer.Option(help="Device of the passes.")] = "cpu"
+) -> None:
     """Check file hashes, catalogue version and graphs, and that a pass over each token of a request is finite."""
-    bundle = verify_bundle(folder)
+    bundle = verify_bundle(folder, provider=provider)
     print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}")
 
 
@@ -283,7 +269,9 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="Local folder of a Hugging Face checkpoint.", exists=True, file_okay=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for model.onnx and model.onnx.data.", file_okay=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for model.onnx, device.onnx and model.onnx.data.", file_okay=False)
+    ],
     precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
     code_tokens: Annotated[
         str | None,

@@ -27,12 +27,22 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from atspeed.engine.host_names import is_host
 from atspeed.engine.kv.redis_client import RedisTls
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.observability.logs import LogFormat, LogLevel
 from atspeed.security.tls import TlsError, TlsFiles, WatchedPems
 
 Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on. 0: the system chooses one.")]
+
+
+def _host(text: str) -> str:
+    if not is_host(text):
+        raise ValueError("is neither an IP address nor a host name")
+    return text
+
+
+Host = Annotated[str, AfterValidator(_host)]
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
@@ -71,7 +81,7 @@ class ServiceSettings(BaseSettings):
     """
     bundle_poll_seconds: float = Field(default=1.0, gt=0, le=3600)
     """Interval at which the bundle paths are checked for changes."""
-    host: str = Field(default="127.0.0.1", min_length=1)
+    host: Host = "127.0.0.1"
     """Address to listen on. 0.0.0.0: all interfaces."""
     port: Port = 0
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] = SecretStr("")
@@ -100,7 +110,7 @@ class ServiceSettings(BaseSettings):
     """Log the texts of unexpected errors too. They may quote users' histories, so this is for debugging."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """HTTP port of the Prometheus exporter. 0: the system chooses one. Not set: no exporter."""
-    metrics_host: str = Field(default="127.0.0.1", min_length=1)
+    metrics_host: Host = "127.0.0.1"
     """Address of the Prometheus exporter."""
     tracing: bool = False
     """Send OpenTelemetry spans over OTLP/gRPC. The OTEL_* variables name the collector, by default http://localhost:4317. Needs

@@ -7,6 +7,7 @@ EngineError
 +-- PromptError      a history that cannot be turned into a prompt
 +-- CapacityError    more tokens than the model or the buffers take
 +-- NoNumbersError   a pass after which the model's scores are NaN or infinite
++-- DeviceError      a device that failed in a pass or a copy
 +-- OverloadedError  a limit on concurrent work; later, or on another replica, there may be room
 """
 
@@ -37,6 +38,10 @@ class CapacityError(EngineError):
 
 class NoNumbersError(EngineError):
     """A pass after which scores are NaN or infinite, because of the weights or of a token that the pass reads."""
+
+
+class DeviceError(EngineError):
+    """A device that failed in a pass or a copy. What it was doing may be repeated on another replica."""
 
 
 class OverloadedError(EngineError):

@@ -6,6 +6,7 @@
 | *.json                | {"number": [{"pid": 7, "count": 3}, ...], ...}                 | OpenOneRec, sid2pid         |
 | *.txt                 | lines of `<a_1><b_2>`, title and item, with tabs between       | MiniOneRec, info            |
 | *.parquet             | columns pid and sid (a list of numbers)                        | OpenOneRec, pid2sid         |
+| *.pt, *.npy           | a tensor of numbers, [items, L] or [L, items]                  | GRID, merged_predictions_tensor |
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Index:
         names: the distinct names of codes.
         paths: int32 [items, L]; indices into `names`, -1 behind the end of a shorter path.
         columns: numbers of each item by column name, such as counts.
+        titles: the title of each item, if the file has them.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Index:
     names: list[str]
     paths: Int32
     columns: dict[str, Numbers] = field(default_factory=dict)
+    titles: list[str] | None = None
 
     @property
     def lengths(self) -> Int64:
@@ -61,6 +64,11 @@ class Index:
         """Return the row of each item."""
         return {item: row for row, item in enumerate(self.ids)}
 
+    @property
+    def titles_by_item(self) -> dict[str, str]:
+        """Return the title of each item; empty if the file has none."""
+        return dict(zip(self.ids, self.titles, strict=True)) if self.titles is not None else {}
+
 
 def read_index(path: Path, layout: PromptLayout) -> Index:
     """Read the index file. layout: names the tokens where the file holds numbers. Raises ImportingError."""
@@ -68,6 +76,8 @@ def read_index(path: Path, layout: PromptLayout) -> Index:
         return _of_info(path)
     if path.suffix.lower() == ".parquet":
         return _of_parquet(path, layout)
+    if path.suffix.lower() in {".pt", ".npy"}:
+        return _of_tensor(path, layout)
     content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise ImportingError(f"{path}: not an object with an item or a code path per key")
@@ -115,7 +125,7 @@ def _is_text(name: str) -> bool:
 
 
 def _of_info(path: Path) -> Index:
-    ids, rows = [], []
+    ids, titles, rows = [], [], []
     for number, line in read_lines(path):
         parts = line.split("\t")
         names = _BRACKETED.findall(parts[0])
@@ -124,6 +134,7 @@ def _of_info(path: Path) -> Index:
                 f"{path}:{number}: not a semantic ID such as <a_1><b_2>, a title and an item, with tabs between"
             )
         ids.append(parts[-1].strip())
+        titles.append("\t".join(parts[1:-1]).strip())
         rows.append(names)
     if not ids:
         raise ImportingError(f"{path}: holds no item")
@@ -131,7 +142,7 @@ def _of_info(path: Path) -> Index:
         seen: set[str] = set()
         twice = next(item for item in ids if item in seen or seen.add(item))  # type: ignore[func-returns-value]
         raise ImportingError(f"{path}: item {shown(twice)} occurs more than once")
-    return _of_names(path, ids, rows)
+    return replace(_of_names(path, ids, rows), titles=titles)
 
 
 def _of_numbered_paths(path: Path, content: dict[str, Any], layout: PromptLayout) -> Index:
@@ -168,7 +179,7 @@ def _of_parquet(path: Path, layout: PromptLayout) -> Index:
     try:
         import pyarrow.parquet  # only this format needs the package
     except ImportError:
-        raise ImportingError(f"{path}: pyarrow is not installed, and reads .parquet files") from None
+        raise ImportingError(f"{path}: pyarrow is not installed (extra parquet), and reads .parquet files") from None
     try:
         table = pyarrow.parquet.read_table(path, columns=["pid", "sid"])
         ids, sids = [str(item) for item in table.column("pid").to_pylist()], table.column("sid").combine_chunks()
@@ -182,6 +193,34 @@ def _of_parquet(path: Path, layout: PromptLayout) -> Index:
     if (lengths != levels).any():
         raise ImportingError(f"{path}: item {shown(ids[int((lengths != levels).argmax())])}: not {levels} codes")
     return _of_codes(path, ids, flat.reshape(-1, levels), layout)
+
+
+def _of_tensor(path: Path, layout: PromptLayout) -> Index:
+    """Build an index from a tensor. Its items are the rows from 0 on. Nothing in the file is run."""
+    levels = len(_code_names(path, layout))
+    try:
+        if path.suffix.lower() == ".pt":
+            import torch  # histories are read without it
+
+            table = torch.load(path, map_location="cpu", weights_only=True).numpy()
+        else:
+            table = np.asarray(np.load(path, allow_pickle=False))
+    except Exception as error:  # torch and numpy raise almost any kind for a file that is none
+        raise ImportingError(
+            f"{path}: holds no tensor that can be read: {' '.join(str(error).split())[:200]}"
+        ) from error
+    shape = list(table.shape)
+    if len(shape) != 2 or table.dtype.kind not in "iuf" or levels not in shape or not table.size:
+        raise ImportingError(f"{path}: {table.dtype} {shape}, must be numbers [items, {levels}] or [{levels}, items]")
+    if shape[0] == shape[1]:
+        raise ImportingError(f"{path}: {shape}: has as many items as codes, so either axis could be that of the items")
+    codes = table.T if shape[0] == levels else table
+    if (wrong := np.flatnonzero(~((codes >= 0) & (codes == np.floor(codes))).all(axis=1))).size:
+        row = int(wrong[0])
+        raise ImportingError(
+            f"{path}: item '{row}': {codes[row].tolist()} are not codes, which are whole numbers from 0 on"
+        )
+    return _of_codes(path, list(map(str, range(len(codes)))), codes.astype(np.int64), layout)
 
 
 def _code_names(path: Path, layout: PromptLayout) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,34 @@ def served_rows(index: Index, items: Items, path: Path | None) -> Int64:
     if not items:
         raise ImportingError(f"{path}: holds no item")
     return np.array([rows[item] for item in items], dtype=np.int64)
+
+
+def item_fields(
+    names: Sequence[str], titles: Mapping[str, str], items: Items, path: Path | None, needed: Iterable[str]
+) -> dict[str, dict[str, str]]:
+    """Return the fields of items that a prompt holds, by item id.
+
+    Args:
+        names: the fields.
+        titles: those of the index, if it has any.
+        items: the fields of the item file.
+        path: that file, if there is one.
+        needed: the items.
+
+    Raises ImportingError naming an item that lacks a field.
+    """
+    if names and not items and not titles:
+        raise ImportingError(f"prompt: {{{names[0]}}} is a field of items; --items gives a file that has it")
+    found: dict[str, dict[str, str]] = {}
+    for item in needed if names else ():
+        fields = ({"title": titles[item]} if item in titles else {}) | items.get(item, {})
+        for name in names:
+            if not isinstance(fields.get(name), str | int) or isinstance(fields[name], bool):
+                raise ImportingError(
+                    f"{path or 'index'}: item {shown(item)}: no text or whole number {name}, which the prompt holds"
+                )
+        found[item] = {name: str(fields[name]) for name in names}
+    return found
 
 
 def popularity_rank(given: str, index: Index, items: Items, rows: Int64) -> Int64:

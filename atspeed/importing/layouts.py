@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from atspeed.importing.errors import ImportingError
 
-HISTORY, ITEM, EOS = "{history}", "{item}", "{eos}"
+HISTORY, ITEM, NUMBER, EOS = "{history}", "{item}", "{number}", "{eos}"
 # A name, a number or a field between braces, also between the two of Jinja: formatting would put something there.
 _PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\{\w[\w.\-]*(?:\[\w*\])?\}")
+_FIELD = re.compile(r"\{([^\W\d]\w*)\}")
 
 
 class PromptLayout(BaseModel):
@@ -29,7 +31,8 @@ class PromptLayout(BaseModel):
     separator: str = ", "
     """The text between two items."""
     item: str = ITEM
-    """The text of an item; `{item}` stands for its code tokens."""
+    """The text of an item. `{item}` stands for its code tokens, `{number}` for its place in the prompt, from 1 on, and any other
+    name for a field of the item, such as `{title}`."""
     tail: str = ""
     """The text that is scored behind the codes; `{eos}` stands for the end-of-sequence token."""
     max_items: Annotated[PositiveInt, Field(strict=True)] = 20
@@ -41,22 +44,48 @@ class PromptLayout(BaseModel):
     def _places(self) -> PromptLayout:
         for field, texts, places in (
             ("segments", self.segments, (HISTORY,)),
-            ("item", (self.item,), (ITEM,)),
             ("separator", (self.separator,), ()),
             ("tail", (self.tail.replace(EOS, ""),), ()),
         ):
             found = [place for text in texts for place in _PLACEHOLDER.findall(text)]
             other = next((place for place in found if place not in places), None)
             if other:
-                raise ValueError(f"{field}: {other} would change from prompt to prompt, which no bundle can hold")
+                raise ValueError(
+                    f"{field}: {other} would change from prompt to prompt, which no bundle can hold; "
+                    "only `item` may name fields, those of items"
+                )
             if len(found) != len(places):
                 raise ValueError(f"{field}: must hold {' '.join(places)} exactly once")
+        self._check_item()
         if EOS in self.tail.removesuffix(EOS):
             raise ValueError(f"tail: {EOS} must be its end")
         for name in self.code_names:
             if name.count("{}") != 1:
                 raise ValueError(f"code_names: {name!r} must hold {{}} exactly once")
         return self
+
+    def _check_item(self) -> None:
+        """Raise ValueError unless an item's text holds its codes or a field, each place once."""
+        found = [place for place in _PLACEHOLDER.findall(self.item) if place != NUMBER]
+        if wrong := next((place for place in found if not _FIELD.fullmatch(place)), None):
+            raise ValueError(f"item: {wrong} is no field of an item")
+        if not found or len(set(found)) < len(found) or self.item.count(NUMBER) > 1:
+            raise ValueError(f"item: must hold {ITEM} or a field such as {{title}}, and each place once")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the names of the fields in the text of an item, such as `title`."""
+        return tuple(place[1:-1] for place in _PLACEHOLDER.findall(self.item) if place not in {ITEM, NUMBER})
+
+    @property
+    def numbered(self) -> bool:
+        """Return whether the text of an item holds its place."""
+        return NUMBER in self.item
+
+    def item_text(self, number: int, semantic_id: str, fields: Mapping[str, str]) -> str:
+        """Return the text of an item. number: its place in the prompt. fields: by name."""
+        values = {"item": semantic_id, "number": str(number)} | dict(fields)
+        return _FIELD.sub(lambda place: values[place[1]], self.item)
 
 
 _ALPACA = (

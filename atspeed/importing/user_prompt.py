@@ -5,12 +5,12 @@ It knows nothing of a bundle's PromptTemplate, so it can be compared with one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.importing.layouts import EOS, HISTORY, ITEM, PromptLayout
+from atspeed.importing.layouts import EOS, HISTORY, PromptLayout
 
 _TEXTS_AT_ONCE = 1024  # a tokenizer spreads a batch over its threads
 
@@ -23,11 +23,13 @@ class UserPrompt:
         layout: the texts.
         tokenizer: a Hugging Face tokenizer.
         semantic_id: the text of an item's code tokens, by item id.
+        fields: the fields of an item that the layout names, by item id.
     """
 
     layout: PromptLayout
     tokenizer: Any
     semantic_id: Callable[[str], str]
+    fields: Callable[[str], Mapping[str, str]] = lambda _: {}
 
     def tokens(self, history: Sequence[str]) -> list[int]:
         """Return the token ids of a history of item ids, oldest first."""
@@ -42,7 +44,10 @@ class UserPrompt:
     def texts(self, history: Sequence[str]) -> list[str]:
         """Return the segments with the newest items of a history."""
         window = history[-self.layout.max_items :]
-        items = (self.layout.item.replace(ITEM, self.semantic_id(item)) for item in window)
+        items = (
+            self.layout.item_text(number, self.semantic_id(item), self.fields(item))
+            for number, item in enumerate(window, start=1)
+        )
         spelled = self.layout.separator.join(items)
         return [segment.replace(HISTORY, spelled) for segment in self.layout.segments]
 
@@ -67,14 +72,20 @@ class UserPrompt:
         return [[*first, *(token for part in row for token in part)] for row in zip(*parts, strict=True)]
 
 
-def user_prompt(layout: PromptLayout, tokenizer: Any, catalogue: Catalogue, code_tokens: Sequence[int]) -> UserPrompt:
+def user_prompt(
+    layout: PromptLayout,
+    tokenizer: Any,
+    catalogue: Catalogue,
+    code_tokens: Sequence[int],
+    fields: Callable[[str], Mapping[str, str]] = lambda _: {},
+) -> UserPrompt:
     """Return the user's prompt for the items of a bundle. The tokenizer names the code tokens.
 
-    code_tokens: the token of each code column.
+    code_tokens: the token of each code column. fields: of an item, see `UserPrompt`.
     """
 
     def semantic_id(item: str) -> str:
         (tokens,) = catalogue.spelled_tokens(catalogue.find([item]), code_tokens)
         return "".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
 
-    return UserPrompt(layout, tokenizer, semantic_id)
+    return UserPrompt(layout, tokenizer, semantic_id, fields)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -18,8 +18,10 @@ from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import background_task
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.engine.model.loading import check_decoder, load_decoder
+from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
+from atspeed.engine.model.loading import check_decoder, load_decoder, load_device_decoder
+from atspeed.engine.model.token_tree import path_depth
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.trie import Trie
 from atspeed.errors import FailedPreconditionError
@@ -150,8 +152,15 @@ class HostedModels(Generic[Worker]):
         keep = self._settings.keep_version_seconds
         while True:
             await asyncio.sleep(min(_MAX_PAUSE_SECONDS, max(keep, 0.01)))
-            for model in [old for old in self._models if not self._is_current(old) and old.refcount.unused_for(keep)]:
-                await self._retire(model)
+            await self._retire_unused(keep)
+
+    async def _retire_unused(self, keep: float) -> None:
+        """Retire the models of no track that were unused for so many seconds.
+
+        A function of its own: a variable that outlived it would keep the last model, with its weights, in memory.
+        """
+        for model in [old for old in self._models if not self._is_current(old) and old.refcount.unused_for(keep)]:
+            await self._retire(model)
 
     async def _retire(self, model: HostedModel[Worker]) -> None:
         """Release a model after callers have been notified. A call in the meantime keeps it.
@@ -187,17 +196,19 @@ class HostedModels(Generic[Worker]):
             undo.push_async_callback(weights.release, self.metrics)
             evaluator = self._evaluator(bundle, trie, weights)
             undo.push_async_callback(evaluator.close)
+            await asyncio.to_thread(_capture, decoder, trie, entry)
             await evaluator.warm_up()
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
-            info = self._info(bundle, curve)
+            await self._check_plan_invariance(evaluator)
+            info = self._info(bundle, curve, evaluator)
             await evaluator.probe_at_start()
             undo.pop_all()
         reads = served_reads(info)
         self.metrics.add(reads)
         return HostedModel(evaluator.entry, weights, evaluator, worker, info, reads)
 
-    def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, Decoder]) -> tuple[Trie, int, Decoder]:
+    def _read(self, bundle: Bundle, decoders: Mapping[WeightsKey, ModelDecoder]) -> tuple[Trie, int, ModelDecoder]:
         """Return the trie, the codes of the longest item in a prompt, and the decoder: one of `decoders` if it is there."""
         settings, role = self._settings, self._role
         if settings.verify_bundle:
@@ -207,13 +218,21 @@ class HostedModels(Generic[Worker]):
         key = weights_key(settings, bundle.model(role), item_codes)
         options = RuntimeOptions(provider=settings.provider, intra_op_threads=settings.threads)
         if key not in decoders:
-            return trie, item_codes, load_decoder(bundle, role, options, verified=settings.verify_bundle)
+            return trie, item_codes, self._decoder(bundle, options, key.layout.block_tokens)
         if settings.verify_bundle:
             bundle.verify_model(role)
         check_decoder(bundle, role, decoders[key])
         return trie, item_codes, decoders[key]
 
-    async def _weights(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int) -> LoadedModel:
+    def _decoder(self, bundle: Bundle, options: RuntimeOptions, page_tokens: int) -> ModelDecoder:
+        """Load the weights with the host's graph, or with the device's and the pools of its keys and values."""
+        settings, role, verified = self._settings, self._role, self._settings.verify_bundle
+        if not settings.paged:
+            return load_decoder(bundle, role, options, verified=verified)
+        size = None if settings.kv_device_mb is None else settings.kv_device_mb * 2**20
+        return load_device_decoder(bundle, role, options, page_tokens=page_tokens, pool_bytes=size, verified=verified)
+
+    async def _weights(self, key: WeightsKey, decoder: ModelDecoder, prompt_tokens: int) -> LoadedModel:
         """Return the loaded weights with one more reference, or new ones."""
         for model in self._models:
             if model.weights.key == key:
@@ -238,6 +257,13 @@ class HostedModels(Generic[Worker]):
             on_health_change=partial(self.versions.set_healthy, bundle.manifest.model_version(self._role)),
         )
 
+    async def _check_plan_invariance(self, evaluator: InstrumentedEvaluator) -> None:
+        """Check that scores do not depend on the other tokens of a pass, if the bundle says so. Drafts need not keep that."""
+        if self._role == "target" and evaluator.plan_invariant:
+            moved = await evaluator.check_plan_invariance()
+            log = _log.info if moved.none else _log.error
+            log("plan_invariance_checked", holds=moved.none, **asdict(moved))
+
     async def _cost_curve(self, evaluator: TreeEvaluator, weights: LoadedModel) -> CostCurve:
         """Return the cost curve of the weights. Versions that share them measure it once."""
         if weights.cost_curve is None:
@@ -246,7 +272,7 @@ class HostedModels(Generic[Worker]):
                 weights.cache.set_recompute_cost(weights.cost_curve.saved)
         return weights.cost_curve
 
-    def _info(self, bundle: Bundle, cost_curve: CostCurve) -> types_pb2.ModelInfo:
+    def _info(self, bundle: Bundle, cost_curve: CostCurve, evaluator: TreeEvaluator) -> types_pb2.ModelInfo:
         manifest, entry, settings = bundle.manifest, bundle.model(self._role), self._settings
         return types_pb2.ModelInfo(
             model_version=manifest.model_version(self._role),
@@ -260,7 +286,14 @@ class HostedModels(Generic[Worker]):
             max_nodes=settings.max_nodes,
             provider=settings.provider,
             cost_curve=wire.to_cost_curve(cost_curve),
+            plan_invariant=evaluator.plan_invariant,
         )
+
+
+def _capture(decoder: ModelDecoder, trie: Trie, entry: ModelEntry) -> None:
+    """Capture the CUDA graphs of a model on a GPU, for the depth of a trie."""
+    if isinstance(decoder, DeviceDecoder):
+        decoder.capture(path_depth(trie), entry.max_positions)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.batcher import BatchLimits
-from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.device_decoder import ModelDecoder
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.plain_passes import check_plain_passes
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
@@ -28,7 +28,7 @@ class InstrumentedEvaluator(TreeEvaluator):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: ModelDecoder,
         entry: ModelEntry,
         trie: Trie,
         rule: ScoringRule,

@@ -19,7 +19,7 @@ from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_store import RedisKvStore
 from atspeed.engine.kv.tier import KvTier
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
 from atspeed.model_host.model_metrics import ModelMetrics, prefix_cache_reads
 from atspeed.model_host.settings import ModelSettings
 from atspeed.observability.metrics import Reads
@@ -47,7 +47,8 @@ def weights_key(settings: ModelSettings, entry: ModelEntry, item_codes: int) -> 
     item_codes: the codes of an item in a prompt.
     """
     block_tokens = settings.kv_block_tokens or entry.prompt.item_stride(item_codes)
-    layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=block_tokens)
+    dtype = entry.device_kv_dtype if settings.paged else entry.kv_dtype
+    layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, dtype, block_tokens=block_tokens)
     return WeightsKey(entry.fingerprint, layout)
 
 
@@ -66,7 +67,7 @@ class LoadedModel:
     """
 
     key: WeightsKey
-    decoder: Decoder
+    decoder: ModelDecoder
     cache: PrefixCache
     subscriber: ErasureSubscriber | None
     reads: Reads
@@ -96,7 +97,9 @@ class KvTiers:
         if url:
             self._client = connect(url, timeout_seconds=self._timeout, tls=settings.redis_tls)
 
-    async def host(self, key: WeightsKey, decoder: Decoder, prompt_tokens: int, metrics: ModelMetrics) -> LoadedModel:
+    async def host(
+        self, key: WeightsKey, decoder: ModelDecoder, prompt_tokens: int, metrics: ModelMetrics
+    ) -> LoadedModel:
         """Return loaded weights with a prefix cache, without a reference. prompt_tokens: length of the longest prompt."""
         settings, client = self._settings, self._client
         tiers: list[KvTier] = []  # below memory, in the order in which they are read
@@ -104,7 +107,8 @@ class KvTiers:
             blocks = _USER_PROMPTS * (prompt_tokens // key.layout.block_tokens)
             redis = RedisKvStore(client, key.layout, settings.kv_ttl_seconds, self._timeout, user_blocks=blocks)
             tiers.append(redis)
-        cache = PrefixCache(key.layout, self.memory, tiers)
+        pages = decoder.pages if isinstance(decoder, DeviceDecoder) else None
+        cache = PrefixCache(key.layout, self.memory, tiers, pages=pages)
         cache.accepts_user_blocks = client is not None  # without Redis no erasure would arrive
         subscriber = ErasureSubscriber(client, cache) if client else None
         if subscriber:

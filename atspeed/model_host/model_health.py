@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from atspeed.engine.errors import EngineError, NoNumbersError, OverloadedError
+from atspeed.engine.errors import DeviceError, EngineError, NoNumbersError, OverloadedError
 
 # Pauses between probes. The first is short, as many failures pass by themselves; the last bounds the load of a broken model.
 _FIRST_PAUSE_SECONDS = 1.0
@@ -19,9 +19,11 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class ModelHealth:
     """Counts the failures of one model's passes. For one event loop.
 
-    - Errors of the engine do not count: the request is wrong, or a limit is reached. `NoNumbersError` does count.
+    - Errors of the engine do not count: the request is wrong, or a limit is reached. `NoNumbersError` and
+      `DeviceError` do count.
     - After `unhealthy_after` failures in a row the model is unhealthy. A probe then runs with growing pauses, and its first
       success makes the model healthy again.
+    - One failure of the device makes the model unhealthy at once: a device that failed fails again, until its process restarts.
     - A single node or one user's history can cause `NoNumbersError`. So before such a failure makes the model unhealthy, a probe
       runs, and its success resets the count.
 
@@ -62,9 +64,11 @@ class ModelHealth:
 
     def record_failure(self, error: Exception) -> None:
         """Count a failed pass."""
-        if isinstance(error, EngineError) and not isinstance(error, NoNumbersError):
+        if isinstance(error, EngineError) and not isinstance(error, (NoNumbersError, DeviceError)):
             return
         self._failures += 1
+        if isinstance(error, DeviceError) and self._unhealthy_after is not None:
+            self._failures = self._unhealthy_after
         if self._failures != self._unhealthy_after or self._probing is not None:
             return
         if isinstance(error, NoNumbersError):

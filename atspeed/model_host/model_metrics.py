@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from atspeed.engine.kv.erasure import ErasureSubscriber
 from atspeed.engine.kv.memory_cache import MemoryKvCache
+from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_store import RedisKvStore
 from atspeed.engine.kv.tier import KvTier
@@ -40,7 +41,7 @@ PASS_TOKENS = HistogramOf(
 )
 PROMPT_TOKENS = CounterOf(
     "atspeed_prompt_tokens_total",
-    "Prompt tokens by the source of their KV: memory, redis, or computed.",
+    "Prompt tokens by the source of their KV: device, memory, redis, or computed.",
     ("source",),
     essential=True,
 )
@@ -53,6 +54,11 @@ TREE_BYTES = ReadGauge("atspeed_open_tree_kv_bytes", "Bytes of KV that open toke
 TREE_LIMIT = ReadGauge("atspeed_open_tree_kv_limit_bytes", "Limit of atspeed_open_tree_kv_bytes.")
 KV_BYTES = ReadGauge("atspeed_kv_memory_bytes", "Bytes of the prefix cache in memory.")
 KV_LIMIT = ReadGauge("atspeed_kv_memory_limit_bytes", "Limit of atspeed_kv_memory_bytes.")
+KV_PAGES = ReadGauge(
+    "atspeed_kv_device_bytes",
+    "Bytes of the prefix cache in pages on the model's device, those of open streams included.",
+)
+KV_PAGE_EVICTIONS = ReadCounter("atspeed_kv_device_evictions_total", "Blocks that the device's pages evicted.")
 KV_LOOKUPS = ReadCounter(
     "atspeed_kv_block_lookups_total", "Lookups of KV blocks, by tier and result: hit or miss.", ("tier", "result")
 )
@@ -90,18 +96,26 @@ MODEL = ReadGauge(
     "1, with the served model as labels.",
     ("bundle_name", "model_version", "catalogue_version", "architecture", "precision", "provider"),
 )
+PLAN_VARIANT = ReadGauge(
+    "atspeed_plan_variant_models",
+    "Served model versions whose scores depend on the other tokens of a pass: by their graph, or by the check at the load. "
+    "Lists of such a target are not called exact. Drafts are not checked.",
+    essential=True,
+)
 METRICS = (
     *(PASS_SECONDS, PASS_NODES, PASS_TOKENS, PASS_REQUESTS, PROMPT_TOKENS),
     *(WAITING, UNHEALTHY, TREES, TREE_BYTES, TREE_LIMIT),
     *(KV_BYTES, KV_LIMIT, KV_LOOKUPS, KV_EVICTIONS),
+    *(KV_PAGES, KV_PAGE_EVICTIONS),
     *(KV_READS, KV_UNWRITTEN),
-    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, ERASURE_LAG, MODEL),
+    *(KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING, ERASURE_LAG, MODEL, PLAN_VARIANT),
 )
 
 
 # Metrics of one version. They are summed over the versions that are served.
 _BY_VERSION = (
-    *(WAITING, UNHEALTHY, TREE_BYTES, TREE_LIMIT, MODEL),
+    *(WAITING, UNHEALTHY, TREE_BYTES, TREE_LIMIT, MODEL, PLAN_VARIANT),
+    *(KV_PAGES, KV_PAGE_EVICTIONS),
     *(KV_LOOKUPS, KV_READS, KV_UNWRITTEN, KV_INVALID, KV_FAILURES, KV_SKIPPED, KV_DROPPED, KV_PENDING),
 )
 
@@ -117,13 +131,16 @@ def memory_reads(memory: MemoryKvCache) -> Reads:
 
 def prefix_cache_reads(cache: PrefixCache) -> Reads:
     """Return the readings of one model's prefix cache, with its tiers below memory."""
+    pages = [cache.pages] if cache.pages else []
     store = next((tier for tier in cache.tiers if isinstance(tier, RedisKvStore)), None)
     return {
         KV_DROPPED: lambda: cache.dropped_writes,
         KV_PENDING: lambda: cache.pending_writes,
         KV_UNWRITTEN: lambda: sum(policy.statistics.writes_not_worth for policy in cache.fetch_policies.values()),
         KV_READS: lambda: _decisions(cache),
-        KV_LOOKUPS: lambda: _lookups(cache.tiers),
+        KV_LOOKUPS: lambda: _lookups([*cache.tiers, *pages]),
+        KV_PAGES: lambda: sum(one.statistics.used_bytes for one in pages),
+        KV_PAGE_EVICTIONS: lambda: sum(one.statistics.evictions for one in pages),
         KV_INVALID: lambda: store.statistics.invalid if store else 0,
         KV_FAILURES: lambda: store.statistics.failures if store else 0,
         KV_SKIPPED: lambda: store.statistics.skipped if store else 0,
@@ -133,10 +150,10 @@ def prefix_cache_reads(cache: PrefixCache) -> Reads:
 def served_reads(info: types_pb2.ModelInfo) -> Reads:
     """Return the readings of a served version."""
     served = tuple(str(getattr(info, label)) for label in MODEL.labels)
-    return {MODEL: lambda: {served: 1}}
+    return {MODEL: lambda: {served: 1}, PLAN_VARIANT: lambda: int(not info.plan_invariant)}
 
 
-def _lookups(tiers: Sequence[MemoryKvCache | KvTier]) -> dict[tuple[str, ...], float]:
+def _lookups(tiers: Sequence[MemoryKvCache | KvTier | PagePool]) -> dict[tuple[str, ...], float]:
     counted: dict[tuple[str, ...], float] = {}
     for tier in tiers:
         counted[tier.name, "hit"] = tier.statistics.hits

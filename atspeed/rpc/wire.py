@@ -41,11 +41,15 @@ _RULES: Final[dict[ScoringRule, types_pb2.ScoringRule.ValueType]] = {
     ScoringRule.TRIE: types_pb2.SCORING_RULE_TRIE,
     ScoringRule.CODES: types_pb2.SCORING_RULE_CODES,
 }
+NS_PER_MS: Final = 1_000_000
+"""Times are milliseconds in messages and nanoseconds in the programs, which measure whole ones."""
+
+_TIMES: Final = {name: f"{name.removesuffix('ns')}ms" for name in COUNTS if name.endswith("_ns")}
 _MODES: Final = {recommendation_pb2.Mode.Value(f"MODE_{mode.name}"): mode for mode in Mode}
 
 # Points per axis of a cost curve. A measured curve has some tens, so this only bounds the memory of a bad message.
 _MAX_CURVE_POINTS = 1024
-_MAX_NS = 2**48  # three days; sums of some thousand such values still fit into int64
+_MAX_NUMBER = 2**48  # in nanoseconds three days; sums of some thousand such values still fit into int64
 _MAX_TIERS = 16  # tiers of a prefix cache in one message; a replica has two
 
 
@@ -108,11 +112,13 @@ def to_perturbation(perturbation: Perturbation | None) -> types_pb2.Perturbation
 def optional_perturbation(message: draft_pb2.PlanRequest | target_pb2.EvaluateStart, field: str) -> Perturbation | None:
     """Decode the perturbation of a message; None if it is not set.
 
-    Raises InvalidArgumentError naming `field` when its temperature is not above 0.
+    Raises InvalidArgumentError naming `field` when its seed is below 0 or its temperature is not above 0.
     """
     if not message.HasField("perturbation"):
         return None
     noise = message.perturbation
+    if noise.seed < 0:
+        raise InvalidArgumentError(f"{field}.seed", f"must be at least 0, got {noise.seed}")
     if not 0 < noise.temperature < math.inf:
         raise InvalidArgumentError(f"{field}.temperature", f"must be above 0 and finite, got {noise.temperature}")
     return Perturbation(noise.seed, noise.temperature)
@@ -192,19 +198,21 @@ def mode(value: recommendation_pb2.Mode.ValueType, field: str) -> Mode:
 
 def to_statistics(cost: PassStats) -> types_pb2.PassStatistics:
     """Encode pass stats."""
-    counts = {name: getattr(cost, name) for name in COUNTS}
-    return types_pb2.PassStatistics(**counts, cached_tokens=cost.cached_tokens_by_tier)
+    counts = {name: getattr(cost, name) for name in COUNTS if name not in _TIMES}
+    times = {field: getattr(cost, name) / NS_PER_MS for name, field in _TIMES.items()}
+    return types_pb2.PassStatistics(**counts, **times, cached_tokens=cost.cached_tokens_by_tier)
 
 
 def pass_stats(message: types_pb2.PassStatistics, field: str) -> PassStats:
     """Decode pass stats. Raises InvalidArgumentError naming `field` for numbers whose sums could overflow."""
-    counts = {name: getattr(message, name) for name in COUNTS}
+    numbers = {name: getattr(message, name) for name in COUNTS if name not in _TIMES}
+    numbers |= {name: getattr(message, column) * NS_PER_MS for name, column in _TIMES.items()}
     cached = dict(message.cached_tokens)
-    if max(*counts.values(), *cached.values()) > _MAX_NS:
-        raise InvalidArgumentError(field, f"must hold numbers of at most {_MAX_NS}")
+    if not all(0 <= number <= _MAX_NUMBER for number in (*numbers.values(), *cached.values())):
+        raise InvalidArgumentError(field, f"must hold numbers between 0 and {_MAX_NUMBER}")
     if len(cached) > _MAX_TIERS:
         raise InvalidArgumentError(field, f"must hold at most {_MAX_TIERS} tiers")
-    return PassStats(**counts, cached_tokens_by_tier=cached)
+    return PassStats(**{name: round(number) for name, number in numbers.items()}, cached_tokens_by_tier=cached)
 
 
 def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
@@ -212,7 +220,7 @@ def to_cost_curve(curve: CostCurve) -> types_pb2.CostCurve:
     return types_pb2.CostCurve(
         new_tokens=to_array(curve.new_tokens),
         cached_tokens=to_array(curve.cached_tokens),
-        forward_ns=to_array(curve.forward_ns.ravel()),
+        forward_ms=to_array(curve.forward_ns.ravel() / NS_PER_MS),
     )
 
 
@@ -227,7 +235,7 @@ def cost_curve(message: types_pb2.CostCurve, field: str) -> CostCurve:
     """Decode a cost curve. Raises InvalidArgumentError naming `field`."""
     new = vector(message.new_tokens, f"{field}.new_tokens", "int64", limit=_MAX_CURVE_POINTS).astype(np.int64)
     cached = vector(message.cached_tokens, f"{field}.cached_tokens", "int64", limit=_MAX_CURVE_POINTS).astype(np.int64)
-    forward = vector(message.forward_ns, f"{field}.forward_ns", "float64").astype(np.float64)
+    forward = vector(message.forward_ms, f"{field}.forward_ms", "float64").astype(np.float64) * NS_PER_MS
     try:
         return CostCurve(new, cached, forward.reshape(len(new), len(cached)))
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Beam search through the trie for a batch of prompts, in torch.
 
-Evaluation and the draft's teacher use it. The prompt's keys and values are computed once. The beams of a level are one
-row of tokens per prompt, and each beam attends to the prompt and to its own ancestors (tree attention), so nothing is
-copied per beam. Scores and order are those of serving: log-probability descending, then code path ascending.
+Evaluation and the draft's teacher use it. A prompt is read once. The beams of a level are one row of tokens per prompt, and
+each beam attends to the prompt and to its own ancestors (tree attention), so a decoder copies nothing per beam. Scores and
+order are those of serving: log-probability descending, then code path ascending.
 
 The children of a level's beams are gathered from the trie's flat arrays. No table holds an entry per node and code, so the
 memory beside the trie depends on the batch, never on the catalogue.
@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, inf
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import ENDED, Pruning, Trie
+from atspeed.training.beam_passes import beam_passes
 from atspeed.training.errors import TrainingError
 from atspeed.training.sequences import Spelling
 
@@ -97,15 +98,14 @@ class BeamSearch:
             prunings: the nodes that each prompt excludes.
             along: int64 [b, L - 1], the nodes of one more path per prompt that is evaluated even if it is no beam.
         """
-        # The pass over the prompts: their keys and values stay in the cache, and the root is the only beam.
-        cache = DynamicCache(config=self.model.config)
+        # The pass over the prompts: the root is the only beam.
+        passes = beam_passes(self.model)
         tokens = torch.from_numpy(prompts).to(self.model.device)
-        count, prompt_length = tokens.shape
-        logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        count = len(tokens)
+        logits = passes.first(tokens)
         dead = self._dead(prunings, count)
         node = torch.zeros((count, 1), dtype=torch.int64, device=tokens.device)
         score = torch.zeros((count, 1), device=tokens.device)
-        sees = torch.ones((count, 1, prompt_length), dtype=torch.bool, device=tokens.device)
         for level in range(self.trie.levels):
             prefixes = node.shape[1]
             # Sort the prefixes by path, so that a stable sort leaves ties in the declared order.
@@ -125,26 +125,11 @@ class BeamSearch:
                 node, score = torch.cat([node, path], 1), torch.cat([score, torch.full_like(score[:, :1], -inf)], 1)
                 parent = torch.cat([parent, torch.full_like(path, prefixes - 1)], 1)
             # The pass over the new beams.
-            sees = _seen_by_children(sees, parent)
-            logits = self._logits_of(level, node, sees, prompt_length, cache)
+            logits = passes.next(self._tokens(level, node), parent)
 
-    def _logits_of(self, level: int, node: Tensor, sees: Tensor, prompt_length: int, cache: DynamicCache) -> Tensor:
-        """Compute the logits [b, K, V] after each beam. sees: bool [b, K, cached tokens with these].
-
-        The logits after an ended place, which has no token, mean nothing and are not used.
-        """
-        tokens = self._column[level][self._code[node.clamp(min=0)].clamp(min=0)]
-        dtype = self.model.dtype
-        bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
-        positions = torch.full_like(node, prompt_length + level)
-        logits: Tensor = self.model(
-            input_ids=tokens,
-            attention_mask=bias.unsqueeze(1),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        return logits
+    def _tokens(self, level: int, node: Tensor) -> Tensor:
+        """Return the token of each node's code, [b, K]. An ended place has none, and what stands there is not used."""
+        return self._column[level][self._code[node.clamp(min=0)].clamp(min=0)]
 
     def _select(self, score: Tensor, child: Tensor, logp: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the best K children of the prefixes [b, f]. Returns node, score and parent's index, each [b, K]."""
@@ -232,15 +217,6 @@ def _first_best(values: Tensor, count: int) -> Tensor:
     # Exactly `count` entries are kept in each row; a stable sort puts them in order.
     index = kept.nonzero()[:, 1].view(len(values), count)
     return index.gather(1, values.gather(1, index).sort(dim=1, descending=True, stable=True).indices)
-
-
-def _seen_by_children(sees: Tensor, parent: Tensor) -> Tensor:
-    """Extend the parents' masks to their children: bool [b, K, tokens]. A child also sees itself."""
-    count, width = parent.shape
-    # The parent's mask, and one new token per child that only the child itself sees.
-    inherited = sees.gather(1, parent.unsqueeze(-1).expand(-1, -1, sees.shape[-1]))
-    own = torch.eye(width, dtype=torch.bool, device=sees.device).expand(count, -1, -1)
-    return torch.cat([inherited, own], dim=-1)
 
 
 def prompts_at_once(vocab_size: int, width: int) -> int:

@@ -11,6 +11,7 @@ from atspeed.engine.bundle.bundle_files import files_below, sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
     Bundle,
+    DeviceGraphEntry,
     EncoderEntry,
     Manifest,
     ModelEntry,
@@ -24,9 +25,11 @@ from atspeed.engine.bundle.manifest import (
 )
 from atspeed.engine.files.json_file import finite
 from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE
+from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.data import Dataset
-from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder
+from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder, head_of
 from atspeed.training.models import SpelledModel
 from atspeed.training.recipe import Recipe
 from atspeed.training.stages import Measures, partial_of, remove
@@ -53,7 +56,10 @@ def write_bundle(
     """
     partial = _partial(folder)
     catalogue.save(partial / "catalogue")
-    reports = {role: _export(role, model, recipe.parts[role].precision, partial) for role, model in models.items()}
+    reports = {
+        role: _export(role, model, recipe.parts[role].precision, recipe.scoring_rule, partial)
+        for role, model in models.items()
+    }
     files = hash_files(partial)
     entries = {role: entry_of(role, models[role], report, files) for role, report in reports.items()}
     if scales is not None:
@@ -93,7 +99,7 @@ def write_with_draft(
     left_out = {model.path.partition("/")[0] for model in (source.manifest.draft,) if model}
     kept = {name: digest for name, digest in source.manifest.files.items() if name.partition("/")[0] not in left_out}
     link_files(source.root, kept, partial)
-    report = _export("draft", draft, precision, partial)
+    report = _export("draft", draft, precision, source.manifest.scoring_rule, partial)
     files = kept | {name: sha256_of(partial, name) for name in files_below(partial) if name not in kept}
     entry = entry_of("draft", draft, report, files).model_copy(update={"plan_scale": scales})
     _finish(partial, folder, source.manifest.model_copy(update={"draft": entry, "files": files, **changes}))
@@ -137,7 +143,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _export(role: Role, model: SpelledModel, precision: Precision, bundle: Path) -> ExportReport:
+def _export(role: Role, model: SpelledModel, precision: Precision, rule: ScoringRule, bundle: Path) -> ExportReport:
     spelling = model.spelling
     return export_decoder(
         model.model,
@@ -145,6 +151,7 @@ def _export(role: Role, model: SpelledModel, precision: Precision, bundle: Path)
         code_tokens=spelling.code_tokens,
         precision=precision,
         prompt=spelling.prompt,
+        head=head_of(rule),
     )
 
 
@@ -153,6 +160,7 @@ def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mappi
     encoder = None
     if report.decoder_start is not None:
         encoder = EncoderEntry(path=f"{role}/{ENCODER_FILE}", decoder_start=report.decoder_start)
+    device_graph = DeviceGraphEntry(path=f"{role}/{DEVICE_FILE}", head=report.head) if report.head else None
     return ModelEntry(
         path=f"{role}/{MODEL_FILE}",
         architecture=report.architecture,
@@ -167,4 +175,6 @@ def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mappi
         prompt=model.spelling.prompt,
         fingerprint=fingerprint(dict(files), role),
         encoder=encoder,
+        device_graph=device_graph,
+        ordered_sums=report.ordered_sums,
     )

@@ -292,12 +292,21 @@ def _read_items(path: Path) -> Iterator[CatalogueItem]:
         if item in seen:
             raise DataError(f"{path}:{number}: item {shown(item)} occurs more than once")
         seen.add(item)
-        text = " | ".join(str(record[key]) for key in ("title", "category") if record.get(key))
+        text = " | ".join(filter(None, (_text(record, key, f"{path}:{number}") for key in ("title", "category"))))
         try:
             text.encode()
         except UnicodeEncodeError:
             raise DataError(f"{path}:{number}: title and category: cannot be written as UTF-8") from None
         yield CatalogueItem(item, text, _codes(record.get("codes"), f"{path}:{number}: codes"))
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a field's text, the texts of a list with commas between, or nothing for a field that is missing or null."""
+    value = record.get(key)
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: {key}: expected text, a list of texts or null")
+    return ", ".join(texts)
 
 
 def _codes(value: object, where: str) -> tuple[int, ...] | None:

@@ -2,7 +2,9 @@
 
 No tracer is involved, so every operator of the file is one written here. A batch row is one token tree: `new` tokens after
 `past` cached ones. Keys and values are token-major, so a prefix of a cache is one contiguous slice; keys are stored after
-the rotary embedding. T is float16 for precision "float16", else float32.
+the rotary embedding. T is float16 for precision "float16", else float32. This is the form for one batch row after the other;
+a graph of ordered sums (atspeed/training/ordered_attention.py) has keys and values [past, batch, ...], and a `node_bias`
+[batch, 1, new, last] for the last keys where prompts are long.
 
 | input                        | type  | axes                            |                                                |
 |------------------------------|-------|---------------------------------|------------------------------------------------|
@@ -23,26 +25,23 @@ Weights are in a file beside the graph, whatever their size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.decoder import TensorSpec, graph_inputs, graph_outputs, kv_names
+from atspeed.engine.model.decoder import graph_inputs, graph_outputs, kv_names
+from atspeed.engine.model.graph_form import GraphForm
+from atspeed.training.graph_builder import GraphBuilder, WeightFile, onnx_type
 
 Module = Any  # torch types a submodule as Tensor | Module, which fits neither
 
-DATA_FILE = "model.onnx.data"
-
-_OPSET = 23  # the first opset with Attention, RotaryEmbedding and RMSNormalization
-_IR_VERSION = 11  # the IR version that onnx released together with opset 23
-_PAGE = 4096  # tensors start on pages: onnxruntime maps the file where it cannot take a tensor from memory
+_VECTOR = 16  # float32 numbers of the widest vector
 
 
 @dataclass(frozen=True)
@@ -76,106 +75,91 @@ class DecoderShape:
         )
 
 
-class GraphBuilder:
-    """Collects nodes and initializers: small integers in the graph itself, weights in the data file."""
-
-    def __init__(self, data: BinaryIO, data_file: str = DATA_FILE) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[TensorProto] = []
-        self._data = data
-        self._data_file = data_file
-
-    def op(self, op_type: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Append a node with one output, called `name` or numbered. Returns the output's name."""
-        output = name or f"{op_type}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
-        """Split the last axis into parts of these sizes."""
-        if len(sizes) == 1:
-            return [value]
-        name = f"Split_{len(self.nodes)}"
-        parts = [f"{name}_{part}" for part in range(len(sizes))]
-        self.nodes.append(helper.make_node("Split", [value, self.integers(*sizes)], parts, name=name, axis=-1))
-        return parts
-
-    def integers(self, *values: int) -> str:
-        """Add an int64 vector."""
-        name = f"integers_{len(self.initializers)}"
-        self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
-        return name
-
-    def tensor(self, tensor: Tensor) -> str:
-        """Append a weight to the data file, in its own dtype."""
-        array = tensor.detach().cpu().contiguous().numpy()
-        name = f"weight_{len(self.initializers)}"
-        self._data.write(bytes(-self._data.tell() % _PAGE))
-        place = {"location": self._data_file, "offset": self._data.tell(), "length": array.nbytes}
-        self._data.write(array.data)
-        proto = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
-        proto.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        for key, value in place.items():
-            proto.external_data.add(key=key, value=str(value))
-        self.initializers.append(proto)
-        return name
-
-    def finished(
-        self, name: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
-    ) -> onnx.ModelProto:
-        """Return the graph as a model with these inputs and outputs."""
-        fed, fetched = ([_value_info(*one) for one in specs.items()] for specs in (inputs, outputs))
-        graph = helper.make_graph(self.nodes, name, fed, fetched, self.initializers)
-        domains = sorted({"", *(node.domain for node in self.nodes)})
-        opsets = [helper.make_opsetid(domain, 1 if domain else _OPSET) for domain in domains]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="atspeed-serving")
-
-
 class Arithmetic(Protocol):
     """The products of a graph in one precision. Implementations: `FloatArithmetic`, `int8_graph.Int8Arithmetic`.
 
     Attributes:
         dtype: T, the type of hidden states and of the cache.
+        form: the form of the graph.
+        ordered: true if its sums have one order, whatever else is in a pass.
     """
 
     @property
     def dtype(self) -> torch.dtype: ...  # noqa: D102 - see the class
+    @property
+    def form(self) -> GraphForm: ...  # noqa: D102
+    @property
+    def ordered(self) -> bool: ...  # noqa: D102
 
     def embed(self, embedding: Module, tokens: str) -> str:
         """Look up the tokens' rows of the embedding, T [tokens, hidden]."""
 
-    def product(self, hidden: str, weight: Tensor) -> str:
-        """Write x W^T, T [tokens, out]. weight: [out, in]."""
+    def product(self, hidden: str, layers: Sequence[Module]) -> str:
+        """Write x W^T, T [tokens, out], for the layers' weights one below the other."""
+
+    def weight(self, key: Hashable, value: Callable[[], Tensor]) -> str:
+        """Add a weight in T that is no matrix. key: a name of it that no other weight has."""
 
     def attend(self, query: str, key: str, value: str) -> str:
         """Write attention itself. The result has any shape of [batch, new, heads * head_dim].
 
         Args:
             query: [batch, new, heads * head_dim].
-            key: [batch, past+new, kv_heads, head_dim].
-            value: [batch, past+new, kv_heads, head_dim].
+            key: [batch, past+new, kv_heads, head_dim], or keys first.
+            value: as `key`.
         """
 
     def logits(self, head: Module, normed: str) -> str:
         """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
 
 
-class FloatArithmetic:
-    """Products in float32 or float16."""
+MakeArithmetic = Callable[["GraphBuilder", DecoderShape], Arithmetic]
+"""Makes the arithmetic of a graph."""
 
-    def __init__(self, graph: GraphBuilder, shape: DecoderShape, dtype: torch.dtype = torch.float32) -> None:
+
+class FloatArithmetic:
+    """Products in one floating-point format.
+
+    Weights of another format than that of the products are cast when the graph is loaded.
+
+    Args:
+        graph: the graph.
+        shape: the sizes of the decoder.
+        dtype: the format of the products.
+        stored: the format of the weights; None for that of the products.
+    """
+
+    form = GraphForm()
+    ordered = False
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        shape: DecoderShape,
+        dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
+    ) -> None:
         self.dtype = dtype
+        self._stored = stored or dtype
         self._graph = graph
         self._shape = shape
-        self._tables: dict[int, str] = {}
+        self._cast: dict[str, str] = {}
 
     def embed(self, embedding: Module, tokens: str) -> str:
         """Look up the tokens' rows of the table."""
-        return self._graph.op("Gather", self._table(embedding), tokens)
+        return self._in_dtype(self._graph.op("Gather", self._graph.kept(*self._table(embedding)), tokens))
 
-    def product(self, hidden: str, weight: Tensor) -> str:
-        """Write x W^T, [tokens, out]. weight: [out, in]."""
-        return self._graph.op("MatMul", hidden, self._weight(weight.T))
+    def product(self, hidden: str, layers: Sequence[Module]) -> str:
+        """Write x W^T, [tokens, out], for the layers' weights one below the other."""
+        weight = self.weight(("product", *map(id, layers)), lambda: stacked(layers).T)
+        return self._graph.op("MatMul", hidden, weight)
+
+    def weight(self, key: Hashable, value: Callable[[], Tensor]) -> str:
+        """Add a weight, in the format of the products."""
+        name = self._graph.kept(key, lambda: value().detach().to(self._stored))
+        if name not in self._cast:
+            self._cast[name] = self._in_dtype(name)
+        return self._cast[name]
 
     def attend(self, query: str, key: str, value: str) -> str:
         """Write attention by the operator of that name."""
@@ -185,23 +169,34 @@ class FloatArithmetic:
 
     def logits(self, head: Module, normed: str) -> str:
         """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
-        logits = self._graph.op("Gemm", normed, self._table(head), transB=1)
+        logits = self._graph.op("Gemm", normed, self.weight(*self._table(head)), transB=1)
         return self._graph.op("Cast", logits, to=TensorProto.FLOAT)
+
+    def logits_of(self, head: Module, normed: str, tokens: Sequence[int]) -> str:
+        """Write the logits of some tokens, T [rows, tokens], by their rows of the head."""
+        first, end = tokens[0], tokens[-1] + 1
+        if list(tokens) == list(range(first, end)):
+            rows = self._in_dtype(self._graph.kept_rows(*self._table(head), first, end))
+        else:  # of a constant: onnxruntime looks them up once, when it loads the graph
+            rows = self._graph.op("Gather", self.weight(*self._table(head)), self._graph.integers(*tokens))
+        return self._graph.op("Gemm", normed, rows, transB=1)
 
     def _merge_heads(self, split: str) -> str:
         """Reshape [batch, tokens, kv_heads, head_dim] -> [batch, tokens, kv_heads * head_dim]."""
         merged = self._graph.integers(0, 0, self._shape.kv_heads * self._shape.head_dim)
         return self._graph.op("Reshape", split, merged)
 
-    def _table(self, layer: Module) -> str:
-        """Add a [vocab, hidden] weight; tied embedding and head are written once."""
-        key = layer.weight.data_ptr()
-        if key not in self._tables:
-            self._tables[key] = self._weight(layer.weight)
-        return self._tables[key]
+    def _table(self, layer: Module) -> tuple[Hashable, Callable[[], Tensor]]:
+        """Return key and value of a [vocab, hidden] weight; tied embedding and head have one key."""
+        return ("table", layer.weight.data_ptr()), lambda: layer.weight.detach().to(self._stored)
 
-    def _weight(self, weight: Tensor) -> str:
-        return self._graph.tensor(weight.detach().to(self.dtype))
+    def _in_dtype(self, stored: str) -> str:
+        return stored if self._stored == self.dtype else self._graph.op("Cast", stored, to=onnx_type(self.dtype))
+
+
+def stacked(layers: Sequence[Module]) -> Tensor:
+    """Return the layers' weights one below the other, [out, in]."""
+    return torch.cat([layer.weight.detach() for layer in layers])
 
 
 class DecoderGraph(GraphBuilder):
@@ -214,37 +209,49 @@ class DecoderGraph(GraphBuilder):
     def __init__(
         self,
         model: PreTrainedModel,
-        data: BinaryIO,
-        arithmetic: Callable[[GraphBuilder, DecoderShape], Arithmetic],
-        data_file: str = DATA_FILE,
+        weights: WeightFile,
+        arithmetic: MakeArithmetic,
     ) -> None:
-        super().__init__(data, data_file)
+        super().__init__(weights)
         self.model = model
         self.shape = DecoderShape.of(model)
         self.arithmetic = arithmetic(self, self.shape)
         self.dtype = self.arithmetic.dtype
-        self.onnx_dtype = TensorProto.FLOAT16 if self.dtype == torch.float16 else TensorProto.FLOAT
         self._axes: dict[tuple[int, ...], str] = {}
 
     def write(self, code_tokens: Sequence[int]) -> None:
         """Write the whole forward pass."""
         decoder = self.model.model
-        hidden = self.arithmetic.embed(decoder.embed_tokens, self.op("Reshape", "input_ids", self.integers(-1)))
-        if (scale := getattr(decoder.embed_tokens, "embed_scale", None)) is not None:  # Gemma
-            hidden = self.op("Mul", hidden, self.cast_weight(scale))
+        hidden = self.embedded(decoder.embed_tokens)
         rotation = self.rotation(decoder.rotary_emb)
         past, new = kv_names("past", self.shape.layers), kv_names("new", self.shape.layers)
         for layer, past_kv, new_kv in zip(decoder.layers, past, new, strict=True):
             hidden = self.op("Add", hidden, self.attention(layer, hidden, rotation, past_kv, new_kv))
-            hidden = self.op("Add", hidden, self.mlp(layer, hidden))
+            hidden = self.op("Add", hidden, self.mlp(layer, self.norm(layer.post_attention_layernorm, hidden)))
         self.head(hidden, code_tokens)
+
+    def embedded(self, embedding: Module) -> str:
+        """Look up the new tokens, T [tokens, hidden]."""
+        hidden = self.arithmetic.embed(embedding, self.op("Reshape", "input_ids", self.integers(-1)))
+        if (scale := getattr(embedding, "embed_scale", None)) is None:
+            return hidden
+        return self.op("Mul", hidden, self.arithmetic.weight(("scale", id(embedding)), lambda: scale))  # Gemma
 
     def rotation(self, rotary: Module) -> tuple[str, str]:
         """Compute cosine and sine of every new token's position, T [batch, new, head_dim / 2]; angles are float32."""
         position = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(2)), to=TensorProto.FLOAT)
-        angle = self.op("Mul", position, self.tensor(rotary.inv_freq))
-        scale = self.tensor(torch.tensor([rotary.attention_scaling], dtype=torch.float32))
-        cos, sin = (self.op("Mul", self.op(function, angle), scale) for function in ("Cos", "Sin"))
+        # Cos and Sin round the last numbers of a tensor otherwise, if they do not fill a vector. So every token fills some.
+        frequencies = rotary.inv_freq
+        padded = torch.nn.functional.pad(frequencies, (0, -len(frequencies) % _VECTOR))
+        angle = self.op("Mul", position, self.kept(("inv_freq", id(rotary)), lambda: padded))
+        cos, sin = (self.op(function, angle) for function in ("Cos", "Sin"))
+        if rotary.attention_scaling != 1:  # yarn
+            scaling = torch.tensor([rotary.attention_scaling], dtype=torch.float32)
+            scale = self.kept(("attention_scaling", id(rotary)), lambda: scaling)
+            cos, sin = (self.op("Mul", part, scale) for part in (cos, sin))
+        if len(padded) > len(frequencies):
+            span = (self.integers(0), self.integers(len(frequencies)), self.integers(2))
+            cos, sin = (self.op("Slice", part, *span) for part in (cos, sin))
         return self.cast(cos), self.cast(sin)
 
     def attention(
@@ -252,8 +259,31 @@ class DecoderGraph(GraphBuilder):
     ) -> str:
         """Write grouped-query attention of the new tokens to the cached and the new ones."""
         block, shape = layer.self_attn, self.shape
-        normed = self.norm(layer.input_layernorm, hidden)
-        query, key, value = self.project(normed, block.q_proj, block.k_proj, block.v_proj)
+        query, key, value = self.rotated(block, self.norm(layer.input_layernorm, hidden), rotation)
+        key, value = (
+            self.with_past(past, part, new) for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
+        )
+        mixed = self.arithmetic.attend(query, key, value)
+        return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
+
+    def with_past(self, past: str, new: str, name: str) -> str:
+        """Append the keys or values of the new tokens, which are called `name`, to the cached ones."""
+        if not self.arithmetic.form.keys_first:
+            return self.op("Concat", past, self.of_trees(new, *self.kv_shape, name=name), axis=1)
+        tokens = self.op("Transpose", self.of_trees(new, *self.kv_shape), name=name, perm=[1, 0, 2, 3])
+        return self.op("Concat", past, tokens, axis=0)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Return the sizes of one token's keys in a layer."""
+        return self.shape.kv_heads, self.shape.head_dim
+
+    def rotated(self, block: Module, normed: str, rotation: tuple[str, str]) -> tuple[str, str, str]:
+        """Write query and key after the rotary embedding, T [batch, new, heads * head_dim], and value, T [tokens, ...]."""
+        shape = self.shape
+        query, key, value = self.projections(
+            normed, block, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (shape.heads, shape.kv_heads, shape.kv_heads)
+        )
         query, key = (
             self.op("RotaryEmbedding", self.of_trees(part, heads * shape.head_dim), *rotation, num_heads=heads)
             for part, heads in (
@@ -261,33 +291,32 @@ class DecoderGraph(GraphBuilder):
                 (self.head_norm(block, "k_norm", key, shape.kv_heads), shape.kv_heads),
             )
         )
-        key, value = (
-            self.op("Concat", past, self.of_trees(part, shape.kv_heads, shape.head_dim, name=new), axis=1)
-            for past, part, new in zip(past_kv, (key, value), new_kv, strict=True)
-        )
-        mixed = self.arithmetic.attend(query, key, value)
-        return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
+        return query, key, value
 
-    def mlp(self, layer: Module, hidden: str) -> str:
-        """Write down(act(gate(x)) * up(x)); act is silu, or the tanh form of gelu (Gemma)."""
-        normed = self.norm(layer.post_attention_layernorm, hidden)
-        gate, up = self.project(normed, layer.mlp.gate_proj, layer.mlp.up_proj)
+    def mlp(self, layer: Module, normed: str) -> str:
+        """Write down(act(gate(x)) * up(x))."""
+        gate, up = self.projections(normed, layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"), (1, 1))
+        return self.project(self.op("Mul", self.activation(gate), up), layer.mlp.down_proj)[0]
+
+    def activation(self, gate: str) -> str:
+        """Write silu, or the tanh form of gelu (Gemma)."""
         if self.model.config.hidden_act == "silu":
-            activated = self.op("Mul", gate, self.op("Sigmoid", gate))
-        else:
-            activated = self.op("Gelu", gate, approximate="tanh")
-        return self.project(self.op("Mul", activated, up), layer.mlp.down_proj)[0]
+            return self.op("Mul", gate, self.op("Sigmoid", gate))
+        return self.op("Gelu", gate, approximate="tanh")
 
     def head(self, hidden: str, code_tokens: Sequence[int]) -> None:
         """Write code logits and log-normalizer of the requested rows, float32."""
         logits = self.arithmetic.logits(self.model.lm_head, self.final(self.op("Gather", hidden, "out_index")))
         self.op("ReduceLogSumExp", logits, self.integers(1), name="log_normalizer", keepdims=0)
+        self.code_columns(logits, code_tokens, name="code_logits")
+
+    def code_columns(self, values: str, code_tokens: Sequence[int], *, name: str) -> str:
+        """Take the columns of the code tokens: [rows, vocab] -> [rows, C]."""
         first, last = code_tokens[0], code_tokens[-1]
         if list(code_tokens) == list(range(first, last + 1)):
             span = (self.integers(first), self.integers(last + 1), self.integers(1))
-            self.op("Slice", logits, *span, name="code_logits")
-        else:
-            self.op("Gather", logits, self.integers(*code_tokens), name="code_logits", axis=1)
+            return self.op("Slice", values, *span, name=name)
+        return self.op("Gather", values, self.integers(*code_tokens), name=name, axis=1)
 
     def final(self, hidden: str) -> str:
         """Write what follows the last layer, before the head."""
@@ -295,10 +324,12 @@ class DecoderGraph(GraphBuilder):
 
     def norm(self, norm: Module, hidden: str) -> str:
         """Write RMS norm over the last axis, computed in float32."""
-        weight = (
-            norm.weight + 1.0 if self.model.config.model_type == "gemma" else norm.weight
-        )  # Gemma stores it around 0
-        return self.op("RMSNormalization", hidden, self.cast_weight(weight), epsilon=self.shape.norm_epsilon)
+        return self.op("RMSNormalization", hidden, self.norm_weight(norm), epsilon=self.shape.norm_epsilon)
+
+    def norm_weight(self, norm: Module) -> str:
+        """Add the weight of a norm; Gemma stores it around 0."""
+        offset = 1.0 if self.model.config.model_type == "gemma" else 0.0
+        return self.arithmetic.weight(("norm", id(norm)), lambda: norm.weight + offset)
 
     def head_norm(self, block: Module, name: str, projected: str, heads: int) -> str:
         """Write RMS norm of each head separately, if the model has one (Qwen3)."""
@@ -313,10 +344,23 @@ class DecoderGraph(GraphBuilder):
 
         All layers share one product, which is faster for passes of few tokens.
         """
-        result = self.arithmetic.product(hidden, torch.cat([layer.weight.detach() for layer in layers]))
+        result = self.arithmetic.product(hidden, layers)
         if layers[0].bias is not None:
-            result = self.op("Add", result, self.cast_weight(torch.cat([layer.bias.detach() for layer in layers])))
+            key = ("bias", *map(id, layers))
+            result = self.op(
+                "Add", result, self.arithmetic.weight(key, lambda: torch.cat([layer.bias.detach() for layer in layers]))
+            )
         return self.split(result, [len(layer.weight) for layer in layers])
+
+    def projections(
+        self, hidden: str, block: Module, whole: str, parts: Sequence[str], shares: Sequence[int]
+    ) -> list[str]:
+        """Write the projections `parts` of a block. Phi stores them as one, `whole`, with these shares of its outputs."""
+        if not hasattr(block, whole):
+            return self.project(hidden, *(getattr(block, part) for part in parts))
+        layer = getattr(block, whole)
+        share = len(layer.weight) // sum(shares)
+        return self.split(self.project(hidden, layer)[0], [count * share for count in shares])
 
     def of_trees(self, flat: str, *sizes: int, name: str = "") -> str:
         """Reshape [tokens, ...] -> [batch, new, *sizes]."""
@@ -324,20 +368,13 @@ class DecoderGraph(GraphBuilder):
             self._axes[sizes] = self.op("Concat", self.op("Shape", "input_ids"), self.integers(*sizes), axis=0)
         return self.op("Reshape", flat, self._axes[sizes], name=name)
 
-    def cast_weight(self, weight: Tensor) -> str:
-        """Add a weight in T."""
-        return self.tensor(weight.detach().to(self.dtype))
-
     def cast(self, value: str) -> str:
         """Cast a float32 value to T."""
-        return value if self.dtype == torch.float32 else self.op("Cast", value, to=self.onnx_dtype)
+        return value if self.dtype == torch.float32 else self.op("Cast", value, to=onnx_type(self.dtype))
 
     def to_model(self, columns: int) -> onnx.ModelProto:
         """Return the finished model with the contract's inputs and outputs."""
-        sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
-        return self.finished("token_tree_decoder", graph_inputs(*sizes), graph_outputs(*sizes, columns))
-
-
-def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
-    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
-    return helper.make_tensor_value_info(name, dtype, list(spec.axes))
+        sizes = (self.shape.layers, *self.kv_shape, str(self.dtype).removeprefix("torch."))
+        form, ordered = self.arithmetic.form, self.arithmetic.ordered
+        inputs, outputs = graph_inputs(*sizes, form), graph_outputs(*sizes, columns, form)
+        return self.finished("token_tree_decoder", inputs, outputs, ordered=ordered)

@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Provenance
+from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.files.json_file import write_json
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import versions, write_with_draft
@@ -67,6 +68,16 @@ class GivenTarget:
         entry = self.bundle.model("target")
         return Spelling(code_tokens=entry.code_tokens, prompt=entry.prompt, pad_token=0, vocab_size=entry.vocab_size)
 
+    @property
+    def answers_key(self) -> str:
+        """The hash of all that the checkpoint's answers depend on: not of the number format of the bundle's target.
+
+        So bundles of one checkpoint in several formats share the draft of a run folder.
+        """
+        manifest = self.bundle.manifest
+        tokens = manifest.target.model_dump(mode="json", include={"code_tokens", "prompt", "vocab_size"})
+        return key_of(self.digest, manifest.scoring_rule, manifest.catalogue_version, tokens)
+
     def check(self, sequencer: Sequencer, examples: Dataset, catalogue: Catalogue) -> Measures:
         """Raise EngineError for a damaged bundle, and ExportError when the checkpoint is another one."""
         verify_bundle(self.bundle.root, passes=False)
@@ -106,8 +117,6 @@ def distill(
     disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own, one per checkpoint
     _check_folders(target.bundle, out, run_folder)
     manifest = target.bundle.manifest
-    if manifest.target.encoder is not None:
-        raise RecipeError(f"{target.bundle.root}: its target has an encoder, and a teacher must be a decoder alone")
     if manifest.target.inflated_from is not None:
         raise RecipeError(f"{target.bundle.root}: its target is inflated; distil from the bundle that was trained")
     prompt = manifest.target.prompt
@@ -184,14 +193,16 @@ class Distillation:
         if is_main():
             write_json(self.run.folders.run / "recipe.json", self.recipe.model_dump(mode="json"))
         spelled = self.target.spelling
-        sequencer = Sequencer.of(spelled, self.catalogue, self.run.settings.allow_empty_history)
+        texts = texts_of(self.target.bundle, "target")
+        sequencer = Sequencer.of(spelled, self.catalogue, self.run.settings.allow_empty_history, texts)
         target_key = key_of(self.target.bundle.manifest.model_version("target"), self.target.digest)
+        asked = key_of(self.target.answers_key, self.run.dataset.digest, self.run.settings.model_dump(mode="json"))
         stages = DraftStages(
             self.run,
             self.recipe.draft,
             self.catalogue,
             target=partial(self._recommender, sequencer),
-            target_key=key_of(target_key, self.run.dataset.digest, self.run.settings.model_dump(mode="json")),
+            target_key=asked,
         )
         self.run.stage("target", target_key, self.run.folders.run).run(
             partial(self.target.check, sequencer, self.run.dataset, self.catalogue)

@@ -1,9 +1,13 @@
 """Exports a Hugging Face checkpoint as an ONNX token-tree decoder, and checks it.
 
-Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass, except for
-rounding, since a pass of another size adds in another order. The differences are about 1e-5 with float32, up to 1e-2 with
-float16, and none with int8 (atspeed/training/int8_graph.py). An int8 graph is a model of its own: its scores are close to
-the checkpoint's, and on a CPU its passes take half the time where products dominate.
+Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass. In float32 it is the
+same bit for bit, since every sum has one order (atspeed/training/ordered_attention.py), and with int8 too
+(atspeed/training/int8_graph.py). In float16 a pass of another size adds in another order, and differs by up to 1e-2. An int8
+graph is a model of its own: its scores are close to the checkpoint's, and on a CPU its passes take half the time where
+products dominate.
+
+Decoders in a floating-point format have a second graph, for devices. In bfloat16 no CPU can run it, so it is not compared
+with the checkpoint there. The host's graph then computes in float32 from the same weights.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +27,30 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging
 
-from atspeed.engine.bundle.manifest import Bundle, Precision, Role
+from atspeed.engine.bundle.item_texts import ItemTexts
+from atspeed.engine.bundle.manifest import Bundle, Head, Precision, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, EncoderDecoder
-from atspeed.training.decoder_graph import DATA_FILE, DecoderGraph, DecoderShape, FloatArithmetic
+from atspeed.engine.search.scoring import ScoringRule
+from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic, MakeArithmetic
+from atspeed.training.device_graph import DeviceGraph
+from atspeed.training.device_parity import compare_device
 from atspeed.training.errors import TrainingError
 from atspeed.training.generation import drop_generation_defaults
+from atspeed.training.graph_builder import DATA_FILE, WeightFile
 from atspeed.training.int8_graph import Int8Arithmetic, rounded
+from atspeed.training.ordered_attention import OrderedArithmetic
 from atspeed.training.parity import compare
-from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, T5DecoderGraph, T5EncoderGraph
+from atspeed.training.t5_graph import ACTIVATIONS, ENCODER_DATA_FILE, OrderedProducts, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
 _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Arguments of `from_pretrained` that return what does not fit, instead of an error that points to a log."""
-ARCHITECTURES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "t5")
+ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3", "t5")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the fields of Mixtral, Qwen and DeepSeek
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -50,7 +61,13 @@ _T5_POSITIONS = 512
 # several times below these; a wrong mask, position, head order or weight is far above them. An int8 file is compared with its
 # checkpoint computing from the same codes. The two usually agree to 1e-6. If float32 rounding moves an activation to another
 # step in only one of them, errors reached 0.03 in random models with logits of 10 and more.
-TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
+TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2, "int8": 1e-1}
+STORED: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""The format of a precision's weights; int8 has codes."""
 
 
 class ExportError(TrainingError):
@@ -72,6 +89,8 @@ class ExportReport:
         max_positions: the longest sequence.
         max_logit_error: the largest absolute difference in the parity check.
         decoder_start: the token that a decoder with an encoder begins with; None for a decoder alone.
+        head: the tokens whose logits the device graph computes; None for a model without one.
+        ordered_sums: true if every float sum has one order.
     """
 
     architecture: str
@@ -84,6 +103,8 @@ class ExportReport:
     max_positions: int
     max_logit_error: float
     decoder_start: int | None = None
+    head: Head | None = None
+    ordered_sums: bool = False
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:
@@ -146,10 +167,22 @@ def export_decoder(
     code_tokens: Sequence[int],
     precision: Precision = "float32",
     prompt: PromptTemplate | None = None,
+    head: Head = "vocab",
+    texts: ItemTexts | None = None,
 ) -> ExportReport:
     """Write folder/model.onnx and folder/model.onnx.data, and check them against the model. A T5's encoder is beside them.
 
-    model: float32, eval mode. code_tokens: the token id of each code column, [C]. prompt: whose tokens are tried as well.
+    Other models have a graph for devices, too, unless they are in int8.
+
+    Args:
+        model: float32, eval mode.
+        folder: the folder to write into.
+        code_tokens: the token id of each code column, [C].
+        precision: the number format of the weights.
+        prompt: whose tokens are tried as well.
+        head: the tokens whose logits the device graph computes; see `head_of`.
+        texts: the items' texts in prompts, whose tokens are tried too.
+
     Raises ExportError, naming the config field, when the model has something that the graph does not, naming the token, when
     a pass over it is not finite, and when the parity check fails. The files take the place of what is there once they are
     checked; otherwise nothing changes.
@@ -160,7 +193,7 @@ def export_decoder(
         raise ExportError("code_tokens: must be at least one")
     if min(code_tokens) < 0 or max(code_tokens) >= shape.vocab_size:
         raise ExportError(f"code_tokens: a token id is outside the vocabulary of {shape.vocab_size}")
-    error = _write_checked(model, folder, code_tokens, precision, prompt)
+    error = _write_checked(model, folder, code_tokens, precision, (prompt, texts), head)
     return ExportReport(
         architecture=model.config.model_type,
         precision=precision,
@@ -172,7 +205,14 @@ def export_decoder(
         max_positions=max_positions(model.config),
         max_logit_error=error,
         decoder_start=_decoder_start(model),
+        head=head if has_device_graph(model.config, precision) else None,
+        ordered_sums=precision == "float32",
     )
+
+
+def head_of(rule: ScoringRule) -> Head:
+    """Return the head that a scoring rule needs: only `vocab` sums over tokens that are no codes."""
+    return "vocab" if rule is ScoringRule.VOCAB else "codes"
 
 
 def max_positions(config: Any) -> int:
@@ -191,20 +231,24 @@ def _write_checked(
     folder: Path,
     code_tokens: Sequence[int],
     precision: Precision,
-    prompt: PromptTemplate | None,
+    prompts: tuple[PromptTemplate | None, ItemTexts | None],
+    head: Head,
 ) -> float:
     """Write the files into a folder of their own, check them, and move them into place. Return the largest error."""
     partial = folder / ".export.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
-        write_graph(model, partial, code_tokens, precision)
-        _check_finite(model, partial / MODEL_FILE, code_tokens, prompt)
+        write_graph(model, partial, code_tokens, precision, head)
+        _check_finite(model, partial / MODEL_FILE, code_tokens, *prompts)
         error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
-        for name in (ENCODER_DATA_FILE, ENCODER_FILE) if model.config.is_encoder_decoder else ():
-            (partial / name).replace(folder / name)
-        for name in (DATA_FILE, MODEL_FILE):
-            (partial / name).replace(folder / name)
+        if has_device_graph(model.config, precision):
+            _check_device_graph(model, partial / DEVICE_FILE, code_tokens, precision, head)
+        else:
+            (folder / DEVICE_FILE).unlink(missing_ok=True)  # of another model, with other weights
+        for name in (ENCODER_DATA_FILE, ENCODER_FILE, DATA_FILE, DEVICE_FILE, MODEL_FILE):
+            if (partial / name).exists():
+                (partial / name).replace(folder / name)
     except ExportError as failure:
         raise ExportError(str(failure).replace(str(partial), str(folder))) from failure
     except OSError as failure:
@@ -229,6 +273,8 @@ def check_architecture(config: Any) -> None:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE:
         raise ExportError(f"config.rope_parameters.rope_type: {rope_type!r}, supported are {', '.join(STATIC_ROPE)}")
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError("config.rope_parameters.partial_rotary_factor: rotates a part of each head only")
     window = getattr(config, "sliding_window", None)
     # Mistral has no layer types: every layer slides. Llama has neither field.
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
@@ -251,8 +297,8 @@ def check_supported(model: PreTrainedModel, precision: Precision = "float32") ->
 
 def check_precision(config: Any, precision: Precision) -> None:
     """Raise ExportError when a model of this config has no graph in a precision."""
-    if config.is_encoder_decoder and precision != "float32":
-        raise ExportError(f"precision: {precision}, a {config.model_type} is exported in float32 only")
+    if config.is_encoder_decoder and precision == "int8":
+        raise ExportError(f"precision: int8, a {config.model_type} is exported in float32 and float16 only")
 
 
 def _check_t5(config: Any) -> None:
@@ -267,27 +313,63 @@ def _check_t5(config: Any) -> None:
         )
 
 
-def write_graph(model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision) -> None:
-    """Write the two files of each graph. The weights are converted and written one at a time."""
+def write_graph(
+    model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], precision: Precision, head: Head = "vocab"
+) -> None:
+    """Write the graphs and their weights. The weights are converted and written one at a time."""
     if model.config.is_encoder_decoder:
         with (folder / ENCODER_DATA_FILE).open("wb") as data:
-            encoder = T5EncoderGraph(model, data).write_encoder()
+            encoder = T5EncoderGraph(
+                model, WeightFile(data, ENCODER_DATA_FILE), _arithmetic(model.config, precision)
+            ).write_encoder()
         (folder / ENCODER_FILE).write_bytes(encoder.SerializeToString())
         onnx.checker.check_model(str(folder / ENCODER_FILE))
     with (folder / DATA_FILE).open("wb") as data:
-        graph = _graph(model, precision, data)
+        graphs = build_graphs(model, WeightFile(data), code_tokens, precision, head)
+    for name, graph in graphs.items():
+        (folder / name).write_bytes(graph.SerializeToString())
+        onnx.checker.check_model(str(folder / name))
+
+
+def build_graphs(
+    model: PreTrainedModel,
+    weights: WeightFile,
+    code_tokens: Sequence[int],
+    precision: Precision,
+    head: Head = "vocab",
+) -> dict[str, onnx.ModelProto]:
+    """Build the graph of the host, and that of devices if the model has one, by file name; their weights go into one file."""
+    graphs = {MODEL_FILE: _graph(model, precision, weights)}
+    if has_device_graph(model.config, precision):
+        graphs[DEVICE_FILE] = DeviceGraph(model, weights, STORED[precision], head)
+    for graph in graphs.values():
         graph.write(code_tokens)
-    (folder / MODEL_FILE).write_bytes(graph.to_model(len(code_tokens)).SerializeToString())
-    onnx.checker.check_model(str(folder / MODEL_FILE))
+    return {name: graph.to_model(len(code_tokens)) for name, graph in graphs.items()}
 
 
-def _graph(model: PreTrainedModel, precision: Precision, data: BinaryIO) -> DecoderGraph:
-    if model.config.is_encoder_decoder:
-        return T5DecoderGraph(model, data)
+def has_device_graph(config: Any, precision: Precision) -> bool:
+    """Return whether a model of this config has a graph for devices; a T5 has none, and int8 is for CPUs."""
+    return precision in STORED and not config.is_encoder_decoder
+
+
+def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) -> DecoderGraph:
+    graph = T5DecoderGraph if model.config.is_encoder_decoder else DecoderGraph
+    return graph(model, weights, _arithmetic(model.config, precision))
+
+
+def _arithmetic(config: Any, precision: Precision) -> MakeArithmetic:
+    """Return the arithmetic of the host's graph."""
     if precision == "int8":
-        return DecoderGraph(model, data, Int8Arithmetic)
+        return Int8Arithmetic
+    if precision == "float32":
+        return (
+            OrderedProducts
+            if config.is_encoder_decoder
+            else partial(OrderedArithmetic, max_positions=max_positions(config))
+        )
+    # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
-    return DecoderGraph(model, data, partial(FloatArithmetic, dtype=dtype))
+    return partial(FloatArithmetic, dtype=dtype, stored=STORED[precision])
 
 
 def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decoder:
@@ -295,14 +377,31 @@ def _open(model: PreTrainedModel, path: Path, options: RuntimeOptions) -> Decode
 
 
 def _check_finite(
-    model: PreTrainedModel, path: Path, code_tokens: Sequence[int], prompt: PromptTemplate | None
+    model: PreTrainedModel,
+    path: Path,
+    code_tokens: Sequence[int],
+    prompt: PromptTemplate | None,
+    texts: ItemTexts | None,
 ) -> None:
     """Raise ExportError when a pass over a token is not finite: the parity check asks a few random ones only."""
     try:
         decoder = _open(model, path, RuntimeOptions(intra_op_threads=torch.get_num_threads()))
-        check_finite(decoder, code_tokens, prompt, decoder_start=_decoder_start(model))
+        check_finite(decoder, code_tokens, prompt, texts, decoder_start=_decoder_start(model))
     except BundleError as error:
         raise ExportError(str(error)) from error
+
+
+def _check_device_graph(
+    model: PreTrainedModel, path: Path, code_tokens: Sequence[int], precision: Precision, head: Head
+) -> None:
+    """Raise ExportError when a device graph computes something else than its checkpoint. Not in bfloat16, see the module."""
+    if precision == "bfloat16":
+        return
+    try:
+        worst, largest = compare_device(model, path, code_tokens, precision, head)
+    except BundleError as error:
+        raise ExportError(str(error)) from error
+    _check_error(path, worst, largest, precision)
 
 
 def check_origin(
@@ -350,8 +449,12 @@ def check_parity(
         raise ExportError(str(error)) from error
     with rounded(model) if precision == "int8" else nullcontext():
         worst, largest = compare(model, decoder, code_tokens, prompts=prompts)
+    _check_error(path, worst, largest, precision)
+    return worst
+
+
+def _check_error(path: Path, worst: float, largest: float, precision: Precision) -> None:
     if not worst <= TOLERANCE[precision] * max(1.0, largest):  # negated, so that NaN fails too
         raise ExportError(
             f"{path}: differs from its checkpoint by {worst:.2g} in a logit (the largest is {largest:.2g})"
         )
-    return worst

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import torch
 
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Precision, Role, hash_files, link_files, write_manifest
+from atspeed.engine.bundle.manifest import (
+    Bundle,
+    Head,
+    ModelEntry,
+    Precision,
+    Role,
+    hash_files,
+    link_files,
+    write_manifest,
+)
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import entry_of
-from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_origin, export_decoder
+from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_origin, export_decoder, head_of
 from atspeed.training.inflation import InflationError, ModelShape, write_inflated
 from atspeed.training.models import SpelledModel
 from atspeed.training.parity import compare_checkpoints
@@ -61,7 +70,8 @@ def inflate_bundle(
         remove(checkpoint)
         dtype = getattr(torch, _kept_as(precision))
         write_inflated(trained[role].model, trained[role].spelling, inflation.shape, checkpoint, dtype=dtype, seed=seed)
-        exported[role] = _export(trained[role], checkpoint, partial / role, precision)
+        head = head_of(manifest.scoring_rule)
+        exported[role] = _export(trained[role], checkpoint, partial / role, precision, head)
     files = hash_files(partial)
     entries: dict[str, ModelEntry] = {
         role: entry_of(role, model, report, files).model_copy(update=_kept(bundle.model(role)))
@@ -100,7 +110,7 @@ def _trained(bundle: Bundle, role: Role, checkpoint: Path) -> SpelledModel:
 
 
 def _export(
-    trained: SpelledModel, checkpoint: Path, folder: Path, precision: Precision
+    trained: SpelledModel, checkpoint: Path, folder: Path, precision: Precision, head: Head
 ) -> tuple[SpelledModel, ExportReport]:
     """Load the inflated model, compare it with the trained one, and export it."""
     inflated = SpelledModel.load(checkpoint)
@@ -111,14 +121,14 @@ def _export(
         )
     spelling = inflated.spelling
     report = export_decoder(
-        inflated.model, folder, code_tokens=spelling.code_tokens, precision=precision, prompt=spelling.prompt
+        inflated.model, folder, code_tokens=spelling.code_tokens, precision=precision, prompt=spelling.prompt, head=head
     )
     return inflated, report
 
 
 def _kept_as(precision: Precision) -> Precision:
     """Return the number format of an inflated checkpoint."""
-    return "float16" if precision == "float16" else "float32"
+    return precision if precision in {"float16", "bfloat16"} else "float32"
 
 
 def _kept(trained: ModelEntry) -> dict[str, object]:

@@ -17,7 +17,7 @@ providers lack these products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,7 +27,9 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.training.decoder_graph import DecoderShape, GraphBuilder, Module
+from atspeed.engine.model.graph_form import GraphForm
+from atspeed.training.decoder_graph import DecoderShape, Module, stacked
+from atspeed.training.graph_builder import GraphBuilder
 
 _CONTRIB = "com.microsoft"
 _ACTIVATION_MAX, _ACTIVATION_ZERO = 127, 128  # activations are uint8, as the kernels take them
@@ -36,6 +38,9 @@ _WEIGHT_MAX = 63  # 7 bits; see the module
 
 class Int8Arithmetic:
     """Products with weights in integers, those of attention in float64; hidden states are float32."""
+
+    form = GraphForm()
+    ordered = False
 
     def __init__(self, graph: GraphBuilder, shape: DecoderShape) -> None:
         self.dtype = torch.float32
@@ -64,10 +69,14 @@ class Int8Arithmetic:
         parts = self._fine_product(normed, self._of_rows, self._graph.op("Transpose", codes, perm=[1, 0]), scale)
         return self._graph.op("Add", *self._graph.split(parts, [self._shape.vocab_size] * 2))
 
-    def product(self, hidden: str, weight: Tensor) -> str:
-        """Write x W^T, [tokens, out]. weight: [out, in]."""
-        codes, scale = quantise_rows(weight)
+    def product(self, hidden: str, layers: Sequence[Module]) -> str:
+        """Write x W^T, [tokens, out], for the layers' weights one below the other."""
+        codes, scale = quantise_rows(stacked(layers))
         return self._integer_product(hidden, self._of_tokens, self._graph.tensor(codes.T), self._graph.tensor(scale))
+
+    def weight(self, key: Hashable, value: Callable[[], Tensor]) -> str:
+        """Add a weight in float32."""
+        return self._graph.kept(key, value)
 
     def attend(self, query: str, key: str, value: str) -> str:
         """Write softmax attention with all sums in float64."""

@@ -76,7 +76,8 @@ def compare(
     prompts: token ids that are tried as well.
     """
     grown = [_tree_of(model, seed) for seed in range(trees)]
-    grown += [RandomTree.chain(prompt) for prompt in prompts if len(prompt) > 1]
+    behind = [model.config.decoder_start_token_id, code_tokens[0]] if model.config.is_encoder_decoder else []
+    grown += [RandomTree.chain(np.append(prompt, behind).astype(np.int64)) for prompt in prompts if len(prompt) > 1]
     expected = [checkpoint_outputs(model, tree, code_tokens) for tree in grown]
     return _difference(expected, [decoder_outputs(decoder, tree) for tree in grown])
 

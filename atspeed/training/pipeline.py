@@ -80,10 +80,12 @@ def train(
 
 
 def load_dataset(recipe: Recipe, data: Path | None) -> Dataset:
-    """Load the data set of a recipe. Raises RecipeError when it needs a `data` folder and has none."""
+    """Load the data set of a recipe. Raises RecipeError when it needs a `data` folder and has none, or the reverse."""
     match recipe.data:
         case MovielensData():
             return read_movielens(data if data is not None and data.is_file() else movielens_wheel(data))
+        case SyntheticData() if data is not None:
+            raise RecipeError("data.source: synthetic data is generated, and --data would not be read")
         case SyntheticData() as made:
             return synthetic(**made.model_dump(exclude={"source"}))
         case AtspeedData() if data is None:

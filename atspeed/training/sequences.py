@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.item_texts import ItemTexts
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.files.atomic_write import replace_text
 from atspeed.engine.search.trie import ENDED
@@ -110,20 +111,22 @@ class Sequencer:
         item_tokens: int64 [items, L]. The tokens of every item's path, its tail included; -1 after the end of a path.
         spelled: int64 [items]. The tokens of each item in a prompt: those before its tail.
         predict_first: whether a window's first item is predicted, from an empty history.
+        texts: the texts of the items in prompts, if the template has any. Only their codes are predicted.
     """
 
     spelling: Spelling
     item_tokens: Int64
     spelled: Int64
     predict_first: bool
+    texts: ItemTexts | None = None
 
     @classmethod
-    def of(cls, spelling: Spelling, catalogue: Catalogue, predict_first: bool) -> Self:
+    def of(cls, spelling: Spelling, catalogue: Catalogue, predict_first: bool, texts: ItemTexts | None = None) -> Self:
         """Return the sequencer of a catalogue's items."""
         columns = catalogue.codes + catalogue.trie.codebook_offset
         tokens = np.asarray(spelling.code_tokens, dtype=np.int64)[columns]
         spelled = catalogue.spelled_lengths(np.arange(catalogue.items))
-        return cls(spelling, np.where(catalogue.codes == ENDED, -1, tokens), spelled, predict_first)
+        return cls(spelling, np.where(catalogue.codes == ENDED, -1, tokens), spelled, predict_first, texts)
 
     @property
     def window(self) -> int:
@@ -155,16 +158,23 @@ class Sequencer:
         return self.example(np.append(history[start:], item), only_last=True)
 
     def _spelled_tokens(self, items: Int64) -> list[Int64]:
+        if self.texts is not None:
+            return self.texts.of(items)
         return [self.item_tokens[item, : self.spelled[item]] for item in items]
 
     def _label_context(self, tokens: Int64, labels: Int64, items: Int64) -> None:
-        """Label the codes of the prompt's items; the first one only if an empty history is allowed."""
+        """Label the codes of the prompt's items; the first one only if an empty history is allowed.
+
+        The codes inside of texts are not labelled.
+        """
+        if self.texts is not None:
+            return
         template = self.spelling.prompt
         start = len(template.prefix)
         for index, codes in enumerate(self.spelled[items].tolist()):
             if index or self.predict_first:
                 labels[start : start + codes] = tokens[start : start + codes]
-            start += codes + len(template.separator)
+            start += codes + (len(template.before(index + 1)) if index + 1 < len(items) else 0)
 
 
 def index_histories(catalogue: Catalogue, histories: Histories) -> list[Int64]:

@@ -5,7 +5,7 @@ The encoder maps the tokens of one prompt to the keys and values of every cross-
 | tensor                         | type    | axes                       |
 |--------------------------------|---------|----------------------------|
 | input_ids                      | int64   | tokens                     |
-| cross_key.{i}, cross_value.{i} | float32 | tokens, kv_heads, head_dim |
+| cross_key.{i}, cross_value.{i} | T       | tokens, kv_heads, head_dim |
 
 The decoder has the inputs and outputs of every decoder (atspeed/training/decoder_graph.py). The first cached tokens of a tree
 are its encoder rows. All tokens of the tree see all of them, and position 0 is that of the decoder's first token. So the
@@ -17,17 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from atspeed.engine.model.decoder import kv_names
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, ENCODER_INPUTS, encoder_outputs
-from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, Module
+from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, MakeArithmetic, Module
+from atspeed.training.graph_builder import WeightFile
+from atspeed.training.ordered_attention import OrderedAttention
 
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
 
@@ -40,14 +43,43 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 _END = np.iinfo(np.int64).max  # of a slice without an end
 
 
+class OrderedProducts(FloatArithmetic):
+    """Products in float32 beside attention whose sums have one order, which `_T5Blocks` writes."""
+
+    ordered = True
+
+
 class _T5Blocks(DecoderGraph):
     """Blocks that encoder and decoder share."""
 
+    def __init__(self, model: PreTrainedModel, weights: WeightFile, arithmetic: MakeArithmetic) -> None:
+        super().__init__(model, weights, arithmetic)
+        self._attention: dict[str, OrderedAttention] = {}
+
+    def cast_weight(self, weight: Tensor) -> str:
+        """Add a weight in T."""
+        return self.tensor(weight.detach().to(self.dtype))
+
     def attend(self, query: str, key: str, value: str, bias: str) -> str:
-        """Write attention without a scale, float32 [tokens, heads * head_dim]. All inputs have a batch axis."""
-        heads = self.shape.heads
-        mixed = self.op("Attention", query, key, value, bias, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
-        return self.op("Reshape", mixed, self.integers(-1, heads * self.shape.head_dim))
+        """Write attention without a scale, T [tokens, heads * head_dim].
+
+        Args:
+            query: [batch, new, heads * head_dim].
+            key: [batch, rows, heads, head_dim].
+            value: as `key`.
+            bias: [batch, 1 or heads, new, rows].
+        """
+        heads, columns = self.shape.heads, self.integers(-1, self.shape.heads * self.shape.head_dim)
+        if not self.arithmetic.ordered:
+            merged = (
+                self.op("Reshape", part, self.integers(0, 0, heads * self.shape.head_dim)) for part in (key, value)
+            )
+            mixed = self.op("Attention", query, *merged, bias, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
+            return self.op("Reshape", mixed, columns)
+        if bias not in self._attention:
+            self._attention[bias] = OrderedAttention(self, self.shape, bias, None, scale=1.0)
+        keys_first = (self.op("Transpose", part, perm=[1, 0, 2, 3]) for part in (key, value))
+        return self.op("Reshape", self._attention[bias].attend(query, *keys_first), columns)
 
     def feed_forward(self, layer: Module, hidden: str) -> str:
         """Write wo(f(wi(x))), or wo(f(wi_0(x)) * wi_1(x)) with a gate."""
@@ -60,7 +92,7 @@ class _T5Blocks(DecoderGraph):
         return self.project(self.op("Mul", inner, gates[0]) if gated else inner, block.wo)[0]
 
     def bias_of(self, distance: str, stack: Module, *, back: int, ahead: int) -> str:
-        """Look up the position bias: int64 distances [batch, new, all] -> float32 [batch, heads, new, all].
+        """Look up the position bias: int64 distances [batch, new, all] -> T [batch, heads, new, all].
 
         A distance counts tokens from a query to a key; it is cut to -back .. ahead.
         """
@@ -73,9 +105,6 @@ class _T5Blocks(DecoderGraph):
 
 class T5EncoderGraph(_T5Blocks):
     """The encoder over one prompt, and the projections of its result to the decoder's cross-attention."""
-
-    def __init__(self, model: PreTrainedModel, data: BinaryIO) -> None:
-        super().__init__(model, data, FloatArithmetic, ENCODER_DATA_FILE)
 
     def write_encoder(self) -> onnx.ModelProto:
         """Write the forward pass, and return the model."""
@@ -90,15 +119,13 @@ class T5EncoderGraph(_T5Blocks):
         crossing = [block.layer[1].EncDecAttention for block in model.decoder.block]
         rows = self.project(hidden, *(layer for cross in crossing for layer in (cross.k, cross.v)))
         shape = self.shape
-        for part, name in zip(
-            rows, encoder_outputs(shape.layers, shape.kv_heads, shape.head_dim, "float32"), strict=True
-        ):
+        outputs = encoder_outputs(shape.layers, shape.kv_heads, shape.head_dim, str(self.dtype).removeprefix("torch."))
+        for part, name in zip(rows, outputs, strict=True):
             self.op("Reshape", part, self.integers(-1, shape.kv_heads, shape.head_dim), name=name)
-        sizes = (shape.layers, shape.kv_heads, shape.head_dim, "float32")
-        return self.finished("encoder", ENCODER_INPUTS, encoder_outputs(*sizes))
+        return self.finished("encoder", ENCODER_INPUTS, outputs)
 
     def position_bias(self, encoder: Module) -> str:
-        """Write the position bias of all pairs of tokens, float32 [1, heads, tokens, tokens]."""
+        """Write the position bias of all pairs of tokens, T [1, heads, tokens, tokens]."""
         count = self.op("Squeeze", self.op("Shape", "input_ids"))
         zero, one = (self.tensor(torch.tensor(number)) for number in (0, 1))
         place = self.op("Range", zero, count, one)
@@ -110,7 +137,10 @@ class T5EncoderGraph(_T5Blocks):
         """Write attention between all tokens of the prompt."""
         block = layer.SelfAttention
         parts = self.project(self.norm(layer.layer_norm, hidden), block.q, block.k, block.v)
-        query, key, value = (self.op("Unsqueeze", part, self.integers(0)) for part in parts)
+        query, *rows = (self.op("Unsqueeze", part, self.integers(0)) for part in parts)
+        key, value = (
+            self.op("Reshape", part, self.integers(0, 0, self.shape.heads, self.shape.head_dim)) for part in rows
+        )
         return self.project(self.attend(query, key, value, bias), block.o)[0]
 
 
@@ -121,8 +151,8 @@ class _Rows:
     Attributes:
         least: int64 [1], encoder rows of the tree that has the fewest.
         most: int64 [1], encoder rows of the tree that has the most.
-        self_bias: float32 [batch, heads, new, past+new - least].
-        cross_bias: float32 [batch, 1, new, most].
+        self_bias: T [batch, heads, new, past+new - least].
+        cross_bias: T [batch, 1, new, most].
     """
 
     least: str
@@ -133,9 +163,6 @@ class _Rows:
 
 class T5DecoderGraph(_T5Blocks):
     """The decoder over token trees."""
-
-    def __init__(self, model: PreTrainedModel, data: BinaryIO) -> None:
-        super().__init__(model, data, FloatArithmetic)
 
     def write(self, code_tokens: Sequence[int]) -> None:
         """Write the whole forward pass."""
@@ -152,7 +179,8 @@ class T5DecoderGraph(_T5Blocks):
 
     def rows(self, decoder: Module) -> _Rows:
         """Tell encoder rows from the decoder's own, and write both biases; see the module."""
-        zero, lowest, one = (self.tensor(torch.tensor(number)) for number in (0.0, torch.finfo(torch.float32).min, 1.0))
+        zero, lowest = (self.cast_weight(torch.tensor(number)) for number in (0.0, torch.finfo(self.dtype).min))
+        one = self.tensor(torch.tensor(1.0))
         visible = self.op("Cast", self.op("Equal", "attn_bias", zero), to=TensorProto.FLOAT)
         # A row's place among the rows that a token sees, from 1; float32 counts exactly.
         place = self.op("CumSum", visible, self.tensor(torch.tensor(3)))
@@ -181,16 +209,11 @@ class T5DecoderGraph(_T5Blocks):
         self, layer: Module, hidden: str, rows: _Rows, past_kv: tuple[str, str], new_kv: tuple[str, str]
     ) -> str:
         """Write attention of the new tokens to those of their paths."""
-        block, shape = layer.SelfAttention, self.shape
+        block = layer.SelfAttention
         query, *parts = self.project(self.norm(layer.layer_norm, hidden), block.q, block.k, block.v)
         key, value = (
-            self.merged(
-                self.op(
-                    "Concat",
-                    self.behind(past, rows.least, axis=1),
-                    self.of_trees(part, shape.kv_heads, shape.head_dim, name=new),
-                    axis=1,
-                )
+            self.op(
+                "Concat", self.behind(past, rows.least, axis=1), self.of_trees(part, *self.kv_shape, name=new), axis=1
             )
             for past, part, new in zip(past_kv, parts, new_kv, strict=True)
         )
@@ -200,7 +223,7 @@ class T5DecoderGraph(_T5Blocks):
         """Write attention of the new tokens to the encoder rows."""
         block = layer.EncDecAttention
         query = self.project(self.norm(layer.layer_norm, hidden), block.q)[0]
-        key, value = (self.merged(self.before(past, rows.most, axis=1)) for past in past_kv)
+        key, value = (self.before(past, rows.most, axis=1) for past in past_kv)
         return self.project(self.attend(self.queries(query), key, value, rows.cross_bias), block.o)[0]
 
     def final(self, hidden: str) -> str:
@@ -209,15 +232,11 @@ class T5DecoderGraph(_T5Blocks):
         normed = self.norm(model.decoder.final_layer_norm, hidden)
         if not model.config.scale_decoder_outputs:
             return normed
-        return self.op("Mul", normed, self.tensor(torch.tensor(self.shape.hidden**-0.5)))
+        return self.op("Mul", normed, self.cast_weight(torch.tensor(self.shape.hidden**-0.5)))
 
     def queries(self, query: str) -> str:
         """Reshape [tokens, heads * head_dim] -> [batch, new, heads * head_dim]."""
         return self.of_trees(query, self.shape.heads * self.shape.head_dim)
-
-    def merged(self, split: str) -> str:
-        """Reshape [batch, rows, kv_heads, head_dim] -> [batch, rows, kv_heads * head_dim]."""
-        return self.op("Reshape", split, self.integers(0, 0, self.shape.kv_heads * self.shape.head_dim))
 
     def before(self, value: str, end: str, *, axis: int) -> str:
         """Slice an axis up to `end`."""

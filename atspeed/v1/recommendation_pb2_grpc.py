@@ -89,7 +89,7 @@ class RecommendationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordEvents(self, request, context):
-        """Appends items to a user's history.
+        """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

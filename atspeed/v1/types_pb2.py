@@ -24,19 +24,20 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61tspeed/v1/types.proto\x12\natspeed.v1\"I\n\x05\x41rray\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.atspeed.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"1\n\x0cPerturbation\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\"\xbd\x01\n\nEvaluation\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.atspeed.v1.Array\x12&\n\x0b\x63hild_start\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12 \n\x05\x63hild\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x1f\n\x04logp\x18\x04 \x01(\x0b\x32\x11.atspeed.v1.Array\x12#\n\x08log_mass\x18\x05 \x01(\x0b\x32\x11.atspeed.v1.Array\"\xa5\x02\n\tModelInfo\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x19\n\x11\x63\x61talogue_version\x18\x02 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x03 \x01(\t\x12-\n\x0cscoring_rule\x18\x04 \x01(\x0e\x32\x17.atspeed.v1.ScoringRule\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x15\n\rmax_positions\x18\x08 \x01(\r\x12\x11\n\tmax_nodes\x18\t \x01(\r\x12\x10\n\x08provider\x18\n \x01(\t\x12)\n\ncost_curve\x18\x0b \x01(\x0b\x32\x15.atspeed.v1.CostCurve\"\x83\x01\n\tCostCurve\x12%\n\nnew_tokens\x18\x01 \x01(\x0b\x32\x11.atspeed.v1.Array\x12(\n\rcached_tokens\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12%\n\nforward_ns\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\"\xd2\x02\n\x0ePassStatistics\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x14\n\x0cselection_ns\x18\x03 \x01(\x04\x12\x12\n\nnew_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x62\x61tch_requests\x18\x07 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x08 \x01(\r\x12\x11\n\tlookup_ns\x18\t \x01(\x04\x12\x43\n\rcached_tokens\x18\n \x03(\x0b\x32,.atspeed.v1.PassStatistics.CachedTokensEntry\x1a\x33\n\x11\x43\x61\x63hedTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01J\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07R\x14memory_cached_tokensR\x13redis_cached_tokens*}\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04*r\n\x0bScoringRule\x12\x1c\n\x18SCORING_RULE_UNSPECIFIED\x10\x00\x12\x16\n\x12SCORING_RULE_VOCAB\x10\x01\x12\x15\n\x11SCORING_RULE_TRIE\x10\x02\x12\x16\n\x12SCORING_RULE_CODES\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61tspeed/v1/types.proto\x12\natspeed.v1\"I\n\x05\x41rray\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.atspeed.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"1\n\x0cPerturbation\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\"\xbd\x01\n\nEvaluation\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.atspeed.v1.Array\x12&\n\x0b\x63hild_start\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12 \n\x05\x63hild\x18\x03 \x01(\x0b\x32\x11.atspeed.v1.Array\x12\x1f\n\x04logp\x18\x04 \x01(\x0b\x32\x11.atspeed.v1.Array\x12#\n\x08log_mass\x18\x05 \x01(\x0b\x32\x11.atspeed.v1.Array\"\xbd\x02\n\tModelInfo\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x19\n\x11\x63\x61talogue_version\x18\x02 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x03 \x01(\t\x12-\n\x0cscoring_rule\x18\x04 \x01(\x0e\x32\x17.atspeed.v1.ScoringRule\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x03\x12\x15\n\rmax_positions\x18\x08 \x01(\x05\x12\x11\n\tmax_nodes\x18\t \x01(\x05\x12\x10\n\x08provider\x18\n \x01(\t\x12)\n\ncost_curve\x18\x0b \x01(\x0b\x32\x15.atspeed.v1.CostCurve\x12\x16\n\x0eplan_invariant\x18\x0c \x01(\x08\"\x95\x01\n\tCostCurve\x12%\n\nnew_tokens\x18\x01 \x01(\x0b\x32\x11.atspeed.v1.Array\x12(\n\rcached_tokens\x18\x02 \x01(\x0b\x32\x11.atspeed.v1.Array\x12%\n\nforward_ms\x18\x04 \x01(\x0b\x32\x11.atspeed.v1.ArrayJ\x04\x08\x03\x10\x04R\nforward_ns\"\xa7\x03\n\x0ePassStatistics\x12\x10\n\x08queue_ms\x18\x0b \x01(\x01\x12\x12\n\nforward_ms\x18\x0c \x01(\x01\x12\x14\n\x0cselection_ms\x18\r \x01(\x01\x12\x12\n\nnew_tokens\x18\x04 \x01(\x05\x12\x16\n\x0e\x62\x61tch_requests\x18\x07 \x01(\x05\x12\x14\n\x0c\x62\x61tch_tokens\x18\x08 \x01(\x05\x12\x11\n\tlookup_ms\x18\x0e \x01(\x01\x12\x43\n\rcached_tokens\x18\n \x03(\x0b\x32,.atspeed.v1.PassStatistics.CachedTokensEntry\x12\x18\n\x10unordered_passes\x18\x0f \x01(\x05\x1a\x33\n\x11\x43\x61\x63hedTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01J\x04\x08\x01\x10\x04J\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07J\x04\x08\t\x10\nR\x08queue_nsR\nforward_nsR\x0cselection_nsR\tlookup_nsR\x14memory_cached_tokensR\x13redis_cached_tokens*}\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04*r\n\x0bScoringRule\x12\x1c\n\x18SCORING_RULE_UNSPECIFIED\x10\x00\x12\x16\n\x12SCORING_RULE_VOCAB\x10\x01\x12\x15\n\x11SCORING_RULE_TRIE\x10\x02\x12\x16\n\x12SCORING_RULE_CODES\x10\x03\x42\x41\n\x0e\x63om.atspeed.v1B\nTypesProtoP\x01Z\x14\x61tspeed/v1;atspeedv1\xaa\x02\nAtSpeed.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atspeed.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\016com.atspeed.v1B\nTypesProtoP\001Z\024atspeed/v1;atspeedv1\252\002\nAtSpeed.V1'
   _globals['_PASSSTATISTICS_CACHEDTOKENSENTRY']._loaded_options = None
   _globals['_PASSSTATISTICS_CACHEDTOKENSENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=1127
-  _globals['_DATATYPE']._serialized_end=1252
-  _globals['_SCORINGRULE']._serialized_start=1254
-  _globals['_SCORINGRULE']._serialized_end=1368
+  _globals['_DATATYPE']._serialized_start=1254
+  _globals['_DATATYPE']._serialized_end=1379
+  _globals['_SCORINGRULE']._serialized_start=1381
+  _globals['_SCORINGRULE']._serialized_end=1495
   _globals['_ARRAY']._serialized_start=38
   _globals['_ARRAY']._serialized_end=111
   _globals['_PERTURBATION']._serialized_start=113
@@ -44,11 +45,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATION']._serialized_start=165
   _globals['_EVALUATION']._serialized_end=354
   _globals['_MODELINFO']._serialized_start=357
-  _globals['_MODELINFO']._serialized_end=650
-  _globals['_COSTCURVE']._serialized_start=653
-  _globals['_COSTCURVE']._serialized_end=784
-  _globals['_PASSSTATISTICS']._serialized_start=787
-  _globals['_PASSSTATISTICS']._serialized_end=1125
-  _globals['_PASSSTATISTICS_CACHEDTOKENSENTRY']._serialized_start=1019
-  _globals['_PASSSTATISTICS_CACHEDTOKENSENTRY']._serialized_end=1070
+  _globals['_MODELINFO']._serialized_end=674
+  _globals['_COSTCURVE']._serialized_start=677
+  _globals['_COSTCURVE']._serialized_end=826
+  _globals['_PASSSTATISTICS']._serialized_start=829
+  _globals['_PASSSTATISTICS']._serialized_end=1252
+  _globals['_PASSSTATISTICS_CACHEDTOKENSENTRY']._serialized_start=1087
+  _globals['_PASSSTATISTICS_CACHEDTOKENSENTRY']._serialized_end=1138
 # @@protoc_insertion_point(module_scope)

@@ -120,7 +120,7 @@ class Perturbation(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Seed of the noise."""
+    """Seed of the noise, at least 0."""
     temperature: _builtins.float
     """Temperature; above 0."""
     def __init__(
@@ -208,6 +208,7 @@ class ModelInfo(_message.Message):
     MAX_NODES_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     COST_CURVE_FIELD_NUMBER: _builtins.int
+    PLAN_INVARIANT_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Hash of everything that scores and node ids depend on: weights, scoring rule, prompt, code tokens, catalogue snapshot. Replicas of
     one version are interchangeable. grpc.health.v1 reports their health as <service>/<model_version>, too.
@@ -230,6 +231,10 @@ class ModelInfo(_message.Message):
     """Maximum number of trie nodes in one message."""
     provider: _builtins.str
     """ONNX Runtime execution provider in use."""
+    plan_invariant: _builtins.bool
+    """True if no bit of a score depends on the other tokens of a pass. The model is made for it, and a check on this replica found it so
+    when the model was loaded.
+    """
     @_builtins.property
     def cost_curve(self) -> Global___CostCurve:
         """Time of a pass on this replica, measured at its start."""
@@ -248,10 +253,11 @@ class ModelInfo(_message.Message):
         max_nodes: _builtins.int = ...,
         provider: _builtins.str = ...,
         cost_curve: Global___CostCurve | None = ...,
+        plan_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost_curve", b"cost_curve"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bundle_name", b"bundle_name", "catalogue_version", b"catalogue_version", "cost_curve", b"cost_curve", "max_nodes", b"max_nodes", "max_positions", b"max_positions", "model_version", b"model_version", "parameters", b"parameters", "precision", b"precision", "provider", b"provider", "scoring_rule", b"scoring_rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bundle_name", b"bundle_name", "catalogue_version", b"catalogue_version", "cost_curve", b"cost_curve", "max_nodes", b"max_nodes", "max_positions", b"max_positions", "model_version", b"model_version", "parameters", b"parameters", "plan_invariant", b"plan_invariant", "precision", b"precision", "provider", b"provider", "scoring_rule", b"scoring_rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,7 +273,7 @@ class CostCurve(_message.Message):
 
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    FORWARD_NS_FIELD_NUMBER: _builtins.int
+    FORWARD_MS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def new_tokens(self) -> Global___Array:
         """int64 [n], ascending: tokens computed in the pass."""
@@ -277,19 +283,19 @@ class CostCurve(_message.Message):
         """int64 [c], ascending: tokens whose keys and values were computed before the pass."""
 
     @_builtins.property
-    def forward_ns(self) -> Global___Array:
-        """float64 [n * c], row-major: nanoseconds, as in PassStatistics.forward_ns. They do not fall along either axis."""
+    def forward_ms(self) -> Global___Array:
+        """float64 [n * c], row-major: milliseconds, as in PassStatistics.forward_ms. They do not fall along either axis."""
 
     def __init__(
         self,
         *,
         new_tokens: Global___Array | None = ...,
         cached_tokens: Global___Array | None = ...,
-        forward_ns: Global___Array | None = ...,
+        forward_ms: Global___Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "new_tokens", b"new_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "new_tokens", b"new_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "new_tokens", b"new_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "new_tokens", b"new_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,30 +327,33 @@ class PassStatistics(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    QUEUE_NS_FIELD_NUMBER: _builtins.int
-    FORWARD_NS_FIELD_NUMBER: _builtins.int
-    SELECTION_NS_FIELD_NUMBER: _builtins.int
+    QUEUE_MS_FIELD_NUMBER: _builtins.int
+    FORWARD_MS_FIELD_NUMBER: _builtins.int
+    SELECTION_MS_FIELD_NUMBER: _builtins.int
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
     BATCH_REQUESTS_FIELD_NUMBER: _builtins.int
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
-    LOOKUP_NS_FIELD_NUMBER: _builtins.int
+    LOOKUP_MS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    queue_ns: _builtins.int
-    """Nanoseconds that the pass waited for the model."""
-    forward_ns: _builtins.int
-    """Nanoseconds in the model, with the copies of cached keys and values. Each of the co-batched requests has the time of the whole
+    UNORDERED_PASSES_FIELD_NUMBER: _builtins.int
+    queue_ms: _builtins.float
+    """Milliseconds that the pass waited for the model."""
+    forward_ms: _builtins.float
+    """Milliseconds in the model, with the copies of cached keys and values. Each of the co-batched requests has the time of the whole
     pass.
     """
-    selection_ns: _builtins.int
-    """Nanoseconds for the choice of the best children."""
+    selection_ms: _builtins.float
+    """Milliseconds for the choice of the best children."""
     new_tokens: _builtins.int
     """Tokens computed in the pass."""
     batch_requests: _builtins.int
     """Number of co-batched requests, this one included. For several passes it is the maximum."""
     batch_tokens: _builtins.int
     """Tokens computed for all co-batched requests, padding included. For several passes it is the sum."""
-    lookup_ns: _builtins.int
-    """Nanoseconds of the lookup of the prompt's cached keys and values, before the first pass waits for the model."""
+    lookup_ms: _builtins.float
+    """Milliseconds of the lookup of the prompt's cached keys and values, before the first pass waits for the model."""
+    unordered_passes: _builtins.int
+    """Passes on a replica where the check of plan invariance failed: see ModelInfo.plan_invariant."""
     @_builtins.property
     def cached_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Prompt tokens whose keys and values were cached, by the name of the prefix cache's tier that held them: memory, redis."""
@@ -352,18 +361,19 @@ class PassStatistics(_message.Message):
     def __init__(
         self,
         *,
-        queue_ns: _builtins.int = ...,
-        forward_ns: _builtins.int = ...,
-        selection_ns: _builtins.int = ...,
+        queue_ms: _builtins.float = ...,
+        forward_ms: _builtins.float = ...,
+        selection_ms: _builtins.float = ...,
         new_tokens: _builtins.int = ...,
         batch_requests: _builtins.int = ...,
         batch_tokens: _builtins.int = ...,
-        lookup_ns: _builtins.int = ...,
+        lookup_ms: _builtins.float = ...,
         cached_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        unordered_passes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ns", b"forward_ns", "lookup_ns", b"lookup_ns", "new_tokens", b"new_tokens", "queue_ns", b"queue_ns", "selection_ns", b"selection_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "forward_ms", b"forward_ms", "lookup_ms", b"lookup_ms", "new_tokens", b"new_tokens", "queue_ms", b"queue_ms", "selection_ms", b"selection_ms", "unordered_passes", b"unordered_passes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -192,8 +192,8 @@ class DraftSession:
         trie = self._client.trie
         if not isinstance(reply, draft_pb2.PlanResponse):  # grpc.aio returns None for bytes that it cannot parse
             raise BadReplyError("the reply is not a PlanResponse")
-        if reply.passes > trie.levels:
-            raise BadReplyError(f"passes: must be at most {trie.levels}, got {reply.passes}")
+        if not 0 <= reply.passes <= trie.levels:
+            raise BadReplyError(f"passes: must be between 0 and {trie.levels}, got {reply.passes}")
         if len(reply.model_version) > _MAX_VERSION_LENGTH:
             raise BadReplyError(f"model_version: must have at most {_MAX_VERSION_LENGTH} characters")
         try:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 
 import grpc
 import numpy as np
@@ -24,10 +22,9 @@ import structlog
 from atspeed.concurrency.tasks import TaskSet
 from atspeed.engine.arrays import Int64
 from atspeed.engine.model.cost_curve import CostCurve
-from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import Evaluation
-from atspeed.engine.search.trie import ROOT, Trie, among
+from atspeed.engine.search.trie import ROOT, Trie
 from atspeed.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -41,6 +38,7 @@ from atspeed.rpc.affinity import Routes
 from atspeed.rpc.grpc_status import retry_after_seconds
 from atspeed.v1 import target_pb2, target_pb2_grpc, types_pb2
 from orchestrator.model_clients.model_request import PROBE_SECONDS, BadReplyError, ModelRequest, PlanUnansweredError
+from orchestrator.model_clients.pass_ledger import MadePass, PassLedger
 from orchestrator.planning.usage import Usage
 
 Stream = grpc.aio.StreamStreamCall[target_pb2.EvaluateRequest, target_pb2.EvaluateResponse]
@@ -119,33 +117,12 @@ class TargetClient:
         prefetches: bool = False,
         speculates: bool = False,
     ) -> TargetSession:
-        """Open the target for one request. Close it to free the state that the replica holds.
-
-        Args:
-            request: the prompt and everything else that the model needs.
-            max_children: number of children per node that the target returns; None for all.
-            beam_widths: beam widths of the target's autonomous search; None for no such search.
-            prefetches: whether the target may evaluate nodes in advance.
-            speculates: whether the caller may ask for more nodes than the search needs. If the target has no valid answer to
-                those, the caller asks again without them.
-        """
+        """Open a stream for one request; see `interfaces.TargetModel`."""
         return TargetSession(self, request, max_children, beam_widths, prefetches=prefetches, speculates=speculates)
 
 
-@dataclass(frozen=True)
-class _PassReply:
-    """Pass of a reply."""
-
-    evaluation: Evaluation
-    stats: PassStats
-
-
 class TargetSession:
-    """The target for one request; see `beam_loop.Target`.
-
-    Attributes:
-        usage: stats of the passes that the search has used.
-    """
+    """A stream to one replica after the other, for one request; see `interfaces.RequestTarget`."""
 
     def __init__(
         self,
@@ -163,19 +140,23 @@ class TargetSession:
         self._beam_widths = beam_widths
         self._prefetches = prefetches
         self._speculates = speculates
-        self._autonomous_passes: deque[_PassReply] = deque()  # passes that no call has asked for yet
+        self._ledger = PassLedger()
         self._stream: Stream | None = None
         self._route = ExitStack()
         self._nodes_on_stream: set[int] = set()
         self._reply_received = False
         self._refusals = 0
         self._calls = 0
-        self.usage = Usage()
+
+    @property
+    def usage(self) -> Usage:
+        """Return the stats of the passes that the search has used."""
+        return self._ledger.usage
 
     @property
     def has_next_pass(self) -> bool:
         """Return whether the target has made the next pass already."""
-        return bool(self._autonomous_passes)
+        return self._ledger.has_next
 
     async def evaluate(self, nodes: Int64) -> Evaluation:
         """Make one pass. Raises UnavailableError when no replica could answer, DeadlineExceededError when time is up.
@@ -185,9 +166,8 @@ class TargetSession:
         """
         self._calls += 1
         with tracing.span("evaluate", number=self._calls, nodes=len(nodes)):
-            passes = self._autonomous_passes
-            if passes and among(passes[0].evaluation.node, nodes).all():
-                return self._next_autonomous_pass()
+            if (made := self._ledger.next_for(nodes)) is not None:
+                return made
             started_ns = time.perf_counter_ns()
             try:
                 return await self._evaluate_with_retries(nodes)
@@ -203,15 +183,7 @@ class TargetSession:
                 self._stream.cancel()
             self._stream = None
         self._route.close()
-        self._autonomous_passes.clear()
-
-    def _next_autonomous_pass(self) -> Evaluation:
-        """Return the next pass of the autonomous search. Its time counts as its own wait, not as the first call's."""
-        reply = self._autonomous_passes.popleft()
-        pass_ns = reply.stats.queue_ns + reply.stats.forward_ns + reply.stats.selection_ns
-        self.usage.waits[0] -= pass_ns
-        self.usage.waits.append(pass_ns)
-        return self._count(reply)
+        self._ledger.clear()
 
     async def _evaluate_with_retries(self, nodes: Int64) -> Evaluation:
         for attempt in range(1, self._client.attempts + 1):
@@ -265,7 +237,7 @@ class TargetSession:
         return self._client.trie.levels if self._is_autonomous(nodes) else 1
 
     async def _evaluate_on_stream(self, nodes: Int64) -> Evaluation:
-        if self._autonomous_passes:
+        if self._ledger.has_next:
             raise BadReplyError("further: not the passes of a beam search")
         message = target_pb2.EvaluateRequest()
         self._reply_received = False
@@ -281,10 +253,10 @@ class TargetSession:
         if not isinstance(response, target_pb2.EvaluateResponse):
             raise BadReplyError("the stream ended before its reply")
         first, *further = self._read(response, asked, max_passes=self._max_passes(nodes))
-        self._autonomous_passes.extend(further)
+        self._ledger.add_ahead(further)
         self._nodes_on_stream.update(asked, *(reply.evaluation.node.tolist() for reply in further))
         self._reply_received = True
-        return self._count(first)
+        return self._ledger.count(first)
 
     def _open(self) -> Stream:
         # A retry goes to any replica: the affinity would lead to the replica that has just failed.
@@ -310,7 +282,7 @@ class TargetSession:
             prefetches=autonomous and self._prefetches,
         )
 
-    def _read(self, response: target_pb2.EvaluateResponse, asked: list[int], max_passes: int) -> list[_PassReply]:
+    def _read(self, response: target_pb2.EvaluateResponse, asked: list[int], max_passes: int) -> list[MadePass]:
         """Return a response's passes. Raises BadReplyError if there are too many, or the first is not over `asked`."""
         if response.model_version != self._client.model_version:
             # Scores of two models must not meet in one list.
@@ -324,7 +296,7 @@ class TargetSession:
             raise BadReplyError("evaluation.node: not the requested nodes")
         return replies
 
-    def _read_pass(self, evaluation: types_pb2.Evaluation, statistics: types_pb2.PassStatistics) -> _PassReply:
+    def _read_pass(self, evaluation: types_pb2.Evaluation, statistics: types_pb2.PassStatistics) -> MadePass:
         """Return one pass of a response. Raises BadReplyError if this request cannot have such a pass."""
         try:
             read = wire.evaluation(evaluation, "evaluation", self._client.trie)
@@ -333,16 +305,7 @@ class TargetSession:
             raise BadReplyError(str(error)) from error
         if not self._request.pruning.live(read.child).all():
             raise BadReplyError("evaluation.child: a child that the request has pruned")
-        return _PassReply(read, stats)
-
-    def _count(self, reply: _PassReply) -> Evaluation:
-        """Count a pass that the search uses, and return its evaluation."""
-        stats = reply.stats
-        if self.usage.passes:  # a second stream opens on the same prompt, which was counted on the first
-            stats = replace(stats, cached_tokens_by_tier={})
-        self.usage.costs.append(stats)
-        self.usage.passes += 1
-        return reply.evaluation
+        return MadePass(read, stats)
 
 
 async def _finish(stream: Stream) -> None:

@@ -43,7 +43,7 @@ class DraftSource(Protocol):
 
 
 class TargetState(Protocol):
-    """The part of a target that decides whether a plan is needed; see `target_client.TargetSession`."""
+    """The part of a target that decides whether a plan is needed; see `model_clients.interfaces.RequestTarget`."""
 
     @property
     def has_next_pass(self) -> bool:

@@ -1,8 +1,9 @@
 """Shadow checks: the target computes a share of the strict lists again, alone.
 
-The check runs after the reply and compares both lists. Strict lists are exact by construction, so a difference is a fault below
-the search: a kernel whose scores depend on the rest of the pass, a damaged cache, a replica with wrong weights. Too many
-differences disable speculation, and lists are then the target's own.
+The check runs after the reply and compares both lists, bit for bit. Strict lists are exact by construction, so a difference is a
+fault below the search: a kernel whose scores depend on the rest of the pass, a damaged cache, a replica with wrong weights. Too
+many differences disable speculation, and lists are then the target's own. A target that is not plan-invariant promises no bits:
+there the items are compared, and differences are counted only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import structlog
 from atspeed.concurrency.deadline import Deadline
 from atspeed.concurrency.tasks import TaskSet
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.search.list_comparison import RankedList, Verdict, compare_searches, largest_gap
+from atspeed.engine.search.list_comparison import RankedList, largest_gap
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import ResourceExhaustedError, ServiceError
 from atspeed.observability import tracing
@@ -59,11 +60,11 @@ class ShadowChecks:
     """Checks of lists after their replies. Not thread-safe.
 
     Attributes:
-        outcomes: number of checks by outcome: identical, near-tie, different, failed, or dropped because the service was busy.
+        outcomes: number of checks by outcome: identical, different, failed, or dropped because the service was busy.
         largest_gap: largest score difference at one rank.
     """
 
-    OUTCOMES = (*(verdict.value for verdict in Verdict), "failed", "dropped")
+    OUTCOMES = ("identical", "different", "failed", "dropped")
 
     def __init__(
         self,
@@ -122,14 +123,14 @@ class ShadowChecks:
 
     def _compare(self, served: Recommendation, alone: Recommendation, recommender: Recommender) -> str:
         sent, expected = RankedList.of(served.items), RankedList.of(alone.items)
-        verdict = compare_searches([*_levels(served), sent], [*_levels(alone), expected])
-        if verdict is not Verdict.NEAR_TIE:  # after a near-tie the two searches may end anywhere
-            self.largest_gap = max(self.largest_gap, largest_gap(sent, expected))
-        if verdict is Verdict.DIFFERENT:
-            if recommender.manifest.target.plan_invariant:  # float16 rounds too coarsely for exact lists
-                self._speculation_breaker.record_mismatch()
-            self._log_mismatch(served, sent, expected, recommender.catalogue)
-        return verdict.value
+        self.largest_gap = max(self.largest_gap, largest_gap(sent, expected))
+        if not (served.plan_invariant and alone.plan_invariant):  # scores are not promised, and swaps are no fault
+            return "identical" if sent.items == expected.items else "different"
+        if sent == expected:
+            return "identical"
+        self._speculation_breaker.record_mismatch()
+        self._log_mismatch(served, sent, expected, recommender.catalogue)
+        return "different"
 
     def _log_mismatch(
         self, served: Recommendation, sent: RankedList, expected: RankedList, catalogue: Catalogue
@@ -147,14 +148,6 @@ class ShadowChecks:
             catalogue_version=catalogue.version,
             speculation="on" if self._speculation_breaker.enabled else "off",
         )
-
-
-def _levels(served: Recommendation) -> list[RankedList]:
-    """Return the beams of a search, level by level."""
-    return [
-        RankedList(tuple(map(str, beams.node.tolist())), tuple(beams.score.tolist()))
-        for beams in served.diagnostics.memo.levels
-    ]
 
 
 def _target_only_params(served: Recommendation, catalogue: Catalogue) -> RecommendParams:

@@ -19,6 +19,7 @@ from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import TaskSet, background_task
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
+from atspeed.engine.bundle.prompts import read_items
 from atspeed.engine.search.trie import Trie
 from orchestrator.history import HistoryStore
 from orchestrator.model_clients.draft_client import DraftClient
@@ -164,7 +165,7 @@ class Snapshots:
 
     async def _open(self, bundle: Bundle, resources: AsyncExitStack) -> Snapshot:
         settings, manifest = self._settings, bundle.manifest
-        catalogue = await asyncio.to_thread(_warm_catalogue, bundle)
+        catalogue, prompts = await asyncio.to_thread(read_items, bundle)
         channels = ModelChannels(settings, resources)
         target = await self._target(manifest, catalogue.trie, channels)
         draft = await self._draft(manifest, catalogue.trie, channels)
@@ -175,6 +176,7 @@ class Snapshots:
         recommender = Recommender(
             manifest,
             catalogue,
+            prompts,
             target,
             draft,
             planner,
@@ -205,9 +207,3 @@ class Snapshots:
         max_items, timeout = self._settings.max_history_items, self._settings.redis_timeout_seconds
         step = min(manifest.target.prompt.drop_block, max_items)
         return HistoryStore(self._redis, max_items, trim_step=step, timeout_seconds=timeout)
-
-
-def _warm_catalogue(bundle: Bundle) -> Catalogue:
-    catalogue = bundle.catalogue()
-    catalogue.warm_up()
-    return catalogue

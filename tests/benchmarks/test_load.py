@@ -21,8 +21,9 @@ from atspeed.benchmarks.load import LoadResult, LoadRow, RequestOutcome, drive, 
 from atspeed.benchmarks.pass_metrics import SharedPasses
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
-from atspeed.client.recommender import RecommenderClient, RecommenderError
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import AsyncClient, Recommendation, RecommenderError, RecommendRequest
+from atspeed_client.reading import to_recommendation
+from atspeed_client.v1 import recommendation_pb2 as pb
 
 
 def outcome(
@@ -30,7 +31,7 @@ def outcome(
 ) -> RequestOutcome:
     """One request that was answered after so many seconds, with a prompt of ten tokens."""
     statistics = pb.Statistics(prompt_tokens=10, cached_tokens={"memory": cached}, target_passes=2)
-    reply = pb.RecommendResponse(statistics=statistics) if code == "OK" else None
+    reply = to_recommendation(pb.RecommendResponse(statistics=statistics), "") if code == "OK" else None
     return RequestOutcome(Arrival(at, kind, ("a",), 0), 0.001, seconds if reply else math.inf, code, reply)
 
 
@@ -82,20 +83,20 @@ class StallingClient:
     def __init__(self) -> None:
         self.calls = 0
 
-    async def send(self, request: pb.RecommendRequest) -> pb.RecommendResponse:
+    async def send(self, request: RecommendRequest) -> Recommendation:
         self.calls += 1
         if self.calls == 1:
             time.sleep(self.STALL)  # noqa: ASYNC251 - that is the point
-        if request.k == 13:
+        if request.message.k == 13:
             raise RecommenderError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
-        return pb.RecommendResponse()
+        return to_recommendation(pb.RecommendResponse(), "")
 
 
 async def test_latency_counts_from_the_planned_moment() -> None:
     """Requests that could not leave in time waited all the same: no coordinated omission."""
     arrivals = [Arrival(at, UserKind.NEW, ("a",), 0) for at in (0.0, 0.01, 0.1)]
-    requests = [pb.RecommendRequest(k=k) for k in (1, 13, 1)]
-    outcomes = await drive(cast(RecommenderClient, StallingClient()), arrivals, requests)
+    requests = [RecommendRequest("a", k=k) for k in (1, 13, 1)]
+    outcomes = await drive(cast(AsyncClient, StallingClient()), arrivals, requests)
     assert [one.code for one in outcomes] == ["OK", "RESOURCE_EXHAUSTED", "OK"]
     assert [one.arrival for one in outcomes] == arrivals
     assert outcomes[0].answered_after >= StallingClient.STALL

@@ -14,16 +14,18 @@ from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.benchmarks.services import ServiceOptions
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.mode import Mode
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import Recommendation
+from atspeed_client.reading import to_recommendation
+from atspeed_client.v1 import recommendation_pb2 as pb
 from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
 
 
-def reply(*, total: int = 28, extra: int = 0) -> pb.RecommendResponse:
+def reply(*, total: int = 28, extra: int = 0) -> Recommendation:
     """A reply whose target took 12 ms in its model and 15 in all, its draft 4 and 6. In ms."""
     stages = {"history": 2 + extra, "target": 15, "target_forward": 12, "draft": 6, "draft_forward": 4, "selection": 1}
-    times = pb.StageTimes(**{f"{name}_ns": ms * 10**6 for name, ms in {**stages, "total": total + extra}.items()})
-    return pb.RecommendResponse(statistics=pb.Statistics(stage_times=times))
+    times = pb.StageTimes(**{f"{name}_ms": ms for name, ms in {**stages, "total": total + extra}.items()})
+    return to_recommendation(pb.RecommendResponse(statistics=pb.Statistics(stage_times=times)), "")
 
 
 def test_overhead_is_time_outside_of_the_models() -> None:

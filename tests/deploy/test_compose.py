@@ -18,6 +18,7 @@ from atspeed.security.tokens import hash_token
 from tests.composed import ROOT, SCRIPTS, SECURE_FILES, Service, compose
 
 PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
+WEIGHTS_OF_7B = 13_500_000_000  # bytes, in float16
 VARIANTS = {"cpu": {"draft", "target"}, "gpu": {"draft-gpu", "target-gpu"}}
 
 
@@ -101,11 +102,24 @@ def test_gpus_are_reserved_in_the_gpu_profile_alone(ours: dict[str, Service], pr
         assert provider == ("cuda" if on_gpu else "cpu")
 
 
+def test_a_target_on_the_gpu_has_time_and_memory_for_its_weights(ours: dict[str, Service], profile: str) -> None:
+    """13 GB of weights: twice in memory while they load, beside the prefix cache; minutes from a slow disk."""
+    if profile == "cpu":
+        return
+    target = ours["target"]
+    kept = int(target["environment"]["ATSPEED_TARGET_KV_MEMORY_MB"]) << 20
+    assert int(target["mem_limit"]) > kept + 2 * WEIGHTS_OF_7B
+    assert target["healthcheck"]["start_period"] == "15m0s"
+    assert target["healthcheck"]["interval"] == ours["orchestrator"]["healthcheck"]["interval"]
+
+
 def assert_starts_on(services: dict[str, Service]) -> None:
     """A service refuses to start on a variable that it does not know; OpenTelemetry reads OTEL_* by itself."""
     for settings in map(load, SERVICES):
         prefix = settings.model_config["env_prefix"]
-        variables = {name for name in services[settings.service]["environment"] if not name.startswith("OTEL_")}
+        variables = {
+            name for name in services[settings.service]["environment"] if not name.startswith(("OTEL_", "CUDA_"))
+        }
         fields = {variable.removeprefix(prefix).lower() for variable in variables}
         assert fields <= set(settings.model_fields)
         required = {field for field, info in settings.model_fields.items() if info.is_required()}
@@ -129,7 +143,7 @@ def test_each_service_listens_where_its_health_check_and_its_peers_look(ours: di
 
 @pytest.fixture(scope="module")
 def watching() -> dict[str, Service]:
-    """What the profile adds."""
+    """Return the services that the profile adds."""
     added = compose("--profile", "cpu", "--profile", "observability")["services"]
     return {name: service for name, service in added.items() if name not in compose()["services"]}
 
@@ -314,3 +328,28 @@ def test_with_a_canary_all_follow_two_links_in_one_folder(profile: str) -> None:
         (mount,) = [mount for mount in named[role]["volumes"] if mount["target"].startswith("/bundle")]
         assert (mount["source"], mount["target"], mount["read_only"]) == (str(ROOT / "mine"), "/bundle", True)
     assert named["orchestrator"]["environment"]["ATSPEED_ORCHESTRATOR_CANARY_SHARE"] == "0.05"
+
+
+# docker-compose.mps.yml
+
+
+def test_draft_and_target_are_clients_of_one_daemon_on_one_gpu() -> None:
+    files = ("-f", "docker-compose.yml", "-f", "deploy/docker-compose.mps.yml")
+    config = compose(*files, "--profile", "gpu", GPU="2", DRAFT_SHARE="20")
+    services = config["services"]
+    assert_starts_on({str(name).removesuffix("-gpu"): service for name, service in services.items()})
+    daemon = services["mps"]
+    for name in ("draft-gpu", "target-gpu"):
+        client = services[name]
+        assert client["ipc"] == "service:mps"
+        assert client["user"] == daemon["user"]
+        assert "mps" in client["depends_on"]
+        for part in (daemon, client):
+            (device,) = part["deploy"]["resources"]["reservations"]["devices"]
+            assert device["device_ids"] == ["2"]
+            pipes = [mount["target"] for mount in part["volumes"] if mount.get("source") == "mps"]
+            assert pipes == [part["environment"]["CUDA_MPS_PIPE_DIRECTORY"]]
+    limits = services["draft-gpu"]["environment"]
+    assert limits["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "20"
+    assert limits["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=8192M"
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in services["target-gpu"]["environment"]

@@ -63,7 +63,7 @@ def test_a_query_asks_for_metrics_and_labels_that_exist(query: str) -> None:
 
 
 def test_a_counter_is_only_asked_for_its_rate() -> None:
-    """Its value says how long a process has run."""
+    """A gauge with the seconds for which a process has run."""
     for query in queries():
         for series, _ in selectors(query):
             metric = METRICS.get(family(series))

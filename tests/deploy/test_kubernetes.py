@@ -10,7 +10,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from atspeed.engine.kv.memory_cache import KvLayout
 from atspeed.model_host.model_metrics import WAITING
+from atspeed.model_host.settings import ModelSettings
 from atspeed.observability.admission_metrics import QUEUED
 from tests.kubernetes_manifests import (
     FOLDER,
@@ -24,6 +26,7 @@ from tests.kubernetes_manifests import (
     settings_of,
 )
 
+WEIGHTS_OF_7B = 13_500_000_000  # bytes, in float16
 MODULES = {"draft": "draft_service", "target": "target_service", "orchestrator": "orchestrator"}
 
 
@@ -166,6 +169,15 @@ def limit(manifests: list[Manifest], service: str, name: str) -> int:
     return int(data.get(f"ATSPEED_{service.upper()}_{name.upper()}", settings_of(service).model_fields[name].default))
 
 
+def batched(manifests: list[Manifest], model: str) -> int:
+    """Requests of one shared pass, which depend on the model's device."""
+    data = of_kind(manifests, "ConfigMap")[f"atspeed-{model}"]["data"]
+    settings = settings_of(model).model_construct(provider=data.get(f"ATSPEED_{model.upper()}_PROVIDER", "cpu"))
+    assert isinstance(settings, ModelSettings)
+    assert f"ATSPEED_{model.upper()}_BATCH_REQUESTS" not in data
+    return settings.batch_limits(KvLayout(1, 1, 1, "float16", 1)).requests
+
+
 @pytest.mark.parametrize("model", ["target", "draft"])
 def test_saturated_orchestrators_make_the_models_scale(manifests: list[Manifest], model: str) -> None:
     """From the fewest replicas to the most: each recommendation has one pass that runs or waits, at most."""
@@ -173,7 +185,7 @@ def test_saturated_orchestrators_make_the_models_scale(manifests: list[Manifest]
     (metric,) = (found["pods"] for found in scalers[model]["metrics"])
     assert metric["metric"]["name"] == WAITING.name
     streams = limit(manifests, "orchestrator", "max_running")
-    together = limit(manifests, model, "batch_requests")
+    together = batched(manifests, model)
     for orchestrators, models in (
         (scalers["orchestrator"]["minReplicas"], scalers[model]["minReplicas"]),
         (scalers["orchestrator"]["maxReplicas"], scalers[model]["maxReplicas"] - 1),
@@ -229,17 +241,55 @@ def test_gpus_are_asked_for_in_their_overlay_alone(manifests: list[Manifest], ov
         assert data.get(f"ATSPEED_{name.upper()}_PROVIDER") == ("cuda" if on_gpu else None)
 
 
-# components/canary
+def test_a_target_on_a_gpu_has_time_and_memory_for_its_weights(manifests: list[Manifest], overlay: str) -> None:
+    """13 GB of weights: twice in memory while they load, beside the prefix cache; minutes from a slow volume."""
+    if not overlay.startswith("gpu"):
+        return
+    container = containers(manifests)["target"]
+    kept = limit(manifests, "target", "kv_memory_mb")
+    gib = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+    assert gib * 2**30 > kept * 2**20 + 2 * WEIGHTS_OF_7B
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 900
+    # The rollout must not be given up before the pod is.
+    assert of_kind(manifests, "Deployment")["target"]["spec"]["progressDeadlineSeconds"] > 900
+
+
+# components above overlays
+
+
+def above(tmp_path: Path, overlay: str, component: str) -> list[Manifest]:
+    """What an overlay of one's own applies: one of ours with a component."""
+    parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / component}
+    own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    return built(tmp_path)
+
+
+@pytest.mark.parametrize("overlay_with_gpu", ["gpu", "gpu-secure"])
+@pytest.mark.parametrize(
+    ("component", "target", "draft"),
+    [
+        ("gpu-mps", "nvidia.com/gpu.shared", "nvidia.com/gpu.shared"),
+        ("gpu-slices", "nvidia.com/mig-4g.71gb", "nvidia.com/mig-1g.18gb"),
+    ],
+)
+def test_draft_and_target_can_share_a_gpu(
+    component: str, target: str, draft: str, overlay_with_gpu: str, tmp_path: Path
+) -> None:
+    found = above(tmp_path, overlay_with_gpu, component)
+    for manifest in found:
+        kubernetes_validate.validate(manifest, "1.34", strict=True)
+    for name, asked in (("target", target), ("draft", draft)):
+        limits = containers(found)[name]["resources"]["limits"]
+        assert {kind: number for kind, number in limits.items() if kind.startswith("nvidia.com/")} == {asked: 1}
 
 
 def test_with_the_canary_component_all_follow_two_links_in_the_volume(
     manifests: list[Manifest], overlay: str, tmp_path: Path
 ) -> None:
-    parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / "canary"}
-    own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
-    own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    for name, found in of_kind(built(tmp_path), "ConfigMap").items():
+    for name, found in of_kind(above(tmp_path, overlay, "canary"), "ConfigMap").items():
         role = name.removeprefix("atspeed-")
         of, before = f"ATSPEED_{role.upper()}_", of_kind(manifests, "ConfigMap")[name]["data"]
         changed = {key: value for key, value in found["data"].items() if before.get(key) != value}

@@ -42,7 +42,7 @@ def plain() -> list[Manifest]:
 
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the Secrets hold, a folder for each by its name and a file for each of its keys."""
+    """Content of the Secrets: a folder for each by its name and a file for each of its keys."""
     root = tmp_path_factory.mktemp("secrets")
     made = LocalCertificates(root / "made")
     for name in PORTS:
@@ -63,7 +63,7 @@ def entry(name: str, scope: str) -> str:
 
 
 def mounted(manifests: list[Manifest], service: str, secrets: Path, folder: Path) -> Path:
-    """A folder as the pod sees its own under /secrets."""
+    """Folder that has the content of the pod's folder under /secrets."""
     pod = pods(manifests)[service]
     (volume,) = (found["projected"] for found in pod["volumes"] if found["name"] == "secrets")
     (mount,) = (found for found in pod["containers"][0]["volumeMounts"] if found["name"] == "secrets")
@@ -117,7 +117,7 @@ async def test_secured_pods_start_and_their_probes_get_in(
 
 
 def test_secured_pods_are_set_up_as_secured_containers_are(secure: list[Manifest], plain: list[Manifest]) -> None:
-    """The same settings as docker-compose.secure.yml makes; where Redis is a Secret says here, and it has a CA of its own."""
+    """The settings are those of docker-compose.secure.yml, but for a Secret with Redis's URL and a CA of its own."""
     composed = yaml.safe_load((ROOT / "deploy" / "docker-compose.secure.yml").read_text())["services"]
     for name in PORTS:
         expected = {key: value for key, value in composed[name]["environment"].items() if "REDIS_URL" not in key}

@@ -22,22 +22,16 @@ _NOT_SOURCE = shutil.ignore_patterns(
 
 _BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
-# An application that imports packages of its own, then this project's client, and makes a request with it.
+# An application that imports packages of its own, then this project's command line.
 _APPLICATION = f"""
-import asyncio
 import sys
 
 import {", ".join(COMMON_NAMES)}
-from atspeed.client import RecommenderClient
-from atspeed.client.recommender import recommend_request
-
-async def main():
-    async with RecommenderClient("127.0.0.1:1") as recommender:
-        assert isinstance(recommender, RecommenderClient)
-    return recommend_request("alice", k=3).k
+from atspeed.cli import connection
+from atspeed.rpc.channels import target_uri
 
 print(*[package.OWNER for package in ({", ".join(COMMON_NAMES)})])
-print(asyncio.run(main()))
+print(target_uri(connection.LOCAL))
 print(*sorted({{
     module.__file__ for name, module in sys.modules.items()
     if name.partition(".")[0] in {sorted(PACKAGES)} and module.__file__
@@ -45,14 +39,24 @@ print(*sorted({{
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy, so that the checkout stays clean and an old build folder adds nothing."""
-    source, out = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, source, ignore=_NOT_SOURCE)
+def copied_sources(folder: Path) -> Path:
+    """A copy of the source tree; links become files."""
+    shutil.copytree(ROOT, folder / "checkout", ignore=_NOT_SOURCE)
+    return folder / "checkout"
+
+
+def built_wheel(source: Path, out: Path) -> Path:
+    """The wheel of the distribution whose pyproject.toml is in `source`."""
     done = subprocess.run([sys.executable, "-c", _BUILD, str(out)], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy, so that the checkout stays clean and an old build folder adds nothing."""
+    source = copied_sources(tmp_path_factory.mktemp("source"))
+    return built_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +80,12 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(application: Path, unpacked: Path, *arguments: str) -> str:
-    """Run Python in the application's folder: its packages come first on the path, then the wheel's."""
-    path = os.pathsep.join([str(application), str(unpacked)])
+    """Run Python in the application's folder: its packages come first on the path, then the wheel's, then the client."""
+    client = unpacked.parent / "client"
+    if not client.exists():
+        client.mkdir()
+        shutil.copytree(ROOT / "atspeed_client", client / "atspeed_client")
+    path = os.pathsep.join([str(application), str(unpacked), str(client)])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ATSPEED_")}
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -96,7 +104,7 @@ def test_wheel_top_level_names_are_the_four_packages(unpacked: Path) -> None:
 
 
 def test_wheel_holds_every_module_of_its_packages_and_nothing_else(unpacked: Path) -> None:
-    """Neither tests nor studies are in it, and every generated stub and the marker of typed packages are."""
+    """The wheel holds no test and no study, but every generated stub and the marker of typed packages."""
 
     def files(root: Path) -> set[str]:
         found = {path.relative_to(root) for package in PACKAGES for path in (root / package).rglob("*")}
@@ -105,18 +113,18 @@ def test_wheel_holds_every_module_of_its_packages_and_nothing_else(unpacked: Pat
     held = files(unpacked)
     assert held == files(ROOT)
     assert "atspeed/py.typed" in held
-    for contract in ("draft", "recommendation", "target", "types"):
+    for contract in ("draft", "errors", "recommendation", "target", "types"):
         stubs = {f"atspeed/v1/{contract}_pb2{part}" for part in (".py", ".pyi", "_grpc.py", "_grpc.pyi")}
         assert stubs <= held
     assert not {part for path in held for part in Path(path).parts} & {"tests", "research", "conftest.py"}
 
 
-def test_application_with_packages_of_common_names_imports_its_own_and_the_client(
+def test_application_with_packages_of_common_names_imports_its_own_and_the_wheels(
     application: Path, unpacked: Path
 ) -> None:
-    owners, k, *loaded = _run(application, unpacked, "main.py").splitlines()
+    owners, target, *loaded = _run(application, unpacked, "main.py").splitlines()
     assert owners.split() == ["application"] * len(COMMON_NAMES)
-    assert k == "3"
+    assert target == "ipv4:127.0.0.1:50051"
     assert loaded
     assert [path for path in loaded if not Path(path).is_relative_to(unpacked)] == []
 

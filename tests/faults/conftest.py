@@ -114,7 +114,7 @@ def asking(client: Client, cases: Sequence[Case], **fields: Any) -> list[Callabl
 
 
 def assert_all_right(replies: Sequence[pb.RecommendResponse], cases: Sequence[Case]) -> None:
-    """Every request was answered with the target's own list, and a degraded reply says why."""
+    """Every request gets the target's own list, and a degraded reply gives its reason."""
     for reply, case in zip(replies, cases, strict=True):
         assert_same_list(reply, case.expected)
         assert reply.exactness.exact

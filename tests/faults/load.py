@@ -1,4 +1,4 @@
-"""Requests without a pause from several callers, for as long as something else goes wrong."""
+"""Requests without a pause from several callers while a fault happens."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _TIMEOUT_SECONDS = 20.0
 
 @dataclass
 class Outcome:
-    """What became of the requests. seconds: how long those took that ended with a code. details: what failures said."""
+    """Outcomes of requests. seconds: how long those took that ended with a code. details: texts of the failures."""
 
     lasted: float = 0.0
     codes: Counter[str] = field(default_factory=Counter)
@@ -47,11 +47,11 @@ class Caller:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def at_once(self, callers: int, seconds: float) -> Future[Outcome]:
-        """So many callers, each of which asks again when it has its answer."""
+        """Run so many callers, each of which asks again when it has its answer."""
         return self._pool.submit(_run, self._address, self._requests, seconds, callers, 0.0)
 
     def at_rate(self, rate: float, seconds: float) -> Future[Outcome]:
-        """So many requests a second."""
+        """Send so many requests a second."""
         return self._pool.submit(_run, self._address, self._requests, seconds, 0, rate)
 
     def __enter__(self) -> Self:

@@ -83,7 +83,7 @@ WITHIN = [LIVENESS_SECONDS, pytest.param(1.0, marks=pytest.mark.long)]
 def test_a_flood_that_is_cancelled_leaves_nothing_behind(
     target: ServiceProcess, channel: grpc.Channel, version: str, within: float
 ) -> None:
-    """Nor is any of it computed. The streams beyond the queue are refused at once."""
+    """No part of such a request is computed. The streams beyond the queue are refused at once."""
     before = passes(target)
     calls = flood(channel, [question(version, SHORT, n) for n in range(PLACES)], LIVENESS_SECONDS)
     until(lambda: waiting(target) == PLACES)

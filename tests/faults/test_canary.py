@@ -1,4 +1,4 @@
-"""A canary beside the stable bundle: who is served by which, and what happens as it comes, grows, is promoted, fails and goes."""
+"""A canary beside the stable bundle: users of each, while it appears, grows, is promoted, fails and is removed."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Shop:
 
     @property
     def both(self) -> Sequence[str]:
-        """Where the orchestrators listen."""
+        """Addresses of the orchestrators."""
         return [orchestrator.address for orchestrator in self.stack.orchestrators]
 
     def infos(self) -> list[pb.GetServiceInfoResponse]:
-        """What each orchestrator says."""
+        """Service info of each orchestrator."""
         found = []
         for address in self.both:
             with Client(address) as client:
@@ -77,7 +77,7 @@ class Shop:
         until(lambda: {info.versions.bundle for info in self.infos()} == {bundle.manifest.version})
 
     def serves_old_alone(self, target: ServiceProcess) -> bool:
-        """Whether a target has let go of all other versions."""
+        """Return true if a target has unloaded all other versions."""
         return scrape(target).total("atspeed_model_info") == 1
 
     def check(self, user: User, reply: pb.RecommendResponse) -> None:
@@ -116,7 +116,7 @@ class Load:
                 self.answers.append((user, reply.versions.bundle))
 
     def round(self) -> list[tuple[User, str]]:
-        """What the users get from now on until each has asked once or more."""
+        """Lists of the users from now on, until each has asked at least once."""
         now, first = time.monotonic(), len(self.answers)
         most = first + len(self._callers) + USERS  # those on their way began before
         until(lambda: len(self.answers) >= most or any(caller.done() for caller in self._callers))

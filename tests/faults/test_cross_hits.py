@@ -41,7 +41,7 @@ Logp = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class World:
-    """What decides about keys and values. replicas: who serves it. model: the checkpoint that it was exported from."""
+    """Configuration that decides keys and values. replicas: its services. model: the checkpoint that it was exported from."""
 
     bundle: Bundle
     model: PreTrainedModel
@@ -67,7 +67,7 @@ class World:
         return np.asarray(logp.numpy()[tokens[trie.column(trie.children(ROOT))]])
 
     def blocks(self, prompt: npt.NDArray[np.int64], user_key: bytes) -> list[tuple[object, ...]]:
-        """What each whole block of a prompt depends on. A catalogue and a tokenizer do so by the tokens alone."""
+        """Inputs of each whole block of a prompt. A catalogue and a tokenizer count by their tokens alone."""
         target = self.bundle.manifest.target
         same = (target.fingerprint, target.kv_dtype, self.tenant, user_key)
         return [(*same, prompt[: end + BLOCK].tobytes()) for end in range(0, len(prompt) - BLOCK, BLOCK)]
@@ -75,7 +75,7 @@ class World:
 
 @dataclass(frozen=True)
 class Answer:
-    """Of the root. logp: as `World.truth`. cached: prompt tokens that were not computed."""
+    """Evaluation of the root. logp: as `World.truth`. cached: prompt tokens that were not computed."""
 
     logp: Logp
     cached: int
@@ -201,7 +201,7 @@ class Trials:
 
 @pytest.fixture(scope="module")
 def trials(worlds: Mapping[str, World]) -> Trials:
-    """For all tests, since the process with a memory forgets nothing between them."""
+    """One process serves all tests, since its memory is kept between them."""
     return Trials(worlds)
 
 

@@ -1,4 +1,4 @@
-"""A draft that dies, hangs or sends invalid replies costs passes, never a list (method, section 4)."""
+"""A draft that ends, hangs or sends invalid replies costs passes, never a list (method, section 4)."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def failing(code: grpc.StatusCode, details: str) -> PlanAnswer:
     return answer
 
 
-class TestGone:
+class TestStopped:
     def degraded_then_well(
         self, client: Client, cases: list[Case], breaks: Callable[[], object], mends: Callable[[], object]
     ) -> None:
-        """Break it in the middle of a run, run on without it, mend it: lists are right throughout and the mark goes away."""
+        """All lists are right before, during and after the fault, and replies are degraded only during it."""
         assert not client.recommend(cases[0].history).degraded
         replies = storm(asking(client, cases * 2), {8: breaks})
         assert_all_right(replies, cases * 2)
@@ -82,7 +82,7 @@ class TestGone:
         until(lambda: self.plans_are_used(client, cases[:6]))
 
     def plans_are_used(self, client: Client, cases: list[Case]) -> bool:
-        """Whether any of these lists, all of them right, took something from a plan."""
+        """Return true if one of these lists, all of them right, used a node of a plan."""
         replies = storm(asking(client, cases), {})
         assert_all_right(replies, cases)
         return any(reply.statistics.nodes_used for reply in replies)
@@ -167,8 +167,8 @@ def invalid_replies(trie: Trie) -> dict[str, draft_pb2.PlanResponse | bytes]:
         ),
         "huge shape": plan([first], nodes=types_pb2.Array(dtype=types_pb2.DATA_TYPE_INT32, shape=[2**62], data=b"")),
         "huge message": plan([first], nodes=types_pb2.Array(dtype=types_pb2.DATA_TYPE_INT32, data=bytes(40_000_000))),
-        "times beyond all bounds": plan([first], statistics=types_pb2.PassStatistics(forward_ns=2**64 - 1)),
-        "passes beyond all bounds": plan([first], passes=2**32 - 1),
+        "times beyond all bounds": plan([first], statistics=types_pb2.PassStatistics(forward_ms=2.0**64)),
+        "passes beyond all bounds": plan([first], passes=2**31 - 1),
         "version beyond all bounds": plan([first], model_version="v" * 5_000_000),
         "evaluation of another type": plan([first], evaluation=lone_evaluation(trie, node=array([0], "int64"))),
         "evaluation of no nodes": plan([first], evaluation=lone_evaluation(trie, child_start=array([], "int64"))),
@@ -201,12 +201,12 @@ def blames_the_draft(reply: pb.RecommendResponse) -> bool:
     return all(name.startswith("DEGRADED_REASON_DRAFT_") for name in names)
 
 
-class TestNonsense:
+class TestInvalidReplies:
     @pytest.mark.parametrize("name", INVALID)
     def test_is_noticed(
         self, misled: Client, fake_draft: FakeDraft, catalogue: Catalogue, cases: list[Case], name: str
     ) -> None:
-        """Lists are the target's own, and the reply says that the draft was of no help."""
+        """Lists are the target's own, and replies are degraded by the draft."""
         fake_draft.answer = saying(invalid_replies(catalogue.trie)[name])
         replies = storm(asking(misled, cases[:4]), {})
         assert fake_draft.was_asked()

@@ -54,7 +54,7 @@ def passes(service: ServiceProcess) -> float:
 
 
 def at_rest(stack: LocalStack) -> bool:
-    """Whether no service holds anything for anybody."""
+    """Return true if no service holds anything for a request."""
     held = [
         gauge(service, name)
         for service in stack.services

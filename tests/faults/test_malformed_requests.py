@@ -147,7 +147,7 @@ async def talk(call: Any, messages: Sequence[bytes]) -> None:
 async def send_mutated(
     stack: LocalStack, valid: dict[str, Mapping[str, list[Message]]], count: int, seed: int
 ) -> Counter[Ending]:
-    """So many mutated requests, an equal share of each method's. How they ended."""
+    """Send so many mutated requests, an equal share for each method, and count how they end."""
     methods, ended = rpcs(), Counter[Ending]()
 
     async def some(method: MethodDescriptor, channel: grpc.aio.Channel, source: random.Random, share: int) -> None:

@@ -1,4 +1,4 @@
-"""Five times as many requests as a replica can serve: it serves as many as ever, and says no to the rest at once.
+"""Five times as many requests as a replica can serve: goodput stays, and the rest is refused at once.
 
 Times are the callers': from the call to its answer or refusal, as a process of their own sees it.
 """

@@ -1,4 +1,4 @@
-"""A Redis that dies, hangs, fills up or holds damaged entries: histories in requests never notice, stored ones say so."""
+"""A Redis that ends, hangs, fills up or holds damaged entries: calls with a history are served, others are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def long(cases: list[Case]) -> Case:
     return next(case for case in cases if len(case.history) >= WINDOW)
 
 
-class TestGone:
+class TestStopped:
     def runs_without(
         self,
         client: Client,
@@ -241,7 +241,7 @@ def test_something_that_is_no_redis(bundle: Path, cases: list[Case], log_folder:
 
 
 def test_a_history_that_is_none(client: Client, store: redis.Redis, cases: list[Case]) -> None:
-    """What another program left under a user's key is out of reach, for that user alone; forgetting mends it."""
+    """A value of another program under a user's key makes that user's history unreadable, until ForgetUser removes it."""
     store.set("history::user", "not a list")
     client.record("other", cases[0].history)
     with refused(grpc.StatusCode.UNAVAILABLE, "user_id"):

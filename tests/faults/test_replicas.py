@@ -1,4 +1,4 @@
-"""One of three replicas goes, in order or at once, while requests run: no caller notices, and no list changes."""
+"""One of three replicas ends, in order or at once, while requests run: no call fails and no list changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trio(redis_url: str, shared_trio: LocalStack) -> Iterator[LocalStack]:
 
 @pytest.fixture
 def balanced(trio: LocalStack) -> Iterator[Client]:
-    """A client that knows all three orchestrators."""
+    """Client with the addresses of all three orchestrators."""
     with Client.of_replicas([orchestrator.address for orchestrator in trio.orchestrators]) as client:
         yield client
 
@@ -51,7 +51,7 @@ def balanced(trio: LocalStack) -> Iterator[Client]:
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("kind", ["targets", "orchestrators", pytest.param("drafts", marks=pytest.mark.long)])
 def test_stopped_in_order(trio: LocalStack, balanced: Client, cases: list[Case], kind: str, times: int) -> None:
-    """SIGTERM: what runs on the replica ends there, what comes goes to the others; and it is found again when it is back."""
+    """After SIGTERM running calls end on the replica and new ones use the others. A restarted replica is used again."""
     replicas: list[ServiceProcess] = getattr(trio, kind)
     with Load(balanced, cases) as load:
         for number in range(times):

@@ -69,7 +69,7 @@ def _has_refused(service: ServiceProcess, bundles: float) -> bool:
 
 
 def _answered(replies: Sequence[object], wanted: int, callers: Sequence[Future[None]]) -> bool:
-    """Whether there are so many answers; also when a caller has failed."""
+    """Return true if there are so many answers, or if a caller has failed."""
     return len(replies) > wanted or any(caller.done() for caller in callers)
 
 

@@ -50,7 +50,7 @@ def leaking(service: str, bundle: Path, folder: Path, **variables: str) -> Itera
 
 
 def ports(process: subprocess.Popen[bytes], folder: Path) -> Mapping[str, int]:
-    """Where it listens, `port` and `metrics_port`, once it does."""
+    """Return `port` and `metrics_port` of the service, once it listens."""
     until(lambda: process.poll() is not None or (folder / "stdout").read_bytes().endswith(b"\n"))
     announced: Mapping[str, int] = json.loads((folder / "stdout").read_text())
     return announced

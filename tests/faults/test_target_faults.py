@@ -51,7 +51,7 @@ class TestOneOfTwo:
     def test_killed_with_streams_open(
         self, stack: LocalStack, client: Client, cases: list[Case], mode: pb.Mode.ValueType
     ) -> None:
-        """A replica that holds some of the streams dies, twice over; the other takes them up and no list changes."""
+        """A replica that holds some of the streams is killed, two times; the other takes them up and no list changes."""
         for victim in stack.targets:
             replicas = all_reached(client, stack.targets, cases)
             suspend(victim)
@@ -73,7 +73,7 @@ class TestOneOfTwo:
     def test_killed_again_and_again_while_requests_run(
         self, stack: LocalStack, client: Client, cases: list[Case]
     ) -> None:
-        """Four kills, turn and turn about, in the middle of a run: every request is answered with its list."""
+        """The replicas are killed in turn, four times in all, during a run: every request is answered with its list."""
         all_reached(client, stack.targets, cases)
         one, other = stack.targets
 
@@ -90,7 +90,7 @@ class TestOneOfTwo:
         assert_all_right(replies, cases * 6)
 
     def test_hanging(self, stack: LocalStack, client: Client, cases: list[Case]) -> None:
-        """Its connections stay, and nothing comes over them: the other one takes its streams up, and soon none goes there."""
+        """The connections stay open without any reply: the other replica takes the streams up, and soon gets all calls."""
         all_reached(client, stack.targets, cases)
         suspend(stack.targets[0])
         replies = storm(asking(client, cases), {}, concurrency=len(cases))
@@ -172,7 +172,7 @@ def other_code_tokens(manifest: Manifest) -> Manifest:
 
 
 @pytest.fixture(scope="module", params=[None, other_rule, other_code_tokens], ids=["catalogue", "rule", "code tokens"])
-def stranger(
+def other_version(
     request: pytest.FixtureRequest,
     shared_stack: LocalStack,
     bundle: Path,
@@ -180,14 +180,14 @@ def stranger(
     log_folder: Path,
 ) -> Iterator[ServiceProcess]:
     """A target that serves another catalogue, or the same weights in a way that gives other scores."""
-    folder = tmp_path_factory.mktemp("stranger")
+    folder = tmp_path_factory.mktemp("other_version")
     if request.param is None:
         new_bundle(folder, new_catalogue(seed=99))
     else:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
         write_manifest(folder, request.param(read_manifest(folder)))
     service = ServiceProcess(
-        "target_service", shared_stack.targets[0].flags | {"bundle": folder}, log_folder / "stranger.log"
+        "target_service", shared_stack.targets[0].flags | {"bundle": folder}, log_folder / "other_version.log"
     )
     service.start()
     yield service
@@ -195,9 +195,9 @@ def stranger(
 
 
 @pytest.fixture
-def mixed(stack: LocalStack, stranger: ServiceProcess, log_folder: Path) -> Iterator[Client]:
+def mixed(stack: LocalStack, other_version: ServiceProcess, log_folder: Path) -> Iterator[Client]:
     """An orchestrator that finds the right replica and the other one."""
-    flags = stack.orchestrators[0].flags | {"target": f"{stack.targets[0].address},{stranger.address}"}
+    flags = stack.orchestrators[0].flags | {"target": f"{stack.targets[0].address},{other_version.address}"}
     service = ServiceProcess("orchestrator", flags, log_folder / "mixed.log")
     service.start()
     with Client(service.address) as client:
@@ -209,19 +209,19 @@ class TestAnotherVersion:
     """A replica that serves another version, as in the middle of a rollout, beside one that serves the right one."""
 
     def test_the_right_replica_serves(self, mixed: Client, cases: list[Case]) -> None:
-        """Calls are balanced by the health of the version, so none ever goes to the stranger."""
+        """Calls are balanced by the health of the version, so no call reaches a replica of another version."""
         replies = [call() for call in asking(mixed, cases)]
         assert_all_right(replies, cases)
         assert sum(reply.statistics.target_retries for reply in replies) == 0
 
     def test_the_right_replica_serves_many_at_once(self, mixed: Client, cases: list[Case]) -> None:
-        """Nor when many requests share the channel: retries alone would meet the stranger thrice now and then."""
+        """The same holds for many requests on one channel, where retries alone would reach such a replica now and then."""
         assert_all_right(storm(asking(mixed, cases * 4), {}, concurrency=8), cases * 4)
 
     def test_when_no_replica_serves_the_version(
-        self, stack: LocalStack, mixed: Client, cases: list[Case], stranger: ServiceProcess
+        self, stack: LocalStack, mixed: Client, cases: list[Case], other_version: ServiceProcess
     ) -> None:
-        """The strangers alone are refused, not asked for other lists; the right one's return ends that."""
+        """Without the right replica calls are refused, and no other list is returned; they are served again when it is back."""
         recovered(mixed, cases[0].history)
         stack.targets[0].kill()
         for case in itertools.islice(cases, 4):

@@ -16,7 +16,7 @@ from tests.command_line import one_line, run
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> MadeCheckpoint:
-    """A checkpoint whose weights cannot be read: whoever reads them says so."""
+    """Checkpoint whose weights cannot be read: a reader of them fails."""
     made = make_checkpoint(tmp_path_factory.mktemp("made"), random_paths(30, 5), users=5)
     (made.folder / "model.safetensors").write_bytes(b"unreadable")
     return made

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atspeed.importing.bundle import ImportChoices, ImportFiles, ReadFiles, read_files
 from atspeed.importing.checkpoint import Source
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.layouts import LAYOUTS, PromptLayout
+from atspeed.importing.reading import ImportChoices, ImportFiles, ReadFiles, read_files
 from atspeed.importing.template import split_prompt
 from atspeed.importing.user_prompt import UserPrompt, user_prompt
 from tests.authors_prompts import PROMPTS
@@ -94,7 +94,7 @@ class Numbered(UserPrompt):
 def test_texts_that_change_are_refused_with_the_first_difference(
     made: MadeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atspeed.importing.bundle.UserPrompt", Numbered)
+    monkeypatch.setattr("atspeed.importing.reading.UserPrompt", Numbered)
     with pytest.raises(ImportingError) as caught:
         read(made, PromptLayout(segments=("Items: {history}.\n",), max_items=50))
     # The first history has one item, the second two; the third one's number 3 is the first that no separator holds.
@@ -115,7 +115,7 @@ def made_tokens(made: MadeCheckpoint, item: str) -> Any:
 
 
 def test_the_loaded_tokenizer_is_that_of_its_file(tmp_path: Path) -> None:
-    """transformers 5 builds a Qwen2 tokenizer anew, with other words; the file says how the model was trained."""
+    """transformers 5 builds a Qwen2 tokenizer anew, with other words. The file decides how the model was trained."""
     made = make_checkpoint(tmp_path, random_paths(10, 5), architecture="qwen2", tokenizer="unigram")
     loaded = Source(made.folder).tokenizer()
     text = "### Response:\n<a_1> items, and so on"

@@ -30,7 +30,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Pa
 
 @pytest.fixture(scope="session")
 def history(catalogue: Catalogue) -> list[str]:
-    """As long as the window."""
+    """A history as long as the window."""
     return random_history(catalogue, WINDOW, seed=5)
 
 
@@ -41,7 +41,7 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
-    """Time-outs that no load of the machine reaches, and plans that no timing decides: a test sees what the services decided."""
+    """Time-outs that no load of the machine reaches, and plans that depend on no time: tests see decisions of the services."""
     patient: dict[str, object] = {"redis-timeout-seconds": 10}
     flags: dict[str, dict[str, object]] = {
         "draft": patient | {"kv-redis": "always"},

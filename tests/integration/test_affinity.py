@@ -33,7 +33,7 @@ class WhoSettings(ServiceSettings):
 
 
 def registration(name: str) -> Registration:
-    """A service that says its name."""
+    """Service that replies with its name."""
 
     async def who(_request: StringValue, _context: object) -> StringValue:
         return StringValue(value=name)
@@ -115,7 +115,7 @@ async def test_removed_replica_moves_only_its_own_keys(target: str, replicas: di
 
 
 class TestRoutes:
-    """Which of two stubs a call gets; here the stubs are words."""
+    """Return which of two stubs a call gets; here the stubs are words."""
 
     def test_a_key_counts_for_as_many_calls_at_once_as_may_be(self) -> None:
         routes = Routes("in turn", "by key", max_calls=2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeCheckpoint:
 
 def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
     files = ("--index", made.index, "--histories", made.histories, "--out", out)
-    done = run("import", made.folder, "--prompt", "minionerec", *files, *options)
+    prompt = () if "--prompt" in options else ("--prompt", "minionerec")
+    done = run("import", made.folder, *prompt, *files, *options)
     assert done.exit_code == 0, done.output
     return out
 
@@ -134,6 +137,67 @@ def test_code_tokens_in_another_order_are_found_by_the_index(
     assert "and the bundle has" in message
 
 
+def test_numbered_titles_are_served_as_the_user_writes_them(made: MadeCheckpoint, tmp_path: Path) -> None:
+    """Lists of a bundle whose items have texts. It cannot get other items, whose texts need the tokenizer."""
+    items, prompt = tmp_path / "items.json", tmp_path / "prompt.txt"
+    items.write_text(
+        json.dumps({item: {"title": f"Pen {item}." if int(item) % 2 else f"({item}) "} for item in made.paths})
+    )
+    prompt.write_text("Items:\n{history}\n\n### Response:\n")
+    options = (
+        "--prompt",
+        prompt,
+        "--items",
+        items,
+        "--separator",
+        "\\n",
+        "--item",
+        "{number}. {title}",
+        "--max-items",
+        8,
+    )
+    bundle = imported(made, tmp_path / "bundle", *options)
+    done = parity(
+        made, bundle, *options, "--index", made.index, "--no-counts", "-k", 1, "-k", 10, "--json", tmp_path / "p.json"
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert {(row["prompts_different"], row["different"]) for row in rows} == {(0, 0)}
+    assert parity(made, bundle, "--no-counts", "-k", 5).exit_code == 0  # on the prompts of the bundle
+    removed = tmp_path / "removed.txt"
+    removed.write_text("5\n")
+    message = one_line(run("catalogue", "update", bundle, tmp_path / "next", "--remove", removed))
+    assert "target.prompt.texts: are those of the items of catalogue" in message
+    assert "import the checkpoint with the new items" in message
+
+
+def test_an_adapter_is_merged_and_unserved_items_are_left_out(made: MadeCheckpoint, tmp_path: Path) -> None:
+    """As `atspeed import` does both. Without the adapter the lists are another model's."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        adapted = peft.get_peft_model(
+            load_checkpoint(made.folder), peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"])
+        )
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    items = tmp_path / "items.txt"
+    items.write_text("\n".join(list(made.paths)[:40]))
+    adapter = ("--adapter", tmp_path / "adapter")
+    bundle = imported(made, tmp_path / "bundle", "--items", items, *adapter)
+    options = ("--prompt", "minionerec", "--index", made.index, "--no-counts", "-k", 10)
+    done = parity(made, bundle, *options, *adapter)
+    assert done.exit_code == 0, done.output
+    told = re.search(r"warning: (\d) of 8 histories hold items that are not served", " ".join(done.stderr.split()))
+    assert told is not None
+    assert int(told[1]) > 0
+    without = parity(made, bundle, *options)
+    assert without.exit_code == 1
+    assert "lists differ from Hugging Face generate" in without.stderr
+
+
 def np_columns(used: list[int]) -> tuple[int, int]:
     """Two codes that items have."""
     first, second = sorted(set(used))[:2]
@@ -154,4 +218,4 @@ def test_another_tail_is_told(made: MadeCheckpoint, tmp_path: Path) -> None:
 def test_options_of_the_prompt_need_it(made: MadeCheckpoint, bundle: Path) -> None:
     done = parity(made, bundle, "--index", made.index)
     assert done.exit_code == 2
-    assert "--tokenizer, --index, --separator and --max-items need --prompt" in done.stderr
+    assert "--tokenizer, --index, --items, --separator, --item and --max-items need --prompt" in done.stderr

@@ -25,7 +25,7 @@ FLAGS: dict[str, dict[str, object]] = {"target": {"warm-up-seconds": 0}, "draft"
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bundle_of_links_updated_serves_the_new_item(tmp_path: Path, layout: Layout) -> None:
-    """The links were copied as they were, and led nowhere from the new folder."""
+    """Links were once copied as they were, and their targets were missing in the new folder."""
     made = write_bundle(tmp_path / "plain", random_catalogue(40, (4, 4), seed=0))
     old = Bundle(layout(made.root, tmp_path / "linked"))
     new = update_catalogue(old, tmp_path / "new", {"new": (1, 2)}, [])

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and what is said."""
+    """Return the exit code and the output."""
     done = CliRunner().invoke(main.app, [str(argument) for argument in arguments])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.output
@@ -64,7 +64,7 @@ def lines_of(path: Path, *items: Mapping[str, object], end: str = "\n") -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_update_of_a_bundle_of_links_is_whole_by_itself(made: TestBundle, tmp_path: Path, layout: Layout) -> None:
-    """It said that all was well, of links that led nowhere."""
+    """The command once reported success for links whose targets were missing."""
     old, new = layout(made.root, tmp_path / "old"), tmp_path / "deep" / "new"
     assert run("bundle", "verify", old)[0] == 0
     assert run("catalogue", "update", old, new)[0] == 0
@@ -108,7 +108,7 @@ def test_update_into_the_bundle_itself_is_refused(made: TestBundle) -> None:
 
 
 def test_update_on_a_full_disk_leaves_nothing_and_can_be_repeated(made: TestBundle, tmp_path: Path) -> None:
-    """The rerun said that the folder was there already."""
+    """A second run once failed because the folder existed already."""
     done = run_short_of_disk("catalogue", "update", made.root, tmp_path / "new")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"{tmp_path}/new: not written: " in done.stderr
@@ -151,6 +151,10 @@ def more_root(folder: Path) -> Path:
         ([{"item_id": "x" * 268, "codes": [1, 1]}], "line 1: item_id: has 268 bytes, at most 256 are allowed"),
         ([{"item_id": "", "codes": [1, 1]}], "line 1: item_id: is empty"),
         ([{"item_id": "a\0", "codes": [1, 1]}], "line 1: item_id: ends in NUL"),
+        ([{"item_id": "a\nb", "codes": [1, 1]}], "line 1: item_id: holds a line end, so no line of a file can name it"),
+        ([{"item_id": "a\r", "codes": [1, 1]}], "line 1: item_id: holds a line end, so no line of a file can name it"),
+        ([{"item_id": " \t", "codes": [1, 1]}], "line 1: item_id: is blank, so no line of a file can name it"),
+        ([{"item_id": "a", "codes": [1]}], "add: 'a': [1] has 1 codes; those of the catalogue have 2"),
         ([{"item_id": "a", "codes": ["1", 1]}], "line 1: codes.0: "),
         ([{"item_id": "a", "codes": [1, 99]}], "add: 'a': [1, 99] is not a code path"),
     ],

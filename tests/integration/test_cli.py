@@ -96,7 +96,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_bench_lossless(made: TestBundle, tmp_path: Path) -> None:
-    """All rules; the result file says where it comes from."""
+    """All rules are compared, and the result file names its origin."""
     out = tmp_path / "lossless.json"
     options = ["--users", 6, "-k", 5, "--excluded", 10, "--rule", "all", "--json", out]
     result = run("bench", "lossless", "--bundle", made.root, *options)
@@ -186,7 +186,7 @@ def test_password_is_on_no_command_line(
 
 
 def test_up_ends_with_a_service_that_ends(made: TestBundle) -> None:
-    """Half a service is worse than none: the rest is stopped, the exit code says so."""
+    """After one service ends the rest is stopped, and the exit code is not 0."""
     with started("--bundle", made.root, "--port", 0) as process:
         read_line(process)
         assert process.stderr is not None

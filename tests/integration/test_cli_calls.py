@@ -16,7 +16,8 @@ from atspeed.cli import display
 from atspeed.engine.bundle.manifest import read_manifest, write_manifest
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client.reading import to_recommendation
+from atspeed_client.v1 import recommendation_pb2 as pb
 from tests.bundles import TestBundle, write_bundle
 from tests.catalogues import random_catalogue
 from tests.command_line import one_line, run
@@ -141,9 +142,9 @@ def lenient(made: TestBundle, redis_server: LocalRedis, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("arguments", "reason", "said"),
     [
-        (["nobody"], "COLD_START_NO_STORED_HISTORY", "no history is stored for this user"),
-        (["--history", ""], "COLD_START_EMPTY_HISTORY", "the history is empty"),
-        (["--history", "unheard-of"], "COLD_START_UNKNOWN_ITEMS", "no item of the history is in the catalogue"),
+        (["nobody"], "no-stored-history", "no history is stored for this user"),
+        (["--history", ""], "empty-history", "the history is empty"),
+        (["--history", "unheard-of"], "unknown-items", "no item of the history is in the catalogue"),
     ],
 )
 def test_list_without_history_warns(arguments: list[str], reason: str, said: str, lenient: str) -> None:
@@ -189,7 +190,8 @@ def test_unreachable_service_is_unavailable() -> None:
 
 def test_a_long_id_is_shown_whole() -> None:
     console = Console(width=80, file=io.StringIO())
-    reply = pb.RecommendResponse(items=[pb.RecommendedItem(rank=1, item_id="x" * 200, code_path=[1, 2, 3])])
+    items = [pb.RecommendedItem(rank=1, item_id="x" * 200, code_path=[1, 2, 3])]
+    reply = to_recommendation(pb.RecommendResponse(items=items), "")
     with console.capture() as shown:
         console.print(display.recommendation_table(reply))
     assert shown.get().count("x") == 200

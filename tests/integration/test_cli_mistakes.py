@@ -55,7 +55,7 @@ def kind_of(annotation: Any) -> Any:
 
 
 def spellings(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Command, name and spelling of every option and argument, as the command line knows them."""
+    """Command, name and spelling of every option and argument of the command line."""
     for name, below in getattr(command, "commands", {}).items():
         yield from spellings(below, (*path, name))
     yield from ((path, parameter.name, parameter.opts[0]) for parameter in command.params)

@@ -17,7 +17,7 @@ from tests.catalogues import tailed_catalogue
 from tests.oracles.naive_search import naive_beam_search
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.sequence_model import SequenceModel
-from tests.serving import NEAR_TIE, Client, assert_same_list, ids
+from tests.serving import ROUNDING, Client, assert_same_list, ids
 
 PER_PATH = 2
 CATALOGUE = tailed_catalogue(120, (7, 6, 5), seed=3)
@@ -71,7 +71,7 @@ def test_lists_are_those_of_the_naive_search(served: Client, made: TestBundle, h
         for mode in (pb.MODE_TARGET_ONLY, pb.MODE_STRICT):
             reply = served.recommend(history, k=widths[-1], beam_widths=widths, mode=mode)
             assert ids(reply) == [item for item, _ in expected]
-            assert [item.score for item in reply.items] == pytest.approx([s for _, s in expected], abs=NEAR_TIE)
+            assert [item.score for item in reply.items] == pytest.approx([s for _, s in expected], abs=ROUNDING)
             assert reply.scoring_rule == types_pb2.SCORING_RULE_CODES
             assert reply.exactness.exact
 
@@ -101,6 +101,17 @@ def test_replies_hold_the_codes_before_the_tail_and_count_the_items_of_a_path(se
     assert max(item.path_items for item in reply.items) > PER_PATH
 
 
+def test_the_service_tells_the_form_of_its_paths(served: Client) -> None:
+    """Counted in the paths themselves."""
+    info, paths = served.info(), set(map(tuple, CATALOGUE.codes.tolist()))
+    lengths = {len(CATALOGUE.spelled_codes(np.array([item]))[0]) for item in range(CATALOGUE.items)}
+    assert info.items_per_path == PER_PATH
+    assert (info.catalogue_items, info.catalogue_paths) == (CATALOGUE.items, len(paths))
+    assert list(info.level_sizes) == CATALOGUE.tail_start.tolist()
+    assert (info.shortest_path, info.longest_path) == (min(lengths), max(lengths))
+    assert info.scores_tail
+
+
 def test_a_request_may_set_its_own_limit_of_items_per_path(served: Client, made: TestBundle) -> None:
     for limit in (1, 3, NO_LIMIT):
         reply = served.recommend(HISTORIES[1], k=30, beam_width=30, items_per_path=limit)
@@ -120,4 +131,7 @@ def test_a_list_that_the_limit_shortens_says_so(served: Client) -> None:
     paths = len(set(NAIVE.items.values()))
     reply = served.recommend(HISTORIES[0], k=100, beam_width=100, items_per_path=1)
     assert len(reply.items) == paths < 100
-    assert reply.fewer_than_k_reason == f"only {paths} of 100 items came out of the search, at most 1 of a code path"
+    assert list(reply.fewer_than_k_reasons) == [pb.FEWER_THAN_K_REASON_ITEMS_PER_PATH]
+    assert (
+        reply.fewer_than_k_description == f"only {paths} of 100 items came out of the search, at most 1 of a code path"
+    )

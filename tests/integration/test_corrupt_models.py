@@ -130,7 +130,7 @@ def test_a_list_in_every_mode_where_there_is_one_without_plans(
 
 
 def assert_unharmed(reply: pb.RecommendResponse, expected: pb.RecommendResponse, mode: pb.Mode.ValueType) -> None:
-    """The list is the target's own, and a reply that did without a plan says so."""
+    """The list is the target's own, and a reply without a plan is degraded."""
     if mode != pb.MODE_RELAXED_SAMPLING or reply.degraded:
         assert_same_list(reply, expected)
     assert reply.degraded == bool(reply.degraded_reasons)
@@ -218,7 +218,7 @@ def test_a_plan_that_is_larger_than_the_target_takes_costs_no_list(
 def test_a_bundle_whose_target_gives_no_numbers_is_never_swapped_to(
     whole: Models, corrupt_code: CorruptCode, tmp_path: Path
 ) -> None:
-    """The orchestrator waits for a target that serves it, and none says so."""
+    """The orchestrator waits for a target that serves the version, and none does."""
     link = Link(tmp_path / "link", whole.bundle.bundle)
     broken = Bundle(copy(whole, tmp_path / "broken", "target", [EOH]))
     following: dict[str, object] = {"bundle-poll-seconds": 0.1}

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
+from atspeed_client import RecommendRequest
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
 from tests.serving import LIVENESS_SECONDS
@@ -87,7 +88,7 @@ async def test_strict_lists_with_the_draft_are_those_of_the_target_alone(made: M
         bundle, mode = served
         async with services(bundle, ServiceOptions(planner="fixed")) as client:
             users = [(user, k) for user in made.users[:12] for k in (1, 10, 20)]
-            requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user, k in users]
+            requests = [RecommendRequest(history=user, k=k, beam_width=k, mode=mode) for user, k in users]
             with progress_bar() as progress:
                 replies = await ask(client, requests, progress=progress, title="lists")
         lists[served] = [RankedList.of(reply.items) for reply in replies]
@@ -103,6 +104,20 @@ async def test_strict_lists_with_the_draft_are_those_of_the_target_alone(made: M
 def test_lists_of_the_new_bundle_are_those_of_generate(made: MadeCheckpoint, distilled: Path) -> None:
     options = ("--prompt", "minionerec", "--histories", made.histories, "--users", 6, "--no-counts", "-k", 10)
     done = run("bench", "parity", "--bundle", distilled, "--checkpoint", made.folder, *options)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_t5_gets_a_draft(tmp_path: Path) -> None:
+    """From a checkpoint with an encoder to a bundle with a draft, whose lists are those of generate."""
+    made = make_checkpoint(tmp_path, random_paths(60, 3), architecture="t5", tokenizer="t5")
+    files = ("--index", made.index, "--histories", made.histories, "--out", tmp_path / "bundle")
+    assert run("import", made.folder, "--prompt", "letter-tiger", *files).exit_code == 0
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    done = run(*command(made, tmp_path / "distilled"))
+    assert done.exit_code == 0, done.output
+    assert Bundle(tmp_path / "distilled").manifest.draft is not None
+    options = ("--prompt", "letter-tiger", "--histories", made.histories, "--users", 6, "--no-counts", "-k", 10)
+    done = run("bench", "parity", "--bundle", tmp_path / "distilled", "--checkpoint", made.folder, *options)
     assert done.exit_code == 0, done.output
 
 

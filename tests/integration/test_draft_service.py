@@ -175,7 +175,7 @@ class TestDraft:
 
     @pytest.mark.parametrize("levels", range(1, LEVELS + 1))
     def test_levels_are_passes(self, draft: grpc.Channel, version: str, catalogue: Catalogue, levels: int) -> None:
-        """As many as asked for, or as there are."""
+        """A plan has as many nodes as asked for, or as there are."""
         reply = draft_stub(draft).Plan(plan_request(version, levels=levels), timeout=LIVENESS_SECONDS)
         nodes = wire.node_ids(reply.nodes, "nodes", catalogue.trie)
         assert reply.passes == int(catalogue.trie.depth(nodes).max()) == min(levels, LEVELS - 1)
@@ -188,7 +188,7 @@ class TestDraft:
         assert np.bincount(catalogue.trie.depth(nodes))[1:].tolist() == [4] * (LEVELS - 1)
 
     def test_a_plan_is_for_a_beam_width(self, draft: grpc.Channel, version: str, catalogue: Catalogue) -> None:
-        """Which nodes are worth the same budget depends on how many beams the search has."""
+        """The nodes of a plan of one size depend on the number of beams of the search."""
         plans = [
             draft_stub(draft).Plan(
                 plan_request(version, max_nodes=20, width=20, beam_width=k), timeout=LIVENESS_SECONDS

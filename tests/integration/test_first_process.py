@@ -120,7 +120,7 @@ def test_a_first_process_ends_at_a_signal_whatever_it_is_at(bundle: Path, module
 
 
 def test_a_first_process_that_runs_services_stops_them_at_sigterm() -> None:
-    """Its exit code says that a signal ended it, and it releases its resources in order, like a benchmark or the demo."""
+    """The exit code names the signal, and resources are released in order, as by a benchmark or the demo."""
     with first_process("-c", HOLDER) as process:
         assert process.outer.stdout is not None
         assert process.outer.stdout.readline().startswith("redis://")

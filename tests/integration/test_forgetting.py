@@ -32,12 +32,15 @@ from tests.bundles import random_history
 from tests.serving import LIVENESS_SECONDS, WINDOW, Client, EvaluateStream, draft_stub, models, until
 
 
-@pytest.fixture(scope="module")
-def replicas(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
+@pytest.fixture(scope="module", params=["never", "always"], ids=["host", "paged"])
+def replicas(
+    request: pytest.FixtureRequest, bundle: Path, redis_server: LocalRedis, log_folder: Path
+) -> Iterator[LocalStack]:
     """Two drafts and two targets, asked in turn, so that all of them come to know a user."""
     kept: dict[str, object] = {"kv-redis": "always", "redis-timeout-seconds": 10, "threads": 1, "warm-up-seconds": 0}
+    kept |= {"kv-paged": request.param, "kv-device-mb": 32}
     patient: dict[str, object] = {"redis-timeout-seconds": 10, "draft-timeout-seconds": 30, "affinity-max-calls": 0}
-    folder = log_folder / "forgetting"
+    folder = log_folder / f"forgetting-{request.param}"
     folder.mkdir()
     flags = {"draft": kept, "target": kept, "orchestrator": patient}
     with LocalStack(bundle, redis_url=redis_server.url, drafts=2, targets=2, log_folder=folder, flags=flags) as stack:
@@ -175,7 +178,7 @@ def live_through(
     address: str, gate: Gate, replicas: LocalStack, redis_url: str, bundle: Path, catalogue: Catalogue, applied: bool
 ) -> None:
     """Blocking, beside the orchestrator's event loop."""
-    user = f"leaver-{applied}"
+    user = f"leaver-{applied}-{address}"  # replicas remember for a minute whom they have forgotten
     history = random_history(catalogue, WINDOW, seed=5000 + applied)
     probe = Prober(bundle, catalogue, user_cache_key("", user), history)
     with Client(address) as client, redis.Redis.from_url(redis_url) as store:

@@ -1,127 +1,138 @@
-"""`atspeed bench gpu` from end to end on the CPU, and its probes of passes."""
+"""`atspeed bench gpu` from end to end on the CPU."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from atspeed.benchmarks import gpu
-from atspeed.benchmarks.model_probe import bytes_per_second, bytes_read, probe_beams, probe_passes
+from atspeed.benchmarks import gpu, gpu_config, gpu_correctness, gpu_passes, model_probe
+from atspeed.benchmarks.gpu_config import GpuConfig
+from atspeed.benchmarks.made_models import make_large, small_checkpoint
+from atspeed.benchmarks.probe_trees import HostPasses, PagedPasses, ProbeTree
 from atspeed.cli.main import app
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.training.inflation import SHAPES, ModelShape
-from tests.bundles import TestBundle, random_model, write_run
-from tests.catalogues import random_catalogue
+from atspeed.engine.errors import DeviceError
+from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.training.inflation import ModelShape
+
+SHAPE = ModelShape(2, 64, 96, heads=4, kv_heads=2, head_dim=16, vocab_size=1200)
+LENGTHS: dict[str, Any] = {"passes": ((40, 9), (17, 1), (40, 30), (1, 5)), "shared": ((40, 5), (3, 2))}
+CONFIG = GpuConfig(provider="cpu", sizes=["small"], precision="float32", repeats=1, pool_mb=16)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
-    return write_run(tmp_path_factory.mktemp("run"), random_catalogue(200, (12, 10, 8), seed=3), seed=5)
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size and passes that take no time, and one family of models."""
+    for module in (gpu, gpu_passes):
+        monkeypatch.setattr(module, "SHAPES", {"small": SHAPE})
+    monkeypatch.setattr(gpu_correctness, "_MODELS", {"qwen3": gpu_correctness._MODELS["qwen3"]})
+    monkeypatch.setattr(gpu_passes, "_COPIED", 2**16)
+    monkeypatch.setattr(model_probe, "_COPIED_BYTES", 2**16)
+    monkeypatch.setattr(gpu_config, "GpuConfig", partial(GpuConfig, **LENGTHS))
 
 
-def test_all_measurements_are_written(made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = ModelShape(3, 96, 128, heads=8, kv_heads=4, head_dim=24, vocab_size=100)
-    monkeypatch.setattr(
-        gpu, "SHAPES", {"large": large, "draft": ModelShape(2, 64, 64, heads=4, kv_heads=4, head_dim=12)}
-    )
-    folders = f"--bundle {made.root} --work {tmp_path}/work --out {tmp_path}/out --provider cpu --precision float32"
-    sizes = "--size large+draft --users 2 --exact-users 3 --hf-users 1 -k 4 --threads 1"
-    probes = "--beams 5 --prompt-tokens 11 --repeats 1"
-    result = CliRunner().invoke(app, ["bench", "gpu", *f"{folders} {sizes} {probes}".split()])
-    assert result.exit_code == 0, result.output
-    [file] = (tmp_path / "out").glob("gpu-*.json")
-    written = json.loads(file.read_text())
-    assert written["header"]["device"] == "CPU"
-    assert written["header"]["command"]
+def run(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any], str]:
+    """The exit code, the result file and the messages of a run."""
+    file = tmp_path / "gpu.json"
+    given = ["--provider", "cpu", "--size", "small", "--precision", "float32", "--repeats", "1", "--pool-mb", "16"]
+    done = CliRunner().invoke(app, ["bench", "gpu", *given, "--json", str(file), "--threads", "1", *options])
+    return done.exit_code, json.loads(file.read_text()), done.stderr
+
+
+def test_a_whole_run_checks_first_and_measures_both_graphs(tmp_path: Path) -> None:
+    code, written, errors = run(tmp_path)
+    assert code == 0, errors
     rows = written["rows"]
-    exact = [row for row in rows if row["kind"] == "exactness"]
-    assert [(row["mode"], row["k"]) for row in exact] == [
-        (mode, k) for k in (5, 20) for mode in ("target-only", "strict")
-    ]
-    assert all(row["identical"] + row["near_ties"] == row["users"] == 3 for row in exact)
-    [size] = [row for row in rows if row["kind"] == "size"]
-    assert size["bundle"] == "random-inflated-large-draft"
-    assert size["inflated_from"]["target"] < size["parameters"]["target"]
-    lists = {(row["engine"], row["mode"], row["prefix"]): row for row in rows if row["kind"] == "decode"}
-    assert len(lists) == 3 * 2 + 1  # the perfect plan too, and Hugging Face once
-    assert lists["atspeed", "strict", "warm"]["different"] == 0
-    assert lists["transformers", "constrained", "cold"]["different"] == 0
-    passes = [row for row in rows if row["kind"] == "pass"]
-    assert [(row["cached_tokens"], row["new_tokens"]) for row in passes] == [
-        (cached, new) for cached in gpu.CACHED_TOKENS for new in gpu.NEW_TOKENS
-    ]
-    [beams] = [row for row in rows if row["kind"] == "beams"]
-    assert (beams["prompt_tokens"], beams["beams"], beams["codes"]) == (11, 5, 3)
-    # Asked again, it does not inflate again.
-    bundle = tmp_path / "work" / "large+draft-float32" / "bundle" / "manifest.json"
-    config = gpu.GpuConfig(provider="cpu", precision="float32", work=tmp_path / "work")
-    before = bundle.stat().st_mtime_ns
-    gpu.inflated("large+draft", made.bundle, bundle.parents[1], config)
-    assert bundle.stat().st_mtime_ns == before
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    assert kinds == ["correct", "machine", "made", "loaded", "pass", "shared", "blocks", "end"]
+    correct = [row for row in rows if row["kind"] == "correct"]
+    assert {(row["precision"], row["graph"]) for row in correct} == {
+        (precision, graph) for precision in ("float32", "float16") for graph in ("device", "host")
+    }
+    assert all(row["right"] and max(row["worst"]) < 1e-4 for row in correct if row["precision"] == "float32")
+    passes = Counter(row["graph"] for row in rows if row["kind"] == "pass")
+    assert passes == {"device": gpu_passes._EAGER, "host": len(LENGTHS["passes"])}
+    assert all(row["p50_ms"] > 0 and row["read_ms"] > 0 for row in rows if row["kind"] == "pass")
+    assert rows[-1] == {"kind": "end", "cut": []}
+    assert written["header"]["benchmark"] == "gpu"
+    assert written["header"]["minutes"] == 4
+
+
+def test_a_run_without_time_says_what_it_left_out(tmp_path: Path) -> None:
+    code, written, _ = run(tmp_path, "--minutes", "0")
+    assert code == 0
+    assert written["rows"] == [{"kind": "end", "cut": ["correctness", "machine", "passes of small"]}]
+
+
+def test_every_row_is_there_before_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is taken away leaves the rows that there are."""
+
+    def taken_away(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_passes, "machine", taken_away)
+    code, written, _ = run(tmp_path)
+    assert code != 0
+    assert [row["kind"] for row in written["rows"]] == ["correct"] * 4
+
+
+def test_a_part_that_fails_is_told_and_the_others_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: GpuConfig) -> Any:
+        raise DeviceError("the device is gone\nand more")
+
+    monkeypatch.setattr(gpu, "correctness", broken)
+    code, written, errors = run(tmp_path)
+    assert code == 1
+    assert written["rows"][0] == {"kind": "failed", "part": "correctness", "error": "the device is gone"}
+    assert written["rows"][-1]["kind"] == "end"
+    assert "not right on cpu: correctness: the device is gone" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("worst", [0.01, float("nan")])
+def test_a_graph_that_is_not_right_is_named(worst: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = gpu_correctness._scores
+    monkeypatch.setattr(
+        gpu_correctness,
+        "_scores",
+        lambda passes: [one + (worst if type(passes[0]).__name__ == "PagedPasses" else 0) for one in scores(passes)],
+    )
+    told = gpu.wrong(list(gpu_correctness.correctness(CONFIG)))
+    assert any("qwen3, float32, graph of the device" in line for line in told)
+    assert not any("graph of the host" in line for line in told)
+
+
+def test_made_models_have_the_weights_of_their_shape() -> None:
+    """As many bytes as the checkpoint would have; passes are finite, and every table is one of its own."""
+    made = make_large("qwen3", SHAPE, "float32", seed=1)
+    checkpoint = small_checkpoint("qwen3", SHAPE, seed=1)
+    bytes_of = {name: len(content) for name, content in made.device.weights.items()}
+    needed = 4 * sum(weight.numel() for weight in checkpoint.parameters())
+    (size,) = bytes_of.values()
+    assert needed <= size < needed + 4096 * 100
+    tree = ProbeTree.grown(SHAPE.vocab_size or 0, 9, 5)
+    found = HostPasses(made.on_host(RuntimeOptions()), tree).run(0, 14)
+    other = PagedPasses(made.on_device(RuntimeOptions(), 16), tree).run(0, 14)
+    np.testing.assert_allclose(found, other, atol=1e-5)
+    assert found.std() > 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--provider", "cpu", "--size", "7b+9b"], "--size 7b+9b: must be TARGET or TARGET+DRAFT"),
-        (["--provider", "cuda"], "--provider cuda: this torch has no CUDA; see deploy/gpu-setup.sh"),
+        (["--provider", "cpu", "--size", "9b"], "--size 9b: must be one of small"),
+        (["--provider", "cuda"], "--provider cuda: this onnxruntime has no CUDA; see deploy/gpu-setup.sh"),
     ],
 )
 def test_unusable_options_are_refused_at_once(
-    made: TestBundle, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    result = CliRunner().invoke(app, ["bench", "gpu", "--bundle", str(made.root), "--work", str(tmp_path), *options])
-    assert result.exit_code == 1
-    assert message in result.stderr
-
-
-class RecordingDecoder(Decoder):
-    """Remembers what it was asked to read: positions, how many tokens each sees, how many are cached, rows."""
-
-    def run(self, *arguments: Any) -> Any:
-        _, positions, visible, past, rows, _ = arguments
-        self.asked.append((positions.tolist(), visible.sum(axis=1).tolist(), past.shape[2], rows.tolist()))
-        return super().run(*arguments)
-
-    asked: list[tuple[list[int], list[int], int, list[int]]]
-
-
-@pytest.fixture
-def decoder(made: TestBundle) -> RecordingDecoder:
-    recording = RecordingDecoder(made.bundle.model_path("target"), RuntimeOptions())
-    recording.asked = []
-    return recording
-
-
-def test_beams_probe_makes_the_passes_of_a_search(decoder: RecordingDecoder) -> None:
-    """Level by level: prompt, two levels of beams. At once: the same tokens in one pass, each seeing its ancestors alone."""
-    row = probe_beams("x", decoder, 30, prompt=4, beams=3, codes=3, repeats=1)
-    prompt, first, second = decoder.asked[:3]
-    assert prompt == ([0, 1, 2, 3], [1, 2, 3, 4], 0, [3])
-    assert first == ([4, 4, 4], [5, 5, 5], 4, [0, 1, 2])
-    assert second == ([5, 5, 5], [6, 6, 6], 7, [0, 1, 2])
-    at_once = decoder.asked[-1]
-    assert at_once == ([0, 1, 2, 3, 4, 4, 4, 5, 5, 5], [1, 2, 3, 4, 5, 5, 5, 6, 6, 6], 0, list(range(3, 10)))
-    assert row.level_by_level_ms > 0
-    assert row.at_once_ms > 0
-
-
-def test_passes_probe_reads_siblings_behind_cached_tokens(decoder: RecordingDecoder) -> None:
-    rows = probe_passes("x", decoder, 30, 0.5, new=(1, 4), cached=(6,), repeats=1)
-    assert decoder.asked[0] == ([6], [7], 6, [0])
-    assert decoder.asked[-1] == ([6] * 4, [7] * 4, 6, [0, 1, 2, 3])
-    assert [(row.new_tokens, row.cached_tokens) for row in rows] == [(1, 6), (4, 6)]
-    assert all(row.times_read == pytest.approx(row.p50_ms / 0.5, abs=0.01) for row in rows)
-
-
-def test_bytes_read_leave_out_embedding_and_norms(made: TestBundle) -> None:
-    model = random_model("llama", 50, seed=1)
-    read = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "norm" not in name)
-    assert bytes_read(ModelShape.of(model.config), 50, 4) == 4 * read
-    assert bytes_per_second("cpu") > 1e6
-    assert set(gpu.SIZES) == {f"{size}+68m" for size in SHAPES if size in {"1.7b", "7b"}}
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    done = CliRunner().invoke(app, ["bench", "gpu", *options])
+    assert done.exit_code == 1
+    assert message in done.stderr

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.stack import LocalStack, ServiceProcess
@@ -59,6 +61,31 @@ class TestRoundTrip:
         assert client.record("user", ["item-300", "item-301"]).history_length == CAP
         assert client.history("user") == [*items[2:], "item-300", "item-301"]
 
+    def test_an_event_comes_back_with_all_its_fields(self, client: Client) -> None:
+        reply = client.recommend(["item-1"])
+        event = pb.Event(
+            item_id="item-2",
+            time=Timestamp(seconds=1_700_000_000, nanos=123_456_000),
+            type="click",
+            weight=0.0,
+            event_id="e-1",
+            recommendation_id=reply.recommendation_id,
+        )
+        request = pb.RecordEventsRequest(user_id="user", events=[event])
+        first, again = (client.stub.RecordEvents(request, timeout=LIVENESS_SECONDS) for _ in range(2))
+        assert (first.history_length, first.duplicate_events) == (1, 0)
+        assert (again.history_length, again.duplicate_events) == (1, 1)
+        stored = client.stub.GetHistory(pb.GetHistoryRequest(user_id="user"), timeout=LIVENESS_SECONDS)
+        assert list(stored.events) == [event]
+
+    def test_a_late_event_changes_the_list_as_its_time_says(self, client: Client, catalogue: Catalogue) -> None:
+        first, late, last = random_history(catalogue, 3, seed=12)
+        for item, seconds in ((first, 10), (last, 30), (late, 20)):
+            event = pb.Event(item_id=item, time=Timestamp(seconds=seconds))
+            client.stub.RecordEvents(pb.RecordEventsRequest(user_id="user", events=[event]), timeout=LIVENESS_SECONDS)
+        assert client.history("user") == [first, late, last]
+        assert_same_list(client.recommend(user_id="user"), client.recommend([first, late, last]))
+
     def test_forgetting_is_complete(self, client: Client) -> None:
         client.record("user", ["item-1"])
         client.record("other", ["item-2"])
@@ -100,15 +127,27 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("events", "RecordEvents", pb.RecordEventsRequest(user_id="user")),
     ("events", "RecordEvents", pb.RecordEventsRequest(user_id="user", events=[pb.Event(item_id="item-1")] * (CAP + 1))),
     (
-        "events[1]",
+        "events[1].item_id",
         "RecordEvents",
         pb.RecordEventsRequest(user_id="user", events=[pb.Event(item_id="item-1"), pb.Event()]),
     ),
     (
-        "events[1]",
+        "events[1].item_id",
         "RecordEvents",
         pb.RecordEventsRequest(user_id="user", events=[pb.Event(item_id="item-1"), pb.Event(item_id=LONG)]),
     ),
+    *[
+        (f"events[0].{field}", "RecordEvents", pb.RecordEventsRequest(user_id="user", events=[event]))
+        for field, event in (
+            ("time", pb.Event(item_id="i", time=Timestamp(seconds=-1))),
+            ("time", pb.Event(item_id="i", time=Timestamp(seconds=2**33))),
+            ("time", pb.Event(item_id="i", time=Timestamp(seconds=1, nanos=-1))),
+            ("type", pb.Event(item_id="i", type=LONG)),
+            ("weight", pb.Event(item_id="i", weight=math.nan)),
+            ("event_id", pb.Event(item_id="i", event_id=LONG)),
+            ("recommendation_id", pb.Event(item_id="i", recommendation_id=LONG)),
+        )
+    ],
     ("user_id", "GetHistory", pb.GetHistoryRequest()),
     ("user_id", "GetHistory", pb.GetHistoryRequest(user_id=LONG)),
     ("user_id", "ForgetUser", pb.ForgetUserRequest()),
@@ -128,7 +167,7 @@ def test_a_refused_event_is_not_stored_in_part(client: Client, field: str, metho
 def test_without_redis_histories_come_with_the_request(
     without_redis: Client, client: Client, catalogue: Catalogue
 ) -> None:
-    """What needs a stored history says so; an inline one is served as ever."""
+    """Calls that need a stored history are refused with the reason; inline histories are served."""
     history = random_history(catalogue, 5, seed=6)
     with refused(grpc.StatusCode.UNIMPLEMENTED, "user_id"):
         without_redis.recommend(user_id="user")

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.bundle.manifest import Bundle, read_manifest
-from atspeed.engine.search.list_comparison import RankedList, compare
+from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.importing.layouts import LAYOUTS
 from atspeed.training.export import load_checkpoint
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import Recommendation, RecommendRequest
 from tests.authors_prompts import PROMPTS, tokens_of_tail
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
@@ -32,6 +32,7 @@ CASES = [
     ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
     ("lc-rec", "llama", "unigram", {}),
     ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
+    ("lc-rec", "phi3", "unigram", {"sliding_window": None}),
     ("lc-rec", "gemma", "unigram", {"tie_word_embeddings": True}),
     ("mimigenrec", "qwen2", "bpe", {}),
     ("letter-tiger", "t5", "t5", {}),
@@ -55,7 +56,7 @@ async def test_lists_are_those_of_generate_on_the_authors_prompts(
         for k in WIDTHS:
             expected = [generated(made, prompt, tail, k) for prompt in prompts]
             for mode in (Mode.TARGET_ONLY, Mode.STRICT):
-                requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user in users]
+                requests = [RecommendRequest(history=user, k=k, beam_width=k, mode=mode) for user in users]
                 with progress_bar() as progress:
                     replies = await ask(client, requests, progress=progress, title="lists")
                 assert_equal(replies, expected)
@@ -109,7 +110,7 @@ async def test_an_adapter_a_prompt_file_and_popular_items(tmp_path: Path) -> Non
     expected = [generated(made, prompt, tokens_of_tail("minionerec", made.tokenizer), 20) for prompt in prompts]
     assert any({"0", "1"} <= set(wanted.items) for wanted in expected)
     async with services(bundle, ServiceOptions(planner="fixed")) as client:
-        requests = [recommend_request(history=user, k=20, beam_width=20, mode=Mode.STRICT) for user in users]
+        requests = [RecommendRequest(history=user, k=20, beam_width=20, mode=Mode.STRICT) for user in users]
         with progress_bar() as progress:
             assert_equal(await ask(client, requests, progress=progress, title="lists"), expected)
 
@@ -133,7 +134,7 @@ async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: P
                 padded_beam_search(made, PROMPTS["minionerec"](made.tokenizer, paths, user), tail, k) for user in users
             ]
             for mode in (Mode.TARGET_ONLY, Mode.STRICT):
-                requests = [recommend_request(history=user, k=k, beam_width=k, mode=mode) for user in users]
+                requests = [RecommendRequest(history=user, k=k, beam_width=k, mode=mode) for user in users]
                 with progress_bar() as progress:
                     replies = await ask(client, requests, progress=progress, title="lists")
                 assert_equal(replies, expected)
@@ -148,7 +149,7 @@ def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
     return out
 
 
-def assert_equal(replies: Sequence[pb.RecommendResponse], expected: Sequence[RankedList]) -> None:
+def assert_equal(replies: Sequence[Recommendation], expected: Sequence[RankedList]) -> None:
     """Every list has the expected items, near-ties apart, with the expected scores."""
     for reply, wanted in zip(replies, expected, strict=True):
         found = RankedList.of(reply.items)

@@ -8,9 +8,9 @@ import pytest
 
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.client.recommender import recommend_request
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
+from atspeed_client import RecommendRequest
 from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
 
@@ -28,7 +28,7 @@ async def test_scores_of_strict_lists_are_the_bits_of_target_only(rule: ScoringR
     async with services(made.root, ServiceOptions(planner="fixed")) as client:
         for mode in (Mode.TARGET_ONLY, Mode.STRICT):
             requests = [
-                recommend_request(history=own, k=k, beam_width=k, mode=mode) for k in (1, 10) for own in histories
+                RecommendRequest(history=own, k=k, beam_width=k, mode=mode) for k in (1, 10) for own in histories
             ]
             with progress_bar() as progress:
                 replies = await ask(client, requests, progress=progress, title=mode)

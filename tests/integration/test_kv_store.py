@@ -156,7 +156,7 @@ class TestOwned:
         assert 0 < await redis_client.ttl(user_blocks_name(b"me------")) <= 60
 
     async def test_a_user_holds_so_many_blocks_at_most(self, redis_client: Redis) -> None:
-        """With what goes, the prompt that is written stays whole, however many pipelines it takes."""
+        """A prompt that is written stays whole while blocks are evicted, however many pipelines it takes."""
         layout = KvLayout(layers=4, kv_heads=4, head_dim=64, dtype="float32", block_tokens=16)
         patience = LIVENESS_SECONDS
         store = RedisKvStore(redis_client, layout, 60, patience, user_blocks=18, write_timeout_seconds=patience)

@@ -15,6 +15,7 @@ from atspeed.engine.kv.redis_store import RedisKvStore
 from atspeed.local.redis_server import LocalRedis
 from orchestrator.history import HistoryStore
 from tests.kv_chains import LAYOUT, LIVENESS_SECONDS, Clock, assert_run, chain, content, store_of
+from tests.stored_histories import append
 
 
 async def grown(counter: Callable[[], int], *, by: int) -> None:
@@ -41,7 +42,7 @@ class Speaker(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def speaking(text: bytes) -> AsyncIterator[str]:
-    """The URL of something on a port that says `text`."""
+    """Return the URL of a port that answers with `text`."""
     speakers: list[Speaker] = []
 
     def answer() -> Speaker:
@@ -199,7 +200,7 @@ class TestFull:
         """The reason for `volatile-lru` and for histories without a time to live."""
         store, histories = store_of(redis_client), HistoryStore(redis_client, 50)
         for user in range(100):
-            await histories.append(f"u{user}", [f"item-{user}-{index}" for index in range(20)])
+            await append(histories, f"u{user}", [f"item-{user}-{index}" for index in range(20)])
         await self._limit(redis_client, 2_000_000)
         for seed in range(100):
             await store.put(content(chain(8, seed)))
@@ -211,7 +212,7 @@ class TestFull:
 
     async def test_no_room_at_all_is_a_miss(self, redis_client: Redis) -> None:
         store, histories = store_of(redis_client), HistoryStore(redis_client, 50)
-        await histories.append("u", ["a", "b"])
+        await append(histories, "u", ["a", "b"])
         await redis_client.config_set("maxmemory", 1)
         keys = chain(2)
         await store.put(content(keys))

@@ -91,7 +91,7 @@ class Table(target_pb2_grpc.TargetServiceServicer):
     def _pass(self, nodes: Int64, pruning: Pruning) -> target_pb2.FurtherPass:
         evaluation = wire.to_evaluation(WORLD.evaluate(nodes, pruning, 100))
         return target_pb2.FurtherPass(
-            evaluation=evaluation, statistics=types_pb2.PassStatistics(forward_ns=self.forward_ns)
+            evaluation=evaluation, statistics=types_pb2.PassStatistics(forward_ms=self.forward_ns / 1e6)
         )
 
 

@@ -20,6 +20,7 @@ from orchestrator.user_key import user_cache_key
 from tests.conftest import mended
 from tests.kv_chains import LAYOUT, LIVENESS_SECONDS, assert_run, chain, content, store_of
 from tests.redis_proxy import RedisProxy
+from tests.stored_histories import append
 
 REFUSALS = {
     "READONLY You can't write against a read only replica.": ReadOnlyError,
@@ -88,13 +89,13 @@ class TestReplica:
         """It keeps its connections and answers on them; the events go to the new master, each once."""
         async with connect(proxy.url, timeout_seconds=10) as client:
             histories = HistoryStore(client, 100, timeout_seconds=10)
-            await histories.append("u", ["before"])
+            await append(histories, "u", ["before"])
             await open_connections(client, redis_server, 20)
             await demote()
             proxy.leads_to(url_of(new_master))
-            await asyncio.gather(*(histories.append("u", [f"item-{number}"]) for number in range(40)))
-            stored = await new_master.lrange("history::u", 0, -1)
-            assert sorted(stored) == sorted(b"item-%d" % number for number in range(40))
+            await asyncio.gather(*(append(histories, "u", [f"item-{number}"]) for number in range(40)))
+            stored = await HistoryStore(new_master, 100).get("u") or []
+            assert sorted(stored) == sorted(f"item-{number}" for number in range(40))
             assert await histories.forget("u") is True
             assert await new_master.exists("history::u") == 0
 
@@ -104,7 +105,7 @@ class TestReplica:
         """The old master serves every read, so a read must not be what tells."""
         async with connect(proxy.url, timeout_seconds=10) as client:
             histories = HistoryStore(client, 100, timeout_seconds=10)
-            await histories.append("u", ["before"])
+            await append(histories, "u", ["before"])
             await demote()
             proxy.leads_to(url_of(new_master))
             await new_master.rpush("history::u", "after")
@@ -116,7 +117,7 @@ class TestReplica:
     ) -> None:
         async with connect(proxy.url, timeout_seconds=10) as client, asyncio.timeout(LIVENESS_SECONDS):
             histories = HistoryStore(client, 100, timeout_seconds=10)
-            await histories.append("u", ["before"])
+            await append(histories, "u", ["before"])
             await demote()
             proxy.leads_to(url_of(new_master))
             await new_master.rpush("history::u", "after")
@@ -128,14 +129,14 @@ class TestReplica:
     ) -> None:
         async with connect(proxy.url, timeout_seconds=10) as client:
             histories = HistoryStore(client, 100, timeout_seconds=10)
-            await histories.append("u", ["a"])
+            await append(histories, "u", ["a"])
             await demote()
             assert not await histories.reachable()
             with pytest.raises(HistoryUnavailable, match="ReadOnlyError"):
-                await histories.append("u", ["b"])
+                await append(histories, "u", ["b"])
             assert await histories.get("u") == ["a"]
             proxy.leads_to(url_of(new_master))
-            assert await histories.append("u", ["b"]) == 1
+            assert await append(histories, "u", ["b"]) == 1
             assert await histories.reachable()
 
     async def test_the_kv_store_finds_the_new_master(
@@ -175,7 +176,7 @@ class TestReplica:
         """MASTERDOWN, from a real one."""
         async with connect(proxy.url, timeout_seconds=10) as client:
             histories = HistoryStore(client, 100, timeout_seconds=10)
-            await histories.append("u", ["a"])
+            await append(histories, "u", ["a"])
             await demote()
             await redis_client.config_set("replica-serve-stale-data", "no")
             with pytest.raises(HistoryUnavailable, match="MasterDownError"):
@@ -194,12 +195,12 @@ class TestRefusals:
             histories = HistoryStore(client, 100, timeout_seconds=10)
             await open_connections(client, redis_server, 10)
             proxy.answer(b"-" + text.encode() + b"\r\n")
-            await asyncio.gather(*(histories.append("u", [f"item-{number}"]) for number in range(20)))
+            await asyncio.gather(*(append(histories, "u", [f"item-{number}"]) for number in range(20)))
             assert sorted(await histories.get("u") or []) == sorted(f"item-{number}" for number in range(20))
 
     @pytest.mark.parametrize("text", REFUSALS)
     async def test_refusal_on_every_connection_is_raised(self, text: str) -> None:
-        """And each connection that said it is closed."""
+        """Each connection with such a reply is closed."""
         asked = 0
 
         async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -242,7 +243,7 @@ class TestSilence:
             assert proxy.open == 60
             await asyncio.sleep(0.2)
             proxy.swallow()
-            await asyncio.gather(*(histories.append("u", [f"item-{number}"]) for number in range(60)))
+            await asyncio.gather(*(append(histories, "u", [f"item-{number}"]) for number in range(60)))
             assert sorted(await histories.get("u") or []) == sorted(f"item-{number}" for number in range(60))
 
     async def test_they_are_found_without_any_call(self, proxy: RedisProxy, redis_server: LocalRedis) -> None:
@@ -274,10 +275,10 @@ class TestSilence:
         """The call fails, as its outcome is unknown. Then the event is there, once."""
         async with connect(proxy.url, timeout_seconds=0.5) as client:
             histories = HistoryStore(client, 100, timeout_seconds=0.5)
-            await histories.append("u", ["a"])
+            await append(histories, "u", ["a"])
             proxy.mute()
             with pytest.raises(HistoryUnavailable):
-                await histories.append("u", ["b"])
+                await append(histories, "u", ["b"])
             assert await histories.get("u") == ["a", "b"]
 
 
@@ -286,7 +287,7 @@ class TestCrowd:
         async with connect(proxy.url, timeout_seconds=LIVENESS_SECONDS) as client:
             histories = HistoryStore(client, 1000, timeout_seconds=LIVENESS_SECONDS)
             redis_server.pause()
-            calls = [asyncio.create_task(histories.append("u", [f"item-{number}"])) for number in range(600)]
+            calls = [asyncio.create_task(append(histories, "u", [f"item-{number}"])) for number in range(600)]
             await asyncio.sleep(0.5)
             assert 0 < proxy.open < 600
             redis_server.resume()
@@ -301,7 +302,7 @@ class TestCrowd:
             outcomes = await asyncio.gather(*(histories.get("u") for _ in range(200)), return_exceptions=True)
             assert all(isinstance(outcome, HistoryUnavailable) for outcome in outcomes)
             redis_server.resume()
-            assert await histories.append("u", ["a"]) == 1
+            assert await append(histories, "u", ["a"]) == 1
 
     async def test_calls_that_are_given_up_leave_every_connection_to_others(
         self, redis_url: str, redis_server: LocalRedis
@@ -317,4 +318,4 @@ class TestCrowd:
                 redis_server.resume()
                 await asyncio.gather(*calls, return_exceptions=True)
             assert not client.connection_pool._in_use_connections
-            assert len(await asyncio.gather(*(histories.append("u", ["a"]) for _ in range(200)))) == 200
+            assert len(await asyncio.gather(*(append(histories, "u", ["a"]) for _ in range(200)))) == 200

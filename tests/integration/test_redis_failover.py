@@ -160,7 +160,7 @@ def test_a_models_prefixes_are_in_the_new_master_after_a_failover(
     catalogue: Catalogue,
     log_folder: Path,
 ) -> None:
-    """And a user's are erased there."""
+    """A user's blocks are erased there too."""
     moved: dict[str, object] = {"redis-url": proxy.url}
     kept = user_blocks_name(user_cache_key("", "user"))
     ours = shared_stack.orchestrators[0].flags
@@ -184,7 +184,7 @@ def test_a_models_prefixes_are_in_the_new_master_after_a_failover(
 def test_deployments_with_two_limits_cut_nothing_of_each_other(
     client: Client, shared_stack: LocalStack, redis_url: str, log_folder: Path
 ) -> None:
-    """The one with the larger limit shows all that it keeps, the other one its own newest, and says that they differ."""
+    """The replica with the larger limit shows all items, the other one its own newest, and logs that the limits differ."""
     longer = shared_stack.orchestrators[0].flags | {"max-history-items": 3 * CAP}
     items = [f"item-{number}" for number in range(4 * CAP)]
     with started("orchestrator", longer, log_folder / "longer.log") as service, Client(service.address) as other:

@@ -1,4 +1,4 @@
-"""Redis behind TLS, with client certificates: a real Redis and, since its wheel has no TLS, a proxy that speaks it."""
+"""Redis behind TLS, with client certificates: a real Redis behind a TLS proxy, since its wheel has no TLS."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def history(catalogue: Catalogue) -> list[str]:
 
 @pytest.fixture(scope="module")
 def node_modules() -> Path:
-    """Where grpc-js is installed."""
+    """Return the folder in which grpc-js is installed."""
     return fetched.node_modules()
 
 
@@ -72,6 +72,16 @@ def test_grpc_js_gets_the_same_refusal(node_modules: Path, client: Client, histo
     reply = grpc_js(node_modules, client.address, {"history": {"itemIds": history}, "k": 0})
     assert reply["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert reply["details"].startswith("k: ")
+
+
+def test_grpc_js_decodes_the_details_of_an_error(node_modules: Path, client: Client, history: list[str]) -> None:
+    reply = grpc_js(node_modules, client.address, {"history": {"itemIds": history}, "k": 0, "itemsPerPath": -1})
+    status = reply["status"]
+    assert (status["code"], status["message"]) == (reply["code"], reply["details"])
+    assert status["ErrorInfo"] == {"reason": "INVALID_REQUEST", "domain": "atspeed"}
+    violations = {one["field"]: one["description"] for one in status["BadRequest"]["fieldViolations"]}
+    assert violations["k"].startswith("must be between 1 and")
+    assert violations["items_per_path"] == "must be at least 0, got -1"
 
 
 def test_buf_gets_the_same_list_by_reflection(client: Client, history: list[str]) -> None:

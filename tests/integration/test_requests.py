@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import read_manifest, write_manifest
@@ -59,7 +60,12 @@ def numbered(count: int) -> list[str]:
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("k", {"k": 0}),
     ("k", {"k": LIMITS["max-k"] + 1}),
-    ("k", {"k": 2**32 - 1}),
+    ("k", {"k": 2**31 - 1}),
+    ("k", {"k": -1}),
+    ("beam_width", {"beam_width": -1}),
+    ("least_beam_width", {"least_beam_width": -1}),
+    ("items_per_path", {"items_per_path": -1}),
+    *[("seed", {"mode": mode, "seed": -1}) for mode in SAMPLING],
     ("beam_width", {"k": 5, "beam_width": 4}),
     ("least_beam_width", {"k": 5, "beam_width": 9, "least_beam_width": 4}),
     ("least_beam_width", {"k": 5, "beam_width": 9, "least_beam_width": 10}),
@@ -105,8 +111,61 @@ SUBJECTS: list[tuple[grpc.StatusCode, str, dict[str, Any]]] = [
 ]
 
 
+def status_of(refusal: Any) -> status_pb2.Status:
+    """The status with its details, out of the trailers."""
+    trailers: dict[str, Any] = dict(refusal.trailing_metadata())
+    return status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+
+
+def reasons(status: status_pb2.Status) -> tuple[str, list[str]]:
+    """The reason in the details of a status, and the fields at fault."""
+    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for detail in status.details:
+        for message in (info, request):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
+    assert info.domain == "atspeed"
+    return info.reason, [violation.field for violation in request.field_violations]
+
+
 class TestRefused:
     """Every refusal names its field, and the call after it is served."""
+
+    def test_all_violations_are_named_at_once(self, client: Client) -> None:
+        """In the details, each with its field, and in the message."""
+        request = pb.RecommendRequest(
+            k=0,
+            mode=pb.MODE_TOLERANCE,
+            tolerance=-1,
+            seed=3,
+            priority=cast("Any", 9),
+            items_per_path=-1,
+            excluded_item_ids=["", "a", LONG],
+            tenant=LONG,
+        )
+        with pytest.raises(grpc.RpcError) as refusal:
+            client.stub.Recommend(request, timeout=LIVENESS_SECONDS)
+        status = status_of(refusal.value)
+        reason, fields = reasons(status)
+        assert reason == "INVALID_REQUEST"
+        ids_at_fault = ["excluded_item_ids[0]", "excluded_item_ids[2]"]
+        expected = ["k", "tolerance", "seed", "priority", "items_per_path", *ids_at_fault, "tenant", "subject"]
+        assert sorted(fields) == sorted(expected)
+        assert (status.code, status.message) == (INVALID.value[0], refusal.value.details())
+        assert all(f"{field}: " in status.message for field in expected)
+
+    def test_more_violations_than_a_trailer_holds_are_counted(self, client: Client) -> None:
+        """Whatever they hold, the status arrives."""
+        with pytest.raises(grpc.RpcError) as refusal:
+            client.recommend(["item-1"], excluded_item_ids=["é" * 200] * LIMITS["max-candidate-items"])
+        assert refusal.value.code() is INVALID
+        status = status_of(refusal.value)
+        request = error_details_pb2.BadRequest()
+        status.details[1].Unpack(request)
+        *named, rest = request.field_violations
+        assert rest.field == ""
+        assert rest.description == f"and {LIMITS['max-candidate-items'] - len(named)} more"
+        assert len(named) > 10
 
     @pytest.mark.parametrize(("field", "fields"), REFUSED, ids=[f"{f}-{n}" for n, (f, _) in enumerate(REFUSED)])
     def test_a_bad_field(self, client: Client, history: list[str], field: str, fields: dict[str, Any]) -> None:
@@ -240,6 +299,9 @@ class TestBatch:
         }
         codes = {index: (results[index].error.code, results[index].error.message.split(":")[0]) for index in (1, 2, 3)}
         assert codes == {1: (3, "k"), 2: (5, "user_id"), 3: (3, "subject")}
+        assert reasons(results[1].error) == ("INVALID_REQUEST", ["k"])
+        assert reasons(results[2].error) == ("HISTORY_NOT_FOUND", ["user_id"])
+        assert reasons(results[3].error) == ("INVALID_REQUEST", ["subject"])
         assert_same_list(results[0].response, results[4].response)
 
     def test_what_is_ready_does_not_wait(self, client: Client, catalogue: Catalogue, history: list[str]) -> None:

@@ -46,8 +46,8 @@ def certificates(tmp_path: Path) -> LocalCertificates:
 
 
 @pytest.fixture
-def strangers(tmp_path: Path) -> LocalCertificates:
-    """Of another CA."""
+def other_authority(tmp_path: Path) -> LocalCertificates:
+    """Certificates of another CA."""
     return LocalCertificates(tmp_path / "theirs")
 
 
@@ -81,7 +81,7 @@ def files(tmp_path: Path, certificates: LocalCertificates) -> TlsFiles:
 
 @pytest.mark.parametrize("by_key", [False, True])
 async def test_calls_stay_where_they_are_until_the_new_certificate_is_taken(
-    tmp_path: Path, certificates: LocalCertificates, strangers: LocalCertificates, files: TlsFiles, by_key: bool
+    tmp_path: Path, certificates: LocalCertificates, other_authority: LocalCertificates, files: TlsFiles, by_key: bool
 ) -> None:
     """All went over to it at once, and were lost where the server did not know its CA yet."""
     async with (
@@ -90,7 +90,7 @@ async def test_calls_stay_where_they_are_until_the_new_certificate_is_taken(
     ):
         before = first(files)
         assert await call(channel, "UnaryUnary", "", **KEYED) == before
-        renewed(files, strangers)
+        renewed(files, other_authority)
         assert [await call(channel, "UnaryUnary", "", **KEYED) for _ in range(5)] == [before] * 5
         after = renewed(files, certificates)
         async with asyncio.timeout(LIVENESS_SECONDS):
@@ -101,12 +101,12 @@ async def test_calls_stay_where_they_are_until_the_new_certificate_is_taken(
 
 
 async def test_an_old_channel_that_is_dead_is_left_at_once(
-    tmp_path: Path, certificates: LocalCertificates, strangers: LocalCertificates, files: TlsFiles
+    tmp_path: Path, certificates: LocalCertificates, other_authority: LocalCertificates, files: TlsFiles
 ) -> None:
-    """The server comes back and believes another CA than before."""
+    """The restarted server trusts another CA than before."""
     async with serving(tmp_path, certificates, certificates.ca) as server:
         channel = open_channel(target_uri(server.address), SERVICE, tls=ClientTls(files))
         await call(channel, "UnaryUnary", "", timeout=30)
-    after = renewed(files, strangers)
-    async with channel, serving(tmp_path, certificates, strangers.ca, server.port):
+    after = renewed(files, other_authority)
+    async with channel, serving(tmp_path, certificates, other_authority.ca, server.port):
         assert await call(channel, "UnaryUnary", "", timeout=30, wait_for_ready=True) == after

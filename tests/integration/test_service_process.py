@@ -1,4 +1,4 @@
-"""A service as a process: what it says where it listens, how signals end it, and why it does not start."""
+"""A service as a process: it prints its addresses, ends at signals, and names the reason if it does not start."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_a_port_in_use_is_a_reason_not_to_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["a..b", "a" * 300])
 async def test_a_metrics_host_that_cannot_be_a_name_is_a_reason_not_to_start(tmp_path: Path, host: str) -> None:
     code, stderr = await ended("--bundle", str(tmp_path), "--metrics-port", "0", "--metrics-host", host)
-    assert code == 1
+    assert code == 2
     assert "--metrics-host (TEST_ECHO_METRICS_HOST)" in stderr
     assert "Traceback" not in stderr
 

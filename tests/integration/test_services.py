@@ -163,7 +163,7 @@ class TestEnd:
         service.stop()
 
     def is_gone(self, client: Client) -> bool:
-        """Whether new calls are no longer taken."""
+        """Return true if new calls are refused."""
         try:
             client.stub.GetHistory(recommendation_pb2.GetHistoryRequest(user_id="user"), timeout=LIVENESS_SECONDS)
         except grpc.RpcError as error:

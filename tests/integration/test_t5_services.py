@@ -69,7 +69,7 @@ def prompt_tokens(bundle: Path, history: list[str]) -> int:
 
 
 def test_requests_of_all_lengths_get_their_own_lists_at_the_same_time(client: Client, catalogue: Catalogue) -> None:
-    """Strict lists, asked for together, are those of the target alone, asked for one by one. The draft knows nothing."""
+    """Strict lists, asked for together, are those of the target alone, asked for one by one. The draft has random weights."""
     histories = [random_history(catalogue, length, seed=length) for length in range(WINDOW + 1)] * 2
     fields = [{"k": 1 + 7 * (n % 3)} for n in range(len(histories))]
     expected = [

@@ -55,7 +55,9 @@ class TestTargetRefuses:
         (INVALID, "start.pruned", put("start.pruned", array([3, 2], "int32"))),
         (INVALID, "start.pruned", put("start.pruned", array([10**6], "int32"))),
         (INVALID, "start.kept", put("start.kept", array([3, 2], "int32"))),
-        (INVALID, "start.beam_width", put("start.beam_width", 2**31)),
+        (INVALID, "start.beam_width", put("start.beam_width", 2**31 - 1)),
+        (INVALID, "start.beam_width", put("start.beam_width", -1)),
+        (INVALID, "start.max_children", put("start.max_children", -1)),
         *[
             (INVALID, "start.beam_widths", lambda request, widths=widths: request.start.beam_widths.extend(widths))
             for widths in ([0, 3], [4, 2], [3] * (LEVELS + 1))
@@ -97,7 +99,7 @@ class TestTargetRefuses:
         change: Change,
         beam_width: int,
     ) -> None:
-        """Whether the target is to go on from it or not."""
+        """The message is refused with or without an autonomous search."""
         bad = first_message(version)
         bad.start.beam_width = beam_width
         change(bad)
@@ -255,7 +257,7 @@ class TestTarget:
     def test_looking_ahead_it_makes_fewer_passes_of_the_same_search(
         self, target: grpc.Channel, version: str, catalogue: Catalogue
     ) -> None:
-        """What was said to one request is foreseen for the next; no number depends on it."""
+        """Evaluations of one request are prefetched for the next, and no number depends on it."""
         request = first_message(version)
         request.start.max_children = request.start.beam_width = 3
         with EvaluateStream(target) as stream:

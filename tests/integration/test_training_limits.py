@@ -72,7 +72,7 @@ class Training:
         return CliRunner().invoke(app, [*command, "--data", str(self.folder)])
 
     def succeeds(self) -> Result:
-        """Trains, and what it says to have written is what services can serve."""
+        """Training ends, and services can serve the bundle that it names."""
         result = self.train()
         assert result.exit_code == 0, result.stderr[-2000:] + repr(result.exception)
         assert result.stdout.rstrip().endswith("bundle")

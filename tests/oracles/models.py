@@ -10,12 +10,14 @@ import numpy as np
 
 from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Role
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, user_key_of
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.tier import KvTier, TierStatistics
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.engine.model.loading import load_decoder
+from atspeed.engine.model.device_decoder import DeviceDecoder
+from atspeed.engine.model.loading import load_decoder, load_device_decoder
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.beams import Beams
@@ -75,17 +77,18 @@ class Models:
     catalogue: Catalogue
     naive: NaiveTrie
     decoders: dict[str, Decoder]
+    paged: bool = False
 
     @classmethod
-    def load(cls, bundle: TestBundle) -> Models:
-        """From a bundle on disk."""
+    def load(cls, bundle: TestBundle, *, paged: bool = False) -> Models:
+        """From a bundle on disk. paged: evaluators with their device graph, each on a pool of its own."""
         catalogue = bundle.bundle.catalogue()
         items = {catalogue.id_of(n): tuple(catalogue.codes[n].tolist()) for n in range(catalogue.items)}
         decoders = {
             "target": load_decoder(bundle.bundle, "target", RuntimeOptions()),
             "draft": load_decoder(bundle.bundle, "draft", RuntimeOptions()),
         }
-        return cls(bundle, catalogue, NaiveTrie(items, catalogue.trie.codebook_sizes), decoders)
+        return cls(bundle, catalogue, NaiveTrie(items, catalogue.trie.codebook_sizes), decoders, paged)
 
     @property
     def rule(self) -> ScoringRule:
@@ -107,11 +110,23 @@ class Models:
         open_kv_bytes: int = 2**30,
     ) -> TreeEvaluator:
         """A fresh evaluator of one model, by default without any cache. Close it."""
-        entry, decoder = self.bundle.bundle.manifest.models[role], self.decoders[role]
+        entry, decoder = self.bundle.bundle.manifest.models[role], self._decoder(role, open_kv_bytes)
         layout = KvLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", BLOCK_TOKENS)
-        cache = PrefixCache(layout, MemoryKvCache(memory_blocks * layout.block_bytes), [tier] if tier else [])
+        memory, pages = MemoryKvCache(memory_blocks * layout.block_bytes), None
+        if isinstance(decoder, DeviceDecoder):
+            pages = decoder.pages
+        cache = PrefixCache(layout, memory, [tier] if tier else [], pages=pages)
         trie, rule = self.catalogue.trie, self.rule
         return TreeEvaluator(decoder, entry, trie, rule, layout, cache, limits=limits, open_kv_bytes=open_kv_bytes)
+
+    def _decoder(self, role: str, pool_bytes: int) -> Decoder | DeviceDecoder:
+        if not self.paged:
+            return self.decoders[role]
+        size = min(pool_bytes, 8 * 2**20)  # a pool is zeroed memory of its size
+        loaded: Role = "target" if role == "target" else "draft"
+        return load_device_decoder(
+            self.bundle.bundle, loaded, RuntimeOptions(), page_tokens=BLOCK_TOKENS, pool_bytes=size
+        )
 
     def prompt(self, items: int, seed: int) -> Int64:
         """The target's prompt of a random history."""

@@ -24,12 +24,12 @@ class NaivePlan:
 
 
 def has_one_path(trie: NaiveTrie, path: Path) -> bool:
-    """Whether the catalogue, exclusions or not, leaves no choice below a path."""
+    """Return whether the catalogue, exclusions or not, leaves no choice below a path."""
     return len({own for own in trie.items.values() if own[: len(path)] == path}) == 1
 
 
 def never_needs_a_pass(trie: NaiveTrie, rule: ScoringRule, path: Path) -> bool:
-    """Return whether the target knows all below a path without a pass."""
+    """Return whether the target needs no pass for anything below a path."""
     return trie.has_ended(path) or (rule is ScoringRule.TRIE and has_one_path(trie, path))
 
 

@@ -45,7 +45,7 @@ class NaiveTrie:
         return sorted((item for item, own in self.items.items() if own == path), key=str.encode)
 
     def alive(self, path: Path, excluded: Collection[str] = (), allowed: Collection[str] | None = None) -> bool:
-        """Whether some item below a path is left."""
+        """Return whether an item below a path is left."""
         return any(
             own[: len(path)] == path and item not in excluded and (allowed is None or item in allowed)
             for item, own in self.items.items()

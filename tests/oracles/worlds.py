@@ -45,7 +45,7 @@ def run_now(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def run_steps(steps: PassProgram[Found], evaluate: Callable[[Int64], Evaluation]) -> Found:
-    """Where a TreeEvaluator's steps lead, with every pass looked up."""
+    """Return the result of a TreeEvaluator's steps, with every pass looked up."""
     try:
         nodes = next(steps)
         while True:
@@ -132,6 +132,10 @@ class World:
     def pruning(self, excluded: Sequence[str]) -> Pruning:
         """Without these items."""
         return self.catalogue.pruning(excluded=self.catalogue.find(excluded))
+
+    def allowed(self, items: Sequence[str]) -> Pruning:
+        """With these items only."""
+        return self.catalogue.pruning(allowed=self.catalogue.find(items))
 
     def paths(self, nodes: Int64) -> list[Path]:
         """The naive trie's paths of some node ids."""

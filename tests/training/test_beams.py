@@ -1,6 +1,7 @@
 """The batched trie beam search against the plainest one: every path read whole by the model, one at a time."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +43,12 @@ RULES = list(ScoringRule)
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return random_model("llama", VOCABULARY, 1, hidden_size=16, intermediate_size=32)
+@pytest.fixture(scope="module", params=["llama", "t5", "t5-scaled"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A decoder, and T5s with and without a scale before the head."""
+    if request.param == "llama":
+        return random_model("llama", VOCABULARY, 1, hidden_size=16, intermediate_size=32)
+    return random_model("t5", VOCABULARY, 1, scale_decoder_outputs=request.param == "t5-scaled")
 
 
 @torch.inference_mode()
@@ -63,7 +67,7 @@ def naive(
                 continue
             columns = [int(trie.column(np.array([ancestor]))[0]) for ancestor in _ancestors(trie, node)]
             tokens = [*prompt.tolist(), *(SPELLING.code_tokens[column] for column in columns)]
-            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1].double()
+            logits = _logits(model, tokens, len(prompt))
             child_logits = logits[[SPELLING.code_tokens[int(column)] for column in trie.column(children)]]
             normaliser = {"vocab": logits, "trie": child_logits, "codes": logits[list(SPELLING.code_tokens)]}[rule]
             logp = child_logits - normaliser.logsumexp(0)
@@ -75,6 +79,16 @@ def naive(
         beams = sorted(found, key=lambda beam: (-beam[1], beam[0]))[:width]
         levels.append(beams)
     return levels
+
+
+def _logits(model: Any, tokens: list[int], prompt: int) -> torch.Tensor:
+    """The logits behind a prompt and a path, from one whole pass."""
+    if not model.config.is_encoder_decoder:
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0, -1].double()
+        return logits
+    begun = [model.config.decoder_start_token_id, *tokens[prompt:]]
+    logits = model(input_ids=torch.tensor([tokens[:prompt]]), decoder_input_ids=torch.tensor([begun])).logits
+    return logits[0, -1].double()
 
 
 def _ancestors(trie: Trie, node: int) -> list[int]:

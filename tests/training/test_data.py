@@ -54,6 +54,12 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def test_categories_in_a_list_have_commas_between_and_null_is_no_text(folder: Path) -> None:
+    items = [{"id": 0, "title": None, "category": ["Bath", "Soap"]}, {"id": 1, "title": "", "category": None}]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert [item.text for item in read_atspeed(folder).items] == ["Bath, Soap", ""]
+
+
 def test_atspeed_folder(folder: Path) -> None:
     dataset = read_atspeed(folder)
     assert dataset.items == (CatalogueItem("0", "Soap | Bath", (1, 2)), CatalogueItem("1", "Comb", (0, 3)))
@@ -73,6 +79,9 @@ def test_atspeed_folder(folder: Path) -> None:
         ("items.jsonl", '{"id": 0}\n{"id": 0}\n', "items.jsonl:2: item '0' occurs more than once"),
         ("items.jsonl", '{"id": 0}\n{"title": "x"}\n', "items.jsonl:2: expected an object with an `id`"),
         ("items.jsonl", '{"id": 0, "codes": [1, -1]}\n', "items.jsonl:1: codes: expected a list of codes"),
+        ("items.jsonl", '{"id": 0, "title": NaN}\n', "items.jsonl:1: NaN is no JSON value"),
+        ("items.jsonl", '{"id": 0, "title": 1.5}\n', "items.jsonl:1: title: expected text, a list of texts or null"),
+        ("items.jsonl", '{"id": 0, "category": [1]}\n', "items.jsonl:1: category: expected text, a list"),
         ("items.jsonl", "{\n", "items.jsonl:1: Expecting property name"),
         ("test.txt", None, "test.txt: .*No such file"),
     ],

@@ -128,6 +128,20 @@ def test_a_finished_run_is_not_repeated(made: TestBundle, done: Path, monkeypatc
     assert run(made, done) == done / "out"
 
 
+def test_a_bundle_of_the_checkpoint_in_int8_gets_the_same_draft(
+    done: Path, made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run folder of the float32 bundle nothing is trained again."""
+    int8 = write_bundle(tmp_path / "int8", CATALOGUE, rule=made.bundle.manifest.scoring_rule, seed=3, precision="int8")
+    monkeypatch.setattr(Teacher, "shard", lambda *_: pytest.fail("asked again"))
+    run_folder = shutil.copytree(done / "run", tmp_path / "run")
+    out = distill(given(int8), HISTORIES, a_recipe(), tmp_path / "out", run_folder, source="h", threads=1)
+    one, other = Bundle(done / "out").manifest, Bundle(out).manifest
+    assert other.target == int8.bundle.manifest.target
+    assert other.target.precision == "int8"
+    assert other.draft == one.draft
+
+
 def test_the_teacher_reads_the_prompts_that_the_target_is_served(
     made: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +164,7 @@ def test_the_teacher_reads_the_prompts_that_the_target_is_served(
 
 
 class Impatient(Checkpoints):
-    """Wants to stop whenever it is asked."""
+    """Checkpoints that ask for a stop at every opportunity."""
 
     @property
     def stopping(self) -> bool:
@@ -260,11 +274,17 @@ def test_an_inflated_target_is_refused(plain: TestBundle, tmp_path: Path) -> Non
         distill(inflated, HISTORIES, a_recipe(), tmp_path / "out", tmp_path / "run", source="h")
 
 
-def test_a_target_with_an_encoder_is_refused(tmp_path: Path) -> None:
-    """The teacher searches with decoders only."""
+def test_a_target_with_an_encoder_gets_a_draft(tmp_path: Path) -> None:
+    """The draft is a decoder. Its prompts are its own, and the target's are those of its encoder."""
     made = write_bundle(tmp_path / "given", CATALOGUE, architecture="t5", seed=3)
-    with pytest.raises(RecipeError, match="its target has an encoder"):
-        run(made, tmp_path)
+    bundle = Bundle(run(made, tmp_path))
+    assert bundle.manifest.target == made.bundle.manifest.target
+    assert bundle.manifest.draft is not None
+    assert bundle.manifest.draft.encoder is None
+    log = json.loads((tmp_path / "run" / "draft-log.json").read_text())
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    other = random_model("t5", made.target.config.vocab_size, 9)
+    assert "not the checkpoint that the target of" in refused(made, other, tmp_path / "other")
 
 
 def test_histories_without_a_prompt_leave_no_folder(plain: TestBundle, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def drafts(run: Path) -> dict[str, Bundle]:
 
 
 def versions(run: Path) -> list[str]:
-    """Of the drafts' bundles."""
+    """Versions of the drafts' bundles."""
     return [Bundle(run / "drafts" / name.replace("/", "-") / "bundle").manifest.version for name in NAMES]
 
 

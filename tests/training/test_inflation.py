@@ -172,7 +172,7 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_shapes")
 async def test_a_bundle_is_inflated_from_the_command_line(run: TestBundle, tmp_path: Path) -> None:
-    """It verifies, says what it is, and its models evaluate the whole upper trie as the trained ones do."""
+    """The bundle verifies, describes itself, and evaluates the whole upper trie as the trained one does."""
     command = ["inflate", str(run.root), str(tmp_path / "out"), "--shape", "85m", "--draft-shape", "8m"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -252,7 +252,7 @@ def test_a_folder_in_which_the_source_lies_is_refused(run: TestBundle, inside: s
 def test_an_inflation_that_computes_something_else_leaves_no_bundle(
     run: TestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if a mistake were in it: the export alone is right, so only the comparison with what was trained can tell."""
+    """A mistake in the inflation: the export alone is right, so only the comparison with the trained model finds it."""
 
     def wrong(model: PreTrainedModel, *arguments: object, **more: object) -> None:
         torch.manual_seed(1)

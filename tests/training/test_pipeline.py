@@ -124,7 +124,7 @@ def test_the_state_of_another_recipe_is_not_resumed(tmp_path: Path, monkeypatch:
 
 
 class Impatient(Checkpoints):
-    """Wants to stop whenever it is asked."""
+    """Checkpoints that ask for a stop at every opportunity."""
 
     @property
     def stopping(self) -> bool:
@@ -155,6 +155,11 @@ def test_a_run_in_the_shortest_steps_gives_the_same_bundle(tmp_path: Path) -> No
     assert Bundle(stepped).manifest.version == Bundle(whole).manifest.version
 
 
+def test_data_that_a_generated_data_set_would_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.source: synthetic data is generated, and --data would not be read"):
+        load_dataset(TINY, tmp_path)
+
+
 def test_missing_data_folder_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.source: atspeed needs a data folder"):
         load_dataset(TINY.model_copy(update={"data": AtspeedData(source="atspeed")}), None)
@@ -162,7 +167,7 @@ def test_missing_data_folder_is_refused() -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A pretrained model's folder, with a tokenizer that knows a few words."""
+    """Folder of a pretrained model, with a tokenizer of a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "<s>", "items", ":", ",", "next"]
@@ -198,7 +203,7 @@ def test_a_pretrained_base_gets_code_tokens_and_a_prompt_in_words(base: Path, ca
 
 
 def test_a_base_trains_into_a_bundle(base: Path, tmp_path: Path) -> None:
-    """As runs/beauty-large.toml does it: half precision, several batches to a step."""
+    """The recipe trains like runs/beauty-large.toml: half precision, several batches to a step."""
     schedule = Schedule(epochs=1, batch_size=8, gradient_accumulation=2, mixed_precision="bf16")
     target = part_of(base).model_copy(update={"schedule": schedule})
     recipe = shorter(TINY).model_copy(update={"target": target, "draft": None})

@@ -52,7 +52,7 @@ def test_missing_recipe_file_is_named(tmp_path: Path) -> None:
 
 
 def test_an_option_that_is_not_used_is_not_written(tmp_path: Path) -> None:
-    """What a stage depends on is hashed as it is written: a new option at its default must not train a run again."""
+    """The hash of a stage covers the recipe as it is written: a new option at its default must not train a run again."""
     plain = read_recipe(RUNS / "tiny.toml").target.model_dump(mode="json")
     assert {"dropout"}.isdisjoint(plain["shape"])
     assert {"gradient_accumulation", "mixed_precision"}.isdisjoint(plain["schedule"])

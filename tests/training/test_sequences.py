@@ -1,4 +1,4 @@
-"""What is trained on is what serving asks: prompts, labels and windows."""
+"""Training sequences are those that serving asks: prompts, labels and windows."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.item_texts import ItemTexts, TokenRows
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.training.sequences import IGNORED, Batch, Sequencer, Spelling, WindowBatches, index_histories
 from tests.bundles import SPECIALS, shared_tokens
@@ -98,6 +99,25 @@ def test_prompts_hold_no_tail_and_the_next_item_is_predicted_with_its_own() -> N
     labelled = example.labels[example.labels != IGNORED]
     np.testing.assert_array_equal(labelled, np.concatenate([*context, last, [tail]]))
     np.testing.assert_array_equal(example.tokens[example.labels != IGNORED], labelled)
+
+
+def test_texts_of_items_are_those_of_serving_and_are_not_predicted() -> None:
+    """A draft is distilled on a target's own prompts: numbered ones with texts, of which the last has another end."""
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(5, 9, size=length).astype(np.int32) for length in rng.integers(1, 6, size=2 * CATALOGUE.items)]
+    texts = ItemTexts(TokenRows.of(rows[: CATALOGUE.items]), TokenRows.of(rows[CATALOGUE.items :]))
+    spelling = sequencer().spelling
+    prompt = PromptTemplate(
+        prefix=(1,), suffix=(2,), max_items=3, separators=((3,), (4, 4)), texts=texts.entry(CATALOGUE.version)
+    )
+    made = Sequencer.of(spelling.model_copy(update={"prompt": prompt}), CATALOGUE, True, texts)
+    items = history(5)
+    first, second, third = items[-3:].tolist()
+    expected = [1, *rows[first], 3, *rows[second], 4, 4, *rows[CATALOGUE.items + third], 2]
+    assert made.prompt(items).tolist() == expected
+    example = made.last_of(items[:-1], int(items[-1]))
+    codes = made.item_tokens[items[-1]]
+    np.testing.assert_array_equal(example.labels[example.labels != IGNORED], codes[codes >= 0])
 
 
 def test_longest_sequence_fits_the_longest_prompt() -> None:

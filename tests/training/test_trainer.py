@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 @dataclass
 class Batches:
-    """Random sequences by epoch; dies in the middle of an epoch when told to."""
+    """Random sequences by epoch, with an error in the middle of an epoch if asked for."""
 
     die_in: int | None = None
 
@@ -98,7 +98,7 @@ def test_measure_that_is_not_finite_is_not_logged(tmp_path: Path) -> None:
 
 
 def test_without_a_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
-    """However impatient the schedule is."""
+    """The patience of the schedule has no effect."""
     state = with_schedule(replace(trainer(tmp_path), validate=lambda _: {}), patience=1).fit()
     assert (state.epoch, state.best_epoch) == (SCHEDULE.epochs, SCHEDULE.epochs - 1)
     assert all(log.keys() == {"train_loss"} for log in state.log)
@@ -196,7 +196,7 @@ def test_run_past_its_time_limit_still_makes_progress(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_at_the_next_step(tmp_path: Path, number: signal.Signals) -> None:
-    """And leaves the handlers as they were."""
+    """The handlers are afterwards those of before."""
     before = signal.getsignal(number)
     checkpoints = Checkpoints()
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from atspeed.benchmarks import lossless
-from atspeed.benchmarks.histories import choose_histories
+from atspeed.benchmarks import invariance, lossless
+from atspeed.benchmarks.histories import History, choose_histories, served_parts
 from atspeed.benchmarks.results import terminal_table, to_json
+from atspeed.cli.bench.gpu import bench_gpu, bench_gpu_lists
 from atspeed.cli.bench.load import bench_load, bench_scaling
 from atspeed.cli.bench.options import (
     Histories,
@@ -23,11 +24,12 @@ from atspeed.cli.bench.options import (
     save,
     write_report,
 )
-from atspeed.cli.bench.speed import bench_decode, bench_gpu, bench_overhead, bench_prefix
+from atspeed.cli.bench.speed import bench_decode, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
-from atspeed.cli.import_checkpoint import MAX_ITEMS, layout_changes
-from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
+from atspeed.cli.import_checkpoint import Adapter, Base, ItemFile, ItemText, MaxItems, Separator, layout_changes
+from atspeed.cli.options import MAX_EXCLUDED, MAX_THREADS, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.model.invariance import TreeSizes
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
 
@@ -69,13 +71,12 @@ def bench_parity(
         Path | None,
         typer.Option(help="Index of the items, to compare the bundle's code tokens with.", exists=True, dir_okay=False),
     ] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Text between two items; the layout's by default. As for `atspeed import`.")
-    ] = None,
-    max_items: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_ITEMS, help="Newest items in a prompt; the layout's by default. Likewise."),
-    ] = None,
+    items: ItemFile = None,
+    separator: Separator = None,
+    item: ItemText = None,
+    max_items: MaxItems = None,
+    adapter: Adapter = None,
+    base: Base = None,
     counts: Annotated[
         bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
     ] = True,
@@ -91,16 +92,20 @@ def bench_parity(
 
     Without --prompt, generate reads the prompts of the bundle, so a wrong prompt is not found.
     """
-    changes = layout_changes(separator=separator, max_items=max_items)
-    if prompt is None and (tokenizer or index or changes):
-        raise typer.BadParameter("--tokenizer, --index, --separator and --max-items need --prompt")
-    parity, exporter = optional("atspeed.benchmarks.parity"), optional("atspeed.training.export")
+    changes = layout_changes(separator=separator, item=item, max_items=max_items)
+    if prompt is None and (tokenizer or index or items or changes):
+        raise typer.BadParameter("--tokenizer, --index, --items, --separator, --item and --max-items need --prompt")
+    parity, source_of = optional("atspeed.benchmarks.parity"), optional("atspeed.importing.checkpoint").Source
     reference = optional("atspeed.benchmarks.generate_reference").REFERENCE
     optional("transformers.utils.logging").disable_progress_bar()  # loading takes a moment only
-    opened = Bundle(bundle)
-    render = _authors_render(opened, prompt, tokenizer or checkpoint, index, changes) if prompt is not None else None
-    chosen = choose_histories(opened.catalogue(), histories, users, seed)
-    model = exporter.load_checkpoint(checkpoint)
+    opened, source = Bundle(bundle), source_of(checkpoint, adapter=adapter, base=base)
+    source.config()
+    render, known = None, frozenset[str]()
+    if prompt is not None:
+        of_tokenizer = source_of(tokenizer) if tokenizer else source
+        render, known = _authors_render(opened, prompt, of_tokenizer, index, items, changes)
+    chosen = _chosen(opened, histories, users, seed, known)
+    model = source.load(opened.manifest.target.vocab_size)
     rows = event_loop.run(parity.run(bundle, model, chosen, k or parity.WIDTHS, render=render, counts=counts))
     out.print(terminal_table(f"Comparison with {reference}, {len(chosen)} users", parity.COLUMNS, rows))
     print_identity(reference, rows)
@@ -116,16 +121,32 @@ def _check_identical(reference: str, rows: Sequence[ParityRow], users: int) -> N
         raise CommandError(f"{different} lists differ from {reference} beyond near-ties{why}")
 
 
+def _chosen(bundle: Bundle, histories: Path | None, users: int, seed: int, known: frozenset[str]) -> list[History]:
+    """Return histories without items that the bundle does not serve. Warns if there were any. known: items of the index."""
+    catalogue = bundle.catalogue()
+    chosen = choose_histories(catalogue, histories, users, seed, unserved=known)
+    served = served_parts(chosen, catalogue)
+    if cut := len(set(chosen) - set(served)):
+        warn(f"{cut} of {len(chosen)} histories hold items that are not served; both sides read the others only")
+    if not served:
+        raise CommandError(f"{histories}: no history has an item that is served")
+    return served
+
+
 def _authors_render(
-    bundle: Bundle, prompt: str, tokenizer: Path, index: Path | None, changes: dict[str, Any]
-) -> Callable[..., list[int]]:
-    """Return the function that renders a history as its authors do. Warns of a tail that is not the bundle's."""
-    written = optional("atspeed.importing.authors_prompt").authors_prompt(bundle, prompt, tokenizer, index, changes)
+    bundle: Bundle, prompt: str, tokenizer: Any, index: Path | None, items: Path | None, changes: dict[str, Any]
+) -> tuple[Callable[..., list[int]], frozenset[str]]:
+    """Return the function that renders a history as its authors do, and the items of the index.
+
+    Warns of a tail that is not the bundle's.
+    """
+    authors = optional("atspeed.importing.authors_prompt")
+    files = authors.AuthorsFiles(prompt, tokenizer, index, items, changes)
+    written = authors.authors_prompt(bundle, files)
     if written.tail != written.bundle_tail:
         tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
         warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")
-    render: Callable[..., list[int]] = written.tokens
-    return render
+    return written.tokens, written.items
 
 
 RuleChoice = Literal["bundle", "vocab", "trie", "codes", "all"]
@@ -152,8 +173,33 @@ def bench_lossless(
     out.print(terminal_table(title, lossless.COLUMNS, rows))
     print_identity(lossless.REFERENCE, rows)
     save(json_file, opened, seed, to_json(rows))
-    if failures := sum(row.different + row.invalid_paths for row in rows):
-        raise CommandError(f"{failures} lists differ beyond near-ties or paths are invalid")
+    ties_fail = opened.manifest.target.plan_invariant  # its scores are promised bit for bit
+    if failures := sum(row.different + row.invalid_paths + row.near_ties * ties_fail for row in rows):
+        beyond = "" if ties_fail else " beyond near-ties"
+        raise CommandError(f"{failures} lists differ{beyond} or paths are invalid")
+
+
+@bench_commands.command("invariance")
+def bench_invariance(
+    bundle: BundleFolder,
+    trees: Annotated[int, typer.Option(min=1, max=1_000_000, help="Random token trees.")] = 1_000,
+    prompt: Annotated[int, typer.Option(min=1, max=65_536, help="Longest prompt, in tokens.")] = 4_096,
+    nodes: Annotated[int, typer.Option(min=1, max=65_536, help="Most nodes of a tree.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Most trees of a pass.")] = 16,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.  [default: 1 2 4]")
+    ] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare nodes of random token trees in company and alone, bit for bit; exits with 1 if one differs."""
+    opened, levels = Bundle(bundle), Bundle(bundle).catalogue().trie.levels
+    sizes = TreeSizes(prompt, nodes, depth=max(1, levels - 1), trees=batch)
+    row = invariance.run(opened, sizes, trees=trees, threads=threads or [1, 2, 4], seed=seed)
+    out.print(terminal_table("Nodes in company and alone", invariance.COLUMNS, [row]))
+    save(json_file, opened, seed, to_json([row]))
+    if moved := row.moved + row.prompts_moved:
+        raise CommandError(f"{moved} nodes or prompts differ by a bit or more")
 
 
 bench_commands.command("decode")(bench_decode)
@@ -162,6 +208,7 @@ bench_commands.command("prefix")(bench_prefix)
 bench_commands.command("load")(bench_load)
 bench_commands.command("scaling")(bench_scaling)
 bench_commands.command("gpu")(bench_gpu)
+bench_commands.command("gpu-lists")(bench_gpu_lists)
 
 
 @bench_commands.command("report")

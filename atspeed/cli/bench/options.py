@@ -9,11 +9,11 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
+from atspeed.benchmarks.near_ties import Verdict
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result
 from atspeed.cli.options import MAX_SEED, MAX_THREADS, MAX_USERS, CommandError, err, optional, out
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.search.list_comparison import Verdict
 
 
 def _require_writable(path: Path | None) -> Path | None:

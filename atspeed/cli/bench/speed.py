@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead`, `prefix`, `gpu`: times of lists and passes."""
+"""`atspeed bench decode`, `overhead`, `prefix`: times of lists and passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,7 +45,6 @@ Threads = Annotated[
 ]
 
 
-GpuPrecision = Literal["float32", "float16"]
 RunsOn = Annotated[Provider, typer.Option("--provider", help="Device of the models.")]
 Widths = Annotated[
     list[int] | None,
@@ -193,69 +192,6 @@ def bench_prefix(
     save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.prefix"))
     if wrong := [row.state for row in rows if not row.is_same]:
         raise CommandError(f"evaluations differ from the cold one's: {', '.join(wrong)}")
-
-
-TrainedBundle = Annotated[
-    Path,
-    typer.Option(
-        "--bundle", help="A bundle that `atspeed train` wrote, next to its checkpoints.", exists=True, file_okay=False
-    ),
-]
-
-
-def bench_gpu(
-    bundle: TrainedBundle,
-    work: Annotated[Path, typer.Option(help="Folder in which inflated bundles are kept; 40 GB.", file_okay=False)],
-    histories: Histories = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TARGET+DRAFT", help="Shapes of `atspeed inflate`.  [default: 1.7b+68m 7b+68m]"),
-    ] = None,
-    precision: Annotated[GpuPrecision, typer.Option(help="Precision of inflated weights.")] = "float16",
-    provider: RunsOn = "cuda",
-    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are timed.")] = 30,
-    exact_users: Annotated[
-        int, typer.Option(min=1, max=MAX_USERS, help="Users whose lists are compared with those of the CPU.")
-    ] = 100,
-    hf_users: Annotated[int, typer.Option(min=0, max=MAX_USERS, help="Users whose lists Hugging Face makes too.")] = 5,
-    k: Widths = None,
-    beams: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="Beams of the search behind a long prompt.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of that prompt.")] = 1000,
-    repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Repetitions of each single pass.")] = 20,
-    threads: Threads = None,
-    seed: Seed = 1,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for gpu-DATE.json.", file_okay=False)] = Path(
-        "docs/benchmarks"
-    ),
-) -> None:
-    """Measure on a GPU: exactness against the CPU, lists and single passes at the size of large models."""
-    gpu = optional("atspeed.benchmarks.gpu")
-    optional("transformers.utils.logging").disable_progress_bar()
-    opened = Bundle(bundle)
-    config = gpu.GpuConfig(
-        provider=provider,
-        precision=precision,
-        work=work,
-        sizes=size or gpu.SIZES,
-        widths=k or gpu.decode.WIDTHS,
-        users=users,
-        hf_users=hf_users,
-        threads=threads or os.cpu_count() or 1,
-        repeats=repeats,
-        beams=beams,
-        prompt_tokens=prompt_tokens,
-        seed=seed,
-    )
-    gpu.check(config)
-    chosen = choose_histories(opened.catalogue(), histories, max(users + 1, exact_users), seed, least_items=2)
-    found = event_loop.run(gpu.run(opened, chosen, config))
-    for one in found.sizes:
-        out.print(f"{one.size}, inflated", highlight=False)
-        out.print(decode_rows.table(one.lists))
-    about = gpu.header(config, histories=source_of(histories))
-    save(out_folder / gpu.file_name(), opened, seed, gpu.rows_to_json(found), about)
-    if found.different:
-        raise CommandError(f"{found.different} lists on {provider} differ from the CPU's beyond near-ties")
 
 
 @contextmanager

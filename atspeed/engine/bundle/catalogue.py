@@ -143,8 +143,8 @@ class Catalogue:
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
         """Read a catalogue that `save` wrote. Raises CatalogueError naming the file."""
-        ids, codes, codebooks = (_read_array(folder / f"{name}.npy") for name in ("ids", "codes", "codebooks"))
-        tails = _read_array(folder / "tails.npy") if os.path.lexists(folder / "tails.npy") else codebooks
+        ids, codes, codebooks = (read_array(folder / f"{name}.npy") for name in ("ids", "codes", "codebooks"))
+        tails = read_array(folder / "tails.npy") if os.path.lexists(folder / "tails.npy") else codebooks
         for name, array in (("codebooks", codebooks), ("tails", tails)):
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise CatalogueError(f"{folder}/{name}.npy: not integers [L]")
@@ -182,6 +182,11 @@ class Catalogue:
             return self.trie.levels
         return int(self.spelled_lengths(self.item_start[:-1]).max())
 
+    @cached_property
+    def shortest_spelling(self) -> int:
+        """Return the fewest codes of a path before its tail."""
+        return int(self.spelled_lengths(self.item_start[:-1]).min())
+
     @property
     def items(self) -> int:
         """Return the number of items."""
@@ -193,7 +198,7 @@ class Catalogue:
 
     def warm_up(self) -> None:
         """Build the index, which the first request would otherwise wait for. O(items), once."""
-        _ = self._index, self.trie.child_count, self.trie.ends
+        _ = self._index, self.trie.child_count, self.trie.ends, self.shortest_spelling
 
     def find(self, ids: Iterable[str]) -> Int64:
         """Return the item index of each id, [len(ids)]; -1 for an unknown id. O(ids), however large the catalogue."""
@@ -227,7 +232,7 @@ class Catalogue:
         lengths = self.spelled_lengths(items).tolist()
         return [path[:length] for path, length in zip(self.codes[items], lengths, strict=True)]
 
-    def spelled_tokens(self, items: npt.NDArray[np.integer], code_tokens: Sequence[int]) -> list[Int64]:
+    def spelled_tokens(self, items: npt.NDArray[np.integer], code_tokens: Sequence[int] | Int64) -> list[Int64]:
         """Return the tokens of each item in a prompt. code_tokens: the token id of each code column, [C]."""
         tokens, offset = np.asarray(code_tokens, dtype=np.int64), self.trie.codebook_offset
         return [tokens[codes + offset[: len(codes)]] for codes in self.spelled_codes(items)]
@@ -255,7 +260,7 @@ class Catalogue:
         return Pruning.of_dead_leaves(self.trie, leaves[emptied])
 
 
-def _read_array(path: Path) -> npt.NDArray[Any]:
+def read_array(path: Path) -> npt.NDArray[Any]:
     """Read an array into memory, without mapping the file: the served content is the checked content."""
     try:
         with path.open("rb") as file:

@@ -34,8 +34,9 @@ def codes_by_name(bundle: Bundle) -> list[dict[str, int]]:
 def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Catalogue:
     """Return the catalogue with items added, by id with their code paths, and others removed.
 
-    A code path is given without its tail. It ends as the catalogue's other paths of so many codes do. Added items come last
-    among those of their path, unless the catalogue has the order of ids.
+    A code path is given without its tail. It ends as the catalogue's other paths of so many codes do. So a length whose last path
+    was removed cannot be added again, except in the update that removes it. Added items come last among those of their path,
+    unless the catalogue has the order of ids.
 
     Raises CatalogueError, naming the item, when an item to remove is unknown, an item to add is known, or a code path does not
     fit the codebooks.
@@ -47,7 +48,13 @@ def updated_catalogue(catalogue: Catalogue, added: Mapping[str, tuple[int, ...]]
     endings, tails = _endings(catalogue), catalogue.tail_start.tolist()
     new = []
     for item, path in added.items():
-        if len(path) not in endings or any(not 0 <= code < tail for code, tail in zip(path, tails, strict=False)):
+        if len(path) not in endings:
+            lengths = " or ".join(map(str, sorted(endings)))
+            problem = (
+                f"{list(path)} has {len(path)} codes; those of the catalogue have {lengths}, and only such can be added"
+            )
+            raise CatalogueError(f"add: {shown(item)}: {problem}")
+        if any(not 0 <= code < tail for code, tail in zip(path, tails, strict=False)):
             raise CatalogueError(f"add: {shown(item)}: {list(path)} is not a code path of the codebooks {list(sizes)}")
         if len(endings[len(path)]) > 1:
             raise CatalogueError(f"add: {shown(item)}: paths of {len(path)} codes have several tails in the catalogue")

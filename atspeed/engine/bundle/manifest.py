@@ -3,7 +3,8 @@
     bundle/
         manifest.json           this module's `Manifest`
         catalogue/*.npy         `atspeed.engine.bundle.catalogue.Catalogue`
-        target/model.onnx(.data)      and encoder.onnx(.data), if the model has an encoder
+        target/model.onnx(.data)      device.onnx for devices; encoder.onnx(.data), if the model has an encoder
+        prompts/target/*.npy          `atspeed.engine.bundle.item_texts.ItemTexts`, if items have texts
         draft/model.onnx(.data)
 
 The manifest holds the SHA-256 of every file. The bundle's version is a hash of these, so two bundles with the same version serve
@@ -42,7 +43,9 @@ from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Head = Literal["vocab", "codes"]
+"""The tokens whose logits a device graph computes. Rule `vocab` needs the first; the other rules are the same under both."""
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
 LANGUAGE_MODEL = "language-model"
@@ -74,6 +77,14 @@ class EncoderEntry(_Part):
     """The .onnx file: FOLDER/FILE inside the bundle, in the decoder's folder."""
     decoder_start: NonNegativeInt
     """The token id that the decoder begins with. It evaluates the root."""
+
+
+class DeviceGraphEntry(_Part):
+    """The graph that devices load, beside the host's; it has the same weights."""
+
+    path: ModelPath
+    """The .onnx file: FOLDER/FILE inside the bundle, in the folder of the host's graph."""
+    head: Head
 
 
 class ModelEntry(_Part):
@@ -108,16 +119,28 @@ class ModelEntry(_Part):
     """The parameters of the trained model, if this one is its inflation (atspeed.training.inflation)."""
     encoder: EncoderEntry | None = Field(default=None, exclude_if=lambda encoder: encoder is None)
     """The encoder, if prompts are read by one."""
+    device_graph: DeviceGraphEntry | None = Field(default=None, exclude_if=lambda graph: graph is None)
+    """The graph for devices, if the model has one."""
+    ordered_sums: bool = Field(default=False, exclude_if=lambda ordered: not ordered)
+    """True if every float sum of the graph has one order (atspeed/training/ordered_attention.py)."""
 
     @property
     def kv_dtype(self) -> Literal["float32", "float16"]:
-        """Return the number format of the model's keys and values."""
+        """Return the number format of keys and values on the host; a device keeps them in the model's precision."""
         return "float16" if self.precision == "float16" else "float32"
 
     @property
+    def device_kv_dtype(self) -> Literal["float32", "float16", "bfloat16"]:
+        """Return the number format of keys and values in the device graph, which computes in the stored precision."""
+        return "float32" if self.precision == "int8" else self.precision
+
+    @property
     def plan_invariant(self) -> bool:
-        """Return whether the other tokens of a pass change a score by 1e-5 at most; in float16 they change it by 1e-2."""
-        return self.precision in {"float32", "int8"}
+        """Return whether no bit of a score depends on the other tokens of a pass, on a CPU.
+
+        Without ordered sums they change a float32 score by up to 2e-5, and a float16 score by 1e-2.
+        """
+        return self.ordered_sums or self.precision == "int8"
 
     @model_validator(mode="after")
     def _tokens_are_the_models(self) -> ModelEntry:
@@ -125,11 +148,12 @@ class ModelEntry(_Part):
         if not (prompt.prefix or (encoder and prompt.suffix)):
             needed = "suffix: must hold a token if the prefix holds none" if encoder else "prefix: must hold a token"
             raise ValueError(f"prompt.{needed}")
-        if encoder and _folder_of(encoder.path) != _folder_of(self.path):
-            raise ValueError(f"encoder.path: not in the folder of {self.path}")
+        for field, part in (("encoder", encoder), ("device_graph", self.device_graph)):
+            if part and _folder_of(part.path) != _folder_of(self.path):
+                raise ValueError(f"{field}.path: not in the folder of {self.path}")
         started = (encoder.decoder_start,) if encoder else ()
-        around = prompt.prefix + prompt.separator + prompt.suffix
-        for name, tokens in (("code_tokens", self.code_tokens), ("prompt", around), ("encoder.decoder_start", started)):
+        named = (("code_tokens", self.code_tokens), ("prompt", prompt.fixed_tokens), ("encoder.decoder_start", started))
+        for name, tokens in named:
             if max(tokens, default=0) >= self.vocab_size:
                 raise ValueError(f"{name}: a token id is outside the vocabulary of {self.vocab_size}")
         return self
@@ -248,6 +272,12 @@ class Bundle:
             count, levels = len(model.plan_scale), trie.levels
             raise BundleError(
                 f"{manifest}: {role}.plan_scale: {count} scales for the {levels - 1} levels that are planned"
+            )
+        texts = model.prompt.texts
+        if texts is not None and texts.catalogue != catalogue.version:
+            raise BundleError(
+                f"{manifest}: {role}.prompt.texts: are those of the items of catalogue {texts.catalogue}, not of "
+                f"{catalogue.version}; import the checkpoint with the new items"
             )
         longest = model.prompt.max_tokens(catalogue.longest_spelling) + trie.levels - 1
         if longest > model.max_positions:

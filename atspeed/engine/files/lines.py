@@ -32,15 +32,29 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise LineError(f"{path}: {error.strerror}") from error
 
 
+def line_problem(text: str) -> str | None:
+    """Return the reason why `read_lines` cannot read this text back from a line of its own; None if it can."""
+    if "\n" in text or text.endswith("\r"):
+        return "holds a line end, so no line of a file can name it"
+    if not text.strip(_BLANKS):
+        return "is blank, so no line of a file can name it"
+    if text.startswith("\ufeff"):
+        return "begins with a byte order mark, which is lost on the first line of a file"
+    return None
+
+
 def words(line: str) -> list[str]:
     """Split a line at spaces and tabs. Other Unicode spaces may be part of an id."""
     return [word for word in line.replace("\t", " ").split(" ") if word]
 
 
 def parse_json(text: str) -> Any:
-    """Parse a JSON value. Raises ValueError also for a repeated key, as one of its values would be lost silently."""
+    """Parse a JSON value. Raises ValueError also for a repeated key, as one of its values would be lost silently.
+
+    Python's parser accepts NaN and Infinity, which JSON does not have: they are refused too.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_distinct)
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("lists and objects are nested too deeply") from None
 
@@ -52,6 +66,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shown(key)} occurs more than once")
         found[key] = value
     return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value; a value that is not known is null")
 
 
 def _decoded(content: bytes, path: Path, number: int) -> str:

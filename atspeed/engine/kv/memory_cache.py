@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ FORMAT_VERSION = 2
 KEY_BYTES = 32
 USER_KEY_BYTES = 8
 NO_USER_KEY = bytes(USER_KEY_BYTES)
+
+KvDtype = Literal["float32", "float16", "bfloat16"]
+"""Number formats of keys and values."""
 
 _MAGIC = b"ATSPEEDK"
 # Magic, format version, wire dtype, the five axes of the block, its key.
@@ -60,13 +63,13 @@ class KvLayout:
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: Literal["float32", "float16"]
+    dtype: KvDtype
     block_tokens: int
 
     def __post_init__(self) -> None:
         if min(self.block_shape) < 1:
             raise ValueError(f"KV layout: every size must be positive: {self}")
-        if self.dtype not in ("float32", "float16"):
+        if self.dtype not in get_args(KvDtype):
             raise ValueError(f"KV layout: unknown dtype {self.dtype!r}")
 
     @property
@@ -82,7 +85,12 @@ class KvLayout:
     @property
     def bytes_per_token(self) -> int:
         """Return the bytes of one token's keys and values, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.array_dtype.itemsize
+
+    @property
+    def array_dtype(self) -> np.dtype[np.generic]:
+        """Return the dtype of a block's array. numpy has no bfloat16: its bytes are held as uint16."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
 
 @lru_cache(maxsize=256)
@@ -165,7 +173,7 @@ def decode_block(layout: KvLayout, key: bytes, data: bytes) -> KvArray | None:
     if data[_IDENTITY.size : _HEADER_BYTES] != _CHECKSUM.pack(zlib.crc32(payload)) + _PADDING:
         return None
     block = np.frombuffer(payload, dtype=_wire_dtype(layout)).reshape(layout.block_shape)
-    return _read_only_copy(block.astype(layout.dtype, copy=False))
+    return _read_only_copy(block.astype(layout.array_dtype, copy=False))
 
 
 def copy_blocks(layout: KvLayout, kv: KvArray, start: int, stop: int) -> list[KvArray]:
@@ -191,7 +199,7 @@ def _is_immutable(block: KvArray) -> bool:
 
 def _check_array(layout: KvLayout, array: KvArray, *, block_tokens: int) -> None:
     expected = (layout.layers, 2, block_tokens, layout.kv_heads, layout.head_dim)
-    if array.shape != expected or array.dtype.name != layout.dtype:
+    if array.shape != expected or array.dtype.name != layout.array_dtype.name:
         raise ValueError(f"KV: {array.dtype} {array.shape}, but the layout has {layout.dtype} {expected}")
 
 
@@ -201,8 +209,8 @@ def _identity(layout: KvLayout, key: bytes) -> bytes:
     return _IDENTITY.pack(_MAGIC, FORMAT_VERSION, _wire_dtype(layout).str.encode(), *layout.block_shape, key)
 
 
-def _wire_dtype(layout: KvLayout) -> np.dtype[np.floating]:
-    return np.dtype(layout.dtype).newbyteorder("<")
+def _wire_dtype(layout: KvLayout) -> np.dtype[np.generic]:
+    return layout.array_dtype.newbyteorder("<")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.model.decoder import Decoder
-from atspeed.engine.model.token_tree import TreePass
+from atspeed.engine.model.token_tree import MaskedPass
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TreeInput:
         new_kv: KV of the new tokens, [layers, 2, S, kv_heads, head_dim]; it is overwritten.
     """
 
-    step: TreePass
+    step: MaskedPass
     past: KvArray
     new_kv: KvArray
 
@@ -51,17 +51,22 @@ class BatchDecoder:
         self._memory = decoder.empty_kv(0).reshape(-1)
 
     def run(self, trees: Sequence[TreeInput]) -> list[TreeOutput]:
-        """Make one pass over one tree or more. The output of a tree does not depend on the others, except for rounding."""
+        """Make one pass over one tree or more. A tree's output depends on the others by rounding, if the graph is not ordered."""
         if len(trees) == 1:
             [tree], step = trees, trees[0].step
             decoder = self._decoder
             return [
-                TreeOutput(*decoder.run(step.tokens, step.positions, step.visible, tree.past, step.rows, tree.new_kv))
+                TreeOutput(
+                    *decoder.run(
+                        step.tokens, step.positions, step.visible, tree.past, step.rows, tree.new_kv, step.nodes
+                    )
+                )
             ]
         steps = [tree.step for tree in trees]
         count, cached = max(len(step.tokens) for step in steps), max(tree.past.shape[2] for tree in trees)
         past, new_kv = self._buffers(len(trees), cached, count)
-        _gather(trees, past)
+        for row, tree in enumerate(trees):
+            _fill(self._decoder.form.of_tree(past, row), tree.past)
         logits, log_normalizer = self._decoder.run_batch(
             _padded([step.tokens for step in steps], count),
             _padded([step.positions for step in steps], count),
@@ -70,9 +75,10 @@ class BatchDecoder:
             # Rows of the flattened [B * count] tokens.
             np.concatenate([step.rows + row * count for row, step in enumerate(steps)]),
             new_kv,
+            _nodes(steps, cached, count),
         )
         for row, tree in enumerate(trees):
-            tree.new_kv[:] = new_kv[:, :, row, : len(tree.step.tokens)]
+            tree.new_kv[:] = self._decoder.form.of_tree(new_kv, row)[:, :, : len(tree.step.tokens)]
         ends = np.cumsum([len(step.rows) for step in steps])[:-1]  # of each tree's rows in the output
         return [
             TreeOutput(*parts) for parts in zip(np.split(logits, ends), np.split(log_normalizer, ends), strict=True)
@@ -81,7 +87,7 @@ class BatchDecoder:
     def _buffers(self, batch: int, cached: int, count: int) -> tuple[KvArray, KvArray]:
         """Return uninitialised arrays for `past` and `new_kv` of a batch. They reuse the memory of earlier batches."""
         decoder = self._decoder
-        shapes = [(decoder.layers, 2, batch, n, decoder.kv_heads, decoder.head_dim) for n in (cached, count)]
+        shapes = [decoder.batch_shape(batch, tokens) for tokens in (cached, count)]
         sizes = [int(np.prod(shape)) for shape in shapes]
         if sum(sizes) > len(self._memory):
             self._memory = np.empty(sum(sizes), dtype=decoder.dtype)
@@ -89,12 +95,11 @@ class BatchDecoder:
         return past.reshape(shapes[0]), new_kv.reshape(shapes[1])
 
 
-def _gather(trees: Sequence[TreeInput], past: KvArray) -> None:
-    """Copy the trees' cached tokens side by side. Padding is 0: masked values are multiplied by 0 and must be finite."""
-    for row, tree in enumerate(trees):
-        length = tree.past.shape[2]
-        past[:, :, row, :length] = tree.past
-        past[:, :, row, length:] = 0
+def _fill(padded: KvArray, past: KvArray) -> None:
+    """Copy a tree's cached tokens. Padding is 0: masked values are multiplied by 0 and must be finite."""
+    length = past.shape[2]
+    padded[:, :, :length] = past
+    padded[:, :, length:] = 0
 
 
 def _padded(rows: Sequence[Int64], count: int) -> Int64:
@@ -109,7 +114,7 @@ def _padded(rows: Sequence[Int64], count: int) -> Int64:
     return array
 
 
-def _visible(steps: Sequence[TreePass], cached: int, count: int) -> Bools:
+def _visible(steps: Sequence[MaskedPass], cached: int, count: int) -> Bools:
     """Return the attention mask of a batch, bool [B, count, cached + count].
 
     The last axis holds a tree's cached tokens, padding, its new tokens, padding. A padding token attends to itself alone:
@@ -124,3 +129,14 @@ def _visible(steps: Sequence[TreePass], cached: int, count: int) -> Bools:
         padding = np.arange(new, count)
         visible[row, padding, cached + padding] = True
     return visible
+
+
+def _nodes(steps: Sequence[MaskedPass], cached: int, count: int) -> Bools:
+    """Return which tokens are nodes, bool [B, cached + count], placed as in `_visible`. Padding is: nothing is added to it."""
+    nodes = np.ones((len(steps), cached + count), dtype=bool)
+    for row, step in enumerate(steps):
+        past = len(step.nodes) - len(step.tokens)
+        nodes[row, :past] = step.nodes[:past]
+        nodes[row, past:cached] = False
+        nodes[row, cached : cached + len(step.tokens)] = step.nodes[past:]
+    return nodes

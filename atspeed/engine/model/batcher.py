@@ -35,9 +35,10 @@ class BatchLimits:
         tokens: new tokens of a batch, padding included; a single pass may have more.
         delay_seconds: time that a pass waits for co-batched requests although the worker is idle.
         waiting: passes in the queue.
-        padding: ratio of the batch's tokens, padded to the longest row, to those of its passes one by one. It holds for new
-            and for cached tokens.
+        padding: ratio of the batch's new tokens, padded to the longest row, to those of its passes one by one.
+        cached_padding: the same of cached tokens.
         gathered_tokens: new and cached tokens of a batch, padding included, whose keys and values are copied side by side.
+        row_keys: new and cached tokens of one row of a batch, padding included.
     """
 
     requests: int = 16
@@ -45,11 +46,14 @@ class BatchLimits:
     delay_seconds: float = 0.0
     waiting: int = 256
     padding: float = 1.5
+    cached_padding: float = 1.5
     gathered_tokens: int = 1_000_000
+    row_keys: int = 1_000_000
 
     def allow(self, rows: int, longest: int, deepest: int) -> bool:
         """Return whether `rows` passes fit into a batch, padded to `longest` new and `deepest` cached tokens each."""
-        within = rows * longest <= self.tokens and rows * (longest + deepest) <= self.gathered_tokens
+        row = longest + deepest
+        within = rows * longest <= self.tokens and row <= self.row_keys and rows * row <= self.gathered_tokens
         return rows <= self.requests and within
 
 
@@ -80,7 +84,7 @@ def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
         padded_new, padded_cached = rows * max(longest, size.new_tokens), rows * max(deepest, size.cached_tokens)
         fits = limits.allow(rows, max(longest, size.new_tokens), max(deepest, size.cached_tokens))
         close = padded_new <= limits.padding * (new + size.new_tokens)
-        close &= padded_cached <= limits.padding * (cached + size.cached_tokens)
+        close &= padded_cached <= limits.cached_padding * (cached + size.cached_tokens)
         if not chosen or (fits and close):
             chosen.append(index)
             new, cached = new + size.new_tokens, cached + size.cached_tokens

@@ -15,32 +15,36 @@ from typing import NoReturn
 import numpy as np
 
 from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.bundle.item_texts import ItemTexts
 from atspeed.engine.bundle.manifest import ROLES, Bundle
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, Provider, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
-from atspeed.engine.model.loading import load_decoder
+from atspeed.engine.model.loading import check_device_graph, load_decoder
 
 # Tokens of a pass. More are not faster, and each has a logit for every code.
 _TOKENS_PER_PASS = 64
 
 
-def verify_bundle(root: Path, *, passes: bool = True) -> Bundle:
+def verify_bundle(root: Path, *, passes: bool = True, provider: Provider = "cpu") -> Bundle:
     """Read a bundle as services do. Raises BundleError or CatalogueError at the first part that they would refuse.
 
-    passes: try every token too.
+    passes: try every token too. provider: the hardware of the passes.
     """
     bundle = Bundle(root)
     bundle.verify()
     bundle.catalogue()
     for role in ROLES:
         if role in bundle.manifest.models:
-            decoder = load_decoder(bundle, role, RuntimeOptions(intra_op_threads=os.cpu_count() or 1))
+            check_device_graph(bundle, role)
+            decoder = load_decoder(bundle, role, RuntimeOptions(provider, os.cpu_count() or 1))
             if passes:
                 entry = bundle.model(role)
                 start = entry.encoder.decoder_start if entry.encoder else None
-                check_finite(decoder, entry.code_tokens, entry.prompt, decoder_start=start)
+                texts = texts_of(bundle, role)
+                check_finite(decoder, entry.code_tokens, entry.prompt, texts, decoder_start=start)
     return bundle
 
 
@@ -48,16 +52,18 @@ def check_finite(
     decoder: Decoder,
     code_tokens: Sequence[int],
     prompt: PromptTemplate | None = None,
+    texts: ItemTexts | None = None,
     *,
     decoder_start: int | None = None,
 ) -> None:
     """Run every code token and every prompt token once. Raises BundleError naming one whose pass is not finite.
 
-    decoder_start: the token that the decoder of an encoder-decoder model begins with.
+    texts: those of the items in prompts. decoder_start: the token that the decoder of an encoder-decoder model begins with.
     """
     before = np.asarray(prompt.prefix if prompt else (), dtype=np.int64)
-    around = (*prompt.separator, *prompt.suffix) if prompt else ()
-    tokens = np.asarray(list(dict.fromkeys((*around, *code_tokens))), dtype=np.int64)
+    around = prompt.fixed_tokens[len(prompt.prefix) :] if prompt else ()
+    written = texts.distinct().tolist() if texts else ()
+    tokens = np.asarray(list(dict.fromkeys((*around, *code_tokens, *written))), dtype=np.int64)
     if isinstance(decoder, EncoderDecoder):
         _EncoderPasses(decoder, code_tokens, before[:0]).check(np.unique(np.append(before, tokens)))
         # The decoder reads no prompt: its first token takes the place of one.

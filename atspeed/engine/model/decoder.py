@@ -17,12 +17,15 @@ import onnxruntime as ort
 from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
+from atspeed.engine.model.graph_form import BLOCK_KEYS, ORDERED, GraphForm
 
 Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
 
 # Bytes of the largest tensor that onnxruntime takes from memory; a larger one is read from a private copy on disk.
 _LARGEST_TENSOR = 2**31
+
+_UNLIMITED = 2**31
 
 # Names and options of onnxruntime's providers, by preference.
 _Providers: TypeAlias = list[tuple[str, dict[str, str]]]
@@ -77,21 +80,30 @@ class TensorSpec:
         return f"{self.dtype}[{', '.join(map(str, self.axes))}]"
 
 
-def graph_inputs(layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[str, TensorSpec]:
+_BATCH_FIRST = GraphForm()
+
+
+def graph_inputs(
+    layers: int, kv_heads: int, head_dim: int, dtype: str, form: GraphForm = _BATCH_FIRST
+) -> dict[str, TensorSpec]:
     """Return the inputs of a decoder that computes in `dtype`, in order."""
-    past = TensorSpec(dtype, ("batch", "past", kv_heads, head_dim))
+    past = TensorSpec(dtype, (*form.outer("batch", "past"), kv_heads, head_dim))
+    node_bias = {"node_bias": TensorSpec(dtype, ("batch", 1, "new", "last"))} if form.node_bias else {}
     return {
         "input_ids": TensorSpec("int64", ("batch", "new")),
         "position_ids": TensorSpec("int64", ("batch", "new")),
         "attn_bias": TensorSpec(dtype, ("batch", 1, "new", "past+new")),
+        **node_bias,
         **{name: past for names in kv_names("past", layers) for name in names},
         "out_index": TensorSpec("int64", ("rows",)),
     }
 
 
-def graph_outputs(layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int) -> dict[str, TensorSpec]:
+def graph_outputs(
+    layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int, form: GraphForm = _BATCH_FIRST
+) -> dict[str, TensorSpec]:
     """Return the outputs of a decoder with `columns` code tokens, in order."""
-    new = TensorSpec(dtype, ("batch", "new", kv_heads, head_dim))
+    new = TensorSpec(dtype, (*form.outer("batch", "new"), kv_heads, head_dim))
     return {
         "code_logits": TensorSpec("float32", ("rows", columns)),
         "log_normalizer": TensorSpec("float32", ("rows",)),
@@ -115,6 +127,13 @@ class Decoder:
         options: the options of onnxruntime.
         files: the content of the model's files; read from `path` if None. The session keeps a copy, so later changes of the
             files have no effect.
+
+    Attributes:
+        layers, kv_heads, head_dim, columns: the sizes of the graph; columns are code tokens.
+        dtype: the number format of keys and values.
+        form: the form of the graph.
+        ordered: true if the graph says that its sums have one order, whatever else is in a pass.
+        shared_keys: the most keys of a tree in a pass of several trees, padding included.
     """
 
     def __init__(self, path: Path, options: RuntimeOptions, files: ModelFiles | None = None) -> None:
@@ -127,12 +146,16 @@ class Decoder:
         self.layers = sum(name.startswith("past_key.") for name in inputs)
         self.dtype = np.dtype(inputs["past_key.0"].dtype)
         past_shape = inputs["past_key.0"].fixed
+        self.kv_dtype = self.dtype.name
         self.kv_heads = int(past_shape[2] or 0)
         self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)
         shape = (self.layers, self.kv_heads, self.head_dim, self.dtype.name)
-        check_contract(path, "input", inputs, graph_inputs(*shape))
-        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns))
+        self.form = GraphForm(inputs["past_key.0"].axes[1] == "batch", "node_bias" in inputs)
+        self.ordered = self._session.get_modelmeta().custom_metadata_map.get(ORDERED) == "true"
+        self.shared_keys = BLOCK_KEYS if self.ordered else _UNLIMITED
+        check_contract(path, "input", inputs, graph_inputs(*shape, self.form))
+        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns, self.form))
         # The attention bias by visibility. The lowest finite number, not -inf, so that a masked score never makes a row NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
@@ -141,7 +164,14 @@ class Decoder:
         return np.empty((self.layers, 2, tokens, self.kv_heads, self.head_dim), dtype=self.dtype)
 
     def run(
-        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
+        self,
+        tokens: Int64,
+        positions: Int64,
+        visible: Bools,
+        past: KvArray,
+        rows: Int64,
+        new_kv: KvArray,
+        nodes: Bools | None = None,
     ) -> tuple[Float32, Float32]:
         """Make one pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
 
@@ -155,14 +185,28 @@ class Decoder:
             past: KV of the cached tokens, [layers, 2, P, kv_heads, head_dim] in the model's dtype; P may be 0.
             rows: the tokens whose logits are wanted, int64 [M].
             new_kv: [layers, 2, S, kv_heads, head_dim]; it is overwritten with the KV of the new tokens.
+            nodes: the cached and new tokens that are nodes, not prompt, bool [P + S]; None if there are none.
         """
         for name, kv in (("past", past), ("new_kv", new_kv)):
             if kv.ndim != 5:
                 raise ValueError(f"{name}: has {kv.ndim} axes instead of 5")
-        return self.run_batch(tokens[None], positions[None], visible[None], past[:, :, None], rows, new_kv[:, :, None])
+        alone = nodes if nodes is None else nodes[None]
+        past, new_kv = (self.form.with_batch(kv) for kv in (past, new_kv))
+        return self.run_batch(tokens[None], positions[None], visible[None], past, rows, new_kv, alone)
+
+    def batch_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        """Return the shape of the KV of several trees: [layers, 2, B, tokens, ...], or tokens before B if keys come first."""
+        return (self.layers, 2, *self.form.outer(batch, tokens), self.kv_heads, self.head_dim)
 
     def run_batch(
-        self, tokens: Int64, positions: Int64, visible: Bools, past: KvArray, rows: Int64, new_kv: KvArray
+        self,
+        tokens: Int64,
+        positions: Int64,
+        visible: Bools,
+        past: KvArray,
+        rows: Int64,
+        new_kv: KvArray,
+        nodes: Bools | None = None,
     ) -> tuple[Float32, Float32]:
         """Make one pass over several trees, padded to the same lengths. Every argument of `run` but `rows` has a batch axis B.
 
@@ -172,11 +216,12 @@ class Decoder:
             tokens: int64 [B, S].
             positions: int64 [B, S].
             visible: bool [B, S, P + S].
-            past: [layers, 2, B, P, kv_heads, head_dim].
+            past: as `batch_shape` has it for P tokens.
             rows: int64 [M], into the flattened B * S tokens.
-            new_kv: [layers, 2, B, S, kv_heads, head_dim].
+            new_kv: as `batch_shape` has it for S tokens.
+            nodes: bool [B, P + S].
         """
-        (batch, count), cached = tokens.shape, past.shape[-3]
+        (batch, count), cached = tokens.shape, past.shape[2 if self.form.keys_first else -3]
         self._check_kv("past", past, (batch, cached))
         self._check_kv("new_kv", new_kv, (batch, count))
         if positions.shape != (batch, count) or visible.shape != (batch, count, cached + count):
@@ -184,7 +229,7 @@ class Decoder:
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
             "position_ids": np.ascontiguousarray(positions, dtype=np.int64),
-            "attn_bias": self._bias.take(np.ascontiguousarray(visible).view(np.uint8))[:, None],
+            **self.form.biases(self._bias, visible, nodes),
             "out_index": np.ascontiguousarray(rows, dtype=np.int64),
         }
         fetches: dict[str, npt.NDArray[Any]] = {
@@ -201,17 +246,22 @@ class Decoder:
         return {name: kv[layer, j] for layer, pair in enumerate(names) for j, name in enumerate(pair)}
 
     def _check_kv(self, name: str, kv: KvArray, tokens: tuple[int, int]) -> None:
-        expected = (self.layers, 2, *tokens, self.kv_heads, self.head_dim)
+        expected = self.batch_shape(*tokens)
         if kv.shape != expected or kv.dtype != self.dtype:
             raise ValueError(f"{name}: {kv.dtype}{list(kv.shape)}, the model takes {self.dtype}{list(expected)}")
         if not kv[0, 0].flags.c_contiguous:
             raise ValueError(f"{name}: the tokens of a layer are not contiguous")
 
 
-def open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSession:
-    """Open a session on the options' provider. Raises BundleError when the file or the provider cannot be used."""
+def open_session(files: ModelFiles, options: RuntimeOptions, *, cuda_graphs: bool = False) -> ort.InferenceSession:
+    """Open a session on the options' provider. Raises BundleError when the file or the provider cannot be used.
+
+    cuda_graphs: let runs with a gpu_graph_id be captured on a GPU; that of the others must be -1 then.
+    """
     path, providers = files.path, _PROVIDERS[options.provider]
     wanted = providers[0][0]
+    if cuda_graphs and options.provider == "cuda":
+        providers = [(wanted, {**providers[0][1], "enable_cuda_graph": "1"}), *providers[1:]]
     if options.provider == "cuda" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from the wheels that the extra `gpu` installs
     if wanted not in ort.get_available_providers():
@@ -221,7 +271,9 @@ def open_session(files: ModelFiles, options: RuntimeOptions) -> ort.InferenceSes
     try:
         session = _session(files, options, providers)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
-        raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
+        weights = sum(map(len, files.weights.values())) / 2**20
+        what = "it" if options.provider == "cpu" else f"its {weights:.0f} MiB of weights on the device"
+        raise BundleError(f"{path}: onnxruntime cannot load {what}: {error}") from error
     # onnxruntime only warns when CUDA is installed but does not work, and uses the CPU.
     if session.get_providers()[0] != wanted:
         raise BundleError(f"{path}: provider {options.provider}: it is installed but cannot be used")
@@ -262,7 +314,8 @@ def graph_specs(session: ort.InferenceSession) -> tuple[dict[str, TensorSpec], d
 
 
 def _spec(arg: ort.NodeArg) -> TensorSpec:
-    dtype = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}.get(arg.type, arg.type)
+    dtype = arg.type.removeprefix("tensor(").removesuffix(")")
+    dtype = "float32" if dtype == "float" else dtype
     return TensorSpec(dtype, tuple(axis if isinstance(axis, int) else str(axis) for axis in arg.shape))
 
 

@@ -20,6 +20,7 @@ class PassStats:
         batch_requests: requests that shared the pass; the maximum of several passes.
         batch_tokens: tokens that were computed for all co-batched requests, padding included.
         lookup_ns: the wait for cached KV, in a first pass.
+        unordered_passes: passes on a replica where the check of plan invariance failed.
     """
 
     queue_ns: int = 0
@@ -30,6 +31,7 @@ class PassStats:
     batch_requests: int = 0
     batch_tokens: int = 0
     lookup_ns: int = 0
+    unordered_passes: int = 0
 
     @property
     def cached_tokens(self) -> int:

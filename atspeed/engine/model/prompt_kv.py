@@ -11,7 +11,7 @@ from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.manifest import EncoderEntry, ModelEntry
 from atspeed.engine.kv.memory_cache import KvLayout, block_keys, copy_blocks, namespace
 from atspeed.engine.kv.prefix_cache import CachedPrefix, PrefixCache
-from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.device_decoder import ModelDecoder
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
 from atspeed.engine.model.token_tree import TokenTree, TreePass
 from atspeed.engine.model.tree_session import TreeSession
@@ -21,7 +21,7 @@ from atspeed.engine.search.trie import Trie
 class PromptKv:
     """The prompts of a decoder. Any whole blocks at the beginning of a prompt can come from the cache."""
 
-    def __init__(self, decoder: Decoder, entry: ModelEntry, layout: KvLayout, cache: PrefixCache) -> None:
+    def __init__(self, decoder: ModelDecoder, entry: ModelEntry, layout: KvLayout, cache: PrefixCache) -> None:
         self._decoder = decoder
         self._entry = entry
         self._layout = layout
@@ -133,7 +133,7 @@ class EncodedTree(TokenTree):
         return replace(step, positions=step.positions - (len(self.prompt) - 1))
 
 
-def prompt_kv(decoder: Decoder, entry: ModelEntry, layout: KvLayout, cache: PrefixCache) -> PromptKv:
+def prompt_kv(decoder: ModelDecoder, entry: ModelEntry, layout: KvLayout, cache: PrefixCache) -> PromptKv:
     """Return the prompts of a model."""
     if entry.encoder is None:
         return PromptKv(decoder, entry, layout, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,13 +16,18 @@ import numpy as np
 from atspeed.engine.arrays import Float32, Float64, Int64, KvArray
 from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.errors import CapacityError, NoNumbersError, PromptError
-from atspeed.engine.kv.buffer_pool import BufferPool, capacity_for
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout
 from atspeed.engine.kv.prefix_cache import PrefixCache
-from atspeed.engine.model.batch_decoder import BatchDecoder, TreeInput, TreeOutput
+from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Reschedule
 from atspeed.engine.model.cost_curve import CostCurve, measure
 from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
+from atspeed.engine.model.device_memory import DeviceMemory
+from atspeed.engine.model.device_selector import DeviceSelector
+from atspeed.engine.model.host_memory import HostMemory
+from atspeed.engine.model.invariance import Moved, TreeSizes, check_invariance
+from atspeed.engine.model.kv_memory import KvMemory, PassResult
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.prompt_kv import prompt_kv
 from atspeed.engine.model.token_tree import TokenTree, TreePass
@@ -29,9 +35,9 @@ from atspeed.engine.model.tree_session import CompletedPass, Found, PassProgram,
 from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children, codes_normalizer
 from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 
-# Nodes that fit beside a prompt and its first pass before the buffer grows. Chosen, not measured.
-_NODE_ROOM = 128
 _OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
+# Trees of the check at the load. Before the sums had an order, nearly every node of such a tree moved.
+_CHECKED_TREES, _CHECKED_PROMPT, _CHECKED_NODES = 4, 128, 24
 Part = TypeVar("Part")
 
 
@@ -47,12 +53,13 @@ class TreeEvaluator:
         entry: its entry in the bundle's manifest.
         trie: the catalogue's trie.
         rule: the scoring rule.
-        open_kv: the memory of open sessions, at most `open_kv_bytes`.
+        open_kv: the memory of open sessions.
+        plan_invariant: false if scores are known to depend on the other tokens of a pass, as on a device.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: ModelDecoder,
         entry: ModelEntry,
         trie: Trie,
         rule: ScoringRule,
@@ -66,14 +73,14 @@ class TreeEvaluator:
         self.entry = entry
         self.trie = trie
         self.rule = rule
-        self.open_kv = BufferPool(decoder.empty_kv, open_kv_bytes)
+        self.plan_invariant = entry.plan_invariant and not isinstance(decoder, DeviceDecoder)
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
+        self.open_kv = self._memory(cache, open_kv_bytes)
         # One column of each code token: levels may share tokens.
         self._distinct_columns = np.unique(self._code_tokens, return_index=True)[1]
-        self._batch_decoder = BatchDecoder(decoder)
-        self._batcher = Batcher(self._run, limits or BatchLimits())
+        self._batcher = Batcher(self._run, _within_sums(limits or BatchLimits(), decoder))
 
     @property
     def queued_passes(self) -> int:
@@ -93,9 +100,10 @@ class TreeEvaluator:
         self._check_prompt(prompt)
         begun = time.perf_counter_ns()
         keys = self._prompts.keys(prompt, tenant, user_key)
-        cached = await self._prompts.lookup(prompt, keys)
+        cached = await self.open_kv.lookup(prompt, keys)
         stats = PassStats(lookup_ns=time.perf_counter_ns() - begun, cached_tokens_by_tier=cached.tokens_by_tier)
-        return TreeSession(self._prompts.tree(prompt), keys, cached.blocks, stats)
+        known, pages = len(cached.pages) + len(cached.blocks), list(cached.pages)
+        return TreeSession(self.open_kv.tree(prompt), keys, cached.blocks, stats, pages=pages, known_blocks=known)
 
     async def evaluate(self, tree: TreeSession, nodes: Int64, selection: Selection) -> tuple[Evaluation, PassStats]:
         """Make one pass: the best children of `nodes`, int64 [n], ascending inner nodes, not evaluated before on this tree.
@@ -125,7 +133,7 @@ class TreeEvaluator:
         try:
             found = await self._batcher.outcome(tree.last_request)
         finally:
-            self._remember(tree)
+            self.open_kv.remember(tree)  # the blocks of a first pass, even if a later pass failed
         return cast("Found", found), reduce(add, [done.stats for done in tree.passes[made:]])
 
     def end(self, tree: TreeSession) -> None:
@@ -148,9 +156,30 @@ class TreeEvaluator:
         finally:
             self.end(tree)
 
+    async def check_plan_invariance(self) -> Moved:
+        """Compare a few trees in company and alone, in a worker thread; `plan_invariant` is false if a bit moved.
+
+        The model is one of the host.
+        """
+        if isinstance(self.decoder, DeviceDecoder):
+            raise TypeError("a device's sums have no order that could be checked")
+        moved = await asyncio.to_thread(self._moved_bits, self.decoder)
+        self.plan_invariant = self.entry.plan_invariant and moved.none
+        return moved
+
+    def _moved_bits(self, decoder: Decoder) -> Moved:
+        entry, levels = self.entry, self.trie.levels
+        prompt = min(entry.prompt.max_tokens(levels), entry.max_positions - levels, _CHECKED_PROMPT)
+        start = entry.encoder.decoder_start if entry.encoder else None
+        sizes = TreeSizes(max(1, prompt), _CHECKED_NODES, depth=max(1, levels - 1), trees=2)
+        return check_invariance([decoder], sizes, self._code_tokens, trees=_CHECKED_TREES, decoder_start=start)
+
     def open_synthetic(self, prompt: Int64, cached_blocks: tuple[KvArray, ...] = ()) -> TreeSession:
         """Start a session for a measurement or a check, on given blocks. No cache reads or keeps them. End it with `end`."""
-        return TreeSession(self._prompts.tree(prompt), [], cached_blocks, PassStats(), synthetic=True)
+        known = len(cached_blocks)
+        return TreeSession(
+            self.open_kv.tree(prompt), [], cached_blocks, PassStats(), synthetic=True, known_blocks=known
+        )
 
     async def cost_curve(self, seconds: float) -> CostCurve:
         """Measure the cost curve, for about `seconds`. No other pass should run on the model meanwhile."""
@@ -178,52 +207,31 @@ class TreeEvaluator:
     async def close(self) -> None:
         """Run the queued passes, and stop. The cache stays the caller's to close."""
         await self._batcher.close()
+        await self.open_kv.close()
 
-    def _remember(self, tree: TreeSession) -> None:
-        """Hand the new blocks of a first pass to the cache, even if a later pass failed."""
-        blocks = tree.new_blocks
-        tree.new_blocks = []
-        if blocks:
-            self._prompts.remember(tree.keys, blocks)
+    def _memory(self, cache: PrefixCache, open_kv_bytes: int) -> KvMemory:
+        if not isinstance(self.decoder, DeviceDecoder):
+            return HostMemory(self.decoder, self._prompts, open_kv_bytes)
+        selector = DeviceSelector(self.trie, self.rule, self._code_tokens, self.decoder.options)
+        return DeviceMemory(self.decoder, selector, self._prompts, self._layout, cache)
 
     def _admitted(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Check a pass and reserve its memory; return its size. Raises CapacityError and OverloadedError, see `evaluate`."""
         self._check_nodes(tree.tokens, nodes)
         size = self._size(tree, nodes)
-        self._reserve(tree, size)
+        self.open_kv.reserve(tree, size.cached_tokens + size.new_tokens)
         return size
 
     def _size(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Return the size of a pass, cached blocks included that the first pass still has to copy into the tree."""
         step, prompt = self._layout.block_tokens, len(tree.tokens.prompt)
-        cached = tree.tokens.length or min(len(tree.cached_blocks) * step, prompt - 1)
+        cached = tree.tokens.length or min(tree.known_blocks * step, prompt - 1)
         new_prompt = max(0, prompt - cached)
         # The root has no token of its own: its logits are the last prompt token's.
         return PassSize(new_prompt + len(nodes) - int(nodes[0] == ROOT), cached)
 
-    def _reserve(self, tree: TreeSession, size: PassSize) -> None:
-        """Reserve memory for the tree after the pass: `_NODE_ROOM` more at first, then half as much again."""
-        needed = size.cached_tokens + size.new_tokens
-        if needed <= tree.capacity:
-            return
-        grown = tree.capacity + tree.capacity // 2
-        capacity = capacity_for(max(needed, grown) if tree.capacity else needed + _NODE_ROOM)
-        self.open_kv.reserve(capacity, growing=tree.capacity > 0)
-        self._cancel_unused(tree)
-        tree.capacity = capacity
-
-    def _cancel_unused(self, tree: TreeSession) -> None:
-        """Cancel the reservation of a pass that never began."""
-        if tree.capacity > tree.tokens.kv.shape[2]:
-            self.open_kv.cancel(tree.capacity)
-
     def _release(self, tree: TreeSession) -> None:
-        self._cancel_unused(tree)
-        held = tree.tokens.kv
-        tree.tokens.kv = self.decoder.empty_kv(0)
-        if held.size:
-            self.open_kv.give_back(held)
-        tree.capacity = 0
+        self.open_kv.release(tree)
         tree.cached_blocks = ()
 
     def _run(self, runs: Sequence[ProgramRun]) -> Iterator[object]:
@@ -234,8 +242,7 @@ class TreeEvaluator:
         begun = time.perf_counter_ns()
         steps = [_attempt(self._prepare, run) for run in runs]
         ready = [(run, step) for run, step in zip(runs, steps, strict=True) if isinstance(step, TreePass)]
-        inputs = [_input(run.tree.tokens, step) for run, step in ready]
-        outputs = iter(self._batch_decoder.run(inputs) if inputs else ())
+        outputs = iter(self.open_kv.run(ready) if ready else ())
         forward = PassStats(
             forward_ns=time.perf_counter_ns() - begun,
             batch_requests=len(ready),
@@ -250,17 +257,11 @@ class TreeEvaluator:
                 yield step
 
     def _prepare(self, run: ProgramRun) -> TreePass:
-        """Move the tree into its reserved buffer, fill in the cached blocks before its first pass, and plan the pass."""
-        tree = run.tree
-        if tree.tokens.kv.shape[2] < tree.capacity:
-            outgrown = tree.tokens.move_to(self.open_kv.take(tree.capacity))
-            if outgrown.size:
-                self.open_kv.give_back(outgrown)
-        if not tree.tokens.length:
-            self._prompts.fill(tree)
-        return tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
+        """Give the tree its memory, with the cached blocks before its first pass, and plan the pass."""
+        self.open_kv.begin(run.tree)
+        return run.tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
 
-    def _finish(self, run: ProgramRun, step: TreePass, output: TreeOutput, begun: int, forward: PassStats) -> object:
+    def _finish(self, run: ProgramRun, step: TreePass, output: PassResult, begun: int, forward: PassStats) -> object:
         """Commit a pass and advance the program: another pass, or its result."""
         tree = run.tree
         first = tree.tokens.length < len(tree.tokens.prompt)
@@ -269,7 +270,7 @@ class TreeEvaluator:
         evaluation = self._evaluation(run, output)
         valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()
         if first and valid:  # a node that makes scores NaN may have done so to the prompt's keys and values
-            tree.new_blocks = self._prompts.new_blocks(tree)
+            self.open_kv.keep_prompt(tree)
             tree.cached_blocks = ()
         done = time.perf_counter_ns()
         stats = replace(
@@ -280,12 +281,15 @@ class TreeEvaluator:
             new_tokens=tree.lookup_stats.new_tokens + len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
+            unordered_passes=int(not self.plan_invariant),
         )
         tree.lookup_stats = PassStats()
         tree.passes.append(CompletedPass(len(run.nodes), stats, run.queued_ns, done, valid))
         return self._next(run, evaluation) if isinstance(evaluation, Evaluation) else evaluation
 
-    def _evaluation(self, run: ProgramRun, output: TreeOutput) -> Evaluation | NoNumbersError:
+    def _evaluation(self, run: ProgramRun, output: PassResult) -> Evaluation | NoNumbersError:
+        if not isinstance(output, TreeOutput):
+            return output
         selection = run.selection
         log_normalizer: Float32 | Float64 = output.log_normalizer
         if self.rule is ScoringRule.CODES:
@@ -334,13 +338,13 @@ class TreeEvaluator:
             raise CapacityError("nodes: a node was evaluated before on this tree")
 
 
+def _within_sums(limits: BatchLimits, decoder: ModelDecoder) -> BatchLimits:
+    """Return the limits under which a host's graph keeps the order of its sums."""
+    return limits if isinstance(decoder, DeviceDecoder) else replace(limits, row_keys=decoder.shared_keys)
+
+
 def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:
     return (yield nodes)
-
-
-def _input(tree: TokenTree, step: TreePass) -> TreeInput:
-    end = tree.length + len(step.tokens)
-    return TreeInput(step, tree.kv[:, :, : tree.length], tree.kv[:, :, tree.length : end])
 
 
 def _attempt(compute: Callable[[ProgramRun], Part], run: ProgramRun) -> Part | Exception:

@@ -63,12 +63,15 @@ class TreeSession:
     Attributes:
         tokens: the token tree.
         keys: the block keys of the prompt's whole blocks.
-        cached_blocks: the blocks that the prefix cache had, until the first pass has read them.
+        cached_blocks: the blocks that the prefix cache had on the host, until the first pass has read them.
         lookup_stats: the statistics of the lookup and of the encoder, until a pass reports them as part of its own.
         opened_at: the time by `time.monotonic`. Passes of older sessions come first.
         synthetic: true for measurements and checks, which no request waits for: their passes wait for no co-batched request.
-        capacity: tokens of KV that are reserved.
-        new_blocks: the blocks that no cache had, from the first pass until the cache has them.
+        capacity: tokens of KV that are reserved on the host.
+        new_blocks: the blocks that no cache had, from the first pass until the cache has them; on the host.
+        pages: the device's pages that are held, in the order of the tree's tokens; none on the host.
+        known_blocks: the prompt's blocks that a cache had, on the device or on the host.
+        new_from: on a device, the first block that no cache had, from the first pass until the cache has it.
         passes: the passes that were made.
         last_request: the request that was queued last.
     """
@@ -81,6 +84,9 @@ class TreeSession:
     synthetic: bool = False
     capacity: int = 0
     new_blocks: list[KvArray] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    known_blocks: int = 0
+    new_from: int | None = None
     passes: list[CompletedPass] = field(default_factory=list)
     last_request: QueuedRequest[ProgramRun, object] | None = None
 

@@ -1,4 +1,4 @@
-"""What a request gets does not depend on whom it shares its passes with; and what it holds is free when it ends."""
+"""Results of a request do not depend on the requests of the same passes, and its memory is free when it ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import CapacityError, OverloadedError
-from atspeed.engine.model.batch_decoder import TreeInput, TreeOutput
-from atspeed.engine.model.batcher import BatchLimits, PassSize
+from atspeed.engine.model.batcher import BatchLimits
+from atspeed.engine.model.host_memory import HostMemory
+from atspeed.engine.model.kv_memory import PassResult
 from atspeed.engine.model.pass_stats import PassStats
+from atspeed.engine.model.token_tree import TreePass
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import ProgramRun, Selection
 from atspeed.engine.search.scoring import Children, Perturbation, ScoringRule
@@ -37,21 +39,24 @@ TOLERANCE: dict[Precision, float] = {"float32": 5e-5, "int8": 0}
 FIRST_BUFFER = 192  # tokens: a short prompt, its nodes and room for 128 more
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (ScoringRule.VOCAB, "float32", "llama"),
-        (ScoringRule.TRIE, "float32", "qwen3"),
-        (ScoringRule.VOCAB, "int8", "llama"),
-        (ScoringRule.VOCAB, "float32", "t5"),
-    ],
-    ids="-".join,
-)
+HOST: list[tuple[str, ...]] = [
+    (ScoringRule.VOCAB, "float32", "llama"),
+    (ScoringRule.TRIE, "float32", "qwen3"),
+    (ScoringRule.VOCAB, "int8", "llama"),
+    (ScoringRule.VOCAB, "float32", "t5"),
+]
+# Keys and values in pages, as on a GPU; here on the CPU.
+PAGED = [(ScoringRule.VOCAB, "float32", "llama", "paged")]
+of_buffers = pytest.mark.parametrize("models", HOST, indirect=True, ids="-".join)
+
+
+@pytest.fixture(scope="module", params=[*HOST, *PAGED], ids="-".join)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    rule, precision, architecture = request.param
+    rule, precision, architecture, *where = request.param
     catalogue = random_catalogue(40, (6, 5, 4), seed=2)
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, precision=precision))
+    made = write_bundle(root, catalogue, rule=rule, architecture=architecture, precision=precision)
+    return Models.load(made, paged="paged" in where)
 
 
 @asynccontextmanager
@@ -62,9 +67,14 @@ async def opened(evaluator: TreeEvaluator) -> AsyncIterator[TreeEvaluator]:
     await evaluator.close()
 
 
+def _idle_bytes(evaluator: TreeEvaluator) -> int:
+    assert isinstance(evaluator.open_kv, HostMemory)
+    return evaluator.open_kv.buffers.idle_bytes
+
+
 def co_batched(requests: int) -> BatchLimits:
     """Exactly so many passes run together: no padding is too much, and a smaller batch waits for the next pass."""
-    return BatchLimits(requests=requests, tokens=100_000, delay_seconds=HOUR, padding=1e9)
+    return BatchLimits(requests=requests, tokens=100_000, delay_seconds=HOUR, padding=1e9, cached_padding=1e9)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def assert_same(models: Models, found: dict[int, Children], expected: dict[int, 
 
 @dataclass
 class Alone:
-    """What one-at-a-time evaluation says of all nodes of a prompt's tree, level by level."""
+    """Return the evaluation of all nodes of a prompt's tree, one at a time and level by level."""
 
     models: Models
     known: dict[tuple[int, int], dict[int, Children]] = field(default_factory=dict)
@@ -254,6 +264,7 @@ async def test_warm_up_waits_for_no_co_batched_request(models: Models) -> None:
         await evaluator.cost_curve(0)
 
 
+@of_buffers
 async def test_memory_of_a_running_pass_is_freed_at_its_end(models: Models) -> None:
     """A tree may end in the middle of its pass. Its buffer must not go to another one while the pass still writes to it."""
     async with opened(models.evaluator("target")) as evaluator:
@@ -273,12 +284,13 @@ async def test_memory_of_a_running_pass_is_freed_at_its_end(models: Models) -> N
             await asyncio.wait([cancelled])
             evaluator.end(tree)
             assert evaluator.open_kv.used_bytes > 0
-            assert evaluator.open_kv.idle_bytes == 0
+            assert _idle_bytes(evaluator) == 0
             go_on.set()
             await first_pass(evaluator, models.prompt(3, seed=2))
         assert (evaluator.open_kv.used_bytes, tree.tokens.kv.size) == (0, 0)
 
 
+@of_buffers
 async def test_sessions_beyond_the_memory_are_refused_and_served_later(models: Models) -> None:
     async with opened(models.evaluator("target", open_kv_bytes=4 * FIRST_BUFFER * models.token_bytes)) as evaluator:
         trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(3)]
@@ -292,19 +304,20 @@ async def test_sessions_beyond_the_memory_are_refused_and_served_later(models: M
             evaluator.end(tree)
 
 
+@of_buffers
 async def test_session_grows_while_new_ones_are_refused(models: Models, alone: Alone) -> None:
     """At the limit running requests once failed in the middle, for others that had just come."""
     limit = 16 * FIRST_BUFFER * models.token_bytes
     with patch(
-        "atspeed.engine.model.tree_evaluator._NODE_ROOM", 120
+        "atspeed.engine.model.host_memory._NODE_ROOM", 120
     ):  # together with prompt and root a full first buffer, or nearly
         async with opened(models.evaluator("target", open_kv_bytes=limit)) as evaluator:
             trees = [await evaluator.open(models.prompt(3, seed=n)) for n in range(14)]
             for tree in trees:
-                evaluator._reserve(tree, PassSize(FIRST_BUFFER - 120, 0))
+                evaluator.open_kv.reserve(tree, FIRST_BUFFER - 120)
             with pytest.raises(OverloadedError, match="kv_open_mb"):
                 await first_pass(evaluator, models.prompt(3, seed=14))
-            evaluator._reserve(trees[0], PassSize(FIRST_BUFFER + 1, 0))
+            evaluator.open_kv.reserve(trees[0], FIRST_BUFFER + 1)
             evaluation, _ = await evaluator.evaluate(trees[0], np.array(models.naive.inner()), EVERYTHING)
             assert_same(models, dict(evaluation.items()), await alone(3, 0))
             for tree in trees:
@@ -313,13 +326,13 @@ async def test_session_grows_while_new_ones_are_refused(models: Models, alone: A
 
 @pytest.mark.parametrize("broken", ["run", "finish"])
 async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, alone: Alone, broken: str) -> None:
-    """Of the model in a batch: all are run one by one. Of what follows for one of them: that one fails."""
+    """After a failure of the model in a batch all requests run one by one. After a later one only that request fails."""
     async with opened(models.evaluator("target", limits=co_batched(3))) as evaluator:
         trees = [await evaluator.open(models.prompt(items, seed=1)) for items in (4, 5, 6)]
-        decoder, finish = evaluator._batch_decoder, evaluator._finish
-        run = decoder.run
+        memory, finish = evaluator.open_kv, evaluator._finish
+        run = memory.run
 
-        def run_alone(inputs: Sequence[TreeInput]) -> list[TreeOutput]:
+        def run_alone(inputs: Sequence[tuple[ProgramRun, TreePass]]) -> list[PassResult]:
             if len(inputs) > 1:
                 raise MemoryError
             return run(inputs)
@@ -330,7 +343,7 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
             return finish(work, *arguments, **named)
 
         breaks: dict[str, AbstractContextManager[object]] = {
-            "run": patch.object(decoder, "run", run_alone),
+            "run": patch.object(memory, "run", run_alone),
             "finish": patch.object(evaluator, "_finish", finish_but_second),
         }
         with breaks[broken]:
@@ -347,8 +360,9 @@ async def test_failure_of_a_shared_pass_fails_no_other_request(models: Models, a
         assert_same(models, dict(answer[0].items()), await alone(items, 1))
 
 
+@of_buffers
 async def test_released_buffer_is_used_by_the_next_session(models: Models, alone: Alone) -> None:
-    """And what it held before shows in no answer, on a shorter prompt or a longer one."""
+    """Earlier content of the buffer changes no answer, on a shorter prompt or a longer one."""
     async with opened(models.evaluator("target")) as evaluator:
         for items in (5, 8, 2):
             tree = await evaluator.open(models.prompt(items, seed=1))
@@ -356,4 +370,4 @@ async def test_released_buffer_is_used_by_the_next_session(models: Models, alone
             assert_same(models, dict(evaluation.items()), await alone(items, 1))
             tree.tokens.kv[:] = np.nan
             evaluator.end(tree)
-        assert evaluator.open_kv.idle_bytes == FIRST_BUFFER * models.token_bytes
+        assert _idle_bytes(evaluator) == FIRST_BUFFER * models.token_bytes

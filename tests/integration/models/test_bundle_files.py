@@ -1,4 +1,4 @@
-"""A bundle's files through links: followed, or what is wrong with them is said."""
+"""Files of a bundle behind links: they are followed, or refused with the reason."""
 
 from __future__ import annotations
 

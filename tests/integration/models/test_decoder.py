@@ -89,7 +89,7 @@ def test_the_contract_has_these_names_and_axes() -> None:
 
 @pytest.mark.parametrize("cached", [0, 1, 9, 19])
 def test_cached_prefix_changes_no_result(decoder: Decoder, cached: int) -> None:
-    """Neither the logits nor the keys and values, which land behind the prefix in the same buffer."""
+    """The logits are the same, and so are keys and values, which are written behind the prefix in the same buffer."""
     whole, resumed = decoder.empty_kv(20), decoder.empty_kv(30)
     expected = chain(decoder, 20, kv=whole).on(decoder)
     resumed[:] = np.nan

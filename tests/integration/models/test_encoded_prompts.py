@@ -141,7 +141,7 @@ async def test_tenants_share_nothing(models: Models) -> None:
 
 
 async def test_rows_that_are_not_finite_fail_their_request_alone(models: Models) -> None:
-    """And no cache keeps them."""
+    """No cache keeps such rows."""
     bad, good = models.prompt(5, seed=1), models.prompt(5, seed=2)
     limits = BatchLimits(requests=2, tokens=100_000, delay_seconds=3600, padding=1e9)
     async with opened(models) as cold:
@@ -191,6 +191,10 @@ def test_an_encoder_that_does_not_fit_is_refused(models: Models, tmp_path_factor
 def test_a_prompt_and_its_rows_must_match(models: Models) -> None:
     decoder = models.decoders["target"]
     assert isinstance(decoder, EncoderDecoder)
-    for kv in (decoder.empty_kv(3), decoder.empty_kv(4).astype(np.float64), decoder.empty_kv(8)[:, :, ::2]):
+    for kv in (
+        decoder.empty_kv(3),
+        np.zeros_like(decoder.empty_kv(4), dtype=np.float64),
+        decoder.empty_kv(8)[:, :, ::2],
+    ):
         with pytest.raises(ValueError, match="kv"):
             decoder.encode(np.array([3, 4, 5, 6]), kv)

@@ -77,14 +77,14 @@ def exactly(found: dict[int, Children]) -> dict[int, tuple[bytes, bytes, float]]
 def passes_begin(evaluator: TreeEvaluator, on_pass: Callable[[int], None]) -> Iterator[list[int]]:
     """Calls `on_pass` in the worker thread before every pass, with its number from 1 on. Gives how many trees shared each."""
     shared: list[int] = []
-    run = evaluator._batch_decoder.run
+    run = evaluator.open_kv.run
 
     def watched(trees: Sequence[Any]) -> Any:
         shared.append(len(trees))
         on_pass(len(shared))
         return run(trees)
 
-    with patch.object(evaluator._batch_decoder, "run", watched):
+    with patch.object(evaluator.open_kv, "run", watched):
         yield shared
 
 
@@ -94,7 +94,7 @@ def until_set(event: threading.Event) -> None:
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 async def test_program_runs_while_the_event_loop_is_blocked(models: Models, levels: int) -> None:
-    """And finds bit for bit what one call after the other does, for the same work."""
+    """The results are bit for bit those of one call after the other, for the same work."""
     async with opened(models) as evaluator:
         last_begun = threading.Event()
         tree = await evaluator.open(models.prompt(5, seed=1))
@@ -227,7 +227,7 @@ async def test_failure_below_the_first_level_fails_only_its_request(models: Mode
 
 async def test_program_that_outgrows_the_memory_is_refused(models: Models) -> None:
     """Room for the prompt, its first buffer with no place for nodes, and not for the next."""
-    with patch("atspeed.engine.model.tree_evaluator._NODE_ROOM", 0):
+    with patch("atspeed.engine.model.host_memory._NODE_ROOM", 0):
         async with opened(models, open_kv_bytes=64 * models.token_bytes) as evaluator:
             tree = await evaluator.open(np.resize(models.prompt(8, seed=1), 50))
             prompt = len(tree.tokens.prompt)

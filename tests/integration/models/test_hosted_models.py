@@ -47,7 +47,7 @@ def root(bundle: Bundle, tmp_path: Path) -> Path:
 
 
 def claim(root: Path, **fields: Any) -> None:
-    """Change what the manifest says of the target."""
+    """Change the manifest's entry of the target."""
     manifest = Bundle(root).manifest
     write_manifest(root, manifest.model_copy(update={"target": manifest.target.model_copy(update=fields)}))
 
@@ -62,7 +62,7 @@ async def served(**settings: Any) -> AsyncIterator[HostedModels[TreeEvaluator]]:
 
 
 def measured(model: HostedModel[TreeEvaluator]) -> CostCurve:
-    """What its passes cost."""
+    """Return the cost curve of its passes."""
     assert model.weights.cost_curve is not None
     return model.weights.cost_curve
 

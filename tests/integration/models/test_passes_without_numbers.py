@@ -106,7 +106,7 @@ async def test_what_an_invalid_pass_computed_of_the_prompt_is_in_no_cache(whole:
 
 
 async def test_what_shares_a_pass_with_an_invalid_one_is_judged_by_itself(corrupted: Models) -> None:
-    """Whatever their lengths, so with padding in both: padding is made of tokens of the tree itself."""
+    """Prompts may differ in length, so both kinds have padding, which is made of tokens of the tree itself."""
     prompts = [valid_prompt(corrupted, seed) for seed in range(3)]
     nodes = [[ROOT, 1, 3, 4], [ROOT, 2], [ROOT]]
     async with opened(corrupted) as evaluator:
@@ -148,7 +148,7 @@ async def test_plain_passes_fail_where_no_search_ends(
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("limit", [1, 3])
 def test_logits_that_are_no_numbers_are_no_evaluation(rule: ScoringRule, value: float, limit: int) -> None:
-    """Of a whole row, as attention spreads them, and with whatever is pruned."""
+    """A whole row has no numbers, as attention spreads them, and any nodes are pruned."""
     world = World.random(WORLD, rule, seed=1)
     logits, log_normalizer = world.logits.copy(), world.log_normalizer.copy()
     logits[ROOT] = log_normalizer[ROOT] = value

@@ -36,16 +36,22 @@ DECODERS = [(ScoringRule.VOCAB, "llama"), (ScoringRule.TRIE, "qwen3"), (ScoringR
 
 
 def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    rule, architecture = request.param
+    rule, architecture, *where = request.param
     catalogue, tokens = random_catalogue(40, (6, 5, 4), seed=2), None
     if rule is ScoringRule.CODES:
         catalogue = tailed_catalogue(40, (6, 5, 4), seed=2)
         tokens = shared_tokens(catalogue)
     root = tmp_path_factory.mktemp("bundle")
-    return Models.load(write_bundle(root, catalogue, rule=rule, architecture=architecture, code_tokens=tokens))
+    made = write_bundle(root, catalogue, rule=rule, architecture=architecture, code_tokens=tokens)
+    return Models.load(made, paged="paged" in where)
 
 
-@pytest.fixture(scope="module", params=[*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")], ids="-".join)
+HOST = [*DECODERS, (ScoringRule.TRIE, "t5"), (ScoringRule.CODES, "t5")]
+# Keys and values in pages, as on a GPU; here on the CPU.
+PAGED = [(*of, "paged") for of in DECODERS]
+
+
+@pytest.fixture(scope="module", params=[*HOST, *PAGED], ids="-".join)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     return bundle_of(request, tmp_path_factory)
 
@@ -145,6 +151,7 @@ async def test_every_state_of_the_cache_gives_the_same_result(decoders: Models) 
         assert_same(await evaluate(shared, prompt, nodes), expected)
 
 
+@pytest.mark.parametrize("models", HOST, indirect=True, ids="-".join)
 async def test_keys_and_values_move_in_the_worker_thread_alone(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt's are hundreds of megabytes: on the event loop they would hold up health checks and cancellation."""
     moves: list[tuple[str, str]] = []
@@ -198,8 +205,8 @@ async def test_tenants_share_no_prefix(models: Models) -> None:
     prompt = models.prompt(7, seed=3)
     async with opened(models, 100) as evaluator:
         await evaluate(evaluator, prompt, [ROOT])
-        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] > 0
-        assert (await evaluator.open(prompt, tenant="b")).lookup_stats.cached_tokens_by_tier["memory"] == 0
+        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens > 0
+        assert (await evaluator.open(prompt, tenant="b")).lookup_stats.cached_tokens == 0
 
 
 async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +214,7 @@ async def test_a_tree_grows_beyond_its_first_buffer(models: Models, monkeypatch:
     naive, prompt = models.naive, models.prompt(5, seed=1)
     async with opened(models) as evaluator:
         expected = await evaluate(evaluator, prompt, naive.inner())
-        monkeypatch.setattr("atspeed.engine.model.tree_evaluator._NODE_ROOM", 0)
+        monkeypatch.setattr("atspeed.engine.model.host_memory._NODE_ROOM", 0)
         assert_same(await evaluate(evaluator, prompt, *[[node] for node in naive.inner()]), expected)
 
 
@@ -276,7 +283,7 @@ async def test_a_place_after_the_end_of_a_path_is_refused(models: Models) -> Non
 
 
 async def test_prompts_that_the_model_cannot_read_are_refused(models: Models) -> None:
-    """And the longest one that it can read leaves room for a whole path."""
+    """The longest prompt that it can read leaves room for a whole path."""
     entry = models.bundle.bundle.manifest.target
     longest = entry.max_positions - (models.naive.levels - 1)
     async with opened(models) as evaluator:
@@ -296,7 +303,7 @@ async def test_warm_up_leaves_no_memory_and_no_block(models: Models) -> None:
     async with opened(models, 100) as evaluator:
         await evaluator.warm_up()
         prompt = models.prompt(7, seed=3)
-        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens_by_tier["memory"] == 0
+        assert (await evaluator.open(prompt)).lookup_stats.cached_tokens == 0
 
 
 async def test_a_catalogue_of_one_level_can_be_served(tmp_path_factory: pytest.TempPathFactory) -> None:

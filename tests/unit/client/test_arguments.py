@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import io
+import math
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atspeed.client import errors
-from atspeed.client.errors import ArgumentTypeError, ArgumentValueError, ClientStateError, RecommenderError, UsageError
-from atspeed.client.recommender import CallError, Mode, Options, RecommenderClient, recommend_request
-from atspeed.security.tls import ClientTls, TlsError, TlsFiles
-from atspeed.v1 import recommendation_pb2 as pb
+from atspeed_client import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    AsyncClient,
+    CallError,
+    CertificateError,
+    ClientStateError,
+    Event,
+    Mode,
+    RecommenderError,
+    RecommendRequest,
+    Tls,
+    UsageError,
+    errors,
+)
+from atspeed_client.v1 import recommendation_pb2 as pb
 from tests.fake_service import FakeService, connected
 
 LONE = "\udcff"
@@ -37,7 +50,7 @@ NOT_LISTS: list[Any] = [
     io.StringIO("a"),
 ]
 NOT_IDS: list[Any] = [*NOT_TEXT, "", LONE, np.int64(3), np.bytes_(b"a")]
-NOT_WHOLE: list[Any] = ["5", 5.0, True, None, np.float64(5), np.bool_(True), [5], -1, 2**32, 10**5000]
+NOT_WHOLE: list[Any] = ["5", 5.0, True, None, np.float64(5), np.bool_(True), [5], -1, 2**31, 10**5000]
 NOT_NUMBERS: list[Any] = [
     "1",
     None,
@@ -59,20 +72,18 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
         "beam_width": NOT_WHOLE,
         "least_beam_width": NOT_WHOLE,
         "items_per_path": NOT_WHOLE,
-        "beam_widths": NOT_LISTS,
-        "seed": [*(bad for bad in NOT_WHOLE if bad is not None and bad != 2**32), 2**64],
-        "mode": ["magic", "STRICT", "", 2, None, b"strict", pb.MODE_STRICT],
+        "beam_widths": [bad for bad in NOT_LISTS if bad is not None],
+        "seed": [*(bad for bad in NOT_WHOLE if bad is not None and bad != 2**31), 2**63],
+        "mode": ["magic", "STRICT", "", 2, None, b"strict", pb.MODE_STRICT, "unknown"],
         "tolerance": [*NOT_NUMBERS, -0.1],
         "temperature": [*(bad for bad in NOT_NUMBERS if bad is not None), 0, -1],
         "exclude_seen": ["no", 1, 0, None, "False"],
-        "batch_priority": ["no", 1, None],
+        "priority": ["no", 1, True, b"batch"],
+        "code_paths": ["no", 1, None],
+        "statistics": ["no", 1, None],
         "tenant": [*NOT_TEXT, LONE],
         "excluded": [bad for bad in NOT_LISTS if not isinstance(bad, set)],
         "allowed": [[], (), *(bad for bad in NOT_LISTS if not isinstance(bad, set))],
-        "exclude": [["a"]],
-        "top_k": [5],
-        "timeout": [1],
-        "user": ["a"],
     }
     cases = [(field, {"user_id": "a", field: bad}) for field, values in wrong.items() for bad in values]
     cases += [("history", {"history": bad}) for bad in NOT_LISTS]
@@ -104,31 +115,57 @@ async def test_recommend_refuses_invalid_options() -> None:
             await refused(service, field, lambda: client.recommend(**options))  # noqa: B023 - awaited at once
 
 
+@pytest.mark.parametrize("name", ["exclude", "top_k", "timeout", "user", "batch_priority"])
+async def test_an_option_that_does_not_exist_is_a_type_error(name: str) -> None:
+    service = FakeService()
+    untyped: Any
+    async with connected(service) as untyped:
+        with pytest.raises(TypeError, match=name):
+            await untyped.recommend("a", **{name: 5})
+    with pytest.raises(TypeError, match="positional"):
+        await untyped.recommend("a", 10)
+    assert not service.calls
+
+
 async def test_other_calls_refuse_invalid_arguments() -> None:
-    service, request = FakeService(), recommend_request("a")
+    service, request = FakeService(), RecommendRequest("a")
     untyped: Any
     async with connected(service) as untyped:
         for bad in NOT_LISTS:
-            await refused(service, "item_ids", lambda: untyped.record("bob", bad))  # noqa: B023
+            await refused(service, "events", lambda: untyped.record("bob", bad))  # noqa: B023
             await refused(service, "requests", lambda: anext(untyped.recommend_batch(bad)))  # noqa: B023
         for bad in NOT_IDS:
-            await refused(service, "item_ids[1]", lambda: untyped.record("bob", ["172", bad]))  # noqa: B023
+            await refused(service, "events[1]", lambda: untyped.record("bob", ["172", bad]))  # noqa: B023
             await refused(service, "requests[1]", lambda: anext(untyped.recommend_batch([request, bad])))  # noqa: B023
         for bad in [*NOT_TEXT, "", LONE]:
             for call in (untyped.history, untyped.forget, lambda user: untyped.record(user, ["a"])):
                 await refused(service, "user_id", lambda: call(bad))  # noqa: B023
         for bad in [*NOT_TEXT, LONE]:
-            await refused(service, "tenant", lambda: untyped.history("a", bad))  # noqa: B023
+            await refused(service, "tenant", lambda: untyped.history("a", tenant=bad))  # noqa: B023
             await refused(service, "tenant", lambda: untyped.forget("a", tenant=bad))  # noqa: B023
-            await refused(service, "tenant", lambda: untyped.record("a", ["b"], bad))  # noqa: B023
-        for bad in [None, {"user_id": "a"}, "a", request.SerializeToString(), pb.History()]:
+            await refused(service, "tenant", lambda: untyped.record("a", ["b"], tenant=bad))  # noqa: B023
+        for bad in [None, {"user_id": "a"}, "a", request.message, pb.History()]:
             await refused(service, "request", lambda: untyped.send(bad))  # noqa: B023
         for bad in ["Canary", "", 1, True, Mode.STRICT]:
-            await refused(service, "track", lambda: untyped.send(request, bad))  # noqa: B023
+            await refused(service, "track", lambda: untyped.send(request, track=bad))  # noqa: B023
         await refused(service, "requests", lambda: anext(untyped.recommend_batch(request)))
-        await refused(service, "item_ids", lambda: untyped.record("bob", None))
-        await refused(service, "item_ids", lambda: untyped.record("bob", []))
-        await refused(service, "item_ids", lambda: untyped.record("bob", iter(())))
+        await refused(service, "events", lambda: untyped.record("bob", None))
+        await refused(service, "events", lambda: untyped.record("bob", []))
+        await refused(service, "events", lambda: untyped.record("bob", iter(())))
+        for field, event in (
+            ("item_id", Event("")),
+            ("item_id", Event(LONE)),
+            ("type", Event("a", type=None)),  # type: ignore[arg-type]
+            ("event_id", Event("a", event_id=5)),  # type: ignore[arg-type]
+            ("recommendation_id", Event("a", recommendation_id=None)),  # type: ignore[arg-type]
+            ("weight", Event("a", weight=math.nan)),
+            ("time", Event("a", time=datetime(2026, 1, 1))),  # noqa: DTZ001
+            ("time", Event("a", time=1_700_000_000)),  # type: ignore[arg-type]
+        ):
+            await refused(service, f"events[0].{field}", lambda: untyped.record("bob", [event]))  # noqa: B023
+        for bad in [*NOT_NUMBERS, 0, -1, 1e9]:
+            if bad is not None:
+                await refused(service, "timeout_seconds", lambda: untyped.info(timeout_seconds=bad))  # noqa: B023
 
 
 @pytest.mark.parametrize(
@@ -137,23 +174,32 @@ async def test_other_calls_refuse_invalid_arguments() -> None:
         *(("address", bad) for bad in [*NOT_TEXT, "", LONE, "nowhere", "a:0", "a b:1", "ipv4:zz", "dns:"]),
         *(("timeout_seconds", bad) for bad in [*NOT_NUMBERS, 0, -1, 0.0, 1e9]),
         *(("token", bad) for bad in ["", "secret\n", "sec ret", "secrét", LONE, b"secret", 5, ["secret"]]),
-        *(("tls", bad) for bad in [True, "ca.pem", TlsFiles(), ClientTls(TlsFiles(key=Path("key.pem")))]),
-        ("tls.files", ClientTls(TlsFiles(ca="ca.pem"))),  # type: ignore[arg-type]
-        ("tls.server_name", ClientTls(server_name=None)),  # type: ignore[arg-type]
+        *(("tls", bad) for bad in [True, "ca.pem", ("ca.pem",)]),
+        *(("retries", bad) for bad in ["5", 5.0, True, None, -1, 101]),
     ],
 )
 async def test_client_refuses_invalid_settings(field: str, bad: Any) -> None:
     name = field.partition(".")[0]
     with pytest.raises(UsageError) as caught:
-        RecommenderClient(**{"address": "127.0.0.1:1", name: bad})
+        AsyncClient(**{"address": "127.0.0.1:1", name: bad})
     assert caught.value.field == field
     assert "sec" not in str(caught.value).replace("seconds", ""), "a token is a secret"
 
 
-async def test_missing_certificates_are_named_and_raise_a_tls_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [("tls", {"key": "key.pem"}), ("tls.ca", {"ca": 5}), ("tls.server_name", {"server_name": None})],
+)
+def test_tls_settings_that_cannot_be_are_refused(field: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Tls(**settings)
+    assert caught.value.field == field
+
+
+def test_missing_certificates_are_named(tmp_path: Path) -> None:
     missing = tmp_path / "ca.pem"
-    with pytest.raises(TlsError, match=re.escape(f"tls: {missing}: No such file")) as caught:
-        RecommenderClient("127.0.0.1:1", tls=ClientTls(TlsFiles(ca=missing)))
+    with pytest.raises(CertificateError, match=re.escape(f"tls: {missing}: No such file")) as caught:
+        AsyncClient("127.0.0.1:1", tls=Tls(ca=missing))
     assert isinstance(caught.value, RecommenderError)
 
 
@@ -175,7 +221,7 @@ async def test_valid_arguments_are_sent_unchanged() -> None:
             k=np.int64(5),  # type: ignore[arg-type]
             mode="exact-sampling",
             temperature=np.float32(0.5),  # type: ignore[arg-type]
-            seed=2**64 - 1,
+            seed=2**63 - 1,
             excluded={"b"},
             allowed=np.array(["c", "c"]),
             exclude_seen=np.bool_(True),  # type: ignore[arg-type]
@@ -183,14 +229,14 @@ async def test_valid_arguments_are_sent_unchanged() -> None:
         )
         await client.recommend("a", history=None, excluded=None, allowed=None, temperature=None, seed=None)
         await client.record("bob", iter(["172", "172"]))
-        results = [one async for one in client.recommend_batch(recommend_request(user) for user in ("a", "b"))]
+        results = [one async for one in client.recommend_batch(RecommendRequest(user) for user in ("a", "b"))]
     assert service.calls[:2] == [
         pb.RecommendRequest(
             history=pb.History(item_ids=["a", "é漢", "a"]),
             k=5,
             mode=pb.MODE_EXACT_SAMPLING,
             temperature=0.5,
-            seed=2**64 - 1,
+            seed=2**63 - 1,
             excluded_item_ids=["b"],
             allowed_item_ids=["c", "c"],
             exclude_seen=True,
@@ -205,7 +251,7 @@ async def test_valid_arguments_are_sent_unchanged() -> None:
 def outcome(options: dict[str, Any]) -> tuple[pb.RecommendRequest | None, str]:
     """The request, or the field that it is refused for."""
     try:
-        return recommend_request(**options), ""
+        return RecommendRequest(**options).message, ""
     except UsageError as mistake:
         return None, mistake.field
 
@@ -217,9 +263,12 @@ anything = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*Options.__annotations__, "user_id", "exclude"]), anything, max_size=4))
+OPTIONS = list(inspect.signature(RecommendRequest).parameters)
+
+
+@given(st.dictionaries(st.sampled_from(OPTIONS), anything, max_size=4))
 def test_request_of_arbitrary_options_is_complete_or_refused(options: dict[str, Any]) -> None:
-    """A request that is made says of each option what was given; there is no third way."""
+    """Each option of a request is either given or has its default."""
     made, mistake = outcome(options)
     if made is None:
         assert mistake.partition("[")[0] in {*options, "user_id"}
@@ -230,32 +279,21 @@ def test_request_of_arbitrary_options_is_complete_or_refused(options: dict[str, 
         assert made.ByteSize()
 
 
+async def _first(client: AsyncClient) -> Any:
+    return await anext(client.recommend_batch([]))
+
+
 async def test_closed_client_raises_a_state_error() -> None:
     async with connected(FakeService()) as client:
         await client.close()
         await client.close()
-        for call in (client.info, lambda: client.record("a", ["b"]), lambda: anext(client.recommend_batch([]))):
+        for call in (client.info, lambda: client.record("a", ["b"]), lambda: _first(client)):
             with pytest.raises(ClientStateError, match="closed") as caught:
                 await call()
             assert isinstance(caught.value, RuntimeError)
             assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
         with pytest.raises(ClientStateError, match="closed"):
             await client.__aenter__()
-
-
-def test_client_outside_of_its_event_loop_raises_a_state_error() -> None:
-    with pytest.raises(ClientStateError, match="inside an event loop"):
-        RecommenderClient("127.0.0.1:1")
-
-    async def made() -> RecommenderClient:
-        return RecommenderClient("127.0.0.1:1")
-
-    async def called(client: RecommenderClient) -> None:
-        await client.info()
-
-    client = asyncio.run(made())
-    with pytest.raises(ClientStateError, match="another event loop"):
-        asyncio.run(called(client))
 
 
 async def test_call_fails_when_its_client_closes_and_is_cancelled_when_its_task_is() -> None:
@@ -280,7 +318,8 @@ async def test_call_fails_when_its_client_closes_and_is_cancelled_when_its_task_
 def test_the_exception_tree_is_complete() -> None:
     """The drawing in the module's docstring names every exception of the module, with its built-in base."""
     drawn = set(re.findall(r"\b([A-Z]\w+Error)\b(?=  )", errors.__doc__ or ""))
-    own = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__}
+    found = inspect.getmembers(errors, inspect.isclass)
+    own = {name for name, kind in found if kind.__module__ == errors.__name__ and issubclass(kind, Exception)}
     assert drawn == own
     assert all(issubclass(getattr(errors, name), RecommenderError) for name in own)
     assert issubclass(ArgumentTypeError, TypeError)

@@ -59,6 +59,8 @@ def test_flags_win_over_variables_and_variables_over_defaults(tmp_path: Path, mo
         (["--port", "-1"], "--port (TEST_TOY_PORT): "),
         (["--tenths", "0"], "--tenths (TEST_TOY_TENTHS): "),
         (["--drain-seconds", "nan"], "--drain-seconds (TEST_TOY_DRAIN_SECONDS): "),
+        (["--host=127.0.0.1\nb"], "--host (TEST_TOY_HOST): is neither an IP address nor a host name"),
+        (["--metrics-host=a\nb"], "--metrics-host (TEST_TOY_METRICS_HOST): is neither"),
         (["--mode", "slow"], "--mode (TEST_TOY_MODE): "),
         (["--bundle", "/nowhere"], "--bundle (TEST_TOY_BUNDLE): "),
         ([], "--bundle (TEST_TOY_BUNDLE): "),

@@ -86,7 +86,7 @@ def write_certificates(folder: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_catalogue, write_result, write_certificates])
 def test_artefacts_are_new_files_not_changed_old_ones(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """Whoever has an old one open, or under another name, keeps it whole."""
+    """An old file that is open, or has another name, keeps its whole content."""
     write(tmp_path / "made")
     files = [path for path in (tmp_path / "made").rglob("*") if path.is_file()]
     assert files

@@ -42,7 +42,7 @@ def made_alone(target: TableTarget, policy: Policy) -> list[list[int]]:
 
 
 def on_a_stream(world: World, asked: list[list[int]]) -> list[list[int]]:
-    """As `TargetSession` asks for them: with those ancestors that were certain, and so never asked for."""
+    """Return the nodes as `TargetSession` asks for them: with certain ancestors, which were never asked for."""
     sent: list[list[int]] = []
     for nodes in asked:
         before = {node for one in sent for node in one}

@@ -16,7 +16,11 @@ from atspeed.engine.model.batcher import Batcher, BatchLimits, PassSize, Resched
 
 sizes = st.builds(PassSize, new_tokens=st.integers(1, 60), cached_tokens=st.integers(0, 200))
 limits = st.builds(
-    BatchLimits, requests=st.integers(1, 6), tokens=st.integers(1, 80), gathered_tokens=st.integers(0, 800)
+    BatchLimits,
+    requests=st.integers(1, 6),
+    tokens=st.integers(1, 80),
+    gathered_tokens=st.integers(0, 800),
+    row_keys=st.integers(0, 300),
 )
 SMALL = PassSize(1, 10)
 
@@ -31,6 +35,7 @@ def test_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSiz
         assert len(batch) <= limits.requests
         assert len(batch) * max(new) <= limits.tokens
         assert len(batch) * (max(new) + max(cached)) <= limits.gathered_tokens
+        assert max(new) + max(cached) <= limits.row_keys
         assert len(batch) * max(new) <= 1.5 * sum(new)
         assert len(batch) * max(cached) <= 1.5 * sum(cached)
 
@@ -38,7 +43,8 @@ def test_batch_keeps_its_limits_and_starts_with_the_oldest(waiting: list[PassSiz
 @given(st.integers(1, 12), sizes, limits)
 def test_equal_passes_share_a_batch_up_to_the_limits(count: int, size: PassSize, limits: BatchLimits) -> None:
     by_tokens = limits.tokens // size.new_tokens
-    by_memory = limits.gathered_tokens // (size.new_tokens + size.cached_tokens)
+    keys = size.new_tokens + size.cached_tokens
+    by_memory = limits.gathered_tokens // keys if keys <= limits.row_keys else 1
     assert len(next_batch([size] * count, limits)) == min(count, limits.requests, max(1, min(by_tokens, by_memory)))
 
 
@@ -46,7 +52,7 @@ def test_equal_passes_share_a_batch_up_to_the_limits(count: int, size: PassSize,
 def test_pass_behind_n_others_runs_within_n_plus_one_batches(
     first: list[PassSize], later: list[list[PassSize]], limits: BatchLimits
 ) -> None:
-    """Whatever arrives between the batches: the one that found n others waiting is in the (n+1)-th batch, if not before."""
+    """With any arrivals between batches, the request that found n others waiting is in batch n + 1 at the latest."""
     queue = list(enumerate(first))
     for batches, arrivals in enumerate(later, start=1):
         for index in reversed(next_batch([size for _, size in queue], limits) if queue else []):
@@ -174,7 +180,7 @@ async def test_next_pass_of_an_older_request_comes_first() -> None:
 
 
 async def test_request_cancelled_between_passes_has_no_next_pass() -> None:
-    """Neither while a pass of its own runs nor while it waits for the next; its ticket is done when nothing runs for it."""
+    """The ticket is open while a pass runs and while the request waits for the next; it is done when nothing runs for it."""
     gate = Gate(runs=1, waits=1)
     batcher = Batcher(gate, BatchLimits(requests=1))
     runs, waits = (batcher.put(work, SMALL) for work in ("runs", "waits"))

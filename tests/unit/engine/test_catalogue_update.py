@@ -1,4 +1,4 @@
-"""A updated_catalogue bundle: what a plain dictionary of items says, on the same model files."""
+"""Updated catalogues: the items of a plain dictionary, on the same model files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_update_to_any_catalogue_has_its_version(
         ({}, [f"item-{item}" for item in range(20)], "remove: no item would be left"),
         ({"item-1": (0, 0)}, [], "'item-1' occurs more than once"),
         ({"new": (0, 9)}, [], r"add: 'new': \[0, 9\] is not a code path of the codebooks \[4, 4\]"),
-        ({"new": (0,)}, [], "add: 'new'"),
+        ({"new": (0,)}, [], r"add: 'new': \[0\] has 1 codes; those of the catalogue have 2"),
     ],
 )
 def test_update_that_does_not_fit_names_the_item(
@@ -77,13 +77,21 @@ def test_added_items_get_the_tail_of_their_length_and_the_last_place_of_their_pa
     ("path", "problem"),
     [
         ((0, 3), r"add: 'new': \[0, 3\] is not a code path of the codebooks \[3, 4, 1\]"),
-        ((0, 1, 0), "add: 'new'"),
-        ((), "add: 'new'"),
+        ((0, 1, 0), r"add: 'new': \[0, 1, 0\] has 3 codes; those of the catalogue have 1 or 2"),
+        ((), r"add: 'new': \[\] has 0 codes; those of the catalogue have 1 or 2"),
     ],
 )
 def test_tail_or_length_that_the_catalogue_does_not_have_is_refused(path: tuple[int, ...], problem: str) -> None:
     with pytest.raises(CatalogueError, match=problem):
         updated_catalogue(tailed(), {"new": path}, [])
+
+
+def test_a_length_whose_last_path_is_removed_can_be_added_in_the_same_update_only() -> None:
+    changed = updated_catalogue(tailed(), {"b": (2, 1)}, ["z"])
+    assert changed.codes.tolist() == [[0, 3, -1], [0, 3, -1], [2, 1, 0]]
+    fewer = updated_catalogue(tailed(), {}, ["z"])
+    with pytest.raises(CatalogueError, match=r"add: 'b': \[2, 1\] has 2 codes; those of the catalogue have 1"):
+        updated_catalogue(fewer, {"b": (2, 1)}, [])
 
 
 def test_a_path_with_several_possible_tails_is_refused() -> None:
@@ -104,7 +112,7 @@ def test_updated_bundle_is_complete_and_shares_its_models(tmp_path: Path) -> Non
 
 
 def test_update_without_hard_links_copies_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from one disk to another."""
+    """Fail as from one disk to another."""
     old = placeholder_bundle(tmp_path / "old", random_catalogue(20, (4, 4), seed=0))
 
     def refuse(source: Path, _path: Path) -> None:

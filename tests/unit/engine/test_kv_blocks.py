@@ -57,8 +57,8 @@ class TestLayout:
             replace(LAYOUT, **{name: 0})  # type: ignore[arg-type]
 
     def test_refuses_other_dtypes(self) -> None:
-        with pytest.raises(ValueError, match="bfloat16"):
-            replace(LAYOUT, dtype="bfloat16")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="float64"):
+            replace(LAYOUT, dtype="float64")  # type: ignore[arg-type]
 
 
 class TestKeys:
@@ -154,7 +154,7 @@ class TestKeys:
     def test_blocks_within_the_template_belong_to_the_shared_prefix(
         self, tokens: int, step: int, template: int
     ) -> None:
-        """And nothing behind it is: not the block across the border, whose first words are the template's."""
+        """Blocks behind it differ too: also the block across the border, whose first words are the template's."""
         prompt = np.arange(tokens)
         shared = block_keys(b"n", prompt, step)
         first, second = (
@@ -168,7 +168,7 @@ class TestKeys:
         assert not links[0] & (links[1] | links[2]), "equal histories show"
 
     def test_a_root_is_never_a_block(self) -> None:
-        """Who could choose a namespace still could not choose one whose chain runs into another's."""
+        """No chosen namespace has a chain that continues another's."""
         tokens = np.arange(12, dtype=np.int64)
         first, second, third = block_keys(b"n", tokens, 4)
         assert second not in block_keys(first, tokens[4:], 4)

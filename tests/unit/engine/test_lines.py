@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from atspeed.benchmarks.histories import read_histories
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.errors import LineError
-from atspeed.engine.files.lines import parse_json, read_lines, words
+from atspeed.engine.files.lines import line_problem, parse_json, read_lines, words
 from atspeed.importing.errors import ImportingError
 from atspeed.training.data import read_atspeed, read_index
 from atspeed.training.errors import DataError
@@ -38,6 +38,15 @@ def test_lines_written_in_any_way_are_read_with_their_numbers(
     assert list(read_lines(path)) == numbered
     path.write_bytes(content.removesuffix(end.encode()))
     assert list(read_lines(path)) == numbered
+
+
+@given(text=st.text(st.sampled_from("a \t\n\r\ufeff\u2028"), max_size=4))
+def test_text_without_a_line_problem_is_read_back_from_a_line(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "file"
+    path.write_bytes(f"{text}\nnext\n".encode())
+    assert ([line for _, line in read_lines(path)] == [text, "next"]) == (line_problem(text) is None)
 
 
 def test_blank_lines_have_spaces_and_tabs_alone(tmp_path: Path) -> None:
@@ -67,6 +76,12 @@ def test_a_file_that_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_in_an_object_is_refused() -> None:
     with pytest.raises(ValueError, match="the key 'a' occurs more than once"):
         parse_json('{"b": {"a": 1, "a": 1}}')
+
+
+@pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_json_does_not_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is no JSON value"):
+        parse_json(f'{{"title": {name}}}')
 
 
 def test_json_that_is_nested_too_deeply_is_refused_as_any_other_mistake() -> None:

@@ -98,7 +98,7 @@ class TestMemory:
         cache.check_integrity()
 
     def test_a_read_only_view_is_copied(self) -> None:
-        """Whoever has the array that it looks into could change it, and its whole memory would stay."""
+        """The array below a view could change it, and all memory of that array would stay."""
         cache, source = MemoryKvCache(1000), tiny(3)
         view = source[:]
         view.flags.writeable = False

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from atspeed.engine.arrays import KvArray
-from atspeed.engine.kv.fetch_cost import FetchPolicy
+from atspeed.engine.kv.fetch_policy import FetchPolicy
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache, block_keys, copy_blocks, user_key_of
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.tier import TierStatistics
@@ -286,7 +286,7 @@ async def test_user_blocks_are_not_kept_while_not_accepted() -> None:
 async def test_fetch_policy_decides_reads_and_writes_of_a_tier() -> None:
     store = FakeStore()
     worth = [False]
-    fetching = FetchPolicy(LAYOUT.bytes_per_token, lambda missing, cached: 1e12 if worth[0] else 0.0)
+    fetching = FetchPolicy(lambda missing, cached: 1e12 if worth[0] else 0.0)
     cache = PrefixCache(LAYOUT, memory(0), [store], fetch_policies={FakeStore.name: fetching})
     keys, blocks = prompt(16)
     cache.remember(keys, blocks)

@@ -1,4 +1,4 @@
-"""The layout of a pass: every token sees its prompt and its own prefix, at the position where a sequence has it."""
+"""Layout of a pass: every token attends to its prompt and its own prefix, at its position in a sequence."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.arrays import Bools
 from atspeed.engine.errors import CapacityError
-from atspeed.engine.model.token_tree import TokenTree
+from atspeed.engine.model.token_tree import MaskedPass, PagedTree, PathPass, TokenTree, TreePass
 from atspeed.engine.search.trie import ROOT
 from tests.oracles.naive_trie import NaiveTrie
 from tests.oracles.worlds import build, naive_tries
@@ -26,6 +27,11 @@ def make_room(tree: TokenTree, tokens: int) -> None:
     tree.move_to(np.zeros((1, 2, tree.length + tokens, 1, 1), dtype=np.float32))
 
 
+def masked(step: TreePass) -> MaskedPass:
+    assert isinstance(step, MaskedPass)
+    return step
+
+
 def closed(naive: NaiveTrie, nodes: list[int]) -> list[int]:
     """Inner nodes with all their ancestors, the root too, ascending."""
     paths = [naive.nodes[node] for node in nodes]
@@ -34,7 +40,7 @@ def closed(naive: NaiveTrie, nodes: list[int]) -> list[int]:
 
 @given(naive_tries(levels=(2, 3, 4)), st.integers(0, len(PROMPT) - 1), st.data())
 def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached: int, data: st.DataObject) -> None:
-    """What a row sees, ordered by position, is prompt and path as one sequence: from scratch, on a cache, in two passes."""
+    """The visible tokens of a row, by position, are prompt and path as one sequence: from scratch, on a cache, in two passes."""
     trie, inner = build(naive).trie, naive.inner()
     column_tokens = np.arange(trie.columns) + 1000
     tree = empty_tree(PROMPT)
@@ -49,7 +55,7 @@ def test_each_token_reads_the_sequence_that_leads_to_it(naive: NaiveTrie, cached
 
     tokens, positions = PROMPT[:cached], list(range(cached))
     for nodes in filter(None, waves):
-        step = tree.plan_pass(trie, np.array(nodes), column_tokens)
+        step = masked(tree.plan_pass(trie, np.array(nodes), column_tokens))
         assert step.visible.shape == (len(step.tokens), len(tokens) + len(step.tokens))
         tokens, positions = tokens + step.tokens.tolist(), positions + step.positions.tolist()
         read = []
@@ -73,7 +79,7 @@ def test_prompt_tokens_are_causal_and_see_no_node() -> None:
     naive = NaiveTrie({"a": (0, 0), "b": (1, 0)}, (2, 1))
     tree = empty_tree(PROMPT)
     tree.length = 2
-    step = tree.plan_pass(build(naive).trie, np.array([0, 1, 2]), np.arange(3))
+    step = masked(tree.plan_pass(build(naive).trie, np.array([0, 1, 2]), np.arange(3)))
     expected = [[column <= row + 2 for column in range(7)] for row in range(3)]
     assert step.visible[:3].tolist() == expected
 
@@ -107,3 +113,40 @@ def test_cached_blocks_become_the_beginning() -> None:
     tree.fill_prefix(blocks)
     assert tree.length == 4
     assert tree.kv[0, 0, :4, 0, 0].tolist() == [7, 7, 8, 8]
+
+
+@given(naive_tries(levels=(1, 2, 3, 4)), st.integers(0, len(PROMPT) - 1), st.data())
+def test_a_paged_tree_plans_the_same_pass_with_places_instead_of_a_mask(
+    naive: NaiveTrie, cached: int, data: st.DataObject
+) -> None:
+    """Its prefix lengths and ancestors, spread out, are the mask of the host; in the first pass and in the next."""
+    trie, column_tokens = build(naive).trie, np.arange(naive_columns(naive)) + 1000
+    host = empty_tree(PROMPT)
+    paged = PagedTree(np.array(PROMPT), host.kv)
+    host.length = paged.length = cached
+    everything = closed(naive, data.draw(st.lists(st.sampled_from(naive.inner()))))
+    later = data.draw(st.integers(1, naive.levels))
+    for wave in (False, True):
+        nodes = np.array([n for n in everything if (len(naive.nodes[n]) >= later) == wave])
+        if not len(nodes):
+            continue
+        expected, found = (
+            masked(host.plan_pass(trie, nodes, column_tokens)),
+            paged.plan_pass(trie, nodes, column_tokens),
+        )
+        for name in ("tokens", "positions", "rows"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        np.testing.assert_array_equal(spread(found, expected.visible.shape[1]), expected.visible)
+        host.commit(expected, nodes)
+        paged.commit(found, nodes)
+
+
+def naive_columns(naive: NaiveTrie) -> int:
+    return sum(naive.codebook_sizes)
+
+
+def spread(step: PathPass, places: int) -> Bools:
+    """The mask that a device makes of prefix lengths and ancestors."""
+    visible = np.arange(places) < step.prefix_lengths[:, None]
+    visible[np.arange(len(step.tokens))[:, None], step.ancestors] = True
+    return visible

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atspeed.importing.errors import ImportingError
 from atspeed.importing.histories import histories_of, read_histories
 from atspeed.importing.index import Index
+from tests.unit.importing.refusals import refusal
 
 INDEX = Index(Path("index.json"), ["1", "22", "3"], ["<a_1>"], np.zeros((3, 1), dtype=np.int32))
 EXPECTED = [("1", "22"), ("3",)]
@@ -52,11 +52,7 @@ def test_every_format(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_names_the_place(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ImportingError) as caught:
-        read_histories(tmp_path / name, INDEX)
-    assert message in str(caught.value)
-    assert name in str(caught.value)
+    assert message in refusal(lambda path: read_histories(path, INDEX), tmp_path / name, content)
 
 
 def test_a_history_that_nothing_follows_is_read_for_training(tmp_path: Path) -> None:

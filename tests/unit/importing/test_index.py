@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import Index, check_lengths, read_index
 from atspeed.importing.layouts import LAYOUTS
+from tests.unit.importing.refusals import refusal
 
 LAYOUT = LAYOUTS["openonerec"]
 PATHS = {
@@ -64,6 +68,59 @@ def test_a_table_of_items_and_numbers(tmp_path: Path) -> None:
     assert named(read_index(tmp_path / "pid2sid.parquet", LAYOUT)) == PATHS
 
 
+TENSOR = np.array([[12, 3, 8191], [2, 3, 0], [12, 3, 8191], [0, 0, 1]])
+
+
+def written(table: Any, path: Path) -> Path:
+    """Write a tensor as torch or numpy does."""
+    if path.suffix == ".pt":
+        torch = pytest.importorskip("torch")
+        torch.save(torch.from_numpy(table) if isinstance(table, np.ndarray) else table, path)
+    else:
+        np.save(path, table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["merged_predictions_tensor.pt", "sids.npy"])
+@pytest.mark.parametrize(
+    "table", [TENSOR, np.ascontiguousarray(TENSOR.T), TENSOR.astype(np.float32)], ids=["rows", "columns", "float"]
+)
+def test_a_tensor_of_items_and_numbers(name: str, table: Any, tmp_path: Path) -> None:
+    """Items are the rows, or the columns of GRID's files."""
+    expected = {
+        str(row): [f"<s_{'abc'[level]}_{code}>" for level, code in enumerate(path)]
+        for row, path in enumerate(TENSOR.tolist())
+    }
+    assert named(read_index(written(table, tmp_path / name), LAYOUT)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("i.npy", TENSOR[:3], "as many items as codes"),
+        ("i.npy", TENSOR[:, :2], r"int64 \[4, 2\], must be numbers \[items, 3\] or \[3, items\]"),
+        ("i.npy", TENSOR[:, :0], "must be numbers"),
+        ("i.npy", TENSOR - 1, r"item '1': \[1, 2, -1\] are not codes"),
+        ("i.pt", TENSOR / 2, r"item '0': \[6\.0, 1\.5, 4095\.5\] are not codes"),
+        ("i.npy", TENSOR.astype(str), "must be numbers"),
+        ("i.npy", np.array([[1, None]], dtype=object), "holds no tensor that can be read"),
+        ("i.pt", {"sem_ids": print}, "holds no tensor that can be read"),
+        ("i.pt", [1, 2], "holds no tensor that can be read"),
+    ],
+)
+def test_another_tensor_is_refused(name: str, table: Any, message: str, tmp_path: Path) -> None:
+    """Nothing in a file is run: an object of Python is no tensor."""
+    with pytest.raises(ImportingError, match=message) as caught:
+        read_index(written(table, tmp_path / name), LAYOUT)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refusal(lambda path: read_index(path, LAYOUT), tmp_path / "i.parquet", "")
+    assert "pyarrow is not installed (extra parquet)" in message
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -87,11 +144,7 @@ def test_a_table_of_items_and_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_names_the_file_and_the_item(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ImportingError) as caught:
-        read_index(tmp_path / name, LAYOUT)
-    assert message in str(caught.value)
-    assert name in str(caught.value)
+    assert message in refusal(lambda path: read_index(path, LAYOUT), tmp_path / name, content)
 
 
 def test_numbers_need_names(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which items are served, and in which order those of one path stand."""
+"""Items that are served, and their order on one path."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import Index
 from atspeed.importing.items import popularity_rank, read_items, served_rows
+from tests.unit.importing.refusals import refusal
 
 INDEX = Index(
     Path("index.json"),
@@ -49,6 +50,7 @@ def test_popularity_is_a_column_or_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("3 many\n", "counts.txt:1: not an item and a number"),
         ("1 nan\n", "counts.txt:1: not an item and a number"),
         ("1\n", "counts.txt:1: not an item and a number"),
         ("1 2 3\n", "counts.txt:1: not an item and a number"),
@@ -58,9 +60,8 @@ def test_popularity_is_a_column_or_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_counts_that_order_nothing_are_refused(content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "counts.txt").write_text(content)
-    with pytest.raises(ImportingError, match=message):
-        popularity_rank(str(tmp_path / "counts.txt"), INDEX, {}, ALL)
+    path = tmp_path / "counts.txt"
+    assert message in refusal(lambda path: popularity_rank(str(path), INDEX, {}, ALL), path, content)
 
 
 @pytest.mark.parametrize(
@@ -71,21 +72,22 @@ def test_a_column_without_an_order_is_refused(sold: float, message: str) -> None
         popularity_rank("sold", INDEX, {"1": {"sold": sold}, "3": {"sold": 2}}, np.array([0, 2]))
 
 
-def test_mistakes_name_the_item(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": 4}\n', "item '4' has no path in index.json"),
+        ('{"id": 3}\n{"id": 3}\n', "items.jsonl:2: item '3' occurs more than once"),
+        ('{"title": 3}\n', "items.jsonl:1: no id or item_id"),
+        ('{"id": 3, "title": NaN}\n', "items.jsonl:1: NaN is no JSON value"),
+    ],
+)
+def test_items_that_cannot_be_served_are_refused(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
-    path.write_text('{"id": 4}\n')
-    with pytest.raises(ImportingError, match=r"item '4' has no path in index.json"):
-        served_rows(INDEX, read_items(path), path)
-    path.write_text('{"id": 3}\n{"id": 3}\n')
-    with pytest.raises(ImportingError, match=r"items.jsonl:2: item '3' occurs more than once"):
-        read_items(path)
-    path.write_text('{"title": 3}\n')
-    with pytest.raises(ImportingError, match=r"items.jsonl:1: no id or item_id"):
-        read_items(path)
+    assert message in refusal(lambda path: served_rows(INDEX, read_items(path), path), path, content)
+
+
+def test_a_popularity_that_is_neither_file_nor_column_names_the_item() -> None:
     with pytest.raises(
         ImportingError, match="--popularity sold: no file and no column of the index, and item '1' has no"
     ):
         popularity_rank("sold", INDEX, {}, ALL)
-    (tmp_path / "counts.txt").write_text("3 many\n")
-    with pytest.raises(ImportingError, match=r"counts.txt:1: not an item and a number"):
-        popularity_rank(str(tmp_path / "counts.txt"), INDEX, {}, ALL)

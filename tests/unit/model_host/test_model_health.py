@@ -62,7 +62,7 @@ async def test_errors_of_requests_and_limits_do_not_count(model: Model, error: E
 
 
 async def test_success_resets_the_count(model: Model) -> None:
-    """One request that fails wherever it goes takes no replica away that serves others."""
+    """A request that fails on every replica takes none away from other requests."""
     for _ in range(10):
         model.health.record_failure(RuntimeError())
         model.health.record_failure(RuntimeError())

@@ -74,7 +74,7 @@ async def test_without_a_port_there_is_none(tmp_path: Path) -> None:
 
 
 async def served(tmp_path: Path, act: Callable[[], Awaitable[bytes]], use: Callable[..., Awaitable[None]]) -> Scrape:
-    """What is counted of the calls of one method."""
+    """Return the metrics of a server after some calls of one method."""
 
     async def method(request: bytes, context: object) -> bytes:
         return await act()

@@ -50,7 +50,7 @@ def test_share_of_buckets_below_a_share_is_that_share(share: float) -> None:
 
 @given(TENANTS, USERS, ITEMS)
 def test_subject_of_a_stored_user_does_not_depend_on_the_history(tenant: str, user: str, items: list[str]) -> None:
-    """As in shadow checks, which make a stored user's list again with the history that it was made from."""
+    """Shadow checks do the same: they make a stored user's list again with the history that it was made from."""
     stored = params(tenant=tenant, user_id=user).subject
     assert stored == params(tenant=tenant, user_id=user, history=items).subject
     assert stored != params(tenant=tenant, history=[user, *items]).subject

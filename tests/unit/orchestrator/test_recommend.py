@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Manifest
+from atspeed.engine.bundle.manifest import ROLES, Manifest
+from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Proposal
@@ -175,7 +176,8 @@ def served(
     prefetcher = TargetPrefetcher(world.trie, rule, LatencyModel(FLAT.target), max_nodes=30)
     planner = Planner(world.trie, PlanLimits(nodes_per_beam=nodes))
     target, draft = cast("Any", Target(world, prefetcher)), cast("Any", None if agreement is None else Draft(other))
-    return Recommender(manifest, world.catalogue, target, draft, planner, None, SpeculationBreaker()), world
+    prompts = dict.fromkeys(ROLES, Prompts.of(entry, world.catalogue))
+    return Recommender(manifest, world.catalogue, prompts, target, draft, planner, None, SpeculationBreaker()), world
 
 
 @settings(max_examples=either(20, 200))
@@ -229,7 +231,7 @@ def items_of(made: Recommendation) -> Listed:
 
 
 def expected(made: Tailed, leaves: Sequence[tuple[Path, float]], params: RecommendParams, limit: int | None) -> Listed:
-    """The items of the leaves: by rank, without what the request refuses, and of each path as many as the limit says."""
+    """Items of the leaves, by rank: without those that the request refuses, and at most the limit of each path."""
     most, found = params.items_per_path or limit, Listed()
     for path, score in leaves:
         every = made.items_of(path)

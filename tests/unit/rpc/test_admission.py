@@ -107,13 +107,13 @@ async def test_refusal_has_both_retry_hints() -> None:
     trailers = dict(status.trailers)
     detail = status_pb2.Status.FromString(cast("bytes", trailers[STATUS_HEADER]))
     info = error_details_pb2.RetryInfo()
-    assert detail.details[0].Unpack(info)
+    assert detail.details[-1].Unpack(info)
     assert (status.code, detail.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 8)
     assert info.retry_delay.ToMilliseconds() == int(str(trailers[PUSHBACK_HEADER])) > 0
 
 
 async def test_call_that_would_miss_its_deadline_is_refused_on_arrival() -> None:
-    """As soon as the durations of late are known; a request that has time waits."""
+    """The rule begins when recent durations are known; a request that has time waits."""
     admission = Admission(1, 10)
     async with admission.slot(INTERACTIVE, 0.001):
         pass  # a free place is given to everybody: what it takes is known only by trying

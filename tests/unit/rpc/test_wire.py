@@ -17,7 +17,7 @@ from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 from tests.catalogues import random_catalogue
 from tests.oracles.worlds import beam_widths
 
-COUNTS = st.integers(0, 2**32 - 1)
+COUNTS = st.integers(0, 2**31 - 1)
 FOUR_LEVELS = random_catalogue(20, (4, 4, 4, 4), seed=1).trie
 TIERS = st.dictionaries(st.text(max_size=8), COUNTS, max_size=4)
 
@@ -32,7 +32,7 @@ def test_costs_survive_the_wire(cost: PassStats) -> None:
 
 
 def test_a_replica_that_does_not_tell_its_look_ups_has_none() -> None:
-    older = types_pb2.PassStatistics(queue_ns=7, forward_ns=5, new_tokens=3)
+    older = types_pb2.PassStatistics(queue_ms=7e-6, forward_ms=5e-6, new_tokens=3)
     assert wire.pass_stats(older, "statistics") == PassStats(queue_ns=7, forward_ns=5, new_tokens=3, lookup_ns=0)
 
 

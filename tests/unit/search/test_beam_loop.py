@@ -85,7 +85,7 @@ def choices(draw: st.DrawFn) -> Choice:
 
 
 def needs_a_pass(world: World, node: int) -> bool:
-    """Return whether only the model knows how likely the children are."""
+    """Return whether the probabilities of the children depend on the model."""
     children = world.naive.children(world.naive.nodes[node])
     return children != [-1] and (len(children) > 1 or world.rule is not ScoringRule.TRIE)
 
@@ -231,7 +231,7 @@ def test_evaluated_nodes_never_change() -> None:
 
 
 def test_memo_distinguishes_drafted_recovered_and_forced_nodes() -> None:
-    """Where an item came from, as the reply tells it: the plan, a recovery pass, or a path without a choice."""
+    """The origin of an item in the reply: the plan, a recovery pass, or a path without a choice."""
     naive = NaiveTrie({"a": (0, 0), "b": (0, 1), "c": (1, 0)}, (2, 2))
     world = World.random(naive, ScoringRule.VOCAB, 0)
     memo = search(world, Strict(BeamWidths.of(4)), only({1})).result.memo
@@ -260,7 +260,7 @@ def test_a_beam_below_which_nothing_can_be_chosen_is_never_evaluated(likelier: b
 
 @given(worlds(), beam_widths, choices(), st.integers(0, 2**64))
 def test_every_beam_is_used_or_spared(world: World, widths: BeamWidths, choice: Choice, seed: int) -> None:
-    """And one that is spared has no child among the beams of the search that evaluates everything."""
+    """A spared beam has no child among the beams of the search that evaluates everything."""
     for policy in (Strict(widths), ExactSampling(widths, Perturbation(seed, 1.0))):
         memo, whole = (search(world, policy, chosen).result.memo for chosen in (choice, everything))
         assert memo.used <= whole.used

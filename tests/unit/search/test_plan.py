@@ -204,7 +204,7 @@ def test_a_plan_may_be_cut_anywhere_by_its_margins(case: Case) -> None:
 
 @given(cases())
 def test_the_budget_is_spent_to_the_last_node(case: Case) -> None:
-    """Where levels have no shares: as many nodes as asked for, or all that there are; and never more than that expanded."""
+    """Without shares of levels a plan has as many nodes as asked for, or all that there are, and expands no more."""
     best_first = Case(case.world, case.excluded, _without_shares(case.size), case.scales, case.proposal)
     plan, asked = drafted(best_first)
     assert len(plan.node) == min(case.size.max_nodes, len(case.plannable))
@@ -276,7 +276,7 @@ def test_a_sample_says_all_that_the_draft_knew(case: Case) -> None:
 
 @given(naive_tries(), st.sampled_from(ScoringRule))
 def test_free_nodes_are_those_with_one_path_below(naive: NaiveTrie, rule: ScoringRule) -> None:
-    """Under rule `trie`; under the others every node has to be evaluated whose path goes on."""
+    """Under rule `trie`; under the others every node has to be evaluated that has children."""
     world = World.random(naive, rule, 0)
     free = free_nodes(world.trie, rule)
     expected = [never_needs_a_pass(naive, rule, path) for path in naive.nodes]
@@ -297,7 +297,7 @@ def test_a_forced_tail_neither_costs_nor_hides_a_node() -> None:
 
 
 def test_a_forced_tail_keeps_its_place_among_the_beams_of_every_level() -> None:
-    """The only beam of the search goes down it, so all that is below the other node has to clear its score."""
+    """The only beam of the search passes through it, so all nodes below the other one have to exceed its score."""
     naive = NaiveTrie({"a": (0, 0, 0, 0), "b": (1, 0, 0, 0), "c": (1, 1, 0, 0), "d": (1, 1, 0, 1)}, (2, 2, 1, 2))
     trie = World.random(naive, ScoringRule.TRIE, 0).trie
     free, listed = free_nodes(trie, ScoringRule.TRIE), Shortlist.of(Beams.root())
@@ -311,7 +311,7 @@ def test_a_forced_tail_keeps_its_place_among_the_beams_of_every_level() -> None:
 
 
 def test_the_scale_of_a_level_draws_nodes_to_it() -> None:
-    """What lies below the threshold of a level where the draft errs more is likelier to be a beam."""
+    """Nodes below the threshold are more probable beams on a level where the draft errs more."""
     naive = NaiveTrie({f"{a}{b}": (a, b, 0) for a in range(4) for b in range(4)}, (4, 4, 1))
     world = World.random(naive, ScoringRule.VOCAB, 1)
     deep = []

@@ -202,7 +202,7 @@ def test_perturbed_scores_fall_from_parent_to_child(naive: NaiveTrie, seed: int,
 
 @dataclass
 class SamplingDraft:
-    """Plans N nodes per level, drawn with a request's noise from the softmax of a table's scores, and says what it knew."""
+    """Draft that plans N nodes per level, drawn with the request's noise from the softmax of a table's scores, with q."""
 
     world: World
     width: int

@@ -89,7 +89,7 @@ def _scores(evaluation: Evaluation) -> dict[int, float]:
 
 @given(naive_tries(), SEEDS)
 def test_the_trie_rule_is_a_distribution_over_the_children(naive: NaiveTrie, seed: int) -> None:
-    """And an only child is certain: exactly 0, so that it never needs the target."""
+    """An only child is certain: it scores exactly 0, so that it never needs the target."""
     world = World.random(naive, ScoringRule.TRIE, seed)
     for node, children in world.evaluate(np.array(naive.inner()), world.pruning([]), 100).items():
         assert math.fsum(np.exp(children.logp.astype(float))) == pytest.approx(1, abs=1e-6)

@@ -1,4 +1,4 @@
-"""A node gives way to a planned one for at most the tolerance, and the reply knows by how much it did."""
+"""A planned node may replace a better one within the tolerance, and the reply has the largest gap."""
 
 from __future__ import annotations
 

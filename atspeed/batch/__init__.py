@@ -1,0 +1,1 @@
+"""Lists for many users: files of users in, files of lists out."""

@@ -1,0 +1,76 @@
+"""The Python client of AtSpeed Serving's recommendation service.
+
+    with Client("localhost:50051") as client:
+        client.record("alice", ["item-1", "item-2"])
+        print(client.recommend("alice", k=10).item_ids)
+
+`AsyncClient` has the same calls for async code.
+"""
+
+from pathlib import Path as _Path
+
+from atspeed_client.async_client import AsyncClient
+from atspeed_client.channels import Tls
+from atspeed_client.client import Client
+from atspeed_client.enums import ColdStart, DegradedReason, FewerThanK, Mode, Origin, Priority, ScoringRule, Track
+from atspeed_client.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    CallError,
+    CertificateError,
+    ClientStateError,
+    RecommenderError,
+    UsageError,
+    Violation,
+)
+from atspeed_client.replies import (
+    Backend,
+    Exactness,
+    History,
+    Item,
+    Recommendation,
+    Recorded,
+    ServiceInfo,
+    StageTimes,
+    Statistics,
+    Versions,
+)
+from atspeed_client.requests import Event, RecommendRequest
+
+PROTOS = _Path(__file__).parent / "protos"
+"""Folder of the contract's .proto files, for `protoc -I`."""
+
+__all__ = [
+    "PROTOS",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "AsyncClient",
+    "Backend",
+    "CallError",
+    "CertificateError",
+    "Client",
+    "ClientStateError",
+    "ColdStart",
+    "DegradedReason",
+    "Event",
+    "Exactness",
+    "FewerThanK",
+    "History",
+    "Item",
+    "Mode",
+    "Origin",
+    "Priority",
+    "RecommendRequest",
+    "Recommendation",
+    "RecommenderError",
+    "Recorded",
+    "ScoringRule",
+    "ServiceInfo",
+    "StageTimes",
+    "Statistics",
+    "Tls",
+    "Track",
+    "UsageError",
+    "Versions",
+    "Violation",
+]

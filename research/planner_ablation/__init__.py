@@ -1,0 +1,1 @@
+"""Study of the planner: today's and simpler rules, simulated."""

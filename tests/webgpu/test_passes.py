@@ -1,0 +1,111 @@
+"""Passes on a device whose memory is not the host's: the same numbers as on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from atspeed.engine.arrays import Float32, KvArray
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions, kv_names
+from atspeed.training.export import write_graph
+from tests.webgpu.software_device import missing, on_webgpu
+
+CODES = range(40, 72)
+PROMPT, NODES = 13, 6
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+# Parents of the tree's nodes, as places among prompt and nodes; a prompt's token sees all before it.
+PARENTS = [*range(-1, PROMPT - 1), PROMPT - 1, PROMPT - 1, PROMPT, PROMPT, PROMPT + 1, PROMPT + 4]
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Decoder]:
+    """One graph on the CPU and on the device."""
+    folder = tmp_path_factory.mktemp("graph")
+    config = LlamaConfig(
+        vocab_size=80,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model: Any = LlamaForCausalLM(config)
+    write_graph(model.eval(), folder, CODES, "float32")
+    path = folder / "model.onnx"
+    with on_webgpu():
+        on_device = Decoder(path, RuntimeOptions())
+    return Decoder(path, RuntimeOptions()), on_device
+
+
+def tree() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Tokens, positions and visibility of a prompt with a tree behind it."""
+    visible = np.eye(PROMPT + NODES, dtype=bool)
+    for node, parent in enumerate(PARENTS):
+        if parent >= 0:
+            visible[node] |= visible[parent]
+    tokens = np.random.default_rng(3).integers(0, 80, PROMPT + NODES)
+    return tokens, visible.sum(1) - 1, visible
+
+
+def passes(decoder: Decoder, ends: Sequence[int]) -> tuple[list[tuple[Float32, Float32]], KvArray]:
+    """Outputs of passes up to each end, and all keys and values."""
+    tokens, positions, visible = tree()
+    kv = decoder.empty_kv(len(tokens))
+    found, start = [], 0
+    for end in ends:
+        new = slice(start, end)
+        rows = np.arange(end - start)
+        found.append(
+            decoder.run(tokens[new], positions[new], visible[new, :end], kv[:, :, :start], rows, kv[:, :, new])
+        )
+        start = end
+    return found, kv
+
+
+def test_a_prompt_and_a_tree_behind_it(decoders: tuple[Decoder, Decoder]) -> None:
+    (expected, expected_kv), (found, found_kv) = (passes(decoder, [PROMPT, PROMPT + NODES]) for decoder in decoders)
+    for (logits, normalizer), (own_logits, own_normalizer) in zip(expected, found, strict=True):
+        np.testing.assert_allclose(own_logits, logits, atol=1e-5)
+        np.testing.assert_allclose(own_normalizer, normalizer, atol=1e-5)
+    np.testing.assert_allclose(found_kv, expected_kv, atol=1e-5)
+
+
+def test_keys_and_values_that_stay_on_the_device(decoders: tuple[Decoder, Decoder]) -> None:
+    """The graph's contract is enough for it: the prompt's new KV is bound as the tree's past, in the device's memory."""
+    reference, on_device = decoders
+    tokens, positions, visible = tree()
+    kept: dict[str, onnxruntime.OrtValue] = {}
+    logits = np.empty(0)
+    for start, end in ((0, PROMPT), (PROMPT, PROMPT + NODES)):
+        binding = on_device._session.io_binding()
+        bias = np.where(visible[start:end, :end], np.float32(0), np.finfo(np.float32).min)
+        binding.bind_cpu_input("input_ids", tokens[None, start:end])
+        binding.bind_cpu_input("position_ids", positions[None, start:end])
+        binding.bind_cpu_input("attn_bias", bias[None, None])
+        binding.bind_cpu_input("out_index", np.arange(end - start))
+        past, new = kv_names("past", on_device.layers), kv_names("new", on_device.layers)
+        made = {}
+        for name, source in zip(sum(past, ()), sum(new, ()), strict=True):
+            shape = [1, start, on_device.kv_heads, on_device.head_dim]
+            binding.bind_ortvalue_input(name, kept.get(source) or _on_device(shape))
+            made[source] = _on_device([1, end - start, *shape[2:]])
+            binding.bind_ortvalue_output(source, made[source])
+        binding.bind_output("code_logits", "cpu")
+        binding.bind_output("log_normalizer", "cpu")
+        on_device._session.run_with_iobinding(binding)
+        logits, kept = binding.get_outputs()[-2].numpy(), made
+    expected, _ = passes(reference, [PROMPT, PROMPT + NODES])
+    np.testing.assert_allclose(logits, expected[-1][0], atol=1e-5)
+
+
+def _on_device(shape: list[int]) -> onnxruntime.OrtValue:
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "webgpu", 0)
