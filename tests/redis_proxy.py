@@ -102,10 +102,10 @@ class RedisProxy:
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
+                server[1].close()  # first: the wait below may be cancelled
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
-                server[1].close()
         except (OSError, asyncio.CancelledError):
             pass
         finally:

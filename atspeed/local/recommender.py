@@ -10,7 +10,9 @@ Histories come with the request: nothing is stored.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
+import sys
 import threading
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
+import structlog
 from pydantic import SecretStr
 
 from atspeed.concurrency.deadline import Deadline
@@ -102,6 +105,7 @@ class Recommender:
 
     def __init__(self, bundle: Path | str, options: RecommenderOptions | None = None) -> None:
         self._options = options or RecommenderOptions()
+        _quiet_logs()
         self._loop = asyncio.new_event_loop()
         self._resources = AsyncExitStack()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recommender", daemon=True)
@@ -257,6 +261,15 @@ class Recommender:
         draft = InProcessDraft(drafts.stable)
         planner.set_curves(_curve(target), _curve(draft))
         return target, draft
+
+
+def _quiet_logs() -> None:
+    """Log warnings to standard error, if the application has not configured structlog: its default writes all to stdout."""
+    if not structlog.is_configured():
+        structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
 
 
 def _reply(future: Future[Recommendation]) -> Recommendation:

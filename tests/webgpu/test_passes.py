@@ -93,11 +93,11 @@ def test_keys_and_values_that_stay_on_the_device(decoders: tuple[Decoder, Decode
         binding.bind_cpu_input("attn_bias", bias[None, None])
         binding.bind_cpu_input("out_index", np.arange(end - start))
         past, new = kv_names("past", on_device.layers), kv_names("new", on_device.layers)
-        made = {}
+        made, sizes = {}, (on_device.kv_heads, on_device.head_dim)
         for name, source in zip(sum(past, ()), sum(new, ()), strict=True):
-            shape = [1, start, on_device.kv_heads, on_device.head_dim]
-            binding.bind_ortvalue_input(name, kept.get(source) or _on_device(shape))
-            made[source] = _on_device([1, end - start, *shape[2:]])
+            held, read = ([*on_device.form.outer(1, count), *sizes] for count in (start, end - start))
+            binding.bind_ortvalue_input(name, kept.get(source) or _on_device(held))
+            made[source] = _on_device(read)
             binding.bind_ortvalue_output(source, made[source])
         binding.bind_output("code_logits", "cpu")
         binding.bind_output("log_normalizer", "cpu")
