@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
+import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, MasterDownError, ReadOnlyError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from atspeed.engine.kv.erasure import ErasureSubscriber, publish_erasure
 from atspeed.engine.kv.memory_cache import MemoryKvCache
@@ -230,6 +233,24 @@ class TestRefusals:
 
 def _reply(command: bytes, text: str) -> bytes:
     return b"-" + text.encode() + b"\r\n" if b"UNLINK" in command else b"+OK\r\n"
+
+
+def test_a_transport_that_closed_underneath_is_a_lost_connection(redis_url: str) -> None:
+    """uvloop, the services' event loop, raises RuntimeError for a write on it, which is no error of a connection."""
+
+    async def use_it() -> None:
+        async with connect(redis_url, timeout_seconds=LIVENESS_SECONDS) as client:
+            await client.set("a", "b")
+            pooled: list[Any] = client.connection_pool._available_connections
+            pooled[0]._writer.transport.abort()
+            await asyncio.sleep(0.05)
+            assert await client.get("a") == b"b"
+            connection = pooled[0]
+            connection._writer.transport.abort()
+            with pytest.raises(RedisConnectionError, match="the connection was lost"):
+                await connection.send_command("PING", check_health=False)
+
+    uvloop.run(use_it())
 
 
 class TestSilence:

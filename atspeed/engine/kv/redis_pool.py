@@ -26,6 +26,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, MasterDownError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 _FRESH_SECONDS = 0.01  # a busy connection is used more often than that; an idle one pays a round trip
 # Within this time after a failover all connections lead to the new master. Chosen, not measured.
@@ -86,6 +87,13 @@ class _CheckedConnection(AbstractConnection):
             self._opened_at = now
             self._checked_at = now
         await super().connect_check_health(check_health, retry_socket_connect)
+
+    async def send_packed_command(self, *args: Any, **options: Any) -> None:
+        """Send commands. Raises RedisError or OSError when the connection is lost."""
+        try:
+            await super().send_packed_command(*args, **options)
+        except RuntimeError as error:  # uvloop's, for a transport that has just closed
+            raise RedisConnectionError(f"the connection was lost: {error}") from error
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read one answer. After a refusal this connection, and all older ones, connect again."""
