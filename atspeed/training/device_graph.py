@@ -33,7 +33,7 @@ _CONTRIB = "com.microsoft"
 
 @dataclass(frozen=True)
 class _Places:
-    """What attention of every layer reads, by tensor names.
+    """Tensors that the attention of every layer reads, by name.
 
     Attributes:
         slots: int64 [batch, new, 1], the slots of the new tokens.

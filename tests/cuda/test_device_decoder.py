@@ -1,4 +1,4 @@
-"""What passes with keys and values on the device ask of CUDA: copies, launches, replays; and a device that is full or fails."""
+"""Calls of CUDA of passes with keys and values on the device: copies, launches, replays; and a device that is full or fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a selection on the device asks of CUDA: one copy in, one copy back that is as short as the lists, no node on the CPU."""
+"""Calls of CUDA of a selection on the device: one copy in, one copy back that is as short as the lists, no node on the CPU."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def test_a_target_on_a_gpu_has_time_and_memory_for_its_weights(manifests: list[M
 
 
 def above(tmp_path: Path, overlay: str, component: str) -> list[Manifest]:
-    """What an overlay of one's own applies: one of ours with a component."""
+    """Objects of an overlay of one's own: one of ours with a component."""
     parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / component}
     own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}

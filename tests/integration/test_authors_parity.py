@@ -172,7 +172,7 @@ def test_numbered_titles_are_served_as_the_user_writes_them(made: MadeCheckpoint
 
 
 def test_an_adapter_is_merged_and_unserved_items_are_left_out(made: MadeCheckpoint, tmp_path: Path) -> None:
-    """As `atspeed import` does both. Without the adapter the lists are another model's."""
+    """An adapter or a base, as `atspeed import` takes them. Without the adapter the lists are another model's."""
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         adapted = peft.get_peft_model(

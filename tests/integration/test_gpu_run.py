@@ -108,7 +108,7 @@ def test_a_graph_that_is_not_right_is_named(worst: float, monkeypatch: pytest.Mo
 
 
 def test_made_models_have_the_weights_of_their_shape() -> None:
-    """As many bytes as the checkpoint would have; passes are finite, and every table is one of its own."""
+    """The file has as many bytes as the checkpoint would have; passes are finite, and every table is one of its own."""
     made = make_large("qwen3", SHAPE, "float32", seed=1)
     checkpoint = small_checkpoint("qwen3", SHAPE, seed=1)
     bytes_of = {name: len(content) for name, content in made.device.weights.items()}

@@ -46,7 +46,7 @@ MODES = [pb.MODE_STRICT, pb.MODE_TARGET_ONLY, pb.MODE_TOLERANCE, pb.MODE_EXACT_S
 
 @pytest.fixture(scope="module")
 def paged_stack(bundle: Path, redis_server: LocalRedis, log_folder: Path) -> Iterator[LocalStack]:
-    """As the shared stack, with two targets, in pages."""
+    """Services like the shared ones, with two targets, in pages."""
     flags: dict[str, object] = {"redis-timeout-seconds": 10, "kv-redis": "always", "kv-paged": "always"}
     flags |= {"kv-device-mb": 32, "threads": 1, "warm-up-seconds": 0}
     patient: dict[str, object] = {"redis-timeout-seconds": 10, "draft-timeout-seconds": 30, "planner": "fixed"}

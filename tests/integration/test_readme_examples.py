@@ -19,7 +19,7 @@ EXAMPLES = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE.read_text(encoding="ut
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_runs(client: Client, code: str) -> None:
-    """As it is printed, but for the address and the item ids of the services that run here."""
+    """The example as it is printed, but for the address and the item ids of the services that run here."""
     client.record("alice", ["item-1"])
     here = re.sub(r'"(\d+)"', r'"item-\1"', code.replace("127.0.0.1:50051", client.address))
     done = subprocess.run(

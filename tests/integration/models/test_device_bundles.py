@@ -84,7 +84,7 @@ def test_a_catalogue_update_carries_the_device_graphs(made: TestBundle, tmp_path
 
 
 def test_a_bundle_without_device_graphs_is_for_the_cpu(made: TestBundle, tmp_path: Path) -> None:
-    """As every bundle of earlier versions: it keeps its version, and only a device asks for what it lacks."""
+    """A bundle of an earlier version keeps its version, and only a device asks for what it lacks."""
     root = shutil.copytree(made.root, tmp_path / "old")
     for role in ROLES:
         (root / role / DEVICE_FILE).unlink()

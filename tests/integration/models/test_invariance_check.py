@@ -21,7 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 async def unordered_passes(models: Models, evaluator: Any) -> int:
-    """What one pass says."""
+    """The count in the stats of one pass."""
     tree = await evaluator.open(models.bundle.bundle.manifest.target.prompt.tokens([]))
     try:
         _, cost = await evaluator.evaluate(tree, np.array([ROOT]), Selection(Pruning.none(), limit=10))

@@ -290,7 +290,7 @@ ADDRESSES: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("address", "target"), ADDRESSES)
 def test_addresses(address: str, target: str) -> None:
-    """As the services spell them."""
+    """Names of enums, in the spelling of the services."""
     assert addresses.target(address) == target == target_uri(address)
 
 

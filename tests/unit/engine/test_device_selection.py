@@ -34,7 +34,7 @@ def session(rule: ScoringRule) -> ort.InferenceSession:
 
 
 def scores_of(world: World) -> Float32:
-    """What a device graph gives: log-probabilities under rule `vocab`, logits of any shift under the others."""
+    """Scores of a device graph: log-probabilities under rule `vocab`, logits of any shift under the others."""
     if world.rule is ScoringRule.VOCAB:
         return world.logits - world.log_normalizer[:, None]
     return world.logits + np.float32(3)
