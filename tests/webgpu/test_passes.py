@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atspeed.engine.arrays import Float32, KvArray
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions, kv_names
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training.export import write_graph
 from tests.webgpu.software_device import missing, on_webgpu
 
@@ -77,35 +76,3 @@ def test_a_prompt_and_a_tree_behind_it(decoders: tuple[Decoder, Decoder]) -> Non
         np.testing.assert_allclose(own_logits, logits, atol=1e-5)
         np.testing.assert_allclose(own_normalizer, normalizer, atol=1e-5)
     np.testing.assert_allclose(found_kv, expected_kv, atol=1e-5)
-
-
-def test_keys_and_values_that_stay_on_the_device(decoders: tuple[Decoder, Decoder]) -> None:
-    """The graph's contract is enough for it: the prompt's new KV is bound as the tree's past, in the device's memory."""
-    reference, on_device = decoders
-    tokens, positions, visible = tree()
-    kept: dict[str, onnxruntime.OrtValue] = {}
-    logits = np.empty(0)
-    for start, end in ((0, PROMPT), (PROMPT, PROMPT + NODES)):
-        binding = on_device._session.io_binding()
-        bias = np.where(visible[start:end, :end], np.float32(0), np.finfo(np.float32).min)
-        binding.bind_cpu_input("input_ids", tokens[None, start:end])
-        binding.bind_cpu_input("position_ids", positions[None, start:end])
-        binding.bind_cpu_input("attn_bias", bias[None, None])
-        binding.bind_cpu_input("out_index", np.arange(end - start))
-        past, new = kv_names("past", on_device.layers), kv_names("new", on_device.layers)
-        made, sizes = {}, (on_device.kv_heads, on_device.head_dim)
-        for name, source in zip(sum(past, ()), sum(new, ()), strict=True):
-            held, read = ([*on_device.form.outer(1, count), *sizes] for count in (start, end - start))
-            binding.bind_ortvalue_input(name, kept.get(source) or _on_device(held))
-            made[source] = _on_device(read)
-            binding.bind_ortvalue_output(source, made[source])
-        binding.bind_output("code_logits", "cpu")
-        binding.bind_output("log_normalizer", "cpu")
-        on_device._session.run_with_iobinding(binding)
-        logits, kept = binding.get_outputs()[-2].numpy(), made
-    expected, _ = passes(reference, [PROMPT, PROMPT + NODES])
-    np.testing.assert_allclose(logits, expected[-1][0], atol=1e-5)
-
-
-def _on_device(shape: list[int]) -> onnxruntime.OrtValue:
-    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "webgpu", 0)
