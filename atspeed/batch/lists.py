@@ -116,8 +116,10 @@ class ListFolder:
 
     def write(self, number: int, lists: Sequence[UserList]) -> None:
         """Write the lists of a chunk in one step, and read back their number."""
-        rows = [asdict(one) for one in lists]
-        with replacing(self.path(number)) as file:
+        rows, path = [asdict(one) for one in lists], self.path(number)
+        for partial in self.folder.glob(f".{path.name}.*.partial"):  # left by a process that was killed
+            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
             if self._form == "parquet":
                 write_rows(file, rows, _COLUMNS)
             else:

@@ -48,7 +48,7 @@ class Size:
     memory: int
 
 
-SMALL = Size(items=20_000, codes=256, users=10, memory=3 * 2**29)
+SMALL = Size(items=20_000, codes=256, users=10, memory=2 * 2**30)
 LARGE = Size(items=1_500_000, codes=8_192, users=100, memory=6 * 2**30)
 
 
