@@ -15,7 +15,8 @@ from tests.cuda.passes import counted_pass, placement, profiled, tree_pass
 from tests.cuda.shapes import TINY, open_shape, write_shape
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-PRECISIONS: Sequence[Precision] = ("float32", "float16")
+# In float32 the host's graph is made for CPUs: its sums have one order.
+PRECISIONS: Sequence[Precision] = ("float16",)
 
 
 def attentions(made: Counts) -> tuple[int, int]:
@@ -58,11 +59,6 @@ def test_attention_is_fused_only_at_lengths_that_are_multiples_of_four(cached: i
     fits = (cached + new) % 4 == 0
     assert attentions(counted_pass(grouped, cached, new)) == ((2, 0) if fits else (0, 2))
     assert attentions(counted_pass(grouped, cached, new, batch=3)) == ((2, 0) if fits else (0, 2))
-    # Grouped queries in float32 are never fused, whole heads as in float16.
-    grouped = open_shape(write_shape(tmp_path / "grouped", TINY, "float32"))
-    assert attentions(counted_pass(grouped, cached, new)) == (0, 2)
-    whole = open_shape(write_shape(tmp_path / "whole", replace(TINY, kv_heads=4), "float32"))
-    assert attentions(counted_pass(whole, cached, new)) == ((2, 0) if fits else (0, 2))
 
 
 def test_the_head_takes_seven_kernels_for_its_normalizer_and_needs_cudnn(tmp_path: Path) -> None:
