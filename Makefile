@@ -6,7 +6,7 @@
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
-#   make planner-ablation  today's planner beside simpler rules, by simulation; three minutes on one core
+#   make planner-ablation  today's planner beside simpler rules, by simulation; takes minutes, and no measurement
 #   make smollm2         DATA=DIR: examples/smollm2 from its data to its measurements; an hour on two idle cores, resumes
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
