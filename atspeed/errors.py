@@ -44,6 +44,7 @@ class Reason(StrEnum):
     BACKEND_UNAVAILABLE = auto()
     DEADLINE_EXCEEDED = auto()
     INTERNAL = auto()
+    QUOTA_EXCEEDED = auto()
 
 
 class ServiceError(Exception):
@@ -160,13 +161,13 @@ class UnimplementedError(ServiceError):
 
 
 class ResourceExhaustedError(ServiceError):
-    """A limit of this replica is reached."""
+    """A limit of this replica, or the caller's quota, is reached."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = Reason.OVERLOADED
 
-    def __init__(self, problem: str, *, retry_after_seconds: float | None = None) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: str, *, retry_after_seconds: float | None = None, reason: Reason | None = None) -> None:
+        super().__init__(problem, reason=reason)
         self.retry_after_seconds = retry_after_seconds
 
 

@@ -43,7 +43,13 @@ def bearer(name: str | None) -> tuple[tuple[str, str | bytes], ...]:
 
 
 def secured_stack(
-    bundle: Path, certificates: LocalCertificates, folder: Path, *, redis_url: str = "", targets: int = 1
+    bundle: Path,
+    certificates: LocalCertificates,
+    folder: Path,
+    *,
+    redis_url: str = "",
+    targets: int = 1,
+    flags_of_orchestrator: Mapping[str, object] | None = None,
 ) -> LocalStack:
     """Mutual TLS everywhere, tokens everywhere: public ones in public.toml, `orchestrator` in models.toml."""
     write_tokens(folder / "models.toml", {"orchestrator": 'scopes = ["service"]', "read": 'scopes = ["read"]'})
@@ -57,6 +63,7 @@ def secured_stack(
         "tokens-file": folder / "public.toml",
         "model-token-file": folder / "model-token",
         "draft-timeout-seconds": 30,
+        **(flags_of_orchestrator or {}),
     }
     return LocalStack(bundle, redis_url=redis_url, targets=targets, log_folder=folder, flags=flags)
 

@@ -100,8 +100,18 @@ class ServiceSettings(BaseSettings):
     """CA of the certificates that clients must present (mTLS), PEM. Not set: no client certificates."""
     tokens_file: FilePath | None = None
     """Bearer tokens of the callers, TOML (see operations.md). Not set: no authentication by tokens."""
+    jwt_keys: str = ""
+    """Keys of an issuer of JSON Web Tokens: a JWKS file or its URL. Its tokens are valid beside those of tokens_file. Needs the
+    extra `jwt`.
+    """
+    jwt_issuer: str = ""
+    """The claim `iss` of valid JSON Web Tokens."""
+    jwt_audience: str = ""
+    """The claim `aud` that JSON Web Tokens for this service have."""
+    jwt_requests_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    """Quota of each caller with a JSON Web Token, in requests a second of one replica. Not set: no limit."""
     insecure: bool = False
-    """Allow a host beyond loopback without tokens_file and tls_client_ca. Everyone with network access may then call."""
+    """Allow a host beyond loopback without tokens and tls_client_ca. Everyone with network access may then call."""
     log_level: LogLevel = "info"
     """Lowest level that is logged."""
     log_format: LogFormat = "json"
@@ -141,13 +151,16 @@ class ServiceSettings(BaseSettings):
         self._needs("tls_client_ca", "tls_certificate", bool(self.tls_certificate))
         for name in ("redis_ca", "redis_certificate"):
             self._needs(name, "redis_url", self.redis_url.get_secret_value().startswith("rediss://"), "rediss://...")
-        if not (self.loopback or self.tokens_file or self.tls_client_ca or self.insecure):
-            ways = ", ".join(spelling(type(self), name) for name in ("tokens_file", "tls_client_ca", "insecure"))
+        self._go_together("jwt_keys", "jwt_issuer", "jwt_audience")
+        self._needs("jwt_requests_per_second", "jwt_keys", bool(self.jwt_keys))
+        if not (self.loopback or self.tokens_file or self.jwt_keys or self.tls_client_ca or self.insecure):
+            names = ("tokens_file", "jwt_keys", "tls_client_ca", "insecure")
+            ways = ", ".join(spelling(type(self), name) for name in names)
             raise ValueError(f"{spelling(type(self), 'host')}: beyond loopback one of these must be set: {ways}")
         return self
 
     def _go_together(self, *names: str) -> None:
-        if len({getattr(self, name) is None for name in names}) > 1:
+        if len({getattr(self, name) in {None, ""} for name in names}) > 1:
             raise ValueError(" and ".join(spelling(type(self), name) for name in names) + " must be set together")
 
     def _needs(self, name: str, other: str, there: bool, value: str = "") -> None:

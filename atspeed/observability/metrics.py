@@ -189,7 +189,18 @@ IN_FLIGHT = GaugeOf("atspeed_calls_in_flight", "Running calls and open streams."
 BUILD = ReadGauge(
     "atspeed_build_info", "1, with the versions of the software as labels.", ("service", "version", "python")
 )
-METRICS = (CALLS, CALL_SECONDS, IN_FLIGHT, BUILD)
+CALLER_CALLS = CounterOf(
+    "atspeed_caller_calls_total",
+    "Calls with a valid token, by the token's name in the token file; `jwt` for all callers with a JSON Web Token.",
+    ("caller", "method"),
+)
+CERTIFICATE_EXPIRY = ReadGauge(
+    "atspeed_certificate_expiry_timestamp_seconds",
+    "End of validity of a certificate that the service uses, as Unix time; read from its file.",
+    ("setting",),
+    essential=True,
+)
+METRICS = (CALLS, CALL_SECONDS, IN_FLIGHT, BUILD, CALLER_CALLS, CERTIFICATE_EXPIRY)
 
 
 class ServerMetrics:
@@ -200,6 +211,7 @@ class ServerMetrics:
         self.calls = CALLS.build(self.registry)
         self.seconds = CALL_SECONDS.build(self.registry)
         self.in_flight = IN_FLIGHT.build(self.registry)
+        self.caller_calls = CALLER_CALLS.build(self.registry)
         build = (service, version("atspeed-serving"), platform.python_version())
         self.registry.register(Readings({BUILD: lambda: {build: 1}}))
         for part in application:

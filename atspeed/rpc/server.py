@@ -45,7 +45,7 @@ from atspeed.configuration.settings import ServiceSettings, address, spelling
 from atspeed.engine.errors import EngineError
 from atspeed.errors import StartupError
 from atspeed.observability import logs, tracing
-from atspeed.observability.metrics import ServerMetrics, exposed
+from atspeed.observability.metrics import CERTIFICATE_EXPIRY, Readings, ServerMetrics, exposed
 from atspeed.observability.telemetry_interceptor import TelemetryInterceptor
 from atspeed.rpc import event_loop, grpc_workarounds
 from atspeed.rpc.call_interceptor import CallInterceptor
@@ -53,6 +53,9 @@ from atspeed.rpc.channels import health_name
 from atspeed.rpc.health import Health
 from atspeed.rpc.versions import Versions
 from atspeed.security.auth import AuthInterceptor
+from atspeed.security.callers import Authenticator
+from atspeed.security.certificate_expiry import CertificateExpiry, certificate_files
+from atspeed.security.quotas import quota_of
 from atspeed.security.tls import TlsError, server_credentials
 from atspeed.security.tokens import TokenError, Tokens
 
@@ -167,7 +170,8 @@ async def running(settings: ServiceSettings, registrations: Sequence[Registratio
     """Run a server on the settings' address for the length of the block. The end of the block drains it."""
     state = Health()
     metrics = ServerMetrics(settings.service, [part.metrics for part in registrations if part.metrics])
-    server = _build(settings, registrations, state, metrics)
+    metrics.registry.register(Readings({CERTIFICATE_EXPIRY: CertificateExpiry(certificate_files(dict(settings)))}))
+    server = _build(settings, registrations, state, metrics, await _authenticators(settings))
     port = _listen(settings, server)
     with _exposed(settings, metrics) as metrics_port:
         await server.start()
@@ -209,12 +213,16 @@ async def _opened(settings: Settings, application: Application[Settings]) -> Asy
 
 
 def _build(
-    settings: ServiceSettings, registrations: Sequence[Registration], state: Health, metrics: ServerMetrics
+    settings: ServiceSettings,
+    registrations: Sequence[Registration],
+    state: Health,
+    metrics: ServerMetrics,
+    authenticators: Sequence[Authenticator],
 ) -> grpc.aio.Server:
     interceptors = [
         TelemetryInterceptor(metrics),
         CallInterceptor(settings.max_concurrent_calls),
-        *_auth(settings),
+        *([AuthInterceptor(authenticators, metrics)] if authenticators else []),
     ]
     server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))
     for registration in registrations:
@@ -225,16 +233,34 @@ def _build(
     return server
 
 
-def _auth(settings: ServiceSettings) -> list[grpc.aio.ServerInterceptor]:
-    if settings.tokens_file is None:
-        return []
-    try:
-        tokens = Tokens(settings.tokens_file)
-    except TokenError as error:
-        raise StartupError(f"{spelling(type(settings), 'tokens_file')}: {error}") from None
-    if settings.server_tls is None and not settings.loopback:
+async def _authenticators(settings: ServiceSettings) -> list[Authenticator]:
+    """Return the ways to authenticate callers; none without a setting for them."""
+    found: list[Authenticator] = []
+    if settings.tokens_file is not None:
+        try:
+            found.append(Tokens(settings.tokens_file))
+        except TokenError as error:
+            raise StartupError(f"{spelling(type(settings), 'tokens_file')}: {error}") from None
+    if settings.jwt_keys:
+        found.append(await _json_web_tokens(settings))
+    if found and settings.server_tls is None and not settings.loopback:
         _log.warning("tokens_without_tls", setting=spelling(type(settings), "tls_certificate"))
-    return [AuthInterceptor(tokens)]
+    return found
+
+
+async def _json_web_tokens(settings: ServiceSettings) -> Authenticator:
+    name = spelling(type(settings), "jwt_keys")
+    try:
+        from atspeed.security import json_web_tokens as tokens  # the extra `jwt`
+    except ModuleNotFoundError:
+        raise StartupError(f"{name}: needs `pip install 'atspeed-serving[jwt]'`") from None
+    keys = tokens.KeySet(settings.jwt_keys)
+    try:
+        await keys.load()
+    except tokens.KeySetError as error:
+        raise StartupError(f"{name}: {error}") from None
+    quota = quota_of(settings.jwt_requests_per_second, None)
+    return tokens.JsonWebTokens(tokens.Issuer(settings.jwt_issuer, settings.jwt_audience, quota), keys)
 
 
 def server_options(settings: ServiceSettings) -> list[tuple[str, int]]:

@@ -1,15 +1,15 @@
-"""Checks bearer tokens and scopes before a message is received; denies by default.
+"""Checks bearer tokens, scopes and quotas; denies by default.
 
 A call carries `authorization: Bearer TOKEN`. A call without a valid token ends with UNAUTHENTICATED.
 A token without the method's scope, or one bound to other tenants than a message names, gets PERMISSION_DENIED.
+Token and scope are checked before a message is received. A caller beyond its quota gets RESOURCE_EXHAUSTED.
 Health needs no token.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence, Set
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,28 +19,18 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from atspeed.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
+from atspeed.observability.metrics import ServerMetrics
 from atspeed.rpc.handlers import Behaviour, Context, Handler, wrap_handler
 from atspeed.rpc.rotating_channel import AUTHORIZATION
+from atspeed.security.callers import Authenticator, Caller
+from atspeed.security.quotas import Quotas
 from atspeed.security.scopes import METADATA_SCOPES, METHOD_SCOPES, OPEN_TO_ALL
-from atspeed.security.tokens import Grant, Tokens
 
 _SCHEME = "bearer"
 _NO_TOKEN = "this service wants `authorization: Bearer TOKEN`"  # noqa: S105 - the text of an error
 _BAD_TOKEN = "the token is not valid here"  # noqa: S105 - the text of an error
 _TENANT = "tenant"
-
-
-@dataclass(frozen=True)
-class Caller:
-    """The caller of the running call.
-
-    Attributes:
-        name: the token's name in the token file.
-        grant: the token's scopes and tenants.
-    """
-
-    name: str
-    grant: Grant
+_REQUESTS = "requests"
 
 
 _caller: ContextVar[Caller] = ContextVar("caller")
@@ -49,8 +39,10 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Authorizes calls. It runs inside `CallInterceptor`, which turns its errors into statuses and log lines."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, authenticators: Sequence[Authenticator], metrics: ServerMetrics) -> None:
+        self._authenticators = authenticators
+        self._quotas = Quotas()
+        self._calls = metrics.caller_calls
         self._guarded: dict[str, Handler] = {}
         self._refusing: dict[tuple[str, str], Handler] = {}
 
@@ -66,24 +58,26 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return handler
         try:
             metadata = tuple(handler_call_details.invocation_metadata or ())
-            caller = self._identify(metadata)
+            caller = await self._identify(metadata)
             structlog.contextvars.bind_contextvars(caller=caller.name)
             _check_scopes(caller, method, {key for key, _ in metadata})
         except ServiceError as error:
             return self._refusal(method, handler, error)
         _caller.set(caller)
+        self._calls.labels(caller.group, method.rpartition("/")[2]).inc()
         if method not in self._guarded:
-            self._guarded[method] = _guard(handler)
+            self._guarded[method] = _guard(handler, self._quotas)
         return self._guarded[method]
 
-    def _identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+    async def _identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         shown = [value for key, value in metadata if key == AUTHORIZATION]
         scheme, _, token = str(shown[0]).partition(" ") if len(shown) == 1 else ("", "", "")
         if scheme.lower() != _SCHEME:
             raise UnauthenticatedError(_NO_TOKEN)
-        if (found := self._tokens.authenticate(token.strip())) is None:
-            raise UnauthenticatedError(_BAD_TOKEN)
-        return Caller(*found)
+        for authenticator in self._authenticators:
+            if (found := await authenticator.authenticate(token.strip())) is not None:
+                return found
+        raise UnauthenticatedError(_BAD_TOKEN)
 
     def _refusal(self, method: str, handler: Handler, error: ServiceError) -> Handler:
         """Return a handler that raises `error`. It is made once per method and text, since other interceptors cache it."""
@@ -136,13 +130,24 @@ def _leading_to_tenants(kind: Descriptor) -> tuple[str, ...]:
     )
 
 
-def _guard(handler: Handler) -> Handler:
-    """Return the handler with a check of each message's tenants."""
+def _check_quota(message: Any, quotas: Quotas) -> Any:
+    """Take the requests of a message out of the caller's quota. A batch counts as its requests."""
+    caller = _caller.get()
+    if caller.grant.quota is not None:
+        batched = isinstance(message, Message) and _REQUESTS in message.DESCRIPTOR.fields_by_name
+        quotas.take(
+            (caller.group, caller.name), caller.grant.quota, max(1, len(getattr(message, _REQUESTS))) if batched else 1
+        )
+    return message
+
+
+def _guard(handler: Handler, quotas: Quotas) -> Handler:
+    """Return the handler with checks of each message's tenants, and of the caller's quota. Streams have no quota."""
 
     def around(behaviour: Behaviour) -> Behaviour:
         if handler.request_streaming:
             return lambda requests, context: behaviour(_each_checked(requests), context)
-        return lambda request, context: behaviour(_check_tenants(request), context)
+        return lambda request, context: behaviour(_check_quota(_check_tenants(request), quotas), context)
 
     return wrap_handler(handler, around)
 

@@ -5,6 +5,8 @@
     scopes = ["read", "write"]
     tenants = ["acme"]                   # the only tenants that calls may name; default: all
     expires = 2027-01-31T00:00:00Z       # default: never
+    requests_per_second = 50             # of one replica; default: no limit
+    burst = 200                          # requests at once; default: those of two seconds
 
 The hash covers the whole token. A plain SHA-256 is enough, as `new_token` has 256 random bits.
 """
@@ -20,12 +22,14 @@ import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
 import structlog
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from atspeed.security.callers import Caller, Grant
 from atspeed.security.file_watch import FileSignature, file_signature
+from atspeed.security.quotas import quota_of
 from atspeed.security.scopes import Scope
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -35,14 +39,16 @@ class TokenError(ValueError):
     """A token file that cannot be used. The text names the file and the mistake, and quotes no value."""
 
 
-class Grant(BaseModel):
-    """The permissions of a token.
+class TokenEntry(BaseModel):
+    """A token of the file.
 
     Attributes:
         sha256: hash of the token, in hex.
         scopes: scopes of the token.
         tenants: tenants that calls may name; None for all.
         expires: end of the token's validity; None for never.
+        requests_per_second: requests that the caller may make; None for no limit.
+        burst: requests that the caller may make at once; None for those of two seconds, and one at least.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +57,19 @@ class Grant(BaseModel):
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     tenants: frozenset[str] | None = None
     expires: AwareDatetime | None = None
+    requests_per_second: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    burst: Annotated[float, Field(ge=1, le=1e6)] | None = None
+
+    @model_validator(mode="after")
+    def _burst_of_a_rate(self) -> Self:
+        if self.burst is not None and self.requests_per_second is None:
+            raise ValueError("burst needs requests_per_second")
+        return self
+
+    @property
+    def grant(self) -> Grant:
+        """Return the permissions of the token."""
+        return Grant(self.scopes, self.tenants, quota_of(self.requests_per_second, self.burst))
 
     def expired(self, now: datetime) -> bool:
         """Return whether the token has expired."""
@@ -58,7 +77,7 @@ class Grant(BaseModel):
 
 
 TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_Grants = TypeAdapter(dict[Annotated[str, Field(pattern=f"^{TOKEN_NAME.pattern}$")], Grant])
+_Entries = TypeAdapter(dict[Annotated[str, Field(pattern=f"^{TOKEN_NAME.pattern}$")], TokenEntry])
 
 
 class Tokens:
@@ -70,18 +89,18 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen = file_signature(path)
-        self._grants = read_tokens(path)
+        self._entries = read_tokens(path)
 
-    def authenticate(self, token: str) -> tuple[str, Grant] | None:
-        """Return the name and the grant of a token; None if it is unknown or expired.
+    async def authenticate(self, token: str) -> Caller | None:
+        """Return the caller of a token; None if it is unknown or expired.
 
         Every hash is compared, each in constant time, so the duration reveals nothing about the tokens.
         """
         self._refresh()
         digest, found = hash_token(token), None
-        for name, grant in self._grants.items():
-            if hmac.compare_digest(digest, grant.sha256) and not grant.expired(datetime.now(UTC)):
-                found = name, grant
+        for name, entry in self._entries.items():
+            if hmac.compare_digest(digest, entry.sha256) and not entry.expired(datetime.now(UTC)):
+                found = Caller(name, name, entry.grant)
         return found
 
     def _refresh(self) -> None:
@@ -89,11 +108,11 @@ class Tokens:
             return
         self._seen = found
         try:
-            self._grants = read_tokens(self._path)
+            self._entries = read_tokens(self._path)
         except TokenError as error:
             _log.error("tokens_rejected", reason=str(error))
         else:
-            _log.info("tokens_reloaded", names=sorted(self._grants))
+            _log.info("tokens_reloaded", names=sorted(self._entries))
 
 
 class TokenFile:
@@ -119,10 +138,10 @@ class TokenFile:
         return self._token
 
 
-def read_tokens(path: Path) -> Mapping[str, Grant]:
+def read_tokens(path: Path) -> Mapping[str, TokenEntry]:
     """Read a file's tokens by name. Raises TokenError."""
     try:
-        grants = _Grants.validate_python(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        entries = _Entries.validate_python(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         where = (".".join(str(part) for part in problem["loc"] if part != "[key]") for problem in problems)
@@ -131,9 +150,9 @@ def read_tokens(path: Path) -> Mapping[str, Grant]:
         raise TokenError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise TokenError(f"{path}: {type(error).__name__}") from None
-    if not grants:
+    if not entries:
         raise TokenError(f"{path}: holds no tokens")
-    return grants
+    return entries
 
 
 def hash_token(token: str) -> str:

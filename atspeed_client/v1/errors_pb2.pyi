@@ -56,6 +56,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DEADLINE_EXCEEDED: the time of the call is over."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 12
     """INTERNAL: a defect. The log has it under the id in the message."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 13
+    """RESOURCE_EXHAUSTED: the caller's quota is used up. Another try may succeed after the delay of RetryInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reason of an error. A client may branch on it; it is finer than the gRPC status."""
@@ -86,4 +88,6 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 11
 """DEADLINE_EXCEEDED: the time of the call is over."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 12
 """INTERNAL: a defect. The log has it under the id in the message."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 13
+"""RESOURCE_EXHAUSTED: the caller's quota is used up. Another try may succeed after the delay of RetryInfo."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -79,12 +79,16 @@ def test_names_follow_the_conventions() -> None:
 
 
 def test_every_alert_is_explained_and_tried() -> None:
-    explained = re.findall(r"^\| `(Atspeed\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
-    assert sorted(explained) == sorted(alerts())
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     tried = (PROMETHEUS / "alerts_test.yml").read_text(encoding="utf-8")
-    assert all(f'alertname="{name}"' in tried for name in alerts())
-    for rule in alerts().values():
+    assert sorted(re.findall(r"^\| <a id=\"\w+\"></a>`(Atspeed\w+)` \|", page, re.MULTILINE)) == sorted(alerts())
+    for name, rule in alerts().items():
+        assert f'alertname="{name}"' in tried
         assert rule["labels"]["severity"] in {"warning", "critical"}
+        address, _, place = rule["annotations"]["runbook_url"].partition("#")
+        assert address == "{{ $externalLabels.runbooks }}/operations.md"
+        assert place == name.lower()
+        assert page.count(f'<a id="{place}"></a>') == 1
 
 
 def test_no_panel_lies_on_another_and_all_ask_the_source_that_is_provisioned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -17,10 +19,14 @@ from atspeed.local.certificates import LocalCertificates
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from atspeed.rollout.release_track import TRACK_HEADER
+from atspeed.rpc.grpc_status import STATUS_HEADER
 from atspeed.security.scopes import METHOD_SCOPES
 from atspeed.v1 import recommendation_pb2 as pb
+from atspeed.v1 import recommendation_pb2_grpc as pb_grpc
 from tests.bundles import random_history
 from tests.conftest import mended
+from tests.issuer import AUDIENCE, ISSUER, TokenIssuer
+from tests.observed import scrape
 from tests.secured import bearer, channel, outcome, path_of, rpcs, secured_stack, write_tokens
 from tests.serving import LIVENESS_SECONDS
 
@@ -42,6 +48,7 @@ TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "operator": 'scopes = ["read", "admin"]',
     "nameless": 'scopes = ["read", "write"]\ntenants = [""]',
     "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
+    "limited": 'scopes = ["read", "write"]\nrequests_per_second = 0.001\nburst = 3',
     "removed": 'scopes = ["read", "write", "admin", "service"]',
 }
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
@@ -55,13 +62,29 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> LocalCertificates:
 
 
 @pytest.fixture(scope="module")
+def issuer() -> TokenIssuer:
+    return TokenIssuer()
+
+
+def jwt_flags(keys: Path) -> dict[str, object]:
+    return {"jwt-keys": keys, "jwt-issuer": ISSUER, "jwt-audience": AUDIENCE, "metrics-port": 0}
+
+
+@pytest.fixture(scope="module")
 def secured(
-    bundle: Path, certificates: LocalCertificates, redis_server: LocalRedis, tmp_path_factory: pytest.TempPathFactory
+    bundle: Path,
+    certificates: LocalCertificates,
+    issuer: TokenIssuer,
+    redis_server: LocalRedis,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LocalStack]:
     url = mended(redis_server)
     folder = tmp_path_factory.mktemp("secured")
     write_tokens(folder / "public.toml", TOKENS)
-    with secured_stack(bundle, certificates, folder, redis_url=url) as stack:
+    (folder / "keys.json").write_text(issuer.key_set())
+    with secured_stack(
+        bundle, certificates, folder, redis_url=url, flags_of_orchestrator=jwt_flags(folder / "keys.json")
+    ) as stack:
         yield stack
 
 
@@ -225,3 +248,83 @@ def test_the_log_names_callers_and_no_tokens(secured: LocalStack, channels: dict
     logs = "".join(path.read_text() for path in secured.log_folder.glob("*.log"))
     assert '"caller": "read"' in logs
     assert "hush-" not in logs
+
+
+def with_token(token: str) -> tuple[tuple[str, str | bytes], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+def rpc(name: str) -> MethodDescriptor:
+    (found,) = (method for method in RECOMMENDATION if method.name == name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("claims", "code"),
+    [
+        ({}, grpc.StatusCode.OK),
+        ({"exp": 1_700_000_000}, UNAUTHENTICATED),
+        ({"aud": "another"}, UNAUTHENTICATED),
+        ({"iss": "https://another.example"}, UNAUTHENTICATED),
+        ({"scope": "write"}, DENIED),
+        ({"tenants": ["acme"]}, DENIED),
+    ],
+    ids=str,
+)
+def test_tokens_of_an_issuer_are_valid_beside_those_of_the_file(
+    channels: dict[str, grpc.Channel], issuer: TokenIssuer, claims: dict[str, Any], code: grpc.StatusCode
+) -> None:
+    message = pb.GetHistoryRequest(user_id="nobody").SerializeToString()
+    on = channels["RecommendationService"]
+    assert outcome(on, rpc("GetHistory"), message, with_token(issuer.token(**claims))) is code
+    assert outcome(on, rpc("GetHistory"), message, bearer("read")) is grpc.StatusCode.OK
+
+
+def test_a_token_of_another_key_is_none(channels: dict[str, grpc.Channel]) -> None:
+    on = channels["RecommendationService"]
+    assert outcome(on, rpc("GetServiceInfo"), metadata=with_token(TokenIssuer().token())) is UNAUTHENTICATED
+
+
+def test_a_caller_beyond_its_quota_is_told_when_to_come_again_and_harms_no_other(
+    channels: dict[str, grpc.Channel], secured: LocalStack
+) -> None:
+    stub = pb_grpc.RecommendationServiceStub(channels["RecommendationService"])
+    limited: dict[str, Any] = {"metadata": bearer("limited"), "timeout": LIVENESS_SECONDS}
+    with pytest.raises(grpc.RpcError) as at_once:
+        list(stub.RecommendBatch(pb.RecommendBatchRequest(requests=[pb.RecommendRequest(user_id="a")] * 4), **limited))
+    for _ in range(3):
+        stub.GetServiceInfo(pb.GetServiceInfoRequest(), **limited)
+    with pytest.raises(grpc.RpcError) as used_up:
+        stub.GetServiceInfo(pb.GetServiceInfoRequest(), **limited)
+    for refusal in (at_once.value, used_up.value):
+        assert refusal.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details(refusal)["ErrorInfo"].reason == "QUOTA_EXCEEDED"
+    assert "4 requests in one call are more than the quota allows at once (3)" in (at_once.value.details() or "")
+    assert "RetryInfo" not in details(at_once.value)
+    assert 900 < details(used_up.value)["RetryInfo"].retry_delay.seconds <= 1000
+    assert (
+        outcome(channels["RecommendationService"], rpc("GetServiceInfo"), metadata=bearer("read")) is grpc.StatusCode.OK
+    )
+
+
+def details(error: grpc.RpcError) -> dict[str, Any]:
+    """The details of an error's status, by the names of their types."""
+    trailers: Any = error.trailing_metadata()
+    trailer = dict(trailers)[STATUS_HEADER]
+    kinds = {kind.__name__: kind for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo)}
+    found = {}
+    for packed in status_pb2.Status.FromString(trailer).details:
+        name = packed.TypeName().rpartition(".")[2]
+        found[name] = kinds[name]()
+        packed.Unpack(found[name])
+    return found
+
+
+def test_calls_of_callers_and_ends_of_certificates_are_metrics(
+    channels: dict[str, grpc.Channel], secured: LocalStack
+) -> None:
+    outcome(channels["RecommendationService"], rpc("GetServiceInfo"), metadata=bearer("operator"))
+    metrics = scrape(secured.orchestrators[0])
+    assert metrics.value("atspeed_caller_calls_total", caller="operator", method="GetServiceInfo") >= 1
+    for setting in ("tls_certificate", "tls_client_ca"):
+        assert metrics.value("atspeed_certificate_expiry_timestamp_seconds", setting=setting) > time.time()

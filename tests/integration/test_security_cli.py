@@ -15,9 +15,10 @@ from atspeed.cli import main
 from atspeed.configuration.settings import ServiceSettings
 from atspeed.local.certificates import SERVICES
 from atspeed.rpc.server import running
+from atspeed.security.callers import Caller, Grant
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsFiles, WatchedPems
-from atspeed.security.tokens import Grant, Tokens, hash_token
+from atspeed.security.tokens import Tokens
 
 
 def run(*arguments: object) -> Result:
@@ -67,7 +68,7 @@ def made(*arguments: object) -> tuple[str, str]:
     return token, result.stderr
 
 
-def test_entries_of_several_tokens_make_a_file(tmp_path: Path) -> None:
+async def test_entries_of_several_tokens_make_a_file(tmp_path: Path) -> None:
     orders = {
         "shop": (["read", "write"], None),
         "acme.web-1": (["read"], ["acme", ""]),
@@ -81,12 +82,8 @@ def test_entries_of_several_tokens_make_a_file(tmp_path: Path) -> None:
             file.write(entry)
     found = Tokens(path)
     for name, (scopes, tenants) in orders.items():
-        held = Grant(
-            sha256=hash_token(tokens[name]),
-            scopes=frozenset(map(Scope, scopes)),
-            tenants=None if tenants is None else frozenset(tenants),
-        )
-        assert found.authenticate(tokens[name]) == (name, held)
+        held = Grant(frozenset(map(Scope, scopes)), None if tenants is None else frozenset(tenants))
+        assert await found.authenticate(tokens[name]) == Caller(name, name, held)
         assert tokens[name] not in path.read_text(), "the file is no secret"
     assert len(set(tokens.values())) == len(tokens)
 

@@ -12,6 +12,8 @@ from atspeed.configuration.settings import ServiceSettings
 from atspeed.errors import StartupError
 from atspeed.local.certificates import LocalCertificates
 from atspeed.rpc.server import running
+from atspeed.security.callers import Caller, Grant
+from atspeed.security.quotas import Quota
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsError, TlsFiles, WatchedPems
 from atspeed.security.tokens import TokenError, TokenFile, Tokens, hash_token, new_token, read_tokens
@@ -178,6 +180,8 @@ def test_new_files_are_used_once_they_fit_together(tmp_path: Path) -> None:
         f'[a]\nsha256 = "{"0" * 64}"\nscopes = ["all"]',
         f'[a]\nsha256 = "{"0" * 64}"\nscopes = ["read"]\nexpires = 2027-01-01T00:00:00',
         f'[a]\nsha256 = "{"0" * 64}"\nscopes = ["read"]\ntenant = ["misspelt"]',
+        f'[a]\nsha256 = "{"0" * 64}"\nscopes = ["read"]\nburst = 5',
+        f'[a]\nsha256 = "{"0" * 64}"\nscopes = ["read"]\nrequests_per_second = 0',
         f'["a b"]\nsha256 = "{"0" * 64}"\nscopes = ["read"]',
     ],
 )
@@ -188,13 +192,27 @@ def test_tokens_that_are_not_right_are_refused_and_not_quoted(tokens: Path, text
     assert "hush" not in str(refusal.value)
 
 
-def test_a_token_is_known_by_its_hash(tokens: Path) -> None:
+async def test_a_token_is_known_by_its_hash(tokens: Path) -> None:
     known = Tokens(tokens)
-    name, grant = known.authenticate("t") or pytest.fail("it is there")
-    assert (name, grant.scopes, grant.tenants) == ("a", frozenset({Scope.READ}), None)
+    found = await known.authenticate("t")
+    assert found == Caller("a", "a", Grant(frozenset({Scope.READ})))
     for other in ("", "T", "t ", hash_token("t"), "é", "\udcff"):
-        assert known.authenticate(other) is None
-    assert "sha256" not in repr(grant)
+        assert await known.authenticate(other) is None
+    assert hash_token("t") not in repr(read_tokens(tokens))
+
+
+@pytest.mark.parametrize(
+    ("lines", "quota"),
+    [
+        ("requests_per_second = 50", Quota(50, 100)),
+        ("requests_per_second = 0.1", Quota(0.1, 1)),
+        ("requests_per_second = 50\nburst = 5", Quota(50, 5)),
+        ("", None),
+    ],
+)
+def test_a_quota_has_a_burst_of_two_seconds_unless_it_says_so(tokens: Path, lines: str, quota: Quota | None) -> None:
+    tokens.write_text(tokens.read_text() + "\n" + lines)
+    assert read_tokens(tokens)["a"].grant.quota == quota
 
 
 def test_a_token_to_show_follows_its_file(tmp_path: Path) -> None:
