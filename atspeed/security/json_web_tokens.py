@@ -1,6 +1,7 @@
 """Checks bearer tokens that an issuer signs: JSON Web Tokens (RFC 7519).
 
-OpenID Connect providers give such tokens to their clients. The issuer's public keys are a JSON Web Key Set (RFC 7517), in a file or at an https URL. Needs the extra `jwt`.
+OpenID Connect providers give such tokens to their clients. The issuer's public keys are a JSON Web Key Set (RFC 7517), in a file
+or at an https URL. Needs the extra `jwt`.
 
     claim      meaning
     iss, aud   must be the settings `jwt_issuer` and `jwt_audience`
