@@ -117,25 +117,28 @@ def record(
 
 
 @with_connection
-def history(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
+def history(user: UserId, tenant: Tenant = "", as_json: AsJson = False, *, connection: Connection) -> None:
     """Print a user's stored items, oldest first, one per line."""
     items = _call(connection, lambda client: client.history(user, tenant=tenant))
+    if as_json:
+        return _print_json(items)
     for item in items.item_ids:
         print(item)
     if not items:
         warn(f"nothing is stored for {user}")
+    return None
 
 
 @with_connection
-def forget(user: UserId, tenant: Tenant = "", *, connection: Connection) -> None:
+def forget(user: UserId, tenant: Tenant = "", as_json: AsJson = False, *, connection: Connection) -> None:
     """Erase a user's history."""
     existed = _call(connection, lambda client: client.forget(user, tenant=tenant))
-    print("forgotten" if existed else "nothing was stored")
+    print(json.dumps({"existed": bool(existed)}) if as_json else "forgotten" if existed else "nothing was stored")
 
 
 @with_connection
-def info(*, connection: Connection) -> None:
-    """Print versions, limits and the state of the services as JSON."""
+def info(_as_json: AsJson = False, *, connection: Connection) -> None:
+    """Print versions, limits and the state of the services as JSON, with or without --json."""
     _print_json(_call(connection, lambda client: client.info()))
 
 

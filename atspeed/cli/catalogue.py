@@ -5,6 +5,7 @@ Running services can load it (hot reload).
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ import typer
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from atspeed.cli.errors import Commands
-from atspeed.cli.options import CommandError
+from atspeed.cli.options import AsJson, CommandError
 from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalogue
 from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
@@ -71,6 +72,7 @@ def catalogue_update(
     remove: Annotated[
         Path | None, typer.Option(help="File of items to remove: one id per line.", exists=True, dir_okay=False)
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Add items with code paths of the bundle's codebooks, and remove others. An item in both files gets its new codes."""
     if os.path.lexists(out):
@@ -81,7 +83,11 @@ def catalogue_update(
         made = update_catalogue(Bundle(bundle), out, added, removed)
     except OSError as error:
         raise CommandError(f"{out}: not written: {error.strerror or error}") from error
-    print(f"{out}: catalogue {made.manifest.catalogue_version}, bundle {made.manifest.version}")
+    versions = {"bundle": made.manifest.version, "catalogue": made.manifest.catalogue_version}
+    if as_json:
+        print(json.dumps({"folder": str(out), **versions}))
+    else:
+        print(f"{out}: catalogue {versions['catalogue']}, bundle {versions['bundle']}")
 
 
 def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int, ...]]:

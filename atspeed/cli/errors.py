@@ -1,6 +1,13 @@
 """Commands whose mistakes and failures end in one line.
 
-The exit code is 2 for a mistake in the command, 1 for a failure, and 75 for a training or a batch that stopped before its end.
+    exit code   meaning
+    1           a failure that another try will not mend
+    2           a mistake in the command, or a request that the service refuses as wrong
+    69          the service does not answer
+    75          the same command may succeed later: the service is busy; a training or a batch stopped before its end
+    77          the token is missing, not valid, or does not allow the call
+
+69, 75 and 77 are EX_UNAVAILABLE, EX_TEMPFAIL and EX_NOPERM of sysexits.h.
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+import grpc
 import typer
 from typer.core import TyperCommand, TyperGroup
 
@@ -25,7 +33,15 @@ from atspeed.security.tls import TlsError
 from atspeed.training.errors import Paused, TrainingError
 from atspeed_client import RecommenderError, UsageError
 
-PAUSED = 75  # EX_TEMPFAIL of sysexits.h: try again
+PAUSED = 75
+_CALL_EXITS = {
+    grpc.StatusCode.INVALID_ARGUMENT: 2,
+    grpc.StatusCode.UNAVAILABLE: 69,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 69,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 75,
+    grpc.StatusCode.UNAUTHENTICATED: 77,
+    grpc.StatusCode.PERMISSION_DENIED: 77,
+}
 _FORESEEN = (
     BatchError,
     BenchmarkError,
@@ -33,7 +49,6 @@ _FORESEEN = (
     EngineError,
     LocalRedisError,
     LocalStackError,
-    RecommenderError,
     TlsError,
     TrainingError,
 )
@@ -70,6 +85,8 @@ class CheckedGroup(TyperGroup):
             _end(2, f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help")
         except UsageError as error:
             _end(2, str(error))
+        except RecommenderError as error:
+            _end(_CALL_EXITS.get(error.code, 1), str(error))
         except _FORESEEN as error:
             _end(1, str(error))
         except Paused as paused:
@@ -86,7 +103,14 @@ class Commands(typer.Typer):
     """A Typer application of checked commands."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(cls=CheckedGroup, no_args_is_help=True, add_completion=False, **options)
+        settings = {"help_option_names": ["-h", "--help"]}
+        defaults: dict[str, Any] = {
+            "cls": CheckedGroup,
+            "no_args_is_help": True,
+            "add_completion": False,
+            "context_settings": settings,
+        }
+        super().__init__(**defaults | options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
         """Register a command."""

@@ -7,8 +7,7 @@ train, train-drafts, export, base                                               
 import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 
-A foreseen failure prints one line and exits with code 1; a mistake in the command itself with code 2; a training or a batch
-that stopped before its end, and continues when the command is given again, with code 75.
+A foreseen failure prints one line. `atspeed/cli/errors.py` has the exit codes.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -58,7 +58,7 @@ from atspeed.local.stack import LocalStack
 if TYPE_CHECKING:
     from atspeed.local.certificates import LocalCertificates
 
-app = Commands(pretty_exceptions_show_locals=False, help="Speculative beam decoding for generative recommendation.")
+app = Commands(pretty_exceptions_show_locals=False, add_completion=True)
 bundle_commands = Commands(help="Inspect and verify a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
@@ -66,6 +66,21 @@ app.add_typer(bench_commands, name="bench")
 for command in (recommend, record, history, forget, info, batch, distill, inflate, certificates, token):
     app.command()(command)
 app.command("import")(import_checkpoint)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"atspeed {version('atspeed-serving')}")
+        raise typer.Exit
+
+
+@app.callback()
+def atspeed(
+    _shown: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Speculative beam decoding for generative recommendation."""
 
 
 def _redis_url(value: str | None) -> str | None:

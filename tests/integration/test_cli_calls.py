@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -195,3 +196,37 @@ def test_a_long_id_is_shown_whole() -> None:
     with console.capture() as shown:
         console.print(display.recommendation_table(reply))
     assert shown.get().count("x") == 200
+
+
+def test_every_call_prints_json_on_demand(address: str) -> None:
+    run("record", "jason", "item-1,item-2", "--address", address)
+    assert json.loads(run("history", "jason", "--json", "--address", address).stdout)["item_ids"] == [
+        "item-1",
+        "item-2",
+    ]
+    assert json.loads(run("forget", "jason", "--json", "--address", address).stdout) == {"existed": True}
+    assert json.loads(run("forget", "jason", "--json", "--address", address).stdout) == {"existed": False}
+    assert json.loads(run("info", "--json", "--address", address).stdout) == json.loads(
+        run("info", "--address", address).stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["recommend", "--history", "item-1", "-k", 5000], 2),
+        (["recommend", "nobody"], 1),
+        (["history", "a", "--address", "127.0.0.1:1", "--timeout", 1], 69),
+    ],
+    ids=str,
+)
+def test_exit_codes_tell_kinds_of_errors(address: str, arguments: list[object], code: int) -> None:
+    ended = run(*arguments, *(() if "--address" in arguments else ("--address", address)))
+    assert ended.exit_code == code, ended.output
+    assert ended.stderr.count("\n") == 1
+
+
+def test_version_and_short_help() -> None:
+    assert run("--version").stdout == f"atspeed {version('atspeed-serving')}\n"
+    for command in ([], ["recommend"], ["bundle", "inspect"], ["bench", "parity"]):
+        assert run(*command, "-h").stdout == run(*command, "--help").stdout != ""
