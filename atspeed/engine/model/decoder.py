@@ -32,8 +32,9 @@ _Providers: TypeAlias = list[tuple[str, dict[str, str]]]
 _PROVIDERS: dict[Provider, _Providers] = {
     "cpu": [("CPUExecutionProvider", {})],
     # TF32, the default, keeps 10 bits of a float32's mantissa: results are 1e-3 off and depend on the shape of a pass.
+    # sdpa_kernel 2: attention is the kernel that takes a bias at any length, never one of cuDNN, which no other operator needs.
     # The CPU provider stays for shape arithmetic.
-    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0", "sdpa_kernel": "2"}), ("CPUExecutionProvider", {})],
 }
 _SPIN_SETTINGS: dict[Spin, dict[str, str]] = {
     "never": {"session.intra_op.allow_spinning": "0"},
