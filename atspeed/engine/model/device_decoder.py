@@ -190,7 +190,9 @@ class DeviceDecoder:
     def _zero(self, pages: Sequence[int]) -> None:
         self._pools.zero(self.slots(pages, len(pages) * self._page_tokens))
 
-    def _on_thread(self, work: Callable[[], Made], block: Callable[[], AbstractContextManager[None]] = DEVICE.using) -> Made:
+    def _on_thread(
+        self, work: Callable[[], Made], block: Callable[[], AbstractContextManager[None]] = DEVICE.using
+    ) -> Made:
         """Do work in the one thread whose passes replay CUDA graphs: onnxruntime keeps them by thread."""
         return self._thread.submit(self._in_block, work, block).result()
 

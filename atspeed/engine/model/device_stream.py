@@ -60,7 +60,7 @@ class WaitingStream:
         """Return zeros."""
         return np.zeros(size, dtype=np.uint8)
 
-    def run_options(self, graph: int = -1) -> ort.RunOptions:
+    def run_options(self, graph: int = -1) -> ort.RunOptions:  # noqa: ARG002 - nothing is captured
         """Return plain options."""
         return ort.RunOptions()
 
@@ -91,7 +91,7 @@ class CudaStream:
         memory = (ctypes.c_uint8 * size).from_address(address.value or 0)
         # Not at the interpreter's exit: the process's end frees it, and CUDA may be gone before.
         weakref.finalize(memory, _free, address).atexit = False
-        buffer = np.frombuffer(memory, dtype=np.uint8)
+        buffer: Bytes = np.ctypeslib.as_array(memory)
         buffer[:] = 0
         return buffer
 

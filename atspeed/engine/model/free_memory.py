@@ -16,4 +16,3 @@ def default_pool_bytes(provider: Provider) -> int:
     """Return the bytes that keys and values take on a provider's device, if no setting says so."""
     free = free_bytes() if provider == "cuda" else None
     return _DEFAULT_BYTES if free is None else int(free * _SHARE)
-
