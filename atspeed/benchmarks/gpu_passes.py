@@ -83,7 +83,8 @@ class _Probe:
         yield from self._paged("device", decoder, self.config.passes[:_EAGER])
         if self.config.provider == "cuda":
             begun = time.perf_counter()
-            decoder.capture(1, max(prompt + nodes for prompt, nodes in self.config.passes))
+            longest = max(prompt + nodes for prompt, nodes in self.config.passes)
+            decoder.capture(1, longest, len(self.config.shared))
             yield self.lasted("captured", begun)
             yield from self._paged("device, captured", decoder, self.config.passes)
         yield self._shared(decoder)

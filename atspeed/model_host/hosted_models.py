@@ -196,7 +196,7 @@ class HostedModels(Generic[Worker]):
             undo.push_async_callback(weights.release, self.metrics)
             evaluator = self._evaluator(bundle, trie, weights)
             undo.push_async_callback(evaluator.close)
-            await asyncio.to_thread(_capture, decoder, trie, entry)
+            await asyncio.to_thread(_capture, decoder, trie, entry, self._settings.most_trees)
             await evaluator.warm_up()
             curve = await self._cost_curve(evaluator, weights)
             worker = await asyncio.to_thread(self._make_worker, evaluator, curve)
@@ -290,10 +290,10 @@ class HostedModels(Generic[Worker]):
         )
 
 
-def _capture(decoder: ModelDecoder, trie: Trie, entry: ModelEntry) -> None:
-    """Capture the CUDA graphs of a model on a GPU, for the depth of a trie."""
+def _capture(decoder: ModelDecoder, trie: Trie, entry: ModelEntry, trees: int) -> None:
+    """Capture the CUDA graphs of a model on a GPU, for the depth of a trie and up to so many trees in a pass."""
     if isinstance(decoder, DeviceDecoder):
-        decoder.capture(path_depth(trie), entry.max_positions)
+        decoder.capture(path_depth(trie), entry.max_positions, trees)
 
 
 @asynccontextmanager

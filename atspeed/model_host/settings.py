@@ -84,13 +84,18 @@ class ModelSettings(ServiceSettings):
         """
         gathered = layout.bytes_per_token // layout.layers if self.paged else layout.bytes_per_token
         return BatchLimits(
-            requests=self.batch_requests or (64 if self.paged else 16),
+            requests=self.most_trees,
             tokens=self.batch_tokens or (512 if self.paged else 32),
             delay_seconds=self.batch_delay_ms / 1e3,
             waiting=self.max_queued_passes,
             cached_padding=math.inf if self.paged else BatchLimits.cached_padding,
             gathered_tokens=self.batch_kv_mb * 2**20 // gathered,
         )
+
+    @property
+    def most_trees(self) -> int:
+        """Return the most trees of a pass."""
+        return self.batch_requests or (64 if self.paged else 16)
 
     @property
     def paged(self) -> bool:

@@ -344,13 +344,16 @@ class DecoderGraph(GraphBuilder):
 
         All layers share one product, which is faster for passes of few tokens.
         """
+        return self.split(self.product(hidden, *layers), [len(layer.weight) for layer in layers])
+
+    def product(self, hidden: str, *layers: Module) -> str:
+        """Write x W^T + b of the layers side by side, [tokens, out]."""
         result = self.arithmetic.product(hidden, layers)
-        if layers[0].bias is not None:
-            key = ("bias", *map(id, layers))
-            result = self.op(
-                "Add", result, self.arithmetic.weight(key, lambda: torch.cat([layer.bias.detach() for layer in layers]))
-            )
-        return self.split(result, [len(layer.weight) for layer in layers])
+        if layers[0].bias is None:
+            return result
+        key = ("bias", *map(id, layers))
+        bias = self.arithmetic.weight(key, lambda: torch.cat([layer.bias.detach() for layer in layers]))
+        return self.op("Add", result, bias)
 
     def projections(
         self, hidden: str, block: Module, whole: str, parts: Sequence[str], shares: Sequence[int]

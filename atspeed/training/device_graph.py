@@ -6,6 +6,7 @@ from the host's graph, and why:
 - Keys and values are scattered into the pools in place, and gathered by slot. Where heads share keys the gather repeats
   them, since CUDA's attention would do that in two more kernels.
 - The attention bias is made once per pass, from prefix lengths and ancestors: a full mask would be most of what a pass copies.
+- The norms of a layer's queries and keys are one operator, and so is their rotary embedding (Qwen3).
 - Residual and norm are one operator, silu is one, and so is the normalisation over the vocabulary. ReduceLogSumExp is seven
   kernels on CUDA, and its only user of cuDNN.
 - The head multiplies the code rows alone where the scoring rule needs no more.
@@ -21,11 +22,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from atspeed.engine.bundle.manifest import Head
 from atspeed.engine.model.device_graph import SCORES, device_inputs, device_outputs, pool_names
-from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, Module
+from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic, Module
 from atspeed.training.graph_builder import WeightFile
 
 _CONTRIB = "com.microsoft"
@@ -135,9 +137,33 @@ class DeviceGraph(DecoderGraph):
         key, value = (
             self.gathered(self.op("ScatterND", pool, places.slots, new, name=out), places) for pool, out, new in names
         )
-        heads = shape.heads
-        mixed = self.op("Attention", query, key, value, places.bias, q_num_heads=heads, kv_num_heads=heads)
+        mixed = self.attended(query, key, value, places.bias)
         return self.project(self.op("Reshape", mixed, self.integers(-1, shape.heads * shape.head_dim)), block.o_proj)[0]
+
+    def rotated(self, block: Module, normed: str, rotation: tuple[str, str]) -> tuple[str, str, str]:
+        """Write query, key and value; where heads have norms (Qwen3), those of queries and keys are one kernel."""
+        if not hasattr(block, "q_norm"):
+            return super().rotated(block, normed, rotation)
+        shape = self.shape
+        heads, of_keys = shape.heads + shape.kv_heads, shape.kv_heads * shape.head_dim
+        projected = self.product(normed, block.q_proj, block.k_proj, block.v_proj)
+        both, value = self.split(projected, [heads * shape.head_dim, of_keys])
+        weight = self.arithmetic.weight(("head norms", id(block)), partial(_head_weights, block, shape))
+        by_head = self.op("Reshape", both, self.integers(-1, heads, shape.head_dim))
+        both = self.of_trees(
+            self.op("RMSNormalization", by_head, weight, epsilon=shape.norm_epsilon), heads * shape.head_dim
+        )
+        rotated = self.op("RotaryEmbedding", both, *rotation, num_heads=heads)
+        query, key = self.split(rotated, [shape.heads * shape.head_dim, of_keys])
+        return query, key, value
+
+    def attended(self, query: str, key: str, value: str, bias: str) -> str:
+        """Write attention itself, T [batch, new, heads * head_dim].
+
+        ONNX's operator has a kernel more on CUDA, for rows that see nothing, of which there is none here.
+        """
+        heads = self.shape.heads
+        return self.op("MultiHeadAttention", query, key, value, "", "", bias, domain=_CONTRIB, num_heads=heads)
 
     def gathered(self, pool: str, places: _Places) -> str:
         """Gather the keys or values of every place, for every head: T [batch, capacity, heads * head_dim]."""
@@ -167,3 +193,9 @@ class DeviceGraph(DecoderGraph):
         """Return the finished model with the contract's inputs and outputs."""
         sizes = (self.shape.layers, self.shape.kv_heads, self.shape.head_dim, str(self.dtype).removeprefix("torch."))
         return self.finished("device_decoder", device_inputs(*sizes), device_outputs(*sizes, columns, self._head))
+
+
+def _head_weights(block: Module, shape: DecoderShape) -> Tensor:
+    """Return the weights of the norms of all heads, queries before keys, [1, heads + kv_heads, head_dim]."""
+    norms = ((block.q_norm, shape.heads), (block.k_norm, shape.kv_heads))
+    return torch.cat([norm.weight.detach().expand(heads, -1) for norm, heads in norms])[None]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -11,11 +13,11 @@ from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError, DeviceError
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape
-from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS, PagedInput
+from atspeed.engine.model.device_pass import PagedInput, buckets
 from atspeed.engine.model.token_tree import PathPass
 from atspeed.training.export import write_graph
 from tests.bundles import random_model
-from tests.cuda.dry_run import UNFUSED_ATTENTION, Place, counted, device_bytes, device_of, failing
+from tests.cuda.dry_run import OUT_OF_MEMORY, UNFUSED_ATTENTION, Place, counted, device_bytes, device_of, failing
 
 LAYERS, KV_HEADS, HEAD_DIM, COLUMNS, PAGE = 2, 2, 128, 768, 4
 CUDA = RuntimeOptions(provider="cuda")
@@ -39,7 +41,7 @@ def opened(files: ModelFiles, pool_bytes: int = 2**28) -> DeviceDecoder:
 @pytest.fixture(scope="module")
 def decoder(files: ModelFiles) -> DeviceDecoder:
     made = opened(files)
-    made.capture(2, 2048)
+    made.capture(2, 2048, trees=64)
     return made
 
 
@@ -50,23 +52,39 @@ def tree(cached: int, new: int) -> PagedInput:
     return PagedInput(step, np.arange(2, 2 + cached + new))
 
 
-def test_a_pass_that_fits_a_bucket_is_one_launch_one_copy_in_and_one_back(decoder: DeviceDecoder) -> None:
-    for cached, new in ((1000, 40), (1000, 240), (0, 1), (100, 120), (1500, 512)):
-        with counted() as made:
-            decoder.run([tree(cached, new)])
-        assert (made.launches, len(made.replays)) == (1, 1), (cached, new)
-        assert not made.allocated
-        [copied_in], [copied_back] = made.to_device, made.to_host
-        assert copied_in.source is Place.PAGEABLE
-        assert copied_in.bytes <= 100_000
-        bucket = next(size for size in NEW_BUCKETS if size >= new)
-        assert copied_back.bytes == 4 * COLUMNS * bucket
-        # The upload waits for itself, on a stream where nothing else runs; the pass is waited for once.
-        assert sum(made.synchronisations.values()) == 2
+def scored(trees: Sequence[PagedInput]) -> int:
+    return sum(len(one.step.rows) for one in trees)
 
 
 @pytest.mark.parametrize(
-    "trees", [[tree(2500, 40)], [tree(100, 600)], [tree(100, 40)] * 4, [tree(100 + 14 * n, 20) for n in range(64)]]
+    "trees",
+    [
+        *([tree(cached, new)] for cached, new in ((1000, 40), (1000, 240), (0, 1), (100, 120), (1500, 512), (10, 300))),
+        [tree(100, 40)] * 4,
+        [tree(1000, 20), tree(1600, 60), tree(1800, 50)],
+        [tree(90 + 7 * n, 6) for n in range(13)],
+        [tree(n, 1) for n in range(64)],
+    ],
+    ids=lambda trees: f"{len(trees)}x{len(trees[0].slots)}",
+)
+def test_a_pass_that_fits_a_bucket_is_one_launch_one_copy_in_one_back_and_one_wait(
+    decoder: DeviceDecoder, trees: Sequence[PagedInput]
+) -> None:
+    """Of one tree or of several."""
+    with counted() as made:
+        decoder.run(trees)
+    assert (made.launches, len(made.replays)) == (1, 1)
+    assert not made.allocated
+    assert not made.pinned
+    [copied_in], [copied_back] = made.to_device, made.to_host
+    assert copied_in.source is copied_back.destination is Place.PINNED
+    assert copied_in.bytes <= 100_000
+    assert copied_back.bytes == 4 * COLUMNS * scored(trees)
+    assert made.synchronisations == {"cudaStreamSynchronize": 1}
+
+
+@pytest.mark.parametrize(
+    "trees", [[tree(2500, 40)], [tree(100, 600)], [tree(100 + 14 * n, 20) for n in range(64)], [tree(1000, 300)] * 2]
 )
 def test_other_passes_run_eagerly_without_keys_and_values_of_the_host(
     decoder: DeviceDecoder, trees: Sequence[PagedInput]
@@ -80,10 +98,43 @@ def test_other_passes_run_eagerly_without_keys_and_values_of_the_host(
     assert not made.of(*UNFUSED_ATTENTION)
     assert not made.allocated
     [copied_in], [copied_back] = made.to_device, made.to_host
-    longest, new = max(len(one.slots) for one in trees), sum(len(one.step.tokens) for one in trees)
+    longest, new = max(len(one.slots) for one in trees), max(len(one.step.tokens) for one in trees)
     # Six numbers of 8 bytes a token, and a slot of 4 for each place, padded to the longest.
-    assert copied_in.bytes <= 48 * new + 4 * len(trees) * (longest + 64) + 7 * 256
-    assert copied_back.bytes == 4 * COLUMNS * new
+    assert copied_in.bytes <= len(trees) * (48 * (new + 8) + 4 * (longest + 64)) + 7 * 256
+    assert copied_back.bytes == 4 * COLUMNS * scored(trees)
+    assert made.synchronisations == {"cudaStreamSynchronize": 1}
+
+
+def test_graphs_are_captured_once_whatever_thread_asks_for_passes(files: ModelFiles) -> None:
+    """onnxruntime keeps graphs by thread: a thread of its own would capture again, in a request."""
+    decoder = opened(files)
+    decoder.capture(2, 200, trees=1)
+    with counted() as made, ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda new: decoder.run([tree(100, new)]), (3, 20, 3, 60)))
+    assert not made.captures
+    assert (made.launches, len(made.replays)) == (4, 4)
+
+
+def test_passes_and_pages_of_a_served_model_go_on_while_another_one_is_captured(files: ModelFiles) -> None:
+    """A capture forbids the calls of all other threads: without an order, both would fail."""
+    served, loaded = opened(files), opened(files)
+    stop = Event()
+
+    def serve() -> int:
+        made = 0
+        while not stop.is_set():
+            served.run([tree(100 + made % 7, 20 + made % 50)])
+            served.write_pages([1, 2], served.read_pages([3, 4]))
+            made += 1
+        return made
+
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(serve)
+        with counted() as made:
+            loaded.capture(2, 500, trees=1)
+        stop.set()
+        assert serving.result() > 0
+    assert len(made.captures) == len(list(buckets(2, 500, 1)))
 
 
 def test_pages_go_to_the_host_and_back_as_they_are_and_nothing_else(decoder: DeviceDecoder) -> None:
@@ -103,11 +154,10 @@ def test_pages_go_to_the_host_and_back_as_they_are_and_nothing_else(decoder: Dev
 def test_every_bucket_is_captured_once(files: ModelFiles) -> None:
     decoder = opened(files)
     with counted() as made:
-        decoder.capture(2, 2048)
-    fitting = [(places, new) for places in CAPACITY_BUCKETS for new in NEW_BUCKETS if new <= places]
-    assert len(made.captures) == len(fitting)
+        decoder.capture(2, 2048, trees=8)
+    assert len(made.captures) == len(list(buckets(2, 2048, 8)))
     with counted() as made:
-        decoder.capture(2, 2048)
+        decoder.capture(2, 2048, trees=8)
     assert not made.captures
 
 
@@ -122,13 +172,30 @@ def test_what_does_not_fit_the_device_is_refused_with_the_numbers(files: ModelFi
         opened(files)
 
 
-def test_a_device_that_fails_in_mid_pass_is_a_device_error(files: ModelFiles) -> None:
+@pytest.mark.parametrize("function", ["cudaLaunchKernel", "cudaMemcpyAsync", "cudaStreamSynchronize"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_device_that_fails_in_mid_pass_is_a_device_error(files: ModelFiles, function: str, after: int) -> None:
     decoder = opened(files)
     decoder.run([tree(10, 3)])
-    with failing("cudaLaunchKernel", after=10):
+    with failing(function, after=0 if function == "cudaStreamSynchronize" else after):
         for _ in range(2):
-            with pytest.raises(DeviceError, match=r"a pass of PassShape.* failed on the device"):
+            with pytest.raises(DeviceError, match=r"a pass of PassShape.* failed on the device|CUDA error 700"):
                 decoder.run([tree(10, 3)])
+    decoder.run([tree(10, 3)])
+
+
+def test_a_graph_that_cannot_be_launched_is_a_device_error(files: ModelFiles) -> None:
+    decoder = opened(files)
+    decoder.capture(2, 100, trees=1)
+    with failing("cudaGraphLaunch"), pytest.raises(DeviceError, match=r"a pass of PassShape.* failed on the device"):
+        decoder.run([tree(10, 3)])
+
+
+def test_buckets_that_do_not_fit_the_device_are_refused_at_the_start_with_the_numbers(files: ModelFiles) -> None:
+    decoder = opened(files)
+    refusal = r"1 trees with \d+ new tokens behind \d+ places do not fit the device beside 256 MiB .*kv_device_mb"
+    with failing("cudaMalloc", error=OUT_OF_MEMORY), pytest.raises(BundleError, match=refusal):
+        decoder.capture(2, 2048, trees=1)
 
 
 def test_half_of_the_free_memory_is_for_keys_and_values_by_default(files: ModelFiles) -> None:

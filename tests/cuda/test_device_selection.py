@@ -21,6 +21,8 @@ from tests.cuda.shapes import CODE_TOKENS, TINY, open_device_shape, write_shape
 
 LIMIT = 20
 NODES = 120
+SELECTION = 30  # kernels at most
+EVERYTHING = Selection(Pruning.none(), LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> DeviceDecoder:
     return open_device_shape(write_shape(tmp_path_factory.mktemp("tiny"), TINY, "float16"), TINY)
 
 
-def selecting(rule: ScoringRule, trie: Trie) -> DeviceSelector:
-    return DeviceSelector(trie, rule, np.asarray(CODE_TOKENS), RuntimeOptions(provider="cuda"))
+def selecting(decoder: DeviceDecoder, rule: ScoringRule, trie: Trie) -> DeviceSelector:
+    return DeviceSelector(trie, rule, np.asarray(CODE_TOKENS), RuntimeOptions(provider="cuda"), decoder.stream)
 
 
 def rows_of(trie: Trie, selection: Selection) -> RowSelection:
@@ -50,29 +52,40 @@ def counted_selection(decoder: DeviceDecoder, selector: DeviceSelector, rows: Ro
 @pytest.mark.parametrize("rule", ScoringRule)
 def test_only_the_chosen_children_come_back(decoder: DeviceDecoder, trie: Trie, rule: ScoringRule) -> None:
     excluded = Pruning.of_dead_leaves(trie, np.arange(trie.nodes - 200, trie.nodes))
-    made = counted_selection(decoder, selecting(rule, trie), rows_of(trie, Selection(excluded, LIMIT)))
+    made = counted_selection(decoder, selecting(decoder, rule, trie), rows_of(trie, Selection(excluded, LIMIT)))
     [back] = made.to_host
-    scored = 128  # the bucket of 120 nodes
-    assert back.bytes <= scored * (2 * 4 * (LIMIT + 4) + 8) + 4 * 256
-    assert back.bytes < 4 * len(CODE_TOKENS) * scored / 10
-    assert [copy.source for copy in made.to_device] == [Place.PAGEABLE] * 2
+    assert back.bytes <= NODES * (2 * 4 * (LIMIT + 4) + 8) + 4 * 256
+    assert back.bytes < 4 * len(CODE_TOKENS) * NODES / 10
+    assert [copy.source for copy in made.to_device] == [Place.PINNED] * 2
     assert sum(copy.bytes for copy in made.to_device) < 30_000
-    assert made.launches <= 18 * TINY.layers + 20 + 30
+    assert made.synchronisations == {"cudaStreamSynchronize": 1}  # for the pass and the selection
+    assert made.launches <= 18 * TINY.layers + 20 + SELECTION
     assert not made.allocated
+    assert not made.pinned
+
+
+def test_a_replayed_pass_and_its_selection_wait_once(trie: Trie, tmp_path: Path) -> None:
+    decoder = open_device_shape(write_shape(tmp_path, TINY, "float16"), TINY)
+    decoder.capture(3, 2048, trees=1)
+    made = counted_selection(decoder, selecting(decoder, ScoringRule.VOCAB, trie), rows_of(trie, EVERYTHING))
+    assert len(made.replays) == 1
+    assert made.launches <= 1 + SELECTION
+    assert made.synchronisations.total() == 1
+    assert (len(made.to_device), len(made.to_host)) == (2, 1)
 
 
 def test_noise_is_the_only_input_as_wide_as_the_catalogues_nodes(decoder: DeviceDecoder, trie: Trie) -> None:
     perturbed = Selection(Pruning.none(), LIMIT, Perturbation(seed=1, temperature=1.0))
-    made = counted_selection(decoder, selecting(ScoringRule.VOCAB, trie), rows_of(trie, perturbed))
+    made = counted_selection(decoder, selecting(decoder, ScoringRule.VOCAB, trie), rows_of(trie, perturbed))
     assert len(made.to_device) == 2
     width = int(trie.child_count.max()) + 8
-    assert sum(copy.bytes for copy in made.to_device) < 30_000 + 128 * 4 * width
+    assert sum(copy.bytes for copy in made.to_device) < 30_000 + NODES * 4 * width
 
 
 @pytest.mark.parametrize("rule", ScoringRule)
 def test_every_node_runs_on_the_device(decoder: DeviceDecoder, trie: Trie, rule: ScoringRule, tmp_path: Path) -> None:
-    selector = selecting(rule, trie)
-    rows = rows_of(trie, Selection(Pruning.none(), LIMIT))
+    selector = selecting(decoder, rule, trie)
+    rows = rows_of(trie, EVERYTHING)
     with profiled(tmp_path / "profile"):
         decoder.run_and_select(paged_inputs(decoder, [(1000, NODES)]), selector, [rows])
     placed = placement(selector._session)

@@ -71,13 +71,14 @@ class DictStore:
 
 @dataclass(frozen=True)
 class Models:
-    """A bundle's two decoders, loaded once, and its catalogue in both forms."""
+    """A bundle's two decoders, loaded once, and its catalogue in both forms. options: of the decoders in pages."""
 
     bundle: TestBundle
     catalogue: Catalogue
     naive: NaiveTrie
     decoders: dict[str, Decoder]
     paged: bool = False
+    options: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     @classmethod
     def load(cls, bundle: TestBundle, *, paged: bool = False) -> Models:
@@ -125,7 +126,7 @@ class Models:
         size = min(pool_bytes, 8 * 2**20)  # a pool is zeroed memory of its size
         loaded: Role = "target" if role == "target" else "draft"
         return load_device_decoder(
-            self.bundle.bundle, loaded, RuntimeOptions(), page_tokens=BLOCK_TOKENS, pool_bytes=size
+            self.bundle.bundle, loaded, self.options, page_tokens=BLOCK_TOKENS, pool_bytes=size
         )
 
     def prompt(self, items: int, seed: int) -> Int64:

@@ -17,6 +17,7 @@ from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.model import device_decoder, device_pass, device_pools, device_selector, staged_inputs
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.device_decoder import DeviceDecoder
+from atspeed.engine.model.device_stream import DeviceStream
 from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
@@ -42,7 +43,7 @@ class SeparateInputs:
     Inputs that a node on the host reads are copied there when they are bound, so they are bound after each change.
     """
 
-    def __init__(self, binding: onnxruntime.IOBinding, axes: staged_inputs.Axes, device: str) -> None:
+    def __init__(self, binding: onnxruntime.IOBinding, axes: staged_inputs.Axes, device: str, _: DeviceStream) -> None:
         self.arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in axes.items()}
         self._values = {name: _allocate(shape, dtype, device) for name, (dtype, shape) in axes.items()}
         self._binding = binding
@@ -59,7 +60,7 @@ def _allocate(shape: Any, dtype: str, _: str) -> onnxruntime.OrtValue:
 
 
 def _open_session(
-    files: ModelFiles, options: RuntimeOptions, *, cuda_graphs: bool = False
+    files: ModelFiles, options: RuntimeOptions, _: Mapping[str, str] | None = None
 ) -> onnxruntime.InferenceSession:
     return software_device._open_session(files, options)
 

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from atspeed.engine.arrays import Bools, Float32, Int64, KvArray
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
+from atspeed.engine.model.capture_lock import DEVICE
 from atspeed.engine.model.graph_form import BLOCK_KEYS, ORDERED, GraphForm
 
 Provider = Literal["cpu", "cuda"]
@@ -32,8 +33,9 @@ _Providers: TypeAlias = list[tuple[str, dict[str, str]]]
 _PROVIDERS: dict[Provider, _Providers] = {
     "cpu": [("CPUExecutionProvider", {})],
     # TF32, the default, keeps 10 bits of a float32's mantissa: results are 1e-3 off and depend on the shape of a pass.
+    # sdpa_kernel 2: attention is the kernel that takes a bias at any length, never one of cuDNN, which no other operator needs.
     # The CPU provider stays for shape arithmetic.
-    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0", "sdpa_kernel": "2"}), ("CPUExecutionProvider", {})],
 }
 _SPIN_SETTINGS: dict[Spin, dict[str, str]] = {
     "never": {"session.intra_op.allow_spinning": "0"},
@@ -253,23 +255,19 @@ class Decoder:
             raise ValueError(f"{name}: the tokens of a layer are not contiguous")
 
 
-def open_session(files: ModelFiles, options: RuntimeOptions, *, cuda_graphs: bool = False) -> ort.InferenceSession:
+def open_session(
+    files: ModelFiles, options: RuntimeOptions, more: Mapping[str, str] | None = None
+) -> ort.InferenceSession:
     """Open a session on the options' provider. Raises BundleError when the file or the provider cannot be used.
 
-    cuda_graphs: let runs with a gpu_graph_id be captured on a GPU; that of the others must be -1 then.
+    more: further options of the provider.
     """
-    path, providers = files.path, _PROVIDERS[options.provider]
-    wanted = providers[0][0]
-    if cuda_graphs and options.provider == "cuda":
-        providers = [(wanted, {**providers[0][1], "enable_cuda_graph": "1"}), *providers[1:]]
-    if options.provider == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN from the wheels that the extra `gpu` installs
-    if wanted not in ort.get_available_providers():
-        raise BundleError(
-            f"{path}: provider {options.provider}: this onnxruntime offers {ort.get_available_providers()}"
-        )
+    path = files.path
+    check_provider(path, options.provider)
+    (wanted, given), *others = _PROVIDERS[options.provider]
     try:
-        session = _session(files, options, providers)
+        with DEVICE.using():
+            session = _session(files, options, [(wanted, given | dict(more or {})), *others])
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         weights = sum(map(len, files.weights.values())) / 2**20
         what = "it" if options.provider == "cpu" else f"its {weights:.0f} MiB of weights on the device"
@@ -278,6 +276,14 @@ def open_session(files: ModelFiles, options: RuntimeOptions, *, cuda_graphs: boo
     if session.get_providers()[0] != wanted:
         raise BundleError(f"{path}: provider {options.provider}: it is installed but cannot be used")
     return session
+
+
+def check_provider(path: Path, provider: Provider) -> None:
+    """Load a provider's libraries. Raises BundleError when this onnxruntime does not offer it."""
+    if provider == "cuda" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN from the wheels that the extra `gpu` installs
+    if _PROVIDERS[provider][0][0] not in ort.get_available_providers():
+        raise BundleError(f"{path}: provider {provider}: this onnxruntime offers {ort.get_available_providers()}")
 
 
 def _session(files: ModelFiles, options: RuntimeOptions, providers: _Providers) -> ort.InferenceSession:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from itertools import product
-from typing import TypeAlias
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
@@ -17,17 +19,28 @@ from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError, DeviceError, NoNumbersError
 from atspeed.engine.kv.page_pool import PagePool
 from atspeed.engine.model.batch_decoder import TreeOutput
-from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session
+from atspeed.engine.model.capture_lock import DEVICE
+from atspeed.engine.model.decoder import (
+    Decoder,
+    Provider,
+    RuntimeOptions,
+    check_contract,
+    check_provider,
+    graph_specs,
+    open_session,
+)
 from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, SCORES, device_inputs, device_outputs
-from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS, BoundPass, PagedInput, PassShape
+from atspeed.engine.model.device_pass import BoundPass, PagedInput, PassShape, buckets
 from atspeed.engine.model.device_pools import DevicePools, host_dtype
 from atspeed.engine.model.device_selection import RowSelection
 from atspeed.engine.model.device_selector import DeviceSelector
+from atspeed.engine.model.device_stream import DeviceStream, device_stream
 from atspeed.engine.model.free_memory import default_pool_bytes
 from atspeed.engine.search.scoring import Evaluation
 
 # Shapes whose buffers are kept, besides those of CUDA graphs. Chosen, not measured.
 _KEPT_SHAPES = 32
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class DeviceDecoder:
         dtype: numpy's number format of their bytes.
         columns: code tokens.
         pages: the books of the pools' pages.
+        stream: the order of passes and of what follows them.
     """
 
     def __init__(
@@ -81,7 +95,9 @@ class DeviceDecoder:
         self.layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
         self.options = options
         self._device, self._page_tokens = options.provider, page_tokens
-        self._session = open_session(files, options, cuda_graphs=True)
+        self.stream = _stream(path, options.provider)
+        graphs = {"enable_cuda_graph": "1"} if options.provider == "cuda" else {}
+        self._session = open_session(files, options, {**self.stream.provider_options, **graphs})
         inputs, outputs = graph_specs(self._session)
         head: Head = "vocab" if SCORES["vocab"] in outputs else "codes"
         dtype = inputs["key_pool.0"].dtype if "key_pool.0" in inputs else "float32"
@@ -102,7 +118,7 @@ class DeviceDecoder:
             )
         self._pools = DevicePools(shape.layers, width, dtype, FREE_SLOTS_FROM + pages * page_tokens, options)
         self.pages = PagePool(pages, page_bytes, self._zero)
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._graphs: dict[PassShape, BoundPass] = {}
         self._bound: OrderedDict[PassShape, BoundPass] = OrderedDict()
 
@@ -122,24 +138,19 @@ class DeviceDecoder:
 
     def run(self, trees: Sequence[PagedInput]) -> list[TreeOutput]:
         """Make one pass over one tree or more, of any lengths. Keys and values stay on the device. Raises DeviceError."""
-        with self._lock:
-            made = self._pass(PassShape.of(trees))
-            made.run(trees)
-            scores = np.array(made.scores.numpy()[: sum(len(tree.step.rows) for tree in trees)])
+        counts = [len(tree.step.rows) for tree in trees]
+        scores = self._on_thread(lambda: self._enqueued(trees).read(sum(counts)))
         normalizer = np.zeros(len(scores), dtype=np.float32)  # scores are normalised, or their rule does not ask
-        ends = np.cumsum([len(tree.step.rows) for tree in trees])[:-1]
+        ends = np.cumsum(counts)[:-1]
         return [TreeOutput(*parts) for parts in zip(np.split(scores, ends), np.split(normalizer, ends), strict=True)]
 
     def run_and_select(
         self, trees: Sequence[PagedInput], selector: DeviceSelector, rows: Sequence[RowSelection]
     ) -> list[Evaluation | NoNumbersError]:
         """Make a pass and select the best children of its rows on the device; the scores stay there. Raises DeviceError."""
-        with self._lock:
-            made = self._pass(PassShape.of(trees))
-            made.run(trees)
-            return selector.select(made.scores, rows)
+        return self._on_thread(lambda: selector.select(self._enqueued(trees).scores, rows))
 
-    def capture(self, depth: int, longest: int) -> None:
+    def capture(self, depth: int, longest: int, trees: int) -> None:
         """Capture the CUDA graphs of all buckets on a GPU; nothing on a CPU.
 
         Raises BundleError when a bucket does not fit the device.
@@ -147,23 +158,19 @@ class DeviceDecoder:
         Args:
             depth: ancestors of a token.
             longest: tokens of the longest tree.
+            trees: trees of the largest batch.
         """
         if self._device != "cuda":
             return
-        top = next((size for size in CAPACITY_BUCKETS if size >= longest), CAPACITY_BUCKETS[-1])
-        for capacity, new in product(CAPACITY_BUCKETS, NEW_BUCKETS):
-            shape = PassShape(1, new, capacity, new, depth)
-            if capacity > top or new > capacity or shape in self._graphs:
+        for shape in buckets(depth, longest, trees):
+            if shape in self._graphs:
                 continue
             try:
-                with self._lock:
-                    made = self._buffers(shape, graph=len(self._graphs) + 1)
-                    made.launch()
-                    self._graphs[shape] = made
+                self._on_thread(partial(self._capture, shape), DEVICE.capturing)
             except DeviceError as error:
                 raise BundleError(
-                    f"{self.path}: {new} new tokens behind {capacity} places do not fit the device beside "
-                    f"{self._pools.nbytes / 2**20:.0f} MiB of keys and values (kv_device_mb): {error}"
+                    f"{self.path}: {shape.batch} trees with {shape.new} new tokens behind {shape.capacity} places do not fit "
+                    f"the device beside {self._pools.nbytes / 2**20:.0f} MiB of keys and values (kv_device_mb): {error}"
                 ) from error
 
     def read_pages(self, pages: Sequence[int]) -> list[KvArray]:
@@ -183,18 +190,53 @@ class DeviceDecoder:
     def _zero(self, pages: Sequence[int]) -> None:
         self._pools.zero(self.slots(pages, len(pages) * self._page_tokens))
 
+    def _on_thread(
+        self, work: Callable[[], Made], block: Callable[[], AbstractContextManager[None]] = DEVICE.using
+    ) -> Made:
+        """Do work in the one thread whose passes replay CUDA graphs: onnxruntime keeps them by thread."""
+        return self._thread.submit(self._in_block, work, block).result()
+
+    def _in_block(self, work: Callable[[], Made], block: Callable[[], AbstractContextManager[None]]) -> Made:
+        """Do work. After an error the stream is empty: what comes next may write the pages of a pass that failed."""
+        with block():
+            try:
+                return work()
+            except BaseException:
+                with suppress(DeviceError):
+                    self.stream.wait()
+                raise
+
+    def _enqueued(self, trees: Sequence[PagedInput]) -> BoundPass:
+        """Enqueue a pass: as a CUDA graph if its bucket was captured, else by its own shape."""
+        shape = PassShape.of(trees)
+        made = self._graphs.get(shape.bucket or shape) or self._pass(shape)
+        made.run(trees)
+        return made
+
+    def _capture(self, shape: PassShape) -> None:
+        made = self._buffers(shape, graph=len(self._graphs) + 1)
+        made.launch()
+        self.stream.wait()
+        self._graphs[shape] = made
+
     def _buffers(self, shape: PassShape, graph: int = -1) -> BoundPass:
-        return BoundPass(self._session, self._pools, shape, self._scores, self._device, graph)
+        return BoundPass(self._session, self._pools, shape, self._scores, self._device, self.stream, graph)
 
     def _pass(self, shape: PassShape) -> BoundPass:
-        """Return the buffers of a shape: a captured one, else one that is kept, else a new one."""
-        if shape in self._graphs:
-            return self._graphs[shape]
+        """Return the buffers of a shape: those that are kept, or new ones."""
         found = self._bound.pop(shape, None)
         while found is None and len(self._bound) >= _KEPT_SHAPES:
             self._bound.popitem(last=False)
         self._bound[shape] = found or self._buffers(shape)
         return self._bound[shape]
+
+
+def _stream(path: Path, provider: Provider) -> DeviceStream:
+    check_provider(path, provider)
+    try:
+        return device_stream(provider)
+    except DeviceError as error:
+        raise BundleError(f"{path}: provider {provider}: it is installed but cannot be used: {error}") from error
 
 
 ModelDecoder: TypeAlias = Decoder | DeviceDecoder

@@ -35,7 +35,8 @@ What the caller keeps:
   evaluated ancestors and its own. Spare entries of `ancestors` repeat a place that the token sees anyway, such as place 0.
 - ZERO_SLOT holds zeros and is never written. SCRATCH_SLOT is written by padding and is in no table. Attention multiplies
   masked values by 0, so all that a table names must be finite.
-- A padding token repeats all values of its row's first token but its slot, which is SCRATCH_SLOT; a padding row repeats a row.
+- A padding token repeats all values of its row's first token but its slot, which is SCRATCH_SLOT. The tokens of
+  a padding row see place 0 alone, and all places of that row are ZERO_SLOT.
 """
 
 from __future__ import annotations

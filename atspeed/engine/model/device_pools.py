@@ -12,6 +12,7 @@ import onnxruntime as ort
 from atspeed.engine.arrays import Int64, KvArray
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError, DeviceError
+from atspeed.engine.model.capture_lock import DEVICE
 from atspeed.engine.model.decoder import RuntimeOptions, open_session
 from atspeed.engine.model.device_graph import FREE_SLOTS_FROM, ZERO_SLOT, pool_names
 from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES, Node, Tensor, model_bytes
@@ -28,7 +29,8 @@ def host_dtype(dtype: str) -> np.dtype[np.generic]:
 def allocate(axes: Sequence[int], dtype: str, device: str) -> ort.OrtValue:
     """Reserve memory on a device. Raises DeviceError with the number of bytes."""
     try:
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(axes), ELEMENT_TYPES[dtype], device)
+        with DEVICE.using():
+            return ort.OrtValue.ortvalue_from_shape_and_type(list(axes), ELEMENT_TYPES[dtype], device)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         size = prod(axes) * host_dtype(dtype).itemsize
         raise DeviceError(f"{device}: no room for {size / 2**20:.1f} MiB: {error}") from error
@@ -73,6 +75,7 @@ class DevicePools:
             binding.bind_ortvalue_input(name, pool)
             binding.bind_ortvalue_output(output, pool)
 
+    @DEVICE.using()
     def read(self, slots: Int64) -> KvArray:
         """Copy rows of the pools to the host: [layers, 2, n, width] for slots [n]. Raises DeviceError."""
         rows = np.empty((self._layers, 2, len(slots), self._width), dtype=self._host_dtype)
@@ -85,6 +88,7 @@ class DevicePools:
         _run(self._gather, binding)
         return rows
 
+    @DEVICE.using()
     def write(self, slots: Int64, rows: KvArray) -> None:
         """Copy rows [layers, 2, n, width] of the host into the pools' slots [n], which differ. Raises DeviceError."""
         if rows.shape != (self._layers, 2, len(slots), self._width) or rows.dtype != self._host_dtype:

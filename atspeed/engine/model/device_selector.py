@@ -18,6 +18,7 @@ from atspeed.engine.errors import DeviceError, NoNumbersError
 from atspeed.engine.model.decoder import RuntimeOptions, open_session
 from atspeed.engine.model.device_pools import allocate
 from atspeed.engine.model.device_selection import LEAST_TEMPERATURE, DeviceSelection, RowSelection, Selected
+from atspeed.engine.model.device_stream import DeviceStream
 from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES
 from atspeed.engine.model.selection_graph import selection_graph
 from atspeed.engine.model.staged_inputs import Axes, StagedInputs, offsets_of, views
@@ -66,7 +67,7 @@ class _Shape:
 
 
 class DeviceSelector:
-    """Selects the children of one catalogue on a device. For one thread at a time: the one that runs passes.
+    """Selects the children of one catalogue on a device. For one thread at a time: the one that makes passes.
 
     The catalogue's arrays are brought to the device by the first selection.
 
@@ -75,12 +76,16 @@ class DeviceSelector:
         rule: the scoring rule.
         code_tokens: the token id of each code column, int64 [C].
         options: the options of onnxruntime; scores are on their provider's device.
+        stream: the order of that device's work.
     """
 
-    def __init__(self, trie: Trie, rule: ScoringRule, code_tokens: Int64, options: RuntimeOptions) -> None:
+    def __init__(
+        self, trie: Trie, rule: ScoringRule, code_tokens: Int64, options: RuntimeOptions, stream: DeviceStream
+    ) -> None:
         self._selection = DeviceSelection(trie, rule, code_tokens)
         self._rule = rule
         self._options = options
+        self._stream = stream
         self._bound: dict[_Shape, _BoundSelection] = {}
 
     def can_select(self, rows: Sequence[RowSelection]) -> bool:
@@ -115,7 +120,8 @@ class DeviceSelector:
 
     @cached_property
     def _session(self) -> ort.InferenceSession:
-        return open_session(ModelFiles(Path("selection.onnx"), selection_graph(self._rule), {}), self._options)
+        files = ModelFiles(Path("selection.onnx"), selection_graph(self._rule), {})
+        return open_session(files, self._options, self._stream.provider_options)
 
     @cached_property
     def _catalogue(self) -> dict[str, ort.OrtValue]:
@@ -128,7 +134,9 @@ class DeviceSelector:
         if shape not in self._bound:
             while len(self._bound) >= _KEPT_SHAPES:
                 self._bound.pop(next(iter(self._bound)))
-            self._bound[shape] = _BoundSelection(self._session, self._catalogue, shape, self._options.provider)
+            self._bound[shape] = _BoundSelection(
+                self._session, self._catalogue, shape, self._options.provider, self._stream
+            )
         return self._bound[shape]
 
 
@@ -136,18 +144,25 @@ class _BoundSelection:
     """Buffers of selections of one shape."""
 
     def __init__(
-        self, session: ort.InferenceSession, catalogue: dict[str, ort.OrtValue], shape: _Shape, device: str
+        self,
+        session: ort.InferenceSession,
+        catalogue: dict[str, ort.OrtValue],
+        shape: _Shape,
+        device: str,
+        stream: DeviceStream,
     ) -> None:
-        self._session = session
+        self._session, self._stream = session, stream
         self._shape = shape
         self._binding = session.io_binding()
-        self._staged = StagedInputs(self._binding, shape.input_axes, device)
+        self._options = stream.run_options()
+        self._staged = StagedInputs(self._binding, shape.input_axes, device, stream)
         for name, value in catalogue.items():
             self._binding.bind_ortvalue_input(name, value)
         self._limit = np.array([shape.limit])  # TopK reads it on the host
         self._binding.bind_cpu_input("limit", self._limit)
         offsets, size = offsets_of(shape.output_axes)
         self._outputs = allocate((size,), "uint8", device)
+        self._found = stream.buffer(size)
         for name, (dtype, axes) in shape.output_axes.items():
             address = self._outputs.data_ptr() + offsets[name]
             self._binding.bind_output(name, device, 0, ELEMENT_TYPES[dtype], axes, address)
@@ -155,7 +170,7 @@ class _BoundSelection:
     def run(
         self, scores: ort.OrtValue, inputs: dict[str, npt.NDArray[Any]], *, padding: int
     ) -> dict[str, npt.NDArray[Any]]:
-        """Select; return the outputs of all rows. padding: a place that holds no child."""
+        """Select behind the pass, and wait; return the outputs of all rows. padding: a place that holds no child."""
         arrays = self._staged.arrays
         rest: dict[str, Any] = {"node": ROOT, "live_by_default": True, "exceptions": padding, "exceptions_live": False}
         for name, array in arrays.items():
@@ -164,8 +179,10 @@ class _BoundSelection:
             array[len(values) :] = rest.get(name, 0)
         self._binding.bind_ortvalue_input("scores", scores)
         self._staged.copy()
-        self._session.run_with_iobinding(self._binding)
-        return views(self._outputs.numpy().copy(), self._shape.output_axes)
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._stream.to_host(self._outputs, self._found)
+        self._stream.wait()
+        return views(self._found.copy(), self._shape.output_axes)
 
 
 def _up(size: int, step: int) -> int:

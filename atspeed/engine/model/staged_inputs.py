@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from atspeed.engine.model.device_pools import allocate
+from atspeed.engine.model.device_stream import DeviceStream
 from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES
 
 _ALIGNMENT = 256  # that of CUDA's own allocations
@@ -44,14 +45,16 @@ class StagedInputs:
         binding: the binding of a session, to which the inputs are bound.
         axes: the inputs.
         device: onnxruntime's name of the device.
+        stream: the order of the device's work.
 
     Attributes:
-        arrays: the inputs on the host, zeros at first.
+        arrays: the inputs on the host, zeros at first. They must not change between `copy` and the stream's `wait`.
     """
 
-    def __init__(self, binding: ort.IOBinding, axes: Axes, device: str) -> None:
+    def __init__(self, binding: ort.IOBinding, axes: Axes, device: str, stream: DeviceStream) -> None:
         offsets, size = offsets_of(axes)
-        self._host = np.zeros(size, dtype=np.uint8)
+        self._stream = stream
+        self._host = stream.buffer(size)
         self._device = allocate((size,), "uint8", device)
         self.arrays = views(self._host, axes)
         for name, (dtype, shape) in axes.items():
@@ -59,5 +62,5 @@ class StagedInputs:
             binding.bind_input(name, device, 0, ELEMENT_TYPES[dtype], shape, address)
 
     def copy(self) -> None:
-        """Copy the arrays to the device."""
-        self._device.update_inplace(self._host)
+        """Enqueue the copy of the arrays to the device. Raises DeviceError."""
+        self._stream.to_device(self._host, self._device)

@@ -212,7 +212,8 @@ class TreeEvaluator:
     def _memory(self, cache: PrefixCache, open_kv_bytes: int) -> KvMemory:
         if not isinstance(self.decoder, DeviceDecoder):
             return HostMemory(self.decoder, self._prompts, open_kv_bytes)
-        selector = DeviceSelector(self.trie, self.rule, self._code_tokens, self.decoder.options)
+        options, stream = self.decoder.options, self.decoder.stream
+        selector = DeviceSelector(self.trie, self.rule, self._code_tokens, options, stream)
         return DeviceMemory(self.decoder, selector, self._prompts, self._layout, cache)
 
     def _admitted(self, tree: TreeSession, nodes: Int64) -> PassSize:

@@ -1,5 +1,6 @@
 // Streams, events, synchronisation and graphs. Every stream is done at once, so waiting is only counted.
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include <mutex>
 #include <vector>
@@ -100,7 +101,9 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   captured = {};
   return cudaSuccess;
 }
+// A capture lasts a while, so that threads that do not keep out of it are found.
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  usleep(5000);
   Graph finished;
   {
     std::lock_guard<std::mutex> lock(mutex);
