@@ -225,7 +225,7 @@ class _HeadPlaces:
         self.value = _rows(key_heads, plain, large)
         self.output = _rows(query_heads, plain, large)
         keys = _rows(key_heads // copies, plain, small)
-        self.source = {"q": slice(None), "k": keys, "v": keys}
+        self.source = {"q": np.arange(small.heads * small.head_dim), "k": keys, "v": keys}
 
 
 def _rows(heads: Int64, dimensions: Int64, shape: ModelShape) -> Int64:
