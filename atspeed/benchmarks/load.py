@@ -1,4 +1,4 @@
-"""Open-loop load on the real services: latency and goodput at rising rates, and throughput at saturation.
+"""Open-loop load on the real services: latency, goodput, throughput at saturation.
 
 Target-only and strict are measured side by side. Requests leave at their planned moments, whatever became of those before them,
 and a latency counts from that moment: a service that stalls is charged for the requests of its stall (no coordinated omission).

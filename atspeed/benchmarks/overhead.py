@@ -1,4 +1,4 @@
-"""Overhead of gRPC, orchestrator and Redis over the models' time, and that of the library.
+"""Overhead of the services and of the library over the models' time.
 
 The user returns: the history is in Redis, and a request was served before the last item came. Overhead is the caller's time
 less the passes of draft and target, as the model services measured these. The same target-only search is measured in this
