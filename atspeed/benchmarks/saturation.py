@@ -1,4 +1,4 @@
-"""Throughput of services at saturation: closed loops with more and more requests at once."""
+"""Throughput of services at saturation: closed loops of more and more requests."""
 
 from __future__ import annotations
 

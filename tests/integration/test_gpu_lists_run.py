@@ -124,6 +124,6 @@ def test_passes_probe_reads_siblings_behind_cached_tokens(decoder: RecordingDeco
 def test_bytes_read_leave_out_embedding_and_norms(made: TestBundle) -> None:
     model = random_model("llama", 50, seed=1)
     read = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "norm" not in name)
-    assert bytes_read(ModelShape.of(model.config), 50, 4) == 4 * read
+    assert bytes_read(shape_of(model.config), 50, 4) == 4 * read
     assert bytes_per_second("cpu") > 1e6
     assert set(gpu_lists.SIZES) == {f"{size}+68m" for size in SHAPES if size in {"1.7b", "7b"}}

@@ -1,4 +1,4 @@
-"""A demonstration on real data within a minute: services, Redis, lists, times, a token tree.
+"""A demonstration on real data: services, lists, times, a token tree.
 
 The shipped MovieLens-100K bundle is served with its target inflated to 85M parameters: a size at which passes cost, with the
 same lists. Histories of real users are recorded, plain beam search and strict speculation are timed, and the draft is killed.
