@@ -1,4 +1,4 @@
-"""Writes the host's graph of a Llama of some shape, without its weights: `make demo-graph`."""
+"""Writes the graph of a Llama of some shape, without weights: `make demo-graph`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Inflates the target of a bundle from its exported weights, in numpy: no checkpoint and no torch.
+"""Inflates the target of a bundle from its exported weights, in numpy.
 
-The graph of the larger model is given, as the exporter writes it for the shape (atspeed/training/graph_of_shape.py); it has no
-weights. They are computed from those of the bundle (atspeed/training/inflation.py) and written where the graph expects them.
+It needs no checkpoint and no torch. The graph of the larger model is given, as the exporter writes it for the shape
+(atspeed/training/graph_of_shape.py); it has no weights. They are computed from those of the bundle
+(atspeed/training/inflation.py) and written where the graph expects them.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from atspeed.benchmarks import gpu_lists
 from atspeed.benchmarks.model_probe import bytes_per_second, bytes_read, probe_beams, probe_passes
 from atspeed.cli.main import app
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.training.inflated_checkpoints import shape_of
 from atspeed.training.inflation import SHAPES, ModelShape
 from tests.bundles import TestBundle, random_model, write_run
 from tests.catalogues import random_catalogue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich import box
@@ -41,6 +41,11 @@ class Pair:
     def strict_ms(self) -> float:
         """Return the median time of strict speculation."""
         return statistics.median(map(milliseconds, self.strict))
+
+    @property
+    def is_slower(self) -> bool:
+        """Return whether strict took longer than plain."""
+        return self.strict_ms > self.plain_ms
 
     @property
     def nodes_asked(self) -> int:
@@ -82,16 +87,24 @@ def speed_table(pairs: dict[int, Pair], title: str) -> Table:
 
 def choice(k: int, pair: Pair) -> str:
     """Say what the planner chose for this K, and why."""
+    measured = f"measured {pair.strict_ms:.0f}, plain {pair.plain_ms:.0f}"
     if not pair.nodes_asked:
         prefetched = statistics.mean(reply.statistics.nodes_prefetched for reply in pair.strict)
         return (
-            f"K = {k}: no draft, since no plan would save 3 % of the {pair.plain_ms:.0f} ms that the target takes alone; "
-            f"the target prefetches {prefetched:.0f} nodes."
+            f"K = {k}: no draft, since it expects no plan to save 3 % of the target's own time ({measured} ms); "
+            f"nodes that the target prefetches: {prefetched:.1f} a list."
         )
     asked = [reply.statistics for reply in pair.strict if reply.statistics.nodes_asked]
     expected = statistics.median(one.expected_ms for one in asked)
     passes = statistics.median(one.expected_passes for one in asked)
+    plain = statistics.mean(reply.statistics.target_passes for reply in pair.plain)
     return (
-        f"K = {k}: {pair.nodes_asked} nodes from the draft, since they are expected to leave {passes:.1f} target passes and "
-        f"{expected:.0f} ms; the target alone takes {pair.plain_ms:.0f} ms."
+        f"K = {k}: {pair.nodes_asked} nodes from the draft, since it expects them to leave {passes:.1f} of {plain:.0f} target "
+        f"passes and {expected:.0f} ms, less than without them ({measured} ms)."
     )
+
+
+def slower(pairs: Mapping[int, Pair]) -> str:
+    """Name each K at which strict took longer than plain; empty if there is none."""
+    found = [f"K = {k}, {pair.strict_ms / pair.plain_ms - 1:.0%}" for k, pair in pairs.items() if pair.is_slower]
+    return f"Strict took longer than plain here, on this run: {'; '.join(found)}." if found else ""

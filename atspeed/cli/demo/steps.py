@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atspeed.cli.demo.checks import Checks, same_list
-from atspeed.cli.demo.speed import PLAIN, STRICT, Pair, choice, compare, speed_table
+from atspeed.cli.demo.speed import PLAIN, STRICT, Pair, choice, compare, slower, speed_table
 from atspeed.cli.demo.token_tree import TokenTree
 from atspeed.cli.display import milliseconds
 from atspeed.engine.bundle.manifest import Bundle
@@ -44,7 +44,7 @@ class DemoScale:
     """
 
     shown: int = 2
-    compared: int = 10
+    compared: int = 8
     widths: Sequence[int] = _WIDTHS
     rounds: int = 2
 
@@ -129,6 +129,8 @@ class Demo:
         self._say("The planner chose:")
         for k, pair in pairs.items():
             self._say(f"  {choice(k, pair)}")
+        if said := slower(pairs):
+            self._say(said)
         return pairs
 
     async def compare_modes(self) -> None:

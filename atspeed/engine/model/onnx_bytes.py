@@ -1,4 +1,4 @@
-"""ONNX models as bytes: small ones written, weights of any found, without the package onnx.
+"""ONNX models as bytes, without the package onnx: writes small ones, finds weights.
 
 Serving does not need it. The field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
 """
