@@ -169,7 +169,8 @@ class Recommender:
 
     def diagnose(self, request: RecommendRequest) -> RecommendationWithSearch:
         """Return the list of a request with its search: every node that the target evaluated. Raises as `send`."""
-        return _answer(asyncio.run_coroutine_threadsafe(self._search(_message(request)), self._checked_loop))
+        self._check_open()
+        return _answer(asyncio.run_coroutine_threadsafe(self._search(_message(request)), self._loop))
 
     def recommend_many(
         self, requests: Iterable[RecommendRequest], *, concurrency: int = 16
@@ -208,13 +209,12 @@ class Recommender:
         self.close()
 
     def _start(self, request: RecommendRequest) -> Future[Recommendation]:
-        return asyncio.run_coroutine_threadsafe(self._recommend(_message(request)), self._checked_loop)
+        self._check_open()
+        return asyncio.run_coroutine_threadsafe(self._recommend(_message(request)), self._loop)
 
-    @property
-    def _checked_loop(self) -> asyncio.AbstractEventLoop:
+    def _check_open(self) -> None:
         if self._loop.is_closed():
             raise ClientStateError("the recommender is closed; create another one")
-        return self._loop
 
     def _wait(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
