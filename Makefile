@@ -17,6 +17,7 @@
 #   make metrics-docs    docs/metrics.md from what the services measure
 #   make gpu-page        the predicted times of docs/gpu.md, from counted kernels
 #   make edge            deploy/envoy from atspeed/edge
+#   make demo-graph      bundles/movielens-100k-85m.onnx, the graph of the demo's target, without weights
 #   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
 #   make tree            the file tree of docs/architecture.md
 #   make constraints     constraints.txt from the development environment (make it afresh before)
@@ -291,6 +292,10 @@ metrics-docs: $(DEV)/.installed
 .PHONY: gpu-page
 gpu-page: $(DEV)/.installed
 	$(BIN)/python docs/roofline.py
+
+.PHONY: demo-graph
+demo-graph: $(DEV)/.installed
+	$(BIN)/python -m atspeed.training.graph_of_shape
 
 .PHONY: dashboard
 dashboard: $(DEV)/.installed

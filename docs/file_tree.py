@@ -35,7 +35,7 @@ PURPOSES = {
     "research/": "finished studies, outside of the product",
     "runs": "training recipes",
     "examples": "two checkpoints: trained, imported, distilled, served, compared",
-    "bundles": "movielens-100k, the trained bundle that the demo serves",
+    "bundles": "movielens-100k, the trained bundle of the demo, and the graph of its inflated target",
     "deploy": "Dockerfile, GPU set-up and pins, Envoy, Kubernetes, Prometheus, Grafana",
     "docs": "architecture, decisions, method, operations, settings, log",
     "tests": "unit, integration, faults, e2e, deploy, training, benchmarks, oracles",

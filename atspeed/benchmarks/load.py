@@ -1,9 +1,10 @@
-"""Open-loop load on the real services: latency and goodput at rising rates.
+"""Open-loop load on the real services: latency, goodput, throughput at saturation.
 
 Target-only and strict are measured side by side. Requests leave at their planned moments, whatever became of those before them,
 and a latency counts from that moment: a service that stalls is charged for the requests of its stall (no coordinated omission).
 A failed request counts as infinitely late. Every step of a rate has its own users, whom no cache knows at its beginning.
-The first part of a step is not counted.
+The first part of a step is not counted. Throughput at saturation is that of a closed loop, for the services as for the
+in-process baseline.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.in_process_baseline import Throughput, in_process_baseline
 from atspeed.benchmarks.pass_metrics import shared_passes
 from atspeed.benchmarks.results import Columns
+from atspeed.benchmarks.saturation import saturated
 from atspeed.benchmarks.services import mean, progress_bar, started
 from atspeed.engine.search.mode import Mode
 from atspeed.local.stack import ServiceProcess
@@ -51,7 +53,7 @@ class LoadConfig:
         replicas: numbers of target replicas, measured one after the other.
         rates: requests per second; None: by FRACTIONS.
         unloaded: requests one after the other, whose median is the unloaded latency.
-        bare: searches of each closed loop of the baseline.
+        bare: searches of each closed loop, of the baseline and of the services.
         threads: threads of each target replica.
     """
 
@@ -161,16 +163,17 @@ TERMINAL_COLUMNS: Columns[LoadRow] = (
 
 @dataclass(frozen=True)
 class LoadResult:
-    """All steps, and the best closed loop of the baseline by number of replicas."""
+    """All steps, and the best closed loops: of the baseline by number of replicas, and of the services by mode too."""
 
     rows: Sequence[LoadRow]
     baseline: Mapping[int, Throughput]
+    saturated: Mapping[int, Mapping[Mode, Throughput]]
 
 
 async def run(root: Path, histories: Sequence[History], config: LoadConfig) -> LoadResult:
     """Measure all rates. Raises BenchmarkError or LocalStackError where the services cannot serve one request at a time."""
     rows: list[LoadRow] = []
-    baseline = {}
+    baseline, at_saturation = {}, {}
     with progress_bar() as progress:
         for replicas in config.replicas:
             baseline[replicas] = await _baseline(root, histories, config, replicas)
@@ -179,7 +182,8 @@ async def run(root: Path, histories: Sequence[History], config: LoadConfig) -> L
             async with started(root, flags, targets=replicas, timeout_seconds=_TIMEOUT_SECONDS) as services:
                 runner = _StepRunner(services.client, services.local.targets, histories, config, progress)
                 rows += await runner.rows(rates)
-    return LoadResult(rows, baseline)
+                at_saturation[replicas] = {mode: await runner.saturated(mode) for mode in MODES}
+    return LoadResult(rows, baseline, at_saturation)
 
 
 async def _baseline(root: Path, histories: Sequence[History], config: LoadConfig, replicas: int) -> Throughput:
@@ -228,6 +232,15 @@ class _StepRunner:
                 break
         self.progress.remove_task(task)
         return found
+
+    async def saturated(self, mode: Mode) -> Throughput:
+        """Return the best closed loop, of the same mix; each loop has its own users."""
+
+        def requests(concurrency: int) -> list[RecommendRequest]:
+            asked = _requests_in_order(self.histories, self.config, self.config.bare)
+            return [_request(one, self.config.k, mode, f"closed-{concurrency}") for one in asked]
+
+        return await saturated(self.client, requests)
 
     async def _unloaded(self, mode: Mode) -> float:
         """Return the median milliseconds of requests one after the other, of the same mix."""
@@ -352,4 +365,8 @@ def header(found: LoadResult, config: LoadConfig, *, data: str) -> dict[str, Any
         "settle_seconds": config.settle,
         "threads": config.threads,
         "bare": {str(replicas): asdict(one) for replicas, one in found.baseline.items()},
+        "saturated": {
+            str(replicas): {str(mode): asdict(loop) for mode, loop in loops.items()}
+            for replicas, loops in found.saturated.items()
+        },
     }

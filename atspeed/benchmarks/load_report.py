@@ -47,7 +47,7 @@ def _page(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[str]:
         "Latency counts from the moment at which a request was planned to leave; one that failed is infinitely late. "
         f"Goodput: replies per second within {LIMIT_FACTOR:g} times the unloaded median of target-only. In-process baseline: "
         "the best closed loop of target-only searches in one process, on the same threads, without gRPC, orchestrator and "
-        "Redis.",
+        "Redis. Throughput at saturation: the best closed loop of the services, with the same users; a fleet is sized by it.",
     )
     yield from origin(header, [("threads", f"{header['threads']} per target replica")])
     yield from figures(_figures(header, rows))
@@ -65,6 +65,16 @@ def _figures(header: Mapping[str, Any], rows: Sequence[LoadRow]) -> Iterator[tup
             yield (
                 f"{replicas} replica(s), {mode}: {name}",
                 f"{best:.1f} of {baseline:.1f} per second, {best / baseline:.0%}",
+            )
+        # Results of earlier versions have none.
+        for mode, loop in header.get("saturated", {}).get(str(replicas), {}).items():
+            rate, name = (
+                loop["searches_per_second"],
+                "throughput at saturation, and its share of the in-process baseline",
+            )
+            yield (
+                f"{replicas} replica(s), {mode}: {name}",
+                f"{rate:.1f} of {baseline:.1f} per second, {rate / baseline:.0%}, {loop['concurrency']} requests at once",
             )
         some = [row for row in rows if row.replicas == replicas]
         on, off = ({row.offered_rps: row.goodput_rps for row in some if row.mode == mode} for mode in MODES[::-1])

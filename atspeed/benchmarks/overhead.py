@@ -1,4 +1,4 @@
-"""Overhead of gRPC, orchestrator and Redis over the models' time.
+"""Overhead of the services and of the library over the models' time.
 
 The user returns: the history is in Redis, and a request was served before the last item came. Overhead is the caller's time
 less the passes of draft and target, as the model services measured these. The same target-only search is measured in this
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs,
 from atspeed.benchmarks.results import Columns, Result
 from atspeed.benchmarks.services import ServiceOptions, healthy_reply, progress_bar, services
 from atspeed.engine.search.mode import Mode
+from atspeed.local.recommender import Recommender, RecommenderOptions
 from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 NAME = "overhead"
@@ -68,6 +70,8 @@ class OverheadRow:
         added_share: overhead over the caller's time.
         in_process_p50_ms: the search in this process; None but for target-only.
         over_in_process_ms: how much longer the caller waits, the median of differences; None but for target-only.
+        library_p50_ms: the library's list; None where it was not measured.
+        library_added_ms: the library's time outside of the models' passes; None where it was not measured.
         parts_ms: the client's own gRPC; the history from Redis; transport, queue and choice of children of target and draft;
             the loop in the orchestrator.
     """
@@ -83,10 +87,16 @@ class OverheadRow:
     in_process_p50_ms: float | None
     over_in_process_ms: float | None
     parts_ms: Mapping[str, float]
+    library_p50_ms: float | None = None
+    library_added_ms: float | None = None
 
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def _ms_or_none(values: Sequence[float]) -> float | None:
+    return _median(values) if values else None
 
 
 COLUMNS: Columns[OverheadRow] = (
@@ -99,27 +109,35 @@ COLUMNS: Columns[OverheadRow] = (
     ("share", lambda row: f"{row.added_share:.0%}"),
     ("in process", lambda row: _ms(row.in_process_p50_ms)),
     ("over", lambda row: _ms(row.over_in_process_ms)),
+    ("library", lambda row: _ms(row.library_p50_ms)),
+    ("library added", lambda row: _ms(row.library_added_ms)),
 )
 
 
 async def run(
     root: Path, histories: Sequence[History], widths: Sequence[int], options: ServiceOptions
 ) -> list[OverheadRow]:
-    """Measure every user in every mode and width, one request at a time, and the same search in this process."""
+    """Measure every user in every mode and width, one request at a time: services, library, and a search in this process."""
     measured: dict[tuple[Mode, int], list[RequestOverhead]] = {(mode, k): [] for mode in MODES for k in widths}
+    of_library: dict[tuple[Mode, int], list[RequestOverhead]] = {(mode, k): [] for mode in MODES for k in widths}
     in_process: dict[int, list[float]] = {k: [] for k in widths}
-    async with services(root, options) as client, in_process_baseline(root, threads=options.threads or 1) as baseline:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(services(root, options))
+        baseline = await stack.enter_async_context(in_process_baseline(root, threads=options.threads or 1))
+        library = stack.enter_context(Recommender(root, RecommenderOptions(threads=options.threads or 1)))
         for mode in MODES:  # warm-up
             await _returning(client, f"first-{mode}", histories[0], mode, widths[0])
+            _from_library(library, f"first-{mode}", histories[0], mode, widths[0])
         await _in_process(baseline, "first", histories[0], widths[0])
-        with progress_bar() as progress:
-            for number, history in enumerate(progress.track(histories, description="users")):
-                for mode, k in measured:
-                    measured[mode, k].append(await _returning(client, f"{number}-{mode}-{k}", history, mode, k))
-                for k in widths:
-                    in_process[k].append(await _in_process(baseline, f"{number}-{k}", history, k))
+        progress = stack.enter_context(progress_bar())
+        for number, history in enumerate(progress.track(histories, description="users")):
+            for mode, k in measured:
+                measured[mode, k].append(await _returning(client, f"{number}-{mode}-{k}", history, mode, k))
+                of_library[mode, k].append(_from_library(library, f"{number}-{mode}-{k}", history, mode, k))
+            for k in widths:
+                in_process[k].append(await _in_process(baseline, f"{number}-{k}", history, k))
     return [
-        summarise(mode, k, found, in_process[k] if mode is Mode.TARGET_ONLY else None)
+        summarise(mode, k, found, in_process[k] if mode is Mode.TARGET_ONLY else None, of_library[mode, k])
         for (mode, k), found in measured.items()
     ]
 
@@ -135,6 +153,18 @@ async def _returning(client: AsyncClient, user: str, history: History, mode: Mod
     return RequestOverhead.of(reply, 1e3 * (time.perf_counter() - begun))
 
 
+def _from_library(library: Recommender, tenant: str, history: History, mode: Mode, k: int) -> RequestOverhead:
+    """Measure the same request of the library. tenant: keeps the caches of equal prompts apart."""
+    before, after = (
+        RecommendRequest(history=known, k=k, beam_width=k, mode=mode, tenant=tenant)
+        for known in (history[:-1], history)
+    )
+    library.send(before)
+    begun = time.perf_counter()
+    reply = library.send(after)
+    return RequestOverhead.of(reply, 1e3 * (time.perf_counter() - begun))
+
+
 async def _in_process(baseline: InProcessBaseline, tenant: str, history: History, k: int) -> float:
     """Measure the same request in this process, in milliseconds."""
     await baseline.search(baseline.prompt(history[:-1], tenant), k)
@@ -144,8 +174,22 @@ async def _in_process(baseline: InProcessBaseline, tenant: str, history: History
     return 1e3 * (time.perf_counter() - begun)
 
 
-def summarise(mode: Mode, k: int, found: Sequence[RequestOverhead], in_process: Sequence[float] | None) -> OverheadRow:
-    """Return the row of one mode and K. in_process: the times of the same users in this process."""
+def summarise(
+    mode: Mode,
+    k: int,
+    found: Sequence[RequestOverhead],
+    in_process: Sequence[float] | None,
+    library: Sequence[RequestOverhead] = (),
+) -> OverheadRow:
+    """Return the row of one mode and K.
+
+    Args:
+        mode: the mode.
+        k: K.
+        found: the users' times from the services.
+        in_process: the times of the same users in this process.
+        library: the times of the same users from the library.
+    """
     added = [one.added_ms for one in found]
     over = None
     if in_process is not None:
@@ -162,6 +206,8 @@ def summarise(mode: Mode, k: int, found: Sequence[RequestOverhead], in_process: 
         in_process_p50_ms=_median(in_process) if in_process is not None else None,
         over_in_process_ms=_median(over) if over is not None else None,
         parts_ms={part: _median([one.parts[part] for one in found]) for part in found[0].parts},
+        library_p50_ms=_ms_or_none([one.caller_ms for one in library]),
+        library_added_ms=_ms_or_none([one.added_ms for one in library]),
     )
 
 
@@ -186,7 +232,8 @@ def _page(header: Mapping[str, Any], rows: Sequence[OverheadRow]) -> Iterator[st
         f"{header['users']} users with {item_range(header['items'])}, of {header['histories']}, who return with one new "
         "item; their histories are in Redis. One request at a time. In ms; medians where nothing else is said. *Models*: the "
         "passes of draft and target, as these measured them. *Added*: the rest of the caller's latency. *In process*: the same "
-        "target-only search as a function call; *over*: the caller's latency over it.",
+        "target-only search as a function call; *over*: the caller's latency over it. *Library*: the same list from "
+        "`atspeed.local.Recommender`; *library added*: its time outside of the passes.",
     )
     yield from origin(header, [("threads", f"{header['threads']} for each model"), ("provider", header["provider"])])
     yield from figures(_figures(rows))
@@ -209,3 +256,6 @@ def _figures(rows: Sequence[OverheadRow]) -> Iterator[tuple[str, str]]:
         if over:
             name = f"{mode}: caller's latency over that of the same search as a function call, p50"
             yield name, "; ".join(over)
+        added = [f"K = {row.k}: {row.library_added_ms:.1f} ms" for row in some if row.library_added_ms is not None]
+        if added:
+            yield f"{mode}: added by the library to the models' time, p50", "; ".join(added)

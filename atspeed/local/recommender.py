@@ -45,6 +45,7 @@ from draft_service.draft_kinds import make_drafter
 from draft_service.settings import DraftSettings
 from orchestrator.planning.planner import PlanLimits, Planner
 from orchestrator.recommend import Recommender as RecommenderOfBundle
+from orchestrator.recommendation import Recommendation as RecommendationWithSearch
 from orchestrator.replies import to_reply
 from orchestrator.requests import parse_request
 from orchestrator.speculation_breaker import SpeculationBreaker
@@ -164,7 +165,12 @@ class Recommender:
 
         Raises CallError with the status of the services when there is no list, and UsageError for a mistake.
         """
-        return _reply(self._start(request))
+        return _answer(self._start(request))
+
+    def diagnose(self, request: RecommendRequest) -> RecommendationWithSearch:
+        """Return the list of a request with its search: every node that the target evaluated. Raises as `send`."""
+        self._check_open()
+        return _answer(asyncio.run_coroutine_threadsafe(self._search(_message(request)), self._loop))
 
     def recommend_many(
         self, requests: Iterable[RecommendRequest], *, concurrency: int = 16
@@ -203,21 +209,24 @@ class Recommender:
         self.close()
 
     def _start(self, request: RecommendRequest) -> Future[Recommendation]:
+        self._check_open()
+        return asyncio.run_coroutine_threadsafe(self._recommend(_message(request)), self._loop)
+
+    def _check_open(self) -> None:
         if self._loop.is_closed():
             raise ClientStateError("the recommender is closed; create another one")
-        return asyncio.run_coroutine_threadsafe(
-            self._recommend(cast("pb.RecommendRequest", request.message)), self._loop
-        )
 
     def _wait(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    # The stubs of the client and those of the services are of the same messages, which mypy cannot know.
-    async def _recommend(self, request: pb.RecommendRequest) -> Recommendation:
+    async def _search(self, request: pb.RecommendRequest) -> RecommendationWithSearch:
         if request.WhichOneof("subject") == "user_id":
             raise UnimplementedError("user_id: this recommender stores no histories; give the history")
         params = parse_request(request, self._options)
-        recommendation = await self._served.recommender.recommend(params, Deadline(self._options.timeout_seconds))
+        return await self._served.recommender.recommend(params, Deadline(self._options.timeout_seconds))
+
+    async def _recommend(self, request: pb.RecommendRequest) -> Recommendation:
+        recommendation = await self._search(request)
         reply = to_reply(recommendation, secrets.token_hex(16), self._served, request.reply_options)
         return to_recommendation(cast(Any, reply), request_id="")
 
@@ -272,7 +281,12 @@ def _quiet_logs() -> None:
         )
 
 
-def _reply(future: Future[Recommendation]) -> Recommendation:
+# The stubs of the client and those of the services are of the same messages, which mypy cannot know.
+def _message(request: RecommendRequest) -> pb.RecommendRequest:
+    return cast("pb.RecommendRequest", request.message)
+
+
+def _answer(future: Future[_Result]) -> _Result:
     try:
         return future.result()
     except ServiceError as error:
@@ -281,7 +295,7 @@ def _reply(future: Future[Recommendation]) -> Recommendation:
 
 def _outcome(future: Future[Recommendation]) -> Recommendation | CallError:
     try:
-        return _reply(future)
+        return _answer(future)
     except CallError as error:
         return error
 

@@ -22,21 +22,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+import numpy as np
 
-from atspeed.engine.files.json_file import write_json
+from atspeed.engine.arrays import Float32, Int64
 from atspeed.training.errors import TrainingError
-from atspeed.training.sequences import Spelling
 
 _STD = 0.02  # standard deviation of random weights, that of LLaMA's initialisation
 _PUSH = 256.0  # weight of a new token's logit on the constant dimension; a power of two, exact in every number format
 _CONSTANT_LOGIT = 2.0**15  # minus a new token's logit, times the root mean square of the stream
+
+Weights = Mapping[str, Float32]
+"""Weights by the names of Hugging Face's Llama, matrices as [out, in]."""
 
 
 class InflationError(TrainingError):
@@ -65,19 +62,6 @@ class ModelShape:
     head_dim: int
     vocab_size: int | None = None
 
-    @classmethod
-    def of(cls, config: Any) -> ModelShape:
-        """Read the sizes of a checkpoint."""
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-        )
-
 
 # Shapes after Qwen3 lack its norms of queries and keys, whose cost is negligible. The one of 1.7B has no tied embedding.
 SHAPES: Mapping[str, ModelShape] = {
@@ -94,76 +78,40 @@ SHAPES: Mapping[str, ModelShape] = {
 }
 
 
-def write_inflated(
-    model: PreTrainedModel, spelling: Spelling, shape: ModelShape, folder: Path, *, dtype: torch.dtype, seed: int
-) -> None:
-    """Write the inflated checkpoint with its spelling, one layer at a time, so that it is never in memory as a whole.
+class InflatedWeights:
+    """Computes the weights of the larger model from those of the smaller: h of H hidden dimensions, and so on.
 
-    Raises InflationError, naming the size or the config field, when the model does not fit into the shape.
+    Args:
+        weights: those of the smaller model.
+        small: its sizes.
+        shape: the sizes of the larger one.
+        epsilon: the smaller model's term in the root of its norms.
+        seed: of the random weights.
+
+    Attributes:
+        shape: the sizes of the larger model, with its vocabulary.
+        epsilon: the larger model's term in the root of its norms.
+
+    Raises InflationError, naming the size, when the model does not fit into the shape.
     """
-    inflation = _Inflation(model, shape, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = inflation.layers + 1
-    places, size = {}, 0
-    for number, tensors in enumerate(inflation.shards(), start=1):
-        name = f"model-{number:05}-of-{shards:05}.safetensors"
-        stored = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-        save_file(stored, folder / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(stored, name))
-        size += sum(tensor.nbytes for tensor in stored.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
-    inflation.config(dtype).save_pretrained(folder)
-    spelling.model_copy(update={"vocab_size": inflation.vocab_size}).save(folder)
 
-
-class _Inflation:
-    """Computes the weights of the larger model from those of the smaller: h of H hidden dimensions, and so on."""
-
-    def __init__(self, model: PreTrainedModel, shape: ModelShape, seed: int) -> None:
-        if model.config.model_type != "llama":
-            raise InflationError(f"config.model_type: {model.config.model_type!r}, only llama can be inflated")
-        self._model: Any = model
-        self._small = small = ModelShape.of(model.config)
-        self._large = replace(shape, vocab_size=shape.vocab_size or small.vocab_size)
-        self._random = torch.Generator().manual_seed(seed)
-        self.vocab_size = self._large.vocab_size or 0
-        self.layers = self._large.layers
-        self._grows = self.vocab_size > (small.vocab_size or 0)
-        _check_fits(model.config, small, self._large, needs_constant=self._grows)
-        epsilon = small.hidden * model.config.rms_norm_eps  # the term that RMSNorm adds to the sum of squares
+    def __init__(self, weights: Weights, small: ModelShape, shape: ModelShape, *, epsilon: float, seed: int) -> None:
+        self._weights, self._small = weights, small
+        self.shape = large = replace(shape, vocab_size=shape.vocab_size or small.vocab_size)
+        self._vocab_size, self._trained_vocab = large.vocab_size or 0, small.vocab_size or 0
+        self._random = np.random.default_rng(seed)
+        self._grows = self._vocab_size > self._trained_vocab
+        _check_fits(small, large, needs_constant=self._grows)
+        summed = small.hidden * epsilon  # the term that RMSNorm adds to the sum of squares
         # A power of two is exact in every number format. It takes at most half of epsilon.
-        self._constant = 2.0 ** math.floor(math.log2(epsilon / 2) / 2) if self._grows else 0.0
-        self._epsilon = (epsilon - self._constant**2) / self._large.hidden
-        self._heads = _HeadPlaces(small, self._large)
+        self._constant = 2.0 ** math.floor(math.log2(summed / 2) / 2) if self._grows else 0.0
+        self.epsilon = (summed - self._constant**2) / large.hidden
+        self._heads = _HeadPlaces(small, large)
 
-    def config(self, dtype: torch.dtype) -> LlamaConfig:
-        """Return the larger model's config."""
-        small, large = self._model.config, self._large
-        config = LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=large.hidden,
-            intermediate_size=large.intermediate,
-            num_hidden_layers=large.layers,
-            num_attention_heads=large.heads,
-            num_key_value_heads=large.kv_heads,
-            head_dim=large.head_dim,
-            max_position_embeddings=small.max_position_embeddings,
-            rms_norm_eps=self._epsilon,
-            rope_parameters=small.rope_parameters,
-            tie_word_embeddings=False,  # the constant is in every row of the embedding, and in no old row of the head
-            pad_token_id=small.pad_token_id,
-            bos_token_id=small.bos_token_id,
-            eos_token_id=small.eos_token_id,
-            dtype=dtype,
-        )
-        config.architectures = ["LlamaForCausalLM"]
-        return config
-
-    def shards(self) -> Iterator[dict[str, Tensor]]:
+    def shards(self) -> Iterator[dict[str, Float32]]:
         """Yield the weights by name, layer after layer, then all others."""
-        trained = self._model.model.layers
-        for index in range(self.layers):
-            weights = self._layer(trained[index]) if index < len(trained) else self._identity()
+        for index in range(self.shape.layers):
+            weights = self._layer(index) if index < self._small.layers else self._identity()
             yield {f"model.layers.{index}.{name}.weight": weight for name, weight in weights.items()}
         yield {
             "model.embed_tokens.weight": self._embedding(),
@@ -171,70 +119,73 @@ class _Inflation:
             "lm_head.weight": self._head(),
         }
 
-    def _layer(self, layer: Any) -> dict[str, Tensor]:
-        attention, mlp, small = layer.self_attn, layer.mlp, self._small
-        weights, hidden, heads = self._identity(), slice(small.hidden), self._heads
+    def _layer(self, index: int) -> dict[str, Float32]:
+        weights, hidden, heads, small = self._identity(), slice(self._small.hidden), self._heads, self._small
+
+        def trained(name: str) -> Float32:
+            return self._weights[f"model.layers.{index}.{name}.weight"]
+
         for name, rows in (("q", heads.query), ("k", heads.key), ("v", heads.value)):
-            weights[f"self_attn.{name}_proj"][rows, hidden] = getattr(attention, f"{name}_proj").weight[
-                heads.source[name]
-            ]
+            weights[f"self_attn.{name}_proj"][rows, hidden] = trained(f"self_attn.{name}_proj")[heads.source[name]]
         query = weights["self_attn.q_proj"]
-        query[heads.query] *= math.sqrt(self._large.head_dim / small.head_dim)
+        query[heads.query] *= math.sqrt(self.shape.head_dim / small.head_dim)
         query[heads.unused_of_query] = 0  # else they would be multiplied by the key's random rows
-        weights["self_attn.o_proj"][hidden, heads.output] = attention.o_proj.weight
+        weights["self_attn.o_proj"][hidden, heads.output] = trained("self_attn.o_proj")
         for name in ("gate", "up"):
-            weights[f"mlp.{name}_proj"][: small.intermediate, hidden] = getattr(mlp, f"{name}_proj").weight
-        weights["mlp.down_proj"][hidden, : small.intermediate] = mlp.down_proj.weight
+            weights[f"mlp.{name}_proj"][: small.intermediate, hidden] = trained(f"mlp.{name}_proj")
+        weights["mlp.down_proj"][hidden, : small.intermediate] = trained("mlp.down_proj")
         for name in ("input_layernorm", "post_attention_layernorm"):
-            weights[name] = self._norm(getattr(layer, name).weight)
+            weights[name] = self._norm(trained(name))
         return weights
 
-    def _identity(self) -> dict[str, Tensor]:
+    def _identity(self) -> dict[str, Float32]:
         """Return the weights of a layer that adds 0."""
-        large = self._large
-        query, key, norm = large.heads * large.head_dim, large.kv_heads * large.head_dim, torch.ones(self._small.hidden)
+        large = self.shape
+        query, key = large.heads * large.head_dim, large.kv_heads * large.head_dim
+        norm = np.ones(self._small.hidden, dtype=np.float32)
         return {
             "self_attn.q_proj": self._noise(query, large.hidden),
             "self_attn.k_proj": self._noise(key, large.hidden),
             "self_attn.v_proj": self._noise(key, large.hidden),
-            "self_attn.o_proj": torch.zeros(large.hidden, query),
+            "self_attn.o_proj": np.zeros((large.hidden, query), dtype=np.float32),
             "mlp.gate_proj": self._noise(large.intermediate, large.hidden),
             "mlp.up_proj": self._noise(large.intermediate, large.hidden),
-            "mlp.down_proj": torch.zeros(large.hidden, large.intermediate),
+            "mlp.down_proj": np.zeros((large.hidden, large.intermediate), dtype=np.float32),
             "input_layernorm": self._norm(norm),
             "post_attention_layernorm": self._norm(norm),
         }
 
-    def _norm(self, weight: Tensor) -> Tensor:
+    def _norm(self, weight: Float32) -> Float32:
         """Widen a norm. New dimensions have weight 0, so that the constant goes no further."""
-        wide = torch.zeros(self._large.hidden)
-        wide[: self._small.hidden] = weight * math.sqrt(self._small.hidden / self._large.hidden)
+        wide = np.zeros(self.shape.hidden, dtype=np.float32)
+        wide[: self._small.hidden] = weight * math.sqrt(self._small.hidden / self.shape.hidden)
         return wide
 
-    def _final_norm(self) -> Tensor:
-        wide = self._norm(self._model.model.norm.weight)
+    def _final_norm(self) -> Float32:
+        wide = self._norm(self._weights["model.norm.weight"])
         if self._grows:
             wide[self._small.hidden] = _CONSTANT_LOGIT / (_PUSH * self._constant)
         return wide
 
-    def _embedding(self) -> Tensor:
-        wide = torch.zeros(self.vocab_size, self._large.hidden)
-        small = self._model.model.embed_tokens.weight
-        wide[: len(small), : self._small.hidden] = small
+    def _embedding(self) -> Float32:
+        wide = np.zeros((self._vocab_size, self.shape.hidden), dtype=np.float32)
+        wide[: self._trained_vocab, : self._small.hidden] = self._weights["model.embed_tokens.weight"]
         if self._grows:
             wide[:, self._small.hidden] = self._constant
         return wide
 
-    def _head(self) -> Tensor:
-        wide, small = self._noise(self.vocab_size, self._large.hidden), self._model.lm_head.weight
-        wide[: len(small), : self._small.hidden] = small
+    def _head(self) -> Float32:
+        wide = self._noise(self._vocab_size, self.shape.hidden)
+        wide[: self._trained_vocab, : self._small.hidden] = self._weights["lm_head.weight"]
         if self._grows:
             wide[:, self._small.hidden] = 0
-            wide[len(small) :, self._small.hidden] = -_PUSH
+            wide[self._trained_vocab :, self._small.hidden] = -_PUSH
         return wide
 
-    def _noise(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self._random) * _STD
+    def _noise(self, *size: int) -> Float32:
+        noise = self._random.standard_normal(size, dtype=np.float32)
+        noise *= np.float32(_STD)
+        return noise
 
 
 class _HeadPlaces:
@@ -260,45 +211,38 @@ class _HeadPlaces:
                 f"of {wide} heads each"
             )
         # Query head q of key k goes to the same place within k's copies, which follow each other.
-        heads = torch.arange(small.heads)
+        heads = np.arange(small.heads)
         of_key, member = heads // group, heads % group
         query_heads = (of_key * copies + member // wide) * wide + member % wide
-        key_heads = torch.arange(small.kv_heads * copies)
+        key_heads = np.arange(small.kv_heads * copies)
         # Queries and keys are spread over the pairs of the rotation; values keep the first dimensions.
-        rotated, plain = _rotated_dimensions(small, large), torch.arange(small.head_dim)
-        every = torch.arange(large.head_dim)
-        unused = every[~torch.isin(every, rotated)]
+        rotated, plain = _rotated_dimensions(small, large), np.arange(small.head_dim)
+        every = np.arange(large.head_dim)
+        unused = np.setdiff1d(every, rotated)
         self.query = _rows(query_heads, rotated, large)
         self.unused_of_query = _rows(query_heads, unused, large)
         self.key = _rows(key_heads, rotated, large)
         self.value = _rows(key_heads, plain, large)
         self.output = _rows(query_heads, plain, large)
         keys = _rows(key_heads // copies, plain, small)
-        self.source = {"q": slice(None), "k": keys, "v": keys}
+        self.source = {"q": np.arange(small.heads * small.head_dim), "k": keys, "v": keys}
 
 
-def _rows(heads: Tensor, dimensions: Tensor, shape: ModelShape) -> Tensor:
+def _rows(heads: Int64, dimensions: Int64, shape: ModelShape) -> Int64:
     """Return rows of a projection, head by head."""
     return (heads[:, None] * shape.head_dim + dimensions).flatten()
 
 
-def _rotated_dimensions(small: ModelShape, large: ModelShape) -> Tensor:
+def _rotated_dimensions(small: ModelShape, large: ModelShape) -> Int64:
     """Return the places of a head's dimensions. Dimension i is rotated together with i + d/2, by base^(-2i/d) per position.
 
     In a head of m times the dimensions, the pair m*i and m*i + D/2 has the same rotation.
     """
-    pairs = torch.arange(small.head_dim // 2) * (large.head_dim // small.head_dim)
-    return torch.cat([pairs, pairs + large.head_dim // 2])
+    pairs = np.arange(small.head_dim // 2) * (large.head_dim // small.head_dim)
+    return np.concatenate([pairs, pairs + large.head_dim // 2])
 
 
-def _check_fits(config: Any, small: ModelShape, large: ModelShape, *, needs_constant: bool) -> None:
-    if config.rope_parameters["rope_type"] != "default":
-        raise InflationError(
-            f"config.rope_parameters.rope_type: {config.rope_parameters['rope_type']!r}, not 'default'"
-        )
-    for field in ("attention_bias", "mlp_bias"):
-        if getattr(config, field):
-            raise InflationError(f"config.{field}: a model with biases cannot be inflated")
+def _check_fits(small: ModelShape, large: ModelShape, *, needs_constant: bool) -> None:
     needed = replace(small, hidden=small.hidden + needs_constant)
     for field, least in vars(needed).items():
         if getattr(large, field) < least:

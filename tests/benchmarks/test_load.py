@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from atspeed.benchmarks.load import LoadResult, LoadRow, RequestOutcome, drive, 
 from atspeed.benchmarks.pass_metrics import SharedPasses
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
+from atspeed.benchmarks.saturation import CONCURRENCIES, closed_loop, saturated
+from atspeed.engine.search.mode import Mode
 from atspeed_client import AsyncClient, Recommendation, RecommenderError, RecommendRequest
 from atspeed_client.reading import to_recommendation
 from atspeed_client.v1 import recommendation_pb2 as pb
@@ -105,6 +108,49 @@ async def test_latency_counts_from_the_planned_moment() -> None:
     assert outcomes[2].left_after >= StallingClient.STALL - 0.1
 
 
+class CountingClient:
+    """Answers after the loop has turned. It notes how many requests were under way at once, and refuses K = 13."""
+
+    def __init__(self) -> None:
+        self.running = self.most = self.answered = 0
+
+    async def send(self, request: RecommendRequest) -> Recommendation:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        if request.message.k == 13:
+            raise RecommenderError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        self.answered += 1
+        return to_recommendation(pb.RecommendResponse(), "")
+
+
+async def test_closed_loop_keeps_so_many_requests_under_way() -> None:
+    client = CountingClient()
+    found = await closed_loop(client.send, [RecommendRequest("a", k=1)] * 50, 4)
+    assert (client.answered, client.most, client.running) == (50, 4, 0)
+    assert (found.concurrency, found.searches) == (4, 50)
+    assert found.searches_per_second > 0
+
+
+async def test_a_loop_that_is_refused_is_no_measurement() -> None:
+    requests = [RecommendRequest("a", k=k) for k in (1, 13, 1)]
+    with pytest.raises(BenchmarkError, match=r"closed loop of 2 requests: .*full"):
+        await closed_loop(CountingClient().send, requests, 2)
+
+
+async def test_saturation_is_the_best_of_loops_with_their_own_users() -> None:
+    asked: list[int] = []
+
+    def requests(concurrency: int) -> list[RecommendRequest]:
+        asked.append(concurrency)
+        return [RecommendRequest(f"user-{concurrency}", k=1)] * 20
+
+    found = await saturated(cast(AsyncClient, CountingClient()), requests)
+    assert asked == list(CONCURRENCIES)
+    assert (found.concurrency in CONCURRENCIES, found.searches) == (True, 20)
+
+
 def rows() -> list[LoadRow]:
     plain = summary([outcome(0.02)] * 10, seconds=1.0, settle=0.0, limit_ms=100.0)
     late = summary([outcome(0.02), outcome(0, code="UNAVAILABLE")], seconds=1.0, settle=0.0, limit_ms=100.0)
@@ -125,9 +171,10 @@ def test_only_rates_within_the_limit_are_sustained() -> None:
 
 def result(found: Sequence[LoadRow]) -> Result:
     baseline = {1: Throughput(4, 100, 12.5), 2: Throughput(8, 100, 25.0)}
+    saturated = {1: {Mode.TARGET_ONLY: Throughput(8, 100, 12.0), Mode.STRICT: Throughput(4, 100, 11.0)}}
     config = load.LoadConfig(k=10, mix=Mix(), seconds=5.0, settle=1.0, seed=1)
     header = provenance(None, seed=1, command=["atspeed", "bench", "load"])
-    return Result(header | load.header(LoadResult(found, baseline), config, data="some.txt"), to_json(found))
+    return Result(header | load.header(LoadResult(found, baseline, saturated), config, data="some.txt"), to_json(found))
 
 
 def test_page_is_written_from_result_file(tmp_path: Path) -> None:
@@ -136,6 +183,10 @@ def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     assert read.rows_of(load.NAME, LoadRow) == rows()
     page = load_report.write(read, tmp_path).read_text()
     assert "| 9.0 of 12.5 per second, 72% |" in page
+    assert (
+        "strict: throughput at saturation, and its share of the in-process baseline | 11.0 of 12.5 per second, 88%, 4"
+        in page
+    )
     assert "the least | 0.90, at 10.0 per second |" in page
     assert "1 UNAVAILABLE" in page
     for replicas in (1, 2):

@@ -41,13 +41,23 @@ def test_row_has_medians_and_paired_differences() -> None:
     assert one.added_share == round(15 / 31, 3)
     assert (one.in_process_p50_ms, one.over_in_process_ms) == (26.0, 10.0)
     assert one.parts_ms["history"] == 3.0
+    assert (one.library_p50_ms, one.library_added_ms) == (None, None)
+    library = [RequestOverhead.of(reply(), caller_ms=ms) for ms in (18.0, 17.0, 30.0)]
+    both = summarise(Mode.STRICT, 5, found, None, library)
+    assert (both.library_p50_ms, both.library_added_ms) == (18.0, 2.0)
     assert summarise(Mode.STRICT, 5, found, None).over_in_process_ms is None
 
 
 def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     bundle = Bundle(write_bundle(tmp_path / "bundle", random_catalogue(20, (4, 4), seed=1)).root)
     rows = [
-        summarise(mode, 5, [RequestOverhead.of(reply(), 30.0)], [20.0] if mode is Mode.TARGET_ONLY else None)
+        summarise(
+            mode,
+            5,
+            [RequestOverhead.of(reply(), 30.0)],
+            [20.0] if mode is Mode.TARGET_ONLY else None,
+            [RequestOverhead.of(reply(), 17.0)],
+        )
         for mode in overhead.MODES
     ]
     about = overhead.header(ServiceOptions(threads=2), users=1, items=(3, 20), histories="train.txt")
@@ -55,8 +65,9 @@ def test_page_is_written_from_result_file(tmp_path: Path) -> None:
     result.write(tmp_path / "overhead.json")
     assert Result.read(tmp_path / "overhead.json").rows_of("overhead", OverheadRow) == rows
     text = overhead.write(Result.read(tmp_path / "overhead.json"), tmp_path / "page").read_text()
-    assert "| target-only | 5 | 30.0 | 16.0 | 14.0 | 14.0 | 47% | 20.0 | 10.0 |" in text
+    assert "| target-only | 5 | 30.0 | 16.0 | 14.0 | 14.0 | 47% | 20.0 | 10.0 | 17.0 | 1.0 |" in text
     assert "| strict | 5 | 2.0 | 2.0 | 3.0 | 2.0 | 1.0 |" in text
+    assert "added by the library to the models' time, p50 | K = 5: 1.0 ms |" in text
     assert "1 users with 3 to 20 items, of train.txt" in text
     assert "the same search as a function call, p50 | K = 5: 10.0 ms |" in text
     with pytest.raises(BenchmarkError, match="not one of the benchmark overhead"):

@@ -210,7 +210,7 @@ def test_serving_commands_import_without_the_training_extra() -> None:
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnx', 'faiss', 'safetensors', 'scipy', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
-        "import atspeed.cli.main, atspeed.cli.demo, atspeed.benchmarks.lossless, atspeed.benchmarks.provenance\n"
+        "import atspeed.cli.main, atspeed.cli.demo.demonstration, atspeed.benchmarks.lossless, atspeed.benchmarks.provenance\n"
         "import research.acceptance, research.eval_examples\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

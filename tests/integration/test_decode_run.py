@@ -126,5 +126,6 @@ def test_overhead_is_measured(made: TestBundle, tmp_path: Path) -> None:
         assert 0 < row["added_p50_ms"] < row["p50_ms"]
         assert row["models_p50_ms"] > 0
         assert row["parts_ms"]["history"] > 0
+        assert 0 < row["library_added_ms"] < row["library_p50_ms"]
     assert rows[0]["in_process_p50_ms"] > 0
     assert (tmp_path / "overhead.md").exists()

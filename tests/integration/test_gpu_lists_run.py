@@ -13,6 +13,7 @@ from atspeed.benchmarks import gpu_lists
 from atspeed.benchmarks.model_probe import bytes_per_second, bytes_read, probe_beams, probe_passes
 from atspeed.cli.main import app
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
+from atspeed.training.inflated_checkpoints import shape_of
 from atspeed.training.inflation import SHAPES, ModelShape
 from tests.bundles import TestBundle, random_model, write_run
 from tests.catalogues import random_catalogue
@@ -124,6 +125,6 @@ def test_passes_probe_reads_siblings_behind_cached_tokens(decoder: RecordingDeco
 def test_bytes_read_leave_out_embedding_and_norms(made: TestBundle) -> None:
     model = random_model("llama", 50, seed=1)
     read = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "norm" not in name)
-    assert bytes_read(ModelShape.of(model.config), 50, 4) == 4 * read
+    assert bytes_read(shape_of(model.config), 50, 4) == 4 * read
     assert bytes_per_second("cpu") > 1e6
     assert set(gpu_lists.SIZES) == {f"{size}+68m" for size in SHAPES if size in {"1.7b", "7b"}}

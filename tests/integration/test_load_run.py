@@ -33,3 +33,7 @@ async def test_both_modes_get_the_same_load(bundle: Path) -> None:
     assert plain.requests == strict.requests
     assert plain.target_passes_mean == 4.0
     assert strict.limit_ms == plain.limit_ms == pytest.approx(load.LIMIT_FACTOR * plain.unloaded_p50_ms, abs=0.01)
+    for loop in found.saturated[1].values():
+        assert loop.searches == 6
+        assert loop.searches_per_second > 0
+    assert list(found.saturated[1]) == list(load.MODES)

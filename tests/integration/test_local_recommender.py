@@ -169,6 +169,8 @@ class TestErrors:
         closed.close()
         with pytest.raises(UsageError, match="the recommender is closed"):
             closed.recommend(["item-1"])
+        with pytest.raises(UsageError, match="the recommender is closed"):
+            closed.diagnose(RecommendRequest(history=["item-1"]))
 
 
 def test_a_planned_code_without_numbers(tmp_path: Path, catalogue: Catalogue) -> None:

@@ -24,7 +24,8 @@ from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.training import inflated_bundles, inflation
 from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle
-from atspeed.training.inflation import SHAPES, InflationError, ModelShape, write_inflated
+from atspeed.training.inflated_checkpoints import shape_of, write_inflated
+from atspeed.training.inflation import SHAPES, InflationError, ModelShape
 from atspeed.training.parity import RandomTree, checkpoint_outputs
 from atspeed.training.sequences import Spelling
 from research.shared_tree_models import load_decoder_of, prefix_cache, shared_evaluator
@@ -79,7 +80,7 @@ def test_logits_and_their_sum_over_the_vocabulary_are_the_same(trained: str, lar
     """In float64 too, where a difference would not be rounding: the weights themselves were rounded once, to float32."""
     model = trained_model(**TRAINED[trained])
     large = inflated(model, LARGER[larger], tmp_path)
-    assert ModelShape.of(large.config) == replace(LARGER[larger], vocab_size=LARGER[larger].vocab_size or VOCAB)
+    assert shape_of(large.config) == replace(LARGER[larger], vocab_size=LARGER[larger].vocab_size or VOCAB)
     tree = RandomTree.grow(np.random.default_rng(7), VOCAB, prefix=30, nodes=30)
     expected = checkpoint_outputs(model, tree, CODES)
     assert np.ptp(expected) > 3  # not a model to which everything is alike

@@ -116,7 +116,7 @@ class ModelEntry(_Part):
     draft_kind: str = Field(default=LANGUAGE_MODEL, exclude_if=lambda kind: kind == LANGUAGE_MODEL)
     """How the draft proposes nodes: a kind of draft_service/draft_kinds.py."""
     inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
-    """The parameters of the trained model, if this one is its inflation (atspeed.training.inflation)."""
+    """The parameters of the trained model, if this one is its inflation (atspeed/training/inflation.py)."""
     encoder: EncoderEntry | None = Field(default=None, exclude_if=lambda encoder: encoder is None)
     """The encoder, if prompts are read by one."""
     device_graph: DeviceGraphEntry | None = Field(default=None, exclude_if=lambda graph: graph is None)

@@ -1,11 +1,11 @@
-"""Small ONNX models as bytes, written without the package onnx.
+"""ONNX models as bytes, without the package onnx: writes small ones, finds weights.
 
 Serving does not need it. The field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,3 +95,91 @@ def _varint(value: int) -> bytes:
         groups.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*groups, value])
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """The place of a weight in a file beside the graph.
+
+    Attributes:
+        name: its name in the graph.
+        shape: its sizes.
+        element_type: the number of its format; see ELEMENT_TYPES.
+        offset: its first byte in the file.
+        length: the number of its bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    element_type: int
+    offset: int
+    length: int
+
+
+def stored_weights(model: bytes) -> list[StoredWeight]:
+    """Return the places of a serialised ModelProto's external weights, in the order of the graph.
+
+    Raises ValueError for bytes that are no such message.
+    """
+    graphs = [content for number, content in _fields(model) if number == 7 and isinstance(content, bytes)]
+    tensors = [content for graph in graphs for number, content in _fields(graph) if number == 5]
+    return [weight for tensor in tensors if isinstance(tensor, bytes) and (weight := _stored_weight(tensor))]
+
+
+def _stored_weight(tensor: bytes) -> StoredWeight | None:
+    """Return the place of a TensorProto's values; None if it holds them itself."""
+    shape, name, kind, place = [], "", 0, dict[str, str]()
+    for number, content in _fields(tensor):
+        match number, content:
+            case 1, int():
+                shape.append(content)
+            case 1, bytes():  # packed
+                shape += _varints(content)
+            case 2, int():
+                kind = content
+            case 8, bytes():
+                name = content.decode()
+            case 13, bytes():
+                key, value = (part.decode() for _, part in _fields(content) if isinstance(part, bytes))
+                place[key] = value
+    if "location" not in place:
+        return None
+    return StoredWeight(name, tuple(shape), kind, int(place.get("offset", 0)), int(place["length"]))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield the fields of a message: a number for varints, bytes for everything else."""
+    at = 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            value, at = _read_varint(message, at)
+            yield number, value
+            continue
+        if kind == 2:
+            length, at = _read_varint(message, at)
+        else:
+            length = {1: 8, 5: 4}.get(kind, len(message))
+        if at + length > len(message):
+            raise ValueError("not a serialised ONNX model")
+        yield number, message[at : at + length]
+        at += length
+
+
+def _varints(packed: bytes) -> Iterator[int]:
+    at = 0
+    while at < len(packed):
+        value, at = _read_varint(packed, at)
+        yield value
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """Return a varint and the place behind it."""
+    value, shift = 0, 0
+    while at < len(message):
+        byte = message[at]
+        value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+        if not byte & 0x80:
+            return value, at
+    raise ValueError("not a serialised ONNX model")
