@@ -46,6 +46,12 @@ RedisFolder = Annotated[
         file_okay=False,
     ),
 ]
+HttpPort = Annotated[
+    int | None,
+    typer.Option(
+        "--http", min=0, max=65535, help="Also take JSON and gRPC-Web over HTTP on this port, by Envoy; 0 for any."
+    ),
+]
 
 
 def up(
@@ -62,12 +68,7 @@ def up(
     tls: Annotated[
         bool, typer.Option("--tls", help="Use TLS, and mutual TLS between the services, with throwaway certificates.")
     ] = False,
-    http: Annotated[
-        int | None,
-        typer.Option(
-            "--http", min=0, max=65535, help="Also take JSON and gRPC-Web over HTTP on this port, by Envoy; 0 for any."
-        ),
-    ] = None,
+    http: HttpPort = None,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:
