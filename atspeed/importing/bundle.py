@@ -130,6 +130,8 @@ def _provenance(files: ImportFiles, choices: ImportChoices, read: ReadFiles) -> 
         "tail": " ".join(map(repr, read.tail)),
         "equal_prompts": str(read.prompts),
     }
+    if files.user_fields:
+        imported["user_fields_sha256"] = sha256_of(files.user_fields.parent, files.user_fields.name)
     for name, folder in (("adapter", source.adapter), ("base", source.base)):
         if folder:
             imported[name] = folder.resolve().name

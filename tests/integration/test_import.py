@@ -24,6 +24,7 @@ from atspeed_client import Recommendation, RecommendRequest
 from tests.authors_prompts import PROMPTS, tokens_of_tail
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
+from tests.generated import generated, path_score
 
 WIDTHS = (1, 10, 20)
 USERS = 6
@@ -157,42 +158,6 @@ def assert_equal(replies: Sequence[Recommendation], expected: Sequence[RankedLis
         assert found.scores == pytest.approx(wanted.scores, abs=1e-3)
 
 
-def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
-    """The list of `generate`: children restricted to the tokens of items and their tail."""
-    whole: dict[tuple[int, ...], list[str]] = {}
-    children: dict[tuple[int, ...], set[int]] = {}
-    for item, names in made.paths.items():
-        path = (*made.tokenizer.convert_tokens_to_ids(names), *tail)
-        whole.setdefault(path, []).append(item)
-        for length, token in enumerate(path):
-            children.setdefault(path[:length], set()).add(token)
-    levels = len(next(iter(whole)))
-    beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0} if k > 1 else {}
-    model: Any = made.model
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    start = 1 if model.config.is_encoder_decoder else len(prompt)
-    output = model.generate(
-        torch.tensor([list(prompt)]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=levels,
-            do_sample=False,
-            pad_token_id=0,
-            decoder_start_token_id=model.config.decoder_start_token_id if model.config.is_encoder_decoder else None,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **beams,
-        ),
-        prefix_allowed_tokens_fn=lambda _, row: sorted(children.get(tuple(row[start:].tolist()), {0})),
-    )
-    found: list[tuple[str, float]] = []
-    for row in output.sequences[:, start:].tolist():
-        if tuple(row) in whole:  # generate fills its beams with impossible ones where fewer paths exist
-            score = _score(model, prompt, row)
-            found += [(item, score) for item in whole[tuple(row)]]
-    return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
-
-
 def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
     """The list of a beam search in which an ended path stays a beam, from passes of the checkpoint alone."""
     paths = {(*made.tokenizer.convert_tokens_to_ids(names), *tail): item for item, names in made.paths.items()}
@@ -201,18 +166,6 @@ def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequen
         grown = {beam: score for beam, score in beams.items() if beam in paths}
         for beam in beams.keys() - grown.keys():
             for child in {path[: length + 1] for path in paths if path[:length] == beam}:
-                grown[child] = beams[beam] + _score(made.model, [*prompt, *beam], child[length:])
+                grown[child] = beams[beam] + path_score(made.model, [*prompt, *beam], child[length:])
         beams = dict(sorted(grown.items(), key=lambda entry: -entry[1])[:k])
     return RankedList(tuple(paths[beam] for beam in beams), tuple(beams.values()))
-
-
-@torch.inference_mode()
-def _score(model: Any, prompt: Sequence[int], path: Sequence[int]) -> float:
-    """The log-probability of a path behind a prompt, over the whole vocabulary."""
-    if model.config.is_encoder_decoder:
-        begun = [model.config.decoder_start_token_id, *path[:-1]]
-        output = model(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=torch.tensor([begun]))
-    else:
-        output = model(torch.tensor([[*prompt, *path[:-1]]]))
-    logp = output.logits[0, -len(path) :].log_softmax(-1)
-    return sum(float(logp[place, token]) for place, token in enumerate(path))
