@@ -35,7 +35,7 @@ from atspeed.importing.layouts import PromptLayout
 from atspeed.importing.template import ItemSpelling, check_prompts, split_prompt
 from atspeed.importing.user_fields import FieldValues, read_user_fields, split_user_fields
 from atspeed.importing.user_prompt import UserPrompt
-from atspeed.training.export import check_precision, max_positions
+from atspeed.training.architectures import check_precision, max_positions
 from atspeed.training.sequences import Spelling
 
 

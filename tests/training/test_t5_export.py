@@ -17,8 +17,10 @@ from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, EncoderDecoder
 from atspeed.training import export
-from atspeed.training.export import MODEL_FILE, ExportError, export_decoder, load_checkpoint
+from atspeed.training.errors import ExportError
+from atspeed.training.export import MODEL_FILE, export_decoder
 from atspeed.training.parity import RandomTree, checkpoint_outputs, decoder_outputs, log_probabilities
+from atspeed.training.pretrained import load_checkpoint
 from atspeed.training.t5_graph import ENCODER_DATA_FILE
 from tests.bundles import random_t5, write_bundle
 from tests.catalogues import random_catalogue
