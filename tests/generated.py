@@ -40,21 +40,28 @@ def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], 
         ),
         prefix_allowed_tokens_fn=lambda _, row: sorted(children.get(tuple(row[start:].tolist()), {0})),
     )
-    found: list[tuple[str, float]] = []
-    for row in output.sequences[:, start:].tolist():
-        if tuple(row) in whole:  # generate fills its beams with impossible ones where fewer paths exist
-            score = path_score(model, prompt, row)
-            found += [(item, score) for item in whole[tuple(row)]]
+    # generate fills its beams with impossible ones where fewer paths exist
+    paths = [tuple(row) for row in output.sequences[:, start:].tolist() if tuple(row) in whole]
+    scores = path_scores(model, prompt, paths)
+    found = [(item, score) for path, score in zip(paths, scores, strict=True) for item in whole[path]]
     return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
 
 
-@torch.inference_mode()
 def path_score(model: Any, prompt: Sequence[int], path: Sequence[int]) -> float:
     """The log-probability of a path behind a prompt, over the whole vocabulary."""
+    return path_scores(model, prompt, [path])[0]
+
+
+@torch.inference_mode()
+def path_scores(model: Any, prompt: Sequence[int], paths: Sequence[Sequence[int]]) -> list[float]:
+    """The log-probabilities of paths of one length behind a prompt, over the whole vocabulary, by one pass of all."""
+    before = torch.tensor([list(prompt)] * len(paths))
+    codes = torch.tensor([list(path) for path in paths])
     if model.config.is_encoder_decoder:
-        begun = [model.config.decoder_start_token_id, *path[:-1]]
-        output = model(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=torch.tensor([begun]))
+        start = torch.full((len(paths), 1), model.config.decoder_start_token_id)
+        output = model(input_ids=before, decoder_input_ids=torch.cat([start, codes[:, :-1]], dim=1))
     else:
-        output = model(torch.tensor([[*prompt, *path[:-1]]]))
-    logp = output.logits[0, -len(path) :].log_softmax(-1)
-    return sum(float(logp[place, token]) for place, token in enumerate(path))
+        output = model(torch.cat([before, codes[:, :-1]], dim=1))
+    logp = output.logits[:, -codes.shape[1] :].log_softmax(-1)
+    scores: list[float] = logp.gather(2, codes[:, :, None]).double().sum(dim=(1, 2)).tolist()
+    return scores

@@ -35,7 +35,7 @@ from atspeed.importing.layouts import PromptLayout
 from atspeed.importing.template import ItemSpelling, check_prompts, split_prompt
 from atspeed.importing.user_fields import FieldValues, read_user_fields, split_user_fields
 from atspeed.importing.user_prompt import UserPrompt
-from atspeed.training.architectures import check_precision, max_positions
+from atspeed.training.architectures import max_positions
 from atspeed.training.sequences import Spelling
 
 
@@ -109,7 +109,6 @@ class ReadFiles:
 def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
     """Read everything but the weights, and compare the prompts. Raises ImportingError or ExportError."""
     config = files.source.config()
-    check_precision(config, choices.precision)
     layout = choices.layout
     users = read_user_fields(files.user_fields, layout)
     index = read_index(files.index, layout)

@@ -51,10 +51,9 @@ def check_architecture(config: Any) -> None:
         raise ExportError(f"config.sliding_window: {window}, attention must see the whole sequence")
 
 
-def check_supported(model: PreTrainedModel, precision: Precision = "float32") -> None:
+def check_supported(model: PreTrainedModel) -> None:
     """Raise ExportError, naming the config field, when the graph would not compute what the model computes."""
     check_architecture(model.config)
-    check_precision(model.config, precision)
     if (
         not model.config.is_encoder_decoder
         and 2 * len(model.model.rotary_emb.inv_freq) != DecoderShape.of(model).head_dim
@@ -62,12 +61,6 @@ def check_supported(model: PreTrainedModel, precision: Precision = "float32") ->
         raise ExportError("config.rope_parameters: rotates a part of each head only")
     if model.dtype != torch.float32 or model.training:
         raise ExportError(f"model: must be float32 and in eval mode, is {model.dtype}, training={model.training}")
-
-
-def check_precision(config: Any, precision: Precision) -> None:
-    """Raise ExportError when a model of this config has no graph in a precision."""
-    if config.is_encoder_decoder and precision == "int8":
-        raise ExportError(f"precision: int8, a {config.model_type} is exported in float32 and float16 only")
 
 
 def _check_t5(config: Any) -> None:

@@ -37,7 +37,7 @@ from atspeed.training.export_checks import check_device_graph, check_parity, che
 from atspeed.training.graph_builder import DATA_FILE, WeightFile
 from atspeed.training.int8_graph import Int8Arithmetic
 from atspeed.training.ordered_attention import OrderedArithmetic
-from atspeed.training.t5_graph import ENCODER_DATA_FILE, OrderedProducts, T5DecoderGraph, T5EncoderGraph
+from atspeed.training.t5_graph import ENCODER_DATA_FILE, Int8Products, OrderedProducts, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
 
@@ -102,7 +102,7 @@ def export_decoder(
     a pass over it is not finite, and when the parity check fails. The files take the place of what is there once they are
     checked; otherwise nothing changes.
     """
-    check_supported(model, precision)
+    check_supported(model)
     shape = DecoderShape.of(model)
     if not code_tokens:
         raise ExportError("code_tokens: must be at least one")
@@ -204,7 +204,7 @@ def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) ->
 def _arithmetic(config: Any, precision: Precision) -> MakeArithmetic:
     """Return the arithmetic of the host's graph."""
     if precision == "int8":
-        return Int8Arithmetic
+        return Int8Products if config.is_encoder_decoder else Int8Arithmetic
     if precision == "float32":
         return (
             OrderedProducts

@@ -7,61 +7,44 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from atspeed.benchmarks.near_ties import compare
+from atspeed.benchmarks.near_ties import Verdict, compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.engine.bundle.manifest import Bundle, read_manifest
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
-from atspeed.importing.layouts import LAYOUTS
-from atspeed.training.export import load_checkpoint
+from atspeed.training.pretrained import load_checkpoint
 from atspeed_client import Recommendation, RecommendRequest
 from tests.authors_prompts import PROMPTS, tokens_of_tail
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
 from tests.generated import generated, path_score
+from tests.import_cells import CELLS, Cell, compared, imported
 
-WIDTHS = (1, 10, 20)
-USERS = 6
-CASES = [
-    ("minionerec", "qwen2", "bpe", {}),
-    ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
-    ("lc-rec", "llama", "unigram", {}),
-    ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
-    ("lc-rec", "phi3", "unigram", {"sliding_window": None}),
-    ("lc-rec", "gemma", "unigram", {"tie_word_embeddings": True}),
-    ("mimigenrec", "qwen2", "bpe", {}),
-    ("letter-tiger", "t5", "t5", {}),
-    ("openonerec", "qwen3", "bpe", {"names": ["<|sid_begin|>", "<|sid_end|>"], "max_position_embeddings": 4096}),
-]
+# In `make test`, every layout and every family once; all pairs with more users are `long`.
+SOME = [
+    ("minionerec", "qwen2"), ("minionerec", "qwen3"), ("lc-rec", "llama"), ("lc-rec", "mistral"), ("lc-rec", "phi3"),
+    ("lc-rec", "gemma"), ("mimigenrec", "qwen2"), ("openonerec", "qwen3"), ("letter-tiger", "t5"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("layout", "architecture", "tokenizer", "overrides", "no_tail"),
-    [(*case, no_tail) for case in CASES for no_tail in (False, True) if not no_tail or LAYOUTS[case[0]].tail],
+    ("cell", "users"),
+    [
+        *(pytest.param(cell, 6, id=str(cell)) for cell in CELLS if (cell.layout, cell.architecture) in SOME),
+        *(pytest.param(cell, 100, id=f"{cell}-100", marks=pytest.mark.long) for cell in CELLS),
+    ],
 )
-async def test_lists_are_those_of_generate_on_the_authors_prompts(
-    layout: str, architecture: str, tokenizer: str, overrides: dict[str, Any], no_tail: bool, tmp_path: Path
-) -> None:
-    made = make_checkpoint(tmp_path, random_paths(60, 3), architecture=architecture, tokenizer=tokenizer, **overrides)
-    bundle = imported(made, tmp_path / "bundle", "--prompt", layout, *(["--no-tail"] if no_tail else []))
-    tail = [] if no_tail else tokens_of_tail(layout, made.tokenizer)
-    users = made.users[:USERS]
-    prompts = [PROMPTS[layout](made.tokenizer, made.paths, history) for history in users]
-    async with services(bundle, ServiceOptions(planner="fixed")) as client:
-        for k in WIDTHS:
-            expected = [generated(made, prompt, tail, k) for prompt in prompts]
-            for mode in (Mode.TARGET_ONLY, Mode.STRICT):
-                requests = [RecommendRequest(history=user, k=k, beam_width=k, mode=mode) for user in users]
-                with progress_bar() as progress:
-                    replies = await ask(client, requests, progress=progress, title="lists")
-                assert_equal(replies, expected)
-    assert read_manifest(bundle).provenance.imported["layout"] == layout
+async def test_lists_are_those_of_generate_on_the_authors_prompts(cell: Cell, users: int, tmp_path: Path) -> None:
+    lists = await compared(cell, tmp_path, users)
+    assert len(lists) == users * 4 * 2
+    assert {one.verdict for one in lists} <= {Verdict.IDENTICAL, Verdict.NEAR_TIE}
+    assert max(one.gap for one in lists) < 1e-3
+    assert read_manifest(tmp_path / "bundle").provenance.imported["layout"] == cell.layout
 
 
 def test_items_are_added_by_the_names_of_their_codes(tmp_path: Path) -> None:
@@ -139,15 +122,6 @@ async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: P
                 with progress_bar() as progress:
                     replies = await ask(client, requests, progress=progress, title="lists")
                 assert_equal(replies, expected)
-
-
-def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
-    """Import a checkpoint by the command."""
-    files = ("--index", made.index, "--histories", made.histories, "--out", out)
-    done = run("import", made.folder, *files, *options)
-    assert done.exit_code == 0, done.output
-    assert f"equal the tokenizer's on {len(made.users)} of {len(made.users)} histories" in done.output
-    return out
 
 
 def assert_equal(replies: Sequence[Recommendation], expected: Sequence[RankedList]) -> None:
