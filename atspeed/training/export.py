@@ -121,7 +121,7 @@ def export_decoder(
         max_logit_error=error,
         decoder_start=decoder_start(model),
         head=head if has_device_graph(model.config, precision) else None,
-        ordered_sums=precision == "float32",
+        ordered_sums=precision == "float32" or (precision == "int8" and model.config.is_encoder_decoder),
     )
 
 

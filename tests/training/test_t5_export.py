@@ -178,7 +178,6 @@ def test_int8_computes_with_rounded_weights_and_is_independent_of_other_tokens(n
     tree = trees[0]
     for node in range(tree.prefix, len(tree.tokens)):
         np.testing.assert_array_equal(decoder_outputs(decoder, tree.alone(node))[-1], found[0][node - tree.prefix + 1])
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
