@@ -9,6 +9,7 @@
 #   make planner-ablation  today's planner beside simpler rules, by simulation; takes minutes, and no measurement
 #   make smollm2         DATA=DIR: examples/smollm2 from its data to its measurements; an hour on two idle cores, resumes
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
+#   make imports         USERS=100: every layout and family, imported and served, beside generate: a table; an hour on two idle cores
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm and Debian: grpc-js, grpc-web, a kubectl and schemas, a GPU in software; without them those tests are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
@@ -65,6 +66,12 @@ cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
 .PHONY: cuda-tests
 cuda-tests: $(CUDA)/.built
 	$(cuda-pytest) tests/deploy/test_gpu_setup.py -m "long or not long"
+
+# Exits with 1 if a list differs beyond near-ties.
+.PHONY: imports
+imports: USERS = 100
+imports: $(DEV)/.installed
+	$(BIN)/python -m tests.import_cells --users $(USERS)
 
 MINUTES ?= 30
 

@@ -44,6 +44,13 @@ def item_ids(field: str, values: Any, *, ordered: bool = True, required: bool = 
     return found
 
 
+def texts_by_name(field: str, values: Any) -> dict[str, str]:
+    """Check a mapping of texts by name."""
+    if not isinstance(values, Mapping):
+        raise ArgumentTypeError(field, f"must be a mapping of texts by name, got {_kind(values)}")
+    return {text(f"{field} (name)", name): text(f"{field}[{name!a}]", value) for name, value in values.items()}
+
+
 def messages(field: str, values: Any, kind: type[_Message]) -> list[_Message]:
     """Check messages of one kind, of any iterable."""
     found = listed(field, values, f"{kind.__name__} messages", ordered=True)

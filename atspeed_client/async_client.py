@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -73,6 +73,7 @@ class AsyncClient:
         allowed: Iterable[str] | None = None,
         exclude_seen: bool = False,
         items_per_path: int = 0,
+        user_fields: Mapping[str, str] | None = None,
         tenant: str = "",
         priority: Priority | str | None = None,
         code_paths: bool = True,
@@ -96,6 +97,7 @@ class AsyncClient:
             allowed=allowed,
             exclude_seen=exclude_seen,
             items_per_path=items_per_path,
+            user_fields=user_fields,
             tenant=tenant,
             priority=priority,
             code_paths=code_paths,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -68,6 +68,7 @@ class Client:
         allowed: Iterable[str] | None = None,
         exclude_seen: bool = False,
         items_per_path: int = 0,
+        user_fields: Mapping[str, str] | None = None,
         tenant: str = "",
         priority: Priority | str | None = None,
         code_paths: bool = True,
@@ -91,6 +92,7 @@ class Client:
             allowed=allowed,
             exclude_seen=exclude_seen,
             items_per_path=items_per_path,
+            user_fields=user_fields,
             tenant=tenant,
             priority=priority,
             code_paths=code_paths,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from secrets import token_urlsafe
@@ -48,6 +48,7 @@ class RecommendRequest:
         allowed: Iterable[str] | None = None,
         exclude_seen: bool = False,
         items_per_path: int = 0,
+        user_fields: Mapping[str, str] | None = None,
         tenant: str = "",
         priority: Priority | str | None = None,
         code_paths: bool = True,
@@ -64,6 +65,7 @@ class RecommendRequest:
             least_beam_width=arguments.whole("least_beam_width", least_beam_width, 0, MAX_INT32),
             items_per_path=arguments.whole("items_per_path", items_per_path, 0, MAX_INT32),
             beam_widths=arguments.wholes("beam_widths", () if beam_widths is None else beam_widths, 1, MAX_INT32),
+            user_fields=arguments.texts_by_name("user_fields", {} if user_fields is None else user_fields),
         )
         if message.beam_width and message.beam_widths:
             raise ArgumentValueError("beam_widths", "give either beam_width or beam_widths")

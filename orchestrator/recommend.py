@@ -14,8 +14,9 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Manifest, Role
 from atspeed.engine.bundle.prompts import Prompts
+from atspeed.engine.bundle.user_fields import UserFieldError, check_user_fields
 from atspeed.engine.search.trie import ENDED
-from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError
+from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError, Violations
 from atspeed.observability import tracing
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.history import HistoryStore, HistoryUnavailable
@@ -69,14 +70,15 @@ class Recommender:
 
         Raises:
             NotFoundError: nothing is stored for the user.
-            InvalidArgumentError: there are more beam widths than levels, or the history has no known item and the bundle
-                does not allow an empty one.
+            InvalidArgumentError: there are more beam widths than levels, the user's fields are not those of the bundle's
+                prompts, or the history has no known item and the bundle does not allow an empty one.
             UnimplementedError: the request names a user, and the service keeps no histories.
             UnavailableError: the target or the history store is unavailable.
             DeadlineExceededError: the request's time is up.
         """
         started_ns = time.perf_counter_ns()
         self._check_widths(params)
+        self._check_user_fields(params)
         history = await self._history(params)
         candidates = self._candidates(params, history)
         session = self._open_session(PromptBuilder.of(self.catalogue, params, history, candidates, deadline))
@@ -93,6 +95,16 @@ class Recommender:
         widths, levels = len(params.beam_widths.listed), self.catalogue.trie.levels
         if widths > levels:
             raise InvalidArgumentError("beam_widths", f"has {widths} widths, but code paths have {levels} levels")
+
+    def _check_user_fields(self, params: RecommendParams) -> None:
+        """Raise InvalidArgumentError with every field that the target's prompts cannot hold, or that they lack."""
+        try:
+            check_user_fields(self._prompts["target"].template.user_fields, params.user_fields)
+        except UserFieldError as error:
+            found = Violations()
+            for name, problem in error.problems.items():
+                found.add(f"user_fields.{name}", problem)
+            found.raise_any()
 
     async def _history(self, params: RecommendParams) -> SubjectHistory:
         with tracing.span("history") as span:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.user_fields import UserFields
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Guarantee, Mode
 from atspeed.observability import tracing
@@ -73,6 +74,7 @@ class RecommendParams:
         least_beam_width: fewest beams that the request accepts when the service is busy; None for no fewer than requested.
         items_per_path: most items of one code path in the list; None for the bundle's limit.
         requested_beam_widths: the beam widths before they were narrowed; None if they were not.
+        user_fields: values of the user's fields in prompts, by name.
     """
 
     k: int
@@ -91,6 +93,7 @@ class RecommendParams:
     least_beam_width: int | None = None
     items_per_path: int | None = None
     requested_beam_widths: BeamWidths | None = None
+    user_fields: UserFields = field(default_factory=dict)
 
     def narrowed(self) -> RecommendParams:
         """Return the request with the fewest beams that it accepts."""

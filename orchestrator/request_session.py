@@ -101,7 +101,7 @@ class PromptBuilder:
         # Prompts of histories in requests are told apart by the first items of the window, which stay while the window stands.
         affinity = user_key or digest(params.tenant, *map(str, window[:FIRST_ITEMS].tolist()))
         return ModelRequest(
-            prompt=model.tokens(self.history.known),
+            prompt=model.tokens(self.history.known, params.user_fields),
             pruning=self.candidates.pruning,
             deadline=self.deadline,
             noise=noise,

@@ -21,6 +21,7 @@ PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: 
 _DEFAULT_BEAM_WIDTH = 20  # the contract's default: wide enough for lists of up to 20 items
 _LATEST_SECONDS = 86_400.0  # clocks of producers may be ahead, and wrong by a time zone
 _NANOSECONDS = 1_000_000_000
+_MAX_USER_FIELDS = 64  # bounds the work of a bad request; the bundle says which names it knows
 _MAX_BEAM_WIDTHS = 64  # bounds the work of a bad request; paths have a few codes, and `recommend` checks their number
 
 
@@ -63,6 +64,8 @@ def parse_request(
     with found.noted():
         check_id("tenant", request.tenant, required=False)
     with found.noted():
+        _check_user_fields(request)
+    with found.noted():
         _check_subject(request, limits.max_history_items)
     found.raise_any()
     stored = request.WhichOneof("subject") == "user_id"
@@ -82,6 +85,7 @@ def parse_request(
         priority=PRIORITIES.get(request.priority, usual),
         least_beam_width=request.least_beam_width or None,
         items_per_path=request.items_per_path or None,
+        user_fields=dict(request.user_fields),
     )
 
 
@@ -194,6 +198,19 @@ def _check_subject(request: pb.RecommendRequest, max_items: int) -> None:
             check_id("user_id", request.user_id)
         case _:
             check_ids("history", request.history.item_ids, max_items)
+
+
+def _check_user_fields(request: pb.RecommendRequest) -> None:
+    """Check the sizes of names and values; `recommend` compares them with those of the bundle."""
+    if len(request.user_fields) > _MAX_USER_FIELDS:
+        count = len(request.user_fields)
+        raise InvalidArgumentError("user_fields", f"has {count} fields, at most {_MAX_USER_FIELDS} are allowed")
+    found = Violations()
+    for name, value in request.user_fields.items():
+        for text in (name, value):
+            with found.noted():
+                check_id("user_fields", text)
+    found.raise_any()
 
 
 def _check_mode_fields(request: pb.RecommendRequest, mode: Mode) -> None:

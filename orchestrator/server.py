@@ -145,6 +145,10 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             longest_path=catalogue.longest_spelling,
             scores_tail=catalogue.has_tails,
             items_per_path=manifest.items_per_path or 0,
+            user_fields=[
+                pb.UserField(name=field.name, values=field.values, default_value=field.default)
+                for field in manifest.target.prompt.user_fields
+            ],
         )
 
     async def publish_history_limit(self) -> None:

@@ -20,7 +20,9 @@ def local_lists(recommender: Recommender, options: dict[str, Any], *, concurrenc
 
     def lists(users: Iterable[User]) -> Generator[UserList]:
         asked = list(users)
-        requests = (RecommendRequest(history=user.history or (), **options) for user in asked)
+        requests = (
+            RecommendRequest(history=user.history or (), user_fields=user.user_fields, **options) for user in asked
+        )
         outcomes = recommender.recommend_many(requests, concurrency=concurrency)
         for user, outcome in zip(asked, outcomes, strict=True):
             yield UserList.of(user.user_id, outcome)

@@ -41,7 +41,8 @@ def lists_of(
     """Return the lists of a data set of users, lazily; a user without a list has a row with an error.
 
     Args:
-        users: rows with user_id (text) and history (list of item ids, oldest first).
+        users: rows with user_id (text), history (list of item ids, oldest first) and, where the bundle's prompts hold fields of
+            users, user_fields (values by name).
         bundle: the folder of the bundle, on every machine.
         options: those of `RecommendRequest`, without the user.
         workers: processes; each loads the bundle once and has `threads` CPUs.
@@ -71,12 +72,18 @@ class ListUsers:
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Return the columns of the users' lists. Raises BatchError naming the user whose row is no user."""
-        histories = columns.get("history", [None] * len(columns["user_id"]))
+        none = [None] * len(columns["user_id"])
+        histories, values = columns.get("history", none), columns.get("user_fields", none)
         users = [
             parse_user(
-                f"user {user_id}", {"user_id": str(user_id), "history": None if history is None else list(history)}
+                f"user {user_id}",
+                {
+                    "user_id": str(user_id),
+                    "history": None if history is None else list(history),
+                    "user_fields": user_fields,
+                },
             )
-            for user_id, history in zip(columns["user_id"], histories, strict=True)
+            for user_id, history, user_fields in zip(columns["user_id"], histories, values, strict=True)
         ]
         rows = [asdict(one) for one in self._lists(users)]
         return {field.name: _column([row[field.name] for row in rows]) for field in fields(UserList)}

@@ -27,6 +27,7 @@ def served_lists(client: Client, options: dict[str, Any], *, concurrency: int) -
 
     def outcome(user: User) -> Recommendation | CallError:
         subject: dict[str, Any] = {"user_id": user.user_id} if user.history is None else {"history": user.history}
+        subject["user_fields"] = user.user_fields
         try:
             return client.send(RecommendRequest(**subject, priority=Priority.BATCH, statistics=False, **options))
         except CallError as error:

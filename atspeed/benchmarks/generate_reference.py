@@ -22,7 +22,7 @@ import torch
 from rich.progress import Progress
 from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor, PreTrainedModel
 
-from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.histories import History, user_fields
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, ModelEntry
@@ -104,7 +104,8 @@ class Reference:
 
     def bundle_prompt(self, history: History) -> list[int]:
         """Return the prompt's tokens, as serving builds them."""
-        tokens: list[int] = self._prompts.tokens(self._catalogue.find(history)).tolist()
+        fields = user_fields(self._prompts.template, history)
+        tokens: list[int] = self._prompts.tokens(self._catalogue.find(history), fields).tolist()
         return tokens
 
     def generate(

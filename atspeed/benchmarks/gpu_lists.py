@@ -38,9 +38,9 @@ from atspeed.engine.model.decoder import Provider, RuntimeOptions
 from atspeed.engine.model.loading import load_decoder
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
-from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle
 from atspeed.training.inflation import SHAPES
+from atspeed.training.pretrained import load_checkpoint
 from atspeed_client import RecommendRequest
 
 NAME = "gpu-lists"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import ModelEntry
+from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.prompts import Prompts
 from atspeed.importing.histories import histories_of
 
@@ -61,6 +63,11 @@ def served_parts(histories: Sequence[History], catalogue: Catalogue) -> list[His
     known = catalogue.known_ids()
     parts = (tuple(item for item in history if item in known) for history in histories)
     return [history for history in parts if history]
+
+
+def user_fields(template: PromptTemplate, history: Sequence[str]) -> dict[str, str]:
+    """Return values of the users' fields that prompts hold. They depend on the items only, and all values occur."""
+    return template.mixed(crc32("\n".join(history).encode()))
 
 
 def _random_history(catalogue: Catalogue, rng: np.random.Generator, least_items: int, longest: int) -> History:

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.histories import History, user_fields
 from atspeed.benchmarks.near_ties import compare_bits
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
@@ -84,11 +85,14 @@ async def _compare(
     client: AsyncClient, bundle: Bundle, histories: Sequence[History], config: LosslessConfig, progress: Progress
 ) -> LosslessRow:
     catalogue, rule, k = bundle.catalogue(), bundle.manifest.scoring_rule, config.k
-    excluded = await _excluded(client, catalogue, histories, config, progress)
+    template = bundle.manifest.target.prompt
+    excluded = await _excluded(client, catalogue, template, histories, config, progress)
     replies = {}
     for mode in _MODES:
         requests = [
-            RecommendRequest(history=history, k=k, beam_width=k, mode=mode, excluded=out)
+            RecommendRequest(
+                history=history, k=k, beam_width=k, mode=mode, excluded=out, user_fields=user_fields(template, history)
+            )
             for history, out in zip(histories, excluded, strict=True)
         ]
         replies[mode] = await ask(client, requests, progress=progress, title=f"rule {rule}, {mode}")
@@ -116,6 +120,7 @@ async def _compare(
 async def _excluded(
     client: AsyncClient,
     catalogue: Catalogue,
+    template: PromptTemplate,
     histories: Sequence[History],
     config: LosslessConfig,
     progress: Progress,
@@ -125,7 +130,10 @@ async def _excluded(
         return [[] for _ in histories]
     rng = np.random.default_rng(config.seed)
     width = max(config.k, config.excluded)
-    requests = [RecommendRequest(history=history, k=width, mode=Mode.TARGET_ONLY) for history in histories]
+    requests = [
+        RecommendRequest(history=history, k=width, mode=Mode.TARGET_ONLY, user_fields=user_fields(template, history))
+        for history in histories
+    ]
     replies = await ask(client, requests, progress=progress, title="choosing exclusions")
     return [_draw(rng, RankedList.of(reply.items).items, catalogue, config.excluded) for reply in replies]
 

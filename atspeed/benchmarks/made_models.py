@@ -21,7 +21,8 @@ from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape
 from atspeed.engine.model.device_graph import DEVICE_FILE
-from atspeed.training.export import MODEL_FILE, STORED, build_graphs
+from atspeed.training.architectures import STORED
+from atspeed.training.export import MODEL_FILE, build_graphs
 from atspeed.training.graph_builder import DATA_FILE, PAGE, WeightFile, onnx_type
 from atspeed.training.inflation import ModelShape
 

@@ -1,7 +1,7 @@
 """Comparison of our lists with Hugging Face `generate` on the same checkpoint.
 
 Our lists come from the real services. With `render`, `generate` reads the prompts that the user's own text and tokenizer give,
-whatever the bundle's template says.
+whatever the bundle's template says. Where prompts hold fields of users, both sides read the same values of the bundle.
 
 Three things are counted and fail no comparison: prompts that are not the bundle's, lists that differ when the checkpoint runs
 in bfloat16, and illegal items, which are paths that no item has. These appear when each level allows all of its codes, the
@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from atspeed.benchmarks.generate_reference import Reference, Render
-from atspeed.benchmarks.histories import History
+from atspeed.benchmarks.histories import History, user_fields
 from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
@@ -78,6 +78,7 @@ async def run(
     Raises BenchmarkError if bundle and checkpoint cannot be compared.
     """
     bundle = Bundle(root)
+    template = bundle.manifest.target.prompt
     reference = Reference(bundle, model, render)
     other_prompts = sum(reference.prompt(history) != reference.bundle_prompt(history) for history in histories)
     rows = []
@@ -93,7 +94,10 @@ async def run(
                     "illegal_items": reference.illegal_items(histories, k, progress) if counts else None,
                 }
                 for mode in MODES:
-                    requests = [RecommendRequest(history=h, k=k, beam_width=k, mode=mode) for h in histories]
+                    requests = [
+                        RecommendRequest(history=h, k=k, beam_width=k, mode=mode, user_fields=user_fields(template, h))
+                        for h in histories
+                    ]
                     replies = await ask(client, requests, progress=progress, title=f"services, K = {k}, {mode}")
                     rows.append(_row(k, mode, replies, expected, counted))
     return rows

@@ -11,7 +11,7 @@ import typer
 from atspeed.cli import display
 from atspeed.cli.connection import Connection, with_connection
 from atspeed.cli.item_lists import Allowed, Excluded, History, Recorded, split
-from atspeed.cli.options import AsJson, out, warn
+from atspeed.cli.options import AsJson, named_values, out, warn
 from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import Track
 from atspeed_client import Client
@@ -56,6 +56,9 @@ def recommend(
         int,
         typer.Option(min=0, max=MAX_INT32, help="Most items of one code path; 0 means the bundle's limit, if any."),
     ] = 0,
+    field: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: a field of the user that the bundle's prompts hold.")
+    ] = None,
     tenant: Tenant = "",
     track: Annotated[
         Track | None,
@@ -68,6 +71,7 @@ def recommend(
     """Recommend items to a user, or for a history."""
     if (user is None) == (history is None):
         raise typer.BadParameter("give either a user or --history")
+    user_fields = named_values("--field", field or [])
     reply = _call(
         connection,
         lambda client: client.recommend(
@@ -84,6 +88,7 @@ def recommend(
             allowed=split(only),
             exclude_seen=exclude_seen,
             items_per_path=items_per_path,
+            user_fields=user_fields,
             tenant=tenant,
             track=track,
         ),

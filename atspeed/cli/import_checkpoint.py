@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atspeed.cli.options import optional, warn
+from atspeed.cli.options import named_values, optional, warn
 from atspeed.engine.bundle.manifest import NAME_PATTERN, ModelEntry, Precision
 from atspeed.engine.search.scoring import ScoringRule
 
@@ -57,6 +57,18 @@ ItemText = Annotated[
         help="Text of an item with {item} for its codes, {number} and fields of --items, such as '{number}. {title}'."
     ),
 ]
+UserFieldsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Users with the fields that the prompt holds, such as {age}: .jsonl, or .json by user.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+UserDefaults = Annotated[
+    list[str] | None,
+    typer.Option("--user-default", help="NAME=VALUE: the value of a user's field for requests that do not name it."),
+]
 Tail = Annotated[
     str | None,
     typer.Option(help="Text that is scored behind the codes, such as '\\n{eos}'; the layout's by default."),
@@ -97,6 +109,8 @@ def import_checkpoint(
     histories: Histories,
     out: Out,
     items: Items = None,
+    user_fields: UserFieldsFile = None,
+    user_default: UserDefaults = None,
     precision: WeightFormat = "float32",
     scoring_rule: Rule = ScoringRule.VOCAB,
     separator: Separator = None,
@@ -123,12 +137,14 @@ def import_checkpoint(
     reading = optional("atspeed.importing.reading")
     optional("transformers.utils.logging").disable_progress_bar()
     changes = layout_changes(separator=separator, item=item, tail="" if no_tail else tail, max_items=max_items)
+    if user_default:
+        changes["user_defaults"] = named_values("--user-default", user_default)
     layout = layouts.read_layout(prompt, changes)
     if any("\r" in segment for segment in layout.segments):
         warn(f"{prompt}: its lines end with carriage returns, which are part of the prompt")
     source = optional("atspeed.importing.checkpoint").Source(checkpoint, adapter=adapter, base=base)
     read, manifest = importing.import_checkpoint(
-        reading.ImportFiles(source, index, histories, items=items, popularity=popularity),
+        reading.ImportFiles(source, index, histories, items=items, popularity=popularity, user_fields=user_fields),
         reading.ImportChoices(
             name=_name(name or out.resolve().name),
             layout=layout,

@@ -181,7 +181,8 @@ def export(
     """Export one model of a checkpoint, and check the export against it."""
     exporter = optional("atspeed.training.export")
     tokens = _code_tokens(checkpoint, code_tokens)
-    report = exporter.export_decoder(exporter.load_checkpoint(checkpoint), out, code_tokens=tokens, precision=precision)
+    model = optional("atspeed.training.pretrained").load_checkpoint(checkpoint)
+    report = exporter.export_decoder(model, out, code_tokens=tokens, precision=precision)
     print(
         f"{out}: {report.architecture}, {report.parameters:,} parameters, {report.precision}, "
         f"largest logit error {report.max_logit_error:.2g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,18 @@ _OURS = {"atspeed", "draft_service", "orchestrator", "research", "target_service
 def warn(text: str) -> None:
     """Print a warning about an answer on standard error."""
     err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def named_values(option: str, given: Sequence[str]) -> dict[str, str]:
+    """Split texts NAME=VALUE. Raises typer.BadParameter that names the option."""
+    found = dict[str, str]()
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value) or name in found:
+            problem = "is given twice" if name in found else "is not NAME=VALUE"
+            raise typer.BadParameter(f"{option}: {text[:60]!r} {problem}")
+        found[name] = value
+    return found
 
 
 class CommandError(Exception):

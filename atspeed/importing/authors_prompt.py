@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_ids import shown
 from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.user_fields import UserFields
 from atspeed.engine.search.trie import ENDED
 from atspeed.importing.checkpoint import Source
 from atspeed.importing.code_tokens import SpelledItems, name_tokens
@@ -31,16 +32,18 @@ class AuthorsPrompt:
         tail: the names of the tokens that its layout scores behind the codes.
         bundle_tail: the names of those that the bundle scores.
         items: the items of the index; empty without one.
+        user_fields: the values of a user that a history stands for.
     """
 
     user: UserPrompt
     tail: tuple[str, ...]
     bundle_tail: tuple[str, ...]
     items: frozenset[str] = frozenset()
+    user_fields: Callable[[Sequence[str]], UserFields] = lambda _: {}
 
     def tokens(self, history: Sequence[str]) -> list[int]:
         """Return the token ids of a history's prompt."""
-        return self.user.tokens(history)
+        return self.user.tokens(history, self.user_fields(history))
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,19 @@ class AuthorsFiles:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def authors_prompt(bundle: Bundle, files: AuthorsFiles) -> AuthorsPrompt:
+def authors_prompt(
+    bundle: Bundle, files: AuthorsFiles, user_fields: Callable[[Sequence[str]], UserFields] = lambda _: {}
+) -> AuthorsPrompt:
     """Return the authors' prompt for the items of a bundle.
 
-    Raises ImportingError when the tokens of an item are not those of the index, and when an item lacks a field.
+    user_fields: the values of a user that a history stands for. Raises ImportingError when the tokens of an item are not those
+    of the index, when an item lacks a field, and when the prompt holds fields of users that the bundle's lacks.
     """
     layout, tokenizer = read_layout(files.prompt, files.changes), files.tokenizer.tokenizer()
     entry, catalogue = bundle.model("target"), bundle.catalogue()
+    known = {field.name for field in entry.prompt.user_fields}
+    if lacking := [name for name in layout.user_fields if name not in known]:
+        raise ImportingError(f"{files.prompt}: {{{lacking[0]}}} is no field of users in the prompts of {bundle.root}")
     index = read_index(files.index, layout) if files.index else None
     served = map(catalogue.id_of, range(catalogue.items)) if layout.fields else ()
     titles = index.titles_by_item if index else {}
@@ -78,10 +87,12 @@ def authors_prompt(bundle: Bundle, files: AuthorsFiles) -> AuthorsPrompt:
         return held.get(item, {})
 
     if index is None:
-        return _with_tails(user_prompt(layout, tokenizer, catalogue, entry.code_tokens, fields), bundle, catalogue)
+        user = user_prompt(layout, tokenizer, catalogue, entry.code_tokens, fields)
+        return replace(_with_tails(user, bundle, catalogue), user_fields=user_fields)
     spelled = SpelledItems(index, name_tokens(index, tokenizer, entry.vocab_size))
     _check_items(bundle, catalogue, spelled)
-    return _with_tails(UserPrompt(layout, tokenizer, spelled.text, fields), bundle, catalogue, index)
+    written = _with_tails(UserPrompt(layout, tokenizer, spelled.text, fields), bundle, catalogue, index)
+    return replace(written, user_fields=user_fields)
 
 
 def _check_items(bundle: Bundle, catalogue: Catalogue, spelled: SpelledItems) -> None:

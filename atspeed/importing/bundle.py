@@ -18,7 +18,8 @@ from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.reading import ImportChoices, ImportFiles, ReadFiles, read_files
 from atspeed.training.bundles import entry_of, versions
-from atspeed.training.export import ExportError, export_decoder, head_of
+from atspeed.training.errors import ExportError
+from atspeed.training.export import export_decoder, head_of
 from atspeed.training.models import SpelledModel
 from atspeed.training.stages import partial_of, remove
 
@@ -130,6 +131,8 @@ def _provenance(files: ImportFiles, choices: ImportChoices, read: ReadFiles) -> 
         "tail": " ".join(map(repr, read.tail)),
         "equal_prompts": str(read.prompts),
     }
+    if files.user_fields:
+        imported["user_fields_sha256"] = sha256_of(files.user_fields.parent, files.user_fields.name)
     for name, folder in (("adapter", source.adapter), ("base", source.base)):
         if folder:
             imported[name] = folder.resolve().name

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.index import read_json
-from atspeed.training.export import check_architecture, first_line, load_checkpoint, load_whole, quiet_transformers
+from atspeed.training.architectures import check_architecture
 from atspeed.training.generation import drop_generation_defaults
+from atspeed.training.pretrained import first_line, load_checkpoint, load_whole, quiet_transformers
 
 _ADAPTER = "adapter_config.json"
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")

@@ -28,7 +28,7 @@ def split_texts(user: UserPrompt, items: Sequence[str]) -> tuple[PromptTemplate,
     Raises ImportingError when prompts are not made of texts of items and of tokens between them.
     """
     alone = TokenRows.of(_rendered(user, ([item] for item in items)))
-    before, behind = _common(alone)
+    before, behind = common_ends(alone)
     last = _cut(alone, before, behind)
     first, end = alone.row(0)[:before].tolist(), alone.row(0)[before:].tolist()
     suffix = end[len(end) - behind :]
@@ -55,7 +55,7 @@ def _rendered(user: UserPrompt, histories: Iterable[Sequence[str]]) -> Iterator[
             yield np.asarray(tokens, dtype=np.int32)
 
 
-def _common(rows: TokenRows) -> tuple[int, int]:
+def common_ends(rows: TokenRows) -> tuple[int, int]:
     """Return how many tokens at the beginning and then at the end of rows are the same in all of them."""
     first = rows.tokens[: rows.starts[1]]
     before, behind = len(first), len(first)
@@ -92,7 +92,7 @@ def _before_another(user: UserPrompt, items: Sequence[str], first: list[int], en
         if row[: len(first)] != first or row[len(row) - len(end) :] != end or len(row) < len(first) + len(end):
             raise _changes(item, items[0])
     between = _cut(pairs, len(first), len(end))
-    return _cut(between, 0, _common(between)[1])
+    return _cut(between, 0, common_ends(between)[1])
 
 
 def _check_windows(user: UserPrompt, items: Sequence[str], template: PromptTemplate, texts: ItemTexts) -> None:

@@ -19,6 +19,8 @@ HISTORY, ITEM, NUMBER, EOS = "{history}", "{item}", "{number}", "{eos}"
 # A name, a number or a field between braces, also between the two of Jinja: formatting would put something there.
 _PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\{\w[\w.\-]*(?:\[\w*\])?\}")
 _FIELD = re.compile(r"\{([^\W\d]\w*)\}")
+_IN_SEGMENT = re.compile(r"\{(?:user\.)?([^\W\d]\w*)\}")
+_NO_USER_FIELDS = frozenset({HISTORY, ITEM, NUMBER, EOS})
 
 
 class PromptLayout(BaseModel):
@@ -27,7 +29,8 @@ class PromptLayout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     segments: tuple[str, ...] = Field(min_length=1)
-    """Texts that are tokenised apart. One of them holds `{history}`."""
+    """Texts that are tokenised apart. One of them holds `{history}`. Any other name, such as `{age}` or `{user.age}`, stands for
+    a field of the user."""
     separator: str = ", "
     """The text between two items."""
     item: str = ITEM
@@ -37,26 +40,32 @@ class PromptLayout(BaseModel):
     """The text that is scored behind the codes; `{eos}` stands for the end-of-sequence token."""
     max_items: Annotated[PositiveInt, Field(strict=True)] = 20
     """The newest items that a prompt holds."""
+    user_defaults: dict[str, str] = Field(default={}, exclude_if=lambda defaults: not defaults)
+    """The values of users' fields for requests that do not name them; without one such a request is refused."""
     code_names: tuple[str, ...] = ()
     """The token of a code per level, such as `<s_a_{}>`, for an index of numbers."""
 
     @model_validator(mode="after")
     def _places(self) -> PromptLayout:
-        for field, texts, places in (
-            ("segments", self.segments, (HISTORY,)),
-            ("separator", (self.separator,), ()),
-            ("tail", (self.tail.replace(EOS, ""),), ()),
+        for field, texts in (
+            ("segments", self.segments),
+            ("separator", (self.separator,)),
+            ("tail", (self.tail.replace(EOS, ""),)),
         ):
             found = [place for text in texts for place in _PLACEHOLDER.findall(text)]
-            other = next((place for place in found if place not in places), None)
-            if other:
+            if other := next((place for place in found if field != "segments" or not _in_segments(place)), None):
                 raise ValueError(
                     f"{field}: {other} would change from prompt to prompt, which no bundle can hold; "
-                    "only `item` may name fields, those of items"
+                    "only `item` may name fields of items, and `segments` those of users"
                 )
-            if len(found) != len(places):
-                raise ValueError(f"{field}: must hold {' '.join(places)} exactly once")
+            if field == "segments" and found.count(HISTORY) != 1:
+                raise ValueError(f"{field}: must hold {HISTORY} exactly once")
+        names = [name for segment in self.segments for name in _IN_SEGMENT.findall(segment)]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"segments: {{{repeated}}} stands more than once")
         self._check_item()
+        if unknown := sorted(self.user_defaults.keys() - set(self.user_fields)):
+            raise ValueError(f"user_defaults: {unknown[0]} is no field in segments")
         if EOS in self.tail.removesuffix(EOS):
             raise ValueError(f"tail: {EOS} must be its end")
         for name in self.code_names:
@@ -78,6 +87,17 @@ class PromptLayout(BaseModel):
         return tuple(place[1:-1] for place in _PLACEHOLDER.findall(self.item) if place not in {ITEM, NUMBER})
 
     @property
+    def user_fields(self) -> tuple[str, ...]:
+        """Return the names of the users' fields in the segments, such as `age`, in the order of their places."""
+        found = (name for segment in self.segments for name in _IN_SEGMENT.findall(segment))
+        return tuple(name for name in found if f"{{{name}}}" != HISTORY)
+
+    def segment_texts(self, history: str, user_fields: Mapping[str, str]) -> list[str]:
+        """Return the segments of a user. history: the text of the items. user_fields: values by name."""
+        values = {"history": history} | {name: user_fields[name] for name in self.user_fields}
+        return [_IN_SEGMENT.sub(lambda place: values[place[1]], segment) for segment in self.segments]
+
+    @property
     def numbered(self) -> bool:
         """Return whether the text of an item holds its place."""
         return NUMBER in self.item
@@ -86,6 +106,12 @@ class PromptLayout(BaseModel):
         """Return the text of an item. number: its place in the prompt. fields: by name."""
         values = {"item": semantic_id, "number": str(number)} | dict(fields)
         return _FIELD.sub(lambda place: values[place[1]], self.item)
+
+
+def _in_segments(place: str) -> bool:
+    """Return whether segments may hold a place: that of the history, or a field of users."""
+    name = _IN_SEGMENT.fullmatch(place)
+    return place == HISTORY or (name is not None and f"{{{name[1]}}}" not in _NO_USER_FIELDS)
 
 
 _ALPACA = (

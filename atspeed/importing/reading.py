@@ -33,8 +33,9 @@ from atspeed.importing.item_texts import split_texts
 from atspeed.importing.items import item_fields, popularity_rank, read_items, served_rows
 from atspeed.importing.layouts import PromptLayout
 from atspeed.importing.template import ItemSpelling, check_prompts, split_prompt
+from atspeed.importing.user_fields import FieldValues, read_user_fields, split_user_fields
 from atspeed.importing.user_prompt import UserPrompt
-from atspeed.training.export import check_precision, max_positions
+from atspeed.training.architectures import max_positions
 from atspeed.training.sequences import Spelling
 
 
@@ -48,6 +49,7 @@ class ImportFiles:
         histories: histories on which prompts are compared.
         items: the items to serve; all of the index without it.
         popularity: a file or a column.
+        user_fields: users with the fields that prompts hold.
     """
 
     source: Source
@@ -55,6 +57,7 @@ class ImportFiles:
     histories: Path
     items: Path | None = None
     popularity: str | None = None
+    user_fields: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ class ReadFiles:
 def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
     """Read everything but the weights, and compare the prompts. Raises ImportingError or ExportError."""
     config = files.source.config()
-    check_precision(config, choices.precision)
     layout = choices.layout
+    users = read_user_fields(files.user_fields, layout)
     index = read_index(files.index, layout)
     check_lengths(index, unequal=choices.unequal_paths)
     check_labels(index)
@@ -121,32 +124,47 @@ def read_files(files: ImportFiles, choices: ImportChoices) -> ReadFiles:
     spelled = SpelledItems(index, tokens)
     read = dict.fromkeys(chain((index.ids[row] for row in rows.tolist()), *histories.values()))
     fields = item_fields(layout.fields, index.titles_by_item if layout.fields else {}, items, files.items, read)
-    user = UserPrompt(layout, tokenizer, spelled.text, lambda item: fields.get(item, {}))
+    user = UserPrompt(layout, tokenizer, spelled.text, lambda item: fields.get(item, {}), users.first)
     tail = tail_tokens(user, spelled)
     columns = code_columns(index, tokens, tail)
     catalogue = _catalogue(index, columns, rows, rank)
-    template, texts, prompts = _template(user, spelled, list(read), histories, files.histories)
+    template, spelling, texts = _template(user, spelled, list(read), histories)
+    template = _with_user_fields(user, template, spelling, users, histories)
+    prompts = check_prompts(user, template, spelling, histories, files.histories, users.users)
     if texts is not None:
         texts = _in_order(texts, read, catalogue)
         template = template.model_copy(update={"texts": texts.entry(catalogue.version)})
-    spelling = _spelling(columns, template, tokenizer, vocab_size, texts)
-    _check_fits(config, spelling, catalogue)
+    tokens_of = _spelling(columns, template, tokenizer, vocab_size, texts)
+    _check_fits(config, tokens_of, catalogue)
     unserved = sum(bool((catalogue.find(history) < 0).any()) for history in histories.values())
     names = tuple(tokenizer.convert_ids_to_tokens(tail))
-    return ReadFiles(catalogue, spelling, names, prompts, unserved, tokenizer, texts)
+    return ReadFiles(catalogue, tokens_of, names, prompts, unserved, tokenizer, texts)
 
 
 def _template(
-    user: UserPrompt, spelled: SpelledItems, items: list[str], histories: dict[str, History], path: Path
-) -> tuple[PromptTemplate, ItemTexts | None, int]:
-    """Return the template, the texts of `items` if prompts hold any, and the number of equal prompts."""
+    user: UserPrompt, spelled: SpelledItems, items: list[str], histories: dict[str, History]
+) -> tuple[PromptTemplate, ItemSpelling, ItemTexts | None]:
+    """Return the template with the first values of users, the tokens of items, and the texts of `items` if prompts hold any."""
     if not user.layout.fields:
         template = split_prompt(user, spelled.tokens, next(iter(histories.values()))[0])
-        spelling = ItemSpelling(spelled.tokens, spelled.tokens)
-        return template, None, check_prompts(user, template, spelling, histories, path)
+        return template, ItemSpelling(spelled.tokens, spelled.tokens), None
     template, texts = split_texts(user, items)
-    spelling = ItemSpelling.of_texts(texts, {item: row for row, item in enumerate(items)})
-    return template, texts, check_prompts(user, template, spelling, histories, path)
+    return template, ItemSpelling.of_texts(texts, {item: row for row, item in enumerate(items)}), texts
+
+
+def _with_user_fields(
+    user: UserPrompt,
+    template: PromptTemplate,
+    spelling: ItemSpelling,
+    users: FieldValues,
+    histories: dict[str, History],
+) -> PromptTemplate:
+    """Return the template with all values of the users' fields."""
+    if not users.values:
+        return template
+    history = next(iter(histories.values()))
+    window = history[template.window_start(len(history)) :]
+    return split_user_fields(user, template, users, window, spelling.window(window))
 
 
 def _in_order(texts: ItemTexts, items: Iterable[str], catalogue: Catalogue) -> ItemTexts:

@@ -18,6 +18,7 @@ from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.item_ids import shown
 from atspeed.engine.bundle.item_texts import ItemTexts
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.bundle.user_fields import UserFields
 from atspeed.importing.errors import ImportingError
 from atspeed.importing.user_prompt import UserPrompt
 
@@ -100,18 +101,21 @@ def check_prompts(
     spelling: ItemSpelling,
     histories: Mapping[str, Sequence[str]],
     path: Path,
+    user_fields: Sequence[UserFields] = ({},),
 ) -> int:
     """Compare the template's prompts with the user's. Return how many were equal.
 
-    histories: item ids by their place in the file at `path`. Raises ImportingError with the first difference.
+    histories: item ids by their place in the file at `path`. user_fields: values of users, which the histories get in turn.
+    Raises ImportingError with the first difference.
     """
     places, checked = list(histories), 0
-    for batch in user.batches(list(histories.values())):
+    users = [user_fields[place % len(user_fields)] for place in range(len(places))]
+    for batch in user.batches(list(histories.values()), users):
         for rendered in batch:
             place = places[checked]
             history = histories[place]
             window = history[template.window_start(len(history)) :]
-            expected = template.tokens(spelling.window(window)).tolist()
+            expected = template.tokens(spelling.window(window), users[checked]).tolist()
             if rendered != expected:
                 raise ImportingError(f"{path}: {place}: {difference(user, rendered, expected)}")
             checked += 1

@@ -6,11 +6,12 @@ It knows nothing of a bundle's PromptTemplate, so it can be compared with one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.importing.layouts import EOS, HISTORY, PromptLayout
+from atspeed.engine.bundle.user_fields import UserFields
+from atspeed.importing.layouts import EOS, PromptLayout
 
 _TEXTS_AT_ONCE = 1024  # a tokenizer spreads a batch over its threads
 
@@ -24,24 +25,29 @@ class UserPrompt:
         tokenizer: a Hugging Face tokenizer.
         semantic_id: the text of an item's code tokens, by item id.
         fields: the fields of an item that the layout names, by item id.
+        user_fields: the values of the user's fields, where a call gives no others.
     """
 
     layout: PromptLayout
     tokenizer: Any
     semantic_id: Callable[[str], str]
     fields: Callable[[str], Mapping[str, str]] = lambda _: {}
+    user_fields: UserFields = field(default_factory=dict)
 
-    def tokens(self, history: Sequence[str]) -> list[int]:
+    def tokens(self, history: Sequence[str], user_fields: UserFields | None = None) -> list[int]:
         """Return the token ids of a history of item ids, oldest first."""
-        return next(self.batches([history]))[0]
+        return next(self.batches([history], [user_fields] if user_fields else None))[0]
 
-    def batches(self, histories: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:
-        """Yield the token ids of histories, in their order, some at a time."""
+    def batches(
+        self, histories: Sequence[Sequence[str]], user_fields: Sequence[UserFields] | None = None
+    ) -> Iterator[list[list[int]]]:
+        """Yield the token ids of histories, in their order, some at a time. user_fields: those of each history's user."""
         for start in range(0, len(histories), _TEXTS_AT_ONCE):
-            texts = [self.texts(history) for history in histories[start : start + _TEXTS_AT_ONCE]]
-            yield self._encoded(texts)
+            part = histories[start : start + _TEXTS_AT_ONCE]
+            users = user_fields[start : start + _TEXTS_AT_ONCE] if user_fields else [self.user_fields] * len(part)
+            yield self._encoded([self.texts(history, user) for history, user in zip(part, users, strict=True)])
 
-    def texts(self, history: Sequence[str]) -> list[str]:
+    def texts(self, history: Sequence[str], user_fields: UserFields) -> list[str]:
         """Return the segments with the newest items of a history."""
         window = history[-self.layout.max_items :]
         items = (
@@ -49,7 +55,7 @@ class UserPrompt:
             for number, item in enumerate(window, start=1)
         )
         spelled = self.layout.separator.join(items)
-        return [segment.replace(HISTORY, spelled) for segment in self.layout.segments]
+        return self.layout.segment_texts(spelled, user_fields)
 
     def tail(self, semantic_id: str) -> list[int]:
         """Return the token ids of an item's codes and of the text that is scored behind them."""

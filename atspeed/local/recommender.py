@@ -15,7 +15,7 @@ import secrets
 import sys
 import threading
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterable
+from collections.abc import Coroutine, Generator, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -142,6 +142,7 @@ class Recommender:
         allowed: Iterable[str] | None = None,
         exclude_seen: bool = False,
         items_per_path: int = 0,
+        user_fields: Mapping[str, str] | None = None,
     ) -> Recommendation:
         """Return the list of a history. See `atspeed_client.RecommendRequest` and `send`."""
         request = RecommendRequest(
@@ -157,6 +158,7 @@ class Recommender:
             allowed=allowed,
             exclude_seen=exclude_seen,
             items_per_path=items_per_path,
+            user_fields=user_fields,
         )
         return self.send(request)
 

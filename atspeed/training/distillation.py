@@ -34,7 +34,7 @@ from atspeed.training.data_check import check_loss, check_run_folder
 from atspeed.training.draft_stages import DraftStages
 from atspeed.training.errors import DataError, RecipeError
 from atspeed.training.evaluate import ModelRecommender
-from atspeed.training.export import check_origin
+from atspeed.training.export_checks import check_origin
 from atspeed.training.models import SpelledModel
 from atspeed.training.processes import device, is_main
 from atspeed.training.recipe import DistillRecipe, PromptWindow, RunSettings

@@ -20,7 +20,9 @@ from atspeed.engine.bundle.manifest import (
 )
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import entry_of
-from atspeed.training.export import TOLERANCE, ExportError, ExportReport, check_origin, export_decoder, head_of
+from atspeed.training.errors import ExportError
+from atspeed.training.export import ExportReport, export_decoder, head_of
+from atspeed.training.export_checks import TOLERANCE, check_origin
 from atspeed.training.inflated_checkpoints import write_inflated
 from atspeed.training.inflation import InflationError, ModelShape
 from atspeed.training.models import SpelledModel

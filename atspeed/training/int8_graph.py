@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,13 +49,10 @@ class Int8Arithmetic:
         self._shape = shape
         self._one = self._graph.tensor(torch.tensor(1.0))
         self._step = self._graph.tensor(torch.tensor([1 / _ACTIVATION_MAX]))
-        self._fine_step = self._graph.tensor(torch.tensor([1 / (2 * _ACTIVATION_MAX)]))
         self._zero = self._graph.tensor(torch.tensor(_ACTIVATION_ZERO, dtype=torch.uint8))
         self._of_tokens = self._zeros(
             self._graph.op("Reshape", self._graph.op("Size", "input_ids"), self._graph.integers(1))
         )
-        self._of_rows = self._zeros(self._graph.op("Shape", "out_index"))
-        self._bias = self._graph.op("Unsqueeze", "attn_bias", self._graph.integers(1))
         self._coded: dict[int, tuple[str, str]] = {}
 
     def embed(self, embedding: Module, tokens: str) -> str:
@@ -66,7 +64,8 @@ class Int8Arithmetic:
     def logits(self, head: Module, normed: str) -> str:
         """Write the logits of the whole vocabulary, float32 [rows, vocab]."""
         codes, scale = self._table(head)
-        parts = self._fine_product(normed, self._of_rows, self._graph.op("Transpose", codes, perm=[1, 0]), scale)
+        of_rows = self._zeros(self._graph.op("Shape", "out_index"))
+        parts = self._fine_product(normed, of_rows, self._graph.op("Transpose", codes, perm=[1, 0]), scale)
         return self._graph.op("Add", *self._graph.split(parts, [self._shape.vocab_size] * 2))
 
     def product(self, hidden: str, layers: Sequence[Module]) -> str:
@@ -95,6 +94,14 @@ class Int8Arithmetic:
         total = self._graph.op("ReduceSum", shares, self._graph.integers(-1), keepdims=1)
         mixed = self._graph.op("Div", self._graph.op("MatMul", shares, wide_value), total)
         return self._graph.op("Transpose", self._graph.op("Cast", mixed, to=TensorProto.FLOAT), perm=[0, 3, 1, 2, 4])
+
+    @cached_property
+    def _fine_step(self) -> str:
+        return self._graph.tensor(torch.tensor([1 / (2 * _ACTIVATION_MAX)]))
+
+    @cached_property
+    def _bias(self) -> str:
+        return self._graph.op("Unsqueeze", "attn_bias", self._graph.integers(1))
 
     def _heads_first(self, tokens: str, group: int) -> str:
         """Transpose [batch, tokens, ...] -> [batch, kv_heads, group, tokens, head_dim].
@@ -177,7 +184,9 @@ def rounded(model: PreTrainedModel) -> Iterator[None]:
     Exceptions are activations that float32 rounding moves to another step in only one of the two.
     """
     with ExitStack() as stack:
-        for part in model.modules():
+        for name, part in model.named_modules():
+            if name.endswith("relative_attention_bias"):  # of a T5; it is added in float32
+                continue
             if isinstance(part, torch.nn.Embedding) or part is model.lm_head:
                 stack.callback(part.register_forward_hook(_again_finely).remove)
             elif isinstance(part, torch.nn.Linear):

@@ -17,8 +17,8 @@ from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.data import Dataset
 from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import ModelRecommender, Validation
-from atspeed.training.export import load_checkpoint
 from atspeed.training.generation import drop_generation_defaults
+from atspeed.training.pretrained import load_checkpoint
 from atspeed.training.recipe import ModelRecipe, PretrainedBase, PromptWindow, RunSettings, Shape
 from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy

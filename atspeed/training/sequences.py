@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -134,9 +135,12 @@ class Sequencer:
         return self.spelling.prompt.max_items + 1
 
     def prompt(self, history: Int64) -> Int64:
-        """Build the prompt [s] of a whole history [h] as serving does: its newest items, in the template."""
+        """Build the prompt [s] of a whole history [h] as serving does: its newest items, in the template.
+
+        Histories name no fields of users. If prompts hold some, each history gets values that depend on its items only.
+        """
         template = self.spelling.prompt
-        return template.tokens(self._spelled_tokens(history[template.window_start(len(history)) :]))
+        return self._prompt(history[template.window_start(len(history)) :])
 
     def example(self, items: Int64, *, only_last: bool = False) -> Example:
         """Build an example: the prompt of all but the last of `items` (at most `window` of them), then the last one's codes.
@@ -145,7 +149,7 @@ class Sequencer:
         """
         context, target = items[:-1], self.item_tokens[items[-1]]
         target = target[target >= 0]
-        tokens = np.concatenate([self.spelling.prompt.tokens(self._spelled_tokens(context)), target])
+        tokens = np.concatenate([self._prompt(context), target])
         labels = np.full(len(tokens), IGNORED)
         if not only_last:
             self._label_context(tokens, labels, context)
@@ -157,6 +161,10 @@ class Sequencer:
         start = self.spelling.prompt.window_start(len(history))
         return self.example(np.append(history[start:], item), only_last=True)
 
+    def _prompt(self, window: Int64) -> Int64:
+        template = self.spelling.prompt
+        return template.tokens(self._spelled_tokens(window), template.mixed(crc32(window.astype(np.int64).tobytes())))
+
     def _spelled_tokens(self, items: Int64) -> list[Int64]:
         if self.texts is not None:
             return self.texts.of(items)
@@ -165,11 +173,11 @@ class Sequencer:
     def _label_context(self, tokens: Int64, labels: Int64, items: Int64) -> None:
         """Label the codes of the prompt's items; the first one only if an empty history is allowed.
 
-        The codes inside of texts are not labelled.
+        The codes inside of texts, and those beside fields of users, are not labelled.
         """
-        if self.texts is not None:
-            return
         template = self.spelling.prompt
+        if self.texts is not None or template.user_fields:
+            return
         start = len(template.prefix)
         for index, codes in enumerate(self.spelled[items].tolist()):
             if index or self.predict_first:

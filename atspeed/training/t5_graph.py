@@ -30,6 +30,7 @@ from atspeed.engine.model.decoder import kv_names
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, ENCODER_INPUTS, encoder_outputs
 from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, MakeArithmetic, Module
 from atspeed.training.graph_builder import WeightFile
+from atspeed.training.int8_graph import Int8Arithmetic
 from atspeed.training.ordered_attention import OrderedAttention
 
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
@@ -45,6 +46,12 @@ _END = np.iinfo(np.int64).max  # of a slice without an end
 
 class OrderedProducts(FloatArithmetic):
     """Products in float32 beside attention whose sums have one order, which `_T5Blocks` writes."""
+
+    ordered = True
+
+
+class Int8Products(Int8Arithmetic):
+    """Products with weights in integers, beside attention in float32 whose sums have one order."""
 
     ordered = True
 

@@ -299,6 +299,26 @@ class RecommendRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UserFieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     USER_ID_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
@@ -316,6 +336,7 @@ class RecommendRequest(_message.Message):
     LEAST_BEAM_WIDTH_FIELD_NUMBER: _builtins.int
     ITEMS_PER_PATH_FIELD_NUMBER: _builtins.int
     BEAM_WIDTHS_FIELD_NUMBER: _builtins.int
+    USER_FIELDS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """A user whose history is stored. NOT_FOUND if no history is stored, unless the bundle allows an empty history."""
     k: _builtins.int
@@ -370,6 +391,13 @@ class RecommendRequest(_message.Message):
         since a level must keep the ancestors of all k items. Empty: beam_width on every level.
         """
 
+    @_builtins.property
+    def user_fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Values of the user's fields that the prompts of the bundle hold, such as an age, by name. user_fields of GetServiceInfo has the names
+        and the values. Each field that has no default there must be set. A name or a value that the bundle does not know is refused. Nothing
+        is stored but the keys and values of the prompt, which belong to the user.
+        """
+
     def __init__(
         self,
         *,
@@ -390,10 +418,11 @@ class RecommendRequest(_message.Message):
         least_beam_width: _builtins.int = ...,
         items_per_path: _builtins.int = ...,
         beam_widths: _abc.Iterable[_builtins.int] | None = ...,
+        user_fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "history", b"history", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "user_id", b"user_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "beam_widths", b"beam_widths", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "items_per_path", b"items_per_path", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "allowed_item_ids", b"allowed_item_ids", "beam_width", b"beam_width", "beam_widths", b"beam_widths", "exclude_seen", b"exclude_seen", "excluded_item_ids", b"excluded_item_ids", "history", b"history", "items_per_path", b"items_per_path", "k", b"k", "least_beam_width", b"least_beam_width", "mode", b"mode", "priority", b"priority", "reply_options", b"reply_options", "seed", b"seed", "subject", b"subject", "temperature", b"temperature", "tenant", b"tenant", "tolerance", b"tolerance", "user_fields", b"user_fields", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -1154,6 +1183,7 @@ class GetServiceInfoResponse(_message.Message):
     LONGEST_PATH_FIELD_NUMBER: _builtins.int
     SCORES_TAIL_FIELD_NUMBER: _builtins.int
     ITEMS_PER_PATH_FIELD_NUMBER: _builtins.int
+    USER_FIELDS_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -1228,6 +1258,10 @@ class GetServiceInfoResponse(_message.Message):
     def level_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Codes of each level, without tail tokens. 0 for a level of tail tokens only."""
 
+    @_builtins.property
+    def user_fields(self) -> _containers.RepeatedCompositeFieldContainer[Global___UserField]:
+        """Fields of users that the prompts hold; empty for most bundles."""
+
     def __init__(
         self,
         *,
@@ -1260,14 +1294,49 @@ class GetServiceInfoResponse(_message.Message):
         longest_path: _builtins.int = ...,
         scores_tail: _builtins.bool = ...,
         items_per_path: _builtins.int = ...,
+        user_fields: _abc.Iterable[Global___UserField] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_since", b"bundle_since", "canary", b"canary", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "catalogue_paths", b"catalogue_paths", "history_window", b"history_window", "items_per_path", b"items_per_path", "level_sizes", b"level_sizes", "levels", b"levels", "longest_path", b"longest_path", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scores_tail", b"scores_tail", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "shortest_path", b"shortest_path", "started_at", b"started_at", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "catalogue_paths", b"catalogue_paths", "history_window", b"history_window", "items_per_path", b"items_per_path", "level_sizes", b"level_sizes", "levels", b"levels", "longest_path", b"longest_path", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scores_tail", b"scores_tail", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "shortest_path", b"shortest_path", "started_at", b"started_at", "user_fields", b"user_fields", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServiceInfoResponse: _TypeAlias = GetServiceInfoResponse  # noqa: Y015
+
+@_typing.final
+class UserField(_message.Message):
+    """Field of users that prompts hold, such as an age."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the field, a key of RecommendRequest.user_fields."""
+    default_value: _builtins.str
+    """Value of requests that do not name the field. Not set: such requests are refused."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """All values that the bundle knows."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        default_value: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "default_value", b"default_value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_value", b"_default_value", "default_value", b"default_value", "name", b"name", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__default_value: _TypeAlias = _typing.Literal["default_value"]  # noqa: Y015
+    _WhichOneofArgType__default_value: _TypeAlias = _typing.Literal["_default_value", b"_default_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_value) -> _WhichOneofReturnType__default_value | None: ...
+
+Global___UserField: _TypeAlias = UserField  # noqa: Y015
 
 @_typing.final
 class Canary(_message.Message):

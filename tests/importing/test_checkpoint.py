@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MT5Config
 
 from atspeed.importing.checkpoint import Source
 from atspeed.importing.errors import ImportingError
-from atspeed.training.errors import TrainingError
-from atspeed.training.export import ExportError, check_parity, export_decoder
+from atspeed.training.errors import ExportError, TrainingError
+from atspeed.training.export import export_decoder
+from atspeed.training.export_checks import check_parity
 from tests.bundles import random_model
 
 TOKENS = [3, 4, 5, 9]

@@ -15,7 +15,6 @@ from tests.command_line import run
 @pytest.mark.parametrize(
     ("architecture", "tokenizer", "options", "said"),
     [
-        ("t5", "t5", ["--precision", "int8"], "precision: int8, a t5 is exported in float32 and float16 only"),
         ("t5", "t5", ["--max-items", "300"], "512 positions"),
         ("qwen2", "bpe", [], "prompt: no token stands before the history"),
         ("qwen2", "t5", [], "prompt: no token stands before the history"),

@@ -86,7 +86,7 @@ def edit_vocabulary(folder: Path) -> None:
 class Numbered(UserPrompt):
     """A prompt of numbered items: the text before an item changes with its place."""
 
-    def texts(self, history: Any) -> list[str]:
+    def texts(self, history: Any, user_fields: Any) -> list[str]:
         items = ", ".join(f"{place}. {self.semantic_id(item)}" for place, item in enumerate(history, start=1))
         return [segment.replace("{history}", items) for segment in self.layout.segments]
 

@@ -14,7 +14,7 @@ import torch
 
 from atspeed.benchmarks.histories import choose_histories
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
-from atspeed.training.export import load_checkpoint
+from atspeed.training.pretrained import load_checkpoint
 from tests.authors_prompts import PROMPTS
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run

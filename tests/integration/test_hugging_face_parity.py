@@ -14,7 +14,7 @@ from atspeed.benchmarks.parity import MODES, WIDTHS, run
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.export import load_checkpoint
+from atspeed.training.pretrained import load_checkpoint
 from tests.bundles import shared_tokens, write_bundle
 from tests.catalogues import random_catalogue, tailed_catalogue
 

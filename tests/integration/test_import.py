@@ -7,60 +7,45 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from atspeed.benchmarks.near_ties import compare
+from atspeed.benchmarks.near_ties import Verdict, compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.engine.bundle.manifest import Bundle, read_manifest
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
-from atspeed.importing.layouts import LAYOUTS
-from atspeed.training.export import load_checkpoint
+from atspeed.training.pretrained import load_checkpoint
 from atspeed_client import Recommendation, RecommendRequest
 from tests.authors_prompts import PROMPTS, tokens_of_tail
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths
 from tests.command_line import one_line, run
+from tests.generated import generated, path_score
+from tests.import_cells import CELLS, WIDTHS, Cell, compared, imported
 
-WIDTHS = (1, 10, 20)
-USERS = 6
-CASES = [
-    ("minionerec", "qwen2", "bpe", {}),
-    ("minionerec", "qwen3", "bpe", {"tie_word_embeddings": True}),
-    ("lc-rec", "llama", "unigram", {}),
-    ("lc-rec", "mistral", "unigram", {"sliding_window": None}),
-    ("lc-rec", "phi3", "unigram", {"sliding_window": None}),
-    ("lc-rec", "gemma", "unigram", {"tie_word_embeddings": True}),
-    ("mimigenrec", "qwen2", "bpe", {}),
-    ("letter-tiger", "t5", "t5", {}),
-    ("openonerec", "qwen3", "bpe", {"names": ["<|sid_begin|>", "<|sid_end|>"], "max_position_embeddings": 4096}),
-]
+# In `make test`, every layout and every family once; all pairs with more users are `long`.
+SOME = [
+    ("minionerec", "qwen2"), ("minionerec", "qwen3"), ("lc-rec", "llama"), ("lc-rec", "mistral"), ("lc-rec", "phi3"),
+    ("lc-rec", "gemma"), ("mimigenrec", "qwen2"), ("openonerec", "qwen3"), ("letter-tiger", "t5"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("layout", "architecture", "tokenizer", "overrides", "no_tail"),
-    [(*case, no_tail) for case in CASES for no_tail in (False, True) if not no_tail or LAYOUTS[case[0]].tail],
+    ("cell", "users"),
+    [
+        *(pytest.param(cell, 4, id=str(cell)) for cell in CELLS if (cell.layout, cell.architecture) in SOME),
+        *(pytest.param(cell, 100, id=f"{cell}-100", marks=pytest.mark.long) for cell in CELLS),
+    ],
 )
-async def test_lists_are_those_of_generate_on_the_authors_prompts(
-    layout: str, architecture: str, tokenizer: str, overrides: dict[str, Any], no_tail: bool, tmp_path: Path
-) -> None:
-    made = make_checkpoint(tmp_path, random_paths(60, 3), architecture=architecture, tokenizer=tokenizer, **overrides)
-    bundle = imported(made, tmp_path / "bundle", "--prompt", layout, *(["--no-tail"] if no_tail else []))
-    tail = [] if no_tail else tokens_of_tail(layout, made.tokenizer)
-    users = made.users[:USERS]
-    prompts = [PROMPTS[layout](made.tokenizer, made.paths, history) for history in users]
-    async with services(bundle, ServiceOptions(planner="fixed")) as client:
-        for k in WIDTHS:
-            expected = [generated(made, prompt, tail, k) for prompt in prompts]
-            for mode in (Mode.TARGET_ONLY, Mode.STRICT):
-                requests = [RecommendRequest(history=user, k=k, beam_width=k, mode=mode) for user in users]
-                with progress_bar() as progress:
-                    replies = await ask(client, requests, progress=progress, title="lists")
-                assert_equal(replies, expected)
-    assert read_manifest(bundle).provenance.imported["layout"] == layout
+async def test_lists_are_those_of_generate_on_the_authors_prompts(cell: Cell, users: int, tmp_path: Path) -> None:
+    widths = (1, 10, 50) if users < 100 else WIDTHS
+    lists = await compared(cell, tmp_path, users, widths)
+    assert len(lists) == users * len(widths) * 2
+    assert {one.verdict for one in lists} <= {Verdict.IDENTICAL, Verdict.NEAR_TIE}
+    assert max(one.gap for one in lists) < 1e-3
+    assert read_manifest(tmp_path / "bundle").provenance.imported["layout"] == cell.layout
 
 
 def test_items_are_added_by_the_names_of_their_codes(tmp_path: Path) -> None:
@@ -140,57 +125,12 @@ async def test_paths_of_unequal_length_share_the_place_of_their_tail(tmp_path: P
                 assert_equal(replies, expected)
 
 
-def imported(made: MadeCheckpoint, out: Path, *options: object) -> Path:
-    """Import a checkpoint by the command."""
-    files = ("--index", made.index, "--histories", made.histories, "--out", out)
-    done = run("import", made.folder, *files, *options)
-    assert done.exit_code == 0, done.output
-    assert f"equal the tokenizer's on {len(made.users)} of {len(made.users)} histories" in done.output
-    return out
-
-
 def assert_equal(replies: Sequence[Recommendation], expected: Sequence[RankedList]) -> None:
     """Every list has the expected items, near-ties apart, with the expected scores."""
     for reply, wanted in zip(replies, expected, strict=True):
         found = RankedList.of(reply.items)
         assert str(compare(found, wanted)) != "different", (found, wanted)
         assert found.scores == pytest.approx(wanted.scores, abs=1e-3)
-
-
-def generated(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
-    """The list of `generate`: children restricted to the tokens of items and their tail."""
-    whole: dict[tuple[int, ...], list[str]] = {}
-    children: dict[tuple[int, ...], set[int]] = {}
-    for item, names in made.paths.items():
-        path = (*made.tokenizer.convert_tokens_to_ids(names), *tail)
-        whole.setdefault(path, []).append(item)
-        for length, token in enumerate(path):
-            children.setdefault(path[:length], set()).add(token)
-    levels = len(next(iter(whole)))
-    beams = {"num_beams": k, "num_return_sequences": k, "length_penalty": 0.0} if k > 1 else {}
-    model: Any = made.model
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    start = 1 if model.config.is_encoder_decoder else len(prompt)
-    output = model.generate(
-        torch.tensor([list(prompt)]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=levels,
-            do_sample=False,
-            pad_token_id=0,
-            decoder_start_token_id=model.config.decoder_start_token_id if model.config.is_encoder_decoder else None,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **beams,
-        ),
-        prefix_allowed_tokens_fn=lambda _, row: sorted(children.get(tuple(row[start:].tolist()), {0})),
-    )
-    found: list[tuple[str, float]] = []
-    for row in output.sequences[:, start:].tolist():
-        if tuple(row) in whole:  # generate fills its beams with impossible ones where fewer paths exist
-            score = _score(model, prompt, row)
-            found += [(item, score) for item in whole[tuple(row)]]
-    return RankedList(tuple(item for item, _ in found[:k]), tuple(score for _, score in found[:k]))
 
 
 def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequence[int], k: int) -> RankedList:
@@ -201,18 +141,6 @@ def padded_beam_search(made: MadeCheckpoint, prompt: Sequence[int], tail: Sequen
         grown = {beam: score for beam, score in beams.items() if beam in paths}
         for beam in beams.keys() - grown.keys():
             for child in {path[: length + 1] for path in paths if path[:length] == beam}:
-                grown[child] = beams[beam] + _score(made.model, [*prompt, *beam], child[length:])
+                grown[child] = beams[beam] + path_score(made.model, [*prompt, *beam], child[length:])
         beams = dict(sorted(grown.items(), key=lambda entry: -entry[1])[:k])
     return RankedList(tuple(paths[beam] for beam in beams), tuple(beams.values()))
-
-
-@torch.inference_mode()
-def _score(model: Any, prompt: Sequence[int], path: Sequence[int]) -> float:
-    """The log-probability of a path behind a prompt, over the whole vocabulary."""
-    if model.config.is_encoder_decoder:
-        begun = [model.config.decoder_start_token_id, *path[:-1]]
-        output = model(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=torch.tensor([begun]))
-    else:
-        output = model(torch.tensor([[*prompt, *path[:-1]]]))
-    logp = output.logits[0, -len(path) :].log_softmax(-1)
-    return sum(float(logp[place, token]) for place, token in enumerate(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,16 @@ from tests.catalogues import random_catalogue
 USERS = 24
 
 
-@pytest.mark.parametrize("rule", ScoringRule)
-async def test_scores_of_strict_lists_are_the_bits_of_target_only(rule: ScoringRule, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "architecture"), [*((rule, "llama") for rule in ScoringRule), (ScoringRule.VOCAB, "t5")]
+)
+async def test_scores_of_strict_lists_are_the_bits_of_target_only(
+    rule: ScoringRule, architecture: str, tmp_path: Path
+) -> None:
     """Drafted and not, cold and on cached keys, several at once in a pass: float32 can only promise 1e-5."""
     catalogue = random_catalogue(300, (16, 12, 10), seed=3)
-    made = write_bundle(tmp_path, catalogue, rule=rule, precision="int8", draft_noise=0.1)
+    drafts: dict[str, Any] = {"draft_architecture": "llama"} if architecture == "t5" else {"draft_noise": 0.1}
+    made = write_bundle(tmp_path, catalogue, rule=rule, precision="int8", architecture=architecture, **drafts)
     histories = choose_histories(catalogue, None, USERS, seed=7)
     found: dict[Mode, list[list[tuple[str, float]]]] = {}
     passes = {}

@@ -20,7 +20,8 @@ from atspeed.engine.model.decoder import Decoder, RuntimeOptions, open_session, 
 from atspeed.engine.model.device_graph import DEVICE_FILE, FREE_SLOTS_FROM, SCRATCH_SLOT, ZERO_SLOT
 from atspeed.training.device_graph import DeviceGraph
 from atspeed.training.device_parity import checkpoint_scores, device_scores
-from atspeed.training.export import MODEL_FILE, ExportError, export_decoder
+from atspeed.training.errors import ExportError
+from atspeed.training.export import MODEL_FILE, export_decoder
 from atspeed.training.graph_builder import DATA_FILE
 from atspeed.training.parity import RandomTree, checkpoint_outputs, decoder_outputs, log_probabilities
 from tests.bundles import random_model

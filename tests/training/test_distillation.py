@@ -19,8 +19,7 @@ from atspeed.engine.errors import BundleError
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.distillation import GivenTarget, distill, split
-from atspeed.training.errors import DataError, Paused, RecipeError
-from atspeed.training.export import ExportError
+from atspeed.training.errors import DataError, ExportError, Paused, RecipeError
 from atspeed.training.recipe import (
     Alignment,
     DistillRecipe,

@@ -12,8 +12,10 @@ import torch
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
-from atspeed.training.export import MODEL_FILE, check_parity, export_decoder, load_checkpoint
+from atspeed.training.export import MODEL_FILE, export_decoder
+from atspeed.training.export_checks import check_parity
 from atspeed.training.graph_builder import DATA_FILE
+from atspeed.training.pretrained import load_checkpoint
 from tests.training.exported import CODES, VOCAB, checkpoint
 
 

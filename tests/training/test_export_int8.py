@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from atspeed.engine.arrays import KvArray
 from atspeed.engine.bundle.manifest import Precision
@@ -16,7 +14,7 @@ from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.training.export import MODEL_FILE, export_decoder
 from atspeed.training.int8_graph import quantise_rows, quantise_rows_finely
 from atspeed.training.parity import Outputs, RandomTree, checkpoint_outputs, decoder_outputs
-from tests.training.exported import CHECKPOINTS, CODES, VOCAB, checkpoint, exported
+from tests.training.exported import CHECKPOINTS, CODES, VOCAB, checkpoint, exported, round_to_8_bits
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -31,26 +29,6 @@ def test_int8_computes_what_the_checkpoint_does_with_rounded_weights_and_inputs(
         errors.append(np.abs(decoder_outputs(decoder, tree) - checkpoint_outputs(model, tree, CODES)))
     assert min(error.max() for error in errors) < 3e-4  # a step of 16 bits before the head
     assert max(error.max() for error in errors) < 0.1
-
-
-def round_to_8_bits(model: PreTrainedModel) -> None:
-    """Weights of every matrix to 7 bits by row, inputs of every product to 8 bits by token, in place; of table and head to 14
-    and 16.
-    """
-
-    def in_steps(values: torch.Tensor, steps: int) -> torch.Tensor:
-        step = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / steps
-        return (values / step).round() * step
-
-    head: Any = model.lm_head
-    with torch.no_grad():
-        for part in model.modules():
-            if isinstance(part, torch.nn.Embedding) or (part is head and not model.config.tie_word_embeddings):
-                part.weight.copy_(in_steps(part.weight, 63 * 126))
-            elif isinstance(part, torch.nn.Linear) and part is not head:
-                part.weight.copy_(in_steps(part.weight, 63))
-                part.register_forward_pre_hook(lambda _, inputs: in_steps(inputs[0], 127))
-    head.register_forward_pre_hook(lambda _, inputs: in_steps(inputs[0], 127 * 254))
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

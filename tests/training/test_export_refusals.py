@@ -10,7 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from atspeed.engine.bundle.manifest import Precision
 from atspeed.training import export
-from atspeed.training.export import MODEL_FILE, ExportError, check_parity, export_decoder, load_checkpoint
+from atspeed.training.errors import ExportError
+from atspeed.training.export import MODEL_FILE, export_decoder
+from atspeed.training.export_checks import check_parity
+from atspeed.training.pretrained import load_checkpoint
 from tests.training.exported import CODES, PRECISIONS, VOCAB, checkpoint
 
 

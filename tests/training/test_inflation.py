@@ -22,11 +22,11 @@ from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation
 from atspeed.engine.search.trie import ROOT, Pruning
 from atspeed.training import inflated_bundles, inflation
-from atspeed.training.export import load_checkpoint
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle
 from atspeed.training.inflated_checkpoints import shape_of, write_inflated
 from atspeed.training.inflation import SHAPES, InflationError, ModelShape
 from atspeed.training.parity import RandomTree, checkpoint_outputs
+from atspeed.training.pretrained import load_checkpoint
 from atspeed.training.sequences import Spelling
 from research.shared_tree_models import load_decoder_of, prefix_cache, shared_evaluator
 from tests.bundles import TestBundle, random_history, random_model, write_run

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from atspeed.benchmarks import invariance, lossless
-from atspeed.benchmarks.histories import History, choose_histories, served_parts
+from atspeed.benchmarks.histories import History, choose_histories, served_parts, user_fields
 from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.gpu import bench_gpu, bench_gpu_lists
 from atspeed.cli.bench.load import bench_load, bench_scaling
@@ -143,7 +144,7 @@ def _authors_render(
     """
     authors = optional("atspeed.importing.authors_prompt")
     files = authors.AuthorsFiles(prompt, tokenizer, index, items, changes)
-    written = authors.authors_prompt(bundle, files)
+    written = authors.authors_prompt(bundle, files, partial(user_fields, bundle.manifest.target.prompt))
     if written.tail != written.bundle_tail:
         tails = (" ".join(map(repr, tail)) or "nothing" for tail in (written.tail, written.bundle_tail))
         warn(f"the prompt's layout scores {' behind the codes, the bundle '.join(tails)}")

@@ -231,10 +231,10 @@ def _peers(
     if checkpoint is None:
         yield []
         return
-    others, exporter = optional("atspeed.benchmarks.decode_peers"), optional("atspeed.training.export")
+    others, pretrained = optional("atspeed.benchmarks.decode_peers"), optional("atspeed.training.pretrained")
     optional("transformers.utils.logging").disable_progress_bar()
     with ExitStack() as stack:
-        model = exporter.load_checkpoint(checkpoint).to(provider)
+        model = pretrained.load_checkpoint(checkpoint).to(provider)
         peers: list[Peer] = [others.HuggingFace(bundle, model, threads=threads)]
         if genai:
             optional("onnxruntime_genai")

@@ -8,6 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from atspeed.engine.bundle.user_fields import Part, PromptField, UserFields, mixed_values, with_values
+
+_PARTS: tuple[Part, Part] = ("prefix", "suffix")
+
 
 class TextsEntry(BaseModel):
     """The texts of items in prompts, which are files of the bundle (atspeed.engine.bundle.item_texts)."""
@@ -25,7 +29,7 @@ class TextsEntry(BaseModel):
 
 
 class PromptTemplate(BaseModel):
-    """The form of a prompt: prefix + item (+ separator + item)* + suffix.
+    """The form of a prompt: prefix + item (+ separator + item)* + suffix, with values of users in prefix and suffix.
 
     An item is the tokens of its codes, without its tail, or those of its text. A prompt holds the newest items of a history.
     Beyond `max_items` items the oldest are dropped, `drop_block` at a time. So the beginning of the prompt, and its cached KV,
@@ -48,6 +52,8 @@ class PromptTemplate(BaseModel):
     """Tokens before the second item and each later one, where they change with the place, as numbers do."""
     texts: TextsEntry | None = Field(default=None, exclude_if=lambda texts: texts is None)
     """The texts of items, if an item is more than its codes."""
+    user_fields: tuple[PromptField, ...] = Field(default=(), exclude_if=lambda fields: not fields)
+    """The fields of users in prefix and suffix, which do not hold their values, in the order of their places."""
 
     @model_validator(mode="after")
     def _a_separator_per_place(self) -> PromptTemplate:
@@ -61,6 +67,20 @@ class PromptTemplate(BaseModel):
             raise ValueError(f"drop_block: {self.drop_block} is larger than max_items, {self.max_items}")
         return self
 
+    @model_validator(mode="after")
+    def _fields_in_order(self) -> PromptTemplate:
+        places = [(field.part, field.at) for field in self.user_fields]
+        if places != sorted(places) or len({field.name for field in self.user_fields}) < len(places):
+            raise ValueError("user_fields: must have different names, and stand in the order of their places")
+        for field in self.user_fields:
+            if field.at > len(self.part(field.part)):
+                raise ValueError(f"user_fields: {field.name}: stands behind the end of the {field.part}")
+        return self
+
+    def part(self, part: Part) -> tuple[int, ...]:
+        """Return the tokens of prefix or suffix, without values of users."""
+        return self.prefix if part == "prefix" else self.suffix
+
     def window_start(self, items: int) -> int:
         """Return the index of the first item in the prompt, for a history of `items` items."""
         excess = max(0, items - self.max_items)
@@ -68,22 +88,45 @@ class PromptTemplate(BaseModel):
 
     @property
     def fixed_tokens(self) -> tuple[int, ...]:
-        """Return the tokens of every segment, but those of items."""
-        return (*self.prefix, *self.separator, *(token for each in self.separators for token in each), *self.suffix)
+        """Return the tokens of every segment, but those of items: first the prefix, last the values of users."""
+        between = (token for each in (self.separator, *self.separators) for token in each)
+        values = (token for field in self.user_fields for value in field.values.values() for token in value)
+        return (*self.prefix, *between, *self.suffix, *values)
+
+    @property
+    def shared_prefix(self) -> tuple[int, ...]:
+        """Return the tokens at the beginning of every user's prompt: those before the first value of a user."""
+        return self.prefix[: min((field.at for field in self.user_fields if field.part == "prefix"), default=None)]
 
     def before(self, place: int) -> tuple[int, ...]:
         """Return the tokens between the item at a place, from 1 on, and the item before it."""
         return self.separators[place - 1] if self.separators else self.separator
 
-    def tokens(self, items: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-        """Return the prompt of a window of items, int64 [prompt length]. Each item is given as its tokens."""
-        parts: list[npt.NDArray[np.int64] | tuple[int, ...]] = [self.prefix]
+    def tokens(
+        self, items: Sequence[npt.NDArray[np.int64]], user_fields: UserFields | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Return the prompt of a window of items, int64 [prompt length].
+
+        items: each as its tokens. user_fields: the values of the user's fields, which `check_user_fields` has passed.
+        """
+        before, behind = (
+            tuple(with_values(part, self.part(part), self.user_fields, user_fields or {})) for part in _PARTS
+        )
+        parts: list[npt.NDArray[np.int64] | tuple[int, ...]] = [before]
         for place, item in enumerate(items):
             if place:
                 parts.append(self.before(place))
             parts.append(item)
-        parts.append(self.suffix)
+        parts.append(behind)
         return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+    def mixed(self, number: int) -> dict[str, str]:
+        """Return values of all fields of users; consecutive numbers give all combinations."""
+        return mixed_values(self.user_fields, number)
+
+    def sample(self) -> npt.NDArray[np.int64]:
+        """Return the prompt of no item, for measurements, int64 [prompt length]."""
+        return self.tokens([], self.mixed(0))
 
     def item_stride(self, codes: int) -> int:
         """Return the tokens from the beginning of a usual item to that of the next. codes: those of an item in a prompt."""
@@ -94,4 +137,5 @@ class PromptTemplate(BaseModel):
         """Return the most tokens that a prompt may have. codes: those of the longest item."""
         longest = self.texts.longest if self.texts else codes
         between = sum(len(self.before(place)) for place in range(1, self.max_items))
-        return len(self.prefix) + len(self.suffix) + self.max_items * longest + between
+        values = sum(field.longest for field in self.user_fields)
+        return len(self.prefix) + len(self.suffix) + values + self.max_items * longest + between

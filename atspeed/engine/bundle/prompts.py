@@ -11,6 +11,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_texts import ItemTexts
 from atspeed.engine.bundle.manifest import ROLES, Bundle, ModelEntry, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.bundle.user_fields import UserFields, check_user_fields
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,19 @@ class Prompts:
         """Return the items of a history that its prompt holds: the newest ones, oldest first. history: item indices [h]."""
         return history[self.template.window_start(len(history)) :]
 
-    def tokens(self, history: Int64) -> Int64:
-        """Return the prompt of a history, int64 [prompt]. history: item indices [h], oldest first."""
+    def tokens(self, history: Int64, user_fields: UserFields | None = None) -> Int64:
+        """Return the prompt of a history, int64 [prompt].
+
+        history: item indices [h], oldest first. user_fields: values of a user, also of fields that this model's prompts do not
+        hold. Raises UserFieldError when one that they hold is missing, or has another value.
+        """
+        held = {field.name for field in self.template.user_fields}
+        values = {name: value for name, value in (user_fields or {}).items() if name in held}
+        check_user_fields(self.template.user_fields, values)
         window = self.window(history)
         if self.texts is not None:
-            return self.template.tokens(self.texts.of(window))
-        return self.template.tokens(self.catalogue.spelled_tokens(window, self.code_tokens))
+            return self.template.tokens(self.texts.of(window), values)
+        return self.template.tokens(self.catalogue.spelled_tokens(window, self.code_tokens), values)
 
 
 def read_items(bundle: Bundle) -> tuple[Catalogue, dict[Role, Prompts]]:

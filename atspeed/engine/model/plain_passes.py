@@ -41,7 +41,7 @@ async def _below(evaluator: TreeEvaluator, found: Evaluation) -> Evaluation:
 async def _evaluation(evaluator: TreeEvaluator, node: int) -> Evaluation:
     """Evaluate one node in a session of its own: a session cannot be used after a pass that is not finite."""
     path = np.append(ROOT, evaluator.trie.with_ancestors([node])).astype(np.int64)
-    tree = evaluator.open_synthetic(evaluator.entry.prompt.tokens([]))
+    tree = evaluator.open_synthetic(evaluator.entry.prompt.sample())
     try:
         found, _ = await evaluator.evaluate(tree, path, Selection(Pruning.none(), limit=_TRIED))
     finally:

@@ -33,12 +33,12 @@ class PromptKv:
 
     def filler(self, tokens: int) -> Int64:
         """Return a prompt for measurements, with so many tokens besides the one that evaluates the root."""
-        return np.full(tokens + 1, self._entry.prompt.tokens([])[0], dtype=np.int64)
+        return np.full(tokens + 1, self._entry.prompt.sample()[0], dtype=np.int64)
 
     def keys(self, prompt: Int64, tenant: str, user_key: bytes) -> list[bytes]:
         """Return the block keys of a prompt's whole blocks."""
-        prefix, step = self._entry.prompt.prefix, self._layout.block_tokens
-        # Tokens at the beginning that are the template's and not the user's.
+        prefix, step = self._entry.prompt.shared_prefix, self._layout.block_tokens
+        # Tokens at the beginning that are the template's and not the user's: a value of the user is the user's.
         shared = len(prefix) if tuple(prompt[: len(prefix)].tolist()) == prefix else 0
         return block_keys(self._namespace(tenant), prompt, step, user_key, template_tokens=shared)
 

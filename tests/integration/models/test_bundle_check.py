@@ -17,7 +17,8 @@ from atspeed.engine.bundle.manifest import Precision, Role, fingerprint, hash_fi
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training import export
-from atspeed.training.export import ExportError, export_decoder
+from atspeed.training.errors import ExportError
+from atspeed.training.export import export_decoder
 from tests.bundles import BOS, EOH, SPECIALS, TestBundle, random_model, write_bundle
 from tests.catalogues import random_catalogue
 

@@ -30,7 +30,7 @@ from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.engine.model.loading import device_graph_files, load_decoder
 from atspeed.engine.search.scoring import ScoringRule
-from atspeed.training.export import TOLERANCE
+from atspeed.training.export_checks import TOLERANCE
 from tests.bundles import TestBundle, write_bundle
 from tests.catalogues import random_catalogue
 

@@ -73,6 +73,7 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
         "least_beam_width": NOT_WHOLE,
         "items_per_path": NOT_WHOLE,
         "beam_widths": [bad for bad in NOT_LISTS if bad is not None],
+        "user_fields": ["age=5", [("age", "5")], 5],
         "seed": [*(bad for bad in NOT_WHOLE if bad is not None and bad != 2**31), 2**63],
         "mode": ["magic", "STRICT", "", 2, None, b"strict", pb.MODE_STRICT, "unknown"],
         "tolerance": [*NOT_NUMBERS, -0.1],
@@ -90,6 +91,8 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
     cases += [(f"{name}[1]", {"user_id": "a", name: ["x", bad]}) for name in ("excluded", "allowed") for bad in NOT_IDS]
     cases += [("history[1]", {"history": ["x", bad]}) for bad in NOT_IDS]
     cases += [("beam_widths[1]", {"user_id": "a", "beam_widths": [5, bad]}) for bad in [*NOT_WHOLE, 0]]
+    cases += [("user_fields['age']", {"user_id": "a", "user_fields": {"age": bad}}) for bad in (5, "", LONE, None)]
+    cases += [("user_fields (name)", {"user_id": "a", "user_fields": {bad: "5"}}) for bad in (5, "", LONE, None)]
     cases += [("beam_widths", {"user_id": "a", "beam_width": 5, "beam_widths": [5]})]
     cases += [("user_id", {"user_id": bad}) for bad in ["", LONE, *(bad for bad in NOT_TEXT if bad is not None)]]
     return [*cases, ("user_id", {}), ("user_id", {"user_id": "a", "history": ["b"]}), ("user_id", {"history": None})]

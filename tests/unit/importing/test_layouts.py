@@ -37,7 +37,10 @@ def test_a_toml_file_holds_every_field(tmp_path: Path) -> None:
     [
         ('segments = ["no place"]', "segments: must hold {history} exactly once"),
         ('segments = ["{history}", "{history}"]', "segments: must hold {history} exactly once"),
-        ('segments = ["{user}: {history}"]', "segments: {user} would change from prompt to prompt"),
+        ('segments = ["{user.history}: {history}"]', "segments: {user.history} would change from prompt to prompt"),
+        ('segments = ["{number}: {history}"]', "segments: {number} would change from prompt to prompt"),
+        ('segments = ["{age}, {user.age}: {history}"]', "segments: {age} stands more than once"),
+        ('segments = ["{age}: {history}"]\nuser_defaults = {sex = "F"}', "user_defaults: sex is no field in segments"),
         ('segments = ["{history}"]\nitem = "x"', "item: must hold {item} or a field such as {title}"),
         ('segments = ["{history}"]\nitem = "{number}."', "item: must hold {item} or a field such as {title}"),
         ('segments = ["{history}"]\nitem = "{item} {item}"', "and each place once"),
