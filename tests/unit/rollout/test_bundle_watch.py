@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from atspeed.artefacts.bundle_source import LinkSource
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
@@ -24,7 +25,7 @@ class Host:
     def __init__(self, link: Path, track: Track = Track.STABLE) -> None:
         self.link, self.activated, self.go = link, list[str](), asyncio.Event()
         served = open_bundle(link).manifest.version if track is Track.STABLE else None
-        self.watch = BundleWatch(link, track, self, served)
+        self.watch = BundleWatch(LinkSource(link), track, self, served)
 
     async def activate(self, bundle: Bundle, track: Track) -> None:
         if bundle.root.name == "slow":
