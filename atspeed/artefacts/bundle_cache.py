@@ -14,14 +14,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
 from atspeed.engine.bundle.bundle_files import link_or_copy, sha256_of
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Manifest
 from atspeed.engine.errors import BundleError
-from atspeed.engine.files.atomic_write import replacing
 
 _KEPT = 4
 """Bundles that stay: those of two tracks, and the one before each."""
@@ -56,8 +55,8 @@ class BundleCache:
         try:
             for name, digest in manifest.files.items():
                 self._link(self._file(name, digest, chunks, stop), root / name)
-            with replacing(root / MANIFEST) as file:
-                file.write(content)
+            with _placed(root / MANIFEST) as new:
+                new.write_bytes(content)
             os.utime(root)
             self._evict()
         except OSError as error:
@@ -69,36 +68,25 @@ class BundleCache:
         folder = self._folder / "files"
         if (folder / digest).is_file() and sha256_of(folder, digest) == digest:
             return folder / digest
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{digest}.{uuid.uuid4().hex}.partial"
-        try:
-            with partial.open("xb") as file:
-                found = hashlib.sha256()
-                for part in chunks(name):
-                    if stop.is_set():
-                        raise BundleError(f"{name}: the fetch was stopped")
-                    found.update(part)
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
+        with _placed(folder / digest) as new, new.open("xb") as file:
+            found = hashlib.sha256()
+            for part in chunks(name):
+                if stop.is_set():
+                    raise BundleError(f"{name}: the fetch was stopped")
+                found.update(part)
+                file.write(part)
             if found.hexdigest() != digest:
                 raise BundleError(f"{name}: its SHA-256 differs from the manifest's")
-            partial.replace(folder / digest)
-        finally:
-            partial.unlink(missing_ok=True)
+            file.flush()
+            os.fsync(file.fileno())
         return folder / digest
 
     def _link(self, file: Path, path: Path) -> None:
         """Let a path of a bundle name a file, in one step."""
         if path.is_file() and path.samefile(file):
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
+        with _placed(path) as new:
             link_or_copy(file, new)
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         """Remove the bundles that were fetched longest ago, and files that no bundle holds. What is open stays readable."""
@@ -110,3 +98,18 @@ class BundleCache:
                 found = file.stat()
                 if found.st_nlink == 1 and time.time() - found.st_ctime > _UNUSED_SECONDS:
                     file.unlink()
+
+
+@contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes its place when the block ends, and is removed when the block fails.
+
+    The name is unique also among containers that share the folder, whose processes have the same ids.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from atspeed.artefacts.bundle_cache import BundleCache
-from atspeed.artefacts.object_store import ObjectStore
+from atspeed.artefacts.object_store import ObjectStore, StoreError
 from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, Manifest, parse_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.security.file_watch import file_signature
@@ -136,6 +136,8 @@ class _Stored:
             return self.source.cache.fetch(
                 self.content, self._manifest(), lambda name: store.chunks(f"{place}/{name}"), stop
             )
+        except StoreError:
+            raise
         except BundleError as error:
             text = str(error)
             raise BundleError(text if place in text else f"{place}: {text}") from error

@@ -54,10 +54,15 @@ class ObjectStore:
             return content
 
     def chunks(self, url: str, size: int = 8_388_608) -> Iterator[bytes]:
-        """Yield the content of an object in parts. Raises StoreError, also when there is no such object."""
-        with self._failures(url), self._files.open(self._path(url), "rb", cache_type="none") as file:
-            while part := file.read(size):
-                yield part
+        """Yield the content of an object in parts. Raises StoreError, and BundleError when there is no such object."""
+        with self._failures(url):
+            try:
+                file = self._files.open(self._path(url), "rb", cache_type="none")
+            except _ABSENT:
+                raise BundleError(f"{url}: missing") from None
+            with file:
+                while part := file.read(size):
+                    yield part
 
     def write(self, url: str, content: bytes) -> None:
         """Write a small object in one step. Raises StoreError."""

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ class BundleHost(Protocol):
 
 # Checks in a row without a manifest after which a bundle counts as missing. The first may meet one directory's swap for another.
 _MAX_MISSES = 2
+# Pause after a store failed in the middle of a bundle. The files that were fetched before stay in the cache.
+_RETRY_SECONDS = 5.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -89,6 +92,7 @@ class BundleWatch:
         self.rejected = 0
         self.unreachable = 0
         self._reached = True
+        self._not_before = 0.0
         self._seen: Hashable = None
         self._misses = 0
         self._activation: asyncio.Task[None] | None = None
@@ -97,9 +101,12 @@ class BundleWatch:
     def reset(self) -> None:
         """Forget the last check, so that the next one tries a rejected bundle again."""
         self._seen = None
+        self._not_before = 0.0
 
     async def check(self) -> None:
         """Compare the named bundle with the served one, and start to activate a different one."""
+        if time.monotonic() < self._not_before:
+            return
         try:
             named = await asyncio.to_thread(self._source.look)
         except StoreError as error:
@@ -155,6 +162,10 @@ class BundleWatch:
         self._log.info("bundle_activating", root=named.place, version=version)
         try:
             await self._host.activate(await open_named(named), self.track)
+        except StoreError as error:
+            self._seen = None
+            self._not_before = time.monotonic() + _RETRY_SECONDS
+            self._miss_store(error)
         except EngineError as error:
             self._reject(error)
         except Exception as error:  # noqa: BLE001 - after any failure the served bundle stays
