@@ -17,7 +17,7 @@ from atspeed.local.child_process import ChildProcess
 from tests.free_ports import free_ports
 
 BINARY = Path(sysconfig.get_path("scripts")) / "weed"
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0  # after a restart it waits for its own parts
 _PARTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port")
 
 

@@ -18,6 +18,8 @@ apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
   name: atspeed
+  namespace: atspeed
+  labels: { app.kubernetes.io/part-of: atspeed }
 spec:
 """
 
