@@ -18,7 +18,15 @@ from tests.free_ports import free_ports
 
 BINARY = Path(sysconfig.get_path("scripts")) / "weed"
 _START_SECONDS = 180.0  # after a restart it waits for its own parts
-_PARTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port")
+_PARTS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port",
+)
 
 
 def runs() -> bool:
@@ -71,7 +79,7 @@ class S3Server:
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end:
             try:
-                urllib.request.urlopen(self.environment["AWS_ENDPOINT_URL"], timeout=5)
+                urllib.request.urlopen(self.environment["AWS_ENDPOINT_URL"], timeout=5)  # noqa: S310 - a URL of ours
             except urllib.error.HTTPError:  # it answers: an anonymous caller may do nothing
                 return
             except OSError:
@@ -82,6 +90,8 @@ class S3Server:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
         self._folder.cleanup()

@@ -75,7 +75,7 @@ class _Folder:
     def version(self) -> str:
         return self._manifest().version
 
-    def open(self, stop: Event) -> Bundle:
+    def open(self, stop: Event) -> Bundle:  # noqa: ARG002 - it takes no time
         return Bundle(self.root, self._manifest())
 
     def _manifest(self) -> Manifest:

@@ -1,4 +1,4 @@
-"""Signatures of bundles, in the format of OpenSSF model signing with a key of one's own.
+"""Signatures of bundles, in OpenSSF's format with a key of one's own.
 
 The file `model.sig` is a Sigstore bundle: a DSSE envelope over an in-toto statement with the SHA-256 of every file. It is checked
 here against the manifest alone, which holds the hashes of all other files. `model_signing verify key` checks the whole folder.
@@ -171,7 +171,9 @@ def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(_read_key(path), None)
     except TypeError as error:
-        raise KeyFileError(f"{path}: the key is encrypted; give a decrypted one, such as by a process substitution") from error
+        raise KeyFileError(
+            f"{path}: the key is encrypted; give a decrypted one, such as by a process substitution"
+        ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise KeyFileError(f"{path}: not a private key in PEM") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _HASHES:

@@ -29,7 +29,9 @@ def _url(value: str | None) -> str | None:
 
 
 ShownBundle = Annotated[Path, typer.Argument(help="Folder of the bundle.", exists=True, file_okay=False)]
-Url = Annotated[str, typer.Argument(help="URL: s3://, gs://, hf://, https:// or another that fsspec knows.", callback=_url)]
+Url = Annotated[
+    str, typer.Argument(help="URL: s3://, gs://, hf://, https:// or another that fsspec knows.", callback=_url)
+]
 PublicKey = Annotated[
     Path | None,
     typer.Option(

@@ -37,7 +37,6 @@ from atspeed.cli.interrupts import interruptible
 from atspeed.cli.options import (
     MAX_REPLICAS,
     MAX_THREADS,
-    AsJson,
     BundleFolder,
     CheckpointMinutes,
     CommandError,

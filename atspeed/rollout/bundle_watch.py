@@ -1,4 +1,4 @@
-"""Watches the places that a service's settings name bundles by, and activates a bundle when it changes.
+"""Watches the bundle paths and URLs of a service, and activates a changed bundle.
 
 A place is a directory, a symlink or a URL. A bundle has changed when the version in its manifest has. A bundle that cannot be
 served is rejected once, and the earlier one stays; SIGHUP makes the service try it again. The stable bundle is always there. A

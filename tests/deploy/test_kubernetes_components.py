@@ -78,14 +78,14 @@ def test_a_first_fetch_has_time(stored: list[Manifest]) -> None:
         assert 900 <= patience < deployment["spec"]["progressDeadlineSeconds"]
 
 
-def test_services_take_the_settings(
-    stored: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_services_take_the_settings(stored: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As an overlay sets them: with a URL, here of a store in memory."""
     key = tmp_path / "bundle.pub"
     command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
     private = subprocess.run(command, check=True, capture_output=True).stdout
-    key.write_bytes(subprocess.run(["openssl", "pkey", "-pubout"], input=private, check=True, capture_output=True).stdout)
+    key.write_bytes(
+        subprocess.run(["openssl", "pkey", "-pubout"], input=private, check=True, capture_output=True).stdout
+    )
     for name in PORTS:
         with monkeypatch.context() as patch:
             for variable, value in of_kind(stored, "ConfigMap")[f"atspeed-{name}"]["data"].items():

@@ -57,7 +57,13 @@ PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {".", MANIFEST, SIGNATURE} or "\0" in name:
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or str(path) != name
+        or name in {".", MANIFEST, SIGNATURE}
+        or "\0" in name
+    ):
         raise ValueError("not the path of a file inside the bundle")
     return name
 

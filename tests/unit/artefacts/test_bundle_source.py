@@ -204,9 +204,7 @@ def test_a_push_changes_no_bundle_that_is_there(bundle: Bundle, store: str, tmp_
     assert ObjectStore(store).read(f"{store}/current") == b"first\n"
 
 
-def test_a_store_that_lies_about_a_write_is_found(
-    bundle: Bundle, store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_lies_about_a_write_is_found(bundle: Bundle, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ObjectStore, "upload", lambda self, source, url: self.write(url, b"other"))
     with pytest.raises(BundleError, match="was written, but its SHA-256 differs"):
         push_bundle(bundle.root, f"{store}/first", f"{store}/current")
