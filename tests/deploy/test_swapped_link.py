@@ -35,7 +35,9 @@ def mounted() -> dict[str, str]:
 def move(volume: Path, link: str, bundle: str) -> None:
     """Run the command of the page for this volume."""
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^ln -s 2027-02 /bundles/next && mv -T /bundles/next /bundles/current$", page, re.MULTILINE)
+    (command,) = re.findall(
+        r"^ln -s 2027-02 /bundles/next && mv -T /bundles/next /bundles/current$", page, re.MULTILINE
+    )
     here = command.replace("2027-02", bundle).replace("/bundles/current", f"/bundles/{link}")
     subprocess.run(["sh", "-euc", here.replace("/bundles", str(volume))], check=True)
 

@@ -80,7 +80,12 @@ def test_a_link_is_followed_and_the_next_bundle_needs_only_what_is_new(
     push_bundle(other.root, f"{store}/second", f"{store}/current")
     fetched: list[str] = []
     chunks = ObjectStore.chunks
-    monkeypatch.setattr(ObjectStore, "chunks", lambda self, url: (fetched.append(url), chunks(self, url))[1])
+
+    def noted(self: ObjectStore, url: str) -> Iterator[bytes]:
+        fetched.append(url)
+        return chunks(self, url)
+
+    monkeypatch.setattr(ObjectStore, "chunks", noted)
     second = source.look()
     assert second
     assert second.revision != first.revision

@@ -94,7 +94,7 @@ def test_no_changed_or_cut_signature_is_taken(bundle: Bundle, ours: KeyPair) -> 
     inner = envelope["dsseEnvelope"]
     payload = base64.b64decode(inner["payload"])
     wrong = [b"", b"{}", b"[]", b"null", b"\xff", path.read_bytes()[:-40], path.read_bytes()[:200]]
-    changed = [
+    changed: list[dict[str, object]] = [
         {"payload": base64.b64encode(payload.replace(b"sha256", b"sha257", 1)).decode()},
         {"signatures": []},
         {"signatures": [{"sig": ""}]},
