@@ -20,8 +20,10 @@
 #   make edge            deploy/envoy from atspeed/edge
 #   make demo-graph      bundles/movielens-100k-85m.onnx, the graph of the demo's target, without weights
 #   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
+#   make rules           the alert rules as an object of the Prometheus Operator
 #   make tree            the file tree of docs/architecture.md
 #   make constraints     constraints.txt from the development environment (make it afresh before)
+#   make sbom            var/sbom/atspeed.cdx.json: every package that serving installs, as CycloneDX
 #   make clean           removes caches and build results; make distclean the environments too
 #
 # PYTHON=... chooses the interpreter for new environments, PYTEST_FLAGS=... goes to pytest. The measurements are written to
@@ -271,6 +273,7 @@ lint: $(DEV)/.installed
 	$(BIN)/python -m atspeed.observability.metrics_docs --check
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python deploy/envoy/generate.py --check
+	$(BIN)/python deploy/prometheus/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
 	$(BIN)/python docs/prose.py --check
 	$(BIN)/python docs/roofline.py --check
@@ -283,6 +286,10 @@ protos: $(DEV)/.installed
 .PHONY: edge
 edge: $(DEV)/.installed
 	$(BIN)/python deploy/envoy/generate.py
+
+.PHONY: rules
+rules: $(DEV)/.installed
+	$(BIN)/python deploy/prometheus/generate.py
 
 .PHONY: tree
 tree: $(DEV)/.installed
@@ -314,6 +321,16 @@ constraints: $(DEV)/.installed
 	@{ sed -n '1{/^#/p;}' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | \
 	    sed -n 's/^\([A-Za-z0-9_.-]*==[^+ ]*\).*$$/\1/p' | LC_ALL=C sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
+
+# By a tool in an environment of its own, so that the list has none of the tool's packages.
+SBOM := var/sbom
+
+.PHONY: sbom
+sbom: $(DEMO)/.installed
+	@$(call environment,$(SBOM)/tool)
+	$(SBOM)/tool/bin/python -m pip install --quiet 'cyclonedx-bom==7.5.0'
+	$(SBOM)/tool/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+	    --output-file $(SBOM)/atspeed.cdx.json $(DEMO)/bin/python
 
 .PHONY: environments
 environments: $(DEV)/.installed $(DEMO)/.installed

@@ -40,7 +40,17 @@ PURPOSES = {
     "docs": "architecture, decisions, method, operations, settings, log",
     "tests": "unit, integration, faults, e2e, deploy, training, benchmarks, oracles",
 }
-_UNLISTED = {"README.md", "LICENSE", ".gitignore", ".gitattributes", ".dockerignore", ".ci"}
+_UNLISTED = {
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    ".gitignore",
+    ".gitattributes",
+    ".dockerignore",
+    ".ci",
+}
 
 
 def tree() -> str:

@@ -20,7 +20,7 @@ from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
-from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, open_bundle, watch_bundles
+from atspeed.rollout.bundle_watch import BundleWatch, bundle_sources, bundle_watches, open_first, watch_bundles
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
@@ -273,7 +273,8 @@ async def _redis_client(settings: OrchestratorSettings) -> AsyncIterator[Redis |
 @asynccontextmanager
 async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Registration]]:
     """Start the recommender over the settings' services and follow the settings' bundles until the end."""
-    bundle = open_bundle(settings.bundle)
+    sources = bundle_sources(settings)
+    bundle = await open_first(sources[Track.STABLE])
     admission = Admission(settings.max_running, settings.max_queued)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(_redis_client(settings))
@@ -282,7 +283,7 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         router = TrackRouter(states, settings.canary_share)
         stack.push_async_callback(router.close)
         await router[Track.STABLE].snapshots.activate(bundle, at_once=True)
-        watches = bundle_watches(settings, router, bundle.manifest.version)
+        watches = bundle_watches(sources, router, bundle.manifest.version)
         await stack.enter_async_context(watch_bundles(watches, settings.bundle_poll_seconds, _CANARY_WAIT_SECONDS))
         servicer = RecommendationServicer(settings, router, watches, admission)
         await servicer.publish_history_limit()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def built(folder: Path) -> list[Manifest]:
     command = [fetched.kubectl(), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return list(yaml.safe_load_all(done.stdout))
+
+
+def above(folder: Path, overlay: str, components: Sequence[str], **more: object) -> list[Manifest]:
+    """Objects of an overlay of one's own in a folder: one of ours with components, and fields of its own."""
+    own: dict[str, object] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    own["resources"] = [os.path.relpath(FOLDER / "overlays" / overlay, folder)]
+    own["components"] = [os.path.relpath(FOLDER / "components" / component, folder) for component in components]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(own | more), encoding="utf-8")
+    return built(folder)
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:

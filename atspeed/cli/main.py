@@ -21,9 +21,9 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from atspeed.cli import display
 from atspeed.cli.batch import batch
 from atspeed.cli.bench.main import bench_commands
+from atspeed.cli.bundle import bundle_commands
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
 from atspeed.cli.distill import distill
@@ -32,22 +32,17 @@ from atspeed.cli.import_checkpoint import import_checkpoint
 from atspeed.cli.inflate import inflate
 from atspeed.cli.options import (
     MAX_THREADS,
-    AsJson,
     CheckpointMinutes,
     CommandError,
     Minutes,
     Threads,
     optional,
-    out,
 )
 from atspeed.cli.security import certificates, token
 from atspeed.cli.up import up
-from atspeed.engine.bundle.manifest import Bundle, Precision
-from atspeed.engine.model.bundle_check import verify_bundle
-from atspeed.engine.model.decoder import Provider
+from atspeed.engine.bundle.manifest import Precision
 
 app = Commands(pretty_exceptions_show_locals=False, add_completion=True)
-bundle_commands = Commands(help="Inspect and verify a bundle.")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
 app.add_typer(bench_commands, name="bench")
@@ -69,29 +64,6 @@ def atspeed(
     ] = False,
 ) -> None:
     """Speculative beam decoding for generative recommendation."""
-
-
-ShownBundle = Annotated[Path, typer.Argument(help="Folder of the bundle.", exists=True, file_okay=False)]
-
-
-@bundle_commands.command("inspect")
-def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
-    """Print the content of a bundle."""
-    bundle = Bundle(folder)
-    if as_json:
-        print(bundle.manifest.model_dump_json(indent=1))
-        return
-    catalogue = bundle.catalogue()
-    out.print(display.manifest_table(bundle.manifest, catalogue.items, len(catalogue.item_start) - 1))
-
-
-@bundle_commands.command("verify")
-def bundle_verify(
-    folder: ShownBundle, provider: Annotated[Provider, typer.Option(help="Device of the passes.")] = "cpu"
-) -> None:
-    """Check file hashes, catalogue version and graphs, and that a pass over each token of a request is finite."""
-    bundle = verify_bundle(folder, provider=provider)
-    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}")
 
 
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run; a run in it is resumed.", file_okay=False)]

@@ -42,7 +42,12 @@ CheckpointMinutes = Annotated[
 out, err = Console(), Console(stderr=True)
 
 # The extra that installs a package; all other packages belong to `train`.
-_EXTRAS = {"gguf": "base-models", "matplotlib": "bench", "onnxruntime_genai": "bench", "trustme": "local"}
+_EXTRAS = {
+    "gguf": "base-models",
+    "matplotlib": "bench",
+    "onnxruntime_genai": "bench",
+    "trustme": "local",
+}
 _OURS = {"atspeed", "draft_service", "orchestrator", "research", "target_service"}
 
 

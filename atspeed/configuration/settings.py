@@ -24,9 +24,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, DirectoryPath, Field, FilePath, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    DirectoryPath,
+    Field,
+    FilePath,
+    PlainValidator,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from atspeed.artefacts.object_store import check_url
 from atspeed.engine.host_names import is_host
 from atspeed.engine.kv.redis_client import RedisTls
 from atspeed.engine.kv.redis_url import check_redis_url
@@ -43,6 +54,28 @@ def _host(text: str) -> str:
 
 
 Host = Annotated[str, AfterValidator(_host)]
+
+
+_DIRECTORY: TypeAdapter[Path] = TypeAdapter(DirectoryPath)
+_PATH: TypeAdapter[Path | None] = TypeAdapter(Path | None)
+
+
+def _bundle_place(place: object) -> Path | str:
+    """Return the URL or the existing directory that a text names."""
+    if isinstance(place, str) and "://" in place:
+        return check_url(place)
+    return _DIRECTORY.validate_python(place)
+
+
+def _canary_place(place: object) -> Path | str | None:
+    """Return the URL or the path that a text names; the path may not exist yet."""
+    if isinstance(place, str) and "://" in place:
+        return check_url(place)
+    return _PATH.validate_python(place)
+
+
+BundlePlace = Annotated[Path | str, PlainValidator(_bundle_place, json_schema_input_type=DirectoryPath)]
+CanaryPlace = Annotated[Path | str | None, PlainValidator(_canary_place, json_schema_input_type=Path | None)]
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
@@ -68,19 +101,25 @@ class ServiceSettings(BaseSettings):
     essential: ClassVar[frozenset[str]] = frozenset(
         (
             *("bundle", "canary_bundle", "host", "port", "redis_url", "tls_certificate", "tls_key", "tls_client_ca"),
-            *("tokens_file", "log_level", "metrics_port", "max_running", "max_queued"),
+            *("tokens_file", "bundle_public_key", "log_level", "metrics_port", "max_running", "max_queued"),
         )
     )
     """The settings that operators change. --help and docs/settings.md list them before the advanced ones."""
 
-    bundle: DirectoryPath
-    """Directory of the bundle to serve, or a symlink to it. A changed bundle is loaded and served (hot reload)."""
-    canary_bundle: Path | None = None
-    """Directory of the canary bundle, or a symlink to it. It serves the orchestrator's canary_share of the users. It may appear
-    and disappear; without it, `bundle` serves all users.
+    bundle: BundlePlace
+    """Directory of the bundle to serve, a symlink to it, or a URL such as s3://BUCKET/current (see operations.md). A changed
+    bundle is loaded and served (hot reload).
+    """
+    canary_bundle: CanaryPlace = None
+    """Directory of the canary bundle, a symlink to it, or a URL. It serves the orchestrator's canary_share of the users. It may
+    appear and disappear; without it, `bundle` serves all users.
     """
     bundle_poll_seconds: float = Field(default=1.0, gt=0, le=3600)
-    """Interval at which the bundle paths are checked for changes."""
+    """Interval at which the bundle paths and URLs are checked for changes."""
+    bundle_public_key: FilePath | None = None
+    """Public keys, PEM, of which one must have signed a bundle (`atspeed bundle sign`). Not set: signatures are not checked."""
+    bundle_cache: Path | None = None
+    """Folder for bundles that were fetched from a URL. Processes may share it. Not set: atspeed/bundles in the user's cache."""
     host: Host = "127.0.0.1"
     """Address to listen on. 0.0.0.0: all interfaces."""
     port: Port = 0

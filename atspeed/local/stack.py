@@ -181,7 +181,7 @@ class LocalStack:
 
     def __init__(
         self,
-        bundle: Path,
+        bundle: Path | str,
         *,
         redis_url: str | None = None,
         drafts: int = 1,
@@ -194,7 +194,7 @@ class LocalStack:
         """Prepare the services without starting them.
 
         Args:
-            bundle: the bundle to serve.
+            bundle: the bundle to serve: a folder, a link or a URL.
             redis_url: the URL of Redis; None without one.
             drafts: draft replicas.
             targets: target replicas.
@@ -207,7 +207,8 @@ class LocalStack:
         self.log_folder = log_folder or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
         self._redis_url = redis_url
         self._flags = flags or {}
-        self._bundle = bundle.absolute()  # not resolved, since the services follow a link
+        # A path is not resolved, since the services follow a link.
+        self._bundle = bundle.absolute() if isinstance(bundle, Path) else bundle
         # Models slow each other down when together they have more threads than there are cores.
         self._threads = max(1, (os.cpu_count() or 1) // max(1, drafts + targets))
         self.drafts = [self._service("draft", "draft_service", n) for n in range(drafts)]

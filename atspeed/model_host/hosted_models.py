@@ -31,7 +31,7 @@ from atspeed.model_host.model_metrics import ModelMetrics, served_reads
 from atspeed.model_host.settings import ModelSettings
 from atspeed.observability.bundle_metrics import bundle_reads
 from atspeed.observability.metrics import Readings, Reads
-from atspeed.rollout.bundle_watch import bundle_watches, open_bundle, watch_bundles
+from atspeed.rollout.bundle_watch import bundle_sources, bundle_watches, open_first, watch_bundles
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.health import NOTICE_SECONDS
@@ -304,9 +304,10 @@ async def served_models(
 
     Raises BundleError or CatalogueError for a stable bundle whose parts do not match.
     """
-    bundle = open_bundle(settings.bundle)
+    sources = bundle_sources(settings)
+    bundle = await open_first(sources[Track.STABLE])
     models = HostedModels(settings, role, make_worker)
-    watches = bundle_watches(settings, models, bundle.manifest.version)
+    watches = bundle_watches(sources, models, bundle.manifest.version)
     models.metrics.registry.register(Readings(bundle_reads(watches)))
     try:
         await models.activate(bundle)

@@ -21,7 +21,12 @@ PENDING = ReadGauge(
     "1 while another bundle is being loaded, or waits until the models serve it.",
     ("track",),
 )
-METRICS = (SERVED, CHANGES, PENDING)
+UNREACHABLE = ReadCounter(
+    "atspeed_bundle_store_failures_total",
+    "Checks of a bundle's URL at which the store could not be reached, or refused. The served bundle stays.",
+    ("track",),
+)
+METRICS = (SERVED, CHANGES, PENDING, UNREACHABLE)
 
 
 def bundle_reads(watches: Sequence[BundleWatch]) -> dict[ReadCounter | ReadGauge, Read]:
@@ -34,4 +39,5 @@ def bundle_reads(watches: Sequence[BundleWatch]) -> dict[ReadCounter | ReadGauge
             for result, count in (("taken", watch.activated), ("refused", watch.rejected))
         },
         PENDING: lambda: {(watch.track,): watch.pending is not None for watch in watches},
+        UNREACHABLE: lambda: {(watch.track,): watch.unreachable for watch in watches},
     }

@@ -1,8 +1,8 @@
-"""Watches the bundle paths of a service, and activates a bundle when it changes.
+"""Watches the bundle paths and URLs of a service, and activates a changed bundle.
 
-A path is a directory or a symlink. A bundle has changed when the version in its manifest has. A bundle that cannot be served is
-rejected once, and the earlier one stays; SIGHUP makes the service try it again. The stable bundle is always there. A canary is
-deactivated when its path no longer exists.
+A place is a directory, a symlink or a URL. A bundle has changed when the version in its manifest has. A bundle that cannot be
+served is rejected once, and the earlier one stays; SIGHUP makes the service try it again. The stable bundle is always there. A
+canary is deactivated when its place no longer names one. A store that cannot be reached changes nothing.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+import time
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
+from atspeed.artefacts.bundle_cache import BundleCache, default_cache
+from atspeed.artefacts.bundle_source import BundleSource, NamedBundle, bundle_source
+from atspeed.artefacts.object_store import StoreError
+from atspeed.artefacts.signature import TrustedKeys
 from atspeed.concurrency.tasks import background_task
 from atspeed.configuration.settings import ServiceSettings
 from atspeed.engine.bundle.manifest import MANIFEST, Bundle
 from atspeed.engine.errors import BundleError, EngineError
 from atspeed.rollout.release_track import Track
-from atspeed.security.file_watch import FileSignature, file_signature
 
 
 class BundleHost(Protocol):
@@ -37,6 +42,8 @@ class BundleHost(Protocol):
 
 # Checks in a row without a manifest after which a bundle counts as missing. The first may meet one directory's swap for another.
 _MAX_MISSES = 2
+# Pause after a store failed in the middle of a bundle. The files that were fetched before stay in the cache.
+_RETRY_SECONDS = 5.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -46,8 +53,26 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path.resolve())
 
 
+async def open_named(named: NamedBundle) -> Bundle:
+    """Open a bundle in a thread, which ends early when the caller is cancelled. Raises BundleError."""
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(named.open, stop)
+    except asyncio.CancelledError:
+        stop.set()
+        raise
+
+
+async def open_first(source: BundleSource) -> Bundle:
+    """Open the bundle that a source names at the start. Raises BundleError, also when there is none."""
+    named = await asyncio.to_thread(source.look)
+    if named is None:
+        raise BundleError(f"{source.place}/{MANIFEST}: No such file or directory")
+    return await open_named(named)
+
+
 class BundleWatch:
-    """Watches the path of one track.
+    """Watches the place of one track.
 
     Attributes:
         track: the release track.
@@ -55,17 +80,21 @@ class BundleWatch:
         pending: version of the bundle that is being activated; None without one.
         activated: number of bundles that were activated.
         rejected: number of bundles that were rejected.
+        unreachable: number of checks at which the store could not be reached.
     """
 
-    def __init__(self, path: Path, track: Track, host: BundleHost, served: str | None = None) -> None:
-        self._path = path
+    def __init__(self, source: BundleSource, track: Track, host: BundleHost, served: str | None = None) -> None:
+        self._source = source
         self.track = track
         self._host = host
         self.served = served
         self.pending: str | None = None
         self.activated = 0
         self.rejected = 0
-        self._seen: tuple[str, FileSignature] | None = None
+        self.unreachable = 0
+        self._reached = True
+        self._not_before = 0.0
+        self._seen: Hashable = None
         self._misses = 0
         self._activation: asyncio.Task[None] | None = None
         self._log = _log.bind(track=track.value)
@@ -73,24 +102,39 @@ class BundleWatch:
     def reset(self) -> None:
         """Forget the last check, so that the next one tries a rejected bundle again."""
         self._seen = None
+        self._not_before = 0.0
 
     async def check(self) -> None:
-        """Compare the path with the served bundle, and start to activate a different one."""
-        signature = self._signature()
-        if signature is None:
+        """Compare the named bundle with the served one, and start to activate a different one."""
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            named = await asyncio.to_thread(self._source.look)
+        except StoreError as error:
+            self._miss_store(error)
+            return
+        except BundleError as error:
+            await self._reject_once(str(error), error)
+            return
+        if not self._reached:
+            self._reached = True
+            self._log.info("bundle_store_reached", place=self._source.place)
+        if named is None:
             await self._miss()
             return
         self._misses = 0
-        if signature == self._seen:
+        if named.revision == self._seen:
             return
-        self._seen = signature
         try:
-            bundle = open_bundle(self._path)
+            version = await asyncio.to_thread(named.version)
         except BundleError as error:
-            await self.cancel()
-            self._reject(error)
+            await self._reject_once(named.revision, error)
             return
-        version = bundle.manifest.version
+        self._seen = named.revision
+        await self._change_to(named, version)
+
+    async def _change_to(self, named: NamedBundle, version: str) -> None:
+        """Start to activate a bundle, unless its version is served or on its way."""
         if version == (self.pending or self.served):
             return
         await self.cancel()
@@ -98,7 +142,9 @@ class BundleWatch:
             self._log.info("bundle_change_reverted", serving=version)
             return
         self.pending = version
-        self._activation = asyncio.get_running_loop().create_task(self._activate(bundle), name="activate-bundle")
+        self._activation = asyncio.get_running_loop().create_task(
+            self._activate(named, version), name="activate-bundle"
+        )
 
     async def join(self) -> None:
         """Wait for the end of a running activation."""
@@ -113,25 +159,44 @@ class BundleWatch:
         self._activation = None
         self.pending = None
 
-    async def _activate(self, bundle: Bundle) -> None:
-        version = bundle.manifest.version
-        self._log.info("bundle_activating", root=str(bundle.root), version=version, name=bundle.manifest.name)
+    async def _activate(self, named: NamedBundle, version: str) -> None:
+        self._log.info("bundle_activating", root=named.place, version=version)
         try:
-            await self._host.activate(bundle, self.track)
+            await self._host.activate(await open_named(named), self.track)
+        except StoreError as error:
+            self._seen = None
+            self._not_before = time.monotonic() + _RETRY_SECONDS
+            self._miss_store(error)
         except EngineError as error:
             self._reject(error)
         except Exception as error:  # noqa: BLE001 - after any failure the served bundle stays
             self.rejected += 1
-            self._log.error("bundle_rejected", serving=self.served, root=str(bundle.root), exc_info=error)
+            self._log.error("bundle_rejected", serving=self.served, root=named.place, exc_info=error)
         else:
             self.activated += 1
             self.served = version
-            self._log.info("bundle_activated", root=str(bundle.root), version=version)
+            self._log.info("bundle_activated", root=named.place, version=version)
         self.pending = None
+
+    async def _reject_once(self, revision: Hashable, error: EngineError) -> None:
+        """Reject what cannot be activated, unless the last check did."""
+        self._misses = 0
+        if revision == self._seen:
+            return
+        self._seen = revision
+        await self.cancel()
+        self._reject(error)
 
     def _reject(self, error: EngineError) -> None:
         self.rejected += 1
         self._log.error("bundle_rejected", serving=self.served, reason=" ".join(str(error).split()))
+
+    def _miss_store(self, error: StoreError) -> None:
+        """Handle a check that could not look. What is served stays, since nobody knows whether it changed."""
+        self.unreachable += 1
+        if self._reached:
+            self._reached = False
+            self._log.warning("bundle_store_unreachable", serving=self.served, reason=" ".join(str(error).split()))
 
     async def _miss(self) -> None:
         """Handle a check without a manifest."""
@@ -140,7 +205,7 @@ class BundleWatch:
         if self._misses != _MAX_MISSES:
             return
         if self.track is Track.STABLE:
-            self._reject(BundleError(f"{self._path}/{MANIFEST}: is not there"))
+            self._reject(BundleError(f"{self._source.place}/{MANIFEST}: is not there"))
             return
         await self.cancel()
         if self.served is not None:
@@ -148,22 +213,22 @@ class BundleWatch:
             self._log.info("bundle_deactivated", version=self.served)
             self.served = None
 
-    def _signature(self) -> tuple[str, FileSignature] | None:
-        """Return a value that changes with the manifest; None without one."""
-        try:
-            root = self._path.resolve()
-        except (OSError, RuntimeError):  # RuntimeError: a circle of links
-            return None
-        signature = file_signature(root / MANIFEST)
-        return None if signature is None else (str(root), signature)
+
+def bundle_sources(settings: ServiceSettings) -> Mapping[Track, BundleSource]:
+    """Return the place of each track in the settings. Raises BundleError for keys or a scheme that cannot be used."""
+    keys = None
+    if settings.bundle_public_key is not None:
+        keys = TrustedKeys(settings.bundle_public_key)
+    cache = BundleCache(settings.bundle_cache or default_cache())
+    places = {Track.STABLE: settings.bundle, Track.CANARY: settings.canary_bundle}
+    return {track: bundle_source(place, keys, cache) for track, place in places.items() if place is not None}
 
 
-def bundle_watches(settings: ServiceSettings, host: BundleHost, served: str) -> Sequence[BundleWatch]:
-    """Return a watch for each path in the settings. served: version of the stable bundle, which the host serves already."""
-    stable = BundleWatch(settings.bundle, Track.STABLE, host, served)
-    if settings.canary_bundle is None:
-        return [stable]
-    return [stable, BundleWatch(settings.canary_bundle, Track.CANARY, host)]
+def bundle_watches(sources: Mapping[Track, BundleSource], host: BundleHost, served: str) -> Sequence[BundleWatch]:
+    """Return a watch for each source. served: version of the stable bundle, which the host serves already."""
+    return [
+        BundleWatch(source, track, host, served if track is Track.STABLE else None) for track, source in sources.items()
+    ]
 
 
 @asynccontextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -19,6 +17,7 @@ from tests.kubernetes_manifests import (
     PORTS,
     SERVICE_NAMES,
     Manifest,
+    above,
     built,
     containers,
     of_kind,
@@ -78,7 +77,7 @@ def test_every_variable_is_a_setting(manifests: list[Manifest]) -> None:
         assert fields <= set(settings.model_fields)
         assert {field for field, info in settings.model_fields.items() if info.is_required()} <= fields
         assert variables[f"{prefix}PORT"] == str(PORTS[name])
-        assert variables[f"{prefix}BUNDLE"] == "/bundle"
+        assert variables[f"{prefix}BUNDLE"] == "/bundle/stable"
 
 
 def test_a_models_memory_is_well_below_the_limit_of_its_pod(manifests: list[Manifest]) -> None:
@@ -258,15 +257,6 @@ def test_a_target_on_a_gpu_has_time_and_memory_for_its_weights(manifests: list[M
 # components above overlays
 
 
-def above(tmp_path: Path, overlay: str, component: str) -> list[Manifest]:
-    """Objects of an overlay of one's own: one of ours with a component."""
-    parts = {"resources": FOLDER / "overlays" / overlay, "components": FOLDER / "components" / component}
-    own: dict[str, Any] = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
-    own |= {kind: [os.path.relpath(folder, tmp_path)] for kind, folder in parts.items()}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    return built(tmp_path)
-
-
 @pytest.mark.parametrize("overlay_with_gpu", ["gpu", "gpu-secure"])
 @pytest.mark.parametrize(
     ("component", "target", "draft"),
@@ -278,7 +268,7 @@ def above(tmp_path: Path, overlay: str, component: str) -> list[Manifest]:
 def test_draft_and_target_can_share_a_gpu(
     component: str, target: str, draft: str, overlay_with_gpu: str, tmp_path: Path
 ) -> None:
-    found = above(tmp_path, overlay_with_gpu, component)
+    found = above(tmp_path, overlay_with_gpu, [component])
     for manifest in found:
         kubernetes_validate.validate(manifest, "1.34", strict=True)
     for name, asked in (("target", target), ("draft", draft)):
@@ -289,11 +279,11 @@ def test_draft_and_target_can_share_a_gpu(
 def test_with_the_canary_component_all_follow_two_links_in_the_volume(
     manifests: list[Manifest], overlay: str, tmp_path: Path
 ) -> None:
-    for name, found in of_kind(above(tmp_path, overlay, "canary"), "ConfigMap").items():
+    for name, found in of_kind(above(tmp_path, overlay, ["canary"]), "ConfigMap").items():
         role = name.removeprefix("atspeed-")
         of, before = f"ATSPEED_{role.upper()}_", of_kind(manifests, "ConfigMap")[name]["data"]
         changed = {key: value for key, value in found["data"].items() if before.get(key) != value}
-        expected = {f"{of}BUNDLE": "/bundle/stable", f"{of}CANARY_BUNDLE": "/bundle/canary"}
+        expected = {f"{of}CANARY_BUNDLE": "/bundle/canary"}
         if role == "orchestrator":
             expected[f"{of}CANARY_SHARE"] = "0"
         else:  # of each bundle, so both together are what one had

@@ -83,7 +83,7 @@ def secured(manifests: list[Manifest], service: str, folder: Path, monkeypatch: 
     bundle = folder / "bundle"
     bundle.mkdir()
     for name, value in {**data, url["name"]: "rediss://redis:6379/0"}.items():
-        monkeypatch.setenv(name, value.replace("/secrets/", f"{folder}/").replace("/bundle", str(bundle)))
+        monkeypatch.setenv(name, value.replace("/secrets/", f"{folder}/").replace("/bundle/stable", str(bundle)))
     return settings_of(service).load([])
 
 

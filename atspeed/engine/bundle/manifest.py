@@ -2,6 +2,7 @@
 
     bundle/
         manifest.json           this module's `Manifest`
+        model.sig               `atspeed.artefacts.signature`, if the bundle is signed
         catalogue/*.npy         `atspeed.engine.bundle.catalogue.Catalogue`
         target/model.onnx(.data)      device.onnx for devices; encoder.onnx(.data), if the model has an encoder
         prompts/target/*.npy          `atspeed.engine.bundle.item_texts.ItemTexts`, if items have texts
@@ -42,6 +43,7 @@ from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
 
 MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Head = Literal["vocab", "codes"]
@@ -55,7 +57,13 @@ PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {".", MANIFEST} or "\0" in name:
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or str(path) != name
+        or name in {".", MANIFEST, SIGNATURE}
+        or "\0" in name
+    ):
         raise ValueError("not the path of a file inside the bundle")
     return name
 
@@ -227,12 +235,12 @@ class Bundle:
 
     Attributes:
         root: the directory.
-        manifest: its manifest.
+        manifest: its manifest, which is read from it unless it is given.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, manifest: Manifest | None = None) -> None:
         self.root = root
-        self.manifest = read_manifest(root)
+        self.manifest = manifest or read_manifest(root)
 
     def catalogue(self) -> Catalogue:
         """Load the catalogue. Check that its version is the manifest's and that the models can read its items."""
@@ -296,7 +304,7 @@ class Bundle:
             if not _is_in(name, later):
                 check_digest(self.root, name, sha256_of(self.root, name), digests)
         for name in files_below(self.root):
-            if name not in digests and name != MANIFEST and not _is_note(name):
+            if name not in digests and name not in {MANIFEST, SIGNATURE} and not _is_note(name):
                 raise BundleError(f"{self.root}/{name}: not in the manifest")
         for role, model in self.manifest.models.items():
             if model.fingerprint != fingerprint(digests, _folder_of(model.path)):
@@ -334,15 +342,16 @@ def read_manifest(root: Path) -> Manifest:
         content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
-    return _parsed(path, content)
+    return parse_manifest(str(path), content)
 
 
-def _parsed(path: Path, content: bytes) -> Manifest:
+def parse_manifest(place: str, content: bytes) -> Manifest:
+    """Parse and validate the content of a manifest. Raises BundleError naming its place and the field at fault."""
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BundleError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise BundleError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -351,7 +360,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     Raises BundleError, naming the field, when `read_manifest` would refuse the manifest; the file stays as it was then.
     """
     content = f"{manifest.model_dump_json(indent=1)}\n".encode()
-    _parsed(root / MANIFEST, content)
+    parse_manifest(str(root / MANIFEST), content)
     with replacing(root / MANIFEST) as file:
         file.write(content)
 
@@ -365,8 +374,8 @@ def link_files(root: Path, names: Iterable[str], out: Path) -> None:
 
 
 def hash_files(root: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a bundle but its manifest, by relative path."""
-    return {name: sha256_of(root, name) for name in files_below(root) if name != MANIFEST}
+    """Return the SHA-256 of every file of a bundle but its manifest and signature, by relative path."""
+    return {name: sha256_of(root, name) for name in files_below(root) if name not in {MANIFEST, SIGNATURE}}
 
 
 def fingerprint(files: dict[str, str], folder: str) -> str:

@@ -6,9 +6,12 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from atspeed.artefacts.bundle_source import LinkSource, NamedBundle
+from atspeed.artefacts.object_store import StoreError
 from atspeed.engine.bundle.manifest import Bundle, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
@@ -24,7 +27,7 @@ class Host:
     def __init__(self, link: Path, track: Track = Track.STABLE) -> None:
         self.link, self.activated, self.go = link, list[str](), asyncio.Event()
         served = open_bundle(link).manifest.version if track is Track.STABLE else None
-        self.watch = BundleWatch(link, track, self, served)
+        self.watch = BundleWatch(LinkSource(link), track, self, served)
 
     async def activate(self, bundle: Bundle, track: Track) -> None:
         if bundle.root.name == "slow":
@@ -195,3 +198,95 @@ async def test_sighup_checks_at_once(link: Path) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         while host.activated != ["second"]:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)
+
+
+class Unsteady:
+    """A source in front of another one, whose store fails when it is told to."""
+
+    def __init__(self, link: Path) -> None:
+        self.place, self._source = str(link), LinkSource(link)
+        self.look_fails = self.open_fails = False
+        self.broken = ""
+
+    def look(self) -> NamedBundle | None:
+        if self.look_fails:
+            raise StoreError(f"{self.place}: no route")
+        if self.broken:
+            raise BundleError(self.broken)
+        named = self._source.look()
+        return Fetched(named, self) if named else None
+
+
+class Fetched:
+    """A bundle whose files the store may fail to give."""
+
+    def __init__(self, named: NamedBundle, source: Unsteady) -> None:
+        self._named, self._source = named, source
+        self.place, self.revision, self.version = named.place, named.revision, named.version
+
+    def open(self, stop: Event) -> Bundle:
+        if self._source.open_fails:
+            raise StoreError(f"{self.place}: connection reset")
+        return self._named.open(stop)
+
+
+@pytest.fixture
+def unsteady(link: Path) -> tuple[Host, Unsteady]:
+    host, source = Host(link), Unsteady(link)
+    host.watch = BundleWatch(source, Track.STABLE, host, open_bundle(link).manifest.version)
+    return host, source
+
+
+async def test_store_that_cannot_be_reached_rejects_nothing_and_is_asked_again(
+    unsteady: tuple[Host, Unsteady],
+) -> None:
+    host, source = unsteady
+    source.look_fails = True
+    for _ in range(3):
+        await host.point_to("second")
+    assert (host.watch.unreachable, host.watch.rejected, host.activated) == (3, 0, [])
+    source.look_fails = False
+    await host.check()
+    assert (host.activated, host.watch.unreachable) == (["second"], 3)
+
+
+async def test_canary_stays_while_its_store_cannot_be_reached(link: Path) -> None:
+    host, source = Host(link, Track.CANARY), Unsteady(link)
+    host.watch = BundleWatch(source, Track.CANARY, host)
+    await host.check()
+    source.look_fails = True
+    for _ in range(4):
+        await host.check()
+    assert host.activated == ["first"]
+    assert host.watch.served
+
+
+@pytest.mark.parametrize("way", ["after the pause", "at SIGHUP"])
+async def test_fetch_that_a_store_broke_off_is_tried_again(
+    unsteady: tuple[Host, Unsteady], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    host, source = unsteady
+    monkeypatch.setattr("atspeed.rollout.bundle_watch._RETRY_SECONDS", 0.0 if way == "after the pause" else 3600.0)
+    source.open_fails = True
+    await host.point_to("second")
+    await host.watch.join()
+    source.open_fails = False
+    assert (host.watch.unreachable, host.watch.rejected, host.watch.pending, host.activated) == (1, 0, None, [])
+    if way == "at SIGHUP":
+        await host.check()
+        assert host.activated == []
+        host.watch.reset()
+    await host.check()
+    assert host.activated == ["second"]
+
+
+async def test_link_that_names_no_bundle_is_rejected_once(unsteady: tuple[Host, Unsteady]) -> None:
+    host, source = unsteady
+    source.broken = "current: neither a bundle nor the name of one beside it"
+    for _ in range(3):
+        await host.check()
+    assert host.watch.rejected == 1
+    source.broken = ""
+    await host.point_to("second")
+    await host.check()
+    assert host.activated == ["second"]

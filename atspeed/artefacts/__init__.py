@@ -1,0 +1,1 @@
+"""Bundles as artefacts: signatures, URLs, and the cache of fetched ones."""

@@ -1,0 +1,115 @@
+"""A folder of fetched bundles, which several processes may share.
+
+    files/SHA256            a file, under its hash; it appears in one step once the hash was checked
+    bundles/SHA256/         a bundle, under the hash of its manifest, of hard links to these files
+
+A new catalogue on the same models therefore fetches the catalogue only, and an interrupted fetch goes on with the next file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event
+
+from atspeed.engine.bundle.bundle_files import link_or_copy, sha256_of
+from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Manifest
+from atspeed.engine.errors import BundleError
+
+_KEPT = 4
+"""Bundles that stay: those of two tracks, and the one before each."""
+_UNUSED_SECONDS = 3600.0  # a file that no bundle holds yet may be another process's
+
+
+def default_cache() -> Path:
+    """Return the folder for fetched bundles where no setting names one."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "atspeed", "bundles")
+
+
+class BundleCache:
+    """The cache in a folder, which is created with the first bundle."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fetch(
+        self, content: bytes, manifest: Manifest, chunks: Callable[[str], Iterator[bytes]], stop: Event
+    ) -> Bundle:
+        """Return the bundle of a manifest, after its missing and damaged files were fetched.
+
+        Args:
+            content: the bytes of manifest.json.
+            manifest: what they hold.
+            chunks: yields the parts of a file, by its name.
+            stop: ends the fetch, with an error, once it is set.
+
+        Raises BundleError naming the file that differs from the manifest, or that cannot be written.
+        """
+        root = self._folder / "bundles" / hashlib.sha256(content).hexdigest()
+        try:
+            for name, digest in manifest.files.items():
+                self._link(self._file(name, digest, chunks, stop), root / name)
+            with _placed(root / MANIFEST) as new:
+                new.write_bytes(content)
+            os.utime(root)
+            self._evict()
+        except OSError as error:
+            raise BundleError(f"{error.filename or self._folder}: {error.strerror}") from error
+        return Bundle(root, manifest)
+
+    def _file(self, name: str, digest: str, chunks: Callable[[str], Iterator[bytes]], stop: Event) -> Path:
+        """Return the path of a file's content, which is fetched unless it is there and whole."""
+        folder = self._folder / "files"
+        if (folder / digest).is_file() and sha256_of(folder, digest) == digest:
+            return folder / digest
+        with _placed(folder / digest) as new, new.open("xb") as file:
+            found = hashlib.sha256()
+            for part in chunks(name):
+                if stop.is_set():
+                    raise BundleError(f"{name}: the fetch was stopped")
+                found.update(part)
+                file.write(part)
+            if found.hexdigest() != digest:
+                raise BundleError(f"{name}: its SHA-256 differs from the manifest's")
+            file.flush()
+            os.fsync(file.fileno())
+        return folder / digest
+
+    def _link(self, file: Path, path: Path) -> None:
+        """Let a path of a bundle name a file, in one step."""
+        if path.is_file() and path.samefile(file):
+            return
+        with _placed(path) as new:
+            link_or_copy(file, new)
+
+    def _evict(self) -> None:
+        """Remove the bundles that were fetched longest ago, and files that no bundle holds. What is open stays readable."""
+        bundles = sorted((self._folder / "bundles").iterdir(), key=lambda path: path.stat().st_mtime)
+        for root in bundles[:-_KEPT]:
+            shutil.rmtree(root, ignore_errors=True)
+        for file in (self._folder / "files").iterdir():
+            with suppress(FileNotFoundError):
+                found = file.stat()
+                if found.st_nlink == 1 and time.time() - found.st_ctime > _UNUSED_SECONDS:
+                    file.unlink()
+
+
+@contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes its place when the block ends, and is removed when the block fails.
+
+    The name is unique also among containers that share the folder, whose processes have the same ids.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

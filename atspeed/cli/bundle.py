@@ -1,0 +1,120 @@
+"""Commands on a bundle: inspect, verify, sign, push, pull."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atspeed.artefacts.bundle_source import LinkSource
+from atspeed.artefacts.object_store import check_url
+from atspeed.artefacts.transfer import pull_bundle, push_bundle
+from atspeed.cli import display
+from atspeed.cli.errors import Commands
+from atspeed.cli.options import AsJson, optional, out
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, read_manifest
+from atspeed.engine.errors import BundleError
+from atspeed.engine.model.bundle_check import verify_bundle
+from atspeed.engine.model.decoder import Provider
+
+bundle_commands = Commands(help="Inspect, verify, sign, push and pull a bundle.")
+
+
+def _url(value: str | None) -> str | None:
+    try:
+        return check_url(value) if value else value
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+ShownBundle = Annotated[Path, typer.Argument(help="Folder of the bundle.", exists=True, file_okay=False)]
+Url = Annotated[
+    str, typer.Argument(help="URL: s3://, gs://, hf://, https:// or another that fsspec knows.", callback=_url)
+]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(
+        help="Public keys, PEM, of which one must have signed the bundle.",
+        envvar="ATSPEED_BUNDLE_PUBLIC_KEY",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
+
+@bundle_commands.command("inspect")
+def bundle_inspect(folder: ShownBundle, as_json: AsJson = False) -> None:
+    """Print the content of a bundle."""
+    bundle = Bundle(folder)
+    if as_json:
+        print(bundle.manifest.model_dump_json(indent=1))
+        return
+    catalogue = bundle.catalogue()
+    out.print(display.manifest_table(bundle.manifest, catalogue.items, len(catalogue.item_start) - 1))
+
+
+@bundle_commands.command("verify")
+def bundle_verify(
+    folder: ShownBundle,
+    provider: Annotated[Provider, typer.Option(help="Device of the passes.")] = "cpu",
+    public_key: PublicKey = None,
+) -> None:
+    """Check file hashes, catalogue version and graphs, and that a pass over each token of a request is finite.
+
+    With --public-key, the signature is checked first.
+    """
+    if public_key:
+        _check_signature(folder, public_key)
+    bundle = verify_bundle(folder, provider=provider)
+    signed = f", signed by a key of {public_key}" if public_key else ""
+    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}{signed}")
+
+
+@bundle_commands.command("sign")
+def bundle_sign(
+    folder: ShownBundle,
+    key: Annotated[
+        Path, typer.Option(help="Private key on P-256, P-384 or P-521, PEM, unencrypted.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """Check a bundle's files and write its signature, in the format of OpenSSF model signing."""
+    optional("atspeed.artefacts.signature").sign_bundle(folder, key)
+    print(f"{folder}: {SIGNATURE} signs version {read_manifest(folder).version}")
+
+
+@bundle_commands.command("push")
+def bundle_push(
+    folder: ShownBundle,
+    url: Url,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="URL beside the bundle's that services follow, such as s3://BUCKET/current; it names the bundle from then on.",
+            callback=_url,
+        ),
+    ] = None,
+) -> None:
+    """Copy a bundle to a URL, read it back, and let a link name it."""
+    bundle = push_bundle(folder, url, link)
+    print(f"{url}: version {bundle.manifest.version}" + (f", named by {link}" if link else ""))
+
+
+@bundle_commands.command("pull")
+def bundle_pull(
+    url: Url,
+    folder: Annotated[Path, typer.Argument(help="New folder for the bundle.", file_okay=False)],
+    public_key: PublicKey = None,
+) -> None:
+    """Copy the bundle that a URL names into a new folder, and check it."""
+    keys = optional("atspeed.artefacts.signature").TrustedKeys(public_key) if public_key else None
+    bundle = pull_bundle(url, folder, keys)
+    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}")
+
+
+def _check_signature(folder: Path, public_key: Path) -> None:
+    keys = optional("atspeed.artefacts.signature").TrustedKeys(public_key)
+    named = LinkSource(folder, keys).look()
+    if named is None:
+        raise BundleError(f"{folder / MANIFEST}: No such file or directory")
+    named.version()
