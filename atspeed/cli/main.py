@@ -1,7 +1,7 @@
 """The commands of `atspeed`.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
-certificates, token               for TLS and for callers            catalogue update        other items, same models
+certificates, token               for TLS and for callers            catalogue update, encode    other items, same models
 bundle inspect, bundle verify     what a bundle holds                batch                   lists for a file of users
 train, train-drafts, export, base                                                            extra `train`
 import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
