@@ -165,7 +165,8 @@ def test_texts_need_an_encoder_and_a_bundle_its_quantiser(tmp_path: Path) -> Non
 
 def test_changed_codebooks_are_refused(tmp_path: Path) -> None:
     bundle = quantised_bundle(tmp_path / "bundle")
-    Quantiser(codebooks() * 2, bundle.manifest.quantiser or pytest.fail()).save(bundle.root / FOLDER)
+    assert bundle.manifest.quantiser is not None
+    Quantiser(codebooks() * 2, bundle.manifest.quantiser).save(bundle.root / FOLDER)
     items = lines_of(tmp_path / "items.jsonl", GOOD)
     code, said = run("catalogue", "encode", bundle.root, items, "--out", tmp_path / "new.jsonl")
     assert (code, "codebooks.npy: its SHA-256 differs from the manifest's" in said) == (1, True)
