@@ -57,6 +57,8 @@ class OrchestratorSettings(ServiceSettings):
     """Most excluded item ids in a request, and most allowed ones."""
     max_batch: int = Field(default=256, ge=1, le=100_000)
     """Most requests in one RecommendBatch."""
+    max_batch_events: int = Field(default=10_000, ge=1, le=1_000_000)
+    """Most events of all requests in one RecordEventsBatch."""
     batch_concurrency: int = Field(default=8, ge=1, le=1024)
     """Number of requests of one batch that are served or queued at once."""
     request_timeout_seconds: float = Field(default=10.0, gt=0, le=3600)

@@ -41,7 +41,13 @@ CheckpointMinutes = Annotated[
 out, err = Console(), Console(stderr=True)
 
 # The extra that installs a package; all other packages belong to `train`.
-_EXTRAS = {"gguf": "base-models", "matplotlib": "bench", "onnxruntime_genai": "bench", "trustme": "local"}
+_EXTRAS = {
+    "confluent_kafka": "kafka",
+    "gguf": "base-models",
+    "matplotlib": "bench",
+    "onnxruntime_genai": "bench",
+    "trustme": "local",
+}
 _OURS = {"atspeed", "draft_service", "orchestrator", "research", "target_service"}
 
 
