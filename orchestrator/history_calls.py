@@ -16,6 +16,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.history import HistoryStore, HistoryUnavailable, Recorded, UserEvents
 from orchestrator.replies import to_event
 from orchestrator.requests import check_user, parse_events
+from orchestrator.serving.event_prefixes import EventPrefixes
 from orchestrator.serving.track_router import TrackRouter
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.user_key import user_cache_key
@@ -28,9 +29,10 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class HistoryCalls:
     """The calls of the public contract about stored histories."""
 
-    def __init__(self, settings: OrchestratorSettings, router: TrackRouter) -> None:
+    def __init__(self, settings: OrchestratorSettings, router: TrackRouter, prefixes: EventPrefixes) -> None:
         self._settings = settings
         self._router = router
+        self._prefixes = prefixes
 
     async def record(self, request: pb.RecordEventsRequest) -> pb.RecordEventsResponse:
         """Add events to a stored history."""
@@ -72,7 +74,9 @@ class HistoryCalls:
     async def forget(self, request: pb.ForgetUserRequest) -> pb.ForgetUserResponse:
         """Erase a user's history and cached keys and values."""
         check_user(request)
-        existed = await _answered(self._store.forget(request.user_id, tenant=request.tenant))
+        store = self._store
+        await self._prefixes.forget(request.user_id, request.tenant)
+        existed = await _answered(store.forget(request.user_id, tenant=request.tenant))
         return pb.ForgetUserResponse(existed=existed)
 
     @property
@@ -89,6 +93,8 @@ class HistoryCalls:
             raise InvalidArgumentError("requests", f"have {events} events, at most {most} are allowed")
 
     def _reply(self, user: UserEvents, recorded: Recorded) -> pb.RecordEventsResponse:
+        if recorded.duplicates + recorded.expired < len(user.events):
+            self._prefixes.offer(user.user_id, user.tenant)
         return pb.RecordEventsResponse(
             history_length=recorded.length,
             unknown_item_ids=self._unknown(user),

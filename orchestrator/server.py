@@ -32,6 +32,7 @@ from orchestrator.history_calls import HistoryCalls, publish_history_limit
 from orchestrator.metrics import OrchestratorMetrics
 from orchestrator.replies import to_reply, to_timestamp, to_versions
 from orchestrator.requests import parse_request
+from orchestrator.serving.event_prefixes import EventPrefixes
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
 from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
 from orchestrator.serving.track_router import TrackRouter, TrackState
@@ -51,14 +52,20 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     """Servicer of the public contract."""
 
     def __init__(
-        self, settings: OrchestratorSettings, router: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
+        self,
+        settings: OrchestratorSettings,
+        router: TrackRouter,
+        watches: Sequence[BundleWatch],
+        admission: Admission,
+        prefixes: EventPrefixes,
     ) -> None:
         self._settings = settings
         self._router = router
         self._admission = admission
-        self._history_calls = HistoryCalls(settings, router)
+        self._prefixes = prefixes
+        self._history_calls = HistoryCalls(settings, router, prefixes)
         self._watches = {watch.track: watch for watch in watches}
-        self.metrics = OrchestratorMetrics(admission, router, watches)
+        self.metrics = OrchestratorMetrics(admission, router, watches, prefixes)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
@@ -168,6 +175,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         params = parse_request(request, self._settings, usual)
         recommendation_id = secrets.token_hex(16)
         state = self._router.of(params.subject, asked)
+        self._prefixes.request(params.user_key)
         with (
             state.snapshots.current.in_use() as snapshot,
             self.metrics.count_request(state.track, params.mode, deadline),
@@ -246,9 +254,12 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         router = TrackRouter(states, settings.canary_share)
         stack.push_async_callback(router.close)
         await router[Track.STABLE].snapshots.activate(bundle, at_once=True)
+        seconds, enabled = settings.request_timeout_seconds, settings.prefix_on_event and redis is not None
+        prefixes = EventPrefixes(router, admission, seconds=seconds, enabled=enabled)
+        stack.push_async_callback(prefixes.close)
         watches = bundle_watches(settings, router, bundle.manifest.version)
         await stack.enter_async_context(watch_bundles(watches, settings.bundle_poll_seconds, _CANARY_WAIT_SECONDS))
-        servicer = RecommendationServicer(settings, router, watches, admission)
+        servicer = RecommendationServicer(settings, router, watches, admission, prefixes)
         await publish_history_limit(router)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]

@@ -91,6 +91,10 @@ class OrchestratorSettings(ServiceSettings):
     """Evaluate nodes in advance that the target expects a search to need, from the probabilities in other requests. A level of
     prefetched nodes needs no pass of its own. Target-only requests never prefetch.
     """
+    prefix_on_event: bool = False
+    """After RecordEvents, let the target read the user's new prompt when this replica is idle. The next list finds its keys and
+    values in the prefix cache.
+    """
     draft_exploration_share: float = Field(default=0.01, ge=0, le=1)
     """Share of the time of requests that no plan would speed up, spent on plans to notice when one would."""
     canary_share: float = Field(default=0.0, ge=0, le=1)

@@ -11,7 +11,6 @@ from atspeed.cli.connection import Connection, with_connection
 from atspeed.cli.options import CommandError, optional
 from atspeed.engine.files.lines import read_lines
 from atspeed.observability import logs
-from atspeed.rpc import grpc_workarounds
 
 _MOST_MESSAGES = 100_000
 _OURS = ("bootstrap.servers", "group.id", "enable.auto.commit", "enable.auto.offset.store")
@@ -60,17 +59,17 @@ def consume_events(
     """Record the events of a Kafka topic, each at least once and none twice, until SIGTERM or Ctrl-C."""
     process = optional("atspeed.event_consumer.process")
     messages = optional("atspeed.event_consumer.messages")
-    logs.configure("event-consumer", log_level, "json")
-    grpc_workarounds.silence_core()
+    kafka = _settings(kafka_config) if kafka_config else {}
     with connection.client() as client:  # also proves the address before anything is read
         max_events = int(client.info().to_dict()["max_batch_events"])
+    logs.configure("event-consumer", log_level, "json")
     options = process.ConsumerOptions(
         brokers=brokers,
         topic=topic,
         group=group,
         form=messages.MessageFormat(form),
         dead_letter_topic=dead_letters or f"{topic}.dead-letters",
-        kafka=_settings(kafka_config) if kafka_config else {},
+        kafka=kafka,
         batch_messages=batch_messages,
         linger_seconds=linger,
         timeout_seconds=connection.timeout,
