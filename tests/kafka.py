@@ -41,9 +41,9 @@ class Kafka:
             }
         )
 
-    def committed(self, group: str, topic: str) -> int:
-        """Messages of a topic that a group has committed."""
-        with self._open(group) as consumer:
+    def committed(self, topic: str) -> int:
+        """Messages of a topic that the group of its name has committed."""
+        with self._open(topic) as consumer:
             places = [TopicPartition(topic, part) for part in self._parts(consumer, topic)]
             return sum(max(0, place.offset) for place in consumer.committed(places, timeout=LIVENESS_SECONDS))
 

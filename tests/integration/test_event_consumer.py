@@ -68,7 +68,7 @@ def consuming(
     """The loop in a thread, until the end of the block."""
     metrics, stopping = ConsumerMetrics(), threading.Event()
     loop = EventConsumer(
-        kafka.consumer("group"),
+        kafka.consumer(topic),  # a group of its own
         topic,
         form,
         service,
@@ -104,7 +104,7 @@ def test_messages_are_recorded_in_order_and_committed(kafka: Kafka) -> None:
     kafka.send("plain", *sent)
     with consuming(kafka, "plain", service) as (_, metrics):
         until(lambda: len(service.stored) == 240)
-        until(lambda: value(metrics, "lag_messages") == 0 and kafka.committed("group", "plain") == 120)
+        until(lambda: value(metrics, "lag_messages") == 0 and kafka.committed("plain") == 120)
         assert value(metrics, "messages_total", outcome="stored") == 120
         assert value(metrics, "events_total", outcome="new") == 240
     for user in range(7):
@@ -121,9 +121,9 @@ def test_nothing_is_committed_while_the_service_is_down(kafka: Kafka) -> None:
     with consuming(kafka, "down", service) as (loop, metrics):
         until(lambda: service.calls >= 3)
         assert not loop.healthy
-        assert kafka.committed("group", "down") == 0
+        assert kafka.committed("down") == 0
         service.down = None
-        until(lambda: kafka.committed("group", "down") == 30)
+        until(lambda: kafka.committed("down") == 30)
         assert loop.healthy
         assert value(metrics, "retries_total") >= 3
     assert sorted(item for _, item, _ in service.stored) == sorted(f"{n}" for n in range(30))
@@ -138,9 +138,9 @@ def test_a_refused_user_holds_up_the_messages_behind_and_no_others(kafka: Kafka)
     with consuming(kafka, "busy", service) as (_, metrics):
         until(lambda: value(metrics, "retries_total") >= 2)
         assert "13" not in {item for _, item, _ in service.stored}
-        assert 0 < kafka.committed("group", "busy") < 40
+        assert 0 < kafka.committed("busy") < 40
         service.refuse = lambda request: None
-        until(lambda: kafka.committed("group", "busy") == 40)
+        until(lambda: kafka.committed("busy") == 40)
     by_item = {item: {key for _, other, key in service.stored if other == item} for _, item, _ in service.stored}
     assert len(by_item) == 40
     assert all(len(keys) == 1 for keys in by_item.values())
@@ -153,7 +153,7 @@ def test_bad_messages_go_to_the_dead_letters_with_the_reason(kafka: Kafka) -> No
     bad = [("k1", b"{"), ("k2", b'{"user": "u"}'), message("", "1"), ("k4", b"\xff"), ("k5", b"[1]")]
     kafka.send("bad", message("u", "1"), *bad, message("u", "2"))
     with consuming(kafka, "bad", service) as (_, metrics):
-        until(lambda: kafka.committed("group", "bad") == 7)
+        until(lambda: kafka.committed("bad") == 7)
         assert value(metrics, "messages_total", outcome="dead_letter") == 5
     letters = {letter.value(): dict(letter.headers()) for letter in kafka.read("bad.dead", 5)}
     assert set(letters) == {content for _, content in bad}
@@ -170,7 +170,7 @@ def test_a_bad_message_behind_one_that_waits_is_one_dead_letter(kafka: Kafka) ->
     with consuming(kafka, "behind", service):
         until(lambda: service.calls >= 3)
         service.down = None
-        until(lambda: kafka.committed("group", "behind") == 2)
+        until(lambda: kafka.committed("behind") == 2)
     kafka.read("behind.dead", 1)
 
 
@@ -179,7 +179,7 @@ def test_protobuf_messages(kafka: Kafka) -> None:
     request = pb.RecordEventsRequest(user_id="u", events=[pb.Event(item_id="é", event_id="own")])
     kafka.send("binary", ("u", request.SerializeToString()))
     with consuming(kafka, "binary", service, MessageFormat.PROTOBUF):
-        until(lambda: kafka.committed("group", "binary") == 1)
+        until(lambda: kafka.committed("binary") == 1)
     assert service.stored == [("u", "é", "own")]
 
 
