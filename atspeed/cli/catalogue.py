@@ -1,4 +1,4 @@
-"""`atspeed catalogue update` and `encode`: a bundle with other items on the same models.
+"""`atspeed catalogue update` and `encode`: other items on the same models.
 
 Running services can load it (hot reload).
 """

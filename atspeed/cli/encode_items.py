@@ -1,4 +1,4 @@
-"""Embeddings of new items from a file, and the file of their code paths, for `atspeed catalogue encode`."""
+"""Files of `atspeed catalogue encode`: embeddings of new items in, code paths out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes after events: the target reads a user's new prompt in idle time, before the user asks for a list.
+"""Prefixes after events: the target reads a user's new prompt in idle time.
 
 Its keys and values are then in the prefix cache, where the next list finds them. Lists do not depend on the cache. Nothing runs
 while the replica serves requests: a prefix waits until it is idle, and a request cancels the one that runs.

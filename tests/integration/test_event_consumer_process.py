@@ -43,7 +43,7 @@ def start(kafka: Kafka, client: Client, topic: str, *more: str) -> subprocess.Po
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + LIVENESS_SECONDS
+    end = time.monotonic() + 2 * LIVENESS_SECONDS  # a start, and a session that expires
     while not condition():
         assert process.poll() is None, process.communicate()[0].decode()
         assert time.monotonic() < end
@@ -77,7 +77,7 @@ def test_killed_twice_in_the_middle_it_loses_nothing_and_doubles_nothing(
     kafka.send("killed", *sent)
     total = len(sent)
     # The brokers give a killed member's partitions away after its session.
-    (tmp_path / "kafka.properties").write_text("session.timeout.ms = 2000\nheartbeat.interval.ms=500\n")
+    (tmp_path / "kafka.properties").write_text("session.timeout.ms = 6000\nheartbeat.interval.ms=1000\n")
     group = ("--group", "killed", "--kafka-config", str(tmp_path / "kafka.properties"))
     for share in (0.1, 0.5):
         process = start(kafka, client, "killed", "--batch-messages", "10", *group)
