@@ -58,11 +58,11 @@ class HistoryCalls:
         lost = next((one for one in recorded if isinstance(one, HistoryUnavailable)), None)
         if lost is not None:
             _log.warning("history_store_unavailable", error=str(lost))
-        for (place, user), one in zip(valid, recorded, strict=True):
-            if isinstance(one, HistoryUnavailable):
+        for (place, user), stored in zip(valid, recorded, strict=True):
+            if isinstance(stored, HistoryUnavailable):
                 results[place].error.CopyFrom(call_status(_unavailable()).message)
             else:
-                results[place].response.CopyFrom(self._reply(user, one))
+                results[place].response.CopyFrom(self._reply(user, stored))
         return pb.RecordEventsBatchResponse(results=results)
 
     async def get(self, request: pb.GetHistoryRequest) -> pb.GetHistoryResponse:

@@ -1,4 +1,4 @@
-"""Recall on items that training has never seen, which get their codes from the bundle's quantiser.
+"""Recall on items that training has not seen, with codes from its quantiser.
 
 A share of the items is held out: the target is trained without them and without the events that name them. Then `catalogue
 encode` gives them codes by their texts, `catalogue update` adds them, and the lists of the users who met them later are compared

@@ -1,4 +1,4 @@
-"""Lines of files of items: one JSON object each, with errors that name file, line and field."""
+"""Lines of files of items: one JSON object each; errors name line and field."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Consumer of users' events from Kafka, which records them in a running service; needs the extra `kafka`."""
+"""Consumer of users' events from Kafka, into a running service; extra `kafka`."""

@@ -25,7 +25,8 @@ ENCODER = TextEncoderEntry(name="made", version="1", digest="0", dimensions=TEXT
 def codebooks() -> Float32:
     """Three levels of four codes. Lower levels are smaller, as those of a residual quantiser are."""
     scale = np.array([1, 0.3, 0.1])[:, None, None]
-    return (np.random.default_rng(7).normal(size=(3, 4, WHOLE)) * scale).astype(np.float32)
+    made: Float32 = (np.random.default_rng(7).normal(size=(3, 4, WHOLE)) * scale).astype(np.float32)
+    return made
 
 
 def quantised_bundle(root: Path, encoder: TextEncoderEntry | None = ENCODER) -> Bundle:
