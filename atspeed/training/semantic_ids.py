@@ -29,6 +29,8 @@ from atspeed.training.recipe import GivenCodes, QuantisedCodes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DISTANCE_ITEMS = 10_000  # whose distances are measured: enough for two quantiles
+
 
 def build_catalogue(
     dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, data: Path | None, seed: int
@@ -49,7 +51,8 @@ def _quantiser(dataset: Dataset, codes: QuantisedCodes, embeddings: Float32, cod
     encoder = text_encoder(dataset.text_form) if codes.text_weight > 0 else None
     entry = QuantiserEntry(text_weight=codes.text_weight, encoder=encoder, usual_distance=0, far_distance=0)
     bare = Quantiser(codebooks, entry)
-    _, distances = bare.encode(embeddings[:, : bare.text_dimensions or None])
+    sample = embeddings[:: max(1, len(embeddings) // _DISTANCE_ITEMS)]
+    _, distances = bare.encode(sample[:, : bare.text_dimensions or None])
     usual, far = (round(float(value), 6) for value in np.quantile(distances, (0.5, 0.95)))
     return Quantiser(codebooks, entry.model_copy(update={"usual_distance": usual, "far_distance": far}))
 
