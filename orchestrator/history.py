@@ -91,7 +91,7 @@ end
 return {count, most, duplicates, expired}
 """
 _RECORD_SHA = hashlib.sha1(_RECORD.encode(), usedforsecurity=False).hexdigest()  # as Redis names scripts
-_PART_EVENTS = 1000  # in one round trip of a batch, and so in the memory of Redis's reply queue and in one timeout
+_PART_EVENTS = 250  # in one round trip of a batch: other calls wait for a few milliseconds behind it, in Redis and here
 _LEAST_SLACK = 64  # events: a full history is sorted once in so many
 
 
@@ -150,6 +150,7 @@ class HistoryStore:
         self._timeout_seconds = timeout_seconds
         self._max_items = max_items
         self._trim_step = trim_step
+        self._turn = asyncio.Lock()
         self._warned = False
 
     async def publish_limit(self) -> None:
@@ -171,13 +172,14 @@ class HistoryStore:
     async def record_batch(self, batch: Sequence[UserEvents]) -> list[Recorded | HistoryUnavailable]:
         """Add events of many users, each as `record` does, in their order and in few round trips.
 
-        Returns what was stored of each one, or why it is not known to be stored. After a failure of the store itself the rest
-        is not tried.
+        Batches take turns part by part, so that none waits for Redis behind many others. Returns what was stored of each user,
+        or why it is not known to be stored. After a failure of the store itself the rest is not tried.
         """
         results: list[Recorded | HistoryUnavailable] = []
         for part in _parts(batch):
             try:
-                answers = await self._call(partial(self._run_batch, part))
+                async with self._turn:
+                    answers = await self._call(partial(self._run_batch, part))
             except HistoryUnavailable as error:
                 return [*results, *[error] * (len(batch) - len(results))]
             results += map(self._answered, answers)
