@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from orchestrator.events import StoredEvent
 from orchestrator.history import HistoryStore, HistoryUnavailable, Recorded, UserEvents
+from tests.serving import LIVENESS_SECONDS
 from tests.stored_histories import append
 
 DAY = 86_400_000_000
@@ -51,7 +52,7 @@ async def test_ten_thousand_events_replayed_twice_and_shuffled_are_the_ordered_o
 ) -> None:
     """Users have from a few events to more than a history keeps; many events share their time."""
     draw = random.Random(17)
-    histories = HistoryStore(redis_client, 200, trim_step=8)
+    histories = HistoryStore(redis_client, 200, trim_step=8, timeout_seconds=LIVENESS_SECONDS)
     users: dict[str, list[StoredEvent]] = {f"user-{number}": [] for number in range(40)}
     names = draw.choices(list(users), weights=[1 / (1 + rank) for rank in range(40)], k=10_000)
     for number, name in enumerate(names):
@@ -69,7 +70,7 @@ async def test_ten_thousand_events_replayed_twice_and_shuffled_are_the_ordered_o
 
 async def test_a_batch_tells_which_users_failed(redis_client: Redis) -> None:
     """A key of another kind fails alone. A full Redis fails them all and changes nothing."""
-    histories = HistoryStore(redis_client, 20)
+    histories = HistoryStore(redis_client, 20, timeout_seconds=LIVENESS_SECONDS)
     await redis_client.set("history::broken", "x")
     users = [UserEvents(name, [StoredEvent("a", 5, event_id="e")]) for name in ("one", "broken", "two")]
     first, broken, last = await histories.record_batch(users)
@@ -88,7 +89,7 @@ async def test_a_batch_tells_which_users_failed(redis_client: Redis) -> None:
 
 async def test_a_batch_after_the_scripts_are_gone_is_stored(redis_client: Redis) -> None:
     """Another server, after a failover, knows no script."""
-    histories = HistoryStore(redis_client, 20)
+    histories = HistoryStore(redis_client, 20, timeout_seconds=LIVENESS_SECONDS)
     users = [UserEvents(name, [StoredEvent("a")]) for name in "uvw"]
     for length in (1, 2):
         await redis_client.script_flush()
