@@ -35,7 +35,7 @@ from atspeed_client.replies import (
     Statistics,
     Versions,
 )
-from atspeed_client.requests import Event, RecommendRequest
+from atspeed_client.requests import Event, RecommendRequest, UserEvents
 
 PROTOS = _Path(__file__).parent / "protos"
 """Folder of the contract's .proto files, for `protoc -I`."""
@@ -71,6 +71,7 @@ __all__ = [
     "Tls",
     "Track",
     "UsageError",
+    "UserEvents",
     "Versions",
     "Violation",
 ]

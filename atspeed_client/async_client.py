@@ -16,7 +16,7 @@ from atspeed_client.channels import Channels, Endpoint, Tls
 from atspeed_client.enums import Mode, Priority, Track
 from atspeed_client.errors import CallError, ClientStateError, call_error
 from atspeed_client.replies import History, Recommendation, Recorded, ServiceInfo
-from atspeed_client.requests import Event, RecommendRequest
+from atspeed_client.requests import Event, RecommendRequest, UserEvents
 
 _Reply = TypeVar("_Reply")
 
@@ -141,6 +141,16 @@ class AsyncClient:
         Items that the catalogue does not know are stored too, and the reply names them.
         """
         return await self._call(calls.record(user_id, events, tenant), timeout_seconds)
+
+    async def record_batch(
+        self, batch: Iterable[UserEvents], *, timeout_seconds: float | None = None
+    ) -> list[Recorded | CallError]:
+        """Add events of many users in one call. Returns what was stored of each one, or its error, in their order.
+
+        A user's events that were refused can be recorded again: each event has an `event_id`. All users' events together are at
+        most the service's `max_batch_events`.
+        """
+        return await self._call(calls.record_batch(batch), timeout_seconds)
 
     async def history(self, user_id: str, *, tenant: str = "", timeout_seconds: float | None = None) -> History:
         """Return a user's stored events, oldest first; none if nothing is stored."""

@@ -14,9 +14,9 @@ import grpc
 from atspeed_client import arguments, reading
 from atspeed_client.channels import SERVICE, Endpoint
 from atspeed_client.enums import Track
-from atspeed_client.errors import REQUEST_ID_HEADER, CallError, status_error
+from atspeed_client.errors import REQUEST_ID_HEADER, ArgumentValueError, CallError, status_error
 from atspeed_client.replies import History, Recommendation, Recorded, ServiceInfo
-from atspeed_client.requests import Event, RecommendRequest, events
+from atspeed_client.requests import Event, RecommendRequest, UserEvents, events
 from atspeed_client.v1 import recommendation_pb2 as pb
 
 _TRACK_HEADER = "x-atspeed-track"
@@ -69,6 +69,30 @@ def record(user_id: str, items: Iterable[str | Event], tenant: str) -> Call[Reco
     request = pb.RecordEventsRequest(**_user(user_id, tenant), events=events("events", items))
     repeatable = all(event.event_id for event in request.events)
     return Call("RecordEvents", request, pb.RecordEventsResponse, reading.to_recorded, repeatable=repeatable)
+
+
+def record_batch(batch: Iterable[UserEvents]) -> Call[list[Recorded | CallError]]:
+    """Return the call that stores events of many users."""
+    asked = arguments.messages("batch", batch, UserEvents)
+    if not asked:
+        raise ArgumentValueError("batch", "must hold the events of at least one user")
+    requests = [
+        pb.RecordEventsRequest(**_user(one.user_id, one.tenant), events=events(f"batch[{place}].events", one.events))
+        for place, one in enumerate(asked)
+    ]
+    repeatable = all(event.event_id for request in requests for event in request.events)
+    message = pb.RecordEventsBatchRequest(requests=requests)
+    reply = pb.RecordEventsBatchResponse
+    return Call("RecordEventsBatch", message, reply, _recorded_each, repeatable=repeatable)
+
+
+def _recorded_each(reply: pb.RecordEventsBatchResponse, request_id: str) -> list[Recorded | CallError]:
+    return [
+        reading.to_recorded(one.response, request_id)
+        if one.WhichOneof("result") == "response"
+        else status_error(one.error, request_id, 1)
+        for one in reply.results
+    ]
 
 
 def history(user_id: str, tenant: str) -> Call[History]:

@@ -156,6 +156,21 @@ class Event:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class UserEvents:
+    """Events of one user, for `record_batch`.
+
+    Attributes:
+        user_id: the user.
+        events: events, or items that the user has just met, in any order.
+        tenant: tenant of the user.
+    """
+
+    user_id: str
+    events: Iterable[str | Event]
+    tenant: str = ""
+
+
 def events(name: str, values: Any) -> list[pb.Event]:
     """Check item ids or events, of any ordered iterable, and return them as they are sent."""
     listed = arguments.listed(name, values, "item ids or events")

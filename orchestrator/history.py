@@ -9,9 +9,11 @@ Histories have no time to live. So under `volatile-lru` a full Redis evicts cach
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, cast
 from urllib.parse import quote
 
@@ -88,6 +90,8 @@ if count > 0 then
 end
 return {count, most, duplicates, expired}
 """
+_RECORD_SHA = hashlib.sha1(_RECORD.encode(), usedforsecurity=False).hexdigest()  # as Redis names scripts
+_PART_EVENTS = 250  # in one round trip of a batch: other calls wait for a few milliseconds behind it, in Redis and here
 _LEAST_SLACK = 64  # events: a full history is sorted once in so many
 
 
@@ -104,6 +108,15 @@ class Recorded:
     length: int
     duplicates: int
     expired: int
+
+
+@dataclass(frozen=True)
+class UserEvents:
+    """Events of one user, as a batch holds them."""
+
+    user_id: str
+    events: Sequence[StoredEvent]
+    tenant: str = ""
 
 
 class HistoryUnavailable(Exception):  # noqa: N818  a state of the store, like gRPC's UNAVAILABLE
@@ -137,6 +150,7 @@ class HistoryStore:
         self._timeout_seconds = timeout_seconds
         self._max_items = max_items
         self._trim_step = trim_step
+        self._turn = asyncio.Lock()
         self._warned = False
 
     async def publish_limit(self) -> None:
@@ -151,12 +165,48 @@ class HistoryStore:
 
         Raises HistoryUnavailable. All of the events may then be stored, or none.
         """
+        arguments = self._record_arguments(UserEvents(user_id, events, tenant))
+        counts = await self._call(lambda: cast("Awaitable[list[int]]", self._client.eval(_RECORD, 2, *arguments)))
+        return self._recorded(counts)
+
+    async def record_batch(self, batch: Sequence[UserEvents]) -> list[Recorded | HistoryUnavailable]:
+        """Add events of many users, each as `record` does, in their order and in few round trips.
+
+        Batches take turns part by part, so that none waits for Redis behind many others. Returns what was stored of each user,
+        or why it is not known to be stored. After a failure of the store itself the rest is not tried.
+        """
+        results: list[Recorded | HistoryUnavailable] = []
+        for part in _parts(batch):
+            try:
+                async with self._turn:
+                    answers = await self._call(partial(self._run_batch, part))
+            except HistoryUnavailable as error:
+                return [*results, *[error] * (len(batch) - len(results))]
+            results += map(self._answered, answers)
+        return results
+
+    def _run_batch(self, batch: Sequence[UserEvents]) -> Awaitable[list[list[int] | Exception]]:
+        """Send a call per user without waiting in between. The first one brings the script, and the others name it."""
+        pipeline = self._client.pipeline(transaction=False)
+        for place, user in enumerate(batch):
+            send, script = (pipeline.evalsha, _RECORD_SHA) if place else (pipeline.eval, _RECORD)
+            send(script, 2, *self._record_arguments(user))
+        return cast("Awaitable[list[list[int] | Exception]]", pipeline.execute(raise_on_error=False))
+
+    def _answered(self, answer: list[int] | Exception) -> Recorded | HistoryUnavailable:
+        if isinstance(answer, Exception):
+            error = HistoryUnavailable(f"history store: {type(answer).__name__}")
+            error.__cause__ = answer
+            return error
+        return self._recorded(answer)
+
+    def _record_arguments(self, user: UserEvents) -> tuple[str, ...]:
         slack = max(_LEAST_SLACK, self._max_items // 8)
-        packed = [argument for event in events for argument in event.arguments]
-        arguments = (_key(tenant, user_id), LIMIT_KEY, str(self._max_items), str(slack), *packed)
-        count, limit, duplicates, expired = await self._call(
-            lambda: cast("Awaitable[list[int]]", self._client.eval(_RECORD, 2, *arguments))
-        )
+        packed = [argument for event in user.events for argument in event.arguments]
+        return (_key(user.tenant, user.user_id), LIMIT_KEY, str(self._max_items), str(slack), *packed)
+
+    def _recorded(self, counts: list[int]) -> Recorded:
+        count, limit, duplicates, expired = counts
         self._warn_if_below(limit)
         return Recorded(min(count, self._max_items), duplicates, expired)
 
@@ -220,6 +270,18 @@ class HistoryStore:
                 return await call()
         except (RedisError, OSError) as error:
             raise HistoryUnavailable(f"history store: {type(error).__name__}") from error
+
+
+def _parts(batch: Sequence[UserEvents]) -> Iterator[Sequence[UserEvents]]:
+    """Yield a batch in parts of about `_PART_EVENTS` events."""
+    start = events = 0
+    for place, user in enumerate(batch):
+        if events and events + len(user.events) > _PART_EVENTS:
+            yield batch[start:place]
+            start, events = place, 0
+        events += len(user.events)
+    if start < len(batch):
+        yield batch[start:]
 
 
 @contextmanager

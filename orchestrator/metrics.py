@@ -22,6 +22,7 @@ from atspeed.rollout.release_track import Track
 from atspeed.rpc.admission import Admission
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.recommendation import Diagnostics, Recommendation
+from orchestrator.serving.event_prefixes import EventPrefixes
 from orchestrator.serving.track_router import TrackRouter
 
 LISTS = CounterOf(
@@ -90,16 +91,25 @@ CANARY_SHARE = ReadGauge(
     "Share of the users that the canary serves now. 0: no target serves a canary.",
     essential=True,
 )
+EVENT_PREFIXES = ReadCounter(
+    "atspeed_event_prefixes_total",
+    "Prompts that the target read after events, by outcome: made, and of these hit (the user's next list came before another "
+    "event) or wasted (another event or the user's erasure came first); cancelled (by a request; it waits again), failed, "
+    "dropped (too many waited).",
+    ("outcome",),
+)
 METRICS = (
     *(LISTS, STAGE_SECONDS, PASSES, ACCEPTED, NODES, ASKED, PREDICTION, RETRIES, DEGRADED, SHORT),
-    *(SHADOW, SHADOW_GAP, SPECULATION, DRAFT_CIRCUIT, CANARY_SHARE),
+    *(SHADOW, SHADOW_GAP, SPECULATION, DRAFT_CIRCUIT, CANARY_SHARE, EVENT_PREFIXES),
 )
 
 
 class OrchestratorMetrics:
     """Metrics of one orchestrator process."""
 
-    def __init__(self, admission: Admission, router: TrackRouter, watches: Sequence[BundleWatch]) -> None:
+    def __init__(
+        self, admission: Admission, router: TrackRouter, watches: Sequence[BundleWatch], prefixes: EventPrefixes
+    ) -> None:
         self.registry = CollectorRegistry()
         self._lists = LISTS.build(self.registry)
         self._seconds = STAGE_SECONDS.build(self.registry)
@@ -115,7 +125,7 @@ class OrchestratorMetrics:
             self._degraded.labels(
                 track, reason
             )  # a series that appears with its first 1 shows no increase in Prometheus
-        for reads in (admission_reads(admission), bundle_reads(watches), _track_reads(router)):
+        for reads in (admission_reads(admission), bundle_reads(watches), _track_reads(router), _prefix_reads(prefixes)):
             self.registry.register(Readings(reads))
 
     @contextmanager
@@ -157,6 +167,10 @@ class OrchestratorMetrics:
     def _observe_prediction(self, model: str, cost: PassStats, predicted_ns: float | None) -> None:
         if predicted_ns:
             self._prediction.labels(model).observe(cost.forward_ns / predicted_ns)
+
+
+def _prefix_reads(prefixes: EventPrefixes) -> dict[ReadCounter | ReadGauge, Read]:
+    return {EVENT_PREFIXES: lambda: {(name,): prefixes.outcomes[name] for name in prefixes.OUTCOMES}}
 
 
 def _track_reads(router: TrackRouter) -> dict[ReadCounter | ReadGauge, Read]:

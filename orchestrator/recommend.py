@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -15,9 +16,12 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Manifest, Role
 from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.bundle.user_fields import UserFieldError, check_user_fields
-from atspeed.engine.search.trie import ENDED
+from atspeed.engine.search.beam_widths import BeamWidths
+from atspeed.engine.search.mode import Mode
+from atspeed.engine.search.trie import ENDED, ROOT
 from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError, Violations
 from atspeed.observability import tracing
+from atspeed.rpc.admission import Priority
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.model_clients.interfaces import DraftModel, TargetModel
@@ -90,6 +94,19 @@ class Recommender:
         target, draft, planning = session.target.usage, session.draft.usage, session.sizer.report
         diagnostics = Diagnostics(result.memo, session.prompt_tokens, target, draft, planning, times)
         return self._recommendation(session, items, session.degraded_reasons(reason), diagnostics)
+
+    async def read_prompt(self, user_id: str, tenant: str, deadline: Deadline) -> None:
+        """Let the target read the prompt of a stored user, for the prefix cache. Raises as `recommend`, for a user."""
+        params = RecommendParams(
+            1, BeamWidths.of(1), Mode.TARGET_ONLY, user_id=user_id, tenant=tenant, priority=Priority.BATCH
+        )
+        self._check_user_fields(params)
+        history = await self._history(params)
+        candidates = self._candidates(params, history)
+        prompts = PromptBuilder.of(self.catalogue, params, history, candidates, deadline)
+        target = self._target.session(prompts.target_request(self._prompts["target"]), max_children=1)
+        with closing(target), tracing.span("read prompt"):
+            await target.evaluate(np.array([ROOT], dtype=np.int64))
 
     def _check_widths(self, params: RecommendParams) -> None:
         widths, levels = len(params.beam_widths.listed), self.catalogue.trie.levels

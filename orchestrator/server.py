@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from importlib.metadata import version
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -18,7 +18,7 @@ from atspeed.concurrency.bounded_as_completed import bounded_as_completed
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.search.mode import Mode
-from atspeed.errors import InvalidArgumentError, Reason, UnavailableError, UnimplementedError
+from atspeed.errors import InvalidArgumentError
 from atspeed.observability import tracing
 from atspeed.rollout.bundle_watch import BundleWatch, bundle_sources, bundle_watches, open_first, watch_bundles
 from atspeed.rollout.release_track import Track
@@ -28,22 +28,21 @@ from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.server import Registration
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
-from orchestrator.history import HistoryStore, HistoryUnavailable
+from orchestrator.history_calls import HistoryCalls, publish_history_limit
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.replies import to_event, to_reply, to_timestamp, to_versions
-from orchestrator.requests import check_user, parse_events, parse_request
+from orchestrator.replies import to_reply, to_timestamp, to_versions
+from orchestrator.requests import parse_request
+from orchestrator.serving.event_prefixes import EventPrefixes
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
 from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
 from orchestrator.serving.track_router import TrackRouter, TrackState
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.speculation_breaker import SpeculationBreaker
-from orchestrator.user_key import user_cache_key
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
 # Longest wait for targets of the canary at the start, so that its users do not get the stable bundle in between. Targets that run
 # already are connected within a second; a start must not wait long for a canary.
 _CANARY_WAIT_SECONDS = 10.0
-_Result = TypeVar("_Result")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -53,13 +52,20 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     """Servicer of the public contract."""
 
     def __init__(
-        self, settings: OrchestratorSettings, router: TrackRouter, watches: Sequence[BundleWatch], admission: Admission
+        self,
+        settings: OrchestratorSettings,
+        router: TrackRouter,
+        watches: Sequence[BundleWatch],
+        admission: Admission,
+        prefixes: EventPrefixes,
     ) -> None:
         self._settings = settings
         self._router = router
         self._admission = admission
+        self._prefixes = prefixes
+        self._history_calls = HistoryCalls(settings, router, prefixes)
         self._watches = {watch.track: watch for watch in watches}
-        self.metrics = OrchestratorMetrics(admission, router, watches)
+        self.metrics = OrchestratorMetrics(admission, router, watches, prefixes)
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
 
@@ -85,30 +91,21 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         """Add events to a stored history."""
-        events = parse_events(request, self._settings)
-        item_ids = [event.item_id for event in events]
-        recorded = await self._history_call(self._histories.record(request.user_id, events, tenant=request.tenant))
-        track = self._router.of(user_cache_key(request.tenant, request.user_id))
-        index = track.snapshots.current.catalogue.find(item_ids).tolist()
-        unknown = [item for item, found in zip(item_ids, index, strict=True) if found < 0]
-        return pb.RecordEventsResponse(
-            history_length=recorded.length,
-            unknown_item_ids=unknown,
-            duplicate_events=recorded.duplicates,
-            expired_events=recorded.expired,
-        )
+        return await self._history_calls.record(request)
+
+    async def RecordEventsBatch(
+        self, request: pb.RecordEventsBatchRequest, context: Context
+    ) -> pb.RecordEventsBatchResponse:
+        """Add events to many stored histories."""
+        return await self._history_calls.record_batch(request)
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
         """Return a stored history; an empty one when nothing is stored."""
-        check_user(request)
-        stored = await self._history_call(self._histories.events(request.user_id, tenant=request.tenant))
-        return pb.GetHistoryResponse(events=map(to_event, stored))
+        return await self._history_calls.get(request)
 
     async def ForgetUser(self, request: pb.ForgetUserRequest, context: Context) -> pb.ForgetUserResponse:
         """Erase a user's history and cached keys and values."""
-        check_user(request)
-        forgotten = self._histories.forget(request.user_id, tenant=request.tenant)
-        return pb.ForgetUserResponse(existed=await self._history_call(forgotten))
+        return await self._history_calls.forget(request)
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
         """Return versions, limits, and the state of the services behind this one."""
@@ -131,6 +128,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             max_history_items=settings.max_history_items,
             max_candidate_items=settings.max_candidate_items,
             max_batch=settings.max_batch,
+            max_batch_events=settings.max_batch_events,
             running_recommendations=self._admission.running,
             waiting_recommendations=self._admission.queued,
             bundle_since=to_timestamp(snapshot.since),
@@ -150,12 +148,6 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
                 for field in manifest.target.prompt.user_fields
             ],
         )
-
-    async def publish_history_limit(self) -> None:
-        """Publish max_history_items to other deployments over the same Redis. Without a Redis the first append does it."""
-        if (histories := self._stable_histories) is not None:
-            with suppress(HistoryUnavailable):
-                await histories.publish_limit()
 
     def _canary(self) -> pb.Canary | None:
         if (watch := self._watches.get(Track.CANARY)) is None:
@@ -187,6 +179,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         params = parse_request(request, self._settings, usual)
         recommendation_id = secrets.token_hex(16)
         state = self._router.of(params.subject, asked)
+        self._prefixes.request(params.user_key)
         with (
             state.snapshots.current.in_use() as snapshot,
             self.metrics.count_request(state.track, params.mode, deadline),
@@ -220,23 +213,6 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def _time_left(self, context: Context) -> Deadline | None:
         left = cast("float | None", context.time_remaining())  # the stubs lack the None of calls without a deadline
         return None if left is None else Deadline(left)
-
-    @property
-    def _stable_histories(self) -> HistoryStore | None:
-        return self._router[Track.STABLE].snapshots.current.recommender.histories
-
-    @property
-    def _histories(self) -> HistoryStore:
-        if (histories := self._stable_histories) is None:
-            raise UnimplementedError("this service keeps no histories: it runs without Redis")
-        return histories
-
-    async def _history_call(self, call: Awaitable[_Result]) -> _Result:
-        try:
-            return await call
-        except HistoryUnavailable as error:
-            _log.warning("history_store_unavailable", error=str(error))
-            raise UnavailableError("histories are out of reach", reason=Reason.HISTORIES_UNAVAILABLE) from None
 
     async def _backends(self, snapshot: Snapshot) -> list[pb.Backend]:
         with snapshot.in_use():
@@ -283,10 +259,13 @@ async def application(settings: OrchestratorSettings) -> AsyncIterator[list[Regi
         router = TrackRouter(states, settings.canary_share)
         stack.push_async_callback(router.close)
         await router[Track.STABLE].snapshots.activate(bundle, at_once=True)
+        seconds, enabled = settings.request_timeout_seconds, settings.prefix_on_event and redis is not None
+        prefixes = EventPrefixes(router, admission, seconds=seconds, enabled=enabled)
+        stack.push_async_callback(prefixes.close)
         watches = bundle_watches(sources, router, bundle.manifest.version)
         await stack.enter_async_context(watch_bundles(watches, settings.bundle_poll_seconds, _CANARY_WAIT_SECONDS))
-        servicer = RecommendationServicer(settings, router, watches, admission)
-        await servicer.publish_history_limit()
+        servicer = RecommendationServicer(settings, router, watches, admission, prefixes)
+        await publish_history_limit(router)
         add = recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server
         yield [Registration.of(SERVICE, add, servicer, metrics=servicer.metrics.registry)]
 

@@ -57,6 +57,8 @@ class OrchestratorSettings(ServiceSettings):
     """Most excluded item ids in a request, and most allowed ones."""
     max_batch: int = Field(default=256, ge=1, le=100_000)
     """Most requests in one RecommendBatch."""
+    max_batch_events: int = Field(default=10_000, ge=1, le=1_000_000)
+    """Most events of all requests in one RecordEventsBatch."""
     batch_concurrency: int = Field(default=8, ge=1, le=1024)
     """Number of requests of one batch that are served or queued at once."""
     request_timeout_seconds: float = Field(default=10.0, gt=0, le=3600)
@@ -88,6 +90,10 @@ class OrchestratorSettings(ServiceSettings):
     target_prefetch: bool = True
     """Evaluate nodes in advance that the target expects a search to need, from the probabilities in other requests. A level of
     prefetched nodes needs no pass of its own. Target-only requests never prefetch.
+    """
+    prefix_on_event: bool = False
+    """After RecordEvents, let the target read the user's new prompt when this replica is idle. The next list finds its keys and
+    values in the prefix cache.
     """
     draft_exploration_share: float = Field(default=0.01, ge=0, le=1)
     """Share of the time of requests that no plan would speed up, spent on plans to notice when one would."""

@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, recommenders, precision, planner, report."""
+"""Command line of the studies: acceptance, recommenders, precision, planner, new-items, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ from atspeed.cli.bench.options import (
     write_report,
 )
 from atspeed.cli.errors import Commands
-from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, err, optional, out
+from atspeed.cli.options import (
+    MAX_EXCLUDED,
+    MAX_THREADS,
+    MAX_USERS,
+    MAX_WIDTH,
+    BundleFolder,
+    CommandError,
+    err,
+    optional,
+    out,
+)
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
@@ -234,6 +244,37 @@ def run_planner(
     found = [*to_json(rows, kind=study.NAME), *to_json(reads, kind=fetch.NAME)]
     found += to_json(calibration.run(benchmarks), kind=calibration.NAME)
     save(json_file, None, 1, found, study.header(config), page=(report, PAGES["planner"]))
+
+
+@app.command("new-items")
+def run_new_items(
+    data: DataFolder,
+    run_folder: Annotated[
+        Path, typer.Option(help="Folder of the training, which continues where it was stopped.", file_okay=False)
+    ],
+    recipe: Annotated[Path, typer.Option(help="Recipe with quantised codes.", exists=True, dir_okay=False)] = Path(
+        "runs/new-items.toml"
+    ),
+    share: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the items that are held out.")] = 0.1,
+    items: Annotated[
+        int | None, typer.Option(min=20, max=MAX_EXCLUDED, help="Only the most frequent items; all without it.")
+    ] = None,
+    users: Users = 4000,
+    threads: Threads = 1,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Hold items out of a training, encode them, and measure Recall on them beside old items."""
+    new_items, recipes = optional("research.new_items"), optional("atspeed.training.recipe")
+    optional("transformers.utils.logging").disable_progress_bar()
+    read = recipes.read_recipe(recipe)
+    if read.codes.kind != "quantised":
+        raise CommandError(f"{recipe}: codes.kind: {read.codes.kind}, but new items need quantised codes")
+    dataset, config = read_atspeed(data), new_items.NewItemsConfig(share, items, users, seed, threads)
+    rows = new_items.run(dataset, read, run_folder, config)
+    out.print(terminal_table("Items that training has not seen", new_items.COLUMNS, rows))
+    bundle = Bundle(run_folder / "run" / "bundle")
+    save(json_file, bundle, seed, to_json(rows), new_items.header(config, dataset))
 
 
 @app.command("report")

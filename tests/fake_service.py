@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from atspeed.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, ServiceError
+from atspeed.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, ServiceError, UnavailableError
 from atspeed.rollout.release_track import TRACK_HEADER
 from atspeed.rpc.grpc_status import call_status
 from atspeed.v1 import recommendation_pb2 as pb
@@ -79,6 +79,20 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         await self._maybe_fail(request, context)
         return pb.RecordEventsResponse(history_length=len(request.events))
+
+    async def RecordEventsBatch(
+        self, request: pb.RecordEventsBatchRequest, context: Context
+    ) -> pb.RecordEventsBatchResponse:
+        await self._maybe_fail(request, context)
+        refused = call_status(UnavailableError("histories are out of reach")).message
+        return pb.RecordEventsBatchResponse(
+            results=[
+                pb.RecordEventsResult(error=refused)
+                if one.user_id == "lost"
+                else pb.RecordEventsResult(response=pb.RecordEventsResponse(history_length=len(one.events)))
+                for one in request.requests
+            ]
+        )
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
         self.calls.append(request)

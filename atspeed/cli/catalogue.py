@@ -1,4 +1,4 @@
-"""`atspeed catalogue update`: a bundle with other items on the same models.
+"""`atspeed catalogue update` and `encode`: other items on the same models.
 
 Running services can load it (hot reload).
 """
@@ -11,31 +11,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from atspeed.cli.encode_items import embeddings_of, summary, write_encoded
 from atspeed.cli.errors import Commands
+from atspeed.cli.item_lines import ItemLine, item_lines
 from atspeed.cli.options import AsJson, CommandError
 from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalogue
-from atspeed.engine.bundle.item_ids import id_problem, shown
+from atspeed.engine.bundle.item_ids import shown
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.files.lines import line_problem, parse_json, read_lines
+from atspeed.engine.bundle.quantiser import encode_items
+from atspeed.engine.files.lines import read_lines
 
 catalogue_commands = Commands(help="Change the items of a bundle.")
 
 
-def _item_id(item: str) -> str:
-    if problem := id_problem(item) or line_problem(item):  # a file of items to remove has one id per line
-        raise ValueError(problem)
-    return item
-
-
-class NewItem(BaseModel):
+class NewItem(ItemLine):
     """A line of the file of new items."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    item_id: Annotated[str, AfterValidator(_item_id)]
     codes: tuple[int | str, ...]
+    distance: float | None = None
+    """Written by `encode`, for people; so is the next one."""
+    shares_path_with: tuple[str, ...] = ()
 
     def path(self, by_name: list[dict[str, int]]) -> tuple[int, ...]:
         """Return the codes, looked up if they are names. Raises ValueError naming a code that has no token."""
@@ -90,32 +86,35 @@ def catalogue_update(
         print(f"{out}: catalogue {versions['catalogue']}, bundle {versions['bundle']}")
 
 
+@catalogue_commands.command("encode")
+def catalogue_encode(
+    bundle: Annotated[Path, typer.Argument(help="The bundle whose quantiser is used.", exists=True, file_okay=False)],
+    items: Annotated[
+        Path,
+        typer.Argument(
+            help='File of new items: one JSON object per line, {"item_id": "a", "text": "title | category"}, with the text '
+            'written as for training, or with its "embedding", a list of numbers.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File for `catalogue update --add`.", dir_okay=False)],
+) -> None:
+    """Give new items code paths of the bundle's quantiser, without training."""
+    source = Bundle(bundle)
+    catalogue = source.catalogue()
+    quantiser = source.quantiser(catalogue)
+    encoded = encode_items(quantiser, catalogue, embeddings_of(quantiser, items))
+    write_encoded(out, encoded)
+    print(f"{out}: {summary(encoded, quantiser)}")
+
+
 def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int, ...]]:
     """Read code paths by id."""
     items: dict[str, tuple[int, ...]] = {}
-    lines: dict[str, int] = {}
-    for number, line in read_lines(path):
-        item = _new_item(path, number, line)
-        if item.item_id in lines:
-            first = lines[item.item_id]
-            raise CommandError(
-                f"{path}: lines {first} and {number}: item_id {shown(item.item_id)} occurs more than once"
-            )
+    for number, item in item_lines(path, NewItem):
         try:
-            items[item.item_id], lines[item.item_id] = item.path(by_name), number
+            items[item.item_id] = item.path(by_name)
         except ValueError as error:
             raise CommandError(f"{path}: line {number}: {error}") from error
     return items
-
-
-def _new_item(path: Path, number: int, line: str) -> NewItem:
-    try:
-        parse_json(line)  # refuses keys that occur twice, which pydantic accepts
-        return NewItem.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in {"int", "str"})  # of a code, either would do
-        problem = f"{f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
-        raise CommandError(f"{path}: line {number}: {problem}") from error
-    except ValueError as error:
-        raise CommandError(f"{path}: line {number}: {error}") from error

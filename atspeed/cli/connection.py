@@ -16,6 +16,7 @@ import typer
 
 from atspeed.rpc.channels import target_uri
 from atspeed_client import Client, Tls
+from atspeed_client.channels import Endpoint
 
 LOCAL = "127.0.0.1:50051"
 
@@ -75,13 +76,21 @@ class Connection:
 
     def client(self, *, retries: int = 2) -> Client:
         """Create a client of the service. Raises UsageError. retries: how often a call is made again."""
+        token = self.token or None
+        return Client(self.address, timeout_seconds=self.timeout, retries=retries, tls=self._tls, token=token)
+
+    def endpoint(self) -> Endpoint:
+        """Return address, certificates and token of the service. Raises UsageError."""
+        return Endpoint(self.address, self._tls, self.token or None)
+
+    @property
+    def _tls(self) -> Tls | None:
         encrypted = self.tls or self.ca or self.certificate
         if (self.certificate is None) != (self.key is None):
             raise typer.BadParameter("--certificate and --key go together.")
         if self.server_name and not encrypted:
             raise typer.BadParameter("--server-name needs --tls, --ca or --certificate: this connection is plain text.")
-        tls = Tls(self.ca, self.certificate, self.key, self.server_name) if encrypted else None
-        return Client(self.address, timeout_seconds=self.timeout, retries=retries, tls=tls, token=self.token or None)
+        return Tls(self.ca, self.certificate, self.key, self.server_name) if encrypted else None
 
 
 def with_connection(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -68,6 +68,15 @@ def shortened(ids: Sequence[str]) -> str:
     return ", ".join(ids[:_SHOWN_IDS]) + (f" and {more} more" if more > 0 else "")
 
 
+def _quantiser(manifest: Manifest) -> str:
+    if (entry := manifest.quantiser) is None:
+        return "none: new items need given codes"
+    if (encoder := entry.encoder) is None:
+        return "embeddings of new items are given"
+    form = f", texts written as {encoder.text_form!r}" if encoder.text_form else ""
+    return f"{encoder.name} {encoder.version}{form}"
+
+
 def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
     """Format the content of a bundle."""
     shown = Table(title=f"{manifest.name}  {manifest.version}", title_justify="left", show_header=False)
@@ -86,6 +95,7 @@ def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
         )
         if model.inflated_from is not None:
             rows[role] += f"; inflated from {model.inflated_from:,} parameters, for benchmarks of cost"
+    rows["quantiser"] = _quantiser(manifest)
     source = manifest.provenance
     rows |= {f"imported {name.replace('_', ' ')}": fact for name, fact in source.imported.items() if name != "prompt"}
     rows |= {"recipe": source.recipe, "data": source.data, "terms": source.terms}

@@ -1,7 +1,8 @@
 """The commands of `atspeed`.
 
 up                                the services on this machine       recommend, record, history, forget, info   call a service
-certificates, token               for TLS and for callers            catalogue update        other items, same models
+certificates, token               for TLS and for callers            catalogue update, encode    other items, same models
+consume-events                    events from Kafka, extra `kafka`
 bundle inspect, bundle verify     what a bundle holds                batch                   lists for a file of users
 train, train-drafts, export, base                                                            extra `train`
 import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
@@ -26,6 +27,7 @@ from atspeed.cli.bench.main import bench_commands
 from atspeed.cli.bundle import bundle_commands
 from atspeed.cli.calls import forget, history, info, recommend, record
 from atspeed.cli.catalogue import catalogue_commands
+from atspeed.cli.consume_events import consume_events
 from atspeed.cli.distill import distill
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import import_checkpoint
@@ -49,6 +51,7 @@ app.add_typer(bench_commands, name="bench")
 for command in (up, recommend, record, history, forget, info, batch, distill, inflate, certificates, token):
     app.command()(command)
 app.command("import")(import_checkpoint)
+app.command("consume-events")(consume_events)
 
 
 def _version(asked: bool) -> None:

@@ -43,6 +43,7 @@ out, err = Console(), Console(stderr=True)
 
 # The extra that installs a package; all other packages belong to `train`.
 _EXTRAS = {
+    "confluent_kafka": "kafka",
     "gguf": "base-models",
     "matplotlib": "bench",
     "onnxruntime_genai": "bench",

@@ -20,6 +20,7 @@ SECTIONS = {
     "orchestrator": ("orchestrator.metrics",),
     "target and draft": ("atspeed.model_host.model_metrics",),
     "draft": ("draft_service.metrics",),
+    "consumer of events": ("atspeed.event_consumer.metrics",),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 

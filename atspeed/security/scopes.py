@@ -33,6 +33,7 @@ METHOD_SCOPES: Final[Mapping[str, Scope]] = {
     f"{_RECOMMENDATION}/GetHistory": Scope.READ,
     f"{_RECOMMENDATION}/GetServiceInfo": Scope.READ,
     f"{_RECOMMENDATION}/RecordEvents": Scope.WRITE,
+    f"{_RECOMMENDATION}/RecordEventsBatch": Scope.WRITE,
     f"{_RECOMMENDATION}/ForgetUser": Scope.WRITE,
     f"{_DRAFT}/GetModelInfo": Scope.SERVICE,
     f"{_DRAFT}/Plan": Scope.SERVICE,

@@ -23,6 +23,8 @@ from atspeed.engine.bundle.manifest import (
     link_files,
     write_manifest,
 )
+from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
+from atspeed.engine.bundle.quantiser import Quantiser
 from atspeed.engine.files.json_file import finite
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.device_graph import DEVICE_FILE
@@ -43,6 +45,7 @@ def write_bundle(
     *,
     scales: tuple[float, ...] | None,
     provenance: Provenance,
+    quantiser: Quantiser | None = None,
 ) -> None:
     """Write a recipe's bundle. It appears in one step.
 
@@ -53,9 +56,12 @@ def write_bundle(
         models: the trained models by role.
         scales: the draft's plan scales.
         provenance: the origin that the manifest records.
+        quantiser: what gave the items their code paths; None if the data did.
     """
     partial = _partial(folder)
     catalogue.save(partial / "catalogue")
+    if quantiser is not None:
+        quantiser.save(partial / QUANTISER)
     reports = {
         role: _export(role, model, recipe.parts[role].precision, recipe.scoring_rule, partial)
         for role, model in models.items()
@@ -71,6 +77,7 @@ def write_bundle(
         catalogue_version=catalogue.version,
         target=entries["target"],
         draft=entries.get("draft"),
+        quantiser=quantiser.entry if quantiser else None,
         provenance=provenance,
         files=files,
     )

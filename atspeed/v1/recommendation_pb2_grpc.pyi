@@ -51,6 +51,10 @@ class RecommendationServiceStub:
     """
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]
     """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
+    RecordEventsBatch: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsBatchRequest, _recommendation_pb2.RecordEventsBatchResponse]
+    """Adds events of many users, as a RecordEvents call per request would, in one call. Requests of one user are carried out in their
+    order. A failed request does not fail the others.
+    """
     GetHistory: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.GetHistoryRequest, _recommendation_pb2.GetHistoryResponse]
     """Returns a user's stored history."""
     ForgetUser: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.ForgetUserRequest, _recommendation_pb2.ForgetUserResponse]
@@ -77,6 +81,10 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     """
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
+    RecordEventsBatch: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsBatchRequest, _recommendation_pb2.RecordEventsBatchResponse]  # type: ignore[assignment]
+    """Adds events of many users, as a RecordEvents call per request would, in one call. Requests of one user are carried out in their
+    order. A failed request does not fail the others.
+    """
     GetHistory: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.GetHistoryRequest, _recommendation_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """Returns a user's stored history."""
     ForgetUser: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.ForgetUserRequest, _recommendation_pb2.ForgetUserResponse]  # type: ignore[assignment]
@@ -118,6 +126,16 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.RecordEventsResponse, _abc.Awaitable[_recommendation_pb2.RecordEventsResponse]]:
         """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
+
+    @_abc_1.abstractmethod
+    def RecordEventsBatch(
+        self,
+        request: _recommendation_pb2.RecordEventsBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_pb2.RecordEventsBatchResponse, _abc.Awaitable[_recommendation_pb2.RecordEventsBatchResponse]]:
+        """Adds events of many users, as a RecordEvents call per request would, in one call. Requests of one user are carried out in their
+        order. A failed request does not fail the others.
+        """
 
     @_abc_1.abstractmethod
     def GetHistory(

@@ -61,10 +61,12 @@ def user_requests(cases: Sequence[Case]) -> Mapping[str, list[Message]]:
         pb.RecommendRequest(history=history, k=3, beam_widths=[1, 4, 3], least_beam_width=3),
         pb.RecommendRequest(history=history, k=2, mode=pb.MODE_RELAXED_SAMPLING, excluded_item_ids=["item-1"]),
     ]
+    events = pb.RecordEventsRequest(events=[pb.Event(item_id="item-1")], **known)
     return {
         "Recommend": list(recommend),
         "RecommendBatch": [pb.RecommendBatchRequest(requests=recommend[:2])],
-        "RecordEvents": [pb.RecordEventsRequest(events=[pb.Event(item_id="item-1")], **known)],
+        "RecordEvents": [events],
+        "RecordEventsBatch": [pb.RecordEventsBatchRequest(requests=[events, events])],
         "GetHistory": [pb.GetHistoryRequest(**known)],
         "ForgetUser": [pb.ForgetUserRequest(**known)],
         "GetServiceInfo": [pb.GetServiceInfoRequest()],

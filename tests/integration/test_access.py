@@ -37,6 +37,7 @@ NEEDED = {
     "GetHistory": "read",
     "GetServiceInfo": "read",
     "RecordEvents": "write",
+    "RecordEventsBatch": "write",
     "ForgetUser": "write",
     "GetModelInfo": "service",
     "Plan": "service",
@@ -178,11 +179,15 @@ def test_a_token_may_name_its_own_tenants_only(
     good = pb.RecommendRequest(history=pb.History(item_ids=random_history(catalogue, 3, 1)), k=1, tenant=tenant)
     own = pb.RecommendRequest(history=good.history, k=1, tenant="acme" if token == "acme" else "")
     user = {"user_id": "u", "tenant": tenant}
+    events, own_events = (
+        pb.RecordEventsRequest(user_id="u", tenant=one.tenant, events=[pb.Event(item_id="i")]) for one in (good, own)
+    )
     messages = {
         "Recommend": good,
         "RecommendBatch": pb.RecommendBatchRequest(requests=[own, good]),
         "GetHistory": pb.GetHistoryRequest(**user),
-        "RecordEvents": pb.RecordEventsRequest(events=[pb.Event(item_id="i")], **user),
+        "RecordEvents": events,
+        "RecordEventsBatch": pb.RecordEventsBatchRequest(requests=[own_events, events]),
         "ForgetUser": pb.ForgetUserRequest(**user),
     }
     for method in RECOMMENDATION:

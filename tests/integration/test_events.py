@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from orchestrator.events import StoredEvent
-from orchestrator.history import HistoryStore, HistoryUnavailable
+from orchestrator.history import HistoryStore, HistoryUnavailable, Recorded, UserEvents
+from tests.serving import LIVENESS_SECONDS
 from tests.stored_histories import append
 
 DAY = 86_400_000_000
@@ -28,10 +29,30 @@ def ordered(events: Iterable[StoredEvent]) -> list[StoredEvent]:
     return sorted(by_key.values(), key=lambda event: (event.time_us or 0, event.event_id.encode()))
 
 
-async def test_ten_thousand_events_replayed_twice_and_shuffled_are_the_ordered_ones(redis_client: Redis) -> None:
+async def send_one_by_one(histories: HistoryStore, stream: Sequence[tuple[str, StoredEvent]]) -> None:
+    sent: dict[str, list[StoredEvent]] = {}
+    for name, event in stream:
+        sent.setdefault(name, []).append(event)
+    for name, events in sent.items():
+        for first in range(0, len(events), 97):
+            await histories.record(name, events[first : first + 97])
+
+
+async def send_in_batches(histories: HistoryStore, stream: Sequence[tuple[str, StoredEvent]]) -> None:
+    for first in range(0, len(stream), 2500):
+        batch = [UserEvents(name, [event]) for name, event in stream[first : first + 2500]]
+        recorded = await histories.record_batch(batch)
+        assert len(recorded) == len(batch)
+        assert all(isinstance(one, Recorded) for one in recorded)
+
+
+@pytest.mark.parametrize("send", [send_one_by_one, send_in_batches])
+async def test_ten_thousand_events_replayed_twice_and_shuffled_are_the_ordered_ones(
+    redis_client: Redis, send: Callable[[HistoryStore, Sequence[tuple[str, StoredEvent]]], Awaitable[None]]
+) -> None:
     """Users have from a few events to more than a history keeps; many events share their time."""
     draw = random.Random(17)
-    histories = HistoryStore(redis_client, 200, trim_step=8)
+    histories = HistoryStore(redis_client, 200, trim_step=8, timeout_seconds=LIVENESS_SECONDS)
     users: dict[str, list[StoredEvent]] = {f"user-{number}": [] for number in range(40)}
     names = draw.choices(list(users), weights=[1 / (1 + rank) for rank in range(40)], k=10_000)
     for number, name in enumerate(names):
@@ -42,14 +63,38 @@ async def test_ten_thousand_events_replayed_twice_and_shuffled_are_the_ordered_o
     assert max(map(len, users.values())) > 1000
     stream = [(name, event) for name, events in users.items() for event in events] * 3
     draw.shuffle(stream)
-    sent: dict[str, list[StoredEvent]] = {}
-    for name, event in stream:
-        sent.setdefault(name, []).append(event)
-    for name, events in sent.items():
-        for first in range(0, len(events), 97):
-            await histories.record(name, events[first : first + 97])
+    await send(histories, stream)
     for name, events in users.items():
         assert await histories.events(name) == ordered(events)[-200:]
+
+
+async def test_a_batch_tells_which_users_failed(redis_client: Redis) -> None:
+    """A key of another kind fails alone. A full Redis fails them all and changes nothing."""
+    histories = HistoryStore(redis_client, 20, timeout_seconds=LIVENESS_SECONDS)
+    await redis_client.set("history::broken", "x")
+    users = [UserEvents(name, [StoredEvent("a", 5, event_id="e")]) for name in ("one", "broken", "two")]
+    first, broken, last = await histories.record_batch(users)
+    assert (first, last) == (Recorded(1, 0, 0), Recorded(1, 0, 0))
+    assert isinstance(broken, HistoryUnavailable)
+    assert "broken" not in str(broken)
+    await redis_client.config_set("maxmemory", 1)
+    full = await histories.record_batch(
+        [UserEvents("three", [StoredEvent("a")]), UserEvents("one", [StoredEvent("b")])]
+    )
+    assert all(isinstance(one, HistoryUnavailable) for one in full)
+    await redis_client.config_set("maxmemory", "256mb")
+    assert await histories.get("three") is None
+    assert await histories.get("one") == ["a"]
+
+
+async def test_a_batch_after_the_scripts_are_gone_is_stored(redis_client: Redis) -> None:
+    """Another server, after a failover, knows no script."""
+    histories = HistoryStore(redis_client, 20, timeout_seconds=LIVENESS_SECONDS)
+    users = [UserEvents(name, [StoredEvent("a")]) for name in "uvw"]
+    for length in (1, 2):
+        await redis_client.script_flush()
+        assert await histories.record_batch(users) == [Recorded(length, 0, 0)] * 3
+    assert await histories.record_batch([]) == []
 
 
 EVENTS = st.builds(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.stack import LocalStack, ServiceProcess
@@ -121,6 +122,57 @@ class TestRoundTrip:
         assert sorted(client.history("user")) == sorted(["item-0", *items])
 
 
+def one(user_id: str, *item_ids: str, event_id: str = "") -> pb.RecordEventsRequest:
+    events = [pb.Event(item_id=item, event_id=event_id) for item in item_ids]
+    return pb.RecordEventsRequest(user_id=user_id, events=events)
+
+
+def record_batch(client: Client, *requests: pb.RecordEventsRequest) -> list[pb.RecordEventsResult]:
+    message = pb.RecordEventsBatchRequest(requests=requests)
+    return list(client.stub.RecordEventsBatch(message, timeout=LIVENESS_SECONDS).results)
+
+
+class TestBatchesOfEvents:
+    def test_each_request_has_the_result_of_a_call_of_its_own(self, client: Client) -> None:
+        """Requests of one user are carried out in their order, and one that is refused does not fail the others."""
+        requests = [
+            one("user", "item-3", "item-1"),
+            one("other", "ghost"),
+            one("user", ""),
+            one("user", "item-2", event_id="e"),
+            one("", "item-1"),
+            one("user", "item-2", event_id="e"),
+        ]
+        results = record_batch(client, *requests)
+        kinds = [result.WhichOneof("result") for result in results]
+        assert kinds == ["response", "response", "error", "response", "error", "response"]
+        assert client.history("user") == ["item-3", "item-1", "item-2"]
+        assert client.history("other") == ["ghost"]
+        lengths = [result.response.history_length for result in results]
+        assert lengths == [2, 1, 0, 3, 0, 3]
+        assert list(results[1].response.unknown_item_ids) == ["ghost"]
+        assert results[5].response.duplicate_events == 1
+        for result, request in ((results[2], requests[2]), (results[4], requests[4])):
+            with pytest.raises(grpc.RpcError) as alone:
+                client.stub.RecordEvents(request, timeout=LIVENESS_SECONDS)
+            trailers: dict[str, Any] = dict(cast("Any", alone.value).trailing_metadata())
+            expected = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+            assert result.error == expected
+
+    def test_ten_thousand_events_fit_and_one_more_is_refused(self, client: Client) -> None:
+        most = client.info().max_batch_events
+        assert most == 10_000
+        requests = [one(f"user-{number % 500}", f"item-{number}") for number in range(most)]
+        results = record_batch(client, *requests)
+        assert all(result.HasField("response") for result in results)
+        assert client.history("user-7") == [f"item-{number}" for number in range(7, most, 500)]
+        with refused(INVALID, "requests"):
+            record_batch(client, *requests, one("user", "item-1"))
+        assert client.history("user") == []
+        with refused(INVALID, "requests"):
+            record_batch(client)
+
+
 REFUSED: list[tuple[str, str, Any]] = [
     ("user_id", "RecordEvents", pb.RecordEventsRequest(events=[pb.Event(item_id="item-1")])),
     ("user_id", "RecordEvents", pb.RecordEventsRequest(user_id=LONG, events=[pb.Event(item_id="item-1")])),
@@ -175,6 +227,7 @@ def test_without_redis_histories_come_with_the_request(
         lambda: without_redis.record("user", ["item-1"]),
         lambda: without_redis.history("user"),
         lambda: forget(without_redis, "user"),
+        lambda: record_batch(without_redis, one("user", "item-1")),
     ):
         with pytest.raises(grpc.RpcError) as refusal:
             call()

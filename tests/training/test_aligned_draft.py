@@ -111,7 +111,7 @@ def test_recipes_without_alignment_keep_their_keys() -> None:
     """
     dataset = load_dataset(TINY, None)
     run = pipeline.TrainingRun(TINY, Folders.one(Path("unused")), None, dataset)
-    catalogue = build_catalogue(dataset, TINY.codes, data=None, seed=TINY.seed)
+    catalogue, _ = build_catalogue(dataset, TINY.codes, data=None, seed=TINY.seed)
     stages = run.draft_stages(catalogue)
     assert run.target_key(catalogue) == "57b8e5da7c51e664"
     assert stages is not None

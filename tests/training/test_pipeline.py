@@ -184,7 +184,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def catalogue() -> Catalogue:
-    return build_catalogue(load_dataset(TINY, None), TINY.codes, data=None, seed=1)
+    return build_catalogue(load_dataset(TINY, None), TINY.codes, data=None, seed=1)[0]
 
 
 def part_of(base: Path) -> ModelRecipe:

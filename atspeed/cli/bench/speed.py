@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead`, `http`, `prefix`: times of lists and passes."""
+"""`atspeed bench decode`, `overhead`, `http`, `prefix`, `events`: times of lists, passes and calls."""
 
 from __future__ import annotations
 
@@ -181,6 +181,24 @@ def bench_http(
     items = (least_items, most_items)
     about = http_calls.header(options, users=len(chosen), items=items, histories=source_of(histories))
     save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.http_calls"))
+
+
+def bench_events(
+    bundle: BundleFolder,
+    events: Annotated[int, typer.Option(min=1, max=10_000_000, help="Events of each way.")] = 10_000,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users who share them.")] = 1_000,
+    batch: Annotated[int, typer.Option(min=2, max=10_000, help="Events of one RecordEventsBatch.")] = 1_000,
+    concurrency: Annotated[int, typer.Option(min=1, max=1_024, help="Calls at once.")] = 8,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure how many events a second one orchestrator records, one by one and in batches."""
+    from atspeed.benchmarks import events as measured
+
+    config, options = measured.EventsConfig(events, users, batch, concurrency, seed), ServiceOptions()
+    rows = event_loop.run(measured.run(bundle, config, options))
+    out.print(terminal_table(f"Events of {users} users", measured.COLUMNS, rows))
+    save(json_file, Bundle(bundle), seed, to_json(rows), measured.header(config, options))
 
 
 def bench_prefix(

@@ -7,6 +7,7 @@
         target/model.onnx(.data)      device.onnx for devices; encoder.onnx(.data), if the model has an encoder
         prompts/target/*.npy          `atspeed.engine.bundle.item_texts.ItemTexts`, if items have texts
         draft/model.onnx(.data)
+        quantiser/codebooks.npy       `atspeed.engine.bundle.quantiser.Quantiser`, if training made the code paths
 
 The manifest holds the SHA-256 of every file. The bundle's version is a hash of these, so two bundles with the same version serve
 the same lists.
@@ -38,6 +39,9 @@ from atspeed.engine.bundle.bundle_files import check_digest, check_is_file, file
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.engine.bundle.quantiser import FILE as CODEBOOKS
+from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
+from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry
 from atspeed.engine.errors import BundleError
 from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
@@ -195,6 +199,8 @@ class Manifest(_Part):
     catalogue_version: str
     target: ModelEntry
     draft: ModelEntry | None
+    quantiser: QuantiserEntry | None = Field(default=None, exclude_if=lambda entry: entry is None)
+    """The quantiser that gave the items their code paths; None if they came with the data or the checkpoint."""
     provenance: Provenance = Provenance()
     files: dict[FileName, str]
     """The SHA-256 of every file, by path relative to the bundle."""
@@ -251,6 +257,20 @@ class Bundle:
         for role, model in self.manifest.models.items():
             self._check_reads(role, model, catalogue)
         return catalogue
+
+    def quantiser(self, catalogue: Catalogue) -> Quantiser:
+        """Load the quantiser. Raises BundleError when the bundle has none, or one of other codes than the catalogue's."""
+        entry, name = self.manifest.quantiser, f"{QUANTISER}/{CODEBOOKS}"
+        if entry is None:
+            raise BundleError(
+                f"{self.root}/{MANIFEST}: quantiser: the bundle has none, as its code paths came with its data or checkpoint"
+            )
+        check_digest(self.root, name, sha256_of(self.root, name), self.manifest.files)
+        quantiser = Quantiser.load(self.root / QUANTISER, entry)
+        if quantiser.sizes != catalogue.trie.codebook_sizes:
+            sizes, codes = list(quantiser.sizes), list(catalogue.trie.codebook_sizes)
+            raise BundleError(f"{self.root}/{name}: codebooks of {sizes} codes, but the catalogue has {codes}")
+        return quantiser
 
     def model_path(self, role: Role) -> Path:
         """Return the ONNX file of a role. Raises BundleError when the bundle has no such model."""

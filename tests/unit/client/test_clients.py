@@ -27,6 +27,7 @@ from atspeed_client import (
     RecommenderError,
     RecommendRequest,
     Track,
+    UserEvents,
     Violation,
     addresses,
 )
@@ -51,6 +52,31 @@ async def called(kind: str, address: str, name: str, *arguments: Any, **options:
             return getattr(client, name)(*arguments, **options)
 
     return await asyncio.to_thread(blocking)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_batches_of_events(kind: str) -> None:
+    """Each user has a result, a call is made again, and a mistake names its place before anything is sent."""
+    service = FakeService()
+    service.failures, service.code = 1, DOWN
+    async with serving(service) as address:
+        batch = [
+            UserEvents("alice", ["a", Event("b")], tenant="shop"),
+            UserEvents("lost", ["a"]),
+            UserEvents("bob", "x"),
+        ]
+        with pytest.raises(RecommenderError, match=r"batch\[2\].events: "):
+            await called(kind, address, "record_batch", batch)
+        for wrong, problem in (([], "batch: must hold"), ([("alice", ["a"])], r"batch\[0\]: must be a UserEvents")):
+            with pytest.raises(RecommenderError, match=problem):
+                await called(kind, address, "record_batch", wrong)
+        alice, lost = await called(kind, address, "record_batch", batch[:2])
+    assert alice.history_length == 2
+    assert (lost.code, lost.message) == (DOWN, "histories are out of reach")
+    first, again = service.calls
+    assert first == again
+    assert first.requests[0].tenant == "shop"
+    assert all(event.event_id for request in first.requests for event in request.events)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

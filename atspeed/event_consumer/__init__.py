@@ -1,0 +1,1 @@
+"""Consumer of users' events from Kafka, into a running service; extra `kafka`."""
