@@ -1,4 +1,4 @@
-"""CUDA's runtime library, by ctypes: the few calls that onnxruntime's Python API lacks."""
+"""The few calls of CUDA's runtime that onnxruntime's Python API lacks, by ctypes."""
 
 from __future__ import annotations
 
