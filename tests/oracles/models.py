@@ -125,9 +125,7 @@ class Models:
             return self.decoders[role]
         size = min(pool_bytes, 8 * 2**20)  # a pool is zeroed memory of its size
         loaded: Role = "target" if role == "target" else "draft"
-        return load_device_decoder(
-            self.bundle.bundle, loaded, self.options, page_tokens=BLOCK_TOKENS, pool_bytes=size
-        )
+        return load_device_decoder(self.bundle.bundle, loaded, self.options, page_tokens=BLOCK_TOKENS, pool_bytes=size)
 
     def prompt(self, items: int, seed: int) -> Int64:
         """The target's prompt of a random history."""
