@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
@@ -28,10 +28,16 @@ from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.server import Registration
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
+from orchestrator.explanation.explain import explain
+from orchestrator.explanation.explanation import Explanation
+from orchestrator.explanation.recording import Recording
+from orchestrator.explanation_replies import to_explanation
 from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
+from orchestrator.recommend import Recommender
+from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.replies import to_event, to_reply, to_timestamp, to_versions
-from orchestrator.requests import check_user, parse_events, parse_request
+from orchestrator.requests import check_user, parse_events, parse_explain_request, parse_request
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
 from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
 from orchestrator.serving.track_router import TrackRouter, TrackState
@@ -44,6 +50,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
 # already are connected within a second; a start must not wait long for a canary.
 _CANARY_WAIT_SECONDS = 10.0
 _Result = TypeVar("_Result")
+_Made = TypeVar("_Made", bound=Recommendation | Explanation)
+Work = Callable[[Recommender, RecommendParams], Awaitable[_Made]]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -82,6 +90,19 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         async with aclosing(bounded_as_completed(calls, self._settings.batch_concurrency)) as responses:
             async for response in responses:
                 yield response
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        """Return the top K items for one user, with their search, its time and the places of other items."""
+        recording = Recording()
+        deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
+        asked = parse_explain_request(request, self._settings, Priority.of(context))
+
+        def work(recommender: Recommender, params: RecommendParams) -> Awaitable[Explanation]:
+            return explain(recommender, asked, params, recording, deadline)
+
+        found, number, snapshot = await self._serve(asked.request, deadline, Track.asked_by(context), work)
+        response = to_reply(found.recommendation, number, snapshot, request.request.reply_options)
+        return to_explanation(found, response)
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         """Add events to a stored history."""
@@ -181,6 +202,17 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
         params = parse_request(request, self._settings, usual)
+
+        def work(recommender: Recommender, params: RecommendParams) -> Awaitable[Recommendation]:
+            return recommender.recommend(params, deadline)
+
+        recommendation, number, snapshot = await self._serve(params, deadline, asked, work)
+        return to_reply(recommendation, number, snapshot, request.reply_options)
+
+    async def _serve(
+        self, params: RecommendParams, deadline: Deadline, asked: Track | None, work: Work[_Made]
+    ) -> tuple[_Made, str, Snapshot]:
+        """Return what `work` makes of a request that waits for its turn, the recommendation's id and the snapshot."""
         recommendation_id = secrets.token_hex(16)
         state = self._router.of(params.subject, asked)
         with (
@@ -190,12 +222,13 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         ):
             async with self._admission.slot(params.priority, deadline.left()) as admitted:
                 params = params.narrowed() if admitted.waited else params
-                recommendation = await snapshot.recommender.recommend(params, deadline)
+                made = await work(snapshot.recommender, params)
+                recommendation = made if isinstance(made, Recommendation) else made.recommendation
                 state.shadow.offer(recommendation, snapshot)
             if tracing.on():
                 span.set(recommendation_id=recommendation_id, **recommendation.trace_attributes)
         self.metrics.record(state.track, recommendation)
-        return to_reply(recommendation, recommendation_id, snapshot, request.reply_options)
+        return made, recommendation_id, snapshot
 
     async def _recommend_one(
         self,

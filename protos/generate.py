@@ -16,7 +16,7 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
 PACKAGES = ROOT.parent
-PUBLIC = ("errors", "recommendation", "types")
+PUBLIC = ("errors", "explanation", "recommendation", "types")
 
 
 def generate(target: Path) -> list[Path]:
