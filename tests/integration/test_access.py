@@ -28,6 +28,7 @@ from tests.serving import LIVENESS_SECONDS
 NEEDED = {
     "Recommend": "read",
     "RecommendBatch": "read",
+    "Explain": "explain",
     "GetHistory": "read",
     "GetServiceInfo": "read",
     "RecordEvents": "write",
@@ -36,7 +37,7 @@ NEEDED = {
     "Plan": "service",
     "Evaluate": "service",
 }
-SCOPES = ("read", "write", "admin", "service")
+SCOPES = ("read", "write", "explain", "admin", "service")
 TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "acme": 'scopes = ["read", "write"]\ntenants = ["acme"]',
     "operator": 'scopes = ["read", "admin"]',
