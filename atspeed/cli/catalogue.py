@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -18,6 +18,8 @@ from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalog
 from atspeed.engine.bundle.item_ids import id_problem, shown
 from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.files.lines import line_problem, parse_json, read_lines
+
+_Line = TypeVar("_Line", bound=BaseModel)
 
 catalogue_commands = Commands(help="Change the items of a bundle.")
 
@@ -49,6 +51,15 @@ class NewItem(BaseModel):
         return tuple(path)
 
 
+class ItemTitle(BaseModel):
+    """A line of the file of titles."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    item_id: Annotated[str, AfterValidator(_item_id)]
+    title: str
+
+
 @catalogue_commands.command("update")
 def catalogue_update(
     bundle: Annotated[Path, typer.Argument(help="The bundle to start from.", exists=True, file_okay=False)],
@@ -71,6 +82,15 @@ def catalogue_update(
     remove: Annotated[
         Path | None, typer.Option(help="File of items to remove: one id per line.", exists=True, dir_okay=False)
     ] = None,
+    titles: Annotated[
+        Path | None,
+        typer.Option(
+            help='File of titles for people: one JSON object per line, {"item_id": "a", "title": "Heat (1995)"}. '
+            "Other items keep the title that they have.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
 ) -> None:
     """Add items with code paths of the bundle's codebooks, and remove others. An item in both files gets its new codes."""
     if os.path.lexists(out):
@@ -78,7 +98,7 @@ def catalogue_update(
     added = _new_items(add, codes_by_name(Bundle(bundle))) if add else {}
     removed = [item for _, item in read_lines(remove)] if remove else []
     try:
-        made = update_catalogue(Bundle(bundle), out, added, removed)
+        made = update_catalogue(Bundle(bundle), out, added, removed, _titles(titles) if titles else None)
     except OSError as error:
         raise CommandError(f"{out}: not written: {error.strerror or error}") from error
     print(f"{out}: catalogue {made.manifest.catalogue_version}, bundle {made.manifest.version}")
@@ -89,7 +109,7 @@ def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int
     items: dict[str, tuple[int, ...]] = {}
     lines: dict[str, int] = {}
     for number, line in read_lines(path):
-        item = _new_item(path, number, line)
+        item = _read(NewItem, path, number, line)
         if item.item_id in lines:
             first = lines[item.item_id]
             raise CommandError(
@@ -102,10 +122,21 @@ def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int
     return items
 
 
-def _new_item(path: Path, number: int, line: str) -> NewItem:
+def _titles(path: Path) -> dict[str, str]:
+    """Read titles by id."""
+    titles: dict[str, str] = {}
+    for number, line in read_lines(path):
+        item = _read(ItemTitle, path, number, line)
+        if item.item_id in titles:
+            raise CommandError(f"{path}: line {number}: item_id {shown(item.item_id)} occurs more than once")
+        titles[item.item_id] = item.title
+    return titles
+
+
+def _read(kind: type[_Line], path: Path, number: int, line: str) -> _Line:
     try:
         parse_json(line)  # refuses keys that occur twice, which pydantic accepts
-        return NewItem.model_validate_json(line)
+        return kind.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in {"int", "str"})  # of a code, either would do

@@ -42,11 +42,15 @@ TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "acme": 'scopes = ["read", "write"]\ntenants = ["acme"]',
     "operator": 'scopes = ["read", "admin"]',
     "nameless": 'scopes = ["read", "write"]\ntenants = [""]',
+    "read-explains": 'scopes = ["explain"]',
+    "acme-explains": 'scopes = ["explain"]\ntenants = ["acme"]',
+    "nameless-explains": 'scopes = ["explain"]\ntenants = [""]',
     "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
     "removed": 'scopes = ["read", "write", "admin", "service"]',
 }
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 MODELS = {"draft": "DraftService", "target": "TargetService"}
+EXPLAIN = next(method for method in rpcs() if method.name == "Explain")
 RECOMMENDATION = [method for method in rpcs() if method.containing_service.name == "RecommendationService"]
 
 
@@ -163,6 +167,9 @@ def test_a_token_may_name_its_own_tenants_only(
         "RecordEvents": pb.RecordEventsRequest(events=[pb.Event(item_id="i")], **user),
         "ForgetUser": pb.ForgetUserRequest(**user),
     }
+    explained = pb.ExplainRequest(request=good).SerializeToString()
+    code = outcome(channels["RecommendationService"], EXPLAIN, explained, bearer(f"{token}-explains"))
+    assert code is (grpc.StatusCode.OK if allowed else DENIED)
     for method in RECOMMENDATION:
         if method.name in messages and (token != "read" or NEEDED[method.name] == "read"):
             code = outcome(
