@@ -12,10 +12,11 @@
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
 #   make lint            ruff, mypy, import rules, proto rules, generated files
-#   make protos          the Python stubs from protos/*.proto
+#   make protos          the Python stubs, descriptors and OpenAPI document from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
 #   make metrics-docs    docs/metrics.md from what the services measure
 #   make gpu-page        the predicted times of docs/gpu.md, from counted kernels
+#   make edge            deploy/envoy from atspeed/edge
 #   make dashboard       deploy/grafana/dashboards/atspeed.json from its panels
 #   make tree            the file tree of docs/architecture.md
 #   make constraints     constraints.txt from the development environment (make it afresh before)
@@ -261,6 +262,7 @@ lint: $(DEV)/.installed
 	$(BIN)/python -m atspeed.configuration.settings_docs --check
 	$(BIN)/python -m atspeed.observability.metrics_docs --check
 	$(BIN)/python deploy/grafana/generate.py --check
+	$(BIN)/python deploy/envoy/generate.py --check
 	$(BIN)/python docs/file_tree.py --check
 	$(BIN)/python docs/prose.py --check
 	$(BIN)/python docs/roofline.py --check
@@ -268,6 +270,11 @@ lint: $(DEV)/.installed
 .PHONY: protos
 protos: $(DEV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
+	$(BIN)/python deploy/envoy/generate.py
+
+.PHONY: edge
+edge: $(DEV)/.installed
+	$(BIN)/python deploy/envoy/generate.py
 
 .PHONY: tree
 tree: $(DEV)/.installed

@@ -1,6 +1,7 @@
 """Generate the Python stubs of the .proto files. `--check` fails when the committed ones are stale.
 
 The services' stubs are `atspeed.v1`. Those of the public contract are in the client's distribution too, as `atspeed_client.v1`.
+Its descriptors and its OpenAPI document are in `atspeed/edge`, for the way in by HTTP.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ PUBLIC = ("errors", "explanation", "recommendation", "types")
 def generate(target: Path) -> list[Path]:
     """Write all stubs and their types under `target`; returns the files, relative to it."""
     sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "atspeed").rglob("*.proto"))
-    include = str(files("grpc_tools") / "_proto")
     outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
     typed = [f"--mypy_out=quiet:{target}", f"--mypy_grpc_out=quiet:{target}"]
-    if protoc.main(["protoc", f"-I{ROOT}", f"-I{include}", *outputs, *typed, *sources]):
-        raise SystemExit("protoc failed")
+    _run(*outputs, *typed, *sources)
     services = sorted((target / "atspeed/v1").glob("*_pb2*.py*"))
     stubs = [path.relative_to(target) for path in services if path.suffix in {".py", ".pyi"}]
-    return [*stubs, *_client_stubs(target)]
+    return [*stubs, *_client_stubs(target), *_edge_files(target)]
 
 
 def _client_stubs(target: Path) -> list[Path]:
@@ -42,6 +41,22 @@ def _client_stubs(target: Path) -> list[Path]:
         imports = re.sub(r"^from atspeed\.v1 import ", "from atspeed_client.v1 import ", text, flags=re.MULTILINE)
         (target / copy).write_text(imports, encoding="utf-8")
     return copies
+
+
+def _edge_files(target: Path) -> list[Path]:
+    """Write the public contract's descriptors, with the details of errors, and the OpenAPI document of its HTTP paths."""
+    folder = Path("atspeed/edge")
+    (target / folder).mkdir(parents=True, exist_ok=True)
+    public = [f"atspeed/v1/{name}.proto" for name in PUBLIC]
+    written = target / folder / "contract.pb"
+    _run("--include_imports", f"--descriptor_set_out={written}", *public, "google/rpc/error_details.proto")
+    return [folder / written.name]
+
+
+def _run(*arguments: str) -> None:
+    include = files("grpc_tools") / "_proto"
+    if protoc.main(["protoc", f"-I{ROOT}", f"-I{include}", *arguments]):
+        raise SystemExit("protoc failed")
 
 
 def main() -> None:

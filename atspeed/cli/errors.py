@@ -19,6 +19,7 @@ from atspeed.batch.errors import BatchError
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.cli.options import CommandError, err
 from atspeed.engine.errors import EngineError
+from atspeed.local.edge import LocalEdgeError
 from atspeed.local.redis_server import LocalRedisError
 from atspeed.local.stack import LocalStackError
 from atspeed.security.tls import TlsError
@@ -31,6 +32,7 @@ _FORESEEN = (
     BenchmarkError,
     CommandError,
     EngineError,
+    LocalEdgeError,
     LocalRedisError,
     LocalStackError,
     RecommenderError,

@@ -1,0 +1,1 @@
+"""Envoy before the orchestrators: HTTP/JSON, gRPC-Web and gRPC on one port."""

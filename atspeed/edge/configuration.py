@@ -1,0 +1,96 @@
+"""Configuration of Envoy, from one template for all deployments.
+
+`envoy.yaml` beside this file is the template. `contract.pb` holds the contract's descriptors, by which Envoy turns JSON into
+messages, and `openapi.json` describes the paths; `make protos` writes both. `make edge` writes the configurations of
+`deploy/envoy`, and `atspeed up --http` one for this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from atspeed.security.tls import TlsFiles
+
+FOLDER = Path(__file__).parent
+"""Where the template and the two files of the contract are."""
+TEMPLATE = FOLDER / "envoy.yaml"
+CONTRACT = FOLDER / "contract.pb"
+OPENAPI = FOLDER / "openapi.json"
+SERVER_NAME = "orchestrator"
+"""Name that a replica's certificate bears."""
+
+_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one Envoy stands.
+
+    Attributes:
+        host: address that it listens on.
+        port: port that it listens on; 0 for any.
+        replicas: HOST:PORT of orchestrators; a host may be a name of many.
+        folder: folder of `contract.pb` and `openapi.json`, as Envoy sees it.
+        admin_port: port of Envoy's own state, on the loopback address; 0 for any, None without one.
+        tls: certificate and key of this Envoy, and the CA of the replicas; None without TLS on either side.
+        shares_port: whether another process may listen on the same port.
+    """
+
+    host: str
+    port: int
+    replicas: Sequence[str]
+    folder: Path = FOLDER
+    admin_port: int | None = None
+    tls: TlsFiles | None = None
+    shares_port: bool = False
+
+
+def configuration(place: Place) -> str:
+    """Return the configuration as YAML."""
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        admin=json.dumps({} if place.admin_port is None else {"address": _socket("127.0.0.1", place.admin_port)}),
+        host=place.host,
+        port=place.port,
+        shares_port=json.dumps(place.shares_port),
+        folder=place.folder,
+        replicas=json.dumps([{"endpoint": {"address": _replica(address)}} for address in place.replicas]),
+        client_tls=_transport(_client_tls(place.tls)) if place.tls else "# Without TLS.",
+        replica_tls=_transport(_replica_tls(place.tls)) if place.tls else "# Without TLS.",
+    )
+
+
+def _socket(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _replica(address: str) -> dict[str, Any]:
+    host, _, port = address.rpartition(":")
+    return _socket(host.strip("[]"), int(port))
+
+
+def _transport(context: dict[str, Any]) -> str:
+    return f"transport_socket: {json.dumps({'name': 'envoy.transport_sockets.tls', 'typed_config': context})}"
+
+
+def _client_tls(files: TlsFiles) -> dict[str, Any]:
+    """Return the end that clients see."""
+    certificate = {"certificate_chain": _file(files.certificate), "private_key": _file(files.key)}
+    common = {"alpn_protocols": ["h2", "http/1.1"], "tls_certificates": [certificate]}
+    return {"@type": f"{_TLS}.DownstreamTlsContext", "common_tls_context": common}
+
+
+def _replica_tls(files: TlsFiles) -> dict[str, Any]:
+    """Return the end that replicas see."""
+    name = {"san_type": "DNS", "matcher": {"exact": SERVER_NAME}}
+    validation = {"trusted_ca": _file(files.ca), "match_typed_subject_alt_names": [name]}
+    common = {"alpn_protocols": ["h2"], "validation_context": validation}
+    return {"@type": f"{_TLS}.UpstreamTlsContext", "sni": SERVER_NAME, "common_tls_context": common}
+
+
+def _file(path: Path | None) -> dict[str, str]:
+    return {"filename": str(path)}
