@@ -7,13 +7,16 @@ Its descriptors and its OpenAPI document are in `atspeed/edge`, for the way in b
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_tools import protoc
+from openapi import document
 
 ROOT = Path(__file__).parent
 PACKAGES = ROOT.parent
@@ -50,7 +53,18 @@ def _edge_files(target: Path) -> list[Path]:
     public = [f"atspeed/v1/{name}.proto" for name in PUBLIC]
     written = target / folder / "contract.pb"
     _run("--include_imports", f"--descriptor_set_out={written}", *public, "google/rpc/error_details.proto")
-    return [folder / written.name]
+    described = target / folder / "openapi.json"
+    described.write_text(_openapi(*public), encoding="utf-8")
+    return [folder / written.name, folder / described.name]
+
+
+def _openapi(*sources: str) -> str:
+    """Return the OpenAPI document, which needs the comments of the .proto files."""
+    with tempfile.NamedTemporaryFile() as file:
+        options = ("--include_imports", "--include_source_info", f"--descriptor_set_out={file.name}")
+        _run(*options, *sources, "google/rpc/error_details.proto")
+        descriptors = FileDescriptorSet.FromString(Path(file.name).read_bytes())
+    return json.dumps(document(descriptors), indent=1) + "\n"
 
 
 def _run(*arguments: str) -> None:

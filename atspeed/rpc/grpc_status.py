@@ -26,6 +26,8 @@ MAX_DETAILS = 1000
 _MAX_VIOLATIONS = 1500
 ERROR_DOMAIN = "atspeed"
 PUSHBACK_HEADER = "grpc-retry-pushback-ms"
+RETRY_AFTER_HEADER = "retry-after"
+"""HTTP's hint in whole seconds. Envoy makes the trailers of a refused call the headers of its HTTP reply."""
 STATUS_HEADER = "grpc-status-details-bin"
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -64,10 +66,13 @@ class CallStatus:
 
     @property
     def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
-        """Return the details, and the retry hint once more as gRPC's own retries obey it."""
+        """Return the details, and the retry hint once more as gRPC's own retries obey it, and as HTTP's clients do."""
         status = (STATUS_HEADER, self.message.SerializeToString())
         milliseconds = self._retry_after_ms
-        return (status,) if milliseconds is None else ((PUSHBACK_HEADER, str(milliseconds)), status)
+        if milliseconds is None:
+            return (status,)
+        seconds = str(math.ceil(milliseconds / 1000))
+        return ((PUSHBACK_HEADER, str(milliseconds)), (RETRY_AFTER_HEADER, seconds), status)
 
     @property
     def _retry_after_ms(self) -> int | None:

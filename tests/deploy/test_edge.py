@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from tests.composed import ROOT, SECURE_FILES, compose
+from tests.composed import ROOT, SECURE_FILES, Service, compose
 
 ENVOYS = ("envoy.yaml", "envoy.secure.yaml")
 
 
-def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
-    config = compose("--profile", "cpu", "--profile", "edge", PORT="50051-50053")
+@pytest.mark.parametrize("profile", ["http", "edge"])
+def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for(profile: str) -> None:
+    config = compose("--profile", "cpu", "--profile", profile, PORT="50051-50053")
     edge, orchestrator = config["services"]["edge"], config["services"]["orchestrator"]
     assert (edge["ports"][0]["host_ip"], edge["ports"][0]["published"], edge["ports"][0]["target"]) == (
         "127.0.0.1",
@@ -24,8 +27,18 @@ def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for() -> None:
     assert (edge["read_only"], edge["cap_drop"], edge["user"]) == (True, ["ALL"], "101:101")
     assert orchestrator["ports"][0]["published"] == "50051-50053"  # one for each replica
     (mount,) = edge["volumes"]
-    assert (Path(mount["source"]), mount["read_only"]) == (ROOT / "deploy" / "envoy" / "envoy.yaml", True)
+    assert (Path(mount["source"]), mount["read_only"]) == (ROOT / "deploy" / "envoy", True)
+    assert_reads_what_is_there(edge)
     assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
+
+
+def assert_reads_what_is_there(edge: Service) -> None:
+    """Its configuration, and the files that this one names, are in the folder that it mounts."""
+    name = edge["command"][-1].removeprefix("/etc/envoy/")
+    text = (ROOT / "deploy" / "envoy" / name).read_text()
+    read = {name, *re.findall(r"/etc/envoy/([\w.]+)", text)}
+    assert read == {name, "contract.pb", "openapi.json"}
+    assert read <= {file.name for file in (ROOT / "deploy" / "envoy").iterdir()}
 
 
 def test_the_edge_takes_no_replica_away_for_its_answers() -> None:
@@ -58,5 +71,6 @@ def test_a_secured_edge_is_the_same_with_tls_on_both_sides() -> None:
     upstream = cluster["transport_socket"]["typed_config"]["common_tls_context"]["validation_context"]
     assert upstream["trusted_ca"] == {"filename": "/secrets/ca.crt"}
     edge = compose(*SECURE_FILES, "--profile", "edge")["services"]["edge"]
-    (mount,) = [mount for mount in edge["volumes"] if mount["target"] == "/etc/envoy/envoy.yaml"]
-    assert Path(mount["source"]) == ROOT / "deploy" / "envoy" / ENVOYS[1]
+    assert {mount["target"] for mount in edge["volumes"]} == {"/etc/envoy", "/secrets"}
+    assert edge["command"][-1] == f"/etc/envoy/{ENVOYS[1]}"
+    assert_reads_what_is_there(edge)

