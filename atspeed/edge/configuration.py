@@ -40,7 +40,7 @@ class Place:
         folder: folder of `contract.pb` and `openapi.json`, as Envoy sees it.
         admin_port: port of Envoy's own state, on the loopback address; 0 for any, None without one.
         tls: certificate and key of this Envoy, and the CA of the replicas; None without TLS on either side.
-        console: whether it serves the console too.
+        console: folder of the console's files, as Envoy sees it; None without the console.
         shares_port: whether another process may listen on the same port.
     """
 
@@ -50,7 +50,7 @@ class Place:
     folder: Path = FOLDER
     admin_port: int | None = None
     tls: TlsFiles | None = None
-    console: bool = False
+    console: Path | None = None
     shares_port: bool = False
 
 
@@ -62,7 +62,7 @@ def configuration(place: Place) -> str:
         port=place.port,
         shares_port=json.dumps(place.shares_port),
         folder=place.folder,
-        console=_routes(console_routes(place.folder)) if place.console else "# Without the console.",
+        console=_routes(console_routes(place.console)) if place.console else "# Without the console.",
         replicas=json.dumps([{"endpoint": {"address": _replica(address)}} for address in place.replicas]),
         client_tls=_transport(_client_tls(place.tls)) if place.tls else "# Without TLS.",
         replica_tls=_transport(_replica_tls(place.tls)) if place.tls else "# Without TLS.",

@@ -34,7 +34,7 @@ _FILTERS: Final = "type.googleapis.com/envoy.config.route.v3.FilterConfig"
 
 
 def console_routes(folder: Path) -> list[dict[str, Any]]:
-    """Return a route for each file of the page. folder: that of `console`, as Envoy sees it."""
+    """Return a route for each file of the page. folder: that of the files, as Envoy sees it."""
     files = sorted(path.name for path in FOLDER.iterdir() if path.suffix in _TYPES)
     return [
         {"match": {"path": "/console"}, "redirect": {"path_redirect": "/console/"}, **_untranscoded()},
@@ -50,7 +50,7 @@ def _file(folder: Path, name: str, shown: str) -> dict[str, Any]:
     ]
     return {
         "match": {"path": f"/console/{shown}"},
-        "direct_response": {"status": 200, "body": {"filename": str(folder / "console" / name)}},
+        "direct_response": {"status": 200, "body": {"filename": str(folder / name)}},
         "response_headers_to_add": added,
         **_untranscoded(),
     }

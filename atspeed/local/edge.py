@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from atspeed.edge.configuration import Place, configuration
+from atspeed.edge.console_routes import FOLDER as CONSOLE
 from atspeed.local.child_process import ChildProcess
 from atspeed.security.tls import TlsFiles
 
@@ -54,7 +55,7 @@ class LocalEdge:
             tls: its certificate and key, and the CA of the orchestrators; None without TLS.
         """
         self._binary = envoy_binary()
-        self._place = Place(_HOST, port, replicas, tls=tls, console=console)
+        self._place = Place(_HOST, port, replicas, tls=tls, console=CONSOLE if console else None)
         self.log = log
         self._child = ChildProcess()
 
