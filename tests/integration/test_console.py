@@ -43,15 +43,25 @@ def titled(bundle: Path, catalogue: Catalogue, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
+def canary(titled: Path, catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same models over half of the items."""
+    gone = [catalogue.id_of(item) for item in range(0, catalogue.items, 2)]
+    return update_catalogue(Bundle(titled), tmp_path_factory.mktemp("canary") / "bundle", {}, gone).root
+
+
+@pytest.fixture(scope="module")
 def served(
-    titled: Path, redis_server: LocalRedis, tmp_path_factory: pytest.TempPathFactory
+    titled: Path, canary: Path, redis_server: LocalRedis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, LocalStack]]:
-    """The console's address, and the services behind it."""
+    """The console's address, and the services behind it. They serve the canary to whom asks for it."""
     folder = tmp_path_factory.mktemp("console")
     write_tokens(folder / "tokens.toml", TOKENS)
+    tracks: dict[str, object] = {"canary-bundle": canary}
     flags: dict[str, dict[str, object]] = {
-        "target": {"threads": 1},
-        "orchestrator": {"tokens-file": folder / "tokens.toml", "draft-timeout-seconds": 30, "planner": "fixed"},
+        "draft": tracks,
+        "target": tracks | {"threads": 1},
+        "orchestrator": tracks
+        | {"tokens-file": folder / "tokens.toml", "draft-timeout-seconds": 30, "planner": "fixed", "canary-share": 0},
     }
     with (
         LocalStack(titled, redis_url=mended(redis_server), log_folder=folder, flags=flags) as stack,
@@ -117,6 +127,7 @@ def test_a_request_is_shown_as_lists_tree_and_time(page: Any, client: Client, hi
     listed = client.recommend(history=history, k=10, beam_width=10)
     ids = "rows => rows.map(row => row.cells[2].textContent)"
     assert page.locator("#list tbody tr").evaluate_all(ids) == listed.item_ids
+    page.wait_for_selector("#other tbody tr")
     assert page.locator("#other tbody tr").evaluate_all(ids) == listed.item_ids
     assert "both lists are equal" in page.inner_text("#summary")
     assert re.search(r"The <b>\d+</b>th film", page.inner_text("#list tbody tr"))
@@ -151,6 +162,20 @@ def test_it_says_where_the_item_of_rank_25_was_lost(page: Any, client: Client, h
     assert "rank 25 in the target's own list with beam width 100" in answer
     assert re.search(r"The search lost its path on level \d: rank \d+ among the candidates, and 10 were kept", answer)
     assert "lost here" in answer
+
+
+@needs_chromium
+def test_stable_is_shown_beside_the_canary(page: Any, client: Client, history: list[str]) -> None:
+    page.select_option("#track", "stable")
+    page.select_option("#compared", "canary")
+    ask(page, history)
+    page.wait_for_selector("#other tbody tr")
+    ids = "rows => rows.map(row => row.cells[2].textContent)"
+    for table, track in (("list", "stable"), ("other", "canary")):
+        listed = client.recommend(history=history, k=10, beam_width=10, track=track)
+        assert page.locator(f"#{table} tbody tr").evaluate_all(ids) == listed.item_ids
+    assert "the lists differ" in page.inner_text("#summary")
+    assert page.inner_text("#other caption") == "Release track canary"
 
 
 @needs_chromium

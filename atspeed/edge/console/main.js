@@ -29,7 +29,7 @@ function request() {
   };
 }
 
-/** The list beside the first one, with its caption; null where the service refuses it. */
+/** The list beside the first one, with its caption. */
 async function beside(body) {
   const compared = value("compared");
   const alone = compared === "target";
@@ -60,14 +60,14 @@ byId("request").addEventListener("submit", (event) => {
   during(event.currentTarget, "Searching.", async () => {
     const body = request();
     const found = await call(EXPLAIN, { request: body }, access(value("track")));
-    const [other, caption] = await beside(body);
     asked = body;
     byId("results").hidden = false;
-    showLists(found, other, caption);
+    showLists(found, null, "");
     showTree(found);
     showTime(found);
     byId("answers").replaceChildren();
     byId("results").focus();
+    showLists(found, ...(await beside(body)));
   });
 });
 

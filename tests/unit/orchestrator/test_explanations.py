@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +34,13 @@ from orchestrator.explanation.search_tree import search_tree
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import RecommendParams
 from tests.oracles.naive_search import naive_beam_search, width_of
-from tests.oracles.naive_trie import Path
+from tests.oracles.naive_trie import Path as CodePath
 from tests.oracles.served_tables import SECONDS, Tailed, ask, expected, items_of, served, tailed
 from tests.oracles.worlds import World, run_now
 from tests.profiles import either
 
 EVALUATED = {NodeOrigin.ROOT, NodeOrigin.DRAFTED, NodeOrigin.PREFETCHED, NodeOrigin.RECOVERED}
-Levels = list[list[tuple[Path, float]]]
+Levels = list[list[tuple[CodePath, float]]]
 
 
 class Case(NamedTuple):
@@ -49,7 +54,7 @@ class Case(NamedTuple):
     limit: int | None
     wider: int
 
-    def alive(self, path: Path) -> bool:
+    def alive(self, path: CodePath) -> bool:
         return self.made.naive.alive(path, self.refused, self.params.allowed or None)
 
     @property
@@ -110,10 +115,10 @@ def test_the_list_is_that_of_recommend_and_the_tree_is_that_of_the_naive_search(
         assert_counts(found)
 
 
-def paths_of(nodes: list[SearchNode] | tuple[SearchNode, ...] | object) -> dict[Path, SearchNode]:
+def paths_of(nodes: list[SearchNode] | tuple[SearchNode, ...] | object) -> dict[CodePath, SearchNode]:
     """The nodes by path, parents first."""
     assert isinstance(nodes, list | tuple)
-    found: list[Path] = []
+    found: list[CodePath] = []
     for node in nodes:
         found.append((*found[node.parent], node.code) if node.parent >= 0 else ())
         assert len(found[-1]) == node.level
@@ -121,7 +126,7 @@ def paths_of(nodes: list[SearchNode] | tuple[SearchNode, ...] | object) -> dict[
     return dict(zip(found, nodes, strict=True))
 
 
-def assert_probabilities(one: Case, paths: dict[Path, SearchNode]) -> None:
+def assert_probabilities(one: Case, paths: dict[CodePath, SearchNode]) -> None:
     """p of all that the target returned, q of all that the draft proposed."""
     for path, node in paths.items():
         if path and node.log_p is not None:
@@ -180,7 +185,7 @@ def test_the_place_of_every_item_is_that_of_the_naive_search(
             assert found.wider_rank == expected_rank
 
 
-def listed(one: Case, levels: Levels, k: int) -> list[tuple[str, float, Path, int]]:
+def listed(one: Case, levels: Levels, k: int) -> list[tuple[str, float, CodePath, int]]:
     params = replace(one.params, k=k, excluded=sorted(one.refused))
     return expected(one.made, levels[-1] if levels else [], params, one.limit)
 
@@ -199,7 +204,7 @@ def outcome(one: Case, item: str, lost: int, rank: int) -> ItemOutcome:
     return ItemOutcome.IN_LIST if rank <= one.params.k else ItemOutcome.BEYOND_K
 
 
-def assert_steps(one: Case, found: ItemExplanation, path: Path, levels: Levels, lost: int) -> None:
+def assert_steps(one: Case, found: ItemExplanation, path: CodePath, levels: Levels, lost: int) -> None:
     """Each prefix has its score, and its rank among all children of the beams above."""
     score = 0.0
     assert tuple(step.code for step in found.path) == path
@@ -273,3 +278,24 @@ def test_items_without_a_title_are_left_out() -> None:
     assert isinstance(titled.titles, Titles)
     assert titled.titles_of([first, second, "unheard of"]) == {first: "Amélie (2001)"}
     assert titled.version == one.service.catalogue.version
+
+
+def test_a_request_that_is_not_explained_makes_no_call_of_an_explanation() -> None:
+    """So it costs nothing: the same calls as ever, none of which is in the package."""
+    one = case(7, ScoringRule.TRIE, 0.7)
+    called: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, _argument: object) -> None:
+        called[Path(frame.f_code.co_filename).parent.name] += event == "call"
+
+    def calls_of(work: Callable[[], object]) -> Counter[str]:
+        called.clear()
+        sys.setprofile(note)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+        return called.copy()
+
+    assert calls_of(lambda: ask(one.service, one.params))["explanation"] == 0
+    assert calls_of(lambda: one.explained([]))["explanation"] > 0
