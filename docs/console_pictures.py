@@ -22,7 +22,9 @@ from atspeed.training.data import movielens_titles, movielens_wheel
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs/console"
-COLOURS = 48  # a page has few, and the file stays small
+# Every list has a plan, so that the picture shows both p and q.
+DRAFTED = {"orchestrator": {"planner": "fixed", "target-prefetch": False}}
+COLOURS = 128  # a page has few, and the file stays small
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         bundle = update_catalogue(Bundle(ROOT / "bundles/movielens-100k"), Path(folder) / "bundle", {}, [], titles)
         with (
-            LocalStack(bundle.root, log_folder=Path(folder)) as stack,
+            LocalStack(bundle.root, log_folder=Path(folder), flags=DRAFTED) as stack,
             LocalEdge([stack.address], Path(folder) / "edge.log", console=True) as edge,
             sync_playwright() as started,
         ):
@@ -52,8 +54,13 @@ def _take(page: Any, url: str) -> None:
     page.fill("#items", "1")
     page.get_by_role("button", name="Ask").click()
     page.wait_for_selector("#answers article")
+    page.get_by_role("treeitem").filter(has_text="33  p").first.focus()
     page.evaluate("document.getElementById('tree-frame').scrollTop = 330; window.scrollTo(0, 0)")
-    for name, ids in {"lists": ("lists-title",), "tree": ("tree-title",), "answer": ("time-title", "absent-title")}.items():
+    for name, ids in {
+        "lists": ("lists-title",),
+        "tree": ("tree-title",),
+        "answer": ("time-title", "absent-title"),
+    }.items():
         parts = [page.locator(f"section[aria-labelledby={one}]").bounding_box() for one in ids]
         clip = {
             "x": parts[0]["x"],

@@ -1,4 +1,4 @@
-"""Reasons why items are not in a list: their places on every level of the search, and in a wider one.
+"""Reasons why items are not in a list, with their places on every level.
 
 The target evaluates the paths of the items once more, with all children of the search's beams, so ranks are those among all
 candidates that the search compared. They are ranks by score, also where a mode samples.

@@ -1,4 +1,4 @@
-"""Explains a list: the same list, with its search, its time and the places of items that it does not have."""
+"""Explains a list: its search, its time and the places of other items."""
 
 from __future__ import annotations
 

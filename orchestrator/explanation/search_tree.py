@@ -1,4 +1,4 @@
-"""Token tree of a search that ended, from its memo and the recording of its plans and passes."""
+"""Token tree of a search that ended, from its memo and its recording."""
 
 from __future__ import annotations
 
