@@ -1,10 +1,20 @@
-"""The command line as a test runs it, in its own process."""
+"""The command line as a test runs it: in the test's process, or `atspeed up` as a process of its own."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
 from atspeed.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments: object) -> Result:
@@ -17,3 +27,46 @@ def one_line(result: Result) -> str:
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.count("\n") == 1, result.stderr
     return result.stderr
+
+
+class started:  # noqa: N801 - reads as a verb
+    """`atspeed up` as a process that does not outlive the block."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.command = [sys.executable, "-m", "atspeed.cli", "up", *map(str, arguments)]
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        return self.process
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.communicate(timeout=60)
+            self.process.kill()
+            self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def read_line(process: subprocess.Popen[str], seconds: float = 120.0) -> str:
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], seconds)
+    return process.stdout.readline() if readable else ""
+
+
+def alive(number: int) -> bool:
+    """Return whether a process runs. A zombie does not."""
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True

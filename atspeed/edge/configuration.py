@@ -39,7 +39,7 @@ class Place:
         replicas: HOST:PORT of orchestrators; a host may be a name of many.
         folder: folder of `contract.pb` and `openapi.json`, as Envoy sees it.
         admin_port: port of Envoy's own state, on the loopback address; 0 for any, None without one.
-        tls: certificate and key of this Envoy, and the CA of the replicas; None without TLS on either side.
+        tls: certificate and key of this Envoy, for both sides, and the CA of the replicas; None without TLS.
         console: folder of the console's files, as Envoy sees it; None without the console.
         shares_port: whether another process may listen on the same port.
     """
@@ -89,17 +89,20 @@ def _transport(context: dict[str, Any]) -> str:
 
 def _client_tls(files: TlsFiles) -> dict[str, Any]:
     """Return the end that clients see."""
-    certificate = {"certificate_chain": _file(files.certificate), "private_key": _file(files.key)}
-    common = {"alpn_protocols": ["h2", "http/1.1"], "tls_certificates": [certificate]}
+    common = {"alpn_protocols": ["h2", "http/1.1"], "tls_certificates": [_certificate(files)]}
     return {"@type": f"{_TLS}.DownstreamTlsContext", "common_tls_context": common}
 
 
 def _replica_tls(files: TlsFiles) -> dict[str, Any]:
-    """Return the end that replicas see."""
+    """Return the end that replicas see. It shows the same certificate to a replica that asks for one."""
     name = {"san_type": "DNS", "matcher": {"exact": SERVER_NAME}}
     validation = {"trusted_ca": _file(files.ca), "match_typed_subject_alt_names": [name]}
-    common = {"alpn_protocols": ["h2"], "validation_context": validation}
+    common = {"alpn_protocols": ["h2"], "tls_certificates": [_certificate(files)], "validation_context": validation}
     return {"@type": f"{_TLS}.UpstreamTlsContext", "sni": SERVER_NAME, "common_tls_context": common}
+
+
+def _certificate(files: TlsFiles) -> dict[str, Any]:
+    return {"certificate_chain": _file(files.certificate), "private_key": _file(files.key)}
 
 
 def _file(path: Path | None) -> dict[str, str]:

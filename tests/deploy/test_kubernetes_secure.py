@@ -136,7 +136,10 @@ def test_cert_manager_issues_what_is_mounted_under_the_names_that_callers_ask_fo
     found = built(FOLDER / "cert-manager")
     (issuer,) = of_kind(found, "Issuer")
     issued = {name: certificate["spec"] for name, certificate in of_kind(found, "Certificate").items()}
-    assert set(issued) == set(PORTS)
+    assert set(issued) == {*PORTS, "edge"}
+    envoys = issued.pop("edge")  # tests/deploy/test_kubernetes_http.py has its volume
+    assert (envoys["secretName"], set(envoys["usages"])) == ("edge-tls", {"server auth", "client auth"})
+    assert "edge" in envoys["dnsNames"]
     for name, certificate in issued.items():
         assert certificate["issuerRef"] == {"name": issuer, "kind": "Issuer"}
         assert name in certificate["dnsNames"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,7 @@ from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from tests.bundles import TestBundle, write_bundle
 from tests.catalogues import random_catalogue
-from tests.command_line import one_line, run
+from tests.command_line import alive, one_line, read_line, run, started
 from tests.conftest import mended
 
 ROOT = Path(__file__).parents[2]
@@ -205,49 +202,6 @@ def test_up_refuses_settings_that_cannot_start(made: TestBundle, tmp_path: Path)
         taken.listen()
         result = run("up", "--bundle", made.root, "--port", taken.getsockname()[1])
     assert "orchestrator: did not start: cannot listen on 127.0.0.1:" in one_line(result)
-
-
-class started:  # noqa: N801 - reads as a verb
-    """`atspeed up` as a process that does not outlive the block."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.command = [sys.executable, "-m", "atspeed.cli", "up", *map(str, arguments)]
-
-    def __enter__(self) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-        self.process = subprocess.Popen(
-            self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        return self.process
-
-    def __exit__(self, *exception: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.communicate(timeout=60)
-            self.process.kill()
-            self.process.wait()
-        for pipe in (self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-
-def read_line(process: subprocess.Popen[str], seconds: float = 120.0) -> str:
-    assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline() if readable else ""
-
-
-def alive(number: int) -> bool:
-    """Return whether a process runs. A zombie does not."""
-    deadline = time.monotonic() + 5.0
-    while time.monotonic() < deadline:
-        try:
-            os.kill(number, 0)
-        except ProcessLookupError:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_serving_commands_import_without_the_training_extra() -> None:
