@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
-from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
-from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
 from atspeed.concurrency.bounded_as_completed import bounded_as_completed
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError, Reason, UnavailableError, UnimplementedError
 from atspeed.observability import tracing
 from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track
-from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.server import Registration
@@ -36,8 +31,9 @@ from orchestrator.history import HistoryStore, HistoryUnavailable
 from orchestrator.metrics import OrchestratorMetrics
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
-from orchestrator.replies import to_event, to_reply, to_timestamp, to_versions
+from orchestrator.replies import to_event, to_reply
 from orchestrator.requests import check_user, parse_events, parse_explain_request, parse_request
+from orchestrator.service_info import ServiceInfo
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
 from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
 from orchestrator.serving.track_router import TrackRouter, TrackState
@@ -66,10 +62,8 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self._settings = settings
         self._router = router
         self._admission = admission
-        self._watches = {watch.track: watch for watch in watches}
         self.metrics = OrchestratorMetrics(admission, router, watches)
-        self._started_at = Timestamp()
-        self._started_at.GetCurrentTime()
+        self._info = ServiceInfo(settings, router, watches, admission)
 
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         """Return the top K items for one user."""
@@ -133,70 +127,13 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
         """Return versions, limits, and the state of the services behind this one."""
-        state, settings = self._router[Track.STABLE], self._settings
-        snapshot = state.snapshots.current
-        manifest, catalogue = snapshot.manifest, snapshot.catalogue
-        return pb.GetServiceInfoResponse(
-            service_version=version("atspeed-serving"),
-            bundle_name=manifest.name,
-            versions=to_versions(snapshot),
-            scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
-            catalogue_items=catalogue.items,
-            levels=catalogue.trie.levels,
-            max_k=settings.max_k,
-            max_beam_width=settings.max_beam_width,
-            history_window=manifest.target.prompt.max_items,
-            allows_empty_history=manifest.allow_empty_history,
-            modes=[wire.to_mode(mode) for mode in Mode],
-            started_at=self._started_at,
-            max_history_items=settings.max_history_items,
-            max_candidate_items=settings.max_candidate_items,
-            max_batch=settings.max_batch,
-            running_recommendations=self._admission.running,
-            waiting_recommendations=self._admission.queued,
-            bundle_since=to_timestamp(snapshot.since),
-            pending_bundle=self._watches[Track.STABLE].pending or "",
-            open_bundles=state.snapshots.open,
-            backends=await self._backends(snapshot),
-            shadow_checks=self._shadow_checks(state),
-            canary=self._canary(),
-            catalogue_paths=len(catalogue.item_start) - 1,
-            level_sizes=catalogue.tail_start.tolist(),
-            shortest_path=catalogue.shortest_spelling,
-            longest_path=catalogue.longest_spelling,
-            scores_tail=catalogue.has_tails,
-            items_per_path=manifest.items_per_path or 0,
-        )
+        return await self._info.reply()
 
     async def publish_history_limit(self) -> None:
         """Publish max_history_items to other deployments over the same Redis. Without a Redis the first append does it."""
         if (histories := self._stable_histories) is not None:
             with suppress(HistoryUnavailable):
                 await histories.publish_limit()
-
-    def _canary(self) -> pb.Canary | None:
-        if (watch := self._watches.get(Track.CANARY)) is None:
-            return None
-        state = self._router[Track.CANARY]
-        canary = pb.Canary(
-            share=self._settings.canary_share,
-            share_now=self._router.share,
-            pending_bundle=watch.pending or "",
-            shadow_checks=self._shadow_checks(state),
-        )
-        if (snapshot := state.snapshots.newest) is not None:
-            canary.versions.CopyFrom(to_versions(snapshot))
-            canary.since.CopyFrom(to_timestamp(snapshot.since))
-        return canary
-
-    def _shadow_checks(self, state: TrackState) -> pb.ShadowChecks:
-        outcomes = state.shadow.outcomes
-        return pb.ShadowChecks(
-            share=self._settings.shadow_share,
-            identical=outcomes["identical"],
-            different=outcomes["different"],
-            speculation_off=not state.speculation_breaker.enabled,
-        )
 
     async def _recommend(
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
@@ -266,23 +203,6 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         except HistoryUnavailable as error:
             _log.warning("history_store_unavailable", error=str(error))
             raise UnavailableError("histories are out of reach", reason=Reason.HISTORIES_UNAVAILABLE) from None
-
-    async def _backends(self, snapshot: Snapshot) -> list[pb.Backend]:
-        with snapshot.in_use():
-            probes = [self._probe("target", snapshot.target.model_info())]
-            if snapshot.draft:
-                probes.append(self._probe("draft", snapshot.draft.model_info()))
-            return [*await asyncio.gather(*probes), *await self._redis(snapshot)]
-
-    async def _probe(self, name: str, call: Awaitable[Any]) -> pb.Backend:
-        try:
-            return pb.Backend(name=name, available=True, model=await call)
-        except grpc.aio.AioRpcError:
-            return pb.Backend(name=name, available=False)
-
-    async def _redis(self, snapshot: Snapshot) -> list[pb.Backend]:
-        histories = snapshot.recommender.histories
-        return [pb.Backend(name="redis", available=await histories.reachable())] if histories else []
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from atspeed_client import Client
 from tests.conftest import mended
+from tests.edge import needs_envoy
 from tests.secured import write_tokens
 
 NPM = Path(__file__).parents[2] / "var/npm/node_modules"
@@ -29,6 +30,7 @@ CHROMIUM = shutil.which("chromium")
 PATIENCE_MS = 60_000
 TOKENS = {"engineer": 'scopes = ["read", "write", "explain", "admin"]', "reader": 'scopes = ["read"]'}
 
+pytestmark = needs_envoy
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
 needs_npm = pytest.mark.skipif(not NPM.exists(), reason="tests/npm is not installed: make tools")
