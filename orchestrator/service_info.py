@@ -1,4 +1,4 @@
-"""Answer of GetServiceInfo: versions, limits, and the services behind the orchestrator."""
+"""Answer of GetServiceInfo: versions, limits and the services behind it."""
 
 from __future__ import annotations
 
