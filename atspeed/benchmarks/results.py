@@ -23,7 +23,7 @@ Row = TypeVar("Row")
 Columns = Sequence[tuple[str, Callable[[Row], str]]]
 """The name of each column, and how its cell is spelled."""
 
-_TEXT_COLUMNS = {"", "mode", "rule", "draft", "prefix"}  # aligned to the left; all others are numbers
+_TEXT_COLUMNS = {"", "mode", "way", "rule", "draft", "prefix"}  # aligned to the left; all others are numbers
 
 
 class BenchmarkError(Exception):

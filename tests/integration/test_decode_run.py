@@ -12,6 +12,7 @@ from atspeed.benchmarks.decode_peers import built_for_genai
 from atspeed.cli.main import app
 from tests.bundles import TestBundle, write_bundle
 from tests.catalogues import random_catalogue
+from tests.edge import needs_envoy
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,17 @@ def test_too_few_users_are_refused(made: TestBundle, tmp_path: Path) -> None:
     result = bench(made, f"decode --histories {tmp_path}/two.txt --settle 2")
     assert result.exit_code == 1
     assert "--settle 2: there are only 2 users with so many items" in result.stderr
+
+
+@needs_envoy
+def test_ways_of_a_list_are_measured(made: TestBundle, tmp_path: Path) -> None:
+    result = bench(made, f"http --users 3 -k 4 --threads 1 --json {tmp_path}/http.json --report {tmp_path}")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "http.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["gRPC", "gRPC through Envoy", "HTTP/JSON"]
+    assert rows[0]["ratio"] == 1
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in rows)
+    assert f"K = 4: {rows[2]['ratio']:.2f}" in (tmp_path / "http.md").read_text()
 
 
 def test_overhead_is_measured(made: TestBundle, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -93,7 +94,7 @@ def test_plain_text_and_another_authority_get_nothing(edge: LocalEdge, tmp_path:
 def test_grpc_passes_with_tls_and_a_token(edge: LocalEdge, certificates: LocalCertificates) -> None:
     credentials = grpc.ssl_channel_credentials(certificates.ca.read_bytes())
     with grpc.secure_channel(f"127.0.0.1:{edge.port}", credentials) as channel:
-        info = channel.unary_unary(f"/{RECOMMENDATION}/GetServiceInfo")
+        info: Any = channel.unary_unary(f"/{RECOMMENDATION}/GetServiceInfo")
         assert info(b"", metadata=bearer("reader"), timeout=LIVENESS_SECONDS)
         with pytest.raises(grpc.RpcError) as caught:
             info(b"", timeout=LIVENESS_SECONDS)

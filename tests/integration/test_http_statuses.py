@@ -61,6 +61,11 @@ class Told(recommendation_pb2_grpc.RecommendationServiceServicer):
     async def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
         raise ERRORS[request.user_id][0]
 
+    async def Unused(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    RecordEvents = GetHistory = ForgetUser = GetServiceInfo = Unused
+
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Any
     ) -> AsyncIterator[pb.RecommendBatchResponse]:

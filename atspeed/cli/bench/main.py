@@ -24,7 +24,7 @@ from atspeed.cli.bench.options import (
     save,
     write_report,
 )
-from atspeed.cli.bench.speed import bench_decode, bench_overhead, bench_prefix
+from atspeed.cli.bench.speed import bench_decode, bench_http, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import Adapter, Base, ItemFile, ItemText, MaxItems, Separator, layout_changes
 from atspeed.cli.options import MAX_EXCLUDED, MAX_THREADS, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _PAGES = {
     "decode": "atspeed.benchmarks.decode_report",
+    "http": "atspeed.benchmarks.http_calls",
     "load": "atspeed.benchmarks.load_report",
     "overhead": "atspeed.benchmarks.overhead",
     "prefix": "atspeed.benchmarks.prefix",
@@ -204,6 +205,7 @@ def bench_invariance(
 
 bench_commands.command("decode")(bench_decode)
 bench_commands.command("overhead")(bench_overhead)
+bench_commands.command("http")(bench_http)
 bench_commands.command("prefix")(bench_prefix)
 bench_commands.command("load")(bench_load)
 bench_commands.command("scaling")(bench_scaling)

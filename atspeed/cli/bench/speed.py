@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead`, `prefix`: times of lists and passes."""
+"""`atspeed bench decode`, `overhead`, `http`, `prefix`: times of lists and passes."""
 
 from __future__ import annotations
 
@@ -152,6 +152,35 @@ def bench_overhead(
     out.print(terminal_table(title, overhead.COLUMNS, rows))
     about = overhead.header(options, users=len(chosen), items=(least_items, most_items), histories=source_of(histories))
     save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.overhead"))
+
+
+def bench_http(
+    bundle: BundleFolder,
+    histories: Histories = None,
+    users: Users = 50,
+    least_items: LeastItems = 2,
+    most_items: MostItems = None,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 10 20 50]")
+    ] = None,
+    threads: Threads = None,
+    provider: RunsOn = "cpu",
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Measure a list over HTTP/JSON by Envoy (extra `http`) beside the same list over gRPC."""
+    from atspeed.benchmarks import http_calls
+
+    opened = Bundle(bundle)
+    catalogue = opened.catalogue()
+    chosen = choose_histories(catalogue, histories, users, seed, least_items=least_items, most_items=most_items)
+    options = ServiceOptions(threads=threads or os.cpu_count() or 1, provider=provider)
+    rows = http_calls.run(bundle, chosen, k or http_calls.WIDTHS, options)
+    out.print(terminal_table(f"The same list in three ways, {len(chosen)} users; ms", http_calls.COLUMNS, rows))
+    items = (least_items, most_items)
+    about = http_calls.header(options, users=len(chosen), items=items, histories=source_of(histories))
+    save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.http_calls"))
 
 
 def bench_prefix(
