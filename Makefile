@@ -10,7 +10,7 @@
 #   make smollm2         DATA=DIR: examples/smollm2 from its data to its measurements; an hour on two idle cores, resumes
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
-#   make tools           what tests need of npm and Debian: grpc-js, a kubectl, a GPU in software; without them those tests are skipped
+#   make tools           what tests need of npm and Debian: grpc-js, grpc-web, a kubectl and schemas, a GPU in software; without them those tests are skipped
 #   make console         d3 of the lock file into the console; Debian's chromium is needed for its tests
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs, descriptors and OpenAPI document from protos/*.proto

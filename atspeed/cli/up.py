@@ -46,6 +46,20 @@ RedisFolder = Annotated[
         file_okay=False,
     ),
 ]
+HttpPort = Annotated[
+    int | None,
+    typer.Option(
+        "--http", min=0, max=65535, help="Also take JSON and gRPC-Web over HTTP on this port, by Envoy; 0 for any."
+    ),
+]
+
+
+ConsolePort = Annotated[
+    int | None,
+    typer.Option(
+        "--console", min=0, max=65535, help="As --http, and serve the console, a page that shows searches; 0 for any."
+    ),
+]
 
 
 def up(
@@ -62,21 +76,8 @@ def up(
     tls: Annotated[
         bool, typer.Option("--tls", help="Use TLS, and mutual TLS between the services, with throwaway certificates.")
     ] = False,
-    http: Annotated[
-        int | None,
-        typer.Option(
-            "--http", min=0, max=65535, help="Also take JSON and gRPC-Web over HTTP on this port, by Envoy; 0 for any."
-        ),
-    ] = None,
-    console: Annotated[
-        int | None,
-        typer.Option(
-            "--console",
-            min=0,
-            max=65535,
-            help="As --http, and serve the console, a page that shows searches; 0 for any.",
-        ),
-    ] = None,
+    http: HttpPort = None,
+    console: ConsolePort = None,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:

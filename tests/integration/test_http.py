@@ -18,7 +18,7 @@ from atspeed.local.stack import LocalStack
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import random_history
 from tests.edge import Answer, HttpClient, needs_envoy
-from tests.serving import RECOMMENDATION, SERVING, Client, check_health, ids, refused, request_of
+from tests.serving import LIVENESS_SECONDS, RECOMMENDATION, SERVING, Client, check_health, ids, refused, request_of
 
 pytestmark = needs_envoy
 
@@ -264,8 +264,9 @@ def test_grpc_passes_on_the_same_port(edge: LocalEdge, stack: LocalStack, histor
         with refused(grpc.StatusCode.INVALID_ARGUMENT, "k"):
             client.recommend(history, k=0)
         assert check_health(client.channel, RECOMMENDATION) == SERVING
+        nothing: Any = client.channel.unary_unary(f"/{RECOMMENDATION}/Nothing")
         with pytest.raises(grpc.RpcError) as caught:
-            client.channel.unary_unary(f"/{RECOMMENDATION}/Nothing")(b"", timeout=60)
+            nothing(b"", timeout=LIVENESS_SECONDS)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

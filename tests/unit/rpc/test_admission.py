@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from atspeed.engine.ewma import Ewma
 from atspeed.errors import DeadlineExceededError, ResourceExhaustedError
 from atspeed.rpc.admission import Admission, Priority
-from atspeed.rpc.grpc_status import PUSHBACK_HEADER, STATUS_HEADER, call_status
+from atspeed.rpc.grpc_status import PUSHBACK_HEADER, RETRY_AFTER_HEADER, STATUS_HEADER, call_status
 
 BATCH, INTERACTIVE = Priority.BATCH, Priority.INTERACTIVE
 
@@ -97,7 +97,7 @@ async def test_full_queue_displaces_its_newest_batch_call_for_an_interactive_one
     await end([*visitors, *more])
 
 
-async def test_refusal_has_both_retry_hints() -> None:
+async def test_refusal_has_all_three_retry_hints() -> None:
     admission = Admission(1, 0)
     async with admission.slot(INTERACTIVE):
         with pytest.raises(ResourceExhaustedError) as refusal:
@@ -109,7 +109,9 @@ async def test_refusal_has_both_retry_hints() -> None:
     info = error_details_pb2.RetryInfo()
     assert detail.details[-1].Unpack(info)
     assert (status.code, detail.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 8)
-    assert info.retry_delay.ToMilliseconds() == int(str(trailers[PUSHBACK_HEADER])) > 0
+    milliseconds = info.retry_delay.ToMilliseconds()
+    assert milliseconds == int(str(trailers[PUSHBACK_HEADER])) > 0
+    assert milliseconds <= 1000 * int(str(trailers[RETRY_AFTER_HEADER])) < milliseconds + 1000
 
 
 async def test_call_that_would_miss_its_deadline_is_refused_on_arrival() -> None:
