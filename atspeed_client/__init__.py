@@ -12,7 +12,19 @@ from pathlib import Path as _Path
 from atspeed_client.async_client import AsyncClient
 from atspeed_client.channels import Tls
 from atspeed_client.client import Client
-from atspeed_client.enums import ColdStart, DegradedReason, FewerThanK, Mode, Origin, Priority, ScoringRule, Track
+from atspeed_client.enums import (
+    ColdStart,
+    DegradedReason,
+    FewerThanK,
+    ItemOutcome,
+    Mode,
+    NodeOrigin,
+    Origin,
+    Priority,
+    ScoringRule,
+    Stage,
+    Track,
+)
 from atspeed_client.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -23,6 +35,7 @@ from atspeed_client.errors import (
     UsageError,
     Violation,
 )
+from atspeed_client.explanations import Explanation, ItemExplanation, PathStep, SearchNode, StageSpan
 from atspeed_client.replies import (
     Backend,
     Exactness,
@@ -54,18 +67,26 @@ __all__ = [
     "DegradedReason",
     "Event",
     "Exactness",
+    "Explanation",
     "FewerThanK",
     "History",
     "Item",
+    "ItemExplanation",
+    "ItemOutcome",
     "Mode",
+    "NodeOrigin",
     "Origin",
+    "PathStep",
     "Priority",
     "RecommendRequest",
     "Recommendation",
     "RecommenderError",
     "Recorded",
     "ScoringRule",
+    "SearchNode",
     "ServiceInfo",
+    "Stage",
+    "StageSpan",
     "StageTimes",
     "Statistics",
     "Tls",

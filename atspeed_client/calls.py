@@ -12,9 +12,11 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from atspeed_client import arguments, reading
+from atspeed_client.arguments import MAX_INT32
 from atspeed_client.channels import SERVICE, Endpoint
 from atspeed_client.enums import Track
 from atspeed_client.errors import REQUEST_ID_HEADER, ArgumentValueError, CallError, status_error
+from atspeed_client.explanations import Explanation, to_explanation
 from atspeed_client.replies import History, Recommendation, Recorded, ServiceInfo
 from atspeed_client.requests import Event, RecommendRequest, UserEvents, events
 from atspeed_client.v1 import recommendation_pb2 as pb
@@ -62,6 +64,19 @@ def recommend(request: RecommendRequest, track: Track | str | None) -> Call[Reco
     asked = arguments.message("request", request, RecommendRequest).message
     metadata = () if track is None else ((_TRACK_HEADER, arguments.choice("track", track, Track).value),)
     return Call("Recommend", asked, pb.RecommendResponse, reading.to_recommendation, metadata)
+
+
+def explain(
+    request: RecommendRequest, items: Iterable[str], wider_beam_width: int, track: Track | str | None
+) -> Call[Explanation]:
+    """Return the call for a list with its explanation."""
+    listed = recommend(request, track)
+    asked = pb.ExplainRequest(
+        request=listed.request,
+        item_ids=arguments.item_ids("items", items),
+        wider_beam_width=arguments.whole("wider_beam_width", wider_beam_width, 0, MAX_INT32),
+    )
+    return Call("Explain", asked, pb.ExplainResponse, to_explanation, listed.metadata)
 
 
 def record(user_id: str, items: Iterable[str | Event], tenant: str) -> Call[Recorded]:

@@ -13,6 +13,7 @@ from atspeed_client.calls import MAX_RETRIES, MAX_TIMEOUT_SECONDS, Attempt, Batc
 from atspeed_client.channels import Channels, Endpoint, Tls
 from atspeed_client.enums import Mode, Priority, Track
 from atspeed_client.errors import CallError, ClientStateError, call_error
+from atspeed_client.explanations import Explanation
 from atspeed_client.replies import History, Recommendation, Recorded, ServiceInfo
 from atspeed_client.requests import Event, RecommendRequest, UserEvents
 
@@ -112,6 +113,21 @@ class Client:
         track: the release track to ask instead of the user's own; that needs the scope admin.
         """
         return self._call(calls.recommend(request, track), timeout_seconds)
+
+    def explain(
+        self,
+        request: RecommendRequest,
+        *,
+        items: Iterable[str] = (),
+        wider_beam_width: int = 0,
+        track: Track | str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Explanation:
+        """Return the list of a request with its search, its time, and why `items` are not in it. It needs the scope explain.
+
+        wider_beam_width: beam width of the list of the target alone in which the items get a rank; 0 for the service's choice.
+        """
+        return self._call(calls.explain(request, items, wider_beam_width, track), timeout_seconds)
 
     def recommend_batch(
         self, requests: Iterable[RecommendRequest], *, timeout_seconds: float | None = None

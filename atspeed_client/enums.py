@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.descriptor import EnumDescriptor, FileDescriptor
 
+from atspeed_client.v1 import explanation_pb2, types_pb2
 from atspeed_client.v1 import recommendation_pb2 as pb
-from atspeed_client.v1 import types_pb2
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 
@@ -83,6 +83,43 @@ class DegradedReason(StrEnum):
     DRAFT_FAILED = "draft-failed"
 
 
+class NodeOrigin(StrEnum):
+    """Way in which a node came into a search."""
+
+    UNKNOWN = "unknown"
+    ROOT = "root"
+    DRAFTED = "drafted"
+    PREFETCHED = "prefetched"
+    RECOVERED = "recovered"
+    FORCED = "forced"
+    UNEVALUATED = "unevaluated"
+
+
+class Stage(StrEnum):
+    """Stage of a request."""
+
+    UNKNOWN = "unknown"
+    ADMISSION = "admission"
+    HISTORY = "history"
+    PLAN = "plan"
+    PASS = "pass"  # noqa: S105 - a pass of the target
+    SELECTION = "selection"
+
+
+class ItemOutcome(StrEnum):
+    """Reason why an item is not in a list, or that it is."""
+
+    UNKNOWN = "unknown"
+    IN_LIST = "in-list"
+    UNKNOWN_ITEM = "unknown-item"
+    EXCLUDED = "excluded"
+    SEEN = "seen"
+    NOT_ALLOWED = "not-allowed"
+    ITEMS_PER_PATH = "items-per-path"
+    BEYOND_K = "beyond-k"
+    OUTSIDE_BEAM = "outside-beam"
+
+
 class ScoringRule(StrEnum):
     """Rule by which a code's log-probability is normalised."""
 
@@ -122,4 +159,7 @@ ORIGINS = _values(Origin, "Origin")
 COLD_STARTS = _values(ColdStart, "ColdStart")
 FEWER_THAN_K = _values(FewerThanK, "FewerThanKReason")
 DEGRADED_REASONS = _values(DegradedReason, "DegradedReason")
+NODE_ORIGINS = _values(NodeOrigin, "NodeOrigin", explanation_pb2.DESCRIPTOR)
+STAGES = _values(Stage, "Stage", explanation_pb2.DESCRIPTOR)
+ITEM_OUTCOMES = _values(ItemOutcome, "ItemOutcome", explanation_pb2.DESCRIPTOR)
 SCORING_RULES = _values(ScoringRule, "ScoringRule", types_pb2.DESCRIPTOR)

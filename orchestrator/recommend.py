@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 
@@ -18,6 +18,7 @@ from atspeed.engine.bundle.prompts import Prompts
 from atspeed.engine.bundle.user_fields import UserFieldError, check_user_fields
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
+from atspeed.engine.search.scoring import Children
 from atspeed.engine.search.trie import ENDED, ROOT
 from atspeed.errors import InvalidArgumentError, NotFoundError, Reason, UnavailableError, UnimplementedError, Violations
 from atspeed.observability import tracing
@@ -69,8 +70,16 @@ class Recommender:
         self._speculation_breaker = speculation_breaker
         self._target_prefetch = target_prefetch
 
-    async def recommend(self, params: RecommendParams, deadline: Deadline) -> Recommendation:
+    async def recommend(
+        self,
+        params: RecommendParams,
+        deadline: Deadline,
+        *,
+        opened: Callable[[RequestSession], RequestSession] | None = None,
+    ) -> Recommendation:
         """Return the list of one request.
+
+        opened: takes the open session, and returns the one to search with, such as a recorded one.
 
         Raises:
             NotFoundError: nothing is stored for the user.
@@ -86,13 +95,14 @@ class Recommender:
         history = await self._history(params)
         candidates = self._candidates(params, history)
         session = self._open_session(PromptBuilder.of(self.catalogue, params, history, candidates, deadline))
+        session = session if opened is None else opened(session)
         searched_ns = time.perf_counter_ns()
         result, reason = await session.search(self.catalogue.trie, self.manifest.scoring_rule)
         session.learn(result.memo)
         items = self._items(result, candidates, self._items_per_path(params))[: params.k]
         times = session.stage_times(started_ns, searched_ns, time.perf_counter_ns())
         target, draft, planning = session.target.usage, session.draft.usage, session.sizer.report
-        diagnostics = Diagnostics(result.memo, session.prompt_tokens, target, draft, planning, times)
+        diagnostics = Diagnostics(result.memo, result.leaves, session.prompt_tokens, target, draft, planning, times)
         return self._recommendation(session, items, session.degraded_reasons(reason), diagnostics)
 
     async def read_prompt(self, user_id: str, tenant: str, deadline: Deadline) -> None:
@@ -107,6 +117,19 @@ class Recommender:
         target = self._target.session(prompts.target_request(self._prompts["target"]), max_children=1)
         with closing(target), tracing.span("read prompt"):
             await target.evaluate(np.array([ROOT], dtype=np.int64))
+
+    async def evaluate(self, prompts: PromptBuilder, levels: Iterable[Int64]) -> dict[int, Children]:
+        """Evaluate nodes, level by level, with all of their children. Nothing is learned from it.
+
+        levels: ascending inner nodes of each level, the root's first; parents are evaluated with an earlier level, or before.
+        """
+        target = self._target.session(prompts.target_request(self._prompts["target"]), max_children=None)
+        with closing(target):
+            return {node: children for nodes in levels for node, children in (await target.evaluate(nodes)).items()}
+
+    def window(self, history: SubjectHistory) -> list[str]:
+        """Return the ids of the history items in the target's prompt, oldest first."""
+        return [self.catalogue.id_of(int(item)) for item in self._prompts["target"].window(history.known)]
 
     def _check_widths(self, params: RecommendParams) -> None:
         widths, levels = len(params.beam_widths.listed), self.catalogue.trie.levels

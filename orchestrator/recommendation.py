@@ -10,6 +10,7 @@ from functools import cached_property
 from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.user_fields import UserFields
 from atspeed.engine.search.beam_widths import BeamWidths
+from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Guarantee, Mode
 from atspeed.observability import tracing
 from atspeed.rpc.admission import Priority
@@ -172,6 +173,7 @@ class Diagnostics:
 
     Attributes:
         memo: all nodes that the target evaluated.
+        leaves: the beams of the last level, in the order of the list.
         prompt_tokens: length of the target's prompt.
         target: use of the target.
         draft: use of the draft.
@@ -179,6 +181,7 @@ class Diagnostics:
     """
 
     memo: Memo
+    leaves: Beams
     prompt_tokens: int
     target: Usage
     draft: Usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from orchestrator.degraded_reason import DegradedReason
 from orchestrator.model_clients.interfaces import RequestTarget
 from orchestrator.model_clients.model_request import ModelRequest, PlanUnansweredError
 from orchestrator.planning.plan_sizer import FixedPlanSizer
-from orchestrator.planning.sized_draft import NoDraft, SizedDraft
+from orchestrator.planning.sized_draft import NoDraft, RequestDraft
 from orchestrator.recommendation import RecommendParams, StageTimes, SubjectHistory
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.memo import Memo
@@ -83,6 +83,10 @@ class PromptBuilder:
         policy = POLICIES[params.mode](params.beam_widths, params.tolerance, noise)
         return PromptBuilder(catalogue, params, history, candidates, deadline, noise, policy)
 
+    def unpruned(self) -> PromptBuilder:
+        """Return the builder for the same prompts, and for every item."""
+        return replace(self, candidates=replace(self.candidates, pruning=Pruning.none()))
+
     def window(self, model: Prompts) -> Int64:
         """Return the history items in a model's prompt: int64 [n], oldest first."""
         return model.window(self.history.known)
@@ -127,7 +131,7 @@ class RequestSession:
 
     prompts: PromptBuilder
     target: RequestTarget
-    draft: SizedDraft | NoDraft
+    draft: RequestDraft
     sizer: FixedPlanSizer
     prompt_tokens: int
     speculation_disabled: bool

@@ -15,10 +15,13 @@ from atspeed.rpc import wire
 from atspeed.rpc.admission import Priority
 from atspeed.v1 import recommendation_pb2 as pb
 from orchestrator.events import StoredEvent
+from orchestrator.explanation.explain import ExplainParams
+from orchestrator.explanation.explanation import MAX_ITEMS
 from orchestrator.recommendation import RecommendParams
 
 PRIORITIES = {pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE, pb.PRIORITY_BATCH: Priority.BATCH}
 _DEFAULT_BEAM_WIDTH = 20  # the contract's default: wide enough for lists of up to 20 items
+_WIDER, _LEAST_WIDER_BEAM_WIDTH = 5, 100  # the contract's default for the wider list of an explanation
 _LATEST_SECONDS = 86_400.0  # clocks of producers may be ahead, and wrong by a time zone
 _NANOSECONDS = 1_000_000_000
 _MAX_USER_FIELDS = 64  # bounds the work of a bad request; the bundle says which names it knows
@@ -87,6 +90,21 @@ def parse_request(
         items_per_path=request.items_per_path or None,
         user_fields=dict(request.user_fields),
     )
+
+
+def parse_explain_request(request: pb.ExplainRequest, limits: RequestLimits, usual: Priority) -> ExplainParams:
+    """Return the parameters of a request for an explanation. Raises InvalidArgumentError with every violation."""
+    found, width = Violations(), request.wider_beam_width
+    with found.noted():
+        check_ids("item_ids", request.item_ids, MAX_ITEMS)
+    with found.noted():
+        params = parse_request(request.request, limits, usual)
+        least = params.beam_widths.largest
+        if width:
+            _in_range("wider_beam_width", width, least, limits.max_beam_width)
+    found.raise_any()
+    usual_width = min(max(_WIDER * least, _LEAST_WIDER_BEAM_WIDTH), limits.max_beam_width)
+    return ExplainParams(params, list(request.item_ids), width or usual_width)
 
 
 def parse_events(request: pb.RecordEventsRequest, limits: RequestLimits) -> list[StoredEvent]:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
-from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
 from atspeed.concurrency.bounded_as_completed import bounded_as_completed
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.search.mode import Mode
 from atspeed.errors import InvalidArgumentError
 from atspeed.observability import tracing
 from atspeed.rollout.bundle_watch import BundleWatch, bundle_sources, bundle_watches, open_first, watch_bundles
 from atspeed.rollout.release_track import Track
-from atspeed.rpc import wire
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.server import Registration
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
+from orchestrator.explanation.explain import explain
+from orchestrator.explanation.explanation import Explanation
+from orchestrator.explanation.recording import Recording
+from orchestrator.explanation_replies import to_explanation
 from orchestrator.history_calls import HistoryCalls, publish_history_limit
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.replies import to_reply, to_timestamp, to_versions
-from orchestrator.requests import parse_request
+from orchestrator.recommend import Recommender
+from orchestrator.recommendation import Recommendation, RecommendParams
+from orchestrator.replies import to_reply
+from orchestrator.requests import parse_explain_request, parse_request
+from orchestrator.service_info import ServiceInfo
 from orchestrator.serving.event_prefixes import EventPrefixes
 from orchestrator.serving.shadow import ShadowChecks, ShadowLimits
 from orchestrator.serving.snapshots import Planners, Snapshot, Snapshots
@@ -43,6 +45,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
 # Longest wait for targets of the canary at the start, so that its users do not get the stable bundle in between. Targets that run
 # already are connected within a second; a start must not wait long for a canary.
 _CANARY_WAIT_SECONDS = 10.0
+_Made = TypeVar("_Made", bound=Recommendation | Explanation)
+Work = Callable[[Recommender, RecommendParams], Awaitable[_Made]]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -62,12 +66,9 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self._settings = settings
         self._router = router
         self._admission = admission
-        self._prefixes = prefixes
         self._history_calls = HistoryCalls(settings, router, prefixes)
-        self._watches = {watch.track: watch for watch in watches}
         self.metrics = OrchestratorMetrics(admission, router, watches, prefixes)
-        self._started_at = Timestamp()
-        self._started_at.GetCurrentTime()
+        self._info = ServiceInfo(settings, router, watches, admission)
 
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         """Return the top K items for one user."""
@@ -89,6 +90,19 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
             async for response in responses:
                 yield response
 
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        """Return the top K items for one user, with their search, its time and the places of other items."""
+        recording = Recording()
+        deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
+        asked = parse_explain_request(request, self._settings, Priority.of(context))
+
+        def work(recommender: Recommender, params: RecommendParams) -> Awaitable[Explanation]:
+            return explain(recommender, asked, params, recording, deadline)
+
+        found, number, snapshot = await self._serve(asked.request, deadline, Track.asked_by(context), work)
+        response = to_reply(found.recommendation, number, snapshot, request.request.reply_options)
+        return to_explanation(found, response)
+
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         """Add events to a stored history."""
         return await self._history_calls.record(request)
@@ -109,74 +123,23 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
 
     async def GetServiceInfo(self, request: pb.GetServiceInfoRequest, context: Context) -> pb.GetServiceInfoResponse:
         """Return versions, limits, and the state of the services behind this one."""
-        state, settings = self._router[Track.STABLE], self._settings
-        snapshot = state.snapshots.current
-        manifest, catalogue = snapshot.manifest, snapshot.catalogue
-        return pb.GetServiceInfoResponse(
-            service_version=version("atspeed-serving"),
-            bundle_name=manifest.name,
-            versions=to_versions(snapshot),
-            scoring_rule=wire.to_scoring_rule(manifest.scoring_rule),
-            catalogue_items=catalogue.items,
-            levels=catalogue.trie.levels,
-            max_k=settings.max_k,
-            max_beam_width=settings.max_beam_width,
-            history_window=manifest.target.prompt.max_items,
-            allows_empty_history=manifest.allow_empty_history,
-            modes=[wire.to_mode(mode) for mode in Mode],
-            started_at=self._started_at,
-            max_history_items=settings.max_history_items,
-            max_candidate_items=settings.max_candidate_items,
-            max_batch=settings.max_batch,
-            max_batch_events=settings.max_batch_events,
-            running_recommendations=self._admission.running,
-            waiting_recommendations=self._admission.queued,
-            bundle_since=to_timestamp(snapshot.since),
-            pending_bundle=self._watches[Track.STABLE].pending or "",
-            open_bundles=state.snapshots.open,
-            backends=await self._backends(snapshot),
-            shadow_checks=self._shadow_checks(state),
-            canary=self._canary(),
-            catalogue_paths=len(catalogue.item_start) - 1,
-            level_sizes=catalogue.tail_start.tolist(),
-            shortest_path=catalogue.shortest_spelling,
-            longest_path=catalogue.longest_spelling,
-            scores_tail=catalogue.has_tails,
-            items_per_path=manifest.items_per_path or 0,
-            user_fields=[
-                pb.UserField(name=field.name, values=field.values, default_value=field.default)
-                for field in manifest.target.prompt.user_fields
-            ],
-        )
-
-    def _canary(self) -> pb.Canary | None:
-        if (watch := self._watches.get(Track.CANARY)) is None:
-            return None
-        state = self._router[Track.CANARY]
-        canary = pb.Canary(
-            share=self._settings.canary_share,
-            share_now=self._router.share,
-            pending_bundle=watch.pending or "",
-            shadow_checks=self._shadow_checks(state),
-        )
-        if (snapshot := state.snapshots.newest) is not None:
-            canary.versions.CopyFrom(to_versions(snapshot))
-            canary.since.CopyFrom(to_timestamp(snapshot.since))
-        return canary
-
-    def _shadow_checks(self, state: TrackState) -> pb.ShadowChecks:
-        outcomes = state.shadow.outcomes
-        return pb.ShadowChecks(
-            share=self._settings.shadow_share,
-            identical=outcomes["identical"],
-            different=outcomes["different"],
-            speculation_off=not state.speculation_breaker.enabled,
-        )
+        return await self._info.reply()
 
     async def _recommend(
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
         params = parse_request(request, self._settings, usual)
+
+        def work(recommender: Recommender, params: RecommendParams) -> Awaitable[Recommendation]:
+            return recommender.recommend(params, deadline)
+
+        recommendation, number, snapshot = await self._serve(params, deadline, asked, work)
+        return to_reply(recommendation, number, snapshot, request.reply_options)
+
+    async def _serve(
+        self, params: RecommendParams, deadline: Deadline, asked: Track | None, work: Work[_Made]
+    ) -> tuple[_Made, str, Snapshot]:
+        """Return what `work` makes of a request that waits for its turn, the recommendation's id and the snapshot."""
         recommendation_id = secrets.token_hex(16)
         state = self._router.of(params.subject, asked)
         self._prefixes.request(params.user_key)
@@ -187,12 +150,13 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         ):
             async with self._admission.slot(params.priority, deadline.left()) as admitted:
                 params = params.narrowed() if admitted.waited else params
-                recommendation = await snapshot.recommender.recommend(params, deadline)
+                made = await work(snapshot.recommender, params)
+                recommendation = made if isinstance(made, Recommendation) else made.recommendation
                 state.shadow.offer(recommendation, snapshot)
             if tracing.on():
                 span.set(recommendation_id=recommendation_id, **recommendation.trace_attributes)
         self.metrics.record(state.track, recommendation)
-        return to_reply(recommendation, recommendation_id, snapshot, request.reply_options)
+        return made, recommendation_id, snapshot
 
     async def _recommend_one(
         self,
@@ -213,23 +177,6 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
     def _time_left(self, context: Context) -> Deadline | None:
         left = cast("float | None", context.time_remaining())  # the stubs lack the None of calls without a deadline
         return None if left is None else Deadline(left)
-
-    async def _backends(self, snapshot: Snapshot) -> list[pb.Backend]:
-        with snapshot.in_use():
-            probes = [self._probe("target", snapshot.target.model_info())]
-            if snapshot.draft:
-                probes.append(self._probe("draft", snapshot.draft.model_info()))
-            return [*await asyncio.gather(*probes), *await self._redis(snapshot)]
-
-    async def _probe(self, name: str, call: Awaitable[Any]) -> pb.Backend:
-        try:
-            return pb.Backend(name=name, available=True, model=await call)
-        except grpc.aio.AioRpcError:
-            return pb.Backend(name=name, available=False)
-
-    async def _redis(self, snapshot: Snapshot) -> list[pb.Backend]:
-        histories = snapshot.recommender.histories
-        return [pb.Backend(name="redis", available=await histories.reachable())] if histories else []
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from openapi import document
 
 ROOT = Path(__file__).parent
 PACKAGES = ROOT.parent
-PUBLIC = ("errors", "recommendation", "types")
+PUBLIC = ("errors", "explanation", "recommendation", "types")
 
 
 def generate(target: Path) -> list[Path]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,9 +55,15 @@ class started:  # noqa: N801 - reads as a verb
 
 
 def read_line(process: subprocess.Popen[str], seconds: float = 120.0) -> str:
+    """The next line of a process's output. A process that says nothing for so long is killed."""
     assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline() if readable else ""
+    # Not by select: a second line may have come with the first one, and is then in the buffer.
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        timer.cancel()
 
 
 def alive(number: int) -> bool:

@@ -18,6 +18,7 @@ from atspeed.rollout.release_track import TRACK_HEADER
 from atspeed.rpc.grpc_status import call_status
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
+from atspeed.v1.explanation_pb2 import ITEM_OUTCOME_UNKNOWN_ITEM, ItemExplanation
 from atspeed_client import AsyncClient
 from atspeed_client.channels import SERVICE
 
@@ -59,6 +60,11 @@ class FakeService(recommendation_pb2_grpc.RecommendationServiceServicer):
             await context.abort(status.code, status.details, (("x-request-id", "r-1"), *status.trailers))
         items = [pb.RecommendedItem(rank=1, item_id="i", score=-0.5, code_path=[1, 2], origin=pb.ORIGIN_DRAFTED)]
         return pb.RecommendResponse(items=items, mode=request.mode, recommendation_id="rec-1")
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        listed = await self.Recommend(request.request, context)
+        items = [ItemExplanation(item_id=item, outcome=ITEM_OUTCOME_UNKNOWN_ITEM) for item in request.item_ids]
+        return pb.ExplainResponse(response=listed, items=items, wider_beam_width=request.wider_beam_width)
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Context

@@ -8,13 +8,13 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from atspeed.cli import display
+from atspeed.cli import display, explanation
 from atspeed.cli.connection import Connection, with_connection
-from atspeed.cli.item_lists import Allowed, Excluded, History, Recorded, split
+from atspeed.cli.item_lists import Allowed, Excluded, History, Recorded, WhyNot, split
 from atspeed.cli.options import AsJson, named_values, out, warn
 from atspeed.engine.search.mode import Mode
 from atspeed.rollout.release_track import Track
-from atspeed_client import Client
+from atspeed_client import Client, Explanation, Recommendation, RecommendRequest
 from atspeed_client.arguments import MAX_INT32, MAX_INT64
 from atspeed_client.replies import Reply
 
@@ -64,6 +64,10 @@ def recommend(
         Track | None,
         typer.Option(help="Release track to ask, if a canary is served. By default it depends on the user."),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Draw the search and its time too. Needs the scope explain.")
+    ] = False,
+    why_not: WhyNot = None,
     as_json: AsJson = False,
     *,
     connection: Connection,
@@ -71,35 +75,51 @@ def recommend(
     """Recommend items to a user, or for a history."""
     if (user is None) == (history is None):
         raise typer.BadParameter("give either a user or --history")
-    user_fields = named_values("--field", field or [])
-    reply = _call(
-        connection,
-        lambda client: client.recommend(
-            user,
-            history=split(history),
-            k=k,
-            beam_width=beam_width[0] if beam_width and len(beam_width) == 1 else 0,
-            beam_widths=beam_width if beam_width and len(beam_width) > 1 else None,
-            mode=mode,
-            tolerance=tolerance,
-            temperature=temperature,
-            seed=seed,
-            excluded=split(exclude),
-            allowed=split(only),
-            exclude_seen=exclude_seen,
-            items_per_path=items_per_path,
-            user_fields=user_fields,
-            tenant=tenant,
-            track=track,
-        ),
+    request = RecommendRequest(
+        user,
+        history=split(history),
+        k=k,
+        beam_width=beam_width[0] if beam_width and len(beam_width) == 1 else 0,
+        beam_widths=beam_width if beam_width and len(beam_width) > 1 else None,
+        mode=mode,
+        tolerance=tolerance,
+        temperature=temperature,
+        seed=seed,
+        excluded=split(exclude),
+        allowed=split(only),
+        exclude_seen=exclude_seen,
+        items_per_path=items_per_path,
+        user_fields=named_values("--field", field or []),
+        tenant=tenant,
     )
+    if explain or why_not:
+        found = _call(connection, lambda client: client.explain(request, items=split(why_not) or [], track=track))
+        if as_json:
+            _print_json(found)
+        else:
+            _print_explanation(found, drawn=explain)
+        return
+    reply = _call(connection, lambda client: client.send(request, track=track))
     if as_json:
-        return _print_json(reply)
+        _print_json(reply)
+    else:
+        _print_list(reply)
+
+
+def _print_explanation(found: Explanation, *, drawn: bool) -> None:
+    _print_list(found.response)
+    if drawn:
+        out.print(explanation.token_tree(found))
+        out.print(explanation.stage_table(found))
+    for item in found.items:
+        out.print(explanation.item_lines(item, found), highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_list(reply: Recommendation) -> None:
     out.print(display.recommendation_table(reply))
     out.print(display.summary(reply), highlight=False, markup=False, soft_wrap=True)
     for warning in display.warnings(reply):
         warn(warning)
-    return None
 
 
 @with_connection

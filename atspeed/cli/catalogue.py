@@ -46,6 +46,12 @@ class NewItem(ItemLine):
         return tuple(path)
 
 
+class ItemTitle(ItemLine):
+    """A line of the file of titles."""
+
+    title: str
+
+
 @catalogue_commands.command("update")
 def catalogue_update(
     bundle: Annotated[Path, typer.Argument(help="The bundle to start from.", exists=True, file_okay=False)],
@@ -68,6 +74,15 @@ def catalogue_update(
     remove: Annotated[
         Path | None, typer.Option(help="File of items to remove: one id per line.", exists=True, dir_okay=False)
     ] = None,
+    titles: Annotated[
+        Path | None,
+        typer.Option(
+            help='File of titles for people: one JSON object per line, {"item_id": "a", "title": "Heat (1995)"}. '
+            "Other items keep the title that they have.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Add items with code paths of the bundle's codebooks, and remove others. An item in both files gets its new codes."""
@@ -76,7 +91,7 @@ def catalogue_update(
     added = _new_items(add, codes_by_name(Bundle(bundle))) if add else {}
     removed = [item for _, item in read_lines(remove)] if remove else []
     try:
-        made = update_catalogue(Bundle(bundle), out, added, removed)
+        made = update_catalogue(Bundle(bundle), out, added, removed, _titles(titles) if titles else None)
     except OSError as error:
         raise CommandError(f"{out}: not written: {error.strerror or error}") from error
     versions = {"bundle": made.manifest.version, "catalogue": made.manifest.catalogue_version}
@@ -118,3 +133,8 @@ def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int
         except ValueError as error:
             raise CommandError(f"{path}: line {number}: {error}") from error
     return items
+
+
+def _titles(path: Path) -> dict[str, str]:
+    """Read titles by id."""
+    return {item.item_id: item.title for _, item in item_lines(path, ItemTitle)}

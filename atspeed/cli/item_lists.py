@@ -50,6 +50,14 @@ Allowed = Annotated[
     list[str] | None,
     typer.Option(metavar="ID,ID", help=f"Item ids to choose from, {_COMMAS}.", callback=_some),
 ]
+WhyNot = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID,ID",
+        help=f"Item ids: say why each is not in the list, {_COMMAS}. Needs the scope explain.",
+        callback=_some,
+    ),
+]
 
 
 def _ids(text: str) -> list[str]:

@@ -54,6 +54,14 @@ HttpPort = Annotated[
 ]
 
 
+ConsolePort = Annotated[
+    int | None,
+    typer.Option(
+        "--console", min=0, max=65535, help="As --http, and serve the console, a page that shows searches; 0 for any."
+    ),
+]
+
+
 def up(
     bundle: BundleFolder,
     targets: Annotated[int, typer.Option(min=1, max=MAX_REPLICAS, help="Target replicas.")] = 1,
@@ -69,12 +77,16 @@ def up(
         bool, typer.Option("--tls", help="Use TLS, and mutual TLS between the services, with throwaway certificates.")
     ] = False,
     http: HttpPort = None,
+    console: ConsolePort = None,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:
         raise typer.BadParameter(
             "--data is for the Redis that is started without --redis-url (REDIS_URL); give only one of them"
         )
+    if http is not None and console is not None:
+        raise typer.BadParameter("--console takes JSON on its port too; give only one of --http and --console")
+    http = console if http is None else http
     manifest = read_manifest(bundle)
     if drafts and manifest.draft is None:
         raise CommandError(f"{bundle}: the bundle has no draft model, use --drafts 0")
@@ -104,11 +116,15 @@ def up(
                         flags=certificates.flags if certificates else None,
                     )
                 )
-                edge = _edge(running, http, stack, certificates) if http is not None else None
+                edge = None
+                if http is not None:
+                    edge = _edge(running, http, stack, certificates, console=console is not None)
             ca = certificates.ca if certificates else None
             _announce(manifest.name, stack, kept, ca)
             if edge:
                 _announce_edge(edge, ca)
+                if console is not None:
+                    out.print(f"The console is at [bold]{edge.url}/console/[/bold]", highlight=False, soft_wrap=True)
             _watch(stack, edge)
         except KeyboardInterrupt:
             err.print("draining", highlight=False)
@@ -121,11 +137,15 @@ def _throwaway(running: ExitStack) -> LocalCertificates:
     return made
 
 
-def _edge(running: ExitStack, port: int, stack: LocalStack, certificates: LocalCertificates | None) -> LocalEdge:
+def _edge(
+    running: ExitStack, port: int, stack: LocalStack, certificates: LocalCertificates | None, *, console: bool
+) -> LocalEdge:
     """Start the way in for HTTP."""
     tls = certificates.files("edge") if certificates else None
     replicas = [orchestrator.address for orchestrator in stack.orchestrators]
-    return running.enter_context(LocalEdge(replicas, stack.log_folder / "edge.log", port=port, tls=tls))
+    return running.enter_context(
+        LocalEdge(replicas, stack.log_folder / "edge.log", port=port, console=console, tls=tls)
+    )
 
 
 def _announce(name: str, stack: LocalStack, kept: str, ca: Path | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from atspeed.edge.console_routes import console_routes
 from atspeed.security.tls import TlsFiles
 
 FOLDER = Path(__file__).parent
@@ -24,6 +25,7 @@ OPENAPI = FOLDER / "openapi.json"
 SERVER_NAME = "orchestrator"
 """Name that a replica's certificate bears."""
 
+_ROUTE_INDENT = " " * 24
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 
 
@@ -38,6 +40,7 @@ class Place:
         folder: folder of `contract.pb` and `openapi.json`, as Envoy sees it.
         admin_port: port of Envoy's own state, on the loopback address; 0 for any, None without one.
         tls: certificate and key of this Envoy, for both sides, and the CA of the replicas; None without TLS.
+        console: folder of the console's files, as Envoy sees it; None without the console.
         shares_port: whether another process may listen on the same port.
     """
 
@@ -47,6 +50,7 @@ class Place:
     folder: Path = FOLDER
     admin_port: int | None = None
     tls: TlsFiles | None = None
+    console: Path | None = None
     shares_port: bool = False
 
 
@@ -58,10 +62,16 @@ def configuration(place: Place) -> str:
         port=place.port,
         shares_port=json.dumps(place.shares_port),
         folder=place.folder,
+        console=_routes(console_routes(place.console)) if place.console else "# Without the console.",
         replicas=json.dumps([{"endpoint": {"address": _replica(address)}} for address in place.replicas]),
         client_tls=_transport(_client_tls(place.tls)) if place.tls else "# Without TLS.",
         replica_tls=_transport(_replica_tls(place.tls)) if place.tls else "# Without TLS.",
     )
+
+
+def _routes(routes: Sequence[dict[str, Any]]) -> str:
+    """Return routes as items of the template's list of routes."""
+    return f"\n{_ROUTE_INDENT}".join(f"- {json.dumps(route)}" for route in routes)
 
 
 def _socket(host: str, port: int) -> dict[str, Any]:

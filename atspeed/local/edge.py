@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from atspeed.edge.configuration import Place, configuration
+from atspeed.edge.console_routes import FOLDER as CONSOLE
 from atspeed.local.child_process import ChildProcess
 from atspeed.security.tls import TlsFiles
 
@@ -41,17 +42,20 @@ class LocalEdge:
         log: the file of its log.
     """
 
-    def __init__(self, replicas: Sequence[str], log: Path, *, port: int = 0, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, replicas: Sequence[str], log: Path, *, port: int = 0, console: bool = False, tls: TlsFiles | None = None
+    ) -> None:
         """Prepare the process without starting it.
 
         Args:
             replicas: HOST:PORT of each orchestrator.
             log: the file of its log.
             port: the port that it listens on; 0 for any.
+            console: whether it serves the console too.
             tls: its certificate and key, and the CA of the orchestrators; None without TLS.
         """
         self._binary = envoy_binary()
-        self._place = Place(_HOST, port, replicas, tls=tls)
+        self._place = Place(_HOST, port, replicas, tls=tls, console=CONSOLE if console else None)
         self.log = log
         self._child = ChildProcess()
 

@@ -19,6 +19,8 @@ class Scope(StrEnum):
     """Recommendations, histories, versions, and the schema by reflection."""
     WRITE = "write"
     """Changes of histories."""
+    EXPLAIN = "explain"
+    """Explanations of lists: the nodes of a search, its time, and the places of items."""
     ADMIN = "admin"
     """The choice of a release track."""
     SERVICE = "service"
@@ -30,6 +32,7 @@ _RECOMMENDATION, _DRAFT, _TARGET = (f"/atspeed.v1.{name}Service" for name in ("R
 METHOD_SCOPES: Final[Mapping[str, Scope]] = {
     f"{_RECOMMENDATION}/Recommend": Scope.READ,
     f"{_RECOMMENDATION}/RecommendBatch": Scope.READ,
+    f"{_RECOMMENDATION}/Explain": Scope.EXPLAIN,
     f"{_RECOMMENDATION}/GetHistory": Scope.READ,
     f"{_RECOMMENDATION}/GetServiceInfo": Scope.READ,
     f"{_RECOMMENDATION}/RecordEvents": Scope.WRITE,

@@ -10,6 +10,7 @@ gets INVALID_ARGUMENT with all of them (see errors.proto).
 A field name never gets another meaning, and a field number never another field.
 """
 
+from atspeed.v1 import explanation_pb2 as _explanation_pb2
 from atspeed.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -905,6 +906,126 @@ class RecommendBatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___RecommendBatchResponse: _TypeAlias = RecommendBatchResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Request to explain a list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    WIDER_BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    wider_beam_width: _builtins.int
+    """Beam width of the list of the target alone that the items are looked up in, at least the largest beam width of the request and at most
+    max_beam_width of GetServiceInfo. 0 means five times that of the request, at least 100, as far as the service allows it.
+    """
+    @_builtins.property
+    def request(self) -> Global___RecommendRequest:
+        """The request for the list."""
+
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items whose absence is to be explained, at most 16."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___RecommendRequest | None = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        wider_beam_width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "request", b"request", "wider_beam_width", b"wider_beam_width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """List with its explanation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TitlesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    NODES_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    WIDER_BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    HISTORY_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    TITLES_FIELD_NUMBER: _builtins.int
+    nodes_left_out: _builtins.int
+    """Number of nodes that did not fit."""
+    wider_beam_width: _builtins.int
+    """Beam width of the wider list; 0 if none was made."""
+    @_builtins.property
+    def response(self) -> Global___RecommendResponse:
+        """The list."""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.SearchNode]:
+        """Nodes of the search, the root first: all nodes that the target evaluated, and all beams. At most 4096; the beams and the most
+        probable ones.
+        """
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.StageSpan]:
+        """Stages of the request, in time order."""
+
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.ItemExplanation]:
+        """The explanation of each item of the request."""
+
+    @_builtins.property
+    def history_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items of the history in the prompt, oldest first."""
+
+    @_builtins.property
+    def titles(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Titles by item id, of all items of this reply that have one in the bundle."""
+
+    def __init__(
+        self,
+        *,
+        response: Global___RecommendResponse | None = ...,
+        nodes: _abc.Iterable[_explanation_pb2.SearchNode] | None = ...,
+        nodes_left_out: _builtins.int = ...,
+        stages: _abc.Iterable[_explanation_pb2.StageSpan] | None = ...,
+        items: _abc.Iterable[_explanation_pb2.ItemExplanation] | None = ...,
+        wider_beam_width: _builtins.int = ...,
+        history_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        titles: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_item_ids", b"history_item_ids", "items", b"items", "nodes", b"nodes", "nodes_left_out", b"nodes_left_out", "response", b"response", "stages", b"stages", "titles", b"titles", "wider_beam_width", b"wider_beam_width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):

@@ -45,6 +45,11 @@ class RecommendationServiceStub:
                 request_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecommendBatchRequest.SerializeToString,
                 response_deserializer=atspeed_dot_v1_dot_recommendation__pb2.RecommendBatchResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/atspeed.v1.RecommendationService/Explain',
+                request_serializer=atspeed_dot_v1_dot_recommendation__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=atspeed_dot_v1_dot_recommendation__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.RecordEvents = channel.unary_unary(
                 '/atspeed.v1.RecommendationService/RecordEvents',
                 request_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecordEventsRequest.SerializeToString,
@@ -88,6 +93,15 @@ class RecommendationServiceServicer:
     def RecommendBatch(self, request, context):
         """Serves many requests in one call. Each result is sent as soon as it is ready, with the index of its request. A failed request does
         not fail the others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
+        is the same. The call costs more than Recommend, and with items to explain several times as much. It needs a token with the scope
+        explain. Metadata is as for Recommend.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +157,11 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     servicer.RecommendBatch,
                     request_deserializer=atspeed_dot_v1_dot_recommendation__pb2.RecommendBatchRequest.FromString,
                     response_serializer=atspeed_dot_v1_dot_recommendation__pb2.RecommendBatchResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=atspeed_dot_v1_dot_recommendation__pb2.ExplainRequest.FromString,
+                    response_serializer=atspeed_dot_v1_dot_recommendation__pb2.ExplainResponse.SerializeToString,
             ),
             'RecordEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordEvents,
@@ -225,6 +244,33 @@ class RecommendationService:
             '/atspeed.v1.RecommendationService/RecommendBatch',
             atspeed_dot_v1_dot_recommendation__pb2.RecommendBatchRequest.SerializeToString,
             atspeed_dot_v1_dot_recommendation__pb2.RecommendBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atspeed.v1.RecommendationService/Explain',
+            atspeed_dot_v1_dot_recommendation__pb2.ExplainRequest.SerializeToString,
+            atspeed_dot_v1_dot_recommendation__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

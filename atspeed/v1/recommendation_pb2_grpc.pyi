@@ -49,6 +49,11 @@ class RecommendationServiceStub:
     """Serves many requests in one call. Each result is sent as soon as it is ready, with the index of its request. A failed request does
     not fail the others.
     """
+    Explain: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.ExplainRequest, _recommendation_pb2.ExplainResponse]
+    """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
+    is the same. The call costs more than Recommend, and with items to explain several times as much. It needs a token with the scope
+    explain. Metadata is as for Recommend.
+    """
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]
     """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
     RecordEventsBatch: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsBatchRequest, _recommendation_pb2.RecordEventsBatchResponse]
@@ -78,6 +83,11 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     RecommendBatch: _aio.UnaryStreamMultiCallable[_recommendation_pb2.RecommendBatchRequest, _recommendation_pb2.RecommendBatchResponse]  # type: ignore[assignment]
     """Serves many requests in one call. Each result is sent as soon as it is ready, with the index of its request. A failed request does
     not fail the others.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.ExplainRequest, _recommendation_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
+    is the same. The call costs more than Recommend, and with items to explain several times as much. It needs a token with the scope
+    explain. Metadata is as for Recommend.
     """
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
@@ -117,6 +127,17 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_recommendation_pb2.RecommendBatchResponse], _abc.AsyncIterator[_recommendation_pb2.RecommendBatchResponse]]:
         """Serves many requests in one call. Each result is sent as soon as it is ready, with the index of its request. A failed request does
         not fail the others.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _recommendation_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_pb2.ExplainResponse, _abc.Awaitable[_recommendation_pb2.ExplainResponse]]:
+        """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
+        is the same. The call costs more than Recommend, and with items to explain several times as much. It needs a token with the scope
+        explain. Metadata is as for Recommend.
         """
 
     @_abc_1.abstractmethod

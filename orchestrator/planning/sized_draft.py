@@ -50,6 +50,21 @@ class TargetState(Protocol):
         """Return whether the target has made the next pass already."""
 
 
+class RequestDraft(Protocol):
+    """The draft for one request, sized: what the loop and the reply need of it."""
+
+    @property
+    def usage(self) -> Usage:
+        """Return the costs of the draft's calls."""
+
+    @property
+    def degraded_reason(self) -> DegradedReason | None:
+        """Return why the draft failed; None if it did not."""
+
+    async def plan(self, below: Beams) -> Plan:
+        """Return a plan below these beams; see `beam_loop.Draft`."""
+
+
 class NoDraft:
     """A draft that proposes nothing: the search is plain beam search.
 
@@ -58,10 +73,9 @@ class NoDraft:
         degraded_reason: always None.
     """
 
-    degraded_reason: DegradedReason | None = None
-
     def __init__(self) -> None:
         self.usage = Usage()
+        self.degraded_reason: DegradedReason | None = None
 
     async def plan(self, below: Beams) -> Plan:
         """Return an empty plan."""

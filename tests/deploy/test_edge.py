@@ -32,6 +32,36 @@ def test_envoy_stands_before_the_orchestrators_where_it_is_asked_for(profile: st
     assert edge["depends_on"]["orchestrator"]["condition"] == "service_healthy"
 
 
+@pytest.mark.parametrize(("files", "suffix"), [((), ""), (SECURE_FILES, ".secure")])
+def test_the_console_is_an_edge_for_people_on_this_host(files: tuple[str, ...], suffix: str) -> None:
+    """Its Envoy is the edge's, with routes for the page's files, all of which it mounts."""
+    assert "console" not in compose("--profile", "cpu", "--profile", "http")["services"]
+    config = compose(*files, "--profile", "cpu", "--profile", "console")
+    assert "edge" not in config["services"]
+    console = config["services"]["console"]
+    assert [(port["host_ip"], port["published"]) for port in console["ports"]] == [("127.0.0.1", "50080")]
+    assert (console["read_only"], console["cap_drop"], console["user"]) == (True, ["ALL"], "101:101")
+    assert console["command"][-1] == f"/etc/envoy/envoy.console{suffix}.yaml"
+    (page,) = [Path(mount["source"]) for mount in console["volumes"] if mount["target"] == "/etc/console"]
+    with_page, without = (routes_of(f"envoy{variant}{suffix}.yaml") for variant in (".console", ""))
+    own = [route for route in with_page if route not in without]
+    assert without == [route for route in with_page if route not in own]
+    assert {route["match"]["path"].removeprefix("/console").removeprefix("/") for route in own} == {
+        "",
+        *(file.name for file in page.iterdir() if file.suffix in {".css", ".js"}),
+    }
+    for route in own[1:]:
+        assert (page / Path(route["direct_response"]["body"]["filename"]).name).is_file()
+
+
+def routes_of(name: str) -> list[dict[str, Any]]:
+    """The routes of a configuration, in their order."""
+    (listener,) = yaml.safe_load((ROOT / "deploy" / "envoy" / name).read_text())["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    routes: list[dict[str, Any]] = manager["route_config"]["virtual_hosts"][0]["routes"]
+    return routes
+
+
 def assert_reads_what_is_there(edge: Service) -> None:
     """Its configuration, and the files that this one names, are in the folder that it mounts."""
     name = edge["command"][-1].removeprefix("/etc/envoy/")

@@ -34,6 +34,7 @@ from tests.serving import LIVENESS_SECONDS
 NEEDED = {
     "Recommend": "read",
     "RecommendBatch": "read",
+    "Explain": "explain",
     "GetHistory": "read",
     "GetServiceInfo": "read",
     "RecordEvents": "write",
@@ -43,17 +44,21 @@ NEEDED = {
     "Plan": "service",
     "Evaluate": "service",
 }
-SCOPES = ("read", "write", "admin", "service")
+SCOPES = ("read", "write", "explain", "admin", "service")
 TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "acme": 'scopes = ["read", "write"]\ntenants = ["acme"]',
     "operator": 'scopes = ["read", "admin"]',
     "nameless": 'scopes = ["read", "write"]\ntenants = [""]',
+    "read-explains": 'scopes = ["explain"]',
+    "acme-explains": 'scopes = ["explain"]\ntenants = ["acme"]',
+    "nameless-explains": 'scopes = ["explain"]\ntenants = [""]',
     "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
     "limited": 'scopes = ["read", "write"]\nrequests_per_second = 0.001\nburst = 3',
     "removed": 'scopes = ["read", "write", "admin", "service"]',
 }
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 MODELS = {"draft": "DraftService", "target": "TargetService"}
+EXPLAIN = next(method for method in rpcs() if method.name == "Explain")
 RECOMMENDATION = [method for method in rpcs() if method.containing_service.name == "RecommendationService"]
 
 
@@ -190,6 +195,9 @@ def test_a_token_may_name_its_own_tenants_only(
         "RecordEventsBatch": pb.RecordEventsBatchRequest(requests=[own_events, events]),
         "ForgetUser": pb.ForgetUserRequest(**user),
     }
+    explained = pb.ExplainRequest(request=good).SerializeToString()
+    code = outcome(channels["RecommendationService"], EXPLAIN, explained, bearer(f"{token}-explains"))
+    assert code is (grpc.StatusCode.OK if allowed else DENIED)
     for method in RECOMMENDATION:
         if method.name in messages and (token != "read" or NEEDED[method.name] == "read"):
             code = outcome(

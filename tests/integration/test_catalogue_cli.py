@@ -194,3 +194,40 @@ def test_export_on_a_full_disk_leaves_what_was_there(made: TestBundle, tmp_path:
     assert done.returncode == 1, done.stderr
     assert f"{target}: not written: File too large" in done.stderr
     assert run("bundle", "verify", tmp_path / "new")[0] == 0
+
+
+def test_titles_follow_their_items(made: TestBundle, tmp_path: Path) -> None:
+    """They change no model version, and items keep theirs when others come and go."""
+    first, second, third = [made.bundle.catalogue().id_of(item) for item in range(3)]
+    titles = lines_of(
+        tmp_path / "titles", {"item_id": first, "title": "Heat (1995)"}, {"item_id": third, "title": "Ran"}
+    )
+    assert run("catalogue", "update", made.root, tmp_path / "titled", "--titles", titles)[0] == 0
+    titled = Bundle(tmp_path / "titled")
+    assert titled.catalogue().titles_of([first, second, third]) == {first: "Heat (1995)", third: "Ran"}
+    assert titled.manifest.model_version("target") == made.bundle.manifest.model_version("target")
+    assert titled.manifest.version != made.bundle.manifest.version
+    gone = tmp_path / "gone"
+    gone.write_text(f"{first}\n")
+    more = lines_of(tmp_path / "more", {"item_id": second, "title": "Alien"})
+    arguments = ("--remove", gone, "--titles", more)
+    assert run("catalogue", "update", tmp_path / "titled", tmp_path / "later", *arguments)[0] == 0
+    assert Bundle(tmp_path / "later").catalogue().titles_of([first, second, third]) == {second: "Alien", third: "Ran"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ([{"item_id": "nobody's", "title": "x"}], 'titles: "nobody\'s" is not in the catalogue'),
+        ([{"item_id": "item-1"}], "line 1: title: Field required"),
+        ([{"item_id": "item-1", "title": "x" * 600}], "titles: a title has 600 bytes, at most 512 are allowed"),
+        ([{"item_id": "item-1", "title": "x"}] * 2, "line 2: item_id 'item-1' occurs more than once"),
+    ],
+)
+def test_wrong_titles_are_named(
+    made: TestBundle, tmp_path: Path, lines: list[Mapping[str, object]], problem: str
+) -> None:
+    code, said = run("catalogue", "update", made.root, tmp_path / "out", "--titles", lines_of(tmp_path / "t", *lines))
+    assert code == 1
+    assert problem in said.replace("\n", "")
+    assert not (tmp_path / "out").exists()

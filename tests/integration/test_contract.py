@@ -13,10 +13,11 @@ import google.rpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
-from atspeed.v1 import draft_pb2, errors_pb2, recommendation_pb2, target_pb2, types_pb2
+from atspeed.v1 import draft_pb2, errors_pb2, explanation_pb2, recommendation_pb2, target_pb2, types_pb2
 
 ROOT = Path(__file__).parents[2]
-FILES = [module.DESCRIPTOR for module in (draft_pb2, errors_pb2, recommendation_pb2, target_pb2, types_pb2)]
+MODULES = (draft_pb2, errors_pb2, explanation_pb2, recommendation_pb2, target_pb2, types_pb2)
+FILES = [module.DESCRIPTOR for module in MODULES]
 FIELDS = [field for file in FILES for message in file.message_types_by_name.values() for field in message.fields]
 UNSIGNED = {FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_UINT64}
 TIMES = re.compile(r"_(ns|us|seconds|millis|nanos)$")

@@ -74,6 +74,7 @@ def sample(operation_id: str, history: list[str]) -> tuple[str, Any]:
     one = {"history": {"item_ids": history}, "k": 3, "mode": "MODE_EXACT_SAMPLING", "seed": "7"}
     bodies: dict[str, Any] = {
         "Recommend": one,
+        "Explain": {"request": one, "item_ids": [history[0], "nothing"]},
         "RecommendBatch": {"requests": [one, {"k": 0}]},
         "RecordEvents": {"events": [{"item_id": history[0], "time": "2026-01-02T03:04:05.000006Z", "weight": 0.5}]},
     }

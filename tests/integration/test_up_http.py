@@ -58,6 +58,28 @@ def test_up_ends_when_envoy_ends(made: TestBundle) -> None:
 
 
 @needs_envoy
+def test_up_serves_the_console_where_it_is_asked_for(made: TestBundle) -> None:
+    """The page, which may load nothing from elsewhere; without the option there is none."""
+    for option, code in (("--console", 200), ("--http", 404)):
+        with started("--bundle", made.root, "--drafts", 0, "--port", 0, option, 0) as process:
+            read_line(process)
+            served = re.search(r"HTTP is served at http://(\S+)", read_line(process))
+            assert served
+            if option == "--console":
+                assert f"The console is at http://{served[1]}/console/" in read_line(process)
+            page = HttpClient(served[1])("GET", "/console/")
+            assert page.code == code
+            assert ("default-src 'none'" in page.headers.get("content-security-policy", "")) == (code == 200)
+            assert HttpClient(served[1])("GET", "/v1/info").code == 200
+
+
+def test_the_console_and_http_share_a_port(made: TestBundle) -> None:
+    result = run("up", "--bundle", made.root, "--http", 0, "--console", 0)
+    assert result.exit_code == 2
+    assert "give only one of --http and --console" in result.output
+
+
+@needs_envoy
 def test_a_port_that_is_taken_is_said_before_anything_starts(made: TestBundle) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

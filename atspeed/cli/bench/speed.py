@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead`, `http`, `prefix`, `events`: times of lists, passes and calls."""
+"""`atspeed bench decode`, `overhead`, `http`, `prefix`, `events`: times of calls."""
 
 from __future__ import annotations
 

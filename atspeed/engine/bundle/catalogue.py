@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from atspeed.engine.arrays import Int32, Int64
+from atspeed.engine.bundle.arrays import read_array
 from atspeed.engine.bundle.id_index import IdIndex, Ids
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES, id_problem, shown
+from atspeed.engine.bundle.titles import Titles
 from atspeed.engine.errors import CatalogueError
 from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.trie import ENDED, Pruning, Trie
@@ -39,6 +40,7 @@ class Catalogue:
         item_path: the path of each item, int32 [items].
         trie: the trie of the distinct paths.
         tail_start: int64 [L]; codes from tail_start[level] on are tail tokens, which are scored and which prompts do not hold.
+        titles: titles of the items; None without any.
     """
 
     ids: Ids
@@ -47,6 +49,7 @@ class Catalogue:
     item_path: Int32
     trie: Trie
     tail_start: Int64
+    titles: Titles | None = None
 
     @classmethod
     def build(
@@ -129,7 +132,7 @@ class Catalogue:
             raise CatalogueError("codes: a code stands after a tail token")
 
     def save(self, folder: Path) -> None:
-        """Write ids.npy, codes.npy and codebooks.npy, and tails.npy if there are tails, each in one step."""
+        """Write ids.npy, codes.npy and codebooks.npy, tails.npy if there are tails, and the titles, each in one step."""
         folder.mkdir(parents=True, exist_ok=True)
         sizes = np.asarray(self.trie.codebook_sizes, dtype=np.int64)
         arrays = {"ids": self.ids, "codes": self.codes, "codebooks": sizes}
@@ -139,6 +142,8 @@ class Catalogue:
             with replacing(folder / f"{name}.npy") as file:
                 # Through `write` alone: numpy writes into a real file by itself, and reports no error when the disk is full.
                 np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
+        if self.titles is not None:
+            self.titles.save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
@@ -153,7 +158,7 @@ class Catalogue:
             _check_ids(catalogue.ids)
         except CatalogueError as error:
             raise CatalogueError(f"{folder}: {error}") from error
-        return catalogue
+        return replace(catalogue, titles=Titles.load(folder, catalogue.items))
 
     @cached_property
     def version(self) -> str:
@@ -216,6 +221,19 @@ class Catalogue:
         """Return the id of an item index."""
         return bytes(self.ids[item]).decode()
 
+    def titles_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """Return the titles of items by id. Items without a title are left out."""
+        if (titles := self.titles) is None:
+            return {}
+        wanted = list(ids)
+        found = zip(wanted, self.find(wanted).tolist(), strict=True)
+        return {item_id: titles[item] for item_id, item in found if item >= 0 and titles[item]}
+
+    def with_titles(self, titles: Mapping[str, str]) -> Catalogue:
+        """Return the catalogue with these titles by id, in place of those that it has."""
+        made = Titles.of(titles.get(self.id_of(item), "") for item in range(self.items)) if titles else None
+        return replace(self, titles=made)
+
     def leaf_of(self, items: npt.NDArray[np.integer]) -> Int64:
         """Return the trie leaf of each item index, [n]."""
         leaf: Int64 = self.item_path[items].astype(np.int64) + self.trie.level_start[self.trie.levels]
@@ -258,16 +276,6 @@ class Catalogue:
         path = leaves - self.trie.level_start[self.trie.levels]
         emptied = gone == (self.item_start[path + 1] - self.item_start[path])
         return Pruning.of_dead_leaves(self.trie, leaves[emptied])
-
-
-def read_array(path: Path) -> npt.NDArray[Any]:
-    """Read an array into memory, without mapping the file: the served content is the checked content."""
-    try:
-        with path.open("rb") as file:
-            array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-            return array
-    except (OSError, ValueError, EOFError) as error:
-        raise CatalogueError(f"{path}: {error}") from error
 
 
 def _encode(ids: Sequence[str] | Ids) -> Ids:

@@ -78,17 +78,28 @@ def _endings(catalogue: Catalogue) -> dict[int, list[tuple[int, ...]]]:
     }
 
 
-def update_catalogue(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, ...]], removed: Iterable[str]) -> Bundle:
+def update_catalogue(
+    bundle: Bundle,
+    out: Path,
+    added: Mapping[str, tuple[int, ...]],
+    removed: Iterable[str],
+    titles: Mapping[str, str] | None = None,
+) -> Bundle:
     """Write the bundle with the updated catalogue to `out`, which must not exist. The models' files are linked or copied.
 
+    titles: new titles by item id. Items keep the title that they have.
+
     The bundle appears in one step, after it has been read back as a service reads it. A failure leaves no files. Raises
-    CatalogueError as `updated_catalogue`, BundleError when a file differs from the manifest, and OSError.
+    CatalogueError as `updated_catalogue` and for the title of an unknown item, BundleError when a file differs from the manifest,
+    and OSError.
     """
     if os.path.lexists(out):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
     if out.resolve().is_relative_to(bundle.root.resolve()):
         raise BundleError(f"{out}: inside {bundle.root}, which could then no longer be verified")
-    catalogue = updated_catalogue(bundle.catalogue(), added, removed)
+    before = bundle.catalogue()
+    catalogue = updated_catalogue(before, added, removed) if added or removed else before
+    catalogue = _titled(catalogue, before, titles or {})
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
@@ -99,6 +110,14 @@ def update_catalogue(bundle: Bundle, out: Path, added: Mapping[str, tuple[int, .
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Bundle(out)
+
+
+def _titled(catalogue: Catalogue, before: Catalogue, titles: Mapping[str, str]) -> Catalogue:
+    """Return the catalogue with the titles that its items had before, or get now."""
+    if (unknown := catalogue.find(titles)).min(initial=0) < 0:
+        raise CatalogueError(f"titles: {shown(list(titles)[int(unknown.argmin())])} is not in the catalogue")
+    kept = before.titles_of(before.id_of(item) for item in range(before.items)) if before.titles else {}
+    return catalogue.with_titles(kept | dict(titles))
 
 
 def _write(bundle: Bundle, catalogue: Catalogue, out: Path) -> None:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from atspeed.engine.arrays import Int32, Int64
-from atspeed.engine.bundle.catalogue import read_array
+from atspeed.engine.bundle.arrays import read_array
 from atspeed.engine.bundle.prompt import TextsEntry
 from atspeed.engine.errors import BundleError, CatalogueError
 from atspeed.engine.files.atomic_write import replacing

@@ -87,6 +87,11 @@ async def test_calls(kind: str) -> None:
         reply = await called(kind, address, "recommend", "alice", k=3, mode=Mode.TARGET_ONLY)
         assert (reply.item_ids, reply.mode, reply.recommendation_id) == (["i"], "target-only", "rec-1")
         assert [reply.request_id] == service.request_ids
+        explained = await called(
+            kind, address, "explain", RecommendRequest("alice"), items=["x"], wider_beam_width=50, track="canary"
+        )
+        assert (explained.response.item_ids, explained.wider_beam_width, service.tracks) == (["i"], 50, ["canary"])
+        assert [(item.item_id, item.outcome) for item in explained.items] == [("x", "unknown-item")]
         recorded = await called(kind, address, "record", "alice", ["a", Event("b", type="buy")])
         assert recorded.history_length == 2
         history = await called(kind, address, "history", "alice")

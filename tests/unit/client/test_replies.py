@@ -16,18 +16,23 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from atspeed_client import (
     Event,
     Exactness,
+    Explanation,
     History,
     Item,
+    ItemExplanation,
+    PathStep,
     Recommendation,
     Recorded,
+    SearchNode,
+    StageSpan,
     StageTimes,
     Statistics,
     Versions,
     enums,
     reading,
 )
+from atspeed_client.v1 import explanation_pb2, types_pb2
 from atspeed_client.v1 import recommendation_pb2 as pb
-from atspeed_client.v1 import types_pb2
 
 REPLY = pb.RecommendResponse(
     recommendation_id="r",
@@ -57,6 +62,11 @@ REPLY = pb.RecommendResponse(
         (Event, pb.Event, set()),
         (History, pb.GetHistoryResponse, {"request_id"}),
         (Recorded, pb.RecordEventsResponse, {"request_id"}),
+        (Explanation, pb.ExplainResponse, set()),
+        (SearchNode, explanation_pb2.SearchNode, set()),
+        (StageSpan, explanation_pb2.StageSpan, set()),
+        (ItemExplanation, explanation_pb2.ItemExplanation, set()),
+        (PathStep, explanation_pb2.PathStep, set()),
     ],
 )
 def test_a_value_has_the_fields_of_its_message(kind: Any, message: Any, own: set[str]) -> None:
@@ -73,6 +83,9 @@ def test_a_value_has_the_fields_of_its_message(kind: Any, message: Any, own: set
         (enums.FewerThanK, "FewerThanKReason", pb),
         (enums.DegradedReason, "DegradedReason", pb),
         (enums.ScoringRule, "ScoringRule", types_pb2),
+        (enums.NodeOrigin, "NodeOrigin", explanation_pb2),
+        (enums.Stage, "Stage", explanation_pb2),
+        (enums.ItemOutcome, "ItemOutcome", explanation_pb2),
     ],
 )
 def test_an_enum_has_the_values_of_the_contract(kind: Any, name: str, file: Any) -> None:

@@ -1,0 +1,1 @@
+"""Explanations of lists: the token tree, the time by stage, absent items."""
