@@ -66,6 +66,7 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self._settings = settings
         self._router = router
         self._admission = admission
+        self._prefixes = prefixes
         self._history_calls = HistoryCalls(settings, router, prefixes)
         self.metrics = OrchestratorMetrics(admission, router, watches, prefixes)
         self._info = ServiceInfo(settings, router, watches, admission)

@@ -64,7 +64,7 @@ class Told(recommendation_pb2_grpc.RecommendationServiceServicer):
     async def Unused(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    Explain = RecordEvents = GetHistory = ForgetUser = GetServiceInfo = Unused
+    Explain = RecordEvents = RecordEventsBatch = GetHistory = ForgetUser = GetServiceInfo = Unused
 
     async def RecommendBatch(
         self, request: pb.RecommendBatchRequest, context: Any

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
 from atspeed.engine.arrays import Float32, Int32
-from atspeed.engine.bundle.catalogue import Catalogue, read_array
+from atspeed.engine.bundle.arrays import read_array
+from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.errors import BundleError, CatalogueError
 from atspeed.engine.files.atomic_write import replacing
 
