@@ -191,7 +191,7 @@ smollm2: $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%/manifest.json)
 	$(BIN)/python examples/office/passes.py $(SMOLLM2) $(SMOLLM2)/int8 $(SMOLLM2)/int8-draft --questions $(SMOLLM2_USERS) \
 	    --json $(SMOLLM2_RESULTS)/passes.json
 	$(BIN)/atspeed bench parity --bundle $(SMOLLM2)/float32-draft --checkpoint $(SMOLLM2)/checkpoint $(SMOLLM2_PROMPT) \
-	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_USERS) -k 1 -k 10 -k 20 \
+	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_HF_USERS) -k 1 -k 10 -k 20 \
 	    --no-counts --json $(SMOLLM2_RESULTS)/parity.json
 	for bundle in $(SMOLLM2_BUNDLES); do \
 	    $(BIN)/atspeed bench decode --bundle $(SMOLLM2)/$$bundle --checkpoint $(SMOLLM2)/checkpoint \

@@ -2,9 +2,9 @@
 
     python examples/office/passes.py OUT OUT/bundle OUT/with-draft --json OUT/passes.json
 
-OUT is the folder of prepare.py. Both bundles are served, one request at a time; the first has no draft, and its target
-prefetches. Plans of a fixed size ask the draft for every list. Planner and prefetch weigh the time of passes, which depends on
-the machine; plans of a fixed size do not.
+OUT is the folder of prepare.py. Both bundles are served in turn. The first has no draft: `plain` is its beam search
+with a pass for each level, and `no draft` is its `strict` search, with target prefetch. Plans of a fixed size ask the draft for
+every list. Planner and prefetch weigh the time of passes, which depends on the machine; plans of a fixed size do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atspeed.benchmarks.intervals import half_width
 from atspeed.benchmarks.services import ServiceOptions, started
 from atspeed_client import Statistics
 
-NO_DRAFT = "no draft"
+PLAIN, NO_DRAFT = "plain", "no draft"
 SETTLE = 20  # questions before the others, from which prefetch and planner learn
 
 
@@ -30,7 +30,7 @@ class Row:
     """The lists of one K under one rule for plans.
 
     Attributes:
-        plan: nodes of a plan, `planner` or `no draft`.
+        plan: nodes of a plan, `planner`, `no draft` or `plain`.
         target_passes: the mean of a list.
         half_width: half of the 95 % interval of that mean.
         one_pass: share of lists that took one pass.
@@ -58,12 +58,14 @@ async def measured(
     if plan.isdigit():
         # The whole budget for each list, however few its beams are.
         flags["orchestrator"] |= {"planner": "fixed", "draft-nodes-per-beam": 64, "draft-max-nodes": plan}
-    rows = []
+    rows, mode = [], "target-only" if plan == PLAIN else "strict"
     async with started(bundle, flags) as services:
         for k in widths:
             asked = [*histories[:SETTLE], *histories]
-            replies = [await services.client.recommend(history=history, k=k) for history in asked]
-            rows.append(row(plan, k, [reply.statistics for reply in replies[SETTLE:]]))
+            replies = [
+                await services.client.recommend(history=history, k=k, beam_width=k, mode=mode) for history in asked
+            ]
+            rows.append(row(plan, k, [reply.statistics for reply in replies[-len(histories) :]]))
             print(
                 f"K = {k:2}  {plan:8}  {rows[-1].target_passes:.2f} ±{rows[-1].half_width:.2f} passes, "
                 f"{rows[-1].nodes:.0f} nodes, {rows[-1].used:.0f} of them used, draft asked {rows[-1].asked_draft:.0%}",
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("without", type=Path, help="the bundle without a draft")
     parser.add_argument("bundle", type=Path, help="the bundle with a draft")
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--plan", nargs="+", default=[NO_DRAFT, "60", "120", "240", "planner"])
+    parser.add_argument("--plan", nargs="+", default=[PLAIN, NO_DRAFT, "60", "120", "240", "planner"])
     parser.add_argument("-k", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -105,7 +107,7 @@ def main() -> None:
     histories = [json.loads(line)["items"] for line in chosen]
     rows = []
     for plan in options.plan:
-        bundle = options.without if plan == NO_DRAFT else options.bundle
+        bundle = options.without if plan in (PLAIN, NO_DRAFT) else options.bundle
         rows += asyncio.run(measured(bundle, plan, options.k, histories, options.threads))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")

@@ -60,6 +60,7 @@ class Catalogue:
 
     def __init__(self, codes: dict[str, Tokens], first: int, new_tokens: int) -> None:
         self.codes = codes
+        self._first = first
         paths = {tuple(path[:level]) for path in codes.values() for level in range(len(path))}
         self._nodes = {path: node for node, path in enumerate(sorted(paths, key=lambda path: (len(path), path)))}
         self.levels = torch.tensor([len(path) for path in self._nodes])
@@ -67,6 +68,22 @@ class Catalogue:
         for path in codes.values():
             for level, code in enumerate(path):
                 self.allowed[self._nodes[tuple(path[:level])], code - first] = True
+
+    def popularity(self, histories: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return the logit of every code, [new tokens], that explains best how often the items of histories occur."""
+        count = torch.zeros(self.allowed.shape)
+        for path in (self.codes[item] for history in histories for item in history):
+            for level, code in enumerate(path):
+                count[self._nodes[tuple(path[:level])], code - self._first] += 1
+        bias = torch.zeros(self.allowed.shape[1], requires_grad=True)
+        optimiser = torch.optim.Adam([bias], lr=0.1)
+        for _ in range(100):
+            likely = bias.expand_as(count).masked_fill(~self.allowed, -math.inf).log_softmax(1)
+            loss = -(count * likely.masked_fill(~self.allowed, 0)).sum() / count.sum() + 1e-3 * bias.square().mean()
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        return bias.detach()
 
     def windows(self, prefix: Tokens, history: Sequence[str]) -> Iterator[Example]:
         """Yield the windows of a history behind the prompt's text. Every item but the first is wanted once."""
@@ -114,9 +131,15 @@ class Learner:
         self.layers = [weight for weight in self.model.parameters() if weight.requires_grad and weight is not self.rows]
 
     def losses(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of every label of a batch, in nats, and the level of its code.
+        """Return the loss of every label of a batch, in nats, and the level of its code. Logits are those of the new tokens."""
+        states, nodes, wanted = self._states(batch)
+        logits = (states @ self.rows.T).masked_fill(~self._catalogue.allowed[nodes], -math.inf)
+        return cross_entropy(logits, wanted, reduction="none"), self._catalogue.levels[nodes]
 
-        Logits are those of the new tokens, where there are labels. No gradient of the frozen rows is computed, as peft would.
+    def _states(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the hidden states before the labels, [n, hidden], with the labels' nodes and their places among the codes.
+
+        No gradient of the frozen rows is computed, which peft would do.
         """
         longest = max(len(example.tokens) for example in batch)
         tokens = torch.tensor([example.tokens + [0] * (longest - len(example.tokens)) for example in batch])
@@ -130,9 +153,17 @@ class Learner:
         # Padding stands on the right. Attention is causal, so it changes nothing before it.
         hidden = self._layers(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
         wanted = nodes != IGNORED
-        logits = (hidden[wanted] @ self.rows.T).masked_fill(~self._catalogue.allowed[nodes[wanted]], -math.inf)
-        losses = cross_entropy(logits, tokens[:, 1:][wanted] - self.first, reduction="none")
-        return losses, self._catalogue.levels[nodes[wanted]]
+        return hidden[wanted], nodes[wanted], tokens[:, 1:][wanted] - self.first
+
+    @torch.no_grad()
+    def start_at_popularity(self, batch: Sequence[Example], bias: torch.Tensor) -> None:
+        """Change the rows along the mean state of a batch, so that their logits there are `bias` [new tokens].
+
+        States share most of their length, so the first lists are those of popularity, and training starts from there.
+        """
+        mean = self._states(batch)[0].mean(0)
+        found = self.rows @ mean
+        self.rows += (bias - bias.mean() - found + found.mean())[:, None] * mean / mean.dot(mean)
 
     @torch.no_grad()
     def mean_losses(self, made: Sequence[Sequence[Example]]) -> list[float]:
@@ -215,11 +246,11 @@ class Run:
             {"params": self.learner.layers, "rate": options.learning_rate},
             {"params": [self.learner.rows], "rate": options.row_learning_rate},
         ]
-        # The second moment forgets fast: with 0.999, one example moves the row of a rare code by 30 times its rate.
-        self._optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+        self._optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
         self._state = options.out / "training.pt"
         self._recent: list[float] = []
         self._held = self._batches(self.held, random.Random(0))
+        self.learner.start_at_popularity(self._held[0], self.catalogue.popularity(self.train))
         if self._state.exists():
             saved = torch.load(self._state, weights_only=True)
             self.progress = Progress(**saved["progress"])
@@ -306,9 +337,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=192)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--row-learning-rate", type=float, default=3e-4)
     parser.add_argument(
         "--item-dropout", type=float, default=0.2, help="share of a history's items that an epoch leaves out"
