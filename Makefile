@@ -184,6 +184,7 @@ beauty-data:
 # examples/smollm2/README.md shows, to examples/smollm2/results. What is done already is skipped, and a killed training resumes.
 SMOLLM2 := var/smollm2
 SMOLLM2_RESULTS := examples/smollm2/results
+SMOLLM2_QUESTIONS ?= 1217
 SMOLLM2_USERS ?= 30
 SMOLLM2_HF_USERS ?= 10
 SMOLLM2_PROMPT := --prompt examples/smollm2/prompt.txt --separator "" --max-items 10
@@ -194,9 +195,15 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 .PHONY: smollm2
 smollm2: $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%/manifest.json)
 	@mkdir -p $(SMOLLM2_RESULTS)
-	$(BIN)/python examples/office/recall.py $(SMOLLM2) $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%) --json $(SMOLLM2_RESULTS)/recall.json
+	cp $(SMOLLM2)/training.json $(SMOLLM2_RESULTS)
+	for bundle in float32 int8; do \
+	    $(BIN)/python examples/office/recall.py $(SMOLLM2) $(SMOLLM2)/$$bundle --questions $(SMOLLM2_QUESTIONS) \
+	        --json $(SMOLLM2_RESULTS)/recall-$$bundle.json || exit 1; \
+	done
+	$(BIN)/python examples/office/passes.py $(SMOLLM2) $(SMOLLM2)/int8 $(SMOLLM2)/int8-draft --questions $(SMOLLM2_USERS) \
+	    --json $(SMOLLM2_RESULTS)/passes.json
 	$(BIN)/atspeed bench parity --bundle $(SMOLLM2)/float32-draft --checkpoint $(SMOLLM2)/checkpoint $(SMOLLM2_PROMPT) \
-	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_USERS) -k 1 -k 10 -k 20 \
+	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_HF_USERS) -k 1 -k 10 -k 20 \
 	    --no-counts --json $(SMOLLM2_RESULTS)/parity.json
 	for bundle in $(SMOLLM2_BUNDLES); do \
 	    $(BIN)/atspeed bench decode --bundle $(SMOLLM2)/$$bundle --checkpoint $(SMOLLM2)/checkpoint \
@@ -217,7 +224,7 @@ $(SMOLLM2)/trained: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
 	@touch $@
 
 smollm2_import = $(BIN)/atspeed import $(SMOLLM2)/base --adapter $(SMOLLM2)/adapter --index $(SMOLLM2)/Office.index.json \
-    $(SMOLLM2_PROMPT) --histories $(SMOLLM2)/questions.jsonl --out $(@D)
+    $(SMOLLM2_PROMPT) --scoring-rule trie --histories $(SMOLLM2)/questions.jsonl --out $(@D)
 
 $(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/trained
 	rm -rf $(@D) $(SMOLLM2)/checkpoint

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from atspeed.benchmarks.services import services
+from atspeed.benchmarks.services import ServiceOptions, services
 
 K = 10
 SETTLE = 20  # questions before the others, from which the planner learns
@@ -84,9 +84,9 @@ class Served:
     drafted: list[int]
 
 
-async def served(bundle: Path, histories: Sequence[Sequence[str]]) -> Served:
+async def served(bundle: Path, histories: Sequence[Sequence[str]], threads: int) -> Served:
     """Start the services of a bundle and ask for every list, one request at a time."""
-    async with services(bundle) as client:
+    async with services(bundle, ServiceOptions(threads=threads)) as client:
         for history in histories[:SETTLE]:
             await client.recommend(history=history, k=K)
         replies = [await client.recommend(history=history, k=K) for history in histories]
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("bundles", type=Path, nargs="*")
     parser.add_argument("--questions", type=int, default=1_000)
+    parser.add_argument("--threads", type=int, default=1, help="of each model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     every = read(options.out / "questions.jsonl")
@@ -129,7 +130,7 @@ def main() -> None:
     rows = [row("item-kNN", [knn.best(history) for history in histories])]
     rows.append(row("popularity", [popular] * len(questions)))
     for bundle in options.bundles:
-        made = asyncio.run(served(bundle, histories))
+        made = asyncio.run(served(bundle, histories, options.threads))
         shares = {"target_passes": fmean(made.passes), "asked_draft": fmean(count > 0 for count in made.drafted)}
         rows.append(row(bundle.name, made.lists, **shares))
     for found in rows:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,54 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
+def training(epochs: Sequence[dict[str, Any]]) -> None:
+    """Print the held-out loss by epoch and level."""
+    levels = len(epochs[0]["held_out_loss_per_level"])
+    table(
+        ("epoch", *(f"level {level + 1}" for level in range(levels)), "item", "processor minutes"),
+        [
+            (
+                str(row["epoch"]),
+                *(f"{loss:.2f}" for loss in row["held_out_loss_per_level"]),
+                f"{sum(row['held_out_loss_per_level']):.2f}",
+                f"{row['processor_seconds'] / 60:.0f}",
+            )
+            for row in epochs
+        ],
+    )
+
+
 def recall(rows: Sequence[dict[str, Any]]) -> None:
     """Print Recall@10 with 95 % intervals."""
     table(
-        ("list of 10", "Recall@10", "difference to item-kNN", "target passes", "lists with a draft's plan"),
+        ("list of 10", "questions", "Recall@10", "difference to item-kNN"),
         [
             (
                 row["method"],
+                f"{row['questions']:,}",
                 f"{row['recall']:.3f} ± {row['half_width']:.3f}",
                 f"{row['to_knn']:+.3f} ± {row['to_knn_half_width']:.3f}",
-                f"{row['target_passes']:.2f}" if row["target_passes"] else "",
-                f"{row['asked_draft']:.0%}" if row["target_passes"] else "",
             )
             for row in rows
+        ],
+    )
+
+
+def passes(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the target passes of a list by K and by the nodes of a plan."""
+    widths = list(dict.fromkeys(row["k"] for row in rows))
+    found = {(row["plan"], row["k"]): row for row in rows}
+    table(
+        ("plan", *(f"K = {k}: passes, nodes (used)" for k in widths)),
+        [
+            (
+                plan,
+                *(
+                    f"{row['target_passes']:.2f} ± {row['half_width']:.2f}, {row['nodes']:.0f} ({row['used']:.0f})"
+                    for row in (found[plan, k] for k in widths)
+                ),
+            )
+            for plan in dict.fromkeys(row["plan"] for row in rows)
         ],
     )
 
@@ -65,6 +100,12 @@ def times(folder: Path) -> None:
         )  # fmt: skip
 
 
+def results(folder: Path, pattern: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of the result files of a folder."""
+    for path in sorted(folder.glob(pattern)):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     return rows
@@ -75,8 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    if (folder / "recall.json").exists():
-        recall(json.loads((folder / "recall.json").read_text(encoding="utf-8")))
+    for epochs in results(folder, "training.json"):
+        training(epochs)
+    # Item-kNN and popularity are in every file.
+    if rows := {row["method"]: row for file in results(folder, "recall-*.json") for row in file}:
+        recall(list(rows.values()))
+    for file in results(folder, "passes.json"):
+        passes(file)
     times(folder)
 
 

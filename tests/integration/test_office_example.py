@@ -43,3 +43,14 @@ def test_recall_counts_the_hits_of_served_lists(out: Path) -> None:
     assert rows["popularity"]["recall"] < 0.5
     assert 1 <= rows["bundle"]["target_passes"] <= 5
     assert rows["bundle"]["asked_draft"] == 0.0
+
+
+def test_passes_are_counted_by_plan(out: Path) -> None:
+    """Plain beam search takes a pass for each of the five levels; target prefetch takes no more."""
+    plans = ("--plan", "plain", "no draft", "-k", 5, "--questions", 10, "--json", out / "passes.json")
+    done = script("office/passes.py", out, out / "bundle", out / "bundle", *plans)
+    assert done.returncode == 0, done.stderr
+    plain, prefetch = json.loads((out / "passes.json").read_text())
+    assert (plain["target_passes"], plain["nodes"], plain["questions"]) == (5.0, 0.0, 10)
+    assert 1 <= prefetch["target_passes"] <= 5
+    assert prefetch["asked_draft"] == 0.0

@@ -75,7 +75,10 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_ran_through(out: Path, 
 
 def test_the_adapter_is_imported_and_its_lists_are_those_of_generate(out: Path) -> None:
     """On the user's own tokenised text, in float32; and the same adapter in int8."""
-    files = ("--adapter", out / "adapter", "--index", out / "Office.index.json", "--histories", out / "questions.jsonl")
+    files = (
+        *("--adapter", out / "adapter", "--index", out / "Office.index.json", "--scoring-rule", "trie"),
+        *("--histories", out / "questions.jsonl"),
+    )
     done = run(
         "import", out / "base", *files, *PROMPT, "--out", out / "bundle", "--save-checkpoint", out / "checkpoint"
     )
