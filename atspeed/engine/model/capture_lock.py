@@ -1,4 +1,7 @@
-"""Exclusion of captures of CUDA graphs: one forbids most calls of CUDA in all other threads of the process."""
+"""Keeps captures of CUDA graphs apart from all other use of the device.
+
+A capture forbids most calls of CUDA in all other threads of the process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA's runtime library, by ctypes: the few calls that onnxruntime's Python API lacks."""
+"""A few calls of CUDA's runtime, by ctypes, that onnxruntime does not offer."""
 
 from __future__ import annotations
 
