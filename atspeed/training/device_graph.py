@@ -160,9 +160,12 @@ class DeviceGraph(DecoderGraph):
     def attended(self, query: str, key: str, value: str, bias: str) -> str:
         """Write attention itself, T [batch, new, heads * head_dim].
 
-        ONNX's operator has a kernel more on CUDA, for rows that see nothing, of which there is none here.
+        ONNX's operator has a kernel more on CUDA, for rows that see nothing, of which there is none here. The other one is not
+        fused in float32, for few tokens.
         """
         heads = self.shape.heads
+        if self.dtype == torch.float32:
+            return self.op("Attention", query, key, value, bias, q_num_heads=heads, kv_num_heads=heads)
         return self.op("MultiHeadAttention", query, key, value, "", "", bias, domain=_CONTRIB, num_heads=heads)
 
     def gathered(self, pool: str, places: _Places) -> str:

@@ -5,11 +5,17 @@ Kernels compute nothing, so what is found is not looked at; tests/integration/mo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.device_memory import DeviceMemory
+from atspeed.engine.model.device_selection import DeviceSelection, RowSelection, Selected
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection, TreeSession
 from atspeed.engine.search.trie import Pruning
@@ -44,6 +50,19 @@ def assert_no_keys_and_values(made: Counts) -> None:
     """Tokens and slots, then trie nodes come in, and the chosen children go out."""
     assert (len(made.to_device), len(made.to_host)) == (2, 1)
     assert made.synchronisations == {"cudaStreamSynchronize": 1}
+
+
+@pytest.fixture(autouse=True)
+def zeros_found() -> Iterator[None]:
+    """Selections of zeros: what no kernel has written is what the memory held before."""
+    real = DeviceSelection.evaluations
+
+    def evaluations(selection: DeviceSelection, rows: Sequence[RowSelection], found: Selected) -> Any:
+        zeros = {one.name: np.zeros_like(getattr(found, one.name)) for one in fields(Selected)}
+        return real(selection, rows, Selected(**zeros))
+
+    with patch.object(DeviceSelection, "evaluations", evaluations):
+        yield
 
 
 async def test_keys_and_values_move_only_after_the_answer_of_a_cold_prompt(models: Models) -> None:

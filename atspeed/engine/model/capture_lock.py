@@ -1,4 +1,4 @@
-"""Exclusion of captures of CUDA graphs from other uses of the device.
+"""Keeps captures of CUDA graphs apart from all other use of the device.
 
 A capture forbids most calls of CUDA in all other threads of the process.
 """

@@ -1,4 +1,4 @@
-"""The few calls of CUDA's runtime that onnxruntime's Python API lacks, by ctypes."""
+"""A few calls of CUDA's runtime, by ctypes, that onnxruntime does not offer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream of CUDA: copies, passes and copies back in order, and one wait for all.
+"""Order of a device's work: copies in, passes, copies back, and one wait for all.
 
 onnxruntime waits after every copy and every run. On a stream of our own nothing waits but `wait`.
 """

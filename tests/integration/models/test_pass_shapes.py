@@ -59,10 +59,10 @@ def test_padding_to_a_bucket_changes_no_score_and_no_key(decoder: DeviceDecoder,
     made.run(full * bucket.batch)  # every place of the buffers has been used
     decoder.write_pages(pages, keys)
     found = decoder.run(inputs)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours.code_logits, theirs, atol=1e-5)
-    for read, written in zip(decoder.read_pages(pages), keys, strict=True):
-        np.testing.assert_allclose(read, written, atol=1e-5)
+    for output, logits in zip(found, expected, strict=True):
+        np.testing.assert_allclose(output.code_logits, logits, atol=1e-5)
+    for block, kept in zip(decoder.read_pages(pages), keys, strict=True):
+        np.testing.assert_allclose(block, kept, atol=1e-5)
 
 
 @given(batch=st.integers(1, 70), new=st.integers(1, 80), capacity=st.integers(1, 300))
