@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atspeed.engine.errors import CapacityError, OverloadedError
@@ -126,13 +126,14 @@ async def test_empty_program_makes_no_pass(models: Models) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2), st.integers(1, 3)), min_size=2, max_size=5))
+@example([(1, 0, 3), (8, 0, 3)])
 def test_concurrent_programs_share_passes_and_keep_their_results(
     models: Models, asked: list[tuple[int, int, int]]
 ) -> None:
     """Held back until all wait: then those of one level run together, and the next levels, and none waits for the last."""
 
     async def together() -> list[dict[int, Children]]:
-        limits = BatchLimits(tokens=100_000, padding=1e9)
+        limits = BatchLimits(tokens=100_000, padding=1e9, cached_padding=1e9)
         async with opened(models, limits=limits) as evaluator:
             all_wait = threading.Event()
             trees = [await evaluator.open(models.prompt(items, seed)) for items, seed, _ in asked]
