@@ -44,8 +44,8 @@ def test_a_plan_of_120_nodes_behind_1000_tokens_of_7b_stays_below_6_ms(roofline:
 def test_the_tables_name_the_better_plan(roofline: dict[str, Any]) -> None:
     rows = [line.split("|")[1:-1] for line in roofline["tables"]().splitlines() if line.startswith("| 7b, ")]
     lists = [[cell.strip() for cell in row] for row in rows if len(row) == 6]
-    assert [row[0] for row in lists] == ["7b, 5", "7b, 10", "7b, 20"]
+    assert [row[0] for row in lists] == ["7b, 5", "7b, 10", "7b, 20", "7b, 50", "7b, 50"]
     for _, plan, passes, plain, strict, ratio in lists:
-        assert int(plan) in (120, 240)
+        assert int(plan) in (120, 240, 300, 512)
         assert 1 <= float(passes) < 4
         assert float(ratio) == pytest.approx(float(plain) / float(strict), abs=0.06)

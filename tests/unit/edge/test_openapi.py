@@ -33,7 +33,7 @@ def test_its_paths_are_those_of_the_contract() -> None:
         if path.startswith("/v1/")
     }
     assert described == expected
-    assert len(expected) == 6
+    assert len(expected) == 8
 
 
 def test_the_descriptors_hold_the_details_of_errors() -> None:
