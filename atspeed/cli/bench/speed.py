@@ -1,4 +1,4 @@
-"""`atspeed bench decode`, `overhead`, `http`, `prefix`, `events`: times of calls."""
+"""`atspeed bench decode`, `overhead`, `http`, `prefix`, `events`, `batch`: speed."""
 
 from __future__ import annotations
 
@@ -181,6 +181,29 @@ def bench_http(
     items = (least_items, most_items)
     about = http_calls.header(options, users=len(chosen), items=items, histories=source_of(histories))
     save(json_file, opened, seed, to_json(rows), about, page=(report, "atspeed.benchmarks.http_calls"))
+
+
+def bench_batch(
+    bundle: BundleFolder,
+    histories: Histories = None,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users of each turn.")] = 500,
+    turns: Annotated[int, typer.Option(min=1, max=100, help="Turns of each way.")] = 3,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 20,
+    concurrency: Annotated[int, typer.Option(min=1, max=1_024, help="Lists at once.")] = 16,
+    threads: Threads = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the lists a second of `atspeed batch` beside the bare searches of the same models."""
+    from atspeed.benchmarks import batch as measured
+
+    opened = Bundle(bundle)
+    config = measured.BatchConfig(k, users, turns, concurrency, threads or os.cpu_count() or 1)
+    chosen = choose_histories(opened.catalogue(), histories, users * turns, seed)
+    rows = event_loop.run(measured.run(bundle, chosen, config))
+    out.print(terminal_table(f"Lists of {users} users a turn, K = {k}", measured.COLUMNS, rows))
+    about = {**measured.header(config), "histories": source_of(histories)}
+    save(json_file, opened, seed, to_json(rows), about)
 
 
 def bench_events(
