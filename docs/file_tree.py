@@ -38,7 +38,7 @@ PURPOSES = {
     "bundles": "movielens-100k, the trained bundle of the demo, and the graph of its inflated target",
     "deploy": "Dockerfile, GPU set-up and pins, Envoy, Kubernetes, Prometheus, Grafana",
     "docs": "architecture, decisions, method, operations, settings, log",
-    "tests": "unit, integration, faults, e2e, deploy, training, benchmarks, oracles",
+    "tests": "unit, statistics, integration, faults, e2e, deploy, training, benchmarks, oracles",
 }
 _UNLISTED = {
     "README.md",

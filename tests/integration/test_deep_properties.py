@@ -14,8 +14,8 @@ from tests.profiles import DEEP
 ROOT = Path(__file__).parents[2]
 # The laws of the policies take as long as all the others.
 PARTS = [
-    ["tests/unit/search/test_policies.py"],
-    ["tests/unit/search", "--ignore=tests/unit/search/test_policies.py"],
+    ["tests/statistics"],
+    ["tests/unit/search"],
     ["tests/unit", "--ignore=tests/unit/search"],
 ]
 
