@@ -1,7 +1,7 @@
-"""Predicted times of passes on a GPU: arithmetic with counted kernels, not measured.
+"""Predicted times of passes on a GPU: arithmetic with counted kernels.
 
 A kernel takes the longest of three times: its bytes over the memory's speed, its operations over the processors' speed, and the
-least time of any kernel. The kernels are those that tests/cuda counts. `docs/gpu.md` has the tables.
+least time of any kernel. The kernels are those that tests/cuda counts. Nothing is measured. `docs/gpu.md` has the tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Costs of lists from result files of benchmarks, or from the arithmetic of a device.
+"""Costs of lists from result files of benchmarks, or by arithmetic for a device.
 
     bench load        the in-process baseline: plain beam search with shared passes, measured
     bench decode      times of the models for a list, one at a time, cold and warm prefixes mixed by the prefix hits
