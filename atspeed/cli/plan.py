@@ -1,4 +1,7 @@
-"""`atspeed plan`: replicas, memory and Redis for a rate and a p99; and the model beside a load result."""
+"""`atspeed plan`: replicas, memory and Redis for a rate and a p99.
+
+`--check` prints the model beside a load result instead.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +112,8 @@ def plan(
     _check_options(asked)
     opened = Bundle(bundle)
     catalogue = opened.catalogue()
+    if acceptance and opened.manifest.draft is None:
+        raise typer.BadParameter("--acceptance: the bundle has no draft")
     levels = len(catalogue.trie.codebook_sizes)
     prompt = prompt_tokens or _prompt_tokens(opened.manifest, levels)
     ways = _ways(opened.manifest, levels, prompt, asked)
@@ -165,7 +170,7 @@ def _measured_ways(
 
 def _sizes(manifest: Manifest, asked: _Asked) -> Sizes:
     """Return the sizes of the models; of the target those of `--size`, where it is given."""
-    weights, kv = dict[str, float](), dict[str, float]()
+    weights, kv = {"draft": 0.0}, {"draft": 0.0}  # a result file may have a draft where the bundle has none
     for role, model in manifest.models.items():
         weights[role] = float(model.parameters * _BYTES[model.precision])
         number = _BYTES[model.kv_dtype]
@@ -199,9 +204,8 @@ def _sources(asked: _Asked, manifest: Manifest) -> list[str]:
     """Return a sentence on the origin of the times and of the passes, with the bundle where it is another one."""
 
     def named(path: Path) -> str:
-        content = _object(path)
-        bundle = content.get("header", {}).get("bundle", {})
-        other = bundle.get("version") not in (None, manifest.version)
+        bundle = _object(path).get("header", {}).get("bundle")
+        other = isinstance(bundle, dict) and bundle.get("version") != manifest.version
         return f"{path}" + (f", of another bundle: {bundle.get('name')}" if other else "")
 
     times = "arithmetic for an H200, not measured; expect 40 % either way"
@@ -236,6 +240,8 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except CapacityError as error:
         raise CapacityError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CapacityError(f"{path}: a result file of another format: {error!r}") from error
 
 
 def _show(found: CapacityPlan, origin: Sequence[str], as_json: bool) -> None:

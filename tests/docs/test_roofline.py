@@ -15,9 +15,9 @@ from atspeed.capacity.roofline import (
     KERNELS,
     OPERATIONS_PER_SECOND,
     REPLAYED,
-    SHAPES,
     Pass,
 )
+from atspeed.training.inflation import SHAPES
 
 ROOT = Path(__file__).parents[2]
 

@@ -93,7 +93,7 @@ def test_the_shape_of_a_manifest_has_its_parameters() -> None:
     model = read_manifest(ROOT / "bundles" / "movielens-100k").target
     for name, heads in (("7b", 32), ("1.7b", 16)):
         shape = SHAPES[name]
-        sized = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+        sized: dict[str, Any] = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
         sized |= {"vocab_size": shape.vocab_size, "parameters": int(roofline.read_bytes(shape) / 2)}
         found = roofline.estimated_shape(model.model_copy(update=sized))
         assert found.heads == pytest.approx(heads, abs=1)

@@ -92,3 +92,20 @@ def test_a_damaged_curve_is_one_line(content: str, tmp_path: Path) -> None:
     curve = tmp_path / "curve.json"
     curve.write_text(content, encoding="utf-8")
     assert "curve.json: " in one_line(run(*ASKED, "--curve", curve), 1)
+
+
+@pytest.mark.parametrize("benchmark", ["decode", "load", "precision"])
+@pytest.mark.parametrize("row", [{}, {"k": 10}, {"k": [10], "mode": "strict", "engine": "atspeed"}, {"precision": {}}])
+def test_a_result_of_another_format_is_one_line(benchmark: str, row: dict[str, object], tmp_path: Path) -> None:
+    curve = tmp_path / "result.json"
+    curve.write_text(json.dumps({"header": {"benchmark": benchmark, "k": 10}, "rows": [row]}), encoding="utf-8")
+    assert "result.json: " in one_line(run(*ASKED, "--curve", curve), 1)
+    assert "result.json: " in one_line(run("plan", "--check", curve), 1)
+
+
+def test_a_number_that_cannot_be_is_named_with_its_field(tmp_path: Path) -> None:
+    rows = [{"mode": "strict", "draft": "draft", "k": 10, "target_passes_mean": 0.5}]
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"header": {"benchmark": "acceptance"}, "rows": rows}), encoding="utf-8")
+    message = one_line(run(*ASKED, *DEVICE, "--acceptance", result), 1)
+    assert "result.json: target_passes_mean: 0.5" in message
