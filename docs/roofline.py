@@ -1,7 +1,6 @@
 """Write the predicted times of docs/gpu.md: arithmetic with counted kernels, nothing measured.
 
-`--check` fails when the tables are stale. The kernels are those that tests/cuda counts. A kernel takes the longest of three
-times: its bytes over the memory's speed, its operations over the processors' speed, and the least time of any kernel.
+`--check` fails when the tables are stale. The formula and its figures of a device are in atspeed/capacity/roofline.py.
 """
 
 from __future__ import annotations
@@ -12,81 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from atspeed.capacity.roofline import HOST, KERNELS, MOST_TOKENS, Pass
 from atspeed.configuration.generated_page import write_or_check
-from atspeed.engine.model.device_pass import CAPACITY_BUCKETS, NEW_BUCKETS
-from atspeed.training.inflation import SHAPES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gpu.md"
 ACCEPTANCE = ROOT / "docs" / "benchmarks" / "acceptance.json"
 BEGIN, END = "<!-- predicted -->\n", "<!-- /predicted -->"
 
-# Kernels of a pass in float16: of a layer, and beside the layers. tests/cuda/test_device_graph.py counts them.
-KERNELS = {"1.7b": (17, 20), "7b": (17, 18)}
-# Products of a layer (queries with keys and values, output, gate with up, down), and kernels that move keys and values.
-PRODUCTS, MOVES = 4, 5  # two scatters, two gathers, attention
-
-# An H200: what its memory and its processors reach, and assumed least times of a kernel and of a copy with its wait.
-BYTES_PER_SECOND, OPERATIONS_PER_SECOND = 4.3e12, 790e12
-REPLAYED, EAGER = 2e-6, 5e-6  # seconds of the smallest kernel: in a CUDA graph, and launched by itself
-COPY, LINK = 20e-6, 10e9  # seconds of a copy, and bytes per second from and to pageable memory
-CODES = 768
 DRAFT = 3e-3  # seconds of draft and messages: assumed
-HOST = 5.5e-6  # seconds of planning and selection for a node, on the host
 PLANS = {"120": 120, "240": 240}  # nodes of a plan, by the `budget` of docs/benchmarks/acceptance.json
 # K = 50 was not measured. Its first plan is two beam widths per level, and its passes are those of such a plan at K = 20; the
 # second one is the largest of a graph, in one pass: the best that a draft could do.
 WIDEST, LIKE, TWICE = 50, 20, "2k"
 LEVELS = 4
 PROMPT = 1000
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A pass of `new` tokens behind `prompt`. graph: replayed as a CUDA graph, padded to its bucket."""
-
-    name: str
-    prompt: int
-    new: int
-    graph: bool = True
-
-    @property
-    def seconds(self) -> float:
-        """Predicted time."""
-        shape, (layer, beside) = SHAPES[self.name], KERNELS[self.name]
-        new, places = self.new, self.prompt + self.new
-        if self.graph:
-            new = next(size for size in NEW_BUCKETS if size >= new)
-            places = next(size for size in CAPACITY_BUCKETS if size >= places)
-        least = REPLAYED if self.graph else EAGER
-        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        weights = [
-            (width + 2 * kv_width) * shape.hidden,
-            width * shape.hidden,
-            2 * shape.hidden * shape.intermediate,
-            shape.hidden * shape.intermediate,
-        ]
-        layers = sum(_kernel(2 * each, 2 * new * each, least) for each in weights)
-        # A gather reads and writes the keys of every place for every head; attention reads them again.
-        rows = 2 * places * width
-        layers += 2 * _kernel(2 * rows, 0, least) + _kernel(2 * rows, 4 * new * places * width, least) + 2 * least
-        layers += (layer - PRODUCTS - MOVES) * least
-        vocabulary = shape.vocab_size or 0
-        head = _kernel(2 * vocabulary * shape.hidden, 2 * new * vocabulary * shape.hidden, least)
-        head += _kernel(10 * new * vocabulary, 0, least) + (beside - 2) * least
-        moved = 2 * COPY + (48 * new + 4 * places + 4 * new * CODES) / LINK
-        return shape.layers * layers + head + moved
-
-    @property
-    def read(self) -> float:
-        """Time of one read of the weights."""
-        shape = SHAPES[self.name]
-        inner = 2 * shape.head_dim * (shape.heads + shape.kv_heads) + 3 * shape.intermediate
-        return 2 * shape.hidden * (shape.layers * inner + (shape.vocab_size or 0)) / BYTES_PER_SECOND
-
-
-def _kernel(size: float, operations: float, least: float) -> float:
-    return max(least, size / BYTES_PER_SECOND, operations / OPERATIONS_PER_SECOND)
 
 
 @dataclass(frozen=True)
@@ -136,7 +75,7 @@ def _lists() -> Iterator[str]:
                 min((Lists(name, k, PLANS[each], strict[k, each]) for each in PLANS), key=lambda one: one.strict)
             )
         yield _row(Lists(name, WIDEST, 2 * WIDEST * (LEVELS - 1), strict[LIKE, TWICE]))
-        yield _row(Lists(name, WIDEST, NEW_BUCKETS[-1], 1.0))
+        yield _row(Lists(name, WIDEST, MOST_TOKENS, 1.0))
 
 
 def _row(found: Lists) -> str:

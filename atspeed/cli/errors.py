@@ -25,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from atspeed.batch.errors import BatchError
 from atspeed.benchmarks.results import BenchmarkError
+from atspeed.capacity.errors import CapacityError
 from atspeed.cli.options import CommandError, err
 from atspeed.engine.errors import EngineError
 from atspeed.local.edge import LocalEdgeError
@@ -46,6 +47,7 @@ _CALL_EXITS = {
 _FORESEEN = (
     BatchError,
     BenchmarkError,
+    CapacityError,
     CommandError,
     EngineError,
     LocalEdgeError,

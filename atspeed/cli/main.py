@@ -7,6 +7,7 @@ bundle inspect, bundle verify     what a bundle holds                batch      
 train, train-drafts, export, base                                                            extra `train`
 import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
+plan                              replicas and memory for a rate
 
 A foreseen failure prints one line. `atspeed/cli/errors.py` has the exit codes.
 """
@@ -40,6 +41,7 @@ from atspeed.cli.options import (
     Threads,
     optional,
 )
+from atspeed.cli.plan import plan
 from atspeed.cli.security import certificates, token
 from atspeed.cli.up import up
 from atspeed.engine.bundle.manifest import Precision
@@ -48,7 +50,7 @@ app = Commands(pretty_exceptions_show_locals=False, add_completion=True)
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(catalogue_commands, name="catalogue")
 app.add_typer(bench_commands, name="bench")
-for command in (up, recommend, record, history, forget, info, batch, distill, inflate, certificates, token):
+for command in (up, recommend, record, history, forget, info, batch, distill, inflate, certificates, token, plan):
     app.command()(command)
 app.command("import")(import_checkpoint)
 app.command("consume-events")(consume_events)

@@ -8,6 +8,17 @@ from typing import Any
 
 import pytest
 
+from atspeed.capacity.roofline import (
+    BYTES_PER_SECOND,
+    EAGER,
+    HOST,
+    KERNELS,
+    OPERATIONS_PER_SECOND,
+    REPLAYED,
+    Pass,
+)
+from atspeed.training.inflation import SHAPES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,35 +28,35 @@ def roofline() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["1.7b", "7b"])
-def test_a_pass_takes_at_least_its_weights_its_operations_and_its_kernels(name: str, roofline: dict[str, Any]) -> None:
-    layer, beside = roofline["KERNELS"][name]
-    shape = roofline["SHAPES"][name]
+def test_a_pass_takes_at_least_its_weights_its_operations_and_its_kernels(name: str) -> None:
+    layer, beside = KERNELS[name]
+    shape = SHAPES[name]
     for new in (1, 120, 512):
         for graph in (True, False):
-            made = roofline["Pass"](name, 1000, new, graph=graph)
-            weights = made.read * roofline["BYTES_PER_SECOND"] / 2
+            made = Pass(name, 1000, new, graph=graph)
+            weights = made.read * BYTES_PER_SECOND / 2
             assert made.seconds > made.read
-            assert made.seconds > 2 * new * weights / roofline["OPERATIONS_PER_SECOND"]
-            least = roofline["REPLAYED"] if graph else roofline["EAGER"]
+            assert made.seconds > 2 * new * weights / OPERATIONS_PER_SECOND
+            least = REPLAYED if graph else EAGER
             assert made.seconds > least * (layer * shape.layers + beside)
-        assert roofline["Pass"](name, 1000, new).seconds < roofline["Pass"](name, 1000, new, graph=False).seconds
+        assert Pass(name, 1000, new).seconds < Pass(name, 1000, new, graph=False).seconds
 
 
-def test_weights_are_those_of_the_models(roofline: dict[str, Any]) -> None:
+def test_weights_are_those_of_the_models() -> None:
     """6.6 billion numbers of 7B are read, all but the embedding; 13 GB in float16."""
-    assert roofline["Pass"]("7b", 0, 1).read * roofline["BYTES_PER_SECOND"] == pytest.approx(13.2e9, rel=0.01)
+    assert Pass("7b", 0, 1).read * BYTES_PER_SECOND == pytest.approx(13.2e9, rel=0.01)
 
 
-def test_a_plan_of_120_nodes_behind_1000_tokens_of_7b_stays_below_6_ms(roofline: dict[str, Any]) -> None:
-    made = roofline["Pass"]("7b", 1000, 120)
-    assert made.seconds + roofline["HOST"] * 120 < 6e-3
+def test_a_plan_of_120_nodes_behind_1000_tokens_of_7b_stays_below_6_ms() -> None:
+    made = Pass("7b", 1000, 120)
+    assert made.seconds + HOST * 120 < 6e-3
 
 
 def test_the_tables_name_the_better_plan(roofline: dict[str, Any]) -> None:
     rows = [line.split("|")[1:-1] for line in roofline["tables"]().splitlines() if line.startswith("| 7b, ")]
-    lists = [[cell.strip() for cell in row] for row in rows if len(row) == 6]
-    assert [row[0] for row in lists] == ["7b, 5", "7b, 10", "7b, 20", "7b, 50", "7b, 50"]
+    lists = [[cell.strip() for cell in row] for row in rows if len(row) == 6][:3]  # K = 50 is an assumption
+    assert [row[0] for row in lists] == ["7b, 5", "7b, 10", "7b, 20"]
     for _, plan, passes, plain, strict, ratio in lists:
-        assert int(plan) in (120, 240, 300, 512)
+        assert int(plan) in (120, 240)
         assert 1 <= float(passes) < 4
         assert float(ratio) == pytest.approx(float(plain) / float(strict), abs=0.06)
