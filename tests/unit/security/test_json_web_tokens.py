@@ -58,7 +58,7 @@ async def test_a_valid_token_names_its_caller(issuer: TokenIssuer, keys: Path, k
 @pytest.mark.parametrize(
     ("claims", "scopes", "tenants"),
     [
-        ({"scope": "read write admin service"}, set(Scope), None),
+        ({"scope": " ".join(Scope)}, set(Scope), None),
         ({"scope": None, "scp": ["write"]}, {Scope.WRITE}, None),
         ({"scope": "READ reading"}, set(), None),
         ({"scope": 7, "scp": "read"}, set(), None),
