@@ -44,6 +44,7 @@ from atspeed.engine.bundle.quantiser import FILE as CODEBOOKS
 from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
 from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry
 from atspeed.engine.bundle.titles import TITLE_FILES
+from atspeed.engine.bundle.user_fields import draft_problem
 from atspeed.engine.errors import BundleError
 from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
@@ -215,6 +216,13 @@ class Manifest(_Part):
             raise ValueError("target.plan_scale: only a draft has one")
         if self.target.draft_kind != LANGUAGE_MODEL:
             raise ValueError("target.draft_kind: only a draft has one")
+        return self
+
+    @model_validator(mode="after")
+    def _the_draft_reads_every_user(self) -> Manifest:
+        fields = self.draft.prompt.user_fields if self.draft else ()
+        if problem := draft_problem(fields, self.target.prompt.user_fields):
+            raise ValueError(f"draft.prompt.user_fields: {problem}")
         return self
 
     @property
