@@ -250,6 +250,13 @@ def test_a_push_changes_no_bundle_that_is_there(bundle: Bundle, store: str, tmp_
     assert ObjectStore(store).read(f"{store}/current") == b"first\n"
 
 
+def test_a_link_is_never_to_a_name_that_no_service_follows(bundle: Bundle, store: str) -> None:
+    for name in ("with space", "-first", "x" * 256):
+        with pytest.raises(BundleError, match="the last part of its name can be in no link"):
+            push_bundle(bundle.root, f"{store}/{name}", f"{store}/current")
+    assert ObjectStore(store).read(f"{store}/current") is None
+
+
 def test_a_store_that_lies_about_a_write_is_found(bundle: Bundle, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ObjectStore, "upload", lambda self, source, url: self.write(url, b"other"))
     with pytest.raises(BundleError, match="was written, but its SHA-256 differs"):
