@@ -110,7 +110,11 @@ fields_of_models = st.dictionaries(
 ).map(
     lambda drawn: tuple(
         PromptField(
-            name=name, part="prefix", at=0, values=dict.fromkeys(sorted(values), (1,)), default=min(values) if has else None
+            name=name,
+            part="prefix",
+            at=0,
+            values=dict.fromkeys(sorted(values), (1,)),
+            default=min(values) if has else None,
         )
         for name, (values, has) in sorted(drawn.items())
     )
@@ -131,7 +135,9 @@ def test_a_draft_is_refused_exactly_if_a_request_for_the_target_cannot_be_read_b
         return True
 
     held = {field.name for field in draft}
-    requests = ({name: one for name, one in zip("pq", drawn, strict=True) if one} for drawn in product(["", *"abc"], repeat=2))
+    requests = (
+        {name: one for name, one in zip("pq", drawn, strict=True) if one} for drawn in product(["", *"abc"], repeat=2)
+    )
     read = all(
         taken(draft, {name: one for name, one in request.items() if name in held})
         for request in requests
