@@ -105,6 +105,11 @@ class Recommender:
         diagnostics = Diagnostics(result.memo, result.leaves, session.prompt_tokens, target, draft, planning, times)
         return self._recommendation(session, items, session.degraded_reasons(reason), diagnostics)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Return whether a user's prompt is known before a request: one with fields of users waits for their values."""
+        return not self._prompts["target"].template.user_fields
+
     async def read_prompt(self, user_id: str, tenant: str, deadline: Deadline) -> None:
         """Let the target read the prompt of a stored user, for the prefix cache. Raises as `recommend`, for a user."""
         params = RecommendParams(

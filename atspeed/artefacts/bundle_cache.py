@@ -85,13 +85,16 @@ class BundleCache:
         """Let a path of a bundle name a file, in one step."""
         if path.is_file() and path.samefile(file):
             return
-        with _placed(path) as new:
+        with _placed(path, self._folder / "files") as new:
             link_or_copy(file, new)
 
     def _evict(self) -> None:
         """Remove the bundles that were fetched longest ago, and files that no bundle holds. What is open stays readable."""
-        bundles = sorted((self._folder / "bundles").iterdir(), key=lambda path: path.stat().st_mtime)
-        for root in bundles[:-_KEPT]:
+        fetched: dict[Path, float] = {}
+        for root in (self._folder / "bundles").iterdir():
+            with suppress(FileNotFoundError):  # another process has removed it
+                fetched[root] = root.stat().st_mtime
+        for root in sorted(fetched, key=fetched.__getitem__)[:-_KEPT]:
             shutil.rmtree(root, ignore_errors=True)
         for file in (self._folder / "files").iterdir():
             with suppress(FileNotFoundError):
@@ -101,13 +104,14 @@ class BundleCache:
 
 
 @contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes its place when the block ends, and is removed when the block fails.
+def _placed(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write to; it takes the place of `path` when the block ends, and is removed when the block fails.
 
+    It is beside `path`, or in `folder`: what a killed process leaves within a bundle would be a file that its manifest lacks.
     The name is unique also among containers that share the folder, whose processes have the same ids.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    new = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         yield new
         new.replace(path)

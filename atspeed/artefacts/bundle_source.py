@@ -23,7 +23,7 @@ from atspeed.security.file_watch import file_signature
 if TYPE_CHECKING:
     from atspeed.artefacts.signature import TrustedKeys
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+LINKED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 class NamedBundle(Protocol):
@@ -177,7 +177,7 @@ class UrlSource:
         if text is None:
             return None
         name = text[:1024].decode(errors="replace").strip()
-        if not _NAME.fullmatch(name):
+        if not LINKED_NAME.fullmatch(name):
             raise BundleError(f"{self._url}: neither a bundle nor the name of one beside it")
         return self._stored(f"{self._url.rpartition('/')[0]}/{name}")
 

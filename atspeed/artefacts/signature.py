@@ -67,7 +67,7 @@ class TrustedKeys:
             raise BundleError(f"{where}: missing, but {self._path} asks for signed bundles")
         try:
             payload, signatures = _opened(signature)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(f"{where}: not a signature in the format of OpenSSF model signing") from error
         if not any(_is_by(key, one, payload) for key in self._keys for one in signatures):
             raise BundleError(f"{where}: not signed by a key of {self._path}")
@@ -131,7 +131,7 @@ def _signed_digest(payload: bytes) -> str | None:
         files = {file["name"]: file for file in statement["predicate"]["resources"]}
         file = files[MANIFEST]
         return str(file["digest"]) if file["algorithm"] == "sha256" else None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -12,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from atspeed.artefacts.bundle_cache import BundleCache
-from atspeed.artefacts.bundle_source import UrlSource
+from atspeed.artefacts.bundle_source import LINKED_NAME, UrlSource
 from atspeed.artefacts.object_store import ObjectStore
 from atspeed.engine.bundle.bundle_files import files_below, read_file
 from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, link_files
@@ -34,6 +34,8 @@ def push_bundle(root: Path, url: str, link: str | None = None) -> Bundle:
     """
     if link and (link.rpartition("/")[0] != url.rpartition("/")[0] or link == url):
         raise BundleError(f"{link}: must be beside {url}, since a link holds a name")
+    if link and not LINKED_NAME.fullmatch(url.rpartition("/")[2]):
+        raise BundleError(f"{url}: the last part of its name can be in no link: letters, digits, . - and _ can")
     bundle = Bundle(root)
     bundle.verify()
     content = read_file(root, MANIFEST)

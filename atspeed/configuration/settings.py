@@ -17,7 +17,6 @@ counts as not set. An unknown variable with the service's prefix is refused, as 
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from atspeed.artefacts.object_store import check_url
-from atspeed.engine.host_names import is_host
+from atspeed.engine.host_names import is_host, is_loopback
 from atspeed.engine.kv.redis_client import RedisTls
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.observability.logs import LogFormat, LogLevel
@@ -211,10 +210,7 @@ class ServiceSettings(BaseSettings):
     @property
     def loopback(self) -> bool:
         """Return whether the server listens on loopback only."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def server_tls(self) -> TlsFiles | None:

@@ -16,6 +16,14 @@ def is_host(text: str) -> bool:
     return bool(encoded) and text[0] not in ".-" and all(letter.isalnum() or letter in ".-_" for letter in text)
 
 
+def is_loopback(text: str) -> bool:
+    """Return whether a host is this machine by its text: localhost, or a loopback address."""
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return text == "localhost"
+
+
 def ip_version(text: str) -> int | None:
     """Return 4 or 6; None for a text that is no IP address."""
     try:

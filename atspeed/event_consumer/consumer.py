@@ -18,6 +18,7 @@ import random
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -156,14 +157,24 @@ class EventConsumer:
         return outcome
 
     def _call(self, sent: Sequence[Message], requests: Sequence[pb.RecordEventsRequest], outcome: _Outcome) -> None:
+        """Record the requests. A call that is refused for what it holds is made in halves, down to the message at fault."""
         done = 0
-        for part in self._recorder.packed(requests):
+        parts = deque(self._recorder.packed(requests))
+        while parts:
+            part = parts.popleft()
             of_part = sent[done : done + len(part)]
             try:
                 results = self._recorder.record(part, secrets.token_hex(8))
             except CallError as error:
-                outcome.wait_for(sent[done:], error)
-                return
+                if len(part) > 1 and _refuses_size(error):
+                    parts.extendleft((part[len(part) // 2 :], part[: len(part) // 2]))
+                    continue
+                if error.code is not grpc.StatusCode.INVALID_ARGUMENT:
+                    outcome.wait_for(sent[done:], error)
+                    return
+                outcome.dead.append((of_part[0], error.message))
+                done += 1
+                continue
             for message, request, result in zip(of_part, part, results, strict=True):
                 if not isinstance(result, CallError):
                     self._metrics.stored(len(request.events), result)
@@ -218,6 +229,13 @@ class EventConsumer:
                 if end > 0 and place.offset >= 0:
                     lag += max(0, end - place.offset)
             self._metrics.lag.set(lag)
+
+
+def _refuses_size(error: CallError) -> bool:
+    """Return whether a smaller call may be taken: this one is invalid, or beyond a limit that no wait lifts."""
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return error.retry_after_seconds is None
+    return error.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def _first_offsets(messages: Iterable[Message]) -> dict[int, int]:

@@ -14,6 +14,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 MOST_BYTES = 2_000_000  # of a message, and of a call: an orchestrator takes 4 MB
 
 _MOST_TEXT = 500  # characters of a reason
+_MOST_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999, which is that of Timestamp
 
 
 class MessageFormat(StrEnum):
@@ -55,6 +56,8 @@ class Message:
         request = _parsed(self.value, form)
         for number, event in enumerate(request.events):
             if not event.HasField("time") and self.timestamp_ms is not None:
+                if not 0 <= self.timestamp_ms <= _MOST_TIMESTAMP_MS:
+                    raise BadMessageError(f"events[{number}] has no time, and the message's is {self.timestamp_ms} ms")
                 event.time.FromMilliseconds(self.timestamp_ms)
             if not event.event_id:
                 event.event_id = f"{self._place}-{number}"

@@ -254,8 +254,8 @@ async def _json_web_tokens(settings: ServiceSettings) -> Authenticator:
         from atspeed.security import json_web_tokens as tokens  # the extra `jwt`
     except ModuleNotFoundError:
         raise StartupError(f"{name}: needs `pip install 'atspeed-serving[jwt]'`") from None
-    keys = tokens.KeySet(settings.jwt_keys)
     try:
+        keys = tokens.KeySet(settings.jwt_keys)
         await keys.load()
     except tokens.KeySetError as error:
         raise StartupError(f"{name}: {error}") from None

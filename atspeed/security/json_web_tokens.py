@@ -1,7 +1,7 @@
 """Checks bearer tokens that an issuer signs: JSON Web Tokens (RFC 7519).
 
 OpenID Connect providers give such tokens to their clients. The issuer's public keys are a JSON Web Key Set (RFC 7517), in a file
-or at an https URL. Needs the extra `jwt`.
+or at an https URL; http is for an issuer on this machine. Needs the extra `jwt`.
 
     claim      meaning
     iss, aud   must be the settings `jwt_issuer` and `jwt_audience`
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import jwt
 import structlog
 
+from atspeed.engine.host_names import is_loopback
 from atspeed.errors import UnavailableError
 from atspeed.security.callers import Caller, Grant
 from atspeed.security.file_watch import file_signature
@@ -66,9 +67,15 @@ class Issuer:
 
 
 class KeySet:
-    """The public keys of an issuer by key id, read again when they may have changed. source: a path or an https URL."""
+    """The public keys of an issuer by key id, read again when they may have changed. source: a path or an https URL.
+
+    Raises KeySetError for an http URL of another machine: who can change its answers could sign tokens.
+    """
 
     def __init__(self, source: str, clock: Callable[[], float] = time.monotonic) -> None:
+        parts = urlsplit(source)
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            raise KeySetError(f"{source}: must be https, or on this machine")
         self._source = source
         self._clock = clock
         self._keys: Mapping[str, jwt.PyJWK] = {}
@@ -194,10 +201,20 @@ def _read_file(path: Path) -> str:
         raise KeySetError(f"{path}: {type(error).__name__}") from None
 
 
+class _SameScheme(HTTPRedirectHandler):
+    """Follows redirects that stay with https, or with http."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        """Return the next request; None, which is an error, when it has another scheme."""
+        if urlsplit(newurl).scheme != req.type:
+            return None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _fetched(url: str) -> str:
     request = Request(url, headers={"Accept": "application/json"})  # noqa: S310 - the setting allows http and https only
     try:
-        with urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
+        with build_opener(_SameScheme).open(request, timeout=_TIMEOUT_SECONDS) as answer:
             content: bytes = answer.read(_MAX_KEY_SET_BYTES + 1)
     except (OSError, ValueError) as error:
         raise KeySetError(f"{url}: {type(error).__name__}") from None

@@ -1,7 +1,8 @@
 """Prefixes after events: the target reads a user's new prompt in idle time.
 
 Its keys and values are then in the prefix cache, where the next list finds them. Lists do not depend on the cache. Nothing runs
-while the replica serves requests: a prefix waits until it is idle, and a request cancels the one that runs.
+while the replica serves requests: a prefix waits until it is idle, and a request cancels the one that runs. Events say nothing
+about the fields of users, so a bundle whose prompts hold such fields gets no prefixes.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class EventPrefixes:
         if not self._enabled:
             return
         key = user_cache_key(tenant, user_id)
+        if not self._router.of(key).snapshots.current.recommender.reads_ahead:
+            return
         self._outdate(key)
         self._waiting[key] = (user_id, tenant)
         self._waiting.move_to_end(key)

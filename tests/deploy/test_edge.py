@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from atspeed.v1 import recommendation_pb2 as pb
 from tests.composed import ROOT, SECURE_FILES, Service, compose
 
 ENVOYS = ("envoy.yaml", "envoy.secure.yaml")
@@ -104,3 +105,27 @@ def test_a_secured_edge_is_the_same_with_tls_on_both_sides() -> None:
     assert {mount["target"] for mount in edge["volumes"]} == {"/etc/envoy", "/secrets"}
     assert edge["command"][-1] == f"/etc/envoy/{ENVOYS[1]}"
     assert_reads_what_is_there(edge)
+
+
+@pytest.mark.parametrize("name", [*ENVOYS, "envoy.console.yaml", "envoy.console.secure.yaml"])
+def test_events_are_repeated_only_where_no_replica_has_seen_them(name: str) -> None:
+    """Every method that adds events has a route before that of the methods that may be repeated."""
+    methods = [one.name for one in pb.DESCRIPTOR.services_by_name["RecommendationService"].methods]
+    adding = {method for method in methods if method.startswith("RecordEvents")}
+    assert adding == {"RecordEvents", "RecordEventsBatch"}
+    for method in methods:
+        retries = set(
+            first_route(name, f"/atspeed.v1.RecommendationService/{method}")["retry_policy"]["retry_on"].split(",")
+        )
+        seen = retries - {"connect-failure", "refused-stream"}
+        assert seen == (set() if method in adding else {"reset", "unavailable", "cancelled"})
+
+
+def first_route(name: str, path: str) -> dict[str, Any]:
+    """The action of the first route that a path takes."""
+    for route in routes_of(name):
+        match = route["match"]
+        if match.get("path") == path or path.startswith(match.get("prefix", "\0")):
+            found: dict[str, Any] = route["route"]
+            return found
+    raise AssertionError(path)

@@ -161,7 +161,7 @@ class TestFromAService:
     def test_a_service_that_is_away_ends_the_batch(self, users: Path, tmp_path: Path) -> None:
         """It is no user's fault, so no row says so: the same command continues when the service is back."""
         done = self.run(users, tmp_path / "lists", "127.0.0.1:1", "--timeout", "0.5")
-        assert done.exit_code == 1
+        assert done.exit_code == 69
         assert "UNAVAILABLE" in done.stderr or "DEADLINE_EXCEEDED" in done.stderr
         assert lists(tmp_path / "lists") == []
 

@@ -141,7 +141,7 @@ def test_up_serves_until_interrupted(made: TestBundle) -> None:
     services = [int(number) for number in re.findall(r"process (\d+)", errors)]
     assert len(services) == 4
     assert not [number for number in services if alive(number)]
-    assert "UNAVAILABLE" in one_line(run("info", "--address", served[1]))
+    assert "UNAVAILABLE" in one_line(run("info", "--address", served[1]), 69)
 
 
 def test_up_keeps_histories_in_the_data_folder(made: TestBundle, tmp_path: Path) -> None:

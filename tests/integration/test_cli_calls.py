@@ -200,10 +200,8 @@ def test_a_long_id_is_shown_whole() -> None:
 
 def test_every_call_prints_json_on_demand(address: str) -> None:
     run("record", "jason", "item-1,item-2", "--address", address)
-    assert json.loads(run("history", "jason", "--json", "--address", address).stdout)["item_ids"] == [
-        "item-1",
-        "item-2",
-    ]
+    stored = json.loads(run("history", "jason", "--json", "--address", address).stdout)["events"]
+    assert [event["item_id"] for event in stored] == ["item-1", "item-2"]
     assert json.loads(run("forget", "jason", "--json", "--address", address).stdout) == {"existed": True}
     assert json.loads(run("forget", "jason", "--json", "--address", address).stdout) == {"existed": False}
     assert json.loads(run("info", "--json", "--address", address).stdout) == json.loads(

@@ -154,6 +154,20 @@ def test_a_stored_user_is_shown_too(page: Any, client: Client, history: list[str
 
 
 @needs_chromium
+def test_fields_of_the_user_are_sent(page: Any, history: list[str]) -> None:
+    """The bundle's prompts hold none, so the service names each field that it gets."""
+    page.fill("#user_fields", "age=20 - 30, city = a=b")
+    ask(page, history)
+    page.wait_for_function("document.querySelector('#error').textContent")
+    problem = page.inner_text("#error")
+    assert "user_fields.age: is no field of the bundle's prompts" in problem
+    assert "user_fields.city: is no field of the bundle's prompts" in problem
+    page.fill("#user_fields", "age")
+    ask(page, history)
+    page.wait_for_function("document.querySelector('#error').textContent.includes('NAME=VALUE')")
+
+
+@needs_chromium
 def test_it_says_where_the_item_of_rank_25_was_lost(page: Any, client: Client, history: list[str]) -> None:
     item = client.recommend(history=history, k=40, beam_width=100, mode="target-only").item_ids[24]
     ask(page, history)

@@ -40,13 +40,14 @@ class FakeService(EventRecorder):
         self.stored: list[tuple[str, str, str]] = []
         self.sizes: list[int] = []
         self.refuse: Callable[[pb.RecordEventsRequest], CallError | None] = lambda request: None
+        self.limit: Callable[[Sequence[pb.RecordEventsRequest]], CallError | None] = lambda requests: None
         self.down: CallError | None = None
         self.calls = 0
 
     def record(self, requests: Sequence[pb.RecordEventsRequest], request_id: str) -> list[Answer]:
         self.calls += 1
-        if self.down:
-            raise self.down
+        if error := self.down or self.limit(requests):
+            raise error
         self.sizes.append(sum(len(request.events) for request in requests))
         answers: list[Answer] = []
         for request in requests:
@@ -174,6 +175,39 @@ def test_a_bad_message_behind_one_that_waits_is_one_dead_letter(kafka: Kafka) ->
     kafka.read("behind.dead", 1)
 
 
+def test_a_call_that_is_too_large_for_the_service_is_made_in_parts(kafka: Kafka) -> None:
+    """A limit below the one that the service named, a quota, and a message that alone is beyond the limit."""
+    service = FakeService()
+    most_events, most_requests = 6, 3
+
+    def limited(requests: Sequence[pb.RecordEventsRequest]) -> CallError | None:
+        if sum(len(request.events) for request in requests) > most_events:
+            return CallError(grpc.StatusCode.INVALID_ARGUMENT, "requests: too many events")
+        return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota") if len(requests) > most_requests else None
+
+    service.limit = limited
+    large = message("u0", *(f"x{n}" for n in range(most_events + 1)))
+    kafka.send("large", *(message("u0", f"{n}", f"{n}b") for n in range(9)), large, message("u0", "last"))
+    with consuming(kafka, "large", service) as (_, metrics):
+        until(lambda: kafka.committed("large") == 11)
+        assert value(metrics, "messages_total", outcome="dead_letter") == 1
+    (letter,) = kafka.read("large.dead", 1)
+    assert (letter.value(), dict(letter.headers())["atspeed-error"]) == (large[1], b"requests: too many events")
+    assert [item for _, item, _ in service.stored] == [*(f"{n}{b}" for n in range(9) for b in ("", "b")), "last"]
+
+
+def test_a_quota_that_no_message_fits_loses_nothing(kafka: Kafka) -> None:
+    service = FakeService()
+    service.limit = lambda _: CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+    kafka.send("quota", message("u", "1"), message("u", "2"))
+    with consuming(kafka, "quota", service) as (loop, metrics):
+        until(lambda: value(metrics, "retries_total") >= 1)
+        assert (kafka.committed("quota"), loop.healthy) == (0, False)
+        service.limit = lambda _: None
+        until(lambda: kafka.committed("quota") == 2)
+        assert value(metrics, "messages_total", outcome="dead_letter") == 0
+
+
 def test_protobuf_messages(kafka: Kafka) -> None:
     service = FakeService()
     request = pb.RecordEventsRequest(user_id="u", events=[pb.Event(item_id="é", event_id="own")])
@@ -206,6 +240,16 @@ class TestMessages:
         assert (stored.tenant, stored.events[0].event_id, stored.events[0].type) == ("shop", "e", "buy")
         assert stored.events[0].time == Timestamp(seconds=1_714_521_600)
         assert stored.events[0].HasField("weight")
+
+    @pytest.mark.parametrize("timestamp_ms", [-5, 2**62])
+    def test_a_time_that_is_none_is_bad_where_an_event_needs_it(self, timestamp_ms: int) -> None:
+        event = {"item_id": "a", "time": "2024-05-01T00:00:00Z"}
+        content = json.dumps({"user_id": "u", "events": [event]}).encode()
+        own = self.of(content, timestamp_ms=timestamp_ms).request(MessageFormat.JSON)
+        assert own.events[0].time == Timestamp(seconds=1_714_521_600)
+        content = json.dumps({"user_id": "u", "events": [event, {"item_id": "b"}]}).encode()
+        with pytest.raises(BadMessageError, match=rf"events\[1\] has no time, and the message's is {timestamp_ms} ms"):
+            self.of(content, timestamp_ms=timestamp_ms).request(MessageFormat.JSON)
 
     @pytest.mark.parametrize("form", list(MessageFormat))
     @pytest.mark.parametrize("content", [None, b"", b"\xff\xff", b" " * (MOST_BYTES + 1)])

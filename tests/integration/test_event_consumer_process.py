@@ -102,7 +102,7 @@ def test_killed_twice_in_the_middle_it_loses_nothing_and_doubles_nothing(
     ("arguments", "code", "problem"),
     [
         (["--kafka-config", "FILE"], 1, "line 2: enable.auto.commit is set by the command"),
-        (["--address", "127.0.0.1:1", "--timeout", "0.5"], 1, ""),
+        (["--address", "127.0.0.1:1", "--timeout", "0.5"], 69, ""),
         (["--format", "avro"], 2, "--format"),
         (["--batch-messages", "0"], 2, "--batch-messages"),
     ],

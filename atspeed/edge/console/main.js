@@ -13,12 +13,14 @@ let asked = null; // the request on the page, for the answers to why not
 
 const value = (id) => byId(id).value.trim();
 const ids = (id) => value(id).split(",").map((item) => item.trim()).filter(Boolean);
+const pair = (text) => [text.split("=", 1)[0].trim(), text.slice(text.indexOf("=") + 1).trim()];
 const access = (track) => ({ token: value("token"), track });
 
 function request() {
   const user = value("user");
   const history = ids("history");
   if (Boolean(user) === Boolean(history.length)) throw new Error("Give either a stored user or a history.");
+  if (!ids("user_fields").every((text) => text.includes("="))) throw new Error("Give fields of the user as NAME=VALUE.");
   return {
     ...(user ? { user_id: user } : { history: { item_ids: history } }),
     k: Number(value("k")),
@@ -26,6 +28,7 @@ function request() {
     mode: value("mode"),
     exclude_seen: byId("exclude_seen").checked,
     tenant: value("tenant"),
+    user_fields: Object.fromEntries(ids("user_fields").map(pair)),
   };
 }
 

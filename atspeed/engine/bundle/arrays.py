@@ -17,5 +17,7 @@ def read_array(path: Path) -> npt.NDArray[Any]:
         with path.open("rb") as file:
             array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
             return array
+    except MemoryError:
+        raise CatalogueError(f"{path}: names more values than the memory holds") from None
     except (OSError, ValueError, EOFError) as error:
         raise CatalogueError(f"{path}: {error}") from error

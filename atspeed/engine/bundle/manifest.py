@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -42,6 +43,8 @@ from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.quantiser import FILE as CODEBOOKS
 from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
 from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry
+from atspeed.engine.bundle.titles import TITLE_FILES
+from atspeed.engine.bundle.user_fields import draft_problem
 from atspeed.engine.errors import BundleError
 from atspeed.engine.files.atomic_write import replacing
 from atspeed.engine.search.scoring import ScoringRule
@@ -73,6 +76,8 @@ def _inside(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""In hex. A cache names files by it, so it must be no path."""
 ModelPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+$")]
 
 
@@ -202,7 +207,7 @@ class Manifest(_Part):
     quantiser: QuantiserEntry | None = Field(default=None, exclude_if=lambda entry: entry is None)
     """The quantiser that gave the items their code paths; None if they came with the data or the checkpoint."""
     provenance: Provenance = Provenance()
-    files: dict[FileName, str]
+    files: dict[FileName, Sha256]
     """The SHA-256 of every file, by path relative to the bundle."""
 
     @model_validator(mode="after")
@@ -211,6 +216,13 @@ class Manifest(_Part):
             raise ValueError("target.plan_scale: only a draft has one")
         if self.target.draft_kind != LANGUAGE_MODEL:
             raise ValueError("target.draft_kind: only a draft has one")
+        return self
+
+    @model_validator(mode="after")
+    def _the_draft_reads_every_user(self) -> Manifest:
+        fields = self.draft.prompt.user_fields if self.draft else ()
+        if problem := draft_problem(fields, self.target.prompt.user_fields):
+            raise ValueError(f"draft.prompt.user_fields: {problem}")
         return self
 
     @property
@@ -250,6 +262,7 @@ class Bundle:
 
     def catalogue(self) -> Catalogue:
         """Load the catalogue. Check that its version is the manifest's and that the models can read its items."""
+        self._check_titles()
         catalogue = Catalogue.load(self.root / "catalogue")
         if catalogue.version != self.manifest.catalogue_version:
             expected = self.manifest.catalogue_version
@@ -257,6 +270,13 @@ class Bundle:
         for role, model in self.manifest.models.items():
             self._check_reads(role, model, catalogue)
         return catalogue
+
+    def _check_titles(self) -> None:
+        """Compare the titles' hashes with the manifest's: they are no part of the catalogue's version."""
+        for name in TITLE_FILES:
+            if os.path.lexists(self.root / "catalogue" / name):
+                path = f"catalogue/{name}"
+                check_digest(self.root, path, sha256_of(self.root, path), self.manifest.files)
 
     def quantiser(self, catalogue: Catalogue) -> Quantiser:
         """Load the quantiser. Raises BundleError when the bundle has none, or one of other codes than the catalogue's."""

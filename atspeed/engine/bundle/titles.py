@@ -17,6 +17,7 @@ from atspeed.engine.errors import CatalogueError
 from atspeed.engine.files.atomic_write import replacing
 
 MAX_TITLE_BYTES = 512
+TITLE_FILES = ("titles.npy", "title_start.npy")
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,16 @@ class Titles:
 
     def save(self, folder: Path) -> None:
         """Write titles.npy and title_start.npy, each in one step."""
-        for name, array in (("titles", self.text), ("title_start", self.start)):
-            with replacing(folder / f"{name}.npy") as file:
+        for name, array in ((TITLE_FILES[0], self.text), (TITLE_FILES[1], self.start)):
+            with replacing(folder / name) as file:
                 np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path, items: int) -> Titles | None:
         """Read the titles that `save` wrote; None if there are none. Raises CatalogueError naming the file."""
-        if not os.path.lexists(folder / "titles.npy"):
+        text, start = (folder / name for name in TITLE_FILES)
+        if not os.path.lexists(text):
             return None
-        titles = cls(read_array(folder / "titles.npy"), read_array(folder / "title_start.npy"))
-        titles.check(items, f"{folder}/titles.npy")
+        titles = cls(read_array(text), read_array(start))
+        titles.check(items, str(text))
         return titles

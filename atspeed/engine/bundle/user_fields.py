@@ -72,6 +72,18 @@ def check_user_fields(fields: Sequence[PromptField], given: UserFields) -> None:
         raise UserFieldError(found)
 
 
+def draft_problem(draft: Sequence[PromptField], target: Sequence[PromptField]) -> str:
+    """Return why a draft cannot read some user whom the target's prompts can hold; empty if it reads all."""
+    of_target = {field.name: field for field in target}
+    for field in draft:
+        same = of_target.get(field.name)
+        if field.default is None and (same is None or same.default is not None):
+            return f"{field.name}: must have a default, since a request need not name it"
+        if same is not None and not same.values.keys() <= field.values.keys():
+            return f"{field.name}: lacks a value that the target's has"
+    return ""
+
+
 def with_values(part: Part, tokens: Sequence[int], fields: Sequence[PromptField], given: UserFields) -> Iterator[int]:
     """Yield the tokens of a part of a prompt, with the values of a request at their places."""
     start = 0

@@ -11,11 +11,13 @@ from threading import Event
 import fsspec
 import pytest
 
+from atspeed.artefacts import bundle_cache
 from atspeed.artefacts.bundle_cache import BundleCache
 from atspeed.artefacts.bundle_source import UrlSource, bundle_source
 from atspeed.artefacts.object_store import ObjectStore, StoreError, check_url
 from atspeed.artefacts.signature import TrustedKeys, sign_bundle
 from atspeed.artefacts.transfer import pull_bundle, push_bundle
+from atspeed.engine.bundle.bundle_files import link_or_copy
 from atspeed.engine.bundle.catalogue_update import update_catalogue
 from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle
 from atspeed.engine.errors import BundleError
@@ -157,6 +159,31 @@ def test_processes_share_a_cache(bundle: Bundle, store: str, tmp_path: Path) -> 
     assert [content_of(one) for one in found] == [content_of(bundle)] * 4
 
 
+def test_a_bundle_that_another_process_removes_meanwhile_is_no_failure(
+    bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path
+) -> None:
+    push_bundle(bundle.root, f"{store}/first")
+    (tmp_path / "cache" / "bundles").mkdir(parents=True)
+    (tmp_path / "cache" / "bundles" / "gone").symlink_to("nothing")  # is listed, and is not there
+    assert content_of(opened(UrlSource(f"{store}/first", None, cache))) == content_of(bundle)
+
+
+def test_no_unfinished_file_is_within_a_bundle(
+    bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process leaves it there, and its bundle could never again be verified."""
+    unfinished: set[Path] = set()
+
+    def noted(source: Path, path: Path) -> None:
+        unfinished.add(path.parent)
+        link_or_copy(source, path)
+
+    monkeypatch.setattr(bundle_cache, "link_or_copy", noted)
+    push_bundle(bundle.root, f"{store}/first")
+    opened(UrlSource(f"{store}/first", None, cache)).verify()
+    assert unfinished == {tmp_path / "cache" / "files"}
+
+
 def test_the_cache_keeps_the_newest_bundles_and_the_files_they_hold(
     bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path
 ) -> None:
@@ -197,6 +224,20 @@ def test_names_that_lead_out_of_the_bundle_are_refused(bundle: Bundle, store: st
             named.open(Event())
 
 
+def test_a_hash_that_leads_out_of_the_cache_is_refused(
+    bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path
+) -> None:
+    content = (bundle.root / MANIFEST).read_text()
+    digest = next(iter(bundle.manifest.files.values()))
+    for wrong in ("../../out/x", f"{tmp_path}/out/x", digest.upper(), f"{digest} "):
+        change(f"{store}/evil/{MANIFEST}", content.replace(f'"{digest}"', f'"{wrong}"').encode())
+        named = UrlSource(f"{store}/evil", None, cache).look()
+        assert named
+        with pytest.raises(BundleError, match=r"files\."):
+            named.open(Event())
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_push_changes_no_bundle_that_is_there(bundle: Bundle, store: str, tmp_path: Path) -> None:
     push_bundle(bundle.root, f"{store}/first")
     push_bundle(bundle.root, f"{store}/first", f"{store}/current")
@@ -207,6 +248,13 @@ def test_a_push_changes_no_bundle_that_is_there(bundle: Bundle, store: str, tmp_
         with pytest.raises(BundleError, match="must be beside"):
             push_bundle(other.root, f"{store}/second", link)
     assert ObjectStore(store).read(f"{store}/current") == b"first\n"
+
+
+def test_a_link_is_never_to_a_name_that_no_service_follows(bundle: Bundle, store: str) -> None:
+    for name in ("with space", "-first", "x" * 256):
+        with pytest.raises(BundleError, match="the last part of its name can be in no link"):
+            push_bundle(bundle.root, f"{store}/{name}", f"{store}/current")
+    assert ObjectStore(store).read(f"{store}/current") is None
 
 
 def test_a_store_that_lies_about_a_write_is_found(bundle: Bundle, store: str, monkeypatch: pytest.MonkeyPatch) -> None:

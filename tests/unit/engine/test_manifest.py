@@ -58,6 +58,12 @@ def test_written_bundle_opens_and_verifies(root: Path) -> None:
         (lambda m: m.update(items_per_path=0), "items_per_path"),
         (lambda m: m["draft"].update(precision="float8"), r"draft\.precision"),
         (lambda m: m["target"].update(layers=0), r"target\.layers"),
+        (
+            lambda m: m["draft"]["prompt"].update(
+                user_fields=[{"name": "age", "part": "prefix", "at": 1, "values": {"old": [1]}}]
+            ),
+            r"draft\.prompt\.user_fields: age: must have a default",
+        ),
         (lambda m: m["target"]["prompt"].update(prefix=[]), r"target.*prompt\.prefix"),
         (lambda m: m["target"].update(encoder={"path": "draft/e.onnx", "decoder_start": 0}), r"target.*encoder\.path"),
         (

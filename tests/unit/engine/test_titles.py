@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.engine.bundle.catalogue import Catalogue
+from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.titles import MAX_TITLE_BYTES, Titles
-from atspeed.engine.errors import CatalogueError
+from atspeed.engine.errors import BundleError, CatalogueError
+from tests.placeholder_bundles import placeholder_bundle
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=20)
 
@@ -37,6 +39,30 @@ def test_titles_are_saved_and_loaded_with_the_catalogue(tmp_path: Path) -> None:
 def test_a_title_that_no_reader_could_show_is_refused(title: str) -> None:
     with pytest.raises(CatalogueError, match=r"^titles: "):
         Titles.of(["good", title])
+
+
+def test_titles_that_the_manifest_does_not_have_are_refused(tmp_path: Path) -> None:
+    """They are no part of the catalogue's version, and a signature covers the manifest alone."""
+    catalogue = Catalogue.build(["a", "b"], np.array([[0], [1]]), [2]).with_titles({"a": "first", "b": "other"})
+    bundle = placeholder_bundle(tmp_path, catalogue)
+    assert bundle.catalogue().titles_of(["a"]) == {"a": "first"}
+    catalogue.with_titles({"a": "wrong", "b": "other"}).save(tmp_path / "catalogue")
+    with pytest.raises(BundleError, match=r"catalogue/titles\.npy: its SHA-256 differs"):
+        bundle.catalogue()
+    without = bundle.manifest.model_copy(
+        update={"files": {name: one for name, one in bundle.manifest.files.items() if "title" not in name}}
+    )
+    with pytest.raises(BundleError, match=r"catalogue/titles\.npy: not in the manifest"):
+        Bundle(tmp_path, without).catalogue()
+
+
+def test_a_file_that_names_more_than_the_memory_holds_is_refused(tmp_path: Path) -> None:
+    header = np.lib.format.header_data_from_array_1_0(np.zeros(1, dtype=np.uint8)) | {"shape": (2**60,)}
+    with (tmp_path / "titles.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    (tmp_path / "title_start.npy").touch()
+    with pytest.raises(CatalogueError, match=r"titles\.npy: names more values than the memory holds"):
+        Titles.load(tmp_path, 2)
 
 
 DAMAGES: list[tuple[Callable[[Titles], tuple[object, object]], str]] = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from atspeed.engine.bundle.prompt import PromptTemplate
-from atspeed.engine.bundle.user_fields import Part, PromptField, UserFieldError, check_user_fields
+from atspeed.engine.bundle.user_fields import Part, PromptField, UserFieldError, check_user_fields, draft_problem
 
 PARTS: tuple[Part, Part] = ("prefix", "suffix")
 AGE = PromptField(name="age", part="prefix", at=1, values={"young": (10,), "old": (11, 12)})
@@ -103,3 +103,44 @@ def test_a_template_without_fields_is_written_as_before() -> None:
     """So that a bundle keeps its version."""
     assert "user_fields" not in PromptTemplate(prefix=(1,)).model_dump(mode="json")
     assert PromptTemplate.model_validate_json(TEMPLATE.model_dump_json()) == TEMPLATE
+
+
+fields_of_models = st.dictionaries(
+    st.sampled_from("pq"), st.tuples(st.sets(st.sampled_from("abc"), min_size=1), st.booleans())
+).map(
+    lambda drawn: tuple(
+        PromptField(
+            name=name,
+            part="prefix",
+            at=0,
+            values=dict.fromkeys(sorted(values), (1,)),
+            default=min(values) if has else None,
+        )
+        for name, (values, has) in sorted(drawn.items())
+    )
+)
+
+
+@given(fields_of_models, fields_of_models)
+def test_a_draft_is_refused_exactly_if_a_request_for_the_target_cannot_be_read_by_it(
+    draft: tuple[PromptField, ...], target: tuple[PromptField, ...]
+) -> None:
+    """Each request that the target takes, with the values that the draft's prompts hold."""
+
+    def taken(fields: tuple[PromptField, ...], values: dict[str, str]) -> bool:
+        try:
+            check_user_fields(fields, values)
+        except UserFieldError:
+            return False
+        return True
+
+    held = {field.name for field in draft}
+    requests = (
+        {name: one for name, one in zip("pq", drawn, strict=True) if one} for drawn in product(["", *"abc"], repeat=2)
+    )
+    read = all(
+        taken(draft, {name: one for name, one in request.items() if name in held})
+        for request in requests
+        if taken(target, request)
+    )
+    assert (draft_problem(draft, target) == "") is read

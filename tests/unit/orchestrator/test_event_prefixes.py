@@ -23,6 +23,7 @@ class Model:
         self.started: list[str] = []
         self.read: list[str] = []
         self.error: Exception | None = None
+        self.reads_ahead = True
         self.snapshots = self.recommender = self.current = self
 
     def of(self, subject: bytes) -> Model:
@@ -63,6 +64,15 @@ async def test_a_list_after_an_event_is_a_hit_once() -> None:
         prefixes.request(user_cache_key("", "u"))
     prefixes.request(None)
     assert counts(prefixes) == {"made": 1, "hit": 1}
+
+
+async def test_a_prompt_that_waits_for_a_request_is_not_read() -> None:
+    prefixes = made_of(model := Model())
+    model.reads_ahead = False
+    prefixes.offer("u", "")
+    await asyncio.sleep(0.05)
+    prefixes.request(user_cache_key("", "u"))
+    assert (model.started, counts(prefixes)) == ([], {})
 
 
 async def test_another_event_or_erasure_wastes_a_prefix() -> None:

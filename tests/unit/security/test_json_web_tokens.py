@@ -6,8 +6,10 @@ import base64
 import hashlib
 import hmac
 import json
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.request import Request
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -15,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from atspeed.errors import UnavailableError
 from atspeed.security.callers import Caller, Grant
-from atspeed.security.json_web_tokens import Issuer, JsonWebTokens, KeySet, KeySetError
+from atspeed.security.json_web_tokens import Issuer, JsonWebTokens, KeySet, KeySetError, _SameScheme
 from atspeed.security.quotas import Quota
 from atspeed.security.scopes import Scope
 from tests.issuer import AUDIENCE, ISSUER, TokenIssuer, served, valid_claims
@@ -203,6 +205,25 @@ async def test_without_any_keys_a_call_may_come_again(issuer: TokenIssuer) -> No
         answers[0] = issuer.key_set()
         now[0] = 11
         assert await tokens.authenticate(issuer.token()) is not None
+
+
+@pytest.mark.parametrize("host", ["issuer.example", "10.0.0.7", "[fd00::1]", "localhost.example"])
+def test_keys_from_another_machine_come_by_https(host: str) -> None:
+    with pytest.raises(KeySetError, match="must be https, or on this machine"):
+        KeySet(f"http://{host}/keys")
+    KeySet(f"https://{host}/keys")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "[::1]", "localhost"])
+def test_keys_of_an_issuer_on_this_machine_may_come_by_http(host: str) -> None:
+    KeySet(f"http://{host}/keys")
+
+
+@pytest.mark.parametrize(("target", "followed"), [("http://127.0.0.1/k", True), ("https://127.0.0.1/k", False)])
+def test_a_redirect_keeps_the_scheme(target: str, followed: bool) -> None:
+    asked = Request("http://127.0.0.1/keys")
+    found = _SameScheme().redirect_request(asked, None, 302, "Found", Message(), target)
+    assert (found is not None) is followed
 
 
 async def test_an_answer_of_any_size_is_not_read_to_its_end() -> None:
