@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from atspeed.engine.errors import BundleError
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf", "http": "https", "https": "https"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf", "http": "https", "https": "https"}
+"""The extra with the library of each scheme."""
 _WITH_FOLDERS = {"file", "memory", "sftp", "ssh"}
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -105,7 +106,7 @@ def _fsspec(url: str) -> Any:
 
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme)
+        extra = EXTRAS.get(scheme)
         what = f"pip install 'atspeed-serving[{extra}]'" if extra else "install the fsspec package for it"
         raise StoreError(f"{url}: no support for {scheme}:// is installed: {what}") from error
     except ValueError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from atspeed.batch.errors import BatchError
-from atspeed.batch.parquet import count_rows, write_rows
+from atspeed.batch.parquet import count_rows, pyarrow, write_rows
 from atspeed.engine.files.atomic_write import replace_text, replacing
 from atspeed_client import CallError, Recommendation
 
@@ -84,7 +84,13 @@ class ListFolder:
         self._form = form
 
     def begin(self, asked: dict[str, Any]) -> None:
-        """Begin or resume a run. Raises BatchError naming the first option that an earlier run in the folder had otherwise."""
+        """Begin or resume a run.
+
+        Raises BatchError naming the first option that an earlier run in the folder had otherwise, and, before anything is
+        written, for a format whose package is not installed.
+        """
+        if self._form == "parquet":
+            pyarrow()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RUN
         if not path.exists():

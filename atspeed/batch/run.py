@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from atspeed.batch.errors import BatchError
 from atspeed.batch.lists import ListFolder, UserList
 from atspeed.batch.users import Chunk, User, fingerprint, read_chunks
 
@@ -25,10 +24,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read I/N with 1 <= I <= N. Raises BatchError."""
+        """Read I/N with 1 <= I <= N. Raises ValueError."""
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise BatchError(f"--shard: {text[:40]!r} is not I/N with I from 1 to N")
+            raise ValueError(f"{text[:40]!r} is not I/N with I from 1 to N")
         return cls(int(match[1]) - 1, int(match[2]))
 
     def __contains__(self, chunk: Chunk) -> bool:

@@ -72,7 +72,7 @@ def batch(
     A file of lists is complete or absent. After an interruption, exit code 75, the same command continues with what is missing.
     A user without a list has a row with an error.
     """
-    work = Batch(users, ListFolder(folder, form), chunk_users, Shard.parse(shard))
+    work = Batch(users, ListFolder(folder, form), chunk_users, _shard(shard))
     options: dict[str, Any] = {"k": k, "beam_width": beam_width, "mode": mode, "exclude_seen": exclude_seen}
     served_by = {"bundle": read_manifest(bundle).version} if bundle else {"address": connection.address}
     total = work.begin({**options, **served_by, "format": form})
@@ -83,6 +83,13 @@ def batch(
     except KeyboardInterrupt:
         raise Paused(f"{folder} holds the lists that are done") from None
     print(_summary(folder, done))
+
+
+def _shard(text: str) -> Shard:
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--shard'") from None
 
 
 @contextmanager

@@ -67,8 +67,7 @@ def bundle_verify(
     if public_key:
         _check_signature(folder, public_key)
     bundle = verify_bundle(folder, provider=provider)
-    signed = f", signed by a key of {public_key}" if public_key else ""
-    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}{signed}")
+    _say_checked(folder, bundle, public_key)
 
 
 @bundle_commands.command("sign")
@@ -109,7 +108,12 @@ def bundle_pull(
     """Copy the bundle that a URL names into a new folder, and check it."""
     keys = optional("atspeed.artefacts.signature").TrustedKeys(public_key) if public_key else None
     bundle = pull_bundle(url, folder, keys)
-    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}")
+    _say_checked(folder, bundle, public_key)
+
+
+def _say_checked(folder: Path, bundle: Bundle, public_key: Path | None) -> None:
+    signed = f", signed by a key of {public_key}" if public_key else ""
+    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}{signed}")
 
 
 def _check_signature(folder: Path, public_key: Path) -> None:

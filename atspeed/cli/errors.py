@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import io
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -122,7 +123,7 @@ class Commands(typer.Typer):
 
 
 def _end(code: int, line: str) -> NoReturn:
-    shown = " ".join(line.splitlines())
+    shown = re.sub(r"\s*[\r\n]\s*", " ", line)  # Typer puts each choice on a line, behind a tab
     err.print(f"atspeed: {shown}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code) from None
 

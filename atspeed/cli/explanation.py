@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -12,7 +13,7 @@ from rich.tree import Tree
 from atspeed_client import Explanation, ItemExplanation, NodeOrigin, SearchNode, Stage, StageSpan
 
 _SHOWN_NODES = 200  # fits a terminal's scrollback; --json has all nodes
-_BAR = 40
+_BAR = 16  # what 80 columns leave
 _STYLES = {
     NodeOrigin.DRAFTED: "green",
     NodeOrigin.PREFETCHED: "cyan",
@@ -41,7 +42,7 @@ def stage_table(found: Explanation) -> Table:
     shown = Table(title="time in ms", title_justify="left")
     for name in ("stage", "start", "duration", "in the model", "nodes"):
         shown.add_column(name, justify="left" if name == "stage" else "right")
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     total = max((span.start_ms + span.duration_ms for span in found.stages), default=0.0) or 1.0
     for span in found.stages:
         model = f"{span.forward_ms:.1f}" if span.stage is Stage.PASS else ""
@@ -79,12 +80,16 @@ def _label(node: SearchNode, titles: Mapping[str, str]) -> Text:
     if node.level and node.origin is not NodeOrigin.UNEVALUATED:
         words.append(f"{node.origin}{'' if node.used else ', unused'}")
     words += [f"pass {node.pass_number}"] if node.pass_number else []
-    words += [f"p {node.log_p:.3f}"] if node.level and node.log_p is not None else []
-    words += [f"q {node.log_q:.3f}"] if node.log_q is not None else []
+    words += [f"p {_probability(node.log_p)}"] if node.level and node.log_p is not None else []
+    words += [f"q {_probability(node.log_q)}"] if node.log_q is not None else []
     words += [f"#{node.beam_rank}"] if node.level and node.beam_rank else []
     words += [titles.get(item, item) for item in node.item_ids]
     style = _STYLES.get(node.origin, "") if node.used else "dim"
     return Text("  ".join(words), style=style)
+
+
+def _probability(log: float) -> str:
+    return f"{math.exp(log):#.2g}"
 
 
 def _stage_name(span: StageSpan) -> str:

@@ -34,7 +34,7 @@ def token(
 ) -> None:
     """Make a token. Prints it on standard output, once, and its entry for the service's tokens file on standard error."""
     if not TOKEN_NAME.fullmatch(name):
-        raise CommandError(f"{name!r}: a name is 1 to 64 letters, digits, `.`, `_` and `-`")
+        raise typer.BadParameter(f"{name!r}: a name is 1 to 64 letters, digits, `.`, `_` and `-`", param_hint="'name'")
     made = new_token()
     entry = [f"[{json.dumps(name)}]", f'sha256 = "{hash_token(made)}"', f"scopes = {json.dumps([*map(str, scope)])}"]
     if tenant is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from atspeed.artefacts.object_store import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,3 +61,18 @@ def test_paths_are_found_in_code_spans() -> None:
         "atspeed/rpc/server.py",
         "deploy/envoy/envoy.yaml",
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_extras_that_are_named_are_there(page: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named_extras = re.findall(r"(?:atspeed-serving|'\.)\[([\w,-]+)\]", page.read_text(encoding="utf-8"))
+    assert {extra for extras in named_extras for extra in extras.split(",")} <= set(project["optional-dependencies"])
+
+
+def test_each_scheme_of_a_bundle_has_its_extra() -> None:
+    rows = re.findall(
+        r"(?m)^\| `(\w+)://[^`]*` \| `([\w-]+)` \|", (ROOT / "docs/artefacts.md").read_text(encoding="utf-8")
+    )
+    assert len(rows) == 4
+    assert {scheme: EXTRAS[scheme] for scheme, _ in rows} == dict(rows)

@@ -221,7 +221,6 @@ class TestRefused:
             (("--k", "7"), "k: the run began with 10, not 7; use another --out"),
             (("--mode", "target-only"), "mode: the run began with 'strict', not 'target-only'; use another --out"),
             (("--chunk-users", "5"), "chunk_users: the run began with 4, not 5; use another --out"),
-            (("--shard", "4/3"), "--shard: '4/3' is not I/N with I from 1 to N"),
         ],
     )
     def test_a_resumed_run_that_asks_otherwise(
@@ -232,6 +231,21 @@ class TestRefused:
         assert done.exit_code == 1
         assert problem in done.stderr
         assert {path: path.stat().st_mtime_ns for path in begun.iterdir()} == before
+
+    def test_a_shard_that_there_is_not(self, users: Path, bundle: Path, tmp_path: Path) -> None:
+        done = run(users, tmp_path / "lists", bundle, "--shard", "4/3")
+        assert done.exit_code == 2
+        assert "'--shard': '4/3' is not I/N with I from 1 to N" in done.stderr
+        assert not (tmp_path / "lists").exists()
+
+    def test_parquet_without_its_package_before_the_first_list(
+        self, users: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        done = run(users, tmp_path / "lists", bundle)
+        assert done.exit_code == 1
+        assert "pip install 'atspeed-serving[parquet]'" in done.stderr
+        assert not (tmp_path / "lists").exists()
 
     def test_other_users(self, begun: Path, users: Path, bundle: Path) -> None:
         users.write_text(users.read_text() + '{"user_id": "late", "history": ["item-1"]}\n')

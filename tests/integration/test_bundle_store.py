@@ -259,7 +259,7 @@ def test_commands_push_pull_sign_and_verify(
     out = tmp_path / "out"
     done = run("pull", f"{bucket}/tried", out, "--public-key", keys.public)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"version {version}" in done.stdout
+    assert f"version {version}, signed by a key of" in done.stdout
     done = run("verify", out, "--public-key", keys.public)
     assert f"version {version}, signed by a key of" in done.stdout
     theirs = KeyPair.make(tmp_path / "theirs")

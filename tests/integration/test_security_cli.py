@@ -96,7 +96,10 @@ def test_a_token_is_another_one_every_time() -> None:
 def test_a_name_that_no_service_would_take_is_refused(name: str) -> None:
     """The entry was printed, and the service that got it did not start."""
     result = run("token", "--scope=read", "--", name)
-    assert "a name is 1 to 64 letters" in refusal(result)
+    assert result.exit_code == 2
+    assert "'name': " in result.stderr
+    assert "a name is 1 to 64 letters" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
 
@@ -105,6 +108,8 @@ def test_a_token_allows_something_that_there_is(scopes: list[str]) -> None:
     result = run("token", "shop", *scopes)
     assert result.exit_code == 2
     assert "--scope" in result.stderr
+    assert "\t" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
 
 

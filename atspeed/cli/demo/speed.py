@@ -105,6 +105,7 @@ def choice(k: int, pair: Pair) -> str:
 
 
 def slower(pairs: Mapping[int, Pair]) -> str:
-    """Name each K at which strict took longer than plain; empty if there is none."""
-    found = [f"K = {k}, {pair.strict_ms / pair.plain_ms - 1:.0%}" for k, pair in pairs.items() if pair.is_slower]
+    """Name each K at which strict took longer than plain, by half a percent or more; empty if there is none."""
+    longer = {k: round(100 * (pair.strict_ms / pair.plain_ms - 1)) for k, pair in pairs.items() if pair.is_slower}
+    found = [f"K = {k}, {percent}%" for k, percent in longer.items() if percent]
     return f"Strict took longer than plain here, on this run: {'; '.join(found)}." if found else ""

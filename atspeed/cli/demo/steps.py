@@ -170,6 +170,7 @@ class Demo:
             tree = TokenTree(recommender.diagnose(request), recommender.catalogue, self.movies)
         size = "the planner's size" if asked else "a fixed size, since the planner drafts none here"
         self.console.print(f"\n[bold]The token tree[/bold] of user {case.user}, K = {_TREE_K}, a plan of {size}:")
+        self._say("The beam is K wide and seen movies may return, so the list is another one than above.")
         self.console.print(tree.drawn())
         self.console.print(tree.counts())
 

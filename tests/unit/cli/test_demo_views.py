@@ -57,6 +57,7 @@ def test_the_choice_names_what_was_expected_and_measured() -> None:
 
 def test_a_loss_is_said() -> None:
     assert not slower({1: pair(40.0, asked=1)})
+    assert not slower({1: pair(40.1, asked=1)})
     assert "K = 5, 10%." in slower({1: pair(39.0, asked=1), 5: pair(44.0, asked=0)})
 
 
