@@ -175,7 +175,8 @@ def _operation(contract: Contract, name: str, method: MethodDescriptorProto) -> 
         "parameters": [*_parameters(contract, request, path, in_body), *map(_header_ref, HEADERS)],
     }
     if in_body:
-        operation["requestBody"] = {"required": True, "content": _json(_ref(request))}
+        body = {"$ref": f"#/components/schemas/{_body(request)}"} if _bound(path) else _ref(request)
+        operation["requestBody"] = {"required": True, "content": _json(body)}
     answers = {code: {"$ref": f"#/components/responses/Error{code}"} for code in ERRORS}
     content = {"description": "The reply, or one of many on a line." if method.server_streaming else "The reply."}
     operation["responses"] = {"200": content | {"headers": _id_header(), "content": _json(reply)}, **answers}
@@ -192,6 +193,11 @@ def _parameters(contract: Contract, request: str, path: str, in_body: bool) -> I
             yield {"name": field.name, **place, "description": says, "schema": _type(contract, field)}
 
 
+def _body(request: str) -> str:
+    """Return the name of the schema of a request without the fields that its path has."""
+    return f"{_short(request)}Body"
+
+
 def _bound(path: str) -> set[str]:
     return set(re.findall(r"\{(\w+)\}", path))
 
@@ -200,15 +206,19 @@ def _schemas(contract: Contract, methods: Iterable[MethodDescriptorProto]) -> Sc
     methods = list(methods)
     asked = contract.reachable(method.input_type[1:] for method in methods)
     answered = contract.reachable([*(method.output_type[1:] for method in methods), STATUS, *DETAILS])
-    in_path = {method.input_type[1:]: _bound(route(method)[1]) for method in methods}
-    bodies = {method.input_type[1:] for method in methods if not route(method)[2]}
+    routes = {method.input_type[1:]: route(method) for method in methods}
+    parted = {name: _bound(path) for name, (_, path, in_body) in routes.items() if in_body and _bound(path)}
+    # Messages that are never a body or a part of one as a whole: all of their fields are parameters, or those of the path are.
+    nested = {field.type_name[1:] for name in asked - contract.enums.keys() for field in contract.messages[name].field}
+    never = {name for name, (_, _, in_body) in routes.items() if not in_body or name in parted} - nested
     schemas = {
         _short(name): _enum(contract, name)
         if name in contract.enums
-        else _message(contract, name, in_path.get(name, set()), whole=name not in asked)
-        for name in sorted((asked | answered) - bodies)
+        else _message(contract, name, set(), whole=name not in asked)
+        for name in sorted((asked | answered) - never)
         if name in contract.enums or not contract.messages[name].options.map_entry
     }
+    schemas |= {_body(name): _message(contract, name, bound, whole=False) for name, bound in parted.items()}
     for name in DETAILS:
         kind = {"type": "string", "const": f"type.googleapis.com/{name}"}
         schemas[_short(name)]["properties"] = {"@type": kind, **schemas[_short(name)]["properties"]}

@@ -66,8 +66,8 @@ class _RandomWeights(WeightFile):
         self._random = random.to(STORED[precision])
 
     def add(self, tensor: Tensor) -> TensorProto:
-        """Append random numbers in place of a matrix; vectors, such as norms, are kept."""
-        if tensor.dim() < 2:
+        """Append random numbers in place of a matrix; norms, which are vectors or one vector per head, are kept."""
+        if tensor.dim() != 2:
             return super().add(tensor)
         block, left = self._random.view(torch.uint8).numpy().data, tensor.numel() * tensor.element_size()
         self._file.write(bytes(-self._file.tell() % PAGE))

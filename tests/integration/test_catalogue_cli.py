@@ -221,7 +221,7 @@ def test_titles_follow_their_items(made: TestBundle, tmp_path: Path) -> None:
         ([{"item_id": "nobody's", "title": "x"}], 'titles: "nobody\'s" is not in the catalogue'),
         ([{"item_id": "item-1"}], "line 1: title: Field required"),
         ([{"item_id": "item-1", "title": "x" * 600}], "titles: a title has 600 bytes, at most 512 are allowed"),
-        ([{"item_id": "item-1", "title": "x"}] * 2, "line 2: item_id 'item-1' occurs more than once"),
+        ([{"item_id": "item-1", "title": "x"}] * 2, "lines 1 and 2: item_id 'item-1' occurs more than once"),
     ],
 )
 def test_wrong_titles_are_named(

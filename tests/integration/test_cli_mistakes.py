@@ -92,6 +92,8 @@ def some_value(parameter: Parameter, folder: Path) -> str:
         return str(path if parameter.info.exists else folder / "new")
     if get_origin(parameter.kind) is Literal:
         return str(get_args(parameter.kind)[0])
+    if parameter.name == "url":
+        return (folder / "folder").as_uri()
     return str(next(iter(parameter.kind))) if issubclass(parameter.kind, enum.Enum) else "1"
 
 

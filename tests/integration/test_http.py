@@ -62,8 +62,9 @@ def assert_described(operation_id: str, body: Any, answer: Answer) -> None:
     reply = operation["responses"][str(answer.code)]
     if "$ref" in reply:
         reply = DOCUMENT["components"]["responses"][reply["$ref"].rpartition("/")[2]]
-    values = answer.lines if operation_id == "RecommendBatch" else [answer.json]
-    assert len(values) == (1 if body is None or "requests" not in body else len(body["requests"]))
+    streamed = operation_id == "RecommendBatch"
+    values = answer.lines if streamed else [answer.json]
+    assert len(values) == (len(body["requests"]) if streamed else 1)
     for value in values:
         schema_of(reply).validate(value)
 
@@ -76,6 +77,7 @@ def sample(operation_id: str, history: list[str]) -> tuple[str, Any]:
         "Recommend": one,
         "Explain": {"request": one, "item_ids": [history[0], "nothing"]},
         "RecommendBatch": {"requests": [one, {"k": 0}]},
+        "RecordEventsBatch": {"requests": [{"user_id": "alice", "events": [{"item_id": history[0]}]}]},
         "RecordEvents": {"events": [{"item_id": history[0], "time": "2026-01-02T03:04:05.000006Z", "weight": 0.5}]},
     }
     return path.replace("{user_id}", "alice"), bodies.get(operation_id)
@@ -97,7 +99,8 @@ def test_the_document_has_every_method_and_no_field_twice() -> None:
     assert set(OPERATIONS) == methods | {"Health", "OpenApi"}
     recommend = DOCUMENT["components"]["schemas"]["RecommendRequest"]["properties"]
     assert list(recommend) == [field.name for field in pb.RecommendRequest.DESCRIPTOR.fields]
-    assert "user_id" not in DOCUMENT["components"]["schemas"]["RecordEventsRequest"]["properties"]
+    assert "user_id" not in DOCUMENT["components"]["schemas"]["RecordEventsRequestBody"]["properties"]
+    assert "user_id" in DOCUMENT["components"]["schemas"]["RecordEventsRequest"]["properties"]
 
 
 def test_a_list_is_that_of_grpc(http: HttpClient, client: Client, history: list[str]) -> None:
