@@ -53,7 +53,7 @@ class KeySetError(ValueError):
 
 @dataclass(frozen=True)
 class Issuer:
-    """What a valid token must claim.
+    """The claims that a valid token must have.
 
     Attributes:
         name: claim `iss`.
