@@ -48,7 +48,7 @@ def texts_by_name(field: str, values: Any) -> dict[str, str]:
     """Check a mapping of texts by name."""
     if not isinstance(values, Mapping):
         raise ArgumentTypeError(field, f"must be a mapping of texts by name, got {_kind(values)}")
-    return {text(f"{field} (name)", name): text(f"{field}[{name!a}]", value) for name, value in values.items()}
+    return {text(f"{field}[{name!a}]", name): text(f"{field}[{name!a}]", value) for name, value in values.items()}
 
 
 def messages(field: str, values: Any, kind: type[_Message]) -> list[_Message]:

@@ -104,11 +104,18 @@ class TestOneOfTwo:
     def test_a_sample_survives_its_replica(
         self, stack: LocalStack, client: Client, cases: list[Case], mode: pb.Mode.ValueType
     ) -> None:
-        """The noise is a function of the seed, so another replica draws the same sample."""
+        """The noise is a function of the seed, so another replica draws the same sample.
+
+        A relaxed sample also depends on what was drafted, so it may differ where a draft was late.
+        """
         all_reached(client, stack.targets, cases)
         before = [call() for call in asking(client, cases[:6], mode=mode, seed=3)]
         replies = storm(asking(client, cases[:6], mode=mode, seed=3), {1: stack.targets[0].kill})
-        assert [ids(reply) for reply in replies] == [ids(reply) for reply in before]
+        pairs = list(zip(replies, before, strict=True))
+        if mode == pb.MODE_RELAXED_SAMPLING:
+            pairs = [pair for pair in pairs if not any(reply.degraded for reply in pair)]
+        assert len(pairs) >= len(before) / 2
+        assert [ids(reply) for reply, _ in pairs] == [ids(reply) for _, reply in pairs]
 
     def test_drained(self, stack: LocalStack, client: Client, cases: list[Case]) -> None:
         """A replica that is stopped in order loses no stream, so nothing has to be repeated."""

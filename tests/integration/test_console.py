@@ -158,13 +158,13 @@ def test_fields_of_the_user_are_sent(page: Any, history: list[str]) -> None:
     """The bundle's prompts hold none, so the service names each field that it gets."""
     page.fill("#user_fields", "age=20 - 30, city = a=b")
     ask(page, history)
-    page.wait_for_function("document.querySelector('#error').textContent")
+    page.get_by_role("alert").filter(has_text=re.compile(".")).wait_for()
     problem = page.inner_text("#error")
     assert "user_fields.age: is no field of the bundle's prompts" in problem
     assert "user_fields.city: is no field of the bundle's prompts" in problem
     page.fill("#user_fields", "age")
     ask(page, history)
-    page.wait_for_function("document.querySelector('#error').textContent.includes('NAME=VALUE')")
+    page.get_by_role("alert").filter(has_text="NAME=VALUE").wait_for()
 
 
 @needs_chromium
@@ -247,11 +247,11 @@ def test_it_works_by_keyboard_alone(page: Any, history: list[str]) -> None:
 @needs_chromium
 def test_a_refusal_is_said_in_the_services_words(page: Any, history: list[str]) -> None:
     ask(page, history, caller="reader")
-    page.wait_for_function("document.getElementById('error').textContent")
+    page.get_by_role("alert").filter(has_text=re.compile(".")).wait_for()
     alert = page.get_by_role("alert").inner_text()
     assert alert == "this method needs a token with the scope explain (HTTP 403)"
     ask(page, [*history, "x" * 300])
-    page.wait_for_function("document.getElementById('error').textContent.includes('400')")
+    page.get_by_role("alert").filter(has_text="400").wait_for()
     assert "history" in page.get_by_role("alert").inner_text()
     page.fill("#history", "")
     page.get_by_role("button", name="Explain").click()
