@@ -92,7 +92,7 @@ def mistakes() -> list[tuple[str, dict[str, Any]]]:
     cases += [("history[1]", {"history": ["x", bad]}) for bad in NOT_IDS]
     cases += [("beam_widths[1]", {"user_id": "a", "beam_widths": [5, bad]}) for bad in [*NOT_WHOLE, 0]]
     cases += [("user_fields['age']", {"user_id": "a", "user_fields": {"age": bad}}) for bad in (5, "", LONE, None)]
-    cases += [("user_fields[5]", {"user_id": "a", "user_fields": {bad: "5"}}) for bad in (5, "", LONE, None)]
+    cases += [(f"user_fields[{bad!a}]", {"user_id": "a", "user_fields": {bad: "5"}}) for bad in (5, "", LONE, None)]
     cases += [("beam_widths", {"user_id": "a", "beam_width": 5, "beam_widths": [5]})]
     cases += [("user_id", {"user_id": bad}) for bad in ["", LONE, *(bad for bad in NOT_TEXT if bad is not None)]]
     return [*cases, ("user_id", {}), ("user_id", {"user_id": "a", "history": ["b"]}), ("user_id", {"history": None})]
