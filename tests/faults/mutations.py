@@ -64,7 +64,7 @@ def _mutate_field(message: Message, source: random.Random) -> None:
     while True:
         fields: list[Any] = list(message.DESCRIPTOR.fields)
         field: Field = source.choice(fields)
-        if field.message_type is None or not source.randrange(4):
+        if field.message_type is None or _is_map(field) or not source.randrange(4):
             break
         inner: Any = getattr(message, field.name)
         if field.is_repeated and not len(inner):
@@ -74,12 +74,20 @@ def _mutate_field(message: Message, source: random.Random) -> None:
             return
     if not source.randrange(4):
         message.ClearField(field.name)
+    elif field.message_type is not None and _is_map(field):
+        key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+        for _ in range(source.choice((1, 2, 30, 600))):
+            getattr(message, field.name)[_value(key, source)] = _value(value, source)
     elif field.is_repeated:
         _more(getattr(message, field.name), field, source)
     elif field.message_type is not None:
         getattr(message, field.name).SetInParent()
     else:
         setattr(message, field.name, _value(field, source))
+
+
+def _is_map(field: Field) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
 def _more(values: Any, field: Field, source: random.Random) -> None:

@@ -65,6 +65,7 @@ def user_requests(cases: Sequence[Case]) -> Mapping[str, list[Message]]:
     return {
         "Recommend": list(recommend),
         "RecommendBatch": [pb.RecommendBatchRequest(requests=recommend[:2])],
+        "Explain": [pb.ExplainRequest(request=one, item_ids=["item-1", "item-2", "nothing"]) for one in recommend],
         "RecordEvents": [events],
         "RecordEventsBatch": [pb.RecordEventsBatchRequest(requests=[events, events])],
         "GetHistory": [pb.GetHistoryRequest(**known)],
