@@ -15,7 +15,7 @@ import pytest
 
 from tests.deploy.test_wheel import ROOT, built_wheel, copied_sources
 
-PUBLIC = ("errors", "recommendation", "types")
+PUBLIC = ("errors", "explanation", "recommendation", "types")
 MAX_MODULES = 60  # beyond those of grpc and protobuf
 
 _IMPORT = """

@@ -61,7 +61,7 @@ def main() -> None:
     service = os.environ["LEAKING"]
     module, step = STEPS[service]
     if os.environ.get("LEAKING_AT") == "start":
-        step = "open_bundle" if service == "orchestrator" else "served_models"
+        step = "open_first" if service == "orchestrator" else "served_models"
     owner: Any = importlib.import_module(module)
     *path, name = step.split(".")
     for part in path:
