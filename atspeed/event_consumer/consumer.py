@@ -153,7 +153,7 @@ class EventConsumer:
             except BadMessageError as error:
                 outcome.dead.append((message, str(error)))
         self._call(sent, requests, outcome)
-        self._bury(outcome)
+        self._write_dead_letters(outcome)
         return outcome
 
     def _call(self, sent: Sequence[Message], requests: Sequence[pb.RecordEventsRequest], outcome: _Outcome) -> None:
@@ -184,7 +184,7 @@ class EventConsumer:
                     outcome.wait_for([message], result)
             done += len(part)
 
-    def _bury(self, outcome: _Outcome) -> None:
+    def _write_dead_letters(self, outcome: _Outcome) -> None:
         """Write the dead letters. Those that are read again are left for then; without a confirmation all are read again."""
         again = _first_offsets(outcome.waiting)
         letters = [one for one in outcome.dead if one[0].offset < again.get(one[0].partition, math.inf)]

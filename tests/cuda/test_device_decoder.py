@@ -70,7 +70,7 @@ def scored(trees: Sequence[PagedInput]) -> int:
 def test_a_pass_that_fits_a_bucket_is_one_launch_one_copy_in_one_back_and_one_wait(
     decoder: DeviceDecoder, trees: Sequence[PagedInput]
 ) -> None:
-    """Of one tree or of several."""
+    """Replays of a graph hold for one tree and for several."""
     with counted() as made:
         decoder.run(trees)
     assert (made.launches, len(made.replays)) == (1, 1)

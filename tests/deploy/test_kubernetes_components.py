@@ -79,7 +79,7 @@ def test_a_first_fetch_has_time(stored: list[Manifest]) -> None:
 
 
 def test_services_take_the_settings(stored: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As an overlay sets them: with a URL, here of a store in memory."""
+    """Settings of an overlay with a URL, here of a store in memory."""
     key = tmp_path / "bundle.pub"
     command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
     private = subprocess.run(command, check=True, capture_output=True).stdout

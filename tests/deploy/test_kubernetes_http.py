@@ -56,7 +56,7 @@ def of_gateway(manifests: list[Manifest]) -> list[Manifest]:
 
 
 def gateway_problems(objects: list[Manifest]) -> str:
-    """What the Gateway API's schemas find at fault; empty if nothing."""
+    """Faults that the Gateway API's schemas find; empty without one."""
     command = ["node", "--input-type=module", "--eval", _VALIDATE, json.dumps(objects)]
     folder = fetched.node_modules().parent  # from where its imports are looked for
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -114,7 +114,7 @@ def serves(client: Client, bundle: Bundle) -> bool:
 
 
 def reasons(stack: LocalStack) -> str:
-    """What the services logged about refused bundles."""
+    """Log lines of the services about refused bundles."""
     lines = [line for service in stack.services for line in service.log.read_text().splitlines()]
     return "\n".join(line for line in lines if '"bundle_rejected"' in line)
 

@@ -89,7 +89,7 @@ def test_a_graph_of_another_shape_leaves_no_bundle(inflated: Bundle) -> None:
 
 
 def test_a_target_that_is_no_such_llama_is_refused(inflated: Bundle) -> None:
-    """Of random weights, whose head is not the embedding."""
+    """A checkpoint of random weights, whose head is not the embedding."""
     run = write_run(inflated.root.parent / "run", random_catalogue(300, (16, 12, 10), seed=3), seed=5)
     with pytest.raises(InflationError, match="not those of a Llama whose head is its embedding"):
         inflate_export(run.bundle, inflated.root.parent / "graph.onnx", SLIGHTLY_LARGER, inflated.root, label="x")
