@@ -279,7 +279,8 @@ def _quiet_logs() -> None:
     if not structlog.is_configured():
         structlog.configure(
             wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            # Taken anew for each line: notebooks and test runners replace standard error, and close the one they had.
+            logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         )
 
 

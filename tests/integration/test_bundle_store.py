@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -249,9 +250,9 @@ def test_a_service_does_not_start_on_a_bundle_that_it_may_not_serve(
 def test_commands_push_pull_sign_and_verify(
     bucket: str, versions: Sequence[Bundle], keys: KeyPair, tmp_path: Path
 ) -> None:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "atspeed.cli", "bundle", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
     version = versions[1].manifest.version
     done = run("push", versions[1].root, f"{bucket}/by-command", "--link", f"{bucket}/tried")
@@ -267,13 +268,15 @@ def test_commands_push_pull_sign_and_verify(
     done = run("verify", out, "--public-key", keys.public)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "not signed by a key of" in done.stderr
-    for arguments, code in (
-        (("push", out, f"{bucket}/v0"), 1),
-        (("push", out, "s3://nowhere/at-all"), 1),
-        (("pull", f"{bucket}/nothing", tmp_path / "new"), 1),
-        (("pull", "nothing", tmp_path / "new"), 2),
+    stranger = {"AWS_SECRET_ACCESS_KEY": "a-wrong-one"}
+    for arguments, environment, code in (
+        (("push", versions[0].root, f"{bucket}/by-command"), {}, 1),
+        (("push", out, f"{bucket}/refused"), stranger, 1),
+        (("pull", f"{bucket}/v0", tmp_path / "new"), stranger, 1),
+        (("pull", f"{bucket}/nothing", tmp_path / "new"), {}, 1),
+        (("pull", "nothing", tmp_path / "new"), {}, 2),
     ):
-        done = run(*arguments)
+        done = run(*arguments, **environment)
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (code, 1, "")
     assert not (tmp_path / "new").exists()
     assert json.loads((out / MANIFEST).read_text())["name"] == versions[1].manifest.name
