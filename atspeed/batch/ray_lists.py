@@ -49,6 +49,8 @@ def lists_of(
         threads: CPU threads of one pass.
         concurrency: lists at once in a worker; they share passes.
     """
+    from ray.data import ActorPoolStrategy
+
     return users.map_batches(
         ListUsers,
         fn_constructor_kwargs={
@@ -58,7 +60,7 @@ def lists_of(
             "concurrency": concurrency,
         },
         batch_size=_BATCH_USERS,
-        concurrency=workers,
+        compute=ActorPoolStrategy(size=workers),
         num_cpus=threads,
     )
 

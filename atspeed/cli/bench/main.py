@@ -25,7 +25,15 @@ from atspeed.cli.bench.options import (
     save,
     write_report,
 )
-from atspeed.cli.bench.speed import bench_batch, bench_decode, bench_events, bench_http, bench_overhead, bench_prefix
+from atspeed.cli.bench.speed import (
+    bench_batch,
+    bench_decode,
+    bench_events,
+    bench_http,
+    bench_overhead,
+    bench_prefix,
+    bench_ray,
+)
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import Adapter, Base, ItemFile, ItemText, MaxItems, Separator, layout_changes
 from atspeed.cli.options import MAX_EXCLUDED, MAX_THREADS, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
@@ -210,6 +218,7 @@ bench_commands.command("http")(bench_http)
 bench_commands.command("prefix")(bench_prefix)
 bench_commands.command("events")(bench_events)
 bench_commands.command("batch")(bench_batch)
+bench_commands.command("ray")(bench_ray)
 bench_commands.command("load")(bench_load)
 bench_commands.command("scaling")(bench_scaling)
 bench_commands.command("gpu")(bench_gpu)

@@ -206,6 +206,33 @@ def bench_batch(
     save(json_file, opened, seed, to_json(rows), about)
 
 
+def bench_ray(
+    bundle: BundleFolder,
+    histories: Histories = None,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=1, max=64, help="Workers of one thread each.  [default: 1 2]")
+    ] = None,
+    users: Annotated[int, typer.Option(min=512, max=MAX_USERS, help="Users of each turn.")] = 4_096,
+    turns: Annotated[int, typer.Option(min=1, max=100, help="Turns of each number of workers.")] = 3,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 20,
+    concurrency: Annotated[int, typer.Option(min=1, max=1_024, help="Lists at once in a worker.")] = 16,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the lists a second of a Ray Data job (extra `ray`) by its number of workers."""
+    from atspeed.benchmarks import ray_batch as measured
+
+    optional("ray.data")
+    opened, config = Bundle(bundle), measured.RayConfig(k, users, turns, concurrency)
+    chosen = choose_histories(opened.catalogue(), histories, measured.users_of(config), seed)
+    if len(chosen) < measured.users_of(config):
+        raise CommandError(f"--users: {measured.users_of(config)} histories are needed, and {len(chosen)} were found")
+    rows = measured.run(bundle, chosen, workers or (1, 2), config)
+    out.print(terminal_table(f"Lists of {users} users a turn, K = {k}", measured.COLUMNS, rows))
+    about = {**measured.header(config), "histories": source_of(histories)}
+    save(json_file, opened, seed, to_json(rows), about)
+
+
 def bench_events(
     bundle: BundleFolder,
     events: Annotated[int, typer.Option(min=1, max=10_000_000, help="Events of each way.")] = 10_000,

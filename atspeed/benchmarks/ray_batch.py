@@ -1,0 +1,104 @@
+"""Lists per second of a Ray Data job by its number of workers; needs the extra `ray`.
+
+Each job starts its workers anew, which takes seconds. So a turn runs a small and a large job, and its rate is that of the users
+that the large one has more. Numbers of workers take turns. A worker has one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from atspeed.benchmarks.results import BenchmarkError, Columns
+from atspeed.benchmarks.services import progress_bar
+
+NAME = "ray"
+_START_USERS = 512  # users of the small job: two calls of a worker
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Configuration of the measurement. users: those that the large job has more. turns: of each number of workers."""
+
+    k: int = 20
+    users: int = 4_096
+    turns: int = 3
+    concurrency: int = 16
+
+
+@dataclass(frozen=True)
+class RayRow:
+    """Rates of one number of workers. per_second: lists a second, of each turn. of_first: median over the first row's."""
+
+    workers: int
+    per_second: list[float]
+    of_first: float
+
+
+COLUMNS: Columns[RayRow] = (
+    ("workers", lambda row: str(row.workers)),
+    ("lists/s, median", lambda row: f"{median(row.per_second):,.1f}"),
+    ("least", lambda row: f"{min(row.per_second):,.1f}"),
+    ("most", lambda row: f"{max(row.per_second):,.1f}"),
+    ("of the first row", lambda row: f"{row.of_first:.2f}"),
+)
+
+
+def run(root: Path, histories: Sequence[Sequence[str]], workers: Sequence[int], config: RayConfig) -> list[RayRow]:
+    """Measure each number of workers on a cluster of this machine. Raises BenchmarkError for users without a list."""
+    import ray
+
+    rates: dict[int, list[float]] = {count: [] for count in workers}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        with progress_bar() as bar:
+            for _ in bar.track(range(config.turns), description="turns"):
+                for count in workers:
+                    small = _seconds(root, histories[:_START_USERS], count, config)
+                    large = _seconds(root, histories[: _START_USERS + config.users], count, config)
+                    if large <= small:
+                        raise BenchmarkError(f"{config.users} users are too few: starting the workers took longer")
+                    rates[count].append(round(config.users / (large - small), 2))
+    finally:
+        ray.shutdown()
+    base = median(rates[workers[0]])
+    return [RayRow(count, found, round(median(found) / base, 3)) for count, found in rates.items()]
+
+
+def users_of(config: RayConfig) -> int:
+    """Return the number of histories that a measurement needs."""
+    return _START_USERS + config.users
+
+
+def header(config: RayConfig) -> dict[str, Any]:
+    """Return the header's fields."""
+    return {"benchmark": NAME, "question": {**asdict(config), "threads": 1}}
+
+
+def _seconds(root: Path, histories: Sequence[Sequence[str]], workers: int, config: RayConfig) -> float:
+    import ray
+
+    from atspeed.batch.ray_lists import lists_of
+
+    users = ray.data.from_items(
+        [{"user_id": str(number), "history": list(one)} for number, one in enumerate(histories)]
+    )
+    options = {"k": config.k, "beam_width": config.k}
+    begun = time.perf_counter()
+    lists = lists_of(
+        users.repartition(16 * workers), root, options, workers=workers, threads=1, concurrency=config.concurrency
+    )
+    failed = sum(bool(row["error"]) for row in lists.iter_rows())
+    seconds = time.perf_counter() - begun
+    if failed:
+        raise BenchmarkError(f"{failed} of {len(histories)} users got no list")
+    return seconds
