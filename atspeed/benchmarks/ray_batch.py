@@ -1,7 +1,7 @@
 """Lists per second of a Ray Data job by its number of workers; needs the extra `ray`.
 
-Each job starts its workers anew, which takes seconds. So a turn runs a small and a large job, and its rate is that of the users
-that the large one has more. Numbers of workers take turns. A worker has one thread.
+Each job starts its workers anew, which takes seconds. So the clock starts when as many blocks of lists have come as there are
+workers, and counts the lists that come after them. Numbers of workers take turns. A worker has one thread.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from atspeed.benchmarks.results import BenchmarkError, Columns
 from atspeed.benchmarks.services import progress_bar
 
 NAME = "ray"
-_START_USERS = 512  # users of the small job: two calls of a worker
+_BLOCKS = 16  # blocks of users for each worker
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Configuration of the measurement. users: those that the large job has more. turns: of each number of workers."""
+    """Configuration of the measurement. users: of each job. turns: of each number of workers."""
 
     k: int = 20
     users: int = 4_096
@@ -63,20 +63,11 @@ def run(root: Path, histories: Sequence[Sequence[str]], workers: Sequence[int], 
         with progress_bar() as bar:
             for _ in bar.track(range(config.turns), description="turns"):
                 for count in workers:
-                    small = _seconds(root, histories[:_START_USERS], count, config)
-                    large = _seconds(root, histories[: _START_USERS + config.users], count, config)
-                    if large <= small:
-                        raise BenchmarkError(f"{config.users} users are too few: starting the workers took longer")
-                    rates[count].append(round(config.users / (large - small), 2))
+                    rates[count].append(_rate(root, histories, count, config))
     finally:
         ray.shutdown()
     base = median(rates[workers[0]])
     return [RayRow(count, found, round(median(found) / base, 3)) for count, found in rates.items()]
-
-
-def users_of(config: RayConfig) -> int:
-    """Return the number of histories that a measurement needs."""
-    return _START_USERS + config.users
 
 
 def header(config: RayConfig) -> dict[str, Any]:
@@ -84,21 +75,25 @@ def header(config: RayConfig) -> dict[str, Any]:
     return {"benchmark": NAME, "question": {**asdict(config), "threads": 1}}
 
 
-def _seconds(root: Path, histories: Sequence[Sequence[str]], workers: int, config: RayConfig) -> float:
+def _rate(root: Path, histories: Sequence[Sequence[str]], workers: int, config: RayConfig) -> float:
     import ray
 
     from atspeed.batch.ray_lists import lists_of
 
-    users = ray.data.from_items(
-        [{"user_id": str(number), "history": list(one)} for number, one in enumerate(histories)]
-    )
+    rows = [{"user_id": str(number), "history": list(one)} for number, one in enumerate(histories[: config.users])]
+    users = ray.data.from_items(rows, override_num_blocks=_BLOCKS * workers)
     options = {"k": config.k, "beam_width": config.k}
-    begun = time.perf_counter()
-    lists = lists_of(
-        users.repartition(16 * workers), root, options, workers=workers, threads=1, concurrency=config.concurrency
-    )
-    failed = sum(bool(row["error"]) for row in lists.iter_rows())
+    lists = lists_of(users, root, options, workers=workers, threads=1, concurrency=config.concurrency)
+    counted, failed, begun = 0, 0, 0.0
+    for number, block in enumerate(lists.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
+        failed += sum(map(bool, block["error"].to_pylist()))
+        if number < workers:
+            begun = time.perf_counter()
+        else:
+            counted += len(block["user_id"])
     seconds = time.perf_counter() - begun
     if failed:
-        raise BenchmarkError(f"{failed} of {len(histories)} users got no list")
-    return seconds
+        raise BenchmarkError(f"{failed} of {config.users} users got no list")
+    if not counted:
+        raise BenchmarkError(f"{config.users} users are too few for {workers} workers")
+    return round(counted / seconds, 2)

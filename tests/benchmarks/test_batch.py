@@ -38,7 +38,7 @@ def test_a_job_of_ray_needs_enough_histories(tmp_path: Path) -> None:
     histories.write_text(f"user {catalogue.id_of(0)} {catalogue.id_of(1)}\n")
     done = CliRunner().invoke(main.app, ["bench", "ray", "--bundle", str(bundle), "--histories", str(histories)])
     assert done.exit_code == 1
-    assert "--users: 4608 histories are needed, and 1 were found" in done.output
+    assert "--users: 4096 histories are needed, and 1 were found" in done.output
 
 
 @pytest.mark.long  # a cluster and three workers take a minute to start
@@ -46,7 +46,7 @@ def test_a_job_of_ray_needs_enough_histories(tmp_path: Path) -> None:
 def test_rates_of_a_job_of_ray_by_its_workers(tmp_path: Path) -> None:
     pytest.importorskip("ray.data")
     bundle = write_bundle(tmp_path / "bundle", random_catalogue(40, (6, 6), seed=1)).root
-    command = ["bench", "ray", "--bundle", bundle, "--users", 8_192, "--turns", 1, "-k", 3]
+    command = ["bench", "ray", "--bundle", bundle, "--users", 2_048, "--turns", 1, "-k", 3]
     done = CliRunner().invoke(main.app, [*map(str, command), "--json", str(tmp_path / "rows.json")])
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -224,9 +224,9 @@ def bench_ray(
 
     optional("ray.data")
     opened, config = Bundle(bundle), measured.RayConfig(k, users, turns, concurrency)
-    chosen = choose_histories(opened.catalogue(), histories, measured.users_of(config), seed)
-    if len(chosen) < measured.users_of(config):
-        raise CommandError(f"--users: {measured.users_of(config)} histories are needed, and {len(chosen)} were found")
+    chosen = choose_histories(opened.catalogue(), histories, users, seed)
+    if len(chosen) < users:
+        raise CommandError(f"--users: {users} histories are needed, and {len(chosen)} were found")
     rows = measured.run(bundle, chosen, workers or (1, 2), config)
     out.print(terminal_table(f"Lists of {users} users a turn, K = {k}", measured.COLUMNS, rows))
     about = {**measured.header(config), "histories": source_of(histories)}
