@@ -20,7 +20,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.local.stack import ServiceProcess
 from atspeed.rpc.channels import channel_options, target_uri
 from atspeed.v1 import (

@@ -32,7 +32,8 @@ from atspeed.benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, 
 from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import BenchmarkError, comparison_counts, to_json
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.engine.bundle.manifest import Bundle, Precision, Role
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Precision, Role
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Provider, RuntimeOptions
 from atspeed.engine.model.loading import load_decoder

@@ -13,7 +13,8 @@ from atspeed.artefacts.transfer import pull_bundle, push_bundle
 from atspeed.cli import display
 from atspeed.cli.errors import Commands
 from atspeed.cli.options import AsJson, optional, out
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, read_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, read_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.decoder import Provider

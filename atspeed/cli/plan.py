@@ -23,7 +23,8 @@ from atspeed.capacity.model import CapacityPlan, Costs, Way, make_plan
 from atspeed.capacity.sizes import MIB, Sizes
 from atspeed.capacity.sources import Question, Speculation
 from atspeed.cli.options import MAX_THREADS, MAX_WIDTH, AsJson, CommandError, out
-from atspeed.engine.bundle.manifest import Bundle, Manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Manifest
 from atspeed.model_host.settings import ModelSettings
 from atspeed.training.inflation import SHAPES
 

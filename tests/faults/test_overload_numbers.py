@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.local.stack import LocalStack
 from tests.bundles import random_history, write_bundle
 from tests.catalogues import random_catalogue

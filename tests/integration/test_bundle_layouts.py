@@ -8,10 +8,10 @@ import grpc
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from tests.bundles import write_bundle

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from atspeed.benchmarks.near_ties import Verdict, compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.engine.bundle.manifest import Bundle, read_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.training.pretrained import load_checkpoint

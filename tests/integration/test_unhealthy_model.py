@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.search.trie import ROOT
 from atspeed.rpc import wire

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from atspeed.benchmarks.histories import prompt_tokens
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import BundleError
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.checkpoints import Checkpoints

@@ -29,7 +29,7 @@ from atspeed.cli.bench.speed import bench_batch, bench_decode, bench_events, ben
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import Adapter, Base, ItemFile, ItemText, MaxItems, Separator, layout_changes
 from atspeed.cli.options import MAX_EXCLUDED, MAX_THREADS, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.model.invariance import TreeSizes
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop

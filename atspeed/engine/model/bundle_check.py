@@ -15,8 +15,9 @@ from typing import NoReturn
 import numpy as np
 
 from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.item_texts import ItemTexts
-from atspeed.engine.bundle.manifest import ROLES, Bundle
+from atspeed.engine.bundle.manifest import ROLES
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.errors import BundleError
