@@ -25,7 +25,7 @@ from atspeed.cli.bench.options import (
     save,
     write_report,
 )
-from atspeed.cli.errors import Commands
+from atspeed.cli.commands import Commands
 from atspeed.cli.options import (
     MAX_EXCLUDED,
     MAX_THREADS,

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
+from atspeed.cli.commands import Commands
 from atspeed.cli.encode_items import embeddings_of, summary, write_encoded
-from atspeed.cli.errors import Commands
 from atspeed.cli.item_lines import ItemLine, item_lines
 from atspeed.cli.options import AsJson, CommandError
 from atspeed.engine.bundle.bundle import Bundle

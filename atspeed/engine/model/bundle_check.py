@@ -21,9 +21,10 @@ from atspeed.engine.bundle.manifest import ROLES
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, Provider, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
 from atspeed.engine.model.loading import check_device_graph, load_decoder
+from atspeed.engine.model.provider import Provider
 
 # Tokens of a pass. More are not faster, and each has a logit for every code.
 _TOKENS_PER_PASS = 64
