@@ -30,7 +30,7 @@ def target_uri(address: str) -> str:
     if len(endpoints) == 1 and ip_version(endpoints[0][0]) is None:
         host, port = endpoints[0]
         return f"dns:///{host}:{port}"
-    return f"ipv{_common_version(endpoints)}:" + ",".host_port(host_port(host, port) for host, port in endpoints)
+    return f"ipv{_common_version(endpoints)}:" + ",".join(host_port(host, port) for host, port in endpoints)
 
 
 Target = Annotated[str, AfterValidator(target_uri)]
