@@ -22,7 +22,6 @@ from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.capture_lock import DEVICE
 from atspeed.engine.model.decoder import (
     Decoder,
-    Provider,
     RuntimeOptions,
     check_contract,
     check_provider,
