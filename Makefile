@@ -61,7 +61,7 @@ pytest: $(DEV)/.installed tools
 faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
 	    tests/integration/test_deep_properties.py tests/integration/test_large_import.py \
-	    tests/integration/test_batch.py tests/integration/test_ray_batch.py tests/training/test_plan_invariance.py tests/webgpu $(FAULTS)
+	    tests/integration/test_training_limits.py tests/integration/test_batch.py tests/integration/test_ray_batch.py tests/training/test_plan_invariance.py tests/webgpu $(FAULTS)
 
 cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
 
