@@ -11,7 +11,8 @@ from typing import Any
 
 import structlog
 
-_SIGNALS = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
+# Not SIGHUP: an event loop that handled it leaves the default, while `nohup` has it ignored.
+_SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
 # Libraries of training set others of their own when they are imported, and gRPC reads one that a channel by key sets for good.
 _VARIABLES = (
     "ATSPEED_",
