@@ -34,8 +34,8 @@ def test_a_bundle_of_links_updated_serves_the_new_item(tmp_path: Path, layout: L
             reply = client.recommend(["item-1", "item-2"], k=5)
             assert reply.versions.bundle == Bundle(root).manifest.version
             assert len(ids(reply)) == 5
-    with LocalStack(new.root, drafts=0, flags=FLAGS) as stack, Client(stack.address) as client:
-        assert ids(client.recommend(["new"], k=1, allowed_item_ids=["new"])) == ["new"]
+            if root == new.root:
+                assert ids(client.recommend(["new"], k=1, allowed_item_ids=["new"])) == ["new"]
 
 
 def test_the_longest_id_is_good_wherever_an_item_is_named(tmp_path: Path, redis_server: LocalRedis) -> None:
