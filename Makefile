@@ -38,7 +38,8 @@ DEV := .venv
 DEMO := .venv-demo
 CUDA := .venv-cuda
 BIN := $(DEV)/bin
-PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
+# In the order of the names: unit tests, whose files are short, come last, so that no worker waits for a long file of the other.
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help:
@@ -61,7 +62,7 @@ pytest: $(DEV)/.installed tools
 faults: $(DEV)/.installed tools
 	$(BIN)/python -m pytest --numprocesses 0 -m "long or not long" tests/faults \
 	    tests/integration/test_deep_properties.py tests/integration/test_large_import.py \
-	    tests/integration/test_batch.py tests/integration/test_ray_batch.py tests/training/test_plan_invariance.py tests/webgpu $(FAULTS)
+	    tests/integration/test_training_limits.py tests/integration/test_batch.py tests/integration/test_ray_batch.py tests/training/test_plan_invariance.py tests/webgpu $(FAULTS)
 
 cuda-pytest = $(CUDA)/bin/python -m pytest --numprocesses 0 tests/cuda
 

@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.edge import LocalEdge
 from atspeed.local.stack import LocalStack
 from atspeed.training.data import movielens_titles, movielens_wheel

@@ -8,7 +8,7 @@ from pydantic import Field, FilePath, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from atspeed.configuration.settings import Port, ServiceSettings
-from atspeed.rpc.channels import HostName, Target
+from atspeed.rpc.addresses import HostName, Target
 from atspeed.security.tls import ClientTls, TlsFiles
 from orchestrator.planning.planner import PlanLimits, PlannerKind
 

@@ -25,7 +25,7 @@ from atspeed.cli.bench.options import (
     save,
     write_report,
 )
-from atspeed.cli.errors import Commands
+from atspeed.cli.commands import Commands
 from atspeed.cli.options import (
     MAX_EXCLUDED,
     MAX_THREADS,
@@ -37,7 +37,7 @@ from atspeed.cli.options import (
     optional,
     out,
 )
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
 from research import acceptance

@@ -31,7 +31,7 @@ from atspeed.benchmarks.results import (
     to_json,
 )
 from atspeed.benchmarks.services import progress_bar
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.errors import BundleError
 from atspeed.engine.search.mode import Guarantee, Mode
 from research.acceptance_search import (

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.near_ties import Verdict, compare
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams

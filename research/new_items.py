@@ -18,9 +18,9 @@ import numpy as np
 
 from atspeed.benchmarks.intervals import Interval, bootstrap
 from atspeed.benchmarks.results import BenchmarkError, Columns
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import updated_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.quantiser import EncodedItem, encode_items
 from atspeed.training.data import Dataset, Histories
 from atspeed.training.evaluate import BEAMS, EvalExample, Ranking

@@ -23,8 +23,9 @@ from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.intervals import Interval, bootstrap
 from atspeed.benchmarks.markdown import paragraphs, row_table
 from atspeed.benchmarks.results import Columns, Result
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Precision
+from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beam_widths import BeamWidths

@@ -20,8 +20,8 @@ from atspeed.benchmarks import markdown
 from atspeed.benchmarks.intervals import Interval, bootstrap
 from atspeed.benchmarks.markdown import paragraphs, row_table
 from atspeed.benchmarks.results import BenchmarkError, Columns, Result, terminal_table
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.training import evaluate
 from atspeed.training.data import Dataset
 from atspeed.training.evaluate import EvalExample, ModelRecommender, Ranking, Scorer

@@ -12,8 +12,9 @@ from typing import cast
 import numpy as np
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
+from atspeed.engine.bundle.manifest import ModelEntry, Role
 from atspeed.engine.kv.memory_cache import NO_USER_KEY, KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions

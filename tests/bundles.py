@@ -29,8 +29,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Manifest, Precision, Role, hash_files, write_manifest
+from atspeed.engine.bundle.manifest import Manifest, Precision, Role, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.bundles import entry_of

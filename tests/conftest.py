@@ -1,6 +1,6 @@
-"""Fixtures that all tests share: a real Redis-compatible server, one for each pytest worker.
+"""Fixtures that all tests share: a process that stays as it was, and a real Redis-compatible server for each worker.
 
-It is always started here and never taken from REDIS_URL: the tests empty it, stop it and kill it.
+The server is always started here and never taken from REDIS_URL: the tests empty it, stop it and kill it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ from redis.asyncio import Redis
 
 from atspeed.engine.kv.redis_client import connect
 from atspeed.local.redis_server import LocalRedis
+from tests.process_state import StructlogSetUp, changed, process_state
 from tests.profiles import register
 
 MAX_MEMORY = "256mb"
 
 register()
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """Fail a test that leaves the state of the process changed: a later test would fail for it, or pass for it."""
+    before, structlog_set_up = process_state(), StructlogSetUp()
+    yield
+    structlog_set_up.put_back()
+    if names := changed(before):
+        pytest.fail(f"the test left this process changed: {names}")
 
 
 @pytest.fixture(scope="session")

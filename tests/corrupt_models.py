@@ -10,15 +10,8 @@ import numpy as np
 import onnx
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.bundle.manifest import (
-    MANIFEST,
-    Bundle,
-    Role,
-    fingerprint,
-    hash_files,
-    read_manifest,
-    write_manifest,
-)
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, Role, fingerprint, hash_files, read_manifest, write_manifest
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.scoring import Evaluation

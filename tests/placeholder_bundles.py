@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry, fingerprint, hash_files, write_manifest
+from atspeed.engine.bundle.manifest import Manifest, ModelEntry, fingerprint, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
 

@@ -20,9 +20,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.local.stack import ServiceProcess
-from atspeed.rpc.channels import channel_options, target_uri
+from atspeed.rpc.addresses import target_uri
+from atspeed.rpc.channels import channel_options
 from atspeed.v1 import (
     draft_pb2,
     draft_pb2_grpc,

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import link_or_copy, sha256_of
-from atspeed.engine.bundle.manifest import MANIFEST, Bundle, Manifest
+from atspeed.engine.bundle.manifest import MANIFEST, Manifest
 from atspeed.engine.errors import BundleError
 
 _KEPT = 4

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from atspeed.artefacts.bundle_cache import BundleCache
 from atspeed.artefacts.object_store import ObjectStore, StoreError
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, Manifest, parse_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Manifest, parse_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.security.file_watch import file_signature
 

@@ -20,7 +20,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, hash_files
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, hash_files
 from atspeed.engine.errors import BundleError
 from atspeed.engine.files.atomic_write import replacing
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from atspeed.artefacts.bundle_cache import BundleCache
 from atspeed.artefacts.bundle_source import LINKED_NAME, UrlSource
 from atspeed.artefacts.object_store import ObjectStore
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import files_below, read_file
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, link_files
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, link_files
 from atspeed.engine.errors import BundleError
 
 if TYPE_CHECKING:

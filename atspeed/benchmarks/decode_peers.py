@@ -28,7 +28,7 @@ from atspeed.benchmarks.decode_rows import HUGGING_FACE, ListSample
 from atspeed.benchmarks.generate_reference import Reference
 from atspeed.benchmarks.histories import History
 from atspeed.benchmarks.results import BenchmarkError
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.prompts import prompts_of
 
 

@@ -24,8 +24,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PrefixConstraine
 
 from atspeed.benchmarks.histories import History, user_fields
 from atspeed.benchmarks.results import BenchmarkError
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry
+from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.scoring import ScoringRule

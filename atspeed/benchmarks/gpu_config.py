@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atspeed.engine.bundle.manifest import Precision
-from atspeed.engine.model.decoder import Provider, RuntimeOptions
+from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.engine.model.provider import Provider
 
 SIZES = ("1.7b", "7b")
 

@@ -32,10 +32,12 @@ from atspeed.benchmarks.model_probe import BeamsRow, PassRow, bytes_per_second, 
 from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import BenchmarkError, comparison_counts, to_json
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.engine.bundle.manifest import Bundle, Precision, Role
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Precision, Role
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Provider, RuntimeOptions
+from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.loading import load_decoder
+from atspeed.engine.model.provider import Provider
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed.training.inflated_bundles import Inflation, inflate_bundle

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.tree_evaluator import TreeEvaluator

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atspeed.benchmarks.results import Columns
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.invariance import TreeSizes, check_invariance
 from atspeed.engine.model.loading import load_decoder

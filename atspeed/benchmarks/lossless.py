@@ -21,8 +21,9 @@ from atspeed.benchmarks.histories import History, user_fields
 from atspeed.benchmarks.near_ties import compare_bits
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, BenchmarkError, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode

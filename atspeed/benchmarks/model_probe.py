@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from atspeed.benchmarks.probe_trees import HostPasses, ProbeTree
-from atspeed.engine.model.decoder import Decoder, Provider
+from atspeed.engine.model.decoder import Decoder
+from atspeed.engine.model.provider import Provider
 from atspeed.training.inflation import ModelShape
 
 _COPIED_BYTES = 2**28  # larger than the caches of any device

@@ -19,8 +19,8 @@ import numpy as np
 from atspeed.benchmarks.services import PATIENCE_SECONDS, Services
 from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.search.beam_widths import BeamWidths

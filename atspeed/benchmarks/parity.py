@@ -22,7 +22,7 @@ from atspeed.benchmarks.histories import History, user_fields
 from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.results import COMPARISON_COLUMNS, Columns, comparison_counts
 from atspeed.benchmarks.services import ServiceOptions, ask, mean, progress_bar, services
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.list_comparison import RankedList, largest_gap
 from atspeed.engine.search.mode import Mode
 from atspeed_client import Recommendation, RecommendRequest

@@ -26,7 +26,8 @@ from atspeed.benchmarks.intervals import Interval, bootstrap
 from atspeed.benchmarks.markdown import figures, item_range, origin, paragraphs, row_table
 from atspeed.benchmarks.results import Columns, Result
 from atspeed.engine.arrays import Int64
-from atspeed.engine.bundle.manifest import Bundle, Role
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Role
 from atspeed.engine.bundle.prompts import prompts_of
 from atspeed.engine.kv.fetch_policy import FetchPolicy
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache

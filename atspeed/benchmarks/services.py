@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.manifest import read_manifest
-from atspeed.engine.model.decoder import Provider
+from atspeed.engine.model.provider import Provider
 from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed_client import AsyncClient, Recommendation, RecommendRequest

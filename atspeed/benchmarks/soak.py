@@ -29,7 +29,7 @@ import numpy as np
 from atspeed.benchmarks.histories import History, choose_histories
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import Result
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.local.redis_server import local_redis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed_client import AsyncClient, RecommenderError

@@ -1,6 +1,6 @@
 """Starts the `atspeed` command: `python -m atspeed.cli`.
 
-Signals are handled before the commands are loaded, which takes a second.
+Signals are handled before a command is loaded, which may take a second.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from atspeed.batch.lists import ListFolder, ListFormat
-from atspeed.batch.local_lists import local_lists
 from atspeed.batch.run import Batch, ListUsers, Shard
 from atspeed.batch.run import Progress as BatchProgress
 from atspeed.batch.served_lists import served_lists
@@ -19,7 +18,6 @@ from atspeed.cli.connection import Connection, with_connection
 from atspeed.cli.interrupts import interruptible
 from atspeed.cli.options import MAX_THREADS, MAX_WIDTH, err
 from atspeed.engine.bundle.manifest import read_manifest
-from atspeed.local.recommender import Recommender, RecommenderOptions
 from atspeed.training.errors import Paused
 from atspeed_client.calls import MAX_RETRIES
 
@@ -97,6 +95,9 @@ def _lists(
     bundle: Path | None, connection: Connection, options: dict[str, Any], threads: int, concurrency: int
 ) -> Iterator[ListUsers]:
     if bundle:
+        from atspeed.batch.local_lists import local_lists
+        from atspeed.local.recommender import Recommender, RecommenderOptions
+
         with Recommender(bundle, RecommenderOptions(threads=threads)) as recommender:
             yield local_lists(recommender, options, concurrency=concurrency)
     else:

@@ -11,12 +11,12 @@ from atspeed.artefacts.bundle_source import LinkSource
 from atspeed.artefacts.object_store import check_url
 from atspeed.artefacts.transfer import pull_bundle, push_bundle
 from atspeed.cli import display
-from atspeed.cli.errors import Commands
+from atspeed.cli.commands import Commands
 from atspeed.cli.options import AsJson, optional, out
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle, read_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, read_manifest
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.bundle_check import verify_bundle
-from atspeed.engine.model.decoder import Provider
+from atspeed.engine.model.provider import Provider
 
 bundle_commands = Commands(help="Inspect, verify, sign, push and pull a bundle.")
 
@@ -64,6 +64,8 @@ def bundle_verify(
 
     With --public-key, the signature is checked first.
     """
+    from atspeed.engine.model.bundle_check import verify_bundle
+
     if public_key:
         _check_signature(folder, public_key)
     bundle = verify_bundle(folder, provider=provider)

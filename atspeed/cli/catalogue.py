@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
+from atspeed.cli.commands import Commands
 from atspeed.cli.encode_items import embeddings_of, summary, write_encoded
-from atspeed.cli.errors import Commands
 from atspeed.cli.item_lines import ItemLine, item_lines
 from atspeed.cli.options import AsJson, CommandError
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalogue
 from atspeed.engine.bundle.item_ids import shown
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.quantiser import encode_items
 from atspeed.engine.files.lines import read_lines
 

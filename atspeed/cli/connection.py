@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from atspeed.rpc.channels import target_uri
+from atspeed.rpc.addresses import target_uri
 from atspeed_client import Client, Tls
 from atspeed_client.channels import Endpoint
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from atspeed.engine.bundle.manifest import Manifest
 from atspeed_client import Recommendation
+
+if TYPE_CHECKING:
+    from atspeed.engine.bundle.manifest import Manifest
 
 
 def milliseconds(reply: Recommendation) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from atspeed.cli.options import CheckpointMinutes, Minutes, Threads, optional
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 
 
 def distill(

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from atspeed.cli.options import MAX_SEED, optional
-from atspeed.engine.bundle.manifest import Bundle, Precision
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Precision
 
 # Sizes are those of `atspeed.training.inflation.SHAPES`.
 TargetShape = Literal["85m", "0.5b", "1.7b", "7b"]

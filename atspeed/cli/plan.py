@@ -23,8 +23,8 @@ from atspeed.capacity.model import CapacityPlan, Costs, Way, make_plan
 from atspeed.capacity.sizes import MIB, Sizes
 from atspeed.capacity.sources import Question, Speculation
 from atspeed.cli.options import MAX_THREADS, MAX_WIDTH, AsJson, CommandError, out
-from atspeed.engine.bundle.manifest import Bundle, Manifest
-from atspeed.model_host.settings import ModelSettings
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Manifest
 from atspeed.training.inflation import SHAPES
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -170,6 +170,8 @@ def _measured_ways(
 
 def _sizes(manifest: Manifest, asked: _Asked) -> Sizes:
     """Return the sizes of the models; of the target those of `--size`, where it is given."""
+    from atspeed.model_host.settings import ModelSettings
+
     weights, kv = {"draft": 0.0}, {"draft": 0.0}  # a result file may have a draft where the bundle has none
     for role, model in manifest.models.items():
         weights[role] = float(model.parameters * _BYTES[model.precision])

@@ -37,7 +37,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from atspeed.artefacts.object_store import check_url
-from atspeed.engine.host_names import is_host, is_loopback
+from atspeed.engine.host_names import host_port, is_host, is_loopback
 from atspeed.engine.kv.redis_client import RedisTls
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.observability.logs import LogFormat, LogLevel
@@ -247,12 +247,7 @@ class ServiceSettings(BaseSettings):
     @property
     def address(self) -> str:
         """Return `host:port` as gRPC spells it."""
-        return address(self.host, self.port)
-
-
-def address(host: str, port: int) -> str:
-    """Return `host:port`, with brackets around an IPv6 host."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return host_port(self.host, self.port)
 
 
 def flag(field: str) -> str:

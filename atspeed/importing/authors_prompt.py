@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_ids import shown
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.user_fields import UserFields
 from atspeed.engine.search.trie import ENDED
 from atspeed.importing.checkpoint import Source

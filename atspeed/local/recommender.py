@@ -27,8 +27,9 @@ import structlog
 from pydantic import SecretStr
 
 from atspeed.concurrency.deadline import Deadline
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Manifest
+from atspeed.engine.bundle.manifest import Manifest
 from atspeed.engine.bundle.prompts import read_items
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.errors import ServiceError, UnimplementedError

@@ -16,7 +16,8 @@ import structlog
 
 from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import background_task
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry, Role
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import ModelEntry, Role
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder

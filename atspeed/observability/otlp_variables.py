@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from atspeed.engine.host_names import is_host
 from atspeed.errors import StartupError
-from atspeed.rpc.channels import target_uri
+from atspeed.rpc.addresses import target_uri
 
 
 def check_otlp_variables() -> None:

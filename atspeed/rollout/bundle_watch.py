@@ -25,7 +25,8 @@ from atspeed.artefacts.object_store import StoreError
 from atspeed.artefacts.signature import TrustedKeys
 from atspeed.concurrency.tasks import background_task
 from atspeed.configuration.settings import ServiceSettings
-from atspeed.engine.bundle.manifest import MANIFEST, Bundle
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST
 from atspeed.engine.errors import BundleError, EngineError
 from atspeed.rollout.release_track import Track
 

@@ -41,8 +41,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from atspeed.concurrency.early_signals import SIGNALS
-from atspeed.configuration.settings import ServiceSettings, address, spelling
+from atspeed.configuration.settings import ServiceSettings, spelling
 from atspeed.engine.errors import EngineError
+from atspeed.engine.host_names import host_port
 from atspeed.errors import StartupError
 from atspeed.observability import logs, tracing
 from atspeed.observability.metrics import CERTIFICATE_EXPIRY, Readings, ServerMetrics, exposed
@@ -127,7 +128,7 @@ class RunningServer:
     @property
     def address(self) -> str:
         """Return `host:port` with the actual port."""
-        return address(self.host, self.port)
+        return host_port(self.host, self.port)
 
 
 def run(
@@ -196,7 +197,7 @@ def _exposed(settings: ServiceSettings, metrics: ServerMetrics) -> Iterator[int 
             port = stack.enter_context(exposed(metrics.registry, settings.metrics_host, settings.metrics_port))
         except (OSError, UnicodeError) as error:  # a host's name that cannot be encoded for DNS
             names = f"{spelling(type(settings), 'metrics_host')}, {spelling(type(settings), 'metrics_port')}"
-            where = address(settings.metrics_host, settings.metrics_port)
+            where = host_port(settings.metrics_host, settings.metrics_port)
             raise StartupError(f"cannot listen on {where}; see {names}") from error
         yield port
 

@@ -7,10 +7,10 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import files_below, sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
-    Bundle,
     DeviceGraphEntry,
     EncoderEntry,
     Manifest,

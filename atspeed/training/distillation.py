@@ -22,8 +22,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Provenance
+from atspeed.engine.bundle.manifest import Provenance
 from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.files.json_file import write_json
 from atspeed.engine.model.bundle_check import verify_bundle

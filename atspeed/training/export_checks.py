@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.item_texts import ItemTexts
-from atspeed.engine.bundle.manifest import Bundle, Head, Precision, Role
+from atspeed.engine.bundle.manifest import Head, Precision, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import check_finite

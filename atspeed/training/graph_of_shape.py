@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.training.export import MODEL_FILE, build_graphs
 from atspeed.training.graph_builder import WeightFile
 from atspeed.training.inflation import SHAPES, ModelShape

@@ -8,16 +8,8 @@ from pathlib import Path
 
 import torch
 
-from atspeed.engine.bundle.manifest import (
-    Bundle,
-    Head,
-    ModelEntry,
-    Precision,
-    Role,
-    hash_files,
-    link_files,
-    write_manifest,
-)
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Head, ModelEntry, Precision, Role, hash_files, link_files, write_manifest
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.training.bundles import entry_of
 from atspeed.training.errors import ExportError

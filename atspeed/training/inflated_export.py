@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from atspeed.engine.arrays import Float32
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import sha256_of
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry, fingerprint, link_files, write_manifest
+from atspeed.engine.bundle.manifest import ModelEntry, fingerprint, link_files, write_manifest
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.model.onnx_bytes import ELEMENT_TYPES, StoredWeight, stored_weights
 from atspeed.training.inflation import InflatedWeights, InflationError, ModelShape

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Role
+from atspeed.engine.bundle.manifest import Role
 from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
 from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry
 from atspeed.engine.files.json_file import finite, write_json

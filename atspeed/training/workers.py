@@ -26,7 +26,7 @@ from atspeed.training.errors import Paused, TrainingError
 from atspeed.training.pipeline import TrainingRun
 from atspeed.training.processes import processes
 
-_PAUSED, _FAILED = 75, 1  # exit codes of a worker, those of the command line (atspeed/cli/errors.py)
+_PAUSED, _FAILED = 75, 1  # exit codes of a worker, those of the command line (atspeed/cli/failures.py)
 _STOPPED = {_PAUSED, -signal.SIGTERM}  # the latter if the signal came before its handler was set
 _LOOK_SECONDS = 0.2  # delay until a signal is passed on
 

@@ -17,8 +17,9 @@ from redis.asyncio import Redis
 
 from atspeed.concurrency.refcount import RefCount
 from atspeed.concurrency.tasks import TaskSet, background_task
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Manifest, ModelEntry
+from atspeed.engine.bundle.manifest import Manifest, ModelEntry
 from atspeed.engine.bundle.prompts import read_items
 from atspeed.engine.search.trie import Trie
 from orchestrator.history import HistoryStore

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.errors import FailedPreconditionError
 from atspeed.rollout.release_track import TRACK_HEADER, Track
 from orchestrator.serving.shadow import ShadowChecks

@@ -24,7 +24,7 @@ from atspeed.benchmarks.decode_rows import (
 )
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from tests.bundles import write_bundle

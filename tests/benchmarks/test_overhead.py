@@ -12,7 +12,7 @@ from atspeed.benchmarks.overhead import OverheadRow, RequestOverhead, summarise
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result, to_json
 from atspeed.benchmarks.services import ServiceOptions
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed_client import Recommendation
 from atspeed_client.reading import to_recommendation

@@ -275,27 +275,42 @@ def test_a_secured_service_sees_its_own_secrets_alone(secured: dict[str, Service
     }
 
 
-def test_what_operations_says_makes_all_that_a_secured_service_reads(
-    secured: dict[str, Service], tmp_path: Path
-) -> None:
-    """The commands of "Secure it", but for those that need root and Docker; these are checked against who runs what."""
+@pytest.fixture(scope="session")
+def secure_it() -> str:
+    """The commands of "Secure it" in docs/operations.md."""
     section = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("## Secure it")[2]
-    commands = section.partition("```bash\n")[2].partition("```")[0]
-    ours = [line for line in commands.splitlines() if not line.startswith(("sudo", "docker"))]
+    return section.partition("```bash\n")[2].partition("```")[0]
+
+
+@pytest.fixture(scope="session")
+def made_secrets(secure_it: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that they make, but for those that need root and Docker; these are checked against who runs what."""
+    folder = tmp_path_factory.mktemp("secure-it")
+    ours = [line for line in secure_it.splitlines() if not line.startswith(("sudo", "docker"))]
     environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
-    subprocess.run(["bash", "-euc", "\n".join(ours)], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    subprocess.run(["bash", "-euc", "\n".join(ours)], cwd=folder, env=environment, check=True, capture_output=True)
+    return folder / "secrets"
+
+
+def test_what_operations_says_makes_all_that_a_secured_service_reads(
+    secured: dict[str, Service], secure_it: str, made_secrets: Path
+) -> None:
     edge = compose(*SECURE_FILES, "--profile", "edge", SECRETS="./mine")["services"]["edge"]
     envoy = (ROOT / "deploy" / "envoy" / "envoy.secure.yaml").read_text(encoding="utf-8")
     for name, service in {**secured, "edge": edge | {"reads": envoy}}.items():
         told = json.dumps([service.get(part) for part in ("command", "environment", "healthcheck", "reads")])
         read = set(re.findall(r"/secrets/([\w.-]+)", told))
         assert {"ca.crt", "tls.crt", "tls.key"} <= read
-        assert {file.name for file in (tmp_path / "secrets" / name).iterdir()} == read
-        assert re.search(rf"^sudo chown -R {service['user']} .*secrets/{name}\b", commands, re.MULTILINE)
-    names = {path.parent.name: path for path in (tmp_path / "secrets").glob("*/tls.key")}
+        assert {file.name for file in (made_secrets / name).iterdir()} == read
+        assert re.search(rf"^sudo chown -R {service['user']} .*secrets/{name}\b", secure_it, re.MULTILINE)
+
+
+def test_what_operations_says_makes_secrets_that_others_cannot_read(made_secrets: Path) -> None:
+    names = {path.parent.name: path for path in made_secrets.glob("*/tls.key")}
+    assert names
     assert all(path.stat().st_mode & 0o077 == 0 for path in names.values())
-    tokens = tomllib.loads((tmp_path / "secrets" / "target" / "model-tokens.toml").read_text())
-    shown = (tmp_path / "secrets" / "orchestrator" / "model-token").read_text().strip()
+    tokens = tomllib.loads((made_secrets / "target" / "model-tokens.toml").read_text())
+    shown = (made_secrets / "orchestrator" / "model-token").read_text().strip()
     assert (tokens["orchestrator"]["sha256"], tokens["orchestrator"]["scopes"]) == (hash_token(shown), ["service"])
 
 

@@ -8,8 +8,8 @@ import subprocess
 import threading
 from pathlib import Path
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack
 from tests.bundles import new_bundle, random_history
 from tests.catalogues import new_catalogue

@@ -28,7 +28,7 @@ import sys
 
 import {", ".join(COMMON_NAMES)}
 from atspeed.cli import connection
-from atspeed.rpc.channels import target_uri
+from atspeed.rpc.addresses import target_uri
 
 print(*[package.OWNER for package in ({", ".join(COMMON_NAMES)})])
 print(target_uri(connection.LOCAL))

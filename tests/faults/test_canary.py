@@ -13,7 +13,7 @@ from typing import Self
 
 import pytest
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rollout.release_track import TRACK_HEADER

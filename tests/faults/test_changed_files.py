@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, LocalStackError, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb

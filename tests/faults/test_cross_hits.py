@@ -21,9 +21,10 @@ import redis
 import torch
 from transformers import PreTrainedModel
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle, read_manifest, write_manifest
+from atspeed.engine.bundle.manifest import read_manifest, write_manifest
 from atspeed.engine.search.trie import ROOT
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import ServiceProcess

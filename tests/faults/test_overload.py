@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +36,7 @@ BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.fixture(scope="module")
-def small_address(shared_stack: LocalStack, log_folder: Path) -> Iterator[str]:
+def small_service(shared_stack: LocalStack, log_folder: Path) -> Iterator[ServiceProcess]:
     """An orchestrator that serves one request at a time, without a draft, and lets two wait."""
     flags = {
         **{name: value for name, value in shared_stack.orchestrators[0].flags.items() if name != "draft"},
@@ -44,13 +46,13 @@ def small_address(shared_stack: LocalStack, log_folder: Path) -> Iterator[str]:
     }
     service = ServiceProcess("orchestrator", flags, log_folder / "small.log")
     service.start()
-    yield service.address
+    yield service
     service.stop()
 
 
 @pytest.fixture
-def small(small_address: str, stack: LocalStack) -> Iterator[Client]:
-    with Client(small_address) as client:
+def small(small_service: ServiceProcess, stack: LocalStack) -> Iterator[Client]:
+    with Client(small_service.address) as client:
         yield client
 
 
@@ -88,16 +90,22 @@ def trailers(status: grpc.Call) -> dict[str, str | bytes]:
     return dict(status.trailing_metadata() or ())
 
 
+def hint_of(refusal: grpc.Call) -> int:
+    """The milliseconds after which a refused caller may try again: the same in the detail and in the trailer."""
+    detail = status_pb2.Status.FromString(cast("bytes", trailers(refusal)[STATUS_HEADER]))
+    info = error_details_pb2.RetryInfo()
+    assert detail.details[-1].Unpack(info)
+    assert info.retry_delay.ToMilliseconds() == int(str(trailers(refusal)[PUSHBACK_HEADER]))
+    return int(info.retry_delay.ToMilliseconds())
+
+
 def test_excess_calls_are_refused_with_a_hint_and_others_are_served(
     stack: LocalStack, small: Client, cases: list[Case], waiting: ThreadPoolExecutor
 ) -> None:
     held = [queued(waiting, small, lambda case=case: small.recommend(case.history, k=20)) for case in cases[:2]]  # type: ignore[misc]
     refusal = refusal_of(lambda: small.recommend(cases[2].history))
-    detail = status_pb2.Status.FromString(cast("bytes", trailers(refusal)[STATUS_HEADER]))
-    info = error_details_pb2.RetryInfo()
-    assert detail.details[-1].Unpack(info)
     assert refusal.code() is BUSY
-    assert info.retry_delay.ToMilliseconds() == int(str(trailers(refusal)[PUSHBACK_HEADER])) > 0
+    assert hint_of(refusal) > 0
     assert check_health(small.channel, RECOMMENDATION) == check_health(small.channel, "") == SERVING
     for target in stack.targets:
         resume(target)
@@ -171,3 +179,38 @@ def test_a_request_that_is_given_up_leaves_the_queue(
     until(lambda: small.info().waiting_recommendations == 1)
     call.cancel()
     until(lambda: small.info().waiting_recommendations == 0)
+
+
+def test_a_flood_gets_right_lists_or_hints_and_leaves_nothing_behind(
+    small_service: ServiceProcess, small: Client, cases: list[Case]
+) -> None:
+    """Many more calls at once than there are places: no other code, every refusal logged, memory as before, all served again."""
+    asked = [cases[number % len(cases)] for number in range(400)]
+    before, logged = resident_mb(small_service), small_service.log.stat().st_size
+    calls = [
+        small.stub.Recommend.future(request_of(case.history, k=20), timeout=LIVENESS_SECONDS, wait_for_ready=True)
+        for case in asked
+    ]
+    assert check_health(small.channel, RECOMMENDATION) == SERVING
+    refused = 0
+    for call, case in zip(calls, asked, strict=True):
+        if (failure := call.exception()) is None:
+            assert_same_list(call.result(), case.expected)
+        else:
+            refusal = cast("grpc.Call", failure)
+            assert refusal.code() is BUSY, refusal.details()
+            assert hint_of(refusal) > 0
+            refused += 1
+    assert 0 < refused < len(asked)
+    lines = small_service.log.read_bytes()[logged:].splitlines()
+    assert sum(json.loads(line).get("code") == "RESOURCE_EXHAUSTED" for line in lines) == refused
+    assert resident_mb(small_service) - before < 20
+    for case in cases[:5]:
+        assert_same_list(small.recommend(case.history, k=20), case.expected)
+
+
+def resident_mb(service: ServiceProcess) -> float:
+    """MiB that a process holds."""
+    assert service.process is not None
+    pages = int(Path(f"/proc/{service.process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

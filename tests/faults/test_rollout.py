@@ -15,9 +15,9 @@ from threading import Event
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.bundles import new_bundle, random_history

@@ -12,8 +12,9 @@ import grpc
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.scoring import ScoringRule, best_children
 from atspeed.engine.search.trie import ROOT, Trie

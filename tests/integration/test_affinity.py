@@ -17,8 +17,9 @@ from pydantic_settings import SettingsConfigDict
 from atspeed.configuration.settings import ServiceSettings
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.stack import LocalStack, ServiceProcess
+from atspeed.rpc.addresses import target_uri
 from atspeed.rpc.affinity import Routes
-from atspeed.rpc.channels import KEY_HEADER, open_channel, target_uri
+from atspeed.rpc.channels import KEY_HEADER, open_channel
 from atspeed.rpc.server import Registration, RunningServer, running
 from tests.bundles import random_history
 from tests.serving import LEVELS, Client, until

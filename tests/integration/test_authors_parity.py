@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from atspeed.benchmarks.histories import choose_histories
-from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.training.pretrained import load_checkpoint
 from tests.authors_prompts import PROMPTS
 from tests.checkpoints import MadeCheckpoint, make_checkpoint, random_paths

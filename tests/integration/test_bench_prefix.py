@@ -12,8 +12,8 @@ from atspeed.benchmarks.intervals import Interval
 from atspeed.benchmarks.prefix import PrefixConfig, PrefixRow, PrefixState
 from atspeed.benchmarks.results import BenchmarkError, Result, terminal_table
 from atspeed.cli.bench.speed import bench_prefix
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from tests.bundles import random_history
 from tests.serving import LEVELS, WINDOW
 

@@ -8,10 +8,10 @@ import grpc
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
 from atspeed.engine.bundle.item_ids import MAX_ID_BYTES
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from tests.bundles import write_bundle
@@ -34,8 +34,8 @@ def test_a_bundle_of_links_updated_serves_the_new_item(tmp_path: Path, layout: L
             reply = client.recommend(["item-1", "item-2"], k=5)
             assert reply.versions.bundle == Bundle(root).manifest.version
             assert len(ids(reply)) == 5
-    with LocalStack(new.root, drafts=0, flags=FLAGS) as stack, Client(stack.address) as client:
-        assert ids(client.recommend(["new"], k=1, allowed_item_ids=["new"])) == ["new"]
+            if root == new.root:
+                assert ids(client.recommend(["new"], k=1, allowed_item_ids=["new"])) == ["new"]
 
 
 def test_the_longest_id_is_good_wherever_an_item_is_named(tmp_path: Path, redis_server: LocalRedis) -> None:

@@ -14,9 +14,10 @@ import pytest
 from atspeed.artefacts.object_store import ObjectStore, StoreError
 from atspeed.artefacts.signature import sign_bundle
 from atspeed.artefacts.transfer import push_bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE
 from atspeed.local.stack import LocalStack, LocalStackError, ServiceProcess
 from tests.observed import scrape
 from tests.s3_server import S3Server, runs

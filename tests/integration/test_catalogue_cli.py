@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from atspeed.cli import main
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from tests.bundles import TestBundle, random_model, write_bundle
 from tests.catalogues import random_catalogue
 from tests.layouts import LAYOUTS, Layout, download_cache

@@ -15,7 +15,8 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from atspeed.errors import ResourceExhaustedError, UnavailableError
 from atspeed.rpc import healthcheck
-from atspeed.rpc.channels import open_channel, target_uri
+from atspeed.rpc.addresses import target_uri
+from atspeed.rpc.channels import open_channel
 from atspeed.rpc.server import RunningServer, running
 from tests.echo import SERVICE, Echo, call, failure, leave, settings
 

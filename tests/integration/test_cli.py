@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack
 from tests.bundles import TestBundle, write_bundle

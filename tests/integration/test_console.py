@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from atspeed.edge.console_routes import FOLDER
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.edge import LocalEdge
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack

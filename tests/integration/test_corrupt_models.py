@@ -11,8 +11,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Role
+from atspeed.engine.bundle.manifest import Role
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.rpc.channels import health_name

@@ -14,7 +14,7 @@ import pytest
 
 from atspeed.benchmarks.near_ties import compare
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.mode import Mode
 from atspeed_client import RecommendRequest

@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.search.trie import ROOT
 from atspeed.local.stack import LocalStack
 from atspeed.rpc import wire

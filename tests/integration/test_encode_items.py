@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from atspeed.cli import main
 from atspeed.engine.arrays import Float32
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, hash_files, read_manifest, write_manifest
+from atspeed.engine.bundle.manifest import hash_files, read_manifest, write_manifest
 from atspeed.engine.bundle.quantiser import FOLDER, Quantiser, QuantiserEntry, TextEncoderEntry
 from tests.bundles import write_bundle
 

@@ -11,8 +11,9 @@ import pytest
 import redis
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, Manifest
+from atspeed.engine.bundle.manifest import Manifest
 from atspeed.engine.kv.erasure import STREAM
 from atspeed.engine.kv.redis_store import user_blocks_name
 from atspeed.engine.search.trie import ROOT

@@ -9,7 +9,7 @@ import pytest
 from atspeed.benchmarks import load
 from atspeed.benchmarks.arrivals import Mix, UserKind
 from atspeed.benchmarks.histories import choose_histories
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 
 
 async def test_both_modes_get_the_same_load(bundle: Path) -> None:

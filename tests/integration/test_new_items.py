@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from atspeed.cli import main
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.local.stack import LocalStack
 from atspeed.v1 import recommendation_pb2 as pb
 from tests.kinds_of_items import COLOURS, KINDS, recipe, write_data

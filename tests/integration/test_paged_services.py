@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from atspeed.benchmarks.near_ties import Verdict, compare
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.kv.redis_store import user_blocks_name
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.engine.search.trie import ROOT

@@ -13,7 +13,8 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 
 from atspeed.local.certificates import LocalCertificates
-from atspeed.rpc.channels import KEY_HEADER, open_channel, target_uri
+from atspeed.rpc.addresses import target_uri
+from atspeed.rpc.channels import KEY_HEADER, open_channel
 from atspeed.rpc.server import RunningServer, running
 from atspeed.security.tls import ClientTls, TlsFiles
 from tests.echo import SERVICE, Echo, call, settings

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.local.stack import LocalStack, ServiceProcess
 from atspeed.v1 import draft_pb2, recommendation_pb2, target_pb2, types_pb2
 from tests.bundles import new_bundle, random_history

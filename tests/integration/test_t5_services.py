@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.kv.redis_store import user_blocks_name
 from atspeed.local.redis_server import LocalRedis
 from atspeed.local.stack import LocalStack

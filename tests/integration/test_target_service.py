@@ -10,8 +10,9 @@ import grpc
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, ModelEntry
+from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.search.trie import ROOT
 from atspeed.local.stack import LocalStack
 from atspeed.rpc import wire

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +95,39 @@ def training(tmp_path: Path) -> Training:
     return Training(tmp_path)
 
 
-@pytest.mark.parametrize("loss", ["", "level-kd", "coverage"])
-@pytest.mark.parametrize("empty", [("test",), ("valid",), ("valid", "test")])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A finished run with an aligned draft, which tests copy."""
+    training = Training(tmp_path_factory.mktemp("finished"))
+    training.add(ALIGNED.format(loss="level-kd"))
+    training.succeeds()
+    return training
+
+
+@pytest.fixture
+def copied(finished: Training, tmp_path: Path) -> Training:
+    """A copy of it. Training makes no stage of it anew."""
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    copy = object.__new__(Training)
+    copy.folder = tmp_path
+    return copy
+
+
+# Every loss and every empty split; the other pairs are `long`.
+@pytest.mark.parametrize(
+    ("empty", "loss"),
+    [
+        (("test",), ""),
+        (("valid",), "level-kd"),
+        (("valid", "test"), "coverage"),
+        pytest.param(("valid", "test"), "", marks=pytest.mark.long),
+        pytest.param(("test",), "level-kd", marks=pytest.mark.long),
+        pytest.param(("test",), "coverage", marks=pytest.mark.long),
+        pytest.param(("valid",), "", marks=pytest.mark.long),
+        pytest.param(("valid",), "coverage", marks=pytest.mark.long),
+        pytest.param(("valid", "test"), "level-kd", marks=pytest.mark.long),
+    ],
+)
 def test_train_without_a_split_makes_a_bundle_and_names_the_skipped_steps(
     training: Training, empty: tuple[str, ...], loss: str
 ) -> None:
@@ -129,16 +161,15 @@ def test_train_without_eval_examples_equals_an_empty_split(training: Training, l
     assert "nothing is measured" in said
 
 
-def test_stage_with_a_measure_that_is_not_finite_runs_again(training: Training) -> None:
+def test_stage_with_a_measure_that_is_not_finite_runs_again(copied: Training) -> None:
     """Older runs left this on disk: a NaN in the stage, null in the manifest, and a stage marked as done."""
-    training.succeeds()
-    for path in (training.run / "stages" / "evaluation.json", training.run / "bundle" / "manifest.json"):
+    for path in (copied.run / "stages" / "evaluation.json", copied.run / "bundle" / "manifest.json"):
         number = "NaN" if path.name == "evaluation.json" else "null"
         text, count = re.subn(r'("agreement\.accepted": ?)[\d.]+', rf"\g<1>{number}", path.read_text())
         assert count == 1
         path.write_text(text)
-    training.succeeds()
-    assert "agreement.accepted" in read_manifest(training.run / "bundle").provenance.metrics
+    copied.succeeds()
+    assert "agreement.accepted" in read_manifest(copied.run / "bundle").provenance.metrics
 
 
 @pytest.mark.parametrize(
@@ -154,14 +185,20 @@ def test_stage_with_a_measure_that_is_not_finite_runs_again(training: Training) 
         "bundle/manifest.json",
     ],
 )
-def test_stage_with_unreadable_outputs_runs_again(training: Training, damaged: str) -> None:
-    training.add(ALIGNED.format(loss="level-kd"))
-    training.succeeds()
-    version = read_manifest(training.run / "bundle").version
-    path = training.run / damaged
+def test_stage_with_unreadable_outputs_runs_again(copied: Training, damaged: str) -> None:
+    version = read_manifest(copied.run / "bundle").version
+    path = copied.run / damaged
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    training.succeeds()
-    assert verify_bundle(training.run / "bundle").manifest.version == version
+    copied.succeeds()
+    assert verify_bundle(copied.run / "bundle").manifest.version == version
+
+
+def test_a_copied_run_is_finished(copied: Training) -> None:
+    """The tests above damage copies. A copy that trained anew would prove nothing of the damage."""
+    written = {path: path.stat().st_mtime_ns for path in copied.run.rglob("*.safetensors")}
+    assert written
+    copied.succeeds()
+    assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.model.decoder import Decoder
 from atspeed.engine.search.trie import ROOT
 from atspeed.rpc import wire
-from atspeed.rpc.channels import channel_options, health_name, target_uri
+from atspeed.rpc.addresses import target_uri
+from atspeed.rpc.channels import channel_options, health_name
 from atspeed.rpc.server import RunningServer, running
 from atspeed.v1 import target_pb2
 from target_service.server import application

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from atspeed.benchmarks.near_ties import compare
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.kv.redis_store import user_blocks_name
 from atspeed.engine.search.list_comparison import RankedList
 from atspeed.local.redis_server import LocalRedis

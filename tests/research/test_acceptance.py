@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 
 from atspeed.benchmarks import results
 from atspeed.benchmarks.results import BenchmarkError
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.mode import Mode

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.training import draft_stages, pipeline
 from atspeed.training.errors import RecipeError
 from atspeed.training.pipeline import load_dataset, train

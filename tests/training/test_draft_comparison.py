@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from atspeed.cli.main import app
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.comparison import read_comparison, train_drafts
 from atspeed.training.errors import Paused, RecipeError

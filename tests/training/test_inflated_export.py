@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from atspeed.cli.demo.larger_target import BUNDLE, GRAPH, SHAPE
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.invariance import TreeSizes, check_invariance
 from atspeed.engine.model.onnx_bytes import StoredWeight, stored_weights

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.provenance import provenance
 from atspeed.cli.main import app
-from atspeed.engine.bundle.manifest import Bundle, Role, hash_files, write_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import Role, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.tree_session import Selection

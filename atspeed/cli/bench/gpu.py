@@ -16,7 +16,7 @@ from atspeed.benchmarks.results import Result
 from atspeed.cli.bench.options import Histories, Seed, save, source_of
 from atspeed.cli.bench.speed import RunsOn, Threads, Widths
 from atspeed.cli.options import MAX_USERS, MAX_WIDTH, CommandError, optional, out
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.rpc import event_loop
 
 _MAX_POOL_MB = 2**20  # a TiB, more than any device has

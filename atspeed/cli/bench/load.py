@@ -12,7 +12,7 @@ from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.options import Histories, JsonFile, PageFolder, Seed, Threads, save, source_of
 from atspeed.cli.options import MAX_EXCLUDED, MAX_REPLICAS, MAX_USERS, MAX_WIDTH, BundleFolder, out
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.rpc import event_loop
 
 

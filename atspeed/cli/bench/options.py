@@ -13,7 +13,7 @@ from atspeed.benchmarks.near_ties import Verdict
 from atspeed.benchmarks.provenance import provenance
 from atspeed.benchmarks.results import BenchmarkError, Result
 from atspeed.cli.options import MAX_SEED, MAX_THREADS, MAX_USERS, CommandError, err, optional, out
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 
 
 def _require_writable(path: Path | None) -> Path | None:

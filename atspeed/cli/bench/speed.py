@@ -30,8 +30,8 @@ from atspeed.cli.bench.options import (
 )
 from atspeed.cli.bench.options import Threads as PassThreads
 from atspeed.cli.options import MAX_THREADS, MAX_USERS, MAX_WIDTH, BundleFolder, CommandError, optional, out
-from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.model.decoder import Provider
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.model.provider import Provider
 from atspeed.engine.search.mode import Mode
 from atspeed.rpc import event_loop
 from orchestrator.planning.planner import PlannerKind

@@ -17,7 +17,7 @@ from rich.console import Console
 from atspeed.cli.demo.checks import Checks
 from atspeed.cli.demo.larger_target import BUNDLE, FOLDER, ROOT, kept_place, larger_bundle
 from atspeed.cli.demo.steps import Demo, DemoScale
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.errors import EngineError
 from atspeed.local.redis_server import LocalRedisError, local_redis
 from atspeed.local.stack import LocalStack, LocalStackError

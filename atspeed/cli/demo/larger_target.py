@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.errors import BundleError
 from atspeed.training.inflated_export import inflate_export
 from atspeed.training.inflation import SHAPES, InflationError

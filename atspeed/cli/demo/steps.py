@@ -18,7 +18,7 @@ from atspeed.cli.demo.checks import Checks, same_list
 from atspeed.cli.demo.speed import PLAIN, STRICT, Pair, choice, compare, slower, speed_table
 from atspeed.cli.demo.token_tree import TokenTree
 from atspeed.cli.display import milliseconds
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.local.recommender import Recommender, RecommenderOptions
 from atspeed.local.stack import LocalStack

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import read_file
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_ids import shown
-from atspeed.engine.bundle.manifest import Bundle, hash_files, link_files, write_manifest
+from atspeed.engine.bundle.manifest import hash_files, link_files, write_manifest
 from atspeed.engine.errors import BundleError, CatalogueError, EngineError
 
 CODE_NAMES = "code_names.json"  # in an imported bundle: the names of each level's codes

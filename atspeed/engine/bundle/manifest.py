@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -36,14 +34,9 @@ from pydantic import (
     model_validator,
 )
 
-from atspeed.engine.bundle.bundle_files import check_digest, check_is_file, files_below, link_or_copy, sha256_of
-from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.model_files import ModelFiles
+from atspeed.engine.bundle.bundle_files import check_is_file, files_below, link_or_copy, sha256_of
 from atspeed.engine.bundle.prompt import PromptTemplate
-from atspeed.engine.bundle.quantiser import FILE as CODEBOOKS
-from atspeed.engine.bundle.quantiser import FOLDER as QUANTISER
-from atspeed.engine.bundle.quantiser import Quantiser, QuantiserEntry
-from atspeed.engine.bundle.titles import TITLE_FILES
+from atspeed.engine.bundle.quantiser import QuantiserEntry
 from atspeed.engine.bundle.user_fields import draft_problem
 from atspeed.engine.errors import BundleError
 from atspeed.engine.files.atomic_write import replacing
@@ -166,7 +159,7 @@ class ModelEntry(_Part):
             needed = "suffix: must hold a token if the prefix holds none" if encoder else "prefix: must hold a token"
             raise ValueError(f"prompt.{needed}")
         for field, part in (("encoder", encoder), ("device_graph", self.device_graph)):
-            if part and _folder_of(part.path) != _folder_of(self.path):
+            if part and folder_of(part.path) != folder_of(self.path):
                 raise ValueError(f"{field}.path: not in the folder of {self.path}")
         started = (encoder.decoder_start,) if encoder else ()
         named = (("code_tokens", self.code_tokens), ("prompt", prompt.fixed_tokens), ("encoder.decoder_start", started))
@@ -246,135 +239,6 @@ class Manifest(_Part):
         return {"target": self.target} | ({"draft": self.draft} if self.draft else {})
 
 
-class Bundle:
-    """An opened bundle directory.
-
-    Raises BundleError, naming the file and the field, when this version cannot serve it.
-
-    Attributes:
-        root: the directory.
-        manifest: its manifest, which is read from it unless it is given.
-    """
-
-    def __init__(self, root: Path, manifest: Manifest | None = None) -> None:
-        self.root = root
-        self.manifest = manifest or read_manifest(root)
-
-    def catalogue(self) -> Catalogue:
-        """Load the catalogue. Check that its version is the manifest's and that the models can read its items."""
-        self._check_titles()
-        catalogue = Catalogue.load(self.root / "catalogue")
-        if catalogue.version != self.manifest.catalogue_version:
-            expected = self.manifest.catalogue_version
-            raise BundleError(f"{self.root}/catalogue: version {catalogue.version}, the manifest says {expected}")
-        for role, model in self.manifest.models.items():
-            self._check_reads(role, model, catalogue)
-        return catalogue
-
-    def _check_titles(self) -> None:
-        """Compare the titles' hashes with the manifest's: they are no part of the catalogue's version."""
-        for name in TITLE_FILES:
-            if os.path.lexists(self.root / "catalogue" / name):
-                path = f"catalogue/{name}"
-                check_digest(self.root, path, sha256_of(self.root, path), self.manifest.files)
-
-    def quantiser(self, catalogue: Catalogue) -> Quantiser:
-        """Load the quantiser. Raises BundleError when the bundle has none, or one of other codes than the catalogue's."""
-        entry, name = self.manifest.quantiser, f"{QUANTISER}/{CODEBOOKS}"
-        if entry is None:
-            raise BundleError(
-                f"{self.root}/{MANIFEST}: quantiser: the bundle has none, as its code paths came with its data or checkpoint"
-            )
-        check_digest(self.root, name, sha256_of(self.root, name), self.manifest.files)
-        quantiser = Quantiser.load(self.root / QUANTISER, entry)
-        if quantiser.sizes != catalogue.trie.codebook_sizes:
-            sizes, codes = list(quantiser.sizes), list(catalogue.trie.codebook_sizes)
-            raise BundleError(f"{self.root}/{name}: codebooks of {sizes} codes, but the catalogue has {codes}")
-        return quantiser
-
-    def model_path(self, role: Role) -> Path:
-        """Return the ONNX file of a role. Raises BundleError when the bundle has no such model."""
-        return self.root / self.model(role).path
-
-    def model(self, role: Role) -> ModelEntry:
-        """Return the manifest's entry of a role. Raises BundleError when the bundle has no such model."""
-        entry = self.manifest.models.get(role)
-        if entry is None:
-            raise BundleError(f"{self.root}/{MANIFEST}: the bundle has no {role} model")
-        return entry
-
-    def _check_reads(self, role: str, model: ModelEntry, catalogue: Catalogue) -> None:
-        """Raise BundleError unless a model fits the catalogue.
-
-        It needs a token for every code, and codes of one level need different ones. It needs positions for every prompt with its
-        code path, and a plan scale for every planned level, if it has one.
-        """
-        manifest, trie = self.root / MANIFEST, catalogue.trie
-        if len(model.code_tokens) != trie.columns:
-            count = len(model.code_tokens)
-            raise BundleError(f"{manifest}: {role}.code_tokens: {count} tokens for {trie.columns} code columns")
-        for level, tokens in enumerate(np.split(np.asarray(model.code_tokens), trie.codebook_offset[1:])):
-            if len(np.unique(tokens)) < len(tokens):
-                raise BundleError(f"{manifest}: {role}.code_tokens: a token is used for two codes of level {level}")
-        if model.plan_scale is not None and len(model.plan_scale) != trie.levels - 1:
-            count, levels = len(model.plan_scale), trie.levels
-            raise BundleError(
-                f"{manifest}: {role}.plan_scale: {count} scales for the {levels - 1} levels that are planned"
-            )
-        texts = model.prompt.texts
-        if texts is not None and texts.catalogue != catalogue.version:
-            raise BundleError(
-                f"{manifest}: {role}.prompt.texts: are those of the items of catalogue {texts.catalogue}, not of "
-                f"{catalogue.version}; import the checkpoint with the new items"
-            )
-        longest = model.prompt.max_tokens(catalogue.longest_spelling) + trie.levels - 1
-        if longest > model.max_positions:
-            raise BundleError(
-                f"{manifest}: {role}.max_positions: {model.max_positions}, but prompt and codes take up to {longest}"
-            )
-
-    def verify(self, *, but: Role | None = None) -> None:
-        """Read every file and compare its hash with the manifest's. Raises BundleError naming the first that differs.
-
-        but: a role whose files are checked elsewhere, by `model_files` or `verify_model`.
-        """
-        digests = self.manifest.files
-        later = _folder_of(self.model(but).path) if but else None
-        for name in digests:
-            if not _is_in(name, later):
-                check_digest(self.root, name, sha256_of(self.root, name), digests)
-        for name in files_below(self.root):
-            if name not in digests and name not in {MANIFEST, SIGNATURE} and not _is_note(name):
-                raise BundleError(f"{self.root}/{name}: not in the manifest")
-        for role, model in self.manifest.models.items():
-            if model.fingerprint != fingerprint(digests, _folder_of(model.path)):
-                raise BundleError(
-                    f"{self.root}/{MANIFEST}: {role}.fingerprint: differs from the hash of the model's files"
-                )
-
-    def verify_model(self, role: Role) -> None:
-        """Compare the hashes of one role's files. Raises BundleError naming the first that differs."""
-        digests, folder = self.manifest.files, _folder_of(self.model(role).path)
-        for name in (name for name in digests if _is_in(name, folder)):
-            check_digest(self.root, name, sha256_of(self.root, name), digests)
-
-    def model_files(self, path: str, *, verified: bool = False) -> ModelFiles:
-        """Read a graph of the bundle and its weights. Raises BundleError naming the file.
-
-        verified: compare the bytes with the manifest's hashes.
-        """
-        folder = _folder_of(path)
-        digests = {
-            name[len(folder) + 1 :]: digest for name, digest in self.manifest.files.items() if _is_in(name, folder)
-        }
-        return ModelFiles.read(self.root / path, digests if verified else None)
-
-
-def _is_note(name: str) -> bool:
-    """Return whether a file belongs to a hub or to people. A model hub adds these to a snapshot, and no service reads them."""
-    return name.startswith(".") or name in {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
-
-
 def read_manifest(root: Path) -> Manifest:
     """Parse and validate a bundle's manifest. Raises BundleError naming the field at fault."""
     path = root / MANIFEST
@@ -420,13 +284,15 @@ def hash_files(root: Path) -> dict[str, str]:
 
 def fingerprint(files: dict[str, str], folder: str) -> str:
     """Return one hash of the files below `folder`, from `hash_files`: a model's fingerprint."""
-    inside = sorted((name, digest) for name, digest in files.items() if _is_in(name, folder))
+    inside = sorted((name, digest) for name, digest in files.items() if is_in(name, folder))
     return hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
 
 
-def _folder_of(path: str) -> str:
+def folder_of(path: str) -> str:
+    """Return the first folder of a path in a bundle: that of a model, for its files."""
     return path.partition("/")[0]
 
 
-def _is_in(name: str, folder: str | None) -> bool:
+def is_in(name: str, folder: str | None) -> bool:
+    """Return whether a file of a bundle is below a folder; False without a folder."""
     return folder is not None and name.startswith(f"{folder}/")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from atspeed.engine.arrays import Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.item_texts import ItemTexts
-from atspeed.engine.bundle.manifest import ROLES, Bundle, ModelEntry, Role
+from atspeed.engine.bundle.manifest import ROLES, ModelEntry, Role
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.user_fields import UserFields, check_user_fields
 

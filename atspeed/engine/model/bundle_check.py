@@ -15,14 +15,16 @@ from typing import NoReturn
 import numpy as np
 
 from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.item_texts import ItemTexts
-from atspeed.engine.bundle.manifest import ROLES, Bundle
+from atspeed.engine.bundle.manifest import ROLES
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.errors import BundleError
-from atspeed.engine.model.decoder import Decoder, Provider, RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
 from atspeed.engine.model.loading import check_device_graph, load_decoder
+from atspeed.engine.model.provider import Provider
 
 # Tokens of a pass. More are not faster, and each has a logit for every code.
 _TOKENS_PER_PASS = 64

@@ -19,8 +19,8 @@ from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.capture_lock import DEVICE
 from atspeed.engine.model.graph_form import BLOCK_KEYS, ORDERED, GraphForm
+from atspeed.engine.model.provider import Provider
 
-Provider = Literal["cpu", "cuda"]
 Spin = Literal["never", "brief", "always"]
 
 # Bytes of the largest tensor that onnxruntime takes from memory; a larger one is read from a private copy on disk.

@@ -22,7 +22,6 @@ from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.capture_lock import DEVICE
 from atspeed.engine.model.decoder import (
     Decoder,
-    Provider,
     RuntimeOptions,
     check_contract,
     check_provider,
@@ -36,6 +35,7 @@ from atspeed.engine.model.device_selection import RowSelection
 from atspeed.engine.model.device_selector import DeviceSelector
 from atspeed.engine.model.device_stream import DeviceStream, device_stream
 from atspeed.engine.model.free_memory import default_pool_bytes
+from atspeed.engine.model.provider import Provider
 from atspeed.engine.search.scoring import Evaluation
 
 # Shapes whose buffers are kept, besides those of CUDA graphs. Chosen, not measured.

@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from atspeed.engine.errors import DeviceError
 from atspeed.engine.model.cuda_runtime import call
-from atspeed.engine.model.decoder import Provider
+from atspeed.engine.model.provider import Provider
 
 Bytes = npt.NDArray[np.uint8]
 

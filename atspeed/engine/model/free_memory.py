@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atspeed.engine.model.cuda_runtime import free_bytes
-from atspeed.engine.model.decoder import Provider
+from atspeed.engine.model.provider import Provider
 
 # Share of what is free beside the weights. The rest is for activations, CUDA graphs and the next version of the model, which a
 # hot reload loads beside this one. Chosen, not measured.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from atspeed.engine.bundle.manifest import MANIFEST, Bundle, DeviceGraphEntry, Role
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, DeviceGraphEntry, Role
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract, graph_specs, open_session

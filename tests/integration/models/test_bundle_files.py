@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from atspeed.engine.bundle.manifest import MANIFEST, Bundle, hash_files
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, hash_files
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import RuntimeOptions

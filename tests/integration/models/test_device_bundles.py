@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from atspeed.cli.main import app
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue_update import update_catalogue
 from atspeed.engine.bundle.manifest import (
     MANIFEST,
     ROLES,
-    Bundle,
     Precision,
     fingerprint,
     hash_files,

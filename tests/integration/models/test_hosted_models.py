@@ -13,9 +13,10 @@ import pytest
 from prometheus_client import generate_latest
 from pydantic import ValidationError
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats

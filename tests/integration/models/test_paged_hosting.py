@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import Bundle, DeviceGraphEntry, write_manifest
+from atspeed.engine.bundle.manifest import DeviceGraphEntry, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.kv.memory_cache import KvLayout
 from atspeed.engine.model.device_decoder import DeviceDecoder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from atspeed.engine.arrays import Int64
-from atspeed.engine.bundle.manifest import Bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.model.batcher import BatchLimits
 from atspeed.engine.model.plain_passes import check_plain_passes

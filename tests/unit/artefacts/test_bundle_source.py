@@ -17,9 +17,10 @@ from atspeed.artefacts.bundle_source import UrlSource, bundle_source
 from atspeed.artefacts.object_store import ObjectStore, StoreError, check_url
 from atspeed.artefacts.signature import TrustedKeys, sign_bundle
 from atspeed.artefacts.transfer import pull_bundle, push_bundle
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import link_or_copy
 from atspeed.engine.bundle.catalogue_update import update_catalogue
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE
 from atspeed.engine.errors import BundleError
 from tests.catalogues import random_catalogue
 from tests.placeholder_bundles import placeholder_bundle

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atspeed.rpc.channels import target_uri
+from atspeed.rpc.addresses import target_uri
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed_client import (
     AsyncClient,

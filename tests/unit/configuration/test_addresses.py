@@ -11,7 +11,7 @@ from atspeed.engine.kv.redis_client import connect
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.errors import StartupError
 from atspeed.observability.otlp_variables import check_otlp_variables
-from atspeed.rpc.channels import target_uri
+from atspeed.rpc.addresses import target_uri
 from atspeed.security.tls import TlsError
 from orchestrator.settings import OrchestratorSettings
 from target_service.settings import TargetSettings

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
 from atspeed.configuration import settings_docs
-from atspeed.configuration.settings import Port, ServiceSettings, address
+from atspeed.configuration.settings import Port, ServiceSettings
+from atspeed.engine.host_names import host_port
 
 
 class ToySettings(ServiceSettings):
@@ -119,7 +120,7 @@ def test_help_names_flags_variables_and_defaults(capsys: pytest.CaptureFixture[s
     ("host", "joined"), [("127.0.0.1", "127.0.0.1:1"), ("::", "[::]:1"), ("localhost", "localhost:1")]
 )
 def test_address(host: str, joined: str) -> None:
-    assert address(host, 1) == joined
+    assert host_port(host, 1) == joined
 
 
 # docs/settings.md

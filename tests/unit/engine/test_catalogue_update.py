@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.catalogue_update import update_catalogue, updated_catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.errors import CatalogueError
 from tests.catalogues import random_catalogue
 from tests.placeholder_bundles import placeholder_bundle

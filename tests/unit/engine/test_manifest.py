@@ -10,14 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import (
-    MANIFEST,
-    Bundle,
-    fingerprint,
-    hash_files,
-    write_manifest,
-)
+from atspeed.engine.bundle.manifest import MANIFEST, fingerprint, hash_files, write_manifest
 from atspeed.engine.errors import BundleError, CatalogueError
 from atspeed.engine.search.scoring import ScoringRule
 from tests.placeholder_bundles import placeholder_bundle, placeholder_entry

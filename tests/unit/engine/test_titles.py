@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Bundle
 from atspeed.engine.bundle.titles import MAX_TITLE_BYTES, Titles
 from atspeed.engine.errors import BundleError, CatalogueError
 from tests.placeholder_bundles import placeholder_bundle

@@ -20,7 +20,7 @@ def captured(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixtu
     yield capsys
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-    structlog.reset_defaults()
+    logging.captureWarnings(capture=False)
     structlog.contextvars.clear_contextvars()
 
 

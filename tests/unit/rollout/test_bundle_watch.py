@@ -12,7 +12,8 @@ import pytest
 
 from atspeed.artefacts.bundle_source import LinkSource, NamedBundle
 from atspeed.artefacts.object_store import StoreError
-from atspeed.engine.bundle.manifest import Bundle, write_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
 from atspeed.rollout.release_track import Track

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from atspeed.configuration.settings import ServiceSettings
-from atspeed.rpc.channels import KEY_HEADER, channel_options, service_config, target_uri
+from atspeed.rpc.addresses import target_uri
+from atspeed.rpc.channels import KEY_HEADER, channel_options, service_config
 from atspeed.rpc.server import server_options
 
 

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from atspeed.artefacts.bundle_source import LinkSource
 from atspeed.artefacts.signature import KeyFileError, TrustedKeys, sign_bundle
-from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Bundle
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE
 from atspeed.engine.errors import BundleError
 from tests.catalogues import random_catalogue
 from tests.placeholder_bundles import placeholder_bundle

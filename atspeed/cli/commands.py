@@ -1,62 +1,21 @@
-"""Commands whose mistakes and failures end in one line.
-
-    exit code   meaning
-    1           a failure that another try will not mend
-    2           a mistake in the command, or a request that the service refuses as wrong
-    69          the service does not answer
-    75          the same command may succeed later: the service is busy; a training or a batch stopped before its end
-    77          the token is missing, not valid, or does not allow the call
-
-69, 75 and 77 are EX_UNAVAILABLE, EX_TEMPFAIL and EX_NOPERM of sysexits.h.
-"""
+"""Commands of `atspeed`: loaded when they are called, and failures end in one line."""
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import Any, ClassVar, NoReturn
 
-import grpc
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command, get_group
 
-from atspeed.batch.errors import BatchError
-from atspeed.benchmarks.results import BenchmarkError
-from atspeed.capacity.errors import CapacityError
 from atspeed.cli.options import CommandError, err
-from atspeed.engine.errors import EngineError
-from atspeed.local.edge import LocalEdgeError
-from atspeed.local.redis_server import LocalRedisError
-from atspeed.local.stack import LocalStackError
-from atspeed.security.tls import TlsError
-from atspeed.training.errors import Paused, TrainingError
-from atspeed_client import RecommenderError, UsageError
 
-PAUSED = 75
-_CALL_EXITS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 2,
-    grpc.StatusCode.UNAVAILABLE: 69,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 69,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 75,
-    grpc.StatusCode.UNAUTHENTICATED: 77,
-    grpc.StatusCode.PERMISSION_DENIED: 77,
-}
-_FORESEEN = (
-    BatchError,
-    BenchmarkError,
-    CapacityError,
-    CommandError,
-    EngineError,
-    LocalEdgeError,
-    LocalRedisError,
-    LocalStackError,
-    TlsError,
-    TrainingError,
-)
 # The base of all usage errors, which Typer does not export.
 _Mistake: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
 
@@ -75,8 +34,45 @@ class CheckedCommand(TyperCommand):
         return rest
 
 
+class DeferredCommand(TyperCommand):
+    """A command that is imported when it is called: help pages need its name and summary only.
+
+    Args:
+        name: the name.
+        place: MODULE:NAME of its function, or of the `Commands` of a group.
+        summary: the first paragraph of its help.
+    """
+
+    def __init__(self, name: str, place: str, summary: str) -> None:
+        super().__init__(name, help=summary)
+        self._place = place
+
+    def load(self) -> Any:
+        """Import and return the command or the group."""
+        module, _, attribute = self._place.partition(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, Commands):
+            group = get_group(found)
+            group.name = self.name
+            return group
+        commands = Commands()
+        commands.command(self.name)(found)
+        return get_command(commands)
+
+
 class CheckedGroup(TyperGroup):
-    """Turns mistakes and foreseen failures into a line and an exit code."""
+    """Turns mistakes and foreseen failures into a line and an exit code.
+
+    Attributes:
+        deferred: commands that are loaded when they are called.
+    """
+
+    deferred: ClassVar[tuple[DeferredCommand, ...]] = ()
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for command in self.deferred:
+            self.add_command(command)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -88,29 +84,33 @@ class CheckedGroup(TyperGroup):
             if type(error).__name__ == "NoArgsIsHelpError":
                 raise  # a group without a command shows its help
             _end(2, f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help")
-        except UsageError as error:
-            _end(2, str(error))
-        except RecommenderError as error:
-            _end(_CALL_EXITS.get(error.code, 1), str(error))
-        except _FORESEEN as error:
+        except CommandError as error:
             _end(1, str(error))
-        except Paused as paused:
-            _end(PAUSED, f"paused: {paused}; run the same command again to continue")
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # Typer ends a command whose output is closed
-            _end(1, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except UnicodeDecodeError as error:
-            _end(1, f"a file that the command reads is not UTF-8: {error.reason} at byte {error.start}")
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            from atspeed.cli.failures import ending  # loads all packages
+
+            if (known := ending(error)) is None:
+                raise
+            _end(*known)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the name, the command and the rest of the arguments. A deferred command is loaded."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, DeferredCommand) else command, rest
 
 
 class Commands(typer.Typer):
-    """A Typer application of checked commands."""
+    """A Typer application of checked commands.
 
-    def __init__(self, **options: Any) -> None:
+    deferred: commands that are loaded when they are called.
+    """
+
+    def __init__(self, *deferred: DeferredCommand, **options: Any) -> None:
         settings = {"help_option_names": ["-h", "--help"]}
         defaults: dict[str, Any] = {
-            "cls": CheckedGroup,
+            "cls": type("Group", (CheckedGroup,), {"deferred": deferred}),
             "no_args_is_help": True,
             "add_completion": False,
             "context_settings": settings,

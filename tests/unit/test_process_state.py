@@ -1,0 +1,48 @@
+"""A test that leaves the process changed is found."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tests.process_state import StructlogSetUp, changed, process_state
+
+
+def test_nothing_changed() -> None:
+    assert changed(process_state()) == ""
+
+
+def test_every_change_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = process_state()
+    handler, level = signal.getsignal(signal.SIGPIPE), logging.root.level
+    monkeypatch.setenv("ATSPEED_SOMETHING", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading, "excepthook", sys.excepthook)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    logging.root.setLevel(logging.DEBUG - 1)
+    try:
+        assert changed(before).split(", ") == list(before)
+    finally:
+        signal.signal(signal.SIGPIPE, handler)
+        logging.root.setLevel(level)
+    monkeypatch.undo()
+    assert changed(before) == ""
+
+
+def test_structlog_is_put_back() -> None:
+    was = structlog.get_config()
+    set_up = StructlogSetUp()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    set_up.put_back()
+    assert structlog.get_config() == was
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    configured = StructlogSetUp()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory())
+    configured.put_back()
+    assert isinstance(structlog.get_config()["logger_factory"], structlog.ReturnLoggerFactory)
