@@ -261,14 +261,14 @@ def test_services_start_from_their_cache_while_the_store_is_down_and_follow_it_t
         seen = scrape(service)
         assert seen.value("atspeed_bundle_store_reached", track="stable") == 0
         assert seen.value("atspeed_bundle_served", track="stable") == 1
+    finally:
         s3.start()
+    try:
         until(lambda: scrape(service).value("atspeed_bundle_store_reached", track="stable") == 1)
         ObjectStore(bucket).write(link, b"o1\n")
         until(lambda: count(service, "taken") == 1)
-        assert versions[1].manifest.version in service.log.read_text()
     finally:
         service.stop()
-        s3.start()
 
 
 def test_a_service_does_not_start_on_a_bundle_that_it_may_not_serve(
