@@ -25,6 +25,7 @@ from atspeed.local.child_process import ChildProcess
 from atspeed.security.tls import TlsFiles
 
 _HOST = "127.0.0.1"
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0  # then SIGKILL
 
@@ -43,7 +44,14 @@ class LocalEdge:
     """
 
     def __init__(
-        self, replicas: Sequence[str], log: Path, *, port: int = 0, console: bool = False, tls: TlsFiles | None = None
+        self,
+        replicas: Sequence[str],
+        log: Path,
+        *,
+        port: int = 0,
+        console: bool = False,
+        tls: TlsFiles | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         """Prepare the process without starting it.
 
@@ -53,9 +61,11 @@ class LocalEdge:
             port: the port that it listens on; 0 for any.
             console: whether it serves the console too.
             tls: its certificate and key, and the CA of the orchestrators; None without TLS.
+            hosts: names in URLs that are answered, beside those of this machine.
         """
         self._binary = envoy_binary()
-        self._place = Place(_HOST, port, replicas, tls=tls, console=CONSOLE if console else None)
+        names = [*_LOCAL_HOSTS, *(host for host in hosts if host not in _LOCAL_HOSTS)]
+        self._place = Place(_HOST, port, replicas, tls=tls, console=CONSOLE if console else None, hosts=names)
         self.log = log
         self._child = ChildProcess()
 
