@@ -210,6 +210,22 @@ def test_the_consumer_reaches_brokers_outside_and_sees_its_own_secrets_alone() -
     assert (plain["read_only"], plain["cap_drop"], plain["user"]) == (True, ["ALL"], "10001:10001")
 
 
+def test_what_freshness_says_makes_all_that_a_secured_consumer_reads(tmp_path: Path) -> None:
+    (tmp_path / "secrets" / "orchestrator").mkdir(parents=True)
+    for file in ("ca.crt", "orchestrator/tokens.toml"):
+        (tmp_path / "secrets" / file).write_text("", encoding="utf-8")
+    page = (ROOT / "docs" / "freshness.md").read_text(encoding="utf-8")
+    commands = [line for line in page.partition("```bash\n")[2].partition("```")[0].splitlines() if "sudo" not in line]
+    environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", "\n".join(commands)], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    given = events(*SECURE_FILES)["environment"].values()
+    read = {value.removeprefix("/secrets/") for value in given if value.startswith("/secrets/")}
+    assert {file.name for file in (tmp_path / "secrets" / "events").iterdir()} == read
+    tokens = tomllib.loads((tmp_path / "secrets" / "orchestrator" / "tokens.toml").read_text())
+    shown = (tmp_path / "secrets" / "events" / "token").read_text().strip()
+    assert (tokens["events"]["sha256"], set(tokens["events"]["scopes"])) == (hash_token(shown), {"read", "write"})
+
+
 # Rights
 
 
