@@ -25,6 +25,9 @@ OPENAPI = FOLDER / "openapi.json"
 SERVER_NAME = "orchestrator"
 """Name that a replica's certificate bears."""
 
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+"""Names in URLs that only this machine gives to itself."""
+
 _ROUTE_INDENT = " " * 24
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 
@@ -44,6 +47,7 @@ class Place:
         shares_port: whether another process may listen on the same port.
         hosts: the names in URLs that are answered. A deployment's Envoy answers all: its gateway decides on names, and its
             callers show tokens. Without tokens, a page could point a name of its own at this address.
+        more_hosts: how others are added, as the refusal says.
     """
 
     host: str
@@ -55,6 +59,7 @@ class Place:
     console: Path | None = None
     shares_port: bool = False
     hosts: Sequence[str] = ("*",)
+    more_hosts: str = ""
 
 
 def configuration(place: Place) -> str:
@@ -65,7 +70,7 @@ def configuration(place: Place) -> str:
         port=place.port,
         shares_port=json.dumps(place.shares_port),
         hosts=json.dumps(list(place.hosts)),
-        other_hosts="# Any name." if "*" in place.hosts else f"- {json.dumps(_other_hosts())}",
+        other_hosts="# Any name." if "*" in place.hosts else f"- {json.dumps(_other_hosts(place))}",
         folder=place.folder,
         console=_routes(console_routes(place.console)) if place.console else "# Without the console.",
         replicas=json.dumps([{"endpoint": {"address": _replica(address)}} for address in place.replicas]),
@@ -79,9 +84,9 @@ def _routes(routes: Sequence[dict[str, Any]]) -> str:
     return f"\n{_ROUTE_INDENT}".join(f"- {json.dumps(route)}" for route in routes)
 
 
-def _other_hosts() -> dict[str, Any]:
+def _other_hosts(place: Place) -> dict[str, Any]:
     """Return the virtual host of all other names, which refuses."""
-    body = {"inline_string": "host: this name is not served here; atspeed up --http-host NAME adds it"}
+    body = {"inline_string": f"host: this name is not served here; {place.more_hosts}"}
     route = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": body}, **untranscoded()}
     return {"name": "others", "domains": ["*"], "routes": [route]}
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from atspeed.edge.configuration import Place, configuration
+from atspeed.edge.configuration import LOCAL_HOSTS, Place, configuration
 from atspeed.edge.console_routes import FOLDER as CONSOLE
 from atspeed.local.child_process import ChildProcess
 from atspeed.security.tls import TlsFiles
 
 _HOST = "127.0.0.1"
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_MORE_HOSTS = "atspeed up --http-host NAME adds it"
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0  # then SIGKILL
 
@@ -64,8 +64,15 @@ class LocalEdge:
             hosts: names in URLs that are answered, beside those of this machine.
         """
         self._binary = envoy_binary()
-        names = [*_LOCAL_HOSTS, *(host for host in hosts if host not in _LOCAL_HOSTS)]
-        self._place = Place(_HOST, port, replicas, tls=tls, console=CONSOLE if console else None, hosts=names)
+        self._place = Place(
+            _HOST,
+            port,
+            replicas,
+            tls=tls,
+            console=CONSOLE if console else None,
+            hosts=list(dict.fromkeys([*LOCAL_HOSTS, *hosts])),
+            more_hosts=_MORE_HOSTS,
+        )
         self.log = log
         self._child = ChildProcess()
 

@@ -217,7 +217,9 @@ def test_what_freshness_says_makes_all_that_a_secured_consumer_reads(tmp_path: P
     page = (ROOT / "docs" / "freshness.md").read_text(encoding="utf-8")
     commands = [line for line in page.partition("```bash\n")[2].partition("```")[0].splitlines() if "sudo" not in line]
     environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
-    subprocess.run(["bash", "-euc", "\n".join(commands)], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        ["bash", "-euc", "\n".join(commands)], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )
     given = events(*SECURE_FILES)["environment"].values()
     read = {value.removeprefix("/secrets/") for value in given if value.startswith("/secrets/")}
     assert {file.name for file in (tmp_path / "secrets" / "events").iterdir()} == read

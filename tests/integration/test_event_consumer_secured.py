@@ -87,8 +87,9 @@ class Consumer:
     def until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 2 * LIVENESS_SECONDS
         while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < end
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()
+                raise AssertionError(self.process.communicate()[0])
             time.sleep(0.05)
 
     def committed(self) -> int:

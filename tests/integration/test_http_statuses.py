@@ -172,7 +172,7 @@ def test_grpc_at_another_name_is_refused_too(address: str) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             info(b"", timeout=LIVENESS_SECONDS)
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-    assert "host: this name is not served here" in caught.value.details()
+    assert "host: this name is not served here" in str(caught.value.details())
 
 
 @pytest.mark.parametrize("timeout", ["soon", "", "5", "123456789S", "-1S", "1s"])
