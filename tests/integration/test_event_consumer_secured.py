@@ -58,7 +58,18 @@ class Consumer:
             self.health = f"127.0.0.1:{listener.getsockname()[1]}"
         own = certificates.folder / "orchestrator"
         self._command = [sys.executable, "-m", "atspeed.cli", "consume-events", "--brokers", kafka.address]
-        self._command += ["--topic", "secured", "--health", self.health, "--batch-messages", "20", "--timeout", "60"]
+        self._command += [
+            "--topic",
+            "secured",
+            "--group",
+            "secured",
+            "--health",
+            self.health,
+            "--batch-messages",
+            "20",
+            "--timeout",
+            "60",
+        ]
         self._command += ["--address", address, "--ca", str(certificates.ca), "--token-file", str(self._token)]
         self._command += ["--certificate", f"{own}/tls.crt", "--key", f"{own}/tls.key"]
 
