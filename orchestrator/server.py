@@ -16,7 +16,8 @@ from atspeed.concurrency.deadline import Deadline
 from atspeed.engine.kv.redis_client import connect
 from atspeed.errors import InvalidArgumentError
 from atspeed.observability import tracing
-from atspeed.rollout.bundle_watch import BundleWatch, bundle_sources, bundle_watches, open_first, watch_bundles
+from atspeed.rollout.bundle_opening import bundle_sources, open_first
+from atspeed.rollout.bundle_watch import BundleWatch, bundle_watches, watch_bundles
 from atspeed.rollout.release_track import Track
 from atspeed.rpc.admission import Admission, Priority
 from atspeed.rpc.grpc_status import call_status

@@ -20,6 +20,14 @@ def kubectl() -> str:
     pytest.skip(f"there is no kubectl: {_HOW}")
 
 
+def checkov() -> str:
+    """Return the command of checkov, which has an environment of its own."""
+    found = FETCHED.parent / "checkov"
+    if not (found / ".installed").exists():
+        pytest.skip("there is no checkov: `make tools` fetches it, where a package index is within reach")
+    return str(found / "bin" / "checkov")
+
+
 def node_modules() -> Path:
     """Return the folder in which Node finds grpc-js."""
     if not _runs(["node", "--version"]):

@@ -2,6 +2,7 @@
 
     files/SHA256            a file, under its hash; it appears in one step once the hash was checked
     bundles/SHA256/         a bundle, under the hash of its manifest, of hard links to these files
+    urls/SHA256             the bundle that was served last of a URL, under the URL's hash
 
 A new catalogue on the same models therefore fetches the catalogue only, and an interrupted fetch goes on with the next file.
 """
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
+from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
+
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import link_or_copy, sha256_of
 from atspeed.engine.bundle.manifest import MANIFEST, Manifest
@@ -31,6 +34,24 @@ _UNUSED_SECONDS = 3600.0  # a file that no bundle holds yet may be another proce
 def default_cache() -> Path:
     """Return the folder for fetched bundles where no setting names one."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "atspeed", "bundles")
+
+
+class ServedBundle(BaseModel):
+    """Record of the bundle that was served last of a URL.
+
+    Attributes:
+        url: the URL in the setting.
+        place: the URL of the bundle, which differs where `url` is a link.
+        manifest: SHA-256 of its manifest.json.
+        signature: its signature; None where none was asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    place: str
+    manifest: str
+    signature: Base64Bytes | None
 
 
 class BundleCache:
@@ -63,6 +84,35 @@ class BundleCache:
         except OSError as error:
             raise BundleError(f"{error.filename or self._folder}: {error.strerror}") from error
         return Bundle(root, manifest)
+
+    def remember(self, served: ServedBundle) -> None:
+        """Keep a record in place of the URL's last one, if the cache has the bundle. Raises BundleError."""
+        if self.manifest(served) is None:
+            return
+        try:
+            with _placed(self._record(served.url)) as new:
+                new.write_text(served.model_dump_json(), encoding="utf-8")
+        except OSError as error:
+            raise BundleError(f"{error.filename or self._folder}: {error.strerror}") from error
+
+    def remembered(self, url: str) -> ServedBundle | None:
+        """Return the record of a URL; None without a whole one."""
+        try:
+            served = ServedBundle.model_validate_json(self._record(url).read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return served if served.url == url else None
+
+    def manifest(self, served: ServedBundle) -> bytes | None:
+        """Return the bytes of a cached bundle's manifest; None when they are not there or differ from their hash."""
+        try:
+            content = (self._folder / "bundles" / served.manifest / MANIFEST).read_bytes()
+        except OSError:
+            return None
+        return content if hashlib.sha256(content).hexdigest() == served.manifest else None
+
+    def _record(self, url: str) -> Path:
+        return self._folder / "urls" / hashlib.sha256(url.encode()).hexdigest()
 
     def _file(self, name: str, digest: str, chunks: Callable[[str], Iterator[bytes]], stop: Event) -> Path:
         """Return the path of a file's content, which is fetched unless it is there and whole."""

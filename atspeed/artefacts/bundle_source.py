@@ -6,6 +6,7 @@ object stores have no links.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Hashable
@@ -14,7 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
-from atspeed.artefacts.bundle_cache import BundleCache
+from atspeed.artefacts.bundle_cache import BundleCache, ServedBundle
 from atspeed.artefacts.object_store import ObjectStore, StoreError
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, Manifest, parse_manifest
@@ -44,6 +45,9 @@ class NamedBundle(Protocol):
     def open(self, stop: Event) -> Bundle:
         """Return the bundle in a local folder. It may take minutes, and ends early once `stop` is set."""
 
+    def remember(self) -> None:
+        """Note that the bundle is served, for starts without the store. Raises BundleError when the cache cannot keep it."""
+
 
 class BundleSource(Protocol):
     """A place that names a bundle."""
@@ -54,6 +58,9 @@ class BundleSource(Protocol):
 
     def look(self) -> NamedBundle | None:
         """Return the bundle that the place names now; None without one. Raises StoreError when the store cannot say."""
+
+    def remembered(self) -> NamedBundle | None:
+        """Return the bundle that was served last, without the store; None without one, or without a store."""
 
 
 def bundle_source(place: Path | str, keys: TrustedKeys | None, cache: BundleCache) -> BundleSource:
@@ -78,6 +85,9 @@ class _Folder:
 
     def open(self, stop: Event) -> Bundle:  # noqa: ARG002 - it takes no time
         return Bundle(self.root, self._manifest())
+
+    def remember(self) -> None:
+        """Do nothing: a folder is always there."""
 
     def _manifest(self) -> Manifest:
         """Parse the bytes whose signature was checked."""
@@ -114,6 +124,10 @@ class LinkSource:
         signed = file_signature(root / SIGNATURE) if self._keys else None
         return _Folder(root, (str(root), found, signed), self._keys)
 
+    def remembered(self) -> None:
+        """Return None: a folder needs no store."""
+        return
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -142,6 +156,13 @@ class _Stored:
         except BundleError as error:
             text = str(error)
             raise BundleError(text if place in text else f"{place}: {text}") from error
+
+    def remember(self) -> None:
+        digest = hashlib.sha256(self.content).hexdigest()
+        signature = None if self.signature is None else base64.b64encode(self.signature)
+        self.source.cache.remember(
+            ServedBundle(url=self.source.place, place=self.place, manifest=digest, signature=signature)
+        )
 
     def _manifest(self) -> Manifest:
         if self.source.keys:
@@ -172,6 +193,12 @@ class UrlSource:
     def look(self) -> NamedBundle | None:
         """Return the bundle that the URL names now."""
         return self._stored(self._url) or self._linked()
+
+    def remembered(self) -> NamedBundle | None:
+        """Return the bundle of the cache that was served last. Its signature and files are checked as those of the store."""
+        served = self.cache.remembered(self._url)
+        content = self.cache.manifest(served) if served else None
+        return _Stored(served.place, content, served.signature, self) if served and content else None
 
     def _linked(self) -> _Stored | None:
         text = self.store.read(self._url)

@@ -73,15 +73,36 @@ class Connection:
             show_envvar=True,
         ),
     ] = ""
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the bearer token. It is read again when it changes.",
+            envvar="ATSPEED_TOKEN_FILE",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None
 
     def client(self, *, retries: int = 2) -> Client:
         """Create a client of the service. Raises UsageError. retries: how often a call is made again."""
-        token = self.token or None
-        return Client(self.address, timeout_seconds=self.timeout, retries=retries, tls=self._tls, token=token)
+        return Client(self.address, timeout_seconds=self.timeout, retries=retries, tls=self._tls, token=self._token)
 
     def endpoint(self) -> Endpoint:
         """Return address, certificates and token of the service. Raises UsageError."""
-        return Endpoint(self.address, self._tls, self.token or None)
+        return Endpoint(self.address, self._tls, self._token)
+
+    @property
+    def _token(self) -> str | Callable[[], str] | None:
+        if self.token_file is None:
+            return self.token or None
+        if self.token:
+            raise typer.BadParameter("--token and --token-file exclude each other.")
+        from atspeed.security.tokens import TokenError, TokenFile
+
+        try:
+            return TokenFile(self.token_file)
+        except TokenError as error:
+            raise typer.BadParameter(f"--token-file: {error}") from None
 
     @property
     def _tls(self) -> Tls | None:

@@ -37,6 +37,8 @@ def consume_events(
         Path | None,
         typer.Option(
             help="File of librdkafka's settings, NAME=VALUE per line, such as those of TLS and SASL.",
+            envvar="ATSPEED_KAFKA_CONFIG",
+            show_envvar=True,
             exists=True,
             dir_okay=False,
         ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -54,6 +56,21 @@ HttpPort = Annotated[
 ]
 
 
+def _host_names(values: list[str]) -> list[str]:
+    for value in values:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:]{2,45}\]", value):
+            raise typer.BadParameter("must be a host name or an address, without a port")
+    return [value.lower() for value in values]
+
+
+HttpHosts = Annotated[
+    list[str],
+    typer.Option(
+        "--http-host",
+        help="Name in URLs that --http and --console answer, beside localhost, 127.0.0.1 and [::1]; repeatable.",
+        callback=_host_names,
+    ),
+]
 ConsolePort = Annotated[
     int | None,
     typer.Option(
@@ -78,6 +95,7 @@ def up(
     ] = False,
     http: HttpPort = None,
     console: ConsolePort = None,
+    http_host: HttpHosts = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:
@@ -87,6 +105,8 @@ def up(
     if http is not None and console is not None:
         raise typer.BadParameter("--console takes JSON on its port too; give only one of --http and --console")
     http = console if http is None else http
+    if http_host and http is None:
+        raise typer.BadParameter("--http-host needs --http or --console")
     manifest = read_manifest(bundle)
     if drafts and manifest.draft is None:
         raise CommandError(f"{bundle}: the bundle has no draft model, use --drafts 0")
@@ -118,7 +138,7 @@ def up(
                 )
                 edge = None
                 if http is not None:
-                    edge = _edge(running, http, stack, certificates, console=console is not None)
+                    edge = _edge(running, http, stack, certificates, console=console is not None, hosts=http_host)
             ca = certificates.ca if certificates else None
             _announce(manifest.name, stack, kept, ca)
             if edge:
@@ -138,13 +158,19 @@ def _throwaway(running: ExitStack) -> LocalCertificates:
 
 
 def _edge(
-    running: ExitStack, port: int, stack: LocalStack, certificates: LocalCertificates | None, *, console: bool
+    running: ExitStack,
+    port: int,
+    stack: LocalStack,
+    certificates: LocalCertificates | None,
+    *,
+    console: bool,
+    hosts: Sequence[str],
 ) -> LocalEdge:
     """Start the way in for HTTP."""
     tls = certificates.files("edge") if certificates else None
     replicas = [orchestrator.address for orchestrator in stack.orchestrators]
     return running.enter_context(
-        LocalEdge(replicas, stack.log_folder / "edge.log", port=port, console=console, tls=tls)
+        LocalEdge(replicas, stack.log_folder / "edge.log", port=port, console=console, tls=tls, hosts=hosts)
     )
 
 

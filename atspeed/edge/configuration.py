@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from atspeed.edge.console_routes import console_routes
+from atspeed.edge.console_routes import console_routes, untranscoded
 from atspeed.security.tls import TlsFiles
 
 FOLDER = Path(__file__).parent
@@ -24,6 +24,9 @@ CONTRACT = FOLDER / "contract.pb"
 OPENAPI = FOLDER / "openapi.json"
 SERVER_NAME = "orchestrator"
 """Name that a replica's certificate bears."""
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+"""Names in URLs that only this machine gives to itself."""
 
 _ROUTE_INDENT = " " * 24
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
@@ -42,6 +45,9 @@ class Place:
         tls: certificate and key of this Envoy, for both sides, and the CA of the replicas; None without TLS.
         console: folder of the console's files, as Envoy sees it; None without the console.
         shares_port: whether another process may listen on the same port.
+        hosts: the names in URLs that are answered. A deployment's Envoy answers all: its gateway decides on names, and its
+            callers show tokens. Without tokens, a page could point a name of its own at this address.
+        more_hosts: how others are added, as the refusal says.
     """
 
     host: str
@@ -52,6 +58,8 @@ class Place:
     tls: TlsFiles | None = None
     console: Path | None = None
     shares_port: bool = False
+    hosts: Sequence[str] = ("*",)
+    more_hosts: str = ""
 
 
 def configuration(place: Place) -> str:
@@ -61,6 +69,8 @@ def configuration(place: Place) -> str:
         host=place.host,
         port=place.port,
         shares_port=json.dumps(place.shares_port),
+        hosts=json.dumps(list(place.hosts)),
+        other_hosts="# Any name." if "*" in place.hosts else f"- {json.dumps(_other_hosts(place))}",
         folder=place.folder,
         console=_routes(console_routes(place.console)) if place.console else "# Without the console.",
         replicas=json.dumps([{"endpoint": {"address": _replica(address)}} for address in place.replicas]),
@@ -72,6 +82,13 @@ def configuration(place: Place) -> str:
 def _routes(routes: Sequence[dict[str, Any]]) -> str:
     """Return routes as items of the template's list of routes."""
     return f"\n{_ROUTE_INDENT}".join(f"- {json.dumps(route)}" for route in routes)
+
+
+def _other_hosts(place: Place) -> dict[str, Any]:
+    """Return the virtual host of all other names, which refuses."""
+    body = {"inline_string": f"host: this name is not served here; {place.more_hosts}"}
+    route = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": body}, **untranscoded()}
+    return {"name": "others", "domains": ["*"], "routes": [route]}
 
 
 def _socket(host: str, port: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def console_routes(folder: Path) -> list[dict[str, Any]]:
     """Return a route for each file of the page. folder: that of the files, as Envoy sees it."""
     files = sorted(path.name for path in FOLDER.iterdir() if path.suffix in _TYPES)
     return [
-        {"match": {"path": "/console"}, "redirect": {"path_redirect": "/console/"}, **_untranscoded()},
+        {"match": {"path": "/console"}, "redirect": {"path_redirect": "/console/"}, **untranscoded()},
         *(_file(folder, name, "" if name == "index.html" else name) for name in files),
     ]
 
@@ -52,11 +52,11 @@ def _file(folder: Path, name: str, shown: str) -> dict[str, Any]:
         "match": {"path": f"/console/{shown}"},
         "direct_response": {"status": 200, "body": {"filename": str(folder / name)}},
         "response_headers_to_add": added,
-        **_untranscoded(),
+        **untranscoded(),
     }
 
 
-def _untranscoded() -> dict[str, Any]:
+def untranscoded() -> dict[str, Any]:
     """Return the setting without which the transcoder looks for a method of this path and finds none."""
     disabled = {"@type": _FILTERS, "disabled": True}
     return {"typed_per_filter_config": {"envoy.filters.http.grpc_json_transcoder": disabled}}

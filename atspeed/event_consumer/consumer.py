@@ -28,6 +28,7 @@ import grpc
 import structlog
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaException, TopicPartition
 
+from atspeed.errors import Reason
 from atspeed.event_consumer.dead_letters import DeadLetterError, DeadLetters
 from atspeed.event_consumer.messages import BadMessageError, Message, MessageFormat
 from atspeed.event_consumer.metrics import ConsumerMetrics
@@ -166,10 +167,10 @@ class EventConsumer:
             try:
                 results = self._recorder.record(part, secrets.token_hex(8))
             except CallError as error:
-                if len(part) > 1 and _refuses_size(error):
+                if len(part) > 1 and (_refuses_size(error) or _refuses_message(error)):
                     parts.extendleft((part[len(part) // 2 :], part[: len(part) // 2]))
                     continue
-                if error.code is not grpc.StatusCode.INVALID_ARGUMENT:
+                if not _refuses_message(error):
                     outcome.wait_for(sent[done:], error)
                     return
                 outcome.dead.append((of_part[0], error.message))
@@ -178,7 +179,7 @@ class EventConsumer:
             for message, request, result in zip(of_part, part, results, strict=True):
                 if not isinstance(result, CallError):
                     self._metrics.stored(len(request.events), result)
-                elif result.code is grpc.StatusCode.INVALID_ARGUMENT:
+                elif _refuses_message(result):
                     outcome.dead.append((message, result.message))
                 else:
                     outcome.wait_for([message], result)
@@ -232,10 +233,18 @@ class EventConsumer:
 
 
 def _refuses_size(error: CallError) -> bool:
-    """Return whether a smaller call may be taken: this one is invalid, or beyond a limit that no wait lifts."""
-    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return error.retry_after_seconds is None
-    return error.code is grpc.StatusCode.INVALID_ARGUMENT
+    """Return whether a smaller call may be taken: this one is beyond a limit that no wait lifts."""
+    return error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_seconds is None
+
+
+def _refuses_message(error: CallError) -> bool:
+    """Return whether a message is at fault, and no wait helps: it is invalid, or of a tenant that the token is not for.
+
+    A token that is not valid, or not for the method, is the operator's to mend: everything waits for that.
+    """
+    return error.code is grpc.StatusCode.INVALID_ARGUMENT or (
+        error.code is grpc.StatusCode.PERMISSION_DENIED and error.reason == Reason.TENANT_DENIED
+    )
 
 
 def _first_offsets(messages: Iterable[Message]) -> dict[int, int]:

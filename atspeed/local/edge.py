@@ -19,12 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from atspeed.edge.configuration import Place, configuration
+from atspeed.edge.configuration import LOCAL_HOSTS, Place, configuration
 from atspeed.edge.console_routes import FOLDER as CONSOLE
 from atspeed.local.child_process import ChildProcess
 from atspeed.security.tls import TlsFiles
 
 _HOST = "127.0.0.1"
+_MORE_HOSTS = "atspeed up --http-host NAME adds it"
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0  # then SIGKILL
 
@@ -43,7 +44,14 @@ class LocalEdge:
     """
 
     def __init__(
-        self, replicas: Sequence[str], log: Path, *, port: int = 0, console: bool = False, tls: TlsFiles | None = None
+        self,
+        replicas: Sequence[str],
+        log: Path,
+        *,
+        port: int = 0,
+        console: bool = False,
+        tls: TlsFiles | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         """Prepare the process without starting it.
 
@@ -53,9 +61,18 @@ class LocalEdge:
             port: the port that it listens on; 0 for any.
             console: whether it serves the console too.
             tls: its certificate and key, and the CA of the orchestrators; None without TLS.
+            hosts: names in URLs that are answered, beside those of this machine.
         """
         self._binary = envoy_binary()
-        self._place = Place(_HOST, port, replicas, tls=tls, console=CONSOLE if console else None)
+        self._place = Place(
+            _HOST,
+            port,
+            replicas,
+            tls=tls,
+            console=CONSOLE if console else None,
+            hosts=list(dict.fromkeys([*LOCAL_HOSTS, *hosts])),
+            more_hosts=_MORE_HOSTS,
+        )
         self.log = log
         self._child = ChildProcess()
 

@@ -35,7 +35,7 @@ from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.errors import ServiceError, UnimplementedError
 from atspeed.local.in_process_models import InProcessDraft, InProcessTarget
 from atspeed.model_host.hosted_models import served_models
-from atspeed.rollout.bundle_watch import open_bundle
+from atspeed.rollout.bundle_opening import open_bundle
 from atspeed.rpc import wire
 from atspeed.rpc.grpc_status import call_status
 from atspeed.v1 import recommendation_pb2 as pb

@@ -32,7 +32,8 @@ from atspeed.model_host.model_metrics import ModelMetrics, served_reads
 from atspeed.model_host.settings import ModelSettings
 from atspeed.observability.bundle_metrics import bundle_reads
 from atspeed.observability.metrics import Readings, Reads
-from atspeed.rollout.bundle_watch import bundle_sources, bundle_watches, open_first, watch_bundles
+from atspeed.rollout.bundle_opening import bundle_sources, open_first
+from atspeed.rollout.bundle_watch import bundle_watches, watch_bundles
 from atspeed.rollout.release_track import Track
 from atspeed.rpc import wire
 from atspeed.rpc.health import NOTICE_SECONDS

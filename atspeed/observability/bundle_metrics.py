@@ -26,7 +26,13 @@ UNREACHABLE = ReadCounter(
     "Checks of a bundle's URL at which the store could not be reached, or refused. The served bundle stays.",
     ("track",),
 )
-METRICS = (SERVED, CHANGES, PENDING, UNREACHABLE)
+REACHED = ReadGauge(
+    "atspeed_bundle_store_reached",
+    "0 while the store of a bundle's URL cannot be reached; a service that starts then serves its cached bundle.",
+    ("track",),
+    essential=True,
+)
+METRICS = (SERVED, CHANGES, PENDING, UNREACHABLE, REACHED)
 
 
 def bundle_reads(watches: Sequence[BundleWatch]) -> dict[ReadCounter | ReadGauge, Read]:
@@ -40,4 +46,5 @@ def bundle_reads(watches: Sequence[BundleWatch]) -> dict[ReadCounter | ReadGauge
         },
         PENDING: lambda: {(watch.track,): watch.pending is not None for watch in watches},
         UNREACHABLE: lambda: {(watch.track,): watch.unreachable for watch in watches},
+        REACHED: lambda: {(watch.track,): watch.reached for watch in watches},
     }

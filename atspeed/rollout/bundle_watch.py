@@ -2,7 +2,8 @@
 
 A place is a directory, a symlink or a URL. A bundle has changed when the version in its manifest has. A bundle that cannot be
 served is rejected once, and the earlier one stays; SIGHUP makes the service try it again. The stable bundle is always there. A
-canary is deactivated when its place no longer names one. A store that cannot be reached changes nothing.
+canary is deactivated when its place no longer names one. A store that cannot be reached changes nothing, and a start takes the
+stable bundle that was served last from the cache.
 """
 
 from __future__ import annotations
@@ -10,24 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import structlog
 
-from atspeed.artefacts.bundle_cache import BundleCache, default_cache
-from atspeed.artefacts.bundle_source import BundleSource, NamedBundle, bundle_source
+from atspeed.artefacts.bundle_source import BundleSource, NamedBundle
 from atspeed.artefacts.object_store import StoreError
-from atspeed.artefacts.signature import TrustedKeys
 from atspeed.concurrency.tasks import background_task
-from atspeed.configuration.settings import ServiceSettings
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.manifest import MANIFEST
 from atspeed.engine.errors import BundleError, EngineError
+from atspeed.rollout.bundle_opening import open_named
 from atspeed.rollout.release_track import Track
 
 
@@ -49,29 +46,6 @@ _RETRY_SECONDS = 5.0
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Open the bundle that a path names now. The link is resolved once, so a link that moves cannot mix two bundles."""
-    return Bundle(path.resolve())
-
-
-async def open_named(named: NamedBundle) -> Bundle:
-    """Open a bundle in a thread, which ends early when the caller is cancelled. Raises BundleError."""
-    stop = threading.Event()
-    try:
-        return await asyncio.to_thread(named.open, stop)
-    except asyncio.CancelledError:
-        stop.set()
-        raise
-
-
-async def open_first(source: BundleSource) -> Bundle:
-    """Open the bundle that a source names at the start. Raises BundleError, also when there is none."""
-    named = await asyncio.to_thread(source.look)
-    if named is None:
-        raise BundleError(f"{source.place}/{MANIFEST}: No such file or directory")
-    return await open_named(named)
-
-
 class BundleWatch:
     """Watches the place of one track.
 
@@ -82,6 +56,7 @@ class BundleWatch:
         activated: number of bundles that were activated.
         rejected: number of bundles that were rejected.
         unreachable: number of checks at which the store could not be reached.
+        reached: whether the last check could look.
     """
 
     def __init__(self, source: BundleSource, track: Track, host: BundleHost, served: str | None = None) -> None:
@@ -93,7 +68,7 @@ class BundleWatch:
         self.activated = 0
         self.rejected = 0
         self.unreachable = 0
-        self._reached = True
+        self.reached = True
         self._not_before = 0.0
         self._seen: Hashable = None
         self._misses = 0
@@ -117,8 +92,8 @@ class BundleWatch:
         except BundleError as error:
             await self._reject_once(str(error), error)
             return
-        if not self._reached:
-            self._reached = True
+        if not self.reached:
+            self.reached = True
             self._log.info("bundle_store_reached", place=self._source.place)
         if named is None:
             await self._miss()
@@ -132,6 +107,8 @@ class BundleWatch:
             await self._reject_once(named.revision, error)
             return
         self._seen = named.revision
+        if version == self.served:
+            await self._remember(named)
         await self._change_to(named, version)
 
     async def _change_to(self, named: NamedBundle, version: str) -> None:
@@ -177,7 +154,15 @@ class BundleWatch:
             self.activated += 1
             self.served = version
             self._log.info("bundle_activated", root=named.place, version=version)
+            await self._remember(named)
         self.pending = None
+
+    async def _remember(self, named: NamedBundle) -> None:
+        """Let the next start have this bundle while the store is down. Only bundles that are served come here."""
+        try:
+            await asyncio.to_thread(named.remember)
+        except BundleError as error:
+            self._log.warning("bundle_not_remembered", reason=" ".join(str(error).split()))
 
     async def _reject_once(self, revision: Hashable, error: EngineError) -> None:
         """Reject what cannot be activated, unless the last check did."""
@@ -195,8 +180,8 @@ class BundleWatch:
     def _miss_store(self, error: StoreError) -> None:
         """Handle a check that could not look. What is served stays, since nobody knows whether it changed."""
         self.unreachable += 1
-        if self._reached:
-            self._reached = False
+        if self.reached:
+            self.reached = False
             self._log.warning("bundle_store_unreachable", serving=self.served, reason=" ".join(str(error).split()))
 
     async def _miss(self) -> None:
@@ -213,16 +198,6 @@ class BundleWatch:
             self._host.deactivate(self.track)
             self._log.info("bundle_deactivated", version=self.served)
             self.served = None
-
-
-def bundle_sources(settings: ServiceSettings) -> Mapping[Track, BundleSource]:
-    """Return the place of each track in the settings. Raises BundleError for keys or a scheme that cannot be used."""
-    keys = None
-    if settings.bundle_public_key is not None:
-        keys = TrustedKeys(settings.bundle_public_key)
-    cache = BundleCache(settings.bundle_cache or default_cache())
-    places = {Track.STABLE: settings.bundle, Track.CANARY: settings.canary_bundle}
-    return {track: bundle_source(place, keys, cache) for track, place in places.items() if place is not None}
 
 
 def bundle_watches(sources: Mapping[Track, BundleSource], host: BundleHost, served: str) -> Sequence[BundleWatch]:

@@ -18,7 +18,7 @@ import structlog
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from atspeed.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
+from atspeed.errors import PermissionDeniedError, Reason, ServiceError, UnauthenticatedError
 from atspeed.observability.metrics import ServerMetrics
 from atspeed.rpc.handlers import Behaviour, Context, Handler, wrap_handler
 from atspeed.rpc.rotating_channel import AUTHORIZATION
@@ -101,7 +101,7 @@ def _check_scopes(caller: Caller, method: str, keys: Set[str]) -> None:
 def _check_tenants(message: Any) -> Any:
     allowed = _caller.get().grant.tenants
     if allowed is not None and isinstance(message, Message) and any(name not in allowed for name in tenants(message)):
-        raise PermissionDeniedError("tenant: the token is bound to others")
+        raise PermissionDeniedError("tenant: the token is bound to others", reason=Reason.TENANT_DENIED)
     return message
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61tspeed/v1/errors.proto\x12\natspeed.v1*\xf1\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12+\n\'ERROR_REASON_HISTORY_WITHOUT_KNOWN_ITEM\x10\x02\x12\"\n\x1e\x45RROR_REASON_HISTORY_NOT_FOUND\x10\x03\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x04\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x05\x12\x1b\n\x17\x45RROR_REASON_NOT_SERVED\x10\x06\x12#\n\x1f\x45RROR_REASON_HISTORIES_DISABLED\x10\x07\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x08\x12&\n\"ERROR_REASON_HISTORIES_UNAVAILABLE\x10\t\x12$\n ERROR_REASON_BACKEND_UNAVAILABLE\x10\n\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x0b\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0c\x12\x1f\n\x1b\x45RROR_REASON_QUOTA_EXCEEDED\x10\rBB\n\x0e\x63om.atspeed.v1B\x0b\x45rrorsProtoP\x01Z\x14\x61tspeed/v1;atspeedv1\xaa\x02\nAtSpeed.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61tspeed/v1/errors.proto\x12\natspeed.v1*\x91\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12+\n\'ERROR_REASON_HISTORY_WITHOUT_KNOWN_ITEM\x10\x02\x12\"\n\x1e\x45RROR_REASON_HISTORY_NOT_FOUND\x10\x03\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x04\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x05\x12\x1b\n\x17\x45RROR_REASON_NOT_SERVED\x10\x06\x12#\n\x1f\x45RROR_REASON_HISTORIES_DISABLED\x10\x07\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x08\x12&\n\"ERROR_REASON_HISTORIES_UNAVAILABLE\x10\t\x12$\n ERROR_REASON_BACKEND_UNAVAILABLE\x10\n\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x0b\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0c\x12\x1f\n\x1b\x45RROR_REASON_QUOTA_EXCEEDED\x10\r\x12\x1e\n\x1a\x45RROR_REASON_TENANT_DENIED\x10\x0e\x42\x42\n\x0e\x63om.atspeed.v1B\x0b\x45rrorsProtoP\x01Z\x14\x61tspeed/v1;atspeedv1\xaa\x02\nAtSpeed.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016com.atspeed.v1B\013ErrorsProtoP\001Z\024atspeed/v1;atspeedv1\252\002\nAtSpeed.V1'
   _globals['_ERRORREASON']._serialized_start=40
-  _globals['_ERRORREASON']._serialized_end=537
+  _globals['_ERRORREASON']._serialized_end=569
 # @@protoc_insertion_point(module_scope)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from atspeed.configuration.generated_page import write_or_check
-from atspeed.edge.configuration import CONTRACT, OPENAPI, Place, configuration
+from atspeed.edge.configuration import CONTRACT, LOCAL_HOSTS, OPENAPI, Place, configuration
 from atspeed.security.tls import TlsFiles
 
 FOLDER = Path(__file__).parent
@@ -19,19 +20,26 @@ COMMAND = "make edge"
 
 
 def place(tls: TlsFiles | None, console: Path | None) -> Place:
-    """Where Envoy stands in a container: before all replicas that the name resolves to."""
+    """Where Envoy stands in a container: before all replicas that the name resolves to, at any name."""
     anywhere = "0.0.0.0"  # noqa: S104 - which of its ports are published is the deployment's to say
     return Place(
         anywhere, 50050, ["orchestrator:50051"], MOUNTED, admin_port=9901, tls=tls, console=console, shares_port=True
     )
 
 
+def local(console: Path | None) -> Place:
+    """Where Envoy stands in Compose without tokens: at names of this machine, and at that of its container."""
+    hosts = (*LOCAL_HOSTS, "edge", "console")
+    return replace(place(None, console), hosts=hosts, more_hosts="EDGE_CONFIG=envoy.yaml serves all names")
+
+
 def main() -> int:
     """Write or check all files."""
     variants = {
         "envoy.yaml": place(None, None),
+        "envoy.local.yaml": local(None),
         "envoy.secure.yaml": place(TLS, None),
-        "envoy.console.yaml": place(None, CONSOLE),
+        "envoy.console.yaml": local(CONSOLE),
         "envoy.console.secure.yaml": place(TLS, CONSOLE),
     }
     stale = [

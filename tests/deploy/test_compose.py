@@ -16,6 +16,7 @@ import yaml
 from atspeed.configuration.settings_docs import SERVICES, load
 from atspeed.security.tokens import hash_token
 from tests.composed import ROOT, SCRIPTS, SECURE_FILES, Service, compose
+from tests.containers import parsed
 
 PORTS = {"draft": 50053, "target": 50052, "orchestrator": 50051}
 WEIGHTS_OF_7B = 13_500_000_000  # bytes, in float16
@@ -162,7 +163,8 @@ def test_what_watches_has_no_rights_that_it_does_not_need(watching: dict[str, Se
 def test_prometheus_scrapes_the_port_that_every_service_opens(ours: dict[str, Service]) -> None:
     jobs = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     (discovered,) = ({job["job_name"]: job["dns_sd_configs"][0] for job in jobs},)
-    assert set(discovered) == set(ours)
+    assert set(discovered) == {*ours, "events"}
+    assert f"--metrics-port={discovered['events']['port']}" in events()["command"]
     for role, service in ours.items():
         prefix = f"ATSPEED_{role.upper()}"
         assert service["environment"][f"{prefix}_METRICS_HOST"] == "0.0.0.0"  # noqa: S104
@@ -176,6 +178,54 @@ def test_traces_go_to_jaeger_where_they_are_asked_for(ours: dict[str, Service]) 
         assert service["environment"][f"ATSPEED_{role.upper()}_TRACING"] == "false"
         assert traced[role]["environment"][f"ATSPEED_{role.upper()}_TRACING"] == "true"
         assert traced[role]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4317"
+
+
+# The consumer of events
+
+
+def events(*files: str, **variables: str) -> Service:
+    """The service that the profile adds."""
+    config = compose(*files, "--profile", "cpu", "--profile", "events", **variables)["services"]
+    service: Service = config["events"]
+    return service
+
+
+def test_events_are_consumed_by_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line parses the container's arguments and variables, as the container's entry point passes them on."""
+    for service in (events(KAFKA_BROKERS="a:1,b:2"), events(*SECURE_FILES, KAFKA_BROKERS="a:1,b:2")):
+        given = parsed(service["command"], service["environment"], monkeypatch)
+        assert (given["brokers"], given["topic"], given["group"]) == ("a:1,b:2", "events", "atspeed")
+        assert (given["address"], given["kafka_config"]) == ("dns:///orchestrator:50051", None)
+        port = given["health"].rpartition(":")[2]
+        assert service["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
+
+
+def test_the_consumer_reaches_brokers_outside_and_sees_its_own_secrets_alone() -> None:
+    plain, secure = events(), events(*SECURE_FILES, SECRETS="./mine")
+    assert set(plain["networks"]) == {"inside", "outside"}
+    assert "ports" not in plain
+    assert not plain.get("volumes")
+    assert secrets_of(secure) == ROOT / "mine" / "events"
+    assert secure["environment"]["ATSPEED_TOKEN_FILE"] == "/secrets/token"
+    assert (plain["read_only"], plain["cap_drop"], plain["user"]) == (True, ["ALL"], "10001:10001")
+
+
+def test_what_freshness_says_makes_all_that_a_secured_consumer_reads(tmp_path: Path) -> None:
+    (tmp_path / "secrets" / "orchestrator").mkdir(parents=True)
+    for file in ("ca.crt", "orchestrator/tokens.toml"):
+        (tmp_path / "secrets" / file).write_text("", encoding="utf-8")
+    page = (ROOT / "docs" / "freshness.md").read_text(encoding="utf-8")
+    commands = [line for line in page.partition("```bash\n")[2].partition("```")[0].splitlines() if "sudo" not in line]
+    environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+    subprocess.run(
+        ["bash", "-euc", "\n".join(commands)], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )
+    given = events(*SECURE_FILES)["environment"].values()
+    read = {value.removeprefix("/secrets/") for value in given if value.startswith("/secrets/")}
+    assert {file.name for file in (tmp_path / "secrets" / "events").iterdir()} == read
+    tokens = tomllib.loads((tmp_path / "secrets" / "orchestrator" / "tokens.toml").read_text())
+    shown = (tmp_path / "secrets" / "events" / "token").read_text().strip()
+    assert (tokens["events"]["sha256"], set(tokens["events"]["scopes"])) == (hash_token(shown), {"read", "write"})
 
 
 # Rights

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from atspeed.rollout.bundle_watch import bundle_sources
+from atspeed.rollout.bundle_opening import bundle_sources
 from tests.deploy.test_dashboards_and_alerts import METRICS, selectors
 from tests.kubernetes_manifests import (
     PORTS,

@@ -229,6 +229,49 @@ def test_an_outage_of_the_store_changes_nothing_and_ends_by_itself(
     assert {service: count(service, "refused") for service in stored.services} == refused
 
 
+def test_services_start_from_their_cache_while_the_store_is_down_and_follow_it_then(
+    bucket: str, versions: Sequence[Bundle], s3: S3Server, keys: KeyPair, tmp_path: Path
+) -> None:
+    """The signature is checked as always, and a cache without the bundle is no help."""
+    link = f"{bucket}/outage"
+    for number in (0, 1):
+        push_bundle(versions[number].root, f"{bucket}/o{number}")
+    ObjectStore(bucket).write(link, b"o0\n")
+    flags = {
+        "bundle": link,
+        "bundle-public-key": keys.public,
+        "bundle-cache": tmp_path / "cache",
+        "bundle-poll-seconds": 0.2,
+        "metrics-port": 0,
+        "threads": 1,
+    }
+    service = ServiceProcess("target_service", flags, tmp_path / "log")
+    service.start()
+    service.stop()
+    s3.stop()
+    try:
+        for change, reason in (
+            ({"bundle-public-key": KeyPair.make(tmp_path / "theirs").public}, "o0/model.sig: not signed by a key of"),
+            ({"bundle-cache": tmp_path / "empty"}, f"{link}/manifest.json: "),
+        ):
+            with pytest.raises(LocalStackError, match=reason):
+                ServiceProcess("target_service", {**flags, **change}, tmp_path / "log").start()
+        service.start()
+        (line,) = (line for line in service.log.read_text().splitlines() if '"bundle_from_cache"' in line)
+        assert json.loads(line)["version"] == versions[0].manifest.version
+        seen = scrape(service)
+        assert seen.value("atspeed_bundle_store_reached", track="stable") == 0
+        assert seen.value("atspeed_bundle_served", track="stable") == 1
+    finally:
+        s3.start()
+    try:
+        until(lambda: scrape(service).value("atspeed_bundle_store_reached", track="stable") == 1)
+        ObjectStore(bucket).write(link, b"o1\n")
+        until(lambda: count(service, "taken") == 1)
+    finally:
+        service.stop()
+
+
 def test_a_service_does_not_start_on_a_bundle_that_it_may_not_serve(
     bucket: str, versions: Sequence[Bundle], cache: Path, tmp_path: Path
 ) -> None:

@@ -152,7 +152,7 @@ def edge_cases(replicas: LocalStack, catalogue: Catalogue) -> list[Case]:
         return [Case(history, client.recommend(history, k=20)) for history in histories]
 
 
-@pytest.mark.parametrize("name", ["envoy.yaml", "envoy.secure.yaml"])
+@pytest.mark.parametrize("name", ["envoy.yaml", "envoy.local.yaml", "envoy.secure.yaml"])
 def test_what_is_deployed_is_valid_with_the_files_that_it_names(name: str, tmp_path: Path) -> None:
     LocalCertificates(tmp_path)
     text = (DEPLOYED / name).read_text().replace("/secrets/", f"{tmp_path}/edge/").replace("/etc/envoy", str(DEPLOYED))

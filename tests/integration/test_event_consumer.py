@@ -164,6 +164,45 @@ def test_bad_messages_go_to_the_dead_letters_with_the_reason(kafka: Kafka) -> No
     assert sorted(item for _, item, _ in service.stored) == ["1", "2"]
 
 
+@pytest.mark.parametrize("whole_call", [True, False])
+def test_messages_of_tenants_that_the_token_is_not_for_are_dead_letters(kafka: Kafka, whole_call: bool) -> None:
+    """The service refuses the call that holds one; another could refuse the one message."""
+    topic, service = f"tenants-{whole_call}", FakeService()
+    denied = CallError(
+        grpc.StatusCode.PERMISSION_DENIED, "tenant: the token is bound to others", reason="TENANT_DENIED"
+    )
+
+    def foreign(request: pb.RecordEventsRequest) -> CallError | None:
+        return denied if request.user_id in {"u3", "u4", "u11"} else None
+
+    if whole_call:
+        service.limit = lambda requests: next(filter(None, map(foreign, requests)), None)
+    else:
+        service.refuse = foreign
+    kafka.send(topic, *(message(f"u{n}", f"{n}") for n in range(12)))
+    with consuming(kafka, topic, service) as (loop, metrics):
+        until(lambda: kafka.committed(topic) == 12)
+        assert value(metrics, "messages_total", outcome="dead_letter") == 3
+        assert value(metrics, "messages_total", outcome="stored") == 9
+        until(lambda: loop.healthy)
+    assert len(kafka.read(f"{topic}.dead", 3)) == 3
+    assert len(service.stored) == 9
+
+
+def test_a_token_that_may_not_record_at_all_loses_nothing(kafka: Kafka) -> None:
+    service = FakeService()
+    service.down = CallError(
+        grpc.StatusCode.PERMISSION_DENIED, "a token with the scope write", reason="PERMISSION_DENIED"
+    )
+    kafka.send("denied", *(message(f"u{n}", f"{n}") for n in range(5)))
+    with consuming(kafka, "denied", service) as (loop, metrics):
+        until(lambda: service.calls >= 2 and not loop.healthy)
+        assert kafka.committed("denied") == 0
+        service.down = None
+        until(lambda: kafka.committed("denied") == 5)
+        assert value(metrics, "messages_total", outcome="dead_letter") == 0
+
+
 def test_a_bad_message_behind_one_that_waits_is_one_dead_letter(kafka: Kafka) -> None:
     service = FakeService()
     service.down = CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", retry_after_seconds=0.01)

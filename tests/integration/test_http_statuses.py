@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from atspeed.errors import (
@@ -137,6 +138,55 @@ def test_each_error_has_its_code_its_reason_and_its_id(address: str, name: str) 
     assert (info["domain"], info["reason"]) == ("atspeed", str(getattr(error, "reason", "INTERNAL")))
     assert (str(error) in answer.json["message"]) is (name != "bug")
     assert ("retry-after" in answer.headers) is (name == "busy")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "LOCALHOST:8080", "[::1]", "[::1]:80"])
+def test_names_of_this_machine_are_answered(address: str, host: str) -> None:
+    assert HttpClient(address)("POST", "/v1/recommendations", {"user_id": "denied"}, host=host).code == 403
+    assert HttpClient(address)("GET", "/openapi.json", host=host).json["openapi"] == "3.1.0"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.2", ""])
+@pytest.mark.parametrize("path", ["/v1/recommendations", "/openapi.json", "/nothing"])
+def test_a_name_that_others_can_point_here_is_refused(address: str, host: str, path: str) -> None:
+    """A page of that name would be of the same origin as the service, whatever CORS says."""
+    answer = HttpClient(address)("POST", path, {"user_id": "invalid"}, host=host, origin=f"http://{host}")
+    assert "access-control-allow-origin" not in answer.headers
+    if host:
+        assert (answer.code, answer.json["code"]) == (403, 7)
+        assert answer.json["message"] == "host: this name is not served here; atspeed up --http-host NAME adds it"
+    else:
+        assert answer.code in {400, 403}
+
+
+def test_names_can_be_added(server: Server, tmp_path: Path) -> None:
+    with LocalEdge([server.address], tmp_path / "edge.log", hosts=["models.example"]) as edge:
+        client = HttpClient(f"127.0.0.1:{edge.port}")
+        for host, code in (("models.example:8080", 400), ("localhost", 400), ("other.example", 403)):
+            assert client("POST", "/v1/recommendations", {"user_id": "invalid"}, host=host).code == code
+
+
+def test_grpc_at_another_name_is_refused_too(address: str) -> None:
+    with grpc.insecure_channel(address, options=[("grpc.default_authority", "evil.example")]) as channel:
+        info: Any = channel.unary_unary(f"/{RECOMMENDATION}/GetServiceInfo")
+        with pytest.raises(grpc.RpcError) as caught:
+            info(b"", timeout=LIVENESS_SECONDS)
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert "host: this name is not served here" in str(caught.value.details())
+
+
+@pytest.mark.parametrize("timeout", ["soon", "", "5", "123456789S", "-1S", "1s"])
+def test_a_timeout_that_is_no_time_is_400(address: str, timeout: str) -> None:
+    for path in ("/v1/recommendations", f"/{RECOMMENDATION}/Recommend"):
+        answer = HttpClient(address)("POST", path, {"user_id": "denied"}, grpc_timeout=timeout)
+        assert (answer.code, answer.json["code"]) == (400, 3)
+        assert answer.json["message"].startswith("grpc-timeout: must be up to 8 digits")
+
+
+@pytest.mark.parametrize("timeout", ["2S", "99999999m", "1H"])
+def test_a_timeout_that_is_a_time_is_passed_on(address: str, timeout: str) -> None:
+    answer = HttpClient(address)("POST", "/v1/recommendations", {"user_id": "denied"}, grpc_timeout=timeout)
+    assert answer.code == 403
 
 
 def test_a_busy_service_says_when_to_come_back(address: str) -> None:

@@ -79,6 +79,22 @@ def test_the_console_and_http_share_a_port(made: TestBundle) -> None:
     assert "give only one of --http and --console" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--http-host", "models.example"], "--http-host needs --http or --console"),
+        (["--http", 0, "--http-host", "models.example:80"], "without a port"),
+        (["--http", 0, "--http-host", "*"], "must be a host name or an address"),
+    ],
+)
+def test_a_wrong_host_name_is_said_before_anything_starts(
+    made: TestBundle, arguments: list[object], problem: str
+) -> None:
+    result = run("up", "--bundle", made.root, *arguments)
+    assert result.exit_code == 2
+    assert problem in " ".join(result.output.split())
+
+
 @needs_envoy
 def test_a_port_that_is_taken_is_said_before_anything_starts(made: TestBundle) -> None:
     with socket.socket() as taken:

@@ -306,3 +306,72 @@ def test_urls_that_cannot_be_a_bundles() -> None:
         assert "secret" not in str(raised.value)
     with pytest.raises(StoreError, match="no store has the scheme nonesuch"):
         ObjectStore("nonesuch://bucket/x")
+
+
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every request of a store fail."""
+
+    def fail(self: ObjectStore, url: str, size: int = 0) -> None:
+        raise StoreError(f"{url}: down")
+
+    monkeypatch.setattr(ObjectStore, "read", fail)
+    monkeypatch.setattr(ObjectStore, "chunks", fail)
+
+
+def test_the_bundle_that_was_served_last_opens_without_the_store(
+    bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle that was fetched and never served does not take its place."""
+    ours = KeyPair.make(tmp_path / "ours")
+    other = update_catalogue(bundle, tmp_path / "other", {}, [bundle.catalogue().id_of(0)])
+    for one, name in ((bundle, "first"), (other, "second")):
+        sign_bundle(one.root, ours.private)
+        push_bundle(one.root, f"{store}/{name}", f"{store}/current")
+    source = UrlSource(f"{store}/current", TrustedKeys(ours.public), cache)
+    change(f"{store}/current", b"first\n")
+    served = source.look()
+    assert served
+    served.remember()
+    assert source.remembered() is None, "the cache does not have it yet"
+    served.open(Event())
+    served.remember()
+    change(f"{store}/current", b"second\n")
+    opened(source)
+    unreachable(monkeypatch)
+    found = source.remembered()
+    assert found
+    assert (found.place, found.revision) == (f"{store}/first", served.revision)
+    assert content_of(found.open(Event())) == content_of(bundle)
+    assert UrlSource(f"{store}/second", source.keys, cache).remembered() is None
+
+
+def test_a_cached_bundle_without_the_store_is_checked_as_any_other(
+    bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage, a key that changed, a record that is cut, and one of another URL."""
+    ours, theirs = KeyPair.make(tmp_path / "ours"), KeyPair.make(tmp_path / "theirs")
+    sign_bundle(bundle.root, ours.private)
+    push_bundle(bundle.root, f"{store}/first")
+    source = UrlSource(f"{store}/first", TrustedKeys(ours.public), cache)
+    named = source.look()
+    assert named
+    found = named.open(Event())
+    named.remember()
+    unreachable(monkeypatch)
+    stranger = UrlSource(f"{store}/first", TrustedKeys(theirs.public), cache).remembered()
+    assert stranger
+    with pytest.raises(BundleError, match="not signed by a key of"):
+        stranger.open(Event())
+    (record,) = (tmp_path / "cache" / "urls").iterdir()
+    whole = record.read_bytes()
+    for wrong in (whole[:-5], b"", b"[]", whole.replace(b"/first", b"/other")):
+        record.write_bytes(wrong)
+        assert source.remembered() is None
+    record.write_bytes(whole)
+    (found.root / next(iter(found.manifest.files))).write_bytes(b"damaged")
+    again = source.remembered()
+    assert again
+    with pytest.raises(StoreError, match="down"):
+        again.open(Event())
+    (found.root / MANIFEST).write_bytes(b"{}")
+    assert source.remembered() is None

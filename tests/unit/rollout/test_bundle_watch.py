@@ -15,7 +15,8 @@ from atspeed.artefacts.object_store import StoreError
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.manifest import write_manifest
 from atspeed.engine.errors import BundleError
-from atspeed.rollout.bundle_watch import BundleWatch, open_bundle, watch_bundles
+from atspeed.rollout.bundle_opening import open_bundle, open_first
+from atspeed.rollout.bundle_watch import BundleWatch, watch_bundles
 from atspeed.rollout.release_track import Track
 from tests.catalogues import random_catalogue
 from tests.placeholder_bundles import placeholder_bundle
@@ -208,6 +209,8 @@ class Unsteady:
         self.place, self._source = str(link), LinkSource(link)
         self.look_fails = self.open_fails = False
         self.broken = ""
+        self.noted: list[str] = []
+        self.last: NamedBundle | None = None
 
     def look(self) -> NamedBundle | None:
         if self.look_fails:
@@ -216,6 +219,9 @@ class Unsteady:
             raise BundleError(self.broken)
         named = self._source.look()
         return Fetched(named, self) if named else None
+
+    def remembered(self) -> NamedBundle | None:
+        return self.last
 
 
 class Fetched:
@@ -229,6 +235,9 @@ class Fetched:
         if self._source.open_fails:
             raise StoreError(f"{self.place}: connection reset")
         return self._named.open(stop)
+
+    def remember(self) -> None:
+        self._source.noted.append(Path(self.place).name)
 
 
 @pytest.fixture
@@ -249,6 +258,33 @@ async def test_store_that_cannot_be_reached_rejects_nothing_and_is_asked_again(
     source.look_fails = False
     await host.check()
     assert (host.activated, host.watch.unreachable) == (["second"], 3)
+
+
+async def test_only_bundles_that_are_served_are_remembered(unsteady: tuple[Host, Unsteady]) -> None:
+    host, source = unsteady
+    for name in ("first", "bad", "first", "second", "bad", "second"):
+        await host.point_to(name)
+        await host.check()
+    assert source.noted == ["first", "first", "second", "second"]
+
+
+async def test_a_start_takes_the_remembered_bundle_only_while_the_store_cannot_say(
+    unsteady: tuple[Host, Unsteady],
+) -> None:
+    host, source = unsteady
+    host.move_to("second")
+    source.last = LinkSource(host.link.parent / "first").look()
+    assert (await open_first(source)).root.name == "second"
+    source.look_fails = True
+    assert (await open_first(source)).root.name == "first"
+    source.look_fails, source.open_fails = False, True
+    assert (await open_first(source)).root.name == "first"
+    source.last = None
+    with pytest.raises(StoreError, match="connection reset"):
+        await open_first(source)
+    source.broken = "neither a bundle nor a name"
+    with pytest.raises(BundleError, match="neither"):
+        await open_first(source)
 
 
 async def test_canary_stays_while_its_store_cannot_be_reached(link: Path) -> None:
