@@ -85,7 +85,8 @@ def _rate(root: Path, histories: Sequence[Sequence[str]], workers: int, config: 
     options = {"k": config.k, "beam_width": config.k}
     lists = lists_of(users, root, options, workers=workers, threads=1, concurrency=config.concurrency)
     counted, failed, begun = 0, 0, 0.0
-    for number, block in enumerate(lists.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
+    blocks: Any = lists.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for number, block in enumerate(blocks):
         failed += sum(map(bool, block["error"].to_pylist()))
         if number < workers:
             begun = time.perf_counter()
