@@ -47,10 +47,14 @@ class DeferredCommand(TyperCommand):
         super().__init__(name, help=summary)
         self._place = place
 
+    def imported(self) -> Any:
+        """Import the function, or the `Commands` of a group."""
+        module, _, attribute = self._place.partition(":")
+        return getattr(import_module(module), attribute)
+
     def load(self) -> Any:
         """Import and return the command or the group."""
-        module, _, attribute = self._place.partition(":")
-        found = getattr(import_module(module), attribute)
+        found = self.imported()
         if isinstance(found, Commands):
             group = get_group(found)
             group.name = self.name
@@ -108,6 +112,7 @@ class Commands(typer.Typer):
     """
 
     def __init__(self, *deferred: DeferredCommand, **options: Any) -> None:
+        self.deferred = deferred
         settings = {"help_option_names": ["-h", "--help"]}
         defaults: dict[str, Any] = {
             "cls": type("Group", (CheckedGroup,), {"deferred": deferred}),

@@ -9,7 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 import typer
 
 from atspeed.cli import main
+from atspeed.cli.commands import Commands, DeferredCommand
 from research import __main__ as studies
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def kind_of(annotation: Any) -> Any:
 def spellings(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """Command, name and spelling of every option and argument of the command line."""
     for name, below in getattr(command, "commands", {}).items():
-        yield from spellings(below, (*path, name))
+        yield from spellings(below.load() if isinstance(below, DeferredCommand) else below, (*path, name))
     yield from ((path, parameter.name, parameter.opts[0]) for parameter in command.params)
 
 
@@ -68,20 +69,25 @@ def parameters(app: typer.Typer, path: tuple[str, ...] = ()) -> Iterator[Paramet
     for registered in app.registered_commands:
         callback = registered.callback
         assert callback
-        command = (*path, registered.name or callback.__name__.replace("_", "-"))
-        for parameter in inspect.signature(callback, eval_str=True).parameters.values():
-            assert get_origin(parameter.annotation) is Annotated
-            plain, info = get_args(parameter.annotation)[:2]
-            required = parameter.default is parameter.empty
-            yield Parameter(
-                command, parameter.name, SPELLED_AS[command, parameter.name], kind_of(plain), info, required
-            )
+        yield from parameters_of(callback, (*path, registered.name or callback.__name__.replace("_", "-")))
+    for deferred in app.deferred if isinstance(app, Commands) else ():
+        found, below = deferred.imported(), (*path, str(deferred.name))
+        yield from parameters(found, below) if isinstance(found, Commands) else parameters_of(found, below)
+
+
+def parameters_of(callback: Callable[..., Any], command: tuple[str, ...]) -> Iterator[Parameter]:
+    for parameter in inspect.signature(callback, eval_str=True).parameters.values():
+        assert get_origin(parameter.annotation) is Annotated
+        plain, info = get_args(parameter.annotation)[:2]
+        required = parameter.default is parameter.empty
+        yield Parameter(command, parameter.name, SPELLED_AS[command, parameter.name], kind_of(plain), info, required)
 
 
 COMMAND: Any = typer.main.get_command(main.app)
 COMMAND.add_command(typer.main.get_command(studies.app), "research")  # here only: a command line of its own
 SPELLED_AS = {(command, name): option for command, name, option in spellings(COMMAND)}
 ALL = [*parameters(main.app), *parameters(studies.app, ("research",))]
+assert len(ALL) > 200  # a walk that misses commands would prove nothing of them
 SPELLED = {" ".join([*one.command, one.name]): one for one in ALL}
 
 
