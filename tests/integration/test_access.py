@@ -54,6 +54,7 @@ TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "nameless-explains": 'scopes = ["explain"]\ntenants = [""]',
     "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
     "limited": 'scopes = ["read", "write"]\nrequests_per_second = 0.001\nburst = 3',
+    "limited-explains": 'scopes = ["explain"]\nrequests_per_second = 0.001\nburst = 5',
     "removed": 'scopes = ["read", "write", "admin", "service"]',
 }
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
@@ -318,6 +319,16 @@ def test_a_caller_beyond_its_quota_is_told_when_to_come_again_and_harms_no_other
     assert (
         outcome(channels["RecommendationService"], rpc("GetServiceInfo"), metadata=bearer("read")) is grpc.StatusCode.OK
     )
+
+
+def test_an_explanation_costs_what_it_searches(channels: dict[str, grpc.Channel], catalogue: Catalogue) -> None:
+    """One list without items; with items, their paths and a wider list too."""
+    history = pb.History(item_ids=random_history(catalogue, 3, 1))
+    asked = pb.ExplainRequest(request=pb.RecommendRequest(history=history, k=1))
+    for_items = pb.ExplainRequest(request=asked.request, item_ids=[catalogue.id_of(0)])
+    on, token = channels["RecommendationService"], bearer("limited-explains")
+    codes = [outcome(on, EXPLAIN, one.SerializeToString(), token) for one in (asked, for_items, for_items, asked)]
+    assert codes == [grpc.StatusCode.OK, grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK]
 
 
 def details(error: grpc.RpcError) -> dict[str, Any]:
