@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otl
 from prometheus_client.parser import text_string_to_metric_families
 
 from atspeed.local.stack import ServiceProcess
-from tests.serving import LIVENESS_SECONDS
+from tests.serving import LIVENESS_SECONDS, until
 
 DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "atspeed.json"
 
@@ -46,6 +46,17 @@ def scrape(service: ServiceProcess) -> Scrape:
     """Return the metrics of a service."""
     assert service.metrics_port is not None
     return scrape_port(service.metrics_port)
+
+
+def lines_of(log: Path, request_id: str) -> list[dict[str, Any]]:
+    """The lines of a request, once the one of its call's end is there; it is written after the reply."""
+
+    def found() -> list[dict[str, Any]]:
+        lines = (json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n"))
+        return [line for line in lines if line.get("request_id") == request_id]
+
+    until(lambda: any(line["event"] == "call" for line in found()))
+    return found()
 
 
 def scrape_port(port: int) -> Scrape:
