@@ -30,6 +30,8 @@ from atspeed.capacity.errors import CapacityError
 from atspeed.cli.options import CommandError, err
 from atspeed.engine.errors import EngineError
 from atspeed.local.edge import LocalEdgeError
+from atspeed.local.free_ports import PortTakenError
+from atspeed.local.prometheus import LocalPrometheusError
 from atspeed.local.redis_server import LocalRedisError
 from atspeed.local.stack import LocalStackError
 from atspeed.security.tls import TlsError
@@ -52,6 +54,8 @@ _FORESEEN = (
     CommandError,
     EngineError,
     LocalEdgeError,
+    LocalPrometheusError,
+    PortTakenError,
     LocalRedisError,
     LocalStackError,
     TlsError,
