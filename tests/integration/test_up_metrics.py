@@ -61,9 +61,9 @@ def first_of(count: int) -> int:
     raise AssertionError("no ports are free")
 
 
-def asked(url: str, path: str, **parameters: str) -> Any:
+def asked(address: str, path: str, **parameters: str) -> Any:
     """Return Prometheus's answer."""
-    url = f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     with urllib.request.urlopen(url, timeout=LIVENESS_SECONDS) as reply:
         return json.load(reply)["data"]
 
@@ -75,7 +75,7 @@ def test_prometheus_collects_from_all_services_with_the_rules_of_deploy(made: Te
     options = ["--bundle", made.root, "--targets", 2, "--drafts", 0, "--port", 0, "--metrics", 0]
     with started(*options, "--log-folder", tmp_path) as process:
         served(process)
-        found = re.search(r"Prometheus is at (http://\S+)", read_line(process))
+        found = re.search(r"Prometheus is at http://(\S+)", read_line(process))
         assert found
         until(lambda: len(asked(found[1], "query", query="up == 1")["result"]) == 3)
         jobs = [one["metric"]["job"] for one in asked(found[1], "query", query="up")["result"]]
