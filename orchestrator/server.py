@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import grpc
 import structlog
@@ -25,12 +25,10 @@ from atspeed.rpc.server import Registration
 from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import recommendation_pb2_grpc
 from orchestrator.explanation.explain import explain
-from orchestrator.explanation.explanation import Explanation
 from orchestrator.explanation.recording import Recording
 from orchestrator.explanation_replies import to_explanation
 from orchestrator.history_calls import HistoryCalls, publish_history_limit
 from orchestrator.metrics import OrchestratorMetrics
-from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.replies import to_reply
 from orchestrator.requests import parse_explain_request, parse_request
@@ -46,11 +44,17 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommendationService"]
 # Longest wait for targets of the canary at the start, so that its users do not get the stable bundle in between. Targets that run
 # already are connected within a second; a start must not wait long for a canary.
 _CANARY_WAIT_SECONDS = 10.0
-_Made = TypeVar("_Made", bound=Recommendation | Explanation)
-Work = Callable[[Recommender, RecommendParams], Awaitable[_Made]]
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Served(NamedTuple):
+    """List of one request, its recommendation id, and the snapshot that made it."""
+
+    recommendation: Recommendation
+    number: str
+    snapshot: Snapshot
 
 
 class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServicer):
@@ -97,13 +101,17 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         recording = Recording()
         deadline = self._time_left(context) or Deadline(self._settings.request_timeout_seconds)
         asked = parse_explain_request(request, self._settings, Priority.of(context))
-
-        def work(recommender: Recommender, params: RecommendParams) -> Awaitable[Explanation]:
-            return explain(recommender, asked, params, recording, deadline)
-
-        found, number, snapshot = await self._serve(asked.request, deadline, Track.asked_by(context), work)
-        response = to_reply(found.recommendation, number, snapshot, request.request.reply_options)
-        return to_explanation(found, response)
+        async with self._serve(asked.request, deadline, Track.asked_by(context), recording) as served:
+            found = await explain(
+                served.snapshot.recommender,
+                asked,
+                served.recommendation,
+                recording.ended(),
+                lambda: self._admission.slot(asked.request.priority, deadline.left()),
+                deadline,
+            )
+            response = to_reply(served.recommendation, served.number, served.snapshot, request.request.reply_options)
+            return to_explanation(found, response)
 
     async def RecordEvents(self, request: pb.RecordEventsRequest, context: Context) -> pb.RecordEventsResponse:
         """Add events to a stored history."""
@@ -131,18 +139,15 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         self, request: pb.RecommendRequest, deadline: Deadline, usual: Priority, asked: Track | None
     ) -> pb.RecommendResponse:
         params = parse_request(request, self._settings, usual)
+        async with self._serve(params, deadline, asked) as served:
+            return to_reply(served.recommendation, served.number, served.snapshot, request.reply_options)
 
-        def work(recommender: Recommender, params: RecommendParams) -> Awaitable[Recommendation]:
-            return recommender.recommend(params, deadline)
-
-        recommendation, number, snapshot = await self._serve(params, deadline, asked, work)
-        return to_reply(recommendation, number, snapshot, request.reply_options)
-
+    @asynccontextmanager
     async def _serve(
-        self, params: RecommendParams, deadline: Deadline, asked: Track | None, work: Work[_Made]
-    ) -> tuple[_Made, str, Snapshot]:
-        """Return what `work` makes of a request that waits for its turn, the recommendation's id and the snapshot."""
-        recommendation_id = secrets.token_hex(16)
+        self, params: RecommendParams, deadline: Deadline, asked: Track | None, recording: Recording | None = None
+    ) -> AsyncIterator[_Served]:
+        """Yield the list of a request that waits for its turn. Its snapshot stays in use for the length of the block."""
+        number = secrets.token_hex(16)
         state = self._router.of(params.subject, asked)
         self._prefixes.request(params.user_key)
         with (
@@ -152,13 +157,15 @@ class RecommendationServicer(recommendation_pb2_grpc.RecommendationServiceServic
         ):
             async with self._admission.slot(params.priority, deadline.left()) as admitted:
                 params = params.narrowed() if admitted.waited else params
-                made = await work(snapshot.recommender, params)
-                recommendation = made if isinstance(made, Recommendation) else made.recommendation
+                if recording is not None:
+                    recording.admitted()
+                opened = None if recording is None else recording.opened
+                recommendation = await snapshot.recommender.recommend(params, deadline, opened=opened)
                 state.shadow.offer(recommendation, snapshot)
             if tracing.on():
-                span.set(recommendation_id=recommendation_id, **recommendation.trace_attributes)
+                span.set(recommendation_id=number, **recommendation.trace_attributes)
+            yield _Served(recommendation, number, snapshot)
         self.metrics.record(state.track, recommendation)
-        return made, recommendation_id, snapshot
 
     async def _recommend_one(
         self,

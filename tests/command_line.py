@@ -30,13 +30,14 @@ def one_line(result: Result, code: int = 1) -> str:
 
 
 class started:  # noqa: N801 - reads as a verb
-    """`atspeed up` as a process that does not outlive the block."""
+    """`atspeed up` as a process that does not outlive the block. path: where it looks for programs."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, path: Path | None = None) -> None:
         self.command = [sys.executable, "-m", "atspeed.cli", "up", *map(str, arguments)]
+        self.changed = {"PATH": str(path)} if path else {}
 
     def __enter__(self) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+        environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"} | self.changed
         self.process = subprocess.Popen(
             self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

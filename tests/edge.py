@@ -100,20 +100,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class HttpClient:
-    """Client that knows HTTP alone, as curl does."""
+    """Client that knows HTTP alone, as curl does. source: the address that it calls from."""
 
     address: str
     headers: Mapping[str, str] | None = None
     trust: ssl.SSLContext | None = None
+    source: str = "127.0.0.1"
 
     def __call__(self, verb: str, path: str, body: Any = None, /, **headers: str) -> Answer:
         """Make one call. Headers have _ in place of -; a body that is no text is sent as JSON."""
         sent = {**(self.headers or {}), **{name.replace("_", "-"): value for name, value in headers.items()}}
         data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
+        options: dict[str, Any] = {"timeout": LIVENESS_SECONDS, "source_address": (self.source, 0)}
         connection = (
-            http.client.HTTPSConnection(self.address, timeout=LIVENESS_SECONDS, context=self.trust)
+            http.client.HTTPSConnection(self.address, context=self.trust, **options)
             if self.trust
-            else http.client.HTTPConnection(self.address, timeout=LIVENESS_SECONDS)
+            else http.client.HTTPConnection(self.address, **options)
         )
         with contextlib.closing(connection):
             connection.request(verb, path, data, sent)

@@ -49,13 +49,18 @@ def valid_claims(**changed: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def served(answers: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """A server whose answers are the first of `answers`, an empty one being an error; yields its URL and the asked paths."""
+def served(answers: list[str], gate: threading.Event | None = None) -> Iterator[tuple[str, list[str]]]:
+    """A server whose answers are the first of `answers`, an empty one being an error; yields its URL and the asked paths.
+
+    It is silent while `gate` is not set.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
+            if gate is not None:
+                gate.wait()
             self.send_response(200 if answers[0] else 503)
             self.end_headers()
             self.wfile.write(answers[0].encode())
@@ -65,5 +70,9 @@ def served(answers: list[str]) -> Iterator[tuple[str, list[str]]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/keys", asked
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/keys", asked
+        finally:
+            if gate is not None:
+                gate.set()
+            server.shutdown()

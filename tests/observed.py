@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otl
 from prometheus_client.parser import text_string_to_metric_families
 
 from atspeed.local.stack import ServiceProcess
-from tests.serving import LIVENESS_SECONDS
+from tests.serving import LIVENESS_SECONDS, until
 
 DASHBOARD = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "atspeed.json"
 
@@ -48,6 +48,17 @@ def scrape(service: ServiceProcess) -> Scrape:
     return scrape_port(service.metrics_port)
 
 
+def lines_of(log: Path, request_id: str) -> list[dict[str, Any]]:
+    """The lines of a request, once the one of its call's end is there; it is written after the reply."""
+
+    def found() -> list[dict[str, Any]]:
+        lines = (json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n"))
+        return [line for line in lines if line.get("request_id") == request_id]
+
+    until(lambda: any(line["event"] == "call" for line in found()))
+    return found()
+
+
 def scrape_port(port: int) -> Scrape:
     """Return the metrics of a port."""
     url = f"http://127.0.0.1:{port}/metrics"
@@ -76,13 +87,19 @@ class DashboardPanel:
 
 
 def panels() -> list[DashboardPanel]:
-    """The graphs of deploy/grafana."""
+    """The graphs and numbers of deploy/grafana, with everything chosen that its variables let choose."""
     found = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     return [
-        DashboardPanel(panel["title"], [target["expr"] for target in panel["targets"]])
+        DashboardPanel(panel["title"], [_with_all(target["expr"]) for target in panel["targets"]])
         for panel in found
         if panel["type"] != "row"
     ]
+
+
+def _with_all(query: str) -> str:
+    for variable, every in {"job": "orchestrator|target|draft", "instance": ".*", "track": ".*"}.items():
+        query = query.replace(f'{variable}=~"${variable}"', f'{variable}=~"{every}"')
+    return query
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,35 @@ def _named(user: str | None) -> str | None:
 UserId = Annotated[str, typer.Argument(help="The user.", callback=_named)]
 Tenant = Annotated[str, typer.Option(help="Tenant of the user. Tenants share neither histories nor cached states.")]
 
+BeamWidth = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=0,
+        max=MAX_INT32,
+        help="Beam width. Several: the widths of levels 1, 2, ...; the last one holds for all further levels.  "
+        "[default: max(k, 20)]",
+    ),
+]
+ItemsPerPath = Annotated[
+    int,
+    typer.Option(min=0, max=MAX_INT32, help="Most items of one code path; 0 means the bundle's limit, if any."),
+]
+Field = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE: a field of the user that the bundle's prompts hold.")
+]
+TrackOption = Annotated[
+    Track | None,
+    typer.Option(help="Release track to ask, if a canary is served. By default it depends on the user."),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="Draw the search and its time too. Needs the scope explain.")]
+
 
 @with_connection
 def recommend(
     user: Annotated[str | None, typer.Argument(help="A user with a stored history.", callback=_named)] = None,
     history: History = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_INT32, help="Number of items.")] = 10,
-    beam_width: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            max=MAX_INT32,
-            help="Beam width. Several: the widths of levels 1, 2, ...; the last one holds for all further levels.  "
-            "[default: max(k, 20)]",
-        ),
-    ] = None,
+    beam_width: BeamWidth = None,
     mode: Annotated[Mode, typer.Option(help="Verification policy.")] = Mode.STRICT,
     tolerance: Annotated[float, typer.Option(min=0, help="Mode tolerance: largest accepted score gap.")] = 0.0,
     temperature: Annotated[float | None, typer.Option(min=0.01, max=100, help="Sampling modes: temperature.")] = None,
@@ -52,21 +66,11 @@ def recommend(
     exclude: Excluded = None,
     only: Allowed = None,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the history.")] = False,
-    items_per_path: Annotated[
-        int,
-        typer.Option(min=0, max=MAX_INT32, help="Most items of one code path; 0 means the bundle's limit, if any."),
-    ] = 0,
-    field: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: a field of the user that the bundle's prompts hold.")
-    ] = None,
+    items_per_path: ItemsPerPath = 0,
+    field: Field = None,
     tenant: Tenant = "",
-    track: Annotated[
-        Track | None,
-        typer.Option(help="Release track to ask, if a canary is served. By default it depends on the user."),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Draw the search and its time too. Needs the scope explain.")
-    ] = False,
+    track: TrackOption = None,
+    explain: Explain = False,
     why_not: WhyNot = None,
     as_json: AsJson = False,
     *,

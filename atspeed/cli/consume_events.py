@@ -15,46 +15,50 @@ from atspeed.observability import logs
 _MOST_MESSAGES = 100_000
 _OURS = ("bootstrap.servers", "group.id", "enable.auto.commit", "enable.auto.offset.store")
 
+Brokers = Annotated[
+    str, typer.Option(help="Kafka brokers, HOST:PORT,HOST:PORT.", envvar="ATSPEED_KAFKA_BROKERS", show_envvar=True)
+]
+Topic = Annotated[str, typer.Option(help="Topic of the events.", envvar="ATSPEED_KAFKA_TOPIC", show_envvar=True)]
+Group = Annotated[str, typer.Option(help="Consumer group.", envvar="ATSPEED_KAFKA_GROUP", show_envvar=True)]
+Form = Annotated[
+    Literal["json", "protobuf"], typer.Option("--format", help="A message is a RecordEventsRequest in this format.")
+]
+DeadLetters = Annotated[
+    str, typer.Option(help="Topic of messages that are never stored; the default is TOPIC.dead-letters.")
+]
+KafkaConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of librdkafka's settings, NAME=VALUE per line, such as those of TLS and SASL.",
+        envvar="ATSPEED_KAFKA_CONFIG",
+        show_envvar=True,
+        exists=True,
+        dir_okay=False,
+    ),
+]
+BatchMessages = Annotated[
+    int, typer.Option(min=1, max=_MOST_MESSAGES, help="Most messages that are recorded and committed at once.")
+]
+MetricsPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="HTTP port of the Prometheus exporter; none without it.")
+]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Lowest level that is logged.")]
+
 
 @with_connection
 def consume_events(
-    brokers: Annotated[
-        str, typer.Option(help="Kafka brokers, HOST:PORT,HOST:PORT.", envvar="ATSPEED_KAFKA_BROKERS", show_envvar=True)
-    ],
-    topic: Annotated[
-        str, typer.Option(help="Topic of the events.", envvar="ATSPEED_KAFKA_TOPIC", show_envvar=True)
-    ] = "events",
-    group: Annotated[
-        str, typer.Option(help="Consumer group.", envvar="ATSPEED_KAFKA_GROUP", show_envvar=True)
-    ] = "atspeed",
-    form: Annotated[
-        Literal["json", "protobuf"], typer.Option("--format", help="A message is a RecordEventsRequest in this format.")
-    ] = "json",
-    dead_letters: Annotated[
-        str, typer.Option(help="Topic of messages that are never stored; the default is TOPIC.dead-letters.")
-    ] = "",
-    kafka_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of librdkafka's settings, NAME=VALUE per line, such as those of TLS and SASL.",
-            envvar="ATSPEED_KAFKA_CONFIG",
-            show_envvar=True,
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    batch_messages: Annotated[
-        int, typer.Option(min=1, max=_MOST_MESSAGES, help="Most messages that are recorded and committed at once.")
-    ] = 1000,
+    brokers: Brokers,
+    topic: Topic = "events",
+    group: Group = "atspeed",
+    form: Form = "json",
+    dead_letters: DeadLetters = "",
+    kafka_config: KafkaConfig = None,
+    batch_messages: BatchMessages = 1000,
     linger: Annotated[float, typer.Option(min=0.01, max=60, help="Longest wait for a full batch in seconds.")] = 0.2,
     health: Annotated[str, typer.Option(help="HOST:PORT of a gRPC health server; none without it.")] = "",
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="HTTP port of the Prometheus exporter; none without it.")
-    ] = None,
+    metrics_port: MetricsPort = None,
     metrics_host: Annotated[str, typer.Option(help="Address of the Prometheus exporter.")] = "127.0.0.1",
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option(help="Lowest level that is logged.")
-    ] = "info",
+    log_level: LogLevel = "info",
     *,
     connection: Connection,
 ) -> None:

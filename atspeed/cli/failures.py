@@ -23,6 +23,8 @@ from atspeed.benchmarks.results import BenchmarkError
 from atspeed.capacity.errors import CapacityError
 from atspeed.engine.errors import EngineError
 from atspeed.local.edge import LocalEdgeError
+from atspeed.local.free_ports import PortTakenError
+from atspeed.local.prometheus import LocalPrometheusError
 from atspeed.local.redis_server import LocalRedisError
 from atspeed.local.stack import LocalStackError
 from atspeed.security.tls import TlsError
@@ -44,6 +46,8 @@ _FORESEEN = (
     CapacityError,
     EngineError,
     LocalEdgeError,
+    LocalPrometheusError,
+    PortTakenError,
     LocalRedisError,
     LocalStackError,
     TlsError,

@@ -46,53 +46,58 @@ class _Asked:
     draft_ms: float | None
 
 
+Acceptance = Annotated[
+    Path | None,
+    typer.Option(
+        help="Result of `research acceptance`: passes with a plan.  [default: the manifest's agreement]", **_FILE
+    ),
+]
+Curve = Annotated[
+    Path | None,
+    typer.Option(
+        help="Measured times: a result of bench load, bench decode or research precision, or a cost curve.", **_FILE
+    ),
+]
+Size = Annotated[
+    Literal["85m", "0.5b", "1.7b", "7b"] | None,
+    typer.Option(help="With --device: as if the target had this size, in float16."),
+]
+Items = Annotated[int | None, typer.Option(min=1, max=10**9, help="Items of the catalogue.  [default: the bundle's]")]
+PromptTokens = Annotated[
+    int | None, typer.Option(min=1, max=100_000, help="Tokens of a prompt.  [default: a full one of the bundle]")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MAX_THREADS, help="CPU threads of a target's replica.  [default: those of the result, or 1]"
+    ),
+]
+DraftMs = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1e5, help="Time of the draft for a plan, in ms.  [default: 4; 3 with --device]"),
+]
+OrchestratorMs = Annotated[float, typer.Option(min=0.1, max=1e4, help="CPU time of the orchestrator per list, in ms.")]
+Check = Annotated[Path | None, typer.Option(help="Print the model beside this result of bench load; no plan.", **_FILE)]
+
+
 def plan(
     bundle: Annotated[Path | None, typer.Argument(help="Folder of the bundle.", exists=True, file_okay=False)] = None,
     rate: Annotated[float | None, typer.Option(min=0.001, max=1e7, help="Lists per second.")] = None,
     p99: Annotated[float | None, typer.Option(min=0.1, max=1e6, help="p99 of a list, in ms.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 10,
-    acceptance: Annotated[
-        Path | None,
-        typer.Option(
-            help="Result of `research acceptance`: passes with a plan.  [default: the manifest's agreement]", **_FILE
-        ),
-    ] = None,
-    curve: Annotated[
-        Path | None,
-        typer.Option(
-            help="Measured times: a result of bench load, bench decode or research precision, or a cost curve.", **_FILE
-        ),
-    ] = None,
+    acceptance: Acceptance = None,
+    curve: Curve = None,
     device: Annotated[Literal["h200"] | None, typer.Option(help="A GPU, by arithmetic (docs/gpu.md).")] = None,
-    size: Annotated[
-        Literal["85m", "0.5b", "1.7b", "7b"] | None,
-        typer.Option(help="With --device: as if the target had this size, in float16."),
-    ] = None,
-    items: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Items of the catalogue.  [default: the bundle's]")
-    ] = None,
+    size: Size = None,
+    items: Items = None,
     users: Annotated[int, typer.Option(min=0, max=10**10, help="Users with a stored history. 0: without Redis.")] = 0,
     history_items: Annotated[int, typer.Option(min=1, max=100_000, help="Events of a stored history.")] = 50,
     prefix_hit: Annotated[float, typer.Option(min=0, max=1, help="Share of prompt tokens whose KV is cached.")] = 0.0,
-    prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="Tokens of a prompt.  [default: a full one of the bundle]")
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=MAX_THREADS, help="CPU threads of a target's replica.  [default: those of the result, or 1]"
-        ),
-    ] = None,
-    draft_ms: Annotated[
-        float | None,
-        typer.Option(min=0.01, max=1e5, help="Time of the draft for a plan, in ms.  [default: 4; 3 with --device]"),
-    ] = None,
-    orchestrator_ms: Annotated[
-        float, typer.Option(min=0.1, max=1e4, help="CPU time of the orchestrator per list, in ms.")
-    ] = Costs.orchestrator_ms,
-    check: Annotated[
-        Path | None, typer.Option(help="Print the model beside this result of bench load; no plan.", **_FILE)
-    ] = None,
+    prompt_tokens: PromptTokens = None,
+    threads: Threads = None,
+    draft_ms: DraftMs = None,
+    orchestrator_ms: OrchestratorMs = Costs.orchestrator_ms,
+    check: Check = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan replicas, cores, memory and Redis for a rate and a p99.

@@ -31,13 +31,25 @@ def token(
             help="Tenant that the token may name; repeat for several. Without it, any. '' is the unnamed tenant."
         ),
     ] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, help="Quota of the caller; by default no limit.")
+    ] = None,
+    burst: Annotated[
+        float | None, typer.Option(min=1, max=1e6, help="Requests at once; by default those of two seconds.")
+    ] = None,
 ) -> None:
     """Make a token. Prints it on standard output, once, and its entry for the service's tokens file on standard error."""
     if not TOKEN_NAME.fullmatch(name):
         raise typer.BadParameter(f"{name!r}: a name is 1 to 64 letters, digits, `.`, `_` and `-`", param_hint="'name'")
+    if burst is not None and requests_per_second is None:
+        raise typer.BadParameter("--burst needs --requests-per-second")
     made = new_token()
     entry = [f"[{json.dumps(name)}]", f'sha256 = "{hash_token(made)}"', f"scopes = {json.dumps([*map(str, scope)])}"]
     if tenant is not None:
         entry.append(f"tenants = {json.dumps(tenant)}")
+    if requests_per_second is not None:
+        entry.append(f"requests_per_second = {requests_per_second}")
+    if burst is not None:
+        entry.append(f"burst = {burst}")
     err.print("\n".join(entry), markup=False, highlight=False, soft_wrap=True)
     print(made)

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import re
-import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from atspeed.cli.interrupts import interruptible
-from atspeed.cli.options import MAX_REPLICAS, BundleFolder, CommandError, err, optional, out
+from atspeed.cli.local_services import Services, serve
+from atspeed.cli.options import MAX_REPLICAS, BundleFolder, CommandError
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.engine.kv.redis_url import check_redis_url
-from atspeed.local.edge import LocalEdge, envoy_binary, free_port
-from atspeed.local.redis_server import LocalRedis
-from atspeed.local.stack import LocalStack
-
-if TYPE_CHECKING:
-    from atspeed.local.certificates import LocalCertificates
+from atspeed.security.tokens import TokenError, read_tokens
 
 
 def _redis_url(value: str | None) -> str | None:
@@ -77,6 +68,42 @@ ConsolePort = Annotated[
         "--console", min=0, max=65535, help="As --http, and serve the console, a page that shows searches; 0 for any."
     ),
 ]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics",
+        min=0,
+        max=65535,
+        help="Expose metrics. Prometheus, if it is installed, listens on this port, and the services' exporters on the "
+        "next ones; 0 for any.",
+    ),
+]
+
+
+def _tokens_file(value: Path | None) -> Path | None:
+    try:
+        if value is not None:
+            read_tokens(value)
+    except TokenError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
+TokensFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Bearer tokens of the callers, TOML. Calls then need one.", dir_okay=False, callback=_tokens_file
+    ),
+]
+JwtKeys = Annotated[
+    str, typer.Option(help="Key set of an issuer of JSON Web Tokens, a file or a URL. Calls then need a token.")
+]
+JwtIssuer = Annotated[str, typer.Option(help="The claim `iss` of valid JSON Web Tokens.")]
+JwtAudience = Annotated[str, typer.Option(help="The claim `aud` of valid JSON Web Tokens.")]
+JwtRate = Annotated[
+    float | None,
+    typer.Option(min=0.001, max=1e6, help="Quota of each caller with a JSON Web Token, in requests a second."),
+]
 
 
 def up(
@@ -96,6 +123,12 @@ def up(
     http: HttpPort = None,
     console: ConsolePort = None,
     http_host: HttpHosts = [],  # noqa: B006 - typer copies it
+    metrics: MetricsPort = None,
+    tokens_file: TokensFile = None,
+    jwt_keys: JwtKeys = "",
+    jwt_issuer: JwtIssuer = "",
+    jwt_audience: JwtAudience = "",
+    jwt_requests_per_second: JwtRate = None,
 ) -> None:
     """Run all services on this machine until Ctrl-C."""
     if redis_url and data:
@@ -107,95 +140,43 @@ def up(
     http = console if http is None else http
     if http_host and http is None:
         raise typer.BadParameter("--http-host needs --http or --console")
-    manifest = read_manifest(bundle)
-    if drafts and manifest.draft is None:
-        raise CommandError(f"{bundle}: the bundle has no draft model, use --drafts 0")
-    drafts = (1 if manifest.draft else 0) if drafts is None else drafts
-    if log_folder:
-        log_folder.mkdir(parents=True, exist_ok=True)
-    if http is not None:
-        envoy_binary()
-        http = free_port(http)  # as a missing Envoy, a port that is taken is said before anything starts
-    with ExitStack() as running:
-        running.enter_context(interruptible())
-        try:
-            kept = "in the Redis that you named"
-            if not redis_url:
-                redis_url = running.enter_context(LocalRedis(folder=data)).url
-                kept = f"in {data}" if data else "in memory and lost at the end; --data DIR keeps them"
-            with err.status("starting"):
-                certificates = _throwaway(running) if tls else None
-                stack = running.enter_context(
-                    LocalStack(
-                        bundle,
-                        redis_url=redis_url,
-                        drafts=drafts,
-                        targets=targets,
-                        port=port,
-                        log_folder=log_folder,
-                        flags=certificates.flags if certificates else None,
-                    )
-                )
-                edge = None
-                if http is not None:
-                    edge = _edge(running, http, stack, certificates, console=console is not None, hosts=http_host)
-            ca = certificates.ca if certificates else None
-            _announce(manifest.name, stack, kept, ca)
-            if edge:
-                _announce_edge(edge, ca)
-                if console is not None:
-                    out.print(f"The console is at [bold]{edge.url}/console/[/bold]", highlight=False, soft_wrap=True)
-            _watch(stack, edge)
-        except KeyboardInterrupt:
-            err.print("draining", highlight=False)
-
-
-def _throwaway(running: ExitStack) -> LocalCertificates:
-    """Make certificates that exist as long as the services run."""
-    folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="atspeed-tls-")))
-    made: LocalCertificates = optional("atspeed.local.certificates").LocalCertificates(folder)
-    return made
-
-
-def _edge(
-    running: ExitStack,
-    port: int,
-    stack: LocalStack,
-    certificates: LocalCertificates | None,
-    *,
-    console: bool,
-    hosts: Sequence[str],
-) -> LocalEdge:
-    """Start the way in for HTTP."""
-    tls = certificates.files("edge") if certificates else None
-    replicas = [orchestrator.address for orchestrator in stack.orchestrators]
-    return running.enter_context(
-        LocalEdge(replicas, stack.log_folder / "edge.log", port=port, console=console, tls=tls, hosts=hosts)
+    tokens = {
+        "tokens-file": tokens_file and tokens_file.absolute(),
+        "jwt-keys": jwt_keys,
+        "jwt-issuer": jwt_issuer,
+        "jwt-audience": jwt_audience,
+        "jwt-requests-per-second": jwt_requests_per_second,
+    }
+    tokens = {name: value for name, value in tokens.items() if value}
+    _check_jwt({name for name in tokens if name.startswith("jwt-")})
+    serve(
+        Services(
+            bundle=bundle,
+            name=read_manifest(bundle).name,
+            targets=targets,
+            drafts=_drafts(bundle, drafts),
+            port=port,
+            redis_url=redis_url,
+            data=data,
+            log_folder=log_folder,
+            tls=tls,
+            http=http,
+            http_hosts=http_host,
+            console=console is not None,
+            metrics=metrics,
+            tokens=tokens,
+        )
     )
 
 
-def _announce(name: str, stack: LocalStack, kept: str, ca: Path | None) -> None:
-    out.print(f"{name} is served at [bold]{stack.address}[/bold]", highlight=False, soft_wrap=True)
-    for service in stack.services:
-        number = service.process.pid if service.process else 0
-        err.print(f"  {service.module} {service.address}, process {number}", highlight=False, soft_wrap=True)
-    err.print(f"  histories are kept {kept}", highlight=False, markup=False, soft_wrap=True)
-    how = f"--address {stack.address}" + (f" --ca {ca}" if ca else "")
-    err.print(f"  try: atspeed info {how}; Ctrl-C stops the services", highlight=False, soft_wrap=True)
+def _check_jwt(given: set[str]) -> None:
+    needed = ("jwt-keys", "jwt-issuer", "jwt-audience")
+    if given and not given.issuperset(needed):
+        raise typer.BadParameter(", ".join(f"--{name}" for name in needed) + " must be given together")
 
 
-def _announce_edge(edge: LocalEdge, ca: Path | None) -> None:
-    out.print(f"HTTP is served at [bold]{edge.url}[/bold]", highlight=False, soft_wrap=True)
-    curl = f"curl {edge.url}/v1/info" + (f" --cacert {ca}" if ca else "")
-    err.print(f"  try: {curl}; the paths are in {edge.url}/openapi.json", highlight=False, soft_wrap=True)
-
-
-def _watch(stack: LocalStack, edge: LocalEdge | None) -> NoReturn:
-    """Wait for a signal, or fail when a service ends."""
-    while True:
-        if edge and not edge.running:
-            raise CommandError(f"Envoy at {edge.url} ended unexpectedly; its log is {edge.log}")
-        for service in stack.services:
-            if not service.running:
-                raise CommandError(f"{service.module} at {service.address} ended unexpectedly")
-        time.sleep(0.3)
+def _drafts(bundle: Path, asked: int | None) -> int:
+    has_draft = read_manifest(bundle).draft is not None
+    if asked and not has_draft:
+        raise CommandError(f"{bundle}: the bundle has no draft model, use --drafts 0")
+    return int(has_draft) if asked is None else asked

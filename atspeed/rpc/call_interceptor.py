@@ -13,15 +13,17 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
 import structlog
 
 from atspeed.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
-from atspeed.observability.logs import REQUEST_ID_HEADER, bind_request_id
+from atspeed.observability.logs import REQUEST_ID_HEADER, bind_peer, bind_request_id, peer
 from atspeed.rpc.grpc_status import call_status
 from atspeed.rpc.handlers import INFRASTRUCTURE_PREFIX, Behaviour, Context, Handler, WrappingInterceptor, wrap_handler
+from atspeed.security.peers import Peers
 
 # Chosen: several lists end in this time, and an interactive client can still afford it.
 _RETRY_AFTER_SECONDS = 0.5
@@ -34,9 +36,10 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class CallInterceptor(WrappingInterceptor):
     """Wraps every method of a server. Health and reflection have no limit, and their log lines have level debug."""
 
-    def __init__(self, max_concurrent_calls: int) -> None:
+    def __init__(self, max_concurrent_calls: int, peers: Peers) -> None:
         super().__init__()
         self._max_calls = max_concurrent_calls
+        self._peers = peers
         self._calls: Counter[str] = Counter()
 
     def wrap(self, method: str, handler: Handler) -> Handler:
@@ -59,6 +62,8 @@ class CallInterceptor(WrappingInterceptor):
 
             async def call(requests: AsyncIterator[Any], context: Context) -> Any:
                 request_id = bind_request_id(_offered_id(context))
+                # The connection is asked for now, since a log line may be written when it is gone.
+                bind_peer(partial(self._peers.describe, context.peer(), context.invocation_metadata() or ()))
                 context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
                 with _CallLog(method, quiet=infrastructure) as log:
                     try:
@@ -88,7 +93,7 @@ class CallInterceptor(WrappingInterceptor):
 
 
 class _CallLog:
-    """Writes one log line at the end of a call."""
+    """Writes one log line at the end of a call, with the address of the caller if the call fails."""
 
     def __init__(self, method: str, *, quiet: bool) -> None:
         self._method = method
@@ -102,7 +107,8 @@ class _CallLog:
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
         code = "CANCELLED" if isinstance(error, (asyncio.CancelledError, GeneratorExit)) else self.code
         milliseconds = (time.perf_counter_ns() - self._start) / 1e6
-        self._write("call", method=self._method, code=code, duration_ms=round(milliseconds, 3))
+        failed_peer = {} if code == "OK" else peer()
+        self._write("call", method=self._method, code=code, duration_ms=round(milliseconds, 3), **failed_peer)
 
 
 class _Malformed:

@@ -56,6 +56,7 @@ from atspeed.rpc.versions import Versions
 from atspeed.security.auth import AuthInterceptor
 from atspeed.security.callers import Authenticator
 from atspeed.security.certificate_expiry import CertificateExpiry, certificate_files
+from atspeed.security.peers import Peers, networks
 from atspeed.security.quotas import quota_of
 from atspeed.security.tls import TlsError, server_credentials
 from atspeed.security.tokens import TokenError, Tokens
@@ -222,7 +223,7 @@ def _build(
 ) -> grpc.aio.Server:
     interceptors = [
         TelemetryInterceptor(metrics),
-        CallInterceptor(settings.max_concurrent_calls),
+        CallInterceptor(settings.max_concurrent_calls, Peers(networks(settings.trusted_proxies))),
         *([AuthInterceptor(authenticators, metrics)] if authenticators else []),
     ]
     server = grpc.aio.server(interceptors=interceptors, options=server_options(settings))

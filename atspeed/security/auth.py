@@ -25,12 +25,15 @@ from atspeed.rpc.rotating_channel import AUTHORIZATION
 from atspeed.security.callers import Authenticator, Caller
 from atspeed.security.quotas import Quotas
 from atspeed.security.scopes import METADATA_SCOPES, METHOD_SCOPES, OPEN_TO_ALL
+from atspeed.v1.recommendation_pb2 import ExplainRequest
 
 _SCHEME = "bearer"
 _NO_TOKEN = "this service wants `authorization: Bearer TOKEN`"  # noqa: S105 - the text of an error
 _BAD_TOKEN = "the token is not valid here"  # noqa: S105 - the text of an error
 _TENANT = "tenant"
 _REQUESTS = "requests"
+# The paths of the items, and the wider list; see orchestrator/explanation/explain.py.
+_SEARCHES_FOR_ABSENT_ITEMS = 2
 
 
 _caller: ContextVar[Caller] = ContextVar("caller")
@@ -131,14 +134,20 @@ def _leading_to_tenants(kind: Descriptor) -> tuple[str, ...]:
 
 
 def _check_quota(message: Any, quotas: Quotas) -> Any:
-    """Take the requests of a message out of the caller's quota. A batch counts as its requests."""
+    """Take the price of a message out of the caller's quota."""
     caller = _caller.get()
     if caller.grant.quota is not None:
-        batched = isinstance(message, Message) and _REQUESTS in message.DESCRIPTOR.fields_by_name
-        quotas.take(
-            (caller.group, caller.name), caller.grant.quota, max(1, len(getattr(message, _REQUESTS))) if batched else 1
-        )
+        quotas.take((caller.group, caller.name), caller.grant.quota, price(message))
     return message
+
+
+def price(message: Any) -> int:
+    """Return the number of requests that a message counts as: one per search, and one without any."""
+    if isinstance(message, ExplainRequest):
+        return _SEARCHES_FOR_ABSENT_ITEMS + 1 if message.item_ids else 1
+    if isinstance(message, Message) and _REQUESTS in message.DESCRIPTOR.fields_by_name:
+        return max(1, len(getattr(message, _REQUESTS)))
+    return 1
 
 
 def _guard(handler: Handler, quotas: Quotas) -> Handler:

@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -81,7 +82,7 @@ class KeySet:
         self._keys: Mapping[str, jwt.PyJWK] = {}
         self._seen: object = None
         self._asked = -float("inf")
-        self._lock = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None  # the latest reading of a URL in the background
 
     async def load(self) -> None:
         """Read the keys for the first time. Raises KeySetError for a file that is none.
@@ -96,18 +97,24 @@ class KeySet:
             _log.error("jwt_keys_unreadable", reason=str(error))
 
     async def key(self, key_id: str) -> jwt.PyJWK | None:
-        """Return a key; None if the issuer has none of that id. Raises UnavailableError without any keys."""
-        if self._stale(key_id):
-            async with self._lock:
-                if self._stale(key_id):
-                    await self._refresh()
+        """Return a key; None if the issuer has none of that id. Raises UnavailableError without any keys.
+
+        Keys of a URL are read again in the background. Only a call with an unknown id waits for that, for a limited time.
+        """
+        if not is_url(self._source):
+            if file_signature(Path(self._source)) != self._seen:
+                await self._refresh()
+        elif self._stale(key_id):
+            self._reading = asyncio.create_task(self._refresh())
+        if self._reading is not None and key_id not in self._keys:
+            await asyncio.wait([self._reading], timeout=_TIMEOUT_SECONDS)
         if not self._keys:
             raise UnavailableError("the keys of the tokens' issuer cannot be read now")
         return self._keys.get(key_id)
 
     def _stale(self, key_id: str) -> bool:
-        if not is_url(self._source):
-            return file_signature(Path(self._source)) != self._seen
+        if self._reading is not None and not self._reading.done():
+            return False
         keep = _KEEP_SECONDS if key_id in self._keys else _ASK_AGAIN_SECONDS
         return self._clock() - self._asked >= keep
 
@@ -216,7 +223,7 @@ def _fetched(url: str) -> str:
     try:
         with build_opener(_SameScheme).open(request, timeout=_TIMEOUT_SECONDS) as answer:
             content: bytes = answer.read(_MAX_KEY_SET_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise KeySetError(f"{url}: {type(error).__name__}") from None
     if len(content) > _MAX_KEY_SET_BYTES:
         raise KeySetError(f"{url}: larger than {_MAX_KEY_SET_BYTES} bytes")

@@ -980,7 +980,9 @@ class ExplainResponse(_message.Message):
     nodes_left_out: _builtins.int
     """Number of nodes that did not fit."""
     wider_beam_width: _builtins.int
-    """Beam width of the wider list; 0 if none was made."""
+    """Beam width of the wider list; 0 if none was made. It is smaller than in the request if the list had to wait and the request has
+    least_beam_width.
+    """
     @_builtins.property
     def response(self) -> Global___RecommendResponse:
         """The list."""

@@ -1,167 +1,41 @@
-"""Write dashboards/atspeed.json from the panels below; `--check` exits 1 when the file is not what they give."""
+"""Write dashboards/atspeed.json from panels.py; `--check` exits 1 when the file is not what they give."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from panels import HEADLINES, ROWS, Headline, Panel  # beside this file
+
 from atspeed.configuration.generated_page import write_or_check
+from atspeed.observability.metrics_docs import declared
 
 FILE = Path(__file__).parent / "dashboards" / "atspeed.json"
-SOURCE = {"type": "prometheus", "uid": "prometheus"}
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 ACROSS, WIDTH, HEIGHT = 3, 8, 8  # panels in a row, and their size in Grafana's grid of 24 columns
+HEADLINE_WIDTH, HEADLINE_HEIGHT = 4, 4
+RUNBOOK = "${runbooks}/operations.md#"
+TRACKED = {metric.name for metrics in declared().values() for metric in metrics if "track" in metric.labels}
 
-Queries = dict[str, str]
-"""Legend -> query."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One graph. unit: Grafana's name of it."""
-
-    title: str
-    queries: Queries
-    unit: str = "short"
-
-
-def rate(counter: str, by: str, where: str = "") -> Queries:
-    """How often something happens, for each value of some labels."""
-    legend = " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(","))
-    return {legend: f"sum by ({by}) (rate({counter}{{{where}}}[$__rate_interval]))"}
-
-
-def share(counter: str, by: str) -> Queries:
-    """What part of all each value of a label has."""
-    total = f"sum(rate({counter}[$__rate_interval]))"
-    return {f"{{{{{by}}}}}": f"sum by ({by}) (rate({counter}[$__rate_interval])) / ignoring ({by}) group_left {total}"}
-
-
-def quantiles(histogram: str, by: str, where: str = "") -> Queries:
-    """p50 and p99 for each value of a label."""
-    buckets = f"sum by (le, {by}) (rate({histogram}_bucket{{{where}}}[$__rate_interval]))"
-    return {f"{{{{{by}}}}} p{level}": f"histogram_quantile(0.{level}, {buckets})" for level in (50, 99)}
-
-
-def mean(histogram: str, by: str, where: str = "") -> Queries:
-    """The mean for each value of a label."""
-    total, count = (
-        f"sum by ({by}) (rate({histogram}_{part}{{{where}}}[$__rate_interval]))" for part in ("sum", "count")
-    )
-    return {f"{{{{{by}}}}}": f"{total} / {count}"}
-
-
-def level(gauge: str) -> Queries:
-    """A gauge of each replica."""
-    return {"{{job}} {{instance}}": gauge}
-
-
-LISTS, STRICT = "atspeed_recommendations_total", 'mode="strict"'
-PENDING_CANARY = 'atspeed_bundle_pending{track="canary"}'
-FAILED = 'code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|FAILED_PRECONDITION"'
-
-
-def part(counter: str, by: str, where: str, of: str) -> Queries:
-    """What part of one counter, for each value of a label, another one or some of its series are."""
-    some, all_of = (f"sum by ({by}) (rate({name}[$__rate_interval]))" for name in (f"{counter}{{{where}}}", of))
-    return {f"{{{{{by}}}}}": f"{some} / {all_of}"}
-
-
-ROWS: Mapping[str, Sequence[Panel]] = {
-    "Lists": [
-        Panel("Lists per second", rate("atspeed_recommendations_total", "mode, code"), "reqps"),
-        Panel("Latency of a list", quantiles("atspeed_stage_seconds", "mode", 'stage="total"'), "s"),
-        Panel("Latency of a strict list by stage, mean", mean("atspeed_stage_seconds", "stage", 'mode="strict"'), "s"),
-        Panel("Degraded lists by reason", rate("atspeed_degraded_total", "reason"), "reqps"),
-        Panel("Target passes of a list, mean", mean("atspeed_target_passes", "mode")),
-        Panel("Levels without a target pass, mean", mean("atspeed_accepted_levels", "mode")),
-        Panel("Nodes of strict lists", rate("atspeed_nodes_total", "kind", 'mode="strict"'), "ops"),
-        Panel("Short lists", rate("atspeed_short_lists_total", "instance"), "reqps"),
-        Panel("Retried target streams", rate("atspeed_target_retries_total", "instance"), "ops"),
-    ],
-    "Exactness": [
-        Panel("Shadow checks", rate("atspeed_shadow_checks_total", "outcome"), "ops"),
-        Panel("Largest score gap", {"{{track}} {{instance}}": "atspeed_shadow_largest_gap"}),
-        Panel(
-            "Circuit breakers: speculation and draft",
+# Requests of the orchestrator in the panel's time that took at least as long as the value, in Grafana's explorer.
+TRACES = {
+    "t": {
+        "datasource": "${traces}",
+        "queries": [
             {
-                "on {{track}} {{instance}}": "atspeed_speculation_enabled",
-                "rests {{track}} {{instance}}": "atspeed_draft_circuit_open",
-            },
-        ),
-    ],
-    "Canary beside stable": [
-        Panel(
-            "Canary share of users",
-            {"{{instance}}": "atspeed_canary_share", "being loaded {{job}} {{instance}}": PENDING_CANARY},
-            "percentunit",
-        ),
-        Panel("Lists per second by track", rate(LISTS, "track, code"), "reqps"),
-        Panel("Share of failed lists", part(LISTS, "track", FAILED, LISTS), "percentunit"),
-        Panel("Latency of a strict list", quantiles("atspeed_stage_seconds", "track", f'{STRICT}, stage="total"'), "s"),
-        Panel("Target passes of a strict list, mean", mean("atspeed_target_passes", "track", STRICT)),
-        Panel(
-            "Share of degraded lists",
-            part("atspeed_degraded_total", "track", "", f'{LISTS}{{code="OK"}}'),
-            "percentunit",
-        ),
-        Panel("Shadow checks by track", rate("atspeed_shadow_checks_total", "track, outcome"), "ops"),
-    ],
-    "Load": [
-        Panel(
-            "Running calls",
-            {"{{job}} {{instance}}": "atspeed_admission_running / atspeed_admission_slots"},
-            "percentunit",
-        ),
-        Panel(
-            "Queued calls",
-            {"{{job}} {{instance}}": "atspeed_admission_queued / atspeed_admission_queue_limit"},
-            "percentunit",
-        ),
-        Panel("Calls in flight", {"{{method}}": "sum by (method) (atspeed_calls_in_flight)"}),
-        Panel("Calls by status", rate("atspeed_calls_total", "method, code"), "reqps"),
-        Panel("Latency of a call", quantiles("atspeed_call_seconds", "method"), "s"),
-        Panel("Memory", level("process_resident_memory_bytes"), "bytes"),
-    ],
-    "Models": [
-        Panel("Time of a pass", quantiles("atspeed_pass_seconds", "job", 'stage="forward"'), "s"),
-        Panel("Queue time of a pass", quantiles("atspeed_pass_seconds", "job", 'stage="queue"'), "s"),
-        Panel("Tokens of a pass", quantiles("atspeed_pass_tokens", "job")),
-        Panel("Nodes of a pass", quantiles("atspeed_pass_nodes", "job")),
-        Panel("Co-batched requests", quantiles("atspeed_pass_requests", "job")),
-        Panel("Queued passes", level("atspeed_waiting_passes")),
-        Panel("Measured over predicted time of a pass", quantiles("atspeed_pass_prediction_ratio", "model")),
-        Panel("Requested plan size", quantiles("atspeed_plan_nodes_requested", "mode")),
-        Panel("Nodes of a plan", quantiles("atspeed_plan_nodes", "proposal")),
-        Panel("Draft passes of a plan, mean", mean("atspeed_plan_passes", "proposal")),
-    ],
-    "Prefix cache": [
-        Panel("Prompt tokens by source of their KV", share("atspeed_prompt_tokens_total", "source"), "percentunit"),
-        Panel(
-            "Memory tier",
-            {"{{job}} {{instance}}": "atspeed_kv_memory_bytes / atspeed_kv_memory_limit_bytes"},
-            "percentunit",
-        ),
-        Panel("KV of open requests", level("atspeed_open_tree_kv_bytes"), "bytes"),
-        Panel("Block lookups", rate("atspeed_kv_block_lookups_total", "tier, result"), "ops"),
-        Panel("Evictions", rate("atspeed_kv_evictions_total", "job"), "ops"),
-        Panel(
-            "Redis",
-            {
-                f"{name} {{{{job}}}}": f"sum by (job) (rate(atspeed_kv_{name}_total[$__rate_interval]))"
-                for name in ("redis_failures", "redis_skipped", "redis_invalid", "writes_dropped")
-            },
-            "ops",
-        ),
-        Panel("Reads below memory by decision", rate("atspeed_kv_redis_reads_total", "decision"), "ops"),
-        Panel("Skipped writes", rate("atspeed_kv_redis_writes_skipped_total", "job"), "ops"),
-        Panel("Open requests", level("atspeed_open_trees")),
-        Panel("Pending writes", level("atspeed_kv_writes_pending")),
-        Panel("Versions", {"{{job}} {{model_version}}": "count by (job, model_version) (atspeed_model_info)"}),
-    ],
+                "refId": "A",
+                "queryType": "search",
+                "service": "orchestrator",
+                "minDuration": "${__value.raw}s",
+                "datasource": {"type": "jaeger", "uid": "${traces}"},
+            }
+        ],
+        "range": {"from": "${__from}", "to": "${__to}"},
+    }
 }
 
 
@@ -176,20 +50,61 @@ def dashboard() -> dict[str, Any]:
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
         "editable": False,
+        "templating": {"list": list(_variables())},
+        "links": [_link("Alerts and what to do", f"{RUNBOOK}alerts") | {"type": "link", "icon": "doc", "tags": []}],
         "panels": [{"id": number, **panel} for number, panel in enumerate(_panels(), start=1)],
     }
 
 
+def _variables() -> Iterator[dict[str, Any]]:
+    """What may be chosen: sources, services, replicas and tracks; the address of the runbooks, as in Prometheus."""
+    for name, kind, label in (("datasource", "prometheus", "Metrics"), ("traces", "jaeger", "Traces")):
+        chosen = {"text": kind.capitalize(), "value": kind}
+        yield {"name": name, "label": label, "type": "datasource", "query": kind, "current": chosen}
+    yield _values("job", "Service", "label_values(atspeed_calls_in_flight, job)")
+    yield _values("instance", "Replica", 'label_values(atspeed_calls_in_flight{job=~"$job"}, instance)')
+    yield _values("track", "Track", "label_values(atspeed_recommendations_total, track)")
+    runbooks = {"text": "docs", "value": "docs"}
+    yield {"name": "runbooks", "label": "Runbooks", "type": "textbox", "query": "docs", "current": runbooks}
+
+
+def _values(name: str, label: str, query: str) -> dict[str, Any]:
+    """A variable with the values of a label, by default all of them."""
+    return {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": SOURCE,
+        "definition": query,
+        "query": {"query": query, "refId": name},
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
+
+
+def _chosen(query: str) -> str:
+    """The query about the chosen services, replicas and tracks."""
+
+    def selected(found: re.Match[str]) -> str:
+        name, where = found[1], found[2] or ""
+        family = re.sub("_(bucket|sum|count)$", "", name)
+        labels = ["job", "instance", *(["track"] if TRACKED & {name, family} else [])]
+        wanted = [where, *(f'{label}=~"${label}"' for label in labels if not re.search(rf"\b{label}=", where))]
+        return f"{name}{{{', '.join(part for part in wanted if part)}}}"
+
+    return re.sub(r"\b((?:atspeed|process)_\w+)(?:\{([^}]*)\})?", selected, query)
+
+
 def _panels() -> Iterator[dict[str, Any]]:
-    top = 0
+    yield _row("Now", 0)
+    for place, headline in enumerate(HEADLINES):
+        yield _stat(headline, {"x": place * HEADLINE_WIDTH, "y": 1, "w": HEADLINE_WIDTH, "h": HEADLINE_HEIGHT})
+    top = 1 + HEADLINE_HEIGHT
     for title, panels in ROWS.items():
-        yield {
-            "type": "row",
-            "title": title,
-            "collapsed": False,
-            "gridPos": {"x": 0, "y": top, "w": 24, "h": 1},
-            "panels": [],
-        }
+        yield _row(title, top)
         top += 1
         for place, panel in enumerate(panels):
             row, column = divmod(place, ACROSS)
@@ -197,20 +112,48 @@ def _panels() -> Iterator[dict[str, Any]]:
         top += -(-len(panels) // ACROSS) * HEIGHT
 
 
+def _row(title: str, top: int) -> dict[str, Any]:
+    place = {"x": 0, "y": top, "w": 24, "h": 1}
+    return {"type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+
+
+def _stat(headline: Headline, place: dict[str, int]) -> dict[str, Any]:
+    colours = zip(("green", "yellow", "red"), (None, *headline.steps), strict=False)
+    steps = [{"color": colour, "value": value} for colour, value in colours]
+    defaults = {"unit": headline.unit, "min": 0, "thresholds": {"mode": "absolute", "steps": steps}}
+    links = [_link(headline.alert, RUNBOOK + headline.alert.lower())] if headline.alert else []
+    return {
+        "type": "stat",
+        "title": headline.title,
+        "datasource": SOURCE,
+        "gridPos": place,
+        "links": links,
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "value", "graphMode": "area"},
+        "targets": [_target(0, headline.query, "")],
+    }
+
+
 def _graph(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
-    targets = [
-        {"refId": chr(ord("A") + number), "datasource": SOURCE, "expr": query, "legendFormat": legend}
-        for number, (legend, query) in enumerate(panel.queries.items())
-    ]
+    panes = json.dumps(TRACES, separators=(",", ":"))
+    links = [_link("Traces at least as long", f"/explore?schemaVersion=1&panes={panes}")] if panel.traced else []
     return {
         "type": "timeseries",
         "title": panel.title,
         "datasource": SOURCE,
         "gridPos": place,
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "links": links}, "overrides": []},
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
-        "targets": targets,
+        "targets": [_target(number, query, legend) for number, (legend, query) in enumerate(panel.queries.items())],
     }
+
+
+def _target(number: int, query: str, legend: str) -> dict[str, Any]:
+    return {"refId": chr(ord("A") + number), "datasource": SOURCE, "expr": _chosen(query), "legendFormat": legend}
+
+
+def _link(title: str, url: str) -> dict[str, Any]:
+    return {"title": title, "url": url, "targetBlank": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

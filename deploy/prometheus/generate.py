@@ -1,4 +1,4 @@
-"""Write deploy/kubernetes/components/monitoring/rules.yaml, the alert rules as an object of the Prometheus Operator."""
+"""Write the alert rules once more: as an object of the Prometheus Operator, and into the package for `atspeed up`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from textwrap import indent
 
 from atspeed.configuration.generated_page import write_or_check
+from atspeed.local.prometheus import RULES as PACKAGED
 
 RULES = Path(__file__).parent / "alerts.yml"
 FILE = Path(__file__).parents[1] / "kubernetes" / "components" / "monitoring" / "rules.yaml"
 
+PACKAGED_HEAD = "# Written by `make rules` from deploy/prometheus/alerts.yml; do not edit it.\n"
 HEAD = """\
 # Written by `make rules` from deploy/prometheus/alerts.yml; do not edit it.
 apiVersion: monitoring.coreos.com/v1
@@ -25,9 +27,10 @@ spec:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file, or check it."""
+    """Write the files, or check them."""
     rules = RULES.read_text(encoding="utf-8")
-    return write_or_check(FILE, HEAD + indent(rules, "  "), "make rules", arguments)
+    texts = {FILE: HEAD + indent(rules, "  "), PACKAGED: PACKAGED_HEAD + rules}
+    return max(write_or_check(path, text, "make rules", arguments) for path, text in texts.items())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ candidates that the search compared. They are ranks by score, also where a mode 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,10 +20,14 @@ from atspeed.engine.search.beams import Beams, children_by_score
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import Children
 from atspeed.engine.search.trie import ROOT
+from atspeed.rpc.admission import Admitted
 from orchestrator.explanation.explanation import ItemExplanation, ItemOutcome, PathStep
 from orchestrator.recommend import Recommender
 from orchestrator.recommendation import Recommendation, RecommendParams
 from orchestrator.request_session import PromptBuilder
+
+Slot = Callable[[], AbstractAsyncContextManager[Admitted]]
+"""Gives a place among the running requests; see `Admission.slot`."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,13 @@ class AbsentItems:
 
     Attributes:
         prompts: the builder of the request's prompts.
+        slot: a place among the running requests, for the search of the items' paths.
     """
 
     recommender: Recommender
     recommendation: Recommendation
     prompts: PromptBuilder
+    slot: Slot
 
     async def explain(self, item_ids: Sequence[str]) -> list[ItemExplanation]:
         """Return the explanation of each item, without its rank in a wider list. Raises what `recommend` raises."""
@@ -69,7 +76,8 @@ class AbsentItems:
         # Ended places have no token; their only child is certain.
         certain = {int(node): Children.certain(trie, int(node)) for level in wanted for node in level[trie.ends[level]]}
         asked = [level[~trie.ends[level]] for level in wanted]
-        found = await self.recommender.evaluate(self.prompts.unpruned(), [level for level in asked if len(level)])
+        async with self.slot():
+            found = await self.recommender.evaluate(self.prompts.unpruned(), [level for level in asked if len(level)])
         return found | certain
 
     def _candidates(self, evaluated: Mapping[int, Children]) -> list[Beams]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atspeed.concurrency.deadline import Deadline
-from orchestrator.explanation.absent_items import AbsentItems, with_wider_ranks
+from orchestrator.explanation.absent_items import AbsentItems, Slot, with_wider_ranks
 from orchestrator.explanation.explanation import Explanation, ItemOutcome
-from orchestrator.explanation.recording import Recording
+from orchestrator.explanation.recording import RecordedSearch
 from orchestrator.explanation.search_tree import search_tree
 from orchestrator.recommend import Recommender
-from orchestrator.recommendation import RecommendParams
+from orchestrator.recommendation import Recommendation, RecommendParams
 
 # Outcomes that a wider beam cannot change.
 _FINAL = {
@@ -37,22 +37,38 @@ class ExplainParams:
     item_ids: Sequence[str]
     wider_beam_width: int
 
+    @property
+    def narrowed_width(self) -> int:
+        """Return the width of a wider list that had to wait: in the ratio in which the request lets its own list narrow."""
+        largest = self.request.beam_widths.largest
+        least = self.request.least_beam_width or largest
+        return max(largest, self.wider_beam_width * least // largest)
+
 
 async def explain(
-    recommender: Recommender, params: ExplainParams, request: RecommendParams, recording: Recording, deadline: Deadline
+    recommender: Recommender,
+    params: ExplainParams,
+    recommendation: Recommendation,
+    recorded: RecordedSearch,
+    slot: Slot,
+    deadline: Deadline,
 ) -> Explanation:
-    """Return the list of `request` with its explanation. Raises what `Recommender.recommend` raises.
+    """Return a list with its explanation. Raises what `Recommender.recommend` raises, and ResourceExhaustedError.
 
-    request: that of `params`, or a narrowed one.
+    The searches for absent items wait for slots of their own, one after another, as further calls would.
+
+    Args:
+        params: the request, of which `recommendation` is the list.
+        recorded: the search for the list.
+        slot: a place among the running requests, which may refuse.
     """
-    recording.admitted()
-    recommendation = await recommender.recommend(request, deadline, opened=recording.opened)
-    recorded = recording.ended()
     tree = search_tree(recommendation, recorded, recommender.catalogue)
-    items = await AbsentItems(recommender, recommendation, recorded.session.prompts).explain(params.item_ids)
-    width = params.wider_beam_width if any(item.outcome not in _FINAL for item in items) else 0
-    if width:
-        items = await with_wider_ranks(recommender, recommendation, items, width, deadline)
+    items = await AbsentItems(recommender, recommendation, recorded.session.prompts, slot).explain(params.item_ids)
+    width = 0
+    if any(item.outcome not in _FINAL for item in items):
+        async with slot() as admitted:
+            width = params.narrowed_width if admitted.waited else params.wider_beam_width
+            items = await with_wider_ranks(recommender, recommendation, items, width, deadline)
     history = recommender.window(recommendation.history)
     titles = recommender.catalogue.titles_of(
         {*history, *(item.item_id for item in recommendation.items), *params.item_ids}

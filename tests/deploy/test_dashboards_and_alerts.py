@@ -15,7 +15,8 @@ import yaml
 
 from atspeed.observability.metrics import Declared
 from atspeed.observability.metrics_docs import declared
-from tests.observed import panels
+from orchestrator.settings import OrchestratorSettings
+from tests.observed import DASHBOARD, panels
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -92,13 +93,59 @@ def test_every_alert_is_explained_and_tried() -> None:
 
 
 def test_no_panel_lies_on_another_and_all_ask_the_source_that_is_provisioned() -> None:
-    dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "atspeed.json").read_text(encoding="utf-8"))
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
-    source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/sources.yaml").read_text())
-    assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if panel["type"] != "row"} <= {
-        found["uid"] for found in source["datasources"]
-    }
+    wide = max(panel["gridPos"]["x"] + panel["gridPos"]["w"] for panel in dashboard["panels"])
+    assert wide <= 24
+    provisioned = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/sources.yaml").read_text())
+    sources = {one["uid"]: one["type"] for one in provisioned["datasources"]}
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "datasource":
+            assert sources[variable["current"]["value"]] == variable["query"]
+    asked = {panel["datasource"]["uid"] for panel in dashboard["panels"] if panel["type"] != "row"}
+    assert asked == {"${datasource}"}
+
+
+def test_every_variable_is_used_and_every_used_one_is_there() -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    there = {variable["name"] for variable in dashboard["templating"]["list"]}
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            for series, where in selectors(target["expr"]):
+                metric = METRICS.get(family(series))
+                used = set(re.findall(r'(\w+)=~"\$\1"', where))
+                assert used | {"job"} >= {"job", "instance"}, target["expr"]
+                assert ("track" in used) or "track" not in (metric.labels if metric else ()) or "track=" in where
+    texts = json.dumps(dashboard["panels"]) + json.dumps(dashboard["links"])
+    own = {"__rate_interval", "__value", "__from", "__to"}
+    assert set(re.findall(r"\$\{?(\w+)", texts)) - own == there
+
+
+def test_headlines_turn_red_where_their_alerts_fire_and_lead_to_their_runbooks() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    stats = [one for one in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if one["type"] == "stat"]
+    assert len(stats) == 6
+    for stat in stats:
+        colours = [step["color"] for step in stat["fieldConfig"]["defaults"]["thresholds"]["steps"]]
+        assert colours == ["green", "yellow", "red"][: len(colours)]
+        for link in stat["links"]:
+            assert f'<a id="{link["url"].partition("#")[2]}"></a>' in page
+            if len(colours) == 3:
+                red = stat["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]["value"]
+                assert re.search(rf"> {red:g}$", alerts()[link["title"]]["expr"].strip())
+
+
+def test_latencies_lead_to_traces_that_took_as_long() -> None:
+    """The link holds JSON that Grafana's explorer reads, about the service as the spans name it."""
+    graphs = [one for one in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if one["type"] == "timeseries"]
+    links = [link for graph in graphs for link in graph["fieldConfig"]["defaults"]["links"]]
+    assert len(links) == 2
+    for link in links:
+        (pane,) = json.loads(link["url"].partition("panes=")[2]).values()
+        (query,) = pane["queries"]
+        assert query["service"] == OrchestratorSettings.service
+        assert pane["datasource"] == query["datasource"]["uid"] == "${traces}"
 
 
 def test_in_a_cluster_too_the_jobs_are_those_that_the_rules_ask_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from atspeed.v1 import recommendation_pb2_grpc as pb_grpc
 from tests.bundles import random_history
 from tests.conftest import mended
 from tests.issuer import AUDIENCE, ISSUER, TokenIssuer
-from tests.observed import scrape
+from tests.observed import lines_of, scrape
 from tests.secured import bearer, channel, outcome, path_of, rpcs, secured_stack, write_tokens
 from tests.serving import LIVENESS_SECONDS
 
@@ -54,6 +55,8 @@ TOKENS = {scope: f'scopes = ["{scope}"]' for scope in SCOPES} | {
     "nameless-explains": 'scopes = ["explain"]\ntenants = [""]',
     "expired": 'scopes = ["read", "write", "admin", "service"]\nexpires = 2020-01-01T00:00:00Z',
     "limited": 'scopes = ["read", "write"]\nrequests_per_second = 0.001\nburst = 3',
+    "used-up": 'scopes = ["read"]\nrequests_per_second = 0.001\nburst = 1',
+    "limited-explains": 'scopes = ["explain"]\nrequests_per_second = 0.001\nburst = 5',
     "removed": 'scopes = ["read", "write", "admin", "service"]',
 }
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
@@ -263,6 +266,37 @@ def test_the_log_names_callers_and_no_tokens(secured: LocalStack, channels: dict
     assert "hush-" not in logs
 
 
+@pytest.mark.parametrize(
+    ("token", "name", "code"),
+    [
+        (None, "GetHistory", UNAUTHENTICATED),
+        ("made-up", "GetHistory", UNAUTHENTICATED),
+        ("write", "GetHistory", DENIED),
+        ("read", "GetHistory", grpc.StatusCode.INVALID_ARGUMENT),
+        ("used-up", "GetServiceInfo", grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("read", "GetServiceInfo", grpc.StatusCode.OK),
+    ],
+)
+def test_the_log_says_from_where_a_refused_call_came(
+    secured: LocalStack, channels: dict[str, grpc.Channel], token: str | None, name: str, code: grpc.StatusCode
+) -> None:
+    """It does not believe a header that everyone can send."""
+    (method,) = (method for method in RECOMMENDATION if method.name == name)
+    request_id = f"{token}-{name}"
+    metadata = (*bearer(token), ("x-request-id", request_id), ("x-forwarded-for", "203.0.113.7"))
+    on = channels["RecommendationService"]
+    if token == "used-up":
+        outcome(on, method, metadata=bearer(token))
+    assert outcome(on, method, metadata=metadata) is code
+    (line,) = lines_of(secured.log_folder / "orchestrator-0.log", request_id)
+    assert line["code"] == code.name
+    assert line.get("caller") == (None if code is UNAUTHENTICATED else token)
+    if code is grpc.StatusCode.OK:
+        assert "peer" not in line
+    else:
+        assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", line["peer"])
+
+
 def with_token(token: str) -> tuple[tuple[str, str | bytes], ...]:
     return (("authorization", f"Bearer {token}"),)
 
@@ -318,6 +352,16 @@ def test_a_caller_beyond_its_quota_is_told_when_to_come_again_and_harms_no_other
     assert (
         outcome(channels["RecommendationService"], rpc("GetServiceInfo"), metadata=bearer("read")) is grpc.StatusCode.OK
     )
+
+
+def test_an_explanation_costs_what_it_searches(channels: dict[str, grpc.Channel], catalogue: Catalogue) -> None:
+    """One list without items; with items, their paths and a wider list too."""
+    history = pb.History(item_ids=random_history(catalogue, 3, 1))
+    asked = pb.ExplainRequest(request=pb.RecommendRequest(history=history, k=1))
+    for_items = pb.ExplainRequest(request=asked.request, item_ids=[catalogue.id_of(0)])
+    on, token = channels["RecommendationService"], bearer("limited-explains")
+    codes = [outcome(on, EXPLAIN, one.SerializeToString(), token) for one in (asked, for_items, for_items, asked)]
+    assert codes == [grpc.StatusCode.OK, grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK]
 
 
 def details(error: grpc.RpcError) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from atspeed.local.certificates import LocalCertificates
 from atspeed.local.edge import LocalEdge
 from tests.edge import HttpClient, needs_envoy
+from tests.observed import lines_of
 from tests.secured import bearer, secured_stack, write_tokens
 from tests.serving import LIVENESS_SECONDS, RECOMMENDATION
 
@@ -34,7 +35,7 @@ def edge(
     folder = tmp_path_factory.mktemp("secured")
     write_tokens(folder / "public.toml", TOKENS)
     with (
-        secured_stack(bundle, certificates, folder) as stack,
+        secured_stack(bundle, certificates, folder, flags_of_orchestrator={"trusted-proxies": "127.0.0.1"}) as stack,
         LocalEdge([stack.address], folder / "edge.log", tls=certificates.files("edge")) as edge,
     ):
         yield edge
@@ -99,3 +100,14 @@ def test_grpc_passes_with_tls_and_a_token(edge: LocalEdge, certificates: LocalCe
         with pytest.raises(grpc.RpcError) as caught:
             info(b"", timeout=LIVENESS_SECONDS)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_logs_name_the_address_that_envoy_saw_and_not_the_one_that_a_client_invents(
+    edge: LocalEdge, trust: ssl.SSLContext
+) -> None:
+    http = HttpClient(f"127.0.0.1:{edge.port}", trust=trust, source="127.0.0.2")
+    refused = http("GET", "/v1/info", None, x_forwarded_for="203.0.113.7", x_request_id="forged")
+    assert refused.code == 401
+    (line,) = lines_of(edge.log.parent / "orchestrator-0.log", "forged")
+    assert (line["event"], line["code"], line["peer"]) == ("call", "UNAUTHENTICATED", "127.0.0.2")
+    assert line["proxy"].startswith("127.0.0.1:")

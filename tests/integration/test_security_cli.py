@@ -16,6 +16,7 @@ from atspeed.configuration.settings import ServiceSettings
 from atspeed.local.certificates import SERVICES
 from atspeed.rpc.server import running
 from atspeed.security.callers import Caller, Grant
+from atspeed.security.quotas import Quota
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsFiles, WatchedPems
 from atspeed.security.tokens import Tokens
@@ -86,6 +87,18 @@ async def test_entries_of_several_tokens_make_a_file(tmp_path: Path) -> None:
         assert await found.authenticate(tokens[name]) == Caller(name, name, held)
         assert tokens[name] not in path.read_text(), "the file is no secret"
     assert len(set(tokens.values())) == len(tokens)
+
+
+async def test_a_quota_is_part_of_an_entry(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    token, entry = made("shop", "--scope=read", "--requests-per-second=0.5", "--burst=7")
+    path.write_text(entry)
+    caller = await Tokens(path).authenticate(token)
+    assert caller is not None
+    assert caller.grant.quota == Quota(0.5, 7)
+    half = run("token", "shop", "--scope=read", "--burst=7")
+    assert half.exit_code == 2
+    assert "--burst needs --requests-per-second" in half.output
 
 
 def test_a_token_is_another_one_every_time() -> None:

@@ -83,6 +83,26 @@ async def test_our_mistakes_stay_in_our_log(channel: grpc.aio.Channel, kind: str
     assert "Error:" not in seen_by_client
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_log_of_a_failed_call_has_what_a_trusted_proxy_forwards(
+    echo: Echo, tmp_path: Path, kind: str
+) -> None:
+    metadata = (("x-forwarded-for", "203.0.113.7"),)
+    async with (
+        running(settings(tmp_path, trusted_proxies="127.0.0.0/8,::1"), [echo.registration()]) as up,
+        grpc.aio.insecure_channel(up.address) as channel,
+    ):
+        with structlog.testing.capture_logs() as logs:
+            await call(channel, kind, "hello", metadata=metadata)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(channel, kind, "bug", metadata=metadata)
+            await until(lambda: sum(log["event"] == "call" for log in logs) == 2)
+    good, bad = (log for log in logs if log["event"] == "call")
+    assert (good["code"], good.keys() & {"peer", "proxy"}) == ("OK", set())
+    assert (bad["code"], bad["peer"]) == ("INTERNAL", "203.0.113.7")
+    assert bad["proxy"].startswith("127.0.0.1:")
+
+
 async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
     nothing: Any = channel.unary_unary(f"/{SERVICE}/Nothing")
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -28,40 +28,44 @@ if TYPE_CHECKING:
     from atspeed.benchmarks.parity import ParityRow
 
 
+Checkpoint = Annotated[
+    Path,
+    typer.Option(help="The Hugging Face checkpoint that the target was exported from.", exists=True, file_okay=False),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(help="Your own prompt, which generate then reads: a layout's name, or a file of `atspeed import`."),
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="Folder of its tokenizer; by default the checkpoint.", exists=True, file_okay=False),
+]
+Index = Annotated[
+    Path | None,
+    typer.Option(help="Index of the items, to compare the bundle's code tokens with.", exists=True, dir_okay=False),
+]
+Counts = Annotated[
+    bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
+]
+K = Annotated[
+    list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 5 10 20]")
+]
+
+
 def bench_parity(
     bundle: BundleFolder,
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            help="The Hugging Face checkpoint that the target was exported from.", exists=True, file_okay=False
-        ),
-    ],
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="Your own prompt, which generate then reads: a layout's name, or a file of `atspeed import`."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Folder of its tokenizer; by default the checkpoint.", exists=True, file_okay=False),
-    ] = None,
-    index: Annotated[
-        Path | None,
-        typer.Option(help="Index of the items, to compare the bundle's code tokens with.", exists=True, dir_okay=False),
-    ] = None,
+    checkpoint: Checkpoint,
+    prompt: Prompt = None,
+    tokenizer: Tokenizer = None,
+    index: Index = None,
     items: ItemFile = None,
     separator: Separator = None,
     item: ItemText = None,
     max_items: MaxItems = None,
     adapter: Adapter = None,
     base: Base = None,
-    counts: Annotated[
-        bool, typer.Option(help="Count the lists that bfloat16 changes, and the illegal items of sets per level.")
-    ] = True,
-    k: Annotated[
-        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 1 5 10 20]")
-    ] = None,
+    counts: Counts = True,
+    k: K = None,
     users: Users = 200,
     histories: Histories = None,
     seed: Seed = 1,

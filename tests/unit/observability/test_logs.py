@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextvars import copy_context
 
 import pytest
 import structlog
@@ -54,6 +55,25 @@ def test_json_logs_are_one_object_a_line(captured: pytest.CaptureFixture[str]) -
     entries = [json.loads(line) for line in captured.readouterr().err.splitlines()]
     assert [(e["event"], e["level"]) for e in entries] == [("two\nlines", "info"), ("from logging", "warning")]
     assert all(entry["service"] == "toy" and entry["request_id"] == "r-1" for entry in entries)
+
+
+def test_warnings_and_errors_of_a_call_say_from_where_it_came(captured: pytest.CaptureFixture[str]) -> None:
+    logs.configure("toy", "info", "json")
+
+    def write() -> None:
+        logs.bind_peer(lambda: {"peer": "192.0.2.1:5"})
+        for level in ("info", "warning", "error"):
+            getattr(structlog.get_logger("a"), level)(level)
+
+    copy_context().run(write)
+    structlog.get_logger("a").error("outside")
+    entries = [json.loads(line) for line in captured.readouterr().err.splitlines()]
+    assert {entry["event"]: entry.get("peer") for entry in entries} == {
+        "info": None,
+        "warning": "192.0.2.1:5",
+        "error": "192.0.2.1:5",
+        "outside": None,
+    }
 
 
 @pytest.mark.parametrize("offered", [None, "", "two words", "a" * 65, "line\nbreak"])

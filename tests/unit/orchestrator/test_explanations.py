@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,9 @@ from atspeed.engine.bundle.titles import Titles
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.scoring import ScoringRule
+from atspeed.errors import ResourceExhaustedError
+from atspeed.rpc.admission import Admission, Admitted, Priority
+from orchestrator.explanation.absent_items import Slot
 from orchestrator.explanation.explain import ExplainParams, explain
 from orchestrator.explanation.explanation import (
     Explanation,
@@ -68,8 +72,27 @@ class Case(NamedTuple):
         return naive_beam_search(self.made.naive, self.target.model, widths, self.alive)
 
     def explained(self, items: list[str]) -> Explanation:
+        return run_now(self.explanation(items, slots()))
+
+    async def explanation(self, items: list[str], slot: Slot) -> Explanation:
         asked = ExplainParams(self.params, items, self.wider)
-        return run_now(explain(self.service, asked, self.params, Recording(), Deadline(SECONDS)))
+        recording, deadline = Recording(), Deadline(SECONDS)
+        recording.admitted()
+        listed = await self.service.recommend(self.params, deadline, opened=recording.opened)
+        return await explain(self.service, asked, listed, recording.ended(), slot, deadline)
+
+
+def slots(*, taken: int = 0) -> Slot:
+    """The slots of a service with one, of which other calls may hold some."""
+    admission = Admission(1, 0)
+    admission.running = taken
+    return lambda: admission.slot(Priority.INTERACTIVE)
+
+
+@asynccontextmanager
+async def waited() -> AsyncIterator[Admitted]:
+    """A slot that was not free at once."""
+    yield Admitted(waited=True)
 
 
 def case(seed: int, rule: ScoringRule, agreement: float | None) -> Case:
@@ -257,6 +280,36 @@ def test_a_tree_that_does_not_fit_keeps_the_beams_and_the_most_probable_nodes(se
     left_out = [node for path, node in every.items() if path not in kept]
     if any(node.used for node in left_out):
         assert all(node.used for node in kept.values())
+
+
+def with_lost_items() -> tuple[Case, list[str]]:
+    """A list with items that a wider beam may find."""
+    one = next(one for seed in range(100) if lost_of(one := case(seed, ScoringRule.TRIE, 0.7)) and one.wider > 8)
+    return one, lost_of(one)
+
+
+def lost_of(one: Case) -> list[str]:
+    found = one.explained(sorted(one.made.naive.items)).items
+    return [item.item_id for item in found if item.outcome is ItemOutcome.OUTSIDE_BEAM]
+
+
+def test_under_load_searches_for_absent_items_are_refused_like_other_calls() -> None:
+    one, lost = with_lost_items()
+    assert run_now(one.explanation([], slots(taken=1))).items == []
+    assert run_now(one.explanation(["unheard of"], slots(taken=1))).wider_beam_width == 0
+    with pytest.raises(ResourceExhaustedError, match="serves as many requests as it may"):
+        run_now(one.explanation(lost, slots(taken=1)))
+
+
+@pytest.mark.parametrize("least", [None, 1, 2])
+def test_a_wider_list_that_had_to_wait_narrows_if_the_request_allows_it(least: int | None) -> None:
+    one, lost = with_lost_items()
+    one = one._replace(params=replace(one.params, k=1, beam_widths=BeamWidths.of(3), least_beam_width=least), wider=12)
+    width = {None: 12, 1: 4, 2: 8}[least]
+    found = run_now(one.explanation(lost, waited))
+    narrow = one._replace(wider=width).explained(lost)
+    assert (found.wider_beam_width, found.items) == (width, narrow.items)
+    assert one.explained(lost).wider_beam_width == 12
 
 
 def test_titles_are_those_of_the_items_that_the_reply_names() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
+import threading
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from atspeed.errors import UnavailableError
+from atspeed.security import json_web_tokens
 from atspeed.security.callers import Caller, Grant
 from atspeed.security.json_web_tokens import Issuer, JsonWebTokens, KeySet, KeySetError, _SameScheme
 from atspeed.security.quotas import Quota
@@ -191,7 +194,74 @@ async def test_keys_at_a_url_are_kept_and_asked_again_for_an_unknown_id_only(iss
         now[0] = 400
         answers[0] = ""  # the issuer fails, and its keys stay
         assert await tokens.authenticate(issuer.token("ec")) is not None
+        await keys_read(keys)
         assert len(asked) == 3
+        assert await tokens.authenticate(issuer.token("ec")) is not None
+
+
+async def keys_read(keys: KeySet) -> None:
+    """Wait for the reading in the background."""
+    assert keys._reading is not None
+    await keys._reading
+
+
+async def test_a_silent_issuer_delays_only_calls_with_an_unknown_key(issuer: TokenIssuer) -> None:
+    now, gate, answers = [0.0], threading.Event(), [issuer.key_set("rsa")]
+    gate.set()
+    with served(answers, gate) as (url, asked):
+        keys = KeySet(url, lambda: now[0])
+        await keys.load()
+        tokens = JsonWebTokens(Issuer(ISSUER, AUDIENCE), keys)
+        gate.clear()
+        now[0] = 400
+        answers[0] = issuer.key_set("ec")  # "rsa" is withdrawn
+        for _ in range(3):  # the key is known, and no answer has come yet
+            assert await tokens.authenticate(issuer.token("rsa")) is not None
+        unknown = [asyncio.create_task(tokens.authenticate(issuer.token("ec"))) for _ in range(3)]
+        given_up = asyncio.create_task(tokens.authenticate(issuer.token("ec")))
+        await asyncio.sleep(0.05)
+        given_up.cancel()  # its client is gone; the reading goes on for the others
+        assert not any(one.done() for one in unknown)
+        gate.set()
+        assert None not in await asyncio.gather(*unknown)
+        assert await tokens.authenticate(issuer.token("rsa")) is None
+        assert asked == ["/keys"] * 2
+
+
+async def test_a_call_waits_for_a_silent_issuer_for_a_limited_time(
+    issuer: TokenIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    gate.set()
+    with served([issuer.key_set("rsa")], gate) as (url, asked):
+        keys = KeySet(url, iter(range(0, 10_000, 20)).__next__)  # every look at the clock is 20 s later
+        await keys.load()
+        tokens = JsonWebTokens(Issuer(ISSUER, AUDIENCE), keys)
+        gate.clear()
+        monkeypatch.setattr(json_web_tokens, "_TIMEOUT_SECONDS", 0.05)
+        for _ in range(3):
+            assert await tokens.authenticate(issuer.token("ec")) is None
+            assert await tokens.authenticate(issuer.token("rsa")) is not None
+        gate.set()
+        await keys_read(keys)
+    assert 2 <= len(asked) <= 4
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"]
+)
+async def test_an_issuer_that_does_not_speak_http_is_an_unreadable_one(answer: bytes) -> None:
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        keys = KeySet(f"http://{host}:{port}/keys")
+        await keys.load()
+        with pytest.raises(UnavailableError):
+            await keys.key("ec")
 
 
 async def test_without_any_keys_a_call_may_come_again(issuer: TokenIssuer) -> None:

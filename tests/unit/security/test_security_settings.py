@@ -50,6 +50,8 @@ CERTIFICATE, KEY, CA = "target/tls.crt", "target/tls.key", "ca.crt"
         ({"host": EVERYWHERE}, "--host (ATSPEED_TARGET_HOST): beyond loopback one of these must be set: --tokens-file"),
         ({"host": "target.local"}, "--insecure (ATSPEED_TARGET_INSECURE)"),
         ({"host": "::"}, "--tls-client-ca"),
+        ({"trusted-proxies": "envoy"}, "--trusted-proxies (ATSPEED_TARGET_TRUSTED_PROXIES): must be IP addresses"),
+        ({"trusted-proxies": "10,0,0,1/8"}, "--trusted-proxies"),
     ],
 )
 def test_half_a_setting_is_refused(
