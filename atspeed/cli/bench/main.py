@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from atspeed.benchmarks import invariance, lossless
+from atspeed.benchmarks import lossless
 from atspeed.benchmarks.histories import History, choose_histories, served_parts, user_fields
 from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.cli.bench.gpu import bench_gpu, bench_gpu_lists
+from atspeed.cli.bench.invariance import bench_invariance
 from atspeed.cli.bench.load import bench_load, bench_scaling
 from atspeed.cli.bench.options import (
     Histories,
@@ -28,9 +29,8 @@ from atspeed.cli.bench.options import (
 from atspeed.cli.bench.speed import bench_batch, bench_decode, bench_events, bench_http, bench_overhead, bench_prefix
 from atspeed.cli.errors import Commands
 from atspeed.cli.import_checkpoint import Adapter, Base, ItemFile, ItemText, MaxItems, Separator, layout_changes
-from atspeed.cli.options import MAX_EXCLUDED, MAX_THREADS, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
+from atspeed.cli.options import MAX_EXCLUDED, MAX_WIDTH, BundleFolder, CommandError, optional, out, warn
 from atspeed.engine.bundle.manifest import Bundle
-from atspeed.engine.model.invariance import TreeSizes
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.rpc import event_loop
 
@@ -158,8 +158,14 @@ RuleChoice = Literal["bundle", "vocab", "trie", "codes", "all"]
 def bench_lossless(
     bundle: BundleFolder,
     users: Users = 500,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Items of a list.")] = 20,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Items of a list.  [default: 20]")
+    ] = None,
     excluded: Annotated[int, typer.Option(min=0, max=MAX_EXCLUDED, help="Items excluded per user.")] = 50,
+    prefix: Annotated[
+        list[lossless.Prefix] | None,
+        typer.Option(help="Where the prefix of strict lists comes from; cold: nowhere.  [default: memory]"),
+    ] = None,
     rule: Annotated[RuleChoice, typer.Option(help="Scoring rules; another than the bundle's on a copy.")] = "bundle",
     histories: Histories = None,
     seed: Seed = 1,
@@ -169,41 +175,25 @@ def bench_lossless(
 
     opened = Bundle(bundle)
     chosen = choose_histories(opened.catalogue(), histories, users, seed)
-    config = lossless.LosslessConfig(k=k, excluded=excluded, seed=seed)
-    rows = event_loop.run(lossless.run(bundle, chosen, config, _rules(opened, rule)))
-    title = f"Strict and target-only: K = {k}, {excluded} excluded items, {len(chosen)} users"
+    config = lossless.LosslessConfig(k or [20], prefix or [lossless.Prefix.MEMORY], excluded=excluded, seed=seed)
+    rows: list[lossless.LosslessRow] = []
+
+    async def compare() -> None:
+        async for row in lossless.run(bundle, chosen, config, _rules(opened, rule)):
+            rows.append(row)
+            save(json_file, opened, seed, to_json(rows))  # after every row: the whole takes long
+
+    event_loop.run(compare())
+    title = f"Strict and target-only: {excluded} excluded items, {len(chosen)} users"
     out.print(terminal_table(title, lossless.COLUMNS, rows))
     print_identity(lossless.REFERENCE, rows)
-    save(json_file, opened, seed, to_json(rows))
     ties_fail = opened.manifest.target.plan_invariant  # its scores are promised bit for bit
     if failures := sum(row.different + row.invalid_paths + row.near_ties * ties_fail for row in rows):
         beyond = "" if ties_fail else " beyond near-ties"
         raise CommandError(f"{failures} lists differ{beyond} or paths are invalid")
 
 
-@bench_commands.command("invariance")
-def bench_invariance(
-    bundle: BundleFolder,
-    trees: Annotated[int, typer.Option(min=1, max=1_000_000, help="Random token trees.")] = 1_000,
-    prompt: Annotated[int, typer.Option(min=1, max=65_536, help="Longest prompt, in tokens.")] = 4_096,
-    nodes: Annotated[int, typer.Option(min=1, max=65_536, help="Most nodes of a tree.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, max=256, help="Most trees of a pass.")] = 16,
-    threads: Annotated[
-        list[int] | None, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.  [default: 1 2 4]")
-    ] = None,
-    seed: Seed = 1,
-    json_file: JsonFile = None,
-) -> None:
-    """Compare nodes of random token trees in company and alone, bit for bit; exits with 1 if one differs."""
-    opened, levels = Bundle(bundle), Bundle(bundle).catalogue().trie.levels
-    sizes = TreeSizes(prompt, nodes, depth=max(1, levels - 1), trees=batch)
-    row = invariance.run(opened, sizes, trees=trees, threads=threads or [1, 2, 4], seed=seed)
-    out.print(terminal_table("Nodes in company and alone", invariance.COLUMNS, [row]))
-    save(json_file, opened, seed, to_json([row]))
-    if moved := row.moved + row.prompts_moved:
-        raise CommandError(f"{moved} nodes or prompts differ by a bit or more")
-
-
+bench_commands.command("invariance")(bench_invariance)
 bench_commands.command("decode")(bench_decode)
 bench_commands.command("overhead")(bench_overhead)
 bench_commands.command("http")(bench_http)

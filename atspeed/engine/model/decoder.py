@@ -341,9 +341,9 @@ def run_bound(
     feeds: Mapping[str, npt.NDArray[Any]],
     fetches: Mapping[str, npt.NDArray[Any]],
 ) -> None:
-    """Run on the memory of the arrays, which are contiguous. On CUDA the same calls copy: feeds at binding, fetches at the end."""
+    """Run on the memory of the arrays, which are contiguous. On CUDA the same calls copy: feeds at binding, fetches later."""
     binding = session.io_binding()
-    # These calls take a third of the time of those by device, type and pointer: a decoder has dozens of inputs and outputs.
+    # Calls by device, type and pointer take longer, and a decoder has dozens of inputs and outputs.
     for name, array in feeds.items():
         binding.bind_cpu_input(name, array)
     for name, array in fetches.items():
