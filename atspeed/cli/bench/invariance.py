@@ -1,4 +1,4 @@
-"""`atspeed bench invariance`: nodes of random trees in company and alone, bit for bit."""
+"""`atspeed bench invariance`: nodes of random trees, compared bit for bit."""
 
 from __future__ import annotations
 
