@@ -4,6 +4,7 @@
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
+#   make bits            figures of exactness: 10,000 random trees of three families; 5,000 lists, cold, from memory, from Redis
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
 #   make planner-ablation  today's planner beside simpler rules, by simulation; takes minutes, and no measurement
@@ -164,6 +165,22 @@ speed-load:
 
 speed-scaling:
 	$(bench) --bundle $(INFLATED)/bundle $(SPEED_ITEMS:%=--items %) --threads $(THREADS)
+
+# Figures of exactness, with no times: random trees of three families, and lists of strict and target-only through the services,
+# whose prefixes are computed, in memory or in Redis. BITS_TREES are those of one family. The first goes on where its result file ends.
+BITS_TREES ?= 3400
+BITS_USERS ?= 420
+BITS_OUT := var/bits
+BITS_BUNDLE ?= bundles/movielens-100k
+
+.PHONY: bits bits-trees bits-lists
+bits: bits-trees bits-lists
+bits-trees:
+	$(BIN)/atspeed bench invariance --family llama --family qwen2 --family qwen3 --trees $(BITS_TREES) \
+	    --json $(BITS_OUT)/invariance.json
+bits-lists:
+	$(BIN)/atspeed bench lossless --bundle $(BITS_BUNDLE) --users $(BITS_USERS) --k 1 --k 10 --k 20 --k 50 --excluded 0 \
+	    --prefix cold --prefix memory --prefix redis --json $(BITS_OUT)/lossless-$(notdir $(BITS_BUNDLE)).json
 
 # No time is measured, so the machine may do other work. More seeds: shorter intervals, and a minute each.
 PLANNER_SEEDS ?= 3

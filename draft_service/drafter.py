@@ -131,7 +131,7 @@ class _PlanGrowth:
     def steps(self) -> PassProgram[Plan]:
         """Yield the nodes of each pass, from the beams downwards. Returns the plan."""
         trie, request = self._trie, self._request
-        start = int(trie.depth(request.below.node[:1])[0])
+        start = trie.depth_of(int(request.below.node[0]))
         frontier = self._shortlist.beams
         for depth in range(start, request.size.last_depth(trie, start)):
             evaluation = Evaluation.of({})

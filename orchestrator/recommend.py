@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 
@@ -99,7 +99,7 @@ class Recommender:
         searched_ns = time.perf_counter_ns()
         result, reason = await session.search(self.catalogue.trie, self.manifest.scoring_rule)
         session.learn(result.memo)
-        items = self._items(result, candidates, self._items_per_path(params))[: params.k]
+        items = list(islice(self._items(result, candidates, self._items_per_path(params)), params.k))
         times = session.stage_times(started_ns, searched_ns, time.perf_counter_ns())
         target, draft, planning = session.target.usage, session.draft.usage, session.sizer.report
         diagnostics = Diagnostics(result.memo, result.leaves, session.prompt_tokens, target, draft, planning, times)
@@ -226,9 +226,9 @@ class Recommender:
             return None
         return self._draft.session(prompts.draft_request(self._prompts["draft"]), prompts.policy.proposal)
 
-    def _items(self, result: SearchResult, candidates: Candidates, limit: int | None) -> list[Item]:
-        """Return the leaves' candidates, leaf by leaf, at most `limit` of a leaf, in the catalogue's order within a leaf."""
-        catalogue, items = self.catalogue, list[Item]()
+    def _items(self, result: SearchResult, candidates: Candidates, limit: int | None) -> Iterator[Item]:
+        """Yield the leaves' candidates, leaf by leaf, at most `limit` of a leaf, in the catalogue's order within a leaf."""
+        catalogue = self.catalogue
         found = [catalogue.items_of(leaf) for leaf in result.leaves.node.tolist()]
         paths = catalogue.spelled_codes(np.array([of_path[0] for of_path in found], dtype=np.int64))
         for leaf, score, path, of_path in zip(
@@ -236,8 +236,7 @@ class Recommender:
         ):
             shown, origin = tuple(path.tolist()), _origin(result.memo, leaf)
             permitted = islice((item for item in of_path if item in candidates), limit)
-            items += [Item(catalogue.id_of(item), score, shown, len(of_path), origin) for item in permitted]
-        return items
+            yield from (Item(catalogue.id_of(item), score, shown, len(of_path), origin) for item in permitted)
 
     def _items_per_path(self, params: RecommendParams) -> int | None:
         return params.items_per_path or self.manifest.items_per_path

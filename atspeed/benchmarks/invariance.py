@@ -1,27 +1,34 @@
-"""Count of nodes that company moves by a bit, on random token trees."""
+"""Count of nodes that company moves by a bit, on random token trees.
+
+The trees are drawn in parts, each with a seed of its own. So a run that was cut goes on where its result file ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from atspeed.benchmarks.results import Columns
+from atspeed.engine.arrays import Int64
 from atspeed.engine.bundle.bundle import Bundle
-from atspeed.engine.model.decoder import RuntimeOptions
+from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.invariance import TreeSizes, check_invariance
 from atspeed.engine.model.loading import load_decoder
+
+NAME = "invariance"
 
 
 @dataclass(frozen=True)
 class InvarianceRow:
-    """Counts of one model.
+    """Counts of one part, or of all parts of a model.
 
     Attributes:
         architecture, precision: of the target.
         threads: numbers of threads, one of which is drawn for every pass.
         prompt, nodes, batch: the longest prompt, the most nodes of a tree and the most trees of a pass.
+        seed: of the part's trees.
         trees, compared: numbers of compared trees and nodes.
         moved, prompts_moved: nodes and prompts with another bit.
         largest: the largest difference in a logit.
@@ -33,6 +40,7 @@ class InvarianceRow:
     prompt: int
     nodes: int
     batch: int
+    seed: int
     trees: int
     compared: int
     moved: int
@@ -50,25 +58,106 @@ COLUMNS: Columns[InvarianceRow] = (
 )
 
 
-def run(bundle: Bundle, sizes: TreeSizes, *, trees: int, threads: Sequence[int], seed: int) -> InvarianceRow:
-    """Compare at least so many random trees. Prompts are cut to the longest that the target has positions for."""
-    entry = bundle.model("target")
-    start = entry.encoder.decoder_start if entry.encoder else None
-    decoders = [load_decoder(bundle, "target", RuntimeOptions(intra_op_threads=number)) for number in threads]
-    longest = max(1, min(sizes.prompt, entry.max_positions - sizes.depth))
-    sizes = replace(sizes, prompt=longest)
-    tokens = np.asarray(sorted(set(entry.code_tokens)), dtype=np.int64)
-    total = check_invariance(decoders, sizes, tokens, trees=trees, decoder_start=start, seed=seed)
-    return InvarianceRow(
-        architecture=entry.architecture,
-        precision=entry.precision,
-        threads=tuple(threads),
-        prompt=sizes.prompt,
-        nodes=sizes.nodes,
-        batch=sizes.trees,
-        trees=total.trees,
-        compared=total.nodes,
-        moved=total.moved,
-        prompts_moved=total.prompts_moved,
-        largest=total.largest,
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model whose trees are compared.
+
+    Attributes:
+        architecture, precision: as the manifest has them.
+        decoders: the model, once for each number of threads.
+        threads: these numbers.
+        tokens: the tokens of trees, int64.
+        positions: the most tokens of a path.
+        decoder_start: the token that the decoder of an encoder-decoder model begins with.
+    """
+
+    architecture: str
+    precision: str
+    decoders: Sequence[Decoder]
+    threads: tuple[int, ...]
+    tokens: Int64
+    positions: int
+    decoder_start: int | None = None
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, threads: Sequence[int]) -> CheckedModel:
+        """Return the target of a bundle."""
+        entry = bundle.model("target")
+        return cls(
+            architecture=entry.architecture,
+            precision=entry.precision,
+            decoders=[load_decoder(bundle, "target", RuntimeOptions(intra_op_threads=number)) for number in threads],
+            threads=tuple(threads),
+            tokens=np.asarray(sorted(set(entry.code_tokens)), dtype=np.int64),
+            positions=entry.max_positions,
+            decoder_start=entry.encoder.decoder_start if entry.encoder else None,
+        )
+
+
+@dataclass(frozen=True)
+class TreeParts:
+    """Random trees, in parts.
+
+    Attributes:
+        sizes: bounds of the trees.
+        trees: trees of a model.
+        part: trees of a part.
+        seed: of the first part; the next ones count up.
+    """
+
+    sizes: TreeSizes
+    trees: int
+    part: int
+    seed: int
+
+    @property
+    def seeds(self) -> range:
+        """Return the seeds of the parts."""
+        return range(self.seed, self.seed + -(-self.trees // self.part))
+
+
+def run(model: CheckedModel, parts: TreeParts, done: Sequence[InvarianceRow] = ()) -> Iterator[InvarianceRow]:
+    """Compare the parts that are not `done`. Prompts are cut to the longest that the model has positions for."""
+    made = {(row.architecture, row.seed) for row in done}
+    longest = max(1, min(parts.sizes.prompt, model.positions - parts.sizes.depth))
+    sizes = replace(parts.sizes, prompt=longest)
+    for seed in parts.seeds:
+        if (model.architecture, seed) in made:
+            continue
+        total = check_invariance(
+            model.decoders, sizes, model.tokens, trees=parts.part, decoder_start=model.decoder_start, seed=seed
+        )
+        yield InvarianceRow(
+            architecture=model.architecture,
+            precision=model.precision,
+            threads=model.threads,
+            prompt=sizes.prompt,
+            nodes=sizes.nodes,
+            batch=sizes.trees,
+            seed=seed,
+            trees=total.trees,
+            compared=total.nodes,
+            moved=total.moved,
+            prompts_moved=total.prompts_moved,
+            largest=total.largest,
+        )
+
+
+def by_model(rows: Sequence[InvarianceRow]) -> list[InvarianceRow]:
+    """Return the sum of each model's parts."""
+    sums: dict[str, InvarianceRow] = {}
+    for row in rows:
+        known = sums.get(row.architecture)
+        sums[row.architecture] = row if known is None else _sum(known, row)
+    return list(sums.values())
+
+
+def _sum(known: InvarianceRow, row: InvarianceRow) -> InvarianceRow:
+    return replace(
+        known,
+        trees=known.trees + row.trees,
+        compared=known.compared + row.compared,
+        moved=known.moved + row.moved,
+        prompts_moved=known.prompts_moved + row.prompts_moved,
+        largest=max(known.largest, row.largest),
     )

@@ -3,15 +3,20 @@
 Exclusions matter only where the items would have been recommended. So half of each user's exclusions are drawn from the list
 that the user gets without exclusions, the rest from the whole catalogue. Both modes get the same request. A path is invalid
 if its item is excluded, or has another path in the catalogue.
+
+Target-only comes first. So the prefix of a strict list is computed again, or it comes from the memory or the Redis in which the
+target-only list has left it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +36,36 @@ from atspeed.engine.search.scoring import ScoringRule
 from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 REFERENCE = "target-only"
+_WRITE_SECONDS = 2.0  # writes to Redis go on after the reply; strict lists are to find them
 _MODES = (Mode.TARGET_ONLY, Mode.STRICT)
+
+
+class Prefix(StrEnum):
+    """The place of the prefix of strict lists."""
+
+    COLD = "cold"
+    MEMORY = "memory"
+    REDIS = "redis"
+
+
+_SETTINGS: dict[Prefix, dict[str, object]] = {
+    Prefix.COLD: {"kv-memory-mb": 0, "kv-redis": "never"},
+    Prefix.MEMORY: {},
+    Prefix.REDIS: {"kv-memory-mb": 0, "kv-redis": "always"},
+}
 
 
 @dataclass(frozen=True)
 class LosslessRow:
-    """Lists under one scoring rule. target_only_passes_mean, strict_passes_mean: target passes of a request."""
+    """Lists under one scoring rule.
+
+    Attributes:
+        cached_tokens_mean: prompt tokens of a strict list from the place of `prefix`, 0 where it is cold.
+        target_only_passes_mean, strict_passes_mean: target passes of a request.
+    """
 
     rule: str
+    prefix: str
     k: int
     excluded: int
     users: int
@@ -46,6 +73,7 @@ class LosslessRow:
     near_ties: int
     different: int
     invalid_paths: int
+    cached_tokens_mean: float
     target_only_passes_mean: float
     strict_passes_mean: float
     accepted_levels_mean: float
@@ -53,6 +81,9 @@ class LosslessRow:
 
 COLUMNS: Columns[LosslessRow] = (
     ("rule", lambda row: row.rule),
+    ("prefix", lambda row: row.prefix),
+    ("K", lambda row: str(row.k)),
+    ("cached tokens", lambda row: f"{row.cached_tokens_mean:.1f}"),
     *COMPARISON_COLUMNS,
     ("invalid paths", lambda row: str(row.invalid_paths)),
     ("target-only passes", lambda row: f"{row.target_only_passes_mean:.2f}"),
@@ -63,27 +94,47 @@ COLUMNS: Columns[LosslessRow] = (
 
 @dataclass(frozen=True)
 class LosslessConfig:
-    """Configuration of the comparison. excluded: excluded items of each user. seed: seed of their choice."""
+    """Configuration of the comparison.
 
-    k: int
+    Attributes:
+        widths: the values of K.
+        prefixes: the places of the prefixes.
+        excluded: excluded items of each user.
+        seed: seed of their choice.
+    """
+
+    widths: Sequence[int]
+    prefixes: Sequence[Prefix]
     excluded: int
     seed: int
 
 
 async def run(
     root: Path, histories: Sequence[History], config: LosslessConfig, rules: Sequence[ScoringRule]
-) -> list[LosslessRow]:
-    """Compare under each rule: the bundle's own, or the other on a copy of the bundle."""
-    rows = []
+) -> AsyncIterator[LosslessRow]:
+    """Compare under each rule, with each prefix and K. A rule is the bundle's own, or another on a copy of the bundle."""
     for rule in rules:
         with _under_rule(root, rule) as folder, progress_bar() as progress:
-            async with services(folder, ServiceOptions(planner="fixed")) as client:
-                rows.append(await _compare(client, Bundle(folder), histories, config, progress))
-    return rows
+            for prefix in config.prefixes:
+                options = ServiceOptions(planner="fixed", models=_SETTINGS[prefix])
+                async with services(folder, options) as client:
+                    for k in config.widths:
+                        part = _Part(prefix, k, config.excluded, config.seed)
+                        yield await _compare(client, Bundle(folder), histories, part, progress)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One row of the comparison."""
+
+    prefix: Prefix
+    k: int
+    excluded: int
+    seed: int
 
 
 async def _compare(
-    client: AsyncClient, bundle: Bundle, histories: Sequence[History], config: LosslessConfig, progress: Progress
+    client: AsyncClient, bundle: Bundle, histories: Sequence[History], config: _Part, progress: Progress
 ) -> LosslessRow:
     catalogue, rule, k = bundle.catalogue(), bundle.manifest.scoring_rule, config.k
     template = bundle.manifest.target.prompt
@@ -96,13 +147,18 @@ async def _compare(
             )
             for history, out in zip(histories, excluded, strict=True)
         ]
-        replies[mode] = await ask(client, requests, progress=progress, title=f"rule {rule}, {mode}")
+        if config.prefix is Prefix.REDIS and mode is Mode.STRICT:
+            await asyncio.sleep(_WRITE_SECONDS)
+        replies[mode] = await ask(
+            client, requests, progress=progress, title=f"rule {rule}, {config.prefix}, K = {k}, {mode}"
+        )
     alone, strict = replies[Mode.TARGET_ONLY], replies[Mode.STRICT]
     verdicts = [
         compare_bits(RankedList.of(a.items), RankedList.of(b.items)) for a, b in zip(strict, alone, strict=True)
     ]
     return LosslessRow(
         rule=str(rule),
+        prefix=str(config.prefix),
         k=k,
         excluded=config.excluded,
         users=len(verdicts),
@@ -112,6 +168,7 @@ async def _compare(
             for lists in replies.values()
             for reply, out in zip(lists, excluded, strict=True)
         ),
+        cached_tokens_mean=mean([reply.statistics.cached_tokens.get(config.prefix, 0) for reply in strict]),
         target_only_passes_mean=mean([reply.statistics.target_passes for reply in alone]),
         strict_passes_mean=mean([reply.statistics.target_passes for reply in strict]),
         accepted_levels_mean=mean([reply.statistics.accepted_levels for reply in strict]),
@@ -123,7 +180,7 @@ async def _excluded(
     catalogue: Catalogue,
     template: PromptTemplate,
     histories: Sequence[History],
-    config: LosslessConfig,
+    config: _Part,
     progress: Progress,
 ) -> list[list[str]]:
     """Choose each user's excluded items, see the module's docstring."""

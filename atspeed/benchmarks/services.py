@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,16 +39,18 @@ class ServiceOptions:
         threads: threads of each model; draft and target of a request take turns. None: the cores are shared out.
         provider: the device that the models run on.
         planner: "fixed" where passes are counted, because an adaptive planner depends on the machine.
+        models: further settings of draft and target.
     """
 
     threads: int | None = None
     provider: Provider = "cpu"
     planner: Literal["adaptive", "fixed"] = "adaptive"
+    models: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def flags(self) -> Mapping[str, Mapping[str, object]]:
         """Settings of the services, for LocalStack."""
-        models: dict[str, object] = {"provider": self.provider}
+        models: dict[str, object] = {"provider": self.provider, **self.models}
         if self.threads is not None:
             models["threads"] = self.threads
         return {"orchestrator": {**_ORCHESTRATOR, "planner": self.planner}, "draft": models, "target": models}

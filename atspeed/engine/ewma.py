@@ -67,6 +67,16 @@ class EwmaRegression:
 
     def predict(self, x: npt.ArrayLike, group: int = 0) -> npt.NDArray[np.float64]:
         """Return the line of a group at x [...]."""
+        mean_x, mean_y, slope = self._line(group)
+        return np.maximum(0.0, mean_y + slope * (np.asarray(x, dtype=np.float64) - mean_x))
+
+    def at(self, x: float, group: int = 0) -> float:
+        """Return the line of a group at one x."""
+        mean_x, mean_y, slope = self._line(group)
+        return max(0.0, mean_y + slope * (x - mean_x))
+
+    def _line(self, group: int) -> tuple[float, float, float]:
+        """Return a point of a group's line, x and y, and the slope."""
         known = group if self._seen[group] else self._last
         mean_x, mean_y = self._x[known].value, self._y[known].value
         slope = 0.0
@@ -74,4 +84,4 @@ class EwmaRegression:
             slope = max(0.0, self._covariance.value) / self._variance.value
         if slope * mean_x > mean_y:  # the intercept would be negative: take the line through the origin
             slope = mean_y / mean_x
-        return np.maximum(0.0, mean_y + slope * (np.asarray(x, dtype=np.float64) - mean_x))
+        return mean_x, mean_y, slope

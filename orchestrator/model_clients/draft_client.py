@@ -210,7 +210,7 @@ class DraftSession:
         self.usage.passes += reply.passes
         self.usage.model_version = reply.model_version
         # An older release of the draft does not know `levels` and plans all of them.
-        return plan.down_to(trie, size.last_depth(trie, int(trie.depth(below.node[:1])[0])))
+        return plan.down_to(trie, size.last_depth(trie, trie.depth_of(int(below.node[0]))))
 
 
 def _is_request_failure(error: Exception) -> bool:

@@ -151,7 +151,7 @@ class FixedPlanSizer:
 
     def _start(self, below: Beams) -> int:
         """Return the level of the beams."""
-        return int(self._trie.depth(below.node[:1])[0])
+        return self._trie.depth_of(int(below.node[0]))
 
     def _planned_levels(self, below: Beams, asked: PlanSize) -> int:
         """Return the number of levels below the beams that a plan of this size has."""

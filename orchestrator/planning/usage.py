@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 from atspeed.engine.model.pass_stats import PassStats
 
@@ -28,7 +30,7 @@ class Usage:
     @property
     def cost(self) -> PassStats:
         """Return the sum of all replies' stats."""
-        return sum(self.costs, PassStats())
+        return reduce(add, self.costs) if self.costs else PassStats()
 
     @property
     def wait_ns(self) -> int:

@@ -70,11 +70,11 @@ class Memo(EvaluatedNodes):
     def wanted(self, missing: Beams, plan: Plan) -> Int64:
         """Return the nodes of one target pass: the missing beams and the plan, without nodes that are known."""
         self.plan = plan
-        self.pass_levels.append(int(self.trie.depth(missing.node[:1])[0]))
+        self.pass_levels.append(self.trie.depth_of(int(missing.node[0])))
         planned = [node for node in plan.node.tolist() if not self.knows(node)]
         self.recovered.update(node for node in missing.node.tolist() if node != ROOT)
         self.drafted.update(node for node in planned if node not in self.recovered)
-        self._asked = np.unique(np.concatenate([missing.node, np.asarray(planned, dtype=np.int64)]))
+        self._asked = np.array(sorted({*missing.node.tolist(), *planned}), dtype=np.int64)
         return self._asked
 
     def add(self, evaluation: Evaluation) -> None:

@@ -110,6 +110,44 @@ def test_bench_lossless(made: TestBundle, tmp_path: Path) -> None:
     assert written["header"]["machine"]["cores"] == os.cpu_count()
 
 
+def test_bench_lossless_with_every_place_of_a_prefix(made: TestBundle, tmp_path: Path) -> None:
+    """A row for each place and K, and the tokens that came from there."""
+    out = tmp_path / "lossless.json"
+    places = [option for place in ("cold", "memory", "redis") for option in ("--prefix", place)]
+    options = ["--users", 4, "-k", 1, "-k", 3, "--excluded", 0, *places, "--json", out]
+    result = run("bench", "lossless", "--bundle", made.root, *options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["prefix"], row["k"]) for row in rows] == [(p, k) for p in ("cold", "memory", "redis") for k in (1, 3)]
+    assert all(row["different"] == row["invalid_paths"] == 0 for row in rows)
+    cold, memory, redis = ([row["cached_tokens_mean"] for row in rows[at : at + 2]] for at in (0, 2, 4))
+    assert cold == [0, 0]
+    assert min(memory) > 0
+    assert max(redis) > 0
+
+
+def test_bench_invariance_goes_on_where_it_was_cut(made: TestBundle, tmp_path: Path) -> None:
+    out = tmp_path / "invariance.json"
+    options = ["--trees", 4, "--part", 2, "--prompt", 12, "--nodes", 6, "--batch", 1, "--threads", 1, "--json", out]
+    assert run("bench", "invariance", "--bundle", made.root, *options).exit_code == 0
+    whole = json.loads(out.read_text())
+    assert [row["trees"] for row in whole["rows"]] == [2, 2]
+    cut = {**whole, "rows": [{**whole["rows"][1], "compared": 1_000_000}]}
+    out.write_text(json.dumps(cut))
+    result = run("bench", "invariance", "--bundle", made.root, *options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert rows == [*cut["rows"], whole["rows"][0]]
+    other = run("bench", "invariance", "--bundle", made.root, *options, "--nodes", 7)
+    assert "holds parts of another run (nodes)" in one_line(other)
+
+
+@pytest.mark.parametrize("models", [[], ["--bundle", "BUNDLE", "--family", "llama"]])
+def test_bench_invariance_has_one_kind_of_models(made: TestBundle, models: list[str]) -> None:
+    options = [str(made.root) if option == "BUNDLE" else option for option in models]
+    assert "--bundle or --family" in one_line(run("bench", "invariance", *options))
+
+
 def test_bench_parity(made: TestBundle, tmp_path: Path) -> None:
     """Real histories from a file; an unknown item in it is named with its line."""
     histories = tmp_path / "test.txt"

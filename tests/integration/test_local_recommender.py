@@ -13,6 +13,8 @@ import pytest
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.errors import BundleError
+from atspeed.engine.model import tree_evaluator
+from atspeed.engine.model.invariance import Moved
 from atspeed.engine.search.mode import Mode
 from atspeed.local.recommender import Recommender, RecommenderOptions
 from atspeed.local.stack import LocalStack
@@ -114,6 +116,17 @@ class TestLists:
         assert reply.statistics.target_passes >= 1
         assert reply.exactness.exact
         assert not reply.degraded
+
+    def test_are_not_called_exact_where_the_check_at_the_load_finds_another_bit(
+        self, bundle: Path, histories: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a machine whose kernels break the promise. The reply says so."""
+        found = Moved(trees=1, nodes=9, moved=1, largest=1e-6)
+        monkeypatch.setattr(tree_evaluator, "check_invariance", lambda *_, **__: found)
+        with Recommender(bundle, RecommenderOptions(threads=1, draft=False, warm_up_seconds=0)) as elsewhere:
+            reply = elsewhere.recommend(histories[0])
+        assert reply.items
+        assert not reply.exactness.exact
 
 
 class TestCallers:

@@ -12,12 +12,12 @@ bench_commands = Commands(
     ),
     DeferredCommand(
         "lossless",
-        "atspeed.cli.bench.checks:bench_lossless",
+        "atspeed.cli.bench.lossless:bench_lossless",
         "Compare strict with target-only under exclusions; exits with 1 if a list differs or a path is invalid.",
     ),
     DeferredCommand(
         "invariance",
-        "atspeed.cli.bench.checks:bench_invariance",
+        "atspeed.cli.bench.invariance:bench_invariance",
         "Compare nodes of random token trees in company and alone, bit for bit; exits with 1 if one differs.",
     ),
     DeferredCommand(

@@ -190,7 +190,7 @@ class Catalogue:
     @cached_property
     def shortest_spelling(self) -> int:
         """Return the fewest codes of a path before its tail."""
-        return int(self.spelled_lengths(self.item_start[:-1]).min())
+        return int(self._spelled_lengths(self.codes[self.item_start[:-1]]).min())
 
     @property
     def items(self) -> int:
@@ -209,6 +209,8 @@ class Catalogue:
         """Return the item index of each id, [len(ids)]; -1 for an unknown id. O(ids), however large the catalogue."""
         width = self.ids.dtype.itemsize
         wanted = [item.encode("utf-8", "surrogatepass") for item in ids]
+        if not wanted:
+            return np.empty(0, dtype=np.int64)
         # numpy truncates long ids and drops trailing NUL bytes, so such an id could match another. No id is empty.
         keys = [key if len(key) <= width and not key.endswith(b"\0") else b"" for key in wanted]
         return self._index.find(np.array(keys, dtype=self.ids.dtype))
@@ -242,6 +244,11 @@ class Catalogue:
     def spelled_lengths(self, items: npt.NDArray[np.integer]) -> Int64:
         """Return the number of codes of each item before its tail, [n]."""
         codes = self.codes[items]
+        if self.shortest_spelling == codes.shape[1]:
+            return np.full(len(codes), codes.shape[1], dtype=np.int64)
+        return self._spelled_lengths(codes)
+
+    def _spelled_lengths(self, codes: Codes) -> Int64:
         spelled = np.logical_and.accumulate((codes != ENDED) & (codes < self.tail_start), axis=1)
         return np.asarray(spelled.sum(axis=1), dtype=np.int64)
 
@@ -253,7 +260,9 @@ class Catalogue:
     def spelled_tokens(self, items: npt.NDArray[np.integer], code_tokens: Sequence[int] | Int64) -> list[Int64]:
         """Return the tokens of each item in a prompt. code_tokens: the token id of each code column, [C]."""
         tokens, offset = np.asarray(code_tokens, dtype=np.int64), self.trie.codebook_offset
-        return [tokens[codes + offset[: len(codes)]] for codes in self.spelled_codes(items)]
+        # Places behind a spelling get some token too, and are cut off.
+        rows, lengths = tokens[self.codes[items] + offset], self.spelled_lengths(items).tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     def items_of(self, leaf: int) -> range:
         """Return the indices of the items of a leaf's code path, in order."""

@@ -112,13 +112,13 @@ class PromptTemplate(BaseModel):
         before, behind = (
             tuple(with_values(part, self.part(part), self.user_fields, user_fields or {})) for part in _PARTS
         )
-        parts: list[npt.NDArray[np.int64] | tuple[int, ...]] = [before]
+        tokens = list(before)
         for place, item in enumerate(items):
             if place:
-                parts.append(self.before(place))
-            parts.append(item)
-        parts.append(behind)
-        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+                tokens += self.before(place)
+            tokens += item.tolist()
+        tokens += behind
+        return np.array(tokens, dtype=np.int64)
 
     def mixed(self, number: int) -> dict[str, str]:
         """Return values of all fields of users; consecutive numbers give all combinations."""

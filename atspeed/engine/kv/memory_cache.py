@@ -94,6 +94,7 @@ class KvLayout:
 
 
 @lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def namespace(fingerprint: str, layout: KvLayout, tenant: str) -> bytes:
     """Return the namespace of a chain: format version, weights, layout with its dtype, tenant.
 

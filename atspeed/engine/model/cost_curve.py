@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +73,22 @@ class CostCurve:
         predicted: Float64 = at_low + share * (at_high - at_low)
         return predicted
 
+    def pass_ns(self, new_tokens: float, cached_tokens: float) -> float:
+        """Return `predict` of one pass, without arrays: each pass of a request is predicted once or twice."""
+        axis, cached_axis, columns = self._lists
+        right = bisect_right(cached_axis, cached_tokens)
+        low = bisect_right(axis, new_tokens, hi=max(1, len(axis) - 1)) - 1
+        if right in {0, len(cached_axis)}:
+            return _on_line(axis, columns[max(0, right - 1)], low, new_tokens)
+        share = (cached_tokens - cached_axis[right - 1]) / (cached_axis[right] - cached_axis[right - 1])
+        shorter, longer = (_on_line(axis, columns[at], low, new_tokens) for at in (right - 1, right))
+        return shorter + share * (longer - shorter)
+
+    @cached_property
+    def _lists(self) -> tuple[list[int], list[int], list[list[float]]]:
+        """Return the axes and the columns of the grid, of one number of cached tokens each."""
+        return self.new_tokens.tolist(), self.cached_tokens.tolist(), self.forward_ns.T.tolist()
+
     def _at(self, new: Float64, cached: float) -> Float64:
         """Return the nanoseconds of passes over new tokens, broadcast, on the same cached ones."""
         axis, ns = self.new_tokens, self._column(cached)
@@ -92,6 +110,14 @@ class CostCurve:
     def saved(self, found: int, cached: int) -> float:
         """Return the nanoseconds that a pass on `cached` tokens saves when the KV of `found` more is read from a cache."""
         return float(self.predict(1 + found, cached) - self.predict(1, cached + found))
+
+
+def _on_line(axis: list[int], ns: list[float], low: int, new: float) -> float:
+    """Return the time at `new` tokens, on the line through the points `low` and `low + 1` of an axis; level before it."""
+    if low < 0 or len(axis) == 1:
+        return ns[0]
+    slope = (ns[low + 1] - ns[low]) / (axis[low + 1] - axis[low])
+    return ns[low] + slope * (new - axis[low])
 
 
 def _between(axis: Int64, at: Float64) -> tuple[Int64, Int64, Float64]:

@@ -23,6 +23,7 @@ from atspeed.engine.model.token_tree import MaskedPass
 Drawn = TypeVar("Drawn")
 
 _PATHS = 3  # paths of a tree that are computed alone
+_ALONE = 0.25  # share of the passes in company that hold one tree, besides those that are drawn so
 _BRANCHING = 0.8  # share of the nodes that hang below another node, and not below the prompt
 
 
@@ -211,7 +212,8 @@ class _Passes:
     def in_company(self, sizes: TreeSizes, tokens: Int64, decoder_start: int | None) -> list[_Growing]:
         """Draw trees and compute them, with the rest of their prompts and all nodes in one pass."""
         rng, decoder = self._rng, self._drawn(self._decoders)
-        count = int(rng.integers(1, sizes.trees + 1))
+        # Only a tree alone in a pass has a long prompt.
+        count = 1 if rng.random() < _ALONE else int(rng.integers(1, sizes.trees + 1))
         if count > 1:  # a quarter each for prompts and nodes: cached tokens and new ones are padded apart
             quarter = decoder.shared_keys // 4
             sizes = replace(sizes, prompt=min(sizes.prompt, quarter), nodes=min(sizes.nodes, quarter))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -40,11 +39,21 @@ class PassStats:
 
     def __add__(self, other: PassStats) -> PassStats:
         """Return the statistics of both together."""
-        sums = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
-        sums["batch_requests"] = max(self.batch_requests, other.batch_requests)
-        cached = Counter(self.cached_tokens_by_tier)
-        cached.update(other.cached_tokens_by_tier)
-        return PassStats(**sums, cached_tokens_by_tier=dict(cached))
+        # Written out: a list adds up its passes several times.
+        cached = dict(self.cached_tokens_by_tier)
+        for tier, tokens in other.cached_tokens_by_tier.items():
+            cached[tier] = cached.get(tier, 0) + tokens
+        return PassStats(
+            queue_ns=self.queue_ns + other.queue_ns,
+            forward_ns=self.forward_ns + other.forward_ns,
+            selection_ns=self.selection_ns + other.selection_ns,
+            new_tokens=self.new_tokens + other.new_tokens,
+            cached_tokens_by_tier=cached,
+            batch_requests=max(self.batch_requests, other.batch_requests),
+            batch_tokens=self.batch_tokens + other.batch_tokens,
+            lookup_ns=self.lookup_ns + other.lookup_ns,
+            unordered_passes=self.unordered_passes + other.unordered_passes,
+        )
 
 
 COUNTS = tuple(one.name for one in fields(PassStats) if one.name != "cached_tokens_by_tier")

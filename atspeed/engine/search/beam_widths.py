@@ -34,7 +34,7 @@ class BeamWidths:
 
     def below(self, trie: Trie, nodes: Int64) -> int:
         """Return the width of the level below nodes of one depth. Without nodes there is nothing to choose."""
-        return self.at(int(trie.depth(nodes[:1]).max(initial=0)) + 1)
+        return self.at((trie.depth_of(int(nodes[0])) if len(nodes) else 0) + 1)
 
     def inner(self, trie: Trie) -> Int64:
         """Return the widths of levels 1 to L-1: int64 [L-1]."""

@@ -241,7 +241,7 @@ class Plan:
         log_q = np.full(len(candidates), -np.inf)
         if not len(candidates):
             return np.empty(0, dtype=np.int64), log_q
-        depth = int(trie.depth(candidates[:1])[0])
+        depth = trie.depth_of(int(candidates[0]))
         # The draft's whole distribution over this level: the children of all nodes that it expanded.
         parents = self.level(trie, depth - 1)
         parents = parents.take(np.flatnonzero([node in self.evaluated for node in parents.node.tolist()]))

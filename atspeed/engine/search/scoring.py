@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -90,10 +91,18 @@ class Evaluation:
 
     def items(self) -> Iterator[tuple[int, Children]]:
         """Iterate over the nodes with their children."""
-        child, start = self.child.astype(np.int64), self.child_start.tolist()
-        for row, (node, log_mass) in enumerate(zip(self.node.tolist(), self.log_mass.tolist(), strict=True)):
-            span = slice(start[row], start[row + 1])
-            yield node, Children(child[span], self.logp[span], log_mass)
+        return iter(self._by_node.items())
+
+    @cached_property
+    def _by_node(self) -> dict[int, Children]:
+        """Return the children of each node. Kept, since in one process two searches read the same evaluation."""
+        child, logp, start = self.child.astype(np.int64), self.logp, self.child_start.tolist()
+        return {
+            node: Children(child[first:end], logp[first:end], log_mass)
+            for node, first, end, log_mass in zip(
+                self.node.tolist(), start[:-1], start[1:], self.log_mass.tolist(), strict=True
+            )
+        }
 
     def with_ended(self, trie: Trie, nodes: Int64) -> Evaluation:
         """Return the evaluation of ascending `nodes`, of which this one lacks those above an ended place."""

@@ -48,11 +48,12 @@ class EvaluatedNodes:
 
     def missing(self, beams: Beams) -> Int64:
         """Return the rows of the beams that are not evaluated."""
-        return np.flatnonzero([not self.knows(node) for node in beams.node.tolist()])
+        return np.array([row for row, node in enumerate(beams.node.tolist()) if not self.knows(node)], dtype=np.int64)
 
     def known(self, beams: Beams) -> Beams:
         """Return the beams that are evaluated."""
-        return beams.take(np.flatnonzero([self.knows(node) for node in beams.node.tolist()]))
+        rows = [row for row, node in enumerate(beams.node.tolist()) if self.knows(node)]
+        return beams if len(rows) == len(beams) else beams.take(np.array(rows, dtype=np.int64))
 
 
 @dataclass(frozen=True)

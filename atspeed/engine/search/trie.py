@@ -7,6 +7,7 @@ smaller path, which is the declared tie order of every list.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,14 @@ class Trie:
     def depth(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Return the depth of each node, [n]; 0 for the root."""
         return np.searchsorted(self.level_start, nodes, side="right").astype(np.int64) - 1
+
+    def depth_of(self, node: int) -> int:
+        """Return the depth of one node; 0 for the root."""
+        return bisect_right(self._level_starts, node) - 1
+
+    @cached_property
+    def _level_starts(self) -> list[int]:
+        return self.level_start.tolist()
 
     def column(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Return the code column of each node's own code, [n]. The root and ended places have none."""

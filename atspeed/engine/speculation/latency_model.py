@@ -147,10 +147,10 @@ class LatencyModel:
     def _observe_overhead(self, passes: Sequence[Pass], overhead_ns: float) -> None:
         nodes = sum(one.nodes for one in passes)
         opens_stream = passes[0].opens_stream
-        expected = float(self.overhead_ns(nodes, opens_stream=opens_stream))
+        expected = self._overhead.at(nodes, int(opens_stream))
         self._overhead.add(nodes, min(overhead_ns, _OUTLIER_RATIO * expected + _OUTLIER_FLOOR_NS), int(opens_stream))
 
     def _by_curve(self, passes: Sequence[Pass], stats: PassStats) -> float:
         """Return the curve's time of passes with the tokens of co-batched requests and padding."""
         batch_ratio = max(1.0, stats.batch_tokens / max(1, stats.new_tokens))
-        return sum(float(self.curve.predict(batch_ratio * one.new, one.cached)) for one in passes)
+        return sum(self.curve.pass_ns(batch_ratio * one.new, one.cached) for one in passes)

@@ -66,7 +66,7 @@ class PrefixPrior:
         """
         levels = []
         level = _Level.of(beams)
-        for depth in range(int(self._trie.depth(beams.node[:1])[0]), self._trie.levels - 1):
+        for depth in range(self._trie.depth_of(int(beams.node[0])), self._trie.levels - 1):
             level = self._expanded(level, evaluated, pruning).best(widths.at(depth + 1), max_nodes)
             levels.append(level)
         node = np.concatenate([level.node for level in levels])
@@ -99,7 +99,7 @@ class PrefixPrior:
     def _paths(self, nodes: Int64) -> Int64:
         """Return the number of paths below each of these nodes of one level [n]."""
         first, end = nodes, nodes + 1
-        for _ in range(self._trie.levels - int(self._trie.depth(nodes[:1])[0]) if len(nodes) else 0):
+        for _ in range(self._trie.levels - self._trie.depth_of(int(nodes[0])) if len(nodes) else 0):
             first, end = self._trie.child_start[first], self._trie.child_start[end]
         return end - first
 

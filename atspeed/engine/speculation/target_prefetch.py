@@ -87,7 +87,7 @@ class SearchPrefetcher:
         """
         if not self._enabled:
             return missing
-        level = int(self._shared.trie.depth(missing[:1])[0])
+        level = self._shared.trie.depth_of(int(missing[0]))
         nodes = np.sort(np.append(missing, self._prefetched(level, beams, missing, evaluated)))
         if level:
             duration_ns = float(self._pass_ns(np.array(len(nodes)))) / self._shared.latency.batch_occupancy

@@ -48,6 +48,12 @@ def test_prediction_is_bilinear_on_the_grid_and_linear_beyond_it(
     assert predicted == pytest.approx([naive(curve, new, cached) for new, cached in shapes])
 
 
+@given(curves(), st.floats(0, 600), st.floats(0, 600))
+def test_the_prediction_of_one_pass_is_that_of_many(curve: CostCurve, new: float, cached: float) -> None:
+    assert curve.pass_ns(new, cached) == pytest.approx(naive(curve, new, cached))
+    assert curve.pass_ns(new, cached) == pytest.approx(float(curve.predict(new, cached)))
+
+
 @given(curves())
 def test_larger_passes_never_cost_less(curve: CostCurve) -> None:
     """Beyond the most new tokens, which slope is the steeper decides between more and fewer cached ones."""

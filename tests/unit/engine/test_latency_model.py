@@ -137,6 +137,15 @@ def test_ewma_starts_at_the_guess_and_forgets() -> None:
     assert mean.value == pytest.approx(7.0, rel=1e-6)
 
 
+def test_stats_of_passes_add_up() -> None:
+    first = PassStats(1, 2, 3, 4, {"memory": 5, "redis": 0}, 6, 7, 8, 1)
+    second = PassStats(10, 20, 30, 40, {"redis": 50, "device": 9}, 60, 70, 80, 0)
+    both = PassStats(11, 22, 33, 44, {"memory": 5, "redis": 50, "device": 9}, 60, 77, 88, 1)
+    assert first + second == both
+    assert second + first == both
+    assert first + PassStats() == first
+
+
 def test_ewma_regression_is_level_at_first_and_never_falls() -> None:
     line = EwmaRegression(2)
     assert float(line.predict(5)) == 0.0
@@ -148,3 +157,4 @@ def test_ewma_regression_is_level_at_first_and_never_falls() -> None:
     for x in (10, 20):
         steep.add(x, x * x)
     assert (steep.predict([0, 1, 30]) >= 0).all()
+    assert [steep.at(x) for x in (0, 1, 30)] == steep.predict([0, 1, 30]).tolist()

@@ -28,6 +28,7 @@ def test_children_depths_and_columns_are_those_of_the_paths(naive: NaiveTrie) ->
     trie = build(naive).trie
     everything = np.arange(trie.nodes)
     assert trie.depth(everything).tolist() == [len(path) for path in naive.nodes]
+    assert [trie.depth_of(node) for node in everything.tolist()] == [len(path) for path in naive.nodes]
     for node, path in enumerate(naive.nodes):
         expected = [naive.id_of[*path, code] for code in naive.children(path)]
         assert trie.children(node).tolist() == expected
