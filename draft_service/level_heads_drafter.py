@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,7 @@ from atspeed.engine.model.level_heads import LevelHeadsDecoder
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import PassProgram, Selection, TreeSession
 from atspeed.engine.search.plan import Plan
-from atspeed.engine.search.scoring import Evaluation, best_children
+from atspeed.engine.search.scoring import Evaluation, ScoringRule, best_children
 from atspeed.engine.search.trie import ROOT, Trie
 from draft_service.drafter import Drafted, DraftRequest
 from draft_service.plan_growth import PlanGrowth, PlanRules
@@ -33,7 +35,7 @@ class LevelHeadsDrafter:
             sizes = list(trie.codebook_sizes[1:])
             raise BundleError(f"{MANIFEST}: draft.heads: of {decoder.codes} codes, but the catalogue has {sizes}")
         self._evaluator = evaluator
-        self._decoder = decoder
+        self._heads = HeadsEvaluation(trie, evaluator.rule, decoder.score)
         self._rules = PlanRules.of(evaluator)
 
     async def plan(self, request: DraftRequest) -> Drafted:
@@ -54,37 +56,50 @@ class LevelHeadsDrafter:
             nodes = next(steps)
             root = yield np.array([ROOT])
             while True:
-                nodes = steps.send(self._evaluated(tree, nodes, root, selection))
+                if tree.state is None:
+                    raise RuntimeError("the first pass gave no state")
+                nodes = steps.send(self._heads.of(tree.state, nodes, root, selection))
         except StopIteration as end:
             plan: Plan = end.value
             return plan
 
-    def _evaluated(self, tree: TreeSession, nodes: Int64, root: Evaluation, selection: Selection) -> Evaluation:
+
+@dataclass(frozen=True)
+class HeadsEvaluation:
+    """Evaluation of nodes below the root by heads.
+
+    Attributes:
+        trie: the catalogue's trie.
+        rule: the scoring rule.
+        score: scores the codes below paths of one length, see `LevelHeadsDecoder.score`.
+    """
+
+    trie: Trie
+    rule: ScoringRule
+    score: Callable[[Float32, Int64], tuple[Float32, Float32]]
+
+    def of(self, state: Float32, nodes: Int64, root: Evaluation, selection: Selection) -> Evaluation:
         """Evaluate ascending nodes. The root, which can only be the first, is evaluated already."""
-        if tree.state is None:
-            raise RuntimeError("the first pass gave no state")
-        trie = self._evaluator.trie
         # Nodes of one depth follow each other.
-        spans = np.searchsorted(nodes, trie.level_start[: trie.levels + 1])
+        spans = np.searchsorted(nodes, self.trie.level_start[: self.trie.levels + 1])
         parts = [root] if nodes[0] == ROOT else []
         for level, (start, end) in enumerate(pairwise(spans.tolist())):
             if level and start < end:
-                parts.append(self._level(tree.state, level, nodes[start:end], selection))
+                parts.append(self._level(state, level, nodes[start:end], selection))
         return Evaluation.joined(parts)
 
     def _level(self, state: Float32, level: int, nodes: Int64, selection: Selection) -> Evaluation:
         """Evaluate the nodes of one depth."""
-        evaluator, trie = self._evaluator, self._evaluator.trie
-        scores, log_normalizer = self._decoder.score(state, path_columns(trie, nodes, level))
-        logits = np.zeros((len(nodes), trie.columns), dtype=np.float32)
-        first = int(trie.codebook_offset[level])
+        scores, log_normalizer = self.score(state, path_columns(self.trie, nodes, level))
+        logits = np.zeros((len(nodes), self.trie.columns), dtype=np.float32)
+        first = int(self.trie.codebook_offset[level])
         logits[:, first : first + scores.shape[1]] = scores
         return best_children(
-            trie,
+            self.trie,
             nodes,
             logits,
             log_normalizer,
-            rule=evaluator.rule,
+            rule=self.rule,
             pruning=selection.pruning,
             limit=selection.limit,
             perturbation=selection.perturbation,

@@ -146,6 +146,9 @@ def run_draft_kinds(
     data: RunData = None,
     users: Users = 1000,
     timed: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users whose plans are timed.")] = 50,
+    target_state: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Also train heads of this size on the target's own state.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Processes that train and count.")] = 1,
     threads: Threads = 1,
     seed: Seed = 1,
@@ -168,9 +171,15 @@ def run_draft_kinds(
     out.print(terminal_table("Drafts", draft_kinds.COLUMNS, described))
     exact = [row for row in counted if row.promises_identity]
     print_identity(acceptance.REFERENCE, exact)
+    on_target = []
+    if target_state:
+        study_of_state = optional("research.target_state")
+        on_target = study_of_state.run(plan, run_folder, (data, dataset), opened, target_state, cases, config)
+        out.print(terminal_table("Heads on the target's state", study_of_state.COLUMNS, on_target))
     about = draft_kinds.header(config, data=dataset.name, users=len(cases))
     rows = to_json(described, kind=draft_kinds.NAME)
     rows += [{"kind": acceptance.NAME, **row} for row in acceptance.rows_to_json(counted)]
+    rows += to_json(on_target, kind=draft_kinds.TARGET_STATE)
     save(json_file, opened, seed, rows, about, page=(report, PAGES[draft_kinds.NAME]))
     if different := sum(row.different for row in exact):
         raise CommandError(f"{different} lists differ from the target's own beyond near-ties")

@@ -37,6 +37,7 @@ from research.eval_examples import HeldOutCase
 from research.shared_tree_models import kv_layout, load_decoder_of, prefix_cache
 
 NAME = "draft-kinds"
+TARGET_STATE = "target-state"  # rows of research/target_state.py
 WIDTHS = (5, 10, 20, 50)
 NODES = (60, 120, 240)
 TIMED_WIDTH = 20  # K of the timed plans

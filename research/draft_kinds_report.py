@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from atspeed.benchmarks import markdown
 from atspeed.benchmarks.markdown import origin, paragraphs, row_table, table
@@ -12,7 +13,7 @@ from atspeed.benchmarks.results import Result
 from research.acceptance import NAME as ACCEPTANCE
 from research.acceptance import AcceptanceRow
 from research.acceptance_search import NO_DRAFT
-from research.draft_kinds import COLUMNS, NAME, DraftKindRow, groups, passes_of
+from research.draft_kinds import COLUMNS, NAME, TARGET_STATE, DraftKindRow, groups, passes_of
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -38,6 +39,20 @@ def _page(result: Result) -> Iterator[str]:
         "Training is the pretraining and the alignment of the draft; the target's answers are made once for all drafts.",
     )
     yield from row_table(COLUMNS, result.rows_of(NAME, DraftKindRow, kind=NAME))
+    yield from _on_target([row for row in result.rows if row["kind"] == TARGET_STATE])
+
+
+def _on_target(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the section of heads on the target's state, if they were trained."""
+    if not rows:
+        return
+    yield from paragraphs(
+        "## Heads on the target's state",
+        "The state is known after the target's pass over the prompt, so two passes are the least.\n"
+        "The drafter is not served; its passes are counted in one process.",
+    )
+    names = ("draft", "parameters", "k", "nodes", "target_passes_mean", "identical", "users")
+    yield from table(names, [[str(row[name]) for name in names] for row in rows])
 
 
 def _passes(rows: Sequence[AcceptanceRow], widths: Sequence[int], nodes: Sequence[int]) -> Iterator[str]:

@@ -202,6 +202,7 @@ def train_model(
     validate: Callable[[Validation], Validate] = lambda validation: validation,
     start: SpelledModel | None = None,
     seed: int | None = None,
+    build: Callable[[], SpelledModel] | None = None,
 ) -> tuple[SpelledModel, FitState]:
     """Train a model on the train histories. A run in `folder` is resumed.
 
@@ -218,11 +219,12 @@ def train_model(
         validate: wraps the validation that chooses the best epoch.
         start: the same model with other weights to begin from.
         seed: the seed; the run's by default.
+        build: builds the untrained model; by default that of the part.
 
     Raises Paused when the checkpoints say so.
     """
     seed = settings.seed if seed is None else seed
-    spelled = build_model(part, catalogue, settings.prompt, seed)
+    spelled = build() if build else build_model(part, catalogue, settings.prompt, seed)
     if start is not None:
         spelled.model.load_state_dict(start.model.state_dict())
     sequencer = Sequencer.of(spelled.spelling, catalogue, settings.allow_empty_history)

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from atspeed.benchmarks.results import BenchmarkError
 from atspeed.engine.bundle.manifest import LANGUAGE_MODEL, LEVEL_HEADS
+from atspeed.engine.bundle.prompt import PromptTemplate
+from atspeed.training.models import SpelledModel
+from atspeed.training.sequences import Spelling
 from atspeed.training.trainer import Trainer
-from research import acceptance, draft_kinds
+from research import acceptance, draft_kinds, target_state
 from research.__main__ import app
+from tests.bundles import BOS, random_heads
+from tests.catalogues import random_catalogue
 from tests.recipes import short_recipe
 
 ALIGNED = """
@@ -53,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(folder: Path) -> Result:
     command = ["draft-kinds", str(folder / "kinds.toml"), "--run-folder", str(folder / "run"), "--timed", "2"]
     written = ["--json", str(folder / "result.json"), "--report", str(folder / "page")]
-    return CliRunner().invoke(app, [*command, "--users", str(USERS), *written])
+    return CliRunner().invoke(app, [*command, "--users", str(USERS), "--target-state", "4", *written])
 
 
 def test_every_kind_is_counted_timed_and_exact(folder: Path) -> None:
@@ -82,6 +88,22 @@ def test_page_has_a_column_for_each_kind(folder: Path) -> None:
     assert "±" in page
 
 
+def test_heads_on_the_targets_state_take_two_passes_at_least(folder: Path) -> None:
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    found = [row for row in rows if row["kind"] == draft_kinds.TARGET_STATE]
+    assert {(row["draft"], row["k"], row["nodes"]) for row in found} == {
+        (f"target-state/seed{seed}", k, nodes)
+        for seed in (1, 2)
+        for k in draft_kinds.WIDTHS
+        for nodes in draft_kinds.NODES
+    }
+    assert all(row["identical"] == USERS for row in found)
+    assert all(2 <= row["target_passes_mean"] <= 3 for row in found)
+    assert min(row["target_passes_mean"] for row in found) < 3
+    page = (folder / "page" / "draft-kinds.md").read_text()
+    assert "| target-state/seed2 |" in page
+
+
 def test_second_run_trains_and_counts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((folder / "result.json").read_text())["rows"]
     monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("trained again"))
@@ -91,3 +113,16 @@ def test_second_run_trains_and_counts_nothing(folder: Path, monkeypatch: pytest.
     assert [row for row in after if row["kind"] == acceptance.NAME] == [
         row for row in before if row["kind"] == acceptance.NAME
     ]
+
+
+def test_target_of_other_tokens_gets_no_heads(tmp_path: Path) -> None:
+    """Levels that share tokens have no head of their own."""
+    catalogue = random_catalogue(30, (4, 4), seed=1)
+    model = random_heads(catalogue, seed=1).trunk()
+    tokens = (3, 5, 4, 6, 7, 8, 9, 10)
+    spelling = Spelling(
+        code_tokens=tokens, prompt=PromptTemplate(prefix=(BOS,), max_items=4), pad_token=0, vocab_size=11
+    )
+    SpelledModel(model, spelling).save(tmp_path / "target")
+    with pytest.raises(BenchmarkError, match=r"--target-state: .*target: needs a decoder whose code tokens follow"):
+        target_state.build(tmp_path / "target", catalogue, hidden=8, size=4, seed=1)
