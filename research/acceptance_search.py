@@ -26,7 +26,8 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.draft_kinds import drafter_of
+from draft_service.drafter import DraftRequest
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance
@@ -203,7 +204,7 @@ class _Searcher:
             noise=policy.noise,
             with_evaluation=policy.proposal is Proposal.SAMPLE,
         )
-        draft = SharedTreeDraft(LanguageModelDrafter(drafting), trie, request)
+        draft = SharedTreeDraft(drafter_of(drafting), trie, request)
         result = await beam_search(trie, self._rule, policy, target, draft)
         return _FinishedSearch(result, tuple(target.pass_levels), draft.passes)
 

@@ -125,17 +125,18 @@ def load_decoder_of(bundle: Bundle, role: Role, threads: int) -> Decoder:
 
 def prefix_cache(entry: ModelEntry) -> PrefixCache:
     """Return a prefix cache in memory."""
-    return PrefixCache(_layout(entry), MemoryKvCache(_CACHE_BYTES))
+    return PrefixCache(kv_layout(entry), MemoryKvCache(_CACHE_BYTES))
 
 
 def shared_evaluator(
     decoder: Decoder, entry: ModelEntry, catalogue: Catalogue, rule: ScoringRule, cache: PrefixCache
 ) -> SharedTreeEvaluator:
     """Return an evaluator of a model over a catalogue, without a prompt yet. The caller closes it."""
-    return SharedTreeEvaluator(decoder, entry, catalogue.trie, rule, _layout(entry), cache)
+    return SharedTreeEvaluator(decoder, entry, catalogue.trie, rule, kv_layout(entry), cache)
 
 
-def _layout(entry: ModelEntry) -> KvLayout:
+def kv_layout(entry: ModelEntry) -> KvLayout:
+    """Return the layout of a model's keys and values in these caches."""
     return KvLayout(entry.layers, entry.kv_heads, entry.head_dim, entry.kv_dtype, block_tokens=_BLOCK_TOKENS)
 
 

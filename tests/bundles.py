@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -31,11 +31,13 @@ from transformers import (
 
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.bundle.manifest import Manifest, Precision, Role, hash_files, write_manifest
+from atspeed.engine.bundle.manifest import Head, Manifest, Precision, Role, hash_files, write_manifest
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.bundles import entry_of
-from atspeed.training.export import export_decoder, head_of
+from atspeed.training.export import ExportReport, export_decoder, head_of
+from atspeed.training.level_heads import LevelHeadsConfig, LevelHeadsModel
+from atspeed.training.level_heads_export import export_level_heads
 from atspeed.training.models import SpelledModel
 from atspeed.training.sequences import Spelling
 from tests.serving import WINDOW
@@ -106,6 +108,25 @@ def random_model(architecture: str, vocab_size: int, seed: int, **overrides: obj
     return built
 
 
+def random_heads(catalogue: Catalogue, seed: int) -> LevelHeadsModel:
+    """A tiny random draft with heads."""
+    torch.manual_seed(seed)
+    sizes = list(catalogue.trie.codebook_sizes)
+    shape: dict[str, Any] = {**_SHAPE, "vocab_size": SPECIALS + sum(sizes), "eos_token_id": None}
+    model = LevelHeadsModel(LevelHeadsConfig(**shape, codebook_sizes=sizes, first_code=SPECIALS, head_size=12))
+    model.train(False)
+    return model
+
+
+def export_model(
+    model: PreTrainedModel, folder: Path, code_tokens: Sequence[int], *, precision: Precision, head: Head
+) -> ExportReport:
+    """Export a model of any kind."""
+    if isinstance(model, LevelHeadsModel):
+        return export_level_heads(model, folder, code_tokens=code_tokens)
+    return export_decoder(model, folder, code_tokens=code_tokens, precision=precision, head=head)
+
+
 def shared_tokens(catalogue: Catalogue) -> tuple[int, ...]:
     """Tokens that all levels share: one for each code, and one for the tail."""
     return tuple(
@@ -147,17 +168,23 @@ def write_bundle(
     precision: Precision = "float32",
     code_tokens: tuple[int, ...] | None = None,
     items_per_path: int | None = None,
+    draft_heads: bool = False,
 ) -> TestBundle:
     """Export a random target and, as its draft, the same weights with noise: so acceptance is neither 0 nor 1.
 
     target_shape: what of the target's config is not as usual; its draft then stays tiny and knows nothing of it.
     draft_architecture: another one than the target's, for a draft that knows nothing of it.
     code_tokens: those of both models; by default each code column has its own.
+    draft_heads: a draft with heads, whose Llama is like the target; the heads know nothing of it.
     """
     vocab = SPECIALS + catalogue.trie.columns
     code_tokens = code_tokens or tuple(range(SPECIALS, vocab))
     target = random_model(architecture, vocab, seed, **target_shape)
-    draft = random_model(draft_architecture or architecture, vocab, seed)
+    draft = (
+        random_heads(catalogue, seed) if draft_heads else random_model(draft_architecture or architecture, vocab, seed)
+    )
+    if draft_heads:
+        draft.load_state_dict(target.state_dict(), strict=False)
     torch.manual_seed(seed + 1)
     with torch.no_grad():
         for weight in draft.parameters():
@@ -171,12 +198,8 @@ def write_bundle(
         spelling = Spelling(code_tokens=code_tokens, prompt=prompt, pad_token=0, vocab_size=vocab)
         models[role] = SpelledModel(model, spelling)
     reports = {
-        role: export_decoder(
-            spelled.model,
-            root / role,
-            code_tokens=spelled.spelling.code_tokens,
-            precision=precision,
-            head=head_of(rule),
+        role: export_model(
+            spelled.model, root / role, spelled.spelling.code_tokens, precision=precision, head=head_of(rule)
         )
         for role, spelled in models.items()
     }

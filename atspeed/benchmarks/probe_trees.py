@@ -69,7 +69,7 @@ class HostPasses:
         """
         tree, span, rows = self._tree, slice(start, end), np.arange(max(start, first_row), end) - start
         past, new = self._kv[:, :, :start], self._kv[:, :, start:end]
-        logits, normalizer = self._decoder.run(
+        logits, normalizer, *_ = self._decoder.run(
             tree.tokens[span], tree.positions[span], tree.visible[span, :end], past, rows, new
         )
         return logits - normalizer[:, None]

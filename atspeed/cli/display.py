@@ -96,6 +96,8 @@ def manifest_table(manifest: Manifest, items: int, paths: int) -> Table:
             f"{model.architecture}, {model.parameters:,} parameters, {model.precision}, {model.layers} layers, "
             f"vocabulary {model.vocab_size}, at most {model.max_positions} tokens"
         )
+        if model.heads:
+            rows[role] += f", {len(model.heads)} heads of levels"
         if model.inflated_from is not None:
             rows[role] += f"; inflated from {model.inflated_from:,} parameters, for benchmarks of cost"
     rows["quantiser"] = _quantiser(manifest)

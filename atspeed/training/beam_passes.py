@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from atspeed.training.level_heads import LevelHeadsModel
+
 
 class BeamPasses(Protocol):
     """The passes of one search. Each level's beams are the children of beams of the level before."""
@@ -26,6 +28,8 @@ class BeamPasses(Protocol):
 
 def beam_passes(model: PreTrainedModel) -> BeamPasses:
     """Return the passes of a model for one search."""
+    if isinstance(model, LevelHeadsModel):
+        return LevelHeadsPasses(model)
     return EncoderDecoderPasses(model) if model.config.is_encoder_decoder else DecoderPasses(model)
 
 
@@ -60,6 +64,29 @@ class DecoderPasses:
             use_cache=True,
         ).logits
         return logits
+
+
+class LevelHeadsPasses:
+    """Passes of a draft with heads. The prompt is read once; a beam has the sum of its path's embeddings."""
+
+    def __init__(self, model: LevelHeadsModel) -> None:
+        self._model = model
+
+    def first(self, prompts: Tensor) -> Tensor:
+        """Read the prompts; see `BeamPasses`."""
+        self._state = self._model.state(prompts)[:, -1:]
+        self._paths, self._depth = torch.zeros_like(self._state), 0
+        logits: Tensor = self._model.lm_head(self._state)
+        return logits
+
+    def next(self, tokens: Tensor, parent: Tensor) -> Tensor:
+        """Read the beams of a level; see `BeamPasses`."""
+        above = self._paths.gather(1, parent.unsqueeze(-1).expand(-1, -1, self._paths.shape[2]))
+        self._paths, self._depth = above + self._model.embedded(tokens), self._depth + 1
+        depth = torch.full((tokens.numel(),), self._depth, device=tokens.device)
+        states = self._state.expand_as(self._paths)
+        logits = self._model.logits_at(depth, states.flatten(0, 1), self._paths.flatten(0, 1))
+        return logits.view(*tokens.shape, -1)
 
 
 class EncoderDecoderPasses:

@@ -11,6 +11,8 @@ from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.bundle_files import files_below, sha256_of
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.manifest import (
+    LANGUAGE_MODEL,
+    LEVEL_HEADS,
     DeviceGraphEntry,
     EncoderEntry,
     Manifest,
@@ -29,9 +31,12 @@ from atspeed.engine.files.json_file import finite
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE
+from atspeed.engine.model.level_heads import head_file
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.data import Dataset
 from atspeed.training.export import MODEL_FILE, ExportReport, export_decoder, head_of
+from atspeed.training.level_heads import LevelHeadsModel
+from atspeed.training.level_heads_export import export_level_heads
 from atspeed.training.models import SpelledModel
 from atspeed.training.recipe import Recipe
 from atspeed.training.stages import Measures, partial_of, remove
@@ -152,6 +157,8 @@ def versions() -> dict[str, str]:
 
 def _export(role: Role, model: SpelledModel, precision: Precision, rule: ScoringRule, bundle: Path) -> ExportReport:
     spelling = model.spelling
+    if isinstance(model.model, LevelHeadsModel):
+        return export_level_heads(model.model, bundle / role, code_tokens=spelling.code_tokens, prompt=spelling.prompt)
     return export_decoder(
         model.model,
         bundle / role,
@@ -184,4 +191,6 @@ def entry_of(role: Role, model: SpelledModel, report: ExportReport, files: Mappi
         encoder=encoder,
         device_graph=device_graph,
         ordered_sums=report.ordered_sums,
+        draft_kind=LEVEL_HEADS if report.heads else LANGUAGE_MODEL,
+        heads=tuple(f"{role}/{head_file(level)}" for level in range(1, report.heads + 1)),
     )

@@ -1,6 +1,7 @@
-"""Trains drafts by several losses and seeds that are otherwise alike.
+"""Trains drafts of several losses, kinds and seeds that are otherwise alike.
 
-All drafts share one target and one teacher, each seed has one pretrained draft, and all make the same number of steps.
+All drafts share one target and one teacher and make the same number of steps. Drafts of one shape share the pretrained draft of
+a seed; a draft of another shape or kind has one of its own.
 
 run/                            the folder of the base recipe: catalogue/, target-checkpoint/, teacher/, made if missing
     drafts/
@@ -17,6 +18,7 @@ run/                            the folder of the base recipe: catalogue/, targe
     [[losses]]
     name = "level-kd"
     alignment = { loss = "level-kd", weight = 1.0 }         over the base's [draft.alignment]; "none": cross-entropy alone
+    draft = { heads = { size = 64 } }                       optional, over the base's [draft]: another shape or kind
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from atspeed.training.run import Folders
 from atspeed.training.workers import bundle_all
 
 _OF_THE_TEACHER = {"beams", "prompts"}  # keys of the teacher's data, which all losses share
+_OF_THE_DRAFT = {"shape", "heads"}  # keys of `[draft]` in which drafts of one comparison may differ
 _Place = tuple[int | str, ...]
 
 
@@ -56,10 +59,12 @@ class _Loss(_Part):
     Attributes:
         name: its name in folders and in the output.
         alignment: the keys of `[draft.alignment]` that differ from the base recipe's.
+        draft: the keys of `[draft]` that differ.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     alignment: dict[str, Any]
+    draft: dict[str, Any] = {}
 
     @field_validator("alignment")
     @classmethod
@@ -68,6 +73,13 @@ class _Loss(_Part):
             raise ValueError('`loss` is missing; "none" is cross-entropy alone')
         if shared := sorted(_OF_THE_TEACHER & values.keys()):
             raise ValueError(f"{shared[0]}: belongs to the teacher's data, which is the same for all losses")
+        return values
+
+    @field_validator("draft")
+    @classmethod
+    def _shape_or_kind(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if other := sorted(values.keys() - _OF_THE_DRAFT):
+            raise ValueError(f"{other[0]}: is the same for all drafts; {', '.join(sorted(_OF_THE_DRAFT))} may differ")
         return values
 
 
@@ -98,16 +110,29 @@ class _Plan(_Part):
 
 @dataclass(frozen=True)
 class Variant:
-    """One draft: the base recipe with another alignment and seed."""
+    """One draft: the base recipe with another alignment, shape, kind and seed.
+
+    Attributes:
+        loss: the name of its entry in the file.
+        seed: its seed.
+        recipe: its recipe.
+        own_shape: true if its shape or kind is not the base recipe's.
+    """
 
     loss: str
     seed: int
     recipe: Recipe
+    own_shape: bool = False
 
     @property
     def name(self) -> str:
         """The name of its folder and of its progress lines."""
         return f"{self.loss}-seed{self.seed}"
+
+    @property
+    def pretrained(self) -> str:
+        """The name of the folder of its pretrained draft."""
+        return self.name if self.own_shape else f"seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -150,14 +175,16 @@ def _variants(path: Path, plan: _Plan, base: Recipe, draft: DraftRecipe) -> Iter
         try:
             changed = DraftRecipe.model_validate(_draft(plan, loss, seed, draft))
         except ValidationError as error:
-            raise RecipeError(f"{path}: {problems(error, partial(_in_file, index))}") from error
+            raise RecipeError(f"{path}: {problems(error, partial(_in_file, index, frozenset(loss.draft)))}") from error
         name = f"{base.name}-{loss.name}-seed{seed}"
-        yield Variant(loss.name, seed, base.model_copy(update={"name": name, "draft": changed}))
+        yield Variant(loss.name, seed, base.model_copy(update={"name": name, "draft": changed}), bool(loss.draft))
 
 
-def _in_file(loss: int, place: _Place) -> _Place:
-    """Map a draft's key to its place in the file: in a loss's entry for alignment, else at the top."""
-    return ("losses", loss, *place) if place[:1] == ("alignment",) else place
+def _in_file(loss: int, of_draft: frozenset[str], place: _Place) -> _Place:
+    """Map a draft's key to its place in the file: in a loss's entry for alignment and what it changes, else at the top."""
+    if place[:1] == ("alignment",):
+        return ("losses", loss, *place)
+    return ("losses", loss, "draft", *place) if place and place[0] in of_draft else place
 
 
 def _draft(plan: _Plan, loss: _Loss, seed: int, base: DraftRecipe) -> dict[str, Any]:
@@ -171,7 +198,7 @@ def _draft(plan: _Plan, loss: _Loss, seed: int, base: DraftRecipe) -> dict[str, 
         alignment["loss"] = None
     if plan.prompts is not None:
         alignment["prompts"] = plan.prompts
-    return values | {"alignment": alignment}
+    return values | loss.draft | {"alignment": alignment}
 
 
 def train_drafts(
@@ -230,7 +257,7 @@ def _runs(
         replace(
             target,
             recipe=variant.recipe,
-            folders=Folders(drafts / variant.name, run_folder, teacher, drafts / f"seed{variant.seed}"),
+            folders=Folders(drafts / variant.name, run_folder, teacher, drafts / variant.pretrained),
             title=variant.name,
             target_from=drafts / "target" / "bundle",
         )

@@ -18,6 +18,7 @@ a graph of ordered sums (atspeed/training/ordered_attention.py) has keys and val
 |------------------------------|---------|---------------------------------|----------------------------------------------|
 | code_logits                  | float32 | rows, C                         | of the code tokens only, in the order given  |
 | log_normalizer               | float32 | rows                            | log-sum-exp over the whole vocabulary        |
+| state                        | float32 | rows, hidden                    | of `TrunkGraph` only: what the head reads    |
 | new_key.{i}, new_value.{i}   | T       | batch, new, kv_heads, head_dim  | the new tokens of layer i                    |
 
 Weights are in a file beside the graph, whatever their size.
@@ -318,6 +319,11 @@ class DecoderGraph(GraphBuilder):
             return self.op("Slice", values, *span, name=name)
         return self.op("Gather", values, self.integers(*code_tokens), name=name, axis=1)
 
+    @property
+    def state_size(self) -> int:
+        """Return the size of the state that the graph gives; 0 for none."""
+        return 0
+
     def final(self, hidden: str) -> str:
         """Write what follows the last layer, before the head."""
         return self.norm(self.model.model.norm, hidden)
@@ -379,5 +385,18 @@ class DecoderGraph(GraphBuilder):
         """Return the finished model with the contract's inputs and outputs."""
         sizes = (self.shape.layers, *self.kv_shape, str(self.dtype).removeprefix("torch."))
         form, ordered = self.arithmetic.form, self.arithmetic.ordered
-        inputs, outputs = graph_inputs(*sizes, form), graph_outputs(*sizes, columns, form)
+        inputs, outputs = graph_inputs(*sizes, form), graph_outputs(*sizes, columns, form, self.state_size)
         return self.finished("token_tree_decoder", inputs, outputs, ordered=ordered)
+
+
+class TrunkGraph(DecoderGraph):
+    """The decoder of a draft with heads: it also gives the state of each requested row, which the heads read."""
+
+    @property
+    def state_size(self) -> int:
+        """Return the size of the state."""
+        return self.shape.hidden
+
+    def final(self, hidden: str) -> str:
+        """Write the norm of the last layer as an output of its own."""
+        return self.op("Identity", super().final(hidden), name="state")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.training.alignment import AlignmentObjective
@@ -60,7 +61,13 @@ class DraftStages:
         part, run, catalogue = self.part, self.run, self.catalogue
         if part.alignment is None:
             return run.model("draft", run.folders.run, part, self.key, catalogue)
-        alignment, prompts = part.alignment, self.teacher(part.alignment)
+        objective = self.objective(part.alignment, self.teacher(part.alignment))
+        start = self.pretrained() if part.pretraining else None
+        return run.model("draft", run.folders.run, part, self.key, catalogue, start=start, **objective)
+
+    def objective(self, alignment: Alignment, prompts: TrainingPrompts) -> dict[str, Any]:
+        """Return the arguments of `train_model` that align a draft: its seed, loss, batches and validation."""
+        part, run, catalogue = self.part, self.run, self.catalogue
         seed = run.settings.seed if part.seed is None else part.seed
 
         def batches(sequencer: Sequencer) -> AlignmentBatches:
@@ -70,18 +77,8 @@ class DraftStages:
         def validate(validation: Validation) -> AgreementValidation:
             return AgreementValidation.of(validation, self.target(), beams=alignment.beams, width=alignment.budget)
 
-        return run.model(
-            "draft",
-            run.folders.run,
-            part,
-            self.key,
-            catalogue,
-            start=self.pretrained() if part.pretraining else None,
-            seed=seed,
-            loss=AlignmentObjective(alignment, run.settings.scoring_rule),
-            batches=batches,
-            validate=validate,
-        )
+        loss = AlignmentObjective(alignment, run.settings.scoring_rule)
+        return {"seed": seed, "loss": loss, "batches": batches, "validate": validate}
 
     def agreement(self) -> Measures:
         """Return how well the kept epoch of an aligned draft covers the target's beams; empty where nothing was measured."""

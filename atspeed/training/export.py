@@ -30,12 +30,13 @@ from atspeed.engine.model.device_graph import DEVICE_FILE
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.architectures import STORED, check_supported, decoder_start, has_device_graph, max_positions
-from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic, MakeArithmetic
+from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic, MakeArithmetic, TrunkGraph
 from atspeed.training.device_graph import DeviceGraph
 from atspeed.training.errors import ExportError
 from atspeed.training.export_checks import check_device_graph, check_parity, check_tokens
 from atspeed.training.graph_builder import DATA_FILE, WeightFile
 from atspeed.training.int8_graph import Int8Arithmetic
+from atspeed.training.level_heads import Trunk
 from atspeed.training.ordered_attention import OrderedArithmetic
 from atspeed.training.t5_graph import ENCODER_DATA_FILE, Int8Products, OrderedProducts, T5DecoderGraph, T5EncoderGraph
 
@@ -59,6 +60,7 @@ class ExportReport:
         decoder_start: the token that a decoder with an encoder begins with; None for a decoder alone.
         head: the tokens whose logits the device graph computes; None for a model without one.
         ordered_sums: true if every float sum has one order.
+        heads: the heads of levels beside the decoder; 0 for a language model.
     """
 
     architecture: str
@@ -73,6 +75,7 @@ class ExportReport:
     decoder_start: int | None = None
     head: Head | None = None
     ordered_sums: bool = False
+    heads: int = 0
 
 
 def export_decoder(
@@ -120,7 +123,7 @@ def export_decoder(
         max_positions=max_positions(model.config),
         max_logit_error=error,
         decoder_start=decoder_start(model),
-        head=head if has_device_graph(model.config, precision) else None,
+        head=head if _has_device_graph(model, precision) else None,
         ordered_sums=precision == "float32" or (precision == "int8" and model.config.is_encoder_decoder),
     )
 
@@ -146,7 +149,7 @@ def _write_checked(
         write_graph(model, partial, code_tokens, precision, head)
         check_tokens(model, partial / MODEL_FILE, code_tokens, *prompts)
         error = check_parity(model, partial / MODEL_FILE, code_tokens, precision)
-        if has_device_graph(model.config, precision):
+        if _has_device_graph(model, precision):
             check_device_graph(model, partial / DEVICE_FILE, code_tokens, precision, head)
         else:
             (folder / DEVICE_FILE).unlink(missing_ok=True)  # of another model, with other weights
@@ -189,15 +192,21 @@ def build_graphs(
 ) -> dict[str, onnx.ModelProto]:
     """Build the graph of the host, and that of devices if the model has one, by file name; their weights go into one file."""
     graphs = {MODEL_FILE: _graph(model, precision, weights)}
-    if has_device_graph(model.config, precision):
+    if _has_device_graph(model, precision):
         graphs[DEVICE_FILE] = DeviceGraph(model, weights, STORED[precision], head)
     for graph in graphs.values():
         graph.write(code_tokens)
     return {name: graph.to_model(len(code_tokens)) for name, graph in graphs.items()}
 
 
+def _has_device_graph(model: PreTrainedModel, precision: Precision) -> bool:
+    return has_device_graph(model.config, precision) and not isinstance(model, Trunk)
+
+
 def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) -> DecoderGraph:
     graph = T5DecoderGraph if model.config.is_encoder_decoder else DecoderGraph
+    if isinstance(model, Trunk):
+        graph = TrunkGraph
     return graph(model, weights, _arithmetic(model.config, precision))
 
 

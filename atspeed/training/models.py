@@ -18,8 +18,9 @@ from atspeed.training.data import Dataset
 from atspeed.training.errors import RecipeError
 from atspeed.training.evaluate import ModelRecommender, Validation
 from atspeed.training.generation import drop_generation_defaults
+from atspeed.training.level_heads import LevelHeadsConfig, LevelHeadsModel
 from atspeed.training.pretrained import load_checkpoint
-from atspeed.training.recipe import ModelRecipe, PretrainedBase, PromptWindow, RunSettings, Shape
+from atspeed.training.recipe import DraftRecipe, Heads, ModelRecipe, PretrainedBase, PromptWindow, RunSettings, Shape
 from atspeed.training.sequences import Sequencer, Spelling, WindowBatches, index_histories
 from atspeed.training.trainer import FitState, Loss, Trainer, Validate, batches_per_step, cross_entropy
 
@@ -69,12 +70,13 @@ def build_model(part: ModelRecipe, catalogue: Catalogue, window: PromptWindow, s
     """Build the untrained model of a recipe's part, reproducible by its seed."""
     torch.manual_seed(seed)
     if part.shape is not None:
-        return _from_scratch(part.shape, catalogue, window)
+        heads = part.heads if isinstance(part, DraftRecipe) else None
+        return _from_scratch(part.shape, catalogue, window, heads)
     assert part.base is not None  # noqa: S101 - the recipe holds exactly one of the two
     return _from_base(part.base, catalogue, window)
 
 
-def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow) -> SpelledModel:
+def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow, heads: Heads | None = None) -> SpelledModel:
     """Build a Llama whose vocabulary is pad, bos, eos and the code columns. Its prompt is a BOS and the items' codes."""
     columns = catalogue.trie.columns
     prompt = PromptTemplate(prefix=(BOS,), max_items=window.max_items, drop_block=window.drop_block)
@@ -84,24 +86,33 @@ def _from_scratch(shape: Shape, catalogue: Catalogue, window: PromptWindow) -> S
         pad_token=PAD,
         vocab_size=SPECIAL_TOKENS + columns,
     )
-    config = LlamaConfig(
-        vocab_size=spelling.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=_longest_sequence(prompt, catalogue),
-        tie_word_embeddings=shape.tie_embeddings,
-        attention_dropout=shape.attention_dropout,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config)
+    values: dict[str, Any] = {
+        "vocab_size": spelling.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": _longest_sequence(prompt, catalogue),
+        "tie_word_embeddings": shape.tie_embeddings,
+        "attention_dropout": shape.attention_dropout,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**values)) if heads is None else _with_heads(values, heads, catalogue)
     if shape.dropout:
         _drop_out(model, shape.dropout)
     return SpelledModel(model, spelling)
+
+
+def _with_heads(values: dict[str, Any], heads: Heads, catalogue: Catalogue) -> LevelHeadsModel:
+    """Build a Llama of these config values with a head per level."""
+    sizes = list(catalogue.trie.codebook_sizes)
+    if len(sizes) < 2:
+        raise RecipeError("draft.heads: codes of one level leave no level for a head")
+    config = LevelHeadsConfig(**values, codebook_sizes=sizes, first_code=SPECIAL_TOKENS, head_size=heads.size)
+    return LevelHeadsModel(config)
 
 
 def _drop_out(model: LlamaForCausalLM, share: float) -> None:
@@ -191,6 +202,7 @@ def train_model(
     validate: Callable[[Validation], Validate] = lambda validation: validation,
     start: SpelledModel | None = None,
     seed: int | None = None,
+    build: Callable[[], SpelledModel] | None = None,
 ) -> tuple[SpelledModel, FitState]:
     """Train a model on the train histories. A run in `folder` is resumed.
 
@@ -207,11 +219,12 @@ def train_model(
         validate: wraps the validation that chooses the best epoch.
         start: the same model with other weights to begin from.
         seed: the seed; the run's by default.
+        build: builds the untrained model; by default that of the part.
 
     Raises Paused when the checkpoints say so.
     """
     seed = settings.seed if seed is None else seed
-    spelled = build_model(part, catalogue, settings.prompt, seed)
+    spelled = build() if build else build_model(part, catalogue, settings.prompt, seed)
     if start is not None:
         spelled.model.load_state_dict(start.model.state_dict())
     sequencer = Sequencer.of(spelled.spelling, catalogue, settings.allow_empty_history)

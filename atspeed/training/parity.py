@@ -156,7 +156,7 @@ def decoder_outputs(decoder: Decoder, tree: RandomTree) -> Outputs:
         decoder.encode(tree.tokens[:encoded], kv[:, :, :encoded])
     parts = []
     for start, end in ((encoded, tree.prefix), (tree.prefix, len(tree.tokens))):
-        logits, log_normalizer = decoder.run(
+        logits, log_normalizer, *_ = decoder.run(
             tree.tokens[start:end],
             tree.positions[start:end] - encoded,
             tree.visible[start:end, :end],

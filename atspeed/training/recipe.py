@@ -227,15 +227,24 @@ class Alignment(_Part):
         return self
 
 
+class Heads(_Part):
+    """A head per level on the draft's state behind the prompt: one pass drafts all levels (atspeed/training/level_heads.py)."""
+
+    size: PositiveInt
+    """Inner size of a head."""
+
+
 class DraftRecipe(ModelRecipe):
     """The draft. Without `alignment` it is trained like the target.
 
     Attributes:
+        heads: the heads of a draft of one pass; None for a language model.
         alignment: the alignment with the target.
         pretraining: a schedule of training like the target's, before the alignment.
         seed: the seed of its weights and batches, the recipe's by default. Another seed gives another draft of the same target.
     """
 
+    heads: Heads | None = None
     alignment: Alignment | None = None
     pretraining: Schedule | None = None
     seed: Seed | None = None
@@ -246,11 +255,19 @@ class DraftRecipe(ModelRecipe):
             raise ValueError("pretraining: needs an `alignment` after it")
         return self
 
+    @model_validator(mode="after")
+    def _heads_are_trained_from_scratch(self) -> DraftRecipe:
+        if self.heads is not None and self.shape is None:
+            raise ValueError("heads: need a `shape`; a `base` is served as a language model")
+        if self.heads is not None and self.precision != "float32":
+            raise ValueError(f"precision: a draft with heads is exported in float32, not in {self.precision}")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_absent_parts(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out absent parts, so that older recipes keep the keys of their stages."""
         written: dict[str, Any] = serialise(self)
-        for name in ("alignment", "pretraining", "seed"):
+        for name in ("heads", "alignment", "pretraining", "seed"):
             if getattr(self, name) is None:
                 written.pop(name, None)
         return written

@@ -23,7 +23,8 @@ from atspeed.engine.search.trie import ROOT, Pruning, among
 from atspeed.engine.speculation.autonomous_search import AutonomousSearch
 from atspeed.engine.speculation.latency_model import LatencyModel, Pass
 from atspeed.engine.speculation.target_prefetch import TargetPrefetcher
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.drafter import DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext

@@ -21,7 +21,8 @@ from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.drafter import DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from orchestrator.degraded_reason import DegradedReason
 from orchestrator.planning.plan_sizer import PlanContext, PlanningReport
 from orchestrator.planning.planner import Planner

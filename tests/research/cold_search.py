@@ -9,7 +9,8 @@ from atspeed.engine.model.tree_session import Selection
 from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.trie import Pruning
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.drafter import DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import Policy

@@ -18,7 +18,8 @@ from atspeed.engine.search.trie import Pruning
 from atspeed.training.calibration import Calibration, _plan
 from atspeed.training.evaluate import EvalExample, ModelRecommender
 from atspeed.training.sequences import Sequencer, Spelling
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.draft_kinds import drafter_of
+from draft_service.drafter import DraftRequest
 from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
 from tests.oracles.models import Models
@@ -29,10 +30,16 @@ ASKED = [EvalExample(np.random.default_rng(seed).integers(0, 60, 1 + seed % 8), 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
-@pytest.fixture(scope="module", params=list(ScoringRule))
+@pytest.fixture(
+    scope="module",
+    params=[(rule, False) for rule in ScoringRule] + [(ScoringRule.VOCAB, True)],
+    ids=lambda kind: f"{kind}",
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    catalogue = random_catalogue(60, (6, 5, 4, 4), seed=4)
-    return Models.load(write_bundle(tmp_path_factory.mktemp("bundle"), catalogue, rule=request.param, draft_noise=0.05))
+    """The draft is a language model, or one with heads."""
+    catalogue, (rule, heads) = random_catalogue(60, (6, 5, 4, 4), seed=4), request.param
+    folder = tmp_path_factory.mktemp("bundle")
+    return Models.load(write_bundle(folder, catalogue, rule=rule, draft_noise=0.05, draft_heads=heads))
 
 
 def recommender(models: Models, role: str) -> ModelRecommender:
@@ -47,8 +54,8 @@ def planned(models: Models, question: EvalExample, size: PlanSize, scales: tuple
     """By the draft service's drafter, on the exported model."""
 
     async def plan(evaluator: TreeEvaluator) -> Int64:
-        drafter = LanguageModelDrafter(evaluator)
-        drafter._scale = scales
+        evaluator.entry = evaluator.entry.model_copy(update={"plan_scale": scales})
+        drafter = drafter_of(evaluator)
         prompt = recommender(models, "draft").sequencer.prompt(question.history)
         order = DraftRequest(prompt, Beams.root(), size, Proposal.TOP, Pruning.none())
         made = await drafter.plan(order)

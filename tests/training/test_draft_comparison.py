@@ -14,10 +14,12 @@ from atspeed.engine.bundle.bundle import Bundle
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.comparison import read_comparison, train_drafts
 from atspeed.training.errors import Paused, RecipeError
+from atspeed.training.models import build_model
 from atspeed.training.pipeline import train
 from atspeed.training.teacher import Teacher
 from atspeed.training.trainer import Trainer
 from research.acceptance import draft_bundles
+from tests.catalogues import random_catalogue
 from tests.recipes import RUNS, fitted_titles, short_recipe
 
 NAMES = ("none/seed1", "none/seed2", "word-kd/seed1", "word-kd/seed2")
@@ -179,6 +181,21 @@ def test_the_shipped_comparison(tmp_path: Path) -> None:
     assert len({variant.recipe.name for variant in comparison.variants}) == 24
 
 
+@pytest.mark.parametrize("name", ["movielens-drafts.toml", "beauty-drafts.toml"])
+def test_shipped_kinds_of_drafts_have_equal_parameters(name: str) -> None:
+    """Within a hundredth of the language model's, over the codes that the base recipe names."""
+    comparison = read_comparison(RUNS / name)
+    codes = (64,) * 3 if comparison.base.name == "movielens-100k" else (256,) * 4
+    catalogue = random_catalogue(300, codes, seed=1)
+    found = {
+        variant.loss: build_model(variant.recipe.draft, catalogue, variant.recipe.prompt, 1).parameters
+        for variant in comparison.variants
+        if variant.seed == 1 and variant.recipe.draft
+    }
+    assert set(found) >= {"language-model", "heads"}
+    assert all(abs(count / found["language-model"] - 1) < 0.01 for count in found.values())
+
+
 def test_other_prompts_need_another_teacher(tmp_path: Path) -> None:
     """The base recipe's own answers stay where they are, or the two would make each other ask anew."""
     assert not read_comparison(write(tmp_path, f"prompts = 20\n{COMPARISON}")).same_teacher
@@ -202,6 +219,16 @@ def test_other_prompts_need_another_teacher(tmp_path: Path) -> None:
         ("weight = 0.5", "weight = 2", r"losses\.1\.alignment\.weight: Input should be less than"),
         ("weight = 0.5", "beams = 3", r"losses\.1\.alignment: Value error, beams: belongs to the teacher's data"),
         ("weight = 0.5", "budget = 4", r"losses\.1\.alignment: Value error, budget: 4 nodes cannot hold 5 beams"),
+        (
+            "weight = 0.5 }",
+            "weight = 0.5 }\ndraft = { seed = 4 }",
+            r"losses\.1\.draft: Value error, seed: is the same for all",
+        ),
+        (
+            "weight = 0.5 }",
+            "weight = 0.5 }\ndraft = { heads = { size = 0 } }",
+            r"losses\.1\.draft\.heads\.size: Input should",
+        ),
     ],
 )
 def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, problem: str) -> None:

@@ -55,7 +55,7 @@ def tree() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np
     return tokens, visible.sum(1) - 1, visible
 
 
-def passes(decoder: Decoder, ends: Sequence[int]) -> tuple[list[tuple[Float32, Float32]], KvArray]:
+def passes(decoder: Decoder, ends: Sequence[int]) -> tuple[list[tuple[Float32, ...]], KvArray]:
     """Outputs of passes up to each end, and all keys and values."""
     tokens, positions, visible = tree()
     kv = decoder.empty_kv(len(tokens))

@@ -98,6 +98,8 @@ class Bundle:
         for level, tokens in enumerate(np.split(np.asarray(model.code_tokens), trie.codebook_offset[1:])):
             if len(np.unique(tokens)) < len(tokens):
                 raise BundleError(f"{manifest}: {role}.code_tokens: a token is used for two codes of level {level}")
+        if model.heads and len(model.heads) != trie.levels - 1:
+            raise BundleError(f"{manifest}: {role}.heads: {len(model.heads)} files for {trie.levels} levels of codes")
         if model.plan_scale is not None and len(model.plan_scale) != trie.levels - 1:
             count, levels = len(model.plan_scale), trie.levels
             raise BundleError(

@@ -52,6 +52,8 @@ Role = Literal["target", "draft"]
 ROLES: tuple[Role, ...] = ("target", "draft")
 LANGUAGE_MODEL = "language-model"
 """The draft kind of a language model that is served by its own decoder."""
+LEVEL_HEADS = "level-heads"
+"""The draft kind of a decoder that reads the prompt, with a head for each level but the first."""
 PlanScale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -125,6 +127,8 @@ class ModelEntry(_Part):
     """The draft's plan scale: the unit of a plan's margins, per level 1..L-1."""
     draft_kind: str = Field(default=LANGUAGE_MODEL, exclude_if=lambda kind: kind == LANGUAGE_MODEL)
     """How the draft proposes nodes: a kind of draft_service/draft_kinds.py."""
+    heads: tuple[ModelPath, ...] = Field(default=(), exclude_if=lambda heads: not heads)
+    """The .onnx files of the heads of levels 2..L, in the decoder's folder; draft kind `level-heads` only."""
     inflated_from: PositiveInt | None = Field(default=None, exclude_if=lambda parameters: parameters is None)
     """The parameters of the trained model, if this one is its inflation (atspeed/training/inflation.py)."""
     encoder: EncoderEntry | None = Field(default=None, exclude_if=lambda encoder: encoder is None)
@@ -158,9 +162,15 @@ class ModelEntry(_Part):
         if not (prompt.prefix or (encoder and prompt.suffix)):
             needed = "suffix: must hold a token if the prefix holds none" if encoder else "prefix: must hold a token"
             raise ValueError(f"prompt.{needed}")
-        for field, part in (("encoder", encoder), ("device_graph", self.device_graph)):
-            if part and folder_of(part.path) != folder_of(self.path):
-                raise ValueError(f"{field}.path: not in the folder of {self.path}")
+        parts = {
+            "encoder.path": encoder and encoder.path,
+            "device_graph.path": self.device_graph and self.device_graph.path,
+        }
+        for field, path in (*parts.items(), *(("heads", path) for path in self.heads)):
+            if path and folder_of(path) != folder_of(self.path):
+                raise ValueError(f"{field}: not in the folder of {self.path}")
+        if (self.draft_kind == LEVEL_HEADS) != bool(self.heads):
+            raise ValueError(f"heads: {len(self.heads)} files, but draft_kind is {self.draft_kind}")
         started = (encoder.decoder_start,) if encoder else ()
         named = (("code_tokens", self.code_tokens), ("prompt", prompt.fixed_tokens), ("encoder.decoder_start", started))
         for name, tokens in named:

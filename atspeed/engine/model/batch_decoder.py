@@ -34,10 +34,12 @@ class TreeOutput:
     Attributes:
         code_logits: float32 [M, C].
         log_normalizer: float32 [M].
+        state: float32 [M, state_size]; None if the graph gives none.
     """
 
     code_logits: Float32
     log_normalizer: Float32
+    state: Float32 | None = None
 
 
 class BatchDecoder:
@@ -67,7 +69,7 @@ class BatchDecoder:
         past, new_kv = self._buffers(len(trees), cached, count)
         for row, tree in enumerate(trees):
             _fill(self._decoder.form.of_tree(past, row), tree.past)
-        logits, log_normalizer = self._decoder.run_batch(
+        outputs = self._decoder.run_batch(
             _padded([step.tokens for step in steps], count),
             _padded([step.positions for step in steps], count),
             _visible(steps, cached, count),
@@ -80,9 +82,7 @@ class BatchDecoder:
         for row, tree in enumerate(trees):
             tree.new_kv[:] = self._decoder.form.of_tree(new_kv, row)[:, :, : len(tree.step.tokens)]
         ends = np.cumsum([len(step.rows) for step in steps])[:-1]  # of each tree's rows in the output
-        return [
-            TreeOutput(*parts) for parts in zip(np.split(logits, ends), np.split(log_normalizer, ends), strict=True)
-        ]
+        return [TreeOutput(*parts) for parts in zip(*(np.split(output, ends) for output in outputs), strict=True)]
 
     def _buffers(self, batch: int, cached: int, count: int) -> tuple[KvArray, KvArray]:
         """Return uninitialised arrays for `past` and `new_kv` of a batch. They reuse the memory of earlier batches."""

@@ -149,7 +149,7 @@ class _Passes:
         rows = np.arange(prompt, prompt + count)
         every = np.concatenate([self.before, tokens])
         past, new_kv = kv[:, :, :encoded], kv[:, :, encoded:]
-        logits, normalizer = self.decoder.run(every, positions, visible, past, rows, new_kv)
+        logits, normalizer, *_ = self.decoder.run(every, positions, visible, past, rows, new_kv)
         kv_finite = bool(np.isfinite(kv).all())
         scores_finite = bool(np.isfinite(logits).all() and np.isfinite(normalizer).all())
         return _Outputs(logits, kv_finite and scores_finite, kv_finite)

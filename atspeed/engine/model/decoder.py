@@ -102,13 +102,14 @@ def graph_inputs(
 
 
 def graph_outputs(
-    layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int, form: GraphForm = _BATCH_FIRST
+    layers: int, kv_heads: int, head_dim: int, dtype: str, columns: int, form: GraphForm = _BATCH_FIRST, state: int = 0
 ) -> dict[str, TensorSpec]:
-    """Return the outputs of a decoder with `columns` code tokens, in order."""
+    """Return the outputs of a decoder with `columns` code tokens, in order. state: the size of the state; 0 without one."""
     new = TensorSpec(dtype, (*form.outer("batch", "new"), kv_heads, head_dim))
     return {
         "code_logits": TensorSpec("float32", ("rows", columns)),
         "log_normalizer": TensorSpec("float32", ("rows",)),
+        **({"state": TensorSpec("float32", ("rows", state))} if state else {}),
         **{name: new for names in kv_names("new", layers) for name in names},
     }
 
@@ -132,6 +133,7 @@ class Decoder:
 
     Attributes:
         layers, kv_heads, head_dim, columns: the sizes of the graph; columns are code tokens.
+        state_size: the size of the state that the heads of a draft read; 0 if the graph gives none.
         dtype: the number format of keys and values.
         form: the form of the graph.
         ordered: true if the graph says that its sums have one order, whatever else is in a pass.
@@ -152,12 +154,13 @@ class Decoder:
         self.kv_heads = int(past_shape[2] or 0)
         self.head_dim = int(past_shape[3] or 0)
         self.columns = int(outputs["code_logits"].fixed[1] or 0)
+        self.state_size = int(outputs["state"].fixed[-1] or 0) if "state" in outputs else 0
         shape = (self.layers, self.kv_heads, self.head_dim, self.dtype.name)
         self.form = GraphForm(inputs["past_key.0"].axes[1] == "batch", "node_bias" in inputs)
         self.ordered = self._session.get_modelmeta().custom_metadata_map.get(ORDERED) == "true"
         self.shared_keys = BLOCK_KEYS if self.ordered else _UNLIMITED
         check_contract(path, "input", inputs, graph_inputs(*shape, self.form))
-        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns, self.form))
+        check_contract(path, "output", outputs, graph_outputs(*shape, self.columns, self.form, self.state_size))
         # The attention bias by visibility. The lowest finite number, not -inf, so that a masked score never makes a row NaN.
         self._bias = np.asarray([np.finfo(self.dtype).min, 0], dtype=self.dtype)
 
@@ -174,8 +177,10 @@ class Decoder:
         rows: Int64,
         new_kv: KvArray,
         nodes: Bools | None = None,
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Float32, ...]:
         """Make one pass over one token tree: (code_logits float32 [M, C], log_normalizer float32 [M]).
+
+        A graph that gives the state adds it: float32 [M, state_size].
 
         past[l, j] and new_kv[l, j] must be contiguous and must not overlap: two spans of one longer buffer qualify, and
         nothing is copied then. Raises ValueError, naming the argument, when a shape, dtype or layout is wrong.
@@ -209,7 +214,7 @@ class Decoder:
         rows: Int64,
         new_kv: KvArray,
         nodes: Bools | None = None,
-    ) -> tuple[Float32, Float32]:
+    ) -> tuple[Float32, ...]:
         """Make one pass over several trees, padded to the same lengths. Every argument of `run` but `rows` has a batch axis B.
 
         The model reads masked KV too, so padding must be finite.
@@ -238,10 +243,13 @@ class Decoder:
             "code_logits": np.empty((len(rows), self.columns), dtype=np.float32),
             "log_normalizer": np.empty(len(rows), dtype=np.float32),
         }
+        if self.state_size:
+            fetches["state"] = np.empty((len(rows), self.state_size), dtype=np.float32)
+        found = tuple(fetches.values())
         feeds |= self._by_layer("past", past)
         fetches |= self._by_layer("new", new_kv)
         run_bound(self._session, feeds, fetches)
-        return fetches["code_logits"], fetches["log_normalizer"]
+        return found
 
     def _by_layer(self, prefix: Literal["past", "new", "cross"], kv: KvArray) -> dict[str, KvArray]:
         names = kv_names(prefix, self.layers)

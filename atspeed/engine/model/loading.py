@@ -10,6 +10,7 @@ from atspeed.engine.model.decoder import Decoder, RuntimeOptions, check_contract
 from atspeed.engine.model.device_decoder import DeviceDecoder, KvShape, ModelDecoder
 from atspeed.engine.model.device_graph import device_inputs, device_outputs
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
+from atspeed.engine.model.level_heads import LevelHeadsDecoder
 from atspeed.engine.search.scoring import ScoringRule
 
 
@@ -22,7 +23,10 @@ def load_decoder(bundle: Bundle, role: Role, options: RuntimeOptions, *, verifie
     entry, path = bundle.model(role), bundle.model_path(role)
     _check_int8(bundle, role, options)
     files = bundle.model_files(entry.path, verified=verified)
-    if entry.encoder is None:
+    if entry.heads:
+        heads = [bundle.model_files(name, verified=verified) for name in entry.heads]
+        decoder: Decoder = LevelHeadsDecoder(path, options, files, heads)
+    elif entry.encoder is None:
         decoder = Decoder(path, options, files)
     else:
         decoder = EncoderDecoder(path, options, files, bundle.model_files(entry.encoder.path, verified=verified))
@@ -104,7 +108,9 @@ def device_graph_entry(bundle: Bundle, role: Role) -> DeviceGraphEntry:
     entry = bundle.model(role)
     if entry.device_graph is None:
         reason = "export the model again, or set kv_paged to never"
-        if entry.precision == "int8" or entry.encoder:
+        if entry.heads:
+            reason = f"a draft of kind {entry.draft_kind} runs with kv_paged never"
+        elif entry.precision == "int8" or entry.encoder:
             reason = f"a {entry.precision} {entry.architecture} runs with kv_paged never"
         raise BundleError(f"{field}: the bundle has none; {reason}")
     if rule is ScoringRule.VOCAB and entry.device_graph.head != "vocab":

@@ -267,6 +267,8 @@ class TreeEvaluator:
         tree = run.tree
         first = tree.tokens.length < len(tree.tokens.prompt)
         tree.tokens.commit(step, run.nodes)
+        if first and isinstance(output, TreeOutput) and output.state is not None:
+            tree.state = output.state[0]  # of the root, the first node of a first pass
         selecting = time.perf_counter_ns()
         evaluation = self._evaluation(run, output)
         valid, copying = isinstance(evaluation, Evaluation), time.perf_counter_ns()

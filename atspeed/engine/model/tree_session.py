@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from atspeed.engine.arrays import Int64, KvArray
+from atspeed.engine.arrays import Float32, Int64, KvArray
 from atspeed.engine.model.batcher import QueuedRequest
 from atspeed.engine.model.pass_stats import PassStats
 from atspeed.engine.model.token_tree import TokenTree
@@ -74,6 +74,7 @@ class TreeSession:
         new_from: on a device, the first block that no cache had, from the first pass until the cache has it.
         passes: the passes that were made.
         last_request: the request that was queued last.
+        state: the state behind the prompt, float32 [state_size], after the first pass of a graph that gives it.
     """
 
     tokens: TokenTree
@@ -89,6 +90,7 @@ class TreeSession:
     new_from: int | None = None
     passes: list[CompletedPass] = field(default_factory=list)
     last_request: QueuedRequest[ProgramRun, object] | None = None
+    state: Float32 | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -87,6 +87,23 @@ class Evaluation:
             child=np.concatenate([np.empty(0), *(c.node for c in flat)]).astype(np.int32),
             logp=np.concatenate([np.empty(0), *(c.logp for c in flat)]).astype(np.float32),
             log_mass=np.asarray([c.log_mass for c in flat], dtype=np.float32),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """Join evaluations whose nodes follow each other, one or more."""
+        if len(parts) == 1:
+            return parts[0]
+        ends = np.cumsum([0, *(len(part.child) for part in parts)])
+        return cls(
+            node=np.concatenate([part.node for part in parts]),
+            child_start=np.append(
+                np.concatenate([part.child_start[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]),
+                ends[-1],
+            ),
+            child=np.concatenate([part.child for part in parts]),
+            logp=np.concatenate([part.logp for part in parts]),
+            log_mass=np.concatenate([part.log_mass for part in parts]),
         )
 
     def items(self) -> Iterator[tuple[int, Children]]:

@@ -47,7 +47,7 @@ class Pass:
     rows: npt.NDArray[np.int64]
     new_kv: npt.NDArray[Any]
 
-    def on(self, decoder: Decoder) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def on(self, decoder: Decoder) -> tuple[npt.NDArray[np.float32], ...]:
         return decoder.run(self.tokens, self.positions, self.visible, self.past, self.rows, self.new_kv)
 
 

@@ -17,7 +17,8 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import Drafter, DraftRequest, LanguageModelDrafter
+from draft_service.drafter import Drafter, DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import SearchResult, beam_search
 from orchestrator.search.policies import ExactSampling, Policy, RelaxedSampling, Strict, Tolerance

@@ -18,7 +18,8 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.engine.search.trie import Pruning
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.drafter import DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from tests.catalogues import random_catalogue
 from tests.placeholder_bundles import placeholder_entry
 

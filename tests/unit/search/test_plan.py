@@ -19,7 +19,8 @@ from atspeed.engine.search.beams import Beams, children_by_gumbel, children_by_s
 from atspeed.engine.search.plan import Plan, PlanSize, Proposal, Shortlist, free_nodes
 from atspeed.engine.search.scoring import Evaluation, Perturbation, ScoringRule
 from atspeed.engine.search.trie import ROOT, Pruning
-from draft_service.drafter import DraftRequest, LanguageModelDrafter
+from draft_service.drafter import DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.oracles.models import ModelDraft

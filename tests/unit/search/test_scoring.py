@@ -109,6 +109,21 @@ def test_an_evaluation_survives_its_dictionary_form(naive: NaiveTrie, rule: Scor
     Evaluation.of({}).validate(world.trie)
 
 
+@given(naive_tries(), RULES, SEEDS, st.data())
+def test_joined_parts_are_the_whole(naive: NaiveTrie, rule: ScoringRule, seed: int, data: st.DataObject) -> None:
+    """Parts of any length, empty ones too."""
+    world, inner = World.random(naive, rule, seed), np.array(naive.inner())
+    ends = sorted(data.draw(st.lists(st.integers(0, len(inner)), max_size=3)))
+    whole = world.evaluate(inner, world.pruning([]), 3)
+    cuts = np.split(inner, ends)
+    parts = [world.evaluate(nodes, world.pruning([]), 3) if len(nodes) else Evaluation.of({}) for nodes in cuts]
+    joined = Evaluation.joined(parts)
+    for field in dataclasses.fields(Evaluation):
+        before, after = getattr(whole, field.name), getattr(joined, field.name)
+        assert np.array_equal(before, after)
+        assert before.dtype == after.dtype
+
+
 def test_an_ended_place_scores_zero_whatever_the_logits_are() -> None:
     """A path of one code beside one of two; the model's logits at the place after it are not looked at."""
     naive = NaiveTrie({"a": (0, -1), "b": (1, 0), "c": (1, 1)}, (2, 2))
