@@ -1,4 +1,4 @@
-"""Lists per second of a Ray Data job by its number of workers; needs the extra `ray`.
+"""Lists per second of a Ray Data job by its workers; needs the extra `ray`.
 
 Each job starts its workers anew, which takes seconds. So the clock starts when as many blocks of lists have come as there are
 workers, and counts the lists that come after them. Numbers of workers take turns. A worker has one thread.
