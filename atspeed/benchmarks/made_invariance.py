@@ -14,9 +14,7 @@ from atspeed.training.inflation import ModelShape
 # As few layers and heads as show every sum of a graph twice: a prompt of 4,096 tokens then takes a second.
 _SHAPE = ModelShape(layers=2, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=32, vocab_size=1000)
 _CODES = 768  # of the vocabulary
-_POSITIONS = (
-    4096 + 64
-)  # a prompt of 4,096 tokens and the nodes below it: the graph computes its angles, and has no table
+_POSITIONS = 4096 + 64  # a prompt of 4,096 tokens and the nodes below it
 
 
 def made(family: str, threads: Sequence[int], seed: int) -> CheckedModel:
