@@ -9,7 +9,8 @@ from atspeed.training.recipe import read_recipe
 
 RUNS = Path(__file__).parents[2] / "runs"
 TINY = (RUNS / "tiny.toml").read_text()
-RECIPES = sorted(path for path in RUNS.glob("*.toml") if not path.stem.endswith("-losses"))
+COMPARISONS = ("-losses", "-drafts")
+RECIPES = sorted(path for path in RUNS.glob("*.toml") if not path.stem.endswith(COMPARISONS))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
