@@ -138,7 +138,8 @@ class Trie:
 
     @cached_property
     def _level_starts(self) -> list[int]:
-        return self.level_start.tolist()
+        starts: list[int] = self.level_start.tolist()
+        return starts
 
     def column(self, nodes: npt.NDArray[np.integer]) -> Int64:
         """Return the code column of each node's own code, [n]. The root and ended places have none."""
