@@ -16,7 +16,7 @@ from atspeed.batch.run import Progress as BatchProgress
 from atspeed.batch.served_lists import served_lists
 from atspeed.cli.connection import Connection, with_connection
 from atspeed.cli.interrupts import interruptible
-from atspeed.cli.options import MAX_THREADS, MAX_WIDTH, err
+from atspeed.cli.options import MAX_THREADS, MAX_WIDTH, AsJson, err, print_result
 from atspeed.engine.bundle.manifest import read_manifest
 from atspeed.training.errors import Paused
 from atspeed_client.calls import MAX_RETRIES
@@ -62,6 +62,7 @@ def batch(
         int, typer.Option(min=1, max=_MAX_CONCURRENCY, help="Lists at once; they share passes.")
     ] = 16,
     threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of one pass, with --bundle.")] = 2,
+    as_json: AsJson = False,
     *,
     connection: Connection,
 ) -> None:
@@ -80,7 +81,8 @@ def batch(
             done = work.run(list_users, lambda progress: bar.update(task, completed=progress.users))
     except KeyboardInterrupt:
         raise Paused(f"{folder} holds the lists that are done") from None
-    print(_summary(folder, done))
+    counts = {"users": done.users, "failed": done.failed, "skipped": done.skipped}
+    print_result(_summary(folder, done), {"folder": folder} | counts, as_json=as_json)
 
 
 def _shard(text: str) -> Shard:

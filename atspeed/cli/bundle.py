@@ -12,7 +12,7 @@ from atspeed.artefacts.object_store import check_url
 from atspeed.artefacts.transfer import pull_bundle, push_bundle
 from atspeed.cli import display
 from atspeed.cli.commands import Commands
-from atspeed.cli.options import AsJson, optional, out
+from atspeed.cli.options import AsJson, optional, out, print_result
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.manifest import MANIFEST, SIGNATURE, read_manifest
 from atspeed.engine.errors import BundleError
@@ -59,6 +59,7 @@ def bundle_verify(
     folder: ShownBundle,
     provider: Annotated[Provider, typer.Option(help="Device of the passes.")] = "cpu",
     public_key: PublicKey = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check file hashes, catalogue version and graphs, and that a pass over each token of a request is finite.
 
@@ -69,7 +70,7 @@ def bundle_verify(
     if public_key:
         _check_signature(folder, public_key)
     bundle = verify_bundle(folder, provider=provider)
-    _say_checked(folder, bundle, public_key)
+    _say_checked(folder, bundle, public_key, as_json=as_json)
 
 
 @bundle_commands.command("sign")
@@ -78,10 +79,13 @@ def bundle_sign(
     key: Annotated[
         Path, typer.Option(help="Private key on P-256, P-384 or P-521, PEM, unencrypted.", exists=True, dir_okay=False)
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Check a bundle's files and write its signature, in the format of OpenSSF model signing."""
     optional("atspeed.artefacts.signature").sign_bundle(folder, key)
-    print(f"{folder}: {SIGNATURE} signs version {read_manifest(folder).version}")
+    version = read_manifest(folder).version
+    text = f"{folder}: {SIGNATURE} signs version {version}"
+    print_result(text, {"signature": folder / SIGNATURE, "version": version}, as_json=as_json)
 
 
 @bundle_commands.command("push")
@@ -95,10 +99,12 @@ def bundle_push(
             callback=_url,
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy a bundle to a URL, read it back, and let a link name it."""
     bundle = push_bundle(folder, url, link)
-    print(f"{url}: version {bundle.manifest.version}" + (f", named by {link}" if link else ""))
+    text = f"{url}: version {bundle.manifest.version}" + (f", named by {link}" if link else "")
+    print_result(text, {"url": url, "version": bundle.manifest.version, "link": link}, as_json=as_json)
 
 
 @bundle_commands.command("pull")
@@ -106,16 +112,20 @@ def bundle_pull(
     url: Url,
     folder: Annotated[Path, typer.Argument(help="New folder for the bundle.", file_okay=False)],
     public_key: PublicKey = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy the bundle that a URL names into a new folder, and check it."""
     keys = optional("atspeed.artefacts.signature").TrustedKeys(public_key) if public_key else None
     bundle = pull_bundle(url, folder, keys)
-    _say_checked(folder, bundle, public_key)
+    _say_checked(folder, bundle, public_key, as_json=as_json)
 
 
-def _say_checked(folder: Path, bundle: Bundle, public_key: Path | None) -> None:
+def _say_checked(folder: Path, bundle: Bundle, public_key: Path | None, *, as_json: bool) -> None:
     signed = f", signed by a key of {public_key}" if public_key else ""
-    print(f"{folder}: {len(bundle.manifest.files)} files match the manifest, version {bundle.manifest.version}{signed}")
+    version, files = bundle.manifest.version, len(bundle.manifest.files)
+    text = f"{folder}: {files} files match the manifest, version {version}{signed}"
+    fields = {"bundle": folder, "version": version, "files": files, "signed_by_key": public_key}
+    print_result(text, fields, as_json=as_json)
 
 
 def _check_signature(folder: Path, public_key: Path) -> None:

@@ -5,7 +5,6 @@ Running services can load it (hot reload).
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ import typer
 from atspeed.cli.commands import Commands
 from atspeed.cli.encode_items import embeddings_of, summary, write_encoded
 from atspeed.cli.item_lines import ItemLine, item_lines
-from atspeed.cli.options import AsJson, CommandError
+from atspeed.cli.options import AsJson, CommandError, print_result
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue_update import codes_by_name, update_catalogue
 from atspeed.engine.bundle.item_ids import shown
@@ -95,10 +94,8 @@ def catalogue_update(
     except OSError as error:
         raise CommandError(f"{out}: not written: {error.strerror or error}") from error
     versions = {"bundle": made.manifest.version, "catalogue": made.manifest.catalogue_version}
-    if as_json:
-        print(json.dumps({"folder": str(out), **versions}))
-    else:
-        print(f"{out}: catalogue {versions['catalogue']}, bundle {versions['bundle']}")
+    text = f"{out}: catalogue {versions['catalogue']}, bundle {versions['bundle']}"
+    print_result(text, {"folder": out, **versions}, as_json=as_json)
 
 
 @catalogue_commands.command("encode")
@@ -114,6 +111,7 @@ def catalogue_encode(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File for `catalogue update --add`.", dir_okay=False)],
+    as_json: AsJson = False,
 ) -> None:
     """Give new items code paths of the bundle's quantiser, without training."""
     source = Bundle(bundle)
@@ -121,7 +119,13 @@ def catalogue_encode(
     quantiser = source.quantiser(catalogue)
     encoded = encode_items(quantiser, catalogue, embeddings_of(quantiser, items))
     write_encoded(out, encoded)
-    print(f"{out}: {summary(encoded, quantiser)}")
+    fields = {
+        "file": out,
+        "items": len(encoded),
+        "on_shared_paths": sum(bool(item.shares_path_with) for item in encoded.values()),
+        "far": sum(item.distance > quantiser.entry.far_distance for item in encoded.values()),
+    }
+    print_result(f"{out}: {summary(encoded, quantiser)}", fields, as_json=as_json)
 
 
 def _new_items(path: Path, by_name: list[dict[str, int]]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from atspeed.cli.options import CheckpointMinutes, Minutes, Threads, optional
+from atspeed.cli.options import AsJson, CheckpointMinutes, Minutes, Threads, optional, print_result
 from atspeed.engine.bundle.bundle import Bundle
 
 
@@ -46,6 +46,7 @@ def distill(
     threads: Threads = None,
     minutes: Minutes = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
+    as_json: AsJson = False,
 ) -> None:
     """Train a draft for the target of a bundle, and write a bundle with both. The target stays as it is."""
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
@@ -65,4 +66,4 @@ def distill(
             target, read, settings, out, place, source=histories.name, threads=threads, checkpoints=checkpoints
         )
     if optional("atspeed.training.processes").is_main():
-        print(written)
+        print_result(str(written), {"bundle": written}, as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atspeed.cli.options import named_values, optional, warn
+from atspeed.cli.options import AsJson, named_values, optional, print_result, warn
 from atspeed.engine.bundle.manifest import NAME_PATTERN, ModelEntry, Precision
 from atspeed.engine.search.scoring import ScoringRule
 
@@ -125,6 +125,7 @@ def import_checkpoint(
     base: Base = None,
     save_checkpoint: SaveCheckpoint = None,
     name: Name = None,
+    as_json: AsJson = False,
 ) -> None:
     """Import a checkpoint of a generative recommender as a bundle without a draft.
 
@@ -157,7 +158,8 @@ def import_checkpoint(
         out,
         save_checkpoint=save_checkpoint,
     )
-    print(f"{out}: {_summary(read, manifest.target)}")
+    fields = {"bundle": out, "version": manifest.version, "items": read.catalogue.items, "prompts_equal": read.prompts}
+    print_result(f"{out}: {_summary(read, manifest.target)}", fields, as_json=as_json)
 
 
 def _summary(read: Any, target: ModelEntry) -> str:

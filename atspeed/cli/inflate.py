@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from atspeed.cli.options import MAX_SEED, optional
+from atspeed.cli.options import MAX_SEED, AsJson, optional, print_result
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.manifest import Precision
 
@@ -49,6 +49,7 @@ def inflate(
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Seed of the added random weights, which change no score.")
     ] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Inflate the models of a bundle: the same lists at the cost of a larger model. Writes OUT/bundle and its checkpoints."""
     inflated, shapes = optional("atspeed.training.inflated_bundles"), optional("atspeed.training.inflation").SHAPES
@@ -60,4 +61,4 @@ def inflate(
         inflations["draft"] = inflated.Inflation(checkpoint, shapes[draft_shape])
     label = shape if draft_shape == "keep" else f"{shape}-{draft_shape}"
     folder = inflated.inflate_bundle(Bundle(bundle), out, inflations, label=label, precision=precision, seed=seed)
-    print(folder)
+    print_result(str(folder), {"bundle": folder}, as_json=as_json)

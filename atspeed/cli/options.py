@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ MAX_THREADS = 256  # likewise
 MAX_MINUTES = 525_600  # a year
 
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Directory of the bundle.", exists=True, file_okay=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 Threads = Annotated[
     int | None,
@@ -55,6 +56,11 @@ _OURS = {"atspeed", "draft_service", "orchestrator", "research", "target_service
 def warn(text: str) -> None:
     """Print a warning about an answer on standard error."""
     err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_result(text: str, fields: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what a command has made: a text for people, or its fields as one JSON object. Paths become texts."""
+    print(json.dumps(fields, default=str, ensure_ascii=False) if as_json else text)
 
 
 def named_values(option: str, given: Sequence[str]) -> dict[str, str]:

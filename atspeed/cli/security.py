@@ -8,18 +8,20 @@ from typing import Annotated
 
 import typer
 
-from atspeed.cli.options import CommandError, err, optional
+from atspeed.cli.options import AsJson, CommandError, err, optional, print_result
 from atspeed.security.scopes import Scope
 from atspeed.security.tokens import TOKEN_NAME, hash_token, new_token
 
 
-def certificates(folder: Annotated[Path, typer.Argument(help="Folder to write them to.", file_okay=False)]) -> None:
+def certificates(
+    folder: Annotated[Path, typer.Argument(help="Folder to write them to.", file_okay=False)], as_json: AsJson = False
+) -> None:
     """Write throwaway certificates of a throwaway CA, one folder per service, to try TLS. Not for production."""
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder}: is not empty; certificates of another CA would not fit its files")
     made = optional("atspeed.local.certificates").LocalCertificates(folder)
-    for path in sorted(path for path in made.folder.rglob("*") if path.is_file()):
-        print(path)
+    paths = sorted(path for path in made.folder.rglob("*") if path.is_file())
+    print_result("\n".join(map(str, paths)), {"files": [str(path) for path in paths]}, as_json=as_json)
 
 
 def token(
@@ -37,6 +39,7 @@ def token(
     burst: Annotated[
         float | None, typer.Option(min=1, max=1e6, help="Requests at once; by default those of two seconds.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a token. Prints it on standard output, once, and its entry for the service's tokens file on standard error."""
     if not TOKEN_NAME.fullmatch(name):
@@ -52,4 +55,4 @@ def token(
     if burst is not None:
         entry.append(f"burst = {burst}")
     err.print("\n".join(entry), markup=False, highlight=False, soft_wrap=True)
-    print(made)
+    print_result(made, {"name": name, "token": made}, as_json=as_json)

