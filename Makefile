@@ -219,18 +219,17 @@ $(SMOLLM2)/base-model/config.json: | $(DEV)/.installed
 $(SMOLLM2)/questions.jsonl: | $(DEV)/.installed
 	$(BIN)/python examples/office/prepare.py "$(DATA)" $(@D)
 
-$(SMOLLM2)/trained: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
+$(SMOLLM2)/training.json: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
 	OMP_NUM_THREADS=$(THREADS) $(KEEP_MEMORY) $(BIN)/python examples/smollm2/fine_tune.py $(SMOLLM2)/base-model $(SMOLLM2)
-	@touch $@
 
-smollm2_import = $(BIN)/atspeed import $(SMOLLM2)/base --adapter $(SMOLLM2)/adapter --index $(SMOLLM2)/Office.index.json \
-    $(SMOLLM2_PROMPT) --scoring-rule trie --histories $(SMOLLM2)/questions.jsonl --out $(@D)
+smollm2_import = $(BIN)/atspeed import $(SMOLLM2)/checkpoint --index $(SMOLLM2)/Office.index.json $(SMOLLM2_PROMPT) \
+    --scoring-rule trie --histories $(SMOLLM2)/questions.jsonl --out $(@D)
 
-$(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/trained
-	rm -rf $(@D) $(SMOLLM2)/checkpoint
-	$(smollm2_import) --save-checkpoint $(SMOLLM2)/checkpoint
+$(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/training.json
+	rm -rf $(@D)
+	$(smollm2_import)
 
-$(SMOLLM2)/int8/manifest.json: $(SMOLLM2)/trained
+$(SMOLLM2)/int8/manifest.json: $(SMOLLM2)/training.json
 	rm -rf $(@D)
 	$(smollm2_import) --precision int8
 
