@@ -218,7 +218,7 @@ class Passes:
 class Head:
     """Output rows of the new tokens: a softmax over the codes that the catalogue allows, learned from states.
 
-    The states lie near one line, and what differs between them is short: 12 of a length of 50. So rows learn as coefficients of
+    The states lie near one line, and what differs between them is short: 11 of a length of 50. So rows learn as coefficients of
     directions in which all states are equally long. `flattening` is the share of the mean variance that is added to each.
     """
 

@@ -89,7 +89,7 @@ def test_only_the_output_rows_of_the_codes_learn(out: Path) -> None:
 
 
 def test_the_checkpoint_is_imported_and_its_lists_are_those_of_generate(out: Path) -> None:
-    """On the user's own tokenised text, in float32; and the same checkpoint in int8."""
+    """On the user's own tokenised text."""
     files = ("--index", out / "Office.index.json", "--scoring-rule", "trie", "--histories", out / "questions.jsonl")
     done = run("import", out / "checkpoint", *files, *PROMPT, "--out", out / "bundle")
     assert done.exit_code == 0, done.output
@@ -99,5 +99,3 @@ def test_the_checkpoint_is_imported_and_its_lists_are_those_of_generate(out: Pat
     assert done.exit_code == 0, done.output
     rows = json.loads((out / "p.json").read_text())["rows"]
     assert {(row["users"], row["different"], row["prompts_different"]) for row in rows} == {(10, 0, 0)}
-    done = run("import", out / "checkpoint", *files, *PROMPT, "--out", out / "int8", "--precision", "int8")
-    assert done.exit_code == 0, done.output
