@@ -206,7 +206,7 @@ SMOLLM2_QUESTIONS ?= 1217
 SMOLLM2_USERS ?= 30
 SMOLLM2_HF_USERS ?= 10
 SMOLLM2_PROMPT := --prompt examples/smollm2/prompt.txt --separator "" --max-items 10
-SMOLLM2_BUNDLES := float32 int8 float32-draft int8-draft
+SMOLLM2_BUNDLES := float32 float32-draft
 # Without it the C library gives the memory of every large tensor back and asks for it again: a third of the time of a step.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
@@ -214,11 +214,9 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 smollm2: $(SMOLLM2_BUNDLES:%=$(SMOLLM2)/%/manifest.json)
 	@mkdir -p $(SMOLLM2_RESULTS)
 	cp $(SMOLLM2)/training.json $(SMOLLM2_RESULTS)
-	for bundle in float32 int8; do \
-	    $(BIN)/python examples/office/recall.py $(SMOLLM2) $(SMOLLM2)/$$bundle --questions $(SMOLLM2_QUESTIONS) \
-	        --json $(SMOLLM2_RESULTS)/recall-$$bundle.json || exit 1; \
-	done
-	$(BIN)/python examples/office/passes.py $(SMOLLM2) $(SMOLLM2)/int8 $(SMOLLM2)/int8-draft --questions $(SMOLLM2_USERS) \
+	$(BIN)/python examples/office/recall.py $(SMOLLM2) $(SMOLLM2)/float32 --questions $(SMOLLM2_QUESTIONS) \
+	    --json $(SMOLLM2_RESULTS)/recall-float32.json
+	$(BIN)/python examples/office/passes.py $(SMOLLM2) $(SMOLLM2)/float32 $(SMOLLM2)/float32-draft --questions $(SMOLLM2_USERS) \
 	    --json $(SMOLLM2_RESULTS)/passes.json
 	$(BIN)/atspeed bench parity --bundle $(SMOLLM2)/float32-draft --checkpoint $(SMOLLM2)/checkpoint $(SMOLLM2_PROMPT) \
 	    --index $(SMOLLM2)/Office.index.json --histories $(SMOLLM2)/questions.jsonl --users $(SMOLLM2_HF_USERS) -k 1 -k 10 -k 20 \
@@ -237,24 +235,15 @@ $(SMOLLM2)/base-model/config.json: | $(DEV)/.installed
 $(SMOLLM2)/questions.jsonl: | $(DEV)/.installed
 	$(BIN)/python examples/office/prepare.py "$(DATA)" $(@D)
 
-$(SMOLLM2)/trained: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
+$(SMOLLM2)/training.json: $(SMOLLM2)/base-model/config.json $(SMOLLM2)/questions.jsonl
 	OMP_NUM_THREADS=$(THREADS) $(KEEP_MEMORY) $(BIN)/python examples/smollm2/fine_tune.py $(SMOLLM2)/base-model $(SMOLLM2)
-	@touch $@
 
-smollm2_import = $(BIN)/atspeed import $(SMOLLM2)/base --adapter $(SMOLLM2)/adapter --index $(SMOLLM2)/Office.index.json \
-    $(SMOLLM2_PROMPT) --scoring-rule trie --histories $(SMOLLM2)/questions.jsonl --out $(@D)
-
-$(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/trained
-	rm -rf $(@D) $(SMOLLM2)/checkpoint
-	$(smollm2_import) --save-checkpoint $(SMOLLM2)/checkpoint
-
-$(SMOLLM2)/int8/manifest.json: $(SMOLLM2)/trained
+$(SMOLLM2)/float32/manifest.json: $(SMOLLM2)/training.json
 	rm -rf $(@D)
-	$(smollm2_import) --precision int8
+	$(BIN)/atspeed import $(SMOLLM2)/checkpoint --index $(SMOLLM2)/Office.index.json $(SMOLLM2_PROMPT) --scoring-rule trie \
+	    --histories $(SMOLLM2)/questions.jsonl --out $(@D)
 
-# The draft of one run folder serves both number formats.
-$(SMOLLM2)/int8-draft/manifest.json: $(SMOLLM2)/float32-draft/manifest.json
-$(SMOLLM2)/%-draft/manifest.json: $(SMOLLM2)/%/manifest.json
+$(SMOLLM2)/float32-draft/manifest.json: $(SMOLLM2)/float32/manifest.json
 	$(BIN)/atspeed distill $(<D) --checkpoint $(SMOLLM2)/checkpoint --histories $(SMOLLM2)/histories.jsonl \
 	    --recipe examples/smollm2/draft.toml --run-folder $(SMOLLM2)/draft-run --threads $(THREADS) --out $(@D)
 

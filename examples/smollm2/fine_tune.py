@@ -1,13 +1,16 @@
-"""Fine-tunes SmolLM2-135M on Amazon Office: LoRA on all layers, and one new token per code.
+"""Teaches SmolLM2-135M the codes of Amazon Office: one new token per code, and an output row of each.
 
     python examples/smollm2/fine_tune.py BASE OUT
 
-BASE is the folder of `atspeed base smollm2`, OUT that of examples/office/prepare.py. The script uses transformers and peft only,
-as the authors of a checkpoint do, and nothing of atspeed. It writes
+BASE is the folder of `atspeed base smollm2`, OUT that of examples/office/prepare.py. The script uses transformers only, as the
+authors of a checkpoint do, and nothing of atspeed. It writes
 
-    OUT/base/                   the base with its grown vocabulary and tokenizer
-    OUT/adapter/                the adapter of the epoch with the smallest loss on histories that were held out
-    OUT/training.pt             what a stopped run needs to go on
+    OUT/states/N.pt             hidden states before every code of the histories, computed once; what a stopped run needs to go on
+    OUT/checkpoint/             the model with its grown vocabulary and tokenizer
+    OUT/training.json           the loss on held-out histories after each epoch
+
+The layers stay as they were pretrained, and so do the new rows of the input, which are made of titles. So each history passes
+through the model a few times only, and the output rows learn from its states in seconds.
 
 --minutes M stops after M minutes, with exit code 75. The same command goes on from there; code 0 says that training is complete.
 """
@@ -22,21 +25,18 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch.nn.functional import cross_entropy, embedding
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PROMPT = (Path(__file__).parent / "prompt.txt").read_text(encoding="utf-8")
-IGNORED = -100  # labels of this value are not in the loss
+IGNORED = -100  # tokens with this node are no labels
 WINDOW, STEP = 11, 5  # items of a training sequence, and between the starts of two
 STOPPED = 75
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Tokens = list[int]
 
@@ -107,71 +107,6 @@ def batches(examples: Sequence[Example], tokens: int, generator: random.Random) 
     return made
 
 
-class Learner:
-    """A base with LoRA on all projections and trainable rows for the new tokens. Nothing else learns.
-
-    The new tokens are the last ones of the vocabulary. Their rows are those that peft saves with an adapter.
-    """
-
-    def __init__(self, base: Any, catalogue: Catalogue, rank: int) -> None:
-        self._catalogue = catalogue
-        self.first = base.config.vocab_size - catalogue.allowed.shape[1]
-        self.frozen = base.get_input_embeddings().weight.detach()[: self.first].clone()
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=PROJECTIONS,
-            trainable_token_indices=list(range(self.first, base.config.vocab_size)),
-        )
-        self.model: Any = get_peft_model(base, config)
-        inner: Any = self.model.get_base_model()
-        self._layers = inner.model
-        self.rows: torch.nn.Parameter = self._layers.embed_tokens.token_adapter.trainable_tokens_delta["default"]
-        self.layers = [weight for weight in self.model.parameters() if weight.requires_grad and weight is not self.rows]
-
-    def losses(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of every label of a batch, in nats, and the level of its code. Logits are those of the new tokens."""
-        states, nodes, wanted = self._states(batch)
-        logits = (states @ self.rows.T).masked_fill(~self._catalogue.allowed[nodes], -math.inf)
-        return cross_entropy(logits, wanted, reduction="none"), self._catalogue.levels[nodes]
-
-    def _states(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the hidden states before the labels, [n, hidden], with the labels' nodes and their places among the codes.
-
-        No gradient of the frozen rows is computed, which peft would do.
-        """
-        longest = max(len(example.tokens) for example in batch)
-        tokens = torch.tensor([example.tokens + [0] * (longest - len(example.tokens)) for example in batch])
-        nodes = torch.tensor([example.nodes + [IGNORED] * (longest - len(example.nodes)) for example in batch])[:, 1:]
-        new = (tokens >= self.first)[..., None]
-        embedded = torch.where(
-            new,
-            embedding((tokens - self.first).clamp(min=0), self.rows),
-            embedding(tokens.clamp(max=self.first - 1), self.frozen),
-        )
-        # Padding stands on the right. Attention is causal, so it changes nothing before it.
-        hidden = self._layers(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, :-1]
-        wanted = nodes != IGNORED
-        return hidden[wanted], nodes[wanted], tokens[:, 1:][wanted] - self.first
-
-    @torch.no_grad()
-    def start_at_popularity(self, batch: Sequence[Example], bias: torch.Tensor) -> None:
-        """Change the rows along the mean state of a batch, so that their logits there are `bias` [new tokens].
-
-        States share most of their length, so the first lists are those of popularity, and training starts from there.
-        """
-        mean = self._states(batch)[0].mean(0)
-        found = self.rows @ mean
-        self.rows += (bias - bias.mean() - found + found.mean())[:, None] * mean / mean.dot(mean)
-
-    @torch.no_grad()
-    def mean_losses(self, made: Sequence[Sequence[Example]]) -> list[float]:
-        """Return the mean loss of every level."""
-        losses, levels = map(torch.cat, zip(*map(self.losses, made), strict=True))
-        return [float(losses[levels == level].mean()) for level in range(int(levels.max()) + 1)]
-
-
 def thinned(history: Sequence[str], dropout: float, generator: random.Random) -> Sequence[str]:
     """Return a history without a random share of its items. At least two stay."""
     kept = [item for item in history if generator.random() >= dropout]
@@ -179,7 +114,7 @@ def thinned(history: Sequence[str], dropout: float, generator: random.Random) ->
 
 
 def grown_base(base: Path, out: Path) -> tuple[Any, Any, int]:
-    """Return the base with one token per code, its tokenizer and the number of new tokens. Writes both to OUT/base.
+    """Return the base with one token per code and rows of its own in the output, its tokenizer and the number of new tokens.
 
     Tokens are added as MiniOneRec's authors add them: sorted by name, not special. A new row is not random: it is the row of
     the level's letter, plus what the titles of the code's items have more of than all titles, as long as that of a word.
@@ -203,133 +138,144 @@ def grown_base(base: Path, out: Path) -> tuple[Any, Any, int]:
             direction = table[torch.tensor(spelled)].mean(0) - centre
             letter = table[tokenizer(f" {code[1].upper()}")["input_ids"][-1]]
             table[tokenizer.convert_tokens_to_ids(code)] = letter + direction * (distance / direction.norm())
-    if not (out / "base" / "tokenizer.json").exists():
-        model.save_pretrained(out / "base")
-        tokenizer.save_pretrained(out / "base")
+    # A step that is right for a row of the output is far too small for the same row as input: states are 50 long, rows 3.
+    model.lm_head.weight = torch.nn.Parameter(table.detach().clone())
+    model.config.tie_word_embeddings = False
     return model, tokenizer, len(words)
 
 
-@dataclass
-class Progress:
-    """The state of a run between two steps.
+@dataclass(frozen=True)
+class States:
+    """Hidden states before codes.
 
     Attributes:
-        step: steps that are done.
-        epochs: epochs that are done.
-        best: the smallest held-out loss of an item so far.
-        seconds: processor time that training took.
-        log: one entry per epoch.
+        hidden: float32 [n, hidden size].
+        nodes: int64 [n], the nodes of the catalogue before the codes.
+        codes: int64 [n], the codes, counted from the first new token.
     """
 
-    step: int = 0
-    epochs: int = 0
-    best: float = math.inf
-    seconds: float = 0.0
-    log: list[dict[str, Any]] = field(default_factory=list)
+    hidden: torch.Tensor
+    nodes: torch.Tensor
+    codes: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[States]) -> States:
+        """Return all states of parts."""
+        return cls(*(torch.cat([vars(part)[name] for part in parts]) for name in ("hidden", "nodes", "codes")))
 
 
-@dataclass
-class Run:
-    """A training run that can stop after any step and go on later. Its batches depend on the seed alone."""
+@torch.no_grad()
+def states(model: Any, first: int, batch: Sequence[Example]) -> States:
+    """Return the states before the labels of a batch."""
+    longest = max(len(example.tokens) for example in batch)
+    # Padding stands on the right. Attention is causal, so it changes nothing before it.
+    tokens = torch.tensor([example.tokens + [0] * (longest - len(example.tokens)) for example in batch])
+    nodes = torch.tensor([example.nodes + [IGNORED] * (longest - len(example.nodes)) for example in batch])[:, 1:]
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    wanted = nodes != IGNORED
+    return States(hidden[wanted], nodes[wanted], tokens[:, 1:][wanted] - first)
 
-    learner: Learner
-    catalogue: Catalogue
-    prefix: Tokens
-    train: Sequence[Sequence[str]]
-    held: Sequence[Sequence[str]]
-    options: argparse.Namespace
-    progress: Progress = field(default_factory=Progress)
 
-    def __post_init__(self) -> None:
-        options = self.options
-        groups = [
-            {"params": self.learner.layers, "rate": options.learning_rate},
-            {"params": [self.learner.rows], "rate": options.row_learning_rate},
-        ]
-        self._optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
-        self._state = options.out / "training.pt"
-        self._recent: list[float] = []
-        self._held = self._batches(self.held, random.Random(0))
-        self.learner.start_at_popularity(self._held[0], self.catalogue.popularity(self.train))
-        if self._state.exists():
-            saved = torch.load(self._state, weights_only=True)
-            self.progress = Progress(**saved["progress"])
-            set_peft_model_state_dict(self.learner.model, saved["weights"])
-            self._optimiser.load_state_dict(saved["optimiser"])
+class Passes:
+    """States of the histories, one file per pass. The first pass has all items, and each other one leaves out some."""
 
-    def complete(self) -> bool:
-        """Train to the end, or until the time is up. Return whether the run is complete."""
-        begun, done = time.monotonic(), 0
-        steps = sum(len(self._epoch(epoch)) for epoch in range(self.options.epochs))
-        for epoch in range(self.options.epochs):
-            made = self._epoch(epoch)
-            for batch in made[max(0, self.progress.step - done) :]:
-                self._step(batch, steps)
-                if self.progress.step % self.options.save_steps == 0:
-                    self._save()
-                if time.monotonic() - begun > 60 * self.options.minutes:
-                    self._save()
-                    return False
-            done += len(made)
-            if self.progress.epochs == epoch:
-                self._end_epoch()
-        return True
+    def __init__(self, model: Any, catalogue: Catalogue, prefix: Tokens, options: argparse.Namespace) -> None:
+        self._model = model
+        self._catalogue = catalogue
+        self._prefix = prefix
+        self._options = options
+        self._first = model.config.vocab_size - catalogue.allowed.shape[1]
+        self._folder: Path = options.out / "states"
 
-    def _epoch(self, epoch: int) -> list[list[Example]]:
-        """Return the batches of an epoch. Each epoch leaves out other items."""
-        generator = random.Random(self.options.seed + epoch)
-        return self._batches(
-            [thinned(history, self.options.item_dropout, generator) for history in self.train], generator
+    def read(self, name: str, histories: Sequence[Sequence[str]], dropout: float, seed: int) -> States:
+        """Return the states of a pass. They are computed if no file has them."""
+        path = self._folder / f"{name}.pt"
+        if not path.exists():
+            generator = random.Random(seed)
+            kept = [thinned(history, dropout, generator) for history in histories]
+            examples = [example for history in kept for example in self._catalogue.windows(self._prefix, history)]
+            made = batches(examples, self._options.batch_tokens, generator)
+            found = States.joined([states(self._model, self._first, batch) for batch in made])
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            torch.save(vars(found), partial)
+            partial.rename(path)
+            print(f"pass {name}: states before {len(found.codes):,} codes", flush=True)
+        return States(**torch.load(path, weights_only=True))
+
+    def all(self, histories: Sequence[Sequence[str]]) -> States:
+        """Return the states of all passes. The process exits if the time is up before the last one."""
+        begun, made = time.monotonic(), []
+        for number in range(self._options.passes):
+            if made and time.monotonic() - begun > 60 * self._options.minutes:
+                print(f"stopped after pass {number - 1}; the same command goes on", flush=True)
+                sys.exit(STOPPED)
+            dropout = self._options.item_dropout if number else 0.0
+            made.append(self.read(str(number), histories, dropout, self._options.seed + number))
+        return States.joined(made)
+
+
+class Head:
+    """Output rows of the new tokens: a softmax over the codes that the catalogue allows, learned from states.
+
+    The states lie near one line, and what differs between them is short: 11 of a length of 50. So rows learn as coefficients of
+    directions in which all states are equally long. `flattening` is the share of the mean variance that is added to each.
+    """
+
+    def __init__(self, found: States, catalogue: Catalogue, bias: torch.Tensor, flattening: float) -> None:
+        self._catalogue = catalogue
+        lengths, directions = torch.linalg.eigh(found.hidden.T @ found.hidden / len(found.hidden))
+        # The last direction is that of the mean. It is many times as long as the others.
+        self._basis = directions * (lengths + flattening * lengths[:-1].mean()).rsqrt()
+        mean = found.hidden.mean(0) @ self._basis
+        self._start = bias[:, None] * mean / mean.dot(mean)  # lists begin as those of popularity
+        self.coefficients = self._start.clone().requires_grad_(True)
+
+    def rows(self) -> torch.Tensor:
+        """Return the rows, [new tokens, hidden size]."""
+        return self.coefficients.detach() @ self._basis.T
+
+    def losses(self, found: States) -> torch.Tensor:
+        """Return the loss of every code in nats, [n]."""
+        logits = found.hidden @ self._basis @ self.coefficients.T
+        return cross_entropy(
+            logits.masked_fill(~self._catalogue.allowed[found.nodes], -math.inf), found.codes, reduction="none"
         )
 
-    def _batches(self, histories: Sequence[Sequence[str]], generator: random.Random) -> list[list[Example]]:
-        examples = [example for history in histories for example in self.catalogue.windows(self.prefix, history)]
-        return batches(examples, self.options.batch_tokens, generator)
+    def distance(self) -> torch.Tensor:
+        """Return the squared distance of the coefficients to where they started."""
+        return (self.coefficients - self._start).square().sum()
 
-    def _step(self, batch: Sequence[Example], steps: int) -> None:
-        """Learn from one batch, with a short warm-up and a cosine down to zero."""
-        started = time.process_time()
-        share = self.progress.step / steps
-        for group in self._optimiser.param_groups:
-            group["lr"] = group["rate"] * min(1.0, share / 0.03 + 0.05) * 0.5 * (1 + math.cos(math.pi * share))
-        loss = self.learner.losses(batch)[0].mean()
-        self._optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([*self.learner.layers, self.learner.rows], 1.0)
-        self._optimiser.step()
-        self.progress.step += 1
-        self.progress.seconds += time.process_time() - started
-        self._recent.append(loss.item())
-        if self.progress.step % 20 == 0:
-            print(f"step {self.progress.step} of {steps}: loss {fmean(self._recent):.3f}", flush=True)
-            self._recent.clear()
+    @torch.no_grad()
+    def mean_losses(self, found: States) -> list[float]:
+        """Return the mean loss of every level."""
+        losses, levels = self.losses(found), self._catalogue.levels[found.nodes]
+        return [float(losses[levels == level].mean()) for level in range(int(levels.max()) + 1)]
 
-    def _end_epoch(self) -> None:
-        """Keep the adapter if it is the best one so far."""
-        self.progress.epochs += 1
-        losses = self.learner.mean_losses(self._held)
-        line = {
-            "epoch": self.progress.epochs,
-            "held_out_loss_per_level": losses,
-            "processor_seconds": round(self.progress.seconds),
-        }
-        self.progress.log.append(line)
-        print(json.dumps(line), flush=True)
-        if sum(losses) < self.progress.best:
-            self.progress.best = sum(losses)
-            self.learner.model.save_pretrained(self.options.out / "adapter", save_embedding_layers=False)
-        self._save()
 
-    def _save(self) -> None:
-        """Write the state in one step, so that a kill leaves the last one."""
-        partial = self._state.with_suffix(".partial")
-        state = {
-            "progress": vars(self.progress),
-            "weights": get_peft_model_state_dict(self.learner.model, save_embedding_layers=False),
-            "optimiser": self._optimiser.state_dict(),
-        }
-        torch.save(state, partial)
-        partial.rename(self._state)
+def learned_rows(
+    head: Head, found: States, held: States, options: argparse.Namespace
+) -> tuple[torch.Tensor, list[Any]]:
+    """Return the rows of the epoch with the smallest held-out loss, and the losses of all epochs. Epoch 0 is popularity."""
+    optimiser = torch.optim.Adam([head.coefficients], lr=options.learning_rate)
+    steps = options.epochs * math.ceil(len(found.codes) / options.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
+    best, kept, log = math.inf, head.rows(), []
+    for epoch in range(options.epochs + 1):
+        if epoch:
+            for chosen in torch.randperm(len(found.codes)).split(options.batch_size):
+                batch = States(found.hidden[chosen], found.nodes[chosen], found.codes[chosen])
+                loss = head.losses(batch).mean() + options.penalty * head.distance()
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+        losses = head.mean_losses(held)
+        log.append({"epoch": epoch, "held_out_loss_per_level": losses})
+        print(json.dumps(log[-1]), flush=True)
+        if sum(losses) < best:
+            best, kept = sum(losses), head.rows()
+    return kept, log
 
 
 def arguments() -> argparse.Namespace:
@@ -337,18 +283,19 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-tokens", type=int, default=192)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--row-learning-rate", type=float, default=3e-4)
+    parser.add_argument("--passes", type=int, default=6)
+    parser.add_argument("--batch-tokens", type=int, default=960, help="of a pass")
     parser.add_argument(
-        "--item-dropout", type=float, default=0.2, help="share of a history's items that an epoch leaves out"
+        "--item-dropout", type=float, default=0.2, help="share of a history's items that a pass leaves out"
     )
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=512, help="codes of a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--penalty", type=float, default=1e-3, help="of the squared distance to popularity")
+    parser.add_argument("--flattening", type=float, default=1e-2)
     parser.add_argument("--held", type=int, default=100, help="histories that choose the epoch; a tenth at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--save-steps", type=int, default=50)
     return parser.parse_args()
 
 
@@ -356,7 +303,7 @@ def main() -> None:
     """Run the command."""
     options = arguments()
     torch.manual_seed(options.seed)
-    base, tokenizer, new_tokens = grown_base(options.base, options.out)
+    model, tokenizer, new_tokens = grown_base(options.base, options.out)
     index = json.loads((options.out / "Office.index.json").read_text(encoding="utf-8"))
     codes = {item: tokenizer.convert_tokens_to_ids(names) for item, names in index.items()}
     prefix = tokenizer(PROMPT.format(history=""))["input_ids"]
@@ -364,14 +311,19 @@ def main() -> None:
     histories = [json.loads(line)["items"] for line in lines]
     random.Random(options.seed).shuffle(histories)
     count = min(options.held, len(histories) // 10)
-    catalogue = Catalogue(codes, base.config.vocab_size - new_tokens, new_tokens)
-    learner = Learner(base, catalogue, options.rank)
-    run = Run(learner, catalogue, prefix, train=histories[count:], held=histories[:count], options=options)
-    if not run.complete():
-        print(f"stopped after step {run.progress.step}; the same command goes on", flush=True)
-        sys.exit(STOPPED)
-    (options.out / "training.json").write_text(json.dumps(run.progress.log, indent=1), encoding="utf-8")
-    print(options.out / "adapter")
+    first = model.config.vocab_size - new_tokens
+    catalogue = Catalogue(codes, first, new_tokens)
+    passes = Passes(model, catalogue, prefix, options)
+    held = passes.read("held", histories[:count], 0.0, options.seed)
+    found = passes.all(histories[count:])
+    head = Head(found, catalogue, catalogue.popularity(histories[count:]), options.flattening)
+    rows, log = learned_rows(head, found, held, options)
+    with torch.no_grad():
+        model.lm_head.weight[first:] = rows
+    model.save_pretrained(options.out / "checkpoint")
+    tokenizer.save_pretrained(options.out / "checkpoint")
+    (options.out / "training.json").write_text(json.dumps(log, indent=1), encoding="utf-8")
+    print(options.out / "checkpoint")
 
 
 if __name__ == "__main__":

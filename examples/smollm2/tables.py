@@ -25,13 +25,12 @@ def training(epochs: Sequence[dict[str, Any]]) -> None:
     """Print the held-out loss by epoch and level."""
     levels = len(epochs[0]["held_out_loss_per_level"])
     table(
-        ("epoch", *(f"level {level + 1}" for level in range(levels)), "item", "processor minutes"),
+        ("epoch", *(f"level {level + 1}" for level in range(levels)), "item"),
         [
             (
                 str(row["epoch"]),
                 *(f"{loss:.2f}" for loss in row["held_out_loss_per_level"]),
                 f"{sum(row['held_out_loss_per_level']):.2f}",
-                f"{row['processor_seconds'] / 60:.0f}",
             )
             for row in epochs
         ],

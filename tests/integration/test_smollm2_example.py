@@ -1,4 +1,4 @@
-"""The SmolLM2 example on a made-up base: fine-tuning that stops and resumes, its adapter imported, lists compared."""
+"""The SmolLM2 example on a made-up base: training that stops and resumes, its checkpoint imported, lists compared."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ def made_base(folder: Path) -> None:
 
 
 def fine_tune(base: Path, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    fixed = ("--epochs", 2, "--rank", 4, "--held", 10, "--learning-rate", 1e-2, "--batch-tokens", 1024)
-    return script("smollm2/fine_tune.py", base, out, *fixed, *options)
+    return script("smollm2/fine_tune.py", base, out, "--passes", 2, "--held", 10, *options)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained adapter, with the base that it belongs to."""
+    """A checkpoint that was trained in one run."""
     folder = tmp_path_factory.mktemp("smollm2")
     prepare(folder / "data", folder)
     made_base(folder / "base-model")
@@ -66,22 +65,33 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_ran_through(out: Path, 
         (tmp_path / name).write_bytes((out / name).read_bytes())
     stopped = fine_tune(out / "base-model", tmp_path, "--minutes", 0)
     assert stopped.returncode == 75
-    assert "stopped after step 1;" in stopped.stdout
-    assert fine_tune(out / "base-model", tmp_path).returncode == 0
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, tmp_path))
+    assert "stopped after pass 0;" in stopped.stdout
+    done = fine_tune(out / "base-model", tmp_path)
+    assert done.returncode == 0
+    assert "pass 0:" not in done.stdout
+    one, other = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (out, tmp_path))
     assert one.keys() == other.keys()
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_the_adapter_is_imported_and_its_lists_are_those_of_generate(out: Path) -> None:
-    """On the user's own tokenised text, in float32; and the same adapter in int8."""
-    files = (
-        *("--adapter", out / "adapter", "--index", out / "Office.index.json", "--scoring-rule", "trie"),
-        *("--histories", out / "questions.jsonl"),
-    )
-    done = run(
-        "import", out / "base", *files, *PROMPT, "--out", out / "bundle", "--save-checkpoint", out / "checkpoint"
-    )
+def test_only_the_output_rows_of_the_codes_learn(out: Path) -> None:
+    """And they learn: the kept epoch loses less than popularity does, on histories that taught nothing."""
+    base, made = (load_file(out / folder / "model.safetensors") for folder in ("base-model", "checkpoint"))
+    head, table = made.pop("lm_head.weight"), made.pop("model.embed_tokens.weight")
+    text = base.pop("model.embed_tokens.weight")
+    assert base.keys() == made.keys()
+    assert all(torch.equal(weight, made[name]) for name, weight in base.items())
+    assert torch.equal(table[: len(text)], text)
+    assert torch.equal(head[: len(text)], text)
+    assert not torch.isclose(head[len(text) :], table[len(text) :]).all(dim=1).any()
+    losses = [sum(row["held_out_loss_per_level"]) for row in json.loads((out / "training.json").read_text())]
+    assert min(losses) < losses[0]
+
+
+def test_the_checkpoint_is_imported_and_its_lists_are_those_of_generate(out: Path) -> None:
+    """On the user's own tokenised text."""
+    files = ("--index", out / "Office.index.json", "--scoring-rule", "trie", "--histories", out / "questions.jsonl")
+    done = run("import", out / "checkpoint", *files, *PROMPT, "--out", out / "bundle")
     assert done.exit_code == 0, done.output
     assert f"prompts equal the tokenizer's on {ROWS} of {ROWS} histories" in " ".join(done.output.split())
     asked = ("--checkpoint", out / "checkpoint", *PROMPT, "--histories", out / "questions.jsonl", "--no-counts")
@@ -89,5 +99,3 @@ def test_the_adapter_is_imported_and_its_lists_are_those_of_generate(out: Path) 
     assert done.exit_code == 0, done.output
     rows = json.loads((out / "p.json").read_text())["rows"]
     assert {(row["users"], row["different"], row["prompts_different"]) for row in rows} == {(10, 0, 0)}
-    done = run("import", out / "base", *files, *PROMPT, "--out", out / "int8", "--precision", "int8")
-    assert done.exit_code == 0, done.output
