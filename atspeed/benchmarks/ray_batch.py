@@ -34,7 +34,7 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class RayRow:
-    """Rates of one number of workers. per_second: lists a second, of each turn. of_first: ratio of the median to the first row's."""
+    """Rates of one number of workers. per_second: lists a second, of each turn. of_first: its median over the first row's."""
 
     workers: int
     per_second: list[float]
