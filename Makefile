@@ -4,7 +4,7 @@
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
 #   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
-#   make bits            figures of exactness: 10,000 random trees of three families; 5,000 lists, cold, from memory, from Redis
+#   make bits            exactness: 10,000 random trees of three families; 5,000 lists with cold prefixes, from memory and from Redis
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
 #   make planner-ablation  today's planner beside simpler rules, by simulation; takes minutes, and no measurement
@@ -39,7 +39,7 @@ DEV := .venv
 DEMO := .venv-demo
 CUDA := .venv-cuda
 BIN := $(DEV)/bin
-# In the order of the names: unit tests, whose files are short, come last, so that no worker waits for a long file of the other.
+# In the order of the names: the short files of unit tests come last, so that both workers end at nearly the same time.
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
@@ -167,7 +167,7 @@ speed-scaling:
 	$(bench) --bundle $(INFLATED)/bundle $(SPEED_ITEMS:%=--items %) --threads $(THREADS)
 
 # Figures of exactness, with no times: random trees of three families, and lists of strict and target-only through the services,
-# whose prefixes are computed, in memory or in Redis. BITS_TREES are those of one family. The first goes on where its result file ends.
+# whose prefixes are computed, in memory or in Redis. BITS_TREES are those of one family. The first continues where its result file ends.
 BITS_TREES ?= 3400
 BITS_USERS ?= 420
 BITS_OUT := var/bits
@@ -259,7 +259,8 @@ tools: $(DEV)/.installed
 	@$(MAKE) --silent --no-print-directory $(CHECKOV)/.installed || \
 	    echo "checkov could not be installed: tests/deploy/test_checkov.py is skipped" >&2
 
-# It pins older versions of what the project uses, and 95 packages, which pip would resolve for minutes: all are named.
+# checkov pins older versions of the project's packages, so it has its own environment. All packages are named, since pip would resolve
+# them for minutes.
 CHECKOV := var/checkov
 
 $(CHECKOV)/.installed: tests/deploy/checkov.txt

@@ -22,7 +22,7 @@ from draft_service.plan_growth import PlanGrowth, PlanRules
 
 
 class LevelHeadsDrafter:
-    """Proposes nodes by beam search with the heads of a draft, which read its state behind the prompt.
+    """Proposes nodes by beam search with the heads of a draft, which read its state after the prompt.
 
     Raises BundleError, naming the field, when the model has no heads, or heads of other codes than the catalogue's.
     """
@@ -30,7 +30,7 @@ class LevelHeadsDrafter:
     def __init__(self, evaluator: TreeEvaluator) -> None:
         decoder, trie = evaluator.decoder, evaluator.trie
         if not isinstance(decoder, LevelHeadsDecoder):
-            raise BundleError(f"{MANIFEST}: draft.heads: are read on the host only; set kv_paged to never")
+            raise BundleError(f"{MANIFEST}: draft.heads: run on the host only; set kv_paged to never")
         if decoder.codes != list(trie.codebook_sizes[1:]):
             sizes = list(trie.codebook_sizes[1:])
             raise BundleError(f"{MANIFEST}: draft.heads: of {decoder.codes} codes, but the catalogue has {sizes}")

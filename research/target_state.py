@@ -1,4 +1,4 @@
-"""Heads that read the target's state behind the prompt, in place of a draft's own.
+"""Heads that read the target's state after the prompt, in place of a draft's own.
 
 NEZHA (arXiv 2511.18793) and EAGLE (arXiv 2401.15077) draft from this state. It is known after the target's pass over the prompt,
 so a list takes two target passes at least: one over the prompt, and one over the plan. The first codes are then the target's own.
@@ -81,11 +81,11 @@ class TargetStateModel(LevelHeadsModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: TargetStateConfig) -> None:
         super().__init__(config)
         self.project = nn.Linear(config.target_size, config.hidden_size, bias=False)
-        self._targets: list[Any] = []  # a list hides the target from torch
+        self._targets: list[Any] = []  # torch does not register a module in a list
         self.post_init()  # type: ignore[no-untyped-call]
 
     def state(self, prompts: Tensor, **inputs: Any) -> Tensor:
-        """Return the projected states of the target behind every token, [b, s, H]."""
+        """Return the projected states of the target at every token, [b, s, H]."""
         if not self._targets:
             self._targets.append(SpelledModel.load(Path(self.config.target)).model)
         with torch.no_grad():
@@ -222,7 +222,7 @@ class TargetStateRow:
         parameters: weights of the heads, their embeddings and the projection.
         k: K.
         nodes: nodes of the plan.
-        target_passes_mean: passes of the target, the one over the prompt alone too.
+        target_passes_mean: passes of the target, with the one over the prompt alone.
         identical: lists that are the target's own.
         users: lists.
     """

@@ -23,7 +23,7 @@ register()
 
 @pytest.fixture(autouse=True)
 def unchanged_process() -> Iterator[None]:
-    """Fail a test that leaves the state of the process changed: a later test would fail for it, or pass for it."""
+    """Fail a test that leaves the state of the process changed: a later test could fail or pass because of it."""
     before, structlog_set_up = process_state(), StructlogSetUp()
     yield
     structlog_set_up.put_back()

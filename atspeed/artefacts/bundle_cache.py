@@ -2,7 +2,7 @@
 
     files/SHA256            a file, under its hash; it appears in one step once the hash was checked
     bundles/SHA256/         a bundle, under the hash of its manifest, of hard links to these files
-    urls/SHA256             the bundle that was served last of a URL, under the URL's hash
+    urls/SHA256             the last bundle that was served from a URL, under the URL's hash
 
 A new catalogue on the same models therefore fetches the catalogue only, and an interrupted fetch goes on with the next file.
 """
@@ -37,13 +37,13 @@ def default_cache() -> Path:
 
 
 class ServedBundle(BaseModel):
-    """Record of the bundle that was served last of a URL.
+    """Record of the last bundle that was served from a URL.
 
     Attributes:
         url: the URL in the setting.
         place: the URL of the bundle, which differs where `url` is a link.
         manifest: SHA-256 of its manifest.json.
-        signature: its signature; None where none was asked for.
+        signature: its signature; None if no public key is set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +86,7 @@ class BundleCache:
         return Bundle(root, manifest)
 
     def remember(self, served: ServedBundle) -> None:
-        """Keep a record in place of the URL's last one, if the cache has the bundle. Raises BundleError."""
+        """Replace the record of a URL, if the cache has the bundle. Raises BundleError."""
         if self.manifest(served) is None:
             return
         try:
@@ -96,7 +96,7 @@ class BundleCache:
             raise BundleError(f"{error.filename or self._folder}: {error.strerror}") from error
 
     def remembered(self, url: str) -> ServedBundle | None:
-        """Return the record of a URL; None without a whole one."""
+        """Return the record of a URL; None without a valid one."""
         try:
             served = ServedBundle.model_validate_json(self._record(url).read_bytes())
         except (OSError, ValidationError):
@@ -104,7 +104,7 @@ class BundleCache:
         return served if served.url == url else None
 
     def manifest(self, served: ServedBundle) -> bytes | None:
-        """Return the bytes of a cached bundle's manifest; None when they are not there or differ from their hash."""
+        """Return the bytes of a cached bundle's manifest; None when they are missing or differ from their hash."""
         try:
             content = (self._folder / "bundles" / served.manifest / MANIFEST).read_bytes()
         except OSError:

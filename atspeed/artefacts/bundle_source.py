@@ -46,7 +46,7 @@ class NamedBundle(Protocol):
         """Return the bundle in a local folder. It may take minutes, and ends early once `stop` is set."""
 
     def remember(self) -> None:
-        """Note that the bundle is served, for starts without the store. Raises BundleError when the cache cannot keep it."""
+        """Record in the cache that the bundle is served, for a start without the store. Raises BundleError when this fails."""
 
 
 class BundleSource(Protocol):
@@ -60,7 +60,7 @@ class BundleSource(Protocol):
         """Return the bundle that the place names now; None without one. Raises StoreError when the store cannot say."""
 
     def remembered(self) -> NamedBundle | None:
-        """Return the bundle that was served last, without the store; None without one, or without a store."""
+        """Return the last served bundle from the cache, without the store; None if there is none."""
 
 
 def bundle_source(place: Path | str, keys: TrustedKeys | None, cache: BundleCache) -> BundleSource:
@@ -195,7 +195,7 @@ class UrlSource:
         return self._stored(self._url) or self._linked()
 
     def remembered(self) -> NamedBundle | None:
-        """Return the bundle of the cache that was served last. Its signature and files are checked as those of the store."""
+        """Return the last served bundle from the cache. Its signature and files are checked like those of the store."""
         served = self.cache.remembered(self._url)
         content = self.cache.manifest(served) if served else None
         return _Stored(served.place, content, served.signature, self) if served and content else None

@@ -1,6 +1,6 @@
-"""Count of nodes that company moves by a bit, on random token trees.
+"""Count of nodes of random token trees whose bits differ in shared passes.
 
-The trees are drawn in parts, each with a seed of its own. So a run that was cut goes on where its result file ends.
+The trees are drawn in parts, each with a seed of its own. A run that was stopped continues where its result file ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class InvarianceRow:
         architecture, precision: of the target.
         threads: numbers of threads, one of which is drawn for every pass.
         prompt, nodes, batch: the longest prompt, the most nodes of a tree and the most trees of a pass.
-        seed: of the part's trees.
+        seed: seed of the part's trees.
         trees, compared: numbers of compared trees and nodes.
         moved, prompts_moved: nodes and prompts with another bit.
         largest: the largest difference in a logit.
@@ -102,7 +102,7 @@ class TreeParts:
         sizes: bounds of the trees.
         trees: trees of a model.
         part: trees of a part.
-        seed: of the first part; the next ones count up.
+        seed: seed of the first part; each further part adds one.
     """
 
     sizes: TreeSizes
@@ -117,7 +117,7 @@ class TreeParts:
 
 
 def run(model: CheckedModel, parts: TreeParts, done: Sequence[InvarianceRow] = ()) -> Iterator[InvarianceRow]:
-    """Compare the parts that are not `done`. Prompts are cut to the longest that the model has positions for."""
+    """Compare the parts that are not in `done`. Prompts are cut to the longest that the model has positions for."""
     made = {(row.architecture, row.seed) for row in done}
     longest = max(1, min(parts.sizes.prompt, model.positions - parts.sizes.depth))
     sizes = replace(parts.sizes, prompt=longest)

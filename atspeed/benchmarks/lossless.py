@@ -4,7 +4,7 @@ Exclusions matter only where the items would have been recommended. So half of e
 that the user gets without exclusions, the rest from the whole catalogue. Both modes get the same request. A path is invalid
 if its item is excluded, or has another path in the catalogue.
 
-Target-only comes first. So the prefix of a strict list is computed again, or it comes from the memory or the Redis in which the
+The target-only list comes first. The strict list then computes its prefix again, or reads it from memory or Redis, where the
 target-only list has left it.
 """
 
@@ -36,7 +36,7 @@ from atspeed.engine.search.scoring import ScoringRule
 from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 
 REFERENCE = "target-only"
-_WRITE_SECONDS = 2.0  # writes to Redis go on after the reply; strict lists are to find them
+_WRITE_SECONDS = 2.0  # writes to Redis end after the reply, and strict lists read them
 _MODES = (Mode.TARGET_ONLY, Mode.STRICT)
 
 

@@ -11,14 +11,14 @@ from atspeed.benchmarks.made_models import make_model, small_checkpoint
 from atspeed.engine.model.decoder import RuntimeOptions
 from atspeed.training.inflation import ModelShape
 
-# As few layers and heads as show every sum of a graph twice: a prompt of 4,096 tokens then takes a second.
+# Two layers and two heads: every sum of a graph occurs twice, and a prompt of 4,096 tokens takes a second.
 _SHAPE = ModelShape(layers=2, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=32, vocab_size=1000)
 _CODES = 768  # of the vocabulary
 _POSITIONS = 4096 + 64  # a prompt of 4,096 tokens and the nodes below it
 
 
 def made(family: str, threads: Sequence[int], seed: int) -> CheckedModel:
-    """Make a float32 model of a family. seed: of its weights."""
+    """Make a float32 model of a family. seed: seed of its weights."""
     model = make_model(small_checkpoint(family, _SHAPE, seed), "float32", codes=_CODES)
     return CheckedModel(
         architecture=family,

@@ -1,7 +1,7 @@
-"""Lists per second of a Ray Data job by its workers; needs the extra `ray`.
+"""Lists per second of a Ray Data job by its number of workers (extra `ray`).
 
-Each job starts its workers anew, which takes seconds. So the clock starts when as many blocks of lists have come as there are
-workers, and counts the lists that come after them. Numbers of workers take turns. A worker has one thread.
+Each job starts its workers anew, which takes seconds. The clock therefore starts after as many blocks of
+lists as there are workers, and only later lists count. The numbers of workers are measured in turn. A worker has one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLOCKS = 16  # blocks of users for each worker
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Configuration of the measurement. users: of each job. turns: of each number of workers."""
+    """Configuration of the measurement. users: users of each job. turns: jobs for each number of workers."""
 
     k: int = 20
     users: int = 4_096
@@ -34,7 +34,7 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class RayRow:
-    """Rates of one number of workers. per_second: lists a second, of each turn. of_first: median over the first row's."""
+    """Rates of one number of workers. per_second: lists a second, of each turn. of_first: its median over the first row's."""
 
     workers: int
     per_second: list[float]

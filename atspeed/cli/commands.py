@@ -1,4 +1,4 @@
-"""Commands of `atspeed`: loaded when they are called, and failures end in one line."""
+"""Commands of `atspeed`: loaded when called; a failure prints one line."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DeferredCommand(TyperCommand):
 
 
 class CheckedGroup(TyperGroup):
-    """Turns mistakes and foreseen failures into a line and an exit code.
+    """Turns mistakes and expected failures into a line and an exit code.
 
     Attributes:
         deferred: commands that are loaded when they are called.
@@ -93,9 +93,9 @@ class CheckedGroup(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            from atspeed.cli.failures import ending  # loads all packages
+            from atspeed.cli.failures import exit_code_and_line  # loads all packages
 
-            if (known := ending(error)) is None:
+            if (known := exit_code_and_line(error)) is None:
                 raise
             _end(*known)
 

@@ -1,7 +1,7 @@
-"""Exit codes of commands, and the line of each failure that a package foresees.
+"""Exit codes of commands, and the one-line messages of expected failures.
 
     exit code   meaning
-    1           a failure that another try will not mend
+    1           a failure that another try does not repair
     2           a mistake in the command, or a request that the service refuses as wrong
     69          the service does not answer
     75          the same command may succeed later: the service is busy; a training or a batch stopped before its end
@@ -9,7 +9,7 @@
 
 69, 75 and 77 are EX_UNAVAILABLE, EX_TEMPFAIL and EX_NOPERM of sysexits.h.
 
-This module imports every package whose errors it knows. `commands.py` therefore imports it only after a failure.
+This module imports every package with errors of its own. `commands.py` therefore imports it only after a failure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CALL_EXITS = {
     grpc.StatusCode.UNAUTHENTICATED: 77,
     grpc.StatusCode.PERMISSION_DENIED: 77,
 }
-_FORESEEN = (
+_EXPECTED = (
     BatchError,
     BenchmarkError,
     CapacityError,
@@ -55,13 +55,13 @@ _FORESEEN = (
 )
 
 
-def ending(error: Exception) -> tuple[int, str] | None:
-    """Return the exit code and the line of a failure; None for one that nobody foresaw."""
+def exit_code_and_line(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and the message of an expected failure; None for any other."""
     if isinstance(error, UsageError):
         return 2, str(error)
     if isinstance(error, RecommenderError):
         return _CALL_EXITS.get(error.code, 1), str(error)
-    if isinstance(error, _FORESEEN):
+    if isinstance(error, _EXPECTED):
         return 1, str(error)
     if isinstance(error, Paused):
         return PAUSED, f"paused: {error}; run the same command again to continue"

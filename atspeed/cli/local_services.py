@@ -33,7 +33,7 @@ class Services:
         data: data folder of the Redis that is started; None for memory only.
         tls: whether throwaway certificates are used.
         http: port of Envoy; None without it.
-        http_hosts: names in URLs that Envoy answers, beside those of this machine.
+        http_hosts: host names that Envoy serves besides those of this machine.
         metrics: port of Prometheus; None without metrics.
         tokens: settings of the orchestrator about tokens, by the names of their flags.
     """
@@ -58,7 +58,7 @@ def serve(asked: Services) -> None:
     """Run the services until SIGTERM or Ctrl-C. Raises CommandError when one ends."""
     if asked.log_folder:
         asked.log_folder.mkdir(parents=True, exist_ok=True)
-    if asked.http is not None:  # what is missing or taken is said before anything starts
+    if asked.http is not None:  # a missing Envoy or a port in use is reported before anything starts
         envoy_binary()
         free_port(asked.http, "HTTP")
     if asked.metrics is not None:
@@ -71,7 +71,7 @@ def serve(asked: Services) -> None:
 
 
 def _run(asked: Services, running: ExitStack) -> NoReturn:
-    """Start the services, say where they are and watch them."""
+    """Start the services, print their addresses and watch them."""
     redis_url, kept = asked.redis_url, "in the Redis that you named"
     if not redis_url:
         redis_url = running.enter_context(LocalRedis(folder=asked.data)).url
@@ -91,7 +91,7 @@ def _run(asked: Services, running: ExitStack) -> NoReturn:
 
 
 def _throwaway(running: ExitStack) -> LocalCertificates:
-    """Make certificates that exist as long as the services run."""
+    """Make certificates that are removed when the services end."""
     folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="atspeed-tls-")))
     made: LocalCertificates = optional("atspeed.local.certificates").LocalCertificates(folder)
     return made
@@ -124,11 +124,11 @@ def _edge(asked: Services, port: int, stack: LocalStack, certificates: LocalCert
 
 @contextmanager
 def _prometheus(asked: Services, stack: LocalStack) -> Iterator[LocalPrometheus | None]:
-    """Run Prometheus for the length of the block; None without its binary, or without metrics."""
+    """Run Prometheus during the block. Yields None without its binary or without metrics."""
     binary = prometheus_binary()
     if asked.metrics is None or binary is None:
         if asked.metrics is not None:
-            warn("no prometheus on the PATH: the metrics are exposed, and nobody collects them")
+            warn("no prometheus on the PATH: the services expose metrics, but no Prometheus collects them")
         yield None
         return
     jobs = {"draft": stack.drafts, "target": stack.targets, "orchestrator": stack.orchestrators}

@@ -9,7 +9,7 @@ import, distill                   a checkpoint as a bundle, a draft for a bundle
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 plan                              replicas and memory for a rate
 
-A foreseen failure prints one line. `atspeed/cli/failures.py` has the exit codes.
+An expected failure prints one line. `atspeed/cli/failures.py` has the exit codes.
 """
 
 from __future__ import annotations

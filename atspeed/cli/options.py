@@ -59,7 +59,7 @@ def warn(text: str) -> None:
 
 
 def print_result(text: str, fields: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print what a command has made: a text for people, or its fields as one JSON object. Paths become texts."""
+    """Print the result of a command: a text, or its fields as one JSON object. Paths become strings."""
     print(json.dumps(fields, default=str, ensure_ascii=False) if as_json else text)
 
 

@@ -37,7 +37,8 @@ def token(
         float | None, typer.Option(min=0.001, max=1e6, help="Quota of the caller; by default no limit.")
     ] = None,
     burst: Annotated[
-        float | None, typer.Option(min=1, max=1e6, help="Requests at once; by default those of two seconds.")
+        float | None,
+        typer.Option(min=1, max=1e6, help="Requests that may come at once; by default those of two seconds."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -58,7 +58,7 @@ HttpHosts = Annotated[
     list[str],
     typer.Option(
         "--http-host",
-        help="Name in URLs that --http and --console answer, beside localhost, 127.0.0.1 and [::1]; repeatable.",
+        help="Host name that --http and --console serve besides localhost, 127.0.0.1 and [::1]; repeatable.",
         callback=_host_names,
     ),
 ]
@@ -75,7 +75,7 @@ MetricsPort = Annotated[
         min=0,
         max=65535,
         help="Expose metrics. Prometheus, if it is installed, listens on this port, and the services' exporters on the "
-        "next ones; 0 for any.",
+        "ports after it; 0 for any free ports.",
     ),
 ]
 

@@ -165,7 +165,7 @@ class ServiceSettings(BaseSettings):
     """json: one object per line. console: text for people."""
     trusted_proxies: Annotated[str, AfterValidator(_networks)] = ""
     """Addresses of proxies such as Envoy: IP,NETWORK/BITS. Logs of failed calls then name the address that these forward in
-    x-forwarded-for. Empty: the header counts for nothing.
+    x-forwarded-for. Empty: the header is ignored.
     """
     log_error_texts: bool = False
     """Log the texts of unexpected errors too. They may quote users' histories, so this is for debugging."""

@@ -26,7 +26,7 @@ SERVER_NAME = "orchestrator"
 """Name that a replica's certificate bears."""
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-"""Names in URLs that only this machine gives to itself."""
+"""Hosts by which a machine reaches itself."""
 
 _ROUTE_INDENT = " " * 24
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
@@ -45,9 +45,9 @@ class Place:
         tls: certificate and key of this Envoy, for both sides, and the CA of the replicas; None without TLS.
         console: folder of the console's files, as Envoy sees it; None without the console.
         shares_port: whether another process may listen on the same port.
-        hosts: the names in URLs that are answered. A deployment's Envoy answers all: its gateway decides on names, and its
-            callers show tokens. Without tokens, a page could point a name of its own at this address.
-        more_hosts: how others are added, as the refusal says.
+        hosts: the host names that are served. A deployment's Envoy serves all: its gateway checks them, and its callers show
+            tokens. Without tokens, a page could point a name of its own at this address (DNS rebinding).
+        more_hosts: text of the refusal that says how to add a host name.
     """
 
     host: str
@@ -85,7 +85,7 @@ def _routes(routes: Sequence[dict[str, Any]]) -> str:
 
 
 def _other_hosts(place: Place) -> dict[str, Any]:
-    """Return the virtual host of all other names, which refuses."""
+    """Return the virtual host that refuses all other names."""
     body = {"inline_string": f"host: this name is not served here; {place.more_hosts}"}
     route = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": body}, **untranscoded()}
     return {"name": "others", "domains": ["*"], "routes": [route]}

@@ -233,14 +233,14 @@ class EventConsumer:
 
 
 def _refuses_size(error: CallError) -> bool:
-    """Return whether a smaller call may be taken: this one is beyond a limit that no wait lifts."""
+    """Return whether a smaller call may succeed: this one is beyond a limit, and a wait does not help."""
     return error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after_seconds is None
 
 
 def _refuses_message(error: CallError) -> bool:
     """Return whether a message is at fault, and no wait helps: it is invalid, or of a tenant that the token is not for.
 
-    A token that is not valid, or not for the method, is the operator's to mend: everything waits for that.
+    A token that is not valid, or not for the method, is for the operator to replace. All messages wait until then.
     """
     return error.code is grpc.StatusCode.INVALID_ARGUMENT or (
         error.code is grpc.StatusCode.PERMISSION_DENIED and error.reason == Reason.TENANT_DENIED

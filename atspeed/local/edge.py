@@ -61,7 +61,7 @@ class LocalEdge:
             port: the port that it listens on; 0 for any.
             console: whether it serves the console too.
             tls: its certificate and key, and the CA of the orchestrators; None without TLS.
-            hosts: names in URLs that are answered, beside those of this machine.
+            hosts: host names that are served besides those of this machine.
         """
         self._binary = envoy_binary()
         self._place = Place(

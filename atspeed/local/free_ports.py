@@ -1,4 +1,4 @@
-"""Ports of this machine that nobody listens on."""
+"""Free ports of this machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _HOST = "127.0.0.1"
 
 
 class PortTakenError(RuntimeError):
-    """A port that somebody listens on. The text names it."""
+    """A port that is in use. The text names it."""
 
 
 def free_port(wanted: int, purpose: str) -> int:
-    """Return a port that nobody listens on: `wanted` itself, unless it is 0. Raises PortTakenError.
+    """Return a free port: `wanted` itself unless it is 0. Raises PortTakenError if that is in use.
 
-    purpose: the one who is to listen there, for the error.
+    purpose: the program that will listen there, for the error's text.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -30,7 +30,7 @@ class LocalPrometheusError(RuntimeError):
 
 
 class LocalPrometheus:
-    """A Prometheus process on a loopback port: a context manager. Its data ends with it.
+    """A Prometheus process on a loopback port: a context manager. Its data is removed at the end.
 
     Raises LocalPrometheusError when it does not start.
 

@@ -280,7 +280,7 @@ def _quiet_logs() -> None:
     if not structlog.is_configured():
         structlog.configure(
             wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-            # Taken anew for each line: notebooks and test runners replace standard error, and close the one they had.
+            # Read for each line: notebooks and test runners replace standard error and close the earlier one.
             logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         )
 

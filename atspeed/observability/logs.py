@@ -78,12 +78,12 @@ def bind_request_id(offered: str | None) -> str:
 
 
 def bind_peer(describe: Callable[[], Mapping[str, str]]) -> None:
-    """Say how to describe the running call's other end. Warnings and errors of the call have these fields."""
+    """Set the function that describes the caller of the running call. Warnings and errors of the call have its fields."""
     _describe_peer.set(describe)
 
 
 def peer() -> Mapping[str, str]:
-    """Return the fields that describe the running call's other end; empty outside a call."""
+    """Return the fields that describe the caller of the running call; empty outside a call."""
     return _describe_peer.get()()
 
 

@@ -48,7 +48,7 @@ async def open_named(named: NamedBundle) -> Bundle:
 
 
 async def open_first(source: BundleSource) -> Bundle:
-    """Open the bundle that a source names at the start, or the one served last while the store cannot be reached.
+    """Open the bundle that a source names at the start; if the store cannot be reached, the last served one.
 
     Raises BundleError, also when there is none.
     """

@@ -2,8 +2,8 @@
 
 A place is a directory, a symlink or a URL. A bundle has changed when the version in its manifest has. A bundle that cannot be
 served is rejected once, and the earlier one stays; SIGHUP makes the service try it again. The stable bundle is always there. A
-canary is deactivated when its place no longer names one. A store that cannot be reached changes nothing, and a start takes the
-stable bundle that was served last from the cache.
+canary is deactivated when its place no longer names one. If a store cannot be reached, nothing changes, and a service that
+starts takes the last served stable bundle from its cache.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BundleWatch:
         activated: number of bundles that were activated.
         rejected: number of bundles that were rejected.
         unreachable: number of checks at which the store could not be reached.
-        reached: whether the last check could look.
+        reached: whether the last check reached the store.
     """
 
     def __init__(self, source: BundleSource, track: Track, host: BundleHost, served: str | None = None) -> None:
@@ -158,11 +158,11 @@ class BundleWatch:
         self.pending = None
 
     async def _remember(self, named: NamedBundle) -> None:
-        """Let the next start have this bundle while the store is down. Only bundles that are served come here."""
+        """Record this bundle, which is served, for a start without the store."""
         try:
             await asyncio.to_thread(named.remember)
         except BundleError as error:
-            self._log.warning("bundle_not_remembered", reason=" ".join(str(error).split()))
+            self._log.warning("bundle_not_recorded", reason=" ".join(str(error).split()))
 
     async def _reject_once(self, revision: Hashable, error: EngineError) -> None:
         """Reject what cannot be activated, unless the last check did."""

@@ -62,7 +62,7 @@ class CallInterceptor(WrappingInterceptor):
 
             async def call(requests: AsyncIterator[Any], context: Context) -> Any:
                 request_id = bind_request_id(_offered_id(context))
-                # The connection is asked for now, since a log line may be written when it is gone.
+                # The peer is read now, since a log line may be written after the connection has ended.
                 bind_peer(partial(self._peers.describe, context.peer(), context.invocation_metadata() or ()))
                 context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
                 with _CallLog(method, quiet=infrastructure) as log:

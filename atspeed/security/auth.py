@@ -32,7 +32,7 @@ _NO_TOKEN = "this service wants `authorization: Bearer TOKEN`"  # noqa: S105 - t
 _BAD_TOKEN = "the token is not valid here"  # noqa: S105 - the text of an error
 _TENANT = "tenant"
 _REQUESTS = "requests"
-# The paths of the items, and the wider list; see orchestrator/explanation/explain.py.
+# One for the paths of the items and one for the wider list; see orchestrator/explanation/explain.py.
 _SEARCHES_FOR_ABSENT_ITEMS = 2
 
 
@@ -134,7 +134,7 @@ def _leading_to_tenants(kind: Descriptor) -> tuple[str, ...]:
 
 
 def _check_quota(message: Any, quotas: Quotas) -> Any:
-    """Take the price of a message out of the caller's quota."""
+    """Take the requests that a message counts as from the caller's quota."""
     caller = _caller.get()
     if caller.grant.quota is not None:
         quotas.take((caller.group, caller.name), caller.grant.quota, price(message))
@@ -142,7 +142,7 @@ def _check_quota(message: Any, quotas: Quotas) -> Any:
 
 
 def price(message: Any) -> int:
-    """Return the number of requests that a message counts as: one per search, and one without any."""
+    """Return the number of requests that a message counts as: one per search, and at least one."""
     if isinstance(message, ExplainRequest):
         return _SEARCHES_FOR_ABSENT_ITEMS + 1 if message.item_ids else 1
     if isinstance(message, Message) and _REQUESTS in message.DESCRIPTOR.fields_by_name:

@@ -1,7 +1,7 @@
 """Addresses of callers: of the connection, or as trusted proxies forward them.
 
-Everyone can send the header `x-forwarded-for`, so it counts only if the connection comes from a trusted proxy. Each proxy appends
-the address that it sees. The caller is the last one that is no trusted proxy.
+Everyone can send the header `x-forwarded-for`, so it is read only on a connection of a trusted proxy. Each proxy appends the
+address of its own peer. The caller is the last address that is not a trusted proxy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Peers:
         return {"peer": direct} if caller is None else {"peer": str(caller), "proxy": direct}
 
     def _caller(self, forwarded: str) -> Address | None:
-        """Return the last address that is no trusted proxy, or the first proxy; None without an address at the end."""
+        """Return the last address that is not a trusted proxy, or the first proxy; None if the last part is no address."""
         caller = None
         for part in reversed(forwarded.split(",")):
             if (address := _address(part.strip())) is None:

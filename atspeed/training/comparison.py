@@ -181,7 +181,7 @@ def _variants(path: Path, plan: _Plan, base: Recipe, draft: DraftRecipe) -> Iter
 
 
 def _in_file(loss: int, of_draft: frozenset[str], place: _Place) -> _Place:
-    """Map a draft's key to its place in the file: in a loss's entry for alignment and what it changes, else at the top."""
+    """Map a key of a draft to its place in the file: the entry of a loss if that sets it, else the top."""
     if place[:1] == ("alignment",):
         return ("losses", loss, *place)
     return ("losses", loss, "draft", *place) if place and place[0] in of_draft else place

@@ -1,12 +1,12 @@
-"""A draft of one pass: a head per level reads the state behind the prompt.
+"""A draft of one pass: a head per level reads the state after the prompt.
 
-A small Llama reads the prompt. The head of level l sees the state behind it and the codes of a path, and gives the next code:
+A small Llama reads the prompt. The head of level l reads the state after it and the codes of a path, and gives the next code:
 
     x = norm(state + down(silu(gate(z)) * up(z))),   z = [state, sum of the path's code embeddings]
     log q(code | prompt, path) = log-softmax over the codes of level l of x . embedding(code)
 
-The first code is the language model's own, over the whole vocabulary. So one pass over the prompt serves all levels of a
-plan. After Medusa (arXiv 2401.10774); heads that see the path are Hydra's and Chimera's idea (arXiv 2402.05109, 2402.15758).
+The first code comes from the language model itself, over the whole vocabulary. So one pass over the prompt serves all levels of a
+plan. Heads are Medusa's (arXiv 2401.10774); heads that read the path are Hydra's and Chimera's (arXiv 2402.05109, 2402.15758).
 
 Shapes: b prompts, s tokens, m nodes, H hidden, V vocabulary, L levels.
 """
@@ -51,7 +51,7 @@ class LevelHead(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, state: Tensor, path: Tensor) -> Tensor:
-        """Return what is compared with the embeddings of codes, [n, H].
+        """Return the vector that is multiplied with the embeddings of codes, [n, H].
 
         Args:
             state: float [n, H].
@@ -98,12 +98,12 @@ class LevelHeadsModel(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         return slice(first, first + self.sizes[level])
 
     def state(self, prompts: Tensor, **inputs: Any) -> Tensor:
-        """Return the state behind every token of prompts int64 [b, s], [b, s, H]."""
+        """Return the state at every token of prompts int64 [b, s], [b, s, H]."""
         result: Tensor = self.model(input_ids=prompts, use_cache=False, **inputs).last_hidden_state
         return result
 
     def embedded(self, tokens: Tensor) -> Tensor:
-        """Return what a path's sum has of each token, [..., H]."""
+        """Return the summand of each token in the sum of a path, [..., H]."""
         result: Tensor = self.path_norm(self.model.embed_tokens(tokens))
         return result
 
@@ -144,7 +144,7 @@ class LevelHeadsModel(LlamaForCausalLM):  # type: ignore[no-untyped-call]
             attention_mask: None for sequences; float [b, 1, t, t] for trees, 0 where a token sees another.
             position_ids: int64 [b, t] for trees.
             logits_to_keep: m, the nodes of a tree; the first is the root, which is the prompt's last token.
-            _unread: `use_cache`, which has no effect: nothing is read again.
+            _unread: `use_cache`, which has no effect.
         """
         if attention_mask is None:
             logits = self._of_sequences(input_ids)
@@ -158,7 +158,7 @@ class LevelHeadsModel(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         depth = functional.pad(self._levels[tokens[:, 1:]], (0, 1))
         place = torch.arange(tokens.shape[1], device=tokens.device)
         anchor = (place - depth).clamp(min=0)
-        # A path's sum is a difference of running sums: those behind its last code and before its first one.
+        # A path's sum is a difference of running sums: after its last code and before its first one.
         total = embedded.float().cumsum(1)
         path = (total - total.gather(1, _wide(anchor, total))).to(embedded.dtype)
         rows = state.gather(1, _wide(anchor, state))

@@ -128,7 +128,7 @@ class _Keys:
 
 
 class OrderedArithmetic(FloatArithmetic):
-    """Products in float32 on a CPU, each row of which has the same bits in any company.
+    """Products in float32 on a CPU, each row of which has the same bits whatever the other rows are.
 
     A product with constant weights has them without more ado: onnxruntime packs such weights once.
     """

@@ -228,7 +228,7 @@ class Alignment(_Part):
 
 
 class Heads(_Part):
-    """A head per level on the draft's state behind the prompt: one pass drafts all levels (atspeed/training/level_heads.py)."""
+    """A head per level on the draft's state after the prompt: one pass drafts all levels (atspeed/training/level_heads.py)."""
 
     size: PositiveInt
     """Inner size of a head."""

@@ -20,7 +20,7 @@ COMMAND = "make edge"
 
 
 def place(tls: TlsFiles | None, console: Path | None) -> Place:
-    """Where Envoy stands in a container: before all replicas that the name resolves to, at any name."""
+    """Return the place of Envoy in a container: before all replicas that the name resolves to, for any host name."""
     anywhere = "0.0.0.0"  # noqa: S104 - which of its ports are published is the deployment's to say
     return Place(
         anywhere, 50050, ["orchestrator:50051"], MOUNTED, admin_port=9901, tls=tls, console=console, shares_port=True
@@ -28,7 +28,7 @@ def place(tls: TlsFiles | None, console: Path | None) -> Place:
 
 
 def local(console: Path | None) -> Place:
-    """Where Envoy stands in Compose without tokens: at names of this machine, and at that of its container."""
+    """Return the place of Envoy in Compose without tokens: for the host names of this machine and of its container."""
     hosts = (*LOCAL_HOSTS, "edge", "console")
     return replace(place(None, console), hosts=hosts, more_hosts="EDGE_CONFIG=envoy.yaml serves all names")
 

@@ -57,7 +57,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def _variables() -> Iterator[dict[str, Any]]:
-    """What may be chosen: sources, services, replicas and tracks; the address of the runbooks, as in Prometheus."""
+    """Variables of the dashboard: sources, services, replicas, tracks, and the address of the runbooks as in Prometheus."""
     for name, kind, label in (("datasource", "prometheus", "Metrics"), ("traces", "jaeger", "Traces")):
         chosen = {"text": kind.capitalize(), "value": kind}
         yield {"name": name, "label": label, "type": "datasource", "query": kind, "current": chosen}

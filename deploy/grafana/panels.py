@@ -31,13 +31,13 @@ class Headline:
 
 
 def rate(counter: str, by: str, where: str = "") -> Queries:
-    """How often something happens, for each value of some labels."""
+    """Rate of a counter, for each value of some labels."""
     legend = " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(","))
     return {legend: f"sum by ({by}) (rate({counter}{{{where}}}[$__rate_interval]))"}
 
 
 def share(counter: str, by: str) -> Queries:
-    """What part of all each value of a label has."""
+    """Share of each value of a label in the rate of a counter."""
     total = f"sum(rate({counter}[$__rate_interval]))"
     return {f"{{{{{by}}}}}": f"sum by ({by}) (rate({counter}[$__rate_interval])) / ignoring ({by}) group_left {total}"}
 
@@ -67,7 +67,7 @@ FAILED = 'code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DEADLINE_EXCEEDED|FAILED_PRECONDIT
 
 
 def part(counter: str, by: str, where: str, of: str) -> Queries:
-    """What part of one counter, for each value of a label, another one or some of its series are."""
+    """Rate of some series of a counter over the rate of `of`, for each value of a label."""
     some, all_of = (f"sum by ({by}) (rate({name}[$__rate_interval]))" for name in (f"{counter}{{{where}}}", of))
     return {f"{{{{{by}}}}}": f"{some} / {all_of}"}
 
@@ -131,8 +131,8 @@ ROWS: Mapping[str, Sequence[Panel]] = {
         Panel(
             "Circuit breakers: speculation and draft",
             {
-                "on {{track}} {{instance}}": "atspeed_speculation_enabled",
-                "rests {{track}} {{instance}}": "atspeed_draft_circuit_open",
+                "speculation enabled {{track}} {{instance}}": "atspeed_speculation_enabled",
+                "draft circuit open {{track}} {{instance}}": "atspeed_draft_circuit_open",
             },
         ),
     ],

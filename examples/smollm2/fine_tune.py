@@ -218,8 +218,8 @@ class Passes:
 class Head:
     """Output rows of the new tokens: a softmax over the codes that the catalogue allows, learned from states.
 
-    The states lie near one line, and what differs between them is short: 11 of a length of 50. So rows learn as coefficients of
-    directions in which all states are equally long. `flattening` is the share of the mean variance that is added to each.
+    The states lie near one line: their length is 50, and their distance to the mean is 11. So rows are learned as coefficients of
+    directions in which the states are equally long. `flattening` is the share of the mean variance that is added to each.
     """
 
     def __init__(self, found: States, catalogue: Catalogue, bias: torch.Tensor, flattening: float) -> None:

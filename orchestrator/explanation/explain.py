@@ -39,7 +39,7 @@ class ExplainParams:
 
     @property
     def narrowed_width(self) -> int:
-        """Return the width of a wider list that had to wait: in the ratio in which the request lets its own list narrow."""
+        """Return the width of a wider list that had to wait: narrowed in the ratio of `least_beam_width` to the beam width."""
         largest = self.request.beam_widths.largest
         least = self.request.least_beam_width or largest
         return max(largest, self.wider_beam_width * least // largest)
@@ -55,12 +55,12 @@ async def explain(
 ) -> Explanation:
     """Return a list with its explanation. Raises what `Recommender.recommend` raises, and ResourceExhaustedError.
 
-    The searches for absent items wait for slots of their own, one after another, as further calls would.
+    Each search for absent items waits for a slot of its own, like a further call.
 
     Args:
         params: the request, of which `recommendation` is the list.
         recorded: the search for the list.
-        slot: a place among the running requests, which may refuse.
+        slot: gives a place among the running requests, or raises ResourceExhaustedError.
     """
     tree = search_tree(recommendation, recorded, recommender.catalogue)
     items = await AbsentItems(recommender, recommendation, recorded.session.prompts, slot).explain(params.item_ids)

@@ -21,7 +21,7 @@ OVERLAYS = {
     "cpu-secure": ["http-secure", "events-secure", "canary", "monitoring"],
     "gpu-secure": ["gpu-slices", "bundle-url"],
 }
-# Two faults that it must find, so that silence means something.
+# Two faults that it must find: only then does a run without findings mean something.
 WRONG = {
     "apiVersion": "v1",
     "kind": "Pod",

@@ -77,7 +77,7 @@ def test_the_pod_has_no_rights_that_it_does_not_need(found: list[Manifest]) -> N
 
 
 def test_all_components_fit_together(tmp_path: Path) -> None:
-    """Each patches its own objects alone, whatever others add."""
+    """Each component patches only its own objects, whatever others add."""
     for overlay, components in (
         ("cpu", ["http", "events", "bundle-url", "signed-bundles", "monitoring", "keda"]),
         ("cpu-secure", ["http-secure", "events-secure", "canary", "monitoring"]),

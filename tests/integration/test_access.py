@@ -280,7 +280,7 @@ def test_the_log_names_callers_and_no_tokens(secured: LocalStack, channels: dict
 def test_the_log_says_from_where_a_refused_call_came(
     secured: LocalStack, channels: dict[str, grpc.Channel], token: str | None, name: str, code: grpc.StatusCode
 ) -> None:
-    """It does not believe a header that everyone can send."""
+    """A header that everyone can send is ignored."""
     (method,) = (method for method in RECOMMENDATION if method.name == name)
     request_id = f"{token}-{name}"
     metadata = (*bearer(token), ("x-request-id", request_id), ("x-forwarded-for", "203.0.113.7"))

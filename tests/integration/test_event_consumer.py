@@ -166,7 +166,7 @@ def test_bad_messages_go_to_the_dead_letters_with_the_reason(kafka: Kafka) -> No
 
 @pytest.mark.parametrize("whole_call", [True, False])
 def test_messages_of_tenants_that_the_token_is_not_for_are_dead_letters(kafka: Kafka, whole_call: bool) -> None:
-    """The service refuses the call that holds one; another could refuse the one message."""
+    """The service refuses the whole call with such a message; another could refuse only the message."""
     topic, service = f"tenants-{whole_call}", FakeService()
     denied = CallError(
         grpc.StatusCode.PERMISSION_DENIED, "tenant: the token is bound to others", reason="TENANT_DENIED"

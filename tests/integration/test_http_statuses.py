@@ -149,7 +149,7 @@ def test_names_of_this_machine_are_answered(address: str, host: str) -> None:
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.2", ""])
 @pytest.mark.parametrize("path", ["/v1/recommendations", "/openapi.json", "/nothing"])
 def test_a_name_that_others_can_point_here_is_refused(address: str, host: str, path: str) -> None:
-    """A page of that name would be of the same origin as the service, whatever CORS says."""
+    """A page of that name would have the same origin as the service, so CORS would not refuse it."""
     answer = HttpClient(address)("POST", path, {"user_id": "invalid"}, host=host, origin=f"http://{host}")
     assert "access-control-allow-origin" not in answer.headers
     if host:

@@ -120,7 +120,7 @@ class TestLists:
     def test_are_not_called_exact_where_the_check_at_the_load_finds_another_bit(
         self, bundle: Path, histories: list[list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As on a machine whose kernels break the promise. The reply says so."""
+        """Replies on a machine whose kernels give other bits are not `exact`."""
         found = Moved(trees=1, nodes=9, moved=1, largest=1e-6)
         monkeypatch.setattr(tree_evaluator, "check_invariance", lambda *_, **__: found)
         with Recommender(bundle, RecommenderOptions(threads=1, draft=False, warm_up_seconds=0)) as elsewhere:

@@ -75,7 +75,7 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_ran_through(out: Path, 
 
 
 def test_only_the_output_rows_of_the_codes_learn(out: Path) -> None:
-    """And they learn: the kept epoch loses less than popularity does, on histories that taught nothing."""
+    """The kept epoch has a smaller loss than popularity, on held-out histories."""
     base, made = (load_file(out / folder / "model.safetensors") for folder in ("base-model", "checkpoint"))
     head, table = made.pop("lm_head.weight"), made.pop("model.embed_tokens.weight")
     text = base.pop("model.embed_tokens.weight")
@@ -89,7 +89,7 @@ def test_only_the_output_rows_of_the_codes_learn(out: Path) -> None:
 
 
 def test_the_checkpoint_is_imported_and_its_lists_are_those_of_generate(out: Path) -> None:
-    """On the user's own tokenised text."""
+    """`generate` reads the text of the user's own prompt."""
     files = ("--index", out / "Office.index.json", "--scoring-rule", "trie", "--histories", out / "questions.jsonl")
     done = run("import", out / "checkpoint", *files, *PROMPT, "--out", out / "bundle")
     assert done.exit_code == 0, done.output

@@ -106,7 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 @pytest.fixture
 def copied(finished: Training, tmp_path: Path) -> Training:
-    """A copy of it. Training makes no stage of it anew."""
+    """A copy of the run, in which training repeats no stage."""
     shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
     copy = object.__new__(Training)
     copy.folder = tmp_path
@@ -194,7 +194,7 @@ def test_stage_with_unreadable_outputs_runs_again(copied: Training, damaged: str
 
 
 def test_a_copied_run_is_finished(copied: Training) -> None:
-    """The tests above damage copies. A copy that trained anew would prove nothing of the damage."""
+    """The tests above damage copies. They prove nothing unless an undamaged copy is finished."""
     written = {path: path.stat().st_mtime_ns for path in copied.run.rglob("*.safetensors")}
     assert written
     copied.succeeds()

@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> TestBundle:
 
 
 def served(process: subprocess.Popen[str]) -> str:
-    """Where the orchestrator is, from the first line."""
+    """The address of the orchestrator, from the first line."""
     found = re.search(r"is served at (\S+)", read_line(process))
     assert found
     return found[1]

@@ -94,7 +94,7 @@ def tokens(node: int) -> list[int]:
 
 
 def test_sequence_has_the_logits_of_every_prompt_in_it(model: LevelHeadsModel) -> None:
-    """Each item of a sequence is predicted from the items before it, also behind an item without its last code."""
+    """Each item of a sequence is predicted from the items before it, also after an item without its last code."""
     items = [tokens(int(leaf)) for leaf in CATALOGUE.trie.level_start[3] + np.array([0, 4, 9])]
     items[1] = items[1][:2]
     sequence = [BOS, *(token for item in items for token in item)]

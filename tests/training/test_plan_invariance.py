@@ -1,4 +1,4 @@
-"""Company changes no bit: random token trees in shared passes, and their nodes one by one."""
+"""Shared passes change no bit: random token trees, and their nodes one by one."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_nor_in_a_decoder_with_an_encoder(t5: Sequence[Decoder], sizes: TreeSize
 
 
 def test_nodes_on_both_sides_of_a_block_are_summed_as_one_path_is(tmp_path: Path) -> None:
-    """A prompt that ends shortly before a block does: in company a path's nodes stand in two blocks."""
+    """A prompt that ends shortly before a block does: in a shared pass a path's nodes are in two blocks."""
     decoders = opened(checkpoint("qwen3", max_position_embeddings=LONG), tmp_path)
     assert decoders[0].form.node_bias
     found = Moved()

@@ -33,10 +33,10 @@ def bench_invariance(
         Path | None, typer.Option(help="Directory of a bundle, for its target.", exists=True, file_okay=False)
     ] = None,
     family: Annotated[
-        list[Family] | None, typer.Option(help="Small models of these families, in place of a bundle's target.")
+        list[Family] | None, typer.Option(help="Made-up small models of these families, in place of a bundle's target.")
     ] = None,
     trees: Annotated[int, typer.Option(min=1, max=1_000_000, help="Random token trees of each model.")] = 1_000,
-    part: Annotated[int, typer.Option(min=1, max=1_000_000, help="Trees after which the result is written.")] = 100,
+    part: Annotated[int, typer.Option(min=1, max=1_000_000, help="Trees between two writes of the result file.")] = 100,
     prompt: Annotated[int, typer.Option(min=1, max=65_536, help="Longest prompt, in tokens.")] = 4_096,
     nodes: Annotated[int, typer.Option(min=1, max=65_536, help="Most nodes of a tree.")] = 512,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Most trees of a pass.")] = 16,
@@ -46,12 +46,12 @@ def bench_invariance(
     seed: Seed = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare nodes of random token trees in company and alone, bit for bit; exits with 1 if one differs.
+    """Compare nodes of random token trees in shared passes and alone, bit for bit; exits with 1 if one differs.
 
-    A run whose result file is there already, and was asked for the same, goes on after the parts in it.
+    A result file that holds parts of the same run is continued.
     """
     if (bundle is None) == (not family):
-        raise CommandError("--bundle or --family: one of them names the models")
+        raise CommandError("give either --bundle or --family")
     opened, numbers = Bundle(bundle) if bundle else None, threads or [1, 2, 4]
     depth = max(1, opened.catalogue().trie.levels - 1) if opened else _DEPTH
     parts = invariance.TreeParts(TreeSizes(prompt, nodes, depth=depth, trees=batch), trees, min(part, trees), seed)
@@ -64,7 +64,7 @@ def bench_invariance(
             if json_file is not None:
                 Result(header, to_json(rows)).write(json_file)
     totals = invariance.by_model(rows)
-    out.print(terminal_table("Nodes in company and alone", invariance.COLUMNS, totals))
+    out.print(terminal_table("Nodes in shared passes and alone", invariance.COLUMNS, totals))
     if moved := sum(row.moved + row.prompts_moved for row in totals):
         raise CommandError(f"{moved} nodes or prompts differ by a bit or more")
 
@@ -81,7 +81,7 @@ def _models(
 
 
 def _rows_so_far(path: Path | None, header: dict[str, Any], names: Sequence[str]) -> list[invariance.InvarianceRow]:
-    """Return the parts in the result file. Raises CommandError if they were made of something else, or elsewhere."""
+    """Return the parts in the result file. Raises CommandError if they were made by another run or on another machine."""
     if path is None or not path.exists():
         return []
     written = Result.read(path)

@@ -18,7 +18,7 @@ bench_commands = Commands(
     DeferredCommand(
         "invariance",
         "atspeed.cli.bench.invariance:bench_invariance",
-        "Compare nodes of random token trees in company and alone, bit for bit; exits with 1 if one differs.",
+        "Compare nodes of random token trees in shared passes and alone, bit for bit; exits with 1 if one differs.",
     ),
     DeferredCommand(
         "decode",

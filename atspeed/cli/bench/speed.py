@@ -212,8 +212,8 @@ def bench_ray(
     workers: Annotated[
         list[int] | None, typer.Option(min=1, max=64, help="Workers of one thread each.  [default: 1 2]")
     ] = None,
-    users: Annotated[int, typer.Option(min=512, max=MAX_USERS, help="Users of each turn.")] = 4_096,
-    turns: Annotated[int, typer.Option(min=1, max=100, help="Turns of each number of workers.")] = 3,
+    users: Annotated[int, typer.Option(min=512, max=MAX_USERS, help="Users of each job.")] = 4_096,
+    turns: Annotated[int, typer.Option(min=1, max=100, help="Jobs for each number of workers.")] = 3,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.")] = 20,
     concurrency: Annotated[int, typer.Option(min=1, max=1_024, help="Lists at once in a worker.")] = 16,
     seed: Seed = 1,

@@ -260,7 +260,7 @@ class Catalogue:
     def spelled_tokens(self, items: npt.NDArray[np.integer], code_tokens: Sequence[int] | Int64) -> list[Int64]:
         """Return the tokens of each item in a prompt. code_tokens: the token id of each code column, [C]."""
         tokens, offset = np.asarray(code_tokens, dtype=np.int64), self.trie.codebook_offset
-        # Places behind a spelling get some token too, and are cut off.
+        # Columns after the end of a spelling get a token too, and are cut off.
         rows, lengths = tokens[self.codes[items] + offset], self.spelled_lengths(items).tolist()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 

@@ -113,7 +113,7 @@ class CostCurve:
 
 
 def _on_line(axis: list[int], ns: list[float], low: int, new: float) -> float:
-    """Return the time at `new` tokens, on the line through the points `low` and `low + 1` of an axis; level before it."""
+    """Return the time at `new` tokens, on the line through the points `low` and `low + 1`; constant before the first point."""
     if low < 0 or len(axis) == 1:
         return ns[0]
     slope = (ns[low + 1] - ns[low]) / (axis[low + 1] - axis[low])

@@ -1,7 +1,7 @@
 """Check that a model is plan-invariant on this machine, bit for bit.
 
-A token tree is computed twice. In company, random pieces of the prompt come first; then its rest and all nodes share one pass,
-with other trees. Alone, the prompt is cut elsewhere, and each node of a path has a pass of its own. Log-probabilities, keys and
+A token tree is computed twice. First, in shared passes: random pieces of the prompt, then its rest and all nodes in one pass with
+other trees. Then alone: the prompt is cut elsewhere, and each node of a path has a pass of its own. Log-probabilities, keys and
 values must be equal bit for bit. The graph orders its sums for onnxruntime's kernels (atspeed/training/ordered_attention.py), so
 another CPU or another onnxruntime may break the promise; then this check says so.
 """
@@ -23,7 +23,7 @@ from atspeed.engine.model.token_tree import MaskedPass
 Drawn = TypeVar("Drawn")
 
 _PATHS = 3  # paths of a tree that are computed alone
-_ALONE = 0.25  # share of the passes in company that hold one tree, besides those that are drawn so
+_ALONE = 0.25  # chance that a shared pass holds one tree only; otherwise their number is drawn
 _BRANCHING = 0.8  # share of the nodes that hang below another node, and not below the prompt
 
 
@@ -184,7 +184,7 @@ def check_invariance(
     decoder_start: int | None = None,
     seed: int = 0,
 ) -> Moved:
-    """Compare at least this many random trees, in company and alone, on decoders that are drawn for every pass.
+    """Compare at least this many random trees, in shared passes and alone, on decoders that are drawn for every pass.
 
     Args:
         decoders: the model, with one number of threads or several.
@@ -196,7 +196,7 @@ def check_invariance(
     """
     passes, moved = _Passes(np.random.default_rng(seed), decoders), Moved()
     while moved.trees < trees:
-        for grown in passes.in_company(sizes, tokens, decoder_start):
+        for grown in passes.in_shared_passes(sizes, tokens, decoder_start):
             passes.compare_alone(grown, moved)
     return moved
 
@@ -209,7 +209,7 @@ class _Passes:
         self._decoders = decoders
         self._runners = [BatchDecoder(decoder) for decoder in decoders]
 
-    def in_company(self, sizes: TreeSizes, tokens: Int64, decoder_start: int | None) -> list[_Growing]:
+    def in_shared_passes(self, sizes: TreeSizes, tokens: Int64, decoder_start: int | None) -> list[_Growing]:
         """Draw trees and compute them, with the rest of their prompts and all nodes in one pass."""
         rng, decoder = self._rng, self._drawn(self._decoders)
         # Only a tree alone in a pass has a long prompt.
@@ -218,11 +218,11 @@ class _Passes:
             quarter = decoder.shared_keys // 4
             sizes = replace(sizes, prompt=min(sizes.prompt, quarter), nodes=min(sizes.nodes, quarter))
         trees = [SampleTree.draw(rng, sizes, tokens, decoder_start) for _ in range(count)]
-        company = [_Growing.begin(decoder, tree) for tree in trees]
-        for grown in company:
+        together = [_Growing.begin(decoder, tree) for tree in trees]
+        for grown in together:
             self._read(grown, rng.integers(0, grown.tree.prompt + 1, 2).tolist())
-        self._run(company, [len(grown.tree.tokens) for grown in company])
-        return company
+        self._run(together, [len(grown.tree.tokens) for grown in together])
+        return together
 
     def compare_alone(self, together: _Growing, moved: Moved) -> None:
         """Compute the prompt with other cuts, and the nodes of a few paths one by one; compare."""

@@ -1,6 +1,6 @@
 """A decoder with heads: one pass over the prompt scores the codes of all levels.
 
-The decoder's graph gives the state behind the prompt as one more output. The graph of a level reads this state and the code
+The decoder's graph gives the state after the prompt as one more output. The graph of a level reads this state and the code
 columns of paths, and gives the logits of the level's codes.
 """
 
@@ -31,12 +31,12 @@ def head_file(level: int) -> str:
 
 
 def head_inputs(level: int, state_size: int) -> dict[str, TensorSpec]:
-    """Return the inputs of the head of a level, whose paths have as many codes as its number."""
+    """Return the inputs of the head of a level. Its paths have `level` codes."""
     return {"state": TensorSpec("float32", (state_size,)), "path": TensorSpec("int64", ("nodes", level))}
 
 
 def head_outputs(codes: int) -> dict[str, TensorSpec]:
-    """Return the outputs of the head of a level with so many codes."""
+    """Return the outputs of the head of a level with this number of codes."""
     return {"logits": TensorSpec("float32", ("nodes", codes)), "log_normalizer": TensorSpec("float32", ("nodes",))}
 
 

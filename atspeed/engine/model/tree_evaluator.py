@@ -157,7 +157,7 @@ class TreeEvaluator:
             self.end(tree)
 
     async def check_plan_invariance(self) -> Moved:
-        """Compare a few trees in company and alone, in a worker thread; `plan_invariant` is false if a bit moved.
+        """Compare a few trees in shared passes and alone, in a worker thread; `plan_invariant` is false if a bit moved.
 
         The model is one of the host.
         """

@@ -74,7 +74,7 @@ class TreeSession:
         new_from: on a device, the first block that no cache had, from the first pass until the cache has it.
         passes: the passes that were made.
         last_request: the request that was queued last.
-        state: the state behind the prompt, float32 [state_size], after the first pass of a graph that gives it.
+        state: the state after the prompt, float32 [state_size], after the first pass of a graph that gives it.
     """
 
     tokens: TokenTree

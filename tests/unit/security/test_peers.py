@@ -38,7 +38,7 @@ def test_a_forwarded_address_is_not_believed_by_default(connection: str, peer: s
     ("forwarded", "caller"),
     [
         (["203.0.113.7"], "203.0.113.7"),
-        (["1.2.3.4, 203.0.113.7"], "203.0.113.7"),  # the first one is the caller's own invention
+        (["1.2.3.4, 203.0.113.7"], "203.0.113.7"),  # the caller sent the first one itself
         (["1.2.3.4", "203.0.113.7"], "203.0.113.7"),
         (["203.0.113.7, 10.0.0.9"], "203.0.113.7"),  # two proxies
         (["10.0.0.8,10.0.0.9"], "10.0.0.8"),
