@@ -59,7 +59,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 13
     """RESOURCE_EXHAUSTED: the caller's quota is used up. Another try may succeed after the delay of RetryInfo."""
     ERROR_REASON_TENANT_DENIED: _ErrorReason.ValueType  # 14
-    """PERMISSION_DENIED: the token allows the method, and not the tenant that a message names."""
+    """PERMISSION_DENIED: the token allows the method, but not the tenant that a message names."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Reason of an error. A client may branch on it; it is finer than the gRPC status."""
@@ -93,5 +93,5 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 12
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 13
 """RESOURCE_EXHAUSTED: the caller's quota is used up. Another try may succeed after the delay of RetryInfo."""
 ERROR_REASON_TENANT_DENIED: ErrorReason.ValueType  # 14
-"""PERMISSION_DENIED: the token allows the method, and not the tenant that a message names."""
+"""PERMISSION_DENIED: the token allows the method, but not the tenant that a message names."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -100,8 +100,8 @@ class RecommendationServiceServicer:
 
     def Explain(self, request, context):
         """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
-        is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches, each of which may be refused
-        as a call, and counts as three requests of a quota. It needs a token with the scope explain. Metadata is as for Recommend.
+        is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches and counts as three requests
+        of a quota; each search may be refused. It needs a token with the scope explain. Metadata is as for Recommend.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

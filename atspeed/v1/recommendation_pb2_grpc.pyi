@@ -51,8 +51,8 @@ class RecommendationServiceStub:
     """
     Explain: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.ExplainRequest, _recommendation_pb2.ExplainResponse]
     """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
-    is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches, each of which may be refused
-    as a call, and counts as three requests of a quota. It needs a token with the scope explain. Metadata is as for Recommend.
+    is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches and counts as three requests
+    of a quota; each search may be refused. It needs a token with the scope explain. Metadata is as for Recommend.
     """
     RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]
     """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
@@ -86,8 +86,8 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     """
     Explain: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.ExplainRequest, _recommendation_pb2.ExplainResponse]  # type: ignore[assignment]
     """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
-    is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches, each of which may be refused
-    as a call, and counts as three requests of a quota. It needs a token with the scope explain. Metadata is as for Recommend.
+    is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches and counts as three requests
+    of a quota; each search may be refused. It needs a token with the scope explain. Metadata is as for Recommend.
     """
     RecordEvents: _aio.UnaryUnaryMultiCallable[_recommendation_pb2.RecordEventsRequest, _recommendation_pb2.RecordEventsResponse]  # type: ignore[assignment]
     """Adds events to a user's history, each where its time puts it. The call is idempotent if every event has an event_id."""
@@ -136,8 +136,8 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_pb2.ExplainResponse, _abc.Awaitable[_recommendation_pb2.ExplainResponse]]:
         """Returns a list like Recommend, and explains it: the token tree of its search, its time by stage, and why items are not in it. The list
-        is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches, each of which may be refused
-        as a call, and counts as three requests of a quota. It needs a token with the scope explain. Metadata is as for Recommend.
+        is the same. The call costs somewhat more than Recommend. With items to explain it makes three searches and counts as three requests
+        of a quota; each search may be refused. It needs a token with the scope explain. Metadata is as for Recommend.
         """
 
     @_abc_1.abstractmethod
