@@ -45,13 +45,14 @@ async def test_kernels_whose_bits_depend_on_the_pass_are_found_and_said(
 ) -> None:
     """By one bit of a logit, in passes of more than one token."""
     evaluator = models.evaluator("target")
-    run: Any = evaluator.decoder.run_batch
+    decoder: Any = evaluator.decoder
+    run = decoder.run_batch
 
     def moving(tokens: Any, *others: Any) -> Any:
         logits, normalizer = run(tokens, *others)
         return (np.nextafter(logits, np.float32(9)) if tokens.shape[1] > 1 else logits), normalizer
 
-    monkeypatch.setattr(evaluator.decoder, "run_batch", moving)
+    monkeypatch.setattr(decoder, "run_batch", moving)
     found = await evaluator.check_plan_invariance()
     assert 0 < found.moved <= found.nodes
     assert not evaluator.plan_invariant
