@@ -93,7 +93,6 @@ class KvLayout:
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
 
-@lru_cache(maxsize=256)
 @lru_cache(maxsize=1024)
 def namespace(fingerprint: str, layout: KvLayout, tenant: str) -> bytes:
     """Return the namespace of a chain: format version, weights, layout with its dtype, tenant.

@@ -228,6 +228,21 @@ async def test_a_silent_issuer_delays_only_calls_with_an_unknown_key(issuer: Tok
         assert asked == ["/keys"] * 2
 
 
+async def test_a_key_that_was_withdrawn_while_nobody_called_is_refused_at_once(issuer: TokenIssuer) -> None:
+    now, answers = [0.0], [issuer.key_set("rsa")]
+    with served(answers) as (url, asked):
+        keys = KeySet(url, lambda: now[0])
+        await keys.load()
+        tokens = JsonWebTokens(Issuer(ISSUER, AUDIENCE), keys)
+        answers[0] = issuer.key_set("ec")  # "rsa" is withdrawn
+        now[0] = 86_400
+        assert await asyncio.gather(*[tokens.authenticate(issuer.token("rsa")) for _ in range(3)]) == [None] * 3
+        assert len(asked) == 2
+        answers[0] = ""  # the issuer fails, and its keys stay
+        now[0] *= 2
+        assert await tokens.authenticate(issuer.token("ec")) is not None
+
+
 async def test_a_call_waits_for_a_silent_issuer_for_a_limited_time(
     issuer: TokenIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
