@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atspeed.engine.bundle.manifest import MANIFEST
+from atspeed.engine.bundle.manifest import MANIFEST, fingerprint, hash_files, read_manifest, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.tree_session import Selection
@@ -21,6 +21,7 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
+from atspeed.training.level_heads_export import HEADS_DATA_FILE
 from draft_service.draft_kinds import drafter_of
 from draft_service.drafter import Drafted, DraftRequest
 from draft_service.level_heads_drafter import LevelHeadsDrafter
@@ -132,6 +133,10 @@ async def test_request_for_no_level_takes_no_pass(models: Models) -> None:
         ({"heads": ()}, r"heads: 0 files, but draft_kind is level-heads"),
         ({"draft_kind": "language-model"}, r"heads: 3 files, but draft_kind is language-model"),
         ({"heads": ("target/head1.onnx",) * 3}, r"heads: not in the folder of draft/model\.onnx"),
+        (
+            {"architecture": "t5", "encoder": {"path": "draft/head1.onnx", "decoder_start": 0}},
+            r"heads: they read the state of a decoder",
+        ),
     ],
 )
 def test_wrong_heads_are_refused_by_name(
@@ -144,6 +149,22 @@ def test_wrong_heads_are_refused_by_name(
     (root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=problem):
         verify_bundle(root)
+
+
+def test_scores_that_are_not_finite_are_refused_by_the_name_of_the_head(models: Models, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(models.bundle.root, root)
+    weights = np.fromfile(root / "draft" / HEADS_DATA_FILE, dtype=np.float32)
+    weights[-len(weights) // 8 :] = np.nan  # of the last head
+    weights.tofile(root / "draft" / HEADS_DATA_FILE)
+    files = hash_files(root)
+    manifest = read_manifest(root)
+    assert manifest.draft is not None
+    draft = manifest.draft.model_copy(update={"fingerprint": fingerprint(files, "draft")})
+    write_manifest(root, manifest.model_copy(update={"draft": draft, "files": files}))
+    with pytest.raises(BundleError, match=r"draft/head3\.onnx: nan or inf in its scores"):
+        verify_bundle(root)
+    verify_bundle(models.bundle.root)
 
 
 def test_heads_of_another_catalogue_are_refused(models: Models) -> None:
