@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -109,7 +110,8 @@ class KeySet:
                 await self._refresh()
         elif self._stale(key_id):
             self._outdated = self._clock() - self._asked >= _OUTDATED_SECONDS
-            self._reading = asyncio.create_task(self._refresh())
+            # Its log lines are about the issuer, and not about the caller whose token made it necessary.
+            self._reading = asyncio.create_task(self._refresh(), context=Context())
         if self._reading is not None and (self._outdated or key_id not in self._keys):
             await asyncio.wait([self._reading], timeout=_TIMEOUT_SECONDS)
         if not self._keys:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from atspeed.errors import UnavailableError
+from atspeed.observability import logs
 from atspeed.security import json_web_tokens
 from atspeed.security.callers import Caller, Grant
 from atspeed.security.json_web_tokens import Issuer, JsonWebTokens, KeySet, KeySetError, _SameScheme
@@ -277,6 +278,20 @@ async def test_an_issuer_that_does_not_speak_http_is_an_unreadable_one(answer: b
         await keys.load()
         with pytest.raises(UnavailableError):
             await keys.key("ec")
+
+
+async def test_log_lines_of_a_reading_name_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[object] = []
+    keys = KeySet("https://issuer.example/keys")
+
+    async def read() -> None:
+        described.append(logs.peer())
+
+    monkeypatch.setattr(keys, "_read", read)
+    logs.bind_peer(lambda: {"peer": "10.0.0.1:5000"})
+    with pytest.raises(UnavailableError):
+        await keys.key("ec")
+    assert described == [{}]
 
 
 async def test_without_any_keys_a_call_may_come_again(issuer: TokenIssuer) -> None:
