@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -29,7 +30,7 @@ from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.bundles import write_bundle
-from tests.catalogues import random_catalogue
+from tests.catalogues import random_catalogue, tailed_catalogue
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
 WIDTHS = BeamWidths.of(4)
@@ -62,8 +63,30 @@ def asked(models: Models, proposal: Proposal = Proposal.TOP) -> DraftRequest:
     return DraftRequest(prompt, Beams.root(), SIZE, proposal, Pruning.none(), noise=NOISE, with_evaluation=True)
 
 
-@pytest.mark.parametrize("policy", [Strict(WIDTHS), ExactSampling(WIDTHS, NOISE)], ids=lambda policy: policy.proposal)
+@pytest.fixture(scope="module", params=list(ScoringRule))
+def tailed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Paths of one to four codes, each with a tail."""
+    catalogue = tailed_catalogue(60, (6, 5, 4, 4), seed=4)
+    return Models.load(write_bundle(tmp_path_factory.mktemp("bundle"), catalogue, rule=request.param, draft_heads=True))
+
+
+POLICIES = pytest.mark.parametrize(
+    "policy", [Strict(WIDTHS), ExactSampling(WIDTHS, NOISE)], ids=lambda policy: policy.proposal
+)
+
+
+@POLICIES
+async def test_lists_of_paths_of_unequal_lengths_are_the_targets_own(tailed: Models, policy: Policy) -> None:
+    verify_bundle(tailed.bundle.root)
+    await check_lists(tailed, policy)
+
+
+@POLICIES
 async def test_lists_are_the_targets_own(models: Models, policy: Policy) -> None:
+    await check_lists(models, policy)
+
+
+async def check_lists(models: Models, policy: Policy) -> None:
     """Passes and beams of the target alone, and with plans of which some miss and others do not."""
     trie = models.catalogue.trie
     saved = 0
@@ -118,6 +141,20 @@ async def test_pruned_nodes_are_not_proposed(models: Models, proposal: Proposal)
     made.check(trie, limit=SIZE.max_nodes)
     assert not cut.live(whole.node).all()
     assert cut.live(made.node).all()
+
+
+async def test_plans_that_share_a_pass_are_those_made_alone(models: Models) -> None:
+    """Each tree of a pass reads the state behind its own prompt, cached or not."""
+    requests = [replace(asked(models), prompt=models.prompt(2 + seed, seed=seed)) for seed in range(6)]
+    alone = [await drafted(models, request) for request in requests]
+    async with drafter(models) as drafting:
+        for _ in range(2):
+            together = await asyncio.gather(*map(drafting.plan, requests))
+            assert max(made.cost.batch_requests for made in together) > 1
+            for made, expected in zip(together, alone, strict=True):
+                assert made.plan.node.tolist() == expected.plan.node.tolist()
+                assert np.allclose(made.plan.score, expected.plan.score, atol=1e-5)
+        assert sum(made.cost.cached_tokens for made in together) > 0
 
 
 async def test_request_for_no_level_takes_no_pass(models: Models) -> None:
